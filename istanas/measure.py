@@ -1,0 +1,136 @@
+"""What a network costs: parameters and multiply-adds, counted on a network or by formula from a genotype.
+
+The auxiliary head is left out, as in the literature: it is no part of the network that is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from istanas.nets.cell import STEM_MULTIPLIER, cell_places
+from istanas.nets.depthwise import DepthwiseConv2d
+from istanas.space import N_CELL_INPUTS, Genotype
+
+_AUXILIARY = "auxiliary_head"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and multiply-adds of one picture's forward pass."""
+
+    params: int
+    macs: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+
+def count_params(net: nn.Module) -> int:
+    """Number of trainable values of a network, auxiliary head left out.
+
+    Example:
+        >>> count_params(nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(_AUXILIARY))
+
+
+def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of the convolutions and linear maps of one forward pass, auxiliary head left out.
+
+    Args:
+        net: any network that maps (B, C, H, W) to logits.
+        shape: (C, H, W) of the picture.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8))
+        6912
+    """
+    total = 0
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal total
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        total += out[0].numel() * weight[0].numel()
+
+    hooks = [
+        m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear | DepthwiseConv2d)
+    ]
+    was_training = net.training
+    first = next(net.parameters())
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+    finally:
+        net.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def target_cost(
+    genotype: Genotype,
+    *,
+    init_channels: int,
+    layers: int,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    stem: str = "cifar",
+    op_batchnorm: bool = False,
+) -> Cost:
+    """Cost of the target network of a genotype by formula, without building it (a search asks every epoch).
+
+    Args:
+        genotype, init_channels, layers, num_classes, stem, op_batchnorm: as `TargetNet` takes them.
+        shape: (C, H, W) of the picture.
+
+    Returns:
+        Exactly `count_params` and `count_macs` of that network.
+
+    Example:
+        >>> from istanas.space import PUBLISHED
+        >>> target_cost(PUBLISHED["ISTA_twostage"], init_channels=36, layers=20, num_classes=10, shape=(3, 32, 32)).params
+        3316726
+    """
+    n_concat = {"normal": len(genotype.normal_concat), "reduce": len(genotype.reduce_concat)}
+    in_channels, h, w = shape
+    if stem == "cifar":
+        total = _convolution(in_channels, STEM_MULTIPLIER * init_channels, 9, h * w)
+    else:
+        c = init_channels
+        total = Cost(0, 0)
+        for c_in, c_out in ((in_channels, c // 2), (c // 2, c), (c, c)):
+            h, w = ceil(h / 2), ceil(w / 2)
+            total += _convolution(c_in, c_out, 9, h * w)
+    width = 0
+    for place in cell_places(init_channels, layers, stem, n_concat):
+        c = place.channels
+        total += _convolution(place.c_prev_prev, c, 1, h * w) + _convolution(place.c_prev, c, 1, h * w)
+        if place.stride == 2:
+            h, w = ceil(h / 2), ceil(w / 2)
+        for node in genotype.picks(place.kind):
+            for op, state in node:
+                stride = place.stride if state < N_CELL_INPUTS else 1
+                total += _operation(op, c, stride, h * w, op_batchnorm)
+        width = n_concat[place.kind] * c
+    return total + Cost((width + 1) * num_classes, width * num_classes)
+
+
+def _convolution(c_in: int, c_out: int, taps: int, pixels: int) -> Cost:
+    """A bias-free convolution and the batch norm behind it; `pixels` of the output."""
+    weights = c_in * c_out * taps
+    return Cost(weights + 2 * c_out, weights * pixels)
+
+
+def _operation(op: str, c: int, stride: int, pixels: int, op_batchnorm: bool) -> Cost:
+    if op.endswith("pool_3x3") or (op == "skip_connect" and stride == 1):
+        return Cost(2 * c if op_batchnorm else 0, 0)
+    if op == "skip_connect":
+        return _convolution(c, c, 1, pixels)
+    taps = 9 if op.endswith("3x3") else 25
+    once = _convolution(c, c, 1, pixels) + Cost(taps * c, taps * c * pixels)
+    return once + once if op.startswith("sep") else once

@@ -1,0 +1,75 @@
+"""Depthwise convolution whose dilated form does not cripple training on CPUs.
+
+The library's backward pass of a dilated depthwise convolution is 10 to 100 times slower there than that of a
+plain one. Both rewrites below are exact and made of library calls, so gradients come from autograd.
+Measured with 64 pictures, one thread, forward and both gradients, library -> here:
+16 channels of 32x32, 3x3: 16 -> 2.2 ms, 5x5: 37 -> 9.6 ms; 32 channels, stride 2, 5x5: 90 -> 6 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConv2d(nn.Module):
+    """A convolution of each channel with its own k x k kernel (k odd), size-preserving but for the stride.
+
+    Args:
+        channels: C, >= 1.
+        kernel: k, odd.
+        stride: 1 or 2.
+        dilation: 1 or 2.
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel, kernel))
+        self.stride, self.dilation = stride, dilation
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # the library's default for convolutions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.stride, self.dilation)
+
+    def extra_repr(self) -> str:
+        c, _, k, _ = self.weight.shape
+        return f"{c}, kernel_size={k}, stride={self.stride}, dilation={self.dilation}"
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """Depthwise convolution with padding dilation * (k - 1) / 2, equal to `F.conv2d(..., groups=C)`.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, k, k), k odd.
+        stride, dilation: 1 or 2.
+
+    Returns:
+        (B, C, ceil(H / stride), ceil(W / stride)).
+
+    Example:
+        >>> depthwise_conv2d(torch.ones(1, 2, 4, 4), torch.ones(2, 1, 3, 3))[0, 0, 1, 1].item()
+        9.0
+    """
+    channels, kernel = weight.shape[0], weight.shape[-1]
+    if dilation == 2 and stride == 2:
+        # Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
+        return F.conv2d(x[:, :, ::2, ::2], weight, None, 1, kernel // 2, 1, channels)
+    if dilation == 2 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return _by_phases(x, weight)
+    return F.conv2d(x, weight, None, stride, dilation * (kernel // 2), dilation, channels)
+
+
+def _by_phases(x: Tensor, weight: Tensor) -> Tensor:
+    """A dilation-2 convolution mixes pixels of equal parity only: four undilated ones, stacked in the batch."""
+    channels, kernel = weight.shape[0], weight.shape[-1]
+    batch, _, height, width = x.shape
+    x = F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
+    h, w = x.shape[2] // 2, x.shape[3] // 2
+    # Channels last throughout: the views below then copy whole pixels.
+    phases = x.permute(0, 2, 3, 1).reshape(batch, h, 2, w, 2, channels).permute(2, 4, 0, 1, 3, 5)
+    stacked = phases.reshape(4 * batch, h, w, channels).permute(0, 3, 1, 2)
+    out = F.conv2d(stacked, weight, None, 1, kernel // 2, 1, channels)
+    pixels = out.permute(0, 2, 3, 1).reshape(2, 2, batch, h, w, channels).permute(2, 3, 0, 4, 1, 5)
+    return pixels.reshape(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)[:, :, :height, :width]

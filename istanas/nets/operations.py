@@ -1,0 +1,136 @@
+"""The candidate operations and the fixed blocks around them (DARTS, Liu et al., ICLR 2019), for both networks.
+
+Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). Module positions inside
+`op` follow the published code, so that its weights load by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from istanas.nets.depthwise import DepthwiseConv2d
+
+
+class RectifiedBlock(nn.Module):
+    """A sequence `op` that opens with ReLU; a cell that has rectified a state already may skip that first step."""
+
+    op: nn.Sequential
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after_relu(F.relu(x))
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The block on a rectified input: one ReLU per state serves every operation that reads it."""
+        for layer in itertools.islice(self.op, 1, None):
+            x = layer(x)
+        return x
+
+
+class ReLUConvBN(RectifiedBlock):
+    """ReLU, 1x1 convolution, batch norm: brings a state to the cell's width."""
+
+    def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
+        super().__init__()
+        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
+
+
+class SepConv(RectifiedBlock):
+    """Depthwise-separable convolution applied twice (the stride in the first)."""
+
+    def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            DepthwiseConv2d(channels, kernel, stride, 1),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels, affine=affine),
+            nn.ReLU(),
+            DepthwiseConv2d(channels, kernel, 1, 1),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels, affine=affine),
+        )
+
+
+class DilConv(RectifiedBlock):
+    """Dilated (by two) depthwise-separable convolution."""
+
+    def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            DepthwiseConv2d(channels, kernel, stride, 2),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels, affine=affine),
+        )
+
+
+class FactorizedReduce(nn.Module):
+    """Halves the picture without losing pixels' phases: two 1x1 convolutions on shifted grids, side by side.
+
+    Each reads one of the four pixel phases, so the phase is cut out first and rectified alone: half of the
+    ReLU's work, and the same numbers. Odd sizes are padded by a zero row and column, as 'ceil' asks.
+    """
+
+    def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
+        super().__init__()
+        half = c_out // 2
+        self.conv_1 = nn.Conv2d(c_in, half, 1, bias=False)
+        self.conv_2 = nn.Conv2d(c_in, c_out - half, 1, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        even, odd = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])
+        out: Tensor = self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1))
+        return out
+
+
+def _pool(name: str, stride: int) -> nn.Module:
+    if name == "max_pool_3x3":
+        return nn.MaxPool2d(3, stride=stride, padding=1)
+    return nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
+
+
+_CONVOLUTIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "sep_conv_3x3": lambda c, stride, affine: SepConv(c, 3, stride, affine),
+    "sep_conv_5x5": lambda c, stride, affine: SepConv(c, 5, stride, affine),
+    "dil_conv_3x3": lambda c, stride, affine: DilConv(c, 3, stride, affine),
+    "dil_conv_5x5": lambda c, stride, affine: DilConv(c, 5, stride, affine),
+}
+
+
+def make_operation(
+    name: str, channels: int, stride: int, *, affine: bool, pool_batchnorm: bool = False, skip_batchnorm: bool = False
+) -> nn.Module:
+    """The module of one candidate operation.
+
+    Args:
+        name: one of `istanas.space.PRIMITIVES`.
+        channels: C, >= 1.
+        stride: 1 or 2.
+        affine: whether batch norms learn scale and shift (not in the two-stage supernet, where the edge
+            weight is the scale).
+        pool_batchnorm, skip_batchnorm: append batch norm after pooling / identity. The two-stage supernet
+            has the first, one-stage networks have both, a retrained two-stage target has neither.
+
+    Raises:
+        KeyError: for an unknown name (genotypes are checked before).
+
+    Example:
+        >>> make_operation("sep_conv_3x3", 4, 2, affine=True)(torch.zeros(1, 4, 8, 8)).shape
+        torch.Size([1, 4, 4, 4])
+    """
+    if name in ("max_pool_3x3", "avg_pool_3x3"):
+        pool = _pool(name, stride)
+        return nn.Sequential(pool, nn.BatchNorm2d(channels, affine=affine)) if pool_batchnorm else pool
+    if name == "skip_connect":
+        if stride == 2:
+            return FactorizedReduce(channels, channels, affine)
+        return nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels, affine=affine)) if skip_batchnorm else nn.Identity()
+    return _CONVOLUTIONS[name](channels, stride, affine)

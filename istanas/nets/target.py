@@ -1,0 +1,140 @@
+"""TargetNet: the network of a genotype, trained from scratch (two-stage) or exported from a one-stage search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from istanas.nets.cell import (
+    AuxiliaryHead,
+    CellNetwork,
+    CellPlace,
+    Stem,
+    auxiliary_position,
+    cell_places,
+    make_preprocess,
+)
+from istanas.nets.operations import RectifiedBlock, make_operation
+from istanas.space import N_CELL_INPUTS, Genotype
+
+
+class TargetCell(nn.Module):
+    """One cell of a genotype: each node sums the outputs of its picks."""
+
+    def __init__(self, genotype: Genotype, place: CellPlace, op_batchnorm: bool) -> None:
+        super().__init__()
+        self.kind = place.kind
+        self.preprocess0, self.preprocess1 = make_preprocess(place, affine=True)
+        self.picks = genotype.picks(place.kind)
+        self.concat = genotype.concat(place.kind)
+        self.ops = nn.ModuleList(
+            make_operation(
+                op,
+                place.channels,
+                place.stride if state < N_CELL_INPUTS else 1,
+                affine=True,
+                pool_batchnorm=op_batchnorm,
+                skip_batchnorm=op_batchnorm,
+            )
+            for node in self.picks
+            for op, state in node
+        )
+
+    def forward(self, s0: Tensor, s1: Tensor, drop_path: float) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        rectified: dict[int, Tensor] = {}
+        ops = iter(self.ops)
+        for node in self.picks:
+            terms = []
+            for _, state in node:
+                op = next(ops)
+                out = apply_operation(op, states, rectified, state)
+                if drop_path > 0 and not isinstance(op, nn.Identity):
+                    out = drop_whole_path(out, drop_path)
+                terms.append(out)
+            states.append(sum_terms(terms))
+        return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+class TargetNet(CellNetwork):
+    """The network of a genotype.
+
+    Args:
+        genotype: the two cells.
+        init_channels: channels of the first cells, >= 1 (published: 36 for CIFAR, 48 for ImageNet).
+        layers: number of cells, >= 1 (20, 14).
+        num_classes: size of the output, >= 1.
+        stem: "cifar" (one convolution) or "imagenet" (three of stride 2).
+        auxiliary: whether to have the auxiliary head (used in training only).
+        op_batchnorm: batch norm after pooling and identity, as in networks absorbed from a one-stage search.
+        in_channels: channels of the pictures.
+
+    Raises:
+        ConfigError: for a size below 1 or an unknown stem.
+
+    Example:
+        >>> from istanas.space import PUBLISHED
+        >>> net = TargetNet(PUBLISHED["ISTA_twostage"], init_channels=4, layers=2, num_classes=10)
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    Source:
+        DARTS (Liu et al., ICLR 2019), whose evaluation network ISTA-NAS uses.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        init_channels: int,
+        layers: int,
+        num_classes: int,
+        *,
+        stem: str = "cifar",
+        auxiliary: bool = False,
+        op_batchnorm: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        n_concat = {"normal": len(genotype.normal_concat), "reduce": len(genotype.reduce_concat)}
+        places = cell_places(init_channels, layers, stem, n_concat)
+        self.drop_path_prob = 0.0
+        self.stem = Stem(stem, in_channels, init_channels)
+        self.cells = nn.ModuleList(TargetCell(genotype, place, op_batchnorm) for place in places)
+        widths = [n_concat[place.kind] * place.channels for place in places]
+        self.auxiliary_head = (
+            AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
+        )
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_with_auxiliary(x)[0]
+
+    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(logits, auxiliary logits); the latter None in eval mode or without an auxiliary head."""
+        drop_path = (self.drop_path_prob if self.training else 0.0,)
+        return self._logits(x, {"normal": drop_path, "reduce": drop_path})
+
+
+def apply_operation(op: nn.Module, states: list[Tensor], rectified: dict[int, Tensor], state: int) -> Tensor:
+    """`op` on a state of the cell; blocks that open with ReLU share one rectified copy of the state."""
+    if not isinstance(op, RectifiedBlock):
+        out: Tensor = op(states[state])
+        return out
+    if state not in rectified:
+        rectified[state] = F.relu(states[state])
+    return op.after_relu(rectified[state])
+
+
+def sum_terms(terms: list[Tensor]) -> Tensor:
+    """Sum of a node's inputs."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def drop_whole_path(x: Tensor, probability: float) -> Tensor:
+    """Zero the operation's output for a random part of the batch, and scale the rest by 1 / (1 - probability)."""
+    keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability)
+    return x * (keep / (1.0 - probability))

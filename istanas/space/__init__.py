@@ -1,0 +1,19 @@
+"""The search space: topology, candidate operations, genotypes and the published cells."""
+
+from istanas.space.genotype import CELLS, Genotype, Pick, Picks, genotype_from_supports, random_genotype
+from istanas.space.primitives import PRIMITIVES
+from istanas.space.published import PUBLISHED
+from istanas.space.topology import N_CELL_INPUTS, CellSpace
+
+__all__ = [
+    "CELLS",
+    "N_CELL_INPUTS",
+    "PRIMITIVES",
+    "PUBLISHED",
+    "CellSpace",
+    "Genotype",
+    "Pick",
+    "Picks",
+    "genotype_from_supports",
+    "random_genotype",
+]

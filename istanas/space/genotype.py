@@ -1,0 +1,213 @@
+"""A found architecture: for each node of the two cells the operations that it keeps, and its JSON form.
+
+The stored order of a node's picks matters (trained weights follow it); the digest ignores it, because two
+genotypes whose picks are merely listed differently are the same network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from istanas.errors import GenotypeError
+from istanas.space.primitives import PRIMITIVES, SKIP
+from istanas.space.topology import N_CELL_INPUTS, CellSpace
+
+Pick = tuple[str, int]
+Picks = tuple[tuple[Pick, ...], ...]
+VERSION = 1
+CELLS = ("normal", "reduce")
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """The two cells of a network.
+
+    Args:
+        normal, reduce: per node its picks (operation, state); states 0 and 1 are the two previous cells,
+            2 + i is node i. Every node has at least one pick.
+        normal_concat, reduce_concat: the states whose concatenation is the cell's output.
+
+    Raises:
+        GenotypeError: for an unknown operation, a state that does not come before its node, a repeated
+            or empty concatenation.
+
+    Example:
+        >>> g = Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),))
+        >>> Genotype.from_json(g.to_json()) == g
+        True
+    """
+
+    normal: Picks
+    reduce: Picks
+    normal_concat: tuple[int, ...] = ()
+    reduce_concat: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for cell in CELLS:
+            picks = getattr(self, cell)
+            if not getattr(self, f"{cell}_concat"):
+                object.__setattr__(self, f"{cell}_concat", tuple(range(N_CELL_INPUTS, N_CELL_INPUTS + len(picks))))
+            _check_cell(cell, picks, getattr(self, f"{cell}_concat"))
+
+    def picks(self, cell: str) -> Picks:
+        """Picks of the cell named "normal" or "reduce"."""
+        return self.normal if cell == "normal" else self.reduce
+
+    def concat(self, cell: str) -> tuple[int, ...]:
+        """Concatenated states of the cell named "normal" or "reduce"."""
+        return self.normal_concat if cell == "normal" else self.reduce_concat
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object as Python lists and dicts."""
+        return {
+            "version": VERSION,
+            "normal": [[list(pick) for pick in node] for node in self.normal],
+            "normal_concat": list(self.normal_concat),
+            "reduce": [[list(pick) for pick in node] for node in self.reduce],
+            "reduce_concat": list(self.reduce_concat),
+        }
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` is its inverse."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Genotype:
+        """A genotype from a parsed JSON object, every field checked."""
+        if not isinstance(data, dict):
+            raise GenotypeError(f"genotype is a JSON {type(data).__name__}: an object with version, normal, reduce is needed")
+        if data.get("version") != VERSION or isinstance(data.get("version"), bool):
+            raise GenotypeError(f"genotype version is {data.get('version')!r}: this program reads version {VERSION}")
+        unknown = sorted(set(data) - {"version", "normal", "reduce", "normal_concat", "reduce_concat"})
+        if unknown:
+            raise GenotypeError(f"genotype has an unknown field {unknown[0]!r}: remove it")
+        cells: dict[str, Any] = {}
+        for cell in CELLS:
+            cells[cell] = _parse_picks(cell, data.get(cell))
+            cells[f"{cell}_concat"] = _parse_concat(cell, data.get(f"{cell}_concat"))
+        return cls(**cells)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Genotype:
+        """A genotype from its JSON text.
+
+        Raises:
+            GenotypeError: if the text is no JSON or no genotype.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GenotypeError(f"genotype is not JSON ({error}): give the file that a search wrote") from None
+        return cls.from_dict(data)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON, each node's picks sorted: equal networks have equal digests."""
+        canonical = self.to_dict()
+        for cell in CELLS:
+            canonical[cell] = [sorted(node) for node in canonical[cell]]
+        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def skip_ratio(self) -> float:
+        """Share of skip connections among all picks of both cells, in [0, 1]."""
+        ops = [op for cell in CELLS for node in self.picks(cell) for op, _ in node]
+        return ops.count(SKIP) / len(ops)
+
+    def __str__(self) -> str:
+        lines = []
+        for cell in CELLS:
+            for i, node in enumerate(self.picks(cell)):
+                lines.append(f"{cell:6} node {i}: " + ", ".join(f"{op} <- {state}" for op, state in node))
+        return "\n".join(lines)
+
+
+def genotype_from_supports(space: CellSpace, supports: dict[str, Sequence[Sequence[int]]]) -> Genotype:
+    """The genotype whose picks are the candidates that each node's sparse code keeps.
+
+    Args:
+        space: the cell space that gives candidates their meaning.
+        supports: for "normal" and "reduce", per node the kept candidates (flat indices).
+
+    Example:
+        >>> space = CellSpace(n_nodes=1, sparsity=1)
+        >>> genotype_from_supports(space, {"normal": [[2]], "reduce": [[7]]}).reduce
+        ((('max_pool_3x3', 1),),)
+    """
+
+    def picks(nodes: Sequence[Sequence[int]]) -> Picks:
+        split = [[space.split(int(c)) for c in sorted(node)] for node in nodes]
+        return tuple(tuple((space.ops[op], state) for state, op in node) for node in split)
+
+    return Genotype(normal=picks(supports["normal"]), reduce=picks(supports["reduce"]))
+
+
+def random_genotype(seed: int, space: CellSpace) -> Genotype:
+    """A cell drawn uniformly from the same space: the honest baseline of a search.
+
+    Each node keeps `space.sparsity` distinct candidates (on distinct edges with `one_op_per_edge`).
+
+    Args:
+        seed: any integer >= 0; equal seeds give equal genotypes.
+        space: the space to draw from.
+
+    Example:
+        >>> random_genotype(0, CellSpace()) == random_genotype(0, CellSpace())
+        True
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def support(node: int) -> list[int]:
+        if not space.one_op_per_edge:
+            return [int(c) for c in rng.choice(space.n_candidates(node), space.sparsity, replace=False)]
+        states = rng.choice(space.n_node_edges(node), space.sparsity, replace=False)
+        return [space.candidate(node, int(state), int(rng.integers(space.n_ops))) for state in states]
+
+    return genotype_from_supports(space, {cell: [support(node) for node in range(space.n_nodes)] for cell in CELLS})
+
+
+def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
+    if not picks:
+        raise GenotypeError(f"genotype field {cell!r} has no node: give at least one")
+    for i, node in enumerate(picks):
+        if not node:
+            raise GenotypeError(f"genotype field {cell!r}, node {i} has no input: give at least one")
+        for op, state in node:
+            if op not in PRIMITIVES:
+                raise GenotypeError(
+                    f"genotype field {cell!r}, node {i}: unknown operation {op!r}, choose from {', '.join(PRIMITIVES)}"
+                )
+            if not 0 <= state < i + N_CELL_INPUTS:
+                raise GenotypeError(
+                    f"genotype field {cell!r}, node {i}: state {state} is out of range, choose 0 to {i + N_CELL_INPUTS - 1}"
+                )
+    states = list(concat)
+    if len(set(states)) != len(states) or not all(0 <= s < len(picks) + N_CELL_INPUTS for s in states):
+        raise GenotypeError(
+            f"genotype field '{cell}_concat' is {states}: give distinct states from 0 to {len(picks) + N_CELL_INPUTS - 1}"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _parse_picks(cell: str, value: Any) -> Picks:
+    if not isinstance(value, list) or not all(isinstance(node, list) for node in value):
+        raise GenotypeError(f"genotype field {cell!r} is not a list of nodes: give [[[op, state], ...], ...]")
+    for i, node in enumerate(value):
+        for pick in node:
+            if not (isinstance(pick, list) and len(pick) == 2 and isinstance(pick[0], str) and _is_int(pick[1])):
+                raise GenotypeError(f"genotype field {cell!r}, node {i}: {pick!r:.60} is not [operation, state]")
+    return tuple(tuple((op, state) for op, state in node) for node in value)
+
+
+def _parse_concat(cell: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(_is_int(state) for state in value):
+        raise GenotypeError(f"genotype field '{cell}_concat' is {value!r:.60}: give a non-empty list of states")
+    return tuple(value)

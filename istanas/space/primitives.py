@@ -1,0 +1,13 @@
+"""Names of the candidate operations, in the order of the published code (columns of every sparse code)."""
+
+PRIMITIVES: tuple[str, ...] = (
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+SKIP = "skip_connect"

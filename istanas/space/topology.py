@@ -1,0 +1,100 @@
+"""The shape of a cell's search space: the only place with (node, edge, op) <-> flat index arithmetic.
+
+States 0 and 1 are the outputs of the two previous cells, state 2 + i is node i. Node i may read every
+state before it, so it owns i + 2 edges. Edges are counted over the whole cell: node 0's first, and so on.
+The candidates of one node are its (edge, op) pairs, row by row: candidate = state * n_ops + op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from istanas.errors import ConfigError
+from istanas.space.primitives import PRIMITIVES
+
+N_CELL_INPUTS = 2
+
+
+@dataclass(frozen=True)
+class CellSpace:
+    """What a cell may be: its nodes, its candidate operations, and how many of them a node keeps.
+
+    Args:
+        n_nodes: intermediate nodes of a cell, >= 1.
+        ops: names of the candidate operations, a non-empty part of `PRIMITIVES` without repetition.
+        sparsity: operations that a node keeps, 1 .. candidates of node 0 (with `one_op_per_edge`: 1 .. 2).
+        one_op_per_edge: whether two picks of a node may not share an edge (the published code lets them).
+
+    Raises:
+        ConfigError: if a field is out of range.
+
+    Example:
+        >>> space = CellSpace()
+        >>> space.n_edges, space.n_candidates(3), space.candidate(0, 1, 2)
+        (14, 35, 9)
+        >>> space.split(9)
+        (1, 2)
+    """
+
+    n_nodes: int = 4
+    ops: tuple[str, ...] = field(default=PRIMITIVES)
+    sparsity: int = 2
+    one_op_per_edge: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_nodes < 1:
+            raise ConfigError(f"space.nodes is {self.n_nodes}: a cell needs at least 1 node")
+        unknown = [op for op in self.ops if op not in PRIMITIVES]
+        if unknown:
+            raise ConfigError(f"space.ops names {unknown[0]!r}: choose from {', '.join(PRIMITIVES)}")
+        if not self.ops or len(set(self.ops)) != len(self.ops):
+            raise ConfigError(f"space.ops is {list(self.ops)}: give each operation once, at least one")
+        limit = N_CELL_INPUTS if self.one_op_per_edge else self.n_candidates(0)
+        if not 1 <= self.sparsity <= limit:
+            what = "edges of the first node (one_op_per_edge)" if self.one_op_per_edge else "first node's candidates"
+            raise ConfigError(f"space.sparsity is {self.sparsity}: choose 1 to {limit}, the number of {what}")
+
+    @property
+    def n_ops(self) -> int:
+        """Candidate operations on an edge."""
+        return len(self.ops)
+
+    @property
+    def n_edges(self) -> int:
+        """Edges of a whole cell: sum over the nodes of (node + 2)."""
+        return self.first_edge(self.n_nodes)
+
+    def n_node_edges(self, node: int) -> int:
+        """Edges that end in `node`: one from every state before it."""
+        return node + N_CELL_INPUTS
+
+    def n_candidates(self, node: int) -> int:
+        """Candidates (edge, op) of `node`, the length of its sparse code."""
+        return self.n_node_edges(node) * self.n_ops
+
+    def first_edge(self, node: int) -> int:
+        """Index, over the whole cell, of the first edge that ends in `node`."""
+        return node * N_CELL_INPUTS + node * (node - 1) // 2
+
+    def edge(self, node: int, state: int) -> int:
+        """Index, over the whole cell, of the edge from `state` to `node`."""
+        return self.first_edge(node) + state
+
+    def candidate(self, node: int, state: int, op: int) -> int:
+        """Position of (edge from `state`, `op`) in the sparse code of `node`."""
+        if not 0 <= state < self.n_node_edges(node) or not 0 <= op < self.n_ops:
+            raise IndexError(f"node {node} has no candidate (state {state}, op {op})")
+        return state * self.n_ops + op
+
+    def split(self, candidate: int) -> tuple[int, int]:
+        """Inverse of `candidate`: (state, op)."""
+        return divmod(candidate, self.n_ops)
+
+    def edge_groups(self, node: int) -> npt.NDArray[np.int64] | None:
+        """The edge of every candidate of `node` where picks may not share one, else None."""
+        if not self.one_op_per_edge:
+            return None
+        return np.repeat(np.arange(self.n_node_edges(node)), self.n_ops)

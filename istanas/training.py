@@ -1,0 +1,198 @@
+"""Training steps that search and retraining share: where to compute, seeds, schedules, running totals, one epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from istanas.errors import IstanasError
+from istanas.nets import TargetNet
+
+Batch = tuple[Tensor, Tensor]
+Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how precisely to compute; made by `pipeline.worker.compute_for`."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+
+    def autocast(self) -> torch.autocast:
+        """The mixed-precision context of a forward pass; does nothing without `autocast_dtype`."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over the pictures of one pass."""
+
+    loss: float
+    top1: float  # fraction in [0, 1]
+    count: int
+
+
+class Totals:
+    """Sums over the pictures of a pass, kept on the device: reading them (`metrics`) is the only synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: `loss` its mean, `logits` (B, classes), `target` (B,)."""
+        correct = (logits.detach().argmax(1) == target).sum()
+        self._sums += torch.stack([loss.detach().double() * len(target), correct.double()])
+        self._count += len(target)
+
+    def metrics(self) -> Metrics:
+        """Means so far (NaN before the first batch)."""
+        loss, correct = self._sums.tolist()
+        n = self._count
+        return Metrics(loss / n, correct / n, n) if n else Metrics(math.nan, math.nan, 0)
+
+
+def derive_seed(seed: int, *stream: str | int) -> int:
+    """An independent seed for a named purpose: the first 63 bits of SHA-256 over (seed, stream).
+
+    All randomness of an epoch follows from (seed, purpose, epoch), so that a resumed run needs no saved
+    generator to go on as if it had never stopped.
+
+    Example:
+        >>> derive_seed(0, "augment", 3) == derive_seed(0, "augment", 3) != derive_seed(0, "augment", 4)
+        True
+    """
+    text = "/".join(str(part) for part in (seed, *stream))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def learning_rate(
+    base: float, minimum: float, progress: float, *, schedule: str = "cosine", warmup: float = 0.0
+) -> float:
+    """The learning rate at a point of the run.
+
+    cosine: minimum + (base - minimum) (1 + cos(pi t)) / 2; linear: base + (minimum - base) t; with
+    t = (progress - warmup) / (1 - warmup). While progress < warmup it rises linearly from 0 to base.
+
+    Args:
+        base, minimum: at the start and at the end, base >= minimum >= 0.
+        progress: share of the run that is done, in [0, 1].
+        schedule: "cosine" or "linear".
+        warmup: share of the run that warms up, in [0, 1).
+
+    Example:
+        >>> [round(learning_rate(0.1, 0.0, p), 3) for p in (0.0, 0.5, 1.0)]
+        [0.1, 0.05, 0.0]
+    """
+    if progress < warmup:
+        return base * progress / warmup
+    t = (progress - warmup) / (1.0 - warmup)
+    if schedule == "linear":
+        return base + (minimum - base) * t
+    return minimum + (base - minimum) * (1.0 + math.cos(math.pi * t)) / 2.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, no gradient of these parameters is computed: the graph holds only what the others need."""
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> None:
+    """Scale the gradients so that their joint norm is at most `max_norm` (None: leave them)."""
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], compute: Compute) -> Metrics:
+    """Mean cross-entropy and top-1 of a network that is in eval mode."""
+    totals = Totals(compute.device)
+    with torch.no_grad():
+        for images, target in batches:
+            with compute.autocast():
+                logits = forward(images)
+            totals.add(F.cross_entropy(logits.float(), target), logits, target)
+    return totals.metrics()
+
+
+def check_finite(metrics: Metrics, epoch: int) -> None:
+    """Refuse to go on from a diverged epoch.
+
+    Raises:
+        IstanasError: if the training loss is NaN or infinite.
+    """
+    if not math.isfinite(metrics.loss):
+        raise IstanasError(
+            f"training loss is {metrics.loss} in epoch {epoch}: the run diverged, lower the learning rate (lr) "
+            "or grad_clip; the checkpoint of the epoch before is kept"
+        )
+
+
+def train_target_epoch(
+    net: TargetNet,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    compute: Compute,
+    *,
+    lr_at: Callable[[int], float],
+    auxiliary_weight: float,
+    label_smoothing: float,
+    grad_clip: float | None,
+    observe: Observer | None = None,
+) -> Metrics:
+    """One epoch of a target network: loss = CE(logits) + auxiliary_weight CE(auxiliary logits).
+
+    Args:
+        net: the network (put into training mode here); its `drop_path_prob` is the caller's.
+        optimizer: over the network's parameters.
+        batches: (pictures (B, C, H, W), labels (B,)) on `compute.device`.
+        compute: device and precision.
+        lr_at: learning rate of the step with this index.
+        auxiliary_weight: >= 0, of the auxiliary head's loss.
+        label_smoothing: in [0, 1).
+        grad_clip: largest joint norm of the gradients, or None.
+        observe: called after every step.
+
+    Returns:
+        Mean loss and top-1 over the epoch's (augmented) pictures.
+    """
+    net.train()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    totals = Totals(compute.device)
+    for step, (images, target) in enumerate(batches):
+        set_learning_rate(optimizer, lr_at(step))
+        with compute.autocast():
+            logits, auxiliary = net.forward_with_auxiliary(images)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+        total = loss
+        if auxiliary is not None:
+            auxiliary_loss = F.cross_entropy(auxiliary.float(), target, label_smoothing=label_smoothing)
+            total = loss + auxiliary_weight * auxiliary_loss
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        clip_gradients(parameters, grad_clip)
+        optimizer.step()
+        totals.add(loss, logits, target)
+        if observe is not None:
+            observe(step + 1, totals)
+    return totals.metrics()
