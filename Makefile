@@ -1,0 +1,41 @@
+# make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The first interpreter that is new enough; PYTHON=... on the command line overrides it.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: $(INSTALLED) ## make the virtual environment; again only when pyproject.toml or constraints.txt change
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "python: no python3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on handwritten digits (minutes, no GPU, no download)
+	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
+
+test: lint ## lint, types, and all tests and doctests, slow ones included
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict istanas
+	$(BIN)/mypy pipeline
+
+format: $(INSTALLED) ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build products; runs, MLflow's store and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find istanas pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Pictures: data sets by name, stratified splits, batched augmentation, reproducible loading."""
+
+from istanas.data.augment import Augmentation, augment, cutout, normalize, random_crop, random_flip
+from istanas.data.datasets import (
+    DATASETS,
+    ArrayPictures,
+    FilePictures,
+    ImageDataset,
+    Pictures,
+    load_dataset,
+    stratified_split,
+    stratified_subset,
+)
+from istanas.data.loading import BatchLoader, batches
+
+__all__ = [
+    "DATASETS",
+    "ArrayPictures",
+    "Augmentation",
+    "BatchLoader",
+    "FilePictures",
+    "ImageDataset",
+    "Pictures",
+    "augment",
+    "batches",
+    "cutout",
+    "load_dataset",
+    "normalize",
+    "random_crop",
+    "random_flip",
+    "stratified_split",
+    "stratified_subset",
+]

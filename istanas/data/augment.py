@@ -1,0 +1,199 @@
+"""Augmentation of whole batches of small pictures: crop, flip, normalise, cutout in a few tensor operations.
+
+Every random number comes from the generator that is passed in, so a batch follows from its seed alone. The
+draws are made on the generator's device and moved: a CPU generator augments alike on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from istanas.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training picture; zeros and False leave it as it is.
+
+    Args:
+        crop_padding: zero pixels added on each side before a crop of the old size, >= 0.
+        horizontal_flip: mirror every second picture (by chance) left to right.
+        cutout: side of the square in pixels that is set to the mean, >= 0 (0: none).
+
+    Raises:
+        ConfigError: a negative padding or side.
+
+    Example:
+        >>> Augmentation(crop_padding=4, horizontal_flip=True, cutout=16).cutout
+        16
+    """
+
+    crop_padding: int = 0
+    horizontal_flip: bool = False
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no picture can be given."""
+        for field in ("crop_padding", "cutout"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ConfigError(f"augmentation.{field}: {value} is negative; use 0 to leave it out")
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Pad with zeros and cut the old size out at a random place, for each picture its own.
+
+    out[i, :, y, x] = padded[i, :, y + dy_i, x + dx_i],  dy_i, dx_i uniform on {0, ..., 2 padding}
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        padding: pixels on each side, >= 0; 0 returns `images` and draws nothing.
+        generator: source of the offsets.
+
+    Returns:
+        (B, C, H, W), the dtype of `images`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> random_crop(torch.ones(2, 3, 8, 8, dtype=torch.uint8), 1, g).shape
+        torch.Size([2, 3, 8, 8])
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", section 4.2.
+    """
+    if padding == 0:
+        return images
+    n, _, height, width = images.shape
+    offsets = _integers((2, n), 2 * padding + 1, generator, images.device)
+    # All crops are views of one padded batch: window (dy, dx) of picture i is windows[i, :, dy, dx].
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(n, device=images.device), :, offsets[0], offsets[1]]
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each picture left to right with probability 1/2.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        generator: source of the coins.
+
+    Returns:
+        (B, C, H, W), the dtype of `images`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> random_flip(torch.arange(8).view(4, 1, 1, 2), g).flatten().tolist()
+        [0, 1, 3, 2, 5, 4, 6, 7]
+    """
+    heads = _integers((images.shape[0], 1, 1, 1), 2, generator, images.device).bool()
+    return torch.where(heads, images.flip(3), images)
+
+
+def cutout(images: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Set a square to 0 (of normalised pictures: the mean), clipped at the border.
+
+    Its centre (cy, cx) is uniform over the picture. Rows from cy - length // 2 up to, not including,
+    cy - length // 2 + length; columns likewise.
+
+    Args:
+        images: (B, C, H, W) floats.
+        length: side in pixels, >= 0; 0 returns `images` and draws nothing.
+        generator: source of the centres.
+
+    Returns:
+        (B, C, H, W), a new tensor with the dtype and memory format of `images`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> int((cutout(torch.ones(1, 1, 9, 9), 1, g) == 0).sum())
+        1
+
+    Source: DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with cutout".
+    """
+    if length == 0:
+        return images
+    n, _, height, width = images.shape
+    inside = [
+        _within(size, length, _integers((n, 1), size, generator, images.device)) for size in (height, width)
+    ]
+    kept = ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+    return images * kept
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Turn bytes into standardised floats in channels_last memory format: (x / 255 - mean) / std.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        mean: C means in [0, 1].
+        std: C deviations, > 0.
+        dtype: of the result; half precisions are computed in float32 and rounded once.
+
+    Returns:
+        (B, C, H, W) of `dtype`.
+
+    Example:
+        >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.25]).item()
+        2.0
+    """
+    precise = dtype if dtype == torch.float64 else torch.float32
+    shape = (1, len(mean), 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=precise, device=images.device).view(shape)
+    shift = torch.tensor(
+        [m / s for m, s in zip(mean, std, strict=True)], dtype=precise, device=images.device
+    ).view(shape)
+    floats = images.contiguous(memory_format=torch.channels_last).to(precise)
+    return floats.mul_(scale).sub_(shift).to(dtype)
+
+
+def augment(
+    images: Tensor,
+    augmentation: Augmentation,
+    mean: Sequence[float],
+    std: Sequence[float],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Crop, flip, normalise and cut out, in the published order: padding is black, the cut is the mean.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        augmentation: what to do.
+        mean: C means in [0, 1].
+        std: C deviations, > 0.
+        generator: source of all draws (crop, then flip, then cutout).
+        dtype: of the result.
+
+    Returns:
+        (B, C, H, W) of `dtype`, channels_last.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> batch = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> augment(batch, Augmentation(crop_padding=1), [0.5], [0.5], g).unique().tolist()
+        [-1.0]
+
+    Source: Liu et al. 2019 (DARTS), appendix A.1, which ISTA-NAS follows.
+    """
+    images = random_crop(images, augmentation.crop_padding, generator)
+    if augmentation.horizontal_flip:
+        images = random_flip(images, generator)
+    return cutout(normalize(images, mean, std, dtype), augmentation.cutout, generator)
+
+
+def _integers(shape: tuple[int, ...], high: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Uniform integers of {0, ..., high - 1}, drawn where the generator lives."""
+    return torch.randint(high, shape, generator=generator, device=generator.device).to(device)
+
+
+def _within(size: int, length: int, centre: Tensor) -> Tensor:
+    """Mark the positions in the interval of `length` around each centre: (B, 1) -> (B, size) bools."""
+    start = centre - length // 2
+    position = torch.arange(size, device=centre.device)
+    return (position >= start) & (position < start + length)

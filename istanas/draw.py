@@ -1,0 +1,335 @@
+"""Cell figures: a genotype as left-to-right graphs that can be read at a glance, on the screen and in MLflow.
+
+networkx ranks the states (topological generations, multipartite layout), matplotlib draws. What is left to
+decide here is how far each edge bends and where on it the name of its operation stands; `_route` does that by
+coordinate descent on a cost that counts what a reader would mind: names on names, edges through boxes, edges
+on top of each other.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from istanas.errors import GenotypeError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from istanas.space.genotype import Genotype
+
+Array = npt.NDArray[np.float64]
+
+# Dark enough to be read on white; told apart without colour vision by the names beside them.
+COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
+OTHER_COLOUR = "#8a1c7c"
+CONCAT_COLOUR = "#a0a0a0"
+_INK, _NODE_FILL, _END_FILL = "#222222", "#fdf3d1", "#e4ecf4"
+
+# Inches. The axes are in inches too, so that a shape looks as it was computed.
+_TITLE = 0.4
+_SMALLEST_PAGE = (8.0, 4.2)
+_LAYER, _NAME = 1.75, 0.33  # width that a layer takes, height that a name takes
+_MARGIN = (0.75, 0.6)
+_NODE_SIZE = (0.74, 0.36)
+_FONT_FAMILY, _FONT_SIZE = "DejaVu Sans", 10.0
+_BENDS = np.outer([0.0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.8, 1.0], [1, -1]).ravel()[1:]
+_STOPS = np.array([0.5, 0.44, 0.56, 0.38, 0.62, 0.32, 0.68, 0.26, 0.74])
+_SAMPLES = np.linspace(0, 1, 41)
+
+
+@dataclass(frozen=True)
+class _Edge:
+    source: int
+    target: int
+    op: str | None
+    width: float
+
+
+def colour_of(op: str) -> str:
+    """Colour of an operation by its kind; one colour for all kinds that are not known.
+
+    Example:
+        >>> colour_of("sep_conv_5x5") == colour_of("sep_conv_3x3")
+        True
+    """
+    return next((colour for kind, colour in COLOURS.items() if kind in op), OTHER_COLOUR)
+
+
+def draw_cell(
+    picks: Sequence[Sequence[tuple[str, int]]],
+    concat: Sequence[int],
+    *,
+    title: str = "",
+    weights: Sequence[Sequence[float]] | None = None,
+) -> Figure:
+    """Draw one cell from its inputs on the left to the concatenation on the right.
+
+    Args:
+        picks: `picks[i]` holds node i's inputs as (operation, state); states 0 and 1 are the cell's inputs,
+            i + 2 is node i.
+        concat: states whose outputs are concatenated, each in 0..len(picks) + 1.
+        title: written above the graph.
+        weights: edge weights, in the shape of `picks`, finite; the greater |weight|, the wider the edge.
+            None or empty: all alike.
+
+    Returns:
+        A figure with a white background, at least 8 inches wide. Two operations on one edge are two curves.
+
+    Raises:
+        GenotypeError: a state that does not exist yet where it is used, or weights that do not fit.
+
+    Example:
+        >>> figure = draw_cell([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], title="normal")
+        >>> sorted(text.get_text() for text in figure.axes[0].texts)
+        ['$c_{k-1}$', '$c_{k-2}$', 'concat', 'node 0', 'sep_conv_3x3', 'skip_connect']
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    edges = _edges(picks, concat, weights)
+    places, page = _places(edges, len(picks))
+    bends, stops = _route(edges, places, page)
+    width, height = page[0], page[1] + _TITLE
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    font = FontProperties(family=_FONT_FAMILY, size=_FONT_SIZE)
+    figure.suptitle(title, y=1 - _TITLE / 2 / height, va="center", fontproperties=font)
+
+    def write(place: Array, text: str, colour: str, **options: Any) -> None:
+        style = {"ha": "center", "va": "center", "fontproperties": font, "color": colour, **options}
+        axes.text(place[0], place[1], text, **style)
+
+    half = np.array(_NODE_SIZE) / 2
+    names = ["$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(len(picks))), "concat"]
+    fills = [_END_FILL, _END_FILL, *(_NODE_FILL for _ in picks), _END_FILL]
+    boxes = []
+    for place, name, fill in zip(places, names, fills, strict=True):
+        corner = (place[0] - half[0], place[1] - half[1])
+        shape = "round,pad=0,rounding_size=0.1"
+        box = FancyBboxPatch(corner, *_NODE_SIZE, boxstyle=shape, facecolor=fill, edgecolor=_INK, zorder=3)
+        boxes.append(axes.add_patch(box))
+        write(place, name, _INK, zorder=4)
+
+    for edge, bend, stop in zip(edges, bends, stops, strict=True):
+        colour = CONCAT_COLOUR if edge.op is None else colour_of(edge.op)
+        arrow = FancyArrowPatch(
+            tuple(places[edge.source]),
+            tuple(places[edge.target]),
+            connectionstyle=f"arc3,rad={bend}",
+            arrowstyle="-|>",
+            mutation_scale=11,
+            patchA=boxes[edge.source],
+            patchB=boxes[edge.target],
+            linewidth=edge.width,
+            color=colour,
+            zorder=1,
+        )
+        axes.add_patch(arrow)
+        if edge.op is not None:
+            place = _curve(places[edge.source], places[edge.target], bend, stop)
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            write(place, edge.op, colour, bbox=ground, zorder=2)
+    return figure
+
+
+def save_genotype_figures(
+    genotype: Genotype,
+    folder: Path,
+    *,
+    weights_normal: Sequence[Sequence[float]] | None = None,
+    weights_reduce: Sequence[Sequence[float]] | None = None,
+) -> list[Path]:
+    """Write both cells, each as SVG and PNG; the same genotype gives the same bytes.
+
+    Args:
+        genotype: both cells.
+        folder: made if it does not exist. Each file appears whole or not at all.
+        weights_normal: edge weights of the normal cell, in the shape of its picks.
+        weights_reduce: the same for the reduction cell.
+
+    Returns:
+        The four paths.
+
+    Raises:
+        GenotypeError: as `draw_cell`.
+
+    Example:
+        >>> import tempfile
+        >>> from istanas.space import PUBLISHED
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in save_genotype_figures(PUBLISHED["ISTA_twostage"], Path(folder))]
+        ['normal.svg', 'normal.png', 'reduce.svg', 'reduce.png']
+    """
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = (
+        ("normal", genotype.normal, genotype.normal_concat, weights_normal),
+        ("reduce", genotype.reduce, genotype.reduce_concat, weights_reduce),
+    )
+    paths = []
+    for name, picks, concat, weights in cells:
+        figure = draw_cell(picks, concat, title=f"{name} cell", weights=weights)
+        # Text stays text (small, searchable); no random id and no date makes two equal figures differ.
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
+            for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+                content = io.BytesIO()
+                figure.savefig(content, format=kind, dpi=200, metadata=metadata)
+                paths.append(_write(folder / f"{name}.{kind}", content.getvalue()))
+    return paths
+
+
+def _write(path: Path, content: bytes) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return path
+
+
+def _edges(
+    picks: Sequence[Sequence[tuple[str, int]]],
+    concat: Sequence[int],
+    weights: Sequence[Sequence[float]] | None,
+) -> list[_Edge]:
+    """The checked edges of the graph; the concatenation is state len(picks) + 2."""
+    last = len(picks) + 1
+    for node, inputs in enumerate(picks):
+        for op, state in inputs:
+            if not 0 <= state < node + 2:
+                raise GenotypeError(f"node {node}: {op} reads state {state}; choose a state in 0..{node + 1}")
+    for state in concat:
+        if not 0 <= state <= last:
+            raise GenotypeError(f"concat: state {state} does not exist; choose states in 0..{last}")
+    if weights is not None and len(weights) == 0:
+        weights = None
+    if weights is not None and [len(row) for row in weights] != [len(inputs) for inputs in picks]:
+        raise GenotypeError(
+            f"weights: {[len(row) for row in weights]} values a node; "
+            f"give one for each pick, {[len(inputs) for inputs in picks]}"
+        )
+
+    if not all(np.isfinite(w) for row in weights or () for w in row):
+        raise GenotypeError("weights: NaN or infinite; give finite numbers, or none to draw all edges alike")
+
+    largest = max((abs(w) for row in weights or () for w in row), default=0.0)
+    edges = []
+    for node, inputs in enumerate(picks):
+        for i, (op, state) in enumerate(inputs):
+            width = 1.8 if weights is None or largest == 0 else 0.8 + 3.4 * abs(weights[node][i]) / largest
+            edges.append(_Edge(state, node + 2, op, float(width)))
+    return edges + [_Edge(state, last + 1, None, 1.2) for state in concat]
+
+
+def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
+    """Centres of all states in inches, (n_nodes + 3, 2), and the page below the title, (width, height)."""
+    import networkx
+
+    output = n_nodes + 2
+    graph = networkx.MultiDiGraph()
+    graph.add_nodes_from(range(output))
+    graph.add_edges_from((edge.source, edge.target) for edge in edges if edge.target != output)
+    # Largest state first, because the layout fills a layer from below: c_{k-2} comes to stand above c_{k-1}.
+    layers = [sorted(generation, reverse=True) for generation in networkx.topological_generations(graph)]
+    layers.append([output])
+    raw = networkx.multipartite_layout(range(output + 1), subset_key=dict(enumerate(layers)))
+
+    n_names = sum(edge.op is not None for edge in edges)
+    page = np.maximum(_SMALLEST_PAGE, (_LAYER * len(layers), _NAME * n_names))
+    xy = np.array([raw[state] for state in range(output + 1)])
+    # From the concatenation at (0, 0) leftwards to x = -1.
+    xy = (xy - xy[output]) / (xy[output, 0] - xy[0, 0])
+    span = page - 2 * np.array(_MARGIN)
+    spread = max(np.ptp(xy[:, 1]), 1e-9)
+    rise = min(span[1] / spread, 2.6 * (len(layers) - 1))
+    return np.array([page[0] - _MARGIN[0], page[1] / 2]) + xy * (span[0], rise), page
+
+
+def _curve(start: Array, end: Array, bend: float | Array, t: float | Array) -> Array:
+    """Points of matplotlib's arc3: quadratic Bezier, controlled from `bend` lengths beside the middle."""
+    along = end - start
+    control = (start + end) / 2 + np.asarray(bend)[..., None] * np.array([along[1], -along[0]])
+    t = np.asarray(t)[..., None]
+    curve: Array = (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t**2 * end
+    return curve
+
+
+def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, Array]:
+    """Bend of each edge and the stop on it (0..1) where its name stands, both (E,).
+
+    One edge after the other takes the cheapest of all (bend, stop), given the others, until none changes.
+    """
+    ends = [(places[edge.source], places[edge.target]) for edge in edges]
+    curves = np.array([_curve(*pair, _BENDS[:, None], _SAMPLES) for pair in ends])  # (E, bends, samples, 2)
+    spots = np.array([_curve(*pair, _BENDS[:, None], _STOPS) for pair in ends])  # (E, bends, stops, 2)
+    box = np.array(_NODE_SIZE) / 2
+    names = np.array([_text_size(edge.op) for edge in edges]) / 2
+    # Edges that share a box must meet there: only what lies outside the boxes counts as one edge on another.
+    at_ends = np.array(
+        [_touches(curves[i], np.array(pair), box + 0.2).any(-1) for i, pair in enumerate(ends)]
+    )
+    free = np.where(at_ends[..., None], np.nan, curves)
+
+    def own_cost(i: int) -> Array:
+        middle = page[None] / 2
+        strangers = np.delete(places, [edges[i].source, edges[i].target], axis=0)
+        through = _touches(curves[i], strangers, box + 0.08).sum((-2, -1))
+        covered = _touches(spots[i], places, box + names[i] + 0.14).sum(-1)
+        outside = (~_touches(curves[i], middle, middle - 0.1)).sum((-2, -1))
+        cut = (~_touches(spots[i], middle, middle - 0.1 - names[i])).sum(-1)
+        effort = 4 * np.abs(_BENDS)[:, None] + 3 * np.abs(_STOPS - 0.5)
+        cost: Array = 10.0 * (through + outside)[:, None] + 200 * covered + 50 * cut + effort
+        return cost
+
+    def shared_cost(i: int) -> Array:
+        rest = np.arange(len(edges)) != i
+        paths = free[rest, bends[rest]].reshape(-1, 2)
+        labels, sizes = spots[rest, bends[rest], stops[rest]], names[rest]
+        close = _touches(free[i], paths, 0.09).any(-1).sum(-1)
+        under = _touches(curves[i], labels, sizes + 0.04).sum((-2, -1))
+        over = _touches(spots[i], paths, names[i] + 0.04).sum(-1)
+        clash = _touches(spots[i], labels, sizes + names[i] + 0.04).sum(-1)
+        cost: Array = (close + 4.0 * under)[:, None] + 4 * over + 200 * clash
+        return cost
+
+    fixed = [own_cost(i) for i in range(len(edges))]
+    bends, stops = np.zeros((2, len(edges)), dtype=int)
+    for _ in range(8):
+        before = (bends.copy(), stops.copy())
+        for i in range(len(edges)):
+            cost = fixed[i] + shared_cost(i)
+            bends[i], stops[i] = np.unravel_index(cost.argmin(), cost.shape)
+        if np.array_equal(before, (bends, stops)):
+            break
+    return _BENDS[bends], _STOPS[stops]
+
+
+def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[np.bool_]:
+    """Which points (..., 2) lie in which boxes of half size `half` around centres (M, 2): (..., M).
+
+    NaN lies nowhere.
+    """
+    return np.asarray(np.all(np.abs(points[..., None, :] - centres) < half, axis=-1))
+
+
+def _text_size(text: str | None) -> tuple[float, float]:
+    """Width and height in inches; NaN for no text, so that nothing ever touches it."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    if text is None:
+        return (np.nan, np.nan)
+    font = FontProperties(family=_FONT_FAMILY, size=_FONT_SIZE)
+    return (TextPath((0, 0), text, prop=font).get_extents().width / 72, 1.3 * _FONT_SIZE / 72)

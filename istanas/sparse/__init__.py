@@ -1,0 +1,36 @@
+"""Sparse coding: compressed parameters to the code of every node, and back to edge weights."""
+
+from istanas.sparse.convex import mosek_licence
+from istanas.sparse.lasso import (
+    critical_l1,
+    dual_point,
+    duality_gap,
+    kkt_holds,
+    kkt_violation,
+    objective,
+    top_support,
+    truncation_error,
+)
+from istanas.sparse.measurement import edge_weights, gram_bias, initial_compressed_alphas, measurement_matrix
+from istanas.sparse.recovery import SOLVERS, RecoveryResult, RecoveryWarning, recover, recover_nodes
+
+__all__ = [
+    "SOLVERS",
+    "RecoveryResult",
+    "RecoveryWarning",
+    "critical_l1",
+    "dual_point",
+    "duality_gap",
+    "edge_weights",
+    "gram_bias",
+    "initial_compressed_alphas",
+    "kkt_holds",
+    "kkt_violation",
+    "measurement_matrix",
+    "mosek_licence",
+    "objective",
+    "recover",
+    "recover_nodes",
+    "top_support",
+    "truncation_error",
+]

@@ -1,0 +1,323 @@
+"""Exact LASSO, batched: follow the minimiser from the critical l1, where it is 0, down to the l1 wanted.
+
+Between two breakpoints the support S and its signs stay, and the minimiser is a straight line in the penalty:
+z_S(t) = G^-1 (A_S^T b - t sign_S), G = A_S^T A_S. A breakpoint is the next t at which a candidate joins S
+(its |A_j^T r| reaches t) or leaves it (its z_i reaches 0). All nodes of the batch take their own step at
+once.
+
+What rounding or dependent columns spoil is seen by the optimality conditions, and mended node by node with a
+primal active-set method, which needs neither general position nor independent columns.
+
+Source: Osborne, Presnell, Turlach, A new approach to variable selection, IMA J. Numer. Anal. 2000; Efron et
+    al.,
+Least angle regression, Annals of Statistics 2004; Lawson, Hanson, Solving least squares problems, 1974
+(mending).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from istanas.sparse.lasso import Array, Indices, duality_gap, kkt_holds, matvec, objective, rmatvec
+
+# A candidate whose |A_j^T r| falls as fast as the penalty never meets it: columns equal to, or within the
+# span of, those of S do so up to rounding.
+_PARALLEL = 1e-9
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Signs: TypeAlias = npt.NDArray[np.int8]
+
+
+class Path(NamedTuple):
+    """What `solve_path` returns: codes z (B, n) and the line segments of each path, n_iter (B,)."""
+
+    z: Array
+    n_iter: Indices
+
+
+def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None) -> Path:
+    """The exact minimisers of a batch: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
+
+    Args:
+        A: measurement matrices, float64 (B, m, n); columns of zeros (padding) are never chosen.
+        b: compressed parameters, float64 (B, m).
+        l1_weight: l1 > 0.
+        max_iter: bound on the segments of a path, and on the steps of its mending; default 20 (m + n).
+
+    Returns:
+        The codes and the steps taken.
+
+    Example:
+        >>> solve_path(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5).z
+        array([[0.5, 0. ]])
+    """
+    m, n = A.shape[1:]
+    limit = 20 * (m + n) if max_iter is None else max_iter
+    signs, n_iter = _follow(A, b, l1_weight, limit)
+    z = on_support(A, b, l1_weight, signs)
+    for i in np.flatnonzero(~kkt_holds(A, b, z, l1_weight)):
+        mended, steps = mend(A[i], b[i], l1_weight, z[i], limit)
+        n_iter[i] += steps
+        better = duality_gap(A[i], b[i], mended, l1_weight) < duality_gap(A[i], b[i], z[i], l1_weight)
+        if better or kkt_holds(A[i], b[i], mended, l1_weight):
+            z[i] = mended
+    return Path(z, n_iter)
+
+
+def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
+    """The code in closed form on a support with given signs: z_S = G^-1 (A_S^T b - l1 sign_S), refined once.
+
+    Args:
+        A: measurement matrices, float64 (B, m, n).
+        b: compressed parameters, float64 (B, m).
+        l1_weight: l1 > 0.
+        signs: -1, 0 (not in S) or 1 for every candidate, (B, n).
+
+    Returns:
+        z, (B, n); the minimiser if and only if the optimality conditions hold.
+
+    Example:
+        >>> on_support(np.eye(2)[None], np.array([[1.0, 2.0]]), 0.5, np.array([[0, 1]], dtype=np.int8))
+        array([[0. , 1.5]])
+    """
+    batch, _, n = A.shape
+    count = (signs != 0).sum(-1)
+    width = int(count.max(initial=0))
+    if width == 0:
+        return np.zeros((batch, n))
+    # Members of S first, in rising order; the slots after them are masked.
+    slots = np.argsort(signs == 0, axis=-1, kind="stable")[:, :width]
+    used = np.arange(width) < count[:, None]
+    rows = np.arange(batch)[:, None]
+    A_S = A.swapaxes(1, 2)[rows, slots] * used[..., None]
+    sign_S = np.where(used, signs[rows, slots], 0).astype(np.float64)
+    gram = _gram(A_S, used)
+    z_S = _solve(gram, (A_S @ b[..., None])[..., 0] - l1_weight * sign_S)
+    residual = b - rmatvec(A_S, z_S)
+    z_S += _solve(gram, matvec(A_S, residual) - l1_weight * sign_S)
+    z = np.zeros((batch, n))
+    np.put_along_axis(z, slots, np.where(used, z_S, 0.0), axis=-1)
+    return z
+
+
+def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
+    """Whether earlier supports still are the right ones, by the optimality conditions of their closed form.
+
+    The signs are those of the least-squares fit on S, then of the code itself.
+
+    Args:
+        A: measurement matrices, float64 (B, m, n).
+        b: compressed parameters, float64 (B, m).
+        l1_weight: l1 > 0.
+        supports: membership of every candidate, (B, n).
+
+    Returns:
+        z (B, n) and whether it is the minimiser (B,).
+
+    Example:
+        >>> z, right = try_supports(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5, np.array([[True, False]]))
+        >>> z, right
+        (array([[0.5, 0. ]]), array([ True]))
+    """
+    z = on_support(A, b, 0.0, supports.astype(np.int8))
+    for _ in range(2):
+        signs = np.sign(z).astype(np.int8)
+        z = on_support(A, b, l1_weight, signs)
+        if np.array_equal(np.sign(z), signs):
+            break
+    return z, kkt_holds(A, b, z, l1_weight)
+
+
+def mend(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) -> tuple[Array, int]:
+    """A minimiser of one node by a primal active-set method from any start; columns may depend on each other.
+
+    Each step lowers P on the signed support: a Newton step where the Gram matrix allows it, else along its
+    null space; both stop where a coefficient reaches 0, which then leaves. When P is minimal on the support,
+    the candidate of largest |A_j^T r| joins.
+
+    Args:
+        A: measurement matrix, float64 (m, n).
+        b: compressed parameters, float64 (m,).
+        l1_weight: l1 > 0.
+        z: where to start, (n,).
+        max_iter: bound on the steps.
+
+    Returns:
+        The last z (best known: P never rises) and the steps taken.
+
+    Example:
+        >>> z, steps = mend(np.array([[1.0, 1.0]]), np.array([1.0]), 0.5, np.zeros(2), 10)
+        >>> float(z.sum()), kkt_holds([[1.0, 1.0]], [1.0], z, 0.5).item()
+        (0.5, True)
+    """
+    z = z.copy() if objective(A, b, z, l1_weight) < 0.5 * float(b @ b) else np.zeros_like(z)
+    sign = np.sign(z)
+    for step in range(max_iter):
+        S = np.flatnonzero(sign)
+        A_S = A[:, S]
+        correlation = A.T @ (b - A @ z)
+        downhill = correlation[S] - l1_weight * sign[S]
+        size = np.sqrt((A_S**2).sum(0)).max(initial=0.0)
+        rounding = 16.0 * np.finfo(np.float64).eps * size * (np.linalg.norm(b) + size * np.abs(z).sum())
+        if np.abs(downhill).max(initial=0.0) <= max(1e-10 * l1_weight, rounding):
+            if kkt_holds(A, b, z, l1_weight):
+                return z, step
+            outside = np.where(sign == 0, np.abs(correlation), 0.0)
+            joins = int(outside.argmax())
+            if outside[joins] <= l1_weight:
+                return z, step
+            sign[joins] = np.sign(correlation[joins])
+            continue
+        direction, longest = _descent(A_S, downhill)
+        falls = direction * sign[S] < 0
+        to_zero = np.full(len(S), np.inf)
+        to_zero[falls] = z[S][falls] / -direction[falls]
+        length = min(longest, float(to_zero.min(initial=np.inf)))
+        if not np.isfinite(length):
+            return z, step
+        z[S] += length * direction
+        leaves = S[to_zero <= length]
+        z[leaves] = 0.0
+        sign[leaves] = 0.0
+    return z, max_iter
+
+
+def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs, Indices]:
+    """Signs of the minimisers' supports, (B, n), and the segments passed, (B,)."""
+    batch, m, n = A.shape
+    signs = np.zeros((batch, n), dtype=np.int8)
+    n_iter = np.zeros(batch, dtype=np.int64)
+    correlation = rmatvec(A, b)
+    first = np.abs(correlation).argmax(-1)
+    penalty = np.abs(correlation[np.arange(batch), first])
+    # The nodes still under way: all state below is theirs.
+    nodes = np.flatnonzero(penalty > l1_weight)
+    A, b, penalty, first = A[nodes], b[nodes], penalty[nodes], first[nodes]
+    columns = np.ascontiguousarray(A.swapaxes(1, 2))
+    width = min(m, n)
+    # Members of S in the order of joining; what stands behind the first `count` is rubbish.
+    slots = np.zeros((len(nodes), width), dtype=np.int64)
+    slots[:, 0] = first
+    count = np.ones(len(nodes), dtype=np.int64)
+    state = np.zeros((len(nodes), n), dtype=np.int8)
+    state[np.arange(len(nodes)), first] = np.sign(correlation[nodes, first])
+    # The candidate that just left (-1: none) sits exactly on the bound that it must not seem to meet again.
+    left, left_sign = np.full(len(nodes), -1), np.zeros(len(nodes))
+
+    for _ in range(max_iter):
+        if len(nodes) == 0:
+            break
+        row = np.arange(len(nodes))
+        k = max(int(count.max()), 1)
+        used = np.arange(k) < count[:, None]
+        S = slots[:, :k]
+        sign_S = np.where(used, state[row[:, None], S], 0).astype(np.float64)
+        segment = _segment(A, b, columns[row[:, None], S] * used[..., None], sign_S, used, penalty)
+
+        join_up, join_down = _steps_to_bounds(segment, penalty)
+        i = np.flatnonzero(left >= 0)
+        join_up[i, left[i]] = np.where(left_sign[i] > 0, np.inf, join_up[i, left[i]])
+        join_down[i, left[i]] = np.where(left_sign[i] < 0, np.inf, join_down[i, left[i]])
+        closed = (state != 0) | (count == width)[:, None]
+        join = np.where(closed, np.inf, np.minimum(join_up, join_down))
+        leave = _steps_to_zero(segment, sign_S)
+
+        joiner, leaver = join.argmin(-1), leave.argmin(-1)
+        join_step, leave_step, last_step = join[row, joiner], leave[row, leaver], penalty - l1_weight
+        step = np.minimum(join_step, leave_step)
+        on = step < last_step  # not so for a NaN, which the optimality conditions will notice
+        leaves = on & (leave_step <= join_step)
+        joins = on & ~leaves
+        penalty -= np.where(on, step, last_step)
+        n_iter[nodes] += 1
+
+        left[:] = -1
+        i = np.flatnonzero(leaves)
+        gone, end = slots[i, leaver[i]], count[i] - 1
+        left[i], left_sign[i] = gone, state[i, gone]
+        slots[i, leaver[i]] = slots[i, end]
+        state[i, gone] = 0
+        count[i] = end
+        i = np.flatnonzero(joins)
+        slots[i, count[i]] = joiner[i]
+        state[i, joiner[i]] = np.where(join_up[i, joiner[i]] <= join_down[i, joiner[i]], 1, -1)
+        count[i] += 1
+
+        if not on.all():
+            signs[nodes[~on]] = state[~on]
+            nodes, A, b, columns, penalty = nodes[on], A[on], b[on], columns[on], penalty[on]
+            slots, state, count, left, left_sign = slots[on], state[on], count[on], left[on], left_sign[on]
+    signs[nodes] = state
+    return signs, n_iter
+
+
+class _Segment(NamedTuple):
+    """A straight piece of the paths at its upper end: values, and their change as the penalty falls by 1."""
+
+    code: Array
+    grows: Array
+    correlation: Array
+    falls: Array
+
+
+def _segment(A: Array, b: Array, A_S: Array, sign_S: Array, used: Mask, penalty: Array) -> _Segment:
+    right = np.stack([matvec(A_S, b) - penalty[:, None] * sign_S, sign_S], axis=-1)
+    solution = _solve(_gram(A_S, used), right)
+    images = np.matmul(solution.swapaxes(1, 2), A_S)
+    images[:, 0] = b - images[:, 0]
+    rates = np.matmul(images, A)
+    return _Segment(solution[..., 0], solution[..., 1], rates[:, 0], rates[:, 1])
+
+
+def _steps_to_bounds(segment: _Segment, penalty: Array) -> tuple[Array, Array]:
+    """By how much the penalty falls until A_j^T r meets it, and until -A_j^T r does; inf for never."""
+    above = np.maximum(penalty[:, None] - segment.correlation, 0.0)
+    below = np.maximum(penalty[:, None] + segment.correlation, 0.0)
+    up, down = 1.0 - segment.falls, 1.0 + segment.falls
+    never = np.full_like(up, np.inf)
+    return (
+        np.divide(above, up, out=never.copy(), where=up > _PARALLEL),
+        np.divide(below, down, out=never, where=down > _PARALLEL),
+    )
+
+
+def _steps_to_zero(segment: _Segment, sign_S: Array) -> Array:
+    """By how much the penalty falls until a member of S reaches 0; inf for never."""
+    shrinks = -sign_S * segment.grows
+    size = np.maximum(sign_S * segment.code, 0.0)
+    return np.divide(size, shrinks, out=np.full_like(size, np.inf), where=shrinks > 0)
+
+
+def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
+    """A direction that lowers P, and its longest useful step: Newton's (1), or in the null space (inf)."""
+    _, singular, right = np.linalg.svd(A_S, full_matrices=False)
+    rank = int((singular > 1e-10 * singular[0]).sum())
+    basis = right[:rank]
+    flat = downhill - basis.T @ (basis @ downhill)
+    if np.linalg.norm(flat) > 1e-8 * np.linalg.norm(downhill):
+        return flat, float("inf")
+    return basis.T @ ((basis @ downhill) / singular[:rank] ** 2), 1.0
+
+
+def _gram(A_S: Array, used: Mask) -> Array:
+    """A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
+    gram = A_S @ A_S.swapaxes(1, 2)
+    diagonal = np.arange(used.shape[1])
+    gram[:, diagonal, diagonal] += ~used
+    return gram
+
+
+def _solve(gram: Array, right: Array) -> Array:
+    flat = right.ndim == 2
+    columns = right[..., None] if flat else right
+    try:
+        solution = np.linalg.solve(gram, columns)
+    except np.linalg.LinAlgError:
+        # One singular matrix stops the batch: a ridge of the size of rounding lets it through to the mending.
+        k = gram.shape[-1]
+        ridge = np.finfo(np.float64).eps * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(k)
+        solution = np.linalg.solve(gram + ridge + np.finfo(np.float64).tiny * np.eye(k), columns)
+    return np.asarray(solution[..., 0] if flat else solution)

@@ -1,0 +1,268 @@
+"""The LASSO, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1: objective, duality gap, optimality, top-s support.
+
+Everything here is float64 numpy, stateless, and broadcasts over leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from istanas.errors import ConfigError, SolverError
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+
+def as_float64(values: Any) -> Array:
+    """A float64 numpy array of any array, tensor (any device, with or without gradient) or nested sequence.
+
+    Args:
+        values: numbers of any kind and shape.
+
+    Example:
+        >>> as_float64([1, 2]).dtype
+        dtype('float64')
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def matvec(A: Array, x: Array) -> Array:
+    """A x, over leading batch dimensions: (..., m, n) times (..., n) gives (..., m).
+
+    Example:
+        >>> matvec(np.eye(2), np.array([1.0, 2.0]))
+        array([1., 2.])
+    """
+    return (A @ x[..., None])[..., 0]
+
+
+def rmatvec(A: Array, r: Array) -> Array:
+    """A^T r, over leading batch dimensions: (..., m, n) and (..., m) give (..., n).
+
+    Example:
+        >>> rmatvec(np.array([[1.0, 2.0]]), np.array([3.0]))
+        array([3., 6.])
+    """
+    return (r[..., None, :] @ A)[..., 0, :]
+
+
+def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
+    """The LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, divided by neither m nor n.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+        z: codes, (..., n).
+        l1_weight: l1 > 0.
+
+    Returns:
+        P(z), float64 of shape (...).
+
+    Example:
+        >>> float(objective([[1.0, 0.0]], [2.0], [1.0, 3.0], l1_weight=0.5))
+        2.5
+
+    Source: Yang et al., ISTA-NAS, NeurIPS 2020.
+    """
+    A, b, z = as_float64(A), as_float64(b), as_float64(z)
+    residual = b - matvec(A, z)
+    return 0.5 * (residual**2).sum(-1) + l1_weight * np.abs(z).sum(-1)
+
+
+def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
+    """A feasible point of the dual: theta = r min(1, l1 / ||A^T r||_inf), r = b - A z.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+        z: codes, (..., n).
+        l1_weight: l1 > 0.
+
+    Returns:
+        theta, (..., m), with ||A^T theta||_inf <= l1.
+
+    Example:
+        >>> dual_point([[2.0]], [4.0], [0.0], l1_weight=1.0)
+        array([0.5])
+
+    Source: Bonnefoy et al., Dynamic screening, IEEE TSP 2015 (residual scaling).
+    """
+    A, b, z = as_float64(A), as_float64(b), as_float64(z)
+    residual = b - matvec(A, z)
+    theta: Array = residual * _feasible_scale(rmatvec(A, residual), l1_weight)[..., None]
+    return theta
+
+
+def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bool = True) -> Any:
+    """How far P(z) can be above its minimum: gap = P(z) - D(theta), D = 1/2 ||b||^2 - 1/2 ||b - theta||^2.
+
+    Computed as 1/2 (1 - s)^2 ||r||^2 + sum_i (l1 |z_i| - z_i A_i^T theta), s = min(1, l1 / ||A^T r||_inf).
+    This is the same number as a sum of terms that are never negative: P and D agree in many digits, and their
+    difference would keep none of them.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+        z: codes, (..., n).
+        l1_weight: l1 > 0.
+        relative: whether to divide by P(0) = 1/2 ||b||^2 (for b = 0: by 1).
+
+    Returns:
+        The gap, >= 0, float64 of shape (...).
+
+    Example:
+        >>> float(duality_gap([[1.0]], [1.0], [0.5], l1_weight=0.5))  # the minimiser is 1 - 0.5
+        0.0
+    """
+    A, b, z = as_float64(A), as_float64(b), as_float64(z)
+    residual = b - matvec(A, z)
+    correlation = rmatvec(A, residual)
+    scale = _feasible_scale(correlation, l1_weight)[..., None]
+    slack = np.maximum(l1_weight * np.abs(z) - z * correlation * scale, 0.0)
+    gap = 0.5 * ((residual * (1.0 - scale)) ** 2).sum(-1) + slack.sum(-1)
+    if not relative:
+        return gap
+    energy = 0.5 * (b**2).sum(-1)
+    return gap / np.where(energy > 0, energy, 1.0)
+
+
+def critical_l1(A: Any, b: Any) -> Any:
+    """The smallest l1 whose minimiser is zero: ||A^T b||_inf.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+
+    Returns:
+        float64 of shape (...).
+
+    Example:
+        >>> float(critical_l1([[1.0, -3.0]], [2.0]))
+        6.0
+    """
+    return np.abs(rmatvec(as_float64(A), as_float64(b))).max(-1)
+
+
+def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
+    """By how much z misses the optimality conditions, in units of A^T r, r = b - A z.
+
+    max over i of |A_i^T r - l1 sign(z_i)| where z_i != 0, and of max(0, |A_i^T r| - l1) where z_i = 0.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+        z: codes, (..., n).
+        l1_weight: l1 > 0.
+
+    Returns:
+        float64 of shape (...), 0 for an exact minimiser.
+
+    Example:
+        >>> float(kkt_violation([[1.0]], [1.0], [0.25], l1_weight=0.5))
+        0.25
+    """
+    A, b, z = as_float64(A), as_float64(b), as_float64(z)
+    correlation = rmatvec(A, b - matvec(A, z))
+    inside = np.maximum(np.abs(correlation) - l1_weight, 0.0)
+    return np.where(z != 0, np.abs(correlation - l1_weight * np.sign(z)), inside).max(-1)
+
+
+def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
+    """Whether z is the minimiser as far as float64 can tell.
+
+    The violation may be 1e-8 l1 or, if more, what rounding leaves in A^T (b - A z), but never above 1e-2 l1:
+    rounding explains everything where a singular system made z huge.
+
+    Args:
+        A: measurement matrices, (..., m, n).
+        b: compressed parameters, (..., m).
+        z: codes, (..., n).
+        l1_weight: l1 > 0.
+
+    Returns:
+        bool of shape (...).
+
+    Example:
+        >>> bool(kkt_holds([[1.0]], [1.0], [0.5], l1_weight=0.5)), bool(kkt_holds([[1.0]], [1.0], [0.4], 0.5))
+        (True, False)
+    """
+    A, b, z = as_float64(A), as_float64(b), as_float64(z)
+    columns = np.sqrt((A**2).sum(-2))
+    terms = np.sqrt((b**2).sum(-1)) + (columns * np.abs(z)).sum(-1)
+    rounding = 16.0 * float(np.finfo(np.float64).eps) * columns.max(-1) * terms
+    return kkt_violation(A, b, z, l1_weight) <= np.clip(rounding, 1e-8 * l1_weight, 1e-2 * l1_weight)
+
+
+def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> Indices:
+    """The `sparsity` entries of largest |z|, of equal ones those of lower index.
+
+    A code with fewer nonzeros than `sparsity` still gives `sparsity` indices (a node of the network needs
+    that many operations): the zeros of lowest index fill up.
+
+    Args:
+        z: one code, (n,), array or tensor.
+        sparsity: how many to keep, 1 .. n, or 1 .. number of groups.
+        groups: the group (edge) of every candidate, (n,); if given, only the best of each group competes.
+
+    Returns:
+        The indices in rising order, int64 of shape (sparsity,).
+
+    Raises:
+        ConfigError: if `sparsity` is out of range or `groups` is not of length n.
+
+    Example:
+        >>> top_support([0.1, -3.0, 2.0], 2).tolist()
+        [1, 2]
+        >>> top_support([0.1, -3.0, 2.0], 2, groups=[0, 1, 1]).tolist()
+        [0, 1]
+    """
+    magnitude = np.abs(as_float64(z))
+    if magnitude.ndim != 1:
+        raise SolverError(f"z has shape {magnitude.shape}: give one code of shape (n,)")
+    if not np.isfinite(magnitude).all():
+        raise SolverError(
+            "z holds a NaN or an infinity: it has no largest entries; recover it from finite A and b"
+        )
+    order = np.argsort(-magnitude, kind="stable")
+    if groups is not None:
+        label = np.asarray(groups)
+        if label.shape != magnitude.shape:
+            raise ConfigError(
+                f"groups has shape {label.shape}: give one group for each of {len(magnitude)} candidates"
+            )
+        # np.unique's first occurrence in falling |z| is the best candidate of each group.
+        order = order[np.sort(np.unique(label[order], return_index=True)[1])]
+    if not 1 <= sparsity <= len(order):
+        what = "candidates of the node" if groups is None else "edges of the node (one operation per edge)"
+        raise ConfigError(f"sparsity is {sparsity}: choose 1 to {len(order)}, the number of {what}")
+    return np.sort(order[:sparsity]).astype(np.int64)
+
+
+def truncation_error(z: Any, support: Any) -> float:
+    """What keeping only `support` throws away: ||z - z_S||_2.
+
+    Args:
+        z: one code, (n,), array or tensor.
+        support: kept indices.
+
+    Returns:
+        The norm, >= 0.
+
+    Example:
+        >>> truncation_error([3.0, 1.0, 4.0], [1])
+        5.0
+    """
+    rest = as_float64(z).copy()
+    rest[np.asarray(support, dtype=np.int64)] = 0.0
+    return float(np.linalg.norm(rest))
+
+
+def _feasible_scale(correlation: Array, l1_weight: float) -> Array:
+    largest = np.abs(correlation).max(-1)
+    return np.asarray(l1_weight / np.maximum(largest, l1_weight), dtype=np.float64)

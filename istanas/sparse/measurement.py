@@ -1,0 +1,181 @@
+"""Measurement matrices, and the way back from a sparse code to the weights on a node's edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from istanas.errors import ConfigError
+from istanas.sparse.lasso import as_float64, top_support
+
+MATRIX_KINDS = ("uniform", "gaussian")
+
+
+def measurement_matrix(
+    kind: str, n_measurements: int, n_candidates: int, seed: int | torch.Generator
+) -> Tensor:
+    """A random measurement matrix: "uniform", in [0, 1), as published; "gaussian", N(0, 1), unit columns.
+
+    Args:
+        kind: "uniform" or "gaussian".
+        n_measurements: rows m >= 1; m >= n is allowed.
+        n_candidates: columns n >= 1.
+        seed: a seed >= 0, or a CPU generator to go on with (one generator for the nodes of a cell, in order).
+
+    Returns:
+        A, float64 of shape (m, n), the same on every machine.
+
+    Raises:
+        ConfigError: if the kind is unknown or a size is below 1.
+
+    Example:
+        >>> A = measurement_matrix("gaussian", 7, 14, seed=0)
+        >>> A.shape, bool((A.norm(dim=0) - 1.0).abs().max() < 1e-12)
+        (torch.Size([7, 14]), True)
+
+    Source: uniform: Yang et al., ISTA-NAS, NeurIPS 2020, published code.
+    """
+    for name, size in (("n_measurements", n_measurements), ("n_candidates", n_candidates)):
+        if size < 1:
+            raise ConfigError(f"{name} is {size}: a measurement matrix needs at least 1")
+    generator, shape = _generator(seed), (n_measurements, n_candidates)
+    if kind == "uniform":
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+    if kind == "gaussian":
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.normalize(normal, dim=0)
+    raise ConfigError(f"measurement matrix is {kind!r}: choose from {', '.join(MATRIX_KINDS)}")
+
+
+def initial_compressed_alphas(
+    n_measurements: int, seed: int | torch.Generator, scale: float = 1e-3
+) -> Tensor:
+    """The compressed parameters of one node before training: b ~ scale N(0, 1).
+
+    Args:
+        n_measurements: m >= 1.
+        seed: a seed >= 0, or a CPU generator to go on with (one generator for all nodes, in order).
+        scale: standard deviation, > 0.
+
+    Returns:
+        b, float64 of shape (m,); the network casts it to its own type.
+
+    Raises:
+        ConfigError: if `n_measurements` is below 1 or `scale` is not positive.
+
+    Example:
+        >>> initial_compressed_alphas(7, seed=0).shape
+        torch.Size([7])
+    """
+    if n_measurements < 1:
+        raise ConfigError(f"n_measurements is {n_measurements}: a node needs at least 1")
+    if not scale > 0:
+        raise ConfigError(
+            f"scale is {scale}: compressed alphas that start at 0 have no code; choose above 0, as 1e-3"
+        )
+    return scale * torch.randn(n_measurements, generator=_generator(seed), dtype=torch.float64)
+
+
+def gram_bias(A: Any, z: Any) -> Any:
+    """What the measurement adds to A^T b beside the code itself: (A^T A - I) z.
+
+    Args:
+        A: measurement matrix, (m, n), array or tensor.
+        z: code, (n,), array or tensor; usually cut to its support.
+
+    Returns:
+        (n,), a float64 tensor if z is a tensor, else a float64 array.
+
+    Example:
+        >>> gram_bias([[1.0, 1.0]], [2.0, 0.0])
+        array([0., 2.])
+
+    Source: Yang et al., ISTA-NAS, NeurIPS 2020.
+    """
+    if isinstance(z, Tensor):
+        dtype = _work_dtype(z)
+        A, z = _tensor(A).to(z.device, dtype), z.to(dtype)
+    else:
+        A, z = np.asarray(A, dtype=np.float64), np.asarray(z, dtype=np.float64)
+    return A.T @ (A @ z) - z
+
+
+def edge_weights(
+    A: Any,
+    b: Any,
+    z: Any,
+    sparsity: int | None = None,
+    *,
+    support: Sequence[int] | npt.NDArray[Any] | Tensor | None = None,
+    groups: Sequence[int] | npt.NDArray[Any] | None = None,
+) -> Any:
+    """The weights of a node's candidates: alpha = A^T b - (A^T A - I) z_S on S, 0 elsewhere.
+
+    z is a constant here: d alpha_S / d b = A_S^T. With S all of a minimiser's support, alpha_S = z_S + l1
+    sign(z_S).
+
+    Args:
+        A: measurement matrix, (m, n), array or tensor.
+        b: compressed parameters, (m,), array or tensor.
+        z: code, (n,), array or tensor.
+        sparsity: S = `top_support(z, sparsity, groups=groups)`.
+        support: S itself, instead of `sparsity`. With neither, S is where z is not 0.
+        groups: see `top_support`.
+
+    Returns:
+        alpha, (n,), of the kind, dtype and device of b; differentiable in b if b is a tensor.
+
+    Raises:
+        ConfigError: if both `sparsity` and `support` are given, or `sparsity` is out of range.
+
+    Example:
+        >>> edge_weights([[1.0, 1.0]], [3.0], [2.0, 1.0], sparsity=1)
+        array([3., 0.])
+
+    Source: Yang et al., ISTA-NAS, NeurIPS 2020.
+    """
+    if sparsity is not None and support is not None:
+        raise ConfigError(f"sparsity is {sparsity} and support is given too: give one of them")
+    if sparsity is not None:
+        support = top_support(z, sparsity, groups=groups)
+    elif support is None:
+        support = np.flatnonzero(as_float64(z))
+    if not isinstance(b, Tensor):
+        b = np.asarray(b)
+        kind = b.dtype if np.issubdtype(b.dtype, np.floating) else np.dtype(np.float64)
+        return (
+            _edge_weights(_tensor(A), _tensor(b).double(), _tensor(z), _tensor(support)).numpy().astype(kind)
+        )
+    return _edge_weights(_tensor(A), b, _tensor(z), _tensor(support))
+
+
+def _edge_weights(A: Tensor, b: Tensor, z: Tensor, support: Tensor) -> Tensor:
+    dtype = _work_dtype(b)
+    A, z, S = A.to(b.device, dtype), z.to(b.device, dtype), support.to(b.device, torch.int64)
+    # Only the columns of S matter: alpha_S = z_S + A_S^T (b - A_S z_S).
+    A_S, z_S = A[:, S], z[S]
+    alpha_S = z_S + A_S.T @ (b.to(dtype) - A_S @ z_S)
+    return torch.zeros(A.shape[1], dtype=dtype, device=b.device).scatter(0, S, alpha_S).to(b.dtype)
+
+
+def _tensor(values: Any) -> Tensor:
+    # A copy of what is no tensor yet: torch warns of arrays that are read-only, and jobs do hold such.
+    return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+
+
+def _work_dtype(like: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _generator(seed: int | torch.Generator) -> torch.Generator:
+    if isinstance(seed, torch.Generator):
+        return seed
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}: choose an integer of at least 0")
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,294 @@
+"""Compressed parameters to sparse codes: one entry for all solvers, and a certificate on every result."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from istanas.errors import SolverError
+from istanas.sparse.convex import solve_convex
+from istanas.sparse.homotopy import solve_path, try_supports
+from istanas.sparse.ista import iterate
+from istanas.sparse.lasso import Array, Indices, as_float64, duality_gap, objective
+
+SOLVERS = ("ista", "fista", "homotopy", "clarabel", "mosek")
+
+
+class RecoveryWarning(UserWarning):
+    """Some nodes' codes are not certified to the tolerance; the message holds the figures."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveryResult:
+    """The code of one node with its certificate.
+
+    Args:
+        z: the code, (n,), of the kind, dtype and device of b.
+        gap: relative duality gap of the float64 code, (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
+        n_iter: the solver's steps: gradient steps, segments of the path (0: none was needed), or
+            interior-point iterations.
+        converged: whether gap <= tol.
+        objective: P(z).
+        solver: its name.
+        support_reused: whether the given support still held, so that no path was followed.
+    """
+
+    z: Any
+    gap: float
+    n_iter: int
+    converged: bool
+    objective: float
+    solver: str
+    support_reused: bool = False
+
+    @property
+    def support(self) -> Indices:
+        """Indices of the nonzeros of z, rising: what to hand to the next `recover` as `support`."""
+        return np.flatnonzero(as_float64(self.z)).astype(np.int64)
+
+
+def recover(
+    A: Any,
+    b: Any,
+    l1_weight: float = 1e-5,
+    solver: str = "homotopy",
+    *,
+    tol: float = 1e-9,
+    max_iter: int | None = None,
+    support: Sequence[int] | npt.NDArray[Any] | None = None,
+) -> RecoveryResult:
+    """The sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
+
+    Args:
+        A: measurement matrix, (m, n), array or tensor; m >= n is allowed.
+        b: compressed parameters, (m,), array or tensor.
+        l1_weight: l1 > 0.
+        solver: "homotopy" (exact), "clarabel", "mosek" (licence), "ista", "fista" (approximate).
+        tol: relative duality gap to reach.
+        max_iter: bound on the solver's steps; default: the solver's own.
+        support: the nonzeros of an earlier code (`RecoveryResult.support`), kept if still right; homotopy
+            only.
+
+    Returns:
+        The code and its certificate. Where columns are equal or dependent the minimiser need not be unique;
+        any of them may come.
+
+    Raises:
+        SolverError: if A, b, l1_weight, solver, tol or support make no problem, or the solver cannot run.
+
+    Warns:
+        RecoveryWarning: if the gap stays above tol.
+
+    Example:
+        >>> result = recover(np.eye(2), np.array([1.0, 0.25]), l1_weight=0.5)
+        >>> result.z, result.converged
+        (array([0.5, 0. ]), True)
+    """
+    supports = None if support is None else [support]
+    return _recover_nodes([A], [b], l1_weight, solver, tol, max_iter, supports)[0]
+
+
+def recover_nodes(
+    As: Sequence[Any] | Array | Tensor,
+    bs: Sequence[Any] | Array | Tensor,
+    l1_weight: float = 1e-5,
+    solver: str = "homotopy",
+    *,
+    tol: float = 1e-9,
+    max_iter: int | None = None,
+    supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
+) -> list[RecoveryResult]:
+    """`recover` for many nodes at once; nodes may differ in size, and do not influence each other.
+
+    Args:
+        As: measurement matrices, each (m, n).
+        bs: compressed parameters, each (m,): a sequence, or the rows of an array or tensor.
+        l1_weight: as in `recover`.
+        solver: as in `recover`.
+        tol: as in `recover`.
+        max_iter: as in `recover`.
+        supports: for every node an earlier support or None.
+
+    Returns:
+        One result a node, in order.
+
+    Raises:
+        SolverError: as `recover`, naming the node.
+
+    Warns:
+        RecoveryWarning: once, with the figures of all nodes that did not converge.
+
+    Example:
+        >>> results = recover_nodes([np.eye(2), np.eye(1)], [np.ones(2), np.zeros(1)], l1_weight=0.5)
+        >>> [result.z.tolist() for result in results]
+        [[0.5, 0.5], [0.0]]
+    """
+    return _recover_nodes(list(As), list(bs), l1_weight, solver, tol, max_iter, supports)
+
+
+def _recover_nodes(
+    As: Sequence[Any],
+    bs: Sequence[Any],
+    l1_weight: float,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    supports: Any,
+) -> list[RecoveryResult]:
+    _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
+    if len(As) == 0:
+        return []
+    matrices = [as_float64(A) for A in As]
+    vectors = [as_float64(b) for b in bs]
+    for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
+        _check_problem(A, b, "" if len(As) == 1 else f"node {node}: ")
+    sizes = [A.shape[1] for A in matrices]
+    A, b = _pad(matrices, vectors)
+    members = _memberships(supports, sizes, A.shape[2])
+    device = next(
+        (b.device for b in bs if isinstance(b, Tensor) and b.device.type == "cuda"), torch.device("cpu")
+    )
+    z, n_iter, reused = _solve(A, b, l1_weight, solver, tol, max_iter, members, device)
+
+    gaps, objectives = duality_gap(A, b, z, l1_weight), objective(A, b, z, l1_weight)
+    converged = gaps <= tol
+    if not converged.all():
+        _warn(gaps, n_iter, converged, solver, tol)
+    return [
+        RecoveryResult(
+            z=_like(bs[i], z[i, : sizes[i]]),
+            gap=float(gaps[i]),
+            n_iter=int(n_iter[i]),
+            converged=bool(converged[i]),
+            objective=float(objectives[i]),
+            solver=solver,
+            support_reused=bool(reused[i]),
+        )
+        for i in range(len(sizes))
+    ]
+
+
+def _solve(
+    A: Array,
+    b: Array,
+    l1_weight: float,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    members: npt.NDArray[np.bool_] | None,
+    device: torch.device,
+) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
+    """Codes (B, n), steps (B,), and whether the given support held (B,)."""
+    reused = np.zeros(len(A), dtype=np.bool_)
+    if solver == "homotopy":
+        if members is None:
+            return *solve_path(A, b, l1_weight, max_iter), reused
+        tried = np.flatnonzero(members.any(-1))
+        z, n_iter = np.zeros((A.shape[0], A.shape[2])), np.zeros(len(A), dtype=np.int64)
+        z[tried], reused[tried] = try_supports(A[tried], b[tried], l1_weight, members[tried])
+        rest = ~reused
+        z[rest], n_iter[rest] = solve_path(A[rest], b[rest], l1_weight, max_iter)
+        return z, n_iter, reused
+    if solver in ("ista", "fista"):
+        tensors = torch.from_numpy(A).to(device), torch.from_numpy(b).to(device)
+        found = iterate(*tensors, l1_weight, tol=tol, max_iter=max_iter, accelerate=solver == "fista")
+        return found.z.cpu().numpy(), found.n_iter.cpu().numpy(), reused
+    return *solve_convex(A, b, l1_weight, solver, max_iter), reused
+
+
+def _check_arguments(
+    As: Sequence[Any],
+    bs: Sequence[Any],
+    l1_weight: float,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    supports: Any,
+) -> None:
+    if solver not in SOLVERS:
+        raise SolverError(f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
+    if not (l1_weight > 0 and np.isfinite(l1_weight)):
+        raise SolverError(f"l1_weight is {l1_weight}: choose a finite number above 0, as 1e-5")
+    if not tol > 0:
+        raise SolverError(f"tol is {tol}: choose a relative duality gap above 0, as 1e-9")
+    if max_iter is not None and max_iter < 1:
+        raise SolverError(f"max_iter is {max_iter}: choose at least 1, or None for the solver's own bound")
+    if len(As) != len(bs):
+        raise SolverError(f"bs has {len(bs)} entries for {len(As)} matrices: give one b for each A")
+    if supports is not None and len(supports) != len(As):
+        raise SolverError(
+            f"supports has {len(supports)} entries for {len(As)} nodes: give a support or None for each"
+        )
+
+
+def _check_problem(A: Array, b: Array, node: str) -> None:
+    if A.ndim != 2 or 0 in A.shape:
+        raise SolverError(
+            f"{node}A has shape {A.shape}: give a matrix (n_measurements, n_candidates), both at least 1"
+        )
+    if b.shape != A.shape[:1]:
+        raise SolverError(
+            f"{node}b has shape {b.shape} but A has shape {A.shape}: b needs shape {A.shape[:1]}"
+        )
+    for name, values in (("A", A), ("b", b)):
+        if not np.isfinite(values).all():
+            value = values[~np.isfinite(values)][0]
+            raise SolverError(
+                f"{node}{name} holds {value}: recovery needs finite numbers; did the training diverge?"
+            )
+
+
+def _pad(matrices: list[Array], vectors: list[Array]) -> tuple[Array, Array]:
+    """One batch of unequal problems: columns and rows of zeros change no minimiser and are never chosen."""
+    m, n = max(A.shape[0] for A in matrices), max(A.shape[1] for A in matrices)
+    batch_A, batch_b = np.zeros((len(matrices), m, n)), np.zeros((len(matrices), m))
+    for i, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
+        batch_A[i, : A.shape[0], : A.shape[1]] = A
+        batch_b[i, : b.shape[0]] = b
+    return batch_A, batch_b
+
+
+def _memberships(supports: Any, sizes: list[int], width: int) -> npt.NDArray[np.bool_] | None:
+    if supports is None:
+        return None
+    members = np.zeros((len(sizes), width), dtype=np.bool_)
+    for node, (support, size) in enumerate(zip(supports, sizes, strict=True)):
+        if support is None:
+            continue
+        indices = as_float64(support).astype(np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= size):
+            raise SolverError(
+                f"node {node}: support is {indices.tolist()}: choose indices of 0 to {size - 1}"
+            )
+        members[node, indices] = True
+    return members
+
+
+def _like(b: Any, z: Array) -> Any:
+    if isinstance(b, Tensor):
+        return torch.from_numpy(z.copy()).to(
+            device=b.device, dtype=b.dtype if b.is_floating_point() else torch.float64
+        )
+    dtype = getattr(b, "dtype", None)
+    return z.astype(dtype if dtype is not None and np.issubdtype(dtype, np.floating) else np.float64)
+
+
+def _warn(gaps: Array, n_iter: Indices, converged: npt.NDArray[np.bool_], solver: str, tol: float) -> None:
+    bad = np.flatnonzero(~converged)
+    named = ", ".join(str(node) for node in bad[:8]) + (", ..." if len(bad) > 8 else "")
+    exact = "l1_weight is too small to be certified in float64, raise it, tol or max_iter"
+    remedy = exact if solver == "homotopy" else "raise max_iter or tol, or use solver 'homotopy'"
+    warnings.warn(
+        f"{solver} did not converge on {len(bad)} of {len(gaps)} nodes ({named}): relative duality gap up to"
+        f" {gaps[bad].max():.3g} after {n_iter[bad].max()} iterations, tolerance {tol:.3g};"
+        f" {remedy}",
+        RecoveryWarning,
+        stacklevel=4,
+    )

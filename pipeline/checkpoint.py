@@ -1,0 +1,80 @@
+"""Checkpoints of a run: written atomically, checksummed, the last two kept; a broken one is passed over.
+
+An epoch is two files: `epoch-0003.pt` (tensors and plain containers only, loaded with `weights_only=True`) and
+`epoch-0003.json`, written after it, with its SHA-256. A checkpoint without a matching pair does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.rundir import atomic_write
+
+KEEP = 2
+
+
+class BrokenCheckpointWarning(UserWarning):
+    """A checkpoint did not match its checksum and was passed over."""
+
+
+def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint of an epoch, then delete all but the last `KEEP`.
+
+    Args:
+        folder: where the run's checkpoints lie; created if need be.
+        epoch: epochs done, >= 0.
+        state: tensors, numbers, strings, and lists, tuples and dicts of them.
+
+    Raises:
+        OSError: if the disk refuses; earlier checkpoints are then untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    file = folder / f"epoch-{epoch:04d}.pt"
+    atomic_write(file, data)
+    manifest = {"epoch": epoch, "file": file.name, "sha256": hashlib.sha256(data).hexdigest()}
+    atomic_write(file.with_suffix(".json"), json.dumps(manifest))
+    kept = {path.stem for path in _manifests(folder)[:KEEP]}
+    for path in folder.glob("epoch-*.*"):
+        if path.stem not in kept:
+            path.unlink()
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that is whole, or None.
+
+    Args:
+        folder: where the run's checkpoints lie; may be missing.
+
+    Warns:
+        BrokenCheckpointWarning: for every newer one that is not.
+    """
+    for manifest in _manifests(folder):
+        try:
+            expected = json.loads(manifest.read_bytes())["sha256"]
+            data = manifest.with_suffix(".pt").read_bytes()
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise ValueError("its checksum does not match")
+            state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+            return state
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            warnings.warn(
+                f"checkpoint {manifest.with_suffix('.pt')} is broken ({error}): the one before is used",
+                BrokenCheckpointWarning,
+                stacklevel=2,
+            )
+    return None
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("epoch-*.json"), reverse=True)

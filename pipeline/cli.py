@@ -1,0 +1,288 @@
+"""The command line `istanas`: arguments in, exit code out; the work is done elsewhere.
+
+Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 130 interrupted. Errors are one line each on
+stderr. Imports of torch and MLflow happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from istanas import __version__
+from istanas.errors import ConfigError, GenotypeError, IstanasError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.config import Config
+
+Command = Callable[..., Any]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line (None: the process's) and return its exit code."""
+    try:
+        cli.main(args=arguments, prog_name="istanas", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: the same command resumes", err=True)
+        return 130
+    except IstanasError as error:
+        for line in str(error).splitlines():
+            click.echo(f"error: {line}", err=True)
+        return 2 if isinstance(error, ConfigError | GenotypeError) else 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Architecture search as sparse coding: search a cell, retrain its network, browse the results in MLflow."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.showwarning = _show_warning
+
+
+def configured(command: Command) -> Command:
+    """The options that every command with a configuration has."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override a setting; repeatable."
+    )(command)
+    return click.option(
+        "--config", "file", metavar="FILE", help="Configuration (YAML); handwritten digits if not given."
+    )(command)
+
+
+def job(command: Command) -> Command:
+    """The options that every job has."""
+    command = click.option("--fresh", is_flag=True, help="Start over, deleting what the run directory holds.")(command)
+    return configured(json_option(command))
+
+
+def json_option(command: Command) -> Command:
+    """--json: figures for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line on stdout.")(command)
+
+
+@cli.command()
+@job
+def search(file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+    """Search an architecture."""
+    config, name = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.jobs.search import run_search
+
+    result = run_search(config, name=name, fresh=fresh, console=console)
+    _finish(result, as_json, console, config)
+
+
+@cli.command()
+@click.option(
+    "--genotype",
+    required=True,
+    metavar="FILE|NAME|RUN|random:SEED",
+    help="A genotype JSON file, a published cell (ISTA_twostage, ISTA_onestage, ISTA_ImageNet), a search "
+    "(run directory, MLflow run id or unique name), or a random cell of the same space.",
+)
+@job
+def retrain(genotype: str, file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+    """Train the network of a genotype from scratch and measure it on the test split."""
+    config, name = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.jobs.retrain import run_retrain
+    from pipeline.references import resolve_genotype
+
+    cells, parent = resolve_genotype(
+        genotype,
+        space=config.space.cell_space(),
+        runs_dir=Path(config.runtime.runs_dir),
+        tracking_uri=config.tracking.uri,
+    )
+    result = run_retrain(config, cells, name=name, parent=parent, fresh=fresh, console=console)
+    _finish(result, as_json, console, config)
+
+
+@cli.command(name="run")
+@job
+def run_command(file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+    """Search, then retrain what was found."""
+    config, name = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.jobs.run import run_whole
+
+    result = run_whole(config, name=name, fresh=fresh, console=console)
+    _finish(result, as_json, console, config)
+
+
+@cli.command()
+@click.argument("reference", metavar="FILE|NAME|RUN|random:SEED")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("cells"), show_default=True, help="Folder.")
+@configured
+@json_option
+def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Draw the two cells of a genotype (SVG and PNG)."""
+    config, _ = _load(file, overrides)
+    console = _console(as_json)
+    from istanas.draw import save_genotype_figures
+    from pipeline.references import resolve_genotype
+
+    genotype, _ = resolve_genotype(
+        reference,
+        space=config.space.cell_space(),
+        runs_dir=Path(config.runtime.runs_dir),
+        tracking_uri=config.tracking.uri,
+    )
+    files = save_genotype_figures(genotype, out)
+    console.print(str(genotype), highlight=False)
+    for path in files:
+        console.print(str(path), highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"digest": genotype.digest(), "genotype": genotype.to_dict(), "files": [str(f) for f in files]})
+
+
+@cli.command()
+@configured
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file.")
+@json_option
+def results(file: str | None, overrides: tuple[str, ...], csv_file: Path | None, as_json: bool) -> None:
+    """Table of all searches and retrainings in the MLflow store."""
+    config, _ = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.report import results_frame, results_table
+
+    frame = results_frame(tracking_uri=config.tracking.uri)
+    if csv_file is not None:
+        from pipeline.rundir import atomic_write
+
+        atomic_write(csv_file, frame.to_csv(index=False))
+        console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
+    else:
+        console.print(results_table(frame))
+    if as_json:
+        _print_json({"results": json.loads(frame.to_json(orient="records", date_format="iso"))})
+
+
+@cli.command()
+@configured
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, help="Port; the next free one if it is taken.")
+def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int) -> None:
+    """Open MLflow's pages on the local store; Ctrl-C ends it."""
+    config, _ = _load(file, overrides)
+    from pipeline.ui import serve_ui
+
+    raise click.exceptions.Exit(serve_ui(tracking_uri=config.tracking.uri, host=host, port=port))
+
+
+@cli.command()
+@configured
+def doctor(file: str | None, overrides: tuple[str, ...]) -> None:
+    """Check packages, GPUs, MLflow store, MOSEK's licence and data folder: one line each, with the remedy."""
+    config, _ = _load(file, overrides)
+    from pipeline.doctor import run_checks
+
+    checks = run_checks(
+        tracking_uri=config.tracking.uri, data_name=config.data.name, data_root=config.data.root
+    )
+    for check in checks:
+        remedy = f"; {check.remedy}" if check.remedy else ""
+        click.echo(f"{check.state:4}  {check.name}: {check.message}{remedy}")
+    raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
+
+
+@cli.command()
+@click.argument("reference", metavar="RUN")
+@configured
+@json_option
+def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Deliver to MLflow what a run directory holds and the store lacks; nothing is doubled."""
+    config, _ = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.references import resolve_run
+    from pipeline.tracking import MLflowTracker
+
+    run_dir = resolve_run(
+        reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+    )
+    tracker = MLflowTracker(run_dir, tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
+    if not tracker.deliver():
+        raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
+    console.print(f"{run_dir.path}: {tracker.last_delivery}", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
+
+
+def _load(file: str | None, overrides: tuple[str, ...]) -> tuple[Config, str]:
+    """Configuration and the name of its runs."""
+    from pipeline.config import default_file, load
+
+    path = default_file() if file is None else Path(file)
+    config = load(path, overrides)
+    return config, config.tracking.name or path.stem
+
+
+def _console(as_json: bool) -> Console:
+    """For people: stdout, or stderr where stdout is for a program."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """The short table at the end of a job, and where everything lies."""
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    for key, label, shown in (
+        ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top1", "top-1 on the alpha half", lambda v: f"{100 * v:.2f} %"),
+        ("params", "parameters", lambda v: f"{v:,}"),
+        ("macs", "multiply-adds", lambda v: f"{v:,}"),
+        ("seconds", "seconds", lambda v: f"{v:.1f}"),
+    ):
+        if key in result:
+            table.add_row(label, shown(result[key]))
+    console.print(table)
+    run_dir = Path(result["run_dir"])
+    where = [("genotype", run_dir / "genotype.json"), ("cell pictures", run_dir / "cells")]
+    if "retrain_run_dir" in result:
+        where.append(("network", Path(result["retrain_run_dir"]) / "model.safetensors"))
+    elif (run_dir / "model.safetensors").exists():
+        where.append(("network", run_dir / "model.safetensors"))
+    for label, path in where:
+        console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
+    if config.tracking.enabled:
+        from pipeline.tracking import public_uri, store_uri
+
+        console.print(f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True)
+        console.print("open it: istanas ui    as a table: istanas results", highlight=False)
+    if as_json:
+        _print_json(result)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value))
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

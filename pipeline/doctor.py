@@ -1,0 +1,218 @@
+"""What this machine has and lacks for a run: one line each, with the remedy where something is missing."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from istanas.errors import IstanasError
+from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
+
+State = Literal["ok", "warn", "fail"]
+
+NEEDED_PYTHON = (3, 11)
+SCARCE_DISK_GB = 5.0
+_DISTRIBUTION = "istanas"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `remedy` is empty where nothing is to be done."""
+
+    name: str
+    state: State
+    message: str
+    remedy: str = ""
+
+
+def run_checks(
+    *, tracking_uri: str | None, data_name: str, data_root: str | os.PathLike[str] | None
+) -> list[Check]:
+    """Look at everything that a run needs; nothing is created, downloaded or changed.
+
+    Args:
+        tracking_uri: see `pipeline.tracking.store_uri`.
+        data_name: a data set's name, e.g. "digits", "cifar10", "folder".
+        data_root: where its pictures lie, or None.
+
+    Returns:
+        One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
+        the data, disk space.
+    """
+    return [
+        check_packages(),
+        check_gpus(),
+        check_threads(),
+        check_store(tracking_uri),
+        check_mosek(),
+        check_data(data_name, data_root),
+        check_disk(Path.cwd()),
+    ]
+
+
+def check_packages() -> Check:
+    """Python and every package that the project asks for, by version."""
+    name, python = "packages", ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < NEEDED_PYTHON:
+        needed = ".".join(map(str, NEEDED_PYTHON))
+        return Check(name, "fail", f"Python {python} is too old", f"use Python {needed} or newer")
+    requirements = _requirements()
+    if not requirements:
+        return Check(name, "warn", f"Python {python}; what is needed is not known", "pip install -e .")
+    unmet = list(_unmet(requirements))
+    if unmet:
+        asked = " ".join(f"'{requirement}'" for requirement, _ in unmet)
+        found = ", ".join(what for _, what in unmet)
+        return Check(name, "fail", f"Python {python}; {found}", f"pip install {asked}")
+    return Check(name, "ok", f"Python {python}; {len(requirements)} packages as asked for")
+
+
+def check_gpus() -> Check:
+    """CUDA devices and their memory; without one everything runs on the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("gpu", "ok", f"none (torch {torch.__version__}); everything runs on the CPU")
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    listed = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+    return Check("gpu", "ok", f"{len(devices)}: {listed}")
+
+
+def check_threads() -> Check:
+    """Cores that this process may use, and torch's threads: more threads than cores slow everything down."""
+    import torch
+
+    cores, threads = usable_cores(), torch.get_num_threads()
+    message = f"{cores} usable, {threads} torch thread{'s' if threads > 1 else ''} a process"
+    if threads > cores:
+        return Check("cores", "warn", message, f"export OMP_NUM_THREADS={cores}")
+    return Check("cores", "ok", message)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use (a container or a batch system may grant fewer than there are).
+
+    Example:
+        >>> usable_cores() >= 1
+        True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_store(tracking_uri: str | None) -> Check:
+    """Whether MLflow's store answers; a SQLite file that is not there yet is not created."""
+    name, uri = "mlflow", store_uri(tracking_uri)
+    shown, file = public_uri(uri), sqlite_file(uri)
+    if file is not None and not file.exists():
+        if os.access(file.parent, os.W_OK):
+            return Check(name, "ok", f"{shown} (the first run creates it)")
+        return Check(
+            name,
+            "fail",
+            f"{shown}: {file.parent} can't be written",
+            "work in another folder or set MLFLOW_TRACKING_URI",
+        )
+    try:
+        if uri.startswith(("http://", "https://")):
+            # MLflow's client would try again for a long time.
+            urllib.request.urlopen(f"{public_uri(uri).rstrip('/')}/health", timeout=5).close()
+        experiments = open_client(uri).search_experiments()
+    except Exception as error:  # every store fails in its own way
+        remedy = "start it, or set MLFLOW_TRACKING_URI; runs go on without it, `istanas sync` delivers them"
+        return Check(name, "fail", f"{shown}: {one_line(error, limit=120)}", remedy)
+    return Check(name, "ok", f"{shown} ({len(experiments)} experiments)")
+
+
+def check_mosek() -> Check:
+    """MOSEK's licence; no solver but "mosek" needs it."""
+    from istanas.sparse import mosek_licence
+
+    licence = mosek_licence()
+    if licence is not None:
+        return Check("mosek", "ok", licence)
+    remedy = (
+        "none needed for the solvers homotopy, clarabel, ista, fista; "
+        "for mosek put the file at ~/mosek/mosek.lic or name it in MOSEKLM_LICENSE_FILE"
+    )
+    return Check("mosek", "warn", "no usable licence", remedy)
+
+
+def check_data(data_name: str, data_root: str | os.PathLike[str] | None) -> Check:
+    """Whether the pictures are there. A picture folder is looked at, not decoded."""
+    root = None if data_root is None else Path(data_root).expanduser()
+    if data_name == "folder":
+        return _check_folder(root)
+    from istanas.data import load_dataset
+
+    try:
+        data = load_dataset(data_name, root=root)
+    except IstanasError as error:
+        message, _, remedy = str(error).partition("; ")
+        return Check("data", "fail", message, remedy or "set data.name and data.root")
+    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures"
+    return Check("data", "ok", f"{data_name}: {counts}, {data.num_classes} classes")
+
+
+def _check_folder(root: Path | None) -> Check:
+    layout = "set data.root to a folder with train/CLASS/* and test/CLASS/*"
+    if root is None:
+        return Check("data", "fail", "folder: no data.root is set", layout)
+    # `val` is what ImageNet's folder calls its test split.
+    missing = [name for name in ("train", "test") if not _classes(root / name)]
+    if "test" in missing and _classes(root / "val"):
+        missing.remove("test")
+    if missing:
+        return Check("data", "fail", f"folder {root}: no classes in {' and '.join(missing)}", layout)
+    return Check("data", "ok", f"folder {root}: {len(_classes(root / 'train'))} classes")
+
+
+def _classes(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def check_disk(folder: Path) -> Check:
+    """Space for checkpoints, decoded pictures and MLflow's files."""
+    free = shutil.disk_usage(folder).free / 1e9
+    message = f"{free:.1f} GB free in {folder}"
+    if free < SCARCE_DISK_GB:
+        remedy = f"make room: {SCARCE_DISK_GB:.0f} GB are enough for most runs"
+        return Check("disk", "warn", message, remedy)
+    return Check("disk", "ok", message)
+
+
+def _requirements() -> list[str]:
+    """What the installed distribution asks for, else the checkout's pyproject.toml; without the extras."""
+    try:
+        found = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        if not file.is_file():
+            return []
+        found = tomllib.loads(file.read_text())["project"]["dependencies"]
+    return [text for text in found if "extra ==" not in text]
+
+
+def _unmet(requirements: list[str]) -> Iterator[tuple[str, str]]:
+    """The requirements that do not hold here, each with what was found instead."""
+    from packaging.requirements import Requirement
+
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield wanted, f"{requirement.name} is missing"
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield wanted, f"{requirement.name} {version} is not {requirement.specifier}"

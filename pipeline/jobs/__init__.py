@@ -1,0 +1,1 @@
+"""The jobs: each builds its run and returns the figures of `--json`."""

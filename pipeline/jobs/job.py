@@ -1,0 +1,236 @@
+"""What every job does around its worker: run directory, lock, resume, record, tracker, results on disk.
+
+A job is flat: open the directory, stop if it is finished, run the worker, write the results, close the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from istanas.training import Totals
+from pipeline.config import Config, flat_params, to_yaml
+from pipeline.progress import EpochBar
+from pipeline.rundir import LOCK_FILE, OWNER_FILE, MetricsLine, RunDir, RunRecord, atomic_write, new_key
+from pipeline.tracking import Tracker, open_tracker
+from pipeline.worker import Record
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.yaml"
+GENOTYPE_FILE = "genotype.json"
+TRAJECTORY_FILE = "trajectory.csv"
+CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What distinguishes one job from another.
+
+    Args:
+        kind: "search" or "retrain".
+        name: of the run, before the configuration's hash.
+        digits: hash of what decides the result.
+        config: the whole configuration.
+        sections: of the configuration that this job depends on.
+        parent: run directory of the search that a retraining belongs to.
+        tags, description: for MLflow.
+        epochs: of the whole job, for the bar.
+    """
+
+    kind: str
+    name: str
+    digits: str
+    config: Config
+    sections: tuple[str, ...]
+    epochs: int
+    parent: str | None = None
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    description: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.config.runtime.runs_dir) / f"{self.name}-{self.digits}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job's body hands over: the figures of `--json`, what to upload, what to say."""
+
+    result: dict[str, Any]
+    artifacts: tuple[str, ...]
+    tags: dict[str, str]
+    description: str
+
+
+class RunObserver:
+    """Writes what the worker reports: metrics to the run directory first, to MLflow second, a line to the console."""
+
+    def __init__(self, run: RunDir, tracker: Tracker, bar: EpochBar, describe: Callable[[list[Record]], str]) -> None:
+        self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
+
+    def resumed(self, history: list[Record]) -> None:
+        # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
+        self._run.replace_metrics(MetricsLine(r["epoch"], r["timestamp_ms"], r["metrics"]) for r in history)
+        self._tracker.deliver()
+        if history:
+            self._write_trajectory(history)
+            self._bar.line(f"resumed after epoch {len(history)}")
+
+    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
+        self._bar.step(epoch, step, n_steps, totals)
+
+    def epoch_done(self, history: list[Record]) -> None:
+        new = history[-1]
+        self._run.append_metrics(new["epoch"], new["metrics"], new["timestamp_ms"])
+        self._write_trajectory(history)
+        self._bar.line(self._describe(history))
+        self._tracker.deliver()
+
+    def _write_trajectory(self, history: list[Record]) -> None:
+        rows = trajectory_rows(history)
+        if rows:
+            atomic_write(self._run.path / TRAJECTORY_FILE, pd.DataFrame(rows).to_csv(index=False))
+
+
+Body = Callable[[RunDir, RunObserver], Outcome]
+
+
+def execute(
+    spec: JobSpec,
+    body: Body,
+    *,
+    describe: Callable[[list[Record]], str],
+    fresh: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Run a job to its end, or go on with it, or return the result of a finished one.
+
+    Args:
+        spec: which job.
+        body: runs the worker and writes the results.
+        describe: one line for an epoch, from the history.
+        fresh: start over, deleting what the run directory holds.
+        console: for people.
+
+    Returns:
+        The figures of `--json`.
+
+    Raises:
+        IstanasError: whatever the body raises; the record says FAILED then, and the same command resumes.
+    """
+    run = RunDir(spec.path)
+    with run.lock():
+        if fresh:
+            _clear(run.path)
+        tracker_settings = spec.config.tracking
+        tracker = open_tracker(
+            run,
+            enabled=tracker_settings.enabled,
+            tracking_uri=tracker_settings.uri,
+            experiment=tracker_settings.experiment,
+        )
+        if run.exists() and run.read().status == "FINISHED":
+            tracker.deliver()  # in case the store was down when it finished
+            console.print(f"{spec.kind}: finished before, see {run.path}; --fresh starts over", highlight=False, soft_wrap=True)
+            return _with_ids(run.read().result, run, tracker)
+        record = _open_record(run, spec)
+        atomic_write(run.path / CONFIG_FILE, to_yaml(spec.config))
+        tracker.deliver()
+        console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+        try:
+            with EpochBar(console, spec.kind, spec.epochs) as bar:
+                outcome = body(run, RunObserver(run, tracker, bar, describe))
+        except BaseException:
+            run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
+            tracker.deliver()
+            raise
+        run.write(
+            dataclasses.replace(
+                record,
+                status="FINISHED",
+                ended_ms=_now_ms(),
+                result=outcome.result,
+                artifacts=outcome.artifacts,
+                tags={**record.tags, **outcome.tags},
+                description=outcome.description,
+            )
+        )
+        tracker.deliver()
+        return _with_ids(outcome.result, run, tracker)
+
+
+def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
+    """One row an epoch and node: what it keeps; epoch 0 is the start, before any training."""
+    rows = []
+    for record in history:
+        stages = [(record["epoch"] + 1, record["nodes"])] if "nodes" in record else []
+        if "start_nodes" in record:
+            stages.insert(0, (0, record["start_nodes"]))
+        for epoch, nodes in stages:
+            for node in nodes:
+                rows.append(
+                    {
+                        "epoch": epoch,
+                        "cell": node["cell"],
+                        "node": node["node"],
+                        "picks": " ".join(node["picks"]),
+                        "edge_weights": " ".join(f"{w:.6g}" for w in node["edge_weights"]),
+                        "changed": node["changed"],
+                        "distance": node["distance"],
+                        "gap": node["gap"],
+                        "truncation": node["truncation"],
+                    }
+                )
+    return rows
+
+
+def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
+    """The record of a new run, or the one of the run that goes on."""
+    if run.exists():
+        record = dataclasses.replace(run.read(), status="RUNNING", ended_ms=None)
+    else:
+        record = RunRecord(
+            name=spec.name,
+            kind=spec.kind,
+            method=spec.config.method,
+            dataset=spec.config.data.name,
+            key=new_key(),
+            params=flat_params(spec.config, spec.sections),
+            tags=spec.tags,
+            description=spec.description,
+            parent=spec.parent,
+            status="RUNNING",
+            started_ms=_now_ms(),
+            ended_ms=None,
+            artifacts=(CONFIG_FILE,),
+            result={},
+        )
+    run.write(record)
+    return record
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name in (LOCK_FILE, OWNER_FILE):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _with_ids(result: dict[str, Any], run: RunDir, tracker: Tracker) -> dict[str, Any]:
+    return {"run_dir": str(run.path), "mlflow_run_id": tracker.run_id, **result}
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

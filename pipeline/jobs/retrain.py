@@ -1,0 +1,94 @@
+"""The retraining job: a genotype's network trained from scratch and measured on the test split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from istanas.space import Genotype
+from pipeline.config import Config, run_hash
+from pipeline.jobs.job import (
+    CELL_FIGURES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    JobSpec,
+    Outcome,
+    RunObserver,
+    execute,
+)
+from pipeline.jobs.search import decoding_progress, write_genotype
+from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.rundir import RunDir
+from pipeline.worker import Record, open_dataset, retrain_worker
+
+SECTIONS = ("data", "retrain")
+
+
+def run_retrain(
+    config: Config, genotype: Genotype, *, name: str, parent: str | None, fresh: bool, console: Console
+) -> dict[str, Any]:
+    """Train the network of a genotype from scratch.
+
+    Args:
+        config: the whole configuration.
+        genotype: the cells.
+        name: of the run.
+        parent: run directory of the search that found it, or None.
+        fresh: start over.
+        console: for people.
+
+    Returns:
+        run_dir, mlflow_run_id, digest, genotype, test_top1, params, macs, seconds.
+    """
+    spec = JobSpec(
+        kind="retrain",
+        name=f"{name}-retrain",
+        digits=run_hash(config, "retrain", genotype=genotype.to_json()),
+        config=config,
+        sections=SECTIONS,
+        epochs=config.retrain.epochs,
+        parent=parent,
+        tags={"istanas.genotype": genotype.digest()},
+    )
+
+    def body(run: RunDir, observer: RunObserver) -> Outcome:
+        dataset = open_dataset(config, decoding_progress(console))
+        write_genotype(run.path, genotype)
+        net, history = retrain_worker(config, genotype, dataset, run.path / CHECKPOINTS, observer)
+        save_network(run.path, net, genotype, config, dataset)
+        m = history[-1]["metrics"]
+        result = {
+            "digest": genotype.digest(),
+            "genotype": genotype.to_dict(),
+            "test_top1": m["test/top1"],
+            "params": int(m["target/params"]),
+            "macs": int(m["target/macs"]),
+            "seconds": sum(record["seconds"] for record in history),
+        }
+        description = (
+            f"Retraining on {dataset.name}, {len(history)} epochs.\n\n"
+            f"- test top-1: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
+            f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+            f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n"
+        )
+        return Outcome(
+            result=result,
+            artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
+            tags={},
+            description=description,
+        )
+
+    return execute(spec, body, describe=describe_epoch, fresh=fresh, console=console)
+
+
+def describe_epoch(history: list[Record]) -> str:
+    """One line for people about the last epoch."""
+    record = history[-1]
+    m = record["metrics"]
+    text = f"epoch {record['epoch'] + 1}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
+    for split, word in (("valid", "hold-out"), ("test", "test")):
+        if f"{split}/top1" in m:
+            text += f", {word} {100 * m[f'{split}/top1']:.1f} %"
+    return f"{text}, {record['seconds']:.1f} s"

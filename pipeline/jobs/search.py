@@ -1,0 +1,122 @@
+"""The search job: a genotype, its figures and its trajectory, from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from istanas.data import ImageDataset
+from istanas.draw import save_genotype_figures
+from istanas.space import CELLS, Genotype
+from pipeline.config import Config, run_hash
+from pipeline.jobs.job import (
+    CELL_FIGURES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    TRAJECTORY_FILE,
+    JobSpec,
+    Outcome,
+    RunObserver,
+    execute,
+)
+from pipeline.rundir import RunDir, atomic_write
+from pipeline.worker import Record, open_dataset, search_worker
+
+SECTIONS = ("data", "space", "search")
+
+
+def run_search(config: Config, *, name: str, fresh: bool, console: Console) -> dict[str, Any]:
+    """Search an architecture.
+
+    Args:
+        config: the whole configuration.
+        name: of the run.
+        fresh: start over.
+        console: for people.
+
+    Returns:
+        run_dir, mlflow_run_id, digest, genotype, valid_top1, params, macs, seconds.
+    """
+    spec = JobSpec(
+        kind="search",
+        name=f"{name}-search",
+        digits=run_hash(config, "search"),
+        config=config,
+        sections=SECTIONS,
+        epochs=config.search.epochs,
+    )
+
+    def body(run: RunDir, observer: RunObserver) -> Outcome:
+        dataset = open_dataset(config, decoding_progress(console))
+        history = search_worker(config, dataset, run.path / CHECKPOINTS, observer)
+        return _finish(run, history, dataset)
+
+    return execute(spec, body, describe=describe_epoch, fresh=fresh, console=console)
+
+
+def describe_epoch(history: list[Record]) -> str:
+    """One line for people about the last epoch."""
+    record = history[-1]
+    m = record["metrics"]
+    changes = int(m["recovery/support_changes"])
+    return (
+        f"epoch {record['epoch'] + 1}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} % "
+        f"(alpha half {100 * m['valid/top1']:.1f} %), {changes} of {len(record['nodes'])} nodes changed, "
+        f"{record['seconds']:.1f} s"
+    )
+
+
+def decoding_progress(console: Console) -> Any:
+    """Tell, every tenth of the way, how many pictures are decoded (once, before they are cached)."""
+    told = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(total, 1)
+        if tenth != told:
+            told = tenth
+            console.print(f"decoding pictures: {done} of {total}", highlight=False)
+
+    return progress
+
+
+def _finish(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcome:
+    last = history[-1]
+    genotype = Genotype.from_json(last["genotype"])
+    weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
+    write_genotype(run.path, genotype, weights)
+    m = last["metrics"]
+    result = {
+        "digest": genotype.digest(),
+        "genotype": genotype.to_dict(),
+        "valid_top1": m["valid/top1"],
+        "params": int(m["target/params"]),
+        "macs": int(m["target/macs"]),
+        "seconds": sum(record["seconds"] for record in history),
+    }
+    description = (
+        f"Two-stage search on {dataset.name}, {len(history)} epochs.\n\n"
+        f"- top-1 on the alpha half: {100 * m['valid/top1']:.2f} %\n"
+        f"- target network: {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n"
+    )
+    return Outcome(
+        result=result,
+        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, TRAJECTORY_FILE),
+        tags={"istanas.genotype": genotype.digest()},
+        description=description,
+    )
+
+
+def write_genotype(
+    folder: Path, genotype: Genotype, weights: dict[str, list[list[float]]] | None = None
+) -> None:
+    """genotype.json and the four cell figures."""
+    atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
+    weights = weights or {}
+    save_genotype_figures(
+        genotype, folder / "cells", weights_normal=weights.get("normal"), weights_reduce=weights.get("reduce")
+    )

@@ -1,0 +1,87 @@
+"""A trained network on disk: weights as safetensors beside a JSON that says how to build and feed it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from istanas.data import ImageDataset
+from istanas.errors import CheckpointError
+from istanas.nets import TargetNet
+from istanas.space import Genotype
+from pipeline.config import Config
+from pipeline.rundir import atomic_write
+
+WEIGHTS_FILE = "model.safetensors"
+NETWORK_FILE = "network.json"
+
+
+@dataclass(frozen=True)
+class NetworkCard:
+    """How to build a trained network and what to feed it.
+
+    Args:
+        genotype: its JSON text.
+        init_channels, layers, num_classes, stem, op_batchnorm: as `TargetNet` takes them.
+        shape: (C, H, W) of a picture.
+        mean, std: per channel, of pictures in [0, 1]: subtract, divide.
+        class_names: in the order of the logits.
+    """
+
+    genotype: str
+    init_channels: int
+    layers: int
+    num_classes: int
+    stem: str
+    op_batchnorm: bool
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+def save_network(folder: Path, net: TargetNet, genotype: Genotype, config: Config, dataset: ImageDataset) -> None:
+    """Write a retrained network, auxiliary head left out, and its card."""
+    card = NetworkCard(
+        genotype=genotype.to_json(),
+        init_channels=config.retrain.init_channels,
+        layers=config.retrain.layers,
+        num_classes=dataset.num_classes,
+        stem=config.retrain.stem,
+        op_batchnorm=config.retrain.op_batchnorm,
+        shape=(dataset.channels, dataset.height, dataset.width),
+        mean=tuple(dataset.mean),
+        std=tuple(dataset.std),
+        class_names=tuple(dataset.class_names),
+    )
+    weights = {k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")}
+    atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(weights))
+    atomic_write(folder / NETWORK_FILE, json.dumps(asdict(card), indent=1))
+
+
+def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
+    """The trained network of a run directory in eval mode, and two blank pictures that fit it.
+
+    Raises:
+        CheckpointError: if a file is missing or broken.
+    """
+    folder = Path(folder)
+    try:
+        card = NetworkCard(**json.loads((folder / NETWORK_FILE).read_bytes()))
+        net = TargetNet(
+            Genotype.from_json(card.genotype),
+            card.init_channels,
+            card.layers,
+            card.num_classes,
+            stem=card.stem,
+            op_batchnorm=card.op_batchnorm,
+            in_channels=card.shape[0],
+        )
+        net.load_state_dict(safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder}: holds no whole trained network ({error}): retrain it, or copy the run again") from None
+    return net.eval(), torch.zeros(2, *card.shape)

@@ -1,0 +1,72 @@
+"""What a person sees while a job runs: one bar with loss, top-1 and time left, and a line an epoch."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from istanas.training import Totals
+
+# Reading a loss waits for the device, so it is not done at every step.
+SECONDS_BETWEEN_READINGS = 0.5
+
+
+class EpochBar:
+    """A bar over all steps of a job; on a pipe or a log file only the line an epoch.
+
+    Args:
+        console: where to draw.
+        label: "search" or "retrain".
+        epochs: of the whole job.
+    """
+
+    def __init__(self, console: Console, label: str, epochs: int) -> None:
+        self._console, self._label, self._epochs = console, label, epochs
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=None, figures="")
+        self._read = 0.0
+
+    def __enter__(self) -> EpochBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
+        """Move the bar; `epoch` from 0, `step` from 1."""
+        if self._progress.disable:
+            return
+        update: dict[str, object] = {}
+        now = time.monotonic()
+        if now - self._read > SECONDS_BETWEEN_READINGS:
+            self._read = now
+            m = totals.metrics()
+            update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
+        self._progress.update(
+            self._task,
+            description=f"{self._label} epoch {epoch + 1}/{self._epochs}",
+            total=self._epochs * n_steps,
+            completed=epoch * n_steps + step,
+            **update,  # type: ignore[arg-type]
+        )
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)

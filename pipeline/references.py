@@ -1,0 +1,176 @@
+"""What a user may write where the command line wants a RUN or a genotype, and what it stands for.
+
+A RUN is a run directory, an MLflow run id, or a unique name. Local files are asked first, so that a finished
+run is found without MLflow.
+"""
+
+import difflib
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from istanas.errors import CheckpointError, ConfigError, GenotypeError
+from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from pipeline.rundir import RECORD_FILE, RunDir
+from pipeline.tracking import one_line, open_client, public_uri, read_link, sqlite_file, store_uri
+
+GENOTYPE_FILE = "genotype.json"
+_RANDOM = "random:"
+_MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir:
+    """The run that a reference names.
+
+    Args:
+        ref: a run directory, an MLflow run id, or a name: of a directory in `runs_dir`, or of a run's record.
+        runs_dir: where runs are kept, e.g. `runs`.
+        tracking_uri: the MLflow store to ask for a run id, see `pipeline.tracking.store_uri`.
+
+    Returns:
+        A run directory with a record.
+
+    Raises:
+        ConfigError: nothing, or more than one run, is meant.
+    """
+    given = RunDir(Path(ref).expanduser())
+    if ref and given.exists():
+        return given
+    runs = list(_runs(runs_dir))
+    if _MLFLOW_ID.fullmatch(ref):
+        return _run_of_mlflow_id(ref, runs, tracking_uri)
+    return _run_of_name(ref, runs, runs_dir)
+
+
+def resolve_genotype(
+    ref: str, *, space: CellSpace, runs_dir: Path, tracking_uri: str | None
+) -> tuple[Genotype, str | None]:
+    """The genotype that a reference names, and the directory of the run that found it.
+
+    Args:
+        ref: a JSON file, a published name, "random:SEED", or a RUN as in `resolve_run`.
+        space: the space that a random cell is drawn from.
+        runs_dir: where runs are kept.
+        tracking_uri: the MLflow store to ask for a run id.
+
+    Returns:
+        (genotype, directory of the search that found it or None).
+
+    Raises:
+        ConfigError: the reference names nothing, or a run that has no genotype yet.
+        GenotypeError: the file holds no genotype.
+
+    Example:
+        >>> where = {"runs_dir": Path("runs"), "tracking_uri": None}
+        >>> genotype, run = resolve_genotype("ISTA_twostage", space=CellSpace(), **where)
+        >>> genotype == PUBLISHED["ISTA_twostage"], run
+        (True, None)
+    """
+    if ref in PUBLISHED:
+        return PUBLISHED[ref], None
+    if ref.startswith(_RANDOM):
+        return random_genotype(_seed(ref), space), None
+    file = Path(ref).expanduser()
+    if file.is_file():
+        return _read_genotype(file), None
+    try:
+        run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    except ConfigError as error:
+        if _MLFLOW_ID.fullmatch(ref):
+            return _download_genotype(ref, tracking_uri), None
+        hint = f"a genotype may also be a JSON file, {', '.join(PUBLISHED)}, or random:SEED"
+        raise ConfigError(f"{error}; {hint}") from None
+    found = run.path / GENOTYPE_FILE
+    record = run.read()
+    if not found.is_file():
+        raise ConfigError(
+            f"run {run.path}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
+        )
+    # What is retrained once more belongs to the same search.
+    return _read_genotype(found), record.parent if record.kind == "retrain" else str(run.path)
+
+
+def _runs(runs_dir: Path) -> Iterator[RunDir]:
+    """The runs kept in a folder, directly or one folder down."""
+    for pattern in (f"*/{RECORD_FILE}", f"*/*/{RECORD_FILE}"):
+        for file in sorted(runs_dir.glob(pattern)):
+            yield RunDir(file.parent)
+
+
+def _name(run: RunDir) -> str:
+    try:
+        return run.read().name
+    except CheckpointError:  # a broken neighbour must not stand in the way of the run that is meant
+        return run.path.name
+
+
+def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
+    found = [run for run in runs if ref in (run.path.name, str(run.path.relative_to(runs_dir)))]
+    found = found or [run for run in runs if _name(run) == ref]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        paths = ", ".join(str(run.path) for run in found)
+        raise ConfigError(f"run {ref!r}: means {len(found)} runs; give one of these directories: {paths}")
+    if not runs:
+        raise ConfigError(f"run {ref!r}: unknown, there are no runs in {runs_dir}; give a run directory")
+    names = {run.path.name for run in runs} | {_name(run) for run in runs}
+    near = difflib.get_close_matches(ref, sorted(names), n=3, cutoff=0.4) or sorted(names)[:3]
+    raise ConfigError(f"run {ref!r}: unknown in {runs_dir}; nearest names: {', '.join(near)}")
+
+
+def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None) -> RunDir:
+    for run in runs:
+        link = read_link(run)
+        if link is not None and link.run_id == run_id:
+            return run
+    uri = store_uri(tracking_uri)
+    unknown = f"run {run_id}: no such run in the MLflow store {public_uri(uri)}"
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():  # opening it would create it
+        raise ConfigError(f"{unknown}, which does not exist; set MLFLOW_TRACKING_URI or give a run directory")
+    try:
+        tags = open_client(uri).get_run(run_id).data.tags
+    except Exception as error:  # no such run or no such server, each store in its own words
+        raise ConfigError(f"{unknown} ({one_line(error)}); check the id or give a run directory") from None
+    run = RunDir(tags.get("istanas.run_dir", ""))
+    if not tags.get("istanas.run_dir") or not run.exists() or run.read().key != tags.get("istanas.key"):
+        raise ConfigError(
+            f"run {run_id}: its run directory {run.path} is not here; copy it and give its path"
+        )
+    return run
+
+
+def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
+    uri = store_uri(tracking_uri)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise ConfigError(
+            f"run {run_id}: the MLflow store {public_uri(uri)} does not exist; set MLFLOW_TRACKING_URI"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = open_client(uri).download_artifacts(run_id, GENOTYPE_FILE, scratch)
+        except Exception as error:  # no such run, no such file, no such server
+            raise ConfigError(
+                f"run {run_id}: no {GENOTYPE_FILE} in the MLflow store {public_uri(uri)} "
+                f"({one_line(error)}); check the id or give a genotype file"
+            ) from None
+        return _read_genotype(Path(path))
+
+
+def _read_genotype(file: Path) -> Genotype:
+    try:
+        return Genotype.from_json(file.read_text())
+    except UnicodeDecodeError:
+        raise GenotypeError(f"{file}: is no text; give a JSON file that holds a genotype") from None
+    except GenotypeError as error:
+        raise GenotypeError(f"{file}: {error}") from None
+
+
+def _seed(ref: str) -> int:
+    text = ref.removeprefix(_RANDOM)
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ConfigError(f"genotype {ref!r}: not random:SEED; give a whole number from 0, as in random:0")
+    return int(text)

@@ -1,0 +1,257 @@
+"""The files of one run and how they are written: the run directory is the truth, MLflow its mirror.
+
+`run.json` (the record) is replaced atomically, `metrics.jsonl` grows by one flushed line an epoch, and a lock
+keeps a second process out. A kill at any moment leaves at worst a torn last line, which is skipped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from istanas.errors import CheckpointError, ConfigError
+
+_LOG = logging.getLogger(__name__)
+
+RECORD_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".run.lock"
+OWNER_FILE = ".run.lock.owner"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run is and where it stands (`run.json`). Times are milliseconds since the epoch, UTC."""
+
+    name: str
+    kind: str
+    method: str
+    dataset: str
+    key: str
+    params: dict[str, str | int | float | bool | None]
+    tags: dict[str, str]
+    description: str
+    parent: str | None
+    status: str
+    started_ms: int
+    ended_ms: int | None
+    artifacts: tuple[str, ...]
+    result: dict[str, Any]
+
+
+class MetricsLine(NamedTuple):
+    """The metrics of one step, with the time (ms since the epoch) at which they were measured."""
+
+    step: int
+    timestamp_ms: int
+    metrics: dict[str, float]
+
+
+def new_key() -> str:
+    """A fresh unique id for a run (32 hexadecimal digits)."""
+    return uuid.uuid4().hex
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replace a file's content so that a crash leaves either the old or the new content, never a mixture.
+
+    Args:
+        path: the file; its directory is created if need be.
+        data: the whole new content; text is written as UTF-8.
+
+    Raises:
+        OSError: the directory can't be written.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a" / "note.txt"
+        >>> atomic_write(file, "first"); atomic_write(file, "second")
+        >>> file.read_text(), [p.name for p in file.parent.iterdir()]
+        ('second', ['note.txt'])
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode() if isinstance(data, str) else data
+    # Beside the target, because a rename is atomic only within one file system.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(target.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Without this the rename itself can be lost in a power cut. Not every system can open a directory.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _dump_line(line: MetricsLine) -> bytes:
+    return (json.dumps(line._asdict()) + "\n").encode()
+
+
+class RunDir:
+    """One run's directory: its record, its metrics and its lock.
+
+    Example:
+        >>> import tempfile
+        >>> run = RunDir(tempfile.mkdtemp())
+        >>> run.append_metrics(1, {"train/loss": 2.5}, timestamp_ms=1000)
+        >>> run.metrics()
+        [MetricsLine(step=1, timestamp_ms=1000, metrics={'train/loss': 2.5})]
+        >>> run.exists()
+        False
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    def exists(self) -> bool:
+        """Whether a run was ever begun here (there is a `run.json`)."""
+        return (self.path / RECORD_FILE).is_file()
+
+    def read(self) -> RunRecord:
+        """The record.
+
+        Raises:
+            CheckpointError: `run.json` is missing, is not JSON, or lacks a field.
+        """
+        file = self.path / RECORD_FILE
+        try:
+            data = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: missing; give the directory of a run that was started") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not JSON ({error}); restore it or use --fresh") from None
+        names = [field.name for field in dataclasses.fields(RunRecord)]
+        absent = [name for name in names if not isinstance(data, dict) or name not in data]
+        if absent:
+            raise CheckpointError(f"{file}: lacks {', '.join(absent)}; restore it or use --fresh")
+        values = {name: data[name] for name in names}  # fields of a later version are left aside
+        return RunRecord(**{**values, "artifacts": tuple(values["artifacts"])})
+
+    def write(self, record: RunRecord) -> None:
+        """Replace the record atomically; an empty `key` becomes the one already stored, or a new one.
+
+        Args:
+            record: the whole new record.
+        """
+        if not record.key:
+            key = self.read().key if self.exists() else new_key()
+            record = dataclasses.replace(record, key=key)
+        atomic_write(self.path / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+
+    def append_metrics(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
+        """Add one step's metrics; they are on the disk when this returns.
+
+        Args:
+            step: the epoch, counted by the caller.
+            metrics: name -> value, e.g. `{"train/loss": 1.2}`.
+            timestamp_ms: when they were measured, ms since the epoch.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / METRICS_FILE
+        created = not file.exists()
+        values = {name: float(value) for name, value in metrics.items()}
+        with open(file, "a+b") as stream:
+            _cut_torn_line(stream.fileno(), file)
+            stream.write(_dump_line(MetricsLine(int(step), int(timestamp_ms), values)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if created:
+            _sync_directory(self.path)
+
+    def metrics(self) -> list[MetricsLine]:
+        """All complete lines in the order written; a half-written last one is left out with a warning.
+
+        Raises:
+            CheckpointError: a complete line is not what `append_metrics` writes.
+        """
+        file = self.path / METRICS_FILE
+        try:
+            *complete, torn = file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        if torn:
+            _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
+        return [_parse_line(line, file, number) for number, line in enumerate(complete, start=1)]
+
+    def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
+        """Rewrite all metrics atomically (a resumed run drops what it will measure again).
+
+        Args:
+            lines: what `metrics()` is to return from now on.
+        """
+        atomic_write(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory for this process; the lock goes with the process, however that ends.
+
+        Raises:
+            ConfigError: another process holds it; the message names that process.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        owner = self.path / OWNER_FILE
+        lock = FileLock(self.path / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run directory {self.path}: in use by {_read_owner(owner)}; wait until it ends or stop it"
+            ) from None
+        try:
+            atomic_write(owner, f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def _read_owner(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # the other process is between taking the lock and saying so
+        return "another process"
+
+
+def _cut_torn_line(descriptor: int, file: Path) -> None:
+    """Drop what a killed writer left behind the last newline: the next line must not grow out of it."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    keep = os.pread(descriptor, size, 0).rfind(b"\n") + 1
+    _LOG.warning("%s: dropped a half-written last line (the writer was killed)", file)
+    os.ftruncate(descriptor, keep)
+
+
+def _parse_line(line: bytes, file: Path, number: int) -> MetricsLine:
+    try:
+        data = json.loads(line)
+        metrics = {str(name): float(value) for name, value in data["metrics"].items()}
+        return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(
+            f"{file}: line {number} is not a line of metrics; remove it, or start over with --fresh"
+        ) from None

@@ -1,0 +1,567 @@
+"""The MLflow mirror of a run directory: read from the directory, so it can be delivered at any time.
+
+A tracker has one verb, `deliver`: bring the store up to date. It sends only what the store lacks, by explicit
+run ids: calling it after every epoch, after a crash, or a week later from another process gives the same run.
+"""
+
+import contextlib
+import dataclasses
+import getpass
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock
+
+from istanas.errors import CheckpointError
+from pipeline.rundir import RunDir, RunRecord, atomic_write
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_LOG = logging.getLogger(__name__)
+
+LINK_FILE = "mlflow.json"
+DELIVERY_LOCK = ".mlflow.lock"
+MODEL_NAME = "model"
+RETRY_SECONDS = 60.0
+LOCK_SECONDS = 60.0
+CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
+
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
+
+Names = tuple[str, ...]
+NetworkLoader = Callable[[Path], "tuple[torch.nn.Module, torch.Tensor]"]
+
+_said: set[str] = set()  # what this process has already told the user
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one `deliver` sent: counts, and the names of artifacts.
+
+    `missing` are artifacts that the record lists and the run directory does not have.
+    """
+
+    run_id: str
+    tracking_uri: str
+    created: bool = False
+    metrics: int = 0
+    params: int = 0
+    tags: int = 0
+    artifacts: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    model: bool = False
+
+
+class Tracker(Protocol):
+    """Where a run is mirrored to. Rank 0 only."""
+
+    run_id: str | None
+
+    def deliver(self) -> bool:
+        """Bring the store up to date with the run directory; False if the store can't be reached."""
+
+
+class NullTracker:
+    """Tracking switched off.
+
+    Example:
+        >>> NullTracker().deliver()
+        True
+    """
+
+    run_id: str | None = None
+
+    def deliver(self) -> bool:
+        """Nothing is to be delivered, so nothing is missing."""
+        return True
+
+
+def open_tracker(
+    run_dir: RunDir, *, enabled: bool, tracking_uri: str | None, experiment: str
+) -> "MLflowTracker | NullTracker":
+    """The tracker that the configuration asks for.
+
+    Args:
+        run_dir: the run.
+        enabled: False gives a `NullTracker`.
+        tracking_uri: see `store_uri`.
+        experiment: name of the MLflow experiment, created if need be.
+
+    Example:
+        >>> tracker = open_tracker(RunDir("x"), enabled=False, tracking_uri=None, experiment="digits")
+        >>> tracker.deliver(), tracker.run_id
+        (True, None)
+    """
+    if not enabled:
+        return NullTracker()
+    return MLflowTracker(run_dir, tracking_uri=tracking_uri, experiment=experiment)
+
+
+def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
+    """The MLflow store to use: the argument, else `MLFLOW_TRACKING_URI`, else `known`, else `sqlite:///mlflow.db`.
+
+    Args:
+        tracking_uri: an MLflow tracking URI, or None.
+        known: the store that a run is already in, if any.
+
+    Returns:
+        The URI, that of a SQLite file with its absolute path.
+
+    Example:
+        >>> store_uri("http://host:5000"), store_uri("sqlite:////data/mlflow.db")
+        ('http://host:5000', 'sqlite:////data/mlflow.db')
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or known or "sqlite:///mlflow.db"
+    file = sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite store's file; None for every other store.
+
+    Example:
+        >>> str(sqlite_file("sqlite:////data/mlflow.db")), sqlite_file("http://host:5000")
+        ('/data/mlflow.db', None)
+    """
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else Path(path).absolute()
+
+
+def public_uri(uri: str) -> str:
+    """A URI without the user name and password that it may hold, fit for files and messages.
+
+    Example:
+        >>> public_uri("postgresql://me:secret@host/db")
+        'postgresql://host/db'
+    """
+    return _CREDENTIALS.sub("://", uri)
+
+
+def artifact_root(uri: str) -> str | None:
+    """Where a new experiment keeps its files: `mlartifacts` beside a SQLite file; None: the server decides.
+
+    Example:
+        >>> artifact_root("sqlite:////data/mlflow.db"), artifact_root("http://host:5000")
+        ('file:///data/mlartifacts', None)
+    """
+    file = sqlite_file(uri)
+    return None if file is None else (file.parent / "mlartifacts").as_uri()
+
+
+def open_client(uri: str) -> "MlflowClient":
+    """A client of one store, quiet on stdout and stderr, that does not wait long for a dead server.
+
+    Args:
+        uri: as `store_uri` gives it.
+
+    Raises:
+        ImportError: MLflow is not installed.
+        Exception: whatever the store raises if it can't be opened.
+    """
+    defaults = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
+    with _database_lock(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextlib.contextmanager
+def _database_lock(uri: str) -> Iterator[None]:
+    """MLflow creates its tables when a store is first opened; two processes doing that at once spoil it."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
+        yield
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An error as one readable line without passwords: what the system said, if that was at the bottom of it.
+
+    Args:
+        error: the error; the errors that led to it are looked at too.
+        limit: characters after which a text is cut, >= 1.
+
+    Example:
+        >>> one_line(ValueError("no\\n  route to http://me:secret@host"))
+        'ValueError: no route to http://host'
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            file = f": {link.filename}" if isinstance(link.filename, str) else ""
+            return f"{type(link).__name__}: {link.strerror}{file}"
+        link = link.__cause__ or link.__context__
+    text = _CREDENTIALS.sub("://", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"
+
+
+class MLflowTracker:
+    """Mirrors one run directory into one MLflow store.
+
+    Args:
+        run_dir: the run; it must have a `run.json` before `deliver` is called.
+        tracking_uri: see `store_uri`; None goes on with the store that the run is already in.
+        experiment: name of the experiment in which a new MLflow run is made.
+        load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
+            `pipeline.models.load_network`.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        tracking_uri: str | None,
+        experiment: str,
+        load_network: NetworkLoader | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.experiment = experiment
+        self.last_delivery: Delivery | None = None
+        self._load_network = load_network
+        link = read_link(run_dir)
+        self.tracking_uri = store_uri(tracking_uri, known=link.tracking_uri if link else None)
+        self._link = link if link and link.tracking_uri == public_uri(self.tracking_uri) else None
+        self._client: MlflowClient | None = None
+        self._held: set[tuple[str, int]] | None = None  # the (metric, step) pairs that the store has
+        self._retry_at = 0.0
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id, once it exists."""
+        return self._link.run_id if self._link else None
+
+    def deliver(self) -> bool:
+        """Bring the store up to date with the run directory, doubling nothing.
+
+        Returns:
+            False if the store can't be reached: said once per process, and tried again at most once a minute
+            while the run goes on.
+
+        Raises:
+            CheckpointError: the run directory itself is broken.
+        """
+        if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
+            return False
+        try:
+            # A `sync` beside a running training would otherwise open a second MLflow run.
+            with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
+                self.last_delivery = self._deliver()
+        except CheckpointError:
+            raise
+        except Exception as error:  # SQL, HTTP, S3, disk: stores fail in too many ways to list
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            self._client, self._held = None, None
+            self._say_unreachable(error)
+            return False
+        return True
+
+    def _say_unreachable(self, error: Exception) -> None:
+        remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
+        _say_once(
+            f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}); everything "
+            f"stays in {self.run_dir.path}; {remedy} run: istanas sync {self.run_dir.path}",
+            about=f"unreachable {self.tracking_uri}",
+        )
+
+    def _deliver(self) -> Delivery:
+        record = self.run_dir.read()
+        if self._client is None:
+            self._client = open_client(self.tracking_uri)
+        client = self._client
+        run, created = self._find_or_create(client, record)
+        run_id = run.info.run_id
+        done = Delivery(
+            run_id=run_id,
+            tracking_uri=public_uri(self.tracking_uri),
+            created=created,
+            params=_send_params(client, run, record),
+            tags=self._send_tags(client, run, record),
+            metrics=self._send_metrics(client, run),
+        )
+        if record.status == "RUNNING":
+            if run.info.status != "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            return done
+        sent, missing = self._send_artifacts(client, record)
+        trained = record.status == "FINISHED" and record.kind == "retrain"
+        model = trained and self._send_model(client, run, record)
+        if (run.info.status, run.info.end_time) != (record.status, record.ended_ms):
+            client.set_terminated(run_id, status=record.status, end_time=record.ended_ms)
+        return dataclasses.replace(done, artifacts=sent, missing=missing, model=model)
+
+    def _find_or_create(self, client: "MlflowClient", record: RunRecord) -> "tuple[Run, bool]":
+        run = self._known_run(client)
+        if run is not None:
+            return run, False
+        self._held = None
+        experiment_id = _experiment_id(client, self.experiment, artifact_root(self.tracking_uri))
+        # A crash between creating the run and noting its id leaves a run that only its key can find.
+        found = client.search_runs([experiment_id], f"tags.`istanas.key` = '{record.key}'", max_results=1)
+        run = found[0] if found else None
+        if run is None:
+            run = client.create_run(
+                experiment_id,
+                start_time=record.started_ms,
+                run_name=record.name,
+                tags={"istanas.key": record.key, **_source_tags()},
+            )
+        self._link = Link(public_uri(self.tracking_uri), self.experiment, run.info.run_id)
+        self._link.write(self.run_dir)
+        return run, not found
+
+    def _known_run(self, client: "MlflowClient") -> "Run | None":
+        """The run that `mlflow.json` names, unless it was deleted from the store since."""
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None:
+            return None
+        try:
+            run = client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _send_tags(self, client: "MlflowClient", run: "Run", record: RunRecord) -> int:
+        from mlflow.entities import RunTag
+
+        wanted = {
+            "istanas.kind": record.kind,
+            "istanas.method": record.method,
+            "istanas.dataset": record.name,
+            "istanas.key": record.key,
+            "istanas.run_dir": str(self.run_dir.path.absolute()),
+            **record.tags,
+        }
+        if record.description:
+            wanted["mlflow.note.content"] = record.description
+        if isinstance(record.result.get("seconds"), int | float):
+            wanted["istanas.seconds"] = str(record.result["seconds"])  # without the time between two sittings
+        if record.parent is not None and "mlflow.parentRunId" not in run.data.tags:
+            wanted.update(self._parent_tag(record.parent))
+        tags = [RunTag(name, value) for name, value in wanted.items() if run.data.tags.get(name) != value]
+        for start in range(0, len(tags), CHUNK_TAGS):
+            client.log_batch(run.info.run_id, tags=tags[start : start + CHUNK_TAGS], synchronous=True)
+        return len(tags)
+
+    def _parent_tag(self, parent: str) -> dict[str, str]:
+        given = RunDir(parent)
+        # Run directories may have been moved together.
+        directory = given if given.exists() else RunDir(self.run_dir.path.parent / given.path.name)
+        if not directory.exists():
+            return {}
+        tracker = MLflowTracker(directory, tracking_uri=self.tracking_uri, experiment=self.experiment)
+        try:
+            with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
+                return {"mlflow.parentRunId": tracker._deliver().run_id}
+        except CheckpointError as error:  # a search that was damaged since must not stop its retraining
+            _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
+            return {}
+
+    def _send_metrics(self, client: "MlflowClient", run: "Run") -> int:
+        from mlflow.entities import Metric
+
+        run_id = run.info.run_id
+        values = {
+            (name, line.step): Metric(name, value, line.timestamp_ms, line.step)
+            for line in self.run_dir.metrics()
+            for name, value in line.metrics.items()
+        }
+        if self._held is None:
+            names = {name for name, _ in values} & set(run.data.metrics)
+            history = (metric for name in names for metric in client.get_metric_history(run_id, name))
+            self._held = {(metric.key, metric.step) for metric in history}
+        # A value that is there stays: a resumed run measures some epochs again, and must not double them.
+        new = [key for key in values if key not in self._held]
+        for start in range(0, len(new), CHUNK_METRICS):
+            chunk = new[start : start + CHUNK_METRICS]
+            client.log_batch(run_id, metrics=[values[key] for key in chunk], synchronous=True)
+            self._held.update(chunk)
+        return len(new)
+
+    def _send_artifacts(self, client: "MlflowClient", record: RunRecord) -> tuple[Names, Names]:
+        assert self._link is not None
+        sent = dict(self._link.artifacts)
+        new: list[str] = []
+        missing: list[str] = []
+        for name in record.artifacts:
+            file = self.run_dir.path / name
+            if not file.is_file():
+                missing.append(name)
+                continue
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if sent.get(name) == digest:
+                continue
+            folder = Path(name).parent.as_posix()
+            client.log_artifact(self._link.run_id, str(file), None if folder == "." else folder)
+            sent[name] = digest
+            new.append(name)
+        if new:
+            self._link = dataclasses.replace(self._link, artifacts=sent)
+            self._link.write(self.run_dir)
+        return tuple(new), tuple(missing)
+
+    def _send_model(self, client: "MlflowClient", run: "Run", record: RunRecord) -> bool:
+        """Log the trained network as the MLflow model "model" of this run, unless it is there already.
+
+        Written out with the client, because `mlflow.pytorch.log_model` works on the process's ambient store.
+        """
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        run_id, experiment_id = run.info.run_id, run.info.experiment_id
+        query = f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'"
+        there = client.search_logged_models([experiment_id], query)
+        if any(model.status == LoggedModelStatus.READY for model in there):
+            return False
+        for unfinished in there:
+            client.delete_logged_model(unfinished.model_id)
+        with tempfile.TemporaryDirectory() as scratch:
+            logged = client.create_logged_model(
+                experiment_id,
+                name=MODEL_NAME,
+                source_run_id=run_id,
+                params={name: str(value) for name, value in record.params.items()},
+                tags=record.tags,
+                model_type="classifier",
+            )
+            try:
+                _save_model(scratch, self._load_network or _default_loader(), self.run_dir.path, logged)
+            except Exception as error:  # a run without its model is still worth having
+                client.delete_logged_model(logged.model_id)
+                _say_once(
+                    f"MLflow model of {self.run_dir.path}: left out ({one_line(error)}); the weights stay in "
+                    f"the run directory; to try again run: istanas sync {self.run_dir.path}",
+                    about=f"model {self.run_dir.path}",
+                )
+                return False
+            client.log_model_artifacts(logged.model_id, f"{scratch}/{MODEL_NAME}")
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        last_step = max((line.step for line in self.run_dir.metrics()), default=0)
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=last_step)])
+        return True
+
+
+@dataclass(frozen=True)
+class Link:
+    """`mlflow.json`: the store and the id under which a run is mirrored, and the files that were sent."""
+
+    tracking_uri: str
+    experiment: str
+    run_id: str
+    artifacts: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of what was sent
+
+    def write(self, run_dir: RunDir) -> None:
+        """Write it into the run directory, atomically."""
+        atomic_write(run_dir.path / LINK_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def read_link(run_dir: RunDir) -> Link | None:
+    """The run directory's `mlflow.json`, or None: without it the run is found again by its key.
+
+    Example:
+        >>> read_link(RunDir("nowhere")) is None
+        True
+    """
+    try:
+        return Link(**json.loads((run_dir.path / LINK_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # another process was quicker
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise RuntimeError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
+    return str(experiment.experiment_id)
+
+
+def _source_tags() -> dict[str, str]:
+    tags = {"mlflow.source.name": "istanas", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
+
+
+def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
+    from mlflow.entities import Param
+
+    # Only what is not there: MLflow refuses to change a parameter.
+    new = [Param(name, str(value)) for name, value in record.params.items() if name not in run.data.params]
+    for start in range(0, len(new), CHUNK_PARAMS):
+        client.log_batch(run.info.run_id, params=new[start : start + CHUNK_PARAMS], synchronous=True)
+    return len(new)
+
+
+def _default_loader() -> NetworkLoader:
+    from pipeline.models import load_network
+
+    return load_network
+
+
+def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
+    """Write the network in MLflow's layout, as an exported graph: loading it runs no pickled code."""
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import Model, infer_signature
+
+    network, example = load_network(run_path)
+    network = network.cpu().eval()
+    pictures = example.detach().cpu().contiguous()
+    with torch.no_grad():
+        logits = network(pictures)
+        mlflow.pytorch.save_model(
+            network,
+            f"{scratch}/{MODEL_NAME}",
+            mlflow_model=Model(
+                run_id=logged.source_run_id,
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+            signature=infer_signature(pictures.numpy(), logits.numpy()),
+            input_example=pictures.numpy(),
+            # Named, because inferring them starts a second interpreter for half a minute.
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+            serialization_format="pt2",
+        )
+
+
+def _say_once(message: str, *, about: str) -> None:
+    if about not in _said:
+        _said.add(about)
+        _LOG.warning(message)

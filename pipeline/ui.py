@@ -1,0 +1,173 @@
+"""MLflow's own user interface on a local store: one child process, one line with the address, Ctrl-C ends."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from types import FrameType
+from typing import IO
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline.tracking import artifact_root, public_uri, store_uri
+
+START_SECONDS = 120.0
+STOP_SECONDS = 10.0
+
+
+def serve_ui(*, tracking_uri: str | None, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
+
+    Args:
+        tracking_uri: see `pipeline.tracking.store_uri`; of a server, whose interface runs already, only the
+            address is printed.
+        host: the interface to listen on; the default is reachable from this machine only.
+        port: the port to try first, 1..65535; the next free one is taken if it is in use.
+
+    Returns:
+        The exit code: 0 after Ctrl-C.
+
+    Raises:
+        ConfigError: the port or the host can't be used.
+        IstanasError: MLflow's server ended by itself.
+    """
+    uri = store_uri(tracking_uri)
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow runs already: {public_uri(uri)}", flush=True)
+        return 0
+    port = free_port(host, port)
+    address = f"http://{host}:{port}"
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        _terminate_as_interrupt(),
+        _server(uri, host, port, log) as server,
+    ):
+        try:
+            _wait_until_up(server, address, log)
+            print(f"MLflow: {address} (store {public_uri(uri)}; Ctrl-C ends it)", flush=True)
+            server.wait()
+        except KeyboardInterrupt:
+            return 0
+        raise IstanasError(f"MLflow's server ended with code {server.returncode}: {_last_line(log)}")
+
+
+def free_port(host: str, port: int, tries: int = 100) -> int:
+    """The first port from `port` on that nobody listens on.
+
+    Args:
+        host: the interface.
+        port: where to begin, 1..65535.
+        tries: how many ports to look at, >= 1.
+
+    Raises:
+        ConfigError: none is free, the port is no port, or the host is not of this machine.
+
+    Example:
+        >>> with socket.socket() as taken:
+        ...     taken.bind(("127.0.0.1", 0)); taken.listen()
+        ...     free_port("127.0.0.1", taken.getsockname()[1]) > taken.getsockname()[1]
+        True
+    """
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port {port}: not a port; give a number from 1 to 65535")
+    last = min(port + tries - 1, 65535)
+    for candidate in range(port, last + 1):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[
+                0
+            ]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except socket.gaierror:
+            raise ConfigError(f"host {host!r}: unknown; give 127.0.0.1 or 0.0.0.0") from None
+        except PermissionError:
+            raise ConfigError(f"port {candidate}: needs more rights; give one above 1023") from None
+        except OSError as error:
+            reason = error.strerror
+            continue
+        return candidate
+    raise ConfigError(
+        f"host {host!r}: no port from {port} to {last} can be used ({reason}); give another --port"
+    )
+
+
+@contextlib.contextmanager
+def _server(uri: str, host: str, port: int, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """MLflow's server as a process group of its own, ended when the block is left."""
+    # One worker: four, the default, take 2 GB and half a minute to start.
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    # By the environment, because everybody on the machine can read a command line, passwords included.
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri
+    artifacts = artifact_root(uri)
+    if artifacts is not None:
+        environment["MLFLOW_ARTIFACTS_DESTINATION"] = artifacts
+    server = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield server
+    finally:
+        _end(server)
+
+
+def _end(server: "subprocess.Popen[str]") -> None:
+    # The whole group: MLflow starts the web server as a child of its own.
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_SECONDS)
+    # SIGKILL is always sent: it ends children that outlived the leader, and does nothing to an empty group.
+
+
+def _wait_until_up(server: "subprocess.Popen[str]", address: str, log: IO[str]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise IstanasError(f"MLflow's server ended with code {server.returncode}: {_last_line(log)}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise IstanasError(
+        f"MLflow's server: no answer at {address} after {START_SECONDS:.0f} s; {_last_line(log)}"
+    )
+
+
+def _last_line(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [line.strip() for line in log if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that the server does not outlive this process."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

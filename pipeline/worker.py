@@ -1,0 +1,416 @@
+"""What runs on every worker: device and precision (one function), data, the epochs of a job, checkpoints, resume.
+
+A worker knows no MLflow and no console: it tells an `Observer` what happened. The order after each epoch is
+checkpoint first, observer second, so that whatever an observer has seen can be told again after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from istanas.data import Augmentation, ImageDataset, batches, load_dataset, stratified_split, stratified_subset
+from istanas.errors import CheckpointError, ConfigError
+from istanas.measure import target_cost
+from istanas.nets import MIN_IMAGE_SIZE, Supernet, TargetNet, to_channels_last
+from istanas.search import TwoStageSearch, TwoStageSettings
+from istanas.space import Genotype
+from istanas.training import (
+    Compute,
+    Metrics,
+    Totals,
+    check_finite,
+    derive_seed,
+    evaluate,
+    learning_rate,
+    train_target_epoch,
+)
+from pipeline import checkpoint
+from pipeline.config import Config, RuntimeSettings
+
+Record = dict[str, Any]  # of one epoch: epoch, timestamp_ms, seconds, metrics, and for a search nodes and genotype
+
+
+class Observer(Protocol):
+    """Who wants to know how a job goes."""
+
+    def resumed(self, history: list[Record]) -> None:
+        """Called once before the first epoch, with the epochs that a checkpoint holds (none: a new run)."""
+
+    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
+        """Called after every training step (epochs from 0, steps from 1)."""
+
+    def epoch_done(self, history: list[Record]) -> None:
+        """Called after every epoch, its checkpoint written; the last record is the new one."""
+
+
+@dataclass(frozen=True)
+class SearchSplit:
+    """Indices into the training pictures: for the weights, for the alphas."""
+
+    weights: torch.Tensor
+    alphas: torch.Tensor
+
+
+def compute_for(settings: RuntimeSettings) -> Compute:
+    """Decide device, precision and threads: the only place that does.
+
+    Raises:
+        ConfigError: if a GPU is asked for and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
+        raise ConfigError("runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`")
+    device = torch.device("cuda" if has_gpu and settings.device != "cpu" else "cpu")
+    torch.set_num_threads(threads_for(settings))
+    if device.type == "cpu":
+        if settings.precision == "bf16":
+            raise ConfigError("runtime.precision is bf16, and there is no GPU here: choose fp32 or auto")
+        return Compute(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    torch.backends.cudnn.benchmark = True
+    return Compute(device, None if settings.precision == "fp32" else torch.bfloat16)
+
+
+def threads_for(settings: RuntimeSettings) -> int:
+    """Threads of this process: as set, else the cores it may use."""
+    return len(os.sched_getaffinity(0)) if settings.threads is None else settings.threads
+
+
+def open_dataset(config: Config, progress: Callable[[int, int], None] | None = None) -> ImageDataset:
+    """Load the data set and check the configuration against it, before any work.
+
+    Raises:
+        DataError: if the data is missing or broken.
+        ConfigError: if the settings do not fit it.
+    """
+    d = config.data
+    dataset = load_dataset(
+        d.name,
+        root=d.root,
+        download=d.download,
+        cache_dir=d.cache_dir,
+        image_size=d.image_size,
+        progress=progress,
+    )
+    side = min(dataset.height, dataset.width)
+    if side < MIN_IMAGE_SIZE:
+        raise ConfigError(
+            f"data.image_size: pictures of {d.name} are {dataset.height}x{dataset.width}, networks need at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
+        )
+    for name in ("search", "retrain"):
+        cutout = getattr(config, name).cutout
+        if cutout > side:
+            raise ConfigError(f"{name}.cutout is {cutout}, above the pictures' side of {side}: lower it")
+    return dataset
+
+
+def training_indices(config: Config, dataset: ImageDataset) -> torch.Tensor:
+    """The training pictures that may be trained on: all but the hold-out."""
+    labels = dataset.train.labels
+    if config.data.holdout == 0:
+        return torch.arange(len(labels))
+    return stratified_split(labels, config.data.holdout, derive_seed(config.seed, "holdout"))[0]
+
+
+def holdout_indices(config: Config, dataset: ImageDataset) -> torch.Tensor | None:
+    """The training pictures kept for choosing, or None."""
+    if config.data.holdout == 0:
+        return None
+    return stratified_split(dataset.train.labels, config.data.holdout, derive_seed(config.seed, "holdout"))[1]
+
+
+def search_split(config: Config, dataset: ImageDataset) -> SearchSplit:
+    """Weight and alpha parts of the training pictures: stratified, seeded, disjoint.
+
+    Raises:
+        ConfigError: if a part would be empty.
+    """
+    s = config.search
+    usable = training_indices(config, dataset)
+    if s.max_pictures is not None:
+        if s.max_pictures > len(usable):
+            raise ConfigError(f"search.max_pictures is {s.max_pictures}, above the {len(usable)} there are: lower it")
+        labels = dataset.train.labels[usable]
+        usable = usable[stratified_subset(labels, s.max_pictures, derive_seed(config.seed, "subset"))]
+    seed = derive_seed(config.seed, "split")
+    weights, alphas = stratified_split(dataset.train.labels[usable], s.alpha_fraction, seed)
+    if len(weights) == 0 or len(alphas) == 0:
+        raise ConfigError(
+            f"search.alpha_fraction is {s.alpha_fraction}: of {len(usable)} pictures it leaves {len(weights)} for the "
+            f"weights and {len(alphas)} for the alphas, choose another"
+        )
+    return SearchSplit(usable[weights], usable[alphas])
+
+
+def genotype_cost(config: Config, dataset: ImageDataset, genotype: Genotype) -> dict[str, float]:
+    """Parameters and multiply-adds of the target network under the retraining's settings."""
+    r = config.retrain
+    cost = target_cost(
+        genotype,
+        init_channels=r.init_channels,
+        layers=r.layers,
+        num_classes=dataset.num_classes,
+        shape=(dataset.channels, dataset.height, dataset.width),
+        stem=r.stem,
+        op_batchnorm=r.op_batchnorm,
+    )
+    return {"target/params": float(cost.params), "target/macs": float(cost.macs)}
+
+
+class _Batches:
+    """Makes the batches of a job: every pass follows from (seed, purpose, epoch)."""
+
+    def __init__(self, config: Config, dataset: ImageDataset, compute: Compute, batch_size: int, cutout: int) -> None:
+        self._dataset, self._compute, self._batch_size = dataset, compute, batch_size
+        self._seed, self._workers = config.seed, config.runtime.data_workers
+        self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
+
+    def training(self, purpose: str, indices: torch.Tensor, epoch: int) -> Any:
+        """Shuffled and augmented."""
+        return batches(
+            self._dataset,
+            "train",
+            indices,
+            batch_size=self._batch_size,
+            augmentation=self._augmentation,
+            device=self._compute.device,
+            seed=derive_seed(self._seed, purpose),
+            epoch=epoch,
+            shuffle=True,
+            # A last batch of one picture has no variance for batch norm to divide by.
+            drop_last=len(indices) > self._batch_size and len(indices) % self._batch_size == 1,
+            workers=self._workers,
+        )
+
+    def measuring(self, split: Any, indices: torch.Tensor | None) -> Any:
+        """In order, only normalised."""
+        return batches(
+            self._dataset,
+            split,
+            indices,
+            batch_size=max(self._batch_size, 256),
+            augmentation=None,
+            device=self._compute.device,
+            seed=0,
+            epoch=0,
+            shuffle=False,
+            workers=self._workers,
+        )
+
+
+def build_search(config: Config, dataset: ImageDataset, compute: Compute) -> TwoStageSearch:
+    """The search at its start."""
+    s, space = config.search, config.space
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    supernet = Supernet(
+        space.cell_space(),
+        s.init_channels,
+        s.layers,
+        dataset.num_classes,
+        n_measurements=space.measurements,
+        stem=s.stem,
+        in_channels=dataset.channels,
+    )
+    to_channels_last(supernet.to(compute.device))
+    settings = TwoStageSettings(
+        epochs=s.epochs,
+        lr=s.lr,
+        lr_min=s.lr_min,
+        momentum=s.momentum,
+        weight_decay=s.weight_decay,
+        grad_clip=s.grad_clip,
+        arch_lr=s.arch_lr,
+        arch_betas=(s.arch_betas[0], s.arch_betas[1]),
+        arch_weight_decay=s.arch_weight_decay,
+        n_measurements=space.measurements,
+        matrix=space.matrix,
+        matrix_seed=config.matrix_seed,
+        l1_weight=space.l1_weight,
+        solver=space.solver,
+        termination_tol=s.termination_tol,
+    )
+    return TwoStageSearch(supernet, settings, compute, config.seed)
+
+
+def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer: Observer) -> list[Record]:
+    """Run (or go on with) a two-stage search.
+
+    Args:
+        config: the whole configuration.
+        dataset: as `open_dataset` gives it.
+        folder: where checkpoints lie.
+        observer: told of every step and epoch.
+
+    Returns:
+        One record an epoch; the last one's genotype is the result.
+    """
+    compute = compute_for(config.runtime)
+    split = search_split(config, dataset)
+    search = build_search(config, dataset, compute)
+    history: list[Record] = []
+    saved = checkpoint.load_latest(folder)
+    if saved is not None:
+        search.load_state_dict(saved["search"])
+        history = saved["history"]
+    observer.resumed(history)
+    source = _Batches(config, dataset, compute, config.search.batch_size, config.search.cutout)
+    while search.epoch < config.search.epochs and not (history and history[-1]["converged"]):
+        epoch = search.epoch
+        torch.manual_seed(derive_seed(config.seed, "epoch", epoch))
+        weight_batches = source.training("weights", split.weights, epoch)
+        n_steps = len(weight_batches)
+
+        def alpha_batches(epoch: int = epoch) -> Any:
+            return source.training("alphas", split.alphas, epoch)
+
+        def observe(step: int, totals: Totals, epoch: int = epoch, n_steps: int = n_steps) -> None:
+            observer.step(epoch, step, n_steps, totals)
+
+        start = time.perf_counter()
+        train = search.train_epoch(weight_batches, alpha_batches, n_steps, observe)
+        seconds = time.perf_counter() - start
+        check_finite(train, epoch)
+        genotype_trained = search.supernet.genotype()
+        valid = search.validate(source.measuring("train", split.alphas))
+        recovery = search.recover()
+        genotype = search.supernet.genotype()
+        metrics = {
+            **_named("train", train),
+            **_named("valid", valid),
+            **recovery.metrics(),
+            "arch/skip_ratio": genotype.skip_ratio(),
+            **genotype_cost(config, dataset, genotype),
+            # Each step takes a weight batch and an alpha batch through the network.
+            "images_per_second": 2 * train.count / seconds,
+        }
+        record = _record(epoch, metrics, time.perf_counter() - start)
+        if epoch == 0:
+            record["start_nodes"] = search.first_recovery.to_rows()
+        record["nodes"] = recovery.to_rows()
+        record["trained_genotype"] = genotype_trained.to_json()
+        record["genotype"] = genotype.to_json()
+        record["converged"] = search.has_converged(recovery)
+        history.append(record)
+        checkpoint.save(folder, search.epoch, {"search": search.state_dict(), "history": history})
+        observer.epoch_done(history)
+    return history
+
+
+def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:
+    """The network that a retraining trains, freshly initialised."""
+    r = config.retrain
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    return TargetNet(
+        genotype,
+        r.init_channels,
+        r.layers,
+        dataset.num_classes,
+        stem=r.stem,
+        auxiliary=r.auxiliary_weight > 0,
+        op_batchnorm=r.op_batchnorm,
+        in_channels=dataset.channels,
+    )
+
+
+def retrain_worker(
+    config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path, observer: Observer
+) -> tuple[TargetNet, list[Record]]:
+    """Train (or go on training) the network of a genotype from scratch.
+
+    Args:
+        config: the whole configuration.
+        genotype: the cells.
+        dataset: as `open_dataset` gives it.
+        folder: where checkpoints lie.
+        observer: told of every step and epoch.
+
+    Returns:
+        The network with the last epoch's weights, and one record an epoch; the last one holds the test figures.
+    """
+    r = config.retrain
+    compute = compute_for(config.runtime)
+    net = build_target(config, genotype, dataset)
+    to_channels_last(net.to(compute.device))
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        r.lr,
+        momentum=r.momentum,
+        weight_decay=r.weight_decay,
+        nesterov=r.nesterov,
+        fused=compute.device.type == "cuda",
+    )
+    history: list[Record] = []
+    saved = checkpoint.load_latest(folder)
+    if saved is not None:
+        if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
+            raise CheckpointError(f"{folder}: the checkpoint is not of this genotype's retraining, use --fresh")
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+    observer.resumed(history)
+    indices, holdout = training_indices(config, dataset), holdout_indices(config, dataset)
+    source = _Batches(config, dataset, compute, r.batch_size, r.cutout)
+    cost = genotype_cost(config, dataset, genotype)
+    for epoch in range(len(history), r.epochs):
+        torch.manual_seed(derive_seed(config.seed, "epoch", epoch))
+        net.drop_path_prob = r.drop_path * epoch / r.epochs
+        train_batches = source.training("retrain", indices, epoch)
+        n_steps = len(train_batches)
+
+        def lr_at(step: int, epoch: int = epoch, n_steps: int = n_steps) -> float:
+            progress = (epoch + step / n_steps) / r.epochs
+            return learning_rate(
+                r.lr, r.lr_min, progress, schedule=r.schedule, warmup=r.warmup_epochs / r.epochs
+            )
+
+        def observe(step: int, totals: Totals, epoch: int = epoch, n_steps: int = n_steps) -> None:
+            observer.step(epoch, step, n_steps, totals)
+
+        start = time.perf_counter()
+        train = train_target_epoch(
+            net,
+            optimizer,
+            train_batches,
+            compute,
+            lr_at=lr_at,
+            auxiliary_weight=r.auxiliary_weight,
+            label_smoothing=r.label_smoothing,
+            grad_clip=r.grad_clip,
+            observe=observe,
+        )
+        seconds = time.perf_counter() - start
+        check_finite(train, epoch)
+        net.eval()
+        metrics = {**_named("train", train), **cost, "images_per_second": train.count / seconds}
+        if holdout is not None:
+            metrics.update(_named("valid", evaluate(net, source.measuring("train", holdout), compute)))
+        if (epoch + 1) % r.test_every == 0 or epoch + 1 == r.epochs:
+            metrics.update(_named("test", evaluate(net, source.measuring("test", None), compute)))
+        history.append(_record(epoch, metrics, time.perf_counter() - start))
+        state = {
+            "kind": "retrain",
+            "genotype": genotype.to_json(),
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+        }
+        checkpoint.save(folder, epoch + 1, state)
+        observer.epoch_done(history)
+    return net.eval(), history
+
+
+def _named(split: str, metrics: Metrics) -> dict[str, float]:
+    return {f"{split}/loss": metrics.loss, f"{split}/top1": metrics.top1}
+
+
+def _record(epoch: int, metrics: dict[str, float], seconds: float) -> Record:
+    return {"epoch": epoch, "timestamp_ms": int(time.time() * 1000), "seconds": seconds, "metrics": metrics}
+

@@ -1,0 +1,49 @@
+"""What every test runs under: one thread, no usage statistics, nobody's MLflow server; and golden files."""
+
+import os
+from pathlib import Path
+
+# Set before torch is imported, and for subprocesses too: workers times threads must not exceed the cores.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ.update(
+    DO_NOT_TRACK="true", MLFLOW_DISABLE_TELEMETRY="true", RAY_USAGE_STATS_ENABLED="0", MPLBACKEND="Agg"
+)
+# A developer's MLflow server must not receive the runs of the tests.
+for _name in [n for n in os.environ if n.startswith("MLFLOW_") and n != "MLFLOW_DISABLE_TELEMETRY"]:
+    del os.environ[_name]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+# A loaded machine is no failure, and the same commit gives the same result twice.
+settings.register_profile("istanas", deadline=None, derandomize=True)
+settings.load_profile("istanas")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The top level of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with golden files and data that is not part of the repository; skips where there is none."""
+    folder = Path(os.environ.get("ISTANAS_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"shared files: no folder {folder}; set ISTANAS_SHARED to the folder that holds golden/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir(shared_dir: Path) -> Path:
+    """The numbers of the published implementation; skips where there are none."""
+    folder = shared_dir / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"golden files: no folder {folder}; set ISTANAS_SHARED to the folder that holds golden/")
+    return folder

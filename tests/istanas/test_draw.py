@@ -1,0 +1,168 @@
+"""Cell figures: everything that was picked can be read, and nothing lies on anything else."""
+
+import itertools
+import random
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from istanas.draw import COLOURS, OTHER_COLOUR, colour_of, draw_cell, save_genotype_figures
+from istanas.errors import GenotypeError
+from istanas.space import PUBLISHED
+
+OPS = (
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+TWO_ON_AN_EDGE = ((("sep_conv_3x3", 0), ("dil_conv_5x5", 0)), (("max_pool_3x3", 2), ("skip_connect", 2)))
+
+Picks = tuple[tuple[tuple[str, int], ...], ...]
+
+
+def random_picks(seed: int, n_nodes: int = 4, sparsity: int = 2) -> Picks:
+    draw = random.Random(seed)
+    edges = [[(op, state) for state in range(node + 2) for op in OPS] for node in range(n_nodes)]
+    return tuple(tuple(draw.sample(candidates, sparsity)) for candidates in edges)
+
+
+def arrows(figure: Figure) -> list[FancyArrowPatch]:
+    return [patch for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)]
+
+
+def names_and_boxes(figure: Figure) -> tuple[dict[str, list[Bbox]], list[Bbox]]:
+    """Extents in pixels of the operations' names, and of the states' boxes."""
+    figure.canvas.draw()
+    boxes = [p.get_window_extent() for p in figure.axes[0].patches if isinstance(p, FancyBboxPatch)]
+    names: dict[str, list[Bbox]] = {}
+    for text in figure.axes[0].texts:
+        if text.get_bbox_patch() is not None:  # states' names have no ground of their own
+            names.setdefault(text.get_text(), []).append(text.get_window_extent())
+    return names, boxes
+
+
+CELLS = [
+    *(
+        pytest.param(getattr(g, cell), id=f"{name}-{cell}")
+        for name, g in PUBLISHED.items()
+        for cell in ("normal", "reduce")
+    ),
+    *(pytest.param(random_picks(seed), id=f"random-{seed}") for seed in range(8)),
+    pytest.param(random_picks(0, sparsity=1), id="one-op-a-node"),
+    pytest.param(random_picks(1, n_nodes=6), id="six-nodes"),
+    pytest.param(random_picks(2, sparsity=3), id="three-ops-a-node"),
+    pytest.param(TWO_ON_AN_EDGE, id="two-ops-on-an-edge"),
+]
+
+
+@pytest.mark.parametrize("picks", CELLS)
+def test_names_overlap_neither_each_other_nor_a_box_nor_the_border(picks: Picks) -> None:
+    figure = draw_cell(picks, range(2, len(picks) + 2), title="cell")
+    names, boxes = names_and_boxes(figure)
+    labels = [(op, extent) for op, extents in names.items() for extent in extents]
+
+    assert Counter({op: len(extents) for op, extents in names.items()}) == Counter(
+        op for node in picks for op, _ in node
+    )
+    assert not [(a, b) for (a, one), (b, two) in itertools.combinations(labels, 2) if one.overlaps(two)]
+    assert not [op for op, extent in labels for box in boxes if extent.overlaps(box)]
+    assert not [one for one, two in itertools.combinations(boxes, 2) if one.overlaps(two)]
+    page = figure.bbox
+    assert all(page.x0 <= e.x0 and e.x1 <= page.x1 and page.y0 <= e.y0 and e.y1 <= page.y1 for _, e in labels)
+    # Legible at 800 pixels: a line of text stays at least 9 pixels high.
+    assert min(extent.height for _, extent in labels) * 800 / page.width >= 9
+
+
+def test_two_ops_on_one_edge_are_two_curves() -> None:
+    figure = draw_cell(TWO_ON_AN_EDGE, [3])
+    figure.canvas.draw()
+    first, second = arrows(figure)[:2]
+    middles = [arrow.get_path().interpolated(10).vertices[10] for arrow in (first, second)]
+    assert abs(middles[0] - middles[1]).max() > 0.1
+    labels, _ = names_and_boxes(figure)
+    assert set(labels) == {"sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3", "skip_connect"}
+
+
+def test_every_pick_and_every_concatenated_state_is_an_edge_of_its_colour() -> None:
+    picks = ((("sep_conv_3x3", 0), ("mystery", 1)), (("max_pool_3x3", 1),))
+    colours = [to_hex(arrow.get_edgecolor()) for arrow in arrows(draw_cell(picks, [3]))]
+    assert colours[:3] == [COLOURS["sep_conv"], OTHER_COLOUR, COLOURS["pool"]]
+    assert len(colours) == 4
+
+
+def test_known_operations_have_colours_of_their_kind_and_unknown_ones_a_fallback() -> None:
+    assert {colour_of(op) for op in OPS} == set(COLOURS.values())
+    assert colour_of("fused_conv_7x7") == OTHER_COLOUR
+    assert OTHER_COLOUR not in COLOURS.values()
+
+
+def test_the_wider_edge_is_the_one_of_greater_weight_whatever_its_sign() -> None:
+    picks = ((("sep_conv_3x3", 0), ("skip_connect", 1)),)
+    small, large = (
+        arrow.get_linewidth() for arrow in arrows(draw_cell(picks, [2], weights=[[0.1, -2.0]]))[:2]
+    )
+    assert small < large
+
+
+@pytest.mark.parametrize("weights", [None, [], [[0.0, 0.0]]])
+def test_no_weights_or_weights_of_zero_draw_edges_of_equal_width(weights: list[list[float]] | None) -> None:
+    picks = ((("sep_conv_3x3", 0), ("skip_connect", 1)),)
+    first, second = (arrow.get_linewidth() for arrow in arrows(draw_cell(picks, [2], weights=weights))[:2])
+    assert first == second > 0
+
+
+@pytest.mark.parametrize(
+    ("picks", "concat", "weights", "words"),
+    [
+        ([[("skip_connect", 2)]], [2], None, "node 0: skip_connect reads state 2"),
+        ([[("skip_connect", -1)]], [2], None, "state -1"),
+        ([[("skip_connect", 0)]], [3], None, "concat: state 3"),
+        ([[("skip_connect", 0)]], [2], [[1.0, 2.0]], "weights: "),
+        ([[("skip_connect", 0)]], [2], [[float("nan")]], "weights: "),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_clear_line(picks, concat, weights, words) -> None:
+    with pytest.raises(GenotypeError, match=words) as error:
+        draw_cell(picks, concat, weights=weights)
+    assert "\n" not in str(error.value)
+
+
+def test_a_node_without_inputs_or_outputs_is_drawn() -> None:
+    names = {text.get_text() for text in draw_cell([[], [("skip_connect", 0)], []], [3]).axes[0].texts}
+    assert {"node 0", "node 1", "node 2"} <= names
+
+
+def test_four_files_that_are_what_they_say(tmp_path: Path) -> None:
+    genotype = PUBLISHED["ISTA_twostage"]
+    paths = save_genotype_figures(genotype, tmp_path / "cells", weights_normal=[[1.0, 0.5]] * 4)
+    assert [p.name for p in paths] == ["normal.svg", "normal.png", "reduce.svg", "reduce.png"]
+    assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # no half-written leftovers
+
+    for path, picks in ((paths[0], genotype.normal), (paths[2], genotype.reduce)):
+        texts = Counter(
+            "".join(t.itertext()).strip() for t in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")
+        )
+        assert {op: texts[op] for op in OPS} == {
+            op: sum(op == o for node in picks for o, _ in node) for op in OPS
+        }
+    for path in (paths[1], paths[3]):
+        with Image.open(path) as image:
+            assert image.width >= 1600
+            assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_the_same_genotype_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "a")
+    second = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]

@@ -1,0 +1,180 @@
+"""What a RUN and a genotype may be called on the command line."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from istanas.errors import ConfigError, GenotypeError
+from istanas.space import PUBLISHED, CellSpace, random_genotype
+from pipeline.references import resolve_genotype, resolve_run
+from pipeline.rundir import RunDir, RunRecord, new_key
+from pipeline.tracking import MLflowTracker
+
+RECORD = RunRecord(
+    name="digits-search",
+    kind="search",
+    method="two_stage",
+    dataset="digits",
+    key="",
+    params={},
+    tags={},
+    description="",
+    parent=None,
+    status="FINISHED",
+    started_ms=1000,
+    ended_ms=2000,
+    artifacts=("genotype.json",),
+    result={},
+)
+FOUND = random_genotype(5, CellSpace())
+NO_STORE = "sqlite:////nowhere/mlflow.db"
+
+
+def make_run(path: Path, *, genotype: bool = True, **changes: object) -> RunDir:
+    run = RunDir(path)
+    run.write(dataclasses.replace(RECORD, **{"key": new_key(), **changes}))  # type: ignore[arg-type]
+    if genotype:
+        (path / "genotype.json").write_text(FOUND.to_json())
+    return run
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    make_run(folder / "digits-1111")
+    make_run(folder / "cifar-2222", name="cifar-search")
+    make_run(folder / "cifar-3333", name="cifar-search")
+    return folder
+
+
+def run_named(ref: str, runs_dir: Path) -> Path:
+    return resolve_run(ref, runs_dir=runs_dir, tracking_uri=NO_STORE).path
+
+
+def test_a_run_by_directory_or_name(runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = runs_dir / "digits-1111"
+    for ref in (str(digits), "digits-1111", "digits-search"):
+        assert run_named(ref, runs_dir) == digits
+    monkeypatch.chdir(tmp_path)
+    assert run_named("runs/digits-1111", Path("elsewhere")) == Path("runs/digits-1111")
+
+
+def test_a_run_one_folder_down(runs_dir: Path) -> None:
+    inner = make_run(runs_dir / "both-4444" / "search", name="both")
+    assert run_named("both", runs_dir) == inner.path
+    assert run_named("both-4444/search", runs_dir) == inner.path
+
+
+def test_an_ambiguous_name_lists_the_candidates(runs_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="means 2 runs") as caught:
+        run_named("cifar-search", runs_dir)
+    assert str(runs_dir / "cifar-2222") in str(caught.value)
+    assert str(runs_dir / "cifar-3333") in str(caught.value)
+    assert run_named("cifar-3333", runs_dir) == runs_dir / "cifar-3333"
+
+
+@pytest.mark.parametrize("ref", ["digit-serch", "no such thing", "", "../..", "[", "*"])
+def test_an_unknown_name_tells_the_nearest(ref: str, runs_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown") as caught:
+        run_named(ref, runs_dir)
+    assert "digits-search" in str(caught.value) or "cifar" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_runs_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are no runs in"):
+        run_named("x", tmp_path / "runs")
+
+
+def test_a_broken_neighbour_is_no_obstacle(runs_dir: Path) -> None:
+    (runs_dir / "broken").mkdir()
+    (runs_dir / "broken" / "run.json").write_text("{")
+    assert run_named("digits-search", runs_dir) == runs_dir / "digits-1111"
+
+
+def test_an_mlflow_id_without_a_store_creates_none(runs_dir: Path, tmp_path: Path) -> None:
+    store = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{store}"
+    with pytest.raises(ConfigError, match="does not exist"):
+        resolve_run("0" * 32, runs_dir=runs_dir, tracking_uri=uri)
+    with pytest.raises(ConfigError, match="does not exist"):
+        resolve_genotype("0" * 32, space=CellSpace(), runs_dir=runs_dir, tracking_uri=uri)
+    assert not store.exists()
+
+
+def test_mlflow_ids(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    runs_dir = tmp_path / "runs"
+    here = make_run(runs_dir / "here")
+    elsewhere = make_run(tmp_path / "other" / "elsewhere")
+    ids = {}
+    for run in (here, elsewhere):
+        tracker = MLflowTracker(run, tracking_uri=uri, experiment="x")
+        assert tracker.deliver()
+        ids[run] = str(tracker.run_id)
+
+    def named(ref: str, store: str = uri) -> Path:
+        return resolve_run(ref, runs_dir=runs_dir, tracking_uri=store).path
+
+    assert named(ids[here], NO_STORE) == here.path  # its mlflow.json says so, no store is needed
+    assert named(ids[elsewhere]) == elsewhere.path
+    with pytest.raises(ConfigError, match="no such run"):
+        named("0" * 32)
+
+    def genotype(ref: str) -> tuple[object, str | None]:
+        return resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=uri)
+
+    assert genotype(ids[elsewhere]) == (FOUND, str(elsewhere.path))
+    shutil.rmtree(elsewhere.path)  # as on another machine: the store has the artifact
+    with pytest.raises(ConfigError, match="is not here"):
+        named(ids[elsewhere])
+    assert genotype(ids[elsewhere]) == (FOUND, None)
+    with pytest.raises(ConfigError, match=r"no genotype\.json in"):
+        genotype("0" * 32)
+
+
+def test_genotypes(runs_dir: Path, tmp_path: Path) -> None:
+    space = CellSpace(n_nodes=3, sparsity=1)
+
+    def genotype(ref: str) -> tuple[object, str | None]:
+        return resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=NO_STORE)
+
+    for name, published in PUBLISHED.items():
+        assert genotype(name) == (published, None)
+    assert genotype("random:7") == (random_genotype(7, space), None)
+    assert genotype("digits-search") == (FOUND, str(runs_dir / "digits-1111"))
+    file = tmp_path / "mine.json"
+    file.write_text(FOUND.to_json())
+    assert genotype(str(file)) == (FOUND, None)
+
+
+def test_a_retraining_passes_its_search_on(runs_dir: Path) -> None:
+    parent = str(runs_dir / "digits-1111")
+    make_run(runs_dir / "again", name="again", kind="retrain", parent=parent)
+    found = resolve_genotype("again", space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)
+    assert found == (FOUND, parent)
+
+
+@pytest.mark.parametrize("ref", ["random:", "random:-1", "random:x", "random:1.5", "random:" + "9" * 40])
+def test_a_random_genotype_needs_a_seed(ref: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not random:SEED"):
+        resolve_genotype(ref, space=CellSpace(), runs_dir=tmp_path, tracking_uri=NO_STORE)
+
+
+def test_what_is_no_genotype(runs_dir: Path, tmp_path: Path) -> None:
+    def genotype(ref: str) -> object:
+        return resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)
+
+    bad = tmp_path / "bad.json"
+    for content in (b'{"version": 9}', b"{", b"\xff\xfe"):
+        bad.write_bytes(content)
+        with pytest.raises(GenotypeError, match=r"bad\.json: ") as caught:
+            genotype(str(bad))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="ISTA_twostage"):
+        genotype("ISTA_twostge")
+    make_run(runs_dir / "young", genotype=False, status="RUNNING")
+    with pytest.raises(ConfigError, match=r"young: has no genotype\.json \(it is RUNNING\)"):
+        genotype("young")

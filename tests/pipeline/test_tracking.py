@@ -1,0 +1,534 @@
+"""The MLflow mirror, on a real SQLite store and a real server: complete, nothing twice, never in the way."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from istanas.errors import CheckpointError
+from pipeline import tracking
+from pipeline.rundir import RunDir, RunRecord, new_key
+from pipeline.tracking import (
+    MLflowTracker,
+    NullTracker,
+    artifact_root,
+    open_client,
+    open_tracker,
+    public_uri,
+    read_link,
+    store_uri,
+)
+
+RECORD = RunRecord(
+    name="digits-search",
+    kind="search",
+    method="two_stage",
+    dataset="digits",
+    key="",
+    params={"seed": 0, "search.lr": 0.1, "data.root": None, "flip": True},
+    tags={"istanas.genotype": "0123abcd"},
+    description="# Found\n\na cell",
+    parent=None,
+    status="RUNNING",
+    started_ms=1_700_000_000_000,
+    ended_ms=None,
+    artifacts=("config.yaml", "cells/normal.svg", "never_written.json"),
+    result={},
+)
+EXPERIMENT = "tests"
+
+
+@pytest.fixture(scope="module")
+def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs, to be copied: making one takes seconds."""
+    file = tmp_path_factory.mktemp("blank") / "mlflow.db"
+    open_client(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
+    """The store that the tests of this module share."""
+    return f"sqlite:///{shutil.copy(blank_database, tmp_path_factory.mktemp('store'))}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_said", set())
+
+
+def make_run(path: Path, epochs: int = 2, **changes: object) -> RunDir:
+    run = RunDir(path)
+    run.write(dataclasses.replace(RECORD, **{"key": new_key(), **changes}))  # type: ignore[arg-type]
+    (path / "cells").mkdir()
+    (path / "config.yaml").write_text("seed: 0\n")
+    (path / "cells" / "normal.svg").write_text("<svg/>")
+    add_epochs(run, 1, epochs)
+    return run
+
+
+def add_epochs(run: RunDir, first: int, last: int) -> None:
+    for epoch in range(first, last + 1):
+        run.append_metrics(epoch, {"train/loss": 1 / epoch, "valid/top1": epoch / 100}, 1000 * epoch)
+
+
+def end_run(run: RunDir, status: str = "FINISHED", **changes: object) -> None:
+    ended = {"status": status, "ended_ms": 1_700_000_060_000, "result": {"seconds": 42.5}, **changes}
+    run.write(dataclasses.replace(run.read(), **ended))  # type: ignore[arg-type]
+
+
+def tracker_of(run: RunDir, store: str) -> MLflowTracker:
+    return MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT)
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, int, float]]:
+    return [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, name)]
+
+
+def runs_of(client: MlflowClient, run: RunDir) -> list[str]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`istanas.key` = '{run.read().key}'")
+    return [entity.info.run_id for entity in found]
+
+
+def test_store_uri_prefers_the_argument(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri(None, known="http://known") == "http://known"
+    assert artifact_root(store_uri(None)) == (tmp_path / "mlartifacts").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env")
+    assert store_uri(None, known="http://known") == "http://env"
+    assert store_uri("http://given") == "http://given"
+
+
+def test_passwords_stay_out_of_files_and_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert public_uri("http://me:secret@host:1/path@x") == "http://host:1/path@x"
+    assert public_uri("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
+    run = make_run(tmp_path / "run")
+    assert not MLflowTracker(run, tracking_uri="http://me:secret@127.0.0.1:1", experiment="x").deliver()
+    assert "127.0.0.1:1" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_switched_off(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    off = open_tracker(run, enabled=False, tracking_uri=None, experiment=EXPERIMENT)
+    assert isinstance(off, NullTracker)
+    assert off.deliver()
+    assert read_link(run) is None
+
+
+def test_a_run_from_its_first_epoch_to_its_end(
+    tmp_path: Path, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", epochs=1)
+    tracker = open_tracker(run, enabled=True, tracking_uri=store, experiment=EXPERIMENT)
+    assert isinstance(tracker, MLflowTracker)
+    assert tracker.run_id is None
+    assert tracker.deliver()
+    run_id = tracker.run_id
+    assert run_id is not None
+    client = open_client(store)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    for epoch in (2, 3):
+        add_epochs(run, epoch, epoch)
+        assert tracker.deliver()
+        assert tracker.last_delivery is not None
+        assert tracker.last_delivery.metrics == 2
+    end_run(run)
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    assert tracker.last_delivery.artifacts == ("config.yaml", "cells/normal.svg")
+    assert tracker.last_delivery.missing == ("never_written.json",)
+
+    entity = client.get_run(run_id)
+    assert entity.info.run_name == "digits-search"
+    assert (entity.info.status, entity.info.start_time) == ("FINISHED", 1_700_000_000_000)
+    assert entity.info.end_time == 1_700_000_060_000
+    assert entity.data.params == {"seed": "0", "search.lr": "0.1", "data.root": "None", "flip": "True"}
+    wanted = {
+        "istanas.kind": "search",
+        "istanas.method": "two_stage",
+        "istanas.dataset": "digits",
+        "istanas.key": run.read().key,
+        "istanas.run_dir": str(run.path),
+        "istanas.genotype": "0123abcd",
+        "mlflow.note.content": "# Found\n\na cell",
+    }
+    assert wanted.items() <= entity.data.tags.items()
+    assert history(client, run_id, "train/loss") == [(1, 1000, 1.0), (2, 2000, 0.5), (3, 3000, 1 / 3)]
+    assert {file.path for file in client.list_artifacts(run_id)} == {"config.yaml", "cells"}
+    fetched = client.download_artifacts(run_id, "cells/normal.svg", str(tmp_path))
+    assert Path(fetched).read_text() == "<svg/>"
+    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    assert list(artifacts.rglob("normal.svg"))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == ""
+
+
+def test_delivering_again_sends_nothing(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    end_run(run)
+    assert tracker_of(run, store).deliver()
+    again = tracker_of(run, store)  # as another process would
+    assert again.deliver()
+    sent = again.last_delivery
+    assert sent is not None
+    assert (sent.created, sent.metrics, sent.params, sent.tags, sent.artifacts) == (False, 0, 0, 0, ())
+    (run.path / "config.yaml").write_text("seed: 1\n")
+    assert again.deliver()
+    assert again.last_delivery is not None
+    assert again.last_delivery.artifacts == ("config.yaml",)
+
+
+def test_rewritten_metrics_double_nothing(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run", epochs=3)
+    first = tracker_of(run, store)
+    assert first.deliver()
+    # The process is killed; the resumed one goes back to epoch 2 and measures epoch 3 again.
+    run.replace_metrics([line for line in run.metrics() if line.step <= 2])
+    resumed = tracker_of(run, store)
+    assert resumed.deliver()
+    run.append_metrics(3, {"train/loss": 0.123, "valid/top1": 0.03}, 9999)
+    add_epochs(run, 4, 4)
+    assert resumed.deliver()
+    assert first.deliver()
+    client = open_client(store)
+    assert resumed.run_id is not None
+    assert [step for step, _, _ in history(client, resumed.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert [step for step, _, _ in history(client, resumed.run_id, "valid/top1")] == [1, 2, 3, 4]
+
+
+def test_more_metrics_than_one_request_holds(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run", epochs=0)
+    for step in range(3):
+        run.append_metrics(step, {f"m{number}": float(step) for number in range(700)}, 1000 + step)
+    tracker = tracker_of(run, store)
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    assert tracker.last_delivery.metrics == 2100
+    assert tracker.run_id is not None
+    assert len(open_client(store).get_run(tracker.run_id).data.metrics) == 700
+
+
+def test_lost_link_finds_the_run_by_its_key(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    tracker = tracker_of(run, store)
+    assert tracker.deliver()
+    (run.path / "mlflow.json").unlink()  # killed between creating the run and noting its id
+    again = tracker_of(run, store)
+    assert again.run_id is None
+    assert again.deliver()
+    assert again.run_id == tracker.run_id
+    assert runs_of(open_client(store), run) == [tracker.run_id]
+
+
+def test_broken_link_and_deleted_run_are_made_good(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    tracker = tracker_of(run, store)
+    assert tracker.deliver()
+    (run.path / "mlflow.json").write_text("{")
+    assert tracker_of(run, store).deliver()
+    link = read_link(run)
+    assert link is not None
+    assert link.run_id == tracker.run_id
+    client = open_client(store)
+    client.delete_run(link.run_id)
+    again = tracker_of(run, store)
+    assert again.deliver()
+    assert again.run_id != link.run_id
+    assert runs_of(client, run) == [again.run_id]
+    assert len(history(client, str(again.run_id), "train/loss")) == 2
+
+
+def test_another_store_gets_a_run_of_its_own(tmp_path: Path, store: str, blank_database: Path) -> None:
+    run = make_run(tmp_path / "run")
+    end_run(run)
+    assert tracker_of(run, store).deliver()
+    other = f"sqlite:///{shutil.copy(blank_database, tmp_path / 'other.db')}"
+    moved = tracker_of(run, other)
+    assert moved.run_id is None
+    assert moved.deliver()
+    assert moved.last_delivery is not None
+    assert moved.last_delivery.artifacts == ("config.yaml", "cells/normal.svg")
+    follows = MLflowTracker(run, tracking_uri=None, experiment=EXPERIMENT)
+    assert (follows.tracking_uri, follows.run_id) == (other, moved.run_id)
+
+
+def test_failed_run_and_its_resumption(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    end_run(run, "FAILED")
+    tracker = tracker_of(run, store)
+    assert tracker.deliver()
+    client = open_client(store)
+    assert client.get_run(str(tracker.run_id)).info.status == "FAILED"
+    # The resumed run may have other parameters, which MLflow refuses to change.
+    run.write(dataclasses.replace(run.read(), status="RUNNING", ended_ms=None, params={"seed": 7, "new": 1}))
+    assert tracker.deliver()
+    entity = client.get_run(str(tracker.run_id))
+    assert (entity.info.status, entity.data.params["seed"], entity.data.params["new"]) == (
+        "RUNNING",
+        "0",
+        "1",
+    )
+    end_run(run, ended_ms=1_700_000_099_000)
+    assert tracker.deliver()
+    info = client.get_run(str(tracker.run_id)).info
+    assert (info.status, info.end_time) == ("FINISHED", 1_700_000_099_000)
+
+
+def small_network(path: Path) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A network with batch norm, of weights that a test has saved in the run directory."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 10),
+    )
+    network.load_state_dict(torch.load(path / "weights.pt", weights_only=True))
+    return network.eval(), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def save_small_network(path: Path) -> None:
+    torch.manual_seed(0)
+    blank = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 10),
+    )
+    blank(torch.rand(32, 1, 8, 8))  # running statistics that differ from the initial ones
+    torch.save(blank.state_dict(), path / "weights.pt")
+
+
+def test_retraining_is_a_child_with_a_model(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    search = make_run(tmp_path / "search")
+    end_run(search)
+    retrain = make_run(tmp_path / "retrain", kind="retrain", name="digits-retrain", parent=str(search.path))
+    save_small_network(retrain.path)
+    end_run(retrain)
+    tracker = MLflowTracker(retrain, tracking_uri=store, experiment=EXPERIMENT, load_network=small_network)
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    assert tracker.last_delivery.model
+    assert capfd.readouterr() == ("", "")
+
+    client = open_client(store)
+    entity = client.get_run(str(tracker.run_id))
+    parent = tracker_of(search, store)
+    assert entity.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert client.get_run(str(parent.run_id)).info.status == "FINISHED"  # its search was delivered first
+    assert parent.deliver()
+    assert [output.step for output in entity.outputs.model_outputs] == [2]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    network, pictures = small_network(retrain.path)
+    expected = network(pictures)
+    loaded = mlflow.pytorch.load_model(f"runs:/{tracker.run_id}/model")
+    torch.testing.assert_close(loaded(pictures), expected)
+    for batch in (1, 5):
+        assert loaded(torch.rand(batch, 1, 8, 8)).shape == (batch, 10)
+    model = mlflow.pyfunc.load_model(f"models:/{entity.outputs.model_outputs[0].model_id}")
+    assert model.metadata.signature is not None
+    assert model.predict(pictures.numpy()).shape == (2, 10)
+
+    again = MLflowTracker(retrain, tracking_uri=store, experiment=EXPERIMENT, load_network=small_network)
+    assert again.deliver()
+    assert again.last_delivery is not None
+    assert not again.last_delivery.model
+    assert len(client.search_logged_models([entity.info.experiment_id])) == 1
+
+
+def test_a_network_that_cannot_be_loaded_costs_only_the_model(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", kind="retrain")  # without weights
+    end_run(run)
+    tracker = MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT, load_network=small_network)
+    assert tracker.deliver()
+    assert "weights.pt" in caplog.text
+    assert f"istanas sync {run.path}" in caplog.text
+    client = open_client(store)
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    save_small_network(run.path)
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    assert tracker.last_delivery.model
+
+
+def test_moved_run_directories_keep_their_lineage(tmp_path: Path, store: str) -> None:
+    search = make_run(tmp_path / "moved" / "search")
+    retrain = make_run(tmp_path / "moved" / "retrain", kind="retrain", parent="/elsewhere/search")
+    tracker = tracker_of(retrain, store)
+    assert tracker.deliver()
+    tags = open_client(store).get_run(str(tracker.run_id)).data.tags
+    assert tags["mlflow.parentRunId"] == tracker_of(search, store).run_id
+
+
+def test_damaged_search_does_not_stop_its_retraining(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = make_run(tmp_path / "search")
+    (search.path / "run.json").write_text("{")
+    retrain = make_run(tmp_path / "retrain", kind="retrain", parent=str(search.path))
+    tracker = tracker_of(retrain, store)
+    assert tracker.deliver()
+    assert "mlflow.parentRunId" not in open_client(store).get_run(str(tracker.run_id)).data.tags
+    assert str(search.path) in caplog.text
+
+
+def test_unusable_store_is_said_once_and_tried_once_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, blank_database: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.write_text("in the way")
+    run = make_run(tmp_path / "run")
+    tracker = tracker_of(run, f"sqlite:///{folder}/mlflow.db")
+    with caplog.at_level(logging.WARNING):
+        assert not tracker.deliver()
+        folder.unlink()
+        folder.mkdir()
+        shutil.copy(blank_database, folder)
+        assert not tracker.deliver()  # too soon to try again
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"istanas sync {run.path}" in message
+    assert "\n" not in message
+    end_run(run)  # the end is always tried
+    assert tracker.deliver()
+    assert runs_of(open_client(f"sqlite:///{folder}/mlflow.db"), run) == [tracker.run_id]
+
+
+def test_a_broken_run_directory_is_an_error(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(CheckpointError, match="line 3"):
+        tracker_of(run, store).deliver()
+
+
+def test_absent_mlflow_does_not_stop_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    script = f"""
+        import sys
+        sys.modules["mlflow"] = None  # as if it were not installed
+        from pipeline.rundir import RunDir
+        from pipeline.tracking import MLflowTracker
+        tracker = MLflowTracker(RunDir({str(run.path)!r}), tracking_uri=None, experiment="x")
+        sys.exit(0 if [tracker.deliver(), tracker.deliver()] == [False, False] else 3)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "install mlflow" in line
+    assert f"istanas sync {run.path}" in line
+
+
+def test_two_processes_deliver_one_run(tmp_path: Path) -> None:
+    """A `sync` beside a running training, on a store that neither has opened yet."""
+    run = make_run(tmp_path / "run", epochs=5)
+    uri = f"sqlite:///{tmp_path}/fresh.db"
+    script = f"""
+        from pipeline.rundir import RunDir
+        from pipeline.tracking import MLflowTracker
+        assert MLflowTracker(RunDir({str(run.path)!r}), tracking_uri={uri!r}, experiment="x").deliver()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    children = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for child in children:
+        _, error = child.communicate(timeout=120)
+        assert (child.returncode, error) == (0, "")
+    client = open_client(uri)
+    (run_id,) = runs_of(client, run)
+    assert len(history(client, run_id, "train/loss")) == 5
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """MLflow's server on 127.0.0.1; killed at the end, as by a power cut."""
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "a") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert child.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            time.sleep(0.1)
+        yield
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def test_server_that_goes_and_comes_back(
+    tmp_path: Path, blank_database: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(blank_database, tmp_path)
+    port = unused_port()
+    uri = f"http://127.0.0.1:{port}"
+    run = make_run(tmp_path / "run", epochs=2)
+    tracker = tracker_of(run, uri)
+    with server(tmp_path, port):
+        assert tracker.deliver()
+    add_epochs(run, 3, 4)
+    begun = time.monotonic()
+    assert not tracker.deliver()
+    assert not tracker.deliver()
+    assert time.monotonic() - begun < 30  # training is not held up for long
+    (said,) = [entry.getMessage() for entry in caplog.records]
+    assert "ConnectionRefusedError: Connection refused" in said
+    end_run(run)
+    with server(tmp_path, port):
+        late = tracker_of(run, uri)  # `istanas sync`, from another process
+        assert late.deliver()
+        assert late.last_delivery is not None
+        assert late.last_delivery.metrics == 4
+        assert tracker.deliver()
+        client = open_client(uri)
+        assert runs_of(client, run) == [tracker.run_id]
+        for name in ("train/loss", "valid/top1"):
+            stored = history(client, str(tracker.run_id), name)
+            assert [(step, time_ms) for step, time_ms, _ in stored] == [(n, 1000 * n) for n in range(1, 5)]
+        entity = client.get_run(str(tracker.run_id))
+        assert (entity.info.status, entity.info.end_time) == ("FINISHED", 1_700_000_060_000)
+        fetched = client.download_artifacts(str(tracker.run_id), "cells/normal.svg", str(tmp_path))
+        assert Path(fetched).read_text() == "<svg/>"
+    assert capfd.readouterr().out == ""
+    assert json.loads((run.path / "mlflow.json").read_text())["run_id"] == tracker.run_id

@@ -1,0 +1,235 @@
+"""What users install and contributors rely on: import rule, dependencies, licence, citation, a tidy tree."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from ruamel.yaml import YAML
+
+import istanas
+
+PACKAGES = ("istanas", "pipeline")
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "clusters",
+    "constraints.txt",
+    "istanas",
+    "pipeline",
+    "pyproject.toml",
+    "tests",
+    "tune_configs",
+}
+STATISTICS_OFF = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def output_of(command: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
+    """What a command that succeeds prints."""
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fresh_python(code: str, root: Path, **environment: str) -> str:
+    """What `code` prints in a new interpreter that has none of the tests' settings."""
+    env = {k: v for k, v in os.environ.items() if k not in STATISTICS_OFF} | environment
+    return output_of([sys.executable, "-c", code], root, env)
+
+
+def normal_name(requirement: str) -> str:
+    """Name of a distribution as PEP 503 normalises it, without extras, version and marker."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None, requirement
+    return re.sub(r"[-_.]+", "-", match.group()).lower()
+
+
+@pytest.fixture(scope="module")
+def project(repo_root: Path) -> dict:
+    return tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def files(repo_root: Path) -> list[Path]:
+    """What git tracks or would track, relative to the root."""
+    if not (repo_root / ".git").exists():
+        pytest.skip("not a git checkout: nothing tells the project's files from others")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = output_of(listing, repo_root).split("\0")
+    found = [Path(name) for name in names if name and (repo_root / name).exists()]
+    assert Path("istanas/__init__.py") in found
+    return found
+
+
+@pytest.fixture(scope="module")
+def imported_by_istanas(repo_root: Path) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after importing istanas and all its submodules."""
+    code = """
+import importlib, json, pkgutil, sys
+import istanas
+def fail(name): raise ImportError(name)
+for module in pkgutil.walk_packages(istanas.__path__, "istanas.", onerror=fail):
+    importlib.import_module(module.name)
+print(json.dumps(sorted(sys.modules)))
+"""
+    modules = json.loads(fresh_python(code, repo_root))
+    assert {"istanas.draw", "istanas.errors"} <= set(modules)
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_istanas_imports_nothing_of_the_pipeline(imported_by_istanas: set[str]) -> None:
+    assert not imported_by_istanas & {"pipeline", "ray", "mlflow", "optuna", "cvxpy", "mosek"}
+
+
+def test_istanas_imports_no_heavy_library_before_it_is_needed(imported_by_istanas: set[str]) -> None:
+    assert not imported_by_istanas & {"matplotlib", "torchvision", "sklearn", "pandas"}
+
+
+def test_the_version_stands_in_one_place(repo_root: Path, project: dict) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", istanas.__version__)
+    assert "version" in project["dynamic"]
+    assert YAML(typ="safe").load(repo_root / "CITATION.cff")["version"] == istanas.__version__
+    try:
+        installed = importlib.metadata.version("istanas")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("istanas is not installed, only importable from here: no metadata to compare with")
+    assert installed == istanas.__version__
+
+
+def test_every_imported_distribution_is_declared(repo_root: Path, project: dict) -> None:
+    imported: dict[str, str] = {}
+    for path in (p for package in PACKAGES for p in (repo_root / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            imported |= {name.partition(".")[0]: str(path.relative_to(repo_root)) for name in names}
+    assert {"numpy", "torch", "matplotlib"} <= set(imported)
+
+    distributions = importlib.metadata.packages_distributions()
+    declared = {normal_name(requirement) for requirement in project["dependencies"]}
+    undeclared = {
+        module: path
+        for module, path in imported.items()
+        if module not in sys.stdlib_module_names
+        and module not in PACKAGES
+        and not declared & {normal_name(name) for name in distributions.get(module, [module])}
+    }
+    assert not undeclared
+
+
+def test_the_constraints_pin_each_dependency_within_its_range(repo_root: Path, project: dict) -> None:
+    lines = (repo_root / "constraints.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+    pinned = {normal_name(line): line.partition("==")[2] for line in lines}
+    assert len(pinned) == len(lines)
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[normal_name(requirement.name)]), text
+
+
+def test_cvxpy_and_mosek_import_without_a_licence(repo_root: Path, tmp_path: Path) -> None:
+    code = "import cvxpy, mosek; print(cvxpy.CLARABEL in cvxpy.installed_solvers())"
+    nowhere = str(tmp_path / "no-such-licence.lic")
+    assert fresh_python(code, repo_root, MOSEKLM_LICENSE_FILE=nowhere, HOME=str(tmp_path)).strip() == "True"
+
+
+def test_no_usage_statistics_unless_the_user_asks(repo_root: Path) -> None:
+    names = list(STATISTICS_OFF)
+    code = f"import json, os, pipeline; print(json.dumps({{k: os.environ.get(k) for k in {names}}}))"
+    assert json.loads(fresh_python(code, repo_root)) == STATISTICS_OFF
+    asked = dict.fromkeys(STATISTICS_OFF, "set by the user")
+    assert json.loads(fresh_python(code, repo_root, **asked)) == asked
+
+
+def test_the_citation_names_the_method_and_credits_the_space(repo_root: Path) -> None:
+    citation = YAML(typ="safe").load(repo_root / "CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["license"] == "Apache-2.0"
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("ISTA-NAS: ")
+    assert paper["year"] == 2020
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Yang", "Li", "You", "Wang", "Qian", "Lin"]
+    assert [reference["title"].partition(":")[0] for reference in citation["references"]] == ["DARTS"]
+
+
+def test_the_licence_is_whole(repo_root: Path) -> None:
+    text = (repo_root / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "9. Accepting Warranty or Additional Liability." in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_top_level_has_only_its_fixed_entries(files: list[Path]) -> None:
+    assert not {path.parts[0] for path in files} - TOP_LEVEL
+
+
+def test_no_large_file(repo_root: Path, files: list[Path]) -> None:
+    assert not [str(path) for path in files if (repo_root / path).stat().st_size > 1_000_000]
+
+
+def test_no_path_of_one_machine(repo_root: Path, files: list[Path]) -> None:
+    # Put together from pieces, or this file would be its own finding.
+    pattern = re.compile(r"(?<![\w.])/" + "(work|root)/")
+    found = []
+    for path in files:
+        try:
+            text = (repo_root / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        found += [f"{path}:{n}" for n, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+    assert not found
+
+
+def test_continuous_integration_script_runs_the_one_check(repo_root: Path) -> None:
+    script = repo_root / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make --no-print-directory test" in script.read_text()
+    shown = output_of(["make", "-n", "test"], repo_root)
+    commands = [line.partition("/bin/")[2] for line in shown.splitlines() if ".venv/bin/" in line]
+    for tool in ("ruff check", "ruff format --check", "mypy --strict istanas", "mypy pipeline"):
+        assert any(line.startswith(tool) for line in commands), tool
+    assert commands[-1].startswith("python -m pytest")
+
+
+def test_the_wheel_holds_the_two_packages_only(repo_root: Path, files: list[Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for path in files:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes((repo_root / path).read_bytes())
+    output_of([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)], source)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        scripts = next(n for n in names if n.endswith("entry_points.txt"))
+        assert "istanas = pipeline.cli:main" in archive.read(scripts).decode()
+    info = f"istanas-{istanas.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
+    expected = {str(path) for path in files if path.parts[0] in PACKAGES and path.suffix == ".py"}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "istanas/py.typed" in names
+    assert f"{info}/licenses/LICENSE" in names
