@@ -58,7 +58,9 @@ def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
         total += out[0].numel() * weight[0].numel()
 
     hooks = [
-        m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear | DepthwiseConv2d)
+        m.register_forward_hook(count)
+        for m in net.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear | DepthwiseConv2d)
     ]
     was_training = net.training
     first = next(net.parameters())
@@ -93,7 +95,8 @@ def target_cost(
 
     Example:
         >>> from istanas.space import PUBLISHED
-        >>> target_cost(PUBLISHED["ISTA_twostage"], init_channels=36, layers=20, num_classes=10, shape=(3, 32, 32)).params
+        >>> cell = PUBLISHED["ISTA_twostage"]
+        >>> target_cost(cell, init_channels=36, layers=20, num_classes=10, shape=(3, 32, 32)).params
         3316726
     """
     n_concat = {"normal": len(genotype.normal_concat), "reduce": len(genotype.reduce_concat)}

@@ -28,7 +28,9 @@ class Compute:
 
     def autocast(self) -> torch.autocast:
         """The mixed-precision context of a forward pass; does nothing without `autocast_dtype`."""
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 @contextmanager
 def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, no gradient of these parameters is computed: the graph holds only what the others need."""
-    for p in parameters:
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in parameters:
+        for p in trained:
             p.requires_grad_(True)
 
 

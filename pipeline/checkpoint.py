@@ -47,6 +47,8 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     for path in folder.glob("epoch-*.*"):
         if path.stem not in kept:
             path.unlink()
+    for path in folder.glob(".epoch-*.tmp"):  # a writer that was killed; the run's lock keeps others out
+        path.unlink()
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
@@ -66,9 +68,18 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
                 raise ValueError("its checksum does not match")
             state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
             return state
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            RuntimeError,
+            pickle.UnpicklingError,
+        ) as error:
+            reason = " ".join(str(error).split())  # torch's errors have many lines
             warnings.warn(
-                f"checkpoint {manifest.with_suffix('.pt')} is broken ({error}): the one before is used",
+                f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200}): the one before is used",
                 BrokenCheckpointWarning,
                 stacklevel=2,
             )
@@ -76,5 +87,5 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(folder.glob("epoch-*.json"), reverse=True)
+    """Newest first (past epoch 9999 names grow longer)."""
+    return sorted(folder.glob("epoch-*.json"), key=lambda path: (len(path.name), path.name), reverse=True)

@@ -39,8 +39,13 @@ def run(arguments: list[str] | None = None) -> int:
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "istanas"
+        click.echo(f"error: {' '.join(error.format_message().split())} See: {command} --help", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: the same command resumes", err=True)
@@ -49,6 +54,12 @@ def run(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             click.echo(f"error: {line}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
+    except OSError as error:
+        if error.strerror is None:  # not the operating system's: a mistake of ours, its traceback is needed
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror}, check the path, its permissions and the disk", err=True)
+        return 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,13 +82,17 @@ def configured(command: Command) -> Command:
 
 def job(command: Command) -> Command:
     """The options that every job has."""
-    command = click.option("--fresh", is_flag=True, help="Start over, deleting what the run directory holds.")(command)
+    command = click.option(
+        "--fresh", is_flag=True, help="Start over, deleting what the run directory holds."
+    )(command)
     return configured(json_option(command))
 
 
 def json_option(command: Command) -> Command:
     """--json: figures for programs."""
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line on stdout.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object as the last line on stdout."
+    )(command)
 
 
 @cli.command()
@@ -132,7 +147,9 @@ def run_command(file: str | None, overrides: tuple[str, ...], as_json: bool, fre
 
 @cli.command()
 @click.argument("reference", metavar="FILE|NAME|RUN|random:SEED")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("cells"), show_default=True, help="Folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("cells"), show_default=True, help="Folder."
+)
 @configured
 @json_option
 def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -153,12 +170,16 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
     if as_json:
-        _print_json({"digest": genotype.digest(), "genotype": genotype.to_dict(), "files": [str(f) for f in files]})
+        _print_json(
+            {"digest": genotype.digest(), "genotype": genotype.to_dict(), "files": [str(f) for f in files]}
+        )
 
 
 @cli.command()
 @configured
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file.")
+@click.option(
+    "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file."
+)
 @json_option
 def results(file: str | None, overrides: tuple[str, ...], csv_file: Path | None, as_json: bool) -> None:
     """Table of all searches and retrainings in the MLflow store."""
@@ -217,9 +238,7 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     from pipeline.references import resolve_run
     from pipeline.tracking import MLflowTracker
 
-    run_dir = resolve_run(
-        reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri
-    )
+    run_dir = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
     tracker = MLflowTracker(run_dir, tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
     if not tracker.deliver():
         raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
@@ -270,7 +289,9 @@ def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Con
     if config.tracking.enabled:
         from pipeline.tracking import public_uri, store_uri
 
-        console.print(f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True)
+        console.print(
+            f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True
+        )
         console.print("open it: istanas ui    as a table: istanas results", highlight=False)
     if as_json:
         _print_json(result)

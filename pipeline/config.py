@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.resources
 import io
 import json
 from collections.abc import Sequence
@@ -22,7 +21,13 @@ from istanas.errors import ConfigError
 from istanas.space import PRIMITIVES, CellSpace
 
 Primitive = Literal[
-    "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
 ]
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
 Stem = Literal["cifar", "imagenet"]
@@ -40,12 +45,18 @@ class DataSettings(_Section):
     """Which pictures, and how they are varied in training."""
 
     name: DatasetName = Field("digits", description="registered data set, or `folder` for a picture folder")
-    root: str | None = Field(None, description="folder with the data (train/CLASS/*, test/CLASS/* for `folder`)")
+    root: str | None = Field(
+        None, description="folder with the data (train/CLASS/*, test/CLASS/* for `folder`)"
+    )
     download: bool = Field(False, description="let torchvision download the data set into data.root")
     image_size: Annotated[int, Field(ge=8)] | None = Field(None, description="resize pictures to this side")
-    cache_dir: str | None = Field(None, description="where decoded pictures are cached (default ~/.cache/istanas)")
+    cache_dir: str | None = Field(
+        None, description="where decoded pictures are cached (default ~/.cache/istanas)"
+    )
     holdout: Fraction = Field(0.0, description="stratified share of the training pictures kept for choosing")
-    crop_padding: Annotated[int, Field(ge=0)] = Field(0, description="random crop after padding by so many pixels")
+    crop_padding: Annotated[int, Field(ge=0)] = Field(
+        0, description="random crop after padding by so many pixels"
+    )
     horizontal_flip: bool = Field(False, description="mirror half of the training pictures")
 
 
@@ -56,9 +67,13 @@ class SpaceSettings(_Section):
     ops: list[Primitive] = Field(default_factory=lambda: list(get_args(Primitive)))
     sparsity: Positive = Field(2, description="operations that a node keeps")
     one_op_per_edge: bool = False
-    measurements: Annotated[int, Field(ge=1, le=1024)] = Field(7, description="m, length of the compressed alphas b")
+    measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
+        7, description="m, length of the compressed alphas b"
+    )
     matrix: Literal["uniform", "gaussian"] = "uniform"
-    matrix_seed: Annotated[int, Field(ge=0)] | None = Field(None, description="seed of A; the run's seed if not given")
+    matrix_seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="seed of A; the run's seed if not given"
+    )
     l1_weight: AbovePositive = 1e-5
     solver: Literal["homotopy", "ista", "fista", "clarabel", "mosek"] = "homotopy"
 
@@ -81,14 +96,20 @@ class SearchSettings(_Section):
     weight_decay: NonNegative = 3e-4
     grad_clip: AbovePositive | None = 5.0
     arch_lr: AbovePositive = 6e-4
-    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.5, 0.999])
+    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.5, 0.999]
+    )
     arch_weight_decay: NonNegative = 1e-3
     max_pictures: Annotated[int, Field(ge=2)] | None = Field(
         None, description="search on a stratified part of so many training pictures"
     )
-    alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the pictures for the alphas")
+    alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of the pictures for the alphas"
+    )
     cutout: Annotated[int, Field(ge=0)] = 0
-    termination_tol: NonNegative | None = Field(None, description="stop when every code moves by at most this")
+    termination_tol: NonNegative | None = Field(
+        None, description="stop when every code moves by at most this"
+    )
 
 
 class RetrainSettings(_Section):
@@ -111,8 +132,12 @@ class RetrainSettings(_Section):
     drop_path: Fraction = Field(0.2, description="drop-path probability, rising linearly from 0 to this")
     label_smoothing: Fraction = 0.0
     cutout: Annotated[int, Field(ge=0)] = 16
-    op_batchnorm: bool = Field(False, description="batch norm after pooling and identity (cells of a one-stage search)")
-    test_every: Positive = Field(1, description="measure the test split every so many epochs, and after the last")
+    op_batchnorm: bool = Field(
+        False, description="batch norm after pooling and identity (cells of a one-stage search)"
+    )
+    test_every: Positive = Field(
+        1, description="measure the test split every so many epochs, and after the last"
+    )
 
 
 class RuntimeSettings(_Section):
@@ -161,7 +186,7 @@ _NOT_HASHED_DATA = ("download", "cache_dir")
 
 def default_file() -> Path:
     """The configuration that job commands use when none is named: the digits that scikit-learn ships."""
-    return Path(str(importlib.resources.files("tune_configs") / "digits_quickstart.yaml"))
+    return Path(__file__).resolve().parent.parent / "tune_configs" / "digits_quickstart.yaml"
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -224,7 +249,9 @@ def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def _yaml() -> YAML:
-    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-3 is a number; duplicate keys are errors; tags are not objects
+    yaml = YAML(
+        typ="safe", pure=True
+    )  # YAML 1.2: 1e-3 is a number; duplicate keys are errors; tags are not objects
     yaml.default_flow_style = False
     return yaml
 
@@ -239,7 +266,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, give sections such as `search:` with their keys")
+        raise ConfigError(
+            f"{path}: holds a {type(tree).__name__}, give sections such as `search:` with their keys"
+        )
     return tree
 
 
@@ -250,20 +279,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = _yaml().load(text)
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}"
+        ) from None
     *parents, last = key.split(".")
     for name in parents:
         child = tree.setdefault(name, {})
         if child is None:
             child = tree[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+            raise ConfigError(f"--set {override!r}: {_printable(name)} is a value, not a section")
         tree = child
     tree[last] = value
 
 
 def _explain(source: str, error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
+    field = ".".join(
+        _printable(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))
+    )
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
@@ -271,6 +304,11 @@ def _explain(source: str, error: Any) -> str:
         return f"{source}: {field}: unknown key, {hint}"
     value = error.get("input")
     return f"{source}: {field}: {value!r:.60} is refused: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _printable(key: Any) -> str:
+    """A key as it was written, or escaped if it would break the line of the message."""
+    return str(key) if str(key).isprintable() else repr(key)
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
@@ -293,7 +331,9 @@ def _check_combinations(source: str, config: Config) -> None:
         if config.data.image_size is not None and section.cutout > config.data.image_size:
             problems.append(f"{name}.cutout is {section.cutout}, above data.image_size: lower it")
         if section.stem == "imagenet" and section.init_channels < 2:
-            problems.append(f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2")
+            problems.append(
+                f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2"
+            )
     if config.retrain.warmup_epochs >= config.retrain.epochs:
         problems.append(
             f"retrain.warmup_epochs is {config.retrain.warmup_epochs}: choose less than retrain.epochs = "
@@ -304,7 +344,9 @@ def _check_combinations(source: str, config: Config) -> None:
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")
     if config.runtime.device == "cpu" and config.runtime.precision == "bf16":
-        problems.append("runtime.precision is bf16 on runtime.device cpu: slower and unsafe there, choose fp32")
+        problems.append(
+            "runtime.precision is bf16 on runtime.device cpu: slower and unsafe there, choose fp32"
+        )
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 

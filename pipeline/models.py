@@ -44,7 +44,9 @@ class NetworkCard:
     class_names: tuple[str, ...]
 
 
-def save_network(folder: Path, net: TargetNet, genotype: Genotype, config: Config, dataset: ImageDataset) -> None:
+def save_network(
+    folder: Path, net: TargetNet, genotype: Genotype, config: Config, dataset: ImageDataset
+) -> None:
     """Write a retrained network, auxiliary head left out, and its card."""
     card = NetworkCard(
         genotype=genotype.to_json(),
@@ -58,7 +60,9 @@ def save_network(folder: Path, net: TargetNet, genotype: Genotype, config: Confi
         std=tuple(dataset.std),
         class_names=tuple(dataset.class_names),
     )
-    weights = {k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")}
+    weights = {
+        k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")
+    }
     atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(weights))
     atomic_write(folder / NETWORK_FILE, json.dumps(asdict(card), indent=1))
 
@@ -83,5 +87,8 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
         )
         net.load_state_dict(safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes()))
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder}: holds no whole trained network ({error}): retrain it, or copy the run again") from None
+        reason = " ".join(str(error).split())  # torch's errors have many lines
+        raise CheckpointError(
+            f"{folder}: holds no whole trained network ({reason:.200}): retrain it, or copy the run again"
+        ) from None
     return net.eval(), torch.zeros(2, *card.shape)

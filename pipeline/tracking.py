@@ -67,7 +67,9 @@ class Delivery:
 class Tracker(Protocol):
     """Where a run is mirrored to. Rank 0 only."""
 
-    run_id: str | None
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once there is one."""
 
     def deliver(self) -> bool:
         """Bring the store up to date with the run directory; False if the store can't be reached."""
@@ -354,7 +356,7 @@ class MLflowTracker:
         wanted = {
             "istanas.kind": record.kind,
             "istanas.method": record.method,
-            "istanas.dataset": record.name,
+            "istanas.dataset": record.dataset,
             "istanas.key": record.key,
             "istanas.run_dir": str(self.run_dir.path.absolute()),
             **record.tags,

@@ -15,7 +15,14 @@ from typing import Any, Protocol
 
 import torch
 
-from istanas.data import Augmentation, ImageDataset, batches, load_dataset, stratified_split, stratified_subset
+from istanas.data import (
+    Augmentation,
+    ImageDataset,
+    batches,
+    load_dataset,
+    stratified_split,
+    stratified_subset,
+)
 from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import target_cost
 from istanas.nets import MIN_IMAGE_SIZE, Supernet, TargetNet, to_channels_last
@@ -34,7 +41,9 @@ from istanas.training import (
 from pipeline import checkpoint
 from pipeline.config import Config, RuntimeSettings
 
-Record = dict[str, Any]  # of one epoch: epoch, timestamp_ms, seconds, metrics, and for a search nodes and genotype
+Record = dict[
+    str, Any
+]  # of one epoch: epoch, timestamp_ms, seconds, metrics, and for a search nodes and genotype
 
 
 class Observer(Protocol):
@@ -66,7 +75,9 @@ def compute_for(settings: RuntimeSettings) -> Compute:
     """
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
-        raise ConfigError("runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`")
+        raise ConfigError(
+            "runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`"
+        )
     device = torch.device("cuda" if has_gpu and settings.device != "cpu" else "cpu")
     torch.set_num_threads(threads_for(settings))
     if device.type == "cpu":
@@ -137,7 +148,9 @@ def search_split(config: Config, dataset: ImageDataset) -> SearchSplit:
     usable = training_indices(config, dataset)
     if s.max_pictures is not None:
         if s.max_pictures > len(usable):
-            raise ConfigError(f"search.max_pictures is {s.max_pictures}, above the {len(usable)} there are: lower it")
+            raise ConfigError(
+                f"search.max_pictures is {s.max_pictures}, above the {len(usable)} there are: lower it"
+            )
         labels = dataset.train.labels[usable]
         usable = usable[stratified_subset(labels, s.max_pictures, derive_seed(config.seed, "subset"))]
     seed = derive_seed(config.seed, "split")
@@ -168,7 +181,9 @@ def genotype_cost(config: Config, dataset: ImageDataset, genotype: Genotype) -> 
 class _Batches:
     """Makes the batches of a job: every pass follows from (seed, purpose, epoch)."""
 
-    def __init__(self, config: Config, dataset: ImageDataset, compute: Compute, batch_size: int, cutout: int) -> None:
+    def __init__(
+        self, config: Config, dataset: ImageDataset, compute: Compute, batch_size: int, cutout: int
+    ) -> None:
         self._dataset, self._compute, self._batch_size = dataset, compute, batch_size
         self._seed, self._workers = config.seed, config.runtime.data_workers
         self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
@@ -351,7 +366,9 @@ def retrain_worker(
     saved = checkpoint.load_latest(folder)
     if saved is not None:
         if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
-            raise CheckpointError(f"{folder}: the checkpoint is not of this genotype's retraining, use --fresh")
+            raise CheckpointError(
+                f"{folder}: the checkpoint is not of this genotype's retraining, use --fresh"
+            )
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         history = saved["history"]
@@ -413,4 +430,3 @@ def _named(split: str, metrics: Metrics) -> dict[str, float]:
 
 def _record(epoch: int, metrics: dict[str, float], seconds: float) -> Record:
     return {"epoch": epoch, "timestamp_ms": int(time.time() * 1000), "seconds": seconds, "metrics": metrics}
-

@@ -51,6 +51,8 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
         raise ConfigError(f"init_channels, layers are {init_channels}, {layers}: both must be at least 1")
     if stem not in ("cifar", "imagenet"):
         raise ConfigError(f"stem is {stem!r}: choose cifar or imagenet")
+    if stem == "imagenet" and init_channels < 2:
+        raise ConfigError(f"init_channels is {init_channels}: the imagenet stem halves it, choose at least 2")
     width = STEM_MULTIPLIER * init_channels if stem == "cifar" else init_channels
     c_prev_prev = c_prev = width
     channels = init_channels
@@ -63,6 +65,20 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
         reduction_prev = kind == "reduce"
         c_prev_prev, c_prev = c_prev, n_concat[kind] * channels
     return places
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size below 1, by its name.
+
+    Raises:
+        ConfigError: naming the first such size.
+
+    Example:
+        >>> check_sizes(num_classes=10, in_channels=1)
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}: choose at least 1")
 
 
 def make_preprocess(place: CellPlace, affine: bool) -> tuple[nn.Module, nn.Module]:
@@ -136,6 +152,11 @@ class AuxiliaryHead(nn.Module):
         for i, layer in enumerate(self.features):
             if i == 1 and min(x.shape[2:]) < smallest:
                 x = F.adaptive_avg_pool2d(x, 2)
+            elif isinstance(layer, nn.BatchNorm2d) and layer.training and x.numel() == x.shape[1]:
+                # A last batch of one picture has no variance over its one pixel.
+                x = F.batch_norm(
+                    x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
+                )
             else:
                 x = layer(x)
         out: Tensor = self.classifier(x.mean((2, 3)))
@@ -150,16 +171,18 @@ class CellNetwork(nn.Module):
     classifier: nn.Linear
     auxiliary_head: AuxiliaryHead | None
 
-    def _logits(self, x: Tensor, cell_arguments: Mapping[str, tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
+    def _logits(
+        self, x: Tensor, cell_arguments: Mapping[str, tuple[Any, ...]]
+    ) -> tuple[Tensor, Tensor | None]:
         if min(x.shape[2:]) < MIN_IMAGE_SIZE:
             raise ConfigError(
-                f"pictures are {x.shape[2]}x{x.shape[3]}: the networks need at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}, "
+                f"pictures are {x.shape[2]}x{x.shape[3]}: the networks need {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, "
                 "enlarge them with data.image_size"
             )
         s0, s1 = self.stem(x)
         auxiliary = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, *cell_arguments[cell.kind])
+            s0, s1 = s1, cell(s0, s1, *cell_arguments[str(cell.kind)])
             if self.training and self.auxiliary_head is not None and i == auxiliary_position(len(self.cells)):
                 auxiliary = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary
@@ -180,7 +203,11 @@ class CellNetwork(nn.Module):
         missing = [k for k in own if k not in renamed and not k.endswith("num_batches_tracked")]
         unexpected = [k for k in renamed if k not in own]
         shapes = [k for k in renamed if k in own and renamed[k].shape != own[k].shape]
-        for what, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has another shape for", shapes)):
+        for what, keys in (
+            ("lacks", missing),
+            ("has the unexpected", unexpected),
+            ("has another shape for", shapes),
+        ):
             if keys:
                 raise CheckpointError(
                     f"state dict {what} {keys[0]} ({len(keys)} such keys): build the network with the settings "
@@ -202,4 +229,4 @@ def _own_key(key: str, stem: str) -> str:
 
 def to_channels_last(module: nn.Module) -> nn.Module:
     """The module with 4-d parameters in channels-last memory: 1.6 to 1.8 times faster training steps on CPUs."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return module.to(memory_format=torch.channels_last)

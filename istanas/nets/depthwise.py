@@ -56,7 +56,12 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
     if dilation == 2 and stride == 2:
         # Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
         return F.conv2d(x[:, :, ::2, ::2], weight, None, 1, kernel // 2, 1, channels)
-    if dilation == 2 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if (
+        dilation == 2
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+    ):
         return _by_phases(x, weight)
     return F.conv2d(x, weight, None, stride, dilation * (kernel // 2), dilation, channels)
 
@@ -72,4 +77,6 @@ def _by_phases(x: Tensor, weight: Tensor) -> Tensor:
     stacked = phases.reshape(4 * batch, h, w, channels).permute(0, 3, 1, 2)
     out = F.conv2d(stacked, weight, None, 1, kernel // 2, 1, channels)
     pixels = out.permute(0, 2, 3, 1).reshape(2, 2, batch, h, w, channels).permute(2, 3, 0, 4, 1, 5)
-    return pixels.reshape(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)[:, :, :height, :width]
+    out = pixels.reshape(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)
+    # An idle slice would still cost a zero-filled copy in the backward pass.
+    return out if (2 * h, 2 * w) == (height, width) else out[:, :, :height, :width]

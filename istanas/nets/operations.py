@@ -36,7 +36,9 @@ class ReLUConvBN(RectifiedBlock):
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
         super().__init__()
-        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
+        self.op = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine)
+        )
 
 
 class SepConv(RectifiedBlock):
@@ -49,7 +51,7 @@ class SepConv(RectifiedBlock):
             DepthwiseConv2d(channels, kernel, stride, 1),
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels, affine=affine),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),  # batch norm's backward pass does not need its output
             DepthwiseConv2d(channels, kernel, 1, 1),
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels, affine=affine),
@@ -106,7 +108,13 @@ _CONVOLUTIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
 
 
 def make_operation(
-    name: str, channels: int, stride: int, *, affine: bool, pool_batchnorm: bool = False, skip_batchnorm: bool = False
+    name: str,
+    channels: int,
+    stride: int,
+    *,
+    affine: bool,
+    pool_batchnorm: bool = False,
+    skip_batchnorm: bool = False,
 ) -> nn.Module:
     """The module of one candidate operation.
 
@@ -132,5 +140,9 @@ def make_operation(
     if name == "skip_connect":
         if stride == 2:
             return FactorizedReduce(channels, channels, affine)
-        return nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels, affine=affine)) if skip_batchnorm else nn.Identity()
+        return (
+            nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels, affine=affine))
+            if skip_batchnorm
+            else nn.Identity()
+        )
     return _CONVOLUTIONS[name](channels, stride, affine)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
-from istanas.nets.cell import CellNetwork, CellPlace, Stem, cell_places, make_preprocess
+from istanas.nets.cell import CellNetwork, CellPlace, Stem, cell_places, check_sizes, make_preprocess
 from istanas.nets.operations import make_operation
 from istanas.nets.target import apply_operation, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
@@ -117,8 +117,7 @@ class Supernet(CellNetwork):
         op_batchnorm: bool = False,
     ) -> None:
         super().__init__()
-        if n_measurements < 1:
-            raise ConfigError(f"n_measurements is {n_measurements}: choose at least 1")
+        check_sizes(num_classes=num_classes, in_channels=in_channels, n_measurements=n_measurements)
         self.space = space
         places = cell_places(init_channels, layers, stem, dict.fromkeys(CELLS, space.n_nodes))
         self.stem = Stem(stem, in_channels, init_channels)
@@ -148,7 +147,9 @@ class Supernet(CellNetwork):
         """
         for cell in CELLS:
             if len(codes[cell]) != self.space.n_nodes:
-                raise ConfigError(f"{cell} cell has {len(codes[cell])} codes: its {self.space.n_nodes} nodes need one each")
+                raise ConfigError(
+                    f"{cell} cell has {len(codes[cell])} codes: its {self.space.n_nodes} nodes need one each"
+                )
         # A and z in the precision and place of b, once: the weights are computed at every step.
         self._codes = {
             cell: [
@@ -189,7 +190,8 @@ class Supernet(CellNetwork):
         parts: list[nn.Module] = [self.stem, self.classifier]
         for cell in self.cells:
             parts += [cell.preprocess0, cell.preprocess1]  # type: ignore[list-item]
-            parts += [cell.ops[edge][op] for node in self._plans[cell.kind] for _, edge, op in node]  # type: ignore[index]
+            plan = self._plans[str(cell.kind)]
+            parts += [cell.ops[edge][op] for node in plan for _, edge, op in node]  # type: ignore[index,misc]
         return [p for part in parts for p in part.parameters()]
 
     def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from istanas.nets.cell import (
     Stem,
     auxiliary_position,
     cell_places,
+    check_sizes,
     make_preprocess,
 )
 from istanas.nets.operations import RectifiedBlock, make_operation
@@ -96,6 +97,7 @@ class TargetNet(CellNetwork):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_sizes(num_classes=num_classes, in_channels=in_channels)
         n_concat = {"normal": len(genotype.normal_concat), "reduce": len(genotype.reduce_concat)}
         places = cell_places(init_channels, layers, stem, n_concat)
         self.drop_path_prob = 0.0

@@ -71,7 +71,10 @@ def draw_matrices(space: CellSpace, n_measurements: int, kind: str, seed: int) -
         cell: [
             torch.as_tensor(
                 measurement_matrix(
-                    kind, n_measurements, space.n_candidates(node), derive_seed(seed, "measurement", cell, node)
+                    kind,
+                    n_measurements,
+                    space.n_candidates(node),
+                    derive_seed(seed, "measurement", cell, node),
                 )
             )
             for node in range(space.n_nodes)
@@ -84,7 +87,8 @@ def codes_to_state(codes: Codes) -> dict[str, list[dict[str, Any]]]:
     """Codes as plain containers and tensors (loadable with `weights_only=True`)."""
     return {
         cell: [
-            {"A": node.measurement_matrix, "z": node.sparse_code, "support": list(node.support)} for node in codes[cell]
+            {"A": node.measurement_matrix, "z": node.sparse_code, "support": list(node.support)}
+            for node in codes[cell]
         ]
         for cell in CELLS
     }

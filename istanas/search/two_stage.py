@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from istanas.errors import DataError
 from istanas.nets import NodeCode, Supernet
 from istanas.search.state import (
     STATE_VERSION,
@@ -105,7 +106,9 @@ class TwoStageSearch:
             for cell in CELLS:
                 for node in range(supernet.space.n_nodes):
                     b = initial_compressed_alphas(
-                        settings.n_measurements, derive_seed(seed, "alphas", cell, node), settings.alphas_scale
+                        settings.n_measurements,
+                        derive_seed(seed, "alphas", cell, node),
+                        settings.alphas_scale,
                     )
                     supernet.compressed_alphas[cell][node] = torch.as_tensor(b)
         fused = compute.device.type == "cuda"
@@ -150,7 +153,9 @@ class TwoStageSearch:
         self.supernet.train()
         totals = Totals(self.compute.device)
         s = self.settings
-        for step, (batch, alpha_batch) in enumerate(zip(weight_batches, endless(alpha_batches), strict=False)):
+        for step, (batch, alpha_batch) in enumerate(
+            zip(weight_batches, endless(alpha_batches), strict=False)
+        ):
             progress = (self.epoch + step / n_steps) / s.epochs
             set_learning_rate(self.weight_optimizer, learning_rate(s.lr, s.lr_min, progress))
             self.alpha_step(alpha_batch)
@@ -273,6 +278,15 @@ class TwoStageSearch:
 
 
 def endless(make_batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
-    """The batches of one pass after another."""
+    """The batches of one pass after another.
+
+    Raises:
+        DataError: if a pass has no batch, where going on would never end.
+    """
     while True:
-        yield from make_batches()
+        empty = True
+        for batch in make_batches():
+            empty = False
+            yield batch
+        if empty:
+            raise DataError("the alpha half has 0 batches: give it pictures, or a smaller batch_size")

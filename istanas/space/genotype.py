@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,9 @@ class Genotype:
         for cell in CELLS:
             picks = getattr(self, cell)
             if not getattr(self, f"{cell}_concat"):
-                object.__setattr__(self, f"{cell}_concat", tuple(range(N_CELL_INPUTS, N_CELL_INPUTS + len(picks))))
+                object.__setattr__(
+                    self, f"{cell}_concat", tuple(range(N_CELL_INPUTS, N_CELL_INPUTS + len(picks)))
+                )
             _check_cell(cell, picks, getattr(self, f"{cell}_concat"))
 
     def picks(self, cell: str) -> Picks:
@@ -81,12 +83,15 @@ class Genotype:
     def from_dict(cls, data: Any) -> Genotype:
         """A genotype from a parsed JSON object, every field checked."""
         if not isinstance(data, dict):
-            raise GenotypeError(f"genotype is a JSON {type(data).__name__}: an object with version, normal, reduce is needed")
-        if data.get("version") != VERSION or isinstance(data.get("version"), bool):
-            raise GenotypeError(f"genotype version is {data.get('version')!r}: this program reads version {VERSION}")
+            raise GenotypeError(
+                f"genotype is a JSON {type(data).__name__}: an object with version, normal, reduce is needed"
+            )
+        version = data.get("version")
+        if not _is_int(version) or version != VERSION:
+            raise GenotypeError(f"genotype version is {version!r:.60}: this program reads version {VERSION}")
         unknown = sorted(set(data) - {"version", "normal", "reduce", "normal_concat", "reduce_concat"})
         if unknown:
-            raise GenotypeError(f"genotype has an unknown field {unknown[0]!r}: remove it")
+            raise GenotypeError(f"genotype has an unknown field {unknown[0]!r:.60}: remove it")
         cells: dict[str, Any] = {}
         for cell in CELLS:
             cells[cell] = _parse_picks(cell, data.get(cell))
@@ -103,7 +108,9 @@ class Genotype:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise GenotypeError(f"genotype is not JSON ({error}): give the file that a search wrote") from None
+            raise GenotypeError(
+                f"genotype is not JSON ({error}): give the file that a search wrote"
+            ) from None
         return cls.from_dict(data)
 
     def digest(self) -> str:
@@ -127,7 +134,7 @@ class Genotype:
         return "\n".join(lines)
 
 
-def genotype_from_supports(space: CellSpace, supports: dict[str, Sequence[Sequence[int]]]) -> Genotype:
+def genotype_from_supports(space: CellSpace, supports: Mapping[str, Sequence[Sequence[int]]]) -> Genotype:
     """The genotype whose picks are the candidates that each node's sparse code keeps.
 
     Args:
@@ -168,7 +175,9 @@ def random_genotype(seed: int, space: CellSpace) -> Genotype:
         states = rng.choice(space.n_node_edges(node), space.sparsity, replace=False)
         return [space.candidate(node, int(state), int(rng.integers(space.n_ops))) for state in states]
 
-    return genotype_from_supports(space, {cell: [support(node) for node in range(space.n_nodes)] for cell in CELLS})
+    return genotype_from_supports(
+        space, {cell: [support(node) for node in range(space.n_nodes)] for cell in CELLS}
+    )
 
 
 def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
@@ -177,19 +186,20 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
     for i, node in enumerate(picks):
         if not node:
             raise GenotypeError(f"genotype field {cell!r}, node {i} has no input: give at least one")
+        where = f"genotype field {cell!r}, node {i}"
+        last = i + N_CELL_INPUTS - 1
         for op, state in node:
             if op not in PRIMITIVES:
-                raise GenotypeError(
-                    f"genotype field {cell!r}, node {i}: unknown operation {op!r}, choose from {', '.join(PRIMITIVES)}"
-                )
-            if not 0 <= state < i + N_CELL_INPUTS:
-                raise GenotypeError(
-                    f"genotype field {cell!r}, node {i}: state {state} is out of range, choose 0 to {i + N_CELL_INPUTS - 1}"
-                )
+                known = ", ".join(PRIMITIVES)
+                raise GenotypeError(f"{where}: unknown operation {op!r:.60}, choose from {known}")
+            if not _is_int(state) or not 0 <= state <= last:
+                raise GenotypeError(f"{where}: state {state!r:.60} is out of range, choose 0 to {last}")
     states = list(concat)
-    if len(set(states)) != len(states) or not all(0 <= s < len(picks) + N_CELL_INPUTS for s in states):
+    # A reduction cell's inputs are twice as large as its nodes: they cannot be concatenated with them.
+    first, end = N_CELL_INPUTS if cell == "reduce" else 0, len(picks) + N_CELL_INPUTS
+    if len(set(states)) != len(states) or not all(_is_int(s) and first <= s < end for s in states):
         raise GenotypeError(
-            f"genotype field '{cell}_concat' is {states}: give distinct states from 0 to {len(picks) + N_CELL_INPUTS - 1}"
+            f"genotype field '{cell}_concat' is {states!r:.60}: give distinct states from {first} to {end - 1}"
         )
 
 
@@ -202,12 +212,18 @@ def _parse_picks(cell: str, value: Any) -> Picks:
         raise GenotypeError(f"genotype field {cell!r} is not a list of nodes: give [[[op, state], ...], ...]")
     for i, node in enumerate(value):
         for pick in node:
-            if not (isinstance(pick, list) and len(pick) == 2 and isinstance(pick[0], str) and _is_int(pick[1])):
-                raise GenotypeError(f"genotype field {cell!r}, node {i}: {pick!r:.60} is not [operation, state]")
+            if not (
+                isinstance(pick, list) and len(pick) == 2 and isinstance(pick[0], str) and _is_int(pick[1])
+            ):
+                raise GenotypeError(
+                    f"genotype field {cell!r}, node {i}: {pick!r:.60} is not [operation, state]"
+                )
     return tuple(tuple((op, state) for op, state in node) for node in value)
 
 
 def _parse_concat(cell: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(_is_int(state) for state in value):
-        raise GenotypeError(f"genotype field '{cell}_concat' is {value!r:.60}: give a non-empty list of states")
+        raise GenotypeError(
+            f"genotype field '{cell}_concat' is {value!r:.60}: give a non-empty list of states"
+        )
     return tuple(value)

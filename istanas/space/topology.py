@@ -54,7 +54,11 @@ class CellSpace:
             raise ConfigError(f"space.ops is {list(self.ops)}: give each operation once, at least one")
         limit = N_CELL_INPUTS if self.one_op_per_edge else self.n_candidates(0)
         if not 1 <= self.sparsity <= limit:
-            what = "edges of the first node (one_op_per_edge)" if self.one_op_per_edge else "first node's candidates"
+            what = (
+                "edges of the first node (one_op_per_edge)"
+                if self.one_op_per_edge
+                else "first node's candidates"
+            )
             raise ConfigError(f"space.sparsity is {self.sparsity}: choose 1 to {limit}, the number of {what}")
 
     @property

@@ -74,7 +74,9 @@ class Outcome:
 class RunObserver:
     """Writes what the worker reports: metrics to the run directory first, to MLflow second, a line to the console."""
 
-    def __init__(self, run: RunDir, tracker: Tracker, bar: EpochBar, describe: Callable[[list[Record]], str]) -> None:
+    def __init__(
+        self, run: RunDir, tracker: Tracker, bar: EpochBar, describe: Callable[[list[Record]], str]
+    ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
 
     def resumed(self, history: list[Record]) -> None:
@@ -140,7 +142,11 @@ def execute(
         )
         if run.exists() and run.read().status == "FINISHED":
             tracker.deliver()  # in case the store was down when it finished
-            console.print(f"{spec.kind}: finished before, see {run.path}; --fresh starts over", highlight=False, soft_wrap=True)
+            console.print(
+                f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
+                highlight=False,
+                soft_wrap=True,
+            )
             return _with_ids(run.read().result, run, tracker)
         record = _open_record(run, spec)
         atomic_write(run.path / CONFIG_FILE, to_yaml(spec.config))

@@ -62,6 +62,7 @@ CELLS = [
     pytest.param(random_picks(0, sparsity=1), id="one-op-a-node"),
     pytest.param(random_picks(1, n_nodes=6), id="six-nodes"),
     pytest.param(random_picks(2, sparsity=3), id="three-ops-a-node"),
+    pytest.param(random_picks(1, sparsity=4), id="four-ops-a-node"),
     pytest.param(TWO_ON_AN_EDGE, id="two-ops-on-an-edge"),
 ]
 

@@ -1,0 +1,513 @@
+"""Nets: operations against the library, picture sizes, strict loading, drop path, and what inactive costs: nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from istanas.errors import CheckpointError, ConfigError
+from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
+from istanas.nets.cell import AuxiliaryHead, auxiliary_position, cell_places
+from istanas.nets.depthwise import depthwise_conv2d
+from istanas.nets.operations import FactorizedReduce, make_operation
+from istanas.nets.target import drop_whole_path
+from istanas.search.state import draw_matrices
+from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, Genotype, Picks
+from istanas.sparse import top_support
+
+TWO_STAGE = PUBLISHED["ISTA_twostage"]
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def supernet(
+    supports: dict[str, list[tuple[int, ...]]] | None = None,
+    *,
+    space: CellSpace | None = None,
+    channels: int = 2,
+    layers: int = 3,
+    seed: int = 0,
+    **options: Any,
+) -> Supernet:
+    """A seeded supernet in float64 with codes installed: random ones, or with the supports given."""
+    space = space or CellSpace()
+    torch.manual_seed(seed)
+    net = Supernet(space, channels, layers, 5, **options).double()
+    with torch.no_grad():
+        for b in net.alphas():
+            b.normal_()
+    codes = {}
+    for cell, matrices in draw_matrices(space, net.alphas()[0].shape[1], "uniform", seed).items():
+        codes[cell] = []
+        for node, A in enumerate(matrices):
+            z = rand(A.shape[1], seed=100 * seed + node)
+            support = supports[cell][node] if supports else tuple(top_support(z, space.sparsity).tolist())
+            codes[cell].append(NodeCode(A, z, support))
+    net.install_codes(codes)
+    return net
+
+
+# --- depthwise convolution, the one kernel of our own ---
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 5), (1, 1), (2, 3)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_depthwise_equals_the_library(
+    size: tuple[int, int], kernel: int, stride: int, dilation: int, channels_last: bool
+) -> None:
+    """Values and both gradients, in float64, with and without a graph."""
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    x = rand(2, 3, *size).contiguous(memory_format=memory)
+    weight = rand(3, 1, kernel, kernel, seed=1)
+    theirs_in = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    ours_in = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = F.conv2d(*theirs_in, None, stride, dilation * (kernel // 2), dilation, groups=3)
+    ours = depthwise_conv2d(*ours_in, stride, dilation)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    direction = rand(*theirs.shape, seed=2)
+    (theirs * direction).sum().backward()
+    (ours * direction).sum().backward()
+    for mine, its in zip(ours_in, theirs_in, strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(depthwise_conv2d(x, weight, stride, dilation), theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_gradients_by_finite_differences() -> None:
+    x, weight = rand(1, 2, 5, 4).requires_grad_(), rand(2, 1, 3, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, 1, 2), (x, weight))
+
+
+# --- candidate operations ---
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)])
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_operation_maps_to_the_ceiling(name: str, stride: int, size: tuple[int, int], batchnorm: bool) -> None:
+    op = make_operation(name, 4, stride, affine=True, pool_batchnorm=batchnorm, skip_batchnorm=batchnorm)
+    out = op.eval()(rand(2, 4, *size, dtype=torch.float32))
+    assert out.shape == (2, 4, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_batch_norms_at_the_end_of_an_operation(name: str) -> None:
+    """Pools and identity get one only where asked for; affine parts only where asked for."""
+
+    def batchnorms(**options: Any) -> list[nn.BatchNorm2d]:
+        return [m for m in make_operation(name, 4, 1, **options).modules() if isinstance(m, nn.BatchNorm2d)]
+
+    bare = {"max_pool_3x3": 0, "avg_pool_3x3": 0, "skip_connect": 0, "sep_conv_3x3": 2, "sep_conv_5x5": 2}
+    assert len(batchnorms(affine=True)) == bare.get(name, 1)
+    assert len(batchnorms(affine=True, pool_batchnorm=True, skip_batchnorm=True)) == max(1, bare.get(name, 1))
+    assert all(bn.affine for bn in batchnorms(affine=True))
+    assert not any(bn.affine for bn in batchnorms(affine=False))
+
+
+def test_unknown_operation() -> None:
+    with pytest.raises(KeyError):
+        make_operation("none", 4, 1, affine=True)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (8, 7), (7, 9), (1, 1)])
+@pytest.mark.parametrize("channels", [4, 5])
+def test_factorized_reduce_is_two_strided_convolutions(size: tuple[int, int], channels: int) -> None:
+    """The definition, on a picture padded to even size: conv_1(relu x), conv_2(relu x shifted by one pixel)."""
+    reduce = FactorizedReduce(3, channels, affine=True).double().eval()
+    x = rand(2, 3, *size)
+    padded = F.relu(F.pad(x, (0, size[1] % 2, 0, size[0] % 2)))
+    halves = [
+        F.conv2d(padded, reduce.conv_1.weight, stride=2),
+        F.conv2d(padded[:, :, 1:, 1:], reduce.conv_2.weight, stride=2),
+    ]
+    torch.testing.assert_close(reduce(x), reduce.bn(torch.cat(halves, 1)), rtol=1e-12, atol=1e-12)
+
+
+# --- layout in depth ---
+
+
+def test_reductions_at_a_third_and_two_thirds() -> None:
+    places = cell_places(16, 20, "cifar", {"normal": 4, "reduce": 4})
+    assert [i for i, p in enumerate(places) if p.kind == "reduce"] == [6, 13]
+    assert {p.channels for p in places[:6]} == {16}
+    assert {p.channels for p in places[6:13]} == {32}
+    assert {p.channels for p in places[13:]} == {64}
+    assert [i for i, p in enumerate(places) if p.reduction_prev] == [7, 14]
+    assert cell_places(16, 14, "imagenet", {"normal": 4, "reduce": 4})[0].reduction_prev
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
+def test_any_depth(layers: int) -> None:
+    net = TargetNet(TWO_STAGE, 2, layers, 10, auxiliary=True)
+    logits, auxiliary = net.forward_with_auxiliary(torch.randn(2, 3, 16, 16))
+    assert auxiliary is not None
+    assert logits.shape == auxiliary.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_channels": 0}, "init_channels, layers are 0, 3"),
+        ({"layers": 0}, "init_channels, layers are 2, 0"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"stem": "mnist"}, "stem is 'mnist': choose cifar or imagenet"),
+        ({"stem": "imagenet", "init_channels": 1}, "init_channels is 1: the imagenet stem"),
+    ],
+)
+def test_networks_refuse(change: dict[str, Any], message: str) -> None:
+    settings = {"init_channels": 2, "layers": 3, "num_classes": 10} | change
+    for build, what in ((TargetNet, TWO_STAGE), (Supernet, CellSpace())):
+        with pytest.raises(ConfigError, match=message):
+            build(what, **settings)  # type: ignore[operator]
+
+
+def test_supernet_refuses_measurements_codes_and_forward_out_of_place() -> None:
+    with pytest.raises(ConfigError, match="n_measurements is 0"):
+        Supernet(CellSpace(), 2, 2, 10, n_measurements=0)
+    net = Supernet(CellSpace(), 2, 2, 10)
+    with pytest.raises(ConfigError, match="install_codes"):
+        net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match="normal cell has 0 codes: its 4 nodes"):
+        net.install_codes({"normal": [], "reduce": []})
+
+
+# --- pictures ---
+
+PICTURES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 33, 40), (2, 9, 64)]
+
+
+@pytest.mark.parametrize("shape", PICTURES)
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pictures_of_any_size_from_8x8(shape: tuple[int, int, int], stem: str, training: bool) -> None:
+    """Both networks, the auxiliary head in training; every parameter gets a finite gradient."""
+    target = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True, in_channels=shape[0]).train(training)
+    search = supernet(stem=stem, in_channels=shape[0]).float().train(training)
+    x = rand(3, *shape, dtype=torch.float32)
+    assert search(x).shape == (3, 5)
+    logits, auxiliary = target.forward_with_auxiliary(x)
+    assert logits.shape == (3, 10)
+    assert (auxiliary is not None) == training
+    if auxiliary is not None:
+        assert auxiliary.shape == (3, 10)
+        (logits.logsumexp(1).sum() + auxiliary.logsumexp(1).sum()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in target.parameters())
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 1)])
+def test_smaller_pictures_are_refused(size: tuple[int, int]) -> None:
+    x = torch.zeros(2, 3, *size)
+    for net in (TargetNet(TWO_STAGE, 2, 2, 10), supernet().float()):
+        with pytest.raises(ConfigError, match=f"pictures are {size[0]}x{size[1]}: .*8x8.*data.image_size"):
+            net(x)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_imagenet_stem_and_head(size: int) -> None:
+    net = TargetNet(PUBLISHED["ISTA_ImageNet"], 8, 3, 1000, stem="imagenet", auxiliary=True)
+    s0, s1 = net.stem(torch.randn(2, 3, size, size))
+    assert s0.shape == (2, 8, size // 4, size // 4)
+    assert s1.shape == (2, 8, size // 8, size // 8)
+    logits, auxiliary = net.forward_with_auxiliary(torch.randn(2, 3, size, size))
+    assert auxiliary is not None
+    assert logits.shape == auxiliary.shape == (2, 1000)
+    # The published ImageNet head has no batch norm behind its last convolution, the CIFAR head has one.
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.auxiliary_head.modules()) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("stem", "size", "n_batchnorms"), [("cifar", 8, 2), ("imagenet", 7, 1)])
+def test_auxiliary_head_at_its_published_size(stem: str, size: int, n_batchnorms: int) -> None:
+    """Pooling gives 2x2, the 2x2 convolution 1x1: the very computation of the published sequence."""
+    head = AuxiliaryHead(stem, 6, 10).double().eval()
+    x = rand(2, 6, size, size)
+    assert head.features[:2](x).shape == (2, 6, 2, 2)
+    features = head.features(x)
+    assert features.shape == (2, 768, 1, 1)
+    torch.testing.assert_close(head(x), head.classifier(features.flatten(1)))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in head.modules()) == n_batchnorms
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_auxiliary_head_trains_on_a_last_batch_of_one_picture(stem: str) -> None:
+    head = AuxiliaryHead(stem, 6, 10).train()
+    head(torch.randn(1, 6, 8, 8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_auxiliary_head_stands_at_two_thirds_and_only_in_training() -> None:
+    assert auxiliary_position(20) == 13  # the second reduction
+    net = TargetNet(TWO_STAGE, 2, 3, 10, auxiliary=True)
+    widths: list[int] = []
+    assert net.auxiliary_head is not None
+    net.auxiliary_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    net(torch.randn(2, 3, 16, 16))
+    assert widths == [4 * 8]
+    assert net.eval().forward_with_auxiliary(torch.randn(2, 3, 16, 16))[1] is None
+    assert len(widths) == 1
+    assert TargetNet(TWO_STAGE, 2, 3, 10).forward_with_auxiliary(torch.randn(2, 3, 16, 16))[1] is None
+
+
+@pytest.mark.parametrize("n_picks", [1, 3])
+def test_target_net_with_any_number_of_inputs_and_part_of_the_states(n_picks: int) -> None:
+    """A node is the sum of its picks, a cell the concatenation of the named states."""
+    picks: Picks = ((("skip_connect", 1),) * n_picks, (("skip_connect", 2),))
+    genotype = Genotype(picks, picks, normal_concat=(3, 0), reduce_concat=(3,))
+    net = TargetNet(genotype, 2, 3, 10).double().eval()
+    cell = net.cells[0]
+    s0, s1 = rand(2, 6, 8, 8), rand(2, 6, 8, 8, seed=1)
+    first, second = cell.preprocess0(s0), cell.preprocess1(s1)
+    torch.testing.assert_close(cell(s0, s1, 0.0), torch.cat([n_picks * second, first], 1))
+    assert net(rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_channels_last_changes_the_memory_and_no_value() -> None:
+    net = TargetNet(TWO_STAGE, 4, 3, 10).double().eval()
+    x = rand(2, 3, 16, 16)
+    before = net(x)
+    to_channels_last(net)
+    assert net.cells[0].preprocess0.op[1].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
+
+
+# --- weights of the published layout ---
+
+
+def published_layout(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the published names, without `num_batches_tracked`."""
+    state = {}
+    for key, value in net.state_dict().items():
+        key = key.removeprefix("stem.").replace(".ops.", "._ops.")
+        if not key.endswith("num_batches_tracked"):
+            state[key] = value.clone()
+    return state
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_published_layout_loads(stem: str) -> None:
+    torch.manual_seed(0)
+    source = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True)
+    source(torch.randn(2, 3, 32, 32))  # running statistics that are no initial ones
+    net = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True)
+    state = published_layout(source)
+    assert not any("num_batches_tracked" in key for key in state)
+    net.load_darts_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net.eval()(x), source.eval()(x))
+    with_counters = state | {"stem.1.num_batches_tracked" if stem == "cifar" else "stem0.1.num_batches_tracked": torch.tensor(7)}
+    net.load_darts_state_dict(with_counters)  # they may be there too
+    assert net.state_dict()["stem.stem.1.num_batches_tracked" if stem == "cifar" else "stem.stem0.1.num_batches_tracked"] == 7
+
+
+def test_loading_is_strict_and_all_or_nothing() -> None:
+    net = TargetNet(TWO_STAGE, 4, 2, 10)
+    state = published_layout(TargetNet(TWO_STAGE, 4, 2, 10))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    wrong = {
+        r"lacks classifier.bias \(1 such": {k: v for k, v in state.items() if k != "classifier.bias"},
+        r"unexpected cells.9.x \(1 such": state | {"cells.9.x": torch.zeros(1)},
+        r"another shape for classifier.weight \(1 such": state | {"classifier.weight": torch.zeros(10, 7)},
+        "lacks stem.stem.0.weight": {},
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(CheckpointError, match=message) as caught:
+            net.load_darts_state_dict(bad)
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# --- drop path ---
+
+
+def test_drop_path_statistics() -> None:
+    """Whole pictures are zeroed with the given probability, the others scaled: the mean stays."""
+    torch.manual_seed(0)
+    out = drop_whole_path(torch.ones(20_000, 2, 1, 2), 0.2)
+    per_picture = out.flatten(1)
+    assert torch.equal(per_picture.min(1).values, per_picture.max(1).values)
+    assert sorted(set(per_picture[:, 0].tolist())) == [0.0, 1.25]
+    dropped = (per_picture[:, 0] == 0).float().mean().item()
+    assert abs(dropped - 0.2) < 5 * (0.2 * 0.8 / 20_000) ** 0.5
+
+
+def test_drop_path_in_training_only_and_never_on_identities() -> None:
+    torch.manual_seed(0)
+    skips: Picks = ((("skip_connect", 0), ("skip_connect", 1)),)
+    pools: Picks = ((("avg_pool_3x3", 0),),)
+    net = TargetNet(Genotype(skips, pools), 2, 1, 10).double().eval()  # one layer: a reduction cell
+    x = rand(4, 3, 8, 8)
+    expected = net(x)
+    net.drop_path_prob = 1.0 - 1e-9
+    assert torch.equal(net(x), expected)  # eval mode
+    # In training mode, with (almost) everything dropped, a cell of pools is zero and a cell of identities whole.
+    for picks, remains in ((pools, False), (skips, True)):
+        cell = TargetNet(Genotype(picks, pools), 2, 4, 10).double().cells[0]
+        s0 = rand(2, 6, 8, 8)
+        assert bool(cell(s0, s0, 1.0 - 1e-9).abs().sum() > 0) == remains
+
+
+# --- op_batchnorm ---
+
+
+def test_op_batchnorm_ends_every_operation_of_both_networks() -> None:
+    for net in (TargetNet(PUBLISHED["ISTA_onestage"], 2, 3, 10, op_batchnorm=True), supernet(op_batchnorm=True)):
+        for cell in net.cells:
+            ops = [op for entry in cell.ops for op in (entry if isinstance(entry, nn.ModuleList) else [entry])]
+            last = [[m for m in op.modules() if not list(m.children())][-1] for op in ops]
+            assert all(isinstance(m, nn.BatchNorm2d) and m.affine for m in last)
+
+
+def test_two_stage_supernet_has_no_affine_parts_in_its_cells() -> None:
+    """The edge weight is the scale: a learnt one beside it would be redundant."""
+    bns = [m for m in supernet().cells.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bns
+    assert not any(bn.affine for bn in bns)
+
+
+# --- invariant 3: an inactive operation costs nothing ---
+
+
+@contextmanager
+def counted(net: nn.Module) -> Iterator[dict[str, int]]:
+    """Forward calls of every module without children, by name."""
+    calls: dict[str, int] = {}
+    handles = []
+    for name, module in net.named_modules():
+        if not list(module.children()):
+            calls[name] = 0
+
+            def count(*_: Any, name: str = name) -> None:
+                calls[name] += 1
+
+            handles.append(module.register_forward_hook(count))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def active_prefixes(net: Supernet, supports: dict[str, list[tuple[int, ...]]]) -> list[str]:
+    """Names of the active operations, derived from the supports alone."""
+    names = []
+    for i, cell in enumerate(net.cells):
+        for node, support in enumerate(supports[cell.kind]):
+            first_edge = sum(range(2, node + 2))
+            for candidate in support:
+                state, op = divmod(candidate, net.space.n_ops)
+                names.append(f"cells.{i}.ops.{first_edge + state}.{op}.")
+    return names
+
+
+SUPPORTS: dict[str, list[tuple[int, ...]]] = {
+    "normal": [(2, 10), (3, 19), (0, 27), (26, 33)],
+    "reduce": [(1, 11), (6, 18), (12, 13), (20, 34)],
+}
+
+
+def test_forward_runs_exactly_the_active_modules() -> None:
+    net = supernet(SUPPORTS)
+    active = active_prefixes(net, SUPPORTS)
+    assert len(active) == 3 * 8
+    with counted(net) as calls:
+        net(rand(2, 3, 16, 16))
+    # A block that opens with ReLU is entered behind it (the rectified state is shared): that one never runs.
+    ops = {n: c for n, c in calls.items() if ".ops." in n and not n.endswith(".op.0")}
+    for name, n_calls in ops.items():
+        assert n_calls == any(f"{name}.".startswith(prefix) for prefix in active), name
+    fixed = {n for n in calls if n.startswith(("stem.", "cells.", "classifier")) and ".ops." not in n}
+    assert {calls[n] for n in fixed} == {1}
+
+
+def test_profiler_counts_only_the_active_convolutions() -> None:
+    """Not our own book-keeping but the library's: convolutions and pools that ran, forward and backward."""
+    net = supernet(SUPPORTS)
+    convolutions = {"sep_conv_3x3": 4, "sep_conv_5x5": 4, "dil_conv_3x3": 2, "dil_conv_5x5": 2}
+    expected_convs, expected_pools = 1, 0  # the stem
+    for cell in net.cells:
+        expected_convs += 3 if cell.preprocess0.__class__ is FactorizedReduce else 2
+        for node, support in enumerate(SUPPORTS[cell.kind]):
+            for candidate in support:
+                state, op = divmod(candidate, 7)
+                name = PRIMITIVES[op]
+                expected_pools += name.endswith("pool_3x3")
+                expected_convs += convolutions.get(name, 0)
+                if name == "skip_connect" and cell.kind == "reduce" and state < 2:
+                    expected_convs += 2
+    x = rand(2, 3, 16, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        net(x).sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::convolution"] == expected_convs
+    assert counts["aten::convolution_backward"] == expected_convs
+    pools = sum(counts.get(key, 0) for key in ("aten::max_pool2d", "aten::avg_pool2d"))
+    assert pools == expected_pools
+
+
+@pytest.mark.parametrize("sparsity", [1, 2, 3])
+def test_active_parameters_are_those_with_a_gradient(sparsity: int) -> None:
+    net = supernet(space=CellSpace(sparsity=sparsity))
+    net(rand(2, 3, 16, 16)).logsumexp(1).sum().backward()
+    with_gradient = {id(p) for p in net.weights() if p.grad is not None}
+    assert with_gradient == {id(p) for p in net.active_parameters()}
+    assert len(with_gradient) < len(net.weights())
+    assert all(b.grad is not None for b in net.alphas())
+
+
+def test_supernet_is_the_weighted_sum_of_its_active_operations() -> None:
+    """The cell formula, literally: state_j = sum over picks of alpha_e op_e(state_i)."""
+    net = supernet(SUPPORTS).eval()
+    cell, weights = net.cells[0], net.edge_weights()["normal"]
+    s = rand(2, 6, 8, 8)
+    states = [cell.preprocess0(s), cell.preprocess1(s)]
+    for node, support in enumerate(SUPPORTS["normal"]):
+        total = torch.zeros_like(states[0])
+        for alpha, candidate in zip(weights[node], support, strict=True):
+            state, op = divmod(candidate, 7)
+            total = total + alpha * cell.ops[sum(range(2, node + 2)) + state][op](states[state])
+        states.append(total)
+    ours = cell(s, s, net._plans["normal"], weights)
+    torch.testing.assert_close(ours, torch.cat(states[2:], 1), rtol=1e-12, atol=1e-12)
+
+
+def test_supernet_genotype_follows_the_codes() -> None:
+    g = supernet(SUPPORTS).genotype()
+    assert g.normal[0] == (("skip_connect", 0), ("sep_conv_3x3", 1))
+    assert g.normal[3] == (("dil_conv_3x3", 3), ("dil_conv_3x3", 4))
+    assert g.reduce[2] == (("dil_conv_3x3", 1), ("dil_conv_5x5", 1))  # two picks on one edge
+
+
+def test_gradient_of_compressed_alphas_by_finite_differences() -> None:
+    """d loss / d b in float64, in training mode; the code z is a constant, as published."""
+    net = supernet(SUPPORTS).train()
+    x, target = rand(3, 3, 8, 8), torch.tensor([0, 1, 4])
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net(x), target)
+
+    loss().backward()
+    step = 1e-6
+    for cell in CELLS:
+        b = net.compressed_alphas[cell]
+        assert b.grad is not None
+        numeric = torch.zeros_like(b)
+        with torch.no_grad():
+            for i in range(b.numel()):
+                original = b.view(-1)[i].item()
+                values = []
+                for sign in (1, -1):
+                    b.view(-1)[i] = original + sign * step
+                    values.append(loss().item())
+                b.view(-1)[i] = original
+                numeric.view(-1)[i] = (values[0] - values[1]) / (2 * step)
+        assert float((numeric - b.grad).norm() / b.grad.norm()) < 1e-6

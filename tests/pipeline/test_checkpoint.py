@@ -1,0 +1,186 @@
+"""Checkpoints: whole or not there; whatever is broken is passed over, and nothing in a file is executed."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.checkpoint import BrokenCheckpointWarning, load_latest, save
+
+
+def state(epoch: int) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "weights": {"w": torch.arange(6.0).reshape(2, 3) * epoch, "n": torch.tensor(epoch)},
+        "history": [{"metrics": {"loss": 0.1 * epoch}, "picks": ["a", "b"], "none": None}],
+        "pair": (1, 2.5, True),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Checkpoints of two epochs."""
+    for epoch in (1, 2):
+        save(tmp_path / "run" / "checkpoints", epoch, state(epoch))
+    return tmp_path / "run" / "checkpoints"
+
+
+def epoch_found(folder: Path) -> int | None:
+    found = load_latest(folder)
+    return None if found is None else found["epoch"]
+
+
+def test_what_was_saved_comes_back_bit_for_bit(folder: Path) -> None:
+    found = load_latest(folder)
+    assert found is not None
+    assert torch.equal(found["weights"]["w"], state(2)["weights"]["w"])
+    assert found["history"] == state(2)["history"]
+    assert found["pair"] == (1, 2.5, True)
+
+
+def test_there_is_none_before_the_first(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "absent") is None
+
+
+def test_the_last_two_are_kept(folder: Path) -> None:
+    for epoch in (3, 4):
+        save(folder, epoch, state(epoch))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"epoch-000{n}.{kind}" for n in (3, 4) for kind in ("pt", "json")}
+    assert epoch_found(folder) == 4
+
+
+def test_epochs_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for epoch in (9998, 9999, 10000):
+        save(tmp_path, epoch, {"epoch": epoch})
+    assert epoch_found(tmp_path) == 10000
+
+
+def test_the_manifest_holds_the_checksum(folder: Path) -> None:
+    manifest = json.loads((folder / "epoch-0002.json").read_text())
+    data = (folder / "epoch-0002.pt").read_bytes()
+    assert manifest == {"epoch": 2, "file": "epoch-0002.pt", "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def flip_a_bit(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: os.truncate(f / "epoch-0002.pt", 100),
+        lambda f: os.truncate(f / "epoch-0002.pt", 0),
+        lambda f: flip_a_bit(f / "epoch-0002.pt", 200),
+        lambda f: flip_a_bit(f / "epoch-0002.pt", -1),
+        lambda f: (f / "epoch-0002.pt").unlink(),
+        lambda f: os.truncate(f / "epoch-0002.json", 20),
+        lambda f: (f / "epoch-0002.json").write_text("[]"),
+        lambda f: (f / "epoch-0002.json").write_text("{}"),
+        lambda f: (f / "epoch-0002.json").write_bytes(b"\xff\xfe"),
+        lambda f: shutil.copy(f / "epoch-0001.pt", f / "epoch-0002.pt"),
+    ],
+    ids=["cut", "empty", "bit", "last bit", "no file", "cut manifest", "list", "no sum", "binary", "other epoch"],
+)
+def test_a_broken_one_is_passed_over_with_a_warning(folder: Path, damage: Callable[[Path], object]) -> None:
+    damage(folder)
+    with pytest.warns(BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the one before is used") as told:
+        assert epoch_found(folder) == 1
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+
+
+def test_without_a_manifest_a_file_does_not_count(folder: Path) -> None:
+    """A kill between the two writes is ordinary: no warning."""
+    (folder / "epoch-0002.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert epoch_found(folder) == 1
+
+
+def test_all_broken_is_none_with_a_warning_each(folder: Path) -> None:
+    for epoch in (1, 2):
+        flip_a_bit(folder / f"epoch-000{epoch}.pt", 50)
+    with pytest.warns(BrokenCheckpointWarning) as told:
+        assert load_latest(folder) is None
+    assert len(told) == 2
+
+
+def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
+    """The broken checkpoint of an epoch is replaced when the epoch is done again."""
+    flip_a_bit(folder / "epoch-0002.pt", 50)
+    with pytest.warns(BrokenCheckpointWarning):
+        assert epoch_found(folder) == 1
+    save(folder, 2, state(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert epoch_found(folder) == 2
+
+
+class Bomb:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle", "garbage", "nothing"])
+def test_a_file_that_matches_its_checksum_is_still_not_trusted(folder: Path, tmp_path: Path, form: str) -> None:
+    target = tmp_path / "executed"
+    bomb, buffer = Bomb(target), io.BytesIO()
+    if form == "torch":
+        torch.save({"epoch": 2, "search": bomb}, buffer)
+    data = {
+        "torch": buffer.getvalue(),
+        "pickle": pickle.dumps(bomb),
+        "garbage": bytes(range(256)),
+        "nothing": b"",
+    }[form]
+    (folder / "epoch-0002.pt").write_bytes(data)
+    manifest = {"epoch": 2, "file": "epoch-0002.pt", "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "epoch-0002.json").write_text(json.dumps(manifest))
+    with pytest.warns(BrokenCheckpointWarning, match="epoch-0002") as told:
+        assert epoch_found(folder) == 1
+    assert "\n" not in str(told[0].message)
+    assert not target.exists()
+    if form == "pickle":  # the bomb is a real one
+        pickle.loads(data)
+        assert target.is_dir()
+
+
+def test_a_failed_write_leaves_the_earlier_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save(folder, 3, state(3))
+    monkeypatch.undo()
+    assert epoch_found(folder) == 2
+    assert {path.stem for path in folder.iterdir()} == {"epoch-0001", "epoch-0002"}
+
+
+def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) -> None:
+    left = folder / ".epoch-0003.pt.4242.abcdef01.tmp"
+    left.write_bytes(b"half a checkpoint")
+    assert epoch_found(folder) == 2
+    save(folder, 3, state(3))
+    assert not left.exists()
+    assert checkpoint.KEEP == 2
+    assert {path.name for path in folder.glob("*.pt")} == {"epoch-0002.pt", "epoch-0003.pt"}

@@ -1,0 +1,427 @@
+"""Configuration: what is wrong dies here, in one line with file, field and remedy; what is right decides the hash."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from istanas.errors import ConfigError
+from istanas.space import PUBLISHED
+from pipeline.config import Config, default_file, flat_params, load, run_hash, to_yaml
+
+
+def load_text(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(file, overrides)
+
+
+def refusal(tmp_path: Path, text: str | bytes, *overrides: str) -> list[str]:
+    """The lines of the error that a configuration gives."""
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, text, *overrides)
+    return str(caught.value).split("\n")
+
+
+# ---------- files
+def test_an_empty_file_is_the_schemas_defaults(tmp_path: Path) -> None:
+    assert load_text(tmp_path, "") == load(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "hint"),
+    [
+        ("search: {epoch: 3}", "search.epoch", "did you mean epochs?"),
+        ("serach: {}", "serach", "did you mean search?"),
+        ("data: {xyzzy: 1}", "data.xyzzy", "known here: name, root"),
+        ("retrain: {drop_path_prob: 0.2}", "retrain.drop_path_prob", "did you mean drop_path?"),
+        ('"a\\nb": 2', "'a\\nb'", "known here: method, seed"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(
+    tmp_path: Path, text: str, field: str, hint: str
+) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert line.startswith(f"{tmp_path / 'config.yaml'}: {field}: unknown key, ")
+    assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value", "remedy"),
+    [
+        ("search: {epochs: ten}", "search.epochs", "'ten'", "valid integer"),
+        ("search: {epochs: 2.5}", "search.epochs", "2.5", "valid integer"),
+        ("search: {epochs: true}", "search.epochs", "True", "valid integer"),
+        ("search: {epochs: null}", "search.epochs", "None", "valid integer"),
+        ("search: {epochs: 0}", "search.epochs", "0", "greater than or equal to 1"),
+        ("search: [1]", "search", "[1]", "dictionary"),
+        ("search: {lr: 0}", "search.lr", "0", "greater than 0"),
+        ("search: {lr: .nan}", "search.lr", "nan", "finite number"),
+        ("search: {lr: .inf}", "search.lr", "inf", "finite number"),
+        ("search: {momentum: 1.0}", "search.momentum", "1.0", "less than 1"),
+        ("search: {arch_betas: [0.5]}", "search.arch_betas", "[0.5]", "at least 2"),
+        ("search: {arch_betas: [0.5, 2]}", "search.arch_betas.1", "2", "less than 1"),
+        ("search: {stem: resnet}", "search.stem", "'resnet'", "'cifar' or 'imagenet'"),
+        ("space: {ops: [conv_7x1]}", "space.ops.0", "'conv_7x1'", "skip_connect"),
+        ("space: {ops: sep_conv_3x3}", "space.ops", "'sep_conv_3x3'", "valid list"),
+        ("space: {solver: lars}", "space.solver", "'lars'", "'homotopy'"),
+        ("space: {l1_weight: -1}", "space.l1_weight", "-1", "greater than 0"),
+        ("data: {name: imagenet21k}", "data.name", "'imagenet21k'", "'folder'"),
+        ("data: {holdout: 1}", "data.holdout", "1", "less than 1"),
+        ("data: {root: 5}", "data.root", "5", "valid string"),
+        ("data: {image_size: 4}", "data.image_size", "4", "greater than or equal to 8"),
+        ("data: {horizontal_flip: 1}", "data.horizontal_flip", "1", "valid boolean"),
+        ("seed: -1", "seed", "-1", "greater than or equal to 0"),
+        ("seed: 9223372036854775808", "seed", "9223372036854775808", "less than"),
+        ("method: darts", "method", "'darts'", "'two_stage'"),
+        ("runtime: {threads: 0}", "runtime.threads", "0", "greater than or equal to 1"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_named(
+    tmp_path: Path, text: str, field: str, value: str, remedy: str
+) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert line.startswith(f"{tmp_path / 'config.yaml'}: {field}: {value} is refused: ")
+    assert remedy in line
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("search: {lr: 0.0001}", ["search.lr_min", "search.lr"]),
+        ("retrain: {lr_min: 1.0}", ["retrain.lr_min", "retrain.lr"]),
+        ("data: {image_size: 8}\nretrain: {cutout: 9}", ["retrain.cutout", "data.image_size"]),
+        ("search: {stem: imagenet, init_channels: 1}", ["search.init_channels", "imagenet"]),
+        ("retrain: {epochs: 5, warmup_epochs: 5}", ["retrain.warmup_epochs", "retrain.epochs"]),
+        ("retrain: {nesterov: true, momentum: 0.0}", ["retrain.nesterov", "retrain.momentum"]),
+        ("data: {name: folder}", ["data.root", "--set data.root=DIR"]),
+        ("runtime: {device: cpu, precision: bf16}", ["runtime.precision", "runtime.device"]),
+        # The first node has two edges in, so three single-op edges cannot be kept.
+        ("space: {one_op_per_edge: true, sparsity: 3}", ["sparsity", "3", "edges"]),
+        ("space: {ops: [skip_connect], sparsity: 3}", ["sparsity", "3"]),
+        ("space: {ops: []}", ["ops"]),
+        ("space: {ops: [skip_connect, skip_connect]}", ["ops", "skip_connect"]),
+    ],
+)
+def test_what_cannot_be_combined_is_named_with_a_remedy(tmp_path: Path, text: str, fields: list[str]) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert line.startswith(f"{tmp_path / 'config.yaml'}: ")
+    for field in fields:
+        assert field in line
+
+
+def test_every_mistake_has_its_line(tmp_path: Path) -> None:
+    lines = refusal(tmp_path, "search: {epoch: 3, lr: x}\nretrain: {layers: 0}")
+    assert len(lines) == 3
+    assert [line.split(": ")[1] for line in lines] == ["search.lr", "search.epoch", "retrain.layers"]
+    lines = refusal(tmp_path, "search: {lr_min: 1.0}\nretrain: {lr_min: 1.0}")
+    assert [line.split(" is ")[0].split(": ")[1] for line in lines] == ["search.lr_min", "retrain.lr_min"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("search:\n  epochs: 3\n  epochs: 4\n", "duplicate key"),
+        ("seed: 1\nseed: 1\n", "duplicate key"),
+        ("seed: [1", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("\tseed: 1", "not valid YAML"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "not valid YAML"),
+        (b"\xff\xfeseed", "not valid YAML"),
+        ("- seed\n- 1\n", "holds a list, give sections"),
+        ("seed", "holds a str, give sections"),
+        ("3", "holds a int, give sections"),
+        ("1: 2", "1: 1 is refused: keys should be strings"),
+        ("search: {null: 2}", "search.None: None is refused: keys should be strings"),
+        ("seed: 1\n---\nseed: 2\n", "not valid YAML"),
+        ("? [a, b]\n: 1\n", "config.yaml"),
+        ("[" * 3000, "not valid YAML"),
+    ],
+)
+def test_what_is_no_configuration_file_is_refused_in_one_line(
+    tmp_path: Path, text: str | bytes, says: str
+) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert line.startswith(str(tmp_path / "config.yaml"))
+    assert says in line
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot be read \(.*\), give an existing YAML file$") as caught:
+            load(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{target}]]",
+        "!!python/object/new:os.mkdir [{target}]",
+        "!!python/name:os.system",
+        "!!python/object/apply:os.mkdir [{target}]",
+    ],
+)
+def test_no_tag_ever_runs_code(tmp_path: Path, call: str) -> None:
+    target = tmp_path / "executed"
+    value = call.format(target=target)
+    assert "not valid YAML" in refusal(tmp_path, f"seed: {value}")[0]
+    with pytest.raises(ConfigError, match="not YAML"):
+        load(None, [f"seed={value}"])
+    assert not target.exists()
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    config = load_text(tmp_path, "search: {lr: 1e-1, lr_min: 1e-3, weight_decay: 0, arch_lr: 6E-4}")
+    assert (config.search.lr, config.search.lr_min, config.search.arch_lr) == (0.1, 0.001, 6e-4)
+    assert config.search.weight_decay == 0
+    # YAML 1.1 would read `on` as true: a surprise, so it is a string here, and refused.
+    assert "valid boolean" in refusal(tmp_path, "data: {horizontal_flip: on}")[0]
+
+
+# ---------- overrides
+def test_overrides_change_single_settings_in_order(tmp_path: Path) -> None:
+    config = load_text(
+        tmp_path,
+        "search: {epochs: 3, lr: 0.2}",
+        "search.epochs=5",
+        "search.epochs=7",
+        "retrain.grad_clip=null",
+        "space.ops=[skip_connect, sep_conv_3x3]",
+        "search.lr_min=1e-4",
+        "data.root=/some/where=else",
+        "runtime={threads: 2}",
+        "data.horizontal_flip=true",
+    )
+    assert (config.search.epochs, config.search.lr, config.search.lr_min) == (7, 0.2, 1e-4)
+    assert config.retrain.grad_clip is None
+    assert config.space.ops == ["skip_connect", "sep_conv_3x3"]
+    assert config.data.root == "/some/where=else"
+    assert config.runtime.threads == 2
+    assert config.data.horizontal_flip is True
+
+
+def test_an_override_reaches_into_a_section_that_is_there_without_keys(tmp_path: Path) -> None:
+    assert load_text(tmp_path, "search:\n", "search.epochs=2").search.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("search.epochs", "write key.path=value"),
+        ("=3", "write key.path=value"),
+        ("search..epochs=3", "write key.path=value"),
+        (".epochs=3", "write key.path=value"),
+        ("", "write key.path=value"),
+        ("search.epochs=[1", "not YAML"),
+        ("seed=a: b: c", "not YAML"),
+        ("seed.deeper=3", "seed is a value, not a section"),
+        ("search.epochs=ten", "search.epochs: 'ten' is refused"),
+        ("search.epoch=3", "did you mean epochs?"),
+        ("search.epochs=", "search.epochs: None is refused"),
+        ("__class__.x=3", "__class__: unknown key"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line(tmp_path: Path, override: str, says: str) -> None:
+    (line,) = refusal(tmp_path, "seed: 1", override)
+    assert says in line
+
+
+def test_a_seed_of_zero_is_a_seed(tmp_path: Path) -> None:
+    config = load_text(tmp_path, "seed: 5", "seed=0")
+    assert config.seed == 0
+    assert load_text(tmp_path, "seed: 5", "space.matrix_seed=0").matrix_seed == 0
+    assert load_text(tmp_path, "seed: 5").matrix_seed == 5
+
+
+# ---------- random trees: an error of ours or a configuration, nothing else
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["digits", "folder", "cifar", "skip_connect"])
+)
+KEYS = st.sampled_from(
+    [f for s in (Config, *(m.annotation for m in Config.model_fields.values())) for f in getattr(s, "model_fields", ())]
+) | st.text(max_size=5)
+ANY_KEYS = KEYS | st.integers() | st.booleans() | st.none()
+TREES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_KEYS, inner, max_size=4), max_leaves=12
+)
+
+
+def one_line_each(error: ConfigError, source: str | tuple[str, ...]) -> None:
+    """Whatever characters keys and values hold, a mistake is one line of printable ones."""
+    for line in str(error).split("\n"):
+        assert line.startswith(source), repr(str(error))
+        assert line.isprintable(), repr(line)
+
+
+@given(st.dictionaries(ANY_KEYS, TREES, max_size=4))
+@settings(max_examples=150)
+def test_a_random_tree_is_refused_or_loads(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
+    from ruamel.yaml import YAML
+
+    file = tmp_path_factory.getbasetemp() / "random_tree.yaml"
+    with file.open("w", encoding="utf-8") as stream:
+        YAML(typ="safe", pure=True).dump(tree, stream)
+    try:
+        assert isinstance(load(file), Config)
+    except ConfigError as error:
+        one_line_each(error, f"{file}: ")
+
+
+@given(st.text(max_size=60) | st.text(alphabet="seach: {}[]!&*?|>-'\"\n\t#%@`,0.e", max_size=60) | st.binary(max_size=40))
+@settings(max_examples=200)
+def test_a_random_file_and_a_random_override_are_refused_or_load(
+    tmp_path_factory: pytest.TempPathFactory, text: str | bytes
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "random_text.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    arguments: list[tuple[Path | None, list[str]]] = [(file, [])]
+    if isinstance(text, str):
+        arguments += [(None, [text]), (None, [f"seed={text}"])]
+    for path, overrides in arguments:
+        try:
+            assert isinstance(load(path, overrides), Config)
+        except ConfigError as error:
+            one_line_each(error, ("--set ", "command line: ") if overrides else f"{file}: ")
+
+
+# ---------- round trip and hash
+def test_a_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load(
+        None,
+        [
+            "seed=3",
+            "space.ops=[skip_connect, dil_conv_5x5]",
+            "search.grad_clip=null",
+            "search.lr=0.3",
+            "search.arch_betas=[0.25, 0.75]",
+            "data={name: folder, root: 'a: \"b\" #c', image_size: 16}",
+            "tracking.name='null'",
+            "space.l1_weight=1e-7",
+            f"seed={2**63 - 1}",
+        ],
+    )
+    assert load_text(tmp_path, to_yaml(config)) == config
+    assert load_text(tmp_path, to_yaml(Config())) == Config()
+
+
+SECTIONS = {
+    name: getattr(Config(), name)
+    for name in ("data", "space", "search", "retrain", "runtime", "tracking")
+}
+ANOTHER = {
+    "data.name": "mnist",
+    "data.root": "elsewhere",
+    "data.download": True,
+    "data.image_size": 16,
+    "data.cache_dir": "elsewhere",
+    "data.holdout": 0.1,
+    "data.crop_padding": 1,
+    "data.horizontal_flip": True,
+    "space.nodes": 3,
+    "space.ops": ["skip_connect", "sep_conv_3x3"],
+    "space.sparsity": 1,
+    "space.one_op_per_edge": True,
+    "space.measurements": 9,
+    "space.matrix": "gaussian",
+    "space.matrix_seed": 1,
+    "space.l1_weight": 1e-4,
+    "space.solver": "fista",
+    "search.epochs": 1,
+    "search.batch_size": 1,
+    "search.init_channels": 1,
+    "search.layers": 1,
+    "search.stem": "imagenet",
+    "search.lr": 1.0,
+    "search.lr_min": 0.0,
+    "search.momentum": 0.1,
+    "search.weight_decay": 0.0,
+    "search.grad_clip": None,
+    "search.arch_lr": 1.0,
+    "search.arch_betas": [0.1, 0.2],
+    "search.arch_weight_decay": 0.0,
+    "search.max_pictures": 10,
+    "search.alpha_fraction": 0.4,
+    "search.cutout": 2,
+    "search.termination_tol": 1e-3,
+    "retrain.epochs": 1,
+    "retrain.batch_size": 1,
+    "retrain.init_channels": 1,
+    "retrain.layers": 1,
+    "retrain.stem": "imagenet",
+    "retrain.lr": 1.0,
+    "retrain.lr_min": 1e-3,
+    "retrain.schedule": "linear",
+    "retrain.warmup_epochs": 2.0,
+    "retrain.momentum": 0.1,
+    "retrain.nesterov": True,
+    "retrain.weight_decay": 0.0,
+    "retrain.grad_clip": None,
+    "retrain.auxiliary_weight": 0.0,
+    "retrain.drop_path": 0.0,
+    "retrain.label_smoothing": 0.1,
+    "retrain.cutout": 0,
+    "retrain.op_batchnorm": True,
+    "retrain.test_every": 2,
+    "runtime.device": "cpu",
+    "runtime.precision": "fp32",
+    "runtime.threads": 1,
+    "runtime.data_workers": 1,
+    "runtime.runs_dir": "elsewhere",
+    "tracking.enabled": False,
+    "tracking.uri": "http://elsewhere",
+    "tracking.experiment": "elsewhere",
+    "tracking.name": "elsewhere",
+}
+KEY_PATHS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in type(section).model_fields]
+
+
+@pytest.mark.parametrize("path", KEY_PATHS)
+def test_the_hash_follows_exactly_what_decides_the_result(path: str) -> None:
+    name, key = path.split(".")
+    assert path in ANOTHER, "a new setting: give it another value here, and decide whether it belongs in the hash"
+    section = SECTIONS[name].model_copy(update={key: ANOTHER[path]})
+    before, after = Config(), Config().model_copy(update={name: section})
+    assert after != before
+    decides = {
+        "search": name in ("data", "space", "search") and path not in ("data.download", "data.cache_dir"),
+        "retrain": name in ("data", "retrain") and path not in ("data.download", "data.cache_dir"),
+    }
+    for job, changes in decides.items():
+        assert (run_hash(before, job) != run_hash(after, job)) == changes, job
+
+
+def test_the_hash_follows_seed_genotype_and_job_and_not_how_a_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config()
+    for job in ("search", "retrain"):
+        assert run_hash(config, job) != run_hash(load(None, ["seed=1"]), job)
+        assert len(run_hash(config, job)) == 10
+    assert run_hash(config, "search") != run_hash(config, "retrain")
+    cells = [genotype.to_json() for genotype in PUBLISHED.values()]
+    assert len({run_hash(config, "retrain", genotype=cell) for cell in cells}) == len(cells) == 3
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    written = ["pictures", "./pictures", "pictures/../pictures", str(tmp_path / "pictures")]
+    assert len({run_hash(load(None, [f"data.root={p}"]), "search") for p in written}) == 1
+
+
+def test_parameters_for_mlflow_are_flat_and_of_the_job_alone() -> None:
+    params = flat_params(Config(), ("data", "retrain"))
+    assert params["retrain.lr"] == 0.025
+    assert params["seed"] == 0
+    assert not any(key.startswith(("search.", "tracking.")) for key in params)
+    assert flat_params(Config(), ("search",))["search.arch_betas"] == "0.5,0.999"
+
+
+def test_the_default_is_the_quickstart(repo_root: Path) -> None:
+    assert default_file() == repo_root / "tune_configs" / "digits_quickstart.yaml"
+    assert load(default_file()).data.name == "digits"
