@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,10 +36,8 @@ def main() -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line (None: the process's) and return its exit code."""
     try:
-        cli.main(args=arguments, prog_name="istanas", standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        # Not standalone, click returns the code of an Exit, and what a command returns: nothing.
+        return cli.main(args=arguments, prog_name="istanas", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -54,11 +53,13 @@ def run(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             click.echo(f"error: {line}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
-    except OSError as error:
-        if error.strerror is None:  # not the operating system's: a mistake of ours, its traceback is needed
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
             raise
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {where}{error.strerror}, check the path, its permissions and the disk", err=True)
+        click.echo(
+            f"error: {where}{error.strerror}: free space or fix the path, the same command resumes", err=True
+        )
         return 1
 
 
@@ -292,9 +293,17 @@ def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Con
         console.print(
             f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True
         )
-        console.print("open it: istanas ui    as a table: istanas results", highlight=False)
+        program = _program()
+        store = f" --set tracking.uri={config.tracking.uri}" if config.tracking.uri else ""
+        console.print(f"browse it: {program} ui{store}", highlight=False, soft_wrap=True)
+        console.print(f"as a table: {program} results{store}", highlight=False, soft_wrap=True)
     if as_json:
         _print_json(result)
+
+
+def _program() -> str:
+    """What to type to call this program again: the bare name only where the shell finds it."""
+    return "istanas" if shutil.which("istanas") else sys.argv[0]
 
 
 def _print_json(value: dict[str, Any]) -> None:

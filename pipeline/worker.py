@@ -6,7 +6,6 @@ checkpoint first, observer second, so that whatever an observer has seen can be 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from istanas.training import (
 )
 from pipeline import checkpoint
 from pipeline.config import Config, RuntimeSettings
+from pipeline.doctor import usable_cores
 
 Record = dict[
     str, Any
@@ -91,7 +91,7 @@ def compute_for(settings: RuntimeSettings) -> Compute:
 
 def threads_for(settings: RuntimeSettings) -> int:
     """Threads of this process: as set, else the cores it may use."""
-    return len(os.sched_getaffinity(0)) if settings.threads is None else settings.threads
+    return usable_cores() if settings.threads is None else settings.threads
 
 
 def open_dataset(config: Config, progress: Callable[[int, int], None] | None = None) -> ImageDataset:

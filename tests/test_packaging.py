@@ -22,6 +22,7 @@ TOP_LEVEL = {
     ".ci",
     ".gitignore",
     ".pre-commit-config.yaml",
+    ".readme",
     "CHANGELOG.md",
     "CITATION.cff",
     "CONTRIBUTING.md",

@@ -129,6 +129,7 @@ class Supernet(CellNetwork):
         )
         self._codes: dict[str, list[NodeCode]] = {}
         self._plans: dict[str, Plan] = {}
+        self._active_parameters: list[nn.Parameter] = []
 
     def weights(self) -> list[nn.Parameter]:
         """Every parameter but the compressed alphas: what SGD trains."""
@@ -170,6 +171,9 @@ class Supernet(CellNetwork):
             for cell in CELLS
         }
 
+        # Walking the modules takes milliseconds: once here, not at every step.
+        self._active_parameters = self._find_active_parameters()
+
     def genotype(self) -> Genotype:
         """The architecture that is active now."""
         supports = {cell: [node.support for node in self._codes[cell]] for cell in CELLS}
@@ -187,6 +191,9 @@ class Supernet(CellNetwork):
 
     def active_parameters(self) -> list[nn.Parameter]:
         """The weights that the active architecture uses: the only ones that get a gradient."""
+        return self._active_parameters
+
+    def _find_active_parameters(self) -> list[nn.Parameter]:
         parts: list[nn.Module] = [self.stem, self.classifier]
         for cell in self.cells:
             parts += [cell.preprocess0, cell.preprocess1]  # type: ignore[list-item]

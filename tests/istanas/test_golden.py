@@ -43,7 +43,13 @@ TARGETS = [("target_twostage", "ISTA_twostage", False), ("target_onestage", "IST
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_target_logits(
-    golden_dir: Path, file: str, cell: str, op_batchnorm: bool, channels_last: bool, dtype: torch.dtype, tolerance: float
+    golden_dir: Path,
+    file: str,
+    cell: str,
+    op_batchnorm: bool,
+    channels_last: bool,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     golden, state = load(golden_dir / f"{file}.npz")
     net = TargetNet(PUBLISHED[cell], 4, 5, 10, op_batchnorm=op_batchnorm)
@@ -73,7 +79,9 @@ def test_the_order_of_picks_matters_to_trained_weights(golden_dir: Path) -> None
 SUPERNETS = [("supernet_twostage", False), ("supernet_onestage", True)]
 
 
-def golden_supernet(golden_dir: Path, file: str, op_batchnorm: bool, dtype: torch.dtype, codes: str) -> tuple[Arrays, Supernet]:
+def golden_supernet(
+    golden_dir: Path, file: str, op_batchnorm: bool, dtype: torch.dtype, codes: str
+) -> tuple[Arrays, Supernet]:
     """The golden supernet with the golden codes, or with those that we recover from the golden A and b."""
     golden, state = load(golden_dir / f"{file}.npz")
     for cell in CELLS:  # the one-stage file holds b only beside the state dict
@@ -141,7 +149,9 @@ def test_supernet_logits_in_float32(golden_dir: Path, file: str, op_batchnorm: b
         ("ISTA_ImageNet", (48, 14, 1000), (3, 224, 224), 5_651_392),
     ],
 )
-def test_published_counts(cell: str, settings: tuple[int, int, int], shape: tuple[int, int, int], params: int) -> None:
+def test_published_counts(
+    cell: str, settings: tuple[int, int, int], shape: tuple[int, int, int], params: int
+) -> None:
     stem = "imagenet" if cell == "ISTA_ImageNet" else "cifar"
     options: dict[str, Any] = {"stem": stem, "op_batchnorm": cell == "ISTA_onestage"}
     net = TargetNet(PUBLISHED[cell], *settings, auxiliary=True, **options)

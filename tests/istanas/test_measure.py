@@ -42,16 +42,26 @@ def test_formula_equals_the_built_network(
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 33, 40), (3, 64, 64)])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("op_batchnorm", [False, True])
-def test_formula_on_published_cells(name: str, shape: tuple[int, int, int], stem: str, op_batchnorm: bool) -> None:
+def test_formula_on_published_cells(
+    name: str, shape: tuple[int, int, int], stem: str, op_batchnorm: bool
+) -> None:
     built, formula = counted(
-        PUBLISHED[name], shape, init_channels=4, layers=5, num_classes=10, stem=stem, op_batchnorm=op_batchnorm
+        PUBLISHED[name],
+        shape,
+        init_channels=4,
+        layers=5,
+        num_classes=10,
+        stem=stem,
+        op_batchnorm=op_batchnorm,
     )
     assert formula == built
 
 
 def test_formula_with_part_of_the_states_concatenated() -> None:
     picks = PUBLISHED["ISTA_twostage"].normal
-    built, formula = counted(Genotype(picks, picks, (2, 5), (4,)), (3, 16, 16), init_channels=4, layers=4, num_classes=3)
+    built, formula = counted(
+        Genotype(picks, picks, (2, 5), (4,)), (3, 16, 16), init_channels=4, layers=4, num_classes=3
+    )
     assert formula == built
 
 

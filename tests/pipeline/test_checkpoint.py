@@ -93,11 +93,24 @@ def flip_a_bit(file: Path, position: int) -> None:
         lambda f: (f / "epoch-0002.json").write_bytes(b"\xff\xfe"),
         lambda f: shutil.copy(f / "epoch-0001.pt", f / "epoch-0002.pt"),
     ],
-    ids=["cut", "empty", "bit", "last bit", "no file", "cut manifest", "list", "no sum", "binary", "other epoch"],
+    ids=[
+        "cut",
+        "empty",
+        "bit",
+        "last bit",
+        "no file",
+        "cut manifest",
+        "list",
+        "no sum",
+        "binary",
+        "other epoch",
+    ],
 )
 def test_a_broken_one_is_passed_over_with_a_warning(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder)
-    with pytest.warns(BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the one before is used") as told:
+    with pytest.warns(
+        BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the one before is used"
+    ) as told:
         assert epoch_found(folder) == 1
     assert len(told) == 1
     assert "\n" not in str(told[0].message)
@@ -141,14 +154,16 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle", "garbage", "nothing"])
-def test_a_file_that_matches_its_checksum_is_still_not_trusted(folder: Path, tmp_path: Path, form: str) -> None:
+def test_a_file_that_matches_its_checksum_is_still_not_trusted(
+    folder: Path, tmp_path: Path, form: str
+) -> None:
     target = tmp_path / "executed"
     bomb, buffer = Bomb(target), io.BytesIO()
     if form == "torch":
         torch.save({"epoch": 2, "search": bomb}, buffer)
     data = {
         "torch": buffer.getvalue(),
-        "pickle": pickle.dumps(bomb),
+        "pickle": pickle.dumps(bomb, protocol=2),
         "garbage": bytes(range(256)),
         "nothing": b"",
     }[form]

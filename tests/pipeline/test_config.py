@@ -150,7 +150,9 @@ def test_what_is_no_configuration_file_is_refused_in_one_line(
 
 def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=r"cannot be read \(.*\), give an existing YAML file$") as caught:
+        with pytest.raises(
+            ConfigError, match=r"cannot be read \(.*\), give an existing YAML file$"
+        ) as caught:
             load(path)
         assert str(caught.value).startswith(f"{path}: ")
 
@@ -246,11 +248,17 @@ SCALARS = (
     | st.sampled_from(["digits", "folder", "cifar", "skip_connect"])
 )
 KEYS = st.sampled_from(
-    [f for s in (Config, *(m.annotation for m in Config.model_fields.values())) for f in getattr(s, "model_fields", ())]
+    [
+        f
+        for s in (Config, *(m.annotation for m in Config.model_fields.values()))
+        for f in getattr(s, "model_fields", ())
+    ]
 ) | st.text(max_size=5)
 ANY_KEYS = KEYS | st.integers() | st.booleans() | st.none()
 TREES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_KEYS, inner, max_size=4), max_leaves=12
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_KEYS, inner, max_size=4),
+    max_leaves=12,
 )
 
 
@@ -263,7 +271,9 @@ def one_line_each(error: ConfigError, source: str | tuple[str, ...]) -> None:
 
 @given(st.dictionaries(ANY_KEYS, TREES, max_size=4))
 @settings(max_examples=150)
-def test_a_random_tree_is_refused_or_loads(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
+def test_a_random_tree_is_refused_or_loads(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
+) -> None:
     from ruamel.yaml import YAML
 
     file = tmp_path_factory.getbasetemp() / "random_tree.yaml"
@@ -275,7 +285,11 @@ def test_a_random_tree_is_refused_or_loads(tmp_path_factory: pytest.TempPathFact
         one_line_each(error, f"{file}: ")
 
 
-@given(st.text(max_size=60) | st.text(alphabet="seach: {}[]!&*?|>-'\"\n\t#%@`,0.e", max_size=60) | st.binary(max_size=40))
+@given(
+    st.text(max_size=60)
+    | st.text(alphabet="seach: {}[]!&*?|>-'\"\n\t#%@`,0.e", max_size=60)
+    | st.binary(max_size=40)
+)
 @settings(max_examples=200)
 def test_a_random_file_and_a_random_override_are_refused_or_load(
     tmp_path_factory: pytest.TempPathFactory, text: str | bytes
@@ -313,8 +327,7 @@ def test_a_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 
 SECTIONS = {
-    name: getattr(Config(), name)
-    for name in ("data", "space", "search", "retrain", "runtime", "tracking")
+    name: getattr(Config(), name) for name in ("data", "space", "search", "retrain", "runtime", "tracking")
 }
 ANOTHER = {
     "data.name": "mnist",
@@ -386,7 +399,9 @@ KEY_PATHS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in ty
 @pytest.mark.parametrize("path", KEY_PATHS)
 def test_the_hash_follows_exactly_what_decides_the_result(path: str) -> None:
     name, key = path.split(".")
-    assert path in ANOTHER, "a new setting: give it another value here, and decide whether it belongs in the hash"
+    assert path in ANOTHER, (
+        "a new setting: give it another value here, and decide whether it belongs in the hash"
+    )
     section = SECTIONS[name].model_copy(update={key: ANOTHER[path]})
     before, after = Config(), Config().model_copy(update={name: section})
     assert after != before

@@ -76,9 +76,7 @@ def assert_one_line(error: IstanasError, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [NETWORK_FILE, WEIGHTS_FILE])
-@pytest.mark.parametrize(
-    "content", [None, b"", b"[]", b"{}", b'{"genotype": 1}', b"\xff\x00" * 50], ids=str
-)
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"genotype": 1}', b"\xff\x00" * 50], ids=str)
 def test_a_missing_or_broken_file_is_one_line(
     tmp_path: Path, digits: ImageDataset, config: Config, name: str, content: bytes | None
 ) -> None:

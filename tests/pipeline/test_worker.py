@@ -12,7 +12,7 @@ import torch
 from istanas.data import ArrayPictures, ImageDataset, load_dataset, stratified_subset
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
-from istanas.training import Totals, derive_seed
+from istanas.training import Totals
 from pipeline.config import Config, load
 from pipeline.worker import (
     Record,
@@ -143,9 +143,7 @@ def test_without_a_holdout_retraining_may_use_every_training_picture(digits: Ima
 
 
 def test_splits_follow_from_the_seed(digits: ImageDataset) -> None:
-    one, same, other = (
-        search_split(tiny(f"seed={s}", "search.max_pictures=500"), digits) for s in (0, 0, 1)
-    )
+    one, same, other = (search_split(tiny(f"seed={s}", "search.max_pictures=500"), digits) for s in (0, 0, 1))
     assert torch.equal(one.weights, same.weights)
     assert torch.equal(one.alphas, same.alphas)
     assert not torch.equal(one.weights, other.weights)
@@ -353,7 +351,10 @@ def test_device_and_precision_on_a_machine_without_a_gpu() -> None:
         pytest.skip("this machine has a GPU")
     assert compute_for(tiny().runtime).device.type == "cpu"
     assert compute_for(tiny().runtime).autocast_dtype is None
-    for override, field in (("runtime.device=cuda", "runtime.device"), ("runtime.precision=bf16", "runtime.precision")):
+    for override, field in (
+        ("runtime.device=cuda", "runtime.device"),
+        ("runtime.precision=bf16", "runtime.precision"),
+    ):
         with pytest.raises(ConfigError, match=f"{field} is .*: choose") as caught:
             compute_for(tiny(override).runtime)
         assert "\n" not in str(caught.value)
@@ -379,4 +380,3 @@ def test_the_cost_is_that_of_the_retrained_network(digits: ImageDataset) -> None
     config = load(None)
     dataset = dataclasses.replace(digits, channels=3, height=32, width=32)
     assert genotype_cost(config, dataset, PUBLISHED["ISTA_twostage"])["target/params"] == 3316726
-    assert derive_seed(0, "init") != derive_seed(0, "split")

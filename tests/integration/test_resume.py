@@ -1,0 +1,116 @@
+"""Invariant 1: a run killed at any moment and started again ends as one that was never killed, bit for bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """
+space: {nodes: 2}
+data: {crop_padding: 1}
+search: {epochs: 6, batch_size: 32, init_channels: 4, layers: 3, max_pictures: 400, arch_lr: 0.05, cutout: 2}
+retrain: {epochs: 6, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
+runtime: {threads: 1}
+tracking: {enabled: false}
+"""
+EPOCHS = 6
+EPOCHS_BETWEEN_KILLS = (0, 1, 1)  # in random order; few enough for all kills to fall before the phase's end
+COMMAND = [sys.executable, "-m", "pipeline.cli", "run", "--config", "killed.yaml"]
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+pytestmark = pytest.mark.slow
+
+
+def run_to_the_end(folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [*COMMAND, "--json"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: float) -> int:
+    """Start the run, wait for some epochs of a phase and a part of the next one, and kill it.
+
+    Returns:
+        Epochs of the phase that were written down when the kill fell.
+    """
+    process = subprocess.Popen(COMMAND, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    in_phase, seen, seconds = False, 0, 1.0  # before the first epoch come some imports
+    try:
+        for line in process.stdout:
+            in_phase = in_phase or line.startswith(f"{phase}: runs")
+            found = re.match(r"epoch (\d+): .* ([\d.]+) s$", line)
+            if in_phase and found:
+                seen, seconds = seen + 1, float(found[2])
+            if in_phase and seen == new_epochs:
+                time.sleep(epoch_fraction * seconds)
+                break
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
+    (path,) = (folder / "runs").glob(f"*-{phase}-*")
+    assert json.loads((path / "run.json").read_text())["status"] == "RUNNING"
+    metrics = path / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def decided_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["timestamp_ms"], line["metrics"]["images_per_second"]
+    return lines
+
+
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    seed = int(os.environ.get("ISTANAS_KILL_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"moments of the kills: ISTANAS_KILL_SEED={seed}")
+    moments = random.Random(seed)
+    folders = {name: tmp_path / name for name in ("whole", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "killed.yaml").write_text(CONFIG)
+    whole = run_to_the_end(folders["whole"])
+
+    for phase in ("search", "retrain"):
+        for new_epochs in moments.sample(EPOCHS_BETWEEN_KILLS, 3):
+            lines = run_and_kill(folders["killed"], phase, new_epochs, moments.random())
+            print(f"killed in {phase} after {lines} epochs")
+    killed = run_to_the_end(folders["killed"])
+
+    assert killed["digest"] == whole["digest"]
+    assert killed["genotype"] == whole["genotype"]
+    assert killed["test_top1"] == whole["test_top1"]
+    for key in ("run_dir", "retrain_run_dir"):
+        assert killed[key] == whole[key]
+        ends = [folder / whole[key] for folder in folders.values()]
+        one, other = map(decided_metrics, ends)
+        assert one == other
+        assert [line["step"] for line in other] == list(range(EPOCHS)), "a line is doubled or lost"
+        for name in ("genotype.json", "trajectory.csv", "model.safetensors", "config.yaml"):
+            contents = [(end / name).read_bytes() if (end / name).exists() else None for end in ends]
+            assert contents[0] == contents[1], name
+    assert (folders["killed"] / killed["retrain_run_dir"] / "model.safetensors").stat().st_size > 0
+    assert (folders["killed"] / killed["run_dir"] / "trajectory.csv").stat().st_size > 0
+    search = decided_metrics(folders["whole"] / whole["run_dir"])
+    changes = [line["metrics"]["recovery/support_changes"] for line in search]
+    assert sum(changes) > 0, "an architecture that never changes has nothing to lose"

@@ -1,0 +1,389 @@
+"""The command line as a user and a program meet it: exit codes, streams, one line an error, JSON last on stdout."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from pipeline.cli import cli, run
+from pipeline.rundir import RunDir
+
+TINY = """
+space: {nodes: 2}
+search: {epochs: 2, batch_size: 64, init_channels: 2, layers: 2, max_pictures: 200}
+retrain: {epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}
+runtime: {threads: 1}
+tracking: {enabled: false}
+"""
+COMMANDS = ("search", "retrain", "run", "draw", "results", "ui", "doctor", "sync")
+KEYS = {
+    "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
+    "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
+    "run": {
+        "run_dir",
+        "mlflow_run_id",
+        "retrain_run_id",
+        "digest",
+        "genotype",
+        "test_top1",
+        "params",
+        "macs",
+        "seconds",
+    },
+}
+
+Outcome = tuple[int, str, str]
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a tiny configuration, where runs and stores go."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    def command(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = run(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def in_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a command line as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def error_lines(err: str) -> list[str]:
+    """The error's lines; each says so, and none is of a traceback."""
+    lines = err.splitlines()
+    assert lines
+    assert all(line.startswith("error: ") for line in lines), err
+    return lines
+
+
+# ---------- help and bad arguments
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(istanas: Command, command: str) -> None:
+    code, out, err = istanas(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: istanas {command} ")
+    assert "--set KEY.PATH=VALUE" in out
+    assert "--config FILE" in out
+    jobs = command in ("search", "retrain", "run")
+    assert ("--fresh" in out) == jobs
+
+
+def test_help_lists_the_commands(istanas: Command) -> None:
+    code, out, _ = istanas("--help")
+    assert code == 0
+    assert tuple(sorted(COMMANDS)) == tuple(sorted(cli.commands))
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    code, out, err = istanas()
+    assert code == 2
+    assert "Usage: istanas" in out + err
+
+
+def test_the_version_is_that_of_the_package(istanas: Command) -> None:
+    import istanas as package
+
+    assert package.__version__ in istanas("--version")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serch"], "serch"),
+        (["search", "--bogus"], "--bogus"),
+        (["search", "extra"], "extra"),
+        (["retrain"], "--genotype"),
+        (["sync"], "RUN"),
+        (["draw"], "FILE"),
+        (["search", "--set"], "--set"),
+        (["ui", "--port", "http"], "http"),
+        (["search", "--set", "search.epoch=3"], "did you mean epochs?"),
+        (["search", "--set", "search.epochs"], "write key.path=value"),
+        (["search", "--set", "search.epochs=ten"], "search.epochs: 'ten' is refused"),
+        (["search", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
+        (
+            ["run", "--config", "tiny.yaml", "--set", "search.max_pictures=5000"],
+            "search.max_pictures is 5000",
+        ),
+        (["retrain", "--genotype", "ISTA_twostag"], "ISTA_twostage"),
+        (["retrain", "--genotype", "random:x"], "random:SEED"),
+        (["retrain", "--genotype", "tiny.yaml"], "tiny.yaml"),
+        (["draw", "nothing"], "nothing"),
+        (["sync", "nothing"], "nothing"),
+        (["results", "--set", "runtime.threads=none"], "runtime.threads"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_bad_argument_or_configuration_is_one_line_and_exit_code_2(
+    istanas: Command, here: Path, arguments: list[str], says: str
+) -> None:
+    code, out, err = istanas(*arguments)
+    (line,) = error_lines(err)
+    assert code == 2
+    assert says in line
+    assert out == "" or arguments[0] == "run"  # where the data had to be opened, the job had begun
+
+
+def test_every_mistake_of_a_configuration_has_its_line(istanas: Command) -> None:
+    code, _, err = istanas(
+        "search", "--set", "search.epochs=0", "--set", "retrain.layers=x", "--set", "seed=-1"
+    )
+    assert code == 2
+    assert len(error_lines(err)) == 3
+
+
+def test_data_that_is_not_there_is_a_failed_job_in_one_line(istanas: Command, here: Path) -> None:
+    code, _, err = istanas("search", "--config", "tiny.yaml", "--set", "data={name: folder, root: nowhere}")
+    (line,) = error_lines(err)
+    assert code == 1
+    assert "nowhere" in line
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(istanas: Command, here: Path) -> None:
+    (here / "file").write_text("")
+    code, _, err = istanas("search", "--config", "tiny.yaml", "--set", "runtime.runs_dir=file/runs")
+    (line,) = error_lines(err)
+    assert code == 1
+    assert "Not a directory" in line
+
+
+# ---------- jobs
+@pytest.mark.parametrize("command", ["search", "retrain", "run"])
+def test_json_is_the_last_and_only_line_on_stdout(istanas: Command, here: Path, command: str) -> None:
+    genotype = ["--genotype", "random:0"] if command == "retrain" else []
+    code, out, err = istanas(command, *genotype, "--config", "tiny.yaml", "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert result.keys() >= KEYS[command]
+    assert Genotype.from_dict(result["genotype"]).digest() == result["digest"]
+    assert (here / result["run_dir"] / "genotype.json").is_file()
+    if "test_top1" in result:
+        assert 0 <= result["test_top1"] <= 1
+    assert "epoch 1: loss" in err
+    assert "Traceback" not in err
+
+
+def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, here: Path) -> None:
+    code, out, err = istanas("run", "--config", "tiny.yaml")
+    assert (code, err) == (0, "")
+    for text in ("test top-1", "parameters", "multiply-adds", "seconds", "epoch 2: loss"):
+        assert text in out
+    for label in ("genotype: ", "cell pictures: ", "network: "):
+        (line,) = [line for line in out.splitlines() if line.startswith(label)]
+        assert (here / line.removeprefix(label)).exists()
+
+
+def test_a_finished_run_prints_its_result_and_exits_0_without_training_again(
+    istanas: Command, here: Path
+) -> None:
+    _, out, _ = istanas("run", "--config", "tiny.yaml", "--json")
+    first = json.loads(out)
+    files = {p: p.stat().st_mtime_ns for p in Path(first["run_dir"]).rglob("*.jsonl")}
+    code, out, err = istanas("run", "--config", "tiny.yaml", "--json")
+    assert code == 0
+    assert json.loads(out) == first
+    assert "epoch" not in err
+    assert err.count("finished before") == 2
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_fresh_trains_again(istanas: Command) -> None:
+    assert istanas("search", "--config", "tiny.yaml")[0] == 0
+    code, out, _ = istanas("search", "--config", "tiny.yaml", "--fresh")
+    assert code == 0
+    assert "epoch 2: loss" in out
+    assert "finished before" not in out
+
+
+def test_a_random_cell_is_retrained_as_a_baseline(istanas: Command, here: Path) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        code, out, _ = istanas("retrain", "--genotype", f"random:{seed}", "--config", "tiny.yaml", "--json")
+        assert code == 0
+        results.append(json.loads(out))
+    assert results[0] == results[1]
+    assert results[0]["digest"] == random_genotype(0, CellSpace(n_nodes=2)).digest() != results[2]["digest"]
+    assert results[0]["run_dir"] != results[2]["run_dir"]
+    assert RunDir(results[0]["run_dir"]).read().parent is None
+
+
+def test_a_search_is_retrained_by_its_directory_or_name(istanas: Command, here: Path) -> None:
+    found = json.loads(istanas("search", "--config", "tiny.yaml", "--json")[1])
+    for reference in (found["run_dir"], "tiny-search", f"{found['run_dir']}/genotype.json"):
+        code, out, _ = istanas("retrain", "--genotype", reference, "--config", "tiny.yaml", "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert result["digest"] == found["digest"]
+    assert RunDir(result["run_dir"]).read().parent == found["run_dir"]
+
+
+def test_a_diverging_run_fails_in_one_line_and_leaves_nothing_running(istanas: Command, here: Path) -> None:
+    for job, genotype in (("search", []), ("retrain", ["--genotype", "random:0"])):
+        settings = [f"{job}.lr=1e30", f"{job}.grad_clip=null", "tracking.enabled=true"]
+        overrides = [part for setting in settings for part in ("--set", setting)]
+        code, out, err = istanas(job, *genotype, "--config", "tiny.yaml", *overrides, "--json")
+        assert code == 1
+        assert out == ""
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert line.startswith("error: training loss is nan in epoch 0: the run diverged, lower the learning")
+        assert "Traceback" not in err
+        (path,) = (here / "runs").glob(f"tiny-{job}-*")
+        assert RunDir(path).read().status == "FAILED"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{here / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("istanas")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED", "FAILED"]
+
+
+# ---------- the other commands
+def test_draw_a_published_cell(istanas: Command, here: Path) -> None:
+    code, out, err = istanas("draw", "ISTA_twostage", "--out", "figures", "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    drawn = json.loads(out)
+    assert drawn["digest"] == PUBLISHED["ISTA_twostage"].digest()
+    assert len(drawn["files"]) == 4
+    for file in drawn["files"]:
+        head = (here / file).read_bytes()[:500]
+        assert head.startswith(b"\x89PNG") if file.endswith(".png") else b"<svg" in head or b"<?xml" in head
+    assert "skip_connect" in err
+
+
+def test_doctor_has_one_line_a_check_and_exits_0_here(istanas: Command) -> None:
+    code, out, err = istanas("doctor")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert all(line.split()[0] in ("ok", "warn", "info") for line in lines), out
+    names = [line.split()[1].rstrip(":") for line in lines]
+    assert {"packages", "gpu", "mlflow", "mosek", "data"} <= set(names)
+
+
+def test_doctor_fails_with_a_remedy_where_the_data_lacks(istanas: Command) -> None:
+    code, out, _ = istanas("doctor", "--set", "data={name: folder, root: nowhere}")
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("fail")]
+    assert "nowhere" in line
+    assert "; " in line
+
+
+def test_results_without_a_store_are_an_empty_table_and_make_none(istanas: Command, here: Path) -> None:
+    code, out, _ = istanas("results")
+    assert code == 0
+    assert "no runs yet" in out
+    code, out, _ = istanas("results", "--csv", "table.csv", "--json")
+    assert code == 0
+    assert json.loads(out) == {"results": []}
+    with (here / "table.csv").open() as stream:
+        assert "test_top1" in next(csv.reader(stream))
+    assert not (here / "mlflow.db").exists()
+
+
+def test_sync_delivers_a_run_that_was_not_tracked_and_doubles_nothing(istanas: Command, here: Path) -> None:
+    run_dir = json.loads(istanas("search", "--config", "tiny.yaml", "--json")[1])["run_dir"]
+    ids = []
+    for _ in range(2):
+        code, out, _ = istanas("sync", run_dir, "--json")
+        assert code == 0
+        ids.append(json.loads(out)["mlflow_run_id"])
+    assert ids[0] == ids[1]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{here / 'mlflow.db'}")
+    assert [m.step for m in client.get_metric_history(ids[0], "train/loss")] == [0, 1]
+    code, out, _ = istanas("results", "--json")
+    (row,) = json.loads(out)["results"]
+    assert (row["run_id"], row["kind"], row["status"]) == (ids[0], "search", "FINISHED")
+
+
+# ---------- whole processes
+def test_a_process_has_the_same_codes_and_streams_and_finds_the_default_from_any_directory(
+    here: Path,
+) -> None:
+    bad = in_process(here, "search", "--set", "search.epochs=0")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert len(error_lines(bad.stderr)) == 1
+    nowhere = ("--set", "data={name: folder, root: nowhere}", "--set", "tracking.enabled=false")
+    failed = in_process(here, "search", *nowhere)
+    assert failed.returncode == 1
+    assert len(error_lines(failed.stderr)) == 1
+    assert failed.stdout.startswith("search: runs/digits_quickstart-search-")
+
+
+def test_help_imports_neither_torch_nor_mlflow(here: Path) -> None:
+    code = (
+        "import sys; from pipeline.cli import run; assert run(['run', '--help']) == 0;"
+        "print([m for m in ('torch', 'mlflow', 'ray', 'cvxpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_ctrl_c_in_mid_epoch_is_one_line_and_the_run_goes_on(here: Path) -> None:
+    arguments = ["search", "--config", "tiny.yaml", "--set", "search.epochs=12", "--set", "search.layers=4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=unignore_sigint,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2:"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.strip() == "interrupted: the same command resumes"  # below the terminal's ^C
+    (path,) = (here / "runs").iterdir()
+    stopped = RunDir(path)
+    assert stopped.read().status == "FAILED"
+    done = len(stopped.metrics())
+    assert 2 <= done < 12
+    resumed = in_process(here, *arguments, "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("\n") == 1
+    assert json.loads(resumed.stdout).keys() >= KEYS["search"]
+    assert "resumed after epoch" in resumed.stderr
+    assert f"epoch {done - 1}: loss" not in resumed.stderr
+    assert [m.step for m in stopped.metrics()] == list(range(12))
+
+
+def unignore_sigint() -> Any:
+    """A test run in the background of a shell ignores Ctrl-C, and its children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

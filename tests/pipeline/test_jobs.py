@@ -1,0 +1,287 @@
+"""Jobs: what a run directory holds at the end, after a failure, after `--fresh`, and beside a second process."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from istanas.errors import ConfigError, IstanasError
+from istanas.space import CellSpace, Genotype, random_genotype
+from pipeline.config import Config, load, run_hash
+from pipeline.jobs.job import trajectory_rows
+from pipeline.jobs.retrain import run_retrain
+from pipeline.jobs.run import run_whole
+from pipeline.jobs.search import run_search
+from pipeline.models import load_network
+from pipeline.rundir import LOCK_FILE, RunDir
+
+TINY = [
+    "space.nodes=2",
+    "search={epochs: 2, batch_size: 64, init_channels: 2, layers: 2, max_pictures: 200, arch_lr: 0.1}",
+    "retrain={epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}",
+    "runtime.threads=1",
+    "tracking.enabled=false",
+]
+GENOTYPE = random_genotype(0, CellSpace(n_nodes=2))
+
+
+class Job:
+    """Runs jobs in one folder and keeps what people would see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen = ""
+
+    def config(self, *overrides: str) -> Config:
+        return load(None, [*TINY, f"runtime.runs_dir={self.folder}", *overrides])
+
+    def __call__(self, kind: str, *overrides: str, fresh: bool = False) -> dict[str, Any]:
+        out = io.StringIO()
+        common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=200)}
+        config = self.config(*overrides)
+        try:
+            if kind == "search":
+                return run_search(config, **common)
+            if kind == "run":
+                return run_whole(config, **common)
+            return run_retrain(config, GENOTYPE, parent=None, **common)
+        finally:
+            self.seen = out.getvalue()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path / "runs")
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """All files with content and time of change, but for the lock."""
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file() and not p.name.startswith(".run.lock")
+    }
+
+
+def test_a_search_leaves_its_artifacts_and_figures(job: Job) -> None:
+    result = job("search")
+    config = job.config()
+    path = Path(result["run_dir"])
+    assert path == job.folder / f"tiny-search-{run_hash(config, 'search')}"
+    run = RunDir(path)
+    record = run.read()
+    assert (record.status, record.kind, record.name, record.parent) == (
+        "FINISHED",
+        "search",
+        "tiny-search",
+        None,
+    )
+    assert set(record.artifacts) == {
+        "config.yaml",
+        "genotype.json",
+        "trajectory.csv",
+        *(f"cells/{cell}.{form}" for cell in ("normal", "reduce") for form in ("svg", "png")),
+    }
+    for name in record.artifacts:
+        assert (path / name).stat().st_size > 0, name
+    genotype = Genotype.from_json((path / "genotype.json").read_text())
+    assert genotype.to_dict() == result["genotype"]
+    assert genotype.digest() == result["digest"] == record.tags["istanas.genotype"]
+    assert load(path / "config.yaml") == config
+    lines = run.metrics()
+    assert [line.step for line in lines] == [0, 1]
+    assert result["valid_top1"] == lines[-1].metrics["valid/top1"]
+    assert result["params"] == lines[-1].metrics["target/params"]
+    assert result["mlflow_run_id"] is None
+    assert "epoch 1: loss" in job.seen
+    assert "epoch 2: loss" in job.seen
+
+
+def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=160)
+    run_search(job.config(), name="tiny", fresh=False, console=console)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert re.search(r"search epoch \d/2 .* \d+/4 .*loss \d+\.\d+  top-1 [\d.]+ % .* left +[\d:-]+", shown), (
+        shown
+    )
+    assert "epoch 2: loss" in shown
+
+
+def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job) -> None:
+    path = Path(job("search")["run_dir"])
+    with (path / "trajectory.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["epoch"], row["cell"], row["node"]) for row in rows] == [
+        (str(epoch), cell, str(node))
+        for epoch in (0, 1, 2)
+        for cell in ("normal", "reduce")
+        for node in (0, 1)
+    ]
+    assert {row["changed"] for row in rows if row["epoch"] == "0"} == {"False"}
+    picks = {epoch: [row["picks"] for row in rows if row["epoch"] == epoch] for epoch in "012"}
+    for before, after in ("01", "12"):
+        changed = [row["changed"] == "True" for row in rows if row["epoch"] == after]
+        moved = [set(a.split()) != set(b.split()) for a, b in zip(picks[before], picks[after], strict=True)]
+        assert changed == moved
+    genotype = Genotype.from_json((path / "genotype.json").read_text())
+    last = [{f"{op}<-{state}" for op, state in node} for node in (*genotype.normal, *genotype.reduce)]
+    assert [set(text.split()) for text in picks["2"]] == last
+
+
+def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
+    result = job("retrain")
+    path = Path(result["run_dir"])
+    record = RunDir(path).read()
+    assert {"network.json", "model.safetensors", "genotype.json", "config.yaml"} <= set(record.artifacts)
+    assert all((path / name).stat().st_size > 0 for name in record.artifacts)
+    assert not (path / "trajectory.csv").exists()
+    assert record.tags == {"istanas.genotype": GENOTYPE.digest()}
+    assert result["digest"] == GENOTYPE.digest()
+    assert result["test_top1"] == RunDir(path).metrics()[-1].metrics["test/top1"]
+
+    from istanas.data import ArrayPictures, load_dataset, normalize
+
+    digits = load_dataset("digits")
+    assert isinstance(digits.test, ArrayPictures)
+    net, _ = load_network(path)
+    logits = net(normalize(digits.test.images, digits.mean, digits.std))
+    top1 = (logits.argmax(1) == digits.test.labels).double().mean().item()
+    assert top1 == pytest.approx(result["test_top1"], abs=1e-12)
+
+
+def test_a_whole_run_has_one_lineage(job: Job) -> None:
+    result = job("run")
+    search, retrain = RunDir(result["run_dir"]), RunDir(result["retrain_run_dir"])
+    assert retrain.read().parent == result["run_dir"]
+    assert retrain.read().result["digest"] == search.read().result["digest"] == result["digest"]
+    assert result["test_top1"] == retrain.read().result["test_top1"]
+    assert result["seconds"] == pytest.approx(
+        search.read().result["seconds"] + retrain.read().result["seconds"]
+    )
+    assert len(list(job.folder.iterdir())) == 2
+
+
+def test_a_finished_job_is_not_run_again(job: Job) -> None:
+    first = job("search")
+    path = Path(first["run_dir"])
+    before = snapshot(path)
+    assert job("search") == first
+    assert snapshot(path) == before
+    assert "finished before" in job.seen
+    assert "epoch" not in job.seen
+
+
+def test_settings_of_runtime_and_tracking_find_the_same_run(job: Job) -> None:
+    first = job("search")
+    again = job("search", "runtime.device=cpu", "runtime.precision=fp32", "tracking.experiment=other")
+    assert again == first
+    assert job("search", "seed=1")["run_dir"] != first["run_dir"]
+
+
+def test_fresh_starts_over(job: Job) -> None:
+    first = job("search")
+    path = Path(first["run_dir"])
+    key, started = RunDir(path).read().key, RunDir(path).read().started_ms
+    (path / "checkpoints" / "strange").mkdir()
+    (path / "left.txt").write_text("of another time")
+    outside = path.parent.parent / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    (path / "link").symlink_to(outside)
+    second = job("search", fresh=True)
+    assert "epoch 1: loss" in job.seen
+    record = RunDir(path).read()
+    assert record.key != key
+    assert record.started_ms >= started
+    assert not (path / "left.txt").exists()
+    assert not (path / "link").exists()
+    assert (outside / "precious").read_text() == "kept"
+    timed = ("seconds",)
+    assert {k: v for k, v in second.items() if k not in timed} == {
+        k: v for k, v in first.items() if k not in timed
+    }
+    assert len(RunDir(path).metrics()) == 2
+
+
+def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job, tmp_path: Path) -> None:
+    # The folder with pictures is not there yet: a mistake of the user's that is then mended.
+    pictures = tmp_path / "pictures"
+    overrides = ("data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}")
+    with pytest.raises(IstanasError):
+        job("retrain", *overrides)
+    (path,) = job.folder.iterdir()
+    failed = RunDir(path).read()
+    assert failed.status == "FAILED"
+    assert failed.ended_ms is not None
+    assert failed.ended_ms >= failed.started_ms
+
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label, name in enumerate(("dark", "light")):
+            for number in range(4):
+                file = pictures / split / name / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 200 * label + number).save(file)
+    result = job("retrain", *overrides)
+    record = RunDir(path).read()
+    assert Path(result["run_dir"]) == path
+    assert (record.status, record.key, record.started_ms) == ("FINISHED", failed.key, failed.started_ms)
+
+
+def test_a_second_process_is_kept_out(job: Job) -> None:
+    path = job.folder / f"tiny-search-{run_hash(job.config(), 'search')}"
+    path.mkdir(parents=True)
+    with (
+        FileLock(path / LOCK_FILE),
+        pytest.raises(ConfigError, match=r"in use by .*; wait until it ends or stop it"),
+    ):
+        job("search", fresh=True)
+    assert not RunDir(path).exists()
+
+
+def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
+    """Lines that the last checkpoint does not know are measured again, lines that were lost come back."""
+    result = job("search")
+    run = RunDir(result["run_dir"])
+    whole = run.metrics()
+    for lines in (whole[:1], [*whole, whole[-1]._replace(step=2)]):
+        record = json.loads((run.path / "run.json").read_text())
+        record["status"] = "RUNNING"  # as a kill before the end would have left it
+        (run.path / "run.json").write_text(json.dumps(record))
+        run.replace_metrics(lines)
+        with (run.path / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 9, "timesta')
+        again = job("search")
+        assert run.metrics() == whole
+        assert again == result
+        assert "resumed after epoch 2" in job.seen
+
+
+def test_rows_of_a_trajectory_start_before_any_training() -> None:
+    node = {
+        "cell": "normal",
+        "node": 0,
+        "picks": ["skip_connect<-0", "sep_conv_3x3<-1"],
+        "edge_weights": [0.123456789, -1.0],
+        "changed": False,
+        "distance": 0.0,
+        "gap": 1e-12,
+        "truncation": 0.5,
+    }
+    history = [
+        {"epoch": 0, "start_nodes": [node], "nodes": [{**node, "changed": True}]},
+        {"epoch": 1, "nodes": [node]},
+    ]
+    rows = trajectory_rows(history)
+    assert [(row["epoch"], row["changed"]) for row in rows] == [(0, False), (1, True), (2, False)]
+    assert rows[0]["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
+    assert rows[0]["edge_weights"] == "0.123457 -1"
+    assert trajectory_rows([{"epoch": 0, "metrics": {}}]) == []
