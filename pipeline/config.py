@@ -249,9 +249,8 @@ def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def _yaml() -> YAML:
-    yaml = YAML(
-        typ="safe", pure=True
-    )  # YAML 1.2: 1e-3 is a number; duplicate keys are errors; tags are not objects
+    # YAML 1.2: 1e-3 is a number; duplicate keys are errors; tags are not objects.
+    yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     return yaml
 
