@@ -4,6 +4,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes; each computes with one thread.
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 # The first interpreter that is new enough; PYTHON=... on the command line overrides it.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell \
@@ -24,7 +26,7 @@ quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on ha
 	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
 
 test: lint ## lint, types, and all tests and doctests, slow ones included
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff check .

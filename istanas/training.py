@@ -127,6 +127,13 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of (B, classes) logits and (B,) labels, in float32 at least (bf16 sums are too coarse)."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+
+
 def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], compute: Compute) -> Metrics:
     """Mean cross-entropy and top-1 of a network that is in eval mode."""
     totals = Totals(compute.device)
@@ -134,19 +141,22 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], comp
         for images, target in batches:
             with compute.autocast():
                 logits = forward(images)
-            totals.add(F.cross_entropy(logits.float(), target), logits, target)
+            totals.add(cross_entropy(logits, target), logits, target)
     return totals.metrics()
 
 
-def check_finite(metrics: Metrics, epoch: int) -> None:
-    """Refuse to go on from a diverged epoch.
+def check_finite(metrics: Metrics, parameters: Iterable[Tensor], epoch: int) -> None:
+    """Refuse to go on from a diverged epoch, whose last step may have spoilt the weights and not yet the loss.
 
     Raises:
-        IstanasError: if the training loss is NaN or infinite.
+        IstanasError: if the training loss or a parameter is NaN or infinite.
     """
-    if not math.isfinite(metrics.loss):
+    loss = metrics.loss
+    if math.isfinite(loss) and not torch.stack([p.detach().isfinite().all() for p in parameters]).all():
+        loss = math.nan
+    if not math.isfinite(loss):
         raise IstanasError(
-            f"training loss is {metrics.loss} in epoch {epoch}: the run diverged, lower the learning rate (lr) "
+            f"training loss is {loss} in epoch {epoch}: the run diverged, lower the learning rate (lr) "
             "or grad_clip; the checkpoint of the epoch before is kept"
         )
 
@@ -186,11 +196,10 @@ def train_target_epoch(
         set_learning_rate(optimizer, lr_at(step))
         with compute.autocast():
             logits, auxiliary = net.forward_with_auxiliary(images)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+        loss = cross_entropy(logits, target, label_smoothing)
         total = loss
         if auxiliary is not None:
-            auxiliary_loss = F.cross_entropy(auxiliary.float(), target, label_smoothing=label_smoothing)
-            total = loss + auxiliary_weight * auxiliary_loss
+            total = loss + auxiliary_weight * cross_entropy(auxiliary, target, label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         clip_gradients(parameters, grad_clip)

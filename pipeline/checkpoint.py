@@ -26,7 +26,9 @@ class BrokenCheckpointWarning(UserWarning):
 
 
 def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of an epoch, then delete all but the last `KEEP`.
+    """Write the checkpoint of an epoch, then delete all but the last `KEEP`, and any of a later epoch.
+
+    A later one can only be broken: a run goes on from the newest that is whole.
 
     Args:
         folder: where the run's checkpoints lie; created if need be.
@@ -43,7 +45,7 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     atomic_write(file, data)
     manifest = {"epoch": epoch, "file": file.name, "sha256": hashlib.sha256(data).hexdigest()}
     atomic_write(file.with_suffix(".json"), json.dumps(manifest))
-    kept = {path.stem for path in _manifests(folder)[:KEEP]}
+    kept = {path.stem for path in [p for p in _manifests(folder) if _epoch(p) <= epoch][:KEEP]}
     for path in folder.glob("epoch-*.*"):
         if path.stem not in kept:
             path.unlink()
@@ -87,5 +89,13 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """Newest first (past epoch 9999 names grow longer)."""
-    return sorted(folder.glob("epoch-*.json"), key=lambda path: (len(path.name), path.name), reverse=True)
+    """Newest first."""
+    return sorted(
+        (p for p in folder.glob("epoch-*.json") if p.stem.removeprefix("epoch-").isdigit()),
+        key=_epoch,
+        reverse=True,
+    )
+
+
+def _epoch(path: Path) -> int:
+    return int(path.stem.removeprefix("epoch-"))

@@ -11,7 +11,8 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ def results(file: str | None, overrides: tuple[str, ...], csv_file: Path | None,
     console = _console(as_json)
     from pipeline.report import results_frame, results_table
 
-    frame = results_frame(tracking_uri=config.tracking.uri)
+    frame = results_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
     if csv_file is not None:
         from pipeline.rundir import atomic_write
 
@@ -204,17 +205,24 @@ def results(file: str | None, overrides: tuple[str, ...], csv_file: Path | None,
 @configured
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port; the next free one if it is taken.")
-def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int) -> None:
+@json_option
+def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_json: bool) -> None:
     """Open MLflow's pages on the local store; Ctrl-C ends it."""
     config, _ = _load(file, overrides)
-    from pipeline.ui import serve_ui
+    from pipeline.ui import announce_on_stdout, serve_ui
 
-    raise click.exceptions.Exit(serve_ui(tracking_uri=config.tracking.uri, host=host, port=port))
+    def as_object(address: str, store: str) -> None:
+        _print_json({"url": address, "store": store})
+
+    announce = as_object if as_json else announce_on_stdout
+    code = serve_ui(tracking_uri=config.tracking.uri, host=host, port=port, announce=announce)
+    raise click.exceptions.Exit(code)
 
 
 @cli.command()
 @configured
-def doctor(file: str | None, overrides: tuple[str, ...]) -> None:
+@json_option
+def doctor(file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check packages, GPUs, MLflow store, MOSEK's licence and data folder: one line each, with the remedy."""
     config, _ = _load(file, overrides)
     from pipeline.doctor import run_checks
@@ -224,7 +232,9 @@ def doctor(file: str | None, overrides: tuple[str, ...]) -> None:
     )
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""
-        click.echo(f"{check.state:4}  {check.name}: {check.message}{remedy}")
+        click.echo(f"{check.state:4}  {check.name}: {check.message}{remedy}", err=as_json)
+    if as_json:
+        _print_json({"checks": [asdict(check) for check in checks]})
     raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 
@@ -236,14 +246,29 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     """Deliver to MLflow what a run directory holds and the store lacks; nothing is doubled."""
     config, _ = _load(file, overrides)
     console = _console(as_json)
+    from pipeline.config import load
     from pipeline.references import resolve_run
     from pipeline.tracking import MLflowTracker
 
     run_dir = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
+    if file is None and not overrides and (run_dir.path / "config.yaml").exists():
+        config = load(run_dir.path / "config.yaml")  # the store that the run was meant for
     tracker = MLflowTracker(run_dir, tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
     if not tracker.deliver():
         raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
-    console.print(f"{run_dir.path}: {tracker.last_delivery}", highlight=False, soft_wrap=True)
+    sent = tracker.last_delivery
+    assert sent is not None
+    counts = (
+        f"{sent.metrics} metrics, {sent.params} parameters, {sent.tags} tags, {len(sent.artifacts)} files"
+    )
+    console.print(
+        f"{run_dir.path}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
+        f"MLflow run {sent.run_id}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name in sent.missing:
+        console.print(f"not there any more: {run_dir.path / name}", highlight=False, soft_wrap=True)
     if as_json:
         _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
 
@@ -264,7 +289,7 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json)
 
 
-def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Config) -> None:
+def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
     """The short table at the end of a job, and where everything lies."""
     from rich.table import Table
 
@@ -294,7 +319,7 @@ def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Con
             f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True
         )
         program = _program()
-        store = f" --set tracking.uri={config.tracking.uri}" if config.tracking.uri else ""
+        store = f" --set tracking.uri={public_uri(config.tracking.uri)}" if config.tracking.uri else ""
         console.print(f"browse it: {program} ui{store}", highlight=False, soft_wrap=True)
         console.print(f"as a table: {program} results{store}", highlight=False, soft_wrap=True)
     if as_json:
@@ -303,10 +328,12 @@ def _finish(result: dict[str, Any], as_json: bool, console: Console, config: Con
 
 def _program() -> str:
     """What to type to call this program again: the bare name only where the shell finds it."""
-    return "istanas" if shutil.which("istanas") else sys.argv[0]
+    if shutil.which("istanas"):
+        return "istanas"
+    return f"{sys.executable} -m pipeline.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def _print_json(value: Mapping[str, Any]) -> None:
     click.echo(json.dumps(value))
 
 

@@ -55,7 +55,7 @@ class DataSettings(_Section):
     )
     holdout: Fraction = Field(0.0, description="stratified share of the training pictures kept for choosing")
     crop_padding: Annotated[int, Field(ge=0)] = Field(
-        0, description="random crop after padding by so many pixels"
+        0, description="random crop after padding by so many pixels, of small pictures"
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training pictures")
 
@@ -67,7 +67,7 @@ class SpaceSettings(_Section):
     ops: list[Primitive] = Field(default_factory=lambda: list(get_args(Primitive)))
     sparsity: Positive = Field(2, description="operations that a node keeps")
     one_op_per_edge: bool = False
-    measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
+    n_measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
         7, description="m, length of the compressed alphas b"
     )
     matrix: Literal["uniform", "gaussian"] = "uniform"
@@ -86,9 +86,9 @@ class SearchSettings(_Section):
     """The supernet and its training; defaults as published."""
 
     epochs: Positive = 50
-    batch_size: Positive = 256
+    batch_size: Annotated[int, Field(ge=2)] = 256
     init_channels: Positive = 16
-    layers: Positive = 8
+    layers: Annotated[int, Field(ge=3)] = Field(8, description="fewer than 3 would hold no normal cell")
     stem: Stem = "cifar"
     lr: AbovePositive = 0.1
     lr_min: NonNegative = 0.001
@@ -116,7 +116,7 @@ class RetrainSettings(_Section):
     """Training of the found network from scratch; defaults as published for CIFAR-10."""
 
     epochs: Positive = 600
-    batch_size: Positive = 96
+    batch_size: Annotated[int, Field(ge=2)] = 96
     init_channels: Positive = 36
     layers: Positive = 20
     stem: Stem = "cifar"
@@ -209,8 +209,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(source, e) for e in error.errors())) from None
-    _check_combinations(source, config)
+        given = {override.partition("=")[0]: override for override in overrides}
+        raise ConfigError("\n".join(_explain(source, e, given) for e in error.errors())) from None
+    # Which of file and overrides is to blame cannot be told from a combination.
+    _check_combinations(f"{source} with --set" if overrides else source, config)
     return config
 
 
@@ -292,7 +294,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(source: str, error: Any) -> str:
+def _explain(source: str, error: Any, given: dict[str, str]) -> str:
+    """One line for one of pydantic's errors; `given` maps the keys of --set to what was written."""
+    path = ".".join(str(part) for part in error["loc"])
+    for key, override in given.items():
+        if path == key or path.startswith(f"{key}."):
+            source = f"--set {override!r:.80}"
     field = ".".join(
         _printable(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))
     )
@@ -327,8 +334,6 @@ def _check_combinations(source: str, config: Config) -> None:
         section = getattr(config, name)
         if section.lr_min > section.lr:
             problems.append(f"{name}.lr_min is {section.lr_min}, above {name}.lr = {section.lr}: lower it")
-        if config.data.image_size is not None and section.cutout > config.data.image_size:
-            problems.append(f"{name}.cutout is {section.cutout}, above data.image_size: lower it")
         if section.stem == "imagenet" and section.init_channels < 2:
             problems.append(
                 f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2"
@@ -340,6 +345,13 @@ def _check_combinations(source: str, config: Config) -> None:
         )
     if config.retrain.nesterov and config.retrain.momentum == 0:
         problems.append("retrain.nesterov is true: it needs retrain.momentum above 0")
+    if config.data.name != "folder" and config.data.image_size is not None:
+        from istanas.data.datasets import SMALL_SIDE  # imports torch, which most commands can do without
+
+        if config.data.image_size > SMALL_SIDE:
+            problems.append(
+                f"data.image_size is {config.data.image_size}: {config.data.name} takes at most {SMALL_SIDE}"
+            )
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")
     if config.runtime.device == "cpu" and config.runtime.precision == "bf16":

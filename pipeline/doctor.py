@@ -34,7 +34,7 @@ class Check:
 def run_checks(
     *, tracking_uri: str | None, data_name: str, data_root: str | os.PathLike[str] | None
 ) -> list[Check]:
-    """Look at everything that a run needs; nothing is created, downloaded or changed.
+    """Look at everything that a run needs; nothing is downloaded or changed.
 
     Args:
         tracking_uri: see `pipeline.tracking.store_uri`.

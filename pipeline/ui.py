@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO
 
@@ -21,7 +21,19 @@ START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
-def serve_ui(*, tracking_uri: str | None, host: str = "127.0.0.1", port: int = 5000) -> int:
+def announce_on_stdout(address: str, store: str) -> None:
+    """Say where the pages are: of a server, whose address is its store, or of ours."""
+    note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
+    print(f"MLflow: {address} ({note})", flush=True)
+
+
+def serve_ui(
+    *,
+    tracking_uri: str | None,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    announce: Callable[[str, str], None] = announce_on_stdout,
+) -> int:
     """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
 
     Args:
@@ -29,6 +41,7 @@ def serve_ui(*, tracking_uri: str | None, host: str = "127.0.0.1", port: int = 5
             address is printed.
         host: the interface to listen on; the default is reachable from this machine only.
         port: the port to try first, 1..65535; the next free one is taken if it is in use.
+        announce: told the pages' address and the store, once they answer.
 
     Returns:
         The exit code: 0 after Ctrl-C.
@@ -39,7 +52,7 @@ def serve_ui(*, tracking_uri: str | None, host: str = "127.0.0.1", port: int = 5
     """
     uri = store_uri(tracking_uri)
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow runs already: {public_uri(uri)}", flush=True)
+        announce(public_uri(uri), public_uri(uri))  # a server shows its pages itself
         return 0
     port = free_port(host, port)
     address = f"http://{host}:{port}"
@@ -50,7 +63,7 @@ def serve_ui(*, tracking_uri: str | None, host: str = "127.0.0.1", port: int = 5
     ):
         try:
             _wait_until_up(server, address, log)
-            print(f"MLflow: {address} (store {public_uri(uri)}; Ctrl-C ends it)", flush=True)
+            announce(address, public_uri(uri))
             server.wait()
         except KeyboardInterrupt:
             return 0

@@ -6,8 +6,9 @@ checkpoint first, observer second, so that whatever an observer has seen can be 
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,8 +95,10 @@ def threads_for(settings: RuntimeSettings) -> int:
     return usable_cores() if settings.threads is None else settings.threads
 
 
-def open_dataset(config: Config, progress: Callable[[int, int], None] | None = None) -> ImageDataset:
-    """Load the data set and check the configuration against it, before any work.
+def open_dataset(
+    config: Config, jobs: Sequence[str], progress: Callable[[int, int], None] | None = None
+) -> ImageDataset:
+    """Load the data set and check the settings of the jobs to come ("search", "retrain") against it.
 
     Raises:
         DataError: if the data is missing or broken.
@@ -116,11 +119,29 @@ def open_dataset(config: Config, progress: Callable[[int, int], None] | None = N
             f"data.image_size: pictures of {d.name} are {dataset.height}x{dataset.width}, networks need at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
         )
-    for name in ("search", "retrain"):
-        cutout = getattr(config, name).cutout
+    for job in jobs:
+        cutout = getattr(config, job).cutout
         if cutout > side:
-            raise ConfigError(f"{name}.cutout is {cutout}, above the pictures' side of {side}: lower it")
+            raise ConfigError(f"{job}.cutout is {cutout}, above the pictures' side of {side}: lower it")
+    holdout = holdout_indices(config, dataset)
+    if holdout is not None and len(holdout) == 0:
+        raise ConfigError(
+            f"data.holdout is {config.data.holdout}: of {len(dataset.train)} pictures it keeps none, raise it or set 0"
+        )
     return dataset
+
+
+def check_same_data(saved: dict[str, Any], dataset: ImageDataset, folder: Path) -> None:
+    """Refuse to go on with other pictures than a checkpoint was made from.
+
+    Raises:
+        CheckpointError: if the data set's digest differs.
+    """
+    if saved.get("data") != dataset.digest:
+        raise CheckpointError(
+            f"{folder}: data set {dataset.name} has changed since this checkpoint, "
+            "restore it or start over with --fresh"
+        )
 
 
 def training_indices(config: Config, dataset: ImageDataset) -> torch.Tensor:
@@ -230,7 +251,7 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute) -> Two
         s.init_channels,
         s.layers,
         dataset.num_classes,
-        n_measurements=space.measurements,
+        n_measurements=space.n_measurements,
         stem=s.stem,
         in_channels=dataset.channels,
     )
@@ -245,7 +266,7 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute) -> Two
         arch_lr=s.arch_lr,
         arch_betas=(s.arch_betas[0], s.arch_betas[1]),
         arch_weight_decay=s.arch_weight_decay,
-        n_measurements=space.measurements,
+        n_measurements=space.n_measurements,
         matrix=space.matrix,
         matrix_seed=config.matrix_seed,
         l1_weight=space.l1_weight,
@@ -273,6 +294,7 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
     history: list[Record] = []
     saved = checkpoint.load_latest(folder)
     if saved is not None:
+        check_same_data(saved, dataset, folder)
         search.load_state_dict(saved["search"])
         history = saved["history"]
     observer.resumed(history)
@@ -283,8 +305,11 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
         weight_batches = source.training("weights", split.weights, epoch)
         n_steps = len(weight_batches)
 
-        def alpha_batches(epoch: int = epoch) -> Any:
-            return source.training("alphas", split.alphas, epoch)
+        passes = itertools.count()  # over an alpha half that is shorter than the weight half
+
+        def alpha_batches(epoch: int = epoch, passes: Iterator[int] = passes) -> Any:
+            n = next(passes)
+            return source.training("alphas" if n == 0 else f"alphas/{n}", split.alphas, epoch)
 
         def observe(step: int, totals: Totals, epoch: int = epoch, n_steps: int = n_steps) -> None:
             observer.step(epoch, step, n_steps, totals)
@@ -292,7 +317,7 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
         start = time.perf_counter()
         train = search.train_epoch(weight_batches, alpha_batches, n_steps, observe)
         seconds = time.perf_counter() - start
-        check_finite(train, epoch)
+        check_finite(train, search.supernet.parameters(), epoch + 1)
         genotype_trained = search.supernet.genotype()
         valid = search.validate(source.measuring("train", split.alphas))
         recovery = search.recover()
@@ -302,11 +327,12 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
             **_named("valid", valid),
             **recovery.metrics(),
             "arch/skip_ratio": genotype.skip_ratio(),
+            "arch/frozen_nodes": 0.0,  # nodes freeze in one-stage search only
             **genotype_cost(config, dataset, genotype),
             # Each step takes a weight batch and an alpha batch through the network.
             "images_per_second": 2 * train.count / seconds,
         }
-        record = _record(epoch, metrics, time.perf_counter() - start)
+        record = _record(epoch + 1, metrics, time.perf_counter() - start)
         if epoch == 0:
             record["start_nodes"] = search.first_recovery.to_rows()
         record["nodes"] = recovery.to_rows()
@@ -314,7 +340,9 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
         record["genotype"] = genotype.to_json()
         record["converged"] = search.has_converged(recovery)
         history.append(record)
-        checkpoint.save(folder, search.epoch, {"search": search.state_dict(), "history": history})
+        checkpoint.save(
+            folder, search.epoch, {"search": search.state_dict(), "history": history, "data": dataset.digest}
+        )
         observer.epoch_done(history)
     return history
 
@@ -369,6 +397,7 @@ def retrain_worker(
             raise CheckpointError(
                 f"{folder}: the checkpoint is not of this genotype's retraining, use --fresh"
             )
+        check_same_data(saved, dataset, folder)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         history = saved["history"]
@@ -404,20 +433,21 @@ def retrain_worker(
             observe=observe,
         )
         seconds = time.perf_counter() - start
-        check_finite(train, epoch)
+        check_finite(train, net.parameters(), epoch + 1)
         net.eval()
         metrics = {**_named("train", train), **cost, "images_per_second": train.count / seconds}
         if holdout is not None:
             metrics.update(_named("valid", evaluate(net, source.measuring("train", holdout), compute)))
         if (epoch + 1) % r.test_every == 0 or epoch + 1 == r.epochs:
             metrics.update(_named("test", evaluate(net, source.measuring("test", None), compute)))
-        history.append(_record(epoch, metrics, time.perf_counter() - start))
+        history.append(_record(epoch + 1, metrics, time.perf_counter() - start))
         state = {
             "kind": "retrain",
             "genotype": genotype.to_json(),
             "net": net.state_dict(),
             "optimizer": optimizer.state_dict(),
             "history": history,
+            "data": dataset.digest,
         }
         checkpoint.save(folder, epoch + 1, state)
         observer.epoch_done(history)
@@ -429,4 +459,5 @@ def _named(split: str, metrics: Metrics) -> dict[str, float]:
 
 
 def _record(epoch: int, metrics: dict[str, float], seconds: float) -> Record:
+    """One epoch's record; `epoch` counts the epochs done, from 1, as people and MLflow's steps do."""
     return {"epoch": epoch, "timestamp_ms": int(time.time() * 1000), "seconds": seconds, "metrics": metrics}

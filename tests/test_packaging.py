@@ -216,7 +216,9 @@ def test_continuous_integration_script_runs_the_one_check(repo_root: Path) -> No
     assert commands[-1].startswith("python -m pytest")
 
 
-def test_the_wheel_holds_the_two_packages_only(repo_root: Path, files: list[Path], tmp_path: Path) -> None:
+def test_the_wheel_holds_the_two_packages_and_the_configurations(
+    repo_root: Path, files: list[Path], tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     for path in files:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
@@ -229,8 +231,21 @@ def test_the_wheel_holds_the_two_packages_only(repo_root: Path, files: list[Path
         scripts = next(n for n in names if n.endswith("entry_points.txt"))
         assert "istanas = pipeline.cli:main" in archive.read(scripts).decode()
     info = f"istanas-{istanas.__version__}.dist-info"
-    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, "tune_configs", info}
+    configurations = {str(path) for path in files if path.parts[0] == "tune_configs"}
+    assert {name for name in names if name.startswith("tune_configs/")} == configurations
     expected = {str(path) for path in files if path.parts[0] in PACKAGES and path.suffix == ".py"}
     assert {name for name in names if name.endswith(".py")} == expected
     assert "istanas/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
+
+
+def test_the_readme_is_finished_and_its_links_lead_somewhere(repo_root: Path) -> None:
+    text = (repo_root / "README.md").read_text()
+    assert not re.search(r"@[A-Z_]+@|TODO", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert len(links) >= 5
+    assert not [link for link in links if not (repo_root / link).exists()]
+    named = re.findall(r"`((?:istanas|pipeline|tune_configs)/[\w/.]+)`", text)
+    assert len(named) >= 10
+    assert not [name for name in named if not (repo_root / name).exists()]

@@ -18,7 +18,6 @@ from istanas.nets.cell import CellNetwork, CellPlace, Stem, cell_places, check_s
 from istanas.nets.operations import make_operation
 from istanas.nets.target import apply_operation, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
-from istanas.sparse import edge_weights
 
 Support = tuple[int, ...]
 
@@ -36,6 +35,23 @@ class NodeCode:
     measurement_matrix: Tensor
     sparse_code: Tensor
     support: Support
+
+
+@dataclass(frozen=True)
+class _KeptColumns:
+    """What the edge weights of a cell need beside b, float64 on b's device: a step then copies nothing there."""
+
+    columns: Tensor  # A_S, (nodes, m, s)
+    codes: Tensor  # z_S, (nodes, s)
+    measured: Tensor  # A_S z_S, (nodes, m)
+
+
+def _kept_columns(nodes: Sequence[NodeCode], device: torch.device) -> _KeptColumns:
+    supports = [list(node.support) for node in nodes]
+    columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
+    codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
+    columns, codes = columns.to(device, torch.float64), codes.to(device, torch.float64)
+    return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
 
 
 class SearchCell(nn.Module):
@@ -64,7 +80,7 @@ class SearchCell(nn.Module):
             for state in range(space.n_node_edges(node))
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, plan: Plan, weights: Sequence[Tensor]) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         rectified: dict[int, Tensor] = {}
         for node, alphas in zip(plan, weights, strict=True):
@@ -77,7 +93,7 @@ class SearchCell(nn.Module):
 
 
 Plan = list[list[tuple[int, int, int]]]  # per node the active (state, edge of the cell, op)
-EdgeWeights = dict[str, list[Tensor]]  # per cell and node the weights (s,) of its active operations
+EdgeWeights = dict[str, Tensor]  # per cell the weights (nodes, s) of the active operations
 
 
 class Supernet(CellNetwork):
@@ -128,6 +144,7 @@ class Supernet(CellNetwork):
             {cell: nn.Parameter(torch.zeros(space.n_nodes, n_measurements)) for cell in CELLS}
         )
         self._codes: dict[str, list[NodeCode]] = {}
+        self._kept: dict[str, _KeptColumns] = {}
         self._plans: dict[str, Plan] = {}
         self._active_parameters: list[nn.Parameter] = []
 
@@ -151,18 +168,14 @@ class Supernet(CellNetwork):
                 raise ConfigError(
                     f"{cell} cell has {len(codes[cell])} codes: its {self.space.n_nodes} nodes need one each"
                 )
-        # A and z in the precision and place of b, once: the weights are computed at every step.
-        self._codes = {
-            cell: [
-                NodeCode(
-                    node.measurement_matrix.to(self.compressed_alphas[cell]),
-                    node.sparse_code.to(self.compressed_alphas[cell]),
-                    node.support,
+            sizes = {len(node.support) for node in codes[cell]} - {self.space.sparsity}
+            if sizes:
+                raise ConfigError(
+                    f"{cell} cell has a node that keeps {sizes.pop()} operations: "
+                    f"the space's sparsity is {self.space.sparsity}"
                 )
-                for node in codes[cell]
-            ]
-            for cell in CELLS
-        }
+        self._codes = {cell: list(codes[cell]) for cell in CELLS}
+        self._kept = {cell: _kept_columns(codes[cell], self.compressed_alphas[cell].device) for cell in CELLS}
         self._plans = {
             cell: [
                 [(state, self.space.edge(i, state), op) for state, op in map(self.space.split, node.support)]
@@ -180,13 +193,16 @@ class Supernet(CellNetwork):
         return genotype_from_supports(self.space, supports)
 
     def edge_weights(self) -> EdgeWeights:
-        """Per cell and node the weights of the active operations, differentiable in b."""
+        """Per cell the weights (nodes, s) of the active operations, differentiable in b.
+
+        alpha_S = z_S + A_S^T (b - A_S z_S) in float64: `istanas.sparse.edge_weights` on the support, all nodes of
+        a cell at once, from tensors that wait on the device.
+        """
         weights: EdgeWeights = {}
-        for cell in CELLS:
-            weights[cell] = []
-            for b, node in zip(self.compressed_alphas[cell], self._codes[cell], strict=True):
-                full = edge_weights(node.measurement_matrix, b, node.sparse_code, support=node.support)
-                weights[cell].append(full[list(node.support)])
+        for cell, kept in self._kept.items():
+            b = self.compressed_alphas[cell]
+            alphas = kept.codes + torch.einsum("nms,nm->ns", kept.columns, b.double() - kept.measured)
+            weights[cell] = alphas.to(b.dtype)
         return weights
 
     def active_parameters(self) -> list[nn.Parameter]:

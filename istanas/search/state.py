@@ -1,4 +1,7 @@
-"""What a search must not lose: measurement matrices, compressed alphas, codes, optimisers, epoch, history.
+"""What a recovery leaves and a checkpoint keeps of it: matrices, codes, and the reports of an epoch.
+
+The rest of what must survive a crash (weights, compressed alphas, optimisers, epoch) is gathered by the
+`state_dict` of the search.
 
 Generators need no place here: all randomness of an epoch follows from (seed, purpose, epoch), see
 `istanas.training.derive_seed`; and the learning rate follows from the epoch.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from istanas.errors import DataError
 from istanas.nets import NodeCode, Supernet
@@ -33,6 +32,7 @@ from istanas.training import (
     Observer,
     Totals,
     clip_gradients,
+    cross_entropy,
     derive_seed,
     evaluate,
     learning_rate,
@@ -171,7 +171,7 @@ class TwoStageSearch:
         with without_gradients(self.weights):
             with self.compute.autocast():
                 logits = self.supernet(images)
-            loss = F.cross_entropy(logits.float(), target)
+            loss = cross_entropy(logits, target)
             self.alpha_optimizer.zero_grad(set_to_none=True)
             loss.backward()
         self.alpha_optimizer.step()
@@ -187,7 +187,7 @@ class TwoStageSearch:
             edge_weights = self.supernet.edge_weights()
         with self.compute.autocast():
             logits = self.supernet(images, edge_weights)
-        loss = F.cross_entropy(logits.float(), target)
+        loss = cross_entropy(logits, target)
         self.weight_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         clip_gradients(self.supernet.active_parameters(), self.settings.grad_clip)

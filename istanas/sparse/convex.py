@@ -126,8 +126,6 @@ def _problem(m: int, n: int) -> Any:
 def _interior_point(
     A: Array, b: Array, l1_weight: float, solver: str, max_iter: int | None
 ) -> tuple[Array, int]:
-    import cvxpy as cp
-
     problem, A_, b_, l1_, z_ = _problem(*A.shape)
     A_.value, b_.value, l1_.value = A, b, l1_weight
     options = dict(_OPTIONS[solver])
@@ -140,9 +138,10 @@ def _interior_point(
         warnings.simplefilter("ignore")
         try:
             problem.solve(solver=solver.upper(), **options)
-        except cp.SolverError as error:
+        except Exception as error:  # cvxpy.SolverError, or mosek.Error where a licence was lost since
+            reason = " ".join(str(error).split())
             raise SolverError(
-                f"solver is {solver!r} and it gave up ({error}): choose solver 'homotopy'"
+                f"solver is {solver!r} and it gave up ({reason}): choose solver 'homotopy'"
             ) from error
     if z_.value is None:
         raise SolverError(f"solver is {solver!r} and ended {problem.status!r}: choose solver 'homotopy'")

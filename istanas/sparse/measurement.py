@@ -98,8 +98,7 @@ def gram_bias(A: Any, z: Any) -> Any:
     Source: Yang et al., ISTA-NAS, NeurIPS 2020.
     """
     if isinstance(z, Tensor):
-        dtype = _work_dtype(z)
-        A, z = _tensor(A).to(z.device, dtype), z.to(dtype)
+        A, z = _tensor(A).to(z.device, torch.float64), z.double()
     else:
         A, z = np.asarray(A, dtype=np.float64), np.asarray(z, dtype=np.float64)
     return A.T @ (A @ z) - z
@@ -155,22 +154,16 @@ def edge_weights(
 
 
 def _edge_weights(A: Tensor, b: Tensor, z: Tensor, support: Tensor) -> Tensor:
-    dtype = _work_dtype(b)
-    A, z, S = A.to(b.device, dtype), z.to(b.device, dtype), support.to(b.device, torch.int64)
+    A, z, S = A.to(b.device, torch.float64), z.to(b.device, torch.float64), support.to(b.device, torch.int64)
     # Only the columns of S matter: alpha_S = z_S + A_S^T (b - A_S z_S).
     A_S, z_S = A[:, S], z[S]
-    alpha_S = z_S + A_S.T @ (b.to(dtype) - A_S @ z_S)
-    return torch.zeros(A.shape[1], dtype=dtype, device=b.device).scatter(0, S, alpha_S).to(b.dtype)
+    alpha_S = z_S + A_S.T @ (b.double() - A_S @ z_S)
+    return torch.zeros(A.shape[1], dtype=torch.float64, device=b.device).scatter(0, S, alpha_S).to(b.dtype)
 
 
 def _tensor(values: Any) -> Tensor:
     # A copy of what is no tensor yet: torch warns of arrays that are read-only, and jobs do hold such.
     return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-
-
-def _work_dtype(like: Tensor) -> torch.dtype:
-    # Apple's GPUs have no float64.
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _generator(seed: int | torch.Generator) -> torch.Generator:

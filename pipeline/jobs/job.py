@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from rich.console import Console
@@ -19,8 +19,17 @@ from rich.console import Console
 from istanas.training import Totals
 from pipeline.config import Config, flat_params, to_yaml
 from pipeline.progress import EpochBar
-from pipeline.rundir import LOCK_FILE, OWNER_FILE, MetricsLine, RunDir, RunRecord, atomic_write, new_key
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.rundir import (
+    LOCK_FILE,
+    OWNER_FILE,
+    RECORD_FILE,
+    MetricsLine,
+    RunDir,
+    RunRecord,
+    atomic_write,
+    new_key,
+)
+from pipeline.tracking import Tracker, open_tracker, public_uri
 from pipeline.worker import Record
 
 CHECKPOINTS = "checkpoints"
@@ -103,12 +112,14 @@ class RunObserver:
             atomic_write(self._run.path / TRAJECTORY_FILE, pd.DataFrame(rows).to_csv(index=False))
 
 
-Body = Callable[[RunDir, RunObserver], Outcome]
+Prepared = TypeVar("Prepared")
+_LOCK_FILES = {LOCK_FILE, OWNER_FILE}
 
 
 def execute(
     spec: JobSpec,
-    body: Body,
+    prepare: Callable[[], Prepared],
+    body: Callable[[RunDir, RunObserver, Prepared], Outcome],
     *,
     describe: Callable[[list[Record]], str],
     fresh: bool,
@@ -118,6 +129,7 @@ def execute(
 
     Args:
         spec: which job.
+        prepare: loads and checks whatever the job needs; what it refuses leaves nothing behind.
         body: runs the worker and writes the results.
         describe: one line for an epoch, from the history.
         fresh: start over, deleting what the run directory holds.
@@ -127,58 +139,74 @@ def execute(
         The figures of `--json`.
 
     Raises:
-        IstanasError: whatever the body raises; the record says FAILED then, and the same command resumes.
+        IstanasError: whatever `prepare` and `body` raise; after the latter the record says FAILED, and the same
+            command resumes.
     """
     run = RunDir(spec.path)
     with run.lock():
-        if fresh:
-            _clear(run.path)
-        tracker_settings = spec.config.tracking
-        tracker = open_tracker(
-            run,
-            enabled=tracker_settings.enabled,
-            tracking_uri=tracker_settings.uri,
-            experiment=tracker_settings.experiment,
-        )
-        if run.exists() and run.read().status == "FINISHED":
-            tracker.deliver()  # in case the store was down when it finished
-            console.print(
-                f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
-                highlight=False,
-                soft_wrap=True,
-            )
-            return _with_ids(run.read().result, run, tracker)
-        record = _open_record(run, spec)
-        atomic_write(run.path / CONFIG_FILE, to_yaml(spec.config))
-        tracker.deliver()
-        console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
         try:
-            with EpochBar(console, spec.kind, spec.epochs) as bar:
-                outcome = body(run, RunObserver(run, tracker, bar, describe))
-        except BaseException:
-            run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
-            tracker.deliver()
-            raise
-        run.write(
-            dataclasses.replace(
-                record,
-                status="FINISHED",
-                ended_ms=_now_ms(),
-                result=outcome.result,
-                artifacts=outcome.artifacts,
-                tags={**record.tags, **outcome.tags},
-                description=outcome.description,
-            )
+            return _execute_locked(run, spec, prepare, body, describe, fresh, console)
+        finally:
+            if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _LOCK_FILES:
+                shutil.rmtree(run.path)  # refused before any work: leave no empty run behind
+
+
+def _execute_locked(
+    run: RunDir,
+    spec: JobSpec,
+    prepare: Callable[[], Prepared],
+    body: Callable[[RunDir, RunObserver, Prepared], Outcome],
+    describe: Callable[[list[Record]], str],
+    fresh: bool,
+    console: Console,
+) -> dict[str, Any]:
+    if not fresh and run.exists() and run.read().status == "FINISHED":
+        tracker = _open_tracker(run, spec)
+        tracker.deliver()  # in case the store was down when it finished
+        console.print(
+            f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
+            highlight=False,
+            soft_wrap=True,
         )
+        return _with_ids(run.read().result, run, tracker)
+    prepared = prepare()
+    if fresh or not run.exists():  # without a record: what a --fresh that was killed left
+        _clear(run.path)
+    tracker = _open_tracker(run, spec)
+    record = _open_record(run, spec)
+    atomic_write(run.path / CONFIG_FILE, to_yaml(without_password(spec.config)))
+    tracker.deliver()
+    console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+    try:
+        with EpochBar(console, spec.kind, spec.epochs) as bar:
+            outcome = body(run, RunObserver(run, tracker, bar, describe), prepared)
+    except BaseException:
+        run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
         tracker.deliver()
-        return _with_ids(outcome.result, run, tracker)
+        raise
+    run.write(
+        dataclasses.replace(
+            record,
+            status="FINISHED",
+            ended_ms=_now_ms(),
+            result=outcome.result,
+            artifacts=outcome.artifacts,
+            tags={**record.tags, **outcome.tags},
+            description=outcome.description,
+        )
+    )
+    if not tracker.deliver():
+        console.print(
+            f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
+        )
+    return _with_ids(outcome.result, run, tracker)
 
 
 def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
     """One row an epoch and node: what it keeps; epoch 0 is the start, before any training."""
     rows = []
     for record in history:
-        stages = [(record["epoch"] + 1, record["nodes"])] if "nodes" in record else []
+        stages = [(record["epoch"], record["nodes"])] if "nodes" in record else []
         if "start_nodes" in record:
             stages.insert(0, (0, record["start_nodes"]))
         for epoch, nodes in stages:
@@ -197,6 +225,19 @@ def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def _open_tracker(run: RunDir, spec: JobSpec) -> Tracker:
+    t = spec.config.tracking
+    return open_tracker(run, enabled=t.enabled, tracking_uri=t.uri, experiment=t.experiment)
+
+
+def without_password(config: Config) -> Config:
+    """The configuration as it may be written to files: a password in the store's address stays out."""
+    if config.tracking.uri is None:
+        return config
+    tracking = config.tracking.model_copy(update={"uri": public_uri(config.tracking.uri)})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
@@ -225,8 +266,10 @@ def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
 
 
 def _clear(path: Path) -> None:
+    """Delete all but the lock, the record first: a kill in between leaves nothing that looks like a run."""
+    (path / RECORD_FILE).unlink(missing_ok=True)
     for entry in path.iterdir():
-        if entry.name in (LOCK_FILE, OWNER_FILE):
+        if entry.name in _LOCK_FILES:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from rich.console import Console
 
+from istanas.data import ImageDataset
 from istanas.space import Genotype
 from pipeline.config import Config, run_hash
 from pipeline.jobs.job import (
@@ -18,17 +19,18 @@ from pipeline.jobs.job import (
     RunObserver,
     execute,
 )
+from pipeline.jobs.results import RetrainResult
 from pipeline.jobs.search import decoding_progress, write_genotype
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.rundir import RunDir
-from pipeline.worker import Record, open_dataset, retrain_worker
+from pipeline.worker import Record, compute_for, open_dataset, retrain_worker
 
 SECTIONS = ("data", "retrain")
 
 
 def run_retrain(
     config: Config, genotype: Genotype, *, name: str, parent: str | None, fresh: bool, console: Console
-) -> dict[str, Any]:
+) -> RetrainResult:
     """Train the network of a genotype from scratch.
 
     Args:
@@ -40,7 +42,7 @@ def run_retrain(
         console: for people.
 
     Returns:
-        run_dir, mlflow_run_id, digest, genotype, test_top1, params, macs, seconds.
+        See `RetrainResult`.
     """
     spec = JobSpec(
         kind="retrain",
@@ -53,8 +55,11 @@ def run_retrain(
         tags={"istanas.genotype": genotype.digest()},
     )
 
-    def body(run: RunDir, observer: RunObserver) -> Outcome:
-        dataset = open_dataset(config, decoding_progress(console))
+    def prepare() -> ImageDataset:
+        compute_for(config.runtime)
+        return open_dataset(config, ("retrain",), decoding_progress(console))
+
+    def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
         net, history = retrain_worker(config, genotype, dataset, run.path / CHECKPOINTS, observer)
         save_network(run.path, net, genotype, config, dataset)
@@ -80,14 +85,15 @@ def run_retrain(
             description=description,
         )
 
-    return execute(spec, body, describe=describe_epoch, fresh=fresh, console=console)
+    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console)
+    return cast(RetrainResult, result)
 
 
 def describe_epoch(history: list[Record]) -> str:
     """One line for people about the last epoch."""
     record = history[-1]
     m = record["metrics"]
-    text = f"epoch {record['epoch'] + 1}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
+    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
     for split, word in (("valid", "hold-out"), ("test", "test")):
         if f"{split}/top1" in m:
             text += f", {word} {100 * m[f'{split}/top1']:.1f} %"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 
 from istanas.space import Genotype
 from pipeline.config import Config
+from pipeline.jobs.results import RunResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 
 
-def run_whole(config: Config, *, name: str, fresh: bool, console: Console) -> dict[str, Any]:
+def run_whole(config: Config, *, name: str, fresh: bool, console: Console) -> RunResult:
     """Search, then retrain what was found.
 
     Returns:
-        The search's run_dir, mlflow_run_id, digest, genotype; the retraining's test_top1, params, macs,
-        retrain_run_dir, retrain_run_id; seconds of both together.
+        See `RunResult`.
     """
-    search = run_search(config, name=name, fresh=fresh, console=console)
+    search = run_search(config, name=name, fresh=fresh, console=console, jobs=("search", "retrain"))
     genotype = Genotype.from_dict(search["genotype"])
     retrain = run_retrain(config, genotype, name=name, parent=search["run_dir"], fresh=fresh, console=console)
     return {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.draw import save_genotype_figures
 from istanas.space import CELLS, Genotype
+from istanas.sparse import recover
 from pipeline.config import Config, run_hash
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -22,13 +24,21 @@ from pipeline.jobs.job import (
     RunObserver,
     execute,
 )
+from pipeline.jobs.results import SearchResult
 from pipeline.rundir import RunDir, atomic_write
-from pipeline.worker import Record, open_dataset, search_worker
+from pipeline.worker import Record, compute_for, open_dataset, search_split, search_worker
 
 SECTIONS = ("data", "space", "search")
 
 
-def run_search(config: Config, *, name: str, fresh: bool, console: Console) -> dict[str, Any]:
+def run_search(
+    config: Config,
+    *,
+    name: str,
+    fresh: bool,
+    console: Console,
+    jobs: tuple[str, ...] = ("search",),
+) -> SearchResult:
     """Search an architecture.
 
     Args:
@@ -36,9 +46,10 @@ def run_search(config: Config, *, name: str, fresh: bool, console: Console) -> d
         name: of the run.
         fresh: start over.
         console: for people.
+        jobs: whose settings to check against the data before any work; `run` adds "retrain".
 
     Returns:
-        run_dir, mlflow_run_id, digest, genotype, valid_top1, params, macs, seconds.
+        See `SearchResult`.
     """
     spec = JobSpec(
         kind="search",
@@ -49,12 +60,19 @@ def run_search(config: Config, *, name: str, fresh: bool, console: Console) -> d
         epochs=config.search.epochs,
     )
 
-    def body(run: RunDir, observer: RunObserver) -> Outcome:
-        dataset = open_dataset(config, decoding_progress(console))
+    def prepare() -> ImageDataset:
+        compute_for(config.runtime)
+        check_solver(config.space.solver)
+        dataset = open_dataset(config, jobs, decoding_progress(console))
+        search_split(config, dataset)
+        return dataset
+
+    def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         history = search_worker(config, dataset, run.path / CHECKPOINTS, observer)
         return _finish(run, history, dataset)
 
-    return execute(spec, body, describe=describe_epoch, fresh=fresh, console=console)
+    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console)
+    return cast(SearchResult, result)
 
 
 def describe_epoch(history: list[Record]) -> str:
@@ -63,10 +81,19 @@ def describe_epoch(history: list[Record]) -> str:
     m = record["metrics"]
     changes = int(m["recovery/support_changes"])
     return (
-        f"epoch {record['epoch'] + 1}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} % "
+        f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} % "
         f"(alpha half {100 * m['valid/top1']:.1f} %), {changes} of {len(record['nodes'])} nodes changed, "
         f"{record['seconds']:.1f} s"
     )
+
+
+def check_solver(solver: str) -> None:
+    """Recover one small problem: a solver that cannot run here (no licence) says so before any work.
+
+    Raises:
+        SolverError: with the remedy.
+    """
+    recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
 def decoding_progress(console: Console) -> Any:

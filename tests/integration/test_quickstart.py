@@ -32,6 +32,7 @@ SEARCH_METRICS = {
     "recovery/distance",
     "recovery/support_changes",
     "arch/skip_ratio",
+    "arch/frozen_nodes",
     "target/params",
     "target/macs",
     "images_per_second",
@@ -150,7 +151,7 @@ def test_mlflow_has_every_metric_of_every_epoch_as_the_run_directory_has(
     assert set(client.get_run(run_id).data.metrics) == names
     path = quickstart["result"]["run_dir" if section == "search" else "retrain_run_dir"]
     lines = RunDir(quickstart["folder"] / path).metrics()
-    assert [line.step for line in lines] == list(range(getattr(quickstart["config"], section).epochs))
+    assert [line.step for line in lines] == list(range(1, getattr(quickstart["config"], section).epochs + 1))
     for name in names:
         history = client.get_metric_history(run_id, name)
         assert [(m.step, m.value) for m in history] == [(line.step, line.metrics[name]) for line in lines]
@@ -232,7 +233,7 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "pictures.yaml").write_text(
         "data: {name: folder, root: pictures, cache_dir: cache}\n"
         "space: {nodes: 2}\n"
-        "search: {epochs: 2, batch_size: 32, init_channels: 4, layers: 2, arch_lr: 0.01}\n"
+        "search: {epochs: 2, batch_size: 32, init_channels: 4, layers: 3, arch_lr: 0.01}\n"
         "retrain: {epochs: 5, batch_size: 32, init_channels: 4, layers: 3, lr: 0.1, auxiliary_weight: 0.0, "
         "drop_path: 0.0, cutout: 0}\n"
         "runtime: {threads: 1}\n"

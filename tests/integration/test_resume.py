@@ -18,8 +18,7 @@ space: {nodes: 2}
 data: {crop_padding: 1}
 search: {epochs: 6, batch_size: 32, init_channels: 4, layers: 3, max_pictures: 400, arch_lr: 0.05, cutout: 2}
 retrain: {epochs: 6, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
-runtime: {threads: 1}
-tracking: {enabled: false}
+runtime: {threads: 1, device: cpu}
 """
 EPOCHS = 6
 EPOCHS_BETWEEN_KILLS = (0, 1, 1)  # in random order; few enough for all kills to fall before the phase's end
@@ -105,7 +104,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
         ends = [folder / whole[key] for folder in folders.values()]
         one, other = map(decided_metrics, ends)
         assert one == other
-        assert [line["step"] for line in other] == list(range(EPOCHS)), "a line is doubled or lost"
+        assert [line["step"] for line in other] == list(range(1, EPOCHS + 1)), "a line is doubled or lost"
         for name in ("genotype.json", "trajectory.csv", "model.safetensors", "config.yaml"):
             contents = [(end / name).read_bytes() if (end / name).exists() else None for end in ends]
             assert contents[0] == contents[1], name
@@ -114,3 +113,23 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
     search = decided_metrics(folders["whole"] / whole["run_dir"])
     changes = [line["metrics"]["recovery/support_changes"] for line in search]
     assert sum(changes) > 0, "an architecture that never changes has nothing to lose"
+    check_mlflow(folders["killed"], killed)
+
+
+def check_mlflow(folder: Path, result: dict[str, Any]) -> None:
+    """No run doubled or left RUNNING, one value a metric and epoch, the same as in metrics.jsonl."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("istanas")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_id for run in runs} == {result["mlflow_run_id"], result["retrain_run_id"]}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run_id, key in ((result["mlflow_run_id"], "run_dir"), (result["retrain_run_id"], "retrain_run_dir")):
+        lines = [
+            json.loads(line) for line in (folder / result[key] / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in lines[-1]["metrics"]:
+            found = [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+            assert found == [(line["step"], line["metrics"][name]) for line in lines], name

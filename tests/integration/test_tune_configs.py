@@ -19,7 +19,7 @@ PUBLISHED = {
             "nodes": 4,
             "sparsity": 2,
             "one_op_per_edge": False,
-            "measurements": 7,
+            "n_measurements": 7,
             "matrix": "uniform",
             "l1_weight": 1e-5,
         },

@@ -199,3 +199,13 @@ def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) 
     assert not left.exists()
     assert checkpoint.KEEP == 2
     assert {path.name for path in folder.glob("*.pt")} == {"epoch-0002.pt", "epoch-0003.pt"}
+
+
+def test_a_run_that_starts_over_after_all_were_broken_keeps_what_it_writes(folder: Path) -> None:
+    for file in folder.glob("*.pt"):
+        file.write_bytes(b"")
+    with pytest.warns(BrokenCheckpointWarning):
+        assert load_latest(folder) is None
+    save(folder, 1, state(1))
+    assert epoch_found(folder) == 1
+    assert {path.stem for path in folder.iterdir()} == {"epoch-0001"}

@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 
-from istanas.errors import ConfigError, IstanasError
+from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.space import CellSpace, Genotype, random_genotype
+from istanas.sparse import mosek_licence
 from pipeline.config import Config, load, run_hash
 from pipeline.jobs.job import trajectory_rows
 from pipeline.jobs.retrain import run_retrain
@@ -23,9 +26,9 @@ from pipeline.rundir import LOCK_FILE, RunDir
 
 TINY = [
     "space.nodes=2",
-    "search={epochs: 2, batch_size: 64, init_channels: 2, layers: 2, max_pictures: 200, arch_lr: 0.1}",
+    "search={epochs: 2, batch_size: 64, init_channels: 2, layers: 3, max_pictures: 200, arch_lr: 0.1}",
     "retrain={epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}",
-    "runtime.threads=1",
+    "runtime={threads: 1, device: cpu}",
     "tracking.enabled=false",
 ]
 GENOTYPE = random_genotype(0, CellSpace(n_nodes=2))
@@ -95,7 +98,7 @@ def test_a_search_leaves_its_artifacts_and_figures(job: Job) -> None:
     assert genotype.digest() == result["digest"] == record.tags["istanas.genotype"]
     assert load(path / "config.yaml") == config
     lines = run.metrics()
-    assert [line.step for line in lines] == [0, 1]
+    assert [line.step for line in lines] == [1, 2]
     assert result["valid_top1"] == lines[-1].metrics["valid/top1"]
     assert result["params"] == lines[-1].metrics["target/params"]
     assert result["mlflow_run_id"] is None
@@ -210,30 +213,98 @@ def test_fresh_starts_over(job: Job) -> None:
     assert len(RunDir(path).metrics()) == 2
 
 
-def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job, tmp_path: Path) -> None:
-    # The folder with pictures is not there yet: a mistake of the user's that is then mended.
-    pictures = tmp_path / "pictures"
-    overrides = ("data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}")
-    with pytest.raises(IstanasError):
-        job("retrain", *overrides)
-    (path,) = job.folder.iterdir()
+def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job) -> None:
+    path = Path(job("search")["run_dir"])
+    first = (path / "genotype.json").read_bytes()
+    record = json.loads((path / "run.json").read_text())
+    record["status"] = "RUNNING"  # as a kill before the end would have left it
+    (path / "run.json").write_text(json.dumps(record))
+    # A file stands where the checkpoints belong: a mistake of the user's that is then mended.
+    shutil.rmtree(path / "checkpoints")
+    (path / "checkpoints").write_text("")
+    with pytest.raises(OSError, match="checkpoints"):
+        job("search")
     failed = RunDir(path).read()
     assert failed.status == "FAILED"
     assert failed.ended_ms is not None
     assert failed.ended_ms >= failed.started_ms
 
-    from PIL import Image
+    (path / "checkpoints").unlink()
+    result = job("search")
+    record = RunDir(path).read()
+    assert Path(result["run_dir"]) == path
+    assert (record.status, record.key, record.started_ms) == ("FINISHED", failed.key, failed.started_ms)
+    assert (path / "genotype.json").read_bytes() == first
 
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("search", "data={name: folder, root: nowhere}"),
+        ("search", "search.max_pictures=5000"),
+        ("search", "space.solver=mosek"),
+        ("retrain", "data={name: folder, root: nowhere}"),
+        ("retrain", "retrain.cutout=9"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
+    job: Job, kind: str, override: str
+) -> None:
+    if "mosek" in override and mosek_licence() is not None:
+        pytest.skip("a MOSEK licence is here, so MOSEK works")
+    with pytest.raises(IstanasError) as refusal:
+        job(kind, override)
+    assert "\n" not in str(refusal.value)
+    assert list(job.folder.iterdir()) == []
+
+
+def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
     for split in ("train", "test"):
         for label, name in enumerate(("dark", "light")):
             for number in range(4):
                 file = pictures / split / name / f"{number}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("L", (8, 8), 200 * label + number).save(file)
-    result = job("retrain", *overrides)
-    record = RunDir(path).read()
-    assert Path(result["run_dir"]) == path
-    assert (record.status, record.key, record.started_ms) == ("FINISHED", failed.key, failed.started_ms)
+    overrides = ("data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}")
+    path = Path(job("retrain", *overrides)["run_dir"])
+    before = snapshot(path)
+    pictures.rename(tmp_path / "moved")
+    with pytest.raises(IstanasError):
+        job("retrain", *overrides, fresh=True)
+    assert snapshot(path) == before
+
+
+def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:
+    """The record goes first; without it, checkpoints are leftovers and not a run to go on with."""
+    path = Path(job("search")["run_dir"])
+    (path / "run.json").unlink()
+    job("search")
+    assert "epoch 1: loss" in job.seen
+    assert "resumed" not in job.seen
+
+
+def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+
+    def write(brightness: int) -> None:
+        for split in ("train", "test"):
+            for label, name in enumerate(("dark", "light")):
+                for number in range(8):
+                    file = pictures / split / name / f"{number}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("L", (8, 8), brightness * label + number).save(file)
+
+    overrides = ("data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}")
+    write(200)
+    path = Path(job("retrain", *overrides)["run_dir"])
+    record = json.loads((path / "run.json").read_text())
+    record["status"] = "RUNNING"  # as a kill before the end would have left it
+    (path / "run.json").write_text(json.dumps(record))
+    write(100)
+    with pytest.raises(CheckpointError, match="data set folder has changed since this checkpoint") as refusal:
+        job("retrain", *overrides)
+    assert "--fresh" in str(refusal.value)
 
 
 def test_a_second_process_is_kept_out(job: Job) -> None:
@@ -252,7 +323,7 @@ def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
     result = job("search")
     run = RunDir(result["run_dir"])
     whole = run.metrics()
-    for lines in (whole[:1], [*whole, whole[-1]._replace(step=2)]):
+    for lines in (whole[:1], [*whole, whole[-1]._replace(step=3)]):
         record = json.loads((run.path / "run.json").read_text())
         record["status"] = "RUNNING"  # as a kill before the end would have left it
         (run.path / "run.json").write_text(json.dumps(record))
@@ -277,11 +348,11 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
         "truncation": 0.5,
     }
     history = [
-        {"epoch": 0, "start_nodes": [node], "nodes": [{**node, "changed": True}]},
-        {"epoch": 1, "nodes": [node]},
+        {"epoch": 1, "start_nodes": [node], "nodes": [{**node, "changed": True}]},
+        {"epoch": 2, "nodes": [node]},
     ]
     rows = trajectory_rows(history)
     assert [(row["epoch"], row["changed"]) for row in rows] == [(0, False), (1, True), (2, False)]
     assert rows[0]["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
     assert rows[0]["edge_weights"] == "0.123457 -1"
-    assert trajectory_rows([{"epoch": 0, "metrics": {}}]) == []
+    assert trajectory_rows([{"epoch": 1, "metrics": {}}]) == []

@@ -55,7 +55,8 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
 
 def test_a_server_that_runs_already_is_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve_ui(tracking_uri="http://me:secret@host:5000") == 0
-    assert capsys.readouterr().out == "MLflow runs already: http://host:5000\n"
+    out = capsys.readouterr().out
+    assert out == "MLflow: http://host:5000 (it runs already)\n"
 
 
 def test_free_port() -> None:

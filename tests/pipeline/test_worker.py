@@ -29,10 +29,10 @@ from pipeline.worker import (
 
 TINY = [
     "space.nodes=2",
-    "search={epochs: 2, batch_size: 64, init_channels: 2, layers: 2}",
+    "search={epochs: 2, batch_size: 64, init_channels: 2, layers: 3}",
     "retrain={epochs: 2, batch_size: 64, init_channels: 2, layers: 2, auxiliary_weight: 0.4, cutout: 2}",
     "data.crop_padding=1",
-    "runtime.threads=1",
+    "runtime={threads: 1, device: cpu}",
 ]
 GENOTYPE = random_genotype(1, CellSpace(n_nodes=2))
 
@@ -166,8 +166,9 @@ def test_a_split_that_cannot_be_is_refused(digits: ImageDataset, overrides: list
 
 def test_settings_that_do_not_fit_the_pictures_are_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match=r"retrain\.cutout is 9, above the pictures' side of 8: lower it"):
-        open_dataset(tiny("retrain.cutout=9"))
-    assert open_dataset(tiny("data.image_size=16", "retrain.cutout=9")).height == 16
+        open_dataset(tiny("retrain.cutout=9"), ("search", "retrain"))
+    assert open_dataset(tiny("retrain.cutout=9"), ("search",)).height == 8
+    assert open_dataset(tiny("data.image_size=16", "retrain.cutout=9"), ("retrain",)).height == 16
 
 
 # ---------- invariant 6
@@ -248,7 +249,7 @@ def test_a_last_batch_of_one_picture_is_left_out_because_batch_norm_needs_two(
 def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny()
     history = search_worker(config, few, tmp_path, Watcher())
-    assert [record["epoch"] for record in history] == [0, 1]
+    assert [record["epoch"] for record in history] == [1, 2]
     for record in history:
         assert record["metrics"].keys() == {
             "train/loss",
@@ -260,6 +261,7 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
             "recovery/distance",
             "recovery/support_changes",
             "arch/skip_ratio",
+            "arch/frozen_nodes",
             "target/params",
             "target/macs",
             "images_per_second",
@@ -349,14 +351,15 @@ def test_a_diverged_epoch_stops_the_job_and_leaves_no_checkpoint(
 def test_device_and_precision_on_a_machine_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert compute_for(tiny().runtime).device.type == "cpu"
-    assert compute_for(tiny().runtime).autocast_dtype is None
+    auto = compute_for(tiny("runtime.device=auto").runtime)
+    assert auto.device.type == "cpu"
+    assert auto.autocast_dtype is None
     for override, field in (
         ("runtime.device=cuda", "runtime.device"),
         ("runtime.precision=bf16", "runtime.precision"),
     ):
         with pytest.raises(ConfigError, match=f"{field} is .*: choose") as caught:
-            compute_for(tiny(override).runtime)
+            compute_for(tiny("runtime.device=auto", override).runtime)
         assert "\n" not in str(caught.value)
 
 
@@ -364,8 +367,9 @@ def test_device_and_precision_on_a_machine_without_a_gpu() -> None:
 def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, none is usable here")
-    assert compute_for(tiny().runtime).autocast_dtype is torch.bfloat16
-    assert compute_for(tiny("runtime.precision=fp32").runtime).autocast_dtype is None
+    auto = "runtime.device=auto"
+    assert compute_for(tiny(auto).runtime).autocast_dtype is torch.bfloat16
+    assert compute_for(tiny(auto, "runtime.precision=fp32").runtime).autocast_dtype is None
     assert compute_for(tiny("runtime.device=cpu").runtime).device.type == "cpu"
 
 
