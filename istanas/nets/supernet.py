@@ -46,11 +46,12 @@ class _KeptColumns:
     measured: Tensor  # A_S z_S, (nodes, m)
 
 
-def _kept_columns(nodes: Sequence[NodeCode], device: torch.device) -> _KeptColumns:
+def _kept_columns(nodes: Sequence[NodeCode], b: Tensor) -> _KeptColumns:
     supports = [list(node.support) for node in nodes]
     columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
     codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
-    columns, codes = columns.to(device, torch.float64), codes.to(device, torch.float64)
+    # First in b's precision, the network's, so that a float64 network computes with the exact values.
+    columns, codes = (t.to(b.device, b.dtype).double() for t in (columns, codes))
     return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
 
 
@@ -175,7 +176,7 @@ class Supernet(CellNetwork):
                     f"the space's sparsity is {self.space.sparsity}"
                 )
         self._codes = {cell: list(codes[cell]) for cell in CELLS}
-        self._kept = {cell: _kept_columns(codes[cell], self.compressed_alphas[cell].device) for cell in CELLS}
+        self._kept = {cell: _kept_columns(codes[cell], self.compressed_alphas[cell]) for cell in CELLS}
         self._plans = {
             cell: [
                 [(state, self.space.edge(i, state), op) for state, op in map(self.space.split, node.support)]
