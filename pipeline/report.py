@@ -59,18 +59,21 @@ def results_frame(*, tracking_uri: str | None, experiment: str | None = None) ->
 
 
 def results_table(frame: "pd.DataFrame") -> "Table":
-    """The frame as a table for a terminal; retrainings are set in under their search.
+    """The frame as a table that fits 80 columns; retrainings are set in under their search.
+
+    Valid and test are top-1; a status is shown where a run is not finished. The frame has the rest.
 
     Args:
         frame: as `results_frame` gives it.
     """
     import pandas as pd
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=None if len(frame) else "no runs yet")
-    for heading in ("run", "data", "status", "genotype"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("valid top-1", "test top-1", "params", "MACs", "time"):
+    table = Table(title=None if len(frame) else "no runs yet", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("run", overflow="fold")
+    table.add_column("genotype", no_wrap=True)
+    for heading in ("valid", "test", "params", "MACs", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     searches = set(frame["run_id"])
 
@@ -80,9 +83,7 @@ def results_table(frame: "pd.DataFrame") -> "Table":
     for row in frame.to_dict("records"):
         indent = "  " if not pd.isna(row["parent_run_id"]) and row["parent_run_id"] in searches else ""
         table.add_row(
-            f"{indent}{row['name']}",
-            shown(row["dataset"], "{}"),
-            shown(row["status"], "{}"),
+            f"{indent}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
             shown(row["genotype"], "{:.8}"),
             shown(row["valid_top1"], "{:.2%}"),
             shown(row["test_top1"], "{:.2%}"),

@@ -90,9 +90,9 @@ def test_frame_survives_csv(store: str) -> None:
 
 
 def test_table(store: str) -> None:
-    console = Console(width=160, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     console.print(results_table(results_frame(tracking_uri=store)))
-    lines = [line for line in console.export_text().splitlines() if "digits" in line]
+    lines = [line for line in console.export_text().splitlines() if "01234567" in line]
     assert len(lines) == 4
     assert "97.35%" in lines[2]
     assert "1 min 0 s" in lines[2]
