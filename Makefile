@@ -26,7 +26,7 @@ quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on ha
 	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
 
 test: lint ## lint, types, and all tests and doctests, slow ones included
-	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff check .

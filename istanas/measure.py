@@ -11,9 +11,9 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from istanas.nets.cell import STEM_MULTIPLIER, cell_places
+from istanas.nets.cell import STEM_MULTIPLIER, cell_places, live_places, live_states
 from istanas.nets.depthwise import DepthwiseConv2d
-from istanas.space import N_CELL_INPUTS, Genotype
+from istanas.space import CELLS, N_CELL_INPUTS, Genotype
 
 _AUXILIARY = "auxiliary_head"
 
@@ -100,25 +100,35 @@ def target_cost(
         3316726
     """
     n_concat = {"normal": len(genotype.normal_concat), "reduce": len(genotype.reduce_concat)}
+    places = cell_places(init_channels, layers, stem, n_concat)
+    states = {
+        kind: live_states([[s for _, s in node] for node in genotype.picks(kind)], genotype.concat(kind))
+        for kind in CELLS
+    }
+    live = live_places([place.kind for place in places], states)
     in_channels, h, w = shape
     if stem == "cifar":
         total = _convolution(in_channels, STEM_MULTIPLIER * init_channels, 9, h * w)
     else:
         c = init_channels
         total = Cost(0, 0)
-        for c_in, c_out in ((in_channels, c // 2), (c // 2, c), (c, c)):
+        for c_in, c_out, runs in ((in_channels, c // 2, True), (c // 2, c, True), (c, c, live[1])):
             h, w = ceil(h / 2), ceil(w / 2)
-            total += _convolution(c_in, c_out, 9, h * w)
+            total += _convolution(c_in, c_out, 9, h * w if runs else 0)
     width = 0
-    for place in cell_places(init_channels, layers, stem, n_concat):
+    for place, is_live in zip(places, live[N_CELL_INPUTS:], strict=True):
         c = place.channels
-        total += _convolution(place.c_prev_prev, c, 1, h * w) + _convolution(place.c_prev, c, 1, h * w)
+        alive = (
+            states[place.kind] if is_live else frozenset[int]()
+        )  # what is dead has parameters, but never runs
+        for state, c_in in enumerate((place.c_prev_prev, place.c_prev)):
+            total += _convolution(c_in, c, 1, h * w if state in alive else 0)
         if place.stride == 2:
             h, w = ceil(h / 2), ceil(w / 2)
-        for node in genotype.picks(place.kind):
-            for op, state in node:
+        for node, picks in enumerate(genotype.picks(place.kind), N_CELL_INPUTS):
+            for op, state in picks:
                 stride = place.stride if state < N_CELL_INPUTS else 1
-                total += _operation(op, c, stride, h * w, op_batchnorm)
+                total += _operation(op, c, stride, h * w if node in alive else 0, op_batchnorm)
         width = n_concat[place.kind] * c
     return total + Cost((width + 1) * num_classes, width * num_classes)
 

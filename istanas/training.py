@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from istanas.data import Batch
+from istanas.distributed import Ranks
 from istanas.errors import IstanasError
 from istanas.nets import TargetNet
 
-Batch = tuple[Tensor, Tensor]
+BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
 Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
 
 
@@ -25,6 +27,11 @@ class Compute:
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+
+    @property
+    def backend(self) -> str:
+        """The backend of torch.distributed that moves this device's tensors."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
 
     def autocast(self) -> torch.autocast:
         """The mixed-precision context of a forward pass; does nothing without `autocast_dtype`."""
@@ -55,10 +62,11 @@ class Totals:
         self._sums += torch.stack([loss.detach().double() * len(target), correct.double()])
         self._count += len(target)
 
-    def metrics(self) -> Metrics:
-        """Means so far (NaN before the first batch)."""
-        loss, correct = self._sums.tolist()
-        n = self._count
+    def metrics(self, ranks: Ranks | None = None) -> Metrics:
+        """Means so far (NaN before the first batch), over the pictures of all ranks if they are given."""
+        sums = [*self._sums.tolist(), self._count]
+        loss, correct, count = sums if ranks is None else ranks.sum(sums)
+        n = int(count)
         return Metrics(loss / n, correct / n, n) if n else Metrics(math.nan, math.nan, 0)
 
 
@@ -134,15 +142,20 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 
 
-def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], compute: Compute) -> Metrics:
-    """Mean cross-entropy and top-1 of a network that is in eval mode."""
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[BatchLike],
+    compute: Compute,
+    ranks: Ranks | None = None,
+) -> Metrics:
+    """Mean cross-entropy and top-1 of a network that is in eval mode, over the pictures of all ranks."""
     totals = Totals(compute.device)
     with torch.no_grad():
-        for images, target in batches:
+        for images, target, _ in (Batch(*batch) for batch in batches):
             with compute.autocast():
                 logits = forward(images)
             totals.add(cross_entropy(logits, target), logits, target)
-    return totals.metrics()
+    return totals.metrics(ranks)
 
 
 def check_finite(metrics: Metrics, parameters: Iterable[Tensor], epoch: int) -> None:
@@ -164,7 +177,7 @@ def check_finite(metrics: Metrics, parameters: Iterable[Tensor], epoch: int) -> 
 def train_target_epoch(
     net: TargetNet,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
+    batches: Iterable[BatchLike],
     compute: Compute,
     *,
     lr_at: Callable[[int], float],
@@ -172,39 +185,46 @@ def train_target_epoch(
     label_smoothing: float,
     grad_clip: float | None,
     observe: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> Metrics:
     """One epoch of a target network: loss = CE(logits) + auxiliary_weight CE(auxiliary logits).
 
     Args:
         net: the network (put into training mode here); its `drop_path_prob` is the caller's.
         optimizer: over the network's parameters.
-        batches: (pictures (B, C, H, W), labels (B,)) on `compute.device`.
+        batches: see `istanas.data.Batch`, on `compute.device`.
         compute: device and precision.
         lr_at: learning rate of the step with this index.
         auxiliary_weight: >= 0, of the auxiliary head's loss.
         label_smoothing: in [0, 1).
         grad_clip: largest joint norm of the gradients, or None.
         observe: called after every step.
+        ranks: who trains with this process, each on its share of every batch; None: nobody.
 
     Returns:
-        Mean loss and top-1 over the epoch's (augmented) pictures.
+        Mean loss and top-1 over the epoch's (augmented) pictures, of all ranks; the running statistics of
+        batch norm are then the means over the ranks.
     """
     net.train()
+    ranks = ranks or Ranks()
+    # Anew in every epoch, so that a resumed run adds in the same order as one that was never stopped.
+    forward = ranks.data_parallel(net.forward_with_auxiliary, net.active_parameters())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals = Totals(compute.device)
-    for step, (images, target) in enumerate(batches):
+    for step, (images, target, weight) in enumerate(Batch(*batch) for batch in batches):
         set_learning_rate(optimizer, lr_at(step))
         with compute.autocast():
-            logits, auxiliary = net.forward_with_auxiliary(images)
+            logits, auxiliary = forward(images)
         loss = cross_entropy(logits, target, label_smoothing)
         total = loss
         if auxiliary is not None:
             total = loss + auxiliary_weight * cross_entropy(auxiliary, target, label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        (total * weight).backward()
         clip_gradients(parameters, grad_clip)
         optimizer.step()
         totals.add(loss, logits, target)
         if observe is not None:
             observe(step + 1, totals)
-    return totals.metrics()
+    ranks.average(net.active_buffers())
+    return totals.metrics(ranks)

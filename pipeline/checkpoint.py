@@ -11,8 +11,9 @@ import io
 import json
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +26,54 @@ class BrokenCheckpointWarning(UserWarning):
     """A checkpoint did not match its checksum and was passed over."""
 
 
+class Store(Protocol):
+    """Where a worker's checkpoints go: a folder, or the process that keeps the folder."""
+
+    def read(self) -> bytes | None:
+        """The newest checkpoint, as `serialize` made it, or None."""
+
+    def write(self, epoch: int, data: bytes) -> None:
+        """Keep the checkpoint of an epoch; it is safe when this returns."""
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """A store in this process's reach."""
+
+    folder: Path
+
+    def read(self) -> bytes | None:
+        return read_latest(self.folder)
+
+    def write(self, epoch: int, data: bytes) -> None:
+        write(self.folder, epoch, data)
+
+
+def serialize(state: dict[str, Any]) -> bytes:
+    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def deserialize(data: bytes) -> dict[str, Any]:
+    """Inverse of `serialize`, on the CPU; nothing in the data is run as code."""
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    return state
+
+
 def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
+    """`serialize`, then `write`."""
+    write(folder, epoch, serialize(state))
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """`deserialize` of `read_latest`."""
+    data = read_latest(folder)
+    return None if data is None else deserialize(data)
+
+
+def write(folder: Path, epoch: int, data: bytes) -> None:
     """Write the checkpoint of an epoch, then delete all but the last `KEEP`, and any of a later epoch.
 
     A later one can only be broken: a run goes on from the newest that is whole.
@@ -33,14 +81,11 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     Args:
         folder: where the run's checkpoints lie; created if need be.
         epoch: epochs done, >= 0.
-        state: tensors, numbers, strings, and lists, tuples and dicts of them.
+        data: as `serialize` made it.
 
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
     file = folder / f"epoch-{epoch:04d}.pt"
     atomic_write(file, data)
     manifest = {"epoch": epoch, "file": file.name, "sha256": hashlib.sha256(data).hexdigest()}
@@ -53,8 +98,8 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
         path.unlink()
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that is whole, or None.
+def read_latest(folder: Path) -> bytes | None:
+    """The newest checkpoint that is whole, or None.
 
     Args:
         folder: where the run's checkpoints lie; may be missing.
@@ -68,8 +113,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             data = manifest.with_suffix(".pt").read_bytes()
             if hashlib.sha256(data).hexdigest() != expected:
                 raise ValueError("its checksum does not match")
-            state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-            return state
+            deserialize(data)
+            return data
         except (
             OSError,
             ValueError,

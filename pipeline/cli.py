@@ -82,12 +82,41 @@ def configured(command: Command) -> Command:
     )(command)
 
 
+class Workers(click.ParamType):
+    """A number of workers or a range of it."""
+
+    name = "workers"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pipeline.resources import parse_workers
+
+        try:
+            return str(parse_workers(value))
+        except ConfigError as error:
+            self.fail(str(error).removeprefix("workers: "), param, ctx)
+
+
+def placed(command: Command) -> Command:
+    """The options that say where workers run: short for settings of `runtime`."""
+    command = click.option(
+        "--address",
+        metavar="ADDR",
+        help="Ray cluster to run them on (RAY_ADDRESS if not given); else this machine.",
+    )(command)
+    return click.option(
+        "--workers",
+        type=Workers(),
+        metavar="N|MIN:MAX",
+        help="Ray Train workers; MIN:MAX grows and shrinks with the cluster. 0: in this process, without Ray.",
+    )(command)
+
+
 def job(command: Command) -> Command:
     """The options that every job has."""
     command = click.option(
         "--fresh", is_flag=True, help="Start over, deleting what the run directory holds."
     )(command)
-    return configured(json_option(command))
+    return configured(placed(json_option(command)))
 
 
 def json_option(command: Command) -> Command:
@@ -99,13 +128,15 @@ def json_option(command: Command) -> Command:
 
 @cli.command()
 @job
-def search(file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     """Search an architecture."""
-    config, name = _load(file, overrides)
+    config, name = _load(**settings)
     console = _console(as_json)
+    from pipeline.cluster import Runtime
     from pipeline.jobs.search import run_search
 
-    result = run_search(config, name=name, fresh=fresh, console=console)
+    with Runtime(config.runtime) as runtime:
+        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
     _finish(result, as_json, console, config)
 
 
@@ -118,10 +149,11 @@ def search(file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: b
     "(run directory, MLflow run id or unique name), or a random cell of the same space.",
 )
 @job
-def retrain(genotype: str, file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     """Train the network of a genotype from scratch and measure it on the test split."""
-    config, name = _load(file, overrides)
+    config, name = _load(**settings)
     console = _console(as_json)
+    from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
     from pipeline.references import resolve_genotype
 
@@ -131,19 +163,24 @@ def retrain(genotype: str, file: str | None, overrides: tuple[str, ...], as_json
         runs_dir=Path(config.runtime.runs_dir),
         tracking_uri=config.tracking.uri,
     )
-    result = run_retrain(config, cells, name=name, parent=parent, fresh=fresh, console=console)
+    with Runtime(config.runtime) as runtime:
+        result = run_retrain(
+            config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
+        )
     _finish(result, as_json, console, config)
 
 
 @cli.command(name="run")
 @job
-def run_command(file: str | None, overrides: tuple[str, ...], as_json: bool, fresh: bool) -> None:
+def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     """Search, then retrain what was found."""
-    config, name = _load(file, overrides)
+    config, name = _load(**settings)
     console = _console(as_json)
+    from pipeline.cluster import Runtime
     from pipeline.jobs.run import run_whole
 
-    result = run_whole(config, name=name, fresh=fresh, console=console)
+    with Runtime(config.runtime) as runtime:
+        result = run_whole(config, name=name, fresh=fresh, console=console, runtime=runtime)
     _finish(result, as_json, console, config)
 
 
@@ -221,14 +258,19 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
 
 @cli.command()
 @configured
+@placed
 @json_option
-def doctor(file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check packages, GPUs, MLflow store, MOSEK's licence and data folder: one line each, with the remedy."""
-    config, _ = _load(file, overrides)
+def doctor(as_json: bool, **settings: Any) -> None:
+    """Check packages, GPUs, threads, MLflow store, MOSEK's licence, data folder: one line each, with the remedy."""
+    config, _ = _load(**settings)
     from pipeline.doctor import run_checks
 
     checks = run_checks(
-        tracking_uri=config.tracking.uri, data_name=config.data.name, data_root=config.data.root
+        tracking_uri=config.tracking.uri,
+        data_name=config.data.name,
+        data_root=config.data.root,
+        workers=config.runtime.workers,
+        threads=config.runtime.threads,
     )
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""
@@ -273,11 +315,15 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
 
 
-def _load(file: str | None, overrides: tuple[str, ...]) -> tuple[Config, str]:
+def _load(
+    file: str | None, overrides: tuple[str, ...], workers: str | None = None, address: str | None = None
+) -> tuple[Config, str]:
     """Configuration and the name of its runs."""
     from pipeline.config import default_file, load
 
     path = default_file() if file is None else Path(file)
+    short = {"workers": workers, "address": address}
+    overrides += tuple(f"runtime.{key}={json.dumps(v)}" for key, v in short.items() if v is not None)
     config = load(path, overrides)
     return config, config.tracking.name or path.stem
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ruamel.yaml import YAML, YAMLError
 
 from istanas.errors import ConfigError
 from istanas.space import PRIMITIVES, CellSpace
+from pipeline.resources import WorkerRange, parse_workers
 
 Primitive = Literal[
     "max_pool_3x3",
@@ -35,6 +36,14 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AbovePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _checked_workers(value: Any) -> Any:
+    try:
+        parse_workers(value)
+    except ConfigError as error:
+        raise ValueError(str(error).partition(" is none, ")[2]) from None
+    return value
 
 
 class _Section(BaseModel):
@@ -145,9 +154,24 @@ class RuntimeSettings(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
-    threads: Positive | None = Field(None, description="threads of each process; all cores if not given")
+    threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
     data_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode large pictures")
+    workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
+        0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"
+    )
+    address: str | None = Field(
+        None, description="of a Ray cluster; RAY_ADDRESS if not given, else Ray is started on this machine"
+    )
+    wait_minutes: NonNegative = Field(10.0, description="how long to wait for a cluster's resources")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        5, description="how often lost workers are replaced before the job fails"
+    )
     runs_dir: str = "runs"
+
+    @property
+    def worker_range(self) -> WorkerRange:
+        """How many workers, at least and at most."""
+        return parse_workers(self.workers)
 
 
 class TrackingSettings(_Section):
@@ -309,7 +333,8 @@ def _explain(source: str, error: Any, given: dict[str, str]) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{source}: {field}: unknown key, {hint}"
     value = error.get("input")
-    return f"{source}: {field}: {value!r:.60} is refused: {error['msg'][:1].lower()}{error['msg'][1:]}"
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{source}: {field}: {value!r:.60} is refused: {reason[:1].lower()}{reason[1:]}"
 
 
 def _printable(key: Any) -> str:
@@ -338,6 +363,8 @@ def _check_combinations(source: str, config: Config) -> None:
             problems.append(
                 f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2"
             )
+    if config.runtime.address is not None and config.runtime.worker_range.maximum == 0:
+        problems.append("runtime.address is set and runtime.workers is 0: give --workers N")
     if config.retrain.warmup_epochs >= config.retrain.epochs:
         problems.append(
             f"retrain.warmup_epochs is {config.retrain.warmup_epochs}: choose less than retrain.epochs = "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from istanas.errors import IstanasError
+from pipeline.resources import Node, count, parse_workers, threads_per_worker, usable_cores
 from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
 
 State = Literal["ok", "warn", "fail"]
@@ -32,7 +33,12 @@ class Check:
 
 
 def run_checks(
-    *, tracking_uri: str | None, data_name: str, data_root: str | os.PathLike[str] | None
+    *,
+    tracking_uri: str | None,
+    data_name: str,
+    data_root: str | os.PathLike[str] | None,
+    workers: int | str = 0,
+    threads: int | None = None,
 ) -> list[Check]:
     """Look at everything that a run needs; nothing is downloaded or changed.
 
@@ -40,6 +46,7 @@ def run_checks(
         tracking_uri: see `pipeline.tracking.store_uri`.
         data_name: a data set's name, e.g. "digits", "cifar10", "folder".
         data_root: where its pictures lie, or None.
+        workers, threads: see `check_threads`.
 
     Returns:
         One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
@@ -48,7 +55,7 @@ def run_checks(
     return [
         check_packages(),
         check_gpus(),
-        check_threads(),
+        check_threads(workers, threads),
         check_store(tracking_uri),
         check_mosek(),
         check_data(data_name, data_root),
@@ -84,27 +91,23 @@ def check_gpus() -> Check:
     return Check("gpu", "ok", f"{len(devices)}: {listed}")
 
 
-def check_threads() -> Check:
-    """Cores that this process may use, and torch's threads: more threads than cores slow everything down."""
-    import torch
+def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:
+    """Cores that a run may use here, and the threads of each of its workers.
 
-    cores, threads = usable_cores(), torch.get_num_threads()
-    message = f"{cores} usable, {threads} torch thread{'s' if threads > 1 else ''} a process"
-    if threads > cores:
-        return Check("cores", "warn", message, f"export OMP_NUM_THREADS={cores}")
-    return Check("cores", "ok", message)
+    More threads than cores slow everything down.
 
-
-def usable_cores() -> int:
-    """Cores that this process may use (a container or a batch system may grant fewer than there are).
-
-    Example:
-        >>> usable_cores() >= 1
-        True
+    Args:
+        workers: as `runtime.workers`.
+        threads: of each worker, as `runtime.threads`; None: cores / workers.
     """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores, number = usable_cores(), max(parse_workers(workers).maximum, 1)
+    if threads is None:
+        threads = threads_per_worker([Node(cores)], number, gpu=False)
+    of = count(number, "worker") if parse_workers(workers).maximum else "in one process"
+    message = f"{count(cores, 'core')} usable; {of}, {count(threads, 'thread')} each"
+    if number * threads > cores:
+        return Check("cores", "warn", message, f"workers x threads should not exceed {cores}")
+    return Check("cores", "ok", message)
 
 
 def check_store(tracking_uri: str | None) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from istanas.training import Totals
+from istanas.training import Metrics
 
 # Reading a loss waits for the device, so it is not done at every step.
 SECONDS_BETWEEN_READINGS = 0.5
@@ -56,15 +57,15 @@ class EpochBar:
     ) -> None:
         self._progress.stop()
 
-    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
-        """Move the bar; `epoch` from 0, `step` from 1."""
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+        """Move the bar; `epoch` from 0, `step` from 1; `read` waits for the device."""
         if self._progress.disable:
             return
         update: dict[str, object] = {}
         now = time.monotonic()
         if now - self._read > SECONDS_BETWEEN_READINGS:
             self._read = now
-            m = totals.metrics()
+            m = read()
             update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
         self._progress.update(
             self._task,
@@ -76,4 +77,4 @@ class EpochBar:
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,7 +1,9 @@
-"""What runs on every worker: device and precision (one function), data, the epochs of a job, checkpoints, resume.
+"""What runs on every worker: device, backend and precision (one function), data, the epochs of a job, resume.
 
-A worker knows no MLflow and no console: it tells an `Observer` what happened. The order after each epoch is
-checkpoint first, observer second, so that whatever an observer has seen can be told again after a kill.
+The same functions run in the user's process and on Ray Train's workers (`pipeline.launch`); how many train
+together they learn from torch's process group. A worker knows no Ray, no MLflow and no console: rank 0 gives
+checkpoints to a `Store` and tells an `Observer` what happened. The order after each epoch is checkpoint first,
+observer second, so that whatever an observer has seen can be told again after a kill.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from istanas.data import (
     Augmentation,
@@ -23,6 +26,7 @@ from istanas.data import (
     stratified_split,
     stratified_subset,
 )
+from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import target_cost
 from istanas.nets import MIN_IMAGE_SIZE, Supernet, TargetNet, to_channels_last
@@ -39,25 +43,51 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline import checkpoint
+from pipeline.checkpoint import Store
 from pipeline.config import Config, RuntimeSettings
-from pipeline.doctor import usable_cores
+from pipeline.resources import count, threads_in_process, usable_cores
 
 Record = dict[
     str, Any
-]  # of one epoch: epoch, timestamp_ms, seconds, metrics, and for a search nodes and genotype
+]  # of one epoch: epoch, timestamp_ms, seconds, workers, metrics, and for a search nodes and genotype
 
 
 class Observer(Protocol):
     """Who wants to know how a job goes."""
 
-    def resumed(self, history: list[Record]) -> None:
-        """Called once before the first epoch, with the epochs that a checkpoint holds (none: a new run)."""
+    def note(self, text: str) -> None:
+        """Called with a line for people."""
 
-    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
-        """Called after every training step (epochs from 0, steps from 1)."""
+    def resumed(self, history: list[Record], workers: int) -> None:
+        """Called before the first epoch of `workers` workers, with the epochs of the checkpoint (none: a new run)."""
+
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+        """Called after every training step (epochs from 0, steps from 1); `read` waits for the device."""
 
     def epoch_done(self, history: list[Record]) -> None:
         """Called after every epoch, its checkpoint written; the last record is the new one."""
+
+    def go_on(self) -> bool:
+        """Called after every epoch; False ends these workers' part of the job here, for others to go on."""
+
+
+class Silent:
+    """The observer of every rank but the first."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def resumed(self, history: list[Record], workers: int) -> None:
+        pass
+
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+        pass
+
+    def epoch_done(self, history: list[Record]) -> None:
+        pass
+
+    def go_on(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -68,31 +98,48 @@ class SearchSplit:
     alphas: torch.Tensor
 
 
-def compute_for(settings: RuntimeSettings) -> Compute:
-    """Decide device, precision and threads: the only place that does.
+def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:
+    """Decide device, precision and (as `Compute.backend`) how workers talk: the only place that does.
+
+    Args:
+        settings: what is asked for.
+        gpus: how many GPUs the job may use, here or on a cluster.
 
     Raises:
-        ConfigError: if a GPU is asked for and there is none.
+        ConfigError: if what is asked for can't be.
     """
-    has_gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not has_gpu:
+    if settings.device == "cuda" and gpus == 0:
         raise ConfigError(
             "runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`"
         )
-    device = torch.device("cuda" if has_gpu and settings.device != "cpu" else "cpu")
-    torch.set_num_threads(threads_for(settings))
+    device = torch.device("cuda" if gpus > 0 and settings.device != "cpu" else "cpu")
     if device.type == "cpu":
         if settings.precision == "bf16":
             raise ConfigError("runtime.precision is bf16, and there is no GPU here: choose fp32 or auto")
         return Compute(device)
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    torch.backends.cudnn.benchmark = True
     return Compute(device, None if settings.precision == "fp32" else torch.bfloat16)
 
 
-def threads_for(settings: RuntimeSettings) -> int:
-    """Threads of this process: as set, else the cores it may use."""
-    return usable_cores() if settings.threads is None else settings.threads
+def compute_for(settings: RuntimeSettings) -> Compute:
+    """`choose_compute` for this process, which is then set up for it.
+
+    Raises:
+        ConfigError: if what is asked for can't be.
+    """
+    compute = choose_compute(settings, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    torch.set_num_threads(threads_in_process(settings.threads))
+    if compute.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        torch.backends.cudnn.benchmark = True
+    return compute
+
+
+def describe_place(compute: Compute, ranks: Ranks) -> str:
+    """One line for people: who computes, on what, with how many threads."""
+    threads = f"{count(torch.get_num_threads(), 'thread')}, {count(usable_cores(), 'core')} on this machine"
+    if not dist.is_initialized():
+        return f"in this process, {compute.device.type}, {threads}"
+    return f"{count(ranks.size, 'worker')} ({compute.device.type}, {compute.backend}), each {threads}"
 
 
 def open_dataset(
@@ -119,10 +166,16 @@ def open_dataset(
             f"data.image_size: pictures of {d.name} are {dataset.height}x{dataset.width}, networks need at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
         )
+    workers = config.runtime.worker_range.maximum
     for job in jobs:
-        cutout = getattr(config, job).cutout
+        cutout, batch_size = getattr(config, job).cutout, getattr(config, job).batch_size
         if cutout > side:
             raise ConfigError(f"{job}.cutout is {cutout}, above the pictures' side of {side}: lower it")
+        if batch_size < 2 * workers:  # batch norm needs two pictures
+            raise ConfigError(
+                f"{job}.batch_size is {batch_size}, of all workers together: {workers} need at least {2 * workers}, "
+                "raise it or lower runtime.workers"
+            )
     holdout = holdout_indices(config, dataset)
     if holdout is not None and len(holdout) == 0:
         raise ConfigError(
@@ -131,7 +184,7 @@ def open_dataset(
     return dataset
 
 
-def check_same_data(saved: dict[str, Any], dataset: ImageDataset, folder: Path) -> None:
+def check_same_data(saved: dict[str, Any], dataset: ImageDataset) -> None:
     """Refuse to go on with other pictures than a checkpoint was made from.
 
     Raises:
@@ -139,7 +192,7 @@ def check_same_data(saved: dict[str, Any], dataset: ImageDataset, folder: Path) 
     """
     if saved.get("data") != dataset.digest:
         raise CheckpointError(
-            f"{folder}: data set {dataset.name} has changed since this checkpoint, "
+            f"data set {dataset.name} has changed since the checkpoint of this run, "
             "restore it or start over with --fresh"
         )
 
@@ -200,12 +253,18 @@ def genotype_cost(config: Config, dataset: ImageDataset, genotype: Genotype) -> 
 
 
 class _Batches:
-    """Makes the batches of a job: every pass follows from (seed, purpose, epoch)."""
+    """Makes this rank's batches of a job: every pass follows from (seed, purpose, epoch, rank)."""
 
     def __init__(
-        self, config: Config, dataset: ImageDataset, compute: Compute, batch_size: int, cutout: int
+        self,
+        config: Config,
+        dataset: ImageDataset,
+        compute: Compute,
+        ranks: Ranks,
+        batch_size: int,
+        cutout: int,
     ) -> None:
-        self._dataset, self._compute, self._batch_size = dataset, compute, batch_size
+        self._dataset, self._compute, self._ranks, self._batch_size = dataset, compute, ranks, batch_size
         self._seed, self._workers = config.seed, config.runtime.data_workers
         self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
 
@@ -221,8 +280,11 @@ class _Batches:
             seed=derive_seed(self._seed, purpose),
             epoch=epoch,
             shuffle=True,
-            # A last batch of one picture has no variance for batch norm to divide by.
-            drop_last=len(indices) > self._batch_size and len(indices) % self._batch_size == 1,
+            # A rank's last batch of one picture has no variance for batch norm to divide by.
+            drop_last=0 < len(indices) % self._batch_size < 2 * self._ranks.size
+            and len(indices) > self._batch_size,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
             workers=self._workers,
         )
 
@@ -238,11 +300,13 @@ class _Batches:
             seed=0,
             epoch=0,
             shuffle=False,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
             workers=self._workers,
         )
 
 
-def build_search(config: Config, dataset: ImageDataset, compute: Compute) -> TwoStageSearch:
+def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> TwoStageSearch:
     """The search at its start."""
     s, space = config.search, config.space
     torch.manual_seed(derive_seed(config.seed, "init"))
@@ -273,35 +337,37 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute) -> Two
         solver=space.solver,
         termination_tol=s.termination_tol,
     )
-    return TwoStageSearch(supernet, settings, compute, config.seed)
+    return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
 
 
-def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer: Observer) -> list[Record]:
-    """Run (or go on with) a two-stage search.
+def search_worker(config: Config, dataset: ImageDataset, store: Store, observer: Observer) -> list[Record]:
+    """Run (or go on with) a two-stage search, with the other ranks of torch's process group if there is one.
 
     Args:
         config: the whole configuration.
         dataset: as `open_dataset` gives it.
-        folder: where checkpoints lie.
-        observer: told of every step and epoch.
+        store: of checkpoints; only rank 0's is used.
+        observer: told of every step and epoch; only rank 0's is.
 
     Returns:
         One record an epoch; the last one's genotype is the result.
     """
     compute = compute_for(config.runtime)
+    ranks = Ranks.current(compute.device)
+    observer = observer if ranks.is_first else Silent()
     split = search_split(config, dataset)
-    search = build_search(config, dataset, compute)
+    search = build_search(config, dataset, compute, ranks)
     history: list[Record] = []
-    saved = checkpoint.load_latest(folder)
+    saved = _load(store, dataset, ranks)
     if saved is not None:
-        check_same_data(saved, dataset, folder)
         search.load_state_dict(saved["search"])
         history = saved["history"]
-    observer.resumed(history)
-    source = _Batches(config, dataset, compute, config.search.batch_size, config.search.cutout)
+    observer.note(describe_place(compute, ranks))
+    observer.resumed(history, ranks.size)
+    source = _Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
     while search.epoch < config.search.epochs and not (history and history[-1]["converged"]):
         epoch = search.epoch
-        torch.manual_seed(derive_seed(config.seed, "epoch", epoch))
+        _seed_epoch(config, epoch, ranks)
         weight_batches = source.training("weights", split.weights, epoch)
         n_steps = len(weight_batches)
 
@@ -312,7 +378,7 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
             return source.training("alphas" if n == 0 else f"alphas/{n}", split.alphas, epoch)
 
         def observe(step: int, totals: Totals, epoch: int = epoch, n_steps: int = n_steps) -> None:
-            observer.step(epoch, step, n_steps, totals)
+            observer.step(epoch, step, n_steps, totals.metrics)
 
         start = time.perf_counter()
         train = search.train_epoch(weight_batches, alpha_batches, n_steps, observe)
@@ -332,7 +398,7 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
             # Each step takes a weight batch and an alpha batch through the network.
             "images_per_second": 2 * train.count / seconds,
         }
-        record = _record(epoch + 1, metrics, time.perf_counter() - start)
+        record = _record(epoch + 1, metrics, time.perf_counter() - start, ranks)
         if epoch == 0:
             record["start_nodes"] = search.first_recovery.to_rows()
         record["nodes"] = recovery.to_rows()
@@ -340,10 +406,12 @@ def search_worker(config: Config, dataset: ImageDataset, folder: Path, observer:
         record["genotype"] = genotype.to_json()
         record["converged"] = search.has_converged(recovery)
         history.append(record)
-        checkpoint.save(
-            folder, search.epoch, {"search": search.state_dict(), "history": history, "data": dataset.digest}
-        )
+        if ranks.is_first:
+            state = {"search": search.state_dict(), "history": history, "data": dataset.digest}
+            store.write(search.epoch, checkpoint.serialize(state))
         observer.epoch_done(history)
+        if not ranks.from_first(observer.go_on):
+            break
     return history
 
 
@@ -364,22 +432,24 @@ def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> T
 
 
 def retrain_worker(
-    config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path, observer: Observer
-) -> tuple[TargetNet, list[Record]]:
-    """Train (or go on training) the network of a genotype from scratch.
+    config: Config, dataset: ImageDataset, store: Store, observer: Observer, genotype: Genotype
+) -> list[Record]:
+    """Train (or go on training) the network of a genotype from scratch, with the other ranks if there are any.
 
     Args:
         config: the whole configuration.
-        genotype: the cells.
         dataset: as `open_dataset` gives it.
-        folder: where checkpoints lie.
-        observer: told of every step and epoch.
+        store: of checkpoints; only rank 0's is used. The last one holds the trained network, see `trained_network`.
+        observer: told of every step and epoch; only rank 0's is.
+        genotype: the cells.
 
     Returns:
-        The network with the last epoch's weights, and one record an epoch; the last one holds the test figures.
+        One record an epoch; the last one holds the test figures.
     """
     r = config.retrain
     compute = compute_for(config.runtime)
+    ranks = Ranks.current(compute.device)
+    observer = observer if ranks.is_first else Silent()
     net = build_target(config, genotype, dataset)
     to_channels_last(net.to(compute.device))
     optimizer = torch.optim.SGD(
@@ -391,22 +461,19 @@ def retrain_worker(
         fused=compute.device.type == "cuda",
     )
     history: list[Record] = []
-    saved = checkpoint.load_latest(folder)
+    saved = _load(store, dataset, ranks)
     if saved is not None:
-        if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
-            raise CheckpointError(
-                f"{folder}: the checkpoint is not of this genotype's retraining, use --fresh"
-            )
-        check_same_data(saved, dataset, folder)
+        check_same_genotype(saved, genotype)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         history = saved["history"]
-    observer.resumed(history)
+    observer.note(describe_place(compute, ranks))
+    observer.resumed(history, ranks.size)
     indices, holdout = training_indices(config, dataset), holdout_indices(config, dataset)
-    source = _Batches(config, dataset, compute, r.batch_size, r.cutout)
+    source = _Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
     cost = genotype_cost(config, dataset, genotype)
     for epoch in range(len(history), r.epochs):
-        torch.manual_seed(derive_seed(config.seed, "epoch", epoch))
+        _seed_epoch(config, epoch, ranks)
         net.drop_path_prob = r.drop_path * epoch / r.epochs
         train_batches = source.training("retrain", indices, epoch)
         n_steps = len(train_batches)
@@ -418,7 +485,7 @@ def retrain_worker(
             )
 
         def observe(step: int, totals: Totals, epoch: int = epoch, n_steps: int = n_steps) -> None:
-            observer.step(epoch, step, n_steps, totals)
+            observer.step(epoch, step, n_steps, totals.metrics)
 
         start = time.perf_counter()
         train = train_target_epoch(
@@ -431,33 +498,87 @@ def retrain_worker(
             label_smoothing=r.label_smoothing,
             grad_clip=r.grad_clip,
             observe=observe,
+            ranks=ranks,
         )
         seconds = time.perf_counter() - start
         check_finite(train, net.parameters(), epoch + 1)
         net.eval()
         metrics = {**_named("train", train), **cost, "images_per_second": train.count / seconds}
         if holdout is not None:
-            metrics.update(_named("valid", evaluate(net, source.measuring("train", holdout), compute)))
+            metrics.update(_named("valid", evaluate(net, source.measuring("train", holdout), compute, ranks)))
         if (epoch + 1) % r.test_every == 0 or epoch + 1 == r.epochs:
-            metrics.update(_named("test", evaluate(net, source.measuring("test", None), compute)))
-        history.append(_record(epoch + 1, metrics, time.perf_counter() - start))
-        state = {
-            "kind": "retrain",
-            "genotype": genotype.to_json(),
-            "net": net.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": history,
-            "data": dataset.digest,
-        }
-        checkpoint.save(folder, epoch + 1, state)
+            metrics.update(_named("test", evaluate(net, source.measuring("test", None), compute, ranks)))
+        history.append(_record(epoch + 1, metrics, time.perf_counter() - start, ranks))
+        if ranks.is_first:
+            state = {
+                "kind": "retrain",
+                "genotype": genotype.to_json(),
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "history": history,
+                "data": dataset.digest,
+            }
+            store.write(epoch + 1, checkpoint.serialize(state))
         observer.epoch_done(history)
-    return net.eval(), history
+        if not ranks.from_first(observer.go_on):
+            break
+    return history
+
+
+def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNet:
+    """The network that a finished retraining left in its folder, with the last epoch's weights, in eval mode.
+
+    Raises:
+        CheckpointError: if the last epoch's checkpoint is not there or not whole.
+    """
+    saved = checkpoint.load_latest(folder)
+    if saved is None or len(saved["history"]) != config.retrain.epochs:
+        raise CheckpointError(
+            f"{folder}: the last epoch's checkpoint is broken, the same command trains it again"
+        )
+    check_same_genotype(saved, genotype)
+    net = build_target(config, genotype, dataset)
+    net.load_state_dict(saved["net"])
+    return net.eval()
+
+
+def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:
+    """Refuse to go on from another network's checkpoint.
+
+    Raises:
+        CheckpointError: if it is not of this genotype's retraining.
+    """
+    if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
+        raise CheckpointError("the checkpoint is not of this genotype's retraining, use --fresh")
+
+
+def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] | None:
+    """Rank 0's newest checkpoint, on every rank; all must look at the same pictures as it did."""
+    ranks.check_same(f"data set {dataset.name}", dataset.digest)
+    data = ranks.from_first(store.read)
+    if data is None:
+        return None
+    saved = checkpoint.deserialize(data)
+    check_same_data(saved, dataset)
+    return saved
+
+
+def _seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:
+    """Seed what draws from the global generator (drop path), on every rank its own stream."""
+    rank = (ranks.rank,) if ranks.rank else ()  # rank 0's is that of a run in one process
+    torch.manual_seed(derive_seed(config.seed, "epoch", epoch, *rank))
 
 
 def _named(split: str, metrics: Metrics) -> dict[str, float]:
     return {f"{split}/loss": metrics.loss, f"{split}/top1": metrics.top1}
 
 
-def _record(epoch: int, metrics: dict[str, float], seconds: float) -> Record:
+def _record(epoch: int, metrics: dict[str, float], seconds: float, ranks: Ranks) -> Record:
     """One epoch's record; `epoch` counts the epochs done, from 1, as people and MLflow's steps do."""
-    return {"epoch": epoch, "timestamp_ms": int(time.time() * 1000), "seconds": seconds, "metrics": metrics}
+    return {
+        "epoch": epoch,
+        "timestamp_ms": int(time.time() * 1000),
+        "seconds": seconds,
+        "workers": ranks.size,
+        "metrics": metrics,
+    }

@@ -11,12 +11,13 @@ from istanas.data.datasets import (
     stratified_split,
     stratified_subset,
 )
-from istanas.data.loading import BatchLoader, batches
+from istanas.data.loading import Batch, BatchLoader, batches
 
 __all__ = [
     "DATASETS",
     "ArrayPictures",
     "Augmentation",
+    "Batch",
     "BatchLoader",
     "FilePictures",
     "ImageDataset",

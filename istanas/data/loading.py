@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,21 @@ from istanas.errors import ConfigError, DataError
 _on_device: WeakKeyDictionary[ArrayPictures, dict[torch.device, ArrayPictures]] = WeakKeyDictionary()
 
 
+class Batch(NamedTuple):
+    """The pictures of one step on one rank.
+
+    Args:
+        images: (B, C, H, W) floats.
+        labels: (B,) int64.
+        weight: ranks times this rank's share of the global batch's pictures. The mean over ranks of
+            `weight` times the rank's mean loss is the mean over all pictures, however unevenly they are shared.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class BatchLoader:
     """The batches of one epoch on one rank; made by `batches`.
@@ -31,6 +46,7 @@ class BatchLoader:
     Args:
         pictures: where the batches come from.
         parts: indices into the pictures, one tensor a batch.
+        weights: see `Batch`, one a batch.
         mean: per channel, in [0, 1].
         std: per channel, > 0.
         augmentation: None only normalises.
@@ -43,6 +59,7 @@ class BatchLoader:
 
     pictures: Pictures
     parts: tuple[Tensor, ...]
+    weights: tuple[float, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation | None
@@ -61,12 +78,17 @@ class BatchLoader:
         """Return how many pictures one pass yields on this rank."""
         return sum(part.numel() for part in self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (pictures (B, C, H, W) floats in channels_last, labels (B,) int64), both on the device."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches on the device, the pictures in channels_last."""
         generator = torch.Generator().manual_seed(self.rank_seed)
         if isinstance(self.pictures, FilePictures):
-            return self._from_files(self.pictures, generator)
-        return self._from_arrays(self.pictures, generator)
+            pairs = self._from_files(self.pictures, generator)
+        else:
+            pairs = self._from_arrays(self.pictures, generator)
+        return (
+            Batch(images, labels, weight)
+            for (images, labels), weight in zip(pairs, self.weights, strict=True)
+        )
 
     def _from_arrays(
         self, pictures: ArrayPictures, generator: torch.Generator
@@ -153,7 +175,7 @@ def batches(
         >>> from istanas.data.datasets import load_dataset
         >>> loader = batches(load_dataset("digits"), "test", None, batch_size=100, augmentation=None,
         ...                  device=torch.device("cpu"), seed=0, epoch=0, shuffle=False)
-        >>> len(loader), loader.n_pictures, next(iter(loader))[0].shape
+        >>> len(loader), loader.n_pictures, next(iter(loader)).images.shape
         (4, 359, torch.Size([100, 1, 8, 8]))
     """
     pictures = dataset.train if split == "train" else dataset.test
@@ -172,10 +194,13 @@ def batches(
     if shuffle:
         generator = torch.Generator().manual_seed(_derived_seed("order", seed, epoch))
         order = order[torch.randperm(order.numel(), generator=generator)]
+    wholes = _global_batches(order, batch_size, world_size, drop_last)
+    parts = tuple(whole[rank::world_size] for whole in wholes)
     return BatchLoader(
         pictures=pictures,
-        parts=tuple(
-            part[rank::world_size] for part in _global_batches(order, batch_size, world_size, drop_last)
+        parts=parts,
+        weights=tuple(
+            world_size * part.numel() / whole.numel() for part, whole in zip(parts, wholes, strict=True)
         ),
         mean=dataset.mean,
         std=dataset.std,

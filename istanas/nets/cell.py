@@ -1,9 +1,9 @@
-"""What supernet and target network share: stems, the layout of cells in depth, and the heads."""
+"""What supernet and target network share: stems, the layout of cells in depth, what of it is live, and the heads."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets.operations import FactorizedReduce, ReLUConvBN
+from istanas.space import N_CELL_INPUTS
 
 MIN_IMAGE_SIZE = 8
 STEM_MULTIPLIER = 3
@@ -67,6 +68,57 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
     return places
 
 
+def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozenset[int]:
+    """The states of a cell that its output depends on; the others need not be computed.
+
+    Args:
+        reads: per node the states that it sums operations of; 0 and 1 are the cell's inputs, 2 + i is node i.
+        concat: the states that the output concatenates.
+
+    Returns:
+        The live ones among inputs and nodes.
+
+    Example:
+        >>> sorted(live_states([[0], [1], [2, 2]], concat=[4]))  # node 1 (state 3) is read by nobody
+        [0, 2, 4]
+    """
+    live = set(concat)
+    for node in reversed(range(len(reads))):
+        if N_CELL_INPUTS + node in live:
+            live.update(reads[node])
+    return frozenset(live)
+
+
+def live_places(
+    kinds: Sequence[str], states: Mapping[str, Collection[int]], auxiliary: int | None = None
+) -> tuple[bool, ...]:
+    """Which cells, and which outputs of the stem, the network's output depends on.
+
+    Cell i reads places i and i + 1 of [stem s0, stem s1, cell 0, ..., cell L - 1], if its kind reads inputs 0 and 1.
+
+    Args:
+        kinds: of the L >= 1 cells in depth order.
+        states: per kind the live states of such a cell, as `live_states` gives them.
+        auxiliary: index of a cell whose output is needed beside the last one's.
+
+    Returns:
+        L + 2 truth values, one a place.
+
+    Example:
+        >>> live_places(["normal", "reduce", "normal"], {"normal": [0, 2], "reduce": [0, 1, 2]})
+        (True, False, True, False, True)
+    """
+    live = [False] * (len(kinds) + N_CELL_INPUTS)
+    live[-1] = True
+    if auxiliary is not None:
+        live[N_CELL_INPUTS + auxiliary] = True
+    for cell in reversed(range(len(kinds))):
+        if live[N_CELL_INPUTS + cell]:
+            for state in range(N_CELL_INPUTS):
+                live[cell + state] |= state in states[kinds[cell]]
+    return tuple(live)
+
+
 def check_sizes(**sizes: int) -> None:
     """Refuse a size below 1, by its name.
 
@@ -89,6 +141,13 @@ def make_preprocess(place: CellPlace, affine: bool) -> tuple[nn.Module, nn.Modul
     else:
         first = ReLUConvBN(place.c_prev_prev, place.channels, affine)
     return first, ReLUConvBN(place.c_prev, place.channels, affine)
+
+
+def live_inputs(
+    preprocess: Sequence[nn.Module], inputs: Sequence[Tensor | None], live: Collection[int]
+) -> dict[int, Tensor]:
+    """The first states of a cell: its live inputs, each brought to the cell's width and size."""
+    return {i: preprocess[i](s) for i, s in enumerate(inputs) if i in live}
 
 
 class Stem(nn.Module):
@@ -115,12 +174,19 @@ class Stem(nn.Module):
                 nn.ReLU(), nn.Conv2d(c, c, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c)
             )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, second: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The inputs (s0, s1); without `second`, nobody reads s1 and it may be None."""
         if self.kind == "cifar":
             x = self.stem(x)
             return x, x
         x = self.stem0(x)
-        return x, self.stem1(x)
+        return x, self.stem1(x) if second else None
+
+    def live_parts(self, second: bool) -> list[nn.Module]:
+        """The modules that `forward` runs."""
+        if self.kind == "cifar":
+            return [self.stem]
+        return [self.stem0, self.stem1] if second else [self.stem0]
 
 
 class AuxiliaryHead(nn.Module):
@@ -164,12 +230,53 @@ class AuxiliaryHead(nn.Module):
 
 
 class CellNetwork(nn.Module):
-    """Stem, cells and classifier: the part of forward that both networks have in common."""
+    """Stem, cells and classifier: the part of forward that both networks have in common.
+
+    Only what is live runs: a part that the outputs do not depend on gets no gradient, so in data-parallel
+    training nobody may wait for one. The auxiliary head counts as an output in training only.
+    """
 
     stem: Stem
     cells: nn.ModuleList
     classifier: nn.Linear
     auxiliary_head: AuxiliaryHead | None
+    _live_in_training: tuple[bool, ...] = ()  # as `live_places` gives it
+    _live_in_eval: tuple[bool, ...] = ()
+    _live_parts: Sequence[nn.Module] = ()
+    _active_parameters: Sequence[nn.Parameter] = ()
+
+    def active_parameters(self) -> list[nn.Parameter]:
+        """The weights that get a gradient in a training step, and no others."""
+        return list(self._active_parameters)
+
+    def active_buffers(self) -> list[Tensor]:
+        """The running statistics that a training step changes: floating-point buffers of the live parts."""
+        # Walked anew: moving a network to another device or type replaces its buffers.
+        return [b for part in self._live_parts for b in part.buffers() if b.is_floating_point()]
+
+    def _set_live(self, states: Mapping[str, Collection[int]]) -> None:
+        """Plan what runs, from each kind's live states. Walking the modules takes milliseconds: never in a step."""
+        kinds = [str(cell.kind) for cell in self.cells]
+        self._live_in_training = self._live_in_eval = live_places(kinds, states)
+        if self.auxiliary_head is not None:
+            self._live_in_training = live_places(kinds, states, auxiliary_position(len(kinds)))
+        parts = [*self.stem.live_parts(second=self._live_in_training[1]), self.classifier]
+        if self.auxiliary_head is not None:
+            parts.append(self.auxiliary_head)
+        for cell in self._live_cells():
+            preprocess: list[Any] = [cell.preprocess0, cell.preprocess1]
+            parts += [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
+            parts += self._live_operations(cell)
+        self._live_parts = parts
+        self._active_parameters = [p for part in parts for p in part.parameters()]
+
+    def _live_cells(self) -> list[nn.Module]:
+        live = self._live_in_training[N_CELL_INPUTS:]
+        return [cell for cell, is_live in zip(self.cells, live, strict=True) if is_live]
+
+    def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
+        """The operations that a live cell runs."""
+        raise NotImplementedError
 
     def _logits(
         self, x: Tensor, cell_arguments: Mapping[str, tuple[Any, ...]]
@@ -179,10 +286,12 @@ class CellNetwork(nn.Module):
                 f"pictures are {x.shape[2]}x{x.shape[3]}: the networks need {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, "
                 "enlarge them with data.image_size"
             )
-        s0, s1 = self.stem(x)
+        live = self._live_in_training if self.training else self._live_in_eval
+        s0, s1 = self.stem(x, second=live[1])
         auxiliary = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, *cell_arguments[str(cell.kind)])
+            is_live = live[N_CELL_INPUTS + i]
+            s0, s1 = s1, cell(s0, s1, *cell_arguments[str(cell.kind)]) if is_live else None
             if self.training and self.auxiliary_head is not None and i == auxiliary_position(len(self.cells)):
                 auxiliary = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary

@@ -7,14 +7,23 @@ everything outside it costs nothing: no forward, no gradient, no optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
-from istanas.nets.cell import CellNetwork, CellPlace, Stem, cell_places, check_sizes, make_preprocess
+from istanas.nets.cell import (
+    CellNetwork,
+    CellPlace,
+    Stem,
+    cell_places,
+    check_sizes,
+    live_inputs,
+    live_states,
+    make_preprocess,
+)
 from istanas.nets.operations import make_operation
 from istanas.nets.target import apply_operation, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
@@ -81,16 +90,18 @@ class SearchCell(nn.Module):
             for state in range(space.n_node_edges(node))
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+    def forward(
+        self, s0: Tensor | None, s1: Tensor | None, live: Collection[int], plan: Plan, weights: Tensor
+    ) -> Tensor:
+        states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), live)
         rectified: dict[int, Tensor] = {}
-        for node, alphas in zip(plan, weights, strict=True):
+        for i, (node, alphas) in enumerate(zip(plan, weights, strict=True)):
             terms = [
                 alpha * apply_operation(self.ops[edge][op], states, rectified, state)  # type: ignore[index]
                 for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True)
             ]
-            states.append(sum_terms(terms))
-        return torch.cat(states[N_CELL_INPUTS:], dim=1)
+            states[N_CELL_INPUTS + i] = sum_terms(terms)
+        return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)
 
 
 Plan = list[list[tuple[int, int, int]]]  # per node the active (state, edge of the cell, op)
@@ -147,7 +158,8 @@ class Supernet(CellNetwork):
         self._codes: dict[str, list[NodeCode]] = {}
         self._kept: dict[str, _KeptColumns] = {}
         self._plans: dict[str, Plan] = {}
-        self._active_parameters: list[nn.Parameter] = []
+        self._states: dict[str, frozenset[int]] = {}
+        self._active_alphas: Sequence[nn.Parameter] = ()
 
     def weights(self) -> list[nn.Parameter]:
         """Every parameter but the compressed alphas: what SGD trains."""
@@ -184,9 +196,14 @@ class Supernet(CellNetwork):
             ]
             for cell in CELLS
         }
-
-        # Walking the modules takes milliseconds: once here, not at every step.
-        self._active_parameters = self._find_active_parameters()
+        nodes = range(N_CELL_INPUTS, N_CELL_INPUTS + self.space.n_nodes)
+        self._states = {
+            cell: live_states([[state for state, _, _ in node] for node in plan], concat=nodes)
+            for cell, plan in self._plans.items()
+        }
+        self._set_live(self._states)
+        kinds = {cell.kind for cell in self._live_cells()}
+        self._active_alphas = [self.compressed_alphas[cell] for cell in CELLS if cell in kinds]
 
     def genotype(self) -> Genotype:
         """The architecture that is active now."""
@@ -206,22 +223,17 @@ class Supernet(CellNetwork):
             weights[cell] = alphas.to(b.dtype)
         return weights
 
-    def active_parameters(self) -> list[nn.Parameter]:
-        """The weights that the active architecture uses: the only ones that get a gradient."""
-        return self._active_parameters
+    def active_alphas(self) -> list[nn.Parameter]:
+        """The compressed alphas that get a gradient: those of the kinds that have a live cell."""
+        return list(self._active_alphas)
 
-    def _find_active_parameters(self) -> list[nn.Parameter]:
-        parts: list[nn.Module] = [self.stem, self.classifier]
-        for cell in self.cells:
-            parts += [cell.preprocess0, cell.preprocess1]  # type: ignore[list-item]
-            plan = self._plans[str(cell.kind)]
-            parts += [cell.ops[edge][op] for node in plan for _, edge, op in node]  # type: ignore[index,misc]
-        return [p for part in parts for p in part.parameters()]
+    def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
+        return [cell.ops[edge][op] for node in self._plans[str(cell.kind)] for _, edge, op in node]  # type: ignore[index,misc]
 
     def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
         """Logits (B, classes); `weights` as `edge_weights()` gives them, computed here if None."""
         if not self._plans:
             raise ConfigError("the supernet has no active operations: call install_codes first")
         weights = self.edge_weights() if weights is None else weights
-        arguments = {cell: (self._plans[cell], weights[cell]) for cell in CELLS}
+        arguments = {cell: (self._states[cell], self._plans[cell], weights[cell]) for cell in CELLS}
         return self._logits(x, arguments)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import count
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +17,8 @@ from istanas.nets.cell import (
     auxiliary_position,
     cell_places,
     check_sizes,
+    live_inputs,
+    live_states,
     make_preprocess,
 )
 from istanas.nets.operations import RectifiedBlock, make_operation
@@ -27,8 +32,13 @@ class TargetCell(nn.Module):
         super().__init__()
         self.kind = place.kind
         self.preprocess0, self.preprocess1 = make_preprocess(place, affine=True)
-        self.picks = genotype.picks(place.kind)
+        picks = genotype.picks(place.kind)
         self.concat = genotype.concat(place.kind)
+        self.live = live_states([[state for _, state in node] for node in picks], self.concat)
+        position = count()
+        terms = [[(next(position), state) for _, state in node] for node in picks]
+        # Per live node its state and the (position in ops, state) of its picks.
+        self.plan = [(i, node) for i, node in enumerate(terms, N_CELL_INPUTS) if i in self.live]
         self.ops = nn.ModuleList(
             make_operation(
                 op,
@@ -38,23 +48,22 @@ class TargetCell(nn.Module):
                 pool_batchnorm=op_batchnorm,
                 skip_batchnorm=op_batchnorm,
             )
-            for node in self.picks
+            for node in picks
             for op, state in node
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path: float) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+    def forward(self, s0: Tensor | None, s1: Tensor | None, drop_path: float) -> Tensor:
+        states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), self.live)
         rectified: dict[int, Tensor] = {}
-        ops = iter(self.ops)
-        for node in self.picks:
+        for node, picks in self.plan:
             terms = []
-            for _, state in node:
-                op = next(ops)
+            for position, state in picks:
+                op = self.ops[position]
                 out = apply_operation(op, states, rectified, state)
                 if drop_path > 0 and not isinstance(op, nn.Identity):
                     out = drop_whole_path(out, drop_path)
                 terms.append(out)
-            states.append(sum_terms(terms))
+            states[node] = sum_terms(terms)
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
@@ -102,12 +111,17 @@ class TargetNet(CellNetwork):
         places = cell_places(init_channels, layers, stem, n_concat)
         self.drop_path_prob = 0.0
         self.stem = Stem(stem, in_channels, init_channels)
-        self.cells = nn.ModuleList(TargetCell(genotype, place, op_batchnorm) for place in places)
+        cells = [TargetCell(genotype, place, op_batchnorm) for place in places]
+        self.cells = nn.ModuleList(cells)
         widths = [n_concat[place.kind] * place.channels for place in places]
         self.auxiliary_head = (
             AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
+        self._set_live({cell.kind: cell.live for cell in cells})
+
+    def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
+        return [cell.ops[position] for _, picks in cell.plan for position, _ in picks]  # type: ignore[index,misc,union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_auxiliary(x)[0]
@@ -118,7 +132,9 @@ class TargetNet(CellNetwork):
         return self._logits(x, {"normal": drop_path, "reduce": drop_path})
 
 
-def apply_operation(op: nn.Module, states: list[Tensor], rectified: dict[int, Tensor], state: int) -> Tensor:
+def apply_operation(
+    op: nn.Module, states: Mapping[int, Tensor], rectified: dict[int, Tensor], state: int
+) -> Tensor:
     """`op` on a state of the cell; blocks that open with ReLU share one rectified copy of the state."""
     if not isinstance(op, RectifiedBlock):
         out: Tensor = op(states[state])

@@ -5,12 +5,15 @@ No I/O: the caller brings batches and stores what comes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from istanas.data import Batch
+from istanas.distributed import Ranks
 from istanas.errors import DataError
 from istanas.nets import NodeCode, Supernet
 from istanas.search.state import (
@@ -24,9 +27,15 @@ from istanas.search.state import (
     draw_matrices,
 )
 from istanas.space import CELLS
-from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support, truncation_error
+from istanas.sparse import (
+    RecoveryResult,
+    initial_compressed_alphas,
+    recover_nodes,
+    top_support,
+    truncation_error,
+)
 from istanas.training import (
-    Batch,
+    BatchLike,
     Compute,
     Metrics,
     Observer,
@@ -83,6 +92,8 @@ class TwoStageSearch:
         settings: see `TwoStageSettings`.
         compute: device and precision.
         seed: of the compressed alphas.
+        ranks: who searches with this process; None: nobody. All make the same calls, each with its share of
+            every batch, and hold the same network and codes after each.
 
     Example:
         >>> from istanas.space import CellSpace
@@ -95,8 +106,16 @@ class TwoStageSearch:
         4
     """
 
-    def __init__(self, supernet: Supernet, settings: TwoStageSettings, compute: Compute, seed: int) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        settings: TwoStageSettings,
+        compute: Compute,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.supernet = supernet
+        self.ranks = ranks or Ranks()
         self.settings = settings
         self.compute = compute
         self.epoch = 0  # epochs done
@@ -134,8 +153,8 @@ class TwoStageSearch:
 
     def train_epoch(
         self,
-        weight_batches: Iterable[Batch],
-        alpha_batches: Callable[[], Iterable[Batch]],
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Callable[[], Iterable[BatchLike]],
         n_steps: int,
         observe: Observer | None = None,
     ) -> Metrics:
@@ -148,7 +167,8 @@ class TwoStageSearch:
             observe: called after every step.
 
         Returns:
-            Mean loss and top-1 of the weight steps.
+            Mean loss and top-1 of the weight steps, over the pictures of all ranks; the running statistics of
+            batch norm are then the means over the ranks.
         """
         self.supernet.train()
         totals = Totals(self.compute.device)
@@ -162,68 +182,72 @@ class TwoStageSearch:
             self.weight_step(batch, totals)
             if observe is not None:
                 observe(step + 1, totals)
+        self.ranks.average(self.supernet.active_buffers())
         self.epoch += 1
-        return totals.metrics()
+        return totals.metrics(self.ranks)
 
-    def alpha_step(self, batch: Batch) -> None:
+    def alpha_step(self, batch: BatchLike) -> None:
         """One Adam step on the compressed alphas; no weight has a gradient."""
-        images, target = batch
+        images, target, weight = Batch(*batch)
         with without_gradients(self.weights):
             with self.compute.autocast():
-                logits = self.supernet(images)
+                logits = self._forward_for_alphas(images)
             loss = cross_entropy(logits, target)
             self.alpha_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * weight).backward()
         self.alpha_optimizer.step()
 
-    def weight_step(self, batch: Batch, totals: Totals) -> None:
+    def weight_step(self, batch: BatchLike, totals: Totals) -> None:
         """One SGD step on the active weights; no alpha has a gradient.
 
         Inactive operations keep gradient None, so that neither decay nor momentum touches them, and their
         optimiser state waits for their return.
         """
-        images, target = batch
+        images, target, weight = Batch(*batch)
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()
         with self.compute.autocast():
-            logits = self.supernet(images, edge_weights)
+            logits = self._forward_for_weights(images, edge_weights)
         loss = cross_entropy(logits, target)
         self.weight_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * weight).backward()
         clip_gradients(self.supernet.active_parameters(), self.settings.grad_clip)
         self.weight_optimizer.step()
         totals.add(loss, logits, target)
 
-    def validate(self, batches: Iterable[Batch]) -> Metrics:
-        """Loss and top-1 of the architecture just trained, eval mode."""
+    def validate(self, batches: Iterable[BatchLike]) -> Metrics:
+        """Loss and top-1 of the architecture just trained, eval mode, over the pictures of all ranks."""
         self.supernet.eval()
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()
-        return evaluate(lambda images: self.supernet(images, edge_weights), batches, self.compute)
+
+        def forward(images: Tensor) -> Tensor:
+            logits: Tensor = self.supernet(images, edge_weights)
+            return logits
+
+        return evaluate(forward, batches, self.compute, self.ranks)
 
     def recover(self) -> RecoveryReport:
         """Recover every node's code from its b, keep the largest entries, make them the active operations.
 
+        Rank 0 recovers, for all.
+
         Returns:
             What changed, with each node's certificate. Distances are 0 at the first recovery.
+
+        Raises:
+            IstanasError: if the ranks end with different architectures.
         """
-        space, s = self.supernet.space, self.settings
+        space = self.supernet.space
         places = [(cell, node) for cell in CELLS for node in range(space.n_nodes)]
         before = [self.codes[cell][node] if self.codes else None for cell, node in places]
-        results = recover_nodes(
-            [self._matrices[cell][node] for cell, node in places],
-            [self.supernet.compressed_alphas[cell][node].detach().double().cpu() for cell, node in places],
-            l1_weight=s.l1_weight,
-            solver=s.solver,
-            supports=[None if old is None else old.sparse_code.nonzero().flatten().numpy() for old in before],
-        )
+        results = self.ranks.from_first(lambda: self._recover_nodes(places, before))
         codes: Codes = {cell: [] for cell in CELLS}
         for (cell, node), result in zip(places, results, strict=True):
             z = torch.as_tensor(result.z)
             support = tuple(int(i) for i in top_support(z, space.sparsity, groups=space.edge_groups(node)))
             codes[cell].append(NodeCode(self._matrices[cell][node], z, support))
-        self.codes = codes
-        self.supernet.install_codes(codes)
+        self._install(codes)
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()
         reports = []
@@ -243,6 +267,29 @@ class TwoStageSearch:
                 )
             )
         return RecoveryReport(reports)
+
+    def _recover_nodes(
+        self, places: Sequence[tuple[str, int]], before: Sequence[NodeCode | None]
+    ) -> list[RecoveryResult]:
+        alphas = {cell: self.supernet.compressed_alphas[cell].detach().double().cpu() for cell in CELLS}
+        return recover_nodes(
+            [self._matrices[cell][node] for cell, node in places],
+            [alphas[cell][node] for cell, node in places],
+            l1_weight=self.settings.l1_weight,
+            solver=self.settings.solver,
+            supports=[None if old is None else old.sparse_code.nonzero().flatten().numpy() for old in before],
+        )
+
+    def _install(self, codes: Codes) -> None:
+        """Make the codes' operations the active ones, on every rank the same.
+
+        What is active has changed, so gradients are averaged over other parameters from here on.
+        """
+        self.codes = codes
+        self.supernet.install_codes(codes)
+        self.ranks.check_same("genotype", self.supernet.genotype().digest())
+        self._forward_for_weights = self.ranks.data_parallel(self.supernet, self.supernet.active_parameters())
+        self._forward_for_alphas = self.ranks.data_parallel(self.supernet, self.supernet.active_alphas())
 
     def has_converged(self, report: RecoveryReport) -> bool:
         """Whether every code moved by at most `termination_tol` in the last epoch."""
@@ -271,13 +318,13 @@ class TwoStageSearch:
         self.supernet.load_state_dict(state["supernet"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.codes = codes_from_state(state["codes"])
-        self._matrices = {cell: [node.measurement_matrix for node in self.codes[cell]] for cell in CELLS}
-        self.supernet.install_codes(self.codes)
+        codes = codes_from_state(state["codes"])
+        self._matrices = {cell: [node.measurement_matrix for node in codes[cell]] for cell in CELLS}
+        self._install(codes)
         self.epoch = int(state["epoch"])
 
 
-def endless(make_batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+def endless(make_batches: Callable[[], Iterable[BatchLike]]) -> Iterator[BatchLike]:
     """The batches of one pass after another.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 import pandas as pd
 from rich.console import Console
 
-from istanas.training import Totals
+from istanas.data import ImageDataset
+from istanas.training import Metrics
+from pipeline.cluster import LOG_FOLDER
 from pipeline.config import Config, flat_params, to_yaml
 from pipeline.progress import EpochBar
+from pipeline.resources import count
 from pipeline.rundir import (
     LOCK_FILE,
     OWNER_FILE,
@@ -30,7 +33,7 @@ from pipeline.rundir import (
     new_key,
 )
 from pipeline.tracking import Tracker, open_tracker, public_uri
-from pipeline.worker import Record
+from pipeline.worker import Record, compute_for, open_dataset
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -88,16 +91,25 @@ class RunObserver:
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
 
-    def resumed(self, history: list[Record]) -> None:
+    def note(self, text: str) -> None:
+        self._bar.line(text)
+
+    def resumed(self, history: list[Record], workers: int) -> None:
         # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
         self._run.replace_metrics(MetricsLine(r["epoch"], r["timestamp_ms"], r["metrics"]) for r in history)
         self._tracker.deliver()
         if history:
             self._write_trajectory(history)
             self._bar.line(f"resumed after epoch {len(history)}")
+            before = history[-1]["workers"]
+            if workers != before:
+                self._bar.line(
+                    f"{count(workers, 'worker')} instead of {before}: the same global batch and schedule, but no "
+                    "longer bit for bit the run that it would have been"
+                )
 
-    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
-        self._bar.step(epoch, step, n_steps, totals)
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+        self._bar.step(epoch, step, n_steps, read)
 
     def epoch_done(self, history: list[Record]) -> None:
         new = history[-1]
@@ -106,6 +118,9 @@ class RunObserver:
         self._bar.line(self._describe(history))
         self._tracker.deliver()
 
+    def go_on(self) -> bool:
+        return True
+
     def _write_trajectory(self, history: list[Record]) -> None:
         rows = trajectory_rows(history)
         if rows:
@@ -113,7 +128,7 @@ class RunObserver:
 
 
 Prepared = TypeVar("Prepared")
-_LOCK_FILES = {LOCK_FILE, OWNER_FILE}
+_NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER}  # what is there before a run begins
 
 
 def execute(
@@ -147,7 +162,7 @@ def execute(
         try:
             return _execute_locked(run, spec, prepare, body, describe, fresh, console)
         finally:
-            if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _LOCK_FILES:
+            if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _NOT_THE_RUNS:
                 shutil.rmtree(run.path)  # refused before any work: leave no empty run behind
 
 
@@ -200,6 +215,32 @@ def _execute_locked(
             f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
         )
     return _with_ids(outcome.result, run, tracker)
+
+
+def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
+    """The pictures, and the settings of the jobs to come checked against them and, in process, this machine."""
+    if config.runtime.worker_range.maximum == 0:
+        compute_for(config.runtime)
+    return open_dataset(config, jobs, _decoding_progress(console))
+
+
+def console_line(console: Console) -> Callable[[str], None]:
+    """What writes a line for people."""
+    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _decoding_progress(console: Console) -> Callable[[int, int], None]:
+    """Tell, every tenth of the way, how many pictures are decoded (once, before they are cached)."""
+    told = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(total, 1)
+        if tenth != told:
+            told = tenth
+            console.print(f"decoding pictures: {done} of {total}", highlight=False)
+
+    return progress
 
 
 def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
@@ -266,10 +307,10 @@ def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
 
 
 def _clear(path: Path) -> None:
-    """Delete all but the lock, the record first: a kill in between leaves nothing that looks like a run."""
+    """Delete all but lock and Ray's logs, the record first: a kill in between leaves nothing that looks like a run."""
     (path / RECORD_FILE).unlink(missing_ok=True)
     for entry in path.iterdir():
-        if entry.name in _LOCK_FILES:
+        if entry.name in _NOT_THE_RUNS:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

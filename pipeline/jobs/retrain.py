@@ -8,6 +8,7 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.space import Genotype
+from pipeline.cluster import Runtime
 from pipeline.config import Config, run_hash
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -17,19 +18,29 @@ from pipeline.jobs.job import (
     JobSpec,
     Outcome,
     RunObserver,
+    console_line,
     execute,
+    prepare_data,
 )
 from pipeline.jobs.results import RetrainResult
-from pipeline.jobs.search import decoding_progress, write_genotype
+from pipeline.jobs.search import write_genotype
+from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.rundir import RunDir
-from pipeline.worker import Record, compute_for, open_dataset, retrain_worker
+from pipeline.worker import Record, trained_network
 
 SECTIONS = ("data", "retrain")
 
 
 def run_retrain(
-    config: Config, genotype: Genotype, *, name: str, parent: str | None, fresh: bool, console: Console
+    config: Config,
+    genotype: Genotype,
+    *,
+    name: str,
+    parent: str | None,
+    fresh: bool,
+    console: Console,
+    runtime: Runtime,
 ) -> RetrainResult:
     """Train the network of a genotype from scratch.
 
@@ -40,6 +51,7 @@ def run_retrain(
         parent: run directory of the search that found it, or None.
         fresh: start over.
         console: for people.
+        runtime: Ray, if there are workers.
 
     Returns:
         See `RetrainResult`.
@@ -56,12 +68,15 @@ def run_retrain(
     )
 
     def prepare() -> ImageDataset:
-        compute_for(config.runtime)
-        return open_dataset(config, ("retrain",), decoding_progress(console))
+        dataset = prepare_data(config, ("retrain",), console)
+        prepare_workers(config, spec.path, runtime, console_line(console))
+        return dataset
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
-        net, history = retrain_worker(config, genotype, dataset, run.path / CHECKPOINTS, observer)
+        folder = run.path / CHECKPOINTS
+        history = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
+        net = trained_network(config, genotype, dataset, folder)
         save_network(run.path, net, genotype, config, dataset)
         m = history[-1]["metrics"]
         result = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +12,7 @@ from istanas.data import ImageDataset
 from istanas.draw import save_genotype_figures
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
+from pipeline.cluster import Runtime
 from pipeline.config import Config, run_hash
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -22,11 +23,14 @@ from pipeline.jobs.job import (
     JobSpec,
     Outcome,
     RunObserver,
+    console_line,
     execute,
+    prepare_data,
 )
 from pipeline.jobs.results import SearchResult
+from pipeline.launch import prepare_workers, run_job
 from pipeline.rundir import RunDir, atomic_write
-from pipeline.worker import Record, compute_for, open_dataset, search_split, search_worker
+from pipeline.worker import Record, search_split
 
 SECTIONS = ("data", "space", "search")
 
@@ -37,6 +41,7 @@ def run_search(
     name: str,
     fresh: bool,
     console: Console,
+    runtime: Runtime,
     jobs: tuple[str, ...] = ("search",),
 ) -> SearchResult:
     """Search an architecture.
@@ -46,6 +51,7 @@ def run_search(
         name: of the run.
         fresh: start over.
         console: for people.
+        runtime: Ray, if there are workers.
         jobs: whose settings to check against the data before any work; `run` adds "retrain".
 
     Returns:
@@ -61,14 +67,14 @@ def run_search(
     )
 
     def prepare() -> ImageDataset:
-        compute_for(config.runtime)
         check_solver(config.space.solver)
-        dataset = open_dataset(config, jobs, decoding_progress(console))
+        dataset = prepare_data(config, jobs, console)
         search_split(config, dataset)
+        prepare_workers(config, spec.path, runtime, console_line(console))
         return dataset
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
-        history = search_worker(config, dataset, run.path / CHECKPOINTS, observer)
+        history = run_job("search", config, dataset, run.path / CHECKPOINTS, observer, runtime)
         return _finish(run, history, dataset)
 
     result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console)
@@ -94,20 +100,6 @@ def check_solver(solver: str) -> None:
         SolverError: with the remedy.
     """
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
-
-
-def decoding_progress(console: Console) -> Any:
-    """Tell, every tenth of the way, how many pictures are decoded (once, before they are cached)."""
-    told = -1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        tenth = 10 * done // max(total, 1)
-        if tenth != told:
-            told = tenth
-            console.print(f"decoding pictures: {done} of {total}", highlight=False)
-
-    return progress
 
 
 def _finish(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcome:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from istanas.data import Batch
 from istanas.errors import IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED
@@ -268,6 +269,30 @@ def test_one_epoch_is_the_literal_computation(
     assert found.top1 == hits / 6
     assert found.loss == pytest.approx(sum(loss * n for loss, n in losses) / 6, rel=1e-6)
     assert observed == [(1, 4), (2, 6)]
+
+
+def test_a_batchs_weight_scales_its_gradient_and_not_its_figures() -> None:
+    def trained(*weight: float) -> tuple[Tensor, Metrics]:
+        torch.manual_seed(0)
+        net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 2, 5, auxiliary=True).double()
+        start = nn.utils.parameters_to_vector(net.parameters()).detach()
+        batch = Batch(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), *weight)
+        found = train_target_epoch(
+            net,
+            torch.optim.SGD(net.parameters(), 0.1),
+            [batch],
+            CPU,
+            lr_at=lambda _: 0.1,
+            auxiliary_weight=0.4,
+            label_smoothing=0.0,
+            grad_clip=None,
+        )
+        return nn.utils.parameters_to_vector(net.parameters()).detach() - start, found
+
+    (whole, metrics), (part, part_metrics) = trained(), trained(0.25)
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(part, 0.25 * whole, rtol=1e-9, atol=1e-15)
+    assert part_metrics == metrics
 
 
 def test_an_epoch_learns() -> None:

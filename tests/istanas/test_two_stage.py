@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from istanas.data import Batch
 from istanas.errors import CheckpointError, ConfigError, DataError
 from istanas.nets import NodeCode, Supernet
 from istanas.search import NodeReport, RecoveryReport, TwoStageSearch, TwoStageSettings
@@ -20,7 +21,7 @@ from istanas.search.state import codes_from_state, codes_to_state, draw_matrices
 from istanas.search.two_stage import endless
 from istanas.space import CELLS, CellSpace
 from istanas.sparse import duality_gap, recover, top_support
-from istanas.training import Batch, Compute, Totals, learning_rate
+from istanas.training import Compute, Totals, learning_rate
 
 CPU = Compute(torch.device("cpu"))
 # Alphas that move fast: an epoch of a few steps then changes the architecture.
@@ -45,7 +46,7 @@ def make_search(
 def batch(seed: int, n: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
-    return images, torch.randint(5, (n,), generator=generator)
+    return Batch(images, torch.randint(5, (n,), generator=generator))
 
 
 def batches(epoch: int, n: int = 3) -> list[Batch]:
@@ -186,6 +187,24 @@ def test_alpha_step_touches_no_weight() -> None:
     assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in gradients.items())
 
 
+def test_a_batchs_weight_scales_the_gradients_of_both_steps_and_not_the_figures() -> None:
+    gradients, figures = [], []
+    for weight in (1.0, 0.25):
+        search = make_search(dataclasses.replace(FAST, grad_clip=None), dtype=torch.float64)
+        seen = totals()
+        one = batch(0, dtype=torch.float64)._replace(weight=weight)
+        search.weight_step(one, seen)
+        found = [p.grad for p in search.weights if p.grad is not None]
+        search = make_search(dtype=torch.float64)
+        search.alpha_step(one)
+        found += [b.grad for b in search.alphas if b.grad is not None]
+        gradients.append(torch.cat([g.flatten() for g in found]))
+        figures.append(seen.metrics())
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[1], 0.25 * gradients[0], rtol=1e-9, atol=1e-15)
+    assert figures[0] == figures[1]
+
+
 def test_steps_compute_no_gradient_that_nobody_uses() -> None:
     """By the library's own account: convolution backwards in an alpha step give input gradients only."""
     search = make_search()
@@ -210,7 +229,7 @@ def test_alpha_step_is_adam_by_the_formula() -> None:
     search = make_search(settings, dtype=torch.float64)
     net = search.supernet.train()
     before = [b.detach().clone() for b in search.alphas]
-    x, t = batch(0, dtype=torch.float64)
+    x, t, _ = batch(0, dtype=torch.float64)
     reference = copy.deepcopy(net)
     reference.install_codes(search.codes)
     F.cross_entropy(reference(x).float(), t).backward()
@@ -287,7 +306,7 @@ def test_epoch_metrics_are_the_means_of_the_weight_steps() -> None:
     found = search.train_epoch(batches(0), lambda: batches(50), n_steps=3)
     sums = [0.0, 0, 0]
     twin.supernet.train()
-    for i, ((x, t), alpha_batch) in enumerate(zip(batches(0), batches(50), strict=True)):
+    for i, ((x, t, _), alpha_batch) in enumerate(zip(batches(0), batches(50), strict=True)):
         twin.alpha_step(alpha_batch)
         logits = copy.deepcopy(twin.supernet)(x)  # a copy: the forward pass moves running statistics
         sums[0] += F.cross_entropy(logits, t, reduction="sum").item()
@@ -295,7 +314,7 @@ def test_epoch_metrics_are_the_means_of_the_weight_steps() -> None:
         sums[2] += len(t)
         for group in twin.weight_optimizer.param_groups:
             group["lr"] = learning_rate(FAST.lr, FAST.lr_min, i / 9)
-        twin.weight_step((x, t), totals())
+        twin.weight_step((x, t), totals())  # a pair weighs 1
     assert found.loss == pytest.approx(sums[0] / 12, rel=1e-5)
     assert found.top1 == sums[1] / 12
     assert found.count == sums[2] == 12
@@ -307,7 +326,7 @@ def test_validation_is_in_eval_mode_and_changes_nothing() -> None:
     before = {k: v.clone() for k, v in search.supernet.state_dict().items()}
     one = search.validate(batches(8))
     assert equal(before, dict(search.supernet.state_dict()))
-    x, t = (torch.cat(part) for part in zip(*batches(8), strict=True))
+    x, t = (torch.cat(part) for part in zip(*(b[:2] for b in batches(8)), strict=True))
     with torch.no_grad():
         logits = search.supernet.eval()(x)
     assert one.loss == pytest.approx(F.cross_entropy(logits, t).item(), rel=1e-5)

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.checkpoint import BrokenCheckpointWarning, load_latest, save
+from pipeline.checkpoint import (
+    BrokenCheckpointWarning,
+    FolderStore,
+    deserialize,
+    load_latest,
+    read_latest,
+    save,
+    serialize,
+)
 
 
 def state(epoch: int) -> dict[str, Any]:
@@ -46,6 +54,37 @@ def test_what_was_saved_comes_back_bit_for_bit(folder: Path) -> None:
     assert torch.equal(found["weights"]["w"], state(2)["weights"]["w"])
     assert found["history"] == state(2)["history"]
     assert found["pair"] == (1, 2.5, True)
+
+
+def test_a_state_survives_the_way_over_bytes_bit_for_bit() -> None:
+    found = deserialize(serialize(state(3)))
+    assert torch.equal(found["weights"]["w"], state(3)["weights"]["w"])
+    assert {k: v for k, v in found.items() if k != "weights"} == {
+        k: v for k, v in state(3).items() if k != "weights"
+    }
+
+
+def test_a_folder_store_reads_the_very_bytes_that_were_written_and_load_latest_their_state(
+    tmp_path: Path,
+) -> None:
+    store = FolderStore(tmp_path / "checkpoints")
+    assert store.read() is None
+    for epoch in (1, 2, 3):
+        data = serialize(state(epoch))
+        store.write(epoch, data)
+        assert store.read() == FolderStore(store.folder).read() == read_latest(store.folder) == data
+        assert epoch_found(store.folder) == epoch
+    assert {path.stem for path in store.folder.iterdir()} == {"epoch-0002", "epoch-0003"}
+    flip_a_bit(store.folder / "epoch-0003.pt", 200)
+    with pytest.warns(BrokenCheckpointWarning, match="epoch-0003"):
+        assert store.read() == serialize(state(2))
+
+
+def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    with pytest.raises(pickle.UnpicklingError):
+        deserialize(serialize({"search": Bomb(target)}))
+    assert not target.exists()
 
 
 def test_there_is_none_before_the_first(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     assert "--config FILE" in out
     jobs = command in ("search", "retrain", "run")
     assert ("--fresh" in out) == jobs
+    for option in ("--workers N|MIN:MAX", "--address ADDR"):
+        assert (option in out) == (jobs or command == "doctor")
 
 
 def test_help_lists_the_commands(istanas: Command) -> None:
@@ -138,6 +140,33 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["draw", "nothing"], "nothing"),
         (["sync", "nothing"], "nothing"),
         (["results", "--set", "runtime.threads=none"], "runtime.threads"),
+        *(
+            ([*command, *wrong], says)
+            for command in (["search"], ["retrain", "--genotype", "random:0"], ["run"], ["doctor"])
+            for wrong, says in (
+                (["--workers", "abc"], "'abc' is none, give a number or MIN:MAX, such as 2 or 1:4"),
+                (
+                    ["--address", "somewhere"],
+                    "runtime.address is set and runtime.workers is 0: give --workers N",
+                ),
+            )
+        ),
+        (["search", "--workers", "4:1"], "'4:1' is none"),
+        (["search", "--workers", "-1"], "'-1' is none"),
+        (["search", "--workers"], "--workers"),
+        (["search", "--set", "runtime.workers=abc"], "runtime.workers: 'abc' is refused"),
+        (
+            ["search", "--set", "runtime.workers=2", "--workers", "0", "--address", "somewhere"],
+            "runtime.address is",
+        ),
+        (
+            ["search", "--config", "tiny.yaml", "--workers", "33"],
+            "search.batch_size is 64, of all workers together: 33 need at least 66, raise it or lower",
+        ),
+        (
+            ["run", "--config", "tiny.yaml", "--workers", "1:20", "--set", "retrain.batch_size=39"],
+            "retrain.batch_size is 39, of all workers together: 20 need at least 40, raise it or lower",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -215,6 +244,15 @@ def test_a_finished_run_prints_its_result_and_exits_0_without_training_again(
     assert {p: p.stat().st_mtime_ns for p in files} == files
 
 
+def test_a_finished_run_is_found_whatever_the_workers_and_needs_none(istanas: Command) -> None:
+    first = json.loads(istanas("search", "--config", "tiny.yaml", "--json")[1])
+    for place in (["--workers", "2"], ["--workers", "1:3", "--address", "127.0.0.1:9"], ["--workers", "0"]):
+        code, out, err = istanas("search", "--config", "tiny.yaml", *place, "--json")
+        assert code == 0
+        assert json.loads(out) == first
+        assert "finished before" in err
+
+
 def test_fresh_trains_again(istanas: Command) -> None:
     assert istanas("search", "--config", "tiny.yaml")[0] == 0
     code, out, _ = istanas("search", "--config", "tiny.yaml", "--fresh")
@@ -288,6 +326,19 @@ def test_doctor_has_one_line_a_check_and_exits_0_here(istanas: Command) -> None:
     assert all(line.split()[0] in ("ok", "warn", "info") for line in lines), out
     names = [line.split()[1].rstrip(":") for line in lines]
     assert {"packages", "gpu", "mlflow", "mosek", "data"} <= set(names)
+
+
+def test_doctor_counts_the_threads_of_the_workers_that_are_asked_for(istanas: Command) -> None:
+    def cores(*arguments: str) -> str:
+        code, out, err = istanas("doctor", *arguments)
+        assert (code, err) == (0, "")
+        (line,) = [line for line in out.splitlines() if line.split()[1] == "cores:"]
+        return line
+
+    assert "in one process, " in cores()
+    assert "in one process, 3 threads each" in cores("--workers", "0", "--set", "runtime.threads=3")
+    assert "4096 workers, 1 thread each; workers x threads should not exceed" in cores("--workers", "1:4096")
+    assert "4096 workers, 1 thread each" in cores("--workers", "4096", "--address", "somewhere")
 
 
 def test_doctor_fails_with_a_remedy_where_the_data_lacks(istanas: Command) -> None:
@@ -394,6 +445,16 @@ def test_help_imports_neither_torch_nor_mlflow(here: Path) -> None:
         "print([m for m in ('torch', 'mlflow', 'ray', 'cvxpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_search_in_process_imports_no_ray(here: Path) -> None:
+    code = (
+        "import sys; from pipeline.cli import run; assert run(['search', '--config', 'tiny.yaml']) == 0;"
+        "print([m for m in sys.modules if m.partition('.')[0] == 'ray'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert "epoch 2: loss" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 

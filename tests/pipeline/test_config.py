@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
 from pipeline.config import Config, default_file, flat_params, load, run_hash, to_yaml
+from pipeline.resources import WorkerRange
 
 
 def load_text(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:
@@ -77,6 +78,16 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("seed: 9223372036854775808", "seed", "9223372036854775808", "less than"),
         ("method: darts", "method", "'darts'", "'two_stage'"),
         ("runtime: {threads: 0}", "runtime.threads", "0", "greater than or equal to 1"),
+        ("runtime: {workers: many}", "runtime.workers", "'many'", "give a number or MIN:MAX"),
+        ("runtime: {workers: -1}", "runtime.workers", "-1", "give a number or MIN:MAX"),
+        ("runtime: {workers: 2.5}", "runtime.workers", "2.5", "give a number or MIN:MAX"),
+        ("runtime: {workers: true}", "runtime.workers", "True", "give a number or MIN:MAX"),
+        ("runtime: {workers: '4:1'}", "runtime.workers", "'4:1'", "give a number or MIN:MAX"),
+        ("runtime: {workers: '0:2'}", "runtime.workers", "'0:2'", "give a number or MIN:MAX"),
+        ("runtime: {address: 5}", "runtime.address", "5", "valid string"),
+        ("runtime: {wait_minutes: -1}", "runtime.wait_minutes", "-1", "greater than or equal to 0"),
+        ("runtime: {wait_minutes: .inf}", "runtime.wait_minutes", "inf", "finite number"),
+        ("runtime: {max_failures: -1}", "runtime.max_failures", "-1", "greater than or equal to 0"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_named(
@@ -98,6 +109,8 @@ def test_a_value_of_the_wrong_type_or_range_is_named(
         ("retrain: {nesterov: true, momentum: 0.0}", ["retrain.nesterov", "retrain.momentum"]),
         ("data: {name: folder}", ["data.root", "--set data.root=DIR"]),
         ("runtime: {device: cpu, precision: bf16}", ["runtime.precision", "runtime.device"]),
+        ("runtime: {address: auto}", ["runtime.address", "runtime.workers is 0", "give --workers N"]),
+        ("runtime: {address: auto, workers: 0}", ["runtime.address", "give --workers N"]),
         # The first node has two edges in, so three single-op edges cannot be kept.
         ("space: {one_op_per_edge: true, sparsity: 3}", ["sparsity", "3", "edges"]),
         ("space: {ops: [skip_connect], sparsity: 3}", ["sparsity", "3"]),
@@ -236,6 +249,34 @@ def test_a_seed_of_zero_is_a_seed(tmp_path: Path) -> None:
     assert config.seed == 0
     assert load_text(tmp_path, "seed: 5", "space.matrix_seed=0").matrix_seed == 0
     assert load_text(tmp_path, "seed: 5").matrix_seed == 5
+
+
+# ---------- workers
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("0", WorkerRange(0, 0)),
+        ("3", WorkerRange(3, 3)),
+        ("'3'", WorkerRange(3, 3)),
+        ("1:4", WorkerRange(1, 4)),
+        ("'2:2'", WorkerRange(2, 2)),
+    ],
+)
+def test_workers_are_a_number_or_a_range_in_file_and_override(
+    tmp_path: Path, written: str, expected: WorkerRange
+) -> None:
+    for config in (
+        load_text(tmp_path, f"runtime: {{workers: {written}}}"),
+        load_text(tmp_path, "seed: 0", f"runtime.workers={written}"),
+    ):
+        assert config.runtime.worker_range == expected
+        assert load_text(tmp_path, to_yaml(config)) == config
+
+
+def test_an_address_with_workers_is_accepted(tmp_path: Path) -> None:
+    config = load_text(tmp_path, "runtime: {address: 'ray://head:10001', workers: 2}")
+    assert config.runtime.address == "ray://head:10001"
+    assert Config().runtime.worker_range == WorkerRange(0, 0)
 
 
 # ---------- random trees: an error of ours or a configuration, nothing else
@@ -387,6 +428,10 @@ ANOTHER = {
     "runtime.precision": "fp32",
     "runtime.threads": 1,
     "runtime.data_workers": 1,
+    "runtime.workers": "1:4",
+    "runtime.address": "elsewhere",
+    "runtime.wait_minutes": 1.0,
+    "runtime.max_failures": 0,
     "runtime.runs_dir": "elsewhere",
     "tracking.enabled": False,
     "tracking.uri": "http://elsewhere",

@@ -1,6 +1,5 @@
 """The doctor on real and on broken surroundings."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from istanas.sparse import mosek_licence
 from pipeline import doctor
 from pipeline.doctor import check_data, check_disk, check_mosek, check_packages, check_store, run_checks
+from pipeline.resources import count, usable_cores
 
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
@@ -20,6 +20,16 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
         assert "\n" not in check.message + check.remedy
         assert (check.remedy == "") == (check.state == "ok")
     assert list(tmp_path.iterdir()) == []  # looking creates nothing
+
+
+def test_the_run_to_come_is_what_is_looked_at(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    checks = run_checks(
+        tracking_uri=store, data_name="digits", data_root=None, workers=f"1:{usable_cores() + 1}", threads=1
+    )
+    (cores,) = [check for check in checks if check.name == "cores"]
+    assert cores == doctor.check_threads(f"1:{usable_cores() + 1}", 1)
+    assert cores.state == "warn"
 
 
 def test_packages_missing_or_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,15 +54,31 @@ def test_what_pyproject_asks_for_is_known(repo_root: Path) -> None:
     assert not any(text.startswith("pytest") for text in asked)
 
 
-def test_too_many_threads() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
-        check = doctor.check_threads()
-    finally:
-        torch.set_num_threads(before)
-    assert check.state == "warn"
-    assert "OMP_NUM_THREADS" in check.remedy
+@pytest.mark.parametrize(
+    ("workers", "threads", "says"),
+    [
+        (0, None, "{cores} usable; in one process, {all_threads} each"),
+        (0, 1, "{cores} usable; in one process, 1 thread each"),
+        (1, 1, "{cores} usable; 1 worker, 1 thread each"),
+        (1, None, "{cores} usable; 1 worker, {all_threads} each"),
+        ("1:1", 1, "{cores} usable; 1 worker, 1 thread each"),
+    ],
+)
+def test_cores_and_the_threads_of_each_worker(workers: int | str, threads: int | None, says: str) -> None:
+    check = doctor.check_threads(workers, threads)
+    cores = usable_cores()
+    assert check.message == says.format(cores=count(cores, "core"), all_threads=count(cores, "thread"))
+    assert (check.state, check.remedy) == ("ok", "")
+
+
+def test_more_threads_than_cores_are_warned_of() -> None:
+    cores = usable_cores()
+    for workers, threads in ((0, cores + 1), (cores + 1, None), (f"1:{cores + 1}", None), (2, cores)):
+        check = doctor.check_threads(workers, threads)
+        assert check.state == "warn"
+        assert check.remedy == f"workers x threads should not exceed {cores}"
+    # Unless they are set, threads are chosen so that all workers find a core.
+    assert doctor.check_threads(cores, None).state == "ok"
 
 
 def test_stores(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from rich.console import Console
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.space import CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
+from pipeline import checkpoint
+from pipeline.cluster import Runtime
 from pipeline.config import Config, load, run_hash
 from pipeline.jobs.job import trajectory_rows
 from pipeline.jobs.retrain import run_retrain
@@ -49,11 +51,13 @@ class Job:
         common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=200)}
         config = self.config(*overrides)
         try:
-            if kind == "search":
-                return run_search(config, **common)
-            if kind == "run":
-                return run_whole(config, **common)
-            return run_retrain(config, GENOTYPE, parent=None, **common)
+            with Runtime(config.runtime) as runtime:
+                common["runtime"] = runtime
+                if kind == "search":
+                    return run_search(config, **common)
+                if kind == "run":
+                    return run_whole(config, **common)
+                return run_retrain(config, GENOTYPE, parent=None, **common)
         finally:
             self.seen = out.getvalue()
 
@@ -109,7 +113,8 @@ def test_a_search_leaves_its_artifacts_and_figures(job: Job) -> None:
 def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
-    run_search(job.config(), name="tiny", fresh=False, console=console)
+    with Runtime(job.config().runtime) as runtime:
+        run_search(job.config(), name="tiny", fresh=False, console=console, runtime=runtime)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert re.search(r"search epoch \d/2 .* \d+/4 .*loss \d+\.\d+  top-1 [\d.]+ % .* left +[\d:-]+", shown), (
         shown
@@ -245,6 +250,9 @@ def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job) -> None:
         ("search", "space.solver=mosek"),
         ("retrain", "data={name: folder, root: nowhere}"),
         ("retrain", "retrain.cutout=9"),
+        # Seen before Ray is started.
+        ("search", "runtime.workers=33"),
+        ("retrain", "runtime.workers='1:129'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
@@ -302,7 +310,9 @@ def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> N
     record["status"] = "RUNNING"  # as a kill before the end would have left it
     (path / "run.json").write_text(json.dumps(record))
     write(100)
-    with pytest.raises(CheckpointError, match="data set folder has changed since this checkpoint") as refusal:
+    with pytest.raises(
+        CheckpointError, match="data set folder has changed since the checkpoint of this run"
+    ) as refusal:
         job("retrain", *overrides)
     assert "--fresh" in str(refusal.value)
 
@@ -334,6 +344,27 @@ def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
         assert run.metrics() == whole
         assert again == result
         assert "resumed after epoch 2" in job.seen
+
+
+def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job: Job) -> None:
+    path = Path(job("search")["run_dir"])
+    assert re.search(r"^in this process, cpu, 1 thread, \d+ cores? on this machine$", job.seen, re.MULTILINE)
+    folder = path / "checkpoints"
+    for workers, says in (
+        (1, None),
+        (2, "1 worker instead of 2: the same global batch and schedule, but no"),
+    ):
+        saved = checkpoint.load_latest(folder)
+        assert saved is not None
+        saved["history"][-1]["workers"] = workers
+        checkpoint.save(folder, 2, saved)
+        record = json.loads((path / "run.json").read_text())
+        record["status"] = "RUNNING"  # as a kill before the end would have left it
+        (path / "run.json").write_text(json.dumps(record))
+        job("search")
+        assert "resumed after epoch 2" in job.seen
+        assert ("bit for bit" in job.seen) == (says is not None)
+        assert says is None or says in job.seen
 
 
 def test_rows_of_a_trajectory_start_before_any_training() -> None:

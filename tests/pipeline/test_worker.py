@@ -2,30 +2,38 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from istanas.data import ArrayPictures, ImageDataset, load_dataset, stratified_subset
+from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, stratified_subset
+from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
-from istanas.training import Totals
-from pipeline.config import Config, load
+from istanas.training import Compute, Metrics
+from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore
+from pipeline.config import Config, RuntimeSettings, load
+from pipeline.resources import count, usable_cores
 from pipeline.worker import (
     Record,
+    choose_compute,
     compute_for,
+    describe_place,
     genotype_cost,
     holdout_indices,
     open_dataset,
     retrain_worker,
     search_split,
     search_worker,
-    threads_for,
+    trained_network,
     training_indices,
 )
+from tests.ranks import run_ranks
 
 TINY = [
     "space.nodes=2",
@@ -34,6 +42,7 @@ TINY = [
     "data.crop_padding=1",
     "runtime={threads: 1, device: cpu}",
 ]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GENOTYPE = random_genotype(1, CellSpace(n_nodes=2))
 
 
@@ -59,26 +68,51 @@ def with_train(dataset: ImageDataset, images: torch.Tensor, labels: torch.Tensor
 
 
 class Watcher:
-    """An observer that remembers, and may stop the job after an epoch or in the middle of one."""
+    """An observer that remembers, and may stop the job in the middle of an epoch or have it end after one."""
 
-    def __init__(self, stop_at: tuple[int, int] | None = None) -> None:
-        self.stop_at = stop_at
+    def __init__(self, stop_at: tuple[int, int] | None = None, leave_after: tuple[int, ...] = ()) -> None:
+        self.stop_at, self.leave_after = stop_at, leave_after
         self.history: list[Record] = []
-        self.resumed_with: list[int] = []
+        self.notes: list[str] = []
+        self.resumed_with: list[tuple[int, int]] = []
         self.steps: list[tuple[int, int, int]] = []
         self.counts: dict[int, int] = {}
 
-    def resumed(self, history: list[Record]) -> None:
-        self.resumed_with.append(len(history))
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
-    def step(self, epoch: int, step: int, n_steps: int, totals: Totals) -> None:
+    def resumed(self, history: list[Record], workers: int) -> None:
+        self.resumed_with.append((len(history), workers))
+
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
         self.steps.append((epoch, step, n_steps))
-        self.counts[epoch] = totals.metrics().count
+        self.counts[epoch] = read().count
         if (epoch, step) == self.stop_at:
             raise KeyboardInterrupt
 
     def epoch_done(self, history: list[Record]) -> None:
         self.history = list(history)
+
+    def go_on(self) -> bool:
+        return len(self.history) not in self.leave_after
+
+
+def search(
+    config: Config, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
+) -> list[Record]:
+    """Run a search with its checkpoints in a folder."""
+    return search_worker(config, dataset, FolderStore(folder), watcher or Watcher())
+
+
+def retrain(
+    config: Config,
+    dataset: ImageDataset,
+    folder: Path,
+    watcher: Watcher | None = None,
+    genotype: Genotype = GENOTYPE,
+) -> list[Record]:
+    """Run a retraining with its checkpoints in a folder."""
+    return retrain_worker(config, dataset, FolderStore(folder), watcher or Watcher(), genotype)
 
 
 def decided(history: list[Record]) -> list[Record]:
@@ -171,13 +205,29 @@ def test_settings_that_do_not_fit_the_pictures_are_refused_before_any_work() -> 
     assert open_dataset(tiny("data.image_size=16", "retrain.cutout=9"), ("retrain",)).height == 16
 
 
+def test_a_batch_has_two_pictures_for_every_worker() -> None:
+    for job in ("search", "retrain"):
+        for workers, enough in (("0", 2), ("1", 2), ("2", 4), ("1:3", 6)):
+            place = f"runtime.workers='{workers}'"
+            assert open_dataset(tiny(place, f"{job}.batch_size={enough}"), (job,))
+            few, other = f"{job}.batch_size={enough - 1}", "retrain" if job == "search" else "search"
+            if enough > 2:  # one picture is none of the schema's batches
+                assert open_dataset(tiny(place, few), (other,))
+                with pytest.raises(
+                    ConfigError, match=rf"^{job}\.batch_size is {enough - 1}, .* lower runtime\.workers$"
+                ) as caught:
+                    open_dataset(tiny(place, few), ("search", "retrain"))
+                assert f"need at least {enough}, raise it" in str(caught.value)
+                assert "\n" not in str(caught.value)
+
+
 # ---------- invariant 6
 def test_a_search_never_looks_at_the_test_split(few: ImageDataset, tmp_path: Path) -> None:
     blind = dataclasses.replace(few, test=Untouchable())  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="test split"):
         len(blind.test)
-    history = search_worker(tiny(), blind, tmp_path / "blind", Watcher())
-    seeing = search_worker(tiny(), few, tmp_path / "seeing", Watcher())
+    history = search(tiny(), blind, tmp_path / "blind")
+    seeing = search(tiny(), few, tmp_path / "seeing")
     assert decided(history) == decided(seeing)
     assert not any(name.startswith("test/") for record in history for name in record["metrics"])
 
@@ -195,8 +245,8 @@ def test_the_test_split_chooses_nothing_in_retraining(few: ImageDataset, tmp_pat
     other = dataclasses.replace(few, test=ArrayPictures(255 - test.images, test.labels.flip(0)))
     nets, tops = [], []
     for name, dataset in (("one", few), ("other", other)):
-        net, history = retrain_worker(tiny(), GENOTYPE, dataset, tmp_path / name, Watcher())
-        nets.append(weights_of(net))
+        history = retrain(tiny(), dataset, tmp_path / name)
+        nets.append(weights_of(trained_network(tiny(), GENOTYPE, dataset, tmp_path / name)))
         tops.append(history[-1]["metrics"]["test/top1"])
     assert nets[0] == nets[1]
     assert tops[0] != tops[1]
@@ -214,10 +264,10 @@ def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path
         images[changed] = 255 - images[changed]
         dataset = with_train(few, images, few.train.labels)
         if job == "search":
-            history = search_worker(config, dataset, tmp_path / name, Watcher())
+            history = search(config, dataset, tmp_path / name)
             return decided(history), history[-1]
-        net, history = retrain_worker(config, GENOTYPE, dataset, tmp_path / name, Watcher())
-        return weights_of(net), history[-1]
+        history = retrain(config, dataset, tmp_path / name)
+        return weights_of(trained_network(config, GENOTYPE, dataset, tmp_path / name)), history[-1]
 
     nothing = torch.tensor([], dtype=torch.int64)
     plain, plain_record = result("plain", nothing)
@@ -231,7 +281,7 @@ def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path
 
 def test_retraining_takes_every_training_picture_once_an_epoch(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
-    retrain_worker(tiny(), GENOTYPE, few, tmp_path, watcher)
+    retrain(tiny(), few, tmp_path, watcher)
     assert watcher.counts == {0: 300, 1: 300}
     assert watcher.steps == [(epoch, step, 5) for epoch in (0, 1) for step in range(1, 6)]
 
@@ -241,14 +291,15 @@ def test_a_last_batch_of_one_picture_is_left_out_because_batch_norm_needs_two(
 ) -> None:
     watcher = Watcher()
     config = tiny("retrain.batch_size=299", "retrain.epochs=1")
-    retrain_worker(config, GENOTYPE, few, tmp_path, watcher)
+    retrain(config, few, tmp_path, watcher)
     assert watcher.counts == {0: 299}
 
 
 # ---------- records
 def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny()
-    history = search_worker(config, few, tmp_path, Watcher())
+    history = search(config, few, tmp_path)
+    assert [record["workers"] for record in history] == [1, 1]
     assert [record["epoch"] for record in history] == [1, 2]
     for record in history:
         assert record["metrics"].keys() == {
@@ -281,54 +332,199 @@ def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
     few: ImageDataset, tmp_path: Path
 ) -> None:
     config = tiny("retrain.epochs=3", "retrain.test_every=2")
-    _, history = retrain_worker(config, GENOTYPE, few, tmp_path, Watcher())
+    history = retrain(config, few, tmp_path)
+    assert [record["workers"] for record in history] == [1, 1, 1]
     assert ["test/top1" in record["metrics"] for record in history] == [False, True, True]
 
 
 def test_a_search_stops_when_the_codes_no_longer_move(few: ImageDataset, tmp_path: Path) -> None:
     still = tiny("search.epochs=4", "search.arch_lr=1e-9", "search.termination_tol=1e-3")
-    history = search_worker(still, few, tmp_path / "still", Watcher())
+    history = search(still, few, tmp_path / "still")
     assert len(history) == 1
     assert history[-1]["converged"]
     watcher = Watcher()
-    assert decided(search_worker(still, few, tmp_path / "still", watcher)) == decided(history)
+    assert decided(search(still, few, tmp_path / "still", watcher)) == decided(history)
     assert watcher.steps == [], "a converged search was trained on"
     moving = tiny("search.epochs=2", "search.arch_lr=0.1", "search.termination_tol=1e-6")
-    assert len(search_worker(moving, few, tmp_path / "moving", Watcher())) == 2
+    assert len(search(moving, few, tmp_path / "moving")) == 2
 
 
 # ---------- resumption, in one process (kills of whole processes: tests/integration/test_resume.py)
+def moving(job: str) -> Config:
+    """Three epochs in which the architecture changes."""
+    return tiny(f"{job}.epochs=3", "search.max_pictures=300", "search.arch_lr=0.1", "search.batch_size=32")
+
+
+def result_of(
+    job: str, dataset: ImageDataset, folder: Path, watcher: Watcher
+) -> tuple[list[Record], Genotype | str]:
+    """Run a job that moves to its end: its history without times, what it found."""
+    config = moving(job)
+    if job == "search":
+        history = search(config, dataset, folder, watcher)
+        assert sum(r["metrics"]["recovery/support_changes"] for r in history) > 0, "no change to be lost"
+        return decided(history), history[-1]["genotype"]
+    history = retrain(config, dataset, folder, watcher)
+    return decided(history), weights_of(trained_network(config, GENOTYPE, dataset, folder))
+
+
+@pytest.fixture(scope="module")
+def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each job ends with when nothing stops it."""
+    return {
+        job: result_of(job, few, tmp_path_factory.mktemp(job), Watcher()) for job in ("search", "retrain")
+    }
+
+
 @pytest.mark.parametrize("stop_at", [(0, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("job", ["search", "retrain"])
 def test_a_job_stopped_in_an_epoch_goes_on_as_if_it_had_not_been(
-    few: ImageDataset, tmp_path: Path, job: str, stop_at: tuple[int, int]
+    few: ImageDataset, whole: dict[str, Any], tmp_path: Path, job: str, stop_at: tuple[int, int]
 ) -> None:
-    config = tiny(f"{job}.epochs=3", "search.max_pictures=300", "search.arch_lr=0.1", "search.batch_size=32")
-
-    def start(folder: Path, watcher: Watcher) -> tuple[list[Record], str]:
-        if job == "search":
-            history = search_worker(config, few, folder, watcher)
-            return decided(history), history[-1]["genotype"]
-        net, history = retrain_worker(config, GENOTYPE, few, folder, watcher)
-        return decided(history), weights_of(net)
-
-    whole = start(tmp_path / "whole", Watcher())
     with pytest.raises(KeyboardInterrupt):
-        start(tmp_path / "stopped", Watcher(stop_at))
+        result_of(job, few, tmp_path, Watcher(stop_at))
     watcher = Watcher()
-    assert start(tmp_path / "stopped", watcher) == whole
-    assert watcher.resumed_with == [stop_at[0]]
+    assert result_of(job, few, tmp_path, watcher) == whole[job]
+    assert watcher.resumed_with == [(stop_at[0], 1)]
     assert watcher.steps[0][:2] == (stop_at[0], 1)
-    if job == "search":
-        assert sum(r["metrics"]["recovery/support_changes"] for r in whole[0]) > 0, "no change to be lost"
+
+
+@pytest.mark.parametrize("job", ["search", "retrain"])
+def test_a_job_that_is_told_not_to_go_on_ends_with_the_epoch_and_goes_on_as_if_it_had_not(
+    few: ImageDataset, whole: dict[str, Any], tmp_path: Path, job: str
+) -> None:
+    for done in (1, 2):
+        watcher = Watcher(leave_after=(done,))
+        history = (search if job == "search" else retrain)(moving(job), few, tmp_path, watcher)
+        assert decided(history) == whole[job][0][:done]
+        assert {epoch for epoch, _, _ in watcher.steps} == {done - 1}
+    watcher = Watcher()
+    assert result_of(job, few, tmp_path, watcher) == whole[job]
+    assert watcher.resumed_with == [(2, 1)]
+    assert {epoch for epoch, _, _ in watcher.steps} == {2}
+
+
+@pytest.mark.parametrize("job", ["search", "retrain"])
+def test_a_finished_job_started_again_trains_nothing_and_ends_the_same(
+    few: ImageDataset, tmp_path: Path, job: str
+) -> None:
+    start = search if job == "search" else retrain
+    history, watcher = start(tiny(), few, tmp_path), Watcher()
+    assert start(tiny(), few, tmp_path, watcher) == history
+    assert (watcher.resumed_with, watcher.steps) == ([(2, 1)], [])
+
+
+class Memory:
+    """A store without a disk."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, bytes] = {}
+
+    def read(self) -> bytes | None:
+        return self.kept[max(self.kept)] if self.kept else None
+
+    def write(self, epoch: int, data: bytes) -> None:
+        self.kept[epoch] = data
+
+
+def test_a_checkpoint_is_kept_before_anybody_hears_of_its_epoch(few: ImageDataset) -> None:
+    store = Memory()
+
+    class Listener(Watcher):
+        def epoch_done(self, history: list[Record]) -> None:
+            super().epoch_done(history)
+            assert max(store.kept) == len(history)
+
+    for start in (
+        lambda: search_worker(tiny(), few, store, Listener()),
+        lambda: retrain_worker(tiny(), few, store, Listener(), GENOTYPE),
+    ):
+        store.kept.clear()
+        assert len(start()) == len(store.kept) == 2
+
+
+# ---------- on several ranks
+class Nobody:
+    """Store and observer of a rank that is not the first: whatever is called fails."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def fail(*_: Any) -> Any:
+            raise AssertionError(f"{name} was called on a rank that is not the first")
+
+        return fail
+
+
+def on_a_rank(job: str, dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]) -> list[Record]:
+    if torch.distributed.get_rank() > 0:
+        nobody: Any = Nobody()
+        arguments = () if job == "search" else (GENOTYPE,)
+        return (search_worker if job == "search" else retrain_worker)(  # type: ignore[operator,no-any-return]
+            tiny(), dataset, nobody, nobody, *arguments
+        )
+    watcher = Watcher(leave_after=leave_after)
+    history = (search if job == "search" else retrain)(tiny(), dataset, folder, watcher)
+    assert [workers for _, workers in watcher.resumed_with] == [2]
+    assert watcher.notes[0].startswith("2 workers (cpu, gloo), each 1 thread, ")
+    return history
+
+
+def test_rank_0_keeps_reports_and_decides_for_all(few: ImageDataset, tmp_path: Path) -> None:
+    """Each job leaves after its first epoch, goes on on two ranks, and then in one process."""
+    jobs = ("search", "search", "retrain", "retrain")
+    parts = run_ranks([partial(on_a_rank, job, few, tmp_path / job, (1,)) for job in jobs], 2)
+    for job, done, (first, second) in zip(jobs, (1, 2, 1, 2), parts, strict=True):
+        together = first.value
+        assert decided(second.value) == decided(together)
+        assert [record["workers"] for record in together] == [2] * done
+        if done == 2:
+            alone = (search if job == "search" else retrain)(tiny(f"{job}.epochs=3"), few, tmp_path / job)
+            assert alone[:2] == together
+            assert [record["workers"] for record in alone] == [2, 2, 1]
+
+
+# ---------- the trained network
+def test_the_trained_network_has_the_figures_that_were_measured(few: ImageDataset, tmp_path: Path) -> None:
+    history = retrain(tiny(), few, tmp_path)
+    net = trained_network(tiny(), GENOTYPE, few, tmp_path)
+    assert not net.training
+    assert isinstance(few.test, ArrayPictures)
+    logits = net(normalize(few.test.images, few.mean, few.std))
+    top1 = (logits.argmax(1) == few.test.labels).double().mean().item()
+    assert top1 == pytest.approx(history[-1]["metrics"]["test/top1"], abs=1e-12)
+
+
+def test_a_network_that_is_not_trained_to_the_end_is_not_given_out(few: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken") as caught:
+        trained_network(tiny(), GENOTYPE, few, tmp_path)
+    assert "\n" not in str(caught.value)
+    retrain(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken"):
+        trained_network(tiny(), GENOTYPE, few, tmp_path)
+    retrain(tiny(), few, tmp_path)
+    with pytest.raises(CheckpointError, match="not of this genotype's retraining, use --fresh"):
+        trained_network(tiny(), random_genotype(2, CellSpace(n_nodes=2)), few, tmp_path)
+    (tmp_path / "epoch-0002.pt").write_bytes(b"")
+    with (
+        pytest.warns(BrokenCheckpointWarning),
+        pytest.raises(CheckpointError, match="the same command trains it again"),
+    ):
+        trained_network(tiny(), GENOTYPE, few, tmp_path)
 
 
 def test_checkpoints_of_another_job_or_genotype_are_refused(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny("retrain.epochs=1", "search.epochs=1")
-    retrain_worker(config, GENOTYPE, few, tmp_path, Watcher())
+    retrain(config, few, tmp_path)
     other = random_genotype(2, CellSpace(n_nodes=2))
     with pytest.raises(CheckpointError, match="not of this genotype's retraining, use --fresh"):
-        retrain_worker(config, other, few, tmp_path, Watcher())
+        retrain(config, few, tmp_path, genotype=other)
+
+
+@pytest.mark.parametrize("job", ["search", "retrain"])
+def test_a_job_does_not_go_on_with_other_pictures(few: ImageDataset, tmp_path: Path, job: str) -> None:
+    start = search if job == "search" else retrain
+    start(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
+    with pytest.raises(CheckpointError, match="data set digits has changed since the checkpoint of this run"):
+        start(tiny(), dataclasses.replace(few, digest="other"), tmp_path)
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
@@ -336,31 +532,66 @@ def test_a_diverged_epoch_stops_the_job_and_leaves_no_checkpoint(
     few: ImageDataset, tmp_path: Path, job: str
 ) -> None:
     config = tiny(f"{job}.lr=1e30", f"{job}.grad_clip=null")
-    start: Callable[[], object] = (
-        (lambda: search_worker(config, few, tmp_path, Watcher()))
-        if job == "search"
-        else (lambda: retrain_worker(config, GENOTYPE, few, tmp_path, Watcher()))
-    )
     with pytest.raises(IstanasError, match="the run diverged, lower the learning rate") as caught:
-        start()
+        (search if job == "search" else retrain)(config, few, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("epoch-*"))
 
 
 # ---------- device, precision, threads
-def test_device_and_precision_on_a_machine_without_a_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    auto = compute_for(tiny("runtime.device=auto").runtime)
-    assert auto.device.type == "cpu"
-    assert auto.autocast_dtype is None
-    for override, field in (
-        ("runtime.device=cuda", "runtime.device"),
-        ("runtime.precision=bf16", "runtime.precision"),
-    ):
-        with pytest.raises(ConfigError, match=f"{field} is .*: choose") as caught:
-            compute_for(tiny("runtime.device=auto", override).runtime)
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("device", "precision", "gpus", "expected"),
+    [
+        ("auto", "auto", 0, Compute(CPU)),
+        ("auto", "fp32", 0, Compute(CPU)),
+        ("cpu", "auto", 4, Compute(CPU)),
+        ("auto", "auto", 1, Compute(CUDA, torch.bfloat16)),
+        ("cuda", "auto", 8, Compute(CUDA, torch.bfloat16)),
+        ("auto", "bf16", 1, Compute(CUDA, torch.bfloat16)),
+        ("auto", "fp32", 1, Compute(CUDA)),
+    ],
+)
+def test_device_precision_and_backend_follow_from_settings_and_gpus(
+    device: Literal["auto", "cpu", "cuda"],
+    precision: Literal["auto", "fp32", "bf16"],
+    gpus: int,
+    expected: Compute,
+) -> None:
+    compute = choose_compute(RuntimeSettings(device=device, precision=precision), gpus)
+    assert compute == expected
+    assert compute.backend == ("gloo" if compute.device == CPU else "nccl")
+
+
+@pytest.mark.parametrize(
+    ("override", "gpus", "says"),
+    [
+        ("runtime.device=cuda", 0, "runtime.device is cuda, and no GPU is usable here: choose cpu or auto"),
+        (
+            "runtime.precision=bf16",
+            0,
+            "runtime.precision is bf16, and there is no GPU here: choose fp32 or auto",
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(override: str, gpus: int, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_compute(tiny("runtime.device=auto", override).runtime, gpus)
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+
+
+def test_this_process_computes_on_what_is_here_with_the_threads_that_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        compute = compute_for(tiny("runtime.device=auto", "runtime.threads=2").runtime)
+        assert torch.get_num_threads() == 2
+        assert compute.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+        compute_for(tiny("runtime.threads=null").runtime)
+        assert torch.get_num_threads() == usable_cores()
+        compute_for(tiny().runtime)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu
@@ -373,11 +604,25 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
     assert compute_for(tiny("runtime.device=cpu").runtime).device.type == "cpu"
 
 
-def test_threads_are_as_set() -> None:
-    assert threads_for(load(None, ["runtime.threads=3"]).runtime) == 3
-    assert threads_for(load(None).runtime) >= 1
-    compute_for(tiny().runtime)
-    assert torch.get_num_threads() == 1
+@pytest.mark.gpu
+@pytest.mark.parametrize("job", ["search", "retrain"])
+def test_the_same_loop_runs_on_a_gpu(few: ImageDataset, tmp_path: Path, job: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, none is usable here")
+    watcher = Watcher()
+    history = (search if job == "search" else retrain)(tiny("runtime.device=cuda"), few, tmp_path, watcher)
+    losses = [record["metrics"]["train/loss"] for record in history]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)
+    assert any("cuda" in text for text in watcher.notes)
+
+
+@pytest.mark.parametrize("job", ["search", "retrain"])
+def test_a_job_says_where_it_runs_before_it_starts(few: ImageDataset, tmp_path: Path, job: str) -> None:
+    watcher = Watcher()
+    (search if job == "search" else retrain)(tiny(f"{job}.epochs=1"), few, tmp_path, watcher)
+    place = f"in this process, cpu, 1 thread, {count(usable_cores(), 'core')} on this machine"
+    assert watcher.notes == [place] == [describe_place(Compute(CPU), Ranks())]
 
 
 def test_the_cost_is_that_of_the_retrained_network(digits: ImageDataset) -> None:

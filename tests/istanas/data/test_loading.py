@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -43,8 +43,10 @@ def loader_of(dataset: ImageDataset, **options: object) -> BatchLoader:
 
 
 def equal(one: BatchLoader, other: BatchLoader) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.weight == b.weight
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +73,13 @@ def test_a_pass_yields_every_picture_once_in_channels_last_floats(digits: ImageD
     loader = loader_of(digits, batch_size=100)
     passed = list(loader)
     assert len(passed) == len(loader) == 15
-    assert [len(labels) for _, labels in passed] == [100] * 14 + [38]
+    assert [len(labels) for _, labels, _ in passed] == [100] * 14 + [38]
     assert loader.n_pictures == 1438
-    images, labels = passed[0]
+    images, labels, _ = passed[0]
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(
-        torch.cat([labels for _, labels in passed]).bincount(), torch.bincount(digits.train.labels)
+        torch.cat([labels for _, labels, _ in passed]).bincount(), torch.bincount(digits.train.labels)
     )
 
 
@@ -88,10 +90,10 @@ def test_evaluation_is_the_normalised_pictures_in_order(digits: ImageDataset) ->
         digits, "test", None, batch_size=64, augmentation=None, device=CPU, seed=0, epoch=0, shuffle=False,
         dtype=torch.float64,
     )  # fmt: skip
-    images = torch.cat([images for images, _ in loader])
+    images = torch.cat([images for images, _, _ in loader])
     wanted = (test.images.double() / 255 - digits.mean[0]) / digits.std[0]
     torch.testing.assert_close(images, wanted, rtol=0, atol=1e-13)
-    assert torch.equal(torch.cat([labels for _, labels in loader]), test.labels)
+    assert torch.equal(torch.cat([labels for _, labels, _ in loader]), test.labels)
 
 
 def test_a_pass_is_determined_by_seed_and_epoch(digits: ImageDataset) -> None:
@@ -105,7 +107,7 @@ def test_a_pass_is_determined_by_seed_and_epoch(digits: ImageDataset) -> None:
     assert not equal(loader, loader_of(digits, epoch=1))
     # Seed 1, epoch 0 is not epoch 1 of seed 0, and the order differs, not only the augmentation.
     first = [
-        next(iter(loader_of(digits, seed=s, epoch=e)))[1].tolist()
+        next(iter(loader_of(digits, seed=s, epoch=e))).labels.tolist()
         for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))
     ]
     assert len({tuple(labels) for labels in first}) == 4
@@ -115,7 +117,11 @@ def digest_of_a_pass() -> str:
     images = torch.arange(20 * 3 * 8 * 8).view(20, 3, 8, 8).remainder(251).to(torch.uint8)
     pictures = ArrayPictures(images, torch.arange(20))
     dataset = ImageDataset("", tuple("abc"), pictures, pictures, 3, 8, 8, (0.5,) * 3, (0.2,) * 3, "")
-    parts = [tensor.contiguous().numpy().tobytes() for batch in loader_of(dataset) for tensor in batch]
+    parts = [
+        part.contiguous().numpy().tobytes()
+        for batch in loader_of(dataset)
+        for part in (batch.images, batch.labels)
+    ]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -154,7 +160,7 @@ def test_the_ranks_share_every_global_batch_and_no_picture_twice(
     ranks = [loader_of(dataset, **options, rank=r, world_size=world_size) for r in range(world_size)]
     alone = loader_of(dataset, **options)
     assert len({len(loader) for loader in ranks}) == 1
-    steps = [[labels for _, labels in loader] for loader in ranks]
+    steps = [[labels for _, labels, _ in loader] for loader in ranks]
     for loader, step in zip(ranks, steps, strict=True):
         assert len(loader) == len(step)
         assert loader.n_pictures == sum(map(len, step))
@@ -166,11 +172,43 @@ def test_the_ranks_share_every_global_batch_and_no_picture_twice(
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
     # The global batches are those of a single process, but for a remainder smaller than the ranks.
-    whole = [labels.sort().values for _, labels in alone]
+    whole = [labels.sort().values for _, labels, _ in alone]
     if kept % batch_size >= world_size or kept % batch_size == 0 or kept < batch_size:
         assert all(torch.equal(a, b) for a, b in zip(together, whole, strict=True))
     else:
         assert all(torch.equal(a, b) for a, b in zip(together[:-1], whole[:-2], strict=True))
+
+
+def test_alone_every_batch_weighs_1_also_a_smaller_last_one(
+    digits: ImageDataset, large: ImageDataset
+) -> None:
+    for dataset in (digits, large):
+        loader = loader_of(dataset, batch_size=5)
+        assert len(next(iter(loader)).labels) != len(list(loader)[-1].labels)
+        assert [batch.weight for batch in loader] == [1.0] * len(loader)
+
+
+@given(st.integers(3, 60), st.integers(3, 20), st.sampled_from([2, 3]), st.booleans(), st.integers(0, 99))
+def test_the_mean_over_ranks_of_weighted_local_means_is_the_mean_over_all_pictures(
+    n: int, batch_size: int, world_size: int, drop_last: bool, seed: int
+) -> None:
+    """Also where the ranks get unequal shares of a batch."""
+    assume(not drop_last or n >= batch_size)
+    values = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options = {"batch_size": batch_size, "drop_last": drop_last, "seed": seed, "augmentation": None}
+    ranks = [loader_of(numbered(n), **options, rank=r, world_size=world_size) for r in range(world_size)]
+    for shares in zip(*ranks, strict=True):
+        found = sum(share.weight * values[share.labels].mean() for share in shares) / world_size
+        together = torch.cat([share.labels for share in shares])
+        torch.testing.assert_close(found, values[together].mean(), rtol=1e-13, atol=0)
+        assert sum(share.weight for share in shares) == pytest.approx(world_size, rel=1e-13)
+
+
+def test_weights_of_an_uneven_last_batch_by_hand() -> None:
+    """Seven pictures in batches of four for two ranks: two and two, then two and one."""
+    one, other = (loader_of(numbered(7), batch_size=4, rank=r, world_size=2) for r in range(2))
+    assert [(len(b.labels), b.weight) for b in one] == [(2, 1.0), (2, 4 / 3)]
+    assert [(len(b.labels), b.weight) for b in other] == [(2, 1.0), (1, 2 / 3)]
 
 
 def test_one_of_one_is_no_sharding_and_ranks_draw_for_themselves(digits: ImageDataset) -> None:
@@ -185,7 +223,7 @@ def test_indices_choose_the_pictures(digits: ImageDataset) -> None:
     indices = torch.tensor([5, 3, 900, 3])
     loader = loader_of(digits, indices=indices, shuffle=False)
     assert loader.n_pictures == 4
-    assert torch.equal(next(iter(loader))[1], digits.train.labels[indices])
+    assert torch.equal(next(iter(loader)).labels, digits.train.labels[indices])
 
 
 @pytest.mark.parametrize("indices", [[0, 1438], [-1, 0]])
@@ -226,7 +264,7 @@ def test_workers_do_not_change_a_bit(large: ImageDataset, augmentation: Augmenta
     assert equal(alone, alone)
     assert equal(alone, loader_of(large, **options, workers=2))
     assert torch.equal(state, torch.get_rng_state())
-    images, labels = next(iter(alone))
+    images, labels, _ = next(iter(alone))
     assert (images.shape, labels.shape, images.dtype) == ((5, 3, 66, 66), (5,), torch.float32)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert not equal(alone, loader_of(large, **options, epoch=1))
@@ -236,7 +274,7 @@ def test_large_pictures_are_evaluated_as_on_imagenet(large: ImageDataset) -> Non
     loader = batches(
         large, "test", None, batch_size=4, augmentation=None, device=CPU, seed=0, epoch=0, shuffle=False
     )
-    found = torch.cat([images for images, _ in loader])
+    found = torch.cat([images for images, _, _ in loader])
     for image, path in zip(found, large.test.paths, strict=True):  # type: ignore[union-attr]
         with Image.open(path) as picture:
             # The shorter side to 66 * 256 / 224 = 75 pixels, then the middle 66 x 66.
@@ -251,9 +289,9 @@ def test_large_pictures_are_evaluated_as_on_imagenet(large: ImageDataset) -> Non
 
 def test_the_ranks_share_large_pictures_with_the_same_augmentation_each(large: ImageDataset) -> None:
     options = {"batch_size": 4, "augmentation": Augmentation(horizontal_flip=True), "shuffle": False}
-    alone = torch.cat([images for images, _ in loader_of(large, **options)])
+    alone = torch.cat([images for images, _, _ in loader_of(large, **options)])
     ranks = [
-        torch.cat([images for images, _ in loader_of(large, **options, rank=r, world_size=2)])
+        torch.cat([images for images, _, _ in loader_of(large, **options, rank=r, world_size=2)])
         for r in range(2)
     ]
     assert torch.equal(alone[0::2], ranks[0])
@@ -297,7 +335,7 @@ def test_a_gpu_gets_the_same_batches(digits: ImageDataset, large: ImageDataset) 
         pytest.skip("no CUDA device")
     for dataset in (digits, large):
         one, other = (loader_of(dataset, device=torch.device(device)) for device in ("cpu", "cuda"))
-        for (a, b), (c, d) in zip(one, other, strict=True):
+        for (a, b, _), (c, d, _) in zip(one, other, strict=True):
             assert c.device.type == d.device.type == "cuda"
             torch.testing.assert_close(a, c.cpu(), atol=1e-6, rtol=0)
             assert torch.equal(b, d.cpu())

@@ -1,0 +1,326 @@
+"""A Ray runtime for the length of a command: started on this machine, or a cluster that is joined by its address.
+
+What Ray has to say goes into log files; people hear only what it waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from istanas.errors import IstanasError
+from istanas.training import Compute
+from pipeline.config import RuntimeSettings
+from pipeline.resources import (
+    Node,
+    WorkerRange,
+    count,
+    threads_per_worker,
+    usable_cores,
+    workers_that_fit,
+)
+from pipeline.worker import choose_compute
+
+LOG_FOLDER = "ray"  # in the run directory
+SECONDS_BEFORE_SAYING = 3.0
+_TOKEN_FILE = Path("~/.ray/auth_token")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What a job's workers get.
+
+    Args:
+        workers: how many.
+        threads: of each worker, and the cores that Ray sets aside for it.
+        compute: device, backend and precision, chosen for all.
+    """
+
+    workers: WorkerRange
+    threads: int
+    compute: Compute
+
+    @property
+    def gpu(self) -> bool:
+        """Whether each worker has a GPU."""
+        return self.compute.device.type == "cuda"
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The resources of one worker, by Ray's names."""
+        return {"CPU": self.threads, **({"GPU": 1} if self.gpu else {})}
+
+
+class Runtime:
+    """Ray, from its first use in a command to the end of the `with` block.
+
+    Args:
+        settings: address, device and number of workers.
+
+    A process that has Ray running already (a notebook, a trial of a sweep) keeps it.
+    """
+
+    def __init__(self, settings: RuntimeSettings) -> None:
+        self._settings = settings
+        self._address = settings.address or os.environ.get("RAY_ADDRESS")
+        self._logs: Path | None = None
+        self._scratch: Path | None = None
+        self._ours = False
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            import ray
+
+            ray.shutdown()  # also ends what still runs for this process on a cluster
+            self._ours = False
+        if self._logs is not None:
+            _collect_logs(self._logs)
+        if self._scratch is not None:  # what was refused has no run directory to collect logs in
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def start(self, run_dir: Path) -> None:
+        """Start or join Ray, unless that has been done.
+
+        Args:
+            run_dir: of the job; Ray's logs go there.
+
+        Raises:
+            IstanasError: if the address does not answer, or this machine is too small for the workers.
+        """
+        if self._ours:
+            return
+        if self._address is None:
+            check_machine(self._settings)
+        else:
+            check_address(self._address)
+        if self._address is None or _is_loopback_only(self._address):
+            # On Linux this makes every port of a Ray that is started here listen on 127.0.0.1 only, and one that
+            # does be found there; else Ray takes 127.0.0.1 for the machine's outer address.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end is noticed
+        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        import ray
+
+        if ray.is_initialized():
+            return
+        self._logs = run_dir / LOG_FOLDER
+        _collect_logs(self._logs)  # of a run that was killed
+        _log_to(self._logs / "driver.log")
+        options: dict[str, Any] = {"log_to_driver": False}
+        if self._address is None:
+            # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
+            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-"))
+            cores = max(usable_cores(), self._settings.worker_range.maximum)
+            options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(self._scratch)}
+            options |= {"num_cpus": cores}
+        else:
+            options |= {"address": self._address}
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise IstanasError(
+                f"runtime.address is {self._address}: Ray does not answer there ({one_line(error)}), start it or "
+                "correct the address"
+                if self._address
+                else f"Ray could not be started ({one_line(error)}), see {self._logs}"
+            ) from None
+        self._ours = True
+        if self._scratch is not None:
+            (self._logs / "session").symlink_to(self._scratch.resolve())
+        token = _TOKEN_FILE.expanduser()
+        if token.is_file() and token.stat().st_uid == os.getuid():
+            token.chmod(0o600)  # Ray leaves it readable for everybody
+
+    def allot(self) -> Allotment:
+        """Divide what the cluster has now among the workers.
+
+        Raises:
+            ConfigError: if the settings ask for a device that there is none of.
+        """
+        return allotment(self._settings, cluster_nodes())
+
+    def wait(self, allotment: Allotment, say: Say) -> None:
+        """Wait until the cluster has room for the (least number of) workers.
+
+        The demand is put to Ray as a placement group, so that a cluster that can grow does.
+
+        Args:
+            allotment: what the workers need.
+            say: told once what is waited for.
+
+        Raises:
+            IstanasError: after `runtime.wait_minutes`.
+        """
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        number = allotment.workers.minimum
+        group = placement_group([allotment.bundle] * number)
+        start, told = time.monotonic(), False
+        try:
+            while not group.wait(0.5):
+                seconds = time.monotonic() - start
+                needs = f"{_bundles(number, allotment)}; free now: {_resources(ray.available_resources())}"
+                if seconds > 60 * self._settings.wait_minutes:
+                    raise IstanasError(
+                        f"gave up after {self._settings.wait_minutes:g} minutes (runtime.wait_minutes) of waiting for "
+                        f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
+                    )
+                if not told and seconds > min(SECONDS_BEFORE_SAYING, 30 * self._settings.wait_minutes):
+                    told = True
+                    say(f"waiting for {needs}; at most {self._settings.wait_minutes:g} minutes")
+        finally:
+            remove_placement_group(group)
+
+    def has_room_for_one_more(self, allotment: Allotment) -> bool:
+        """Whether another worker would find a place now."""
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        free = ray.available_resources()
+        if any(free.get(name, 0) < amount for name, amount in allotment.bundle.items()):
+            return False
+        group = placement_group([allotment.bundle])  # free cores may lie on different nodes
+        try:
+            return bool(group.wait(2.0))
+        finally:
+            remove_placement_group(group)
+
+
+def check_address(address: str) -> None:
+    """Refuse at once an address where nobody listens: Ray would try again for minutes.
+
+    Raises:
+        IstanasError: with the remedy.
+
+    Example:
+        >>> check_address("auto")
+    """
+    if address == "auto":  # of the cluster that this machine belongs to; Ray answers at once if there is none
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise IstanasError(
+            f"runtime.address is {address!r:.60}: nobody answers there ({error}), start the cluster or give "
+            "HOST:PORT of its head node (or auto)"
+        ) from None
+
+
+def _is_loopback_only(address: str) -> bool:
+    """Whether a cluster listens on 127.0.0.1 and on no other address of this machine."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    own = [a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == socket.AF_INET]
+    for other in own:
+        if not other.startswith("127."):
+            with contextlib.suppress(OSError):  # refused, as it should be
+                socket.create_connection((other, int(port)), timeout=2).close()
+                return False
+    return True
+
+
+def allotment(settings: RuntimeSettings, nodes: Sequence[Node]) -> Allotment:
+    """Workers, threads and device of a job on these nodes."""
+    workers = settings.worker_range
+    compute = choose_compute(settings, sum(node.gpus for node in nodes))
+    gpu = compute.device.type == "cuda"
+    threads = settings.threads
+    if threads is None:
+        threads = threads_per_worker(nodes, workers.maximum, gpu)
+    return Allotment(workers, threads, compute)
+
+
+def check_machine(settings: RuntimeSettings) -> None:
+    """Refuse, before Ray is started here, what this machine can never hold: nothing is there to be waited for.
+
+    More workers than cores take turns, up to two a core; what sets `runtime.threads` may not exceed the cores.
+
+    Raises:
+        IstanasError: with what there is and what is asked for.
+    """
+    import torch
+
+    cores, gpus = usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    workers = settings.worker_range.minimum
+    asked = allotment(settings, [Node(max(cores, settings.worker_range.maximum), gpus)])
+    fit = workers_that_fit([Node(cores, gpus)], asked.threads, asked.gpu)
+    if settings.threads is None and not asked.gpu:
+        fit = 2 * cores
+    if workers > fit:
+        raise IstanasError(
+            f"waiting is of no use: {_bundles(workers, asked)} are asked for, this machine has "
+            f"{count(cores, 'core')} and {count(gpus, 'GPU')}: lower --workers (or runtime.threads), or name a "
+            "cluster with --address"
+        )
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
+
+
+def one_line(error: BaseException) -> str:
+    """The last line of what an error says: tracebacks of workers end with what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[-1] if lines else type(error).__name__:.200}"
+
+
+def _bundles(number: int, allotment: Allotment) -> str:
+    """What so many workers need, in words."""
+    each = f"{count(allotment.threads, 'core')}{' and 1 GPU' if allotment.gpu else ''}"
+    return f"{count(number, 'worker')} of {each}"
+
+
+def _resources(free: dict[str, float]) -> str:
+    return f"{count(int(free.get('CPU', 0)), 'core')}, {count(int(free.get('GPU', 0)), 'GPU')}"
+
+
+def _log_to(file: Path) -> None:
+    """Everything that Ray logs in this process goes to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("ray")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _collect_logs(logs: Path) -> None:
+    """Bring the logs of an ended Ray session into the run directory, and delete its other files."""
+    link = logs / "session"
+    if not link.is_symlink():
+        return
+    scratch = Path(os.readlink(link))
+    for session in scratch.glob("session_2*"):
+        shutil.copytree(
+            session / "logs", logs / session.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    link.unlink()

@@ -1,0 +1,394 @@
+"""Runs a job's worker function: in this process, or on Ray Train's workers, which report to this process.
+
+Workers need no common disk and no MLflow: rank 0 gives every checkpoint and every figure to a mailbox (a small
+actor beside this process), and this process writes them to the run directory. So whatever dies, what has been
+written is whole, and only one process ever writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from istanas.data import ImageDataset
+from istanas.errors import IstanasError
+from istanas.space import Genotype
+from istanas.training import Metrics
+from pipeline import checkpoint
+from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, one_line
+from pipeline.config import Config
+from pipeline.worker import Observer, Record, open_dataset, retrain_worker, search_worker
+
+Job = Literal["search", "retrain"]
+WORKERS: dict[Job, Callable[..., list[Record]]] = {"search": search_worker, "retrain": retrain_worker}
+
+SECONDS_BETWEEN_STEPS = 0.3  # that are told: each is a message
+SECONDS_TO_START = 180.0  # at least, for new workers to come up, before the job counts as stuck
+
+
+def run_job(
+    job: Job,
+    config: Config,
+    dataset: ImageDataset,
+    folder: Path,
+    observer: Observer,
+    runtime: Runtime,
+    genotype: Genotype | None = None,
+) -> list[Record]:
+    """Run a job's epochs to their end.
+
+    Args:
+        job: which.
+        config: the whole configuration; `runtime.workers` says where.
+        dataset: as `open_dataset` gives it; Ray's workers open their own.
+        folder: of the checkpoints.
+        observer: told of every step and epoch, in this process.
+        runtime: Ray, started by `prepare_workers` if there are workers.
+        genotype: of a retraining.
+
+    Returns:
+        One record an epoch.
+
+    Raises:
+        IstanasError: whatever stops the job; the same command goes on.
+    """
+    arguments = () if genotype is None else (genotype,)
+    if config.runtime.worker_range.maximum == 0:
+        return WORKERS[job](config, dataset, checkpoint.FolderStore(folder), observer, *arguments)
+    return _RayJob(job, config, folder, observer, runtime, arguments).run()
+
+
+def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
+    """Have Ray running and room for the workers, if there are any; refusals leave nothing behind.
+
+    Raises:
+        IstanasError: if there is no Ray at the address, or no room in time.
+    """
+    if config.runtime.worker_range.maximum > 0:
+        runtime.start(run_dir)
+        runtime.wait(runtime.allot(), say)
+
+
+# ---------- in the user's process
+class _RayJob:
+    """A job on Ray Train's workers, seen from the process that started it."""
+
+    def __init__(
+        self,
+        job: Job,
+        config: Config,
+        folder: Path,
+        observer: Observer,
+        runtime: Runtime,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        self._job, self._config, self._folder, self._observer = job, config, folder, observer
+        self._runtime, self._arguments = runtime, arguments
+        self._history: list[Record] = []
+        self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
+
+    def run(self) -> list[Record]:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(Mailbox)
+        actor = actor.options(num_cpus=0, scheduling_strategy=here)
+        self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
+        try:
+            while self._ended != "finished":  # once, but for elastic jobs that grow
+                self._ended = ""
+                self._run_group()
+        finally:
+            ray.kill(self._mailbox)
+        return self._history
+
+    def _run_group(self) -> None:
+        """One call of Ray Train's `fit`, and all that comes in meanwhile."""
+        import ray
+
+        allotment = self._runtime.allot()
+        trainer = _trainer(self._job, self._config, allotment, self._arguments, self._mailbox, self._folder)
+        fit = _Fit(trainer.fit)
+        stuck_at = time.monotonic() + self._patience()
+        while True:
+            ended = fit.ended
+            events = ray.get(self._mailbox.take.remote(timeout=0.2))
+            for kind, *payload in events:
+                if kind in ("started", "lost"):
+                    stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
+                self._handle(kind, payload, allotment)
+            if ended and not events:
+                break
+            if time.monotonic() > stuck_at:
+                raise IstanasError(
+                    f"{self._job}: no worker has started for {self._patience() / 60:.0f} minutes, see "
+                    f"{self._folder.parent / LOG_FOLDER} and Ray's own logs; the same command goes on"
+                )
+        if fit.error is not None:
+            raise IstanasError(
+                f"{self._job}: the workers failed for good ({one_line(fit.error)}), see "
+                f"{self._folder.parent / LOG_FOLDER}; the same command goes on from the last checkpoint"
+            ) from fit.error
+        if not self._ended:
+            raise IstanasError(
+                f"{self._job}: the workers ended without a result, see {self._folder.parent / LOG_FOLDER}; the same "
+                "command goes on from the last checkpoint"
+            )
+
+    def _patience(self) -> float:
+        return max(60 * self._config.runtime.wait_minutes, SECONDS_TO_START)
+
+    def _handle(self, kind: str, payload: list[Any], allotment: Allotment) -> None:
+        import ray
+
+        if kind == "note":
+            self._observer.note(*payload)
+        elif kind == "resumed":
+            self._observer.resumed(*payload)
+        elif kind == "step":
+            epoch, step, n_steps, metrics = payload
+            self._observer.step(epoch, step, n_steps, lambda: metrics)
+        elif kind == "checkpoint":
+            epoch, data, workers = payload
+            checkpoint.write(self._folder, epoch, data)
+            grow = workers < allotment.workers.maximum and self._runtime.has_room_for_one_more(allotment)
+            ray.get(self._mailbox.kept.remote(epoch, not grow))
+        elif kind == "epoch":
+            (self._history,) = payload
+            self._observer.epoch_done(self._history)
+        elif kind in ("finished", "made room"):
+            (self._history,) = payload
+            self._ended = kind
+        elif kind == "failed":
+            (error,) = payload
+            raise error
+        elif kind == "lost":
+            self._observer.note(f"{payload[0]}: replacing it, the epoch starts again")
+
+
+class _Fit:
+    """`trainer.fit` in a thread of its own: this process has events to handle, and Ctrl-C to listen to."""
+
+    def __init__(self, fit: Callable[[], Any]) -> None:
+        self._fit = fit
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._fit()
+        except BaseException as error:  # handed to the main thread, which raises it
+            self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+
+def _trainer(
+    job: Job, config: Config, allotment: Allotment, arguments: tuple[Any, ...], mailbox: Any, folder: Path
+) -> Any:
+    """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = allotment.workers
+    scaling: dict[str, Any] = {
+        "num_workers": (workers.minimum, workers.maximum) if workers.elastic else workers.maximum,
+        "use_gpu": allotment.gpu,
+        "resources_per_worker": allotment.bundle,
+        # Workers that run are resized between epochs, by ending them there; Ray would do it in an epoch's middle.
+        "elastic_resize_monitor_interval_s": 1e9,
+    }
+    run = RunConfig(
+        name=f"{job}-{uuid.uuid4().hex[:8]}",
+        storage_path=str((folder.parent / LOG_FOLDER / "train").resolve()),
+        failure_config=FailureConfig(max_failures=config.runtime.max_failures),
+        callbacks=[_make_loss_callback(mailbox)],
+    )
+    return TorchTrainer(
+        _worker_loop,
+        train_loop_config={
+            "job": job,
+            "config": _on_workers(config, allotment),
+            "arguments": arguments,
+            "mailbox": mailbox,
+        },
+        torch_config=TorchConfig(backend=allotment.compute.backend),
+        scaling_config=ScalingConfig(**scaling),
+        run_config=run,
+    )
+
+
+def _on_workers(config: Config, allotment: Allotment) -> Config:
+    """The configuration with all that is decided here, once for all workers: device, threads, absolute paths."""
+    runtime = config.runtime.model_copy(
+        update={"device": allotment.compute.device.type, "threads": allotment.threads}
+    )
+    paths = {key: getattr(config.data, key) for key in ("root", "cache_dir")}
+    data = config.data.model_copy(
+        update={key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
+    )
+    return config.model_copy(update={"runtime": runtime, "data": data})
+
+
+def _make_loss_callback(mailbox: Any) -> Any:
+    from ray.train import UserCallback
+
+    class Losses(UserCallback):
+        """Tells, from Ray Train's controller, that workers were lost."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            lost = ", ".join(f"worker {r} ({one_line(e)})" for r, e in sorted(worker_exceptions.items()))
+            mailbox.post.remote(None, "lost", f"lost {lost}")
+
+    return Losses()
+
+
+# ---------- between the two
+class Mailbox:
+    """An asynchronous actor that holds the newest checkpoint and what is new for the user's process.
+
+    Args:
+        newest: checkpoint that workers start from, or None.
+
+    Every group of workers has a token, so that what a dead group has sent too late is not taken for the new one's.
+    """
+
+    def __init__(self, newest: bytes | None) -> None:
+        self._newest = newest
+        self._token: str | None = None
+        self._events: list[tuple[Any, ...]] = []
+        self._arrived = asyncio.Event()
+        self._answers: dict[tuple[str, int], asyncio.Future[bool]] = {}
+
+    # for workers
+    async def begin(self, token: str, workers: int) -> bytes | None:
+        """A new group of workers starts: where from?"""
+        self._token = token
+        self._add("started", workers)
+        return self._newest
+
+    async def post(self, token: str | None, kind: str, *payload: Any) -> None:
+        """Tell the user's process something; of steps only the last is kept."""
+        if token not in (None, self._token):
+            return
+        if kind == "step" and self._events and self._events[-1][0] == "step":
+            self._events.pop()
+        self._add(kind, *payload)
+
+    async def keep(self, token: str, epoch: int, data: bytes, workers: int) -> bool:
+        """Wait until a checkpoint is on the disk; False: this group of workers is to end here."""
+        if token != self._token:
+            return False
+        self._newest = data
+        answer = self._answers[token, epoch] = asyncio.get_running_loop().create_future()
+        self._add("checkpoint", epoch, data, workers)
+        return await answer
+
+    # for the user's process
+    async def take(self, timeout: float) -> list[tuple[Any, ...]]:
+        """All that is new; waits for something at most `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._arrived.wait(), timeout)
+        except TimeoutError:
+            return []
+        events, self._events = self._events, []
+        self._arrived.clear()
+        return events
+
+    async def kept(self, epoch: int, go_on: bool) -> None:
+        """The checkpoint of an epoch is on the disk."""
+        for key in [key for key in self._answers if key[1] == epoch]:
+            self._answers.pop(key).set_result(go_on)
+
+    def _add(self, *event: Any) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+
+# ---------- on a worker
+@dataclass
+class _Reporter:
+    """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox."""
+
+    mailbox: Any
+    token: str
+    workers: int
+
+    def __post_init__(self) -> None:
+        self._told = 0.0
+        self._go_on = True
+
+    def read(self) -> bytes | None:
+        import ray
+
+        data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, self.workers))
+        return data
+
+    def write(self, epoch: int, data: bytes) -> None:
+        import ray
+
+        self._go_on = ray.get(self.mailbox.keep.remote(self.token, epoch, data, self.workers))
+
+    def note(self, text: str) -> None:
+        self._post("note", text)
+
+    def resumed(self, history: list[Record], workers: int) -> None:
+        self._post("resumed", history, workers)
+
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+        now = time.monotonic()
+        if step == n_steps or now - self._told > SECONDS_BETWEEN_STEPS:
+            self._told = now
+            self._post("step", epoch, step, n_steps, read())
+
+    def epoch_done(self, history: list[Record]) -> None:
+        self._post("epoch", history)
+
+    def go_on(self) -> bool:
+        return self._go_on
+
+    def finished(self, history: list[Record]) -> None:
+        import ray
+
+        # Waited for: Ray Train ends this process as soon as it has nothing more to do.
+        kind = "finished" if self._go_on else "made room"
+        ray.get(self.mailbox.post.remote(self.token, kind, history))
+
+    def failed(self, error: IstanasError) -> None:
+        import ray
+
+        ray.get(self.mailbox.post.remote(None, "failed", error))
+
+    def _post(self, kind: str, *payload: Any) -> None:
+        self.mailbox.post.remote(self.token, kind, *payload)
+
+
+def _worker_loop(settings: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker, its process group being set up."""
+    from ray.train import get_context
+
+    context = get_context()
+    job, config = settings["job"], settings["config"]
+    reporter = _Reporter(settings["mailbox"], uuid.uuid4().hex, context.get_world_size())
+    if context.get_world_rank() == 0:
+        warnings.showwarning = lambda message, *_, **__: reporter.note(f"warning: {message}")
+    try:
+        dataset = open_dataset(config, (job,))
+        history = WORKERS[job](config, dataset, reporter, reporter, *settings["arguments"])
+    except IstanasError as error:
+        # The same again would come of a restart: the user's process stops the job, other ranks may be waiting.
+        reporter.failed(error)
+        return
+    if context.get_world_rank() == 0:
+        reporter.finished(history)

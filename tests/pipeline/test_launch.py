@@ -1,0 +1,115 @@
+"""What lies between workers and the user's process, without Ray (with it: tests/integration/test_ray.py)."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline.cluster import Runtime, allotment, check_address, check_machine, one_line
+from pipeline.config import load
+from pipeline.launch import Mailbox, _on_workers
+from pipeline.resources import Node, usable_cores
+
+
+# ---------- the mailbox
+def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
+    async def talk() -> None:
+        box = Mailbox(b"old")
+        assert await box.begin("a", 2) == b"old"
+        keeping = asyncio.ensure_future(box.keep("a", 1, b"new", 2))
+        await asyncio.sleep(0)
+        assert not keeping.done()
+        assert await box.take(1) == [("started", 2), ("checkpoint", 1, b"new", 2)]
+        await box.kept(1, True)
+        assert await keeping
+        assert await box.begin("b", 1) == b"new", "the next group starts from the newest"
+
+    asyncio.run(talk())
+
+
+def test_a_dead_group_is_no_longer_listened_to() -> None:
+    async def talk() -> None:
+        box = Mailbox(None)
+        await box.begin("dead", 2)
+        await box.begin("new", 2)
+        await box.take(1)
+        await box.post("dead", "epoch", [])
+        assert await box.keep("dead", 7, b"late", 2) is False
+        assert await box.begin("third", 2) is None
+        await box.post(None, "lost", "lost worker 0")  # the controller speaks for no group
+        assert await box.take(1) == [("started", 2), ("lost", "lost worker 0")]
+
+    asyncio.run(talk())
+
+
+def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_than_asked() -> None:
+    async def talk() -> None:
+        box = Mailbox(None)
+        await box.begin("a", 1)
+        for step in range(5):
+            await box.post("a", "step", 0, step)
+        await box.post("a", "epoch", [1])
+        assert await box.take(1) == [("started", 1), ("step", 0, 4), ("epoch", [1])]
+        assert await box.take(0.01) == []
+
+    asyncio.run(talk())
+
+
+# ---------- who gets what
+def test_device_backend_and_threads_are_chosen_once_for_all_workers() -> None:
+    auto = load(None, ["runtime.workers=4"]).runtime
+    cpu = allotment(auto, [Node(8), Node(8)])
+    assert (cpu.threads, cpu.compute.backend, cpu.bundle) == (4, "gloo", {"CPU": 4})
+    gpu = allotment(auto, [Node(16, 2), Node(16, 2)])
+    assert (gpu.threads, gpu.compute.backend, gpu.bundle) == (8, "nccl", {"CPU": 8, "GPU": 1})
+    assert gpu.compute.autocast_dtype is torch.bfloat16
+    with pytest.raises(ConfigError, match=r"runtime\.device is cuda, and no GPU"):
+        allotment(load(None, ["runtime.workers=4", "runtime.device=cuda"]).runtime, [Node(8)])
+
+
+def test_workers_are_told_what_was_decided_and_absolute_paths() -> None:
+    config = load(None, ["runtime.workers=2", "data.root=pictures"])
+    sent = _on_workers(config, allotment(config.runtime, [Node(2)]))
+    assert (sent.runtime.device, sent.runtime.threads) == ("cpu", 1)
+    assert sent.data.root == str(Path("pictures").resolve())
+
+
+def test_a_machine_holds_two_workers_a_core_unless_threads_are_set() -> None:
+    cores = usable_cores()
+
+    def check(workers: int, *more: str) -> None:
+        check_machine(load(None, [f"runtime.workers={workers}", "runtime.device=cpu", *more]).runtime)
+
+    check(2 * cores)
+    check(cores, "runtime.threads=1")
+    for workers, more in (
+        (2 * cores + 1, ()),
+        (cores + 1, ("runtime.threads=1",)),
+        (1, (f"runtime.threads={cores + 1}",)),
+    ):
+        with pytest.raises(
+            IstanasError, match=r"waiting is of no use: .* are asked for, this machine has"
+        ) as caught:
+            check(workers, *more)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1", "127.0.0.1:99999999"])
+def test_an_address_where_nobody_listens_is_one_clear_line(address: str) -> None:
+    with pytest.raises(
+        IstanasError, match=r"nobody answers there .*start the cluster or give HOST:PORT"
+    ) as caught:
+        check_address(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_line_of_an_error_is_what_happened() -> None:
+    assert one_line(RuntimeError("Traceback:\n  File x\nValueError: no\n")) == "ValueError: no"
+    assert one_line(RuntimeError()) == "RuntimeError"
+
+
+def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
+    with Runtime(load(None).runtime) as runtime:
+        assert not runtime._ours

@@ -1,0 +1,118 @@
+"""How many workers with how many threads: what is written is read, what does not fit is not promised."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from istanas.errors import ConfigError
+from pipeline.resources import (
+    Node,
+    WorkerRange,
+    count,
+    parse_workers,
+    threads_in_process,
+    threads_per_worker,
+    usable_cores,
+    workers_that_fit,
+)
+
+NODES = st.lists(st.builds(Node, st.integers(0, 12), st.integers(0, 4)), max_size=4)
+
+
+# ---------- what is written
+@given(st.integers(0, 999_999), st.integers(0, 999_999))
+def test_a_number_and_a_range_are_read_and_print_as_they_were_written(low: int, high: int) -> None:
+    for written in (low, str(low), f"{low}:{low}"):
+        fixed = parse_workers(written)
+        assert fixed == WorkerRange(low, low)
+        assert (fixed.elastic, str(fixed)) == (False, str(low))
+    if 1 <= low < high:
+        elastic = parse_workers(f"{low}:{high}")
+        assert elastic == WorkerRange(low, high)
+        assert (elastic.elastic, str(elastic)) == (True, f"{low}:{high}")
+        assert parse_workers(str(elastic)) == elastic
+    elif low != high:
+        with pytest.raises(ConfigError):
+            parse_workers(f"{low}:{high}")
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "abc", "-1", "1.5", "1:", ":4", "4:1", "0:4", "1:2:3", "1-4", " 2", "2\n", "1e3", "9" * 7, -1, True],
+)
+def test_anything_else_is_refused_in_one_short_line(written: int | str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^workers: .* is none, give a number or MIN:MAX, such as 2 or 1:4$"
+    ) as caught:
+        parse_workers(written)
+    assert repr(str(written)) in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parse_workers("x\n" * 1000)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 120
+
+
+# ---------- what fits
+def packed(nodes: list[Node], threads: int, gpu: bool) -> int:
+    """Workers put on the nodes one by one, until none has room."""
+    free = [[node.cpus, node.gpus] for node in nodes]
+    placed = 0
+    for node in free:
+        while node[0] >= threads and (not gpu or node[1] >= 1):
+            node[0] -= threads
+            node[1] -= gpu
+            placed += 1
+    return placed
+
+
+@given(NODES, st.integers(1, 6), st.booleans())
+def test_as_many_workers_fit_as_can_be_placed_one_by_one(nodes: list[Node], threads: int, gpu: bool) -> None:
+    assert workers_that_fit(nodes, threads, gpu) == packed(nodes, threads, gpu)
+
+
+@given(NODES, st.integers(1, 8), st.booleans())
+def test_the_most_threads_that_cost_no_worker_its_place(nodes: list[Node], workers: int, gpu: bool) -> None:
+    threads = threads_per_worker(nodes, workers, gpu)
+    placed_with = {t: min(workers, workers_that_fit(nodes, t, gpu)) for t in range(1, 14)}
+    assert threads >= 1
+    if placed_with[1] > 0:
+        assert placed_with[threads] == placed_with[1]
+        assert all(placed < placed_with[1] for t, placed in placed_with.items() if t > threads)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpu", "threads"),
+    [
+        ([Node(8)], 1, False, 8),
+        ([Node(8)], 2, False, 4),
+        ([Node(8)], 3, False, 2),
+        ([Node(2)], 4, False, 1),  # more workers than cores: one thread each, and some wait
+        ([Node(3), Node(3)], 2, False, 3),
+        ([Node(3), Node(3)], 3, False, 1),
+        ([Node(16, 2)], 2, True, 8),
+        ([Node(16, 2), Node(64)], 2, True, 8),  # a node without GPUs holds no worker
+        ([Node(4, 1)], 8, True, 4),  # only one worker finds a GPU
+        ([], 2, False, 1),
+    ],
+)
+def test_threads_of_some_clusters(nodes: list[Node], workers: int, gpu: bool, threads: int) -> None:
+    assert threads_per_worker(nodes, workers, gpu) == threads
+
+
+# ---------- this machine
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_cores_that_were_not_granted_do_not_count() -> None:
+    granted = os.sched_getaffinity(0)
+    assert usable_cores() == threads_in_process(None) == len(granted)
+    try:
+        os.sched_setaffinity(0, {min(granted)})
+        assert usable_cores() == threads_in_process(None) == 1
+        assert threads_in_process(7) == 7
+    finally:
+        os.sched_setaffinity(0, granted)
+
+
+def test_a_number_and_its_noun_agree() -> None:
+    assert [count(n, "core") for n in (0, 1, 2)] == ["0 cores", "1 core", "2 cores"]

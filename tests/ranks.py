@@ -1,0 +1,74 @@
+"""Runs functions on several ranks: processes of torch's gloo group, without Ray."""
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+SECONDS = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a function returned on a rank, or "Class: message" of what it raised."""
+
+    returned: Any
+    error: str
+    trace: str
+
+    @property
+    def value(self) -> Any:
+        assert not self.error, self.trace
+        return self.returned
+
+
+def run_ranks(functions: Sequence[Callable[[], Any]], size: int) -> list[list[Outcome]]:
+    """Call functions one after another in `size` processes that form a process group.
+
+    Args:
+        functions: of a module's top level; after one that raises, the next must find the ranks in step.
+        size: number of processes.
+
+    Returns:
+        For each function what came of it, by rank.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_run, args=(functions, rank, size, folder), daemon=True)
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(SECONDS)
+            assert process.exitcode is not None, "a rank hangs"
+        by_rank = [pickle.loads((Path(folder) / f"rank{r}").read_bytes()) for r in range(size)]
+    return [list(outcomes) for outcomes in zip(*by_rank, strict=True)]
+
+
+def _run(functions: Sequence[Callable[[], Any]], rank: int, size: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=SECONDS / 2),
+    )
+    outcomes = []
+    for function in functions:
+        try:
+            outcomes.append(Outcome(function(), "", ""))
+        except Exception as error:
+            outcomes.append(Outcome(None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+    (Path(folder) / f"rank{rank}").write_bytes(pickle.dumps(outcomes))
+    dist.destroy_process_group()

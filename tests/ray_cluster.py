@@ -1,0 +1,102 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own that takes orders on stdin.
+
+Orders: "add CPUS", "remove" (the node added last, as if its machine had died), "end". Each is answered by a line.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+# Ports on 127.0.0.1 only; no telemetry; workers of the tests find the packages under test.
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+class RayCluster:
+    """A head node with so many (logical) cores; more nodes come and go."""
+
+    def __init__(self, cpus: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(cpus)],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self._answer()
+
+    def add(self, cpus: int) -> None:
+        self._order(f"add {cpus}")
+
+    def remove(self) -> None:
+        self._order("remove")
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's workers, on all nodes."""
+        return [p for p in self._children() if "RayTrainWorker" in title(p)]
+
+    def close(self) -> None:
+        processes = self._children()
+        if self._process.poll() is None:
+            self._order("end")
+            self._process.wait(30)
+        for process in processes:  # what outlives its cluster
+            if process.is_running():
+                process.kill()
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def _order(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text + "\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return line.removeprefix("ANSWER ").strip()
+        raise AssertionError("the cluster's process has ended")
+
+
+def title(process: psutil.Process) -> str:
+    """Ray writes what a process does over its command line."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _serve(cpus: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    print(f"ANSWER {cluster.address}", flush=True)
+    nodes = []
+    for line in sys.stdin:
+        order, *numbers = line.split()
+        if order == "add":
+            nodes.append(cluster.add_node(num_cpus=int(numbers[0])))
+        elif order == "remove":
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        elif order == "end":
+            cluster.shutdown()
+        print("ANSWER done", flush=True)
+        if order == "end":
+            return
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
