@@ -129,7 +129,7 @@ class Runtime:
         if self._address is None:
             # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
             self._scratch = Path(tempfile.mkdtemp(prefix="istanas-"))
-            cores = max(usable_cores(), self._settings.worker_range.maximum)
+            cores = max(usable_cores(), self._settings.worker_range.minimum)
             options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(self._scratch)}
             options |= {"num_cpus": cores}
         else:
@@ -264,7 +264,7 @@ def check_machine(settings: RuntimeSettings) -> None:
 
     cores, gpus = usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     workers = settings.worker_range.minimum
-    asked = allotment(settings, [Node(max(cores, settings.worker_range.maximum), gpus)])
+    asked = allotment(settings, [Node(max(cores, workers), gpus)])
     fit = workers_that_fit([Node(cores, gpus)], asked.threads, asked.gpu)
     if settings.threads is None and not asked.gpu:
         fit = 2 * cores
