@@ -138,10 +138,10 @@ class Runtime:
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise IstanasError(
-                f"runtime.address is {self._address}: Ray does not answer there ({one_line(error)}), start it or "
+                f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
                 "correct the address"
                 if self._address
-                else f"Ray could not be started ({one_line(error)}), see {self._logs}"
+                else f"Ray could not be started ({last_line(error)}), see {self._logs}"
             ) from None
         self._ours = True
         if self._scratch is not None:
@@ -284,7 +284,7 @@ def cluster_nodes() -> list[Node]:
     return [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
 
 
-def one_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """The last line of what an error says: tracebacks of workers end with what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1] if lines else type(error).__name__:.200}"

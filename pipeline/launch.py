@@ -22,7 +22,7 @@ from istanas.errors import IstanasError
 from istanas.space import Genotype
 from istanas.training import Metrics
 from pipeline import checkpoint
-from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, one_line
+from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
 from pipeline.config import Config
 from pipeline.worker import Observer, Record, open_dataset, retrain_worker, search_worker
 
@@ -134,7 +134,7 @@ class _RayJob:
                 )
         if fit.error is not None:
             raise IstanasError(
-                f"{self._job}: the workers failed for good ({one_line(fit.error)}), see "
+                f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
                 f"{self._folder.parent / LOG_FOLDER}; the same command goes on from the last checkpoint"
             ) from fit.error
         if not self._ended:
@@ -248,7 +248,7 @@ def _make_loss_callback(mailbox: Any) -> Any:
         """Tells, from Ray Train's controller, that workers were lost."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            lost = ", ".join(f"worker {r} ({one_line(e)})" for r, e in sorted(worker_exceptions.items()))
+            lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
             mailbox.post.remote(None, "lost", f"lost {lost}")
 
     return Losses()

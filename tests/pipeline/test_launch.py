@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.cluster import Runtime, allotment, check_address, check_machine, one_line
+from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.launch import Mailbox, _on_workers
 from pipeline.resources import Node, usable_cores
@@ -106,8 +106,8 @@ def test_an_address_where_nobody_listens_is_one_clear_line(address: str) -> None
 
 
 def test_the_last_line_of_an_error_is_what_happened() -> None:
-    assert one_line(RuntimeError("Traceback:\n  File x\nValueError: no\n")) == "ValueError: no"
-    assert one_line(RuntimeError()) == "RuntimeError"
+    assert last_line(RuntimeError("Traceback:\n  File x\nValueError: no\n")) == "ValueError: no"
+    assert last_line(RuntimeError()) == "RuntimeError"
 
 
 def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
