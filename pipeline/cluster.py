@@ -9,10 +9,14 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +39,8 @@ from pipeline.worker import choose_compute
 
 LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
+SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
+NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 Say = Callable[[str], None]
@@ -76,7 +82,8 @@ class Runtime:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
-        self._address = settings.address or os.environ.get("RAY_ADDRESS")
+        address = settings.address or os.environ.get("RAY_ADDRESS")
+        self._address = None if address == "local" else address  # Ray's word for one that is started here
         self._logs: Path | None = None
         self._scratch: Path | None = None
         self._ours = False
@@ -92,8 +99,8 @@ class Runtime:
 
             ray.shutdown()  # also ends what still runs for this process on a cluster
             self._ours = False
-        if self._logs is not None:
-            _collect_logs(self._logs)
+        if self._logs is not None and _session_of(self._logs) == self._scratch:
+            _collect_logs(self._logs)  # a second command may have begun here meanwhile: its logs are its own
         if self._scratch is not None:  # what was refused has no run directory to collect logs in
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -118,24 +125,33 @@ class Runtime:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end is noticed
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        answers = ask_ray(self._address)  # meanwhile, Ray is imported here
         import ray
 
         if ray.is_initialized():
             return
+        if not answers():
+            raise IstanasError(f"runtime.address is {self._address}: {NOT_RAY}")
         self._logs = run_dir / LOG_FOLDER
         _collect_logs(self._logs)  # of a run that was killed
         _log_to(self._logs / "driver.log")
         options: dict[str, Any] = {"log_to_driver": False}
         if self._address is None:
             # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
-            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-"))
+            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
+            (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
             cores = max(usable_cores(), self._settings.worker_range.minimum)
             options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(self._scratch)}
             options |= {"num_cpus": cores}
         else:
             options |= {"address": self._address}
+        _send_errors_to_log()
         try:
-            ray.init(**options)
+            with uninterrupted() as interrupted:
+                ray.init(**options)
+                self._ours = True
+            if interrupted:
+                raise KeyboardInterrupt
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise IstanasError(
                 f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
@@ -143,9 +159,6 @@ class Runtime:
                 if self._address
                 else f"Ray could not be started ({last_line(error)}), see {self._logs}"
             ) from None
-        self._ours = True
-        if self._scratch is not None:
-            (self._logs / "session").symlink_to(self._scratch.resolve())
         token = _TOKEN_FILE.expanduser()
         if token.is_file() and token.stat().st_uid == os.getuid():
             token.chmod(0o600)  # Ray leaves it readable for everybody
@@ -225,6 +238,57 @@ def check_address(address: str) -> None:
             f"runtime.address is {address!r:.60}: nobody answers there ({error}), start the cluster or give "
             "HOST:PORT of its head node (or auto)"
         ) from None
+
+
+def ask_ray(address: str | None) -> Callable[[], bool]:
+    """Begin to ask whether it is Ray that listens at an address; the result says so when it is called.
+
+    In a process of its own, because Ray's client goes on trying for minutes and can't be stopped.
+    """
+    if address is None or address == "auto" or address.startswith("ray://"):
+        return lambda: True
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    asking = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def answer() -> bool:
+        try:
+            return asking.wait(SECONDS_TO_ANSWER) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            asking.kill()
+            asking.wait()
+
+    return answer
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[list[int]]:
+    """Inside, Ctrl-C is only noted (in the list that is given): what is half started could not be ended."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _send_errors_to_log() -> None:
+    """What Ray prints about lost workers and nodes goes to its log: stdout is for the user, or for `--json`.
+
+    `log_to_driver` leaves these out, and Ray offers nothing else.
+    """
+    import ray._private.worker as private
+
+    def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        logging.getLogger("ray").warning("%s", "\n".join(map(str, data.get("lines", []))))
+
+    private.print_to_stdstream = log
 
 
 def _is_loopback_only(address: str) -> bool:
@@ -312,15 +376,20 @@ def _log_to(file: Path) -> None:
     logger.propagate = False
 
 
+def _session_of(logs: Path) -> Path | None:
+    """Where a Ray session that was started here keeps its files."""
+    link = logs / "session"
+    return Path(os.readlink(link)) if link.is_symlink() else None
+
+
 def _collect_logs(logs: Path) -> None:
     """Bring the logs of an ended Ray session into the run directory, and delete its other files."""
-    link = logs / "session"
-    if not link.is_symlink():
+    scratch = _session_of(logs)
+    if scratch is None:
         return
-    scratch = Path(os.readlink(link))
     for session in scratch.glob("session_2*"):
         shutil.copytree(
             session / "logs", logs / session.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
         )
     shutil.rmtree(scratch, ignore_errors=True)
-    link.unlink()
+    (logs / "session").unlink()

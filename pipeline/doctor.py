@@ -39,6 +39,7 @@ def run_checks(
     data_root: str | os.PathLike[str] | None,
     workers: int | str = 0,
     threads: int | None = None,
+    address: str | None = None,
 ) -> list[Check]:
     """Look at everything that a run needs; nothing is downloaded or changed.
 
@@ -47,15 +48,16 @@ def run_checks(
         data_name: a data set's name, e.g. "digits", "cifar10", "folder".
         data_root: where its pictures lie, or None.
         workers, threads: see `check_threads`.
+        address: of a Ray cluster, whose cores the workers then get.
 
     Returns:
         One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
-        the data, disk space.
+        the data, disk space; with an address, for the cluster instead of cores and threads.
     """
     return [
         check_packages(),
         check_gpus(),
-        check_threads(workers, threads),
+        check_threads(workers, threads) if address is None else check_cluster(address),
         check_store(tracking_uri),
         check_mosek(),
         check_data(data_name, data_root),
@@ -89,6 +91,23 @@ def check_gpus() -> Check:
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     listed = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
     return Check("gpu", "ok", f"{len(devices)}: {listed}")
+
+
+def check_cluster(address: str) -> Check:
+    """Whether a Ray cluster answers at an address.
+
+    Args:
+        address: as `runtime.address`.
+    """
+    from pipeline.cluster import NOT_RAY, ask_ray, check_address
+
+    try:
+        check_address(address)
+    except IstanasError as error:
+        return Check("cluster", "fail", str(error))
+    if not ask_ray(address)():
+        return Check("cluster", "fail", f"runtime.address is {address}", NOT_RAY)
+    return Check("cluster", "ok", f"Ray answers at {address}; each worker gets cores / workers threads there")
 
 
 def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:

@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
+    # How long a group waits for a place that has gone with its node, before it starts without; else 60.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
 
@@ -85,17 +87,17 @@ def _serve(cpus: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     print(f"ANSWER {cluster.address}", flush=True)
     nodes = []
-    for line in sys.stdin:
+    for line in sys.stdin:  # up to "end", or the end of a test process that was killed
         order, *numbers = line.split()
         if order == "add":
             nodes.append(cluster.add_node(num_cpus=int(numbers[0])))
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         elif order == "end":
-            cluster.shutdown()
+            break
         print("ANSWER done", flush=True)
-        if order == "end":
-            return
+    cluster.shutdown()
+    print("ANSWER done", flush=True)
 
 
 if __name__ == "__main__":
