@@ -1,4 +1,4 @@
-"""Cell figures: a genotype as left-to-right graphs that can be read at a glance, on the screen and in MLflow.
+"""Figures: cells as left-to-right graphs that can be read at a glance, and how the nodes of a search came to rest.
 
 networkx ranks the states (topological generations, multipartite layout), matplotlib draws. What is left to
 decide here is how far each edge bends and where on it the name of its operation stands; `_route` does that by
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from istanas.space.genotype import Genotype
 
 Array = npt.NDArray[np.float64]
+Place = tuple[str, int]  # (cell, node)
 
 # Dark enough to be read on white; told apart without colour vision by the names beside them.
 COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
@@ -43,6 +44,11 @@ _FONT_FAMILY, _FONT_SIZE = "DejaVu Sans", 10.0
 _BENDS = np.outer([0.0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.8, 1.0], [1, -1]).ravel()[1:]
 _STOPS = np.array([0.5, 0.44, 0.56, 0.38, 0.62, 0.32, 0.68, 0.26, 0.74])
 _SAMPLES = np.linspace(0, 1, 41)
+_FROZEN_BY: dict[str, dict[str, Any]] = {
+    "tolerance": {"marker": "o"},
+    "limit": {"marker": "s", "markerfacecolor": "white"},
+}
+_LEAST_DISTANCE = 1e-6  # that a logarithmic axis needs to end at
 
 
 @dataclass(frozen=True)
@@ -173,22 +179,91 @@ def save_genotype_figures(
         ...     [path.name for path in save_genotype_figures(PUBLISHED["ISTA_twostage"], Path(folder))]
         ['normal.svg', 'normal.png', 'reduce.svg', 'reduce.png']
     """
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
     cells = (
         ("normal", genotype.normal, genotype.normal_concat, weights_normal),
         ("reduce", genotype.reduce, genotype.reduce_concat, weights_reduce),
     )
     paths = []
     for name, picks, concat, weights in cells:
-        figure = draw_cell(picks, concat, title=f"{name} cell", weights=weights)
-        # Text stays text (small, searchable); no random id and no date makes two equal figures differ.
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
-            for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, dpi=200, metadata=metadata)
-                paths.append(_write(folder / f"{name}.{kind}", content.getvalue()))
+        paths += _save(draw_cell(picks, concat, title=f"{name} cell", weights=weights), folder, name)
+    return paths
+
+
+def draw_freezing(
+    distances: Mapping[Place, Sequence[tuple[int, float]]],
+    *,
+    tolerance: float,
+    rejected: Sequence[int] = (),
+    frozen: Mapping[Place, tuple[int, str]] | None = None,
+) -> Figure:
+    """How far each node's code moved in every epoch of a one-stage search, and when the node froze.
+
+    Args:
+        distances: (cell, node) -> (epoch, ||z_t - z_(t-1)||_2), the latter >= 0, on a logarithmic axis: what is
+            below a thousandth of the tolerance stands there.
+        tolerance: >= 0, the threshold; 0 is not drawn.
+        rejected: epochs whose new architecture was too large: dotted lines.
+        frozen: (cell, node) -> (epoch, "tolerance" or "limit"): filled dots and hollow squares.
+
+    Example:
+        >>> figure = draw_freezing({("normal", 0): [(1, 0.1), (2, 1e-4)]}, tolerance=1e-3)
+        >>> figure.axes[0].get_ylabel()
+        'distance of the code to the last accepted one'
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8.0, 4.5), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(
+        yscale="log", xlabel="epoch", ylabel="distance of the code to the last accepted one"
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    floor = max(tolerance, _LEAST_DISTANCE) / 1000
+    seen: dict[str, int] = {}
+    for (cell, node), points in distances.items():
+        shade = colormaps["Blues" if cell == "normal" else "Oranges"](0.95 - 0.15 * (seen.get(cell, 0) % 5))
+        seen[cell] = seen.get(cell, 0) + 1
+        epochs = [epoch for epoch, _ in points]
+        heights = [max(distance, floor) for _, distance in points]
+        axes.plot(epochs, heights, color=shade, linewidth=1.6, label=f"{cell} node {node}")
+        if frozen and (cell, node) in frozen:
+            epoch, reason = frozen[cell, node]
+            style = _FROZEN_BY[reason]
+            height = dict(zip(epochs, heights, strict=True)).get(epoch, floor)
+            axes.plot([epoch], [height], color=shade, markersize=7, linestyle="none", zorder=3, **style)
+    if tolerance > 0:
+        axes.axhline(tolerance, color=_INK, linestyle="--", linewidth=1, label="tolerance")
+    for i, epoch in enumerate(rejected):
+        axes.axvline(epoch, color="#b00020", linestyle=":", linewidth=1, label="rejected" if i == 0 else None)
+    for reason, style in _FROZEN_BY.items():
+        if any(why == reason for _, why in (frozen or {}).values()):
+            axes.plot([], [], color="grey", linestyle="none", label=f"frozen by {reason}", **style)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def save_freezing_figure(
+    folder: Path, distances: Mapping[Place, Sequence[tuple[int, float]]], **options: Any
+) -> list[Path]:
+    """Write `draw_freezing` as freezing.svg and freezing.png; the same data give the same bytes."""
+    return _save(draw_freezing(distances, **options), folder, "freezing")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    # Text stays text (small, searchable); no random id and no date makes two equal figures differ.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
+        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, dpi=200, metadata=metadata)
+            paths.append(_write(folder / f"{name}.{kind}", content.getvalue()))
     return paths
 
 

@@ -1,7 +1,16 @@
-"""The two networks: `Supernet` in search, `TargetNet` for a found genotype."""
+"""The two networks: `Supernet` in search, `TargetNet` for a found genotype; and the way from one to the other."""
 
+from istanas.nets.absorb import absorb_into_batchnorm
 from istanas.nets.cell import MIN_IMAGE_SIZE, to_channels_last
-from istanas.nets.supernet import NodeCode, Supernet
+from istanas.nets.supernet import NodeCode, NodeState, Supernet
 from istanas.nets.target import TargetNet
 
-__all__ = ["MIN_IMAGE_SIZE", "NodeCode", "Supernet", "TargetNet", "to_channels_last"]
+__all__ = [
+    "MIN_IMAGE_SIZE",
+    "NodeCode",
+    "NodeState",
+    "Supernet",
+    "TargetNet",
+    "absorb_into_batchnorm",
+    "to_channels_last",
+]

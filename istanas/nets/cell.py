@@ -268,7 +268,7 @@ class CellNetwork(nn.Module):
             parts += [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
             parts += self._live_operations(cell)
         self._live_parts = parts
-        self._active_parameters = [p for part in parts for p in part.parameters()]
+        self._active_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def _live_cells(self) -> list[nn.Module]:
         live = self._live_in_training[N_CELL_INPUTS:]
@@ -308,7 +308,13 @@ class CellNetwork(nn.Module):
             CheckpointError: naming what is missing, unexpected, or of another shape.
         """
         own = self.state_dict()
-        renamed = {_own_key(key, self.stem.kind): value for key, value in state.items()}
+        renamed: dict[str, Tensor] = {}
+        for key, value in state.items():
+            alphas = re.fullmatch(r"alphas_(normal|reduce)_", key)
+            if alphas:  # (nodes, m): one parameter a node here
+                renamed.update({f"compressed_alphas.{alphas[1]}.{i}": b for i, b in enumerate(value)})
+            else:
+                renamed[_own_key(key, self.stem.kind)] = value
         missing = [k for k in own if k not in renamed and not k.endswith("num_batches_tracked")]
         unexpected = [k for k in renamed if k not in own]
         shapes = [k for k in renamed if k in own and renamed[k].shape != own[k].shape]
@@ -332,7 +338,6 @@ def auxiliary_position(layers: int) -> int:
 
 def _own_key(key: str, stem: str) -> str:
     key = re.sub(r"\._ops\.(\d+)\._ops\.", r".ops.\1.", key).replace("._ops.", ".ops.")
-    key = re.sub(r"^alphas_(normal|reduce)_$", r"compressed_alphas.\1", key)
     return re.sub(r"^(stem[01]?)\.", r"stem.\1.", key)
 
 

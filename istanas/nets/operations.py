@@ -146,3 +146,22 @@ def make_operation(
             else nn.Identity()
         )
     return _CONVOLUTIONS[name](channels, stride, affine)
+
+
+def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
+    """The batch norm that an operation ends in, whose affine part can take a factor of its output; None without one.
+
+    Example:
+        >>> final_batchnorm(make_operation("skip_connect", 4, 1, affine=True)) is None
+        True
+        >>> final_batchnorm(make_operation("sep_conv_3x3", 4, 2, affine=True)).num_features
+        4
+    """
+    if isinstance(operation, FactorizedReduce):
+        return operation.bn
+    last = operation
+    if isinstance(last, RectifiedBlock):
+        last = last.op
+    if isinstance(last, nn.Sequential):
+        last = last[-1]
+    return last if isinstance(last, nn.BatchNorm2d) else None

@@ -9,26 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
 from istanas.nets.cell import (
+    AuxiliaryHead,
     CellNetwork,
     CellPlace,
     Stem,
+    auxiliary_position,
     cell_places,
     check_sizes,
     live_inputs,
     live_states,
     make_preprocess,
 )
-from istanas.nets.operations import make_operation
-from istanas.nets.target import apply_operation, sum_terms
+from istanas.nets.operations import final_batchnorm, make_operation
+from istanas.nets.target import apply_operation, drop_path, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
 
 Support = tuple[int, ...]
+
+
+class NodeState(Enum):
+    """Whether a node's code still follows its b."""
+
+    ACTIVE = "active"
+    FROZEN = "frozen"  # one-stage search only: b, code and edge weights stay as they are
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,12 @@ class _KeptColumns:
     measured: Tensor  # A_S z_S, (nodes, m)
 
 
-def _kept_columns(nodes: Sequence[NodeCode], b: Tensor) -> _KeptColumns:
+def _kept_columns(nodes: Sequence[NodeCode], like: Tensor) -> _KeptColumns:
     supports = [list(node.support) for node in nodes]
     columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
     codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
     # First in b's precision, the network's, so that a float64 network computes with the exact values.
-    columns, codes = (t.to(b.device, b.dtype).double() for t in (columns, codes))
+    columns, codes = (t.to(like.device, like.dtype).double() for t in (columns, codes))
     return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
 
 
@@ -71,7 +82,8 @@ class SearchCell(nn.Module):
         super().__init__()
         self.kind = place.kind
         self.n_nodes = space.n_nodes
-        # Two-stage: no affine part, the edge weight is the scale. One-stage: it is trained once nodes freeze.
+        # Two-stage: no affine part, the edge weight is the scale. One-stage: where an operation ends, the edge
+        # weight is the scale until its node freezes; from then on the affine part is trained.
         affine = op_batchnorm
         self.preprocess0, self.preprocess1 = make_preprocess(place, affine)
         self.ops = nn.ModuleList(
@@ -91,17 +103,36 @@ class SearchCell(nn.Module):
         )
 
     def forward(
-        self, s0: Tensor | None, s1: Tensor | None, live: Collection[int], plan: Plan, weights: Tensor
+        self,
+        s0: Tensor | None,
+        s1: Tensor | None,
+        live: Collection[int],
+        plan: Plan,
+        weights: Tensor,
+        drop_path_prob: float,
     ) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), live)
         rectified: dict[int, Tensor] = {}
         for i, (node, alphas) in enumerate(zip(plan, weights, strict=True)):
-            terms = [
-                alpha * apply_operation(self.ops[edge][op], states, rectified, state)  # type: ignore[index]
-                for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True)
-            ]
+            terms = []
+            for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True):
+                operation: nn.Module = self.ops[edge][op]  # type: ignore[index]
+                out = alpha * apply_operation(operation, states, rectified, state)
+                terms.append(drop_path(out, operation, drop_path_prob))
             states[N_CELL_INPUTS + i] = sum_terms(terms)
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)
+
+    def train_affine(self, states: Sequence[NodeState]) -> None:
+        """Train the affine part behind the operations of FROZEN nodes, and hold that of the others."""
+        edge = 0
+        for node, state in enumerate(states):
+            for _ in range(N_CELL_INPUTS + node):
+                for operation in self.ops[edge].children():
+                    norm = final_batchnorm(operation)
+                    if norm is not None and norm.affine:
+                        norm.weight.requires_grad_(state is NodeState.FROZEN)
+                        norm.bias.requires_grad_(state is NodeState.FROZEN)
+                edge += 1
 
 
 Plan = list[list[tuple[int, int, int]]]  # per node the active (state, edge of the cell, op)
@@ -119,14 +150,15 @@ class Supernet(CellNetwork):
         stem: "cifar" or "imagenet".
         in_channels: channels of the pictures.
         op_batchnorm: batch norm with affine part at the end of every candidate, as one-stage search needs.
+        auxiliary: whether to have the auxiliary head (used in training only; one-stage search).
 
     Raises:
         ConfigError: for a size below 1 or an unknown stem.
 
     Example:
         >>> net = Supernet(CellSpace(n_nodes=2), init_channels=2, layers=2, num_classes=10)
-        >>> net.compressed_alphas["normal"].shape
-        torch.Size([2, 7])
+        >>> net.compressed_alphas["normal"][0].shape
+        torch.Size([7])
 
     Source:
         Yang et al., ISTA-NAS, NeurIPS 2020, section 3.
@@ -143,18 +175,39 @@ class Supernet(CellNetwork):
         stem: str = "cifar",
         in_channels: int = 3,
         op_batchnorm: bool = False,
+        auxiliary: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes, in_channels=in_channels, n_measurements=n_measurements)
         self.space = space
+        # What `TargetNet` takes beside genotype and auxiliary, for a network of the same size.
+        self.arguments: dict[str, Any] = {
+            "init_channels": init_channels,
+            "layers": layers,
+            "num_classes": num_classes,
+            "stem": stem,
+            "op_batchnorm": op_batchnorm,
+            "in_channels": in_channels,
+        }
+        self.drop_path_prob = 0.0
         places = cell_places(init_channels, layers, stem, dict.fromkeys(CELLS, space.n_nodes))
         self.stem = Stem(stem, in_channels, init_channels)
         self.cells = nn.ModuleList(SearchCell(space, place, op_batchnorm) for place in places)
-        self.auxiliary_head = None
-        self.classifier = nn.Linear(space.n_nodes * places[-1].channels, num_classes)
-        self.compressed_alphas = nn.ParameterDict(
-            {cell: nn.Parameter(torch.zeros(space.n_nodes, n_measurements)) for cell in CELLS}
+        widths = [space.n_nodes * place.channels for place in places]
+        self.auxiliary_head = (
+            AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
         )
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        # One parameter a node, so that a node that freezes leaves optimiser and all-reduce.
+        self.compressed_alphas = nn.ModuleDict(
+            {
+                cell: nn.ParameterList(
+                    [nn.Parameter(torch.zeros(n_measurements)) for _ in range(space.n_nodes)]
+                )
+                for cell in CELLS
+            }
+        )
+        self.node_states = {cell: [NodeState.ACTIVE] * space.n_nodes for cell in CELLS}
         self._codes: dict[str, list[NodeCode]] = {}
         self._kept: dict[str, _KeptColumns] = {}
         self._plans: dict[str, Plan] = {}
@@ -167,14 +220,24 @@ class Supernet(CellNetwork):
         return [p for p in self.parameters() if id(p) not in alphas]
 
     def alphas(self) -> list[nn.Parameter]:
-        """The compressed alphas b, (nodes, m) for the normal and the reduction cell: what Adam trains."""
-        return [self.compressed_alphas[cell] for cell in CELLS]
+        """The compressed alphas b, (m,) each, of the normal cell's nodes, then the reduction cell's: Adam's."""
+        return [b for cell in CELLS for b in self.node_alphas(cell)]
 
-    def install_codes(self, codes: Mapping[str, Sequence[NodeCode]]) -> None:
+    def node_alphas(self, cell: str) -> list[nn.Parameter]:
+        """The compressed alphas of one cell's nodes."""
+        return list(self.compressed_alphas[cell].parameters())
+
+    def install_codes(
+        self,
+        codes: Mapping[str, Sequence[NodeCode]],
+        states: Mapping[str, Sequence[NodeState]] | None = None,
+    ) -> None:
         """Make the kept candidates the active ones, until the next call.
 
         Args:
             codes: for "normal" and "reduce", one `NodeCode` a node.
+            states: likewise, one state a node; all ACTIVE if not given. The b of a FROZEN node is trained no
+                more, and the batch norms that its operations end in are trained from then on.
         """
         for cell in CELLS:
             if len(codes[cell]) != self.space.n_nodes:
@@ -188,7 +251,7 @@ class Supernet(CellNetwork):
                     f"the space's sparsity is {self.space.sparsity}"
                 )
         self._codes = {cell: list(codes[cell]) for cell in CELLS}
-        self._kept = {cell: _kept_columns(codes[cell], self.compressed_alphas[cell]) for cell in CELLS}
+        self._kept = {cell: _kept_columns(codes[cell], self.node_alphas(cell)[0]) for cell in CELLS}
         self._plans = {
             cell: [
                 [(state, self.space.edge(i, state), op) for state, op in map(self.space.split, node.support)]
@@ -201,9 +264,24 @@ class Supernet(CellNetwork):
             cell: live_states([[state for state, _, _ in node] for node in plan], concat=nodes)
             for cell, plan in self._plans.items()
         }
+        self.node_states = {
+            cell: list(states[cell]) if states is not None else [NodeState.ACTIVE] * self.space.n_nodes
+            for cell in CELLS
+        }
+        for kind in CELLS:
+            for b, state in zip(self.node_alphas(kind), self.node_states[kind], strict=True):
+                b.requires_grad_(state is NodeState.ACTIVE)
+        for module in self.cells:
+            module.train_affine(self.node_states[str(module.kind)])  # type: ignore[operator]
         self._set_live(self._states)
-        kinds = {cell.kind for cell in self._live_cells()}
-        self._active_alphas = [self.compressed_alphas[cell] for cell in CELLS if cell in kinds]
+        kinds = {str(module.kind) for module in self._live_cells()}
+        self._active_alphas = [
+            b for kind in CELLS if kind in kinds for b in self.node_alphas(kind) if b.requires_grad
+        ]
+
+    def plan(self, cell: str) -> Plan:
+        """Per node of a cell kind the active (state, edge of the cell, op)."""
+        return self._plans[cell]
 
     def genotype(self) -> Genotype:
         """The architecture that is active now."""
@@ -218,13 +296,13 @@ class Supernet(CellNetwork):
         """
         weights: EdgeWeights = {}
         for cell, kept in self._kept.items():
-            b = self.compressed_alphas[cell]
+            b = torch.stack([*self.node_alphas(cell)])
             alphas = kept.codes + torch.einsum("nms,nm->ns", kept.columns, b.double() - kept.measured)
             weights[cell] = alphas.to(b.dtype)
         return weights
 
     def active_alphas(self) -> list[nn.Parameter]:
-        """The compressed alphas that get a gradient: those of the kinds that have a live cell."""
+        """The compressed alphas that get a gradient: of ACTIVE nodes, of the kinds that have a live cell."""
         return list(self._active_alphas)
 
     def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
@@ -232,8 +310,15 @@ class Supernet(CellNetwork):
 
     def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
         """Logits (B, classes); `weights` as `edge_weights()` gives them, computed here if None."""
+        return self.forward_with_auxiliary(x, weights)[0]
+
+    def forward_with_auxiliary(
+        self, x: Tensor, weights: EdgeWeights | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits, auxiliary logits); the latter None in eval mode or without an auxiliary head."""
         if not self._plans:
             raise ConfigError("the supernet has no active operations: call install_codes first")
         weights = self.edge_weights() if weights is None else weights
-        arguments = {cell: (self._states[cell], self._plans[cell], weights[cell]) for cell in CELLS}
-        return self._logits(x, arguments)[0]
+        drop = self.drop_path_prob if self.training else 0.0
+        arguments = {cell: (self._states[cell], self._plans[cell], weights[cell], drop) for cell in CELLS}
+        return self._logits(x, arguments)

@@ -52,17 +52,14 @@ class TargetCell(nn.Module):
             for op, state in node
         )
 
-    def forward(self, s0: Tensor | None, s1: Tensor | None, drop_path: float) -> Tensor:
+    def forward(self, s0: Tensor | None, s1: Tensor | None, drop_path_prob: float) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), self.live)
         rectified: dict[int, Tensor] = {}
         for node, picks in self.plan:
             terms = []
             for position, state in picks:
                 op = self.ops[position]
-                out = apply_operation(op, states, rectified, state)
-                if drop_path > 0 and not isinstance(op, nn.Identity):
-                    out = drop_whole_path(out, drop_path)
-                terms.append(out)
+                terms.append(drop_path(apply_operation(op, states, rectified, state), op, drop_path_prob))
             states[node] = sum_terms(terms)
         return torch.cat([states[i] for i in self.concat], dim=1)
 
@@ -128,8 +125,8 @@ class TargetNet(CellNetwork):
 
     def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(logits, auxiliary logits); the latter None in eval mode or without an auxiliary head."""
-        drop_path = (self.drop_path_prob if self.training else 0.0,)
-        return self._logits(x, {"normal": drop_path, "reduce": drop_path})
+        arguments = (self.drop_path_prob if self.training else 0.0,)
+        return self._logits(x, {"normal": arguments, "reduce": arguments})
 
 
 def apply_operation(
@@ -152,7 +149,12 @@ def sum_terms(terms: list[Tensor]) -> Tensor:
     return total
 
 
-def drop_whole_path(x: Tensor, probability: float) -> Tensor:
-    """Zero the operation's output for a random part of the batch, and scale the rest by 1 / (1 - probability)."""
+def drop_path(x: Tensor, operation: nn.Module, probability: float) -> Tensor:
+    """Zero an operation's output for a random part of the batch, and scale the rest by 1 / (1 - probability).
+
+    A bare identity is never dropped, so that something of a picture always comes through.
+    """
+    if probability == 0 or isinstance(operation, nn.Identity):
+        return x
     keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability)
     return x * (keep / (1.0 - probability))

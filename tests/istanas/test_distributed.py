@@ -229,10 +229,11 @@ def recover_with_a_corrupt_rank() -> str:
     if ranks.rank == 1:
         install = search.supernet.install_codes
 
-        def corrupt(codes: Any) -> None:
+        def corrupt(codes: Any, states: Any) -> None:
             code = codes["normal"][0]
             other = tuple(i for i in range(14) if i not in code.support)[:2]
-            install({**codes, "normal": [dataclasses.replace(code, support=other), *codes["normal"][1:]]})
+            normal = [dataclasses.replace(code, support=other), *codes["normal"][1:]]
+            install({**codes, "normal": normal}, states)
 
         search.supernet.install_codes = corrupt  # type: ignore[method-assign]
     search.recover()

@@ -1,7 +1,8 @@
-"""Cell figures: everything that was picked can be read, and nothing lies on anything else."""
+"""Figures: everything that was picked can be read and nothing lies on anything else; how nodes came to rest."""
 
 import itertools
 import random
+import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,20 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from istanas.draw import COLOURS, OTHER_COLOUR, colour_of, draw_cell, save_genotype_figures
+from istanas.draw import (
+    COLOURS,
+    OTHER_COLOUR,
+    colour_of,
+    draw_cell,
+    draw_freezing,
+    save_freezing_figure,
+    save_genotype_figures,
+)
 from istanas.errors import GenotypeError
 from istanas.space import PUBLISHED
 
@@ -167,3 +177,79 @@ def test_the_same_genotype_gives_the_same_bytes(tmp_path: Path) -> None:
     first = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "a")
     second = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+# --- how the nodes of a one-stage search came to rest ---
+
+DISTANCES = {
+    ("normal", 0): [(1, 0.2), (2, 0.01), (3, 5e-4)],
+    ("normal", 1): [(1, 0.3), (2, 0.1), (3, 0.05)],
+    ("reduce", 0): [(1, 0.1), (2, 0.0)],
+}
+FROZEN = {("normal", 0): (3, "tolerance"), ("normal", 1): (3, "limit"), ("reduce", 0): (2, "tolerance")}
+
+
+def lines(figure: Figure) -> dict[str, Line2D]:
+    return {str(line.get_label()): line for line in figure.axes[0].lines}
+
+
+def test_every_node_is_a_line_of_its_distances_on_a_logarithmic_axis() -> None:
+    figure = draw_freezing(DISTANCES, tolerance=1e-3)
+    assert figure.axes[0].get_yscale() == "log"
+    found = lines(figure)
+    for (cell, node), points in DISTANCES.items():
+        epochs, heights = found[f"{cell} node {node}"].get_data()
+        assert list(epochs) == [epoch for epoch, _ in points]
+        # A distance of 0 has no logarithm: it stands at a thousandth of the tolerance.
+        assert list(heights) == pytest.approx([max(distance, 1e-6) for _, distance in points])
+    colours = {to_hex(found[f"{cell} node {node}"].get_color()) for cell, node in DISTANCES}
+    assert len(colours) == 3
+    assert list(found["tolerance"].get_ydata()) == [1e-3, 1e-3]
+
+
+def test_marks_tell_when_and_why_a_node_froze_and_which_epochs_were_rejected() -> None:
+    figure = draw_freezing(DISTANCES, tolerance=1e-3, rejected=[1, 2], frozen=FROZEN)
+    marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert [(*line.get_xdata(), *line.get_ydata(), line.get_marker()) for line in marks] == [
+        (3, 5e-4, "o"),
+        (3, 0.05, "s"),
+        (2, pytest.approx(1e-6), "o"),
+    ]
+    assert marks[1].get_markerfacecolor() == "white"
+    found = lines(figure)
+    assert list(found["rejected"].get_xdata()) == [1, 1]
+    dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [1, 2]
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("normal node 0", "normal node 1", "reduce node 0", "tolerance", "rejected"),
+        *("frozen by tolerance", "frozen by limit"),
+    ]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize("distances", [{("normal", 0): []}, {("normal", 0): [(1, 0.0)]}])
+def test_nothing_to_show_is_drawn_without_a_warning(
+    distances: dict[tuple[str, int], list[tuple[int, float]]], tolerance: float
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw_freezing(distances, tolerance=tolerance)
+        figure.canvas.draw()
+    assert ("tolerance" in lines(figure)) == (tolerance > 0)
+
+
+def test_a_freezing_figure_is_two_files_with_the_same_bytes_every_time(tmp_path: Path) -> None:
+    options = {"tolerance": 1e-3, "rejected": [2], "frozen": FROZEN}
+    first = save_freezing_figure(tmp_path / "a", DISTANCES, **options)
+    second = save_freezing_figure(tmp_path / "b", DISTANCES, **options)
+    assert [p.name for p in first] == ["freezing.svg", "freezing.png"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["freezing.png", "freezing.svg"]
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    texts = [
+        "".join(t.itertext()).strip() for t in ET.parse(first[0]).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert {"epoch", "normal node 0", "reduce node 0", "rejected", "frozen by limit"} <= set(texts)
+    with Image.open(first[1]) as image:
+        assert image.width >= 1600

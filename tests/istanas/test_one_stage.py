@@ -1,0 +1,957 @@
+"""One-stage search: one step of both optimisers, nodes that freeze and stay, limits, schedules, and going on."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from istanas.data import Batch
+from istanas.distributed import Ranks
+from istanas.errors import CheckpointError, ConfigError
+from istanas.measure import Cost, target_cost
+from istanas.nets import NodeState, Supernet, absorb_into_batchnorm
+from istanas.nets.operations import final_batchnorm
+from istanas.search import OneStageSearch, OneStageSettings, RecoveryReport, TwoStageSearch, TwoStageSettings
+from istanas.search.one_stage import MAX_FIRST_DRAWS, Freezing
+from istanas.search.state import Place
+from istanas.space import CellSpace, Genotype
+from istanas.training import Compute, Totals, learning_rate
+from tests.istanas.test_distributed import CountingRanks, freeze_batchnorm, gradients, loader
+from tests.ranks import Outcome, run_ranks
+
+CPU = Compute(torch.device("cpu"))
+ACTIVE, FROZEN = NodeState.ACTIVE, NodeState.FROZEN
+# Alphas that move fast, so that the architecture changes within an epoch of a few steps; none rests by itself.
+FAST = OneStageSettings(
+    max_search_epochs=3, train_epochs=3, arch_lr=0.02, alphas_scale=0.1, termination_tol=0.0, max_params=10
+)
+SMALL = CellSpace(n_nodes=2)
+FIRST, SECOND = ("normal", 0), ("reduce", 1)
+
+
+class Size:
+    """A cost function that says what a test wants it to, and remembers what it was asked about."""
+
+    def __init__(self, *costs: Cost) -> None:
+        self.now = Cost(10, 10)  # what FAST allows, and no more
+        self.first = list(costs)  # of the first questions
+        self.asked: list[Genotype] = []
+
+    def __call__(self, genotype: Genotype) -> Cost:
+        self.asked.append(genotype)
+        return self.first.pop(0) if self.first else self.now
+
+
+TOO_MANY = Cost(11, 10)
+
+
+def make_search(
+    settings: OneStageSettings = FAST,
+    *,
+    size: Callable[[Genotype], Cost] | None = None,
+    space: CellSpace = SMALL,
+    seed: int = 0,
+    weights_seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    auxiliary: bool = False,
+) -> OneStageSearch:
+    torch.manual_seed(weights_seed)
+    net = Supernet(space, 2, 3, 5, in_channels=1, op_batchnorm=True, auxiliary=auxiliary).to(dtype)
+    return OneStageSearch(net, settings, CPU, seed, size or Size())
+
+
+def change(**values: Any) -> OneStageSettings:
+    return dataclasses.replace(FAST, **values)
+
+
+def batch(seed: int, n: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return Batch(images, torch.randint(5, (n,), generator=generator))
+
+
+def run_epoch(search: OneStageSearch, n: int = 2) -> RecoveryReport:
+    epoch = search.epoch
+    torch.manual_seed(epoch)  # of drop path, as whoever runs the epochs does
+    search.train_epoch([batch(100 * epoch + i) for i in range(n)], n)
+    return search.recover()
+
+
+def epoch_without_batches(search: OneStageSearch) -> RecoveryReport:
+    search.train_epoch([], 0)
+    return search.recover()
+
+
+def b_of(search: OneStageSearch, place: Place) -> nn.Parameter:
+    return search.supernet.node_alphas(place[0])[place[1]]
+
+
+def move(search: OneStageSearch, places: list[Place], scale: float = 1.0) -> None:
+    """Displace these nodes' b, and with it their codes; every epoch in another direction."""
+    generator = torch.Generator().manual_seed(search.epoch)
+    with torch.no_grad():
+        for place in places:
+            b = b_of(search, place)
+            b += scale * torch.randn(b.shape, generator=generator, dtype=b.dtype)
+
+
+def freeze(search: OneStageSearch, places: list[Place]) -> RecoveryReport:
+    """Let exactly these nodes rest: the others' codes move."""
+    tolerance = dataclasses.replace(search.settings, termination_tol=1e-6)
+    search.settings, before = tolerance, search.settings
+    move(search, [place for place in search.active_places() if place not in places])
+    report = epoch_without_batches(search)
+    search.settings = before
+    assert [n.state for n in report.nodes if (n.cell, n.node) in places] == ["FROZEN"] * len(places)
+    return report
+
+
+def supports(search: OneStageSearch) -> dict[Place, tuple[int, ...]]:
+    return {place: code.support for place, code in search.codes_by_place().items()}
+
+
+def totals() -> Totals:
+    return Totals(torch.device("cpu"))
+
+
+# --- one step ---
+
+
+def by_hand(search: OneStageSearch, one: Batch) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of weights and alphas of the loss with the auxiliary head's, on a copy of the network."""
+    net = copy.deepcopy(search.supernet).train()
+    net.zero_grad()
+    logits, auxiliary = net.forward_with_auxiliary(one.images)
+    loss = F.cross_entropy(logits, one.labels)
+    if auxiliary is not None:
+        loss = loss + search.settings.auxiliary_weight * F.cross_entropy(auxiliary, one.labels)
+    (one.weight * loss).backward()
+    return [p.grad for p in net.weights()], [b.grad for b in net.alphas()]
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam_of_the_same_gradient(
+    grad_clip: float | None,
+) -> None:
+    """Two steps by the formulas: momentum, decay, bias correction; alphas are not clipped."""
+    s = change(grad_clip=grad_clip, weight_decay=0.01, auxiliary_weight=0.4)
+    search = make_search(s, dtype=torch.float64, auxiliary=True)
+    search.supernet.train()
+    momentum: dict[int, Tensor] = {}
+    m, v = ([torch.zeros_like(b) for b in search.alphas] for _ in range(2))
+    for t, weight in ((1, 1.0), (2, 0.75)):
+        one = batch(t, dtype=torch.float64)._replace(weight=weight)
+        of_weights, of_alphas = by_hand(search, one)
+        norm = torch.cat([g.flatten() for g in of_weights if g is not None]).norm()
+        factor = 1.0 if grad_clip is None else float(grad_clip / (norm + 1e-6))
+        assert factor <= 1.0
+        expected_weights, expected_alphas = [], []
+        for i, (p, g) in enumerate(zip(search.weights, of_weights, strict=True)):
+            value = p.detach().clone()
+            if g is not None:
+                g = factor * g + s.weight_decay * value
+                momentum[i] = s.momentum * momentum[i] + g if i in momentum else g
+                value -= s.lr * momentum[i]
+            expected_weights.append(value)
+        for i, (b, g) in enumerate(zip(search.alphas, of_alphas, strict=True)):
+            assert g is not None
+            assert g.norm() > 0
+            value = b.detach().clone()
+            g = g + s.arch_weight_decay * value
+            first, second = s.arch_betas
+            m[i], v[i] = first * m[i] + (1 - first) * g, second * v[i] + (1 - second) * g * g
+            unbiased = m[i] / (1 - first**t), v[i] / (1 - second**t)
+            expected_alphas.append(value - s.arch_lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
+        search.step(one, totals())
+        for ours, expected in ((search.weights, expected_weights), (search.alphas, expected_alphas)):
+            for p, value in zip(ours, expected, strict=True):
+                torch.testing.assert_close(p.detach(), value, rtol=1e-9, atol=1e-12)
+    assert len(momentum) == len(search.supernet.active_parameters())
+
+
+def test_the_auxiliary_heads_loss_counts_in_the_gradient_and_not_in_the_figures() -> None:
+    figures, norms = [], []
+    for weight in (0.0, 0.4):
+        search = make_search(change(auxiliary_weight=weight, grad_clip=None), auxiliary=True)
+        seen = totals()
+        search.supernet.train()
+        search.step(batch(0), seen)
+        figures.append(seen.metrics())
+        head = search.supernet.auxiliary_head
+        assert head is not None
+        norms.append(float(head.classifier.weight.grad.norm()))
+    assert figures[0] == figures[1]
+    assert norms[0] == 0.0 < norms[1]
+
+
+def test_an_operation_that_is_not_active_is_left_alone() -> None:
+    """No gradient and no optimiser state, hence neither decay nor momentum."""
+    search = make_search(change(weight_decay=0.1))
+    search.supernet.train()
+    before = [p.detach().clone() for p in search.weights]
+    search.step(batch(0), totals())
+    active = {id(p) for p in search.supernet.active_parameters()}
+    assert 0 < len(active) < len(before) / 2
+    for p, old in zip(search.weights, before, strict=True):
+        assert (p.grad is not None) == (p in search.weight_optimizer.state) == (id(p) in active)
+        if id(p) not in active:
+            assert torch.equal(p, old)
+
+
+# --- affine parts and alphas, before a node freezes and after ---
+
+
+def final_norms(search: OneStageSearch, place: Place) -> list[tuple[bool, nn.BatchNorm2d]]:
+    """(whether it is active, the last batch norm) of every candidate of a node, in every cell of its kind."""
+    net, (kind, node) = search.supernet, place
+    active = {(edge, op) for _, edge, op in net.plan(kind)[node]}
+    first = net.space.first_edge(node)
+    found = []
+    for cell in net.cells:
+        for edge in range(first, first + net.space.n_node_edges(node)) if cell.kind == kind else ():
+            for op, operation in enumerate(cell.ops[edge]):
+                norm = final_batchnorm(operation)
+                assert norm is not None
+                found.append(((edge, op) in active, norm))
+    return found
+
+
+def is_start(norm: nn.BatchNorm2d) -> bool:
+    return bool((norm.weight == 1).all() and (norm.bias == 0).all())
+
+
+def test_affine_parts_wait_at_1_and_0_until_their_node_freezes() -> None:
+    search = make_search(change(max_search_epochs=9, weight_decay=0.1))
+    for _ in range(2):
+        run_epoch(search)
+    for place in search.places:
+        for _, norm in final_norms(search, place):
+            assert is_start(norm)
+            assert norm.weight.grad is norm.bias.grad is None
+            assert not norm.weight.requires_grad
+            assert not norm.bias.requires_grad
+    freeze(search, [FIRST])
+    run_epoch(search)
+    for place in search.places:
+        for is_active, norm in final_norms(search, place):
+            trains = place == FIRST and is_active
+            assert is_start(norm) != trains
+            assert (norm.weight.grad is not None) == (norm.bias.grad is not None) == trains
+            assert norm.weight.requires_grad == (place == FIRST)
+    names = {id(p): name for name, p in search.supernet.named_parameters()}
+    active = {names[id(p)] for p in search.supernet.active_parameters()}
+    affine = {id(p) for is_active, norm in final_norms(search, FIRST) if is_active for p in norm.parameters()}
+    assert {names[i] for i in affine} <= active
+
+
+def test_a_frozen_b_leaves_adam_and_its_weights_stay_a_factor() -> None:
+    search = make_search(change(max_search_epochs=9))
+    run_epoch(search)
+    freeze(search, [FIRST])
+    b, other = b_of(search, FIRST), b_of(search, SECOND)
+    value, moving = b.detach().clone(), other.detach().clone()
+    state = copy.deepcopy(search.alpha_optimizer.state[b])
+    factors = search.supernet.edge_weights()["normal"][0].detach().clone()
+    code = search.codes["normal"][0]
+    assert search.active_places() == [p for p in search.places if p != FIRST]
+    assert [id(p) for p in search.supernet.active_alphas()] == [id(p) for p in search.alphas if p is not b]
+    for _ in range(2):
+        run_epoch(search)
+    assert b.grad is None
+    assert torch.equal(b, value)
+    after = search.alpha_optimizer.state[b]
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+    assert search.alpha_optimizer.state[other]["step"] == state["step"] + 4
+    assert not torch.equal(other, moving)
+    assert search.codes["normal"][0] is code
+    weights = search.supernet.edge_weights()["normal"]
+    assert torch.equal(weights[0], factors)
+    A, z = code.measurement_matrix[:, list(code.support)], code.sparse_code[list(code.support)]
+    torch.testing.assert_close(factors.double(), z + A.T @ (value.double() - A @ z), rtol=1e-5, atol=1e-7)
+    # The factor acts: other factors give other logits.
+    one = batch(0).images
+    logits = search.supernet.eval()(one)
+    weights = search.supernet.edge_weights()
+    weights["normal"][0].zero_()
+    assert not torch.allclose(search.supernet(one, weights), logits)
+
+
+# --- the two phases ---
+
+
+def test_schedules_of_both_phases() -> None:
+    """lr: constant, then cosine from the freeze on, step by step; drop path: 0, then linear, epoch by epoch."""
+    s = change(max_search_epochs=2, train_epochs=4, lr_min=0.001, drop_path=0.2)
+    search = make_search(s)
+    rates: list[float] = []
+    drops: list[float] = []
+
+    def observe(step: int, _: Totals) -> None:
+        rates.append(search.weight_optimizer.param_groups[0]["lr"])
+        drops.append(search.supernet.drop_path_prob)
+
+    while not search.is_done:
+        assert search.is_searching == (search.epoch < 2)
+        assert search.search_epochs == (None if search.is_searching else 2)
+        search.train_epoch([batch(0), batch(1)], 2, observe)
+        search.recover()
+    assert search.epoch == 6
+    cosine = [learning_rate(s.lr, s.lr_min, i / 8) for i in range(8)]
+    assert rates == pytest.approx([s.lr] * 4 + cosine, rel=1e-12)
+    assert rates[4] == s.lr
+    assert drops == pytest.approx([0.0] * 4 + [d for d in (0.0, 0.05, 0.1, 0.15) for _ in range(2)])
+    assert search.alpha_optimizer.param_groups[0]["lr"] == s.arch_lr
+
+
+def test_the_schedule_starts_where_the_last_node_froze() -> None:
+    """An early end of the search moves the training forward; its length stays."""
+    search = make_search(change(max_search_epochs=50, train_epochs=4))
+    freeze(search, [p for p in search.places if p != SECOND])
+    assert search.train_progress(search.epoch) == 0.0
+    freeze(search, [SECOND])
+    assert search.search_epochs == search.epoch == 2
+    assert [search.train_progress(2 + e) for e in (0, 1, 2.5, 4)] == [0.0, 0.25, 0.625, 1.0]
+    assert not search.is_done
+    for _ in range(4):
+        run_epoch(search)
+    assert search.is_done
+
+
+def test_no_training_epochs_at_all() -> None:
+    search = make_search(change(max_search_epochs=1, train_epochs=0))
+    assert not search.is_done
+    run_epoch(search)
+    assert search.is_done
+    assert search.train_progress(search.epoch) == 0.0
+
+
+def test_drop_path_acts_on_the_supernet_in_training_only() -> None:
+    net = make_search(dtype=torch.float64).supernet
+    one = batch(0, dtype=torch.float64).images
+    whole = net.eval()(one)
+    net.drop_path_prob = 1.0 - 1e-12
+    assert torch.equal(net(one), whole)
+    torch.testing.assert_close(net.train()(one), net.classifier.bias.expand(4, 5), rtol=0, atol=1e-12)
+
+
+def test_momentum_is_kept_across_the_switch() -> None:
+    s = change(max_search_epochs=1, grad_clip=None, drop_path=0.0)
+    search = make_search(s, dtype=torch.float64)
+    search.train_epoch([batch(i, dtype=torch.float64) for i in range(2)], 2)
+    optimizer = search.weight_optimizer
+    search.recover()
+    assert not search.is_searching
+    kept = {p: optimizer.state[p]["momentum_buffer"].clone() for p in search.weights if p in optimizer.state}
+    before = {p: p.detach().clone() for p in search.weights}
+    search.train_epoch([batch(9, dtype=torch.float64)], 1)
+    continued = started = 0
+    for p in search.supernet.active_parameters():
+        assert p.grad is not None
+        expected = p.grad + s.weight_decay * before[p]
+        if p in kept:
+            assert kept[p].norm() > 0
+            expected = expected + s.momentum * kept[p]
+            continued += 1
+        else:
+            started += 1  # affine parts, and what became active at the switch
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(p.detach(), before[p] - s.lr * expected, rtol=1e-12, atol=1e-14)
+    assert continued > 10
+    assert started > 0
+
+
+def test_no_alpha_moves_while_the_fixed_architecture_trains() -> None:
+    search = make_search(change(max_search_epochs=1))
+    run_epoch(search)
+    b = [p.detach().clone() for p in search.alphas]
+    genotype = search.supernet.genotype()
+    asked = len(search.cost.asked)  # type: ignore[attr-defined]
+    while not search.is_done:
+        report = run_epoch(search)
+        assert report.metrics() == {}
+        assert report.rejection is None
+        assert not any(n.recovered for n in report.nodes)
+    assert all(torch.equal(p, old) for p, old in zip(search.alphas, b, strict=True))
+    assert all(p.grad is None for p in search.alphas)
+    assert search.supernet.genotype() == genotype
+    assert len(search.freezings) == len(search.places)
+    assert set(search.cost.asked[asked:]) <= {genotype}  # type: ignore[attr-defined]
+
+
+# --- freezing ---
+
+
+def test_a_node_freezes_by_the_tolerance_and_the_others_by_the_limit() -> None:
+    search = make_search(change(max_search_epochs=3, termination_tol=1e-6))
+    move(search, [p for p in search.places if p != SECOND])
+    epoch_without_batches(search)
+    assert search.freezings == [Freezing("reduce", 1, 1, "tolerance")]
+    move(search, search.active_places())
+    epoch_without_batches(search)
+    assert len(search.freezings) == 1
+    assert search.is_searching
+    move(search, [p for p in search.active_places() if p != FIRST])
+    epoch_without_batches(search)
+    assert search.freezings[1:] == [
+        Freezing("normal", 0, 3, "tolerance"),  # it rested in the very last epoch
+        Freezing("normal", 1, 3, "limit"),
+        Freezing("reduce", 0, 3, "limit"),
+    ]
+    assert not search.is_searching
+    assert search.search_epochs == 3
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.0, 1.001])
+def test_the_tolerance_includes_itself(factor: float) -> None:
+    """The node freezes if and only if its distance, as reported, is at most the tolerance."""
+    probe = make_search()
+    move(probe, probe.places, 0.01)
+    distance = {(n.cell, n.node): n.distance for n in epoch_without_batches(probe).nodes}[FIRST]
+    assert distance > 1e-4
+    search = make_search(change(termination_tol=distance * factor))
+    move(search, search.places, 0.01)
+    epoch_without_batches(search)
+    assert (search.supernet.node_states["normal"][0] is FROZEN) == (factor >= 1.0)
+
+
+def test_the_distance_is_that_to_the_last_accepted_code() -> None:
+    """Through rejected epochs it adds up; once accepted it starts anew."""
+    size = Size()
+    search = make_search(change(max_search_epochs=9, termination_tol=1e-6), size=size)
+    accepted = search.codes_by_place()
+    size.now = TOO_MANY
+    distances = []
+    for _ in range(2):
+        move(search, search.places, 0.1)
+        report = epoch_without_batches(search)
+        for node in report.nodes:
+            z, *_ = search.recover_codes([(node.cell, node.node)])
+            old = accepted[node.cell, node.node].sparse_code
+            assert node.distance == pytest.approx(float((z.code.sparse_code - old).norm()), rel=1e-6)
+        distances.append({(n.cell, n.node): n.distance for n in report.nodes})
+    assert distances[1][FIRST] > distances[0][FIRST] > 1e-3
+    # b stands still, yet nothing rests: what was accepted is far from it.
+    size.now = Cost(1, 1)
+    report = epoch_without_batches(search)
+    assert [n.distance for n in report.nodes] == pytest.approx(list(distances[1].values()), rel=1e-6)
+    assert not search.freezings
+    report = epoch_without_batches(search)
+    assert max(n.distance for n in report.nodes) <= 1e-6
+    assert [f.reason for f in search.freezings] == ["tolerance"] * 4
+
+
+@given(data=st.data(), max_search_epochs=st.integers(1, 5))
+@settings(max_examples=20)
+def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
+    """Whatever moves and whatever is too large: within the limit every node is frozen, once, for good."""
+    size = Size()
+    space = CellSpace(n_nodes=2, ops=("skip_connect", "max_pool_3x3", "dil_conv_3x3"), sparsity=1)
+    search = make_search(
+        change(max_search_epochs=max_search_epochs, termination_tol=0.01), size=size, space=space
+    )
+    rejected = 0
+    while search.is_searching:
+        assert search.epoch < max_search_epochs
+        scales = st.sampled_from([0.0, 1e-3, 0.1, 10.0])
+        for place in search.active_places():
+            move(search, [place], data.draw(scales))
+        size.now = TOO_MANY if data.draw(st.booleans()) else Cost(1, 1)
+        resting = {p: search.codes[p[0]][p[1]] for p in search.places if p not in search.active_places()}
+        before = supports(search)
+        report = epoch_without_batches(search)
+        rejected += report.rejection is not None
+        frozen_now = {(f.cell, f.node): f.reason for f in search.freezings if f.epoch == search.epoch}
+        for node in report.nodes:
+            place = (node.cell, node.node)
+            rests = node.recovered and report.rejection is None and node.distance <= 0.01
+            is_last = node.recovered and search.epoch == max_search_epochs
+            assert (place in frozen_now) == (rests or is_last)
+            assert frozen_now.get(place, "") == ("tolerance" if rests else "limit" if is_last else "")
+        assert all(search.codes[p[0]][p[1]] is code for p, code in resting.items())
+        if report.rejection is not None:
+            assert supports(search) == before
+    assert search.n_rejected == rejected
+    assert sorted((f.cell, f.node) for f in search.freezings) == sorted(search.places)
+    assert search.search_epochs == search.epoch <= max_search_epochs
+    assert absorb_into_batchnorm(search.supernet)(torch.zeros(1, 1, 8, 8)).shape == (1, 5)
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(
+    ("cost", "limits", "message"),
+    [
+        (Cost(1001, 1), {"max_params": 1000}, "1,001 parameters are above max_params = 1,000"),
+        (
+            Cost(1, 2001),
+            {"max_params": None, "max_macs": 2000},
+            "2,001 multiply-adds are above max_macs = 2,000",
+        ),
+    ],
+)
+def test_a_proposal_above_a_limit_is_rejected_and_counted(
+    cost: Cost, limits: dict[str, Any], message: str
+) -> None:
+    """The codes of before stay, b is not taken back, and nothing freezes, however little it moved."""
+    size = Size()
+    search = make_search(change(max_search_epochs=9, termination_tol=1e9, **limits), size=size)
+    codes, genotype = search.codes_by_place(), search.supernet.genotype()
+    size.now = cost
+    move(search, search.places)
+    b = [p.detach().clone() for p in search.alphas]
+    report = epoch_without_batches(search)
+    assert report.rejection == message
+    assert search.n_rejected == 1
+    assert all(search.codes_by_place()[place] is code for place, code in codes.items())
+    assert search.supernet.genotype() == genotype
+    assert size.asked[-1] != genotype  # the proposal was another one
+    assert all(torch.equal(p, old) for p, old in zip(search.alphas, b, strict=True))
+    assert not search.freezings
+    assert len(search.active_places()) == 4
+    # A limit is a limit, not a wall: the largest that is allowed is accepted, and b goes on from where it was.
+    size.now = Cost(1000, 2000)
+    proposal = size.asked[-1]
+    assert epoch_without_batches(search).rejection is None
+    assert search.supernet.genotype() == proposal
+    assert search.n_rejected == 1
+    assert not search.is_searching
+
+
+def test_no_limit_is_no_limit() -> None:
+    size = Size()
+    size.now = Cost(10**12, 10**12)
+    search = make_search(change(max_params=None, max_macs=None), size=size)
+    move(search, search.places)
+    assert epoch_without_batches(search).rejection is None
+
+
+def test_the_last_epoch_freezes_all_even_if_its_proposal_is_rejected() -> None:
+    size = Size()
+    search = make_search(change(max_search_epochs=2), size=size)
+    move(search, search.places)
+    epoch_without_batches(search)
+    before = search.codes_by_place()
+    size.now = TOO_MANY
+    move(search, search.places)
+    report = epoch_without_batches(search)
+    assert report.rejection is not None
+    assert not search.is_searching
+    assert [(f.epoch, f.reason) for f in search.freezings] == [(2, "limit")] * 4
+    assert all(search.codes_by_place()[place] is code for place, code in before.items())
+    assert [n.state for n in report.nodes] == ["FROZEN"] * 4
+    # And what is fixed now is not proposed again.
+    size.now = Cost(1, 1)
+    assert epoch_without_batches(search).rejection is None
+    assert search.n_rejected == 1
+
+
+def test_a_proposal_is_both_cells_with_the_frozen_nodes_as_they_are() -> None:
+    size = Size()
+    search = make_search(change(max_search_epochs=9), size=size)
+    freeze(search, [FIRST])
+    frozen = search.supernet.genotype().normal[0]
+    size.now = TOO_MANY
+    move(search, search.active_places())
+    n_asked = len(size.asked)
+    epoch_without_batches(search)
+    (proposal,) = size.asked[n_asked:]
+    assert proposal.normal[0] == frozen
+    new = search.recover_codes(search.active_places())
+    for recovered in new:
+        cell, node = recovered.place
+        picks = [search.supernet.space.split(c) for c in recovered.code.support]
+        ops = search.supernet.space.ops
+        assert proposal.picks(cell)[node] == tuple((ops[op], state) for state, op in picks)
+
+
+def test_limits_by_the_real_formula() -> None:
+    """Fast alphas under a limit that lies between sizes: some epochs are rejected, and no accepted one is too large."""
+
+    def cost(genotype: Genotype) -> Cost:
+        return target_cost(
+            genotype, init_channels=2, layers=3, num_classes=5, shape=(1, 8, 8), op_batchnorm=True
+        )
+
+    sizes = [cost(make_search(size=Size(), seed=seed).supernet.genotype()).params for seed in range(5)]
+    limit = sorted(sizes)[2]
+    search = make_search(change(max_search_epochs=12, max_params=limit), size=cost)
+    rejections = []
+    while search.is_searching:
+        move(search, search.active_places(), 0.3)
+        rejections.append(epoch_without_batches(search).rejection is not None)
+        assert cost(search.supernet.genotype()).params <= limit
+    assert search.n_rejected == sum(rejections)
+    assert 0 < sum(rejections) < len(rejections)
+
+
+# --- the first architecture ---
+
+
+def firsts(n_rejected: int, seed: int = 0) -> tuple[OneStageSearch, Size]:
+    size = Size(*[TOO_MANY] * n_rejected)
+    space = CellSpace(n_nodes=1, sparsity=1)
+    return make_search(size=size, seed=seed, space=space), size
+
+
+def test_a_first_proposal_above_the_limit_is_drawn_again_the_same_way_every_time() -> None:
+    starts = {}
+    for n in (0, 1, 2, MAX_FIRST_DRAWS - 1):
+        (search, size), (twin, _) = firsts(n), firsts(n)
+        assert len(size.asked) == n + 1
+        assert size.asked[-1] == search.supernet.genotype()
+        assert all(torch.equal(a, b) for a, b in zip(search.alphas, twin.alphas, strict=True))
+        assert search.n_rejected == 0  # proposals of epochs are counted, not starts
+        assert search.first_recovery.rejection is None
+        starts[n] = torch.cat([b.detach() for b in search.alphas])
+        search.step(batch(0), totals())  # the gradients go to the b that was drawn last
+        assert all(b.grad is not None for b in search.alphas)
+    values = list(starts.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    other = torch.cat([b.detach() for b in firsts(1, seed=1)[0].alphas])
+    assert not torch.equal(other, starts[1])
+
+
+def test_a_limit_that_no_start_keeps_is_an_error() -> None:
+    size = Size()
+    size.now = TOO_MANY
+    with pytest.raises(ConfigError) as caught:
+        make_search(size=size, space=CellSpace(n_nodes=1, sparsity=1))
+    assert str(caught.value) == (
+        "11 parameters are above max_params = 10: of 100 random first architectures none keeps the limits, raise "
+        "them or lower init_channels or layers"
+    )
+    assert len(size.asked) == MAX_FIRST_DRAWS == 100
+    assert len(set(size.asked)) > 10
+
+
+# --- reports ---
+
+
+def test_reports_of_active_frozen_and_just_frozen_nodes() -> None:
+    search = make_search(change(max_search_epochs=9, termination_tol=1e-6))
+    assert [(n.state, n.recovered, n.distance) for n in search.first_recovery.nodes] == [
+        ("ACTIVE", True, 0.0)
+    ] * 4
+    move(search, [p for p in search.places if p != FIRST])
+    just = epoch_without_batches(search)
+    move(search, search.active_places())
+    later = epoch_without_batches(search)
+    for report, recovered in ((just, True), (later, False)):
+        assert [(n.cell, n.node) for n in report.nodes] == search.places
+        assert [n.state for n in report.nodes] == ["FROZEN", "ACTIVE", "ACTIVE", "ACTIVE"]
+        node = report.nodes[0]
+        assert node.recovered == recovered
+        assert node.converged
+        assert not node.changed
+        assert node.distance <= 1e-6
+        assert report.metrics()["recovery/distance"] == max(n.distance for n in report.nodes) > 1e-3
+        assert report.metrics()["recovery/support_changes"] == sum(n.changed for n in report.nodes) > 0
+    frozen = later.nodes[0]
+    assert frozen.distance == frozen.gap == 0.0
+    assert frozen.truncation == just.nodes[0].truncation > 0
+    assert frozen.picks == just.nodes[0].picks
+    assert frozen.edge_weights == just.nodes[0].edge_weights
+    assert later.to_rows()[0] == dataclasses.asdict(frozen)
+    space = search.supernet.space
+    for n in later.nodes:
+        picks = map(space.split, search.codes[n.cell][n.node].support)
+        assert n.picks == [f"{space.ops[op]}<-{state}" for state, op in picks]
+
+
+def test_a_rejected_report_tells_what_is_kept_and_how_sure_the_proposal_was() -> None:
+    size = Size()
+    search = make_search(change(max_search_epochs=9), size=size)
+    before = search.first_recovery
+    size.now = TOO_MANY
+    move(search, search.places)
+    report = epoch_without_batches(search)
+    assert [n.picks for n in report.nodes] == [n.picks for n in before.nodes]
+    assert not any(n.changed for n in report.nodes)
+    assert all(n.recovered and n.state == "ACTIVE" for n in report.nodes)
+    for node, new in zip(report.nodes, search.recover_codes(search.places), strict=True):
+        assert node.gap <= 1e-9
+        assert node.distance == pytest.approx(new.distance, rel=1e-6)
+        rest = new.code.sparse_code.clone()
+        rest[list(new.code.support)] = 0.0
+        assert node.truncation == pytest.approx(float(rest.norm()), rel=1e-6)
+    assert report.metrics()["recovery/support_changes"] == 0.0
+
+
+def test_epoch_metrics_are_means_over_the_pictures_and_validation_changes_nothing() -> None:
+    search = make_search()
+    metrics = search.train_epoch([batch(0), batch(1, n=2)], 2)
+    assert metrics.count == 6
+    assert math.isnan(search.train_epoch([], 0).loss)
+    before = copy.deepcopy(search.supernet.state_dict())
+    one = search.validate([batch(8)])
+    assert all(torch.equal(v, before[k]) for k, v in search.supernet.state_dict().items())
+    with torch.no_grad():
+        logits = search.supernet.eval()(batch(8).images)
+    assert one.loss == pytest.approx(F.cross_entropy(logits, batch(8).labels).item(), rel=1e-5)
+    assert one.top1 == float((logits.argmax(1) == batch(8).labels).float().mean())
+
+
+def test_search_and_training_learn() -> None:
+    """One batch again and again: the loss falls in the search, and further with the fixed architecture."""
+    s = change(
+        max_search_epochs=4, train_epochs=6, lr=0.05, arch_lr=1e-3, drop_path=0.0, auxiliary_weight=0.4
+    )
+    search = make_search(s, auxiliary=True)
+    losses = []
+    while not search.is_done:
+        losses.append(search.train_epoch([batch(0, n=10)] * 4, 4).loss)
+        search.recover()
+    assert losses[3] < 0.9 * losses[0]
+    assert losses[-1] < 0.6 * losses[3]
+
+
+# --- going on as if never stopped ---
+
+
+def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, list | tuple)
+        else None
+    )
+    if items is None:
+        yield prefix, state
+    else:
+        for key, value in items:
+            yield from leaves(value, f"{prefix}/{key}")
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    ours, theirs = dict(leaves(a)), dict(leaves(b))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        if isinstance(value, Tensor):
+            assert value.dtype == theirs[key].dtype, key
+            assert torch.equal(value, theirs[key]), key
+        else:
+            assert value == theirs[key], key
+
+
+def while_searching(search: OneStageSearch, size: Size) -> None:
+    size.now = TOO_MANY
+    move(search, search.places)
+    run_epoch(search)
+    size.now = Cost(1, 1)
+    assert len(search.active_places()) == 4
+    assert search.n_rejected == 1
+
+
+def with_some_nodes_frozen(search: OneStageSearch, _: Size) -> None:
+    run_epoch(search)
+    freeze(search, [FIRST, SECOND])
+    run_epoch(search)
+    assert search.is_searching
+    assert len(search.freezings) == 2
+
+
+def while_training(search: OneStageSearch, _: Size) -> None:
+    while search.epoch < 6:
+        run_epoch(search)
+    assert not search.is_searching
+    assert search.train_progress(search.epoch) > 0
+
+
+@pytest.mark.parametrize("phase", [while_searching, with_some_nodes_frozen, while_training])
+def test_a_resumed_search_is_bit_identical(
+    phase: Callable[[OneStageSearch, Size], None], tmp_path: Path
+) -> None:
+    """To the end of the training, through a file, into an object of other seeds."""
+    s = change(max_search_epochs=5, train_epochs=3, drop_path=0.3)
+    size = Size()
+    stopped = make_search(s, size=size, auxiliary=True)
+    phase(stopped, size)
+    torch.save(stopped.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = dataclasses.replace(s, matrix_seed=9)
+    resumed = make_search(other, seed=9, weights_seed=9, auxiliary=True)
+    resumed.load_state_dict(state)
+    assert_identical(resumed.state_dict(), stopped.state_dict())
+    assert resumed.active_places() == stopped.active_places()
+    assert resumed.supernet.genotype() == stopped.supernet.genotype()
+    asks = [[p.requires_grad for p in search.supernet.parameters()] for search in (stopped, resumed)]
+    assert asks[0] == asks[1]
+    while not stopped.is_done:
+        reports = run_epoch(stopped), run_epoch(resumed)
+        assert reports[0] == reports[1]
+        assert_identical(resumed.state_dict(), stopped.state_dict())
+    assert resumed.is_done
+    assert resumed.freezings == stopped.freezings
+    assert resumed.n_rejected == stopped.n_rejected
+    one = batch(8).images
+    nets = [absorb_into_batchnorm(search.supernet) for search in (stopped, resumed)]
+    assert torch.equal(nets[0](one), nets[1](one))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"kind": "two_stage"}, "holds 'two_stage' version 2: this job needs 'one_stage' version 2"),
+        ({"version": 1}, "holds 'one_stage' version 1: this job needs"),
+        ({"kind": None}, "holds None"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_untouched(other: dict[str, Any], message: str) -> None:
+    search = make_search()
+    before = copy.deepcopy(search.state_dict())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        search.load_state_dict(make_search(seed=1).state_dict() | other)
+    assert "\n" not in str(caught.value)
+    assert_identical(search.state_dict(), before)
+
+
+def test_the_two_searches_refuse_each_others_checkpoints() -> None:
+    one = make_search()
+    two = TwoStageSearch(Supernet(SMALL, 2, 3, 5, in_channels=1), TwoStageSettings(), CPU, 0)
+    for search, state in ((one, two.state_dict()), (two, one.state_dict())):
+        with pytest.raises(CheckpointError, match=f"this job needs '{search.kind}'"):
+            search.load_state_dict(state)
+
+
+# --- several ranks ---
+
+RANKED = OneStageSettings(
+    max_search_epochs=3,
+    train_epochs=2,
+    arch_lr=0.05,
+    alphas_scale=0.1,
+    termination_tol=0.05,  # a node rests before the limit
+    drop_path=0.0,  # drawn by every rank for its own pictures
+    max_params=None,
+)
+PICTURES = 40  # 2 * 16 + 8: the last batch is smaller
+
+
+def ranked_search(
+    ranks: Ranks, settings: OneStageSettings, dtype: torch.dtype, *, eval_norms: bool
+) -> OneStageSearch:
+    torch.manual_seed(0)
+    net = Supernet(SMALL, 2, 3, 10, in_channels=1, op_batchnorm=True, auxiliary=True).to(dtype)
+    if eval_norms:
+        freeze_batchnorm(net)
+    return OneStageSearch(net, settings, CPU, 0, Size(), ranks)
+
+
+def whole_run() -> dict[str, Any]:
+    """Every gradient, the figures, genotypes and freezings of a search to its end, on this process's share."""
+    ranks = Ranks.current(torch.device("cpu"))
+    search = ranked_search(ranks, RANKED, torch.float64, eval_norms=True)
+    seen: dict[str, Any] = {"alphas": [], "weights": [], "metrics": [], "genotypes": [], "active": []}
+
+    def observe(step: int, _: Totals) -> None:
+        seen["alphas"].append(gradients(search.alphas))
+        seen["weights"].append(gradients(search.weights))
+
+    while not search.is_done:
+        batches = loader(0, search.epoch, PICTURES, ranks)
+        train = search.train_epoch(batches, len(batches), observe)
+        valid = search.validate(loader(1, 0, 11, ranks))
+        seen["metrics"].append(dataclasses.astuple(train) + dataclasses.astuple(valid))
+        search.recover()
+        seen["genotypes"].append(search.supernet.genotype().to_json())
+        seen["active"].append(len(search.active_places()))
+    seen["freezings"] = search.freezings
+    seen["weights at the end"] = [p.detach() for p in search.supernet.parameters()]
+    return seen
+
+
+def bytes_per_step() -> dict[str, Any]:
+    """What travels in a step, with all nodes active, with some, with none; and running statistics at an epoch's end."""
+    ranks = Ranks.current(torch.device("cpu"))
+    counting = CountingRanks(ranks.rank, ranks.size)
+    search = ranked_search(counting, change(max_search_epochs=9), torch.float32, eval_norms=False)
+    seen = []
+    for frozen in ([], [FIRST, SECOND], [("normal", 1), ("reduce", 0)]):
+        if frozen:
+            epoch_without_batches(search)  # takes over what the last step moved
+            freeze(search, frozen)
+        search.supernet.train()
+        (one,) = loader(0, 0, 8, ranks, torch.float32)
+        CountingRanks.counted.clear()
+        search.step(one, totals())
+        affine = [
+            p
+            for place in search.places
+            for active, norm in final_norms(search, place)
+            if active
+            for p in norm.parameters()
+        ]
+        seen.append(
+            {
+                "sent": sum(CountingRanks.counted),
+                "weights": sum(4 * p.numel() for p in search.supernet.active_parameters()),
+                "alphas": sum(4 * b.numel() for b in search.alphas if b.grad is not None),
+                "affine": sum(4 * p.numel() for p in affine if p.grad is not None),
+                "all": sum(4 * p.numel() for p in [*search.weights, *search.alphas]),
+                "active": len(search.active_places()),
+            }
+        )
+    statistics = []
+    for end_epoch in (False, True):
+        if end_epoch:
+            search.train_epoch([], 0)
+        statistics.append(torch.cat([b.flatten() for b in search.supernet.active_buffers()]))
+    return {"steps": seen, "statistics": statistics}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Outcome]]:
+    functions = [whole_run, bytes_per_step]
+    return dict(zip([f.__name__ for f in functions], run_ranks(functions, 2), strict=True))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_half_batches_equal_one_with_the_whole(outcomes: dict[str, list[Outcome]]) -> None:
+    alone = whole_run()
+    assert len(set(alone["genotypes"])) > 1, "the architecture never changed"
+    assert 0 < alone["active"][1] < 4, "no epoch with some nodes frozen"
+    assert {f.reason for f in alone["freezings"]} == {"tolerance", "limit"}
+    for outcome in outcomes["whole_run"]:
+        seen = outcome.value
+        for exact in ("genotypes", "freezings", "active"):
+            assert seen[exact] == alone[exact]
+        for close in ("alphas", "weights", "metrics", "weights at the end"):
+            torch.testing.assert_close(seen[close], alone[close], rtol=0, atol=1e-9)
+    n_search = alone["active"].index(0) + 1
+    assert all(g.norm() > 1e-6 for g in alone["weights"])
+    assert all(g.norm() > 0 for g in alone["alphas"][: 3 * n_search])
+    assert all(g.numel() == 0 for g in alone["alphas"][3 * n_search :])
+    assert [m[2] for m in alone["metrics"]] == [PICTURES] * len(alone["metrics"])
+
+
+@pytest.mark.slow
+def test_frozen_alphas_and_inactive_operations_do_not_travel(outcomes: dict[str, list[Outcome]]) -> None:
+    for outcome in outcomes["bytes_per_step"]:
+        seen = outcome.value["steps"]
+        assert [s["active"] for s in seen] == [4, 2, 0]
+        assert [s["alphas"] for s in seen] == [4 * 7 * 4, 2 * 7 * 4, 0]
+        assert all(s["sent"] == s["weights"] + s["alphas"] < s["all"] for s in seen)
+        # A node that freezes sends its affine parts instead.
+        assert seen[0]["affine"] == 0 < seen[1]["affine"] < seen[2]["affine"]
+
+
+@pytest.mark.slow
+def test_running_statistics_are_the_mean_over_the_ranks_after_an_epoch(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    (own, after), (other, after_other) = (o.value["statistics"] for o in outcomes["bytes_per_step"])
+    assert not torch.allclose(own, other), "each rank has seen other pictures"
+    assert torch.equal(after, after_other)
+    torch.testing.assert_close(after, (own + other) / 2, rtol=1e-5, atol=1e-7)
