@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import Config
+    from pipeline.rundir import RunDir
 
 Command = Callable[..., Any]
 
@@ -173,7 +174,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
 @cli.command(name="run")
 @job
 def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
-    """Search, then retrain what was found."""
+    """Search, then retrain what was found; a one-stage search trains in the same run, and is exported."""
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster import Runtime
@@ -219,21 +220,31 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file."
 )
+@click.option(
+    "--one-stage", is_flag=True, help="One-stage searches: their weights against the same cell retrained."
+)
 @json_option
-def results(file: str | None, overrides: tuple[str, ...], csv_file: Path | None, as_json: bool) -> None:
+def results(
+    file: str | None, overrides: tuple[str, ...], csv_file: Path | None, one_stage: bool, as_json: bool
+) -> None:
     """Table of all searches and retrainings in the MLflow store."""
     config, _ = _load(file, overrides)
     console = _console(as_json)
-    from pipeline.report import results_frame, results_table
+    from pipeline import report
 
-    frame = results_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
+    make_frame, make_table = (
+        (report.weights_frame, report.weights_table)
+        if one_stage
+        else (report.results_frame, report.results_table)
+    )
+    frame = make_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
     if csv_file is not None:
         from pipeline.rundir import atomic_write
 
         atomic_write(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
     else:
-        console.print(results_table(frame))
+        console.print(make_table(frame))
     if as_json:
         _print_json({"results": json.loads(frame.to_json(orient="records", date_format="iso"))})
 
@@ -271,6 +282,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
         data_root=config.data.root,
         workers=config.runtime.workers,
         threads=config.runtime.threads,
+        address=config.runtime.address,
     )
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""
@@ -284,18 +296,35 @@ def doctor(as_json: bool, **settings: Any) -> None:
 @click.argument("reference", metavar="RUN")
 @configured
 @json_option
+def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write the trained network of a run as safetensors, torch.export program and ONNX, each compared with it.
+
+    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name); the files lie in
+    its folder `export`, and in MLflow.
+    """
+    console = _console(as_json)
+    from pipeline.jobs.export import run_export
+
+    run, config = _run_and_config(reference, file, overrides)
+    exports = run_export(config, run.path, console=console, again=True)
+    if as_json:
+        _print_json({"run_dir": str(run.path), "exports": exports})
+
+
+@cli.command()
+@click.argument("reference", metavar="RUN")
+@configured
+@json_option
 def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Deliver to MLflow what a run directory holds and the store lacks; nothing is doubled."""
-    config, _ = _load(file, overrides)
     console = _console(as_json)
-    from pipeline.config import load
-    from pipeline.references import resolve_run
     from pipeline.tracking import MLflowTracker
 
-    run_dir = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
-    if file is None and not overrides and (run_dir.path / "config.yaml").exists():
-        config = load(run_dir.path / "config.yaml")  # the store that the run was meant for
-    tracker = MLflowTracker(run_dir, tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
+    run_dir, config = _run_and_config(reference, file, overrides)
+    t = config.tracking
+    tracker = MLflowTracker(
+        run_dir, tracking_uri=t.uri, experiment=t.experiment, registered_model=t.registered_model
+    )
     if not tracker.deliver():
         raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
     sent = tracker.last_delivery
@@ -309,10 +338,25 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         highlight=False,
         soft_wrap=True,
     )
+    if sent.registered is not None:
+        name, version = sent.registered
+        console.print(f"registered as version {version} of {name}", highlight=False, soft_wrap=True)
     for name in sent.missing:
         console.print(f"not there any more: {run_dir.path / name}", highlight=False, soft_wrap=True)
     if as_json:
         _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
+
+
+def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
+    """A run, and the configuration that says which store it belongs in: the given one, else its own."""
+    from pipeline.config import load
+    from pipeline.references import resolve_run
+
+    config, _ = _load(file, overrides)
+    run = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
+    if file is None and not overrides and (run.path / "config.yaml").exists():
+        config = load(run.path / "config.yaml")
+    return run, config
 
 
 def _load(
@@ -342,7 +386,11 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
     table = Table("figure", "value")
     for key, label, shown in (
         ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
-        ("valid_top1", "top-1 on the alpha half", lambda v: f"{100 * v:.2f} %"),
+        (
+            "valid_top1",
+            "top-1 on the hold-out" if config.method == "one_stage" else "top-1 on the alpha half",
+            lambda v: f"{100 * v:.2f} %",
+        ),
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
         ("seconds", "seconds", lambda v: f"{v:.1f}"),

@@ -92,9 +92,8 @@ class SpaceSettings(_Section):
 
 
 class SearchSettings(_Section):
-    """The supernet and its training; defaults as published."""
+    """What the supernets of both methods have; the defaults of each are in its own class."""
 
-    epochs: Positive = 50
     batch_size: Annotated[int, Field(ge=2)] = 256
     init_channels: Positive = 16
     layers: Annotated[int, Field(ge=3)] = Field(8, description="fewer than 3 would hold no normal cell")
@@ -112,13 +111,70 @@ class SearchSettings(_Section):
     max_pictures: Annotated[int, Field(ge=2)] | None = Field(
         None, description="search on a stratified part of so many training pictures"
     )
+    cutout: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def max_epochs(self) -> int:
+        """The most epochs that a search may take."""
+        raise NotImplementedError
+
+    @property
+    def op_batchnorm(self) -> bool:
+        """Whether every candidate operation ends in batch norm."""
+        return False
+
+
+class TwoStageSearchSettings(SearchSettings):
+    """The two-stage supernet and its training; defaults as published."""
+
+    epochs: Positive = 50
     alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of the pictures for the alphas"
     )
-    cutout: Annotated[int, Field(ge=0)] = 0
     termination_tol: NonNegative | None = Field(
         None, description="stop when every code moves by at most this"
     )
+
+    @property
+    def max_epochs(self) -> int:
+        """The most epochs that a search may take."""
+        return self.epochs
+
+
+class OneStageSearchSettings(SearchSettings):
+    """The one-stage supernet, which is the target network, and its training; defaults as published for CIFAR-10."""
+
+    max_search_epochs: Positive = Field(120, description="nodes still active after so many epochs freeze")
+    train_epochs: Annotated[int, Field(ge=0)] = Field(600, description="of the fixed architecture")
+    batch_size: Annotated[int, Field(ge=2)] = 96
+    init_channels: Positive = 36
+    layers: Annotated[int, Field(ge=3)] = Field(20, description="fewer than 3 would hold no normal cell")
+    lr: AbovePositive = 0.025
+    lr_min: NonNegative = 0.0
+    arch_lr: AbovePositive = 3e-4
+    cutout: Annotated[int, Field(ge=0)] = 16
+    auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
+    drop_path: Fraction = Field(0.2, description="drop-path probability, rising from 0 to this in training")
+    termination_tol: NonNegative = Field(
+        1e-3, description="a node freezes when its code moves by at most this"
+    )
+    max_params: Positive | None = Field(
+        3_700_000, description="largest architecture; auxiliary head left out"
+    )
+    max_macs: Positive | None = Field(None, description="most multiply-adds of an architecture")
+    test_every: Positive = Field(
+        1, description="measure the test split every so many training epochs, and after the last"
+    )
+
+    @property
+    def max_epochs(self) -> int:
+        """The most epochs that a search may take."""
+        return self.max_search_epochs + self.train_epochs
+
+    @property
+    def op_batchnorm(self) -> bool:
+        """Whether every candidate operation ends in batch norm."""
+        return True
 
 
 class RetrainSettings(_Section):
@@ -159,7 +215,7 @@ class RuntimeSettings(_Section):
     workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
         0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"
     )
-    address: str | None = Field(
+    address: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="of a Ray cluster; RAY_ADDRESS if not given, else Ray is started on this machine"
     )
     wait_minutes: NonNegative = Field(10.0, description="how long to wait for a cluster's resources")
@@ -181,16 +237,19 @@ class TrackingSettings(_Section):
     uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if not given, else sqlite:///mlflow.db")
     experiment: str = "istanas"
     name: str | None = Field(None, description="name of the run; the configuration file's if not given")
+    registered_model: Annotated[str, Field(min_length=1, pattern=r"^[^/:]*$")] | None = Field(
+        None, description="under which trained networks are registered; istanas-DATASET if not given"
+    )
 
 
 class Config(_Section):
-    """A whole configuration."""
+    """A whole configuration: one of the classes below, by its method."""
 
-    method: Literal["two_stage"] = "two_stage"
+    method: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataSettings = Field(default_factory=DataSettings)
     space: SpaceSettings = Field(default_factory=SpaceSettings)
-    search: SearchSettings = Field(default_factory=SearchSettings)
+    search: SearchSettings
     retrain: RetrainSettings = Field(default_factory=RetrainSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
@@ -200,6 +259,22 @@ class Config(_Section):
         """The seed of the measurement matrices."""
         return self.seed if self.space.matrix_seed is None else self.space.matrix_seed
 
+
+class TwoStageConfig(Config):
+    """Search, then train the found network from scratch."""
+
+    method: Literal["two_stage"] = "two_stage"
+    search: TwoStageSearchSettings = Field(default_factory=TwoStageSearchSettings)
+
+
+class OneStageConfig(Config):
+    """Search and train the target network in one run."""
+
+    method: Literal["one_stage"] = "one_stage"
+    search: OneStageSearchSettings = Field(default_factory=OneStageSearchSettings)
+
+
+_CLASSES: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
 
 _HASHED = {
     "search": ("method", "seed", "data", "space", "search"),
@@ -230,11 +305,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
+    method = tree.get("method", "two_stage")
+    schema = _CLASSES.get(method, TwoStageConfig) if isinstance(method, str) else TwoStageConfig
     try:
-        config = Config.model_validate(tree)
+        config = schema.model_validate(tree)
     except pydantic.ValidationError as error:
         given = {override.partition("=")[0]: override for override in overrides}
-        raise ConfigError("\n".join(_explain(source, e, given) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(source, e, given, schema) for e in error.errors())) from None
     # Which of file and overrides is to blame cannot be told from a combination.
     _check_combinations(f"{source} with --set" if overrides else source, config)
     return config
@@ -318,7 +395,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(source: str, error: Any, given: dict[str, str]) -> str:
+def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config]) -> str:
     """One line for one of pydantic's errors; `given` maps the keys of --set to what was written."""
     path = ".".join(str(part) for part in error["loc"])
     for key, override in given.items():
@@ -328,10 +405,14 @@ def _explain(source: str, error: Any, given: dict[str, str]) -> str:
         _printable(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))
     )
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
+        known = _known_keys(schema, error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        others = [name for name, other in _CLASSES.items() if other is not schema]
+        hint = next((f"it belongs to method: {m}" for m in others if _knows(_CLASSES[m], error["loc"])), hint)
         return f"{source}: {field}: unknown key, {hint}"
+    if error["loc"] == ("method",):
+        error = {**error, "msg": f"choose {' or '.join(_CLASSES)}"}
     value = error.get("input")
     reason = error["msg"].removeprefix("Value error, ")
     return f"{source}: {field}: {value!r:.60} is refused: {reason[:1].lower()}{reason[1:]}"
@@ -342,11 +423,16 @@ def _printable(key: Any) -> str:
     return str(key) if str(key).isprintable() else repr(key)
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    model: Any = Config
+def _known_keys(schema: type[Config], location: Sequence[Any]) -> list[str]:
+    model: Any = schema
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
+
+
+def _knows(schema: type[Config], location: Sequence[Any]) -> bool:
+    *sections, key = location
+    return key in _known_keys(schema, sections)
 
 
 def _check_combinations(source: str, config: Config) -> None:

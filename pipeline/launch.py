@@ -8,6 +8,7 @@ written is whole, and only one process ever writes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -24,7 +25,9 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
 from pipeline.config import Config
-from pipeline.worker import Observer, Record, open_dataset, retrain_worker, search_worker
+from pipeline.epochs import Record
+from pipeline.pictures import open_dataset
+from pipeline.worker import Observer, retrain_worker, search_worker
 
 Job = Literal["search", "retrain"]
 WORKERS: dict[Job, Callable[..., list[Record]]] = {"search": search_worker, "retrain": retrain_worker}
@@ -91,6 +94,7 @@ class _RayJob:
     ) -> None:
         self._job, self._config, self._folder, self._observer = job, config, folder, observer
         self._runtime, self._arguments = runtime, arguments
+        self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._history: list[Record] = []
         self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
 
@@ -106,8 +110,14 @@ class _RayJob:
             while self._ended != "finished":  # once, but for elastic jobs that grow
                 self._ended = ""
                 self._run_group()
+        except ray.exceptions.RayError as error:  # the mailbox or Ray itself has gone
+            raise IstanasError(
+                f"{self._job}: Ray was lost ({last_line(error)}), see {self._folder.parent / LOG_FOLDER}; the same "
+                "command goes on from the last checkpoint"
+            ) from error
         finally:
-            ray.kill(self._mailbox)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._mailbox)
         return self._history
 
     def _run_group(self) -> None:
@@ -159,7 +169,12 @@ class _RayJob:
         elif kind == "checkpoint":
             epoch, data, workers = payload
             checkpoint.write(self._folder, epoch, data)
-            grow = workers < allotment.workers.maximum and self._runtime.has_room_for_one_more(allotment)
+            more_to_do = epoch < self._epochs
+            grow = (
+                more_to_do
+                and workers < allotment.workers.maximum
+                and self._runtime.has_room_for_one_more(allotment)
+            )
             ray.get(self._mailbox.kept.remote(epoch, not grow))
         elif kind == "epoch":
             (self._history,) = payload

@@ -13,7 +13,7 @@ from istanas.data import ImageDataset
 from istanas.errors import CheckpointError
 from istanas.nets import TargetNet
 from istanas.space import Genotype
-from pipeline.config import Config
+from pipeline.config import RetrainSettings, SearchSettings
 from pipeline.rundir import atomic_write
 
 WEIGHTS_FILE = "model.safetensors"
@@ -45,26 +45,40 @@ class NetworkCard:
 
 
 def save_network(
-    folder: Path, net: TargetNet, genotype: Genotype, config: Config, dataset: ImageDataset
+    folder: Path,
+    net: TargetNet,
+    genotype: Genotype,
+    sizes: SearchSettings | RetrainSettings,
+    dataset: ImageDataset,
 ) -> None:
-    """Write a retrained network, auxiliary head left out, and its card."""
+    """Write a trained network, auxiliary head left out, and its card; `sizes` are the settings that built it."""
     card = NetworkCard(
         genotype=genotype.to_json(),
-        init_channels=config.retrain.init_channels,
-        layers=config.retrain.layers,
+        init_channels=sizes.init_channels,
+        layers=sizes.layers,
         num_classes=dataset.num_classes,
-        stem=config.retrain.stem,
-        op_batchnorm=config.retrain.op_batchnorm,
+        stem=sizes.stem,
+        op_batchnorm=sizes.op_batchnorm,
         shape=(dataset.channels, dataset.height, dataset.width),
         mean=tuple(dataset.mean),
         std=tuple(dataset.std),
         class_names=tuple(dataset.class_names),
     )
+    write_network(folder, net, card)
+
+
+def write_network(folder: Path, net: TargetNet, card: NetworkCard) -> None:
+    """Write a network, auxiliary head left out, and the card that says how to build it."""
     weights = {
         k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")
     }
     atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(weights))
     atomic_write(folder / NETWORK_FILE, json.dumps(asdict(card), indent=1))
+
+
+def read_card(folder: str | Path) -> NetworkCard:
+    """The card of the trained network in a folder, where `load_network` found nothing to complain of."""
+    return NetworkCard(**json.loads((Path(folder) / NETWORK_FILE).read_bytes()))
 
 
 def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
@@ -75,7 +89,7 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     """
     folder = Path(folder)
     try:
-        card = NetworkCard(**json.loads((folder / NETWORK_FILE).read_bytes()))
+        card = read_card(folder)
         net = TargetNet(
             Genotype.from_json(card.genotype),
             card.init_channels,

@@ -1,5 +1,7 @@
-"""Tables of what was run, from the MLflow store: one row per search and per retraining."""
+"""Tables of what was run, from the MLflow store: searches and retrainings, and one-stage weights against retrained."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
@@ -7,6 +9,7 @@ from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, st
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mlflow import MlflowClient
     from mlflow.entities import Run
     from rich.table import Table
 
@@ -29,6 +32,26 @@ COLUMNS: dict[str, str] = {
 }
 """Column -> pandas dtype: accuracies are fractions, `genotype` is the digest, `seconds` the time worked."""
 
+WEIGHTS_COLUMNS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "dataset": "string",
+    "genotype": "string",
+    "one_stage_top1": "Float64",
+    "one_stage_params": "Int64",
+    "one_stage_epochs": "Int64",
+    "one_stage_seconds": "Float64",
+    "retrain_run_id": "string",
+    "retrain_name": "string",
+    "retrained_top1": "Float64",
+    "retrained_params": "Int64",
+    "retrained_epochs": "Int64",
+    "retrained_seconds": "Float64",
+    "difference": "Float64",
+}
+"""Column -> pandas dtype of `weights_frame`: top-1 are fractions of the test split, `difference` is what
+retraining gains, epochs and seconds of a search hold its training too."""
+
 _NUMBERS = {
     "test_top1": "test/top1",
     "valid_top1": "valid/top1",
@@ -41,6 +64,8 @@ _PAGE = 1000
 
 def results_frame(*, tracking_uri: str | None, experiment: str | None = None) -> "pd.DataFrame":
     """All searches and retrainings of a store, newest search first, each followed by its retrainings.
+
+    `test_top1` of a one-stage search is that of its own weights; a two-stage search has none.
 
     Args:
         tracking_uri: see `pipeline.tracking.store_uri`.
@@ -76,21 +101,92 @@ def results_table(frame: "pd.DataFrame") -> "Table":
     for heading in ("valid", "test", "params", "MACs", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     searches = set(frame["run_id"])
-
-    def shown(value: Any, text: str) -> str:
-        return "" if pd.isna(value) else text.format(value)
-
     for row in frame.to_dict("records"):
         indent = "  " if not pd.isna(row["parent_run_id"]) and row["parent_run_id"] in searches else ""
         table.add_row(
             f"{indent}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
-            shown(row["genotype"], "{:.8}"),
-            shown(row["valid_top1"], "{:.2%}"),
-            shown(row["test_top1"], "{:.2%}"),
-            shown(row["params"], "{:,}"),
-            shown(row["macs"], "{:,}"),
-            "" if pd.isna(row["seconds"]) else duration(row["seconds"]),
+            _shown(row["genotype"], "{:.8}"),
+            _shown(row["valid_top1"], "{:.2%}"),
+            _shown(row["test_top1"], "{:.2%}"),
+            _shown(row["params"], "{:,}"),
+            _shown(row["macs"], "{:,}"),
+            _shown_time(row["seconds"]),
         )
+    return table
+
+
+def weights_frame(*, tracking_uri: str | None, experiment: str | None = None) -> "pd.DataFrame":
+    """The weights of every finished one-stage search against its network retrained from scratch, newest search first.
+
+    A search has one row for each of its finished retrainings of the same genotype on the same data set (of a
+    retraining that was started over, the newest counts), or one row without figures of a retraining.
+
+    Args:
+        tracking_uri: see `pipeline.tracking.store_uri`.
+        experiment: only this experiment; None means all of them.
+
+    Returns:
+        A frame with the columns and types of `WEIGHTS_COLUMNS`; no rows where there is no store yet.
+
+    Raises:
+        ConfigError: the store can't be read, or has no such experiment.
+    """
+    import pandas as pd
+
+    uri = store_uri(tracking_uri)
+    runs = [run for run in _family_order(_load_runs(uri, experiment)) if run.info.status == "FINISHED"]
+    pairs = [(search, retraining) for search in _one_stage(runs) for retraining in _retrainings(search, runs)]
+    rows = []
+    if pairs:  # without any there may be no store, and opening it would create it
+        with _readable(uri):
+            client = open_client(uri)
+            rows = [_weights_row(client, search, retraining) for search, retraining in pairs]
+    return pd.DataFrame(rows, columns=list(WEIGHTS_COLUMNS)).astype(WEIGHTS_COLUMNS)
+
+
+def weights_table(frame: "pd.DataFrame") -> "Table":
+    """The frame as a table that fits 80 columns: a search's weights, under them the retrained ones.
+
+    Test is top-1; points are per cent points that retraining gains. The frame has the rest.
+
+    Args:
+        frame: as `weights_frame` gives it.
+
+    Example:
+        >>> weights_table(weights_frame(tracking_uri="sqlite:////nowhere/mlflow.db")).title
+        'no finished one-stage search yet'
+    """
+    import pandas as pd
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=None if len(frame) else "no finished one-stage search yet", box=box.SIMPLE_HEAD, padding=0
+    )
+    table.add_column("one-stage weights\n  retrained", overflow="fold")
+    table.add_column("genotype", no_wrap=True)
+    for heading in ("test", "points", "params", "epochs", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def figures(row: dict[Any, Any], weights: str, points: str) -> list[str]:
+        return [
+            _shown(row[f"{weights}_top1"], "{:.2%}"),
+            points,
+            _shown(row[f"{weights}_params"], "{:,}"),
+            _shown(row[f"{weights}_epochs"], "{:,}"),
+            _shown_time(row[f"{weights}_seconds"]),
+        ]
+
+    above = None
+    for row in frame.to_dict("records"):
+        if row["run_id"] != above:
+            table.add_row(row["name"], _shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
+        above = row["run_id"]
+        if pd.isna(row["retrain_run_id"]):
+            table.add_row("  not retrained yet")
+        else:
+            points = _shown(100 * row["difference"], "{:+.2f}")
+            table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
     return table
 
 
@@ -113,7 +209,7 @@ def _load_runs(uri: str, experiment: str | None) -> "list[Run]":
     file = sqlite_file(uri)
     if file is not None and not file.exists():  # opening it would create it
         return []
-    try:
+    with _readable(uri):
         client = open_client(uri)
         named = None if experiment is None else client.get_experiment_by_name(experiment)
         experiments = client.search_experiments() if experiment is None else [named] if named else []
@@ -128,16 +224,22 @@ def _load_runs(uri: str, experiment: str | None) -> "list[Run]":
             token = page.token
             if not token:
                 break
-    except Exception as error:  # every store fails in its own way
-        raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)}); "
-            "start it or set MLFLOW_TRACKING_URI"
-        ) from None
     if experiment is not None and not ids:
         raise ConfigError(
             f"experiment {experiment!r}: not in the MLflow store {public_uri(uri)}; leave it out"
         )
     return runs
+
+
+@contextlib.contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every store fails in its own way
+        raise ConfigError(
+            f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)}); "
+            "start it or set MLFLOW_TRACKING_URI"
+        ) from None
 
 
 def _family_order(runs: "list[Run]") -> "list[Run]":
@@ -169,6 +271,65 @@ def _row(run: "Run") -> dict[str, Any]:
         "parent_run_id": tags.get("mlflow.parentRunId"),
         "run_dir": tags.get("istanas.run_dir"),
     }
+
+
+def _one_stage(runs: "list[Run]") -> "list[Run]":
+    wanted = {"istanas.kind": "search", "istanas.method": "one_stage"}
+    return [run for run in runs if wanted.items() <= run.data.tags.items()]
+
+
+def _retrainings(search: "Run", runs: "list[Run]") -> "list[Run | None]":
+    """The retrainings to compare a search with, as they were begun; [None] if there are none.
+
+    Args:
+        search: the search.
+        runs: finished runs in the order of `_family_order`.
+    """
+    same = {name: search.data.tags.get(name) for name in ("istanas.genotype", "istanas.dataset")}
+    wanted = {"istanas.kind": "retrain", "mlflow.parentRunId": search.info.run_id, **same}
+    newest: dict[str, Run] = {}
+    for run in runs:
+        if wanted.items() <= run.data.tags.items():
+            directory = run.data.tags.get("istanas.run_dir", run.info.run_id)
+            newest.pop(directory, None)  # started over since
+            newest[directory] = run
+    return list(newest.values()) or [None]
+
+
+def _weights_row(client: "MlflowClient", search: "Run", retraining: "Run | None") -> dict[str, Any]:
+    found, trained = _row(search), _row(retraining) if retraining is not None else {}
+    tops = (found["test_top1"], trained.get("test_top1"))
+    return {
+        **{name: found[name] for name in ("run_id", "name", "dataset", "genotype")},
+        "one_stage_top1": tops[0],
+        "one_stage_params": found["params"],
+        "one_stage_epochs": _epochs(client, search),
+        "one_stage_seconds": found["seconds"],
+        "retrain_run_id": trained.get("run_id"),
+        "retrain_name": trained.get("name"),
+        "retrained_top1": tops[1],
+        "retrained_params": trained.get("params"),
+        "retrained_epochs": None if retraining is None else _epochs(client, retraining),
+        "retrained_seconds": trained.get("seconds"),
+        "difference": None if tops[0] is None or tops[1] is None else tops[1] - tops[0],
+    }
+
+
+def _epochs(client: "MlflowClient", run: "Run") -> int | None:
+    """The epochs that a run has done; its settings name only limits."""
+    return max((m.step for m in client.get_metric_history(run.info.run_id, "train/loss")), default=None)
+
+
+def _shown(value: Any, text: str) -> str:
+    import pandas as pd
+
+    return "" if pd.isna(value) else text.format(value)
+
+
+def _shown_time(seconds: Any) -> str:
+    import pandas as pd
+
+    return "" if pd.isna(seconds) else duration(seconds)
 
 
 def _seconds(run: "Run") -> float | None:

@@ -27,16 +27,19 @@ from pipeline.rundir import RunDir, RunRecord, atomic_write
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
 
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
 DELIVERY_LOCK = ".mlflow.lock"
 MODEL_NAME = "model"
+CANDIDATE = "candidate"  # alias of a registered model's newest version
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
+DESCRIPTION_LENGTH = 5000  # characters: the registry's columns are no wider
 
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
@@ -50,7 +53,8 @@ _said: set[str] = set()  # what this process has already told the user
 class Delivery:
     """What one `deliver` sent: counts, and the names of artifacts.
 
-    `missing` are artifacts that the record lists and the run directory does not have.
+    `missing` are artifacts that the record lists and the run directory does not have; `registered` is the name
+    and version under which this delivery entered the network in the model registry, None if it did not.
     """
 
     run_id: str
@@ -62,6 +66,7 @@ class Delivery:
     artifacts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     model: bool = False
+    registered: tuple[str, int] | None = None
 
 
 class Tracker(Protocol):
@@ -91,7 +96,12 @@ class NullTracker:
 
 
 def open_tracker(
-    run_dir: RunDir, *, enabled: bool, tracking_uri: str | None, experiment: str
+    run_dir: RunDir,
+    *,
+    enabled: bool,
+    tracking_uri: str | None,
+    experiment: str,
+    registered_model: str | None = None,
 ) -> "MLflowTracker | NullTracker":
     """The tracker that the configuration asks for.
 
@@ -100,6 +110,7 @@ def open_tracker(
         enabled: False gives a `NullTracker`.
         tracking_uri: see `store_uri`.
         experiment: name of the MLflow experiment, created if need be.
+        registered_model: see `MLflowTracker`.
 
     Example:
         >>> tracker = open_tracker(RunDir("x"), enabled=False, tracking_uri=None, experiment="digits")
@@ -108,7 +119,9 @@ def open_tracker(
     """
     if not enabled:
         return NullTracker()
-    return MLflowTracker(run_dir, tracking_uri=tracking_uri, experiment=experiment)
+    return MLflowTracker(
+        run_dir, tracking_uri=tracking_uri, experiment=experiment, registered_model=registered_model
+    )
 
 
 def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
@@ -229,6 +242,8 @@ class MLflowTracker:
         run_dir: the run; it must have a `run.json` before `deliver` is called.
         tracking_uri: see `store_uri`; None goes on with the store that the run is already in.
         experiment: name of the experiment in which a new MLflow run is made.
+        registered_model: name in the model registry under which a trained network gets a version; None means
+            `istanas-` and the data set's name.
         load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
             `pipeline.models.load_network`.
     """
@@ -239,10 +254,12 @@ class MLflowTracker:
         *,
         tracking_uri: str | None,
         experiment: str,
+        registered_model: str | None = None,
         load_network: NetworkLoader | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
+        self.registered_model = registered_model
         self.last_delivery: Delivery | None = None
         self._load_network = load_network
         link = read_link(run_dir)
@@ -290,7 +307,7 @@ class MLflowTracker:
             about=f"unreachable {self.tracking_uri}",
         )
 
-    def _deliver(self) -> Delivery:
+    def _deliver(self, *, register: bool = True) -> Delivery:
         record = self.run_dir.read()
         if self._client is None:
             self._client = open_client(self.tracking_uri)
@@ -310,11 +327,11 @@ class MLflowTracker:
                 client.update_run(run_id, status="RUNNING")
             return done
         sent, missing = self._send_artifacts(client, record)
-        trained = record.status == "FINISHED" and record.kind == "retrain"
-        model = trained and self._send_model(client, run, record)
+        model, new = self._send_model(client, run, record) if _has_network(record) else (None, False)
+        registered = self._register(client, model, record) if model is not None and register else None
         if (run.info.status, run.info.end_time) != (record.status, record.ended_ms):
             client.set_terminated(run_id, status=record.status, end_time=record.ended_ms)
-        return dataclasses.replace(done, artifacts=sent, missing=missing, model=model)
+        return dataclasses.replace(done, artifacts=sent, missing=missing, model=new, registered=registered)
 
     def _find_or_create(self, client: "MlflowClient", record: RunRecord) -> "tuple[Run, bool]":
         run = self._known_run(client)
@@ -378,10 +395,16 @@ class MLflowTracker:
         directory = given if given.exists() else RunDir(self.run_dir.path.parent / given.path.name)
         if not directory.exists():
             return {}
-        tracker = MLflowTracker(directory, tracking_uri=self.tracking_uri, experiment=self.experiment)
+        tracker = MLflowTracker(
+            directory,
+            tracking_uri=self.tracking_uri,
+            experiment=self.experiment,
+            load_network=self._load_network,
+        )
         try:
             with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
-                return {"mlflow.parentRunId": tracker._deliver().run_id}
+                # Its configuration may name another registered model, so registering is left to its own delivery.
+                return {"mlflow.parentRunId": tracker._deliver(register=False).run_id}
         except CheckpointError as error:  # a search that was damaged since must not stop its retraining
             _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
             return {}
@@ -429,20 +452,36 @@ class MLflowTracker:
             self._link.write(self.run_dir)
         return tuple(new), tuple(missing)
 
-    def _send_model(self, client: "MlflowClient", run: "Run", record: RunRecord) -> bool:
+    def _send_model(
+        self, client: "MlflowClient", run: "Run", record: RunRecord
+    ) -> "tuple[LoggedModel | None, bool]":
         """Log the trained network as the MLflow model "model" of this run, unless it is there already.
 
         Written out with the client, because `mlflow.pytorch.log_model` works on the process's ambient store.
+
+        Returns:
+            (the model, or None if the network can't be loaded; whether it was logged just now).
         """
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.entities import LoggedModelStatus
 
         run_id, experiment_id = run.info.run_id, run.info.experiment_id
         query = f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'"
-        there = client.search_logged_models([experiment_id], query)
-        if any(model.status == LoggedModelStatus.READY for model in there):
-            return False
-        for unfinished in there:
-            client.delete_logged_model(unfinished.model_id)
+        there = list(client.search_logged_models([experiment_id], query))
+        model = next((model for model in there if model.status == LoggedModelStatus.READY), None)
+        new = model is None
+        if model is None:
+            for unfinished in there:
+                client.delete_logged_model(unfinished.model_id)
+            model = self._log_model(client, run_id, experiment_id, record)
+        if model is not None:
+            self._link_model(client, run_id, model.model_id)
+        return model, new and model is not None
+
+    def _log_model(
+        self, client: "MlflowClient", run_id: str, experiment_id: str, record: RunRecord
+    ) -> "LoggedModel | None":
+        from mlflow.entities import LoggedModelStatus
+
         with tempfile.TemporaryDirectory() as scratch:
             logged = client.create_logged_model(
                 experiment_id,
@@ -461,12 +500,41 @@ class MLflowTracker:
                     f"the run directory; to try again run: istanas sync {self.run_dir.path}",
                     about=f"model {self.run_dir.path}",
                 )
-                return False
+                return None
             client.log_model_artifacts(logged.model_id, f"{scratch}/{MODEL_NAME}")
-        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+    def _link_model(self, client: "MlflowClient", run_id: str, model_id: str) -> None:
+        """Make the model an output of its run, unless it is."""
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = client.get_run(run_id).outputs
+        if outputs is not None and any(output.model_id == model_id for output in outputs.model_outputs):
+            return
         last_step = max((line.step for line in self.run_dir.metrics()), default=0)
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=last_step)])
-        return True
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=last_step)])
+
+    def _register(
+        self, client: "MlflowClient", model: "LoggedModel", record: RunRecord
+    ) -> tuple[str, int] | None:
+        """Make the model a version of the registered model, unless it is; the alias goes to the newest version.
+
+        Returns:
+            Name and version if it was entered just now.
+        """
+        name = self.registered_model if self.registered_model is not None else f"istanas-{record.dataset}"
+        try:
+            version, new = _model_version(client, name, model, record)
+            _link_version(client, model.model_id, version)
+            _point_candidate(client, name)
+        except Exception as error:  # a run that is in no registry is still worth having
+            _say_once(
+                f"MLflow registered model {name!r}: {self.run_dir.path} is not entered ({one_line(error)}); set "
+                f"tracking.registered_model or try again with: istanas sync {self.run_dir.path}",
+                about=f"registry {self.run_dir.path}",
+            )
+            return None
+        return (name, int(version.version)) if new else None
 
 
 @dataclass(frozen=True)
@@ -527,6 +595,70 @@ def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
     for start in range(0, len(new), CHUNK_PARAMS):
         client.log_batch(run.info.run_id, params=new[start : start + CHUNK_PARAMS], synchronous=True)
     return len(new)
+
+
+def _has_network(record: RunRecord) -> bool:
+    """Whether the run left a trained network: a two-stage search finds only an architecture."""
+    trains = record.kind == "retrain" or (record.kind == "search" and record.method == "one_stage")
+    return trains and record.status == "FINISHED"
+
+
+def _model_version(
+    client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord
+) -> "tuple[ModelVersion, bool]":
+    """The run's version of a registered model, and whether it was made just now."""
+    found = client.search_model_versions(f"run_id = '{model.source_run_id}'")
+    there = [version for version in found if version.name == name]
+    if there:
+        return min(there, key=lambda version: int(version.version)), False
+    _create_registered_model(client, name)
+    version = client.create_model_version(
+        name,
+        # Not models:/ID, which a SQLite store looks up in the process's ambient store.
+        source=model.artifact_location,
+        run_id=model.source_run_id,
+        model_id=model.model_id,
+        tags={
+            "istanas.kind": record.kind,
+            "istanas.method": record.method,
+            "istanas.dataset": record.dataset,
+            **record.tags,
+        },
+        description=record.description[:DESCRIPTION_LENGTH],
+    )
+    return version, True
+
+
+def _create_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    description = f"Networks trained by istanas; the alias {CANDIDATE} is the newest version."
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion") -> None:
+    """Note the version in the logged model, where MLflow's pages look for it; a server has done so by itself."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if (version.name, str(version.version)) in {(note["name"], str(note["version"])) for note in noted}:
+        return
+    noted.append({"name": version.name, "version": version.version})
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(noted)})
+
+
+def _point_candidate(client: "MlflowClient", name: str) -> None:
+    """Set the alias on the newest version, whichever run that is of."""
+    for _ in range(3):  # another run may register between the look and the move
+        model = client.get_registered_model(name)
+        newest = str(max(int(version.version) for version in model.latest_versions))
+        if str(model.aliases.get(CANDIDATE)) == newest:
+            return
+        client.set_registered_model_alias(name, CANDIDATE, newest)
 
 
 def _default_loader() -> NetworkLoader:

@@ -5,10 +5,11 @@ A job is flat: open the directory, stop if it is finished, run the worker, write
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from istanas.data import ImageDataset
 from istanas.training import Metrics
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import Config, flat_params, to_yaml
+from pipeline.epochs import Record
+from pipeline.pictures import open_dataset
 from pipeline.progress import EpochBar
 from pipeline.resources import count
 from pipeline.rundir import (
@@ -33,7 +36,7 @@ from pipeline.rundir import (
     new_key,
 )
 from pipeline.tracking import Tracker, open_tracker, public_uri
-from pipeline.worker import Record, compute_for, open_dataset
+from pipeline.worker import compute_for
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -158,63 +161,58 @@ def execute(
             command resumes.
     """
     run = RunDir(spec.path)
+    with _locked(run):
+        if not fresh and run.exists() and run.read().status == "FINISHED":
+            tracker = tracker_of(run, spec.config)
+            tracker.deliver()  # in case the store was down when it finished
+            console.print(
+                f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return _with_ids(run.read().result, run, tracker)
+        prepared = prepare()
+        if fresh or not run.exists():  # without a record: what a --fresh that was killed left
+            _clear(run.path)
+        tracker = tracker_of(run, spec.config)
+        record = _open_record(run, spec)
+        atomic_write(run.path / CONFIG_FILE, to_yaml(without_password(spec.config)))
+        tracker.deliver()
+        console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+        try:
+            with EpochBar(console, spec.kind, spec.epochs) as bar:
+                outcome = body(run, RunObserver(run, tracker, bar, describe), prepared)
+        except BaseException:
+            run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
+            tracker.deliver()
+            raise
+        run.write(
+            dataclasses.replace(
+                record,
+                status="FINISHED",
+                ended_ms=_now_ms(),
+                result=outcome.result,
+                artifacts=outcome.artifacts,
+                tags={**record.tags, **outcome.tags},
+                description=outcome.description,
+            )
+        )
+        if not tracker.deliver():
+            console.print(
+                f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
+            )
+        return _with_ids(outcome.result, run, tracker)
+
+
+@contextlib.contextmanager
+def _locked(run: RunDir) -> Iterator[None]:
+    """Hold the run directory; what was refused before any work leaves no empty run behind."""
     with run.lock():
         try:
-            return _execute_locked(run, spec, prepare, body, describe, fresh, console)
+            yield
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _NOT_THE_RUNS:
-                shutil.rmtree(run.path)  # refused before any work: leave no empty run behind
-
-
-def _execute_locked(
-    run: RunDir,
-    spec: JobSpec,
-    prepare: Callable[[], Prepared],
-    body: Callable[[RunDir, RunObserver, Prepared], Outcome],
-    describe: Callable[[list[Record]], str],
-    fresh: bool,
-    console: Console,
-) -> dict[str, Any]:
-    if not fresh and run.exists() and run.read().status == "FINISHED":
-        tracker = _open_tracker(run, spec)
-        tracker.deliver()  # in case the store was down when it finished
-        console.print(
-            f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return _with_ids(run.read().result, run, tracker)
-    prepared = prepare()
-    if fresh or not run.exists():  # without a record: what a --fresh that was killed left
-        _clear(run.path)
-    tracker = _open_tracker(run, spec)
-    record = _open_record(run, spec)
-    atomic_write(run.path / CONFIG_FILE, to_yaml(without_password(spec.config)))
-    tracker.deliver()
-    console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
-    try:
-        with EpochBar(console, spec.kind, spec.epochs) as bar:
-            outcome = body(run, RunObserver(run, tracker, bar, describe), prepared)
-    except BaseException:
-        run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
-        tracker.deliver()
-        raise
-    run.write(
-        dataclasses.replace(
-            record,
-            status="FINISHED",
-            ended_ms=_now_ms(),
-            result=outcome.result,
-            artifacts=outcome.artifacts,
-            tags={**record.tags, **outcome.tags},
-            description=outcome.description,
-        )
-    )
-    if not tracker.deliver():
-        console.print(
-            f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
-        )
-    return _with_ids(outcome.result, run, tracker)
+                shutil.rmtree(run.path)
 
 
 def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
@@ -247,7 +245,8 @@ def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
     """One row an epoch and node: what it keeps; epoch 0 is the start, before any training."""
     rows = []
     for record in history:
-        stages = [(record["epoch"], record["nodes"])] if "nodes" in record else []
+        moved = "nodes" in record and record.get("searching", True)
+        stages = [(record["epoch"], record["nodes"])] if moved else []
         if "start_nodes" in record:
             stages.insert(0, (0, record["start_nodes"]))
         for epoch, nodes in stages:
@@ -259,6 +258,7 @@ def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
                         "node": node["node"],
                         "picks": " ".join(node["picks"]),
                         "edge_weights": " ".join(f"{w:.6g}" for w in node["edge_weights"]),
+                        "state": node["state"],
                         "changed": node["changed"],
                         "distance": node["distance"],
                         "gap": node["gap"],
@@ -268,9 +268,16 @@ def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def _open_tracker(run: RunDir, spec: JobSpec) -> Tracker:
-    t = spec.config.tracking
-    return open_tracker(run, enabled=t.enabled, tracking_uri=t.uri, experiment=t.experiment)
+def tracker_of(run: RunDir, config: Config) -> Tracker:
+    """The mirror of a run that its configuration asks for."""
+    t = config.tracking
+    return open_tracker(
+        run,
+        enabled=t.enabled,
+        tracking_uri=t.uri,
+        experiment=t.experiment,
+        registered_model=t.registered_model,
+    )
 
 
 def without_password(config: Config) -> Config:

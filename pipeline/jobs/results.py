@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class _Result(TypedDict):
@@ -16,9 +16,21 @@ class _Result(TypedDict):
 
 
 class SearchResult(_Result):
-    """Of a search; parameters and multiply-adds are those of the network that `retrain`'s settings would build."""
+    """Of a two-stage search; parameters and multiply-adds are of the network that `retrain`'s settings would build."""
 
     valid_top1: float
+
+
+class OneStageResult(_Result):
+    """Of a one-stage search: of its absorbed network."""
+
+    test_top1: float
+    valid_top1: NotRequired[float]  # with data.holdout
+    search_epochs: int
+    train_epochs: int
+    rejected: int  # architectures above the limits
+    frozen: list[dict[str, Any]]  # per node: cell, node, epoch, reason ("tolerance" or "limit")
+    exports: NotRequired[dict[str, Any]]  # of `run`: see `pipeline.jobs.export`
 
 
 class RetrainResult(_Result):

@@ -10,6 +10,7 @@ from istanas.data import ImageDataset
 from istanas.space import Genotype
 from pipeline.cluster import Runtime
 from pipeline.config import Config, run_hash
+from pipeline.epochs import Record
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
@@ -27,7 +28,7 @@ from pipeline.jobs.search import write_genotype
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.rundir import RunDir
-from pipeline.worker import Record, trained_network
+from pipeline.worker import trained_network
 
 SECTIONS = ("data", "retrain")
 
@@ -77,7 +78,7 @@ def run_retrain(
         folder = run.path / CHECKPOINTS
         history = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
         net = trained_network(config, genotype, dataset, folder)
-        save_network(run.path, net, genotype, config, dataset)
+        save_network(run.path, net, genotype, config.retrain, dataset)
         m = history[-1]["metrics"]
         result = {
             "digest": genotype.digest(),

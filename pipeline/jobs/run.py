@@ -1,30 +1,39 @@
-"""Search and retraining in one go, one lineage in MLflow."""
+"""From pictures to a trained network in one go: two-stage searches and retrains, one-stage searches and exports."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from rich.console import Console
 
 from istanas.space import Genotype
 from pipeline.cluster import Runtime
-from pipeline.config import Config
-from pipeline.jobs.results import RunResult
+from pipeline.config import Config, OneStageConfig
+from pipeline.jobs.export import run_export
+from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 
 
-def run_whole(config: Config, *, name: str, fresh: bool, console: Console, runtime: Runtime) -> RunResult:
-    """Search, then retrain what was found.
+def run_whole(
+    config: Config, *, name: str, fresh: bool, console: Console, runtime: Runtime
+) -> RunResult | OneStageResult:
+    """Search; then retrain what was found, or export what was found and trained.
 
     Returns:
-        See `RunResult`.
+        See `RunResult` (two-stage) and `OneStageResult`.
     """
-    search = run_search(
+    if isinstance(config, OneStageConfig):
+        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
+        exports = run_export(config, result["run_dir"], console=console, again=fresh)
+        return {**cast(OneStageResult, result), "exports": exports}
+    found = run_search(
         config, name=name, fresh=fresh, console=console, runtime=runtime, jobs=("search", "retrain")
     )
-    genotype = Genotype.from_dict(search["genotype"])
+    search = cast(SearchResult, found)
     retrain = run_retrain(
         config,
-        genotype,
+        Genotype.from_dict(search["genotype"]),
         name=name,
         parent=search["run_dir"],
         fresh=fresh,

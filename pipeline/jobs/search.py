@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
 
 from istanas.data import ImageDataset
-from istanas.draw import save_genotype_figures
+from istanas.draw import save_freezing_figure, save_genotype_figures
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from pipeline.cluster import Runtime
-from pipeline.config import Config, run_hash
+from pipeline.config import Config, OneStageConfig, TwoStageConfig, run_hash
+from pipeline.epochs import Record
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
@@ -27,12 +29,15 @@ from pipeline.jobs.job import (
     execute,
     prepare_data,
 )
-from pipeline.jobs.results import SearchResult
+from pipeline.jobs.results import OneStageResult, SearchResult
 from pipeline.launch import prepare_workers, run_job
+from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.pictures import search_indices, search_split
 from pipeline.rundir import RunDir, atomic_write
-from pipeline.worker import Record, search_split
+from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
+FREEZING_FIGURES = ("freezing.svg", "freezing.png")
 
 
 def run_search(
@@ -43,11 +48,11 @@ def run_search(
     console: Console,
     runtime: Runtime,
     jobs: tuple[str, ...] = ("search",),
-) -> SearchResult:
+) -> SearchResult | OneStageResult:
     """Search an architecture.
 
     Args:
-        config: the whole configuration.
+        config: the whole configuration; its method says which search.
         name: of the run.
         fresh: start over.
         console: for people.
@@ -55,7 +60,7 @@ def run_search(
         jobs: whose settings to check against the data before any work; `run` adds "retrain".
 
     Returns:
-        See `SearchResult`.
+        See `SearchResult` and `OneStageResult`.
     """
     spec = JobSpec(
         kind="search",
@@ -63,26 +68,34 @@ def run_search(
         digits=run_hash(config, "search"),
         config=config,
         sections=SECTIONS,
-        epochs=config.search.epochs,
+        epochs=config.search.max_epochs,
     )
 
     def prepare() -> ImageDataset:
         check_solver(config.space.solver)
         dataset = prepare_data(config, jobs, console)
-        search_split(config, dataset)
+        if isinstance(config, TwoStageConfig):
+            search_split(config, dataset)
+        else:
+            search_indices(config, dataset)
         prepare_workers(config, spec.path, runtime, console_line(console))
         return dataset
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
-        history = run_job("search", config, dataset, run.path / CHECKPOINTS, observer, runtime)
-        return _finish(run, history, dataset)
+        folder = run.path / CHECKPOINTS
+        history = run_job("search", config, dataset, folder, observer, runtime)
+        if isinstance(config, OneStageConfig):
+            return _finish_one_stage(run, history, dataset, config)
+        return _finish_two_stage(run, history, dataset)
 
-    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console)
-    return cast(SearchResult, result)
+    one_stage = isinstance(config, OneStageConfig)
+    describe = describe_one_stage_epoch if one_stage else describe_epoch
+    result = execute(spec, prepare, body, describe=describe, fresh=fresh, console=console)
+    return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 
 
 def describe_epoch(history: list[Record]) -> str:
-    """One line for people about the last epoch."""
+    """One line for people about the last epoch of a two-stage search."""
     record = history[-1]
     m = record["metrics"]
     changes = int(m["recovery/support_changes"])
@@ -91,6 +104,29 @@ def describe_epoch(history: list[Record]) -> str:
         f"(alpha half {100 * m['valid/top1']:.1f} %), {changes} of {len(record['nodes'])} nodes changed, "
         f"{record['seconds']:.1f} s"
     )
+
+
+def describe_one_stage_epoch(history: list[Record]) -> str:
+    """What to tell people about the last epoch of a one-stage search."""
+    record = history[-1]
+    m = record["metrics"]
+    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
+    for split, word in (("valid", "hold-out"), ("test", "test")):
+        if f"{split}/top1" in m:
+            text += f", {word} {100 * m[f'{split}/top1']:.1f} %"
+    if record["searching"]:
+        text += (
+            f", distance {m['recovery/distance']:.2g}, {int(m['recovery/support_changes'])} nodes changed, "
+            f"{int(m['arch/frozen_nodes'])} of {len(record['nodes'])} frozen"
+        )
+    text += f", {record['seconds']:.1f} s"
+    if record["rejection"] is not None:
+        text += f"\nrejected the new architecture, {record['rejection']}: the one before stays"
+    if record["searching"] and len(record["frozen"]) == len(record["nodes"]):
+        reasons = Counter(freezing["reason"] for freezing in record["frozen"])
+        how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
+        text += f"\narchitecture fixed after {record['epoch']} epochs ({how})"
+    return text
 
 
 def check_solver(solver: str) -> None:
@@ -102,20 +138,10 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcome:
-    last = history[-1]
-    genotype = Genotype.from_json(last["genotype"])
-    weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
-    write_genotype(run.path, genotype, weights)
-    m = last["metrics"]
-    result = {
-        "digest": genotype.digest(),
-        "genotype": genotype.to_dict(),
-        "valid_top1": m["valid/top1"],
-        "params": int(m["target/params"]),
-        "macs": int(m["target/macs"]),
-        "seconds": sum(record["seconds"] for record in history),
-    }
+def _finish_two_stage(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcome:
+    genotype = _write_last_genotype(run, history)
+    m = history[-1]["metrics"]
+    result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
     description = (
         f"Two-stage search on {dataset.name}, {len(history)} epochs.\n\n"
         f"- top-1 on the alpha half: {100 * m['valid/top1']:.2f} %\n"
@@ -128,6 +154,92 @@ def _finish(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcom
         tags={"istanas.genotype": genotype.digest()},
         description=description,
     )
+
+
+def _finish_one_stage(
+    run: RunDir, history: list[Record], dataset: ImageDataset, config: OneStageConfig
+) -> Outcome:
+    net = searched_network(config, dataset, run.path / CHECKPOINTS, len(history))
+    genotype = _write_last_genotype(run, history)
+    save_network(run.path, net, genotype, config.search, dataset)
+    _draw_freezing(run, history, config)
+    last = history[-1]
+    m, frozen = last["metrics"], last["frozen"]
+    search_epochs = max(freezing["epoch"] for freezing in frozen)
+    result = {
+        **_figures(genotype, history),
+        "test_top1": m["test/top1"],
+        **({"valid_top1": m["valid/top1"]} if "valid/top1" in m else {}),
+        "search_epochs": search_epochs,
+        "train_epochs": len(history) - search_epochs,
+        "rejected": int(m["arch/rejected"]),
+        "frozen": frozen,
+    }
+    rows = "\n".join(
+        f"| {f['cell']} {f['node']} | {f['epoch']} | {f['reason']} |"
+        for f in sorted(frozen, key=lambda f: (f["cell"], f["node"]))
+    )
+    description = (
+        f"One-stage search on {dataset.name}: {search_epochs} epochs of search, "
+        f"{len(history) - search_epochs} of training.\n\n"
+        f"- test top-1 of the absorbed network: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
+        f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+        f"- architectures rejected by the limits: {result['rejected']}\n"
+        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n\n"
+        f"| node | frozen after epoch | reason |\n|---|---|---|\n{rows}\n"
+    )
+    return Outcome(
+        result=result,
+        artifacts=(
+            CONFIG_FILE,
+            GENOTYPE_FILE,
+            *CELL_FIGURES,
+            TRAJECTORY_FILE,
+            *FREEZING_FIGURES,
+            NETWORK_FILE,
+            WEIGHTS_FILE,
+        ),
+        tags={"istanas.genotype": genotype.digest()},
+        description=description,
+    )
+
+
+def _draw_freezing(run: RunDir, history: list[Record], config: OneStageConfig) -> None:
+    """The picture of the nodes' distances over the epochs of the search."""
+    searched = [record for record in history if record["searching"]]
+    distances: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for record in searched:
+        for node in record["nodes"]:
+            if node["recovered"]:
+                place = (node["cell"], node["node"])
+                distances.setdefault(place, []).append((record["epoch"], node["distance"]))
+    save_freezing_figure(
+        run.path,
+        distances,
+        tolerance=config.search.termination_tol,
+        rejected=[record["epoch"] for record in searched if record["rejection"] is not None],
+        frozen={(f["cell"], f["node"]): (f["epoch"], f["reason"]) for f in history[-1]["frozen"]},
+    )
+
+
+def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
+    """The figures that every search has."""
+    m = history[-1]["metrics"]
+    return {
+        "digest": genotype.digest(),
+        "genotype": genotype.to_dict(),
+        "params": int(m["target/params"]),
+        "macs": int(m["target/macs"]),
+        "seconds": sum(record["seconds"] for record in history),
+    }
+
+
+def _write_last_genotype(run: RunDir, history: list[Record]) -> Genotype:
+    last = history[-1]
+    genotype = Genotype.from_json(last["genotype"])
+    weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
+    write_genotype(run.path, genotype, weights)
+    return genotype
 
 
 def write_genotype(

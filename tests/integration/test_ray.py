@@ -15,49 +15,78 @@ from typing import Any
 import psutil
 import pytest
 
+from istanas.space import Genotype
 from pipeline.checkpoint import FolderStore, load_latest
+from pipeline.cli import run
 from pipeline.config import load
-from pipeline.worker import Silent, open_dataset, search_worker
+from pipeline.doctor import check_cluster
+from pipeline.pictures import open_dataset
+from pipeline.worker import Silent, retrain_worker, search_worker
 from tests.ranks import run_ranks
 from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 CONFIG = """
 space: {nodes: 2}
-search: {epochs: 6, batch_size: 32, init_channels: 8, layers: 4, arch_lr: 0.05, cutout: 2}
+search: {epochs: 8, batch_size: 32, init_channels: 8, layers: 4, arch_lr: 0.05, cutout: 2}
 runtime: {threads: 1, device: cpu}
+retrain: {epochs: 2, batch_size: 256, init_channels: 4, layers: 2, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
 tracking: {enabled: false}
 """
-EPOCHS = 6
-COMMAND = [sys.executable, "-m", "pipeline.cli", "search", "--config", "ray.yaml"]
+EPOCHS = 8
+PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    cluster = RayCluster(4)
+    cluster = RayCluster(2)
     yield cluster
     cluster.close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "ray.yaml").write_text(CONFIG)
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one search runs that everything happens to: starting workers takes half a minute each time."""
+    return new_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where its elastic copy runs."""
+    return new_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same jobs on two ranks that Ray did not start and nobody killed."""
+    folder = new_folder(tmp_path_factory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISTANAS_TEST_FOLDER", str(folder))
+        (outcomes,) = run_ranks([run_without_ray], 2)
+    assert [outcome.value for outcome in outcomes] == [None, None]
+    return folder
+
+
+def new_folder(factory: pytest.TempPathFactory) -> Path:
+    folder = factory.mktemp("ray")
+    (folder / "ray.yaml").write_text(CONFIG)
+    return folder
 
 
 class Command:
     """The command line in a folder, followed line by line."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, job: str = "search") -> None:
         environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*PROGRAM, job, "--config", "ray.yaml", *arguments],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # a process group, as a shell makes it, for Ctrl-C
         )
         self.lines: list[str] = []
 
@@ -73,15 +102,22 @@ class Command:
     def end(self) -> int:
         assert self.process.stdout is not None
         self.lines += [line.rstrip() for line in self.process.stdout]
+        noise = [line for line in self.lines if "(raylet)" in line or "Traceback" in line]
+        assert not noise, "\n".join(self.lines)
         return self.process.wait(120)
 
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        self.process.send_signal(number)
+    def kill(self) -> int:
+        self.process.kill()
+        return self.end()
+
+    def interrupt(self) -> int:
+        """What a terminal does at Ctrl-C: SIGINT to all that the command has started, too."""
+        os.killpg(self.process.pid, signal.SIGINT)
         return self.end()
 
 
-def run_directory(folder: Path) -> Path:
-    (path,) = (folder / "runs").iterdir()
+def run_directory(folder: Path, job: str = "search") -> Path:
+    (path,) = (folder / "runs").glob(f"ray-{job}-*")
     return path
 
 
@@ -102,12 +138,15 @@ def decided(path: Path) -> Any:
     return plain(saved)
 
 
-def search_without_ray() -> None:
+def run_without_ray() -> None:
     """What the workers run, on two ranks that Ray did not start; in the folder that the test names."""
     folder = Path(os.environ["ISTANAS_TEST_FOLDER"])
     config = load(folder / "ray.yaml")
-    dataset = open_dataset(config, ("search",))
-    search_worker(config, dataset, FolderStore(folder / "checkpoints"), Silent())
+    dataset = open_dataset(config, ("search", "retrain"))
+    stores = {job: FolderStore(folder / job / "checkpoints") for job in ("search", "retrain")}
+    history = search_worker(config, dataset, stores["search"], Silent())
+    genotype = Genotype.from_json(history[-1]["genotype"])
+    retrain_worker(config, dataset, stores["retrain"], Silent(), genotype)
 
 
 def listening(process: psutil.Process) -> set[str]:
@@ -119,6 +158,13 @@ def listening(process: psutil.Process) -> set[str]:
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -128,143 +174,140 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
-def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
-    cluster: RayCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = ("--workers", "2", "--address", cluster.address)
-
-    # Ctrl-C: all workers gone within ten seconds, and a run that goes on.
-    first = Command(folder, *place)
-    first.until("epoch 1:")
-    assert len(cluster.workers()) == 2
-    start = time.monotonic()
-    assert first.kill(signal.SIGINT) == 130
-    assert wait_for(lambda: not cluster.workers(), 10 - (time.monotonic() - start))
-    assert first.lines[-1] == "interrupted: the same command resumes"
-    assert "Traceback" not in "\n".join(first.lines)
-
-    # SIGKILL of the driver in mid-epoch.
-    second = Command(folder, *place)
-    second.until("resumed after epoch 1")
-    second.until("epoch 2:")
-    assert second.kill() == -signal.SIGKILL
-    path = run_directory(folder)
-    assert json.loads((path / "run.json").read_text())["status"] == "RUNNING"
-    other = folder.parent / "three"
-    shutil.copytree(folder, other)
-
-    # SIGKILL of everything that belongs to the job.
-    third = Command(folder, *place)
-    third.until("epoch 4:")
-    for worker in cluster.workers():
-        worker.kill()
-    assert third.kill() == -signal.SIGKILL
-
-    # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again.
-    fourth = Command(folder, *place)
-    fourth.until("epoch 5:")
-    cluster.workers()[0].kill()
-    assert fourth.end() == 0, "\n".join(fourth.lines)
-    assert any(re.match(r"lost worker \d .*: replacing it, the epoch starts again", x) for x in fourth.lines)
-    assert "resumed after epoch 5" in fourth.lines
-
-    reference = folder.parent / "reference"
-    reference.mkdir()
-    shutil.copy(folder / "ray.yaml", reference)
-    monkeypatch.setenv("ISTANAS_TEST_FOLDER", str(reference))
-    (outcomes,) = run_ranks([search_without_ray], 2)
-    assert [outcome.value for outcome in outcomes] == [None, None]
-    assert decided(path) == decided(reference)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, EPOCHS + 1))
-
-    # Another number of workers goes on from the last epoch, with the same batches and schedule, and says so.
-    third_place = ("--workers", "3", "--address", cluster.address)
-    more = Command(other, *third_place)
-    assert more.end() == 0, "\n".join(more.lines)
-    assert "resumed after epoch 2" in more.lines
-    assert any("no longer bit for bit" in line for line in more.lines)
-    saved = load_latest(run_directory(other) / "checkpoints")
-    assert saved is not None
-    assert [record["workers"] for record in saved["history"]] == [2, 2, 3, 3, 3, 3]
-    assert saved["search"]["weight_optimizer"]["param_groups"][0]["lr"] == pytest.approx(
-        load_latest(path / "checkpoints")["search"]["weight_optimizer"]["param_groups"][0]["lr"]  # type: ignore[index]
-    )
-
-
-def test_what_the_cluster_cannot_hold_is_waited_for_and_given_up(cluster: RayCluster, folder: Path) -> None:
-    command = Command(
-        folder, "--workers", "5", "--address", cluster.address, "--set", "runtime.wait_minutes=0.1"
-    )
-    assert command.end() == 1
-    waiting, given_up = command.lines
-    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 4 cores, 0 GPUs")
+# ---------- one search, in the order of the tests
+def test_a_ray_of_its_own_is_quiet_and_ctrl_c_ends_all_of_it(cluster: RayCluster, folder: Path) -> None:
+    command = Command(folder, "--workers", "2")
+    # Meanwhile, on the cluster: what it cannot hold is waited for and given up.
+    refused_folder = folder / "refused"
+    refused_folder.mkdir()
+    shutil.copy(folder / "ray.yaml", refused_folder)
+    short = ("--set", "runtime.wait_minutes=0.1")
+    refused = Command(refused_folder, "--workers", "5", "--address", cluster.address, *short)
+    assert refused.end() == 1
+    waiting, given_up = refused.lines
+    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 2 cores, 0 GPUs")
     assert given_up.startswith(
         "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"
     )
-    assert not list((folder / "runs").iterdir()), "a refusal left something behind"
+    assert not list((refused_folder / "runs").iterdir()), "a refusal left something behind"
 
-
-def test_more_than_this_machine_can_ever_hold_is_refused_at_once(folder: Path) -> None:
-    command = Command(folder, "--workers", "500", "--set", "search.batch_size=1000")
-    assert command.end() == 1
-    (line,) = command.lines
-    assert re.match(
-        r"error: waiting is of no use: 500 workers of 1 core are asked for, this machine has", line
-    )
-
-
-def test_an_address_where_nobody_answers_is_refused_at_once(folder: Path) -> None:
-    start = time.monotonic()
-    command = Command(folder, "--workers", "2", "--address", "127.0.0.1:1")
-    assert command.end() == 1
-    assert time.monotonic() - start < 30
-    (line,) = command.lines
-    assert line.startswith("error: runtime.address is '127.0.0.1:1': nobody answers there")
-
-
-def test_a_ray_of_its_own_is_quiet_leaves_its_logs_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    scratch = tmp_path / "t"
-    scratch.mkdir()
-    command = Command(folder, "--workers", "1", "--set", "search.epochs=1")
-    me = psutil.Process(command.process.pid)
     command.until("epoch 1:")
-    family = me.children(recursive=True)
+    family = psutil.Process(command.process.pid).children(recursive=True)
     assert any("raylet" in title(p) for p in family)
+    assert sum("RayTrainWorker" in title(p) for p in family) == 2
     # torch's meeting point for the workers listens everywhere; everything of Ray does not.
     addresses = {a for p in family if "RayTrainWorker" not in title(p) for a in listening(p)}
     assert addresses == {"127.0.0.1"}
-    assert command.end() == 0
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
-    assert command.lines[0].startswith("search: runs/ray-search-")
-    assert re.match(r"1 worker \(cpu, gloo\), each 1 thread, \d+ cores? on this machine", command.lines[1])
-    assert command.lines[2].startswith("epoch 1: ")
-    assert command.lines[3].startswith("┏"), "something between the epochs and the table"
+    start = time.monotonic()
+    assert command.interrupt() == 130
+    assert wait_for(lambda: not any(map(alive, family)), 10 - (time.monotonic() - start))
+    first, place, epoch, *more, last = [line for line in command.lines if line]
+    assert first.startswith("search: runs/ray-search-")
+    assert re.match(r"2 workers \(cpu, gloo\), each 1 thread, \d+ cores? on this machine", place)
+    assert epoch.startswith("epoch 1: ")
+    assert all(line.startswith("epoch ") for line in more)
+    assert last == "interrupted: the same command resumes"
     logs = run_directory(folder) / "ray"
     assert (logs / "driver.log").exists()
     assert list(logs.glob("session_*/raylet.out"))
     assert not (logs / "session").is_symlink()
 
 
-def test_an_elastic_search_starts_small_grows_between_epochs_and_shrinks(folder: Path) -> None:
-    cluster = RayCluster(1)
-    try:
-        command = Command(
-            folder, "--workers", "1:2", "--address", cluster.address, "--set", "search.epochs=30"
-        )
-        command.until(r"1 worker \(")
-        command.until("epoch 1:")
-        cluster.add(1)
-        command.until(r"2 workers \(")
-        grown = command.until("resumed after epoch")
-        assert int(grown.split()[-1]) >= 1
-        command.until(r"2 workers instead of 1: the same global batch and schedule")
-        command.until("epoch ")
-        cluster.remove()
-        command.until("lost worker")
-        command.until(r"1 worker \(")
-        command.until(r"1 worker instead of 2")
-        command.until("epoch ")
-        command.kill(signal.SIGINT)
-    finally:
-        cluster.close()
+def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
+    cluster: RayCluster, folder: Path, copy: Path, reference: Path
+) -> None:
+    place = ("--workers", "2", "--address", cluster.address)
+
+    # SIGKILL of the driver in mid-epoch.
+    second = Command(folder, *place)
+    assert int(second.until("resumed after epoch").split()[-1]) >= 1
+    second.until("epoch ")
+    assert second.kill() == -signal.SIGKILL
+    path = run_directory(folder)
+    assert json.loads((path / "run.json").read_text())["status"] == "RUNNING"
+    shutil.copytree(folder / "runs", copy / "runs")  # for the next test
+
+    # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again. Then of everything that belongs to the job.
+    third = Command(folder, *place)
+    third.until("epoch ")
+    cluster.workers()[0].kill()
+    third.until(r"lost worker \d .*: replacing it, the epoch starts again")
+    third.until("resumed after epoch")
+    third.until("epoch ")
+    for worker in cluster.workers():
+        worker.kill()
+    assert third.kill() == -signal.SIGKILL
+
+    # The rest of the search, and the retraining of what it found.
+    fourth = Command(folder, *place, job="run")
+    fourth.until("resumed after epoch")
+    fourth.until(f"epoch {EPOCHS}:")
+    seen = len(fourth.lines)
+    assert fourth.end() == 0, "\n".join(fourth.lines)
+    retrain, workers, one, two, table = fourth.lines[seen : seen + 5]
+    assert retrain.startswith("retrain: runs/ray-retrain-")
+    assert workers.startswith("2 workers (cpu, gloo)")
+    assert one.startswith("epoch 1: ")
+    assert two.startswith("epoch 2: ")
+    assert table.startswith("┏"), "something between the epochs and the table"
+
+    assert decided(path) == decided(reference / "search")
+    assert decided(run_directory(folder, "retrain")) == decided(reference / "retrain")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, EPOCHS + 1))
+
+
+def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and_says_so(
+    cluster: RayCluster, copy: Path, reference: Path
+) -> None:
+    """The run that was killed with two workers, on as many, on three, and on two again."""
+    command = Command(copy, "--workers", "2:3", "--address", cluster.address)
+    assert wait_for(lambda: len(cluster.workers()) == 2, 150)  # started with what was there
+    cluster.add(1)
+    command.until(r"2 workers \(")
+    command.until("epoch ")
+    command.until(r"3 workers \(")
+    command.until(r"3 workers instead of 2: .* no longer bit for bit")
+    command.until("epoch ")
+    cluster.remove()
+    command.until("lost worker")
+    command.until(r"2 workers \(")
+    command.until(r"2 workers instead of 3")
+    assert command.end() == 0, "\n".join(command.lines)
+    folders = (run_directory(copy), reference / "search")
+    saved, unharmed = (load_latest(folder / "checkpoints") for folder in folders)
+    assert saved is not None
+    assert unharmed is not None
+    workers = [record["workers"] for record in saved["history"]]
+    assert re.fullmatch("2+3+2+", "".join(map(str, workers))), workers
+    rate, expected = (s["search"]["weight_optimizer"]["param_groups"][0]["lr"] for s in (saved, unharmed))
+    assert rate == expected
+
+
+def test_a_ray_at_an_address_is_recognised(cluster: RayCluster) -> None:
+    assert check_cluster(cluster.address).state == "ok"
+
+
+# ---------- refusals, before any process is started
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert run(["search", "--config", "ray.yaml", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert not any(Path("runs").iterdir())
+    (line,) = err.splitlines()
+    return line
+
+
+def test_what_can_never_be_had_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ray.yaml").write_text(CONFIG)
+    line = refusal(["--workers", "500", "--set", "search.batch_size=1000"], capsys)
+    assert re.match(
+        r"error: waiting is of no use: 500 workers of 1 core are asked for, this machine has", line
+    )
+    start = time.monotonic()
+    line = refusal(["--workers", "2", "--address", "127.0.0.1:1"], capsys)
+    assert time.monotonic() - start < 10
+    assert line.startswith("error: runtime.address is '127.0.0.1:1': nobody answers there")

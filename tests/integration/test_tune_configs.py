@@ -55,6 +55,31 @@ PUBLISHED = {
             "weight_decay": 3e-4,
         },
     },
+    "one_stage_cifar10": {
+        "method": "one_stage",
+        "data": {"name": "cifar10"},
+        "space": {"nodes": 4, "sparsity": 2, "n_measurements": 7, "matrix": "uniform", "l1_weight": 1e-5},
+        "search": {
+            "max_search_epochs": 120,
+            "train_epochs": 600,
+            "termination_tol": 1e-3,
+            "max_params": 3_700_000,
+            "batch_size": 96,
+            "init_channels": 36,
+            "layers": 20,
+            "stem": "cifar",
+            "lr": 0.025,
+            "lr_min": 0.0,
+            "momentum": 0.9,
+            "arch_lr": 3e-4,
+            "auxiliary_weight": 0.4,
+            "drop_path": 0.2,
+            "cutout": 16,
+        },
+    },
+    "retrain_one_stage_cifar10": {
+        "retrain": {"op_batchnorm": True, "epochs": 600, "init_channels": 36, "layers": 20},
+    },
     "retrain_imagenet": {
         "retrain": {
             "epochs": 250,
@@ -72,7 +97,7 @@ PUBLISHED = {
 
 def test_there_are_as_many_as_we_know() -> None:
     """A new file is counted here on purpose: it then is validated below."""
-    assert len(FILES) == 5
+    assert len(FILES) == 9
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -116,3 +141,15 @@ def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retr
     assert config.search.epochs >= 5
     assert config.search.max_pictures is None or config.search.max_pictures >= 20_000
     assert config.data.holdout == 0
+
+
+def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
+    configs = [pipeline.config.load(ROOT / file) for file in FILES]
+    one_stage = [config for config in configs if isinstance(config, pipeline.config.OneStageConfig)]
+    assert len(one_stage) == 4
+    assert {config.search.termination_tol for config in one_stage} == {1e-3}
+
+
+def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
+    published = pipeline.config.load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
+    assert pipeline.config.OneStageConfig().search == published

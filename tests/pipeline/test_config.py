@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
-from pipeline.config import Config, default_file, flat_params, load, run_hash, to_yaml
+from pipeline.config import (
+    Config,
+    OneStageConfig,
+    TwoStageConfig,
+    default_file,
+    flat_params,
+    load,
+    run_hash,
+    to_yaml,
+)
 from pipeline.resources import WorkerRange
 
 
@@ -28,7 +37,7 @@ def refusal(tmp_path: Path, text: str | bytes, *overrides: str) -> list[str]:
 
 # ---------- files
 def test_an_empty_file_is_the_schemas_defaults(tmp_path: Path) -> None:
-    assert load_text(tmp_path, "") == load(None) == Config()
+    assert load_text(tmp_path, "") == load(None) == TwoStageConfig()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("data: {horizontal_flip: 1}", "data.horizontal_flip", "1", "valid boolean"),
         ("seed: -1", "seed", "-1", "greater than or equal to 0"),
         ("seed: 9223372036854775808", "seed", "9223372036854775808", "less than"),
-        ("method: darts", "method", "'darts'", "'two_stage'"),
+        ("method: darts", "method", "'darts'", "choose two_stage or one_stage"),
         ("runtime: {threads: 0}", "runtime.threads", "0", "greater than or equal to 1"),
         ("runtime: {workers: many}", "runtime.workers", "'many'", "give a number or MIN:MAX"),
         ("runtime: {workers: -1}", "runtime.workers", "-1", "give a number or MIN:MAX"),
@@ -276,7 +285,7 @@ def test_workers_are_a_number_or_a_range_in_file_and_override(
 def test_an_address_with_workers_is_accepted(tmp_path: Path) -> None:
     config = load_text(tmp_path, "runtime: {address: 'ray://head:10001', workers: 2}")
     assert config.runtime.address == "ray://head:10001"
-    assert Config().runtime.worker_range == WorkerRange(0, 0)
+    assert TwoStageConfig().runtime.worker_range == WorkerRange(0, 0)
 
 
 # ---------- random trees: an error of ours or a configuration, nothing else
@@ -364,12 +373,11 @@ def test_a_configuration_reads_back_equal(tmp_path: Path) -> None:
         ],
     )
     assert load_text(tmp_path, to_yaml(config)) == config
-    assert load_text(tmp_path, to_yaml(Config())) == Config()
+    assert load_text(tmp_path, to_yaml(TwoStageConfig())) == TwoStageConfig()
 
 
-SECTIONS = {
-    name: getattr(Config(), name) for name in ("data", "space", "search", "retrain", "runtime", "tracking")
-}
+DEFAULTS: dict[str, Config] = {"two_stage": TwoStageConfig(), "one_stage": OneStageConfig()}
+NAMES = ("data", "space", "search", "retrain", "runtime", "tracking")
 ANOTHER = {
     "data.name": "mnist",
     "data.root": "elsewhere",
@@ -394,7 +402,7 @@ ANOTHER = {
     "search.layers": 3,
     "search.stem": "imagenet",
     "search.lr": 1.0,
-    "search.lr_min": 0.0,
+    "search.lr_min": 1e-4,
     "search.momentum": 0.1,
     "search.weight_decay": 0.0,
     "search.grad_clip": None,
@@ -404,7 +412,14 @@ ANOTHER = {
     "search.max_pictures": 10,
     "search.alpha_fraction": 0.4,
     "search.cutout": 2,
-    "search.termination_tol": 1e-3,
+    "search.termination_tol": 1e-2,
+    "search.max_search_epochs": 1,
+    "search.train_epochs": 0,
+    "search.auxiliary_weight": 0.0,
+    "search.drop_path": 0.0,
+    "search.max_params": None,
+    "search.max_macs": 10**9,
+    "search.test_every": 2,
     "retrain.epochs": 1,
     "retrain.batch_size": 1,
     "retrain.init_channels": 1,
@@ -437,18 +452,25 @@ ANOTHER = {
     "tracking.uri": "http://elsewhere",
     "tracking.experiment": "elsewhere",
     "tracking.name": "elsewhere",
+    "tracking.registered_model": "elsewhere",
 }
-KEY_PATHS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in type(section).model_fields]
+KEY_PATHS = [
+    (method, f"{name}.{key}")
+    for method, config in DEFAULTS.items()
+    for name in NAMES
+    for key in type(getattr(config, name)).model_fields
+]
 
 
-@pytest.mark.parametrize("path", KEY_PATHS)
-def test_the_hash_follows_exactly_what_decides_the_result(path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), KEY_PATHS)
+def test_the_hash_follows_exactly_what_decides_the_result(method: str, path: str) -> None:
     name, key = path.split(".")
     assert path in ANOTHER, (
         "a new setting: give it another value here, and decide whether it belongs in the hash"
     )
-    section = SECTIONS[name].model_copy(update={key: ANOTHER[path]})
-    before, after = Config(), Config().model_copy(update={name: section})
+    before = DEFAULTS[method]
+    section = getattr(before, name).model_copy(update={key: ANOTHER[path]})
+    after = before.model_copy(update={name: section})
     assert after != before
     decides = {
         "search": name in ("data", "space", "search") and path not in ("data.download", "data.cache_dir"),
@@ -461,7 +483,7 @@ def test_the_hash_follows_exactly_what_decides_the_result(path: str) -> None:
 def test_the_hash_follows_seed_genotype_and_job_and_not_how_a_path_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config()
+    config = TwoStageConfig()
     for job in ("search", "retrain"):
         assert run_hash(config, job) != run_hash(load(None, ["seed=1"]), job)
         assert len(run_hash(config, job)) == 10
@@ -475,11 +497,36 @@ def test_the_hash_follows_seed_genotype_and_job_and_not_how_a_path_is_written(
 
 
 def test_parameters_for_mlflow_are_flat_and_of_the_job_alone() -> None:
-    params = flat_params(Config(), ("data", "retrain"))
+    params = flat_params(TwoStageConfig(), ("data", "retrain"))
     assert params["retrain.lr"] == 0.025
     assert params["seed"] == 0
     assert not any(key.startswith(("search.", "tracking.")) for key in params)
-    assert flat_params(Config(), ("search",))["search.arch_betas"] == "0.5,0.999"
+    assert flat_params(TwoStageConfig(), ("search",))["search.arch_betas"] == "0.5,0.999"
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "hint"),
+    [
+        ("search: {max_search_epochs: 3}", "search.max_search_epochs", "it belongs to method: one_stage"),
+        ("method: one_stage\nsearch: {alpha_fraction: 0.5}", "search.alpha_fraction", "method: two_stage"),
+        ("method: one_stage\nsearch: {train_epoch: 1}", "search.train_epoch", "did you mean train_epochs?"),
+        ("method: one_stage\nsearch: {termination_tol: null}", "search.termination_tol", "valid number"),
+        ("method: one_stage\nsearch: {max_params: 0}", "search.max_params", "greater than or equal to 1"),
+        ("method: [one_stage]", "method", "choose two_stage or one_stage"),
+    ],
+)
+def test_a_key_of_the_other_method_is_sent_there(tmp_path: Path, text: str, field: str, hint: str) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert f": {field}: " in line
+    assert hint in line
+
+
+def test_a_one_stage_configuration_survives_its_yaml(tmp_path: Path) -> None:
+    config = load(None, ["method=one_stage", "search.max_macs=5", "search.max_params=null"])
+    assert isinstance(config, OneStageConfig)
+    assert load_text(tmp_path, to_yaml(config)) == config
+    assert config.search.max_epochs == 720
+    assert run_hash(config, "search") != run_hash(TwoStageConfig(), "search")
 
 
 def test_the_default_is_the_quickstart(repo_root: Path) -> None:

@@ -373,6 +373,7 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
         "node": 0,
         "picks": ["skip_connect<-0", "sep_conv_3x3<-1"],
         "edge_weights": [0.123456789, -1.0],
+        "state": "ACTIVE",
         "changed": False,
         "distance": 0.0,
         "gap": 1e-12,
@@ -387,3 +388,9 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
     assert rows[0]["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
     assert rows[0]["edge_weights"] == "0.123457 -1"
     assert trajectory_rows([{"epoch": 1, "metrics": {}}]) == []
+    still = {
+        "epoch": 2,
+        "nodes": [node],
+        "searching": False,
+    }  # the architecture of a one-stage search is fixed
+    assert trajectory_rows([still]) == []

@@ -1,14 +1,22 @@
 """What lies between workers and the user's process, without Ray (with it: tests/integration/test_ray.py)."""
 
 import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from istanas.errors import ConfigError, IstanasError
+from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
+from pipeline.doctor import check_cluster
 from pipeline.launch import Mailbox, _on_workers
 from pipeline.resources import Node, usable_cores
 
@@ -113,3 +121,40 @@ def test_the_last_line_of_an_error_is_what_happened() -> None:
 def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
     with Runtime(load(None).runtime) as runtime:
         assert not runtime._ours
+
+
+def test_an_elastic_job_needs_room_for_its_least_number_only() -> None:
+    check_machine(load(None, ["runtime.workers='1:64'"]).runtime)
+    too_many = 2 * usable_cores() + 1
+    with pytest.raises(IstanasError, match="waiting is of no use"):
+        check_machine(load(None, [f"runtime.workers='{too_many}:{too_many + 1}'"]).runtime)
+
+
+@pytest.mark.slow
+def test_who_listens_and_is_no_ray_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_TO_ANSWER", 8.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        check_address(address)  # somebody is there
+        start = time.monotonic()
+        check = check_cluster(address)
+        assert time.monotonic() - start < 15
+    assert (check.state, check.remedy) == ("fail", cluster.NOT_RAY)
+    assert check_cluster("127.0.0.1:1").state == "fail"
+
+
+def test_ctrl_c_in_what_must_not_be_interrupted_is_noted() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with cluster.uninterrupted() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert wait_until(lambda: bool(interrupted))
+    assert signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as pool:  # where no handler can be set
+        assert pool.submit(lambda: list(cluster.uninterrupted().__enter__())).result() == []
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()

@@ -13,8 +13,8 @@ from istanas.errors import CheckpointError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, CellSpace, random_genotype
 from pipeline.config import Config, load
+from pipeline.epochs import build_target
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
-from pipeline.worker import build_target
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
 
@@ -41,7 +41,7 @@ def test_the_network_comes_back_without_its_auxiliary_head(
 ) -> None:
     net = trained(config, digits)
     assert any(key.startswith("auxiliary_head") for key in net.state_dict())
-    save_network(tmp_path, net, GENOTYPE, config, digits)
+    save_network(tmp_path, net, GENOTYPE, config.retrain, digits)
     again, example = load_network(tmp_path)
     assert not again.training
     assert example.shape == (2, 1, 8, 8)
@@ -52,7 +52,7 @@ def test_the_network_comes_back_without_its_auxiliary_head(
 
 
 def test_the_card_says_how_to_feed_it(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
     card = json.loads((tmp_path / NETWORK_FILE).read_text())
     assert card["shape"] == [1, 8, 8]
     assert card["mean"] == list(digits.mean)
@@ -62,7 +62,7 @@ def test_the_card_says_how_to_feed_it(tmp_path: Path, digits: ImageDataset, conf
 
 
 def test_other_cells_do_not_fit_the_weights(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
     card = json.loads((tmp_path / NETWORK_FILE).read_text())
     card["genotype"] = random_genotype(0, CellSpace()).to_json()
     (tmp_path / NETWORK_FILE).write_text(json.dumps(card))
@@ -80,7 +80,7 @@ def assert_one_line(error: IstanasError, folder: Path) -> None:
 def test_a_missing_or_broken_file_is_one_line(
     tmp_path: Path, digits: ImageDataset, config: Config, name: str, content: bytes | None
 ) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
     if content is None:
         (tmp_path / name).unlink()
     else:
@@ -92,7 +92,7 @@ def test_a_missing_or_broken_file_is_one_line(
 
 def test_weights_are_plain_tensors(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
     net = trained(config, digits).to(memory_format=torch.channels_last)
-    save_network(tmp_path, net, GENOTYPE, config, digits)
+    save_network(tmp_path, net, GENOTYPE, config.retrain, digits)
     weights = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")}
     assert weights.keys() == state.keys()

@@ -381,6 +381,183 @@ def test_a_network_that_cannot_be_loaded_costs_only_the_model(
     assert tracker.last_delivery.model
 
 
+def trained_run(path: Path, **changes: object) -> RunDir:
+    """A finished one-stage search with a network."""
+    run = make_run(path, **{"method": "one_stage", "name": path.name, **changes})  # type: ignore[arg-type]
+    save_small_network(run.path)
+    end_run(run)
+    return run
+
+
+def registering(run: RunDir, store: str, name: str | None) -> MLflowTracker:
+    return MLflowTracker(
+        run, tracking_uri=store, experiment=EXPERIMENT, registered_model=name, load_network=small_network
+    )
+
+
+def delivered(tracker: MLflowTracker) -> tracking.Delivery:
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    return tracker.last_delivery
+
+
+def versions_of(client: MlflowClient, name: str) -> dict[int, str]:
+    """Version -> run id."""
+    found = client.search_model_versions(f"name = '{name}'")
+    return {int(version.version): version.run_id for version in found}
+
+
+def candidate(client: MlflowClient, name: str) -> int:
+    return int(client.get_model_version_by_alias(name, "candidate").version)
+
+
+def test_one_stage_search_is_a_version_in_the_registry(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    ambient = tmp_path / "ambient"
+    ambient.mkdir()
+    monkeypatch.chdir(ambient)  # where a client that was not told its store would make one
+    run = trained_run(tmp_path / "one", dataset="fashion")
+    opened = open_tracker(run, enabled=True, tracking_uri=store, experiment=EXPERIMENT)
+    assert isinstance(opened, MLflowTracker)
+    assert opened.registered_model is None
+    sent = delivered(registering(run, store, None))
+    assert sent.model
+    assert sent.registered == ("istanas-fashion", 1)
+    assert capfd.readouterr() == ("", "")
+    assert list(ambient.iterdir()) == []
+
+    client = open_client(store)
+    version = client.get_model_version_by_alias("istanas-fashion", "candidate")
+    assert (int(version.version), version.run_id, version.status) == (1, sent.run_id, "READY")
+    assert version.description == "# Found\n\na cell"
+    assert version.tags == {
+        "istanas.kind": "search",
+        "istanas.method": "one_stage",
+        "istanas.dataset": "fashion",
+        "istanas.genotype": "0123abcd",
+    }
+    (output,) = client.get_run(sent.run_id).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert version.source == model.artifact_location
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [
+        {"name": "istanas-fashion", "version": version.version}
+    ]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    network, pictures = small_network(run.path)
+    loaded = mlflow.pytorch.load_model("models:/istanas-fashion@candidate")
+    torch.testing.assert_close(loaded(pictures), network(pictures))
+    info = mlflow.models.get_model_info("models:/istanas-fashion@candidate")
+    assert info.signature is not None
+    assert info.saved_input_example_info is not None
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+    again = delivered(registering(run, store, None))
+    assert (again.model, again.registered) == (False, None)
+    assert versions_of(client, "istanas-fashion") == {1: sent.run_id}
+    model = client.get_logged_model(output.model_id)
+    assert len(json.loads(model.tags["mlflow.modelVersions"])) == 1
+
+
+def test_only_a_finished_run_with_a_network_has_a_model(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_stage = trained_run(tmp_path / "two", method="two_stage")
+    failed = trained_run(tmp_path / "failed")
+    end_run(failed, "FAILED")
+    for run in (two_stage, failed):
+        sent = delivered(registering(run, store, "nothing"))
+        assert (sent.model, sent.registered) == (False, None)
+    assert versions_of(open_client(store), "nothing") == {}
+    assert caplog.text == ""
+
+
+def test_killed_anywhere_a_run_is_registered_once(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained_run(tmp_path / "one")
+    steps = (  # in the order in which they are taken
+        "finalize_logged_model",
+        "log_outputs",
+        "create_registered_model",
+        "create_model_version",
+        "set_logged_model_tags",
+        "set_registered_model_alias",
+        "set_terminated",
+    )
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in steps:
+        tracker = registering(run, store, "killed")
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                tracker.deliver()
+    assert delivered(registering(run, store, "killed")).registered is None  # an earlier delivery did it
+
+    client = open_client(store)
+    (run_id,) = runs_of(client, run)
+    assert versions_of(client, "killed") == {1: run_id}
+    assert candidate(client, "killed") == 1
+    entity = client.get_run(run_id)
+    assert entity.info.status == "FINISHED"
+    (output,) = entity.outputs.model_outputs
+    (model,) = client.search_logged_models(
+        [entity.info.experiment_id], f"source_run_id = '{run_id}' AND name = 'model'"
+    )
+    assert model.model_id == output.model_id
+    assert [note["name"] for note in json.loads(model.tags["mlflow.modelVersions"])] == ["killed"]
+
+
+def test_the_candidate_is_the_newest_version(tmp_path: Path, store: str) -> None:
+    old, young = (trained_run(tmp_path / name) for name in ("old", "young"))
+    ids = []
+    for number, run in enumerate((old, young), start=1):
+        sent = delivered(registering(run, store, "line"))
+        assert sent.registered == ("line", number)
+        ids.append(sent.run_id)
+    client = open_client(store)
+    assert candidate(client, "line") == 2
+    assert delivered(registering(old, store, "line")).registered is None  # `istanas sync` of the older run
+    assert candidate(client, "line") == 2
+    assert versions_of(client, "line") == dict(enumerate(ids, start=1))
+    client.set_registered_model_alias(
+        "line", "candidate", "1"
+    )  # as another run's slower delivery may leave it
+    assert delivered(registering(young, store, "line")).registered is None
+    assert candidate(client, "line") == 2
+
+
+def test_a_search_is_not_registered_under_its_retrainings_name(tmp_path: Path, store: str) -> None:
+    search = trained_run(tmp_path / "search")
+    retrain = trained_run(tmp_path / "retrain", kind="retrain", parent=str(search.path))
+    sent = delivered(registering(retrain, store, "retrained"))
+    assert sent.registered == ("retrained", 1)
+    assert delivered(registering(search, store, "searched")).registered == ("searched", 1)
+    assert versions_of(open_client(store), "retrained") == {1: sent.run_id}
+
+
+def test_a_registry_that_refuses_costs_only_the_version(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained_run(tmp_path / "one")
+    sent = delivered(registering(run, store, "no/such:name"))
+    assert (sent.model, sent.registered) == (True, None)
+    assert delivered(registering(run, store, "no/such:name")).registered is None
+    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == tracking.__name__]
+    assert "'no/such:name'" in said
+    assert f"istanas sync {run.path}" in said
+    assert "\n" not in said
+    assert open_client(store).get_run(sent.run_id).info.status == "FINISHED"
+    late = delivered(registering(run, store, "allowed"))
+    assert (late.model, late.registered) == (False, ("allowed", 1))
+
+
 def test_moved_run_directories_keep_their_lineage(tmp_path: Path, store: str) -> None:
     search = make_run(tmp_path / "moved" / "search")
     retrain = make_run(tmp_path / "moved" / "retrain", kind="retrain", parent="/elsewhere/search")
@@ -530,5 +707,14 @@ def test_server_that_goes_and_comes_back(
         assert (entity.info.status, entity.info.end_time) == ("FINISHED", 1_700_000_060_000)
         fetched = client.download_artifacts(str(tracker.run_id), "cells/normal.svg", str(tmp_path))
         assert Path(fetched).read_text() == "<svg/>"
+        one_stage = trained_run(tmp_path / "one")
+        for registered in (("served", 1), None):
+            assert delivered(registering(one_stage, uri, "served")).registered == registered
+        version = client.get_model_version_by_alias("served", "candidate")
+        (model,) = client.search_logged_models(
+            [entity.info.experiment_id], f"source_run_id = '{version.run_id}'"
+        )
+        assert version.source == model.artifact_location
+        assert len(json.loads(model.tags["mlflow.modelVersions"])) == 1
     assert capfd.readouterr().out == ""
     assert json.loads((run.path / "mlflow.json").read_text())["run_id"] == tracker.run_id

@@ -18,20 +18,16 @@ from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.training import Compute, Metrics
 from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore
 from pipeline.config import Config, RuntimeSettings, load
+from pipeline.epochs import Record, network_cost
+from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
 from pipeline.resources import count, usable_cores
 from pipeline.worker import (
-    Record,
     choose_compute,
     compute_for,
     describe_place,
-    genotype_cost,
-    holdout_indices,
-    open_dataset,
     retrain_worker,
-    search_split,
     search_worker,
     trained_network,
-    training_indices,
 )
 from tests.ranks import run_ranks
 
@@ -324,8 +320,9 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
         ]
     # What an epoch trains is what the recovery before it has found.
     assert history[1]["trained_genotype"] == history[0]["genotype"]
-    cost = genotype_cost(config, few, Genotype.from_json(history[-1]["genotype"]))
-    assert {name: history[-1]["metrics"][name] for name in cost} == cost
+    cost = network_cost(config.retrain, few, Genotype.from_json(history[-1]["genotype"]))
+    m = history[-1]["metrics"]
+    assert (m["target/params"], m["target/macs"]) == (cost.params, cost.macs)
 
 
 def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
@@ -628,4 +625,6 @@ def test_a_job_says_where_it_runs_before_it_starts(few: ImageDataset, tmp_path: 
 def test_the_cost_is_that_of_the_retrained_network(digits: ImageDataset) -> None:
     config = load(None)
     dataset = dataclasses.replace(digits, channels=3, height=32, width=32)
-    assert genotype_cost(config, dataset, PUBLISHED["ISTA_twostage"])["target/params"] == 3316726
+    assert network_cost(config.retrain, dataset, PUBLISHED["ISTA_twostage"]).params == 3_316_726
+    one_stage = load(None, ["method=one_stage"]).search
+    assert network_cost(one_stage, dataset, PUBLISHED["ISTA_onestage"]).params == 3_371_806

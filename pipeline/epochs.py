@@ -1,0 +1,382 @@
+"""What one epoch of each kind of job does, and what a checkpoint holds of it; `pipeline.worker` runs the epochs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from istanas.data import ImageDataset
+from istanas.distributed import Ranks
+from istanas.errors import CheckpointError
+from istanas.measure import Cost, target_cost
+from istanas.nets import Supernet, TargetNet, absorb_into_batchnorm, to_channels_last
+from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
+from istanas.space import Genotype
+from istanas.training import (
+    Compute,
+    Metrics,
+    Totals,
+    check_finite,
+    derive_seed,
+    evaluate,
+    learning_rate,
+    train_target_epoch,
+)
+from pipeline.config import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
+from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
+
+Record = dict[str, Any]
+# of one epoch: epoch, timestamp_ms, seconds, workers, metrics, and for a search nodes and genotypes
+Tell = Callable[[int, int, Totals], None]  # (steps done, steps of the epoch, totals so far)
+
+
+class EpochJob(Protocol):
+    """A job as its epochs see it."""
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+    def is_done(self, history: list[Record]) -> bool:
+        """Whether no epoch is left."""
+
+    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+        """Train epoch `epoch` (from 0) and measure: "metrics" and, of a search, what became of the nodes."""
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on bit for bit."""
+
+
+class TwoStageJob:
+    """A two-stage search."""
+
+    def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
+        self._config, self._dataset = config, dataset
+        self._split = search_split(config, dataset)
+        self._search = build_two_stage(config, dataset, compute, ranks)
+        self._batches = Batches(
+            config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
+        )
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self._search.load_state_dict(saved["search"])
+
+    def is_done(self, history: list[Record]) -> bool:
+        return self._search.epoch >= self._config.search.epochs or bool(history and history[-1]["converged"])
+
+    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+        search = self._search
+        weight_batches = self._batches.training("weights", self._split.weights, epoch)
+        n_steps = len(weight_batches)
+        passes = itertools.count()  # over an alpha half that is shorter than the weight half
+
+        def alpha_batches(passes: Iterator[int] = passes) -> Any:
+            n = next(passes)
+            purpose = "alphas" if n == 0 else f"alphas/{n}"
+            return self._batches.training(purpose, self._split.alphas, epoch)
+
+        start = time.perf_counter()
+        train = search.train_epoch(
+            weight_batches, alpha_batches, n_steps, lambda step, totals: tell(step, n_steps, totals)
+        )
+        seconds = time.perf_counter() - start
+        check_finite(train, search.supernet.parameters(), epoch + 1)
+        trained = search.supernet.genotype()
+        valid = search.validate(self._batches.measuring("train", self._split.alphas))
+        recovery = search.recover()
+        genotype = search.supernet.genotype()
+        metrics = {
+            **_named("train", train),
+            **_named("valid", valid),
+            **recovery.metrics(),
+            "arch/skip_ratio": genotype.skip_ratio(),
+            "arch/frozen_nodes": 0.0,  # nodes freeze in one-stage search only
+            **_cost_metrics(network_cost(self._config.retrain, self._dataset, genotype)),
+            # Each step takes a weight batch and an alpha batch through the network.
+            "images_per_second": 2 * train.count / seconds,
+        }
+        return {
+            "metrics": metrics,
+            **({"start_nodes": search.first_recovery.to_rows()} if epoch == 0 else {}),
+            "nodes": recovery.to_rows(),
+            "trained_genotype": trained.to_json(),
+            "genotype": genotype.to_json(),
+            "converged": search.has_converged(recovery),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"search": self._search.state_dict()}
+
+
+class OneStageJob:
+    """A one-stage search, and the training of what it found."""
+
+    def __init__(self, config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
+        self._config, self._dataset, self._compute, self._ranks = config, dataset, compute, ranks
+        self._indices, self._holdout = search_indices(config, dataset), holdout_indices(config, dataset)
+        self._search = build_one_stage(config, dataset, compute, ranks)
+        self._batches = Batches(
+            config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
+        )
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self._search.load_state_dict(saved["search"])
+
+    def is_done(self, history: list[Record]) -> bool:
+        return self._search.is_done
+
+    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+        search = self._search
+        searching = search.is_searching
+        batches = self._batches.training("weights", self._indices, epoch)
+        n_steps = len(batches)
+        start = time.perf_counter()
+        train = search.train_epoch(batches, n_steps, lambda step, totals: tell(step, n_steps, totals))
+        seconds = time.perf_counter() - start
+        check_finite(train, search.supernet.parameters(), epoch + 1)
+        trained = search.supernet.genotype()
+        metrics = {**_named("train", train), "images_per_second": train.count / seconds}
+        if self._holdout is not None:
+            metrics |= _named("valid", search.validate(self._batches.measuring("train", self._holdout)))
+        recovery = search.recover()
+        genotype = search.supernet.genotype()
+        metrics |= {
+            **recovery.metrics(),
+            "arch/skip_ratio": genotype.skip_ratio(),
+            "arch/frozen_nodes": float(len(search.freezings)),
+            "arch/rejected": float(search.n_rejected),
+            **_cost_metrics(network_cost(self._config.search, self._dataset, genotype)),
+        }
+        if search.search_epochs is not None:
+            trained_epochs = search.epoch - search.search_epochs
+            if search.is_done or (
+                trained_epochs > 0 and trained_epochs % self._config.search.test_every == 0
+            ):
+                metrics |= _named("test", self._test())
+        return {
+            "metrics": metrics,
+            **({"start_nodes": search.first_recovery.to_rows()} if epoch == 0 else {}),
+            "nodes": recovery.to_rows(),
+            "trained_genotype": trained.to_json(),
+            "genotype": genotype.to_json(),
+            "searching": searching,
+            "rejection": recovery.rejection,
+            "frozen": [asdict(freezing) for freezing in search.freezings],
+        }
+
+    def _test(self) -> Metrics:
+        """Test figures straight from the network that would be exported now."""
+        net = to_channels_last(absorb_into_batchnorm(self._search.supernet))
+        return evaluate(net, self._batches.measuring("test", None), self._compute, self._ranks)
+
+    def state(self) -> dict[str, Any]:
+        return {"search": self._search.state_dict()}
+
+
+class RetrainJob:
+    """Training of a genotype's network from scratch."""
+
+    def __init__(
+        self, config: Config, dataset: ImageDataset, compute: Compute, ranks: Ranks, genotype: Genotype
+    ) -> None:
+        self._config, self._compute, self._ranks, self._genotype = config, compute, ranks, genotype
+        r = config.retrain
+        self._net = build_target(config, genotype, dataset)
+        to_channels_last(self._net.to(compute.device))
+        self._optimizer = torch.optim.SGD(
+            self._net.parameters(),
+            r.lr,
+            momentum=r.momentum,
+            weight_decay=r.weight_decay,
+            nesterov=r.nesterov,
+            fused=compute.device.type == "cuda",
+        )
+        self._indices, self._holdout = training_indices(config, dataset), holdout_indices(config, dataset)
+        self._batches = Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
+        self._cost = _cost_metrics(network_cost(r, dataset, genotype))
+
+    def load(self, saved: dict[str, Any]) -> None:
+        check_same_genotype(saved, self._genotype)
+        self._net.load_state_dict(saved["net"])
+        self._optimizer.load_state_dict(saved["optimizer"])
+
+    def is_done(self, history: list[Record]) -> bool:
+        return len(history) >= self._config.retrain.epochs
+
+    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+        r, net = self._config.retrain, self._net
+        net.drop_path_prob = r.drop_path * epoch / r.epochs
+        batches = self._batches.training("retrain", self._indices, epoch)
+        n_steps = len(batches)
+
+        def lr_at(step: int) -> float:
+            progress = (epoch + step / n_steps) / r.epochs
+            return learning_rate(
+                r.lr, r.lr_min, progress, schedule=r.schedule, warmup=r.warmup_epochs / r.epochs
+            )
+
+        start = time.perf_counter()
+        train = train_target_epoch(
+            net,
+            self._optimizer,
+            batches,
+            self._compute,
+            lr_at=lr_at,
+            auxiliary_weight=r.auxiliary_weight,
+            label_smoothing=r.label_smoothing,
+            grad_clip=r.grad_clip,
+            observe=lambda step, totals: tell(step, n_steps, totals),
+            ranks=self._ranks,
+        )
+        seconds = time.perf_counter() - start
+        check_finite(train, net.parameters(), epoch + 1)
+        net.eval()
+        metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
+        if self._holdout is not None:
+            metrics |= _named("valid", self._measure("train", self._holdout))
+        if (epoch + 1) % r.test_every == 0 or epoch + 1 == r.epochs:
+            metrics |= _named("test", self._measure("test", None))
+        return {"metrics": metrics}
+
+    def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
+        return evaluate(self._net, self._batches.measuring(split, indices), self._compute, self._ranks)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kind": "retrain",
+            "genotype": self._genotype.to_json(),
+            "net": self._net.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+
+def build_two_stage(
+    config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
+) -> TwoStageSearch:
+    """The search at its start."""
+    supernet = _build_supernet(config, dataset, compute, auxiliary=False)
+    settings = TwoStageSettings(
+        **_common_settings(config),
+        epochs=config.search.epochs,
+        termination_tol=config.search.termination_tol,
+    )
+    return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
+
+
+def build_one_stage(
+    config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
+) -> OneStageSearch:
+    """The search at its start.
+
+    Raises:
+        ConfigError: if no architecture keeps `search.max_params` and `search.max_macs`.
+    """
+    s = config.search
+    supernet = _build_supernet(config, dataset, compute, auxiliary=s.auxiliary_weight > 0)
+    settings = OneStageSettings(
+        **_common_settings(config),
+        max_search_epochs=s.max_search_epochs,
+        train_epochs=s.train_epochs,
+        drop_path=s.drop_path,
+        auxiliary_weight=s.auxiliary_weight,
+        termination_tol=s.termination_tol,
+        max_params=s.max_params,
+        max_macs=s.max_macs,
+    )
+    return OneStageSearch(
+        supernet,
+        settings,
+        compute,
+        config.seed,
+        lambda genotype: network_cost(config.search, dataset, genotype),
+        ranks,
+    )
+
+
+def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:
+    """The network that a retraining trains, freshly initialised."""
+    r = config.retrain
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    return TargetNet(
+        genotype,
+        r.init_channels,
+        r.layers,
+        dataset.num_classes,
+        stem=r.stem,
+        auxiliary=r.auxiliary_weight > 0,
+        op_batchnorm=r.op_batchnorm,
+        in_channels=dataset.channels,
+    )
+
+
+def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:
+    """Refuse to go on from another network's checkpoint.
+
+    Raises:
+        CheckpointError: if it is not of this genotype's retraining.
+    """
+    if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
+        raise CheckpointError("the checkpoint is not of this genotype's retraining, use --fresh")
+
+
+def network_cost(sizes: SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype) -> Cost:
+    """Parameters and multiply-adds of a genotype's network under a one-stage search's or a retraining's settings."""
+    return target_cost(
+        genotype,
+        init_channels=sizes.init_channels,
+        layers=sizes.layers,
+        num_classes=dataset.num_classes,
+        shape=(dataset.channels, dataset.height, dataset.width),
+        stem=sizes.stem,
+        op_batchnorm=sizes.op_batchnorm,
+    )
+
+
+def _build_supernet(config: Config, dataset: ImageDataset, compute: Compute, *, auxiliary: bool) -> Supernet:
+    s, space = config.search, config.space
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    supernet = Supernet(
+        space.cell_space(),
+        s.init_channels,
+        s.layers,
+        dataset.num_classes,
+        n_measurements=space.n_measurements,
+        stem=s.stem,
+        in_channels=dataset.channels,
+        op_batchnorm=s.op_batchnorm,
+        auxiliary=auxiliary,
+    )
+    to_channels_last(supernet.to(compute.device))
+    return supernet
+
+
+def _common_settings(config: Config) -> dict[str, Any]:
+    """What the settings of both algorithms have."""
+    s, space = config.search, config.space
+    return {
+        "lr": s.lr,
+        "lr_min": s.lr_min,
+        "momentum": s.momentum,
+        "weight_decay": s.weight_decay,
+        "grad_clip": s.grad_clip,
+        "arch_lr": s.arch_lr,
+        "arch_betas": (s.arch_betas[0], s.arch_betas[1]),
+        "arch_weight_decay": s.arch_weight_decay,
+        "n_measurements": space.n_measurements,
+        "matrix": space.matrix,
+        "matrix_seed": config.matrix_seed,
+        "l1_weight": space.l1_weight,
+        "solver": space.solver,
+    }
+
+
+def _cost_metrics(cost: Cost) -> dict[str, float]:
+    return {"target/params": float(cost.params), "target/macs": float(cost.macs)}
+
+
+def _named(split: str, metrics: Metrics) -> dict[str, float]:
+    return {f"{split}/loss": metrics.loss, f"{split}/top1": metrics.top1}

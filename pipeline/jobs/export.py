@@ -1,0 +1,203 @@
+"""The export job: the trained network of a finished run in every format, in its folder `export`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from rich.console import Console
+
+from istanas.errors import ConfigError
+from istanas.space import Genotype
+from pipeline.config import Config
+from pipeline.export import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
+from pipeline.jobs.job import console_line, tracker_of
+from pipeline.models import WEIGHTS_FILE, load_network, read_card
+from pipeline.rundir import MetricsLine, RunDir, RunRecord
+
+EXPORT_FOLDER = "export"
+EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
+
+
+class ExportResult(TypedDict):
+    """What `export_network` returns; paths of files are relative to the run directory."""
+
+    run_dir: str
+    digest: str
+    exports: dict[str, ExportedFormat]
+
+
+def run_export(
+    config: Config, run_dir: str | Path, *, console: Console, again: bool = False
+) -> dict[str, ExportedFormat]:
+    """Export the network of a run and deliver the files and differences to the store.
+
+    Args:
+        config: the whole configuration; its section `tracking` says where the run is mirrored to.
+        run_dir: of a finished retraining or one-stage search.
+        console: for people.
+        again: do it anew if the same network was exported before.
+
+    Returns:
+        Format -> file (relative to the run directory), size and difference, see `export_network`.
+    """
+    run, say = RunDir(run_dir), console_line(console)
+    exports = None if again else exported_before(run)
+    if exports is None:
+        say(f"export: {run.path / EXPORT_FOLDER}")
+        exports = export_network(run, say=say)["exports"]
+    else:
+        say(f"export: done before, see {run.path / EXPORT_FOLDER}")
+    if not tracker_of(run, config).deliver():
+        say(f"not in MLflow yet: deliver it with istanas sync {run.path}")
+    return exports
+
+
+def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> ExportResult:
+    """Write the trained network of a run in every format into `RUN/export`, each compared with the network.
+
+    The differences become metrics (`export/onnx_difference`, ...) of the last step, and the files artifacts of
+    the run, so that the next `MLflowTracker.deliver` sends both. Doing it again replaces the whole folder.
+
+    Args:
+        run: a finished retraining or one-stage search.
+        say: gets one line a format, for people.
+
+    Returns:
+        Format ("safetensors", "program", "onnx") -> file, size and largest difference; and which network it is.
+
+    Raises:
+        ConfigError: if the run is not finished, is a two-stage search, or is in use by another process.
+        CheckpointError: if there is no run, or its network is missing or broken.
+        IstanasError: as `pipeline.export.export_formats` raises it; what was exported before stays as it is.
+
+    Example:
+        >>> result = export_network(RunDir("runs/digits-retrain-0123abcd"), say=print)  # doctest: +SKIP
+        safetensors: runs/digits-retrain-0123abcd/export/model.safetensors, 0.21 MB, largest difference 0
+        program: runs/digits-retrain-0123abcd/export/model.pt2, 0.84 MB, largest difference 0
+        onnx: runs/digits-retrain-0123abcd/export/model.onnx, 0.25 MB, largest difference 1.9e-06
+        >>> result["exports"]["onnx"]["difference"]  # doctest: +SKIP
+        1.9073486328125e-06
+    """
+    run.read()  # taking the lock would make a run directory of any folder
+    with run.lock():
+        record = run.read()
+        check_exportable(run, record)
+        net, _ = load_network(run.path)
+        card = read_card(run.path)
+        with replacing(run.path / EXPORT_FOLDER) as folder:
+            report = export_formats(net, card, folder)
+        exports: dict[str, ExportedFormat] = {
+            name: {**exported, "file": f"{EXPORT_FOLDER}/{exported['file']}"}
+            for name, exported in report.items()
+        }
+        _note_differences(run, exports)
+        # Last, because a run that lists the files is one whose export was not interrupted.
+        artifacts = tuple(dict.fromkeys((*record.artifacts, *EXPORT_ARTIFACTS)))
+        run.write(dataclasses.replace(record, artifacts=artifacts))
+    if say is not None:
+        for line in describe_exports(run, exports):
+            say(line)
+    digest = Genotype.from_json(card.genotype).digest()
+    return ExportResult(run_dir=str(run.path), digest=digest, exports=exports)
+
+
+def check_exportable(run: RunDir, record: RunRecord) -> None:
+    """Refuse a run that has no trained network yet, or never will.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if record.kind == "search" and record.method == "two_stage":
+        raise ConfigError(
+            f"run {run.path}: a two-stage search has no trained network, give its retraining, or retrain it first: "
+            f"istanas retrain --genotype {run.path}"
+        )
+    if record.status != "FINISHED":
+        raise ConfigError(
+            f"run {run.path}: is {record.status}, only a finished run has a network to export; let it finish, or "
+            "resume it with the command that began it"
+        )
+
+
+def describe_exports(run: RunDir, exports: Mapping[str, ExportedFormat]) -> list[str]:
+    """One line a format, for people.
+
+    Example:
+        >>> exported = ExportedFormat(file="export/model.onnx", bytes=250_000, difference=1e-6)
+        >>> describe_exports(RunDir("r"), {"onnx": exported})
+        ['onnx: r/export/model.onnx, 0.25 MB, largest difference 1e-06']
+    """
+    return [
+        f"{name}: {run.path / e['file']}, {e['bytes'] / 1e6:.2f} MB, largest difference {e['difference']:.2g}"
+        for name, e in exports.items()
+    ]
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends, and is gone if the block fails.
+
+    One process at a time: what a killed one left is tidied up.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "export"
+        >>> with replacing(folder) as new:
+        ...     _ = (new / "file").write_text("whole")
+        >>> [path.name for path in folder.iterdir()], len(list(folder.parent.iterdir()))
+        (['file'], 1)
+    """
+    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    _tidy(folder, new, old)
+    try:
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(old)  # a folder can't be renamed over one that has files
+        new.rename(folder)
+    finally:
+        _tidy(folder, new, old)
+
+
+def _tidy(folder: Path, new: Path, old: Path) -> None:
+    """Leave `folder` alone: the whole new one if it got its place, else the old one."""
+    if old.exists() and not folder.exists():  # stopped between the two renames
+        old.rename(folder)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
+    """What `export_network` returned for the weights that the run directory holds now, or None."""
+    folder, lines = run.path / EXPORT_FOLDER, run.metrics()
+    files = [folder / file for file in EXPORTED_FILES] + [run.path / WEIGHTS_FILE]
+    if not set(EXPORT_ARTIFACTS) <= set(run.read().artifacts) or not all(file.is_file() for file in files):
+        return None
+    if (folder / WEIGHTS_FILE).read_bytes() != (run.path / WEIGHTS_FILE).read_bytes():
+        return None
+    found: dict[str, ExportedFormat] = {}
+    for name, file in FORMAT_FILES.items():
+        difference = lines[-1].metrics.get(_metric(name)) if lines else None
+        if difference is None:
+            return None
+        size = (folder / file).stat().st_size
+        found[name] = {"file": f"{EXPORT_FOLDER}/{file}", "bytes": size, "difference": difference}
+    return found
+
+
+def _note_differences(run: RunDir, exports: Mapping[str, ExportedFormat]) -> None:
+    """Add the differences to the last step's metrics, in place of those of an export before."""
+    lines = run.metrics() or [MetricsLine(0, int(time.time() * 1000), {})]
+    last = lines[-1]
+    differences = {_metric(name): exported["difference"] for name, exported in exports.items()}
+    run.replace_metrics([*lines[:-1], last._replace(metrics={**last.metrics, **differences})])
+
+
+def _metric(name: str) -> str:
+    return f"export/{name}_difference"

@@ -1,0 +1,187 @@
+"""Which pictures a job sees, and as what batches: splits, subsets, checks of the settings against the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from istanas.data import (
+    Augmentation,
+    ImageDataset,
+    batches,
+    load_dataset,
+    stratified_split,
+    stratified_subset,
+)
+from istanas.distributed import Ranks
+from istanas.errors import CheckpointError, ConfigError
+from istanas.nets import MIN_IMAGE_SIZE
+from istanas.training import Compute, derive_seed
+from pipeline.config import Config, TwoStageConfig
+
+
+@dataclass(frozen=True)
+class SearchSplit:
+    """Indices into the training pictures: for the weights, for the alphas."""
+
+    weights: torch.Tensor
+    alphas: torch.Tensor
+
+
+def open_dataset(
+    config: Config, jobs: Sequence[str], progress: Callable[[int, int], None] | None = None
+) -> ImageDataset:
+    """Load the data set and check the settings of the jobs to come ("search", "retrain") against it.
+
+    Raises:
+        DataError: if the data is missing or broken.
+        ConfigError: if the settings do not fit it.
+    """
+    d = config.data
+    dataset = load_dataset(
+        d.name,
+        root=d.root,
+        download=d.download,
+        cache_dir=d.cache_dir,
+        image_size=d.image_size,
+        progress=progress,
+    )
+    side = min(dataset.height, dataset.width)
+    if side < MIN_IMAGE_SIZE:
+        raise ConfigError(
+            f"data.image_size: pictures of {d.name} are {dataset.height}x{dataset.width}, networks need at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
+        )
+    workers = config.runtime.worker_range.maximum
+    for job in jobs:
+        cutout, batch_size = getattr(config, job).cutout, getattr(config, job).batch_size
+        if cutout > side:
+            raise ConfigError(f"{job}.cutout is {cutout}, above the pictures' side of {side}: lower it")
+        if batch_size < 2 * workers:  # batch norm needs two pictures
+            raise ConfigError(
+                f"{job}.batch_size is {batch_size}, of all workers together: {workers} need at least {2 * workers}, "
+                "raise it or lower runtime.workers"
+            )
+    holdout = holdout_indices(config, dataset)
+    if holdout is not None and len(holdout) == 0:
+        raise ConfigError(
+            f"data.holdout is {config.data.holdout}: of {len(dataset.train)} pictures it keeps none, raise it or set 0"
+        )
+    return dataset
+
+
+def check_same_data(saved: dict[str, Any], dataset: ImageDataset) -> None:
+    """Refuse to go on with other pictures than a checkpoint was made from.
+
+    Raises:
+        CheckpointError: if the data set's digest differs.
+    """
+    if saved.get("data") != dataset.digest:
+        raise CheckpointError(
+            f"data set {dataset.name} has changed since the checkpoint of this run, "
+            "restore it or start over with --fresh"
+        )
+
+
+def training_indices(config: Config, dataset: ImageDataset) -> torch.Tensor:
+    """The training pictures that may be trained on: all but the hold-out."""
+    labels = dataset.train.labels
+    if config.data.holdout == 0:
+        return torch.arange(len(labels))
+    return stratified_split(labels, config.data.holdout, derive_seed(config.seed, "holdout"))[0]
+
+
+def holdout_indices(config: Config, dataset: ImageDataset) -> torch.Tensor | None:
+    """The training pictures kept for choosing, or None."""
+    if config.data.holdout == 0:
+        return None
+    return stratified_split(dataset.train.labels, config.data.holdout, derive_seed(config.seed, "holdout"))[1]
+
+
+def search_indices(config: Config, dataset: ImageDataset) -> torch.Tensor:
+    """The training pictures that a search uses: all that may be trained on, or a stratified part of them.
+
+    Raises:
+        ConfigError: if there are fewer than asked for.
+    """
+    most, usable = config.search.max_pictures, training_indices(config, dataset)
+    if most is None:
+        return usable
+    if most > len(usable):
+        raise ConfigError(f"search.max_pictures is {most}, above the {len(usable)} there are: lower it")
+    labels = dataset.train.labels[usable]
+    return usable[stratified_subset(labels, most, derive_seed(config.seed, "subset"))]
+
+
+def search_split(config: TwoStageConfig, dataset: ImageDataset) -> SearchSplit:
+    """Weight and alpha parts of the training pictures: stratified, seeded, disjoint.
+
+    Raises:
+        ConfigError: if a part would be empty.
+    """
+    usable, fraction = search_indices(config, dataset), config.search.alpha_fraction
+    seed = derive_seed(config.seed, "split")
+    weights, alphas = stratified_split(dataset.train.labels[usable], fraction, seed)
+    if len(weights) == 0 or len(alphas) == 0:
+        raise ConfigError(
+            f"search.alpha_fraction is {fraction}: of {len(usable)} pictures it leaves {len(weights)} for the "
+            f"weights and {len(alphas)} for the alphas, choose another"
+        )
+    return SearchSplit(usable[weights], usable[alphas])
+
+
+class Batches:
+    """Makes this rank's batches of a job: every pass follows from (seed, purpose, epoch, rank)."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: ImageDataset,
+        compute: Compute,
+        ranks: Ranks,
+        batch_size: int,
+        cutout: int,
+    ) -> None:
+        self._dataset, self._compute, self._ranks, self._batch_size = dataset, compute, ranks, batch_size
+        self._seed, self._workers = config.seed, config.runtime.data_workers
+        self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
+
+    def training(self, purpose: str, indices: torch.Tensor, epoch: int) -> Any:
+        """Shuffled and augmented."""
+        return batches(
+            self._dataset,
+            "train",
+            indices,
+            batch_size=self._batch_size,
+            augmentation=self._augmentation,
+            device=self._compute.device,
+            seed=derive_seed(self._seed, purpose),
+            epoch=epoch,
+            shuffle=True,
+            # A rank's last batch of one picture has no variance for batch norm to divide by.
+            drop_last=0 < len(indices) % self._batch_size < 2 * self._ranks.size
+            and len(indices) > self._batch_size,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
+            workers=self._workers,
+        )
+
+    def measuring(self, split: Any, indices: torch.Tensor | None) -> Any:
+        """In order, only normalised."""
+        return batches(
+            self._dataset,
+            split,
+            indices,
+            batch_size=max(self._batch_size, 256),
+            augmentation=None,
+            device=self._compute.device,
+            seed=0,
+            epoch=0,
+            shuffle=False,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
+            workers=self._workers,
+        )

@@ -1,0 +1,265 @@
+"""A one-stage search as a job: exact resumption in both phases, test figures of the absorbed network, its files."""
+
+import dataclasses
+import io
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, stratified_subset
+from istanas.errors import CheckpointError, ConfigError
+from istanas.measure import count_params
+from istanas.space import Genotype
+from pipeline.checkpoint import FolderStore, load_latest
+from pipeline.cluster import Runtime
+from pipeline.config import OneStageConfig, load
+from pipeline.epochs import Record
+from pipeline.jobs.search import run_search
+from pipeline.models import load_network
+from pipeline.pictures import holdout_indices, search_indices
+from pipeline.rundir import RunDir
+from pipeline.worker import search_worker, searched_network
+from tests.pipeline.test_worker import Nobody, Watcher, weights_of, with_train
+from tests.ranks import run_ranks
+
+TINY = [
+    "method=one_stage",
+    "space.nodes=2",
+    "search={max_search_epochs: 2, train_epochs: 3, batch_size: 64, init_channels: 2, layers: 3, arch_lr: 0.05,"
+    " lr: 0.1, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2, test_every: 2}",
+    "data.crop_padding=1",
+    "runtime={threads: 1, device: cpu}",
+    "tracking.enabled=false",
+]
+N_EPOCHS = 5
+
+
+def tiny(*overrides: str) -> OneStageConfig:
+    config = load(None, [*TINY, *overrides])
+    assert isinstance(config, OneStageConfig)
+    return config
+
+
+@pytest.fixture(scope="module")
+def few() -> ImageDataset:
+    digits = load_dataset("digits")
+    chosen = stratified_subset(digits.train.labels, 300, seed=0)
+    assert isinstance(digits.train, ArrayPictures)
+    return with_train(digits, digits.train.images[chosen], digits.train.labels[chosen])
+
+
+def search(
+    config: OneStageConfig, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
+) -> list[Record]:
+    return search_worker(config, dataset, FolderStore(folder), watcher or Watcher())
+
+
+def decided(history: list[Record]) -> list[Record]:
+    """The records without what the clock decides."""
+    keep = []
+    for record in history:
+        metrics = {name: v for name, v in record["metrics"].items() if name != "images_per_second"}
+        rest = {k: v for k, v in record.items() if k not in ("timestamp_ms", "seconds", "metrics")}
+        keep.append({**rest, "metrics": metrics})
+    return keep
+
+
+@pytest.fixture(scope="module")
+def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], str]:
+    """History and weights of a search that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    history = search(tiny(), few, folder)
+    return history, weights_of(searched_network(tiny(), few, folder, N_EPOCHS))
+
+
+def test_it_searches_then_trains(whole: tuple[list[Record], str]) -> None:
+    history, _ = whole
+    assert [record["searching"] for record in history] == [True, True, False, False, False]
+    assert [record["metrics"]["arch/frozen_nodes"] for record in history][1:] == [4.0] * 4
+    assert len({record["genotype"] for record in history[1:]}) == 1, "a fixed architecture changed"
+    assert ["recovery/gap" in record["metrics"] for record in history] == [True, True, False, False, False]
+    # In training after every second epoch, and at the end; never while searching.
+    assert ["test/top1" in record["metrics"] for record in history] == [False, False, False, True, True]
+    assert {freezing["epoch"] for freezing in history[-1]["frozen"]} <= {1, 2}
+    assert {freezing["reason"] for freezing in history[-1]["frozen"]} <= {"tolerance", "limit"}
+
+
+@pytest.mark.parametrize("stop_at", [(0, 2), (1, 5), (2, 1), (3, 4)])
+def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
+    few: ImageDataset, tmp_path: Path, whole: tuple[list[Record], str], stop_at: tuple[int, int]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        search(tiny(), few, tmp_path, Watcher(stop_at=stop_at))
+    watcher = Watcher()
+    history = search(tiny(), few, tmp_path, watcher)
+    assert watcher.resumed_with == [(stop_at[0], 1)]
+    assert decided(history) == decided(whole[0])
+    assert weights_of(searched_network(tiny(), few, tmp_path, N_EPOCHS)) == whole[1]
+    again = Watcher()
+    assert search(tiny(), few, tmp_path, again) == history
+    assert again.steps == [], "a finished job trained on"
+
+
+def on_a_rank(dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]) -> list[Record]:
+    if torch.distributed.get_rank() > 0:
+        nobody: Any = Nobody()
+        return search_worker(tiny(), dataset, nobody, nobody)
+    return search(tiny(), dataset, folder, Watcher(leave_after=leave_after))
+
+
+def test_on_two_ranks_with_a_stop_in_each_phase(few: ImageDataset, tmp_path: Path) -> None:
+    cut, straight = tmp_path / "cut", tmp_path / "straight"
+    parts = run_ranks(
+        [
+            partial(on_a_rank, few, cut, (1,)),
+            partial(on_a_rank, few, cut, (3,)),
+            partial(on_a_rank, few, cut, ()),
+            partial(on_a_rank, few, straight, ()),
+        ],
+        2,
+    )
+    first, second, third, never = ([outcome.value for outcome in outcomes] for outcomes in parts)
+    assert [len(outcomes[0]) for outcomes in (first, second, third)] == [1, 3, 5]
+    assert decided(third[0]) == decided(third[1]) == decided(never[0])
+    nets = [weights_of(searched_network(tiny(), few, folder, N_EPOCHS)) for folder in (cut, straight)]
+    assert nets[0] == nets[1]
+
+
+def test_the_test_figures_are_those_of_the_absorbed_network(few: ImageDataset, tmp_path: Path) -> None:
+    history = search(tiny(), few, tmp_path)
+    net = searched_network(tiny(), few, tmp_path, N_EPOCHS)
+    assert isinstance(few.test, ArrayPictures)
+    assert not net.training
+    logits = net(normalize(few.test.images, few.mean, few.std))
+    top1 = (logits.argmax(1) == few.test.labels).double().mean().item()
+    assert top1 == pytest.approx(history[-1]["metrics"]["test/top1"], abs=1e-12)
+    assert history[-1]["metrics"]["target/params"] == count_params(net)
+
+
+def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tmp_path: Path) -> None:
+    config = tiny("data.holdout=0.2", "search.train_epochs=1")
+    kept = holdout_indices(config, few)
+    assert kept is not None
+    assert isinstance(few.train, ArrayPictures)
+    assert isinstance(few.test, ArrayPictures)
+    images = few.train.images.clone()
+    images[kept] = 255 - images[kept]
+    other = dataclasses.replace(
+        with_train(few, images, few.train.labels),
+        test=ArrayPictures(255 - few.test.images, few.test.labels.flip(0)),
+    )
+    results = []
+    for name, dataset in (("plain", few), ("other", other)):
+        history = search(config, dataset, tmp_path / name)
+        net = searched_network(config, dataset, tmp_path / name, 3)
+        results.append((weights_of(net), history[-1]["metrics"]))
+    assert results[0][0] == results[1][0]
+    assert results[0][1]["valid/loss"] != results[1][1]["valid/loss"]
+    assert results[0][1]["test/loss"] != results[1][1]["test/loss"]
+
+
+def test_a_part_of_the_pictures(few: ImageDataset, tmp_path: Path) -> None:
+    watcher = Watcher()
+    search(tiny("search.max_pictures=100", "search.train_epochs=0"), few, tmp_path, watcher)
+    assert watcher.counts == {0: 100, 1: 100}
+    assert "test/top1" in watcher.history[-1]["metrics"], "without training, the search's end is measured"
+    with pytest.raises(ConfigError, match=r"search\.max_pictures is 301, above the 300 there are: lower it"):
+        search_indices(tiny("search.max_pictures=301"), few)
+
+
+def test_no_architecture_within_the_limits_is_one_clear_line(few: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parameters are above max_params = 10: of 100 random") as caught:
+        search(tiny("search.max_params=10"), few, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_two_stage_checkpoint_is_no_one_stage_search(few: ImageDataset, tmp_path: Path) -> None:
+    two_stage = load(None, [*TINY[1:2], *TINY[3:], "search={epochs: 1, init_channels: 2, layers: 3}"])
+    search_worker(two_stage, few, FolderStore(tmp_path), Watcher())
+    with pytest.raises(CheckpointError, match="holds 'two_stage' version 2: this job needs 'one_stage'"):
+        search(tiny(), few, tmp_path)
+    with pytest.raises(CheckpointError, match="'two_stage'"):
+        searched_network(tiny(), few, tmp_path, 1)
+
+
+def test_an_unfinished_search_has_no_network(few: ImageDataset, tmp_path: Path) -> None:
+    search(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
+    with pytest.raises(ConfigError, match="is still ACTIVE"):
+        searched_network(tiny(), few, tmp_path, 1)
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken"):
+        searched_network(tiny(), few, tmp_path, N_EPOCHS)
+
+
+# ---------- the run directory
+def test_what_a_search_leaves(tmp_path: Path) -> None:
+    config = tiny(f"runtime.runs_dir={tmp_path}", "search.max_pictures=200")
+    out = io.StringIO()
+    with Runtime(config.runtime) as runtime:
+        result: Any = run_search(
+            config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
+        )
+    path = Path(result["run_dir"])
+    record = RunDir(path).read()
+    assert (record.status, record.kind, record.method) == ("FINISHED", "search", "one_stage")
+    for name in record.artifacts:
+        assert (path / name).stat().st_size > 0, name
+    assert {"freezing.png", "freezing.svg", "model.safetensors", "network.json"} <= set(record.artifacts)
+    net, _ = load_network(path)
+    saved = load_latest(path / "checkpoints")
+    assert saved is not None
+    trained = searched_network(config, load_dataset("digits"), path / "checkpoints", N_EPOCHS).state_dict()
+    for key, value in net.state_dict().items():  # the auxiliary head is not among the files
+        assert torch.equal(value, trained[key]), key
+    assert count_params(net) == result["params"]
+    assert (result["search_epochs"], result["train_epochs"], result["rejected"]) == (2, 3, 0)
+    assert [
+        (f["cell"], f["node"]) for f in sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
+    ] == [
+        ("normal", 0),
+        ("normal", 1),
+        ("reduce", 0),
+        ("reduce", 1),
+    ]
+    for freezing in result["frozen"]:
+        row = f"| {freezing['cell']} {freezing['node']} | {freezing['epoch']} | {freezing['reason']} |"
+        assert row in record.description
+    assert Genotype.from_json((path / "genotype.json").read_text()).to_dict() == result["genotype"]
+    assert json.loads(saved["history"][-1]["genotype"]) == result["genotype"]
+    assert "architecture fixed after 2 epochs" in out.getvalue()
+    epochs = {line.split(",")[0] for line in (path / "trajectory.csv").read_text().splitlines()[1:]}
+    assert epochs == {"0", "1", "2"}, "the trajectory ends with the search"
+
+
+def test_a_rejected_architecture_is_said_counted_and_noted(tmp_path: Path) -> None:
+    """A limit just below the largest architecture that the search came to without one."""
+    overrides = [
+        "search.max_pictures=200",
+        "search.max_search_epochs=6",
+        "search.train_epochs=0",
+        "search.arch_lr=0.3",
+    ]
+    unlimited = tiny(f"runtime.runs_dir={tmp_path / 'a'}", *overrides)
+    out = io.StringIO()
+
+    def run(config: OneStageConfig) -> Any:
+        with Runtime(config.runtime) as runtime:
+            return run_search(
+                config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
+            )
+
+    run(unlimited)
+    lines = RunDir(next((tmp_path / "a").iterdir())).metrics()
+    sizes = [line.metrics["target/params"] for line in lines]
+    assert max(sizes) > min(sizes), "the sizes never change here: choose another seed"
+    limit = int(max(sizes)) - 1
+    result = run(tiny(f"runtime.runs_dir={tmp_path / 'b'}", f"search.max_params={limit}", *overrides))
+    assert result["params"] <= limit
+    assert result["rejected"] == out.getvalue().count("rejected the new architecture") > 0
+    assert f"parameters are above max_params = {limit:,}" in out.getvalue()
+    last = RunDir(Path(result["run_dir"])).metrics()[-1].metrics
+    assert last["arch/rejected"] == result["rejected"]
