@@ -306,9 +306,9 @@ def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json
     from pipeline.jobs.export import run_export
 
     run, config = _run_and_config(reference, file, overrides)
-    exports = run_export(config, run.path, console=console, again=True)
+    result = run_export(config, run.path, console=console, again=True)
     if as_json:
-        _print_json({"run_dir": str(run.path), "exports": exports})
+        _print_json(result)
 
 
 @cli.command()
@@ -348,14 +348,14 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
 
 
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
-    """A run, and the configuration that says which store it belongs in: the given one, else its own."""
+    """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
     from pipeline.config import load
     from pipeline.references import resolve_run
 
     config, _ = _load(file, overrides)
     run = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
-    if file is None and not overrides and (run.path / "config.yaml").exists():
-        config = load(run.path / "config.yaml")
+    if file is None and (run.path / "config.yaml").exists():
+        config = load(run.path / "config.yaml", overrides)
     return run, config
 
 

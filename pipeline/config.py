@@ -310,8 +310,11 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         config = schema.model_validate(tree)
     except pydantic.ValidationError as error:
+        errors = [
+            e for e in error.errors() if e["loc"] == ("method",)
+        ] or error.errors()  # it decides the schema
         given = {override.partition("=")[0]: override for override in overrides}
-        raise ConfigError("\n".join(_explain(source, e, given, schema) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(source, e, given, schema) for e in errors)) from None
     # Which of file and overrides is to blame cannot be told from a combination.
     _check_combinations(f"{source} with --set" if overrides else source, config)
     return config

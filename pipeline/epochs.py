@@ -12,7 +12,7 @@ import torch
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError
+from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import Cost, target_cost
 from istanas.nets import Supernet, TargetNet, absorb_into_batchnorm, to_channels_last
 from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
@@ -287,14 +287,17 @@ def build_one_stage(
         max_params=s.max_params,
         max_macs=s.max_macs,
     )
-    return OneStageSearch(
-        supernet,
-        settings,
-        compute,
-        config.seed,
-        lambda genotype: network_cost(config.search, dataset, genotype),
-        ranks,
-    )
+    try:
+        return OneStageSearch(
+            supernet,
+            settings,
+            compute,
+            config.seed,
+            lambda genotype: network_cost(config.search, dataset, genotype),
+            ranks,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"search: {error}") from None
 
 
 def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:

@@ -103,6 +103,6 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())  # torch's errors have many lines
         raise CheckpointError(
-            f"{folder}: holds no whole trained network ({reason:.200}): retrain it, or copy the run again"
+            f"{folder}: holds no whole trained network ({reason:.200}): train it again, or copy the run again"
         ) from None
     return net.eval(), torch.zeros(2, *card.shape)

@@ -230,11 +230,10 @@ def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path
     """The network that a one-stage search of so many epochs left in its folder: absorbed, on the CPU, in eval mode.
 
     Raises:
-        CheckpointError: if the last epoch's checkpoint is not there or not whole, or is none of a one-stage search.
+        CheckpointError: if the last epoch's checkpoint is not there or not whole, or is of another search.
+        ConfigError: if a node is still ACTIVE.
     """
     saved = _last(folder, epochs)
-    if "search" not in saved:
-        raise CheckpointError(f"{folder}: holds no search, give the directory of a one-stage search")
     search = build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
     search.load_state_dict(saved["search"])
     return absorb_into_batchnorm(search.supernet)

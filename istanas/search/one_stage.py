@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from istanas.data import Batch
@@ -38,7 +39,7 @@ from istanas.training import (
     set_learning_rate,
 )
 
-MAX_FIRST_DRAWS = 100  # of b, for a first architecture within the limits
+MAX_REDRAWS = 100  # of b, for a first architecture within the limits
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class OneStageSearch(SearchState):
         ranks: who searches with this process; None: nobody.
 
     Raises:
-        ConfigError: if none of 100 random starts keeps the limits.
+        ConfigError: if neither the first random start nor 100 others keep the limits.
 
     Example:
         >>> import torch
@@ -129,7 +130,7 @@ class OneStageSearch(SearchState):
     def _first_recovery(self, seed: int) -> RecoveryReport:
         """Draw b until the architecture that it stands for keeps the limits."""
         rejection = None
-        for attempt in range(MAX_FIRST_DRAWS):
+        for attempt in range(MAX_REDRAWS + 1):
             if attempt > 0:
                 self.draw_alphas(seed, attempt)
             recovered = self.recover_codes(self.places)
@@ -138,7 +139,7 @@ class OneStageSearch(SearchState):
                 self.install({new.place: new.code for new in recovered})
                 return RecoveryReport(self.report(recovered))
         raise ConfigError(
-            f"{rejection}: of {MAX_FIRST_DRAWS} random first architectures none keeps the limits, raise them or "
+            f"{rejection}: nor do {MAX_REDRAWS} other random first architectures keep the limits, raise them or "
             "lower init_channels or layers"
         )
 
@@ -265,12 +266,17 @@ class OneStageSearch(SearchState):
     def _install_and_freeze(
         self, codes: Mapping[Place, NodeCode], active: Sequence[Place], distances: Mapping[Place, float]
     ) -> None:
-        """Install the codes; freeze the nodes whose distance is within the tolerance, and at the last epoch all."""
+        """Install the codes; freeze the nodes whose distance is within the tolerance, and at the last epoch all.
+
+        A b that the epoch did not train, because no cell of its kind was live, rests without having come to rest.
+        """
         states = {cell: list(self.supernet.node_states[cell]) for cell in CELLS}
-        for place in active:
-            rests = place in distances and distances[place] <= self.settings.termination_tol
+        trained = {id(b) for b in self.supernet.active_alphas()}
+        for cell, node in active:
+            moved_by = distances.get((cell, node), inf)
+            was_trained = id(self.supernet.node_alphas(cell)[node]) in trained
+            rests = was_trained and moved_by <= self.settings.termination_tol
             if rests or self.epoch >= self.settings.max_search_epochs:
-                cell, node = place
                 states[cell][node] = NodeState.FROZEN
                 self.freezings.append(Freezing(cell, node, self.epoch, "tolerance" if rests else "limit"))
         self.install(codes, states)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from rich.console import Console
 
@@ -25,16 +25,15 @@ EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
 
 
 class ExportResult(TypedDict):
-    """What `export_network` returns; paths of files are relative to the run directory."""
+    """What `export_network` and `run_export` return; paths of files are relative to the run directory."""
 
     run_dir: str
+    mlflow_run_id: NotRequired[str | None]  # of `run_export`
     digest: str
     exports: dict[str, ExportedFormat]
 
 
-def run_export(
-    config: Config, run_dir: str | Path, *, console: Console, again: bool = False
-) -> dict[str, ExportedFormat]:
+def run_export(config: Config, run_dir: str | Path, *, console: Console, again: bool = False) -> ExportResult:
     """Export the network of a run and deliver the files and differences to the store.
 
     Args:
@@ -44,18 +43,20 @@ def run_export(
         again: do it anew if the same network was exported before.
 
     Returns:
-        Format -> file (relative to the run directory), size and difference, see `export_network`.
+        As `export_network` does.
     """
     run, say = RunDir(run_dir), console_line(console)
-    exports = None if again else exported_before(run)
-    if exports is None:
-        say(f"export: {run.path / EXPORT_FOLDER}")
-        exports = export_network(run, say=say)["exports"]
+    before = None if again else exported_before(run)
+    if before is None:
+        result = export_network(run, say=say)
     else:
         say(f"export: done before, see {run.path / EXPORT_FOLDER}")
-    if not tracker_of(run, config).deliver():
+        digest = Genotype.from_json(read_card(run.path).genotype).digest()
+        result = ExportResult(run_dir=str(run.path), digest=digest, exports=before)
+    tracker = tracker_of(run, config)
+    if not tracker.deliver():
         say(f"not in MLflow yet: deliver it with istanas sync {run.path}")
-    return exports
+    return {**result, "mlflow_run_id": tracker.run_id}
 
 
 def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> ExportResult:

@@ -35,7 +35,7 @@ from pipeline.rundir import (
     atomic_write,
     new_key,
 )
-from pipeline.tracking import Tracker, open_tracker, public_uri
+from pipeline.tracking import Tracker, open_tracker, public_uri, store_uri
 from pipeline.worker import compute_for
 
 CHECKPOINTS = "checkpoints"
@@ -176,7 +176,7 @@ def execute(
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
         record = _open_record(run, spec)
-        atomic_write(run.path / CONFIG_FILE, to_yaml(without_password(spec.config)))
+        atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         tracker.deliver()
         console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
         try:
@@ -280,11 +280,11 @@ def tracker_of(run: RunDir, config: Config) -> Tracker:
     )
 
 
-def without_password(config: Config) -> Config:
-    """The configuration as it may be written to files: a password in the store's address stays out."""
+def as_written(config: Config) -> Config:
+    """The configuration as it is written to files: the store's address whole, but for a password in it."""
     if config.tracking.uri is None:
         return config
-    tracking = config.tracking.model_copy(update={"uri": public_uri(config.tracking.uri)})
+    tracking = config.tracking.model_copy(update={"uri": public_uri(store_uri(config.tracking.uri))})
     return config.model_copy(update={"tracking": tracking})
 
 

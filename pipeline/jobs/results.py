@@ -22,7 +22,7 @@ class SearchResult(_Result):
 
 
 class OneStageResult(_Result):
-    """Of a one-stage search: of its absorbed network."""
+    """Of a one-stage search: `test_top1` of its absorbed network, `valid_top1` of what its last epoch has trained."""
 
     test_top1: float
     valid_top1: NotRequired[float]  # with data.holdout

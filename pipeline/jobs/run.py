@@ -25,7 +25,7 @@ def run_whole(
     """
     if isinstance(config, OneStageConfig):
         result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
-        exports = run_export(config, result["run_dir"], console=console, again=fresh)
+        exports = run_export(config, result["run_dir"], console=console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}
     found = run_search(
         config, name=name, fresh=fresh, console=console, runtime=runtime, jobs=("search", "retrain")

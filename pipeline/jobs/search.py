@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from istanas.data import ImageDataset
+from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure, save_genotype_figures
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
+from istanas.training import Compute
 from pipeline.cluster import Runtime
 from pipeline.config import Config, OneStageConfig, TwoStageConfig, run_hash
-from pipeline.epochs import Record
+from pipeline.epochs import Record, build_one_stage
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
@@ -33,6 +36,7 @@ from pipeline.jobs.results import OneStageResult, SearchResult
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import search_indices, search_split
+from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.worker import searched_network
 
@@ -76,8 +80,11 @@ def run_search(
         dataset = prepare_data(config, jobs, console)
         if isinstance(config, TwoStageConfig):
             search_split(config, dataset)
-        else:
+        elif isinstance(config, OneStageConfig):
             search_indices(config, dataset)
+            build_one_stage(
+                config, dataset, Compute(torch.device("cpu")), Ranks()
+            )  # is there one within limits?
         prepare_workers(config, spec.path, runtime, console_line(console))
         return dataset
 
@@ -116,7 +123,7 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
             text += f", {word} {100 * m[f'{split}/top1']:.1f} %"
     if record["searching"]:
         text += (
-            f", distance {m['recovery/distance']:.2g}, {int(m['recovery/support_changes'])} nodes changed, "
+            f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
             f"{int(m['arch/frozen_nodes'])} of {len(record['nodes'])} frozen"
         )
     text += f", {record['seconds']:.1f} s"
@@ -125,7 +132,7 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
     if record["searching"] and len(record["frozen"]) == len(record["nodes"]):
         reasons = Counter(freezing["reason"] for freezing in record["frozen"])
         how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
-        text += f"\narchitecture fixed after {record['epoch']} epochs ({how})"
+        text += f"\narchitecture fixed after {count(record['epoch'], 'epoch')} ({how})"
     return text
 
 
@@ -180,7 +187,7 @@ def _finish_one_stage(
         for f in sorted(frozen, key=lambda f: (f["cell"], f["node"]))
     )
     description = (
-        f"One-stage search on {dataset.name}: {search_epochs} epochs of search, "
+        f"One-stage search on {dataset.name}: {count(search_epochs, 'epoch')} of search, "
         f"{len(history) - search_epochs} of training.\n\n"
         f"- test top-1 of the absorbed network: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
         f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"

@@ -18,6 +18,7 @@ from istanas.space import Genotype
 from pipeline.config import load
 from pipeline.models import load_network
 from pipeline.rundir import RunDir
+from pipeline.tracking import open_client
 
 pytestmark = pytest.mark.slow
 
@@ -260,3 +261,52 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     )
     assert "decoding pictures" not in done.stderr
     assert json.loads(done.stdout)["digest"] != result["digest"]
+
+
+def test_one_stage_digits_are_searched_trained_exported_and_registered_in_one_run(
+    tmp_path: Path, repo_root: Path
+) -> None:
+    file = repo_root / "tune_configs" / "one_stage_digits.yaml"
+    begun = time.monotonic()
+    done = istanas(tmp_path, "run", "--config", str(file), "--json")
+    assert time.monotonic() - begun < 240
+    result = json.loads(done.stdout)
+    assert result["test_top1"] >= 0.96
+    assert set(result["exports"]) == {"safetensors", "program", "onnx"}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [Path(result["run_dir"]).name], (
+        "no retraining"
+    )
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = open_client(store)
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.data.metrics["test/top1"] == result["test_top1"]
+    assert run.data.metrics["export/onnx_difference"] < 1e-3
+    version = client.get_model_version_by_alias("istanas-digits", "candidate")
+    assert version.run_id == result["mlflow_run_id"]
+
+    # Again: nothing is done twice. Under another name of the store's model: only its own configuration decides.
+    again = json.loads(istanas(tmp_path, "run", "--config", str(file), "--json").stdout)
+    assert again == result
+    once_more = json.loads(istanas(tmp_path, "export", result["run_dir"], "--json").stdout)
+    assert once_more["digest"] == result["digest"]
+    assert once_more["mlflow_run_id"] == result["mlflow_run_id"]
+    assert len(client.search_model_versions("name = 'istanas-digits'")) == 1
+    table = json.loads(istanas(tmp_path, "results", "--one-stage", "--json").stdout)["results"]
+    (row,) = table
+    assert (row["genotype"], row["retrained_top1"]) == (result["digest"], None)
+    assert row["one_stage_top1"] == pytest.approx(result["test_top1"])
+
+
+def test_a_run_that_is_not_tracked_is_exported_without_a_store(tmp_path: Path, repo_root: Path) -> None:
+    """Also where --set names its folder: the run's own configuration decides the rest."""
+    tiny = [
+        "search={max_search_epochs: 1, train_epochs: 0, batch_size: 256, init_channels: 2, layers: 3, cutout: 0}",
+        "method=one_stage",
+        "tracking={enabled: false, name: tiny}",
+        "runtime={runs_dir: deep/runs, threads: 1}",
+    ]
+    istanas(tmp_path, "search", *(part for setting in tiny for part in ("--set", setting)))
+    istanas(tmp_path, "export", "tiny-search", "--set", "runtime.runs_dir=deep/runs")
+    (run,) = (tmp_path / "deep" / "runs").iterdir()
+    assert (run / "export" / "model.onnx").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "a store was made"

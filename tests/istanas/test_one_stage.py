@@ -21,7 +21,7 @@ from istanas.measure import Cost, target_cost
 from istanas.nets import NodeState, Supernet, absorb_into_batchnorm
 from istanas.nets.operations import final_batchnorm
 from istanas.search import OneStageSearch, OneStageSettings, RecoveryReport, TwoStageSearch, TwoStageSettings
-from istanas.search.one_stage import MAX_FIRST_DRAWS, Freezing
+from istanas.search.one_stage import MAX_REDRAWS, Freezing
 from istanas.search.state import Place
 from istanas.space import CellSpace, Genotype
 from istanas.training import Compute, Totals, learning_rate
@@ -606,7 +606,7 @@ def firsts(n_rejected: int, seed: int = 0) -> tuple[OneStageSearch, Size]:
 
 def test_a_first_proposal_above_the_limit_is_drawn_again_the_same_way_every_time() -> None:
     starts = {}
-    for n in (0, 1, 2, MAX_FIRST_DRAWS - 1):
+    for n in (0, 1, 2, MAX_REDRAWS):
         (search, size), (twin, _) = firsts(n), firsts(n)
         assert len(size.asked) == n + 1
         assert size.asked[-1] == search.supernet.genotype()
@@ -628,11 +628,28 @@ def test_a_limit_that_no_start_keeps_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         make_search(size=size, space=CellSpace(n_nodes=1, sparsity=1))
     assert str(caught.value) == (
-        "11 parameters are above max_params = 10: of 100 random first architectures none keeps the limits, raise "
-        "them or lower init_channels or layers"
+        "11 parameters are above max_params = 10: nor do 100 other random first architectures keep the limits, "
+        "raise them or lower init_channels or layers"
     )
-    assert len(size.asked) == MAX_FIRST_DRAWS == 100
+    assert len(size.asked) == 1 + MAX_REDRAWS == 101
     assert len(set(size.asked)) > 10
+
+
+def test_a_node_that_no_live_cell_has_trained_does_not_freeze_by_tolerance() -> None:
+    """Six cells whose normal ones read their first input only: the reductions are dead, their b gets no gradient."""
+    torch.manual_seed(0)
+    net = Supernet(SMALL, 2, 6, 5, in_channels=1, op_batchnorm=True)
+    search = OneStageSearch(net, change(termination_tol=1e9), CPU, 0, Size())
+    codes = search.codes_by_place()
+    for node in range(SMALL.n_nodes):
+        on_first = [i for i in range(SMALL.n_candidates(node)) if SMALL.split(i)[0] == 0]
+        codes["normal", node] = dataclasses.replace(codes["normal", node], support=tuple(on_first[:2]))
+    search.install(codes)
+    search.train_epoch([batch(0)], n_steps=1)
+    assert all(b.grad is None for b in net.node_alphas("reduce"))
+    search.recover()
+    assert net.node_states == {"normal": [FROZEN] * 2, "reduce": [ACTIVE] * 2}
+    assert {(f.cell, f.reason) for f in search.freezings} == {("normal", "tolerance")}
 
 
 # --- reports ---

@@ -513,6 +513,7 @@ def test_parameters_for_mlflow_are_flat_and_of_the_job_alone() -> None:
         ("method: one_stage\nsearch: {termination_tol: null}", "search.termination_tol", "valid number"),
         ("method: one_stage\nsearch: {max_params: 0}", "search.max_params", "greater than or equal to 1"),
         ("method: [one_stage]", "method", "choose two_stage or one_stage"),
+        ("method: onestage\nsearch: {train_epochs: 1}", "method", "choose two_stage or one_stage"),
     ],
 )
 def test_a_key_of_the_other_method_is_sent_there(tmp_path: Path, text: str, field: str, hint: str) -> None:

@@ -277,7 +277,7 @@ def test_a_run_is_exported_quietly_and_once(
     # The job does not repeat what is there, unless the weights are others.
     console = Console(file=io.StringIO(), width=500)
     config = load(None, ["tracking.enabled=false"])
-    assert run_export(config, run.path, console=console) == exports
+    assert run_export(config, run.path, console=console)["exports"] == exports
     assert "done before" in console.file.getvalue()  # type: ignore[attr-defined]
     assert files(run.path) == again
     net, _ = load_network(run.path)

@@ -72,7 +72,7 @@ def test_other_cells_do_not_fit_the_weights(tmp_path: Path, digits: ImageDataset
 
 
 def assert_one_line(error: IstanasError, folder: Path) -> None:
-    assert re.fullmatch(re.escape(f"{folder}: ") + r".*: retrain it, or copy the run again", str(error))
+    assert re.fullmatch(re.escape(f"{folder}: ") + r".*: train it again, or copy the run again", str(error))
 
 
 @pytest.mark.parametrize("name", [NETWORK_FILE, WEIGHTS_FILE])
