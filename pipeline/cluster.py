@@ -41,6 +41,7 @@ LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 Say = Callable[[str], None]
@@ -122,7 +123,7 @@ class Runtime:
         if self._address is None or _is_loopback_only(self._address):
             # On Linux this makes every port of a Ray that is started here listen on 127.0.0.1 only, and one that
             # does be found there; else Ray takes 127.0.0.1 for the machine's outer address.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+            os.environ.update({**LOOPBACK_ONLY, **os.environ})
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end is noticed
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         answers = ask_ray(self._address)  # meanwhile, Ray is imported here
@@ -248,8 +249,13 @@ def ask_ray(address: str | None) -> Callable[[], bool]:
     if address is None or address == "auto" or address.startswith("ray://"):
         return lambda: True
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    environment = {**(LOOPBACK_ONLY if _is_loopback_only(address) else {}), **os.environ}
     asking = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
     def answer() -> bool:

@@ -183,14 +183,6 @@ def test_a_ray_of_its_own_is_quiet_and_ctrl_c_ends_all_of_it(cluster: RayCluster
     shutil.copy(folder / "ray.yaml", refused_folder)
     short = ("--set", "runtime.wait_minutes=0.1")
     refused = Command(refused_folder, "--workers", "5", "--address", cluster.address, *short)
-    assert refused.end() == 1
-    waiting, given_up = refused.lines
-    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 2 cores, 0 GPUs")
-    assert given_up.startswith(
-        "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"
-    )
-    assert not list((refused_folder / "runs").iterdir()), "a refusal left something behind"
-
     command.until("epoch 1:")
     family = psutil.Process(command.process.pid).children(recursive=True)
     assert any("raylet" in title(p) for p in family)
@@ -211,6 +203,14 @@ def test_a_ray_of_its_own_is_quiet_and_ctrl_c_ends_all_of_it(cluster: RayCluster
     assert (logs / "driver.log").exists()
     assert list(logs.glob("session_*/raylet.out"))
     assert not (logs / "session").is_symlink()
+
+    assert refused.end() == 1
+    waiting, given_up = refused.lines
+    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 2 cores, 0 GPUs")
+    assert given_up.startswith(
+        "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"
+    )
+    assert not list((refused_folder / "runs").iterdir()), "a refusal left something behind"
 
 
 def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(

@@ -338,7 +338,10 @@ def test_doctor_counts_the_threads_of_the_workers_that_are_asked_for(istanas: Co
     assert "in one process, " in cores()
     assert "in one process, 3 threads each" in cores("--workers", "0", "--set", "runtime.threads=3")
     assert "4096 workers, 1 thread each; workers x threads should not exceed" in cores("--workers", "1:4096")
-    assert "4096 workers, 1 thread each" in cores("--workers", "4096", "--address", "somewhere")
+    code, out, _ = istanas("doctor", "--workers", "4096", "--address", "127.0.0.1:1")
+    assert code == 1
+    assert "cores:" not in out, "this machine's cores say nothing about a cluster"
+    assert any(line.startswith("fail  cluster: ") and "nobody answers" in line for line in out.splitlines())
 
 
 def test_doctor_fails_with_a_remedy_where_the_data_lacks(istanas: Command) -> None:
