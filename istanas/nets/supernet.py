@@ -117,7 +117,7 @@ class SearchCell(nn.Module):
             terms = []
             for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True):
                 operation: nn.Module = self.ops[edge][op]  # type: ignore[index]
-                out = alpha * apply_operation(operation, states, rectified, state)
+                out = apply_operation(operation, states, rectified, state, alpha)
                 terms.append(drop_path(out, operation, drop_path_prob))
             states[N_CELL_INPUTS + i] = sum_terms(terms)
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)

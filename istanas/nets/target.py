@@ -21,7 +21,13 @@ from istanas.nets.cell import (
     live_states,
     make_preprocess,
 )
-from istanas.nets.operations import RectifiedBlock, make_operation
+from istanas.nets.operations import (
+    FactorizedReduce,
+    NormalizedPool,
+    RectifiedBlock,
+    dense_gradient,
+    make_operation,
+)
 from istanas.space import N_CELL_INPUTS, Genotype
 
 
@@ -130,15 +136,22 @@ class TargetNet(CellNetwork):
 
 
 def apply_operation(
-    op: nn.Module, states: Mapping[int, Tensor], rectified: dict[int, Tensor], state: int
+    op: nn.Module,
+    states: Mapping[int, Tensor],
+    rectified: dict[int, Tensor],
+    state: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """`op` on a state of the cell; blocks that open with ReLU share one rectified copy of the state."""
-    if not isinstance(op, RectifiedBlock):
-        out: Tensor = op(states[state])
+    """`op` on a state of the cell, times `scale`; blocks that open with ReLU share one rectified copy of the state."""
+    if isinstance(op, RectifiedBlock):
+        if state not in rectified:
+            rectified[state] = F.relu(states[state])
+        return op.after_relu(rectified[state], scale)
+    if scale is None or isinstance(op, NormalizedPool | FactorizedReduce):
+        arguments = () if scale is None else (scale,)
+        out: Tensor = op(states[state], *arguments)
         return out
-    if state not in rectified:
-        rectified[state] = F.relu(states[state])
-    return op.after_relu(rectified[state])
+    return scale * op(states[state])  # type: ignore[no-any-return]
 
 
 def sum_terms(terms: list[Tensor]) -> Tensor:
@@ -146,7 +159,7 @@ def sum_terms(terms: list[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = total + term
-    return total
+    return dense_gradient(total)
 
 
 def drop_path(x: Tensor, operation: nn.Module, probability: float) -> Tensor:

@@ -630,8 +630,13 @@ def with_gradient(net: nn.Module) -> set[str]:
     return {name for name, p in net.named_parameters() if p.grad is not None}
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Up to the rounding of an edge weight that is part of the batch norm's factor, or not."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
 def check_live_parts(net: Any, terms_of: Callable[[Any], CellForward]) -> None:
-    """Values are bit for bit those of the whole computation, and exactly what is active gets gradients or moves."""
+    """Values are those of the whole computation, and exactly what is active gets gradients or moves."""
     x = rand(3, 3, 8, 8)
     with torch.no_grad():
         for buffer in net.buffers():
@@ -640,7 +645,7 @@ def check_live_parts(net: Any, terms_of: Callable[[Any], CellForward]) -> None:
     whole = copy.deepcopy(net)
     with torch.no_grad():
         expected = everything(whole.eval(), x, terms_of(whole))[0]
-        assert torch.equal(net.eval()(x), expected)
+        assert_same(net.eval()(x), expected)
 
     before = {name: value.clone() for name, value in net.named_buffers()}
     is_target = isinstance(net.train(), TargetNet)
@@ -648,9 +653,9 @@ def check_live_parts(net: Any, terms_of: Callable[[Any], CellForward]) -> None:
     theirs = everything(whole.train(), x, terms_of(whole))
     for outputs in (ours, theirs):
         sum(out.logsumexp(1).sum() for out in outputs if out is not None).backward()
-    assert torch.equal(ours[0], theirs[0])
+    assert_same(ours[0], theirs[0])
     if theirs[1] is not None:
-        assert torch.equal(ours[1], theirs[1])
+        assert_same(ours[1], theirs[1])
     alphas = [] if is_target else net.active_alphas()
     assert with_gradient(net) == with_gradient(whole) == names_of(net, [*net.active_parameters(), *alphas])
 
