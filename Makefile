@@ -1,6 +1,6 @@
 # make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test bench lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +27,9 @@ quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on ha
 
 test: lint ## lint, types, and all tests and doctests, slow ones included
 	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (15 minutes, otherwise idle machine)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff check .

@@ -293,6 +293,51 @@ def doctor(as_json: bool, **settings: Any) -> None:
 
 
 @cli.command()
+@click.option(
+    "--job", type=click.Choice(["search", "retrain"]), help="search if not given; retrain with --genotype."
+)
+@click.option(
+    "--genotype", metavar="FILE|NAME|RUN|random:SEED", help="What to retrain, as `retrain` takes it."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps timed, and profiled."
+)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of the steps."
+)
+@configured
+@json_option
+def profile(
+    job: str | None, genotype: str | None, steps: int, trace: Path | None, as_json: bool, **settings: Any
+) -> None:
+    """Train a few steps: where the time goes, how near the machine's peak, how long the whole run will take.
+
+    In this process, on the real pictures; nothing is kept.
+    """
+    if (job == "retrain" and genotype is None) or (job == "search" and genotype is not None):
+        raise click.UsageError(
+            "--genotype: a retraining needs one and a search has none, give both --job retrain and --genotype"
+        )
+    config, _ = _load(**settings)
+    console = _console(as_json)
+    from pipeline.jobs.profile import print_profile, run_profile
+    from pipeline.references import resolve_genotype
+
+    cells = None
+    if genotype is not None:
+        cells, _ = resolve_genotype(
+            genotype,
+            space=config.space.cell_space(),
+            runs_dir=Path(config.runtime.runs_dir),
+            tracking_uri=config.tracking.uri,
+        )
+    result = run_profile(config, genotype=cells, steps=steps, trace=trace, console=console)
+    print_profile(result, console)
+    if as_json:
+        _print_json(result)
+
+
+@cli.command()
 @click.argument("reference", metavar="RUN")
 @configured
 @json_option

@@ -211,6 +211,10 @@ class RuntimeSettings(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
     threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
+    activation_checkpointing: bool = Field(
+        False,
+        description="computes each cell again in the backward pass: half the memory, more time, same numbers",
+    )
     data_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode large pictures")
     workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
         0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"

@@ -186,6 +186,7 @@ class RetrainJob:
         self._config, self._compute, self._ranks, self._genotype = config, compute, ranks, genotype
         r = config.retrain
         self._net = build_target(config, genotype, dataset)
+        self._net.activation_checkpointing = config.runtime.activation_checkpointing
         to_channels_last(self._net.to(compute.device))
         self._optimizer = torch.optim.SGD(
             self._net.parameters(),
@@ -353,6 +354,7 @@ def _build_supernet(config: Config, dataset: ImageDataset, compute: Compute, *, 
         op_batchnorm=s.op_batchnorm,
         auxiliary=auxiliary,
     )
+    supernet.activation_checkpointing = config.runtime.activation_checkpointing
     to_channels_last(supernet.to(compute.device))
     return supernet
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets.operations import FactorizedReduce, ReLUConvBN
@@ -144,14 +146,17 @@ def make_preprocess(place: CellPlace, affine: bool) -> tuple[nn.Module, nn.Modul
 
 
 def live_inputs(
-    preprocess: Sequence[nn.Module], inputs: Sequence[Tensor | None], live: Collection[int]
+    preprocess: Sequence[Any], inputs: Sequence[Tensor | None], live: Collection[int]
 ) -> dict[int, Tensor]:
-    """The first states of a cell: its live inputs, each brought to the cell's width and size."""
-    return {i: preprocess[i](s) for i, s in enumerate(inputs) if i in live}
+    """The first states of a cell: its live inputs (rectified ones), each brought to the cell's width and size."""
+    return {i: preprocess[i].after_relu(s) for i, s in enumerate(inputs) if i in live}
 
 
 class Stem(nn.Module):
-    """From a picture to the two inputs of the first cell: one convolution (cifar), or three of stride 2 (imagenet)."""
+    """From a picture to the two inputs of the first cell, rectified as all cells' inputs are.
+
+    One convolution (cifar), or three of stride 2 (imagenet).
+    """
 
     def __init__(self, kind: str, in_channels: int, init_channels: int) -> None:
         super().__init__()
@@ -177,10 +182,10 @@ class Stem(nn.Module):
     def forward(self, x: Tensor, second: bool = True) -> tuple[Tensor, Tensor | None]:
         """The inputs (s0, s1); without `second`, nobody reads s1 and it may be None."""
         if self.kind == "cifar":
-            x = self.stem(x)
+            x = F.relu_(self.stem(x))
             return x, x
-        x = self.stem0(x)
-        return x, self.stem1(x) if second else None
+        x = F.relu_(self.stem0(x))
+        return x, F.relu_(self.stem1(x)) if second else None
 
     def live_parts(self, second: bool) -> list[nn.Module]:
         """The modules that `forward` runs."""
@@ -234,15 +239,23 @@ class CellNetwork(nn.Module):
 
     Only what is live runs: a part that the outputs do not depend on gets no gradient, so in data-parallel
     training nobody may wait for one. The auxiliary head counts as an output in training only.
+
+    What stem and cells put out is rectified at once and in place: two cells read it, each of which, and the
+    auxiliary head too, would begin with ReLU. The last cell's output goes to the classifier as it is.
+
+    With `activation_checkpointing` a training step keeps the inputs of each cell only and computes the cell again
+    in the backward pass: less memory, more time, the same numbers.
     """
 
     stem: Stem
     cells: nn.ModuleList
     classifier: nn.Linear
     auxiliary_head: AuxiliaryHead | None
+    activation_checkpointing: bool = False
     _live_in_training: tuple[bool, ...] = ()  # as `live_places` gives it
     _live_in_eval: tuple[bool, ...] = ()
     _live_parts: Sequence[nn.Module] = ()
+    _live_norms: dict[nn.Module, Sequence[nn.BatchNorm2d]]  # per live cell
     _active_parameters: Sequence[nn.Parameter] = ()
 
     def active_parameters(self) -> list[nn.Parameter]:
@@ -263,10 +276,14 @@ class CellNetwork(nn.Module):
         parts = [*self.stem.live_parts(second=self._live_in_training[1]), self.classifier]
         if self.auxiliary_head is not None:
             parts.append(self.auxiliary_head)
+        self._live_norms = {}
         for cell in self._live_cells():
             preprocess: list[Any] = [cell.preprocess0, cell.preprocess1]
-            parts += [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
-            parts += self._live_operations(cell)
+            inside = [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
+            inside += self._live_operations(cell)
+            norms = [m for part in inside for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+            self._live_norms[cell] = norms
+            parts += inside
         self._live_parts = parts
         self._active_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
 
@@ -291,10 +308,22 @@ class CellNetwork(nn.Module):
         auxiliary = None
         for i, cell in enumerate(self.cells):
             is_live = live[N_CELL_INPUTS + i]
-            s0, s1 = s1, cell(s0, s1, *cell_arguments[str(cell.kind)]) if is_live else None
+            s0, s1 = s1, self._run(cell, s0, s1, *cell_arguments[str(cell.kind)]) if is_live else None
+            if s1 is not None and i + 1 < len(self.cells):
+                s1 = F.relu_(s1)
             if self.training and self.auxiliary_head is not None and i == auxiliary_position(len(self.cells)):
                 auxiliary = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary
+
+    def _run(self, cell: nn.Module, *arguments: Any) -> Tensor:
+        """The cell's output."""
+        out: Tensor
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            contexts = nullcontext(), _HeldStatistics(self._live_norms[cell])
+            out = checkpoint(cell, *arguments, use_reentrant=False, context_fn=lambda: contexts)
+        else:
+            out = cell(*arguments)
+        return out
 
     def load_darts_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load weights in the key layout of the published DARTS-family code.
@@ -329,6 +358,28 @@ class CellNetwork(nn.Module):
                     "the weights were trained with"
                 )
         self.load_state_dict(renamed, strict=False)
+
+
+class _HeldStatistics:
+    """Inside, these batch norms train as ever, but leave their running statistics and batch counts as they are.
+
+    For a forward pass that is done again. The statistics are still given to the library, whose graph would else
+    hold other tensors than the first time; with momentum 0 it writes back what it read.
+    """
+
+    def __init__(self, norms: Sequence[nn.BatchNorm2d]) -> None:
+        self._norms = norms
+
+    def __enter__(self) -> None:
+        self._held = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            norm.momentum = 0.0
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # counts for nobody
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, n_batches) in zip(self._norms, self._held, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, n_batches
 
 
 def auxiliary_position(layers: int) -> int:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from istanas.nets.phases import pixel_phases
+
 
 class DepthwiseConv2d(nn.Module):
     """A convolution of each channel with its own k x k kernel (k odd), size-preserving but for the stride.
@@ -55,7 +57,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
     channels, kernel = weight.shape[0], weight.shape[-1]
     if dilation == 2 and stride == 2:
         # Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
-        return F.conv2d(x[:, :, ::2, ::2], weight, None, 1, kernel // 2, 1, channels)
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)) if x.shape[2] % 2 or x.shape[3] % 2 else x
+        (even,) = pixel_phases(x, (0,))
+        return F.conv2d(even, weight, None, 1, kernel // 2, 1, channels)
     if (
         dilation == 2
         and x.device.type == "cpu"

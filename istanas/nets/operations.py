@@ -7,13 +7,14 @@ Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from istanas.nets.depthwise import DepthwiseConv2d
+from istanas.nets.phases import pixel_phases
 
 
 class ScaledBatchNorm2d(nn.BatchNorm2d):
@@ -128,9 +129,19 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """`scale` times the block's output."""
+        return self._project([F.relu_(phase) for phase in self._phases(x)], scale)
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The block on a rectified input."""
+        return self._project(self._phases(x), None)
+
+    def _phases(self, x: Tensor) -> Sequence[Tensor]:
         if x.shape[2] % 2 or x.shape[3] % 2:
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        even, odd = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])
+        return pixel_phases(x, (0, 1))
+
+    def _project(self, phases: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+        even, odd = phases
         out: Tensor = self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1), scale)
         return out
 

@@ -151,7 +151,8 @@ def apply_operation(
         arguments = () if scale is None else (scale,)
         out: Tensor = op(states[state], *arguments)
         return out
-    return scale * op(states[state])  # type: ignore[no-any-return]
+    scaled: Tensor = scale * op(states[state])
+    return scaled
 
 
 def sum_terms(terms: list[Tensor]) -> Tensor:

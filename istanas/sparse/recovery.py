@@ -148,9 +148,10 @@ def _recover_nodes(
     matrices = [as_float64(A) for A in As]
     vectors = [as_float64(b) for b in bs]
     for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
-        _check_problem(A, b, "" if len(As) == 1 else f"node {node}: ")
+        _check_shapes(A, b, _named(node, len(As)))
     sizes = [A.shape[1] for A in matrices]
     A, b = _pad(matrices, vectors)
+    _check_finite(A, b)
     members = _memberships(supports, sizes, A.shape[2])
     device = next(
         (b.device for b in bs if isinstance(b, Tensor) and b.device.type == "cuda"), torch.device("cpu")
@@ -194,7 +195,8 @@ def _solve(
         z, n_iter = np.zeros((A.shape[0], A.shape[2])), np.zeros(len(A), dtype=np.int64)
         z[tried], reused[tried] = try_supports(A[tried], b[tried], l1_weight, members[tried])
         rest = ~reused
-        z[rest], n_iter[rest] = solve_path(A[rest], b[rest], l1_weight, max_iter)
+        if rest.any():
+            z[rest], n_iter[rest] = solve_path(A[rest], b[rest], l1_weight, max_iter)
         return z, n_iter, reused
     if solver in ("ista", "fista"):
         tensors = torch.from_numpy(A).to(device), torch.from_numpy(b).to(device)
@@ -228,7 +230,11 @@ def _check_arguments(
         )
 
 
-def _check_problem(A: Array, b: Array, node: str) -> None:
+def _named(node: int, n_nodes: int) -> str:
+    return "" if n_nodes == 1 else f"node {node}: "
+
+
+def _check_shapes(A: Array, b: Array, node: str) -> None:
     if A.ndim != 2 or 0 in A.shape:
         raise SolverError(
             f"{node}A has shape {A.shape}: give a matrix (n_measurements, n_candidates), both at least 1"
@@ -237,11 +243,17 @@ def _check_problem(A: Array, b: Array, node: str) -> None:
         raise SolverError(
             f"{node}b has shape {b.shape} but A has shape {A.shape}: b needs shape {A.shape[:1]}"
         )
+
+
+def _check_finite(A: Array, b: Array) -> None:
+    """All nodes at once, padded: asking each of thousands would take longer than solving some."""
     for name, values in (("A", A), ("b", b)):
-        if not np.isfinite(values).all():
-            value = values[~np.isfinite(values)][0]
+        finite = np.isfinite(values)
+        if not finite.all():
+            first = tuple(np.argwhere(~finite)[0])
             raise SolverError(
-                f"{node}{name} holds {value}: recovery needs finite numbers; did the training diverge?"
+                f"{_named(int(first[0]), len(values))}{name} holds {values[first]}: recovery needs finite numbers; "
+                "did the training diverge?"
             )
 
 

@@ -281,7 +281,7 @@ def test_target_net_with_any_number_of_inputs_and_part_of_the_states(n_picks: in
     cell = net.cells[0]
     s0, s1 = rand(2, 6, 8, 8), rand(2, 6, 8, 8, seed=1)
     first, second = cell.preprocess0(s0), cell.preprocess1(s1)
-    torch.testing.assert_close(cell(s0, s1, 0.0), torch.cat([n_picks * second, first], 1))
+    torch.testing.assert_close(cell(F.relu(s0), F.relu(s1), 0.0), torch.cat([n_picks * second, first], 1))
     assert net(rand(2, 3, 16, 16)).shape == (2, 10)
 
 
@@ -492,7 +492,7 @@ def test_supernet_is_the_weighted_sum_of_its_active_operations() -> None:
             state, op = divmod(candidate, 7)
             total = total + alpha * cell.ops[sum(range(2, node + 2)) + state][op](states[state])
         states.append(total)
-    ours = cell(s, s, range(6), net._plans["normal"], weights, 0.0)
+    ours = cell(F.relu(s), F.relu(s), range(6), net._plans["normal"], weights, 0.0)
     torch.testing.assert_close(ours, torch.cat(states[2:], 1), rtol=1e-12, atol=1e-12)
 
 

@@ -23,7 +23,7 @@ retrain: {epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_wei
 runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
-COMMANDS = ("search", "retrain", "run", "export", "draw", "results", "ui", "doctor", "sync")
+COMMANDS = ("search", "retrain", "run", "export", "draw", "results", "ui", "doctor", "sync", "profile")
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},

@@ -442,6 +442,7 @@ ANOTHER = {
     "runtime.device": "cpu",
     "runtime.precision": "fp32",
     "runtime.threads": 1,
+    "runtime.activation_checkpointing": True,
     "runtime.data_workers": 1,
     "runtime.workers": "1:4",
     "runtime.address": "elsewhere",

@@ -1,0 +1,397 @@
+"""A few steps of a job, measured: where their time goes, how near the machine's peak they are, how long a run takes.
+
+Trains in this process on the real pictures and throws the result away: no run directory, no MLflow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from istanas.data import Batch, ImageDataset
+from istanas.distributed import Ranks
+from istanas.errors import ConfigError
+from istanas.nets import to_channels_last
+from istanas.space import Genotype
+from istanas.training import Compute, Totals, derive_seed, evaluate, train_target_epoch
+from pipeline.config import Config, OneStageConfig, TwoStageConfig
+from pipeline.epochs import build_one_stage, build_target, build_two_stage
+from pipeline.jobs.job import console_line, prepare_data
+from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
+from pipeline.profiling import (
+    Train,
+    as_data,
+    count_flops,
+    peak_flops,
+    seconds_of,
+    step_seconds,
+    time_by_kind,
+)
+from pipeline.report import duration
+from pipeline.worker import compute_for, describe_place
+
+WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything a whole run holds.
+
+    Args:
+        epochs: of training.
+        steps_per_epoch: training steps of each.
+        recoveries: of all nodes' codes.
+        measured_pictures: pictures that pass forward in evaluation mode, in all epochs together.
+        upper_bound: whether the run may be shorter.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    recoveries: int
+    measured_pictures: int
+    upper_bound: bool
+
+    def seconds(self, per_step: float, per_recovery: float, per_picture: float) -> float:
+        """epochs * steps_per_epoch * per_step + recoveries * per_recovery + measured_pictures * per_picture.
+
+        Example:
+            >>> Plan(2, 10, 3, 100, False).seconds(0.5, 0.1, 0.001)
+            10.4
+        """
+        training = self.epochs * self.steps_per_epoch * per_step
+        return training + self.recoveries * per_recovery + self.measured_pictures * per_picture
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job's parts, ready to be measured.
+
+    Args:
+        train: see `pipeline.profiling.Train`.
+        pictures_per_step: through the network, forward and backward.
+        measure: evaluates one batch of training pictures.
+        pictures_measured: in that batch.
+        recover: recovers all nodes; None for a retraining.
+        plan: of the whole run.
+    """
+
+    train: Train
+    pictures_per_step: int
+    measure: Callable[[], object]
+    pictures_measured: int
+    recover: Callable[[], object] | None
+    plan: Plan
+
+
+class ProjectionResult(TypedDict):
+    """The terms of `Plan.seconds` and their sum; without checkpoints, figures and MLflow."""
+
+    epochs: int
+    steps_per_epoch: int
+    seconds_per_step: float
+    recoveries: int
+    seconds_per_recovery: float
+    measured_pictures: int
+    seconds_per_measured_picture: float
+    seconds: float
+    upper_bound: bool
+
+
+class ProfileResult(TypedDict):
+    """What `--json` prints. FLOPs are those of convolutions and matrix products; a multiply-add is two."""
+
+    job: str
+    method: str
+    dataset: str
+    device: str
+    dtype: str
+    threads: int
+    steps: int
+    seconds_per_step: float
+    pictures_per_step: int
+    pictures_per_second: float
+    flops_per_step: int
+    flops_per_second: float
+    peak_flops_per_second: float
+    peak_share: float
+    clock: str  # whose time the kinds have: cpu or cuda
+    kinds: list[dict[str, Any]]  # see `pipeline.profiling.KindTime`
+    projection: ProjectionResult
+    trace: NotRequired[str]
+
+
+def run_profile(
+    config: Config, *, genotype: Genotype | None, steps: int, trace: Path | None, console: Console
+) -> ProfileResult:
+    """Measure a few steps of a search, or of the retraining of a genotype.
+
+    Args:
+        config: the whole configuration; its method says which search. Workers and address are not used.
+        genotype: the cells to retrain; None: a search.
+        steps: that are timed, and as many again that are profiled; >= 1.
+        trace: file for the Chrome trace of the profiled steps.
+        console: for people.
+
+    Returns:
+        See `ProfileResult`.
+
+    Raises:
+        ConfigError: if the trace can't be written there, or the settings do not fit the data or this machine.
+    """
+    if trace is not None:
+        _check_writable(trace)
+    job = "search" if genotype is None else "retrain"
+    dataset = prepare_data(config, (job,), console)
+    compute = compute_for(config.runtime)
+    work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
+    tell = console_line(console)
+    tell(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 1} training steps")
+    torch.manual_seed(derive_seed(config.seed, "epoch", 0))
+    device = compute.device
+
+    work.train(WARM_UP, lambda: None)
+    per_step = statistics.median(step_seconds(work.train, steps, device))
+    flops = count_flops(lambda: work.train(1, lambda: None))
+    kinds, clock = time_by_kind(work.train, steps, device, trace)
+    work.measure()
+    per_picture = seconds_of(work.measure, device) / work.pictures_measured
+    per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
+    dtype = compute.autocast_dtype or torch.float32
+    peak = peak_flops(device, dtype)
+    result: ProfileResult = {
+        "job": job,
+        "method": config.method,
+        "dataset": dataset.name,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "seconds_per_step": per_step,
+        "pictures_per_step": work.pictures_per_step,
+        "pictures_per_second": work.pictures_per_step / per_step,
+        "flops_per_step": flops,
+        "flops_per_second": flops / per_step,
+        "peak_flops_per_second": peak,
+        "peak_share": flops / per_step / peak,
+        "clock": clock,
+        "kinds": [asdict(kind) for kind in kinds],
+        "projection": {
+            **asdict(work.plan),  # type: ignore[typeddict-item]
+            "seconds_per_step": per_step,
+            "seconds_per_recovery": per_recovery,
+            "seconds_per_measured_picture": per_picture,
+            "seconds": work.plan.seconds(per_step, per_recovery, per_picture),
+        },
+    }
+    return {**result, "trace": str(trace)} if trace is not None else result
+
+
+def make_work(
+    config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype | None = None
+) -> Work:
+    """A job at its start.
+
+    Args:
+        config: the whole configuration.
+        dataset: as `open_dataset` gives it.
+        compute: device and precision.
+        genotype: the cells to retrain; None: a search.
+
+    Raises:
+        ConfigError: if the settings do not fit the data.
+    """
+    if genotype is not None:
+        return _retraining(config, dataset, compute, genotype)
+    if isinstance(config, OneStageConfig):
+        return _one_stage(config, dataset, compute)
+    assert isinstance(config, TwoStageConfig)
+    return _two_stage(config, dataset, compute)
+
+
+def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
+    s, split = config.search, search_split(config, dataset)
+    search = build_two_stage(config, dataset, compute, Ranks())
+    batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
+    for_weights = _endless(batches, "weights", split.weights, s.batch_size)
+    for_alphas = _endless(batches, "alphas", split.alphas, s.batch_size)
+    totals = Totals(compute.device)
+
+    def train(steps: int, done: Callable[[], None]) -> None:
+        search.supernet.train()
+        for _ in range(steps):
+            search.alpha_step(next(for_alphas))
+            search.weight_step(next(for_weights), totals)
+            done()
+
+    sample = split.alphas[: _measuring_size(s.batch_size)]
+    return Work(
+        train=train,
+        pictures_per_step=min(s.batch_size, len(split.weights)) + min(s.batch_size, len(split.alphas)),
+        measure=lambda: search.validate(batches.measuring("train", sample)),
+        pictures_measured=len(sample),
+        recover=search.recover,
+        plan=Plan(
+            epochs=s.epochs,
+            steps_per_epoch=len(batches.training("weights", split.weights, 0)),
+            recoveries=s.epochs,
+            measured_pictures=s.epochs * len(split.alphas),
+            upper_bound=s.termination_tol is not None,
+        ),
+    )
+
+
+def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
+    s, indices = config.search, search_indices(config, dataset)
+    search = build_one_stage(config, dataset, compute, Ranks())
+    batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
+    stream = _endless(batches, "weights", indices, s.batch_size)
+    totals = Totals(compute.device)
+
+    def train(steps: int, done: Callable[[], None]) -> None:
+        search.supernet.train()
+        for _ in range(steps):
+            search.step(next(stream), totals)
+            done()
+
+    sample = indices[: _measuring_size(s.batch_size)]
+    return Work(
+        train=train,
+        pictures_per_step=min(s.batch_size, len(indices)),
+        measure=lambda: search.validate(batches.measuring("train", sample)),
+        pictures_measured=len(sample),
+        recover=search.recover,
+        plan=Plan(
+            epochs=s.max_epochs,
+            steps_per_epoch=len(batches.training("weights", indices, 0)),
+            recoveries=s.max_search_epochs,
+            measured_pictures=_measured(config, dataset, s.max_epochs, s.train_epochs, s.test_every),
+            upper_bound=True,  # nodes may freeze before max_search_epochs
+        ),
+    )
+
+
+def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype) -> Work:
+    r, indices = config.retrain, training_indices(config, dataset)
+    net = build_target(config, genotype, dataset)
+    to_channels_last(net.to(compute.device))
+    net.drop_path_prob = r.drop_path / 2  # the mean over the run
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        r.lr,
+        momentum=r.momentum,
+        weight_decay=r.weight_decay,
+        nesterov=r.nesterov,
+        fused=compute.device.type == "cuda",
+    )
+    batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
+    stream = _endless(batches, "retrain", indices, r.batch_size)
+
+    def train(steps: int, done: Callable[[], None]) -> None:
+        train_target_epoch(
+            net,
+            optimizer,
+            itertools.islice(stream, steps),
+            compute,
+            lr_at=lambda _: r.lr,
+            auxiliary_weight=r.auxiliary_weight,
+            label_smoothing=r.label_smoothing,
+            grad_clip=r.grad_clip,
+            observe=lambda *_: done(),
+        )
+
+    sample = indices[: _measuring_size(r.batch_size)]
+    return Work(
+        train=train,
+        pictures_per_step=min(r.batch_size, len(indices)),
+        measure=lambda: evaluate(net.eval(), batches.measuring("train", sample), compute),
+        pictures_measured=len(sample),
+        recover=None,
+        plan=Plan(
+            epochs=r.epochs,
+            steps_per_epoch=len(batches.training("retrain", indices, 0)),
+            recoveries=0,
+            measured_pictures=_measured(config, dataset, r.epochs, r.epochs, r.test_every),
+            upper_bound=False,
+        ),
+    )
+
+
+def _endless(batches: Batches, purpose: str, indices: torch.Tensor, size: int) -> Iterator[Batch]:
+    """Epoch after epoch, all batches full: one of fewer pictures would not be comparable."""
+    full = indices[: max(len(indices) // size * size, min(size, len(indices)))]
+    passes = (batches.training(purpose, full, epoch) for epoch in itertools.count())
+    return as_data(itertools.chain.from_iterable(passes))
+
+
+def _measuring_size(batch_size: int) -> int:
+    """Pictures of one batch of `Batches.measuring`."""
+    return max(batch_size, 256)
+
+
+def _measured(config: Config, dataset: ImageDataset, epochs: int, tested_epochs: int, test_every: int) -> int:
+    """Pictures that a run measures: the hold-out each epoch, the test split every so many and after the last."""
+    holdout = holdout_indices(config, dataset)
+    n_tests = max(math.ceil(tested_epochs / test_every), 1)
+    return epochs * (0 if holdout is None else len(holdout)) + n_tests * len(dataset.test)
+
+
+def _check_writable(trace: Path) -> None:
+    if trace.is_dir() or not trace.parent.is_dir() or not os.access(trace.parent, os.W_OK):
+        raise ConfigError(f"trace: {trace} can't be written, name a file in a folder of yours that exists")
+
+
+def print_profile(result: ProfileResult, console: Console) -> None:
+    """Two tables for people: the kinds of operation, and the figures."""
+    kinds = Table(title=f"{result['steps']} profiled steps, {result['clock']} time")
+    kinds.add_column("kind of operation")
+    for heading in ("share", "ms a step", "calls a step"):
+        kinds.add_column(heading, justify="right")
+    for kind in result["kinds"]:
+        milliseconds = f"{1000 * kind['seconds_per_step']:.2f}"
+        kinds.add_row(kind["kind"], f"{kind['share']:.1%}", milliseconds, f"{kind['calls_per_step']:.0f}")
+    console.print(kinds)
+
+    p = result["projection"]
+    measured = p["measured_pictures"] * p["seconds_per_measured_picture"]
+    recovered = p["recoveries"] * p["seconds_per_recovery"]
+    figures = Table("figure", "value")
+    for label, value in (
+        ("seconds a step (median)", f"{result['seconds_per_step']:.4g}"),
+        ("pictures/s", f"{result['pictures_per_second']:,.1f}"),
+        ("FLOPs of a step", _scaled(result["flops_per_step"], "FLOP")),
+        ("achieved", _scaled(result["flops_per_second"], "FLOP/s")),
+        (
+            f"matrix product, {result['dtype']}, {result['device']}",
+            _scaled(result["peak_flops_per_second"], "FLOP/s"),
+        ),
+        ("achieved of it", f"{result['peak_share']:.1%}"),
+        ("training steps of the run", f"{p['epochs']:,} epochs x {p['steps_per_epoch']:,}"),
+        ("its validation and tests", duration(measured)),
+        *([("its recoveries", duration(recovered))] if p["recoveries"] else []),
+        (f"the whole run{', at most' if p['upper_bound'] else ''}", duration(p["seconds"])),
+    ):
+        figures.add_row(label, value)
+    console.print(figures)
+    if "trace" in result:
+        console_line(console)(f"trace: {result['trace']}")
+
+
+def _scaled(value: float, unit: str) -> str:
+    """A number for people, by thousands.
+
+    Example:
+        >>> _scaled(3.2e9, "FLOP"), _scaled(12, "FLOP/s")
+        ('3.2 GFLOP', '12 FLOP/s')
+    """
+    power = min(max(int(math.log10(max(value, 1)) // 3), 0), 5)
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"

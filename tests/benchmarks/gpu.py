@@ -1,0 +1,196 @@
+"""A two-stage search on a GPU: pictures per second, GPU-days of the published run, share of time the GPU computes.
+
+    python -m tests.benchmarks.gpu
+
+The data set (made up, of CIFAR-10's size) lies on the device; precision, layout and optimisers are those of a job.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from istanas.data import ArrayPictures, Batch, ImageDataset
+from istanas.distributed import Ranks
+from istanas.search import TwoStageSearch
+from istanas.training import Compute
+from pipeline.config import TwoStageConfig, load
+from pipeline.epochs import build_two_stage
+from pipeline.pictures import Batches, SearchSplit, search_split
+from pipeline.worker import compute_for
+
+EPOCHS, PICTURES = (
+    50,
+    25_000,
+)  # of the published run: an epoch has so many for the weights, as many for the alphas
+PAPER_SECONDS = 4320  # on a GTX 1080 Ti: Yang et al., NeurIPS 2020
+PROFILED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a search costs on a device.
+
+    Args:
+        pictures_per_second: in training, weight and alpha pictures together.
+        validated_per_second: in validation.
+        recovery_seconds: of one recovery of all codes.
+        computing_share: seconds that the device's kernels take of a training step over the step's seconds,
+            in [0, 1] on a GPU; on a CPU those that the operators take, slowed by the profiler.
+    """
+
+    pictures_per_second: float
+    validated_per_second: float
+    recovery_seconds: float
+    computing_share: float
+
+    @property
+    def projected_seconds(self) -> float:
+        """Of the published run: every epoch trains on all pictures, validates the alpha half, recovers.
+
+        >>> Speed(25_000.0, 25_000.0, 1.0, 0.5).projected_seconds
+        200.0
+        """
+        epoch = 2 * PICTURES / self.pictures_per_second + PICTURES / self.validated_per_second
+        return EPOCHS * (epoch + self.recovery_seconds)
+
+
+def random_pictures(n: int, side: int = 32, classes: int = 10) -> ImageDataset:
+    """A data set of n random training pictures, (3, side, side) bytes, in equal classes."""
+    images = torch.randint(
+        256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    pictures = ArrayPictures(images, torch.arange(n) % classes)
+    return ImageDataset(
+        name="random",
+        class_names=tuple(map(str, range(classes))),
+        train=pictures,
+        test=ArrayPictures(images[:classes], torch.arange(classes)),
+        channels=3,
+        height=side,
+        width=side,
+        mean=(0.5,) * 3,
+        std=(0.29,) * 3,
+        digest="",
+    )
+
+
+class Loop:
+    """A job's search and batches, apart from what reports and stores them.
+
+    Args:
+        config: what to search.
+        dataset: as loaded.
+        compute: as `compute_for` gives it.
+    """
+
+    def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> None:
+        ranks = Ranks()
+        self.compute, self.batch_size = compute, config.search.batch_size
+        self.search: TwoStageSearch = build_two_stage(config, dataset, compute, ranks)
+        self.split: SearchSplit = search_split(config, dataset)
+        self.batches = Batches(config, dataset, compute, ranks, self.batch_size, config.search.cutout)
+
+    def train(self, n_steps: int | None = None) -> int:
+        """An epoch's first steps (None: all with a full batch); returns how many pictures they took."""
+        epoch = self.search.epoch
+        batches: Iterable[Batch] = self.batches.training("weights", self.split.weights, epoch)
+        steps = len(self.split.weights) // self.batch_size if n_steps is None else n_steps
+        metrics = self.search.train_epoch(
+            itertools.islice(batches, steps),
+            lambda: self.batches.training("alphas", self.split.alphas, epoch),
+            steps,
+        )
+        return 2 * metrics.count
+
+    def validate(self) -> int:
+        """The alpha half; returns how many pictures it has."""
+        return self.search.validate(self.batches.measuring("train", self.split.alphas)).count
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def computing_seconds(events: Sequence[FunctionEvent], device: torch.device) -> float:
+    """Seconds in kernels (GPU) or operators (CPU) of what was profiled; on a GPU all run in one stream."""
+    if device.type == "cpu":
+        return 1e-6 * sum(e.self_cpu_time_total for e in events)
+    # Annotations (such as of an optimiser's step) span kernels that are counted by themselves.
+    return 1e-6 * sum(
+        e.self_device_time_total
+        for e in events
+        if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+    )
+
+
+def measure(loop: Loop) -> Speed:
+    """Train and validate after a warm-up of each, profile some steps, recover.
+
+    The architecture stays the same up to the recovery, so that what cuDNN tries out for it is part of the warm-up.
+    """
+
+    def rate(work: Callable[[], int]) -> float:
+        loop.synchronize()
+        start = time.perf_counter()
+        pictures = work()
+        loop.synchronize()
+        return pictures / (time.perf_counter() - start)
+
+    loop.train(PROFILED_STEPS)
+    loop.validate()
+    trained, validated = rate(loop.train), rate(loop.validate)
+
+    gpu = [ProfilerActivity.CUDA] if loop.compute.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiled:
+        pictures = loop.train(PROFILED_STEPS)
+        loop.synchronize()
+    # Kernels are as long under the profiler as without it, all else is not: the wall time is the unprofiled one.
+    share = computing_seconds(profiled.events() or (), loop.compute.device) / (pictures / trained)
+
+    recovered = rate(lambda: len(loop.search.recover().nodes))
+    return Speed(trained, validated, len(loop.search.places) / recovered, share)
+
+
+def published(batch_size: int) -> TwoStageConfig:
+    """The published search: 16 channels, 8 layers, 50 epochs; crop and flip."""
+    settings = [f"search.batch_size={batch_size}", "data.crop_padding=4", "data.horizontal_flip=true"]
+    config = load(None, settings)
+    assert isinstance(config, TwoStageConfig)
+    return config
+
+
+def main() -> None:
+    """Print the figures of one step's table size, and of the published batch."""
+    if not torch.cuda.is_available():
+        print("tests.benchmarks.gpu: skipped, torch finds no CUDA device here")
+        return
+    dataset = random_pictures(2 * PICTURES)
+    for batch_size in (64, 256):
+        config = published(batch_size)
+        compute = compute_for(config.runtime)
+        torch.cuda.reset_peak_memory_stats()
+        speed = measure(Loop(config, dataset, compute))
+        seconds = speed.projected_seconds
+        print(
+            f"{torch.cuda.get_device_name()}, {config.search.init_channels} channels, {config.search.layers} layers, "
+            f"batch {batch_size}, {compute.autocast_dtype or torch.float32}:\n"
+            f"  training    {speed.pictures_per_second:,.0f} pictures/s\n"
+            f"  validation  {speed.validated_per_second:,.0f} pictures/s\n"
+            f"  recovery    {1e3 * speed.recovery_seconds:.1f} ms\n"
+            f"  published run of {EPOCHS} epochs: {seconds:,.0f} s, {seconds / 86_400:.4f} GPU-days "
+            f"(paper: {PAPER_SECONDS:,} s, {PAPER_SECONDS / 86_400:.4f}, on a GTX 1080 Ti)\n"
+            f"  the GPU computes {100 * speed.computing_share:.0f} % of the time\n"
+            f"  peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Our networks and steps with the reference's beside them: same weights, same codes, same batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from istanas.measure import Cost
+from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
+from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
+from istanas.search.state import draw_matrices
+from istanas.space import CELLS, CellSpace, Genotype
+from istanas.training import Compute, Totals, train_target_epoch
+from tests.benchmarks import reference
+
+CPU = Compute(torch.device("cpu"))
+Supports = dict[str, list[tuple[int, ...]]]
+Batch = tuple[Tensor, Tensor]
+
+
+def random_batch(n: int, size: int, seed: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """Normalised pictures (n, 3, size, size) and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(10, (n,), generator=generator)
+
+
+def ours_of(batch: Batch) -> Batch:
+    """The batch as our loader gives it."""
+    return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+
+
+def random_supports(space: CellSpace, seed: int, kinds: Sequence[int] | None = None) -> Supports:
+    """Per cell and node distinct candidates at random, of all kinds of operations or of some."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: Supports = {}
+    for cell in CELLS:
+        chosen[cell] = []
+        for node in range(space.n_nodes):
+            candidates = torch.tensor(
+                [c for c in range(space.n_candidates(node)) if kinds is None or c % space.n_ops in kinds]
+            )
+            order = torch.randperm(len(candidates), generator=generator)[: space.sparsity]
+            chosen[cell].append(tuple(sorted(candidates[order].tolist())))
+    return chosen
+
+
+def codes_of(space: CellSpace, supports: Supports, m: int, seed: int) -> dict[str, list[NodeCode]]:
+    """Codes with these supports, their values at random."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = {}
+    for cell, matrices in draw_matrices(space, m, "uniform", seed).items():
+        values = [torch.randn(A.shape[1], generator=generator, dtype=torch.float64) for A in matrices]
+        codes[cell] = [NodeCode(*each) for each in zip(matrices, values, supports[cell], strict=True)]
+    return codes
+
+
+class Pair:
+    """A search of ours and the reference's, at the same point."""
+
+    def __init__(
+        self,
+        c: int,
+        layers: int,
+        *,
+        one_stage: bool = False,
+        auxiliary: bool = False,
+        supports: Supports | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        space = CellSpace()
+        torch.manual_seed(seed)
+        net = Supernet(space, c, layers, 10, op_batchnorm=one_stage, auxiliary=auxiliary).to(dtype)
+        self.search: Any
+        if one_stage:
+            settings = OneStageSettings(lr=0.025, arch_lr=3e-4, auxiliary_weight=0.4 * auxiliary)
+            self.search = OneStageSearch(net, settings, CPU, seed, lambda genotype: Cost(0, 0))
+        else:
+            self.search = TwoStageSearch(net, TwoStageSettings(lr=0.025, arch_lr=3e-4), CPU, seed)
+        supports = random_supports(space, seed) if supports is None else supports
+        codes = codes_of(space, supports, 7, seed)
+        self.search.install({(cell, node): codes[cell][node] for cell, node in self.search.places})
+        with torch.no_grad():
+            for b in net.alphas():
+                b.normal_(0, 0.3)
+        to_channels_last(net)
+        self.net = net.train()
+        self.reference = reference.Supernet(c, layers, one_stage=one_stage, auxiliary=auxiliary).to(dtype)
+        self.reference.load_state_dict(net.state_dict())
+        self.reference.codes = self.search.codes
+        self.optimizers = reference.Optimizers(self.reference)
+        if one_stage:  # where an operation ends, the affine part is fixed while its node is ACTIVE
+            names = {name for name, p in net.named_parameters() if not p.requires_grad}
+            for name, p in self.reference.named_parameters():
+                p.requires_grad_(name not in names)
+
+    def our_step(self, batch: Batch, alpha_batch: Batch | None = None) -> None:
+        """Batches as `ours_of` gives them."""
+        if alpha_batch is None:
+            self.search.step(batch, Totals(CPU.device))
+        else:
+            self.search.alpha_step(alpha_batch)
+            self.search.weight_step(batch, Totals(CPU.device))
+
+    def their_step(self, batch: Batch, alpha_batch: Batch | None = None) -> None:
+        if alpha_batch is None:
+            reference.one_stage_step(self.optimizers, batch)
+        else:
+            reference.two_stage_step(self.optimizers, batch, alpha_batch)
+
+
+class TargetPair:
+    """A retraining of ours and the reference's."""
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        c: int,
+        layers: int,
+        *,
+        auxiliary: bool = True,
+        op_batchnorm: bool = False,
+        drop_path: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        torch.manual_seed(0)
+        options = {"auxiliary": auxiliary, "op_batchnorm": op_batchnorm}
+        self.net = to_channels_last(TargetNet(genotype, c, layers, 10, **options).to(dtype)).train()
+        self.reference = reference.TargetNet(genotype, c, layers, **options).to(dtype)
+        self.reference.load_state_dict(self.net.state_dict())
+        self.net.drop_path_prob = self.reference.drop_path_prob = drop_path
+        self.ours, self.theirs = (
+            torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+            for net in (self.net, self.reference)
+        )
+
+    def our_step(self, batch: Batch) -> None:
+        train_target_epoch(
+            self.net,  # type: ignore[arg-type]
+            self.ours,
+            [batch],
+            CPU,
+            lr_at=lambda step: 0.025,
+            auxiliary_weight=0.4,
+            label_smoothing=0.0,
+            grad_clip=5.0,
+        )
+
+    def their_step(self, batch: Batch) -> None:
+        reference.retrain_step(self.reference, self.theirs, batch)

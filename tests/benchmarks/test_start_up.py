@@ -1,0 +1,45 @@
+"""What starting costs: `import istanas`, all its packages, beside torch, and the command line's help.
+
+CPU time of fresh processes, the least of several tries: other work on the machine cannot lower it.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+TRIES = 3
+PUBLIC = (
+    "istanas",
+    *(f"istanas.{name}" for name in ("data", "measure", "nets", "search", "space", "sparse")),
+)
+PROGRAMS = {
+    "torch": ["-c", "import torch"],
+    "torch, istanas": ["-c", f"import torch, {', '.join(PUBLIC)}"],
+    "istanas --help": ["-m", "pipeline.cli", "--help"],
+}
+
+
+def seconds(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
+    """CPU time and wall time of a fresh interpreter."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall
+
+
+def test_imports_and_help_take_no_longer_than_wanted(repo_root: Path) -> None:
+    tries: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
+    for _ in range(TRIES):  # in turn, so that a slow moment hits all
+        for name, arguments in PROGRAMS.items():
+            tries[name].append(seconds(arguments, repo_root))
+    cpu = {name: min(c for c, _ in times) for name, times in tries.items()}
+    wall = {name: min(w for _, w in times) for name, times in tries.items()}
+    for name in PROGRAMS:
+        print(f"{name}: {cpu[name]:.2f} s of CPU time, {wall[name]:.2f} s")
+    assert cpu["torch"] > 0.1, "the children's time was not counted"
+    assert cpu["torch, istanas"] - cpu["torch"] <= 0.3, cpu
+    assert cpu["istanas --help"] <= 0.5, cpu

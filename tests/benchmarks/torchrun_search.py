@@ -1,0 +1,32 @@
+"""A search's worker loop under plain torchrun, which `multiprocess` measures Ray Train against.
+
+    torchrun --nproc-per-node 2 -m tests.benchmarks.torchrun_search CONFIG FOLDER
+
+Checkpoints go to FOLDER, as Ray's workers send theirs; the records of the epochs to FOLDER/history.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.checkpoint import FolderStore
+from pipeline.config import load
+from pipeline.pictures import open_dataset
+from pipeline.worker import Silent, search_worker
+
+
+def main(config_file: str, folder: Path) -> None:
+    """Search with the ranks that torchrun has started."""
+    dist.init_process_group("gloo")
+    config = load(config_file)
+    dataset = open_dataset(config, ("search",))
+    history = search_worker(config, dataset, FolderStore(folder / "checkpoints"), Silent())
+    if dist.get_rank() == 0:
+        (folder / "history.json").write_text(json.dumps(history))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
