@@ -129,7 +129,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """`scale` times the block's output."""
-        return self._project([F.relu_(phase) for phase in self._phases(x)], scale)
+        return self._project([F.relu(phase) for phase in self._phases(x)], scale)
 
     def after_relu(self, x: Tensor) -> Tensor:
         """The block on a rectified input."""
