@@ -303,7 +303,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps timed, and profiled."
 )
 @click.option(
-    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of the steps."
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of a step."
 )
 @configured
 @json_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -24,7 +25,7 @@ T = TypeVar("T")
 Train = Callable[[int, Callable[[], None]], object]
 """Trains so many steps and calls back after each."""
 
-DATA_RANGE, STEPS_RANGE = "istanas.data", "istanas.steps"  # what the profile calls them, in a trace too
+DATA_RANGE, STEP_RANGE = "istanas.data", "istanas.step"  # what the profile calls them, in a trace too
 PYTHON, OTHER = "Python between operations", "other"
 
 _FORWARD_CONVOLUTIONS = frozenset({"conv2d", "convolution", "_convolution"})
@@ -159,10 +160,10 @@ def time_by_kind(
     """Profile some steps: self times by kind of operation, on a GPU those of its kernels.
 
     Args:
-        train: see `Train`.
+        train: see `Train`; called once a step, and once more at first.
         steps: >= 1.
         device: where they run.
-        trace: file for a Chrome trace.
+        trace: file for a Chrome trace of the last step.
 
     Returns:
         The kinds that occur, longest first, their shares adding up to 1; and whose time it is, "cpu" or "cuda"
@@ -171,32 +172,52 @@ def time_by_kind(
     Raises:
         IstanasError: if the trace could not be written.
     """
+    seconds: defaultdict[str, float] = defaultdict(float)
+    calls: defaultdict[str, int] = defaultdict(int)
+    clock = "cpu"
+    # What the profiler remembers keeps the memory around it from being used again, so that steps profiled together
+    # take twice their time, all of it in large operations. One by one, only the first does: it does not count.
+    for step in range(steps + 1):
+        profiler = _profile_step(train, device)
+        if step > 0:
+            # Kernels are listed beside the operations that launch them, and count there.
+            events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
+            if any(event.self_device_time_total for event in events):
+                clock = device.type
+            for kind, (kind_seconds, kind_calls) in sums_by_kind(events, clock).items():
+                seconds[kind] += kind_seconds
+                calls[kind] += kind_calls
+            del events
+        if step == steps and trace is not None:
+            profiler.export_chrome_trace(str(trace))
+            if not trace.is_file():  # the library only logs it
+                raise IstanasError(f"trace: {trace} could not be written, free space or give another file")
+        del profiler
+        gc.collect()  # operations and those that they call refer to each other
+    total = sum(seconds.values())
+    kinds = [KindTime(k, s / total, s / steps, calls[k] / steps) for k, s in seconds.items() if s > 0]
+    return sorted(kinds, key=lambda kind: -kind.share), clock
+
+
+def _profile_step(train: Train, device: torch.device) -> profile:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the library talks about itself on stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as profiler:
-        with record_function(STEPS_RANGE):
-            train(steps, lambda: None)
+        with record_function(STEP_RANGE):
+            train(1, lambda: None)
         _wait_for(device)
-    if trace is not None:
-        profiler.export_chrome_trace(str(trace))
-        if not trace.is_file():  # the library only logs it
-            raise IstanasError(f"trace: {trace} could not be written, free space or give another file")
-    # Kernels are listed beside the operations that launch them, and count there.
-    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
-    clock = device.type if any(event.self_device_time_total for event in events) else "cpu"
-    return kind_times(events, steps, clock), clock
+    return profiler
 
 
-def kind_times(events: Sequence[Any], steps: int, clock: str) -> list[KindTime]:
+def sums_by_kind(events: Sequence[Any], clock: str) -> dict[str, tuple[float, int]]:
     """Add up the self times of profiled operations by kind; what an operation calls belongs to its kind.
 
     Args:
         events: the profiler's operations on the CPU.
-        steps: how many they are of.
         clock: "cpu", or "cuda" for the time of the kernels that they launch.
 
     Returns:
-        See `time_by_kind`.
+        Kind -> (seconds, calls), see `KindTime`.
     """
     decided: dict[int, str | None] = {}
 
@@ -209,13 +230,11 @@ def kind_times(events: Sequence[Any], steps: int, clock: str) -> list[KindTime]:
     seconds: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     for event in events:
-        kind = decide(event) or (PYTHON if event.name == STEPS_RANGE else OTHER)
+        kind = decide(event) or (PYTHON if event.name == STEP_RANGE else OTHER)
         microseconds = event.self_cpu_time_total if clock == "cpu" else event.self_device_time_total
         seconds[kind] += microseconds / 1e6
         calls[kind] += kind != PYTHON and (event.cpu_parent is None or decide(event.cpu_parent) is None)
-    total = sum(seconds.values())
-    kinds = [KindTime(k, s / total, s / steps, calls[k] / steps) for k, s in seconds.items() if s > 0]
-    return sorted(kinds, key=lambda kind: -kind.share)
+    return {kind: (seconds[kind], calls[kind]) for kind in seconds}
 
 
 def kind_of(name: str, shapes: Sequence[Sequence[int]]) -> str | None:

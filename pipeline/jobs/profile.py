@@ -139,7 +139,7 @@ def run_profile(
         config: the whole configuration; its method says which search. Workers and address are not used.
         genotype: the cells to retrain; None: a search.
         steps: that are timed, and as many again that are profiled; >= 1.
-        trace: file for the Chrome trace of the profiled steps.
+        trace: file for the Chrome trace of the last profiled step.
         console: for people.
 
     Returns:
@@ -155,19 +155,19 @@ def run_profile(
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)
-    tell(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 1} training steps")
+    tell(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 2} training steps")
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
     device = compute.device
 
     work.train(WARM_UP, lambda: None)
     per_step = statistics.median(step_seconds(work.train, steps, device))
     flops = count_flops(lambda: work.train(1, lambda: None))
-    kinds, clock = time_by_kind(work.train, steps, device, trace)
     work.measure()
     per_picture = seconds_of(work.measure, device) / work.pictures_measured
-    per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     dtype = compute.autocast_dtype or torch.float32
     peak = peak_flops(device, dtype)
+    kinds, clock = time_by_kind(work.train, steps, device, trace)
+    per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {
         "job": job,
         "method": config.method,
@@ -227,7 +227,10 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
     totals = Totals(compute.device)
 
     def train(steps: int, done: Callable[[], None]) -> None:
-        search.supernet.train()
+        if (
+            not search.supernet.training
+        ):  # walking the modules takes milliseconds, which a job spends once an epoch
+            search.supernet.train()
         for _ in range(steps):
             search.alpha_step(next(for_alphas))
             search.weight_step(next(for_weights), totals)
@@ -258,7 +261,10 @@ def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) 
     totals = Totals(compute.device)
 
     def train(steps: int, done: Callable[[], None]) -> None:
-        search.supernet.train()
+        if (
+            not search.supernet.training
+        ):  # walking the modules takes milliseconds, which a job spends once an epoch
+            search.supernet.train()
         for _ in range(steps):
             search.step(next(stream), totals)
             done()

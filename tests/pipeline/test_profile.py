@@ -99,7 +99,7 @@ def istanas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 @pytest.mark.parametrize("name", RUNS)
 def test_a_profile_adds_up(istanas: Command, tmp_path: Path, name: str) -> None:
     arguments, plan = RUNS[name]
-    code, out, err = istanas(*arguments, "--steps", "2", "--json")
+    code, out, err = istanas(*arguments, "--steps", "1", "--json")
     assert code == 0, err
     result = json.loads(out)
 
@@ -135,19 +135,19 @@ def test_a_profile_adds_up(istanas: Command, tmp_path: Path, name: str) -> None:
 
 
 def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path: Path) -> None:
-    code, out, err = istanas(*RETRAIN, "--set", "retrain.layers=1", "--steps", "1", "--trace", "steps.json")
+    code, out, err = istanas(*RETRAIN, "--set", "retrain.layers=1", "--steps", "1", "--trace", "step.json")
     assert (code, err) == (0, "")
     for text in (
         "pictures/s",
         "matrix product, float32, cpu",
         "the whole run",
         "20 epochs x 23",
-        "steps.json",
+        "step.json",
     ):
         assert text in out
-    assert [path.name for path in tmp_path.iterdir()] == ["steps.json"]
-    names = {event.get("name") for event in json.loads((tmp_path / "steps.json").read_text())["traceEvents"]}
-    assert {profiling.DATA_RANGE, profiling.STEPS_RANGE, "aten::conv2d"} <= names
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
+    names = {event.get("name") for event in json.loads((tmp_path / "step.json").read_text())["traceEvents"]}
+    assert {profiling.DATA_RANGE, profiling.STEP_RANGE, "aten::conv2d"} <= names
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--config", "absent.yaml"], 2, "absent.yaml: cannot be read"),
         (["--set", "search.epoch=3"], 2, "did you mean epochs?"),
         (["--set", "search.max_pictures=5000"], 2, "search.max_pictures is 5000"),
-        (["--trace", "absent/steps.json"], 2, "absent/steps.json"),
+        (["--trace", "absent/step.json"], 2, "absent/step.json"),
         (["--trace", "."], 2, "trace: ."),
     ],
 )
