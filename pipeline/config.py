@@ -213,7 +213,7 @@ class RuntimeSettings(_Section):
     threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
     activation_checkpointing: bool = Field(
         False,
-        description="computes each cell again in the backward pass: half the memory, more time, same numbers",
+        description="computes each cell again in the backward pass: about half the memory, more time, same bits",
     )
     data_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode large pictures")
     workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(

@@ -185,17 +185,7 @@ class RetrainJob:
     ) -> None:
         self._config, self._compute, self._ranks, self._genotype = config, compute, ranks, genotype
         r = config.retrain
-        self._net = build_target(config, genotype, dataset)
-        self._net.activation_checkpointing = config.runtime.activation_checkpointing
-        to_channels_last(self._net.to(compute.device))
-        self._optimizer = torch.optim.SGD(
-            self._net.parameters(),
-            r.lr,
-            momentum=r.momentum,
-            weight_decay=r.weight_decay,
-            nesterov=r.nesterov,
-            fused=compute.device.type == "cuda",
-        )
+        self._net, self._optimizer = build_retraining(config, genotype, dataset, compute)
         self._indices, self._holdout = training_indices(config, dataset), holdout_indices(config, dataset)
         self._batches = Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
         self._cost = _cost_metrics(network_cost(r, dataset, genotype))
@@ -315,6 +305,25 @@ def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> T
         op_batchnorm=r.op_batchnorm,
         in_channels=dataset.channels,
     )
+
+
+def build_retraining(
+    config: Config, genotype: Genotype, dataset: ImageDataset, compute: Compute
+) -> tuple[TargetNet, torch.optim.SGD]:
+    """The network of `build_target` on its device, as it is trained, and its optimiser."""
+    r = config.retrain
+    net = build_target(config, genotype, dataset)
+    net.activation_checkpointing = config.runtime.activation_checkpointing
+    to_channels_last(net.to(compute.device))
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        r.lr,
+        momentum=r.momentum,
+        weight_decay=r.weight_decay,
+        nesterov=r.nesterov,
+        fused=compute.device.type == "cuda",
+    )
+    return net, optimizer
 
 
 def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:

@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # How long a group waits for a place that has gone with its node, before it starts without; else 60.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
-    # A node whose machine has died is noticed after some 6 s; else 15.
+    # A node is given up after five missed checks, one a second; else after some 15 s.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from istanas.space import N_CELL_INPUTS
 
 MIN_IMAGE_SIZE = 8
 STEM_MULTIPLIER = 3
+
+Preprocess: TypeAlias = ReLUConvBN | FactorizedReduce
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ def check_sizes(**sizes: int) -> None:
             raise ConfigError(f"{name} is {size}: choose at least 1")
 
 
-def make_preprocess(place: CellPlace, affine: bool) -> tuple[nn.Module, nn.Module]:
+def make_preprocess(place: CellPlace, affine: bool) -> tuple[Preprocess, Preprocess]:
     """The blocks that bring a cell's two inputs to its width and size."""
-    first: nn.Module
+    first: Preprocess
     if place.reduction_prev:
         first = FactorizedReduce(place.c_prev_prev, place.channels, affine)
     else:
@@ -146,10 +148,10 @@ def make_preprocess(place: CellPlace, affine: bool) -> tuple[nn.Module, nn.Modul
 
 
 def live_inputs(
-    preprocess: Sequence[Any], inputs: Sequence[Tensor | None], live: Collection[int]
+    preprocess: Sequence[Preprocess], inputs: Sequence[Tensor | None], live: Collection[int]
 ) -> dict[int, Tensor]:
     """The first states of a cell: its live inputs (rectified ones), each brought to the cell's width and size."""
-    return {i: preprocess[i].after_relu(s) for i, s in enumerate(inputs) if i in live}
+    return {i: preprocess[i].after_relu(s) for i, s in enumerate(inputs) if s is not None and i in live}
 
 
 class Stem(nn.Module):

@@ -57,7 +57,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
     channels, kernel = weight.shape[0], weight.shape[-1]
     if dilation == 2 and stride == 2:
         # Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)) if x.shape[2] % 2 or x.shape[3] % 2 else x
         (even,) = pixel_phases(x, (0,))
         return F.conv2d(even, weight, None, 1, kernel // 2, 1, channels)
     if (

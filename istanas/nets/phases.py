@@ -18,11 +18,11 @@ def pixel_phases(x: Tensor, offsets: Sequence[int]) -> tuple[Tensor, ...]:
     backward: 68 -> 31 ms.
 
     Args:
-        x: (B, C, H, W), H and W even.
+        x: (B, C, H, W).
         offsets: each 0 or 1, all different.
 
     Returns:
-        One (B, C, H / 2, W / 2) an offset, in channels-last memory if x is.
+        One (B, C, ceil((H - o) / 2), ceil((W - o) / 2)) an offset o, in channels-last memory if x is.
 
     Example:
         >>> [phase.flatten().tolist() for phase in pixel_phases(torch.arange(4.0).view(1, 1, 2, 2), [0, 1])]

@@ -147,12 +147,12 @@ def apply_operation(
         if state not in rectified:
             rectified[state] = F.relu(states[state])
         return op.after_relu(rectified[state], scale)
-    if scale is None or isinstance(op, NormalizedPool | FactorizedReduce):
-        arguments = () if scale is None else (scale,)
-        out: Tensor = op(states[state], *arguments)
+    out: Tensor
+    if isinstance(op, NormalizedPool | FactorizedReduce):
+        out = op(states[state], scale)
         return out
-    scaled: Tensor = scale * op(states[state])
-    return scaled
+    out = op(states[state])
+    return out if scale is None else scale * out
 
 
 def sum_terms(terms: list[Tensor]) -> Tensor:

@@ -21,11 +21,10 @@ from rich.table import Table
 from istanas.data import Batch, ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
-from istanas.nets import to_channels_last
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, train_target_epoch
 from pipeline.config import Config, OneStageConfig, TwoStageConfig
-from pipeline.epochs import build_one_stage, build_target, build_two_stage
+from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
 from pipeline.jobs.job import console_line, prepare_data
 from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
 from pipeline.profiling import (
@@ -227,10 +226,7 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
     totals = Totals(compute.device)
 
     def train(steps: int, done: Callable[[], None]) -> None:
-        if (
-            not search.supernet.training
-        ):  # walking the modules takes milliseconds, which a job spends once an epoch
-            search.supernet.train()
+        _to_training_mode(search.supernet)
         for _ in range(steps):
             search.alpha_step(next(for_alphas))
             search.weight_step(next(for_weights), totals)
@@ -261,10 +257,7 @@ def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) 
     totals = Totals(compute.device)
 
     def train(steps: int, done: Callable[[], None]) -> None:
-        if (
-            not search.supernet.training
-        ):  # walking the modules takes milliseconds, which a job spends once an epoch
-            search.supernet.train()
+        _to_training_mode(search.supernet)
         for _ in range(steps):
             search.step(next(stream), totals)
             done()
@@ -288,17 +281,8 @@ def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) 
 
 def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype) -> Work:
     r, indices = config.retrain, training_indices(config, dataset)
-    net = build_target(config, genotype, dataset)
-    to_channels_last(net.to(compute.device))
+    net, optimizer = build_retraining(config, genotype, dataset, compute)
     net.drop_path_prob = r.drop_path / 2  # the mean over the run
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        r.lr,
-        momentum=r.momentum,
-        weight_decay=r.weight_decay,
-        nesterov=r.nesterov,
-        fused=compute.device.type == "cuda",
-    )
     batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
     stream = _endless(batches, "retrain", indices, r.batch_size)
 
@@ -330,6 +314,12 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
             upper_bound=False,
         ),
     )
+
+
+def _to_training_mode(net: torch.nn.Module) -> None:
+    """Once: walking the modules takes milliseconds, which a job spends once an epoch and not in every step."""
+    if not net.training:
+        net.train()
 
 
 def _endless(batches: Batches, purpose: str, indices: torch.Tensor, size: int) -> Iterator[Batch]:

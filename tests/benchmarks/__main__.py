@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from istanas.data import Augmentation, augment
 from istanas.search.state import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
+from pipeline.profiling import count_flops
 from tests.benchmarks import harness, multiprocess, reference
 from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.pairs import Pair, TargetPair, ours_of, random_batch
@@ -42,17 +42,16 @@ def counted(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
     """FLOPs and kernels of a call, ours against the reference's."""
     figures = []
     for call in (ours, theirs):
-        with FlopCounterMode(display=False) as flops:
-            call()
+        flops = count_flops(call)
         with _Kernels() as kernels:
             call()
-        figures.append((flops.get_total_flops(), kernels.count))
+        figures.append((flops, kernels.count))
     (a, k), (b, n) = figures
     return f"{a / 1e9:.2f} / {b / 1e9:.2f} GFLOP, {k:,} / {n:,} kernels"
 
 
 def over_seeds(measure: Callable[[int], Row]) -> Row:
-    """The median row over several random active sets, with the widest spread."""
+    """The (lower) median row over several random active sets, with the widest spread."""
     rows = sorted((measure(seed) for seed in SEEDS), key=lambda row: row.ratio)
     middle = rows[(len(rows) - 1) // 2]
     spread = min(r.spread[0] for r in rows), max(r.spread[1] for r in rows)
@@ -229,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "augmentation": lambda: augmentation(256, 6.0, 15),
         "recovery": lambda: recovery(7),
         "memory": memory,
-        "reduced": lambda: multiprocess.bytes_all_reduced(),
-        "ray": lambda: multiprocess.ray_against_torchrun(),
+        "reduced": multiprocess.bytes_all_reduced,
+        "ray": multiprocess.ray_against_torchrun,
     }
     rows: list[Row] = []
     for name, work in works.items():

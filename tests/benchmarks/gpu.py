@@ -24,10 +24,8 @@ from pipeline.epochs import build_two_stage
 from pipeline.pictures import Batches, SearchSplit, search_split
 from pipeline.worker import compute_for
 
-EPOCHS, PICTURES = (
-    50,
-    25_000,
-)  # of the published run: an epoch has so many for the weights, as many for the alphas
+# Of the published run; an epoch has so many pictures for the weights, and as many for the alphas.
+EPOCHS, PICTURES = 50, 25_000
 PAPER_SECONDS = 4320  # on a GTX 1080 Ti: Yang et al., NeurIPS 2020
 PROFILED_STEPS = 10
 

@@ -26,7 +26,7 @@ def tiny(device: str) -> tuple[Loop, Compute]:
     return Loop(config, random_pictures(PICTURES, 8), compute), compute
 
 
-def check(loop: Loop, speed: Speed) -> None:
+def assert_measured(loop: Loop, speed: Speed) -> None:
     """What holds on every device."""
     assert all(math.isfinite(v) and v > 0 for v in vars(speed).values())
     assert loop.search.epoch == 3, "a warm-up, a measured and a profiled epoch"
@@ -45,7 +45,7 @@ def test_the_loop_trains_on_full_batches_and_validates_on_all() -> None:
 
 def test_measured_on_a_cpu() -> None:
     loop, _ = tiny("cpu")
-    check(loop, measure(loop))
+    assert_measured(loop, measure(loop))
 
 
 def test_kernels_are_counted_once_and_annotations_around_them_not_at_all() -> None:
@@ -97,7 +97,7 @@ def test_measured_on_a_gpu_in_bf16_with_fused_optimisers_and_the_pictures_there(
     for optimizer in (loop.search.weight_optimizer, loop.search.alpha_optimizer):
         assert all(group["fused"] for group in optimizer.param_groups)
     speed = measure(loop)
-    check(loop, speed)
+    assert_measured(loop, speed)
     assert speed.computing_share < 1
     for batch in loop.batches.training("weights", loop.split.weights, 0):
         assert batch.images.device.type == "cuda"
