@@ -20,8 +20,9 @@ from istanas.nets.phases import pixel_phases
 class ScaledBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose output can be taken `scale` times: w BN(x; g, b) = BN(x; w g, w b), so the factor is free.
 
-    Saves two passes over the output, one forward and one backward: a two-stage step with 16 channels, 8 layers and
-    64 pictures takes 13 to 17 % less time on a CPU, together with `dense_gradient`, without which it gains nothing.
+    Saves two passes over the output, one forward and one backward. Together with `dense_gradient` a two-stage step
+    on a CPU, one thread, takes 13 % less time at 16 channels, 8 layers, 64 pictures (alone: nothing), and 19 % less
+    at 8, 5, 32 (alone: 9 %).
     """
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
