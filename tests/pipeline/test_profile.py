@@ -1,6 +1,7 @@
 """`istanas profile`: shares of all the time, FLOPs that can be counted by hand, a projection that is its formula."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.space import PUBLISHED
 from istanas.training import Compute
 from pipeline import profiling
-from pipeline.cli import run
 from pipeline.config import load
 from pipeline.jobs import profile as profile_job
 from pipeline.jobs.profile import make_work
@@ -81,16 +81,16 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def istanas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line in this process and an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def istanas(tmp_path: Path) -> Command:
+    """Runs a command line in an empty folder: (exit code, stdout, stderr).
+
+    In a process of its own, since what the profiler's library says depends on what was profiled before.
+    """
+    command_line = [sys.executable, "-m", "pipeline.cli", "profile"]
 
     def command(*arguments: str) -> Outcome:
-        capfd.readouterr()
-        code = run(["profile", *arguments])
-        sys.stdout.flush()
-        out, err = capfd.readouterr()  # what the libraries write below Python too
-        return code, out, err
+        done = subprocess.run([*command_line, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
 
     return command
 
