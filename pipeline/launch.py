@@ -361,7 +361,7 @@ class _Reporter:
     def resumed(self, history: list[Record], workers: int) -> None:
         self._post("resumed", history, workers)
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         now = time.monotonic()
         if step == n_steps or now - self._told > SECONDS_BETWEEN_STEPS:
             self._told = now

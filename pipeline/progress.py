@@ -18,7 +18,7 @@ from rich.progress import (
 
 from istanas.training import Metrics
 
-# Reading a loss waits for the device, so it is not done at every step.
+# Figures are for eyes: reading them at every step would only cost time.
 SECONDS_BETWEEN_READINGS = 0.5
 
 
@@ -57,16 +57,16 @@ class EpochBar:
     ) -> None:
         self._progress.stop()
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
-        """Move the bar; `epoch` from 0, `step` from 1; `read` waits for the device."""
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
+        """Move the bar; `epoch` from 0, `step` from 1; `read` gives the epoch's figures so far, if they are known."""
         if self._progress.disable:
             return
         update: dict[str, object] = {}
         now = time.monotonic()
         if now - self._read > SECONDS_BETWEEN_READINGS:
             self._read = now
-            m = read()
-            update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
+            if (m := read()) is not None:
+                update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
         self._progress.update(
             self._task,
             description=f"{self._label} epoch {epoch + 1}/{self._epochs}",

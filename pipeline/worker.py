@@ -48,8 +48,11 @@ class Observer(Protocol):
     def resumed(self, history: list[Record], workers: int) -> None:
         """Called before the first epoch of `workers` workers, with the epochs of the checkpoint (none: a new run)."""
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
-        """Called after every training step (epochs from 0, steps from 1); `read` waits for the device."""
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
+        """Called after every training step (epochs from 0, steps from 1).
+
+        `read` gives the epoch's figures so far, or None where that would make the device wait: on a GPU.
+        """
 
     def epoch_done(self, history: list[Record]) -> None:
         """Called after every epoch, its checkpoint written; the last record is the new one."""
@@ -67,7 +70,7 @@ class Silent:
     def resumed(self, history: list[Record], workers: int) -> None:
         pass
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         pass
 
     def epoch_done(self, history: list[Record]) -> None:
@@ -191,7 +194,8 @@ def _run_epochs(
         _seed_epoch(config, epoch, ranks)
 
         def tell(step: int, n_steps: int, totals: Totals, epoch: int = epoch) -> None:
-            observer.step(epoch, step, n_steps, totals.metrics)
+            on_cpu = compute.device.type == "cpu"
+            observer.step(epoch, step, n_steps, totals.metrics if on_cpu else lambda: None)
 
         start = time.perf_counter()
         record = job.run_epoch(epoch, tell)

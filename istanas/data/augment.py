@@ -144,10 +144,10 @@ def normalize(
     """
     precise = dtype if dtype == torch.float64 else torch.float32
     shape = (1, len(mean), 1, 1)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=precise, device=images.device).view(shape)
-    shift = torch.tensor(
-        [m / s for m, s in zip(mean, std, strict=True)], dtype=precise, device=images.device
-    ).view(shape)
+    scale, shift = (
+        send(torch.tensor(values, dtype=precise).view(shape), images.device)
+        for values in ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
+    )
     floats = images.contiguous(memory_format=torch.channels_last).to(precise)
     return floats.mul_(scale).sub_(shift).to(dtype)
 
@@ -187,9 +187,32 @@ def augment(
     return cutout(normalize(images, mean, std, dtype), augmentation.cutout, generator)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it.
+
+    From ordinary memory a copy to a GPU would stop this process until the GPU has done all its work; the
+    allocator of pinned memory keeps the bytes until they have arrived.
+
+    Args:
+        tensor: on the CPU or on `device`.
+        device: where it is wanted.
+
+    Returns:
+        The tensor on the device, itself if it is there.
+
+    Example:
+        >>> here = torch.zeros(2)
+        >>> send(here, torch.device("cpu")) is here
+        True
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _integers(shape: tuple[int, ...], high: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Uniform integers of {0, ..., high - 1}, drawn where the generator lives."""
-    return torch.randint(high, shape, generator=generator, device=generator.device).to(device)
+    return send(torch.randint(high, shape, generator=generator, device=generator.device), device)
 
 
 def _within(size: int, length: int, centre: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augment import Augmentation, augment, cutout, normalize
+from istanas.data.augment import Augmentation, augment, cutout, normalize, send
 from istanas.data.datasets import ArrayPictures, FilePictures, ImageDataset, Pictures, read_picture
 from istanas.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ class BatchLoader:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pictures = _moved(pictures, self.device)
         sizes = [part.numel() for part in self.parts]
-        for index in torch.split(torch.cat(self.parts).to(self.device), sizes):
+        for index in torch.split(send(torch.cat(self.parts), self.device), sizes):
             images, labels = pictures.images[index], pictures.labels[index]
             if self.augmentation is None:
                 yield normalize(images, self.mean, self.std, self.dtype), labels
@@ -118,7 +118,7 @@ class BatchLoader:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            images, labels = (send(part, self.device) for part in batch)
             images = normalize(images, self.mean, self.std, self.dtype)
             length = 0 if self.augmentation is None else self.augmentation.cutout
             yield cutout(images, length, generator), labels

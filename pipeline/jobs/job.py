@@ -111,7 +111,7 @@ class RunObserver:
                     "longer bit for bit the run that it would have been"
                 )
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self._bar.step(epoch, step, n_steps, read)
 
     def epoch_done(self, history: list[Record]) -> None:

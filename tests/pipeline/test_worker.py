@@ -80,9 +80,10 @@ class Watcher:
     def resumed(self, history: list[Record], workers: int) -> None:
         self.resumed_with.append((len(history), workers))
 
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics]) -> None:
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self.steps.append((epoch, step, n_steps))
-        self.counts[epoch] = read().count
+        if (metrics := read()) is not None:
+            self.counts[epoch] = metrics.count
         if (epoch, step) == self.stop_at:
             raise KeyboardInterrupt
 
