@@ -28,7 +28,7 @@ quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on ha
 test: lint ## lint, types, and all tests and doctests, slow ones included
 	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (15 minutes, otherwise idle machine)
+bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
