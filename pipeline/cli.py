@@ -24,8 +24,8 @@ from istanas.errors import ConfigError, GenotypeError, IstanasError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.config import Config
     from pipeline.rundir import RunDir
+    from pipeline.schema import Config
 
 Command = Callable[..., Any]
 
@@ -183,6 +183,36 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     with Runtime(config.runtime) as runtime:
         result = run_whole(config, name=name, fresh=fresh, console=console, runtime=runtime)
     _finish(result, as_json, console, config)
+
+
+@cli.command()
+@click.option(
+    "--dry-run", is_flag=True, help="Show the space, some settings and the resources; start nothing."
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Trials at once; as many as fit if not given.",
+)
+@job
+def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None, **settings: Any) -> None:
+    """Try many settings: Optuna chooses, Ray Tune places and stops, the best is kept."""
+    if max_concurrent is not None:
+        settings["overrides"] += (f"sweep.max_concurrent={max_concurrent}",)
+    config, name = _load(**settings)
+    console = _console(as_json)
+    from pipeline.cluster import Runtime
+    from pipeline.jobs.sweep import print_dry_run, run_sweep
+
+    with Runtime(config.runtime) as runtime:
+        if dry_run:
+            plan = print_dry_run(config, console, runtime)
+            if as_json:
+                _print_json(asdict(plan))
+            return
+        result = run_sweep(config, name=name, fresh=fresh, console=console, runtime=runtime)
+    _finish_sweep(result, as_json, console, config)
 
 
 @cli.command()
@@ -368,7 +398,11 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     run_dir, config = _run_and_config(reference, file, overrides)
     t = config.tracking
     tracker = MLflowTracker(
-        run_dir, tracking_uri=t.uri, experiment=t.experiment, registered_model=t.registered_model
+        run_dir,
+        tracking_uri=t.uri,
+        experiment=t.experiment,
+        models=t.models,
+        registered_model=t.registered_model,
     )
     if not tracker.deliver():
         raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
@@ -451,16 +485,56 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
         where.append(("network", run_dir / "model.safetensors"))
     for label, path in where:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
-    if config.tracking.enabled:
-        from pipeline.tracking import public_uri, store_uri
+    _say_where(console, config)
+    if as_json:
+        _print_json(result)
 
-        console.print(
-            f"MLflow store: {public_uri(store_uri(config.tracking.uri))}", highlight=False, soft_wrap=True
-        )
-        program = _program()
-        store = f" --set tracking.uri={public_uri(config.tracking.uri)}" if config.tracking.uri else ""
-        console.print(f"browse it: {program} ui{store}", highlight=False, soft_wrap=True)
-        console.print(f"as a table: {program} results{store}", highlight=False, soft_wrap=True)
+
+def _say_where(console: Console, config: Config) -> None:
+    """The MLflow store, and the commands that show it."""
+    if not config.tracking.enabled:
+        return
+    from pipeline.tracking import public_uri, store_uri
+
+    store = f" --set tracking.uri={public_uri(config.tracking.uri)}" if config.tracking.uri else ""
+    for line in (
+        f"MLflow store: {public_uri(store_uri(config.tracking.uri))}",
+        f"browse it: {_program()} ui{store}",
+        f"as a table: {_program()} results{store}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """The best trial, and what to type next."""
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    table.add_row("best trial", str(result["best_trial"]))
+    for key, value in result["settings"].items():
+        table.add_row(f"  {key}", f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("top-1 in search", f"{100 * result['valid_top1']:.2f} %")
+    if "retrained_top1" in result:
+        table.add_row("top-1 after retraining", f"{100 * result['retrained_top1']:.2f} %")
+        tau = result["kendall_tau"]
+        table.add_row("Kendall's tau of the two", "not defined" if tau is None else f"{tau:.2f}")
+    for key, label in (
+        ("params", "parameters"),
+        ("macs", "multiply-adds"),
+        ("epochs", "epochs of all trials"),
+    ):
+        table.add_row(label, f"{result[key]:,}")
+    ended = f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed"
+    table.add_row("trials", ended)
+    console.print(table)
+    best, program = Path(result["run_dir"]) / "best", _program()
+    for label, text in (
+        ("all trials", Path(result["run_dir"]) / "trials.csv"),
+        ("best", best),
+        ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),
+    ):
+        console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
+    _say_where(console, config)
     if as_json:
         _print_json(result)
 

@@ -26,7 +26,6 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
-from pipeline.config import RuntimeSettings
 from pipeline.resources import (
     Node,
     WorkerRange,
@@ -35,6 +34,7 @@ from pipeline.resources import (
     usable_cores,
     workers_that_fit,
 )
+from pipeline.schema import RuntimeSettings
 from pipeline.worker import choose_compute
 
 LOG_FOLDER = "ray"  # in the run directory
@@ -114,7 +114,7 @@ class Runtime:
         Raises:
             IstanasError: if the address does not answer, or this machine is too small for the workers.
         """
-        if self._ours:
+        if self._ours or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
             return
         if self._address is None:
             check_machine(self._settings)
@@ -129,8 +129,6 @@ class Runtime:
         answers = ask_ray(self._address)  # meanwhile, Ray is imported here
         import ray
 
-        if ray.is_initialized():
-            return
         if not answers():
             raise IstanasError(f"runtime.address is {self._address}: {NOT_RAY}")
         self._logs = run_dir / LOG_FOLDER
@@ -163,6 +161,20 @@ class Runtime:
         token = _TOKEN_FILE.expanduser()
         if token.is_file() and token.stat().st_uid == os.getuid():
             token.chmod(0o600)  # Ray leaves it readable for everybody
+
+    def nodes(self, run_dir: Path) -> list[Node]:
+        """What there is: of the cluster, which is joined for it, or, without an address, of this machine.
+
+        Args:
+            run_dir: Ray's logs go there.
+
+        Raises:
+            IstanasError: if the address does not answer.
+        """
+        if self._address is None:
+            return [this_machine()]
+        self.start(run_dir)
+        return cluster_nodes()
 
     def allot(self) -> Allotment:
         """Divide what the cluster has now among the workers.
@@ -330,9 +342,8 @@ def check_machine(settings: RuntimeSettings) -> None:
     Raises:
         IstanasError: with what there is and what is asked for.
     """
-    import torch
-
-    cores, gpus = usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = this_machine()
+    cores, gpus = here.cpus, here.gpus
     workers = settings.worker_range.minimum
     asked = allotment(settings, [Node(max(cores, workers), gpus)])
     fit = workers_that_fit([Node(cores, gpus)], asked.threads, asked.gpu)
@@ -344,6 +355,13 @@ def check_machine(settings: RuntimeSettings) -> None:
             f"{count(cores, 'core')} and {count(gpus, 'GPU')}: lower --workers (or runtime.threads), or name a "
             "cluster with --address"
         )
+
+
+def this_machine() -> Node:
+    """What this machine has."""
+    import torch
+
+    return Node(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def cluster_nodes() -> list[Node]:

@@ -1,4 +1,4 @@
-"""The configuration: one validated schema for YAML files and `--set key.path=value`. It fails here or never.
+"""Reads configurations: YAML files and `--set key.path=value`, checked against the schema. It fails here or never.
 
 Unknown keys, wrong types and impossible combinations are `ConfigError`s that name file, field and remedy.
 """
@@ -9,282 +9,37 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args, get_origin
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ruamel.yaml import YAML, YAMLError
 
 from istanas.errors import ConfigError
-from istanas.space import PRIMITIVES, CellSpace
-from pipeline.resources import WorkerRange, parse_workers
-
-Primitive = Literal[
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-]
-DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
-Stem = Literal["cifar", "imagenet"]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AbovePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _checked_workers(value: Any) -> Any:
-    try:
-        parse_workers(value)
-    except ConfigError as error:
-        raise ValueError(str(error).partition(" is none, ")[2]) from None
-    return value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
-
-
-class DataSettings(_Section):
-    """Which pictures, and how they are varied in training."""
-
-    name: DatasetName = Field("digits", description="registered data set, or `folder` for a picture folder")
-    root: str | None = Field(
-        None, description="folder with the data (train/CLASS/*, test/CLASS/* for `folder`)"
-    )
-    download: bool = Field(False, description="let torchvision download the data set into data.root")
-    image_size: Annotated[int, Field(ge=8)] | None = Field(None, description="resize pictures to this side")
-    cache_dir: str | None = Field(
-        None, description="where decoded pictures are cached (default ~/.cache/istanas)"
-    )
-    holdout: Fraction = Field(0.0, description="stratified share of the training pictures kept for choosing")
-    crop_padding: Annotated[int, Field(ge=0)] = Field(
-        0, description="random crop after padding by so many pixels, of small pictures"
-    )
-    horizontal_flip: bool = Field(False, description="mirror half of the training pictures")
-
-
-class SpaceSettings(_Section):
-    """What a cell may be, and how its sparse code is measured and recovered."""
-
-    nodes: Annotated[int, Field(ge=1, le=16)] = 4
-    ops: list[Primitive] = Field(default_factory=lambda: list(get_args(Primitive)))
-    sparsity: Positive = Field(2, description="operations that a node keeps")
-    one_op_per_edge: bool = False
-    n_measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
-        7, description="m, length of the compressed alphas b"
-    )
-    matrix: Literal["uniform", "gaussian"] = "uniform"
-    matrix_seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="seed of A; the run's seed if not given"
-    )
-    l1_weight: AbovePositive = 1e-5
-    solver: Literal["homotopy", "ista", "fista", "clarabel", "mosek"] = "homotopy"
-
-    def cell_space(self) -> CellSpace:
-        """The space as the algorithms take it."""
-        return CellSpace(self.nodes, tuple(self.ops), self.sparsity, self.one_op_per_edge)
-
-
-class SearchSettings(_Section):
-    """What the supernets of both methods have; the defaults of each are in its own class."""
-
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    init_channels: Positive = 16
-    layers: Annotated[int, Field(ge=3)] = Field(8, description="fewer than 3 would hold no normal cell")
-    stem: Stem = "cifar"
-    lr: AbovePositive = 0.1
-    lr_min: NonNegative = 0.001
-    momentum: Fraction = 0.9
-    weight_decay: NonNegative = 3e-4
-    grad_clip: AbovePositive | None = 5.0
-    arch_lr: AbovePositive = 6e-4
-    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.5, 0.999]
-    )
-    arch_weight_decay: NonNegative = 1e-3
-    max_pictures: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="search on a stratified part of so many training pictures"
-    )
-    cutout: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
-        raise NotImplementedError
-
-    @property
-    def op_batchnorm(self) -> bool:
-        """Whether every candidate operation ends in batch norm."""
-        return False
-
-
-class TwoStageSearchSettings(SearchSettings):
-    """The two-stage supernet and its training; defaults as published."""
-
-    epochs: Positive = 50
-    alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="share of the pictures for the alphas"
-    )
-    termination_tol: NonNegative | None = Field(
-        None, description="stop when every code moves by at most this"
-    )
-
-    @property
-    def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
-        return self.epochs
-
-
-class OneStageSearchSettings(SearchSettings):
-    """The one-stage supernet, which is the target network, and its training; defaults as published for CIFAR-10."""
-
-    max_search_epochs: Positive = Field(120, description="nodes still active after so many epochs freeze")
-    train_epochs: Annotated[int, Field(ge=0)] = Field(600, description="of the fixed architecture")
-    batch_size: Annotated[int, Field(ge=2)] = 96
-    init_channels: Positive = 36
-    layers: Annotated[int, Field(ge=3)] = Field(20, description="fewer than 3 would hold no normal cell")
-    lr: AbovePositive = 0.025
-    lr_min: NonNegative = 0.0
-    arch_lr: AbovePositive = 3e-4
-    cutout: Annotated[int, Field(ge=0)] = 16
-    auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
-    drop_path: Fraction = Field(0.2, description="drop-path probability, rising from 0 to this in training")
-    termination_tol: NonNegative = Field(
-        1e-3, description="a node freezes when its code moves by at most this"
-    )
-    max_params: Positive | None = Field(
-        3_700_000, description="largest architecture; auxiliary head left out"
-    )
-    max_macs: Positive | None = Field(None, description="most multiply-adds of an architecture")
-    test_every: Positive = Field(
-        1, description="measure the test split every so many training epochs, and after the last"
-    )
-
-    @property
-    def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
-        return self.max_search_epochs + self.train_epochs
-
-    @property
-    def op_batchnorm(self) -> bool:
-        """Whether every candidate operation ends in batch norm."""
-        return True
-
-
-class RetrainSettings(_Section):
-    """Training of the found network from scratch; defaults as published for CIFAR-10."""
-
-    epochs: Positive = 600
-    batch_size: Annotated[int, Field(ge=2)] = 96
-    init_channels: Positive = 36
-    layers: Positive = 20
-    stem: Stem = "cifar"
-    lr: AbovePositive = 0.025
-    lr_min: NonNegative = 0.0
-    schedule: Literal["cosine", "linear"] = "cosine"
-    warmup_epochs: NonNegative = 0.0
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 3e-4
-    grad_clip: AbovePositive | None = 5.0
-    auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
-    drop_path: Fraction = Field(0.2, description="drop-path probability, rising linearly from 0 to this")
-    label_smoothing: Fraction = 0.0
-    cutout: Annotated[int, Field(ge=0)] = 16
-    op_batchnorm: bool = Field(
-        False, description="batch norm after pooling and identity (cells of a one-stage search)"
-    )
-    test_every: Positive = Field(
-        1, description="measure the test split every so many epochs, and after the last"
-    )
-
-
-class RuntimeSettings(_Section):
-    """Where a job runs; never part of the configuration's hash."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
-    threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
-    activation_checkpointing: bool = Field(
-        False,
-        description="computes each cell again in the backward pass: about half the memory, more time, same bits",
-    )
-    data_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode large pictures")
-    workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
-        0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"
-    )
-    address: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="of a Ray cluster; RAY_ADDRESS if not given, else Ray is started on this machine"
-    )
-    wait_minutes: NonNegative = Field(10.0, description="how long to wait for a cluster's resources")
-    max_failures: Annotated[int, Field(ge=0)] = Field(
-        5, description="how often lost workers are replaced before the job fails"
-    )
-    runs_dir: str = "runs"
-
-    @property
-    def worker_range(self) -> WorkerRange:
-        """How many workers, at least and at most."""
-        return parse_workers(self.workers)
-
-
-class TrackingSettings(_Section):
-    """MLflow; never part of the configuration's hash."""
-
-    enabled: bool = True
-    uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if not given, else sqlite:///mlflow.db")
-    experiment: str = "istanas"
-    name: str | None = Field(None, description="name of the run; the configuration file's if not given")
-    registered_model: Annotated[str, Field(min_length=1, pattern=r"^[^/:]*$")] | None = Field(
-        None, description="under which trained networks are registered; istanas-DATASET if not given"
-    )
-
-
-class Config(_Section):
-    """A whole configuration: one of the classes below, by its method."""
-
-    method: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: DataSettings = Field(default_factory=DataSettings)
-    space: SpaceSettings = Field(default_factory=SpaceSettings)
-    search: SearchSettings
-    retrain: RetrainSettings = Field(default_factory=RetrainSettings)
-    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
-    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
-
-    @property
-    def matrix_seed(self) -> int:
-        """The seed of the measurement matrices."""
-        return self.seed if self.space.matrix_seed is None else self.space.matrix_seed
-
-
-class TwoStageConfig(Config):
-    """Search, then train the found network from scratch."""
-
-    method: Literal["two_stage"] = "two_stage"
-    search: TwoStageSearchSettings = Field(default_factory=TwoStageSearchSettings)
-
-
-class OneStageConfig(Config):
-    """Search and train the target network in one run."""
-
-    method: Literal["one_stage"] = "one_stage"
-    search: OneStageSearchSettings = Field(default_factory=OneStageSearchSettings)
-
+from pipeline.schema import (
+    Config,
+    OneStageConfig,
+    Parameter,
+    TwoStageConfig,
+)
 
 _CLASSES: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
 
 _HASHED = {
     "search": ("method", "seed", "data", "space", "search"),
     "retrain": ("seed", "data", "retrain"),
+    "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir")
+_NOT_HASHED_SWEEP = (
+    "storage",
+    "max_concurrent",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "max_failures",
+    "max_restarts",
+)
 
 
 def default_file() -> Path:
@@ -309,6 +64,69 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
+    return _validated(tree, source, overrides)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> Config:
+    """The configuration of one trial of a sweep: the sweep's own with other values at some keys, and without a sweep.
+
+    What the sweep's file did not set has the default of the trial's method.
+
+    Args:
+        config: of the sweep.
+        settings: "key.path" -> value.
+        source: what to blame for a value that is refused.
+
+    Raises:
+        ConfigError: as `load` does.
+    """
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"sweep"})
+    for key, value in settings.items():
+        _set_value(tree, key, value, source)
+    return _validated(tree, source, ())
+
+
+def value_at(config: Config, key: str) -> Any:
+    """What a configuration has at "key.path"; None if it has no such key.
+
+    Example:
+        >>> value_at(load(None), "search.epochs"), value_at(load(None), "search.train_epochs")
+        (50, None)
+    """
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def known_methods(key: str) -> list[str]:
+    """The methods whose schema has "key.path".
+
+    Example:
+        >>> known_methods("search.epochs"), known_methods("seed"), known_methods("search.epoch")
+        (['two_stage'], ['two_stage', 'one_stage'], [])
+    """
+    return [name for name, schema in _CLASSES.items() if _knows(schema, key.split("."))]
+
+
+def nearest_key(key: str) -> str:
+    """The settable key that is written most like another.
+
+    Example:
+        >>> nearest_key("search.epoch")
+        'search.epochs'
+    """
+    known = {
+        f"{name}.{field}"
+        for schema in _CLASSES.values()
+        for name, section in schema.model_fields.items()
+        if name != "sweep" and (model := _model_of(section.annotation)) is not None
+        for field in model.model_fields
+    } | {"seed", "method"}
+    return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
+
+
+def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Config:
     method = tree.get("method", "two_stage")
     schema = _CLASSES.get(method, TwoStageConfig) if isinstance(method, str) else TwoStageConfig
     try:
@@ -327,7 +145,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, defaults included; `load` reads it back to an equal one."""
     buffer = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), buffer)
+    tree = config.model_dump(mode="json", by_alias=True)
+    if config.sweep is None:
+        del tree["sweep"]
+    else:  # of each parameter's kinds only the one that was given
+        space = {
+            key: p.model_dump(by_alias=True, exclude_unset=True) for key, p in config.sweep.space.items()
+        }
+        tree["sweep"]["space"] = space
+    _yaml().dump(tree, buffer)
     return buffer.getvalue()
 
 
@@ -336,12 +162,14 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
     Args:
         config: the configuration.
-        job: "search" or "retrain".
+        job: "search", "retrain" or "sweep".
         extra: what else decides it (the genotype of a retraining).
     """
     decisive = config.model_dump(mode="json", include=set(_HASHED[job]))
     for key in _NOT_HASHED_DATA:
         del decisive["data"][key]
+    for key in _NOT_HASHED_SWEEP if job == "sweep" else ():
+        del decisive["sweep"][key]
     if decisive["data"]["root"] is not None:
         decisive["data"]["root"] = str(Path(decisive["data"]["root"]).expanduser().resolve())
     text = json.dumps({"job": job, **decisive, **extra}, sort_keys=True)
@@ -355,6 +183,13 @@ def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:
     for section in sections:
         for key, value in tree[section].items():
             params[f"{section}.{key}"] = ",".join(map(str, value)) if isinstance(value, list) else value
+    if config.sweep is not None and "sweep" in sections:
+        del (
+            params["sweep.space"],
+            params["sweep.points"],
+            params["sweep.storage"],
+        )  # a database may have a password
+        params |= {f"sweep.space.{key}": str(parameter) for key, parameter in config.sweep.space.items()}
     return params
 
 
@@ -391,13 +226,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}"
         ) from None
+    _set_value(tree, key, value, f"--set {override!r}")
+
+
+def _set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     *parents, last = key.split(".")
     for name in parents:
         child = tree.setdefault(name, {})
         if child is None:
             child = tree[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {_printable(name)} is a value, not a section")
+            raise ConfigError(f"{source}: {_printable(name)} is a value, not a section")
         tree = child
     tree[last] = value
 
@@ -431,10 +270,28 @@ def _printable(key: Any) -> str:
 
 
 def _known_keys(schema: type[Config], location: Sequence[Any]) -> list[str]:
+    """The keys that a section has; a sweep's space is a dictionary of sections, whose keys are any."""
     model: Any = schema
     for part in location:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
+        if model is dict:
+            model = Parameter
+        else:
+            field = model.model_fields.get(part)
+            annotation = None if field is None else field.annotation
+            model = dict if get_origin(annotation) is dict else _model_of(annotation)
+        if model is None:
+            return []
+    if model is dict:
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_of(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The section that an annotation means, alone or beside None."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+            return part
+    return None
 
 
 def _knows(schema: type[Config], location: Sequence[Any]) -> bool:
@@ -472,6 +329,7 @@ def _check_combinations(source: str, config: Config) -> None:
             problems.append(
                 f"data.image_size is {config.data.image_size}: {config.data.name} takes at most {SMALL_SIDE}"
             )
+    problems += _sweep_problems(config)
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")
     if config.runtime.device == "cpu" and config.runtime.precision == "bf16":
@@ -482,4 +340,28 @@ def _check_combinations(source: str, config: Config) -> None:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
 
-assert get_args(Primitive) == PRIMITIVES, "the schema's operations are those of istanas.space"
+def _sweep_problems(config: Config) -> list[str]:
+    """What of a sweep's settings does not fit together; its space is checked by `sweep_space`."""
+    sweep = config.sweep
+    if sweep is None:
+        return []
+    problems = []
+    if len(set(sweep.objectives)) < len(sweep.objectives) or "top1" not in sweep.objectives:
+        problems.append(f"sweep.objectives is {sweep.objectives}: give top1, and what else at most once")
+    if len(sweep.objectives) > 1:
+        if sweep.scheduler != "none":
+            problems.append(
+                "sweep.scheduler is asha with several sweep.objectives: no early figure ranks them, set none"
+            )
+    elif sweep.searcher == "nsga2":
+        problems.append("sweep.searcher is nsga2 with one objective: choose tpe, or add to sweep.objectives")
+    if config.data.holdout == 0 and (sweep.objective == "retrained" or config.method == "one_stage"):
+        problems.append("data.holdout is 0: the objective is measured on it, set data.holdout=0.1")
+    if config.runtime.worker_range.elastic:
+        problems.append(f"runtime.workers is {config.runtime.workers}: trials need a fixed number, such as 2")
+    gpus = sweep.gpus_per_trial
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        problems.append(f"sweep.gpus_per_trial is {gpus}: give a whole number, or a fraction below 1")
+    if config.runtime.worker_range.maximum > 1 and "gpus_per_trial" in sweep.model_fields_set:
+        problems.append("sweep.gpus_per_trial is set with several workers: each has one GPU, leave it out")
+    return problems

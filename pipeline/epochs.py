@@ -27,8 +27,8 @@ from istanas.training import (
     learning_rate,
     train_target_epoch,
 )
-from pipeline.config import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
 from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
+from pipeline.schema import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
 
 Record = dict[str, Any]
 # of one epoch: epoch, timestamp_ms, seconds, workers, metrics, and for a search nodes and genotypes
@@ -152,10 +152,8 @@ class OneStageJob:
             **_cost_metrics(network_cost(self._config.search, self._dataset, genotype)),
         }
         if search.search_epochs is not None:
-            trained_epochs = search.epoch - search.search_epochs
-            if search.is_done or (
-                trained_epochs > 0 and trained_epochs % self._config.search.test_every == 0
-            ):
+            done, every = search.epoch - search.search_epochs, self._config.search.test_every
+            if is_tested(done, self._config.search.train_epochs, every):
                 metrics |= _named("test", self._test())
         return {
             "metrics": metrics,
@@ -229,7 +227,7 @@ class RetrainJob:
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
         if self._holdout is not None:
             metrics |= _named("valid", self._measure("train", self._holdout))
-        if (epoch + 1) % r.test_every == 0 or epoch + 1 == r.epochs:
+        if is_tested(epoch + 1, r.epochs, r.test_every):
             metrics |= _named("test", self._measure("test", None))
         return {"metrics": metrics}
 
@@ -324,6 +322,16 @@ def build_retraining(
         fused=compute.device.type == "cuda",
     )
     return net, optimizer
+
+
+def is_tested(done: int, epochs: int, every: int) -> bool:
+    """Whether the test split is measured after `done` of so many training epochs.
+
+    Example:
+        >>> [is_tested(done, 5, 2) for done in range(6)], is_tested(5, 5, 0)
+        ([False, False, True, False, True, True], False)
+    """
+    return every > 0 and (done == epochs or (done > 0 and done % every == 0))
 
 
 def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:

@@ -24,9 +24,9 @@ from istanas.space import Genotype
 from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
-from pipeline.config import Config
 from pipeline.epochs import Record
 from pipeline.pictures import open_dataset
+from pipeline.schema import Config, DataSettings
 from pipeline.worker import Observer, retrain_worker, search_worker
 
 Job = Literal["search", "retrain"]
@@ -249,11 +249,15 @@ def _on_workers(config: Config, allotment: Allotment) -> Config:
     runtime = config.runtime.model_copy(
         update={"device": allotment.compute.device.type, "threads": allotment.threads}
     )
-    paths = {key: getattr(config.data, key) for key in ("root", "cache_dir")}
-    data = config.data.model_copy(
+    return config.model_copy(update={"runtime": runtime, "data": with_absolute_paths(config.data)})
+
+
+def with_absolute_paths(data: DataSettings) -> DataSettings:
+    """The settings as they hold in another process, whatever its working directory."""
+    paths = {key: getattr(data, key) for key in ("root", "cache_dir")}
+    return data.model_copy(
         update={key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
     )
-    return config.model_copy(update={"runtime": runtime, "data": data})
 
 
 def _make_loss_callback(mailbox: Any) -> Any:

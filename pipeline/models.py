@@ -13,8 +13,8 @@ from istanas.data import ImageDataset
 from istanas.errors import CheckpointError
 from istanas.nets import TargetNet
 from istanas.space import Genotype
-from pipeline.config import RetrainSettings, SearchSettings
 from pipeline.rundir import atomic_write
+from pipeline.schema import RetrainSettings, SearchSettings
 
 WEIGHTS_FILE = "model.safetensors"
 NETWORK_FILE = "network.json"

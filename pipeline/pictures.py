@@ -20,7 +20,7 @@ from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
-from pipeline.config import Config, TwoStageConfig
+from pipeline.schema import Config, TwoStageConfig
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ class EpochBar:
 
     Args:
         console: where to draw.
-        label: "search" or "retrain".
+        label: "search", "retrain" or "sweep".
         epochs: of the whole job.
+        unit: what is counted, if not epochs.
     """
 
-    def __init__(self, console: Console, label: str, epochs: int) -> None:
-        self._console, self._label, self._epochs = console, label, epochs
+    def __init__(self, console: Console, label: str, epochs: int, unit: str = "epoch") -> None:
+        self._console, self._label, self._epochs, self._unit = console, label, epochs, unit
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -69,7 +70,7 @@ class EpochBar:
                 update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
         self._progress.update(
             self._task,
-            description=f"{self._label} epoch {epoch + 1}/{self._epochs}",
+            description=f"{self._label} {self._unit} {epoch + 1}/{self._epochs}",
             total=self._epochs * n_steps,
             completed=epoch * n_steps + step,
             **update,  # type: ignore[arg-type]

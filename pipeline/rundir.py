@@ -206,15 +206,18 @@ class RunDir:
         atomic_write(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, wait: float = 0) -> Iterator[None]:
         """Hold the run directory for this process; the lock goes with the process, however that ends.
+
+        Args:
+            wait: so many seconds until another process has done with it; -1: for ever.
 
         Raises:
             ConfigError: another process holds it; the message names that process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         owner = self.path / OWNER_FILE
-        lock = FileLock(self.path / LOCK_FILE, timeout=0)
+        lock = FileLock(self.path / LOCK_FILE, timeout=wait)
         try:
             lock.acquire()
         except Timeout:

@@ -101,6 +101,7 @@ def open_tracker(
     enabled: bool,
     tracking_uri: str | None,
     experiment: str,
+    models: bool = True,
     registered_model: str | None = None,
 ) -> "MLflowTracker | NullTracker":
     """The tracker that the configuration asks for.
@@ -110,7 +111,7 @@ def open_tracker(
         enabled: False gives a `NullTracker`.
         tracking_uri: see `store_uri`.
         experiment: name of the MLflow experiment, created if need be.
-        registered_model: see `MLflowTracker`.
+        models, registered_model: see `MLflowTracker`.
 
     Example:
         >>> tracker = open_tracker(RunDir("x"), enabled=False, tracking_uri=None, experiment="digits")
@@ -120,7 +121,11 @@ def open_tracker(
     if not enabled:
         return NullTracker()
     return MLflowTracker(
-        run_dir, tracking_uri=tracking_uri, experiment=experiment, registered_model=registered_model
+        run_dir,
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        models=models,
+        registered_model=registered_model,
     )
 
 
@@ -242,6 +247,7 @@ class MLflowTracker:
         run_dir: the run; it must have a `run.json` before `deliver` is called.
         tracking_uri: see `store_uri`; None goes on with the store that the run is already in.
         experiment: name of the experiment in which a new MLflow run is made.
+        models: whether a trained network is logged and registered.
         registered_model: name in the model registry under which a trained network gets a version; None means
             `istanas-` and the data set's name.
         load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
@@ -254,12 +260,13 @@ class MLflowTracker:
         *,
         tracking_uri: str | None,
         experiment: str,
+        models: bool = True,
         registered_model: str | None = None,
         load_network: NetworkLoader | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
-        self.registered_model = registered_model
+        self.models, self.registered_model = models, registered_model
         self.last_delivery: Delivery | None = None
         self._load_network = load_network
         link = read_link(run_dir)
@@ -327,7 +334,8 @@ class MLflowTracker:
                 client.update_run(run_id, status="RUNNING")
             return done
         sent, missing = self._send_artifacts(client, record)
-        model, new = self._send_model(client, run, record) if _has_network(record) else (None, False)
+        wanted = self.models and _has_network(record)
+        model, new = self._send_model(client, run, record) if wanted else (None, False)
         registered = self._register(client, model, record) if model is not None and register else None
         if (run.info.status, run.info.end_time) != (record.status, record.ended_ms):
             client.set_terminated(run_id, status=record.status, end_time=record.ended_ms)

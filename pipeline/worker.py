@@ -24,7 +24,6 @@ from istanas.space import Genotype
 from istanas.training import Compute, Metrics, Totals, derive_seed
 from pipeline import checkpoint
 from pipeline.checkpoint import Store
-from pipeline.config import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 from pipeline.epochs import (
     EpochJob,
     OneStageJob,
@@ -37,6 +36,7 @@ from pipeline.epochs import (
 )
 from pipeline.pictures import check_same_data
 from pipeline.resources import count, threads_in_process, usable_cores
+from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 
 
 class Observer(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,11 +115,13 @@ class Genotype:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON, each node's picks sorted: equal networks have equal digests."""
-        canonical = self.to_dict()
-        for cell in CELLS:
-            canonical[cell] = [sorted(node) for node in canonical[cell]]
-        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.canonical().to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def canonical(self) -> Genotype:
+        """The same network with each node's picks sorted: equal for all genotypes of one digest."""
+        normal, reduce = (tuple(tuple(sorted(node)) for node in self.picks(cell)) for cell in CELLS)
+        return replace(self, normal=normal, reduce=reduce)
 
     def skip_ratio(self) -> float:
         """Share of skip connections among all picks of both cells, in [0, 1]."""

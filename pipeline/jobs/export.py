@@ -14,11 +14,11 @@ from rich.console import Console
 
 from istanas.errors import ConfigError
 from istanas.space import Genotype
-from pipeline.config import Config
 from pipeline.export import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
 from pipeline.jobs.job import console_line, tracker_of
 from pipeline.models import WEIGHTS_FILE, load_network, read_card
 from pipeline.rundir import MetricsLine, RunDir, RunRecord
+from pipeline.schema import Config
 
 EXPORT_FOLDER = "export"
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)

@@ -20,7 +20,7 @@ from rich.console import Console
 from istanas.data import ImageDataset
 from istanas.training import Metrics
 from pipeline.cluster import LOG_FOLDER
-from pipeline.config import Config, flat_params, to_yaml
+from pipeline.config import flat_params, to_yaml
 from pipeline.epochs import Record
 from pipeline.pictures import open_dataset
 from pipeline.progress import EpochBar
@@ -35,9 +35,11 @@ from pipeline.rundir import (
     atomic_write,
     new_key,
 )
+from pipeline.schema import Config
 from pipeline.tracking import Tracker, open_tracker, public_uri, store_uri
 from pipeline.worker import compute_for
 
+SECONDS_TO_END = 60.0  # for a process that has been told to end, and still holds its run
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 GENOTYPE_FILE = "genotype.json"
@@ -50,14 +52,15 @@ class JobSpec:
     """What distinguishes one job from another.
 
     Args:
-        kind: "search" or "retrain".
+        kind: "search", "retrain" or "sweep".
         name: of the run, before the configuration's hash.
         digits: hash of what decides the result.
         config: the whole configuration.
         sections: of the configuration that this job depends on.
-        parent: run directory of the search that a retraining belongs to.
+        parent: run directory of the search that a retraining belongs to, or of the sweep that a trial belongs to.
         tags, description: for MLflow.
         epochs: of the whole job, for the bar.
+        unit: what the bar counts, if not epochs.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class JobSpec:
     parent: str | None = None
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
+    unit: str = "epoch"
 
     @property
     def path(self) -> Path:
@@ -90,9 +94,15 @@ class RunObserver:
     """Writes what the worker reports: metrics to the run directory first, to MLflow second, a line to the console."""
 
     def __init__(
-        self, run: RunDir, tracker: Tracker, bar: EpochBar, describe: Callable[[list[Record]], str]
+        self,
+        run: RunDir,
+        tracker: Tracker,
+        bar: EpochBar,
+        describe: Callable[[list[Record]], str],
+        tell: Callable[[list[Record]], None] | None = None,
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
+        self._tell = tell
 
     def note(self, text: str) -> None:
         self._bar.line(text)
@@ -110,6 +120,8 @@ class RunObserver:
                     f"{count(workers, 'worker')} instead of {before}: the same global batch and schedule, but no "
                     "longer bit for bit the run that it would have been"
                 )
+            if self._tell is not None:
+                self._tell(history)
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self._bar.step(epoch, step, n_steps, read)
@@ -120,6 +132,8 @@ class RunObserver:
         self._write_trajectory(history)
         self._bar.line(self._describe(history))
         self._tracker.deliver()
+        if self._tell is not None:
+            self._tell(history)
 
     def go_on(self) -> bool:
         return True
@@ -142,6 +156,8 @@ def execute(
     describe: Callable[[list[Record]], str],
     fresh: bool,
     console: Console,
+    tell: Callable[[list[Record]], None] | None = None,
+    wait: float = 0,
 ) -> dict[str, Any]:
     """Run a job to its end, or go on with it, or return the result of a finished one.
 
@@ -152,6 +168,9 @@ def execute(
         describe: one line for an epoch, from the history.
         fresh: start over, deleting what the run directory holds.
         console: for people.
+        tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
+            the run as it is, for others to close.
+        wait: so many seconds for another process that works on the same run; -1: for ever.
 
     Returns:
         The figures of `--json`.
@@ -161,7 +180,7 @@ def execute(
             command resumes.
     """
     run = RunDir(spec.path)
-    with _locked(run):
+    with _locked(run, wait=wait):
         if not fresh and run.exists() and run.read().status == "FINISHED":
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
@@ -180,8 +199,10 @@ def execute(
         tracker.deliver()
         console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
         try:
-            with EpochBar(console, spec.kind, spec.epochs) as bar:
-                outcome = body(run, RunObserver(run, tracker, bar, describe), prepared)
+            with EpochBar(console, spec.kind, spec.epochs, spec.unit) as bar:
+                outcome = body(run, RunObserver(run, tracker, bar, describe, tell), prepared)
+        except SystemExit:
+            raise
         except BaseException:
             run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
             tracker.deliver()
@@ -205,14 +226,52 @@ def execute(
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir) -> Iterator[None]:
+def _locked(run: RunDir, *, wait: float = 0) -> Iterator[None]:
     """Hold the run directory; what was refused before any work leaves no empty run behind."""
-    with run.lock():
+    with run.lock(wait=wait):
         try:
             yield
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _NOT_THE_RUNS:
                 shutil.rmtree(run.path)
+
+
+def announce(spec: JobSpec) -> str | None:
+    """Open a run that another process will work on: its record and its MLflow run, whose id comes from here.
+
+    Args:
+        spec: of the run; one that is there goes on.
+
+    Returns:
+        The MLflow run's id; None if there is no store, or it can't be reached.
+    """
+    run = RunDir(spec.path)
+    with run.lock(wait=SECONDS_TO_END):
+        if not run.exists():
+            _open_record(run, spec)
+        tracker = tracker_of(run, spec.config)
+        tracker.deliver()
+    return tracker.run_id
+
+
+def close(path: Path, config: Config, status: str, tags: dict[str, str], result: dict[str, Any]) -> None:
+    """Close a run whose process is gone or waits to be ended, in its record and in MLflow; a finished one is tagged.
+
+    Not under the run's lock: a process that waits to be ended still holds it.
+
+    Args:
+        path: the run directory.
+        config: of the run.
+        status: as MLflow calls it: FINISHED, FAILED or KILLED.
+        tags: what became of it.
+        result: the figures that it had reached.
+    """
+    run = RunDir(path)
+    record = run.read()
+    if record.status != "FINISHED":
+        record = dataclasses.replace(record, status=status, ended_ms=_now_ms(), result=result)
+    run.write(dataclasses.replace(record, tags={**record.tags, **tags}))
+    tracker_of(run, config).deliver()
 
 
 def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
@@ -276,6 +335,7 @@ def tracker_of(run: RunDir, config: Config) -> Tracker:
         enabled=t.enabled,
         tracking_uri=t.uri,
         experiment=t.experiment,
+        models=t.models,
         registered_model=t.registered_model,
     )
 

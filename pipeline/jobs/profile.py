@@ -23,7 +23,6 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, train_target_epoch
-from pipeline.config import Config, OneStageConfig, TwoStageConfig
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
 from pipeline.jobs.job import console_line, prepare_data
 from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
@@ -37,6 +36,7 @@ from pipeline.profiling import (
     time_by_kind,
 )
 from pipeline.report import duration
+from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 from pipeline.worker import compute_for, describe_place
 
 WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen

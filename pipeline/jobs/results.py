@@ -24,7 +24,7 @@ class SearchResult(_Result):
 class OneStageResult(_Result):
     """Of a one-stage search: `test_top1` of its absorbed network, `valid_top1` of what its last epoch has trained."""
 
-    test_top1: float
+    test_top1: NotRequired[float]  # but with search.test_every = 0
     valid_top1: NotRequired[float]  # with data.holdout
     search_epochs: int
     train_epochs: int
@@ -36,7 +36,8 @@ class OneStageResult(_Result):
 class RetrainResult(_Result):
     """Of a retraining."""
 
-    test_top1: float
+    test_top1: NotRequired[float]  # but with retrain.test_every = 0
+    valid_top1: NotRequired[float]  # with data.holdout
 
 
 class RunResult(SearchResult):
@@ -44,6 +45,30 @@ class RunResult(SearchResult):
 
     retrain_run_dir: str
     retrain_run_id: str | None
-    test_top1: float
+    test_top1: NotRequired[float]  # but with retrain.test_every = 0
     search_seconds: float
     retrain_seconds: float
+
+
+class SweepResult(TypedDict):
+    """Of a sweep: the figures of its best trial, numbers of trials, seconds of training of all together."""
+
+    run_dir: str
+    mlflow_run_id: str | None
+    best_trial: int
+    best_run_dir: str
+    settings: dict[str, Any]
+    digest: str
+    genotype: dict[str, Any]
+    objective_top1: float
+    valid_top1: float
+    retrained_top1: NotRequired[float]  # with sweep.objective = retrained
+    kendall_tau: NotRequired[float | None]  # of the two, over the trials that have both
+    params: int
+    macs: int
+    trials: int
+    complete: int
+    pruned: int
+    failed: int
+    epochs: int
+    seconds: float

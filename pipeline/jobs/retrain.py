@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.space import Genotype
 from pipeline.cluster import Runtime
-from pipeline.config import Config, run_hash
+from pipeline.config import run_hash
 from pipeline.epochs import Record
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -28,9 +28,11 @@ from pipeline.jobs.search import write_genotype
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.rundir import RunDir
+from pipeline.schema import Config
 from pipeline.worker import trained_network
 
 SECTIONS = ("data", "retrain")
+PICTURES = {"test": "test split", "valid": "hold-out"}
 
 
 def run_retrain(
@@ -42,6 +44,7 @@ def run_retrain(
     fresh: bool,
     console: Console,
     runtime: Runtime,
+    wait: float = 0,
 ) -> RetrainResult:
     """Train the network of a genotype from scratch.
 
@@ -53,6 +56,7 @@ def run_retrain(
         fresh: start over.
         console: for people.
         runtime: Ray, if there are workers.
+        wait: see `execute`.
 
     Returns:
         See `RetrainResult`.
@@ -80,18 +84,19 @@ def run_retrain(
         net = trained_network(config, genotype, dataset, folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
         m = history[-1]["metrics"]
-        result = {
+        tops = {split: m[f"{split}/top1"] for split in ("test", "valid") if f"{split}/top1" in m}
+        result: dict[str, Any] = {
             "digest": genotype.digest(),
             "genotype": genotype.to_dict(),
-            "test_top1": m["test/top1"],
+            **{f"{split}_top1": value for split, value in tops.items()},
             "params": int(m["target/params"]),
             "macs": int(m["target/macs"]),
             "seconds": sum(record["seconds"] for record in history),
         }
         description = (
             f"Retraining on {dataset.name}, {len(history)} epochs.\n\n"
-            f"- test top-1: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
-            f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+            + "".join(f"- top-1 on the {PICTURES[s]}: {100 * value:.2f} %\n" for s, value in tops.items())
+            + f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
             f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n"
         )
         return Outcome(
@@ -101,7 +106,7 @@ def run_retrain(
             description=description,
         )
 
-    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console)
+    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console, wait=wait)
     return cast(RetrainResult, result)
 
 

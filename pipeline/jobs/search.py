@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
 from pipeline.cluster import Runtime
-from pipeline.config import Config, OneStageConfig, TwoStageConfig, run_hash
+from pipeline.config import run_hash
 from pipeline.epochs import Record, build_one_stage
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -38,10 +39,34 @@ from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import search_indices, search_split
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
+from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
+
+
+def search_spec(
+    config: Config, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None
+) -> JobSpec:
+    """The search that a configuration describes.
+
+    Args:
+        config: the whole configuration.
+        name: of the run.
+        parent: run directory of the sweep that it belongs to, or None.
+        tags: for MLflow.
+    """
+    return JobSpec(
+        kind="search",
+        name=f"{name}-search",
+        digits=run_hash(config, "search"),
+        config=config,
+        sections=SECTIONS,
+        epochs=config.search.max_epochs,
+        parent=parent,
+        tags=tags or {},
+    )
 
 
 def run_search(
@@ -52,6 +77,9 @@ def run_search(
     console: Console,
     runtime: Runtime,
     jobs: tuple[str, ...] = ("search",),
+    parent: str | None = None,
+    tags: dict[str, str] | None = None,
+    tell: Callable[[list[Record]], None] | None = None,
 ) -> SearchResult | OneStageResult:
     """Search an architecture.
 
@@ -62,18 +90,13 @@ def run_search(
         console: for people.
         runtime: Ray, if there are workers.
         jobs: whose settings to check against the data before any work; `run` adds "retrain".
+        parent, tags: see `search_spec`.
+        tell: see `execute`.
 
     Returns:
         See `SearchResult` and `OneStageResult`.
     """
-    spec = JobSpec(
-        kind="search",
-        name=f"{name}-search",
-        digits=run_hash(config, "search"),
-        config=config,
-        sections=SECTIONS,
-        epochs=config.search.max_epochs,
-    )
+    spec = search_spec(config, name, parent=parent, tags=tags)
 
     def prepare() -> ImageDataset:
         check_solver(config.space.solver)
@@ -97,7 +120,7 @@ def run_search(
 
     one_stage = isinstance(config, OneStageConfig)
     describe = describe_one_stage_epoch if one_stage else describe_epoch
-    result = execute(spec, prepare, body, describe=describe, fresh=fresh, console=console)
+    result = execute(spec, prepare, body, describe=describe, fresh=fresh, console=console, tell=tell)
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 
 
@@ -175,7 +198,7 @@ def _finish_one_stage(
     search_epochs = max(freezing["epoch"] for freezing in frozen)
     result = {
         **_figures(genotype, history),
-        "test_top1": m["test/top1"],
+        **({"test_top1": m["test/top1"]} if "test/top1" in m else {}),
         **({"valid_top1": m["valid/top1"]} if "valid/top1" in m else {}),
         "search_epochs": search_epochs,
         "train_epochs": len(history) - search_epochs,
@@ -186,11 +209,15 @@ def _finish_one_stage(
         f"| {f['cell']} {f['node']} | {f['epoch']} | {f['reason']} |"
         for f in sorted(frozen, key=lambda f: (f["cell"], f["node"]))
     )
+    tested = (
+        f"- test top-1 of the absorbed network: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
+        if "test/top1" in m
+        else ""
+    )
     description = (
         f"One-stage search on {dataset.name}: {count(search_epochs, 'epoch')} of search, "
         f"{len(history) - search_epochs} of training.\n\n"
-        f"- test top-1 of the absorbed network: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
-        f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+        f"{tested}- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
         f"- architectures rejected by the limits: {result['rejected']}\n"
         f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n\n"
         f"| node | frozen after epoch | reason |\n|---|---|---|\n{rows}\n"

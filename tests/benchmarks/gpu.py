@@ -19,9 +19,10 @@ from istanas.data import ArrayPictures, Batch, ImageDataset
 from istanas.distributed import Ranks
 from istanas.search import TwoStageSearch
 from istanas.training import Compute
-from pipeline.config import TwoStageConfig, load
+from pipeline.config import load
 from pipeline.epochs import build_two_stage
 from pipeline.pictures import Batches, SearchSplit, search_split
+from pipeline.schema import TwoStageConfig
 from pipeline.worker import compute_for
 
 # Of the published run; an epoch has so many pictures for the weights, and as many for the alphas.

@@ -9,7 +9,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from istanas.training import Compute
-from pipeline.config import TwoStageConfig, load
+from pipeline.config import load
+from pipeline.schema import TwoStageConfig
 from pipeline.worker import compute_for
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu import Loop, Speed, measure, published, random_pictures

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.config
+import pipeline.schema
 from pipeline.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,11 +146,11 @@ def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retr
 
 def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
     configs = [pipeline.config.load(ROOT / file) for file in FILES]
-    one_stage = [config for config in configs if isinstance(config, pipeline.config.OneStageConfig)]
+    one_stage = [config for config in configs if isinstance(config, pipeline.schema.OneStageConfig)]
     assert len(one_stage) == 4
     assert {config.search.termination_tol for config in one_stage} == {1e-3}
 
 
 def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
     published = pipeline.config.load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
-    assert pipeline.config.OneStageConfig().search == published
+    assert pipeline.schema.OneStageConfig().search == published

@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
-from pipeline.config import (
-    Config,
-    OneStageConfig,
-    TwoStageConfig,
-    default_file,
-    flat_params,
-    load,
-    run_hash,
-    to_yaml,
-)
+from pipeline.config import default_file, flat_params, load, run_hash, to_yaml
 from pipeline.resources import WorkerRange
+from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 
 
 def load_text(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:

@@ -18,13 +18,14 @@ from istanas.space import CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
 from pipeline import checkpoint
 from pipeline.cluster import Runtime
-from pipeline.config import Config, load, run_hash
+from pipeline.config import load, run_hash
 from pipeline.jobs.job import trajectory_rows
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
 from pipeline.models import load_network
 from pipeline.rundir import LOCK_FILE, RunDir
+from pipeline.schema import Config
 
 TINY = [
     "space.nodes=2",

@@ -12,9 +12,10 @@ from istanas.data import ImageDataset, load_dataset
 from istanas.errors import CheckpointError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, CellSpace, random_genotype
-from pipeline.config import Config, load
+from pipeline.config import load
 from pipeline.epochs import build_target
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
+from pipeline.schema import Config
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
 

@@ -17,12 +17,13 @@ from istanas.measure import count_params
 from istanas.space import Genotype
 from pipeline.checkpoint import FolderStore, load_latest
 from pipeline.cluster import Runtime
-from pipeline.config import OneStageConfig, load
+from pipeline.config import load
 from pipeline.epochs import Record
 from pipeline.jobs.search import run_search
 from pipeline.models import load_network
 from pipeline.pictures import holdout_indices, search_indices
 from pipeline.rundir import RunDir
+from pipeline.schema import OneStageConfig
 from pipeline.worker import search_worker, searched_network
 from tests.pipeline.test_worker import Nobody, Watcher, weights_of, with_train
 from tests.ranks import run_ranks

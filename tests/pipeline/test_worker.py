@@ -17,10 +17,11 @@ from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.training import Compute, Metrics
 from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore
-from pipeline.config import Config, RuntimeSettings, load
+from pipeline.config import load
 from pipeline.epochs import Record, network_cost
 from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
 from pipeline.resources import count, usable_cores
+from pipeline.schema import Config, RuntimeSettings
 from pipeline.worker import (
     choose_compute,
     compute_for,

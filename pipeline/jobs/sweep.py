@@ -1,0 +1,518 @@
+"""The sweep job: many searches with other settings, asked of Optuna, placed and stopped by Ray Tune, kept in MLflow."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from istanas.errors import IstanasError
+from istanas.space import Genotype
+from pipeline.cluster import LOG_FOLDER, Runtime, cluster_nodes, last_line
+from pipeline.config import run_hash, to_yaml, with_settings
+from pipeline.jobs.job import (
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    JobSpec,
+    Outcome,
+    RunObserver,
+    announce,
+    as_written,
+    close,
+    console_line,
+    execute,
+    prepare_data,
+    tracker_of,
+)
+from pipeline.jobs.results import SweepResult
+from pipeline.jobs.search import check_solver, search_spec
+from pipeline.launch import with_absolute_paths
+from pipeline.resources import Node, count, workers_that_fit
+from pipeline.rundir import MetricsLine, RunDir, atomic_write
+from pipeline.schema import Config
+from pipeline.study import (
+    FAILED,
+    StudySearcher,
+    best_trial,
+    first_number,
+    make_sampler,
+    make_scheduler,
+    n_failed,
+    open_study,
+    own_trials,
+)
+from pipeline.sweep_report import PAGE_FILE, TABLE_FILE, kendall_tau, sweep_frame, write_figures, write_table
+from pipeline.sweep_space import (
+    Settings,
+    check_space,
+    random_settings,
+    readable,
+    suggest,
+    sweep_of,
+    trial_config,
+)
+from pipeline.tracking import public_uri, store_uri
+from pipeline.trial import LOG_FILE, run_trial
+
+SECTIONS = ("data", "space", "search", "retrain", "sweep")
+BEST = "best"
+# Tune's own: no files that nobody reads, no words on the terminal, no handler that turns Ctrl-C into an end, and
+# no complaint about a trial's last report, which has no epoch.
+ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each trial gets, and how many run at once.
+
+    Args:
+        cpus: of each trial, or of each of its workers.
+        gpus: likewise; a fraction shares one.
+        workers: Ray Train workers of a trial; 0: it runs in its own process.
+        fit: how many trials the machines can hold.
+        at_once: how many run, `sweep.max_concurrent` kept.
+    """
+
+    cpus: int
+    gpus: float
+    workers: int
+    fit: int
+    at_once: int
+
+    def __str__(self) -> str:
+        each = count(self.cpus, "core") + (f" and {self.gpus:g} GPU" if self.gpus else "")
+        if self.workers:
+            each = f"{count(self.workers, 'worker')} of {each}"
+        return f"a trial has {each}; {self.fit} fit, {self.at_once} at once"
+
+
+def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Divide the machines among trials.
+
+    Args:
+        config: of the sweep.
+        nodes: what there is.
+
+    Raises:
+        IstanasError: if not even one trial fits.
+    """
+    sweep, workers = sweep_of(config), config.runtime.worker_range.maximum
+    gpus_there = sum(node.gpus for node in nodes)
+    gpu = config.runtime.device == "cuda" or (config.runtime.device == "auto" and gpus_there > 0)
+    if workers > 1:
+        cpus = config.runtime.threads if config.runtime.threads is not None else 1
+        gpus, fit = float(gpu), workers_that_fit(nodes, cpus, gpu) // workers
+    else:
+        workers, cpus = 0, sweep.cpus_per_trial
+        gpus = sweep.gpus_per_trial if sweep.gpus_per_trial is not None else float(gpu)
+        fit = sum(min(node.cpus // cpus, _shares(node.gpus, gpus)) for node in nodes)
+    plan = Plan(cpus, gpus, workers, fit, min(fit, sweep.max_concurrent or fit, sweep.trials))
+    if fit == 0:
+        there = f"{count(sum(n.cpus for n in nodes), 'core')} and {count(gpus_there, 'GPU')}"
+        raise IstanasError(
+            f"no trial fits: {str(plan).partition(';')[0]}, there are {there}: lower --workers, sweep.cpus_per_trial "
+            "or sweep.gpus_per_trial, or name a cluster with --address"
+        )
+    return plan
+
+
+def _shares(gpus: int, each: float) -> int:
+    """How many trials the GPUs of a node can hold; as many as you like that need none."""
+    if each == 0:
+        return 10**9
+    return gpus * int(1 / each + 1e-9) if each < 1 else int(gpus // each)
+
+
+def sweep_spec(config: Config, name: str) -> JobSpec:
+    """The sweep that a configuration describes."""
+    return JobSpec(
+        kind="sweep",
+        name=f"{name}-sweep",
+        digits=run_hash(config, "sweep"),
+        config=config,
+        sections=SECTIONS,
+        epochs=sweep_of(config).trials,
+        unit="trial",
+    )
+
+
+def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runtime: Runtime) -> SweepResult:
+    """Try many settings and keep the best.
+
+    Args:
+        config: with a `sweep` section.
+        name: of the run.
+        fresh: start over, study included.
+        console: for people.
+        runtime: Ray.
+
+    Returns:
+        See `SweepResult`.
+
+    Raises:
+        ConfigError: if the space does not fit the schema.
+        IstanasError: if too many trials failed, or no trial fits; the same command goes on.
+    """
+    spec = sweep_spec(config, name)
+
+    def prepare() -> tuple[Plan, Study]:
+        check_sweep(config, console)
+        os.environ.update({**ENVIRONMENT, **os.environ})
+        runtime.start(spec.path)
+        plan = plan_trials(config, cluster_nodes())
+        # Without its run directory, what a study remembers can't be gone on with.
+        return plan, open_study(config, spec.path.name, fresh=fresh or not RunDir(spec.path).exists())
+
+    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
+        plan, study = prepared
+        observer.note(str(plan))
+        trials = _Trials(config, plan, run, study, observer)
+        trials.go_on()
+        _run_tune(config, plan, run.path, study, trials)
+        return _finish(config, run, study, observer)
+
+    result = execute(spec, prepare, body, describe=lambda _: "", fresh=fresh, console=console)
+    return cast(SweepResult, result)
+
+
+def check_sweep(config: Config, console: Console) -> None:
+    """Refuse before anything starts what no trial, or not every trial, could be.
+
+    Raises:
+        ConfigError: one line per mistake.
+        IstanasError: if data or a solver are missing.
+    """
+    check_space(config)
+    solvers = sweep_of(config).space.get("space.solver")
+    chosen = [config.space.solver] if solvers is None else solvers.value
+    for solver in [chosen] if isinstance(chosen, str) else chosen:
+        check_solver(solver)
+    jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
+    in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
+    prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
+
+
+def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: int = 5) -> Plan:
+    """The resolved space, some settings, resources, and how many trials fit at once; no trial is started.
+
+    Args:
+        config: with a `sweep` section.
+        console: for people.
+        runtime: a cluster that is named is asked what it has; else this machine is.
+        samples: how many settings to show.
+    """
+    import optuna
+    from rich.table import Table
+
+    check_sweep(config, console)
+    sweep = sweep_of(config)
+    table = Table("key", "values")
+    for key, parameter in sweep.space.items():
+        table.add_row(key, str(parameter))
+    console.print(table)
+    say = console_line(console)
+    stopping = f"asha (grace {sweep.grace_epochs}, factor {sweep.reduction_factor})"
+    say(
+        f"{count(sweep.trials, 'trial')}, objective {sweep.objective} ({', '.join(sweep.objectives)}), searcher "
+        f"{sweep.searcher}, scheduler {stopping if sweep.scheduler == 'asha' else 'none'}"
+    )
+    drawn = [random_settings(config, number) for number in range(max(0, samples - len(sweep.points)))]
+    study = optuna.create_study(sampler=make_sampler(sweep, config.seed), directions=["maximize"])
+    for point in sweep.points[:samples]:
+        study.enqueue_trial(point)
+        say(f"first: {readable(suggest(config, study.ask()))}")
+    for settings in drawn:
+        say(f"for example: {readable(settings)}")
+    with tempfile.TemporaryDirectory() as logs:
+        plan = plan_trials(config, runtime.nodes(Path(logs)))
+    say(str(plan))
+    return plan
+
+
+class _Trials:
+    """What this process does around its trials: their runs opened and closed, the table and the bar kept."""
+
+    def __init__(self, config: Config, plan: Plan, run: RunDir, study: Study, observer: RunObserver) -> None:
+        self._config, self._plan, self._run, self._study = config, plan, run, study
+        self._observer = observer
+        self._tracker = tracker_of(run, config)
+
+    def go_on(self) -> None:
+        """Say what is there from an earlier sitting, and make the figures anew from the study."""
+        done = [t for t in own_trials(self._study) if t.state.is_finished()]
+        self._run.replace_metrics(_metrics_lines(self._config, done))
+        if done:
+            begun = len(own_trials(self._study)) - len(done)
+            self._observer.note(
+                f"resumed: {count(len(done), 'trial')} done, {begun} to go on with, "
+                f"{sweep_of(self._config).trials - len(done) - begun} to come"
+            )
+        self._show()
+
+    def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+        config = self._of_trial(settings)
+        name, parent = f"trial-{index:04d}", str(self._run.path.resolve())
+        tags = {"istanas.sweep": self._run.path.name, "istanas.trial": str(index)}
+        spec = search_spec(config, name, parent=parent, tags=tags)
+        announce(spec)
+        return {
+            "config": config,
+            "name": name,
+            "parent": parent,
+            "tags": tags,
+            "log": str(spec.path / LOG_FILE),
+            "objective": sweep_of(config_of := self._config).objective,
+            "objectives": sweep_of(config_of).objectives,
+        }
+
+    def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+        trial = self._trial(index)
+        config = self._of_trial(trial.user_attrs["settings"])
+        path = search_spec(config, f"trial-{index:04d}").path
+        tags = {"istanas.trial_state": state.name}
+        if "digest" in result:
+            tags["istanas.genotype"] = result["digest"]
+        if FAILED in result:
+            tags["istanas.reason"] = result[FAILED]
+        kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
+        close(path, config, STATUS[state], tags, {name: result[name] for name in kept if name in result})
+
+    def told(self, index: int) -> None:
+        done = [t for t in own_trials(self._study) if t.state.is_finished()]
+        self._run.replace_metrics(_metrics_lines(self._config, done))
+        self._observer.note(describe_trial(index, self._trial(index)))
+        self._show()
+        self._tracker.deliver()
+
+    def _show(self) -> None:
+        write_table(self._run.path, sweep_frame(self._config, self._study))
+        done = sum(t.state.is_finished() for t in own_trials(self._study))
+        if done > 0:
+            self._observer.step(done - 1, 1, 1, lambda: None)
+
+    def _trial(self, index: int) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[first_number(self._study) + index]
+
+    def _of_trial(self, settings: Settings) -> Config:
+        """A trial's configuration, as it holds in its own process."""
+        config, plan = trial_config(self._config, settings), self._plan
+        runtime: dict[str, Any] = {
+            "workers": plan.workers,
+            "threads": plan.cpus,
+            "address": None,
+            "device": "cuda" if plan.gpus else "cpu",
+            "runs_dir": str(self._run.path.resolve()),
+        }
+        uri = store_uri(config.tracking.uri)
+        # A password stays in the environment.
+        tracking = {"uri": uri if public_uri(uri) == uri else None, "name": None, "models": False}
+        return config.model_copy(
+            update={
+                "runtime": config.runtime.model_copy(update=runtime),
+                "tracking": config.tracking.model_copy(update=tracking),
+                "data": with_absolute_paths(config.data),
+            }
+        )
+
+
+def describe_trial(index: int, trial: FrozenTrial) -> str:
+    """One line for people about an ended trial."""
+    figures = trial.user_attrs
+    text = f"trial {index} {WORDS[trial.state]}"
+    if FAILED in figures:
+        text += f" ({figures[FAILED]})"
+    if "valid_top1" in figures:
+        text += f": top-1 {100 * figures['valid_top1']:.1f} %"
+        if "retrained_top1" in figures:
+            again = ", known from another trial" if figures.get("reused") else ""
+            text += f", retrained {100 * figures['retrained_top1']:.1f} %{again}"
+        text += f", {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
+    return f"{text}; {readable(figures.get('settings', {}))}"
+
+
+def _metrics_lines(config: Config, done: Sequence[FrozenTrial]) -> list[MetricsLine]:
+    """The sweep's own figures: after every ended trial, in the order of their ends."""
+    lines: list[MetricsLine] = []
+    best: float | None = None
+    states: Counter[str] = Counter()
+    place = sweep_of(config).objectives.index("top1")
+    for step, trial in enumerate(sorted(done, key=lambda t: (t.datetime_complete, t.number)), start=1):
+        states[trial.state.name.lower()] += 1
+        metrics = {f"sweep/{s}": float(states[s]) for s in ("complete", "pruned", "fail")}
+        if trial.state == TrialState.COMPLETE:
+            best = trial.values[place] if best is None else max(best, trial.values[place])
+        if best is not None:
+            metrics["sweep/best_top1"] = best
+        assert trial.datetime_complete is not None
+        lines.append(MetricsLine(step, int(trial.datetime_complete.timestamp() * 1000), metrics))
+    return lines
+
+
+def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _Trials) -> None:
+    """One sitting of Ray Tune. What it keeps on the disk is not needed again: the study and the trials' runs are."""
+    import ray
+    from ray import tune
+
+    searcher = StudySearcher(config, study, trials)
+
+    class Over(tune.Stopper):
+        """Ends the sitting when our own part has failed."""
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return searcher.error is not None
+
+    if plan.workers:
+        # The trial itself only waits for its workers. A bundle of nothing is refused, so it has a byte.
+        resources = tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])
+    else:
+        resources = tune.PlacementGroupFactory(
+            [{"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})}]
+        )
+    storage = (folder / LOG_FOLDER / "tune").resolve()
+    sitting = f"sitting-{uuid.uuid4().hex[:8]}"
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=make_scheduler(config, study, _max_epochs(config)),
+            num_samples=-1,
+            max_concurrent_trials=plan.at_once,
+            reuse_actors=plan.workers == 0,  # workers of a stopped trial end with its process
+        ),
+        run_config=tune.RunConfig(
+            name=sitting,
+            storage_path=str(storage),
+            stop=Over(),
+            failure_config=tune.FailureConfig(max_failures=sweep_of(config).max_restarts),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    except (tune.TuneError, ray.exceptions.RayError) as error:
+        raise IstanasError(
+            f"sweep: Ray Tune could not go on ({last_line(error)}), see {folder / LOG_FOLDER}; the same command does"
+        ) from error
+    shutil.rmtree(storage / sitting, ignore_errors=True)
+    if searcher.error is not None:
+        if isinstance(searcher.error, IstanasError):
+            raise searcher.error
+        raise IstanasError(
+            f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
+        ) from searcher.error
+
+
+def _max_epochs(config: Config) -> int:
+    """The most epochs that a trial may report: a swept number of epochs counts with its highest value."""
+    keys = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
+    swept = {key: p for key, p in sweep_of(config).space.items() if key in keys}
+    if not swept and "method" not in sweep_of(config).space:
+        return config.search.max_epochs
+    most: list[int] = []
+    for number in range(100):
+        most.append(trial_config(config, random_settings(config, number)).search.max_epochs)
+    return max(most)
+
+
+def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) -> Outcome:
+    sweep, trials = sweep_of(config), own_trials(study)
+    states = Counter(t.state for t in trials)
+    if n_failed(study) > sweep.max_failures:
+        first = next(t for t in trials if t.state == TrialState.FAIL)
+        raise IstanasError(
+            f"sweep: {count(n_failed(study), 'trial')} failed, above sweep.max_failures = {sweep.max_failures} "
+            f"(the first: {first.user_attrs.get(FAILED)}); the same command goes on with a higher one"
+        )
+    best = best_trial(study)
+    if best is None:
+        raise IstanasError(
+            "sweep: no trial has finished, all failed or were stopped: see trials.csv, raise trials"
+        )
+    frame = sweep_frame(config, study)
+    write_table(run.path, frame)
+    figures = write_figures(run.path, config, study, observer.note)
+    attributes = best.user_attrs
+    genotype = Genotype.from_json((Path(attributes["run_dir"]) / GENOTYPE_FILE).read_text())
+    _write_best(config, run.path / BEST, attributes["settings"], genotype)
+    result: dict[str, Any] = {
+        "best_trial": best.number - first_number(study),
+        "best_run_dir": attributes["run_dir"],
+        "settings": attributes["settings"],
+        "digest": genotype.digest(),
+        "genotype": genotype.to_dict(),
+        "objective_top1": best.values[sweep.objectives.index("top1")],
+        "valid_top1": attributes["valid_top1"],
+        "params": attributes["params"],
+        "macs": attributes["macs"],
+        "trials": len(trials),
+        "complete": states[TrialState.COMPLETE],
+        "pruned": states[TrialState.PRUNED],
+        "failed": states[TrialState.FAIL],
+        "epochs": int(frame["epochs"].fillna(0).sum()),
+        "seconds": float(frame["seconds"].fillna(0).sum()),
+    }
+    if sweep.objective == "retrained":
+        result |= {"retrained_top1": attributes["retrained_top1"], "kendall_tau": kendall_tau(frame)}
+    return Outcome(
+        result=result,
+        artifacts=(CONFIG_FILE, TABLE_FILE, *figures, f"{BEST}/{CONFIG_FILE}", f"{BEST}/{GENOTYPE_FILE}"),
+        tags={"istanas.genotype": genotype.digest()},
+        description=_description(config, result, genotype, PAGE_FILE in figures),
+    )
+
+
+def _write_best(config: Config, folder: Path, settings: Settings, genotype: Genotype) -> None:
+    """Configuration and genotype of the best trial, ready to be retrained on all training pictures."""
+    best = with_settings(config, settings, "best")
+    best = best.model_copy(update={"data": best.data.model_copy(update={"holdout": 0.0})})
+    atomic_write(folder / CONFIG_FILE, to_yaml(as_written(best)))
+    atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
+
+
+def _description(config: Config, result: dict[str, Any], genotype: Genotype, page: bool) -> str:
+    sweep = sweep_of(config)
+    settings = result["settings"]
+    rows = "\n".join(f"| {key} | {p} | {settings.get(key, '')} |" for key, p in sweep.space.items())
+    retrained = ""
+    if "retrained_top1" in result:
+        tau = result["kendall_tau"]
+        shown = "not defined" if tau is None else f"{tau:.2f}"
+        retrained = (
+            f"- top-1 on the hold-out after retraining: {100 * result['retrained_top1']:.2f} %\n"
+            f"- Kendall's tau of top-1 in search and after retraining: {shown}\n"
+        )
+    return (
+        f"Sweep on {config.data.name}: {count(result['trials'], 'trial')}, {result['complete']} finished, "
+        f"{result['pruned']} stopped early, {result['failed']} failed; {result['epochs']} epochs.\n\n"
+        f"Best is trial {result['best_trial']}:\n\n"
+        f"- top-1 in search: {100 * result['valid_top1']:.2f} %\n{retrained}"
+        f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
+        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n\n"
+        f"| key | space | best |\n|---|---|---|\n{rows}\n\n"
+        + (
+            f"All trials: `{TABLE_FILE}`; figures: `{PAGE_FILE}`.\n"
+            if page
+            else f"All trials: `{TABLE_FILE}`.\n"
+        )
+    )

@@ -1,0 +1,171 @@
+"""What a sweep has found: a table of its trials, and figures of what mattered, as PNG and in one interactive page."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy import stats
+
+from pipeline.rundir import RunDir, atomic_write
+from pipeline.schema import Config
+from pipeline.study import FAILED, SETTINGS, first_number, own_trials
+from pipeline.sweep_space import sweep_of
+from pipeline.tracking import read_link
+
+TABLE_FILE = "trials.csv"
+PAGE_FILE = "sweep.html"
+PLOTS = "plots"
+
+COLUMNS: dict[str, str] = {
+    "trial": "Int64",
+    "state": "string",
+    "valid_top1": "Float64",
+    "retrained_top1": "Float64",
+    "params": "Int64",
+    "macs": "Int64",
+    "epochs": "Int64",
+    "seconds": "Float64",
+    "digest": "string",
+    "reused": "boolean",
+    "pareto": "boolean",
+    "reason": "string",
+    "run_dir": "string",
+    "retrain_dir": "string",
+    "mlflow_run_id": "string",
+}
+"""Column -> pandas dtype of a sweep's table, beside a column for every swept key: accuracies are fractions, `epochs`
+and `seconds` those of the search, `reused` says that another trial had retrained the same cell, `reason` why it
+failed."""
+
+Plot = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, with matplotlib, with plotly
+
+
+def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
+    """One row for every trial that was begun.
+
+    Args:
+        config: of the sweep.
+        study: its study.
+
+    Returns:
+        A frame with a column for every swept key, between `state` and the rest of `COLUMNS`.
+    """
+    first = first_number(study)
+    front = {t.number for t in _front(study)}
+    keys = list(sweep_of(config).space)
+    rows = [_row(trial, trial.number - first, keys, trial.number in front) for trial in own_trials(study)]
+    names = list(COLUMNS)
+    order = [*names[:2], *keys, *names[2:]]
+    return pd.DataFrame(rows, columns=order).astype(COLUMNS)
+
+
+def kendall_tau(frame: pd.DataFrame) -> float | None:
+    """Kendall's tau between top-1 in search and after retraining; None below two trials that have both."""
+    both = frame[["valid_top1", "retrained_top1"]].dropna().astype(float)
+    if len(both) < 2:
+        return None
+    tau = float(stats.kendalltau(both["valid_top1"], both["retrained_top1"]).statistic)
+    return None if pd.isna(tau) else tau
+
+
+def write_table(folder: Path, frame: pd.DataFrame) -> None:
+    """The table as a file."""
+    atomic_write(folder / TABLE_FILE, frame.to_csv(index=False))
+
+
+def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str], None]) -> tuple[str, ...]:
+    """Importances, parallel coordinates, history and (with several objectives) the Pareto front.
+
+    Args:
+        folder: the sweep's run directory.
+        config: of the sweep.
+        study: its study.
+        say: told of figures that can't be drawn, with the reason.
+
+    Returns:
+        The files, relative to the folder.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files: list[str] = []
+    parts: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for name, draw, draw_page in _plots(config, study):
+            try:
+                axes, figure = draw(), draw_page()
+            except (ValueError, RuntimeError) as error:  # too few trials, or all with the same value
+                say(f"{name.replace('_', ' ')}: not drawn ({error})")
+                continue
+            buffer = io.BytesIO()
+            picture = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
+            picture.set_size_inches(9, 5)
+            picture.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+            pyplot.close(picture)
+            files.append(f"{PLOTS}/{name}.png")
+            atomic_write(folder / files[-1], buffer.getvalue())
+            parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, div_id=name))
+    if parts:
+        title = f"Sweep {study.study_name}"
+        head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
+        atomic_write(folder / PAGE_FILE, f"{head}<body><h1>{title}</h1>{''.join(parts)}</body></html>\n")
+        files.append(PAGE_FILE)
+    return tuple(files)
+
+
+def _plots(config: Config, study: Study) -> list[Plot]:
+    from optuna import visualization as page
+    from optuna.visualization import matplotlib as picture
+
+    objectives = sweep_of(config).objectives
+    done = [t for t in own_trials(study) if t.state == TrialState.COMPLETE]
+    shared = [key for key in sweep_of(config).space if done and all(key in t.params for t in done)]
+
+    def top1(trial: FrozenTrial) -> float:
+        return float(trial.values[objectives.index("top1")])
+
+    of_top1 = {"target": top1 if len(objectives) > 1 else None, "target_name": "top-1"}
+    figures: list[tuple[str, str, dict[str, Any]]] = [
+        ("importances", "plot_param_importances", of_top1),
+        ("parallel_coordinates", "plot_parallel_coordinate", {"params": shared, **of_top1}),
+        ("history", "plot_optimization_history", of_top1),
+    ]
+    if len(objectives) in (2, 3):
+        figures.append(("pareto_front", "plot_pareto_front", {"target_names": objectives}))
+
+    def bound(module: Any, function: str, options: dict[str, Any]) -> Callable[[], Any]:
+        return lambda: getattr(module, function)(study, **options)
+
+    return [(name, bound(picture, function, o), bound(page, function, o)) for name, function, o in figures]
+
+
+def _front(study: Study) -> Sequence[FrozenTrial]:
+    if len(study.directions) > 1:
+        return study.best_trials
+    return []
+
+
+def _row(trial: FrozenTrial, index: int, keys: Sequence[str], pareto: bool) -> dict[str, Any]:
+    figures = trial.user_attrs
+    settings = figures.get(SETTINGS, {})
+    link = read_link(RunDir(figures["run_dir"])) if "run_dir" in figures else None
+    return {
+        "trial": index,
+        "state": trial.state.name,
+        **{key: settings.get(key) for key in keys},
+        **{name: figures.get(name) for name in COLUMNS if name in figures},
+        "pareto": pareto,
+        "reason": figures.get(FAILED),
+        "mlflow_run_id": None if link is None else link.run_id,
+    }

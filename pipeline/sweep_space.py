@@ -1,0 +1,222 @@
+"""A sweep's search space: checked against the schema before anything starts, and sampled by Optuna's trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from istanas.errors import ConfigError
+from istanas.training import derive_seed
+from pipeline.config import known_methods, nearest_key, value_at, with_settings
+from pipeline.schema import Config, Parameter, SweepSettings
+
+Settings = dict[str, Any]  # "key.path" -> value, of one trial
+N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for every study
+
+_NOT_SWEPT = ("runtime", "tracking", "sweep", "data.name", "data.root", "data.download", "data.cache_dir")
+
+
+def sweep_of(config: Config) -> SweepSettings:
+    """The sweep's section.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if config.sweep is None:
+        raise ConfigError("sweep is missing: give a configuration with a sweep, such as sweep_digits.yaml")
+    return config.sweep
+
+
+def distribution(parameter: Parameter) -> BaseDistribution | None:
+    """What Optuna samples a parameter from; None for a fixed one."""
+    value = parameter.value
+    if parameter.kind == "int":
+        return IntDistribution(*value)
+    if parameter.kind == "choice":
+        return CategoricalDistribution(value)
+    if parameter.kind == "fixed":
+        return None
+    low, high = value
+    return FloatDistribution(low, high, log=parameter.kind == "loguniform")
+
+
+def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
+    """The parameters whose conditions hold; `settings` is read as it grows."""
+    for key, parameter in sweep_of(config).space.items():
+        values = {name: settings.get(name, value_at(config, name)) for name in parameter.when}
+        if values == parameter.when:
+            yield key, parameter
+
+
+class Suggests(Protocol):
+    """What chooses values: a trial of Optuna."""
+
+    @property
+    def suggest_int(self) -> Callable[..., int]:
+        """(key, low, high) -> a value."""
+
+    @property
+    def suggest_float(self) -> Callable[..., float]:
+        """(key, low, high, log=False) -> a value."""
+
+    @property
+    def suggest_categorical(self) -> Callable[..., Any]:
+        """(key, choices) -> a value."""
+
+
+def suggest(config: Config, trial: Suggests) -> Settings:
+    """One trial's settings, as Optuna's trial suggests them; fixed ones included.
+
+    Args:
+        config: of the sweep.
+        trial: of Optuna; what it has got already stays.
+    """
+    settings: Settings = {}
+    for key, parameter in applying(config, settings):
+        value = parameter.value
+        if parameter.kind == "int":
+            settings[key] = trial.suggest_int(key, *value)
+        elif parameter.kind == "choice":
+            settings[key] = trial.suggest_categorical(key, value)
+        elif parameter.kind == "fixed":
+            settings[key] = value
+        else:
+            settings[key] = trial.suggest_float(key, *value, log=parameter.kind == "loguniform")
+    return settings
+
+
+def trial_config(config: Config, settings: Settings, source: str = "trial") -> Config:
+    """The configuration of one trial: never measured on the test split.
+
+    Raises:
+        ConfigError: if the settings do not fit together.
+    """
+    trial = with_settings(config, settings, source)
+    update: dict[str, Any] = {"retrain": trial.retrain.model_copy(update={"test_every": 0})}
+    if trial.method == "one_stage":
+        update["search"] = trial.search.model_copy(update={"test_every": 0})
+        if trial.data.holdout == 0:
+            raise ConfigError(f"{source}: data.holdout is 0: a one-stage trial is judged on it, set 0.1")
+    return trial.model_copy(update=update)
+
+
+def check_space(config: Config) -> None:
+    """Check every parameter, its bounds, its conditions and many random settings against the schema.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    sweep = sweep_of(config)
+    problems = []
+    seen: list[str] = []
+    for key, parameter in sweep.space.items():
+        problems += [f"sweep.space.{key}: {problem}" for problem in _problems(config, key, parameter, seen)]
+        seen.append(key)
+    for number, point in enumerate(sweep.points):
+        problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(sweep, point)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for number in range(N_CHECKED):
+        settings = random_settings(config, derive_seed(config.seed, "check", number))
+        trial_config(config, settings, f"sweep.space allows {readable(settings)}")
+    for number, point in enumerate(sweep.points):
+        trial_config(config, settings_of_point(config, point), f"sweep.points.{number}")
+
+
+def random_settings(config: Config, seed: int) -> Settings:
+    """Settings drawn at random from the space, without a study."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed % 2**32))
+    return suggest(config, study.ask())
+
+
+def settings_of_point(config: Config, point: Mapping[str, Any]) -> Settings:
+    """A point to be tried first, with what the space fixes; what it leaves open has its lowest or first value."""
+    from optuna.trial import FixedTrial
+
+    open_values: Settings = {}
+    for key, parameter in sweep_of(config).space.items():
+        if parameter.kind != "fixed":
+            open_values[key] = parameter.value[0]
+    return suggest(config, FixedTrial({**open_values, **point}))
+
+
+def readable(settings: Settings) -> str:
+    """Settings in one line.
+
+    Example:
+        >>> readable({"search.lr": 0.123456, "space.sparsity": 2})
+        'search.lr=0.1235, space.sparsity=2'
+    """
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+
+
+def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]) -> Iterator[str]:
+    methods = known_methods(key)
+    if not methods:
+        yield f"unknown key, did you mean {nearest_key(key)}?"
+        return
+    if any(key == name or key.startswith(f"{name}.") for name in _NOT_SWEPT):
+        yield "can't be swept: it says where a trial runs or what on, set it outside the space"
+        return
+    for name, wanted in parameter.when.items():
+        if name in sweep_of(config).space and name not in earlier:
+            yield f"when: {name} stands below it, move it up"
+        elif not known_methods(name):
+            yield f"when: unknown key {name}, did you mean {nearest_key(name)}?"
+        elif name in sweep_of(config).space and not _in_range(sweep_of(config).space[name], wanted):
+            yield f"when: {name} is never {wanted!r}, see its values"
+    possible = _methods_of(config)
+    if parameter.when.get("method") in possible:
+        possible = [str(parameter.when["method"])]
+    if missing := [method for method in possible if method not in methods]:
+        yield (
+            f"belongs to method: {methods[0]}, and trials may be {missing[0]}: "
+            f"add when: {{method: {methods[0]}}}"
+            if methods[0] in _methods_of(config)
+            else f"belongs to method: {methods[0]}, and no trial is: leave it out or set the method"
+        )
+        return
+    if len(possible) == 1:  # with several, the random settings tell
+        base: Settings = {"method": possible[0]}
+        values = parameter.value if parameter.kind != "fixed" else [parameter.value]
+        for value in values:
+            try:
+                with_settings(config, {**base, key: value}, "value")
+            except ConfigError as error:
+                if key in str(error):  # what does not fit together may fit with other settings
+                    yield str(error).splitlines()[0].removeprefix("value: ")
+
+
+def _methods_of(config: Config) -> list[str]:
+    """The methods that trials may have."""
+    parameter = sweep_of(config).space.get("method")
+    if parameter is None:
+        return [config.method]
+    return list(parameter.value) if parameter.kind == "choice" else [str(parameter.value)]
+
+
+def _point_problems(sweep: SweepSettings, point: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in point.items():
+        if key not in sweep.space:
+            yield f"{key} is not in sweep.space, add it there or leave it out"
+        elif not _in_range(sweep.space[key], value):
+            yield f"{key} is {value!r}, outside {sweep.space[key]}"
+
+
+def _in_range(parameter: Parameter, value: Any) -> bool:
+    if parameter.kind in ("fixed", "choice"):
+        values = [parameter.value] if parameter.kind == "fixed" else parameter.value
+        return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+    low, high = parameter.value
+    whole = parameter.kind == "int"
+    return isinstance(value, int if whole else int | float) and low <= value <= high

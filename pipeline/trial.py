@@ -1,0 +1,129 @@
+"""What runs in a trial's process: one search, and with `sweep.objective: retrained` the retraining of what it found.
+
+It reports after every epoch, and once more at its end. Whoever stops it does so inside a report.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from istanas.space import Genotype
+from pipeline import checkpoint
+from pipeline.cluster import Runtime
+from pipeline.epochs import Record
+from pipeline.jobs.job import CHECKPOINTS
+from pipeline.jobs.retrain import run_retrain
+from pipeline.jobs.search import run_search
+from pipeline.rundir import RunDir
+from pipeline.schema import Config
+from pipeline.study import EPOCH, FAILED, FINISHED, TOP1
+from pipeline.tracking import one_line
+
+LOG_FILE = "trial.log"
+RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
+
+
+def run_trial(task: dict[str, Any]) -> None:
+    """Ray Tune's trainable.
+
+    Args:
+        task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "log" (a file),
+            "objective", "objectives".
+    """
+    from ray import tune
+
+    with open(task["log"], "a", buffering=1) as log:
+        handler = logging.StreamHandler(log)
+        logging.getLogger().addHandler(handler)
+        try:
+            last = {FINISHED: True, **_run(task, Console(file=log, width=120))}
+        except Exception as error:  # whatever it is, the sweep goes on and says so
+            log.write(traceback.format_exc())
+            last = {FAILED: one_line(error)}
+        finally:
+            logging.getLogger().removeHandler(handler)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the process may serve the next trial
+    tune.report(last)
+
+
+def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
+    config: Config = task["config"]
+    told: list[int] = []
+
+    def tell(history: list[Record]) -> None:
+        from ray import tune
+
+        for record in history[len(told) :]:
+            told.append(record["epoch"])
+            done = history[: record["epoch"]]
+            tune.report({EPOCH: record["epoch"], TOP1: record["metrics"][TOP1], **_figures(done)})
+
+    with Runtime(config.runtime) as runtime:
+        search = run_search(
+            config,
+            name=task["name"],
+            fresh=False,
+            console=console,
+            runtime=runtime,
+            parent=task["parent"],
+            tags=task["tags"],
+            tell=tell,
+        )
+        history = _history(Path(search["run_dir"]))
+        tell(history)  # of a search that had finished before
+        figures = {**_figures(history), "run_dir": search["run_dir"]}
+        top1 = figures["valid_top1"]
+        if task["objective"] == "retrained":
+            figures |= _retrained(config, search["genotype"], search["run_dir"], runtime, console)
+            top1 = figures["retrained_top1"]
+    values = {"top1": top1, "params": figures["params"], "macs": figures["macs"]}
+    return {**figures, **{f"objective/{name}": float(values[name]) for name in task["objectives"]}}
+
+
+def _retrained(
+    config: Config, genotype: dict[str, Any], search_dir: str, runtime: Runtime, console: Console
+) -> dict[str, Any]:
+    """Retrain the found network, or take the figures of the trial that has found it before."""
+    result = run_retrain(
+        config,
+        Genotype.from_dict(genotype).canonical(),  # equal digests share a run directory
+        name=RETRAINED_NAME,
+        parent=search_dir,
+        fresh=False,
+        console=console,
+        runtime=runtime,
+        wait=-1,
+    )
+    return {
+        "retrained_top1": result["valid_top1"],
+        "params": result["params"],
+        "macs": result["macs"],
+        "retrain_dir": result["run_dir"],
+        "reused": RunDir(result["run_dir"]).read().parent != search_dir,
+    }
+
+
+def _history(run_dir: Path) -> list[Record]:
+    saved = checkpoint.load_latest(run_dir / CHECKPOINTS)
+    history: list[Record] = [] if saved is None else saved["history"]
+    return history
+
+
+def _figures(history: list[Record]) -> dict[str, Any]:
+    """What a search has reached."""
+    last = history[-1]
+    return {
+        "valid_top1": last["metrics"][TOP1],
+        "digest": Genotype.from_json(last["genotype"]).digest(),
+        "params": int(last["metrics"]["target/params"]),
+        "macs": int(last["metrics"]["target/macs"]),
+        "epochs": len(history),
+        "seconds": sum(record["seconds"] for record in history),
+    }
