@@ -253,21 +253,40 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 @click.option(
     "--one-stage", is_flag=True, help="One-stage searches: their weights against the same cell retrained."
 )
+@click.option(
+    "--sweep",
+    "sweep_run",
+    metavar="RUN",
+    help="The trials of a sweep, with every swept setting.",
+)
 @json_option
 def results(
-    file: str | None, overrides: tuple[str, ...], csv_file: Path | None, one_stage: bool, as_json: bool
+    file: str | None,
+    overrides: tuple[str, ...],
+    csv_file: Path | None,
+    one_stage: bool,
+    sweep_run: str | None,
+    as_json: bool,
 ) -> None:
-    """Table of all searches and retrainings in the MLflow store."""
+    """Table of all sweeps, searches and retrainings in the MLflow store, or of one sweep's trials."""
+    if one_stage and sweep_run is not None:
+        raise click.UsageError("--one-stage and --sweep: two tables, give one of them")
     config, _ = _load(file, overrides)
     console = _console(as_json)
     from pipeline import report
 
-    make_frame, make_table = (
-        (report.weights_frame, report.weights_table)
-        if one_stage
-        else (report.results_frame, report.results_table)
-    )
-    frame = make_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
+    if sweep_run is not None:
+        from pipeline.sweep_report import read_table, trials_table
+
+        run, _ = _run_and_config(sweep_run, file, overrides)
+        frame, make_table = read_table(run.path), trials_table
+    else:
+        make_frame, make_table = (
+            (report.weights_frame, report.weights_table)
+            if one_stage
+            else (report.results_frame, report.results_table)
+        )
+        frame = make_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
     if csv_file is not None:
         from pipeline.rundir import atomic_write
 

@@ -58,12 +58,12 @@ _NUMBERS = {
     "params": "target/params",
     "macs": "target/macs",
 }
-_KINDS = ("search", "retrain")
+_KINDS = ("sweep", "search", "retrain")
 _PAGE = 1000
 
 
 def results_frame(*, tracking_uri: str | None, experiment: str | None = None) -> "pd.DataFrame":
-    """All searches and retrainings of a store, newest search first, each followed by its retrainings.
+    """All sweeps, searches and retrainings of a store, newest first, each followed by what belongs to it.
 
     `test_top1` of a one-stage search is that of its own weights; a two-stage search has none.
 
@@ -84,14 +84,14 @@ def results_frame(*, tracking_uri: str | None, experiment: str | None = None) ->
 
 
 def results_table(frame: "pd.DataFrame") -> "Table":
-    """The frame as a table that fits 80 columns; retrainings are set in under their search.
+    """The frame as a table that fits 80 columns; trials are set in under their sweep, retrainings under their search.
 
-    Valid and test are top-1; a status is shown where a run is not finished. The frame has the rest.
+    Valid and test are top-1; a status is shown where a run is not finished: a trial that was stopped early is KILLED.
+    The frame has the rest.
 
     Args:
         frame: as `results_frame` gives it.
     """
-    import pandas as pd
     from rich import box
     from rich.table import Table
 
@@ -100,17 +100,17 @@ def results_table(frame: "pd.DataFrame") -> "Table":
     table.add_column("genotype", no_wrap=True)
     for heading in ("valid", "test", "params", "MACs", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    searches = set(frame["run_id"])
+    depths: dict[Any, int] = {}
     for row in frame.to_dict("records"):
-        indent = "  " if not pd.isna(row["parent_run_id"]) and row["parent_run_id"] in searches else ""
+        depths[row["run_id"]] = depth = depths.get(row["parent_run_id"], -1) + 1
         table.add_row(
-            f"{indent}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
-            _shown(row["genotype"], "{:.8}"),
-            _shown(row["valid_top1"], "{:.2%}"),
-            _shown(row["test_top1"], "{:.2%}"),
-            _shown(row["params"], "{:,}"),
-            _shown(row["macs"], "{:,}"),
-            _shown_time(row["seconds"]),
+            f"{'  ' * depth}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
+            shown(row["genotype"], "{:.8}"),
+            shown(row["valid_top1"], "{:.2%}"),
+            shown(row["test_top1"], "{:.2%}"),
+            shown(row["params"], "{:,}"),
+            shown(row["macs"], "{:,}"),
+            shown_time(row["seconds"]),
         )
     return table
 
@@ -170,22 +170,22 @@ def weights_table(frame: "pd.DataFrame") -> "Table":
 
     def figures(row: dict[Any, Any], weights: str, points: str) -> list[str]:
         return [
-            _shown(row[f"{weights}_top1"], "{:.2%}"),
+            shown(row[f"{weights}_top1"], "{:.2%}"),
             points,
-            _shown(row[f"{weights}_params"], "{:,}"),
-            _shown(row[f"{weights}_epochs"], "{:,}"),
-            _shown_time(row[f"{weights}_seconds"]),
+            shown(row[f"{weights}_params"], "{:,}"),
+            shown(row[f"{weights}_epochs"], "{:,}"),
+            shown_time(row[f"{weights}_seconds"]),
         ]
 
     above = None
     for row in frame.to_dict("records"):
         if row["run_id"] != above:
-            table.add_row(row["name"], _shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
+            table.add_row(row["name"], shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
         above = row["run_id"]
         if pd.isna(row["retrain_run_id"]):
             table.add_row("  not retrained yet")
         else:
-            points = _shown(100 * row["difference"], "{:+.2f}")
+            points = shown(100 * row["difference"], "{:+.2f}")
             table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
     return table
 
@@ -243,15 +243,25 @@ def _readable(uri: str) -> Iterator[None]:
 
 
 def _family_order(runs: "list[Run]") -> "list[Run]":
-    """Newest family first; in a family the search, then its retrainings as they were begun."""
-    begun = {run.info.run_id: run.info.start_time for run in runs}
+    """Newest family first; in a family each run is followed by its children, as they were begun."""
+    by_id = {run.info.run_id: run for run in runs}
 
-    def place(run: "Run") -> tuple[int, str, bool, int]:
-        parent = run.data.tags.get("mlflow.parentRunId", "")
-        head: str = parent if parent in begun else run.info.run_id
-        return -begun[head], head, head != run.info.run_id, run.info.start_time
+    def place(run: "Run") -> list[tuple[int, str]]:
+        head, *children = _lineage(run, by_id)
+        steps = [(child.info.start_time, child.info.run_id) for child in children]
+        return [(-head.info.start_time, head.info.run_id), *steps]
 
     return sorted(runs, key=place)
+
+
+def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
+    """The run's ancestors among these runs, the first of all first, and the run."""
+    line = [run]
+    while (parent := by_id.get(line[0].data.tags.get("mlflow.parentRunId", ""))) is not None:
+        if parent in line:  # no store of ours, but tags can be edited
+            break
+        line.insert(0, parent)
+    return line
 
 
 def _row(run: "Run") -> dict[str, Any]:
@@ -320,13 +330,15 @@ def _epochs(client: "MlflowClient", run: "Run") -> int | None:
     return max((m.step for m in client.get_metric_history(run.info.run_id, "train/loss")), default=None)
 
 
-def _shown(value: Any, text: str) -> str:
+def shown(value: Any, text: str) -> str:
+    """A cell of a table: the value in this format, nothing for a missing one."""
     import pandas as pd
 
     return "" if pd.isna(value) else text.format(value)
 
 
-def _shown_time(seconds: Any) -> str:
+def shown_time(seconds: Any) -> str:
+    """A cell of a table with a time."""
     import pandas as pd
 
     return "" if pd.isna(seconds) else duration(seconds)

@@ -42,6 +42,7 @@ FIGURES = (
     "run_dir",
     "retrain_dir",
     "reused",
+    "frozen_epochs",
     FAILED,
 )
 SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold
@@ -256,6 +257,9 @@ class StudySearcher(Searcher):
             self._begun += 1
         else:
             return Searcher.FINISHED
+        _ = (
+            trial.relative_params
+        )  # drawn now, all together, and not by the sampler of the first key that lacks a value
         index = trial.number - self._first
         settings = suggest(self._config, _Reseeded(self._config, trial, index))
         trial.set_user_attr(SETTINGS, settings)

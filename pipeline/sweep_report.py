@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
@@ -14,11 +14,16 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
+from istanas.errors import ConfigError
+from pipeline.report import shown, shown_time
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config
 from pipeline.study import FAILED, SETTINGS, first_number, own_trials
-from pipeline.sweep_space import sweep_of
+from pipeline.sweep_space import sweep_of, trial_config
 from pipeline.tracking import read_link
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TABLE_FILE = "trials.csv"
 PAGE_FILE = "sweep.html"
@@ -35,6 +40,7 @@ COLUMNS: dict[str, str] = {
     "seconds": "Float64",
     "digest": "string",
     "reused": "boolean",
+    "frozen_epochs": "string",
     "pareto": "boolean",
     "reason": "string",
     "run_dir": "string",
@@ -42,8 +48,8 @@ COLUMNS: dict[str, str] = {
     "mlflow_run_id": "string",
 }
 """Column -> pandas dtype of a sweep's table, beside a column for every swept key: accuracies are fractions, `epochs`
-and `seconds` those of the search, `reused` says that another trial had retrained the same cell, `reason` why it
-failed."""
+and `seconds` those of the search, `reused` says that another trial had retrained the same cell, `frozen_epochs` after
+which epochs of a one-stage search its nodes froze, `reason` why it failed."""
 
 Plot = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, with matplotlib, with plotly
 
@@ -67,6 +73,51 @@ def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=order).astype(COLUMNS)
 
 
+def read_table(folder: Path) -> pd.DataFrame:
+    """The table that a sweep keeps in its run directory, as `sweep_frame` gives it.
+
+    Raises:
+        ConfigError: if the run is no sweep, or has begun no trial.
+    """
+    file = folder / TABLE_FILE
+    if not file.is_file():
+        raise ConfigError(f"sweep {folder}: has no {TABLE_FILE}, name a sweep that has begun a trial")
+    return pd.read_csv(file, dtype=COLUMNS)
+
+
+def trials_table(frame: pd.DataFrame) -> Table:
+    """The frame for people: settings, figures, and the reason of a failure; the frame has the rest.
+
+    Args:
+        frame: as `sweep_frame` gives it.
+    """
+    from rich import box
+    from rich.table import Table
+
+    keys = [name for name in frame.columns if name not in COLUMNS]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("trial", "state", *(key.rpartition(".")[2] for key in keys)):
+        table.add_column(heading)
+    for heading in ("valid", "retrained", "params", "epochs", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("genotype", no_wrap=True)
+    for row in frame.to_dict("records"):
+        state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
+        same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
+        table.add_row(
+            str(row["trial"]),
+            f"{state}{', on the front' if row['pareto'] else ''}",
+            *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
+            shown(row["valid_top1"], "{:.2%}"),
+            shown(row["retrained_top1"], "{:.2%}") + same,
+            shown(row["params"], "{:,}"),
+            shown(row["epochs"], "{}"),
+            shown_time(row["seconds"]),
+            shown(row["digest"], "{:.8}"),
+        )
+    return table
+
+
 def kendall_tau(frame: pd.DataFrame) -> float | None:
     """Kendall's tau between top-1 in search and after retraining; None below two trials that have both."""
     both = frame[["valid_top1", "retrained_top1"]].dropna().astype(float)
@@ -82,7 +133,7 @@ def write_table(folder: Path, frame: pd.DataFrame) -> None:
 
 
 def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str], None]) -> tuple[str, ...]:
-    """Importances, parallel coordinates, history and (with several objectives) the Pareto front.
+    """Importances, parallel coordinates, history; the Pareto front of several objectives; when one-stage nodes froze.
 
     Args:
         folder: the sweep's run directory.
@@ -116,12 +167,42 @@ def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str
             files.append(f"{PLOTS}/{name}.png")
             atomic_write(folder / files[-1], buffer.getvalue())
             parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, div_id=name))
+    frozen = [t for t in own_trials(study) if t.user_attrs.get("frozen_epochs")]
+    if frozen:
+        files.append(f"{PLOTS}/freezing.png")
+        atomic_write(folder / files[-1], _freezing_figure(config, frozen))
     if parts:
         title = f"Sweep {study.study_name}"
         head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
         atomic_write(folder / PAGE_FILE, f"{head}<body><h1>{title}</h1>{''.join(parts)}</body></html>\n")
         files.append(PAGE_FILE)
     return tuple(files)
+
+
+def _freezing_figure(config: Config, trials: Sequence[FrozenTrial]) -> bytes:
+    """The initial learning rate of each trial against the epochs after which its nodes froze, as PNG."""
+    from matplotlib import pyplot
+
+    def rate(trial: FrozenTrial) -> float:
+        return trial_config(config, trial.user_attrs[SETTINGS]).search.lr
+
+    trials = sorted(trials, key=rate)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for trial in trials:
+        epochs = trial.user_attrs["frozen_epochs"]
+        axes.plot([rate(trial)] * len(epochs), epochs, "o", color="#4878a8", alpha=0.5, markersize=6)
+    last = [max(trial.user_attrs["frozen_epochs"]) for trial in trials]
+    axes.plot([rate(trial) for trial in trials], last, "-", color="#c44e52", label="last node of a trial")
+    axes.set(
+        xscale="log", xlabel="initial learning rate (search.lr)", ylabel="epoch after which a node froze"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    return buffer.getvalue()
 
 
 def _plots(config: Config, study: Study) -> list[Plot]:
@@ -165,6 +246,7 @@ def _row(trial: FrozenTrial, index: int, keys: Sequence[str], pareto: bool) -> d
         "state": trial.state.name,
         **{key: settings.get(key) for key in keys},
         **{name: figures.get(name) for name in COLUMNS if name in figures},
+        "frozen_epochs": " ".join(map(str, figures["frozen_epochs"])) if "frozen_epochs" in figures else None,
         "pareto": pareto,
         "reason": figures.get(FAILED),
         "mlflow_run_id": None if link is None else link.run_id,

@@ -34,7 +34,7 @@ def run_trial(task: dict[str, Any]) -> None:
 
     Args:
         task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "log" (a file),
-            "objective", "objectives".
+            "run_dir", "objective", "objectives".
     """
     from ray import tune
 
@@ -63,7 +63,8 @@ def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
         for record in history[len(told) :]:
             told.append(record["epoch"])
             done = history[: record["epoch"]]
-            tune.report({EPOCH: record["epoch"], TOP1: record["metrics"][TOP1], **_figures(done)})
+            top1 = record["metrics"][TOP1]
+            tune.report({EPOCH: record["epoch"], TOP1: top1, **_figures(done), "run_dir": task["run_dir"]})
 
     with Runtime(config.runtime) as runtime:
         search = run_search(
@@ -78,7 +79,7 @@ def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
         )
         history = _history(Path(search["run_dir"]))
         tell(history)  # of a search that had finished before
-        figures = {**_figures(history), "run_dir": search["run_dir"]}
+        figures = {**_figures(history), "run_dir": task["run_dir"]}
         top1 = figures["valid_top1"]
         if task["objective"] == "retrained":
             figures |= _retrained(config, search["genotype"], search["run_dir"], runtime, console)
@@ -126,4 +127,5 @@ def _figures(history: list[Record]) -> dict[str, Any]:
         "macs": int(last["metrics"]["target/macs"]),
         "epochs": len(history),
         "seconds": sum(record["seconds"] for record in history),
+        **({"frozen_epochs": [f["epoch"] for f in last["frozen"]]} if "frozen" in last else {}),
     }

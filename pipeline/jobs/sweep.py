@@ -279,8 +279,9 @@ class _Trials:
             "parent": parent,
             "tags": tags,
             "log": str(spec.path / LOG_FILE),
-            "objective": sweep_of(config_of := self._config).objective,
-            "objectives": sweep_of(config_of).objectives,
+            "run_dir": str(spec.path),
+            "objective": sweep_of(self._config).objective,
+            "objectives": sweep_of(self._config).objectives,
         }
 
     def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:

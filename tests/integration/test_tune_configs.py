@@ -8,6 +8,7 @@ import pytest
 import pipeline.config
 import pipeline.schema
 from pipeline.cli import cli
+from pipeline.sweep_space import check_space
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tune_configs").rglob("*.y*ml"))
@@ -98,7 +99,7 @@ PUBLISHED = {
 
 def test_there_are_as_many_as_we_know() -> None:
     """A new file is counted here on purpose: it then is validated below."""
-    assert len(FILES) == 9
+    assert len(FILES) == 13
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -111,6 +112,9 @@ def test_it_is_valid_and_opens_with_its_own_launch_command(file: str) -> None:
     for command, arguments in commands:
         assert command in cli.commands
         assert f"--config {file}" in arguments
+    assert (config.sweep is not None) == Path(file).name.startswith("sweep_")
+    if config.sweep is not None:
+        check_space(config)
     overrides = re.findall(r"--set (\S+=\S+)", comment)
     assert overrides
     changed = pipeline.config.load(ROOT / file, overrides)
@@ -147,7 +151,7 @@ def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retr
 def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
     configs = [pipeline.config.load(ROOT / file) for file in FILES]
     one_stage = [config for config in configs if isinstance(config, pipeline.schema.OneStageConfig)]
-    assert len(one_stage) == 4
+    assert len(one_stage) == 5
     assert {config.search.termination_tol for config in one_stage} == {1e-3}
 
 

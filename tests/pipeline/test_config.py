@@ -445,6 +445,7 @@ ANOTHER = {
     "tracking.uri": "http://elsewhere",
     "tracking.experiment": "elsewhere",
     "tracking.name": "elsewhere",
+    "tracking.models": False,
     "tracking.registered_model": "elsewhere",
 }
 KEY_PATHS = [

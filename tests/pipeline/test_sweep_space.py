@@ -1,0 +1,212 @@
+"""A sweep's space: what can't be dies before anything starts, in one line; conditions hold in what is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from istanas.errors import ConfigError
+from pipeline.config import load, run_hash, to_yaml
+from pipeline.schema import OneStageConfig
+from pipeline.sweep_space import check_space, random_settings, settings_of_point, suggest, trial_config
+
+BASE = """
+data: {name: digits, holdout: 0.1}
+search: {batch_size: 64}
+sweep:
+  space:
+"""
+BOTH = """
+data: {name: digits, holdout: 0.1}
+sweep:
+  space:
+    method: {choice: [two_stage, one_stage]}
+    search.lr: {loguniform: [0.01, 0.3]}
+    search.epochs: {int: [2, 4], when: {method: two_stage}}
+    search.train_epochs: {fixed: 3, when: {method: one_stage}}
+    search.termination_tol: {uniform: [0.001, 0.01], when: {method: one_stage}}
+"""
+
+
+def write(folder: Path, space: str, rest: str = "") -> Path:
+    file = folder / "sweep.yaml"
+    lines = "".join(f"    {line}\n" for line in space.strip().splitlines())
+    file.write_text(f"{BASE}{lines}{rest}")
+    return file
+
+
+def refusal(folder: Path, space: str, rest: str = "") -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_space(load(write(folder, space, rest)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "line"),
+    [
+        (
+            "search.lr: {}",
+            "sweep.space.search.lr: {} is refused: give exactly one of uniform, loguniform, int,",
+        ),
+        ("search.lr: {uniform: [0, 1], fixed: 1}", "give exactly one of uniform"),
+        ("search.lr: {uniform: [1, 1]}", "uniform: give [low, high] with low below high"),
+        ("search.lr: {uniform: [0.1]}", "sweep.space.search.lr.uniform: [0.1] is refused"),
+        ("search.lr: {loguniform: [0, 1]}", "loguniform: low must be above 0"),
+        ("search.lr: {uniform: [0.1, .inf]}", "uniform: give [low, high]"),
+        ("space.sparsity: {int: [1.5, 2]}", "sweep.space.space.sparsity.int.0: 1.5 is refused"),
+        ("space.matrix: {choice: []}", "sweep.space.space.matrix.choice: [] is refused"),
+        ("space.matrix: {choice: [uniform, uniform]}", "choice: a value stands in it twice"),
+        ("search.lr: {loguniforn: [0.1, 1]}", "unknown key, did you mean loguniform?"),
+        ("search.lrr: {uniform: [0.1, 1]}", "sweep.space.search.lrr: unknown key, did you mean search.lr?"),
+        ("runtime.threads: {int: [1, 2]}", "sweep.space.runtime.threads: can't be swept"),
+        ("data.root: {choice: [a, b]}", "sweep.space.data.root: can't be swept"),
+        ("space.sparsity: {int: [0, 2]}", "sweep.space.space.sparsity: space.sparsity: 0 is refused"),
+        ("space.matrix: {choice: [uniform, normal]}", "space.matrix: 'normal' is refused"),
+        ("search.batch_size: {uniform: [2, 9]}", "search.batch_size: 2.0 is refused"),
+        ("search.lr: {uniform: [0.0001, 1]}", "search.lr_min is 0.001, above search.lr = 0.0001"),
+        ("search.train_epochs: {fixed: 3}", "belongs to method: one_stage, and no trial is"),
+        (
+            "seed: {int: [0, 1], when: {search.lrr: 1}}",
+            "when: unknown key search.lrr, did you mean search.lr?",
+        ),
+        (
+            "seed: {int: [0, 1], when: {space.matrix: uniform}}\nspace.matrix: {choice: [uniform, gaussian]}",
+            "sweep.space.seed: when: space.matrix stands below it, move it up",
+        ),
+        (
+            "space.matrix: {choice: [uniform, gaussian]}\nseed: {int: [0, 1], when: {space.matrix: normal}}",
+            "when: space.matrix is never 'normal'",
+        ),
+        (
+            "method: {choice: [two_stage, one_stage]}\nsearch.train_epochs: {fixed: 3}",
+            "add when: {method: one_stage}",
+        ),
+        # Each bound is possible alone; that some settings are not together is found among random ones.
+        (
+            "search.lr: {uniform: [0.01, 0.1]}\nsearch.lr_min: {uniform: [0.001, 0.05]}",
+            "sweep.space allows search.lr=",
+        ),
+    ],
+)
+def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: str) -> None:
+    message = refusal(tmp_path, space)
+    assert line in message
+    assert all(len(each) < 300 for each in message.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("rest", "line"),
+    [
+        ("  points: [{search.momentum: 0.5}]\n", "sweep.points.0: search.momentum is not in sweep.space"),
+        (
+            "  points: [{search.lr: 0.05}, {search.lr: 5}]\n",
+            "sweep.points.1: search.lr is 5, outside uniform",
+        ),
+        ("  objectives: [params]\n", "sweep.objectives is ['params']: give top1"),
+        ("  objectives: [top1, params]\n", "sweep.scheduler is asha with several sweep.objectives"),
+        ("  searcher: nsga2\n", "sweep.searcher is nsga2 with one objective"),
+        ("  gpus_per_trial: 1.5\n", "sweep.gpus_per_trial is 1.5"),
+        ("  trials: 0\n", "sweep.trials: 0 is refused"),
+        ("runtime: {workers: '1:2'}\n", "runtime.workers is 1:2: trials need a fixed number"),
+    ],
+)
+def test_settings_of_a_sweep_that_do_not_fit_are_refused(tmp_path: Path, rest: str, line: str) -> None:
+    assert line in refusal(tmp_path, "search.lr: {uniform: [0.01, 1]}", rest)
+
+
+def test_what_is_judged_on_the_hold_out_needs_one(tmp_path: Path) -> None:
+    file = write(tmp_path, "search.lr: {uniform: [0.01, 1]}", "  objective: retrained\n")
+    with pytest.raises(ConfigError, match=r"data\.holdout is 0"):
+        load(file, ["data.holdout=0"])
+    (tmp_path / "both.yaml").write_text(BOTH)
+    with pytest.raises(ConfigError, match=r"data\.holdout is 0: a one-stage trial is judged on it"):
+        check_space(load(tmp_path / "both.yaml", ["data.holdout=0"]))
+
+
+def test_a_configuration_without_a_sweep_is_told_so() -> None:
+    with pytest.raises(ConfigError, match="sweep is missing: give a configuration with a sweep"):
+        check_space(load(None))
+
+
+def test_conditions_hold_and_every_trial_has_its_methods_schema(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(BOTH)
+    config = load(tmp_path / "both.yaml")
+    check_space(config)
+    seen: dict[str, set[str]] = {}
+    for seed in range(40):
+        settings = random_settings(config, seed)
+        seen.setdefault(settings["method"], set()).add(",".join(settings))
+        trial = trial_config(config, settings)
+        assert trial.sweep is None
+        if isinstance(trial, OneStageConfig):
+            assert (trial.search.train_epochs, trial.search.test_every) == (3, 0)
+            assert 0.001 <= trial.search.termination_tol <= 0.01
+            assert trial.search.init_channels == 36  # what nobody has set is the method's default
+        else:
+            assert 2 <= trial.search.max_epochs <= 4
+            assert trial.search.init_channels == 16
+        assert trial.retrain.test_every == 0
+        assert 0.01 <= trial.search.lr <= 0.3
+    assert seen == {
+        "two_stage": {"method,search.lr,search.epochs"},
+        "one_stage": {"method,search.lr,search.train_epochs,search.termination_tol"},
+    }
+
+
+def test_a_point_is_completed_from_the_space(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(BOTH)
+    config = load(tmp_path / "both.yaml")
+    settings = settings_of_point(config, {"method": "one_stage", "search.lr": 0.2})
+    assert settings == {
+        "method": "one_stage",
+        "search.lr": 0.2,
+        "search.train_epochs": 3,
+        "search.termination_tol": 0.001,
+    }
+
+
+def test_a_sweep_survives_being_written(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(BOTH)
+    config = load(tmp_path / "both.yaml")
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+    assert "sweep" not in to_yaml(trial_config(config, random_settings(config, 0)))
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("sweep.max_concurrent=1", True),
+        ("sweep.storage=sqlite:///x.db", True),
+        ("sweep.max_failures=9", True),
+        ("runtime.workers=2", True),
+        ("sweep.trials=21", False),
+        ("sweep.objective=retrained", False),
+        ("retrain.epochs=5", False),
+        ("search.batch_size=32", False),
+    ],
+)
+def test_what_decides_a_sweep_is_in_its_hash(tmp_path: Path, override: str, same: bool) -> None:
+    file = write(tmp_path, "search.lr: {uniform: [0.01, 1]}")
+    equal = run_hash(load(file), "sweep") == run_hash(load(file, [override]), "sweep")
+    assert equal is same
+
+
+class FromList:
+    """Suggests the values of a list, in order."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = list(values)
+
+    def _next(self, *_: Any, **__: Any) -> Any:
+        return self._values.pop(0)
+
+    suggest_int = suggest_float = suggest_categorical = _next
+
+
+def test_a_key_outside_the_space_may_be_a_condition(tmp_path: Path) -> None:
+    space = "search.lr: {uniform: [0.1, 1], when: {space.matrix: uniform}}\nseed: {int: [0, 9]}"
+    config = load(write(tmp_path, space))
+    assert suggest(config, FromList(0.5, 3)) == {"search.lr": 0.5, "seed": 3}
+    other = load(write(tmp_path, space), ["space.matrix=gaussian"])
+    assert suggest(other, FromList(3)) == {"seed": 3}
