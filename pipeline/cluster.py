@@ -105,11 +105,13 @@ class Runtime:
         if self._scratch is not None:  # what was refused has no run directory to collect logs in
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def start(self, run_dir: Path) -> None:
+    def start(self, run_dir: Path, *, dashboard: bool = False) -> None:
         """Start or join Ray, unless that has been done.
 
         Args:
             run_dir: of the job; Ray's logs go there.
+            dashboard: with its server, on 127.0.0.1: Ray Train asks it who lives, to give back the places of
+                workers whose job was stopped from outside. It takes some seconds, and memory.
 
         Raises:
             IstanasError: if the address does not answer, or this machine is too small for the workers.
@@ -140,7 +142,7 @@ class Runtime:
             self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
             cores = max(usable_cores(), self._settings.worker_range.minimum)
-            options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(self._scratch)}
+            options |= {"address": "local", "include_dashboard": dashboard, "_temp_dir": str(self._scratch)}
             options |= {"num_cpus": cores}
         else:
             options |= {"address": self._address}

@@ -176,7 +176,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
     def prepare() -> tuple[Plan, Study]:
         check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
-        runtime.start(spec.path)
+        runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
         plan = plan_trials(config, cluster_nodes())
         # Without its run directory, what a study remembers can't be gone on with.
         return plan, open_study(config, spec.path.name, fresh=fresh or not RunDir(spec.path).exists())

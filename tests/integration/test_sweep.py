@@ -1,0 +1,263 @@
+"""Sweeps as a user runs them: a whole one, one that is killed again and again, and one whose trials have workers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from istanas.errors import ConfigError
+from pipeline.cli import run
+from pipeline.config import load
+from pipeline.rundir import RunDir
+from pipeline.sweep_report import COLUMNS, read_table
+from pipeline.tracking import open_client
+from tests.ray_cluster import ENVIRONMENT, title
+
+TRIALS = 6
+CONFIG = f"""
+data: {{name: digits, holdout: 0.2}}
+space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
+search: {{epochs: 4, batch_size: 64, init_channels: 4, layers: 3, arch_lr: 0.01}}
+retrain: {{epochs: 1, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0, drop_path: 0, cutout: 0}}
+runtime: {{threads: 1, device: cpu}}
+sweep:
+  trials: {TRIALS}
+  objective: retrained
+  max_concurrent: 1
+  grace_epochs: 1
+  reduction_factor: 2
+  space:
+    search.lr: {{loguniform: [0.002, 0.3]}}
+    space.sparsity: {{int: [1, 2]}}
+  points: [{{search.lr: 0.2}}, {{search.lr: 0.1}}, {{search.lr: 0.002}}]
+"""
+PROGRAM = [sys.executable, "-m", "pipeline.cli"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return subprocess.Popen(
+        [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Any:
+    """The one JSON object on stdout."""
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def sweep_directory(folder: Path) -> Path:
+    (path,) = (folder / "runs").glob("tiny-sweep-*")
+    return path
+
+
+def table(folder: Path) -> pd.DataFrame:
+    try:
+        return read_table(sweep_directory(folder))
+    except (ValueError, ConfigError):  # nothing there yet
+        return pd.DataFrame({"state": []})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come to pass"
+        time.sleep(0.05)
+
+
+def decided(folder: Path) -> list[dict[str, Any]]:
+    """What of the trials' table the clock and the place do not decide."""
+    frame = table(folder).drop(columns=["seconds", "run_dir", "retrain_dir", "mlflow_run_id"])
+    rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records"))
+    return rows
+
+
+def n_ended(folder: Path) -> int:
+    """How many trials have ended; -1 before the first has begun."""
+    states = list(table(folder)["state"])
+    return len([state for state in states if state != "RUNNING"]) if states else -1
+
+
+def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
+    """SIGKILL so many seconds after something has come to pass; what it had started ends by itself."""
+    wait_for(ready, 120)
+    time.sleep(seconds)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert process.poll() is None, "it had ended before it was killed: more trials are needed"
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(others, timeout=30)
+    assert not [p for p in alive if "ray::" in title(p)], "trials outlive their driver"
+    for each in alive:
+        each.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A sweep that nobody disturbs: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(start(folder, stderr=subprocess.PIPE))
+
+
+def runs_of(folder: Path) -> list[Any]:
+    client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
+    return list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(whole: tuple[Path, Any]) -> None:
+    folder, result = whole
+    frame = table(folder)
+    assert list(frame["trial"]) == list(range(TRIALS))
+    assert (result["complete"], result["pruned"], result["failed"]) == (
+        (frame["state"] == "COMPLETE").sum(),
+        (frame["state"] == "PRUNED").sum(),
+        0,
+    )
+    assert result["pruned"] >= 1
+    assert result["complete"] >= 2
+
+    runs = runs_of(folder)
+    by_id = {run.info.run_id: run for run in runs}
+    (parent,) = [run for run in runs if run.data.tags["istanas.kind"] == "sweep"]
+    trials = [run for run in runs if run.data.tags["istanas.kind"] == "search"]
+    cells = [run for run in runs if run.data.tags["istanas.kind"] == "retrain"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
+    assert sorted(int(run.data.tags["istanas.trial"]) for run in trials) == list(range(TRIALS))
+    finished = {run.info.run_id for run in trials if run.info.status == "FINISHED"}
+    assert len(finished) == result["complete"]
+    assert sum(run.info.status == "KILLED" for run in trials) == result["pruned"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= finished
+    assert len(cells) == frame.loc[frame["state"] == "COMPLETE", "digest"].nunique()
+    assert frame["reused"].fillna(False).sum() == result["complete"] - len(cells)
+    for trial in trials:
+        row = frame.set_index("trial").loc[int(trial.data.tags["istanas.trial"])]
+        assert trial.data.tags["istanas.trial_state"] == row["state"]
+        assert float(trial.data.params["search.lr"]) == row["search.lr"]
+        assert trial.data.metrics["valid/top1"] == row["valid_top1"]
+        assert by_id[row["mlflow_run_id"]] is trial
+    assert not any(name.startswith("test/") for run in runs for name in run.data.metrics)
+    assert parent.data.metrics["sweep/best_top1"] == result["objective_top1"] == frame["retrained_top1"].max()
+
+    client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
+    names = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert names >= {"config.yaml", "trials.csv", "sweep.html", "plots", "best"}
+    assert not client.search_registered_models(), "cells of a sweep are no candidates"
+
+
+def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
+    whole: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, result = whole
+    monkeypatch.chdir(folder)
+    best = Path(result["run_dir"]) / "best"
+    config = load(best / "config.yaml")
+    assert (config.data.holdout, config.retrain.test_every, config.sweep) == (0, 1, None)
+    assert config.search.lr == result["settings"]["search.lr"]
+    arguments = [
+        "retrain",
+        "--genotype",
+        f"{best}/genotype.json",
+        "--config",
+        f"{best}/config.yaml",
+        "--json",
+    ]
+    assert run([*arguments, "--set", "retrain.epochs=1", "--set", "tracking.enabled=false"]) == 0
+    retrained = json.loads(capsys.readouterr().out)
+    assert retrained["digest"] == result["digest"]
+    assert 0 <= retrained["test_top1"] <= 1
+
+    assert run(["results", "--sweep", "tiny-sweep", "--csv", "out.csv"]) == 0
+    columns = list(pd.read_csv("out.csv").columns)
+    assert columns == ["trial", "state", "search.lr", "space.sparsity", *list(COLUMNS)[2:]]
+    assert run(["results", "--sweep", Path(result["run_dir"]).name]) == 0
+    assert "pruned" in capsys.readouterr().out
+    # The same command again is done at once.
+    assert run(["sweep", "--config", "tiny.yaml", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == result
+    assert "finished before" in err
+
+
+def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    seed = random.randrange(10**6)
+    print(f"moments drawn with seed {seed}")
+    moments = random.Random(seed)
+    for ended in (0, 1, 3):
+        kill_driver(start(tmp_path), lambda n=ended: n_ended(tmp_path) >= n, moments.uniform(0, 3))  # type: ignore[misc]
+    # Then a trial's own process.
+    process = start(tmp_path, stderr=subprocess.PIPE)
+    family = psutil.Process(process.pid)
+    running: list[psutil.Process] = []
+
+    def find() -> bool:
+        running[:] = [p for p in family.children(recursive=True) if "ray::" in title(p) and "run" in title(p)]
+        return bool(running)
+
+    wait_for(find, 120)
+    time.sleep(moments.uniform(0, 2))
+    for each in running:
+        os.kill(each.pid, signal.SIGKILL)
+    result = finish(process)
+
+    folder, undisturbed = whole
+    assert decided(tmp_path) == decided(folder)
+    for key in ("best_trial", "settings", "digest", "objective_top1", "kendall_tau", "epochs", "params"):
+        assert result[key] == undisturbed[key]
+    runs = runs_of(tmp_path)
+    assert len(runs) == len(runs_of(folder)), "runs were doubled or lost"
+    assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
+    for path in sweep_directory(tmp_path).glob("*/metrics.jsonl"):
+        steps = [line.step for line in RunDir(path.parent).metrics()]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_behind(tmp_path: Path) -> None:
+    """The second trial is stopped early; the fourth's batch is too small for two, which its process finds out."""
+    points = [
+        "{search.lr: 0.2, search.batch_size: 64}",
+        "{search.lr: 0.002, search.batch_size: 64}",
+        "{search.lr: 0.1, search.batch_size: 64}",
+        "{search.lr: 0.1, search.batch_size: 3}",
+    ]
+    process = start(
+        tmp_path,
+        *("--workers", "2", "--max-concurrent", "2"),
+        *("--set", "sweep.trials=4", "--set", "sweep.objective=valid", "--set", "search.epochs=3"),
+        *("--set", "sweep.space={search.lr: {uniform: [0.001, 0.3]}, search.batch_size: {int: [3, 64]}}"),
+        *("--set", f"sweep.points=[{', '.join(points)}]"),
+        stderr=subprocess.PIPE,
+    )
+    result = finish(process)
+    frame = table(tmp_path)
+    assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
+    assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)
+    assert "search.batch_size is 3, of all workers together: 2 need at least 4" in frame["reason"][3]
+    statuses = [run.info.status for run in runs_of(tmp_path)]
+    assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
+    logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
+    assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3

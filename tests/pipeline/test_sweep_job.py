@@ -1,0 +1,220 @@
+"""What a sweep does without Ray: resources divided, a dry run, the report's figures, no look at the test split."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from istanas.data import load_dataset
+from istanas.errors import ConfigError, IstanasError
+from istanas.space import CellSpace, random_genotype
+from pipeline.checkpoint import FolderStore
+from pipeline.cli import run
+from pipeline.config import load
+from pipeline.jobs.sweep import describe_trial, plan_trials
+from pipeline.resources import Node
+from pipeline.schema import Config
+from pipeline.study import StudySearcher, open_study, own_trials
+from pipeline.sweep_report import (
+    COLUMNS,
+    kendall_tau,
+    read_table,
+    sweep_frame,
+    trials_table,
+    write_figures,
+    write_table,
+)
+from pipeline.sweep_space import trial_config
+from pipeline.worker import Silent, retrain_worker, search_worker
+from tests.pipeline.test_study import Ends
+
+SWEEP = "sweep={space: {search.lr: {uniform: [0.01, 0.1]}}}"
+
+
+def config_of(*overrides: str) -> Config:
+    return load(None, [SWEEP, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "plan"),
+    [
+        ([], [Node(2)], (1, 0, 0, 2, 2)),
+        (["sweep.cpus_per_trial=2"], [Node(5), Node(3)], (2, 0, 0, 3, 3)),
+        (["sweep.max_concurrent=1"], [Node(8)], (1, 0, 0, 8, 1)),
+        (["sweep.trials=3"], [Node(8)], (1, 0, 0, 8, 3)),
+        (["runtime.workers=1"], [Node(4)], (1, 0, 0, 4, 4)),
+        (["runtime.workers=2"], [Node(2)], (1, 0, 2, 1, 1)),
+        (["runtime.workers=2", "runtime.threads=3"], [Node(8), Node(4)], (3, 0, 2, 1, 1)),
+        ([], [Node(8, 2)], (1, 1, 0, 2, 2)),
+        (["sweep.gpus_per_trial=0.25"], [Node(16, 2), Node(3, 1)], (1, 0.25, 0, 11, 11)),
+        (["sweep.gpus_per_trial=2"], [Node(16, 5)], (1, 2, 0, 2, 2)),
+        (["runtime.device=cpu"], [Node(4, 2)], (1, 0, 0, 4, 4)),
+        (["runtime.workers=2"], [Node(8, 4)], (1, 1, 2, 2, 2)),
+    ],
+)
+def test_the_machines_are_divided_among_trials(overrides: list[str], nodes: list[Node], plan: Any) -> None:
+    found = plan_trials(config_of(*overrides), nodes)
+    assert (found.cpus, found.gpus, found.workers, found.fit, found.at_once) == plan
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["sweep.cpus_per_trial=4"],
+            "no trial fits: a trial has 4 cores, there are 2 cores and 0 GPUs: lower",
+        ),
+        (["runtime.workers=3"], "no trial fits: a trial has 3 workers of 1 core, there are 2 cores"),
+        (
+            ["runtime.device=cuda"],
+            "no trial fits: a trial has 1 core and 1 GPU, there are 2 cores and 0 GPUs",
+        ),
+    ],
+)
+def test_what_can_hold_no_trial_is_told_so(overrides: list[str], line: str) -> None:
+    with pytest.raises(IstanasError) as caught:
+        plan_trials(config_of(*overrides), [Node(2)])
+    assert str(caught.value).startswith(line)
+
+
+def test_a_dry_run_shows_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = Path(__file__).resolve().parents[2] / "tune_configs" / "sweep_digits.yaml"
+    arguments = ["sweep", "--config", str(digits), "--dry-run", "--max-concurrent", "1", "--json"]
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["at_once"] == 1
+    assert sum(line.startswith(("first: ", "for example: ")) for line in err.splitlines()) == 5
+    assert "first: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1" in err
+    assert "loguniform 0.01 .. 0.3" in err
+    assert "12 trials, objective retrained (top1), searcher tpe, scheduler asha (grace 1, factor 3)" in err
+    assert list(tmp_path.iterdir()) == []
+    assert run(["sweep", "--dry-run"]) == 2
+    assert "sweep is missing: give a configuration with a sweep" in capsys.readouterr().err
+
+
+class Unread:
+    """A test split that nobody may look at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the test split was read: {name}")
+
+    def __len__(self) -> int:
+        raise AssertionError("the test split was counted")
+
+
+@pytest.mark.parametrize("method", ["two_stage", "one_stage"])
+def test_no_trial_reads_the_test_split(tmp_path: Path, method: str) -> None:
+    tiny = "batch_size: 256, init_channels: 2, layers: 3, cutout: 0"
+    epochs = (
+        "epochs: 1" if method == "two_stage" else "max_search_epochs: 1, train_epochs: 1, auxiliary_weight: 0"
+    )
+    base = config_of(
+        f"method={method}",
+        f"search={{{epochs}, {tiny}}}",
+        f"retrain={{epochs: 1, auxiliary_weight: 0, {tiny}}}",
+        *("space.nodes=1", "data.holdout=0.2", "runtime={threads: 1, device: cpu}"),
+    )
+    config = trial_config(base, {"search.lr": 0.05})
+    dataset = dataclasses.replace(load_dataset("digits"), test=Unread())  # type: ignore[arg-type]
+    for history in (
+        search_worker(config, dataset, FolderStore(tmp_path / "s"), Silent()),
+        retrain_worker(
+            config, dataset, FolderStore(tmp_path / "r"), Silent(), random_genotype(0, CellSpace(n_nodes=1))
+        ),
+    ):
+        assert 0 <= history[-1]["metrics"]["valid/top1"] <= 1
+        assert not any(name.startswith("test/") for name in history[-1]["metrics"])
+
+
+# ---------- the report
+def ended_sweep(folder: Path, *overrides: str, trials: int = 6) -> tuple[Config, Any]:
+    """A study of so many trials with made-up figures."""
+    config = config_of(
+        f"runtime.runs_dir={folder}", "sweep.scheduler=none", f"sweep.trials={trials}", *overrides
+    )
+    study = open_study(config, "made-up", fresh=True)
+    searcher = StudySearcher(config, study, Ends())
+    for n in range(trials):
+        searcher.suggest("t")
+        top1 = 0.9 + 0.01 * (n % 4)
+        figures = {
+            "valid_top1": top1,
+            "retrained_top1": 0.95 - 0.01 * (n % 4),
+            "params": 1000 + n,
+            "macs": 5000 - n,
+            "epochs": 3,
+            "seconds": 1.5,
+            "digest": "ab" * 32,
+            "reused": n > 3,
+            "frozen_epochs": [n + 1, n + 2],
+        }
+        values = {"objective/top1": top1, "objective/params": 1000.0 + n}
+        last = (
+            {"failed": "IstanasError: the loss is NaN"} if n == 1 else {"finished": True, **figures, **values}
+        )
+        searcher.on_trial_complete("t", last)
+        assert searcher.error is None
+    return config, study
+
+
+def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) -> None:
+    config, study = ended_sweep(tmp_path)
+    frame = sweep_frame(config, study)
+    assert list(frame.columns) == ["trial", "state", "search.lr", *list(COLUMNS)[2:]]
+    assert {name: str(frame[name].dtype) for name in COLUMNS} == COLUMNS
+    assert list(frame["state"]) == ["COMPLETE", "FAIL", *["COMPLETE"] * 4]
+    assert frame["reason"][1] == "IstanasError: the loss is NaN"
+    assert frame["search.lr"].between(0.01, 0.1).all()
+    assert kendall_tau(frame) == -1
+    assert kendall_tau(frame.head(2)) is None
+    write_table(tmp_path, frame)
+    pd.testing.assert_frame_equal(read_table(tmp_path), frame, check_exact=True)
+    with pytest.raises(ConfigError, match=r"has no trials\.csv, name a sweep"):
+        read_table(tmp_path / "nowhere")
+
+    console = Console(width=170, file=io.StringIO(), record=True)
+    console.print(trials_table(frame))
+    text = console.export_text()
+    assert "failed: IstanasError: the loss is NaN" in text
+    assert text.count("(same)") == 2
+    assert "0.9" not in describe_trial(0, own_trials(study)[0]).split(";")[0], "per cent for people"
+
+
+def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path) -> None:
+    config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]")
+    said: list[str] = []
+    files = write_figures(tmp_path, config, study, said.append)
+    assert said == []
+    assert files == (
+        "plots/importances.png",
+        "plots/parallel_coordinates.png",
+        "plots/history.png",
+        "plots/pareto_front.png",
+        "plots/freezing.png",
+        "sweep.html",
+    )
+    for name in files[:-1]:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "sweep.html").read_text()
+    assert all(
+        f'id="{name}"' in page for name in ("importances", "parallel_coordinates", "history", "pareto_front")
+    )
+    assert page.count("<script") >= 5
+    assert '<script src="http' not in page
+    assert " src=" not in page.replace(" src=src", "")[:2000]
+
+
+def test_a_figure_that_can_not_be_drawn_is_told(tmp_path: Path) -> None:
+    config, study = ended_sweep(tmp_path, trials=1)
+    said: list[str] = []
+    files = write_figures(tmp_path, config, study, said.append)
+    assert any(line.startswith("importances: not drawn (") for line in said)
+    assert "plots/history.png" in files
