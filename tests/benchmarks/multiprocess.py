@@ -25,8 +25,7 @@ from istanas.training import Totals
 from tests.benchmarks import reference
 from tests.benchmarks.harness import Row
 from tests.benchmarks.pairs import CPU, Supports, codes_of
-from tests.istanas.test_distributed import CountingRanks
-from tests.ranks import run_ranks
+from tests.ranks import CountingRanks, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS, LAYERS = 16, 8
