@@ -225,7 +225,7 @@ def growth(rounds: int) -> list[Row]:
             search = make_search(at["channels"], at["layers"], random_codes(0))
             batches = (ours_of(random_batch(at["batch"], 32, i)) for i in range(2))
             calls.append(functools.partial(two_stage_step, search, *batches))
-        others = ", ".join(f"{size} {other}" for other, size in BASE.items() if other != name)
+        others = ", ".join(f"{other} {size}" for other, size in BASE.items() if other != name)
         work = f"seconds of a two-stage step against {name} (at {others})"
         rows.append(harness.growth(work, values, harness.interleaved(calls, rounds)))
     return rows
