@@ -1,4 +1,4 @@
-"""Runs functions on several ranks: processes of torch's gloo group, without Ray."""
+"""Runs functions on several ranks: processes of torch's gloo group, without Ray. Counts the bytes between them."""
 
 import multiprocessing
 import pickle
@@ -9,6 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from istanas.distributed import Ranks
 
 SECONDS = 200
 
@@ -53,9 +61,6 @@ def run_ranks(functions: Sequence[Callable[[], Any]], size: int) -> list[list[Ou
 
 
 def _run(functions: Sequence[Callable[[], Any]], rank: int, size: int, folder: str) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -72,3 +77,22 @@ def _run(functions: Sequence[Callable[[], Any]], rank: int, size: int, folder: s
             outcomes.append(Outcome(None, f"{type(error).__name__}: {error}", traceback.format_exc()))
     (Path(folder) / f"rank{rank}").write_bytes(pickle.dumps(outcomes))
     dist.destroy_process_group()
+
+
+class CountingRanks(Ranks):
+    """Ranks whose all-reduced bytes are counted, in a list that all of them share."""
+
+    counted: list[int] = []  # noqa: RUF012
+
+    def data_parallel(
+        self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]
+    ) -> Callable[..., Any]:
+        def hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+            buffer = bucket.buffer()
+            self.counted.append(buffer.numel() * buffer.element_size())
+            return allreduce_hook(state, bucket)
+
+        replica: Any = super().data_parallel(forward, parameters)
+        assert not replica.find_unused_parameters
+        replica.register_comm_hook(None, hook)
+        return replica

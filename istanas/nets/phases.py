@@ -14,7 +14,8 @@ def pixel_phases(x: Tensor, offsets: Sequence[int]) -> tuple[Tensor, ...]:
     """x[:, :, o::2, o::2] for each offset o, as tensors of their own.
 
     Autograd of the slices alone fills and copies a tensor for each step of each slice; here the gradient is filled
-    with zeros once and each phase copied into it.
+    with zeros once and each phase copied into it. Both phases of 64 pictures of 32x32 with 16 channels, forward and
+    backward: 2 to 3 times faster (`python -m tests.benchmarks.tricks`, which measured the figures of this package).
 
     Args:
         x: (B, C, H, W).

@@ -22,7 +22,7 @@ from istanas.data import Batch, ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.space import Genotype
-from istanas.training import Compute, Totals, derive_seed, evaluate, train_target_epoch
+from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
 from pipeline.jobs.job import console_line, prepare_data
 from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
@@ -147,14 +147,18 @@ def run_profile(
     Raises:
         ConfigError: if the trace can't be written there, or the settings do not fit the data or this machine.
     """
-    if trace is not None:
-        _check_writable(trace)
+    target = None if trace is None else _writable(trace)
     job = "search" if genotype is None else "retrain"
     dataset = prepare_data(config, (job,), console)
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)
     tell(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 2} training steps")
+    if config.runtime.worker_range.maximum > 0:
+        tell(
+            f"measured and projected for one process; runtime.workers is {config.runtime.workers}: "
+            "workers share each step"
+        )
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
     device = compute.device
 
@@ -165,7 +169,8 @@ def run_profile(
     per_picture = seconds_of(work.measure, device) / work.pictures_measured
     dtype = compute.autocast_dtype or torch.float32
     peak = peak_flops(device, dtype)
-    kinds, clock = time_by_kind(work.train, steps, device, trace)
+    kinds, clock = time_by_kind(work.train, steps, device, target)
+    # Warm already: building the search has recovered the first codes. A second try here would find this one's supports.
     per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {
         "job": job,
@@ -250,6 +255,7 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
 
 
 def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
+    """Projected with the step of the search for the training epochs too, where no b is trained but paths drop."""
     s, indices = config.search, search_indices(config, dataset)
     search = build_one_stage(config, dataset, compute, Ranks())
     batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
@@ -285,19 +291,23 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
     net.drop_path_prob = r.drop_path / 2  # the mean over the run
     batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
     stream = _endless(batches, "retrain", indices, r.batch_size)
+    totals = Totals(compute.device)
+    set_learning_rate(optimizer, r.lr)
 
     def train(steps: int, done: Callable[[], None]) -> None:
-        train_target_epoch(
-            net,
-            optimizer,
-            itertools.islice(stream, steps),
-            compute,
-            lr_at=lambda _: r.lr,
-            auxiliary_weight=r.auxiliary_weight,
-            label_smoothing=r.label_smoothing,
-            grad_clip=r.grad_clip,
-            observe=lambda *_: done(),
-        )
+        _to_training_mode(net)
+        for _ in range(steps):
+            train_target_step(
+                net.forward_with_auxiliary,
+                optimizer,
+                next(stream),
+                compute,
+                totals,
+                auxiliary_weight=r.auxiliary_weight,
+                label_smoothing=r.label_smoothing,
+                grad_clip=r.grad_clip,
+            )
+            done()
 
     sample = indices[: _measuring_size(r.batch_size)]
     return Work(
@@ -337,13 +347,25 @@ def _measuring_size(batch_size: int) -> int:
 def _measured(config: Config, dataset: ImageDataset, epochs: int, tested_epochs: int, test_every: int) -> int:
     """Pictures that a run measures: the hold-out each epoch, the test split every so many and after the last."""
     holdout = holdout_indices(config, dataset)
-    n_tests = max(math.ceil(tested_epochs / test_every), 1)
+    n_tests = max(math.ceil(tested_epochs / test_every), 1) if test_every > 0 else 0
     return epochs * (0 if holdout is None else len(holdout)) + n_tests * len(dataset.test)
 
 
-def _check_writable(trace: Path) -> None:
-    if trace.is_dir() or not trace.parent.is_dir() or not os.access(trace.parent, os.W_OK):
-        raise ConfigError(f"trace: {trace} can't be written, name a file in a folder of yours that exists")
+def _writable(trace: Path) -> Path:
+    """The file that a trace is written to, links followed: the profiler's library renames another file to its name.
+
+    Raises:
+        ConfigError: if that would fail, or put an end to something that is no regular file.
+    """
+    target = Path(os.path.realpath(trace))
+    writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    if os.path.lexists(target):
+        writable = writable and target.is_file() and os.access(target, os.W_OK)
+    if not writable:
+        raise ConfigError(
+            f"trace: {trace} can't be written, name a regular file in a folder of yours that exists"
+        )
+    return target
 
 
 def print_profile(result: ProfileResult, console: Console) -> None:

@@ -1,10 +1,15 @@
-"""`make bench`: what each kind of work costs against the reference, as a table and as bench.json."""
+"""`make bench`: what each kind of work costs against the reference, as a table and as bench.json.
+
+Exit code 1 if a row missed its bound.
+"""
 
 import argparse
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,23 @@ from istanas.sparse import recover_nodes
 from pipeline.profiling import count_flops
 from tests.benchmarks import harness, multiprocess, reference
 from tests.benchmarks.harness import Row, compare
-from tests.benchmarks.pairs import Pair, TargetPair, ours_of, random_batch
+from tests.benchmarks.memory import peaks as measure_peaks
+from tests.benchmarks.pairs import (
+    Pair,
+    TargetPair,
+    make_search,
+    ours_of,
+    random_batch,
+    random_codes,
+    two_stage_step,
+)
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-SEEDS = (0, 1)  # of random active sets: a ratio is the median over them
+SEEDS = (0, 1)  # of random active sets
+BASE = {"channels": 8, "layers": 5, "batch": 16}  # from which one size at a time grows
 
 
-class _Kernels(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
     """Counts the calls of torch's operators, views left out."""
 
     def __init__(self) -> None:
@@ -38,24 +53,27 @@ class _Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
-    """FLOPs and kernels of a call, ours against the reference's."""
-    figures = []
-    for call in (ours, theirs):
-        flops = count_flops(call)
-        with _Kernels() as kernels:
+def operators(*calls: Callable[[], Any]) -> str:
+    """How many of torch's operators each call runs."""
+    counts = []
+    for call in calls:
+        with _Operators() as seen:
             call()
-        figures.append((flops, kernels.count))
-    (a, k), (b, n) = figures
-    return f"{a / 1e9:.2f} / {b / 1e9:.2f} GFLOP, {k:,} / {n:,} kernels"
+        counts.append(f"{seen.count:,}")
+    return f"{' / '.join(counts)} operators"
+
+
+def counted(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
+    """FLOPs and operators of a call, ours against the reference's."""
+    flops = " / ".join(f"{count_flops(call) / 1e9:.2f}" for call in (ours, theirs))
+    return f"{flops} GFLOP, {operators(ours, theirs)}"
 
 
 def over_seeds(measure: Callable[[int], Row]) -> Row:
-    """The (lower) median row over several random active sets, with the widest spread."""
-    rows = sorted((measure(seed) for seed in SEEDS), key=lambda row: row.ratio)
-    middle = rows[(len(rows) - 1) // 2]
-    spread = min(r.spread[0] for r in rows), max(r.spread[1] for r in rows)
-    return Row(**{**vars(middle), "spread": spread})
+    """The row of the random active set where ours does worst, with the widest quartiles of all sets."""
+    rows = [measure(seed) for seed in SEEDS]
+    spread = min(row.spread[0] for row in rows), max(row.spread[1] for row in rows)
+    return replace(min(rows, key=lambda row: row.ratio), spread=spread)
 
 
 def search_step(c: int, layers: int, n: int, bound: float, rounds: int, one_stage: bool = False) -> Row:
@@ -116,14 +134,12 @@ def augmentation(n: int, bound: float, rounds: int) -> Row:
     pil = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures]
     transform, generator = reference.pil_augmentation(MEAN, STD), torch.Generator().manual_seed(0)
     ours = Augmentation(crop_padding=4, horizontal_flip=True, cutout=16)
-    return compare(
-        f"augmentation of 32x32 pictures, {n} at a time (seconds a picture)",
+    calls = (
         lambda: augment(pictures, ours, MEAN, STD, generator),
         lambda: torch.stack([transform(picture) for picture in pil]),
-        bound,
-        rounds=rounds,
-        per=n,
     )
+    name = f"augmentation of 32x32 pictures, {n} at a time (seconds a picture)"
+    return compare(name, *calls, bound, rounds=rounds, per=n, counted=f"{operators(*calls)} of torch")
 
 
 def recovery(rounds: int) -> list[Row]:
@@ -136,10 +152,12 @@ def recovery(rounds: int) -> list[Row]:
     again = recover_nodes(matrices, vectors, supports=supports)
     assert all(result.support_reused and result.converged for result in again)
 
-    def theirs() -> None:
-        for A, b in zip(matrices, vectors, strict=True):
-            reference.recover_with_cvxpy(A, b, 1e-5)
+    def theirs() -> int:
+        return sum(
+            reference.recover_with_cvxpy(A, b, 1e-5)[1] for A, b in zip(matrices, vectors, strict=True)
+        )
 
+    steps, iterations = sum(result.n_iter for result in results), theirs()
     cold, warm = (
         compare(
             f"recovery of a cell pair's 8 nodes, certified, {what}",
@@ -148,99 +166,103 @@ def recovery(rounds: int) -> list[Row]:
             bound,
             rounds=rounds,
             repeats=repeats,
+            counted=f"{n_iter} steps / {iterations} iterations",
         )
-        for what, given, bound, repeats in (
-            ("exact path", None, 12, 3),
-            ("last support holds", supports, 100, 20),
+        for what, given, n_iter, bound, repeats in (
+            ("exact path", None, steps, 12, 3),
+            ("last support holds", supports, 0, 100, 20),
         )
     )
-    times = []
-    for n in (1000, 8000):
-        many = [matrices[i % 8] for i in range(n)], [generator.normal(0, 0.3, 7) for _ in range(n)]
-        assert all(result.converged for result in recover_nodes(*many))
-        times.append(statistics.median(harness.interleaved([functools.partial(recover_nodes, *many)], 3)[0]))
-    each = 1e6 * times[1] / 8000
-    grows = harness.exponent((1000, 8000), times)
+    sizes = (500, 2000, 8000)
+    many = [
+        ([matrices[i % 8] for i in range(n)], [generator.normal(0, 0.3, 7) for _ in range(n)]) for n in sizes
+    ]
+    results = recover_nodes(*many[-1])
+    assert all(result.converged for result in results)
+    seconds = harness.interleaved([functools.partial(recover_nodes, *nodes) for nodes in many], 3)
+    each = [1e6 * s / sizes[-1] for s in seconds[-1]]
+    median = statistics.median(each)
     batched = Row(
         "8,000 nodes in one call",
-        each,
-        (each, each),
+        median,
+        harness.quartiles(each),
         80,
-        each,
-        80,
-        "us a node",
-        "at most",
-        f"time ~ nodes^{grows:.2f}",
+        median,
+        unit="us a node",
+        kind="at most",
+        counted=f"{sum(result.n_iter for result in results):,} steps",
     )
-    return [cold, warm, batched]
+    grows = harness.growth("seconds of the recovery in one call against nodes", sizes, seconds)
+    return [cold, warm, batched, grows]
 
 
-def memory() -> list[Row]:
-    """Peak memory of a fresh process above what it has before its first step."""
-    peaks = {
-        kind: harness.peak_memory("tests.benchmarks.memory", kind)
-        for kind in ("ours", "checkpointing", "reference")
-    }
-    (ours, saved, theirs) = (peaks[k]["step_mib"] for k in ("ours", "checkpointing", "reference"))
+def memory(runs: int) -> list[Row]:
+    peaks = measure_peaks(runs)
 
-    def row(work: str, value: float, bound: float) -> Row:
-        ratio = value / theirs
-        return Row(work, ratio, (ratio, ratio), bound, value, theirs, "MiB", "at most")
+    def row(work: str, kind: str, bound: float) -> Row:
+        of = {k: {what: [run[what] for run in peaks[k]] for what in ("peak", "step")} for k in peaks}
+        ours, theirs = of[kind], of["reference"]
+        ratio, spread = harness.ratio_of_medians(ours["peak"], theirs["peak"])
+        (peak, step), (their_peak, their_step) = (
+            (statistics.median(m["peak"]), statistics.median(m["step"])) for m in (ours, theirs)
+        )
+        above = f"above what was there before the step: {step:,.0f} / {their_step:,.0f} MiB"
+        return Row(work, ratio, spread, bound, peak, their_peak, "MiB", "at most", above)
 
     return [
-        row("peak memory of a two-stage step, 16 / 8 / 64", ours, 1.0),
-        row("the same, activation_checkpointing", saved, 0.5),
+        row("peak memory of a two-stage step, 16 / 8 / 256", "ours", 1.0),
+        row("the same, activation_checkpointing", "checkpointing", 0.5),
     ]
 
 
-def growth(rounds: int) -> dict[str, str]:
+def growth(rounds: int) -> list[Row]:
     """Exponents of our two-stage step's time against layers, channels and batch."""
-    sizes = {"layers": (4, 8, 16), "channels": (8, 16, 32), "batch": (16, 32, 64)}
-    found = {}
-    for name, values in sizes.items():
+    rows = []
+    for name, values in {"layers": (4, 8, 16), "channels": (8, 16, 32), "batch": (16, 32, 64)}.items():
         calls = []
         for value in values:
-            at = {"channels": 8, "layers": 5, "batch": 16} | {name: value}
-            pair = Pair(at["channels"], at["layers"])
-            batches = [ours_of(random_batch(at["batch"], 32, i)) for i in range(2)]
-            calls.append(functools.partial(pair.our_step, *batches))
-        seconds = [statistics.median(times) for times in harness.interleaved(calls, rounds)]
-        found[f"step time against {name} {values}"] = (
-            f"~ {name}^{harness.exponent(values, seconds):.2f} ({', '.join(f'{s:.3f}' for s in seconds)} s)"
-        )
-    return found
+            at = BASE | {name: value}
+            search = make_search(at["channels"], at["layers"], random_codes(0))
+            batches = (ours_of(random_batch(at["batch"], 32, i)) for i in range(2))
+            calls.append(functools.partial(two_stage_step, search, *batches))
+        others = ", ".join(f"{other} {size}" for other, size in BASE.items() if other != name)
+        work = f"seconds of a two-stage step against {name} (at {others})"
+        rows.append(harness.growth(work, values, harness.interleaved(calls, rounds)))
+    return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+WORKS: dict[str, Callable[[], Row | list[Row]]] = {
+    "small": lambda: search_step(8, 5, 32, 2.5, 5),
+    "medium": lambda: search_step(16, 8, 64, 3.0, 3),
+    "dense": lambda: against_dense(8, 5, 32, 20.0, 3),
+    "one_stage": lambda: search_step(8, 8, 32, 2.0, 5, one_stage=True),
+    "validation": lambda: validation(16, 8, 64, 1.6, 7),
+    "retraining": lambda: retraining(16, 8, 64, 1.8, 5),
+    "augmentation": lambda: augmentation(256, 6.0, 15),
+    "recovery": lambda: recovery(7),
+    "memory": lambda: memory(3),
+    "reduced": multiprocess.bytes_all_reduced,
+    "ray": lambda: multiprocess.ray_against_torchrun(5),
+    "growth": lambda: growth(3),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--only", help="run the benchmarks whose name holds this")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"))
+    parser.add_argument("--only", choices=WORKS, help="this one; then no file is written without --json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="instead of bench.json")
     options = parser.parse_args(arguments)
+    path = Path("bench.json") if options.json is None and options.only is None else options.json
     torch.set_num_threads(1)
     start = time.perf_counter()
-    works: dict[str, Callable[[], Row | list[Row]]] = {
-        "small": lambda: search_step(8, 5, 32, 2.5, 5),
-        "medium": lambda: search_step(16, 8, 64, 3.0, 3),
-        "dense": lambda: against_dense(8, 5, 32, 20.0, 3),
-        "one_stage": lambda: search_step(8, 8, 32, 2.0, 5, one_stage=True),
-        "validation": lambda: validation(16, 8, 64, 1.6, 7),
-        "retraining": lambda: retraining(16, 8, 64, 1.8, 5),
-        "augmentation": lambda: augmentation(256, 6.0, 15),
-        "recovery": lambda: recovery(7),
-        "memory": memory,
-        "reduced": multiprocess.bytes_all_reduced,
-        "ray": multiprocess.ray_against_torchrun,
-    }
     rows: list[Row] = []
-    for name, work in works.items():
-        if options.only is None or options.only in name:
-            done = work()
-            rows += [done] if isinstance(done, Row) else done
-            print(f"{time.perf_counter() - start:5.0f} s: {name}", flush=True)
-    notes: dict[str, Any] = growth(3) if options.only is None or options.only in "growth" else {}
-    notes["seconds in all"] = round(time.perf_counter() - start)
-    harness.write(rows, notes, options.json)
+    for name in WORKS if options.only is None else [options.only]:
+        done = WORKS[name]()
+        rows += [done] if isinstance(done, Row) else done
+        print(f"{time.perf_counter() - start:5.0f} s: {name}", flush=True)
+    harness.write(rows, time.perf_counter() - start, path)
+    return 0 if all(row.met for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

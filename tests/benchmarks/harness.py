@@ -1,10 +1,8 @@
-"""How a benchmark measures: interleaved in one process, medians with their spread, peak memory of a fresh process."""
+"""How a benchmark measures: in turn, medians with their spread; and its table."""
 
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +19,12 @@ class Row:
 
     Args:
         work: what was measured.
-        ratio: how many times less than the reference ours needs, or of what `unit` says.
-        spread: quartiles of the ratio over the rounds (equal to it where nothing is noisy).
-        bound: of the ratio, by `kind` the least or the most that is wanted; None: none.
-        ours, reference: in `unit`.
-        counted: what noise cannot touch, ours against the reference's.
+        ratio: what the work is judged by: how many times less than the reference ours needs (bound: at least), what
+            part of the reference's ours needs (at most), microseconds a node, or an exponent.
+        spread: quartiles of it over the rounds (equal to it where nothing is noisy).
+        bound: of it, by `kind` the least or the most that is wanted; None: none.
+        ours, reference: in `unit`; None: there is no reference.
+        counted: what noise cannot touch, ours against the reference's, and what else belongs to the figures.
     """
 
     work: str
@@ -33,7 +32,7 @@ class Row:
     spread: tuple[float, float]
     bound: float | None
     ours: float
-    reference: float
+    reference: float | None = None
     unit: str = "s"
     kind: str = "at least"
     counted: str = ""
@@ -46,9 +45,12 @@ class Row:
         return self.ratio >= self.bound if self.kind == "at least" else self.ratio <= self.bound
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 1) -> list[list[float]]:
-    """Seconds of each call in each round: all calls once a round, in turn, so that a slow minute hits all."""
-    for call in list(calls) * warm_up:
+def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each call in each round: all calls once a round, in turn, so that a slow minute hits all.
+
+    A round before them warms up.
+    """
+    for call in calls:
         call()
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
@@ -63,14 +65,14 @@ def compare(
     work: str,
     ours: Callable[[], Any],
     reference: Callable[[], Any],
-    bound: float | None,
+    bound: float,
     *,
     rounds: int,
     repeats: int = 1,
     per: float = 1.0,
     counted: str = "",
 ) -> Row:
-    """The reference's seconds over ours: a ratio of medians, its spread the quartiles of the rounds' ratios.
+    """The reference's seconds over ours, see `ratio_of_medians`.
 
     Args:
         work, bound, counted: see `Row`.
@@ -85,22 +87,25 @@ def compare(
 
     mine, theirs = interleaved([many, reference], rounds)
     mine = [s / repeats for s in mine]
-    ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
-    medians = statistics.median(mine), statistics.median(theirs)
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return Row(
-        work, medians[1] / medians[0], (low, high), bound, medians[0] / per, medians[1] / per, counted=counted
-    )
+    ratio, spread = ratio_of_medians(theirs, mine)
+    medians = (statistics.median(seconds) / per for seconds in (mine, theirs))
+    return Row(work, ratio, spread, bound, *medians, counted=counted)
 
 
-def peak_memory(module: str, *arguments: str) -> dict[str, float]:
-    """What `python -m module arguments` prints as JSON; it measures itself, being a fresh process."""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=root, capture_output=True, text=True, check=True
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The ratio of two medians, and the quartiles of the ratios of each round.
+
+    >>> ratio_of_medians([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
+    (2.0, (2.0, 3.0))
+    """
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return statistics.median(above) / statistics.median(below), quartiles(ratios)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third, of at least two values; of three, the least and the most."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -113,9 +118,26 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def write(rows: Sequence[Row], notes: dict[str, Any], path: Path) -> None:
-    """Print the table, and put it with the notes into a JSON file."""
-    table = Table(title="against the reference, one thread", caption="spread: quartiles over the rounds")
+def growth(work: str, sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> Row:
+    """How a time grows with a size, as a row without bound: the exponent of the medians, and of each round.
+
+    Args:
+        work: see `Row`.
+        sizes: at least three, rising.
+        seconds: of each size, in each round.
+    """
+    medians = [statistics.median(times) for times in seconds]
+    spread = quartiles([exponent(sizes, times) for times in zip(*seconds, strict=True)])
+    points = ", ".join(f"{size:,}: {s:.3g} s" for size, s in zip(sizes, medians, strict=True))
+    return Row(work, exponent(sizes, medians), spread, None, medians[-1], counted=f"exponent; {points}")
+
+
+def write(rows: Sequence[Row], seconds: float, path: Path | None) -> None:
+    """Print the table; with a path, put it there as JSON too, with the seconds that it took in all."""
+    table = Table(
+        title="against the reference, one thread",
+        caption="spread: quartiles over the rounds, the widest where several active sets were measured",
+    )
     for heading in ("work", "ratio", "spread", "wanted", "ours", "reference", "counted"):
         table.add_column(
             heading, overflow="fold", justify="left" if heading in ("work", "counted") else "right"
@@ -128,12 +150,11 @@ def write(rows: Sequence[Row], notes: dict[str, Any], path: Path) -> None:
             f"{row.spread[0]:.2f}..{row.spread[1]:.2f}",
             wanted,
             f"{row.ours:.4g} {row.unit}",
-            f"{row.reference:.4g} {row.unit}",
+            "" if row.reference is None else f"{row.reference:.4g} {row.unit}",
             row.counted,
         )
     Console(width=150).print(table)
-    for name, value in notes.items():
-        print(f"{name}: {value}")
-    path.write_text(
-        json.dumps({"rows": [{**asdict(r), "met": r.met} for r in rows], "notes": notes}, indent=2)
-    )
+    print(f"{seconds:.0f} s in all")
+    if path is not None:
+        table_of = [{**asdict(row), "met": row.met} for row in rows]
+        path.write_text(json.dumps({"rows": table_of, "seconds": seconds}, indent=2))

@@ -16,6 +16,7 @@ from tests.benchmarks import reference
 
 CPU = Compute(torch.device("cpu"))
 Supports = dict[str, list[tuple[int, ...]]]
+Codes = dict[str, list[NodeCode]]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -46,14 +47,67 @@ def random_supports(space: CellSpace, seed: int, kinds: Sequence[int] | None = N
     return chosen
 
 
-def codes_of(space: CellSpace, supports: Supports, m: int, seed: int) -> dict[str, list[NodeCode]]:
+def codes_of(space: CellSpace, supports: Supports, seed: int) -> Codes:
     """Codes with these supports, their values at random."""
     generator = torch.Generator().manual_seed(seed)
     codes = {}
-    for cell, matrices in draw_matrices(space, m, "uniform", seed).items():
+    for cell, matrices in draw_matrices(space, 7, "uniform", seed).items():
         values = [torch.randn(A.shape[1], generator=generator, dtype=torch.float64) for A in matrices]
         codes[cell] = [NodeCode(*each) for each in zip(matrices, values, supports[cell], strict=True)]
     return codes
+
+
+def random_codes(seed: int) -> Codes:
+    """Codes of a random active set."""
+    return codes_of(CellSpace(), random_supports(CellSpace(), seed), seed)
+
+
+def make_search(
+    c: int,
+    layers: int,
+    codes: Codes,
+    *,
+    one_stage: bool = False,
+    auxiliary: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A search of ours in which these codes are installed."""
+    torch.manual_seed(seed)
+    net = Supernet(CellSpace(), c, layers, 10, op_batchnorm=one_stage, auxiliary=auxiliary).to(dtype)
+    search: Any
+    if one_stage:
+        settings = OneStageSettings(lr=0.025, arch_lr=3e-4, auxiliary_weight=0.4 * auxiliary)
+        search = OneStageSearch(net, settings, CPU, seed, lambda genotype: Cost(0, 0))
+    else:
+        search = TwoStageSearch(net, TwoStageSettings(lr=0.025, arch_lr=3e-4), CPU, seed)
+    search.install({(cell, node): codes[cell][node] for cell, node in search.places})
+    with torch.no_grad():
+        for b in net.alphas():
+            b.normal_(0, 0.3)
+    to_channels_last(net).train()
+    return search
+
+
+def make_reference(
+    c: int,
+    layers: int,
+    codes: Codes,
+    *,
+    one_stage: bool = False,
+    auxiliary: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> reference.Optimizers:
+    """The reference's network at these codes, with its optimisers."""
+    net = reference.Supernet(c, layers, one_stage=one_stage, auxiliary=auxiliary).to(dtype)
+    net.codes = codes
+    return reference.Optimizers(net)
+
+
+def two_stage_step(search: TwoStageSearch, batch: Batch, alpha_batch: Batch) -> None:
+    """A step of ours."""
+    search.alpha_step(alpha_batch)
+    search.weight_step(batch, Totals(CPU.device))
 
 
 class Pair:
@@ -66,33 +120,18 @@ class Pair:
         *,
         one_stage: bool = False,
         auxiliary: bool = False,
-        supports: Supports | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        space = CellSpace()
-        torch.manual_seed(seed)
-        net = Supernet(space, c, layers, 10, op_batchnorm=one_stage, auxiliary=auxiliary).to(dtype)
-        self.search: Any
-        if one_stage:
-            settings = OneStageSettings(lr=0.025, arch_lr=3e-4, auxiliary_weight=0.4 * auxiliary)
-            self.search = OneStageSearch(net, settings, CPU, seed, lambda genotype: Cost(0, 0))
-        else:
-            self.search = TwoStageSearch(net, TwoStageSettings(lr=0.025, arch_lr=3e-4), CPU, seed)
-        supports = random_supports(space, seed) if supports is None else supports
-        codes = codes_of(space, supports, 7, seed)
-        self.search.install({(cell, node): codes[cell][node] for cell, node in self.search.places})
-        with torch.no_grad():
-            for b in net.alphas():
-                b.normal_(0, 0.3)
-        to_channels_last(net)
-        self.net = net.train()
-        self.reference = reference.Supernet(c, layers, one_stage=one_stage, auxiliary=auxiliary).to(dtype)
-        self.reference.load_state_dict(net.state_dict())
-        self.reference.codes = self.search.codes
-        self.optimizers = reference.Optimizers(self.reference)
+        codes = random_codes(seed)
+        kind: dict[str, Any] = {"one_stage": one_stage, "auxiliary": auxiliary, "dtype": dtype}
+        self.search = make_search(c, layers, codes, seed=seed, **kind)
+        self.net = self.search.supernet
+        self.optimizers = make_reference(c, layers, codes, **kind)
+        self.reference = self.optimizers.net
+        self.reference.load_state_dict(self.net.state_dict())
         if one_stage:  # where an operation ends, the affine part is fixed while its node is ACTIVE
-            names = {name for name, p in net.named_parameters() if not p.requires_grad}
+            names = {name for name, p in self.net.named_parameters() if not p.requires_grad}
             for name, p in self.reference.named_parameters():
                 p.requires_grad_(name not in names)
 
@@ -101,8 +140,7 @@ class Pair:
         if alpha_batch is None:
             self.search.step(batch, Totals(CPU.device))
         else:
-            self.search.alpha_step(alpha_batch)
-            self.search.weight_step(batch, Totals(CPU.device))
+            two_stage_step(self.search, batch, alpha_batch)
 
     def their_step(self, batch: Batch, alpha_batch: Batch | None = None) -> None:
         if alpha_batch is None:

@@ -10,7 +10,6 @@ Source: Liu et al., DARTS, ICLR 2019; Yang et al., ISTA-NAS, NeurIPS 2020.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ from torch.nn import functional as F
 
 from istanas.nets import NodeCode
 from istanas.space import CELLS, PRIMITIVES, Genotype
+
+NODES, MEASUREMENTS = 4, 7  # of a cell; of a node
+
 
 # ---------- operations
 
@@ -152,11 +154,9 @@ class Network(nn.Module):
 
 
 class SearchCell(nn.Module):
-    def __init__(
-        self, kind: str, c: int, c_pp: int, c_p: int, reduction_prev: bool, nodes: int, one_stage: bool
-    ) -> None:
+    def __init__(self, kind: str, c: int, c_pp: int, c_p: int, reduction_prev: bool, one_stage: bool) -> None:
         super().__init__()
-        self.kind, self.nodes = kind, nodes
+        self.kind = kind
         affine = one_stage
         first = FactorizedReduce if reduction_prev else preprocess
         self.preprocess0, self.preprocess1 = first(c_pp, c, affine), preprocess(c_p, c, affine)
@@ -165,7 +165,7 @@ class SearchCell(nn.Module):
                 operation(name, c, 2 if kind == "reduce" and j < 2 else 1, affine, True, one_stage)
                 for name in PRIMITIVES
             )
-            for node in range(nodes)
+            for node in range(NODES)
             for j in range(2 + node)
         )
 
@@ -173,7 +173,7 @@ class SearchCell(nn.Module):
         """Weights (edges, ops): an operation whose weight is 0 is passed over."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
-        for _ in range(self.nodes):
+        for _ in range(NODES):
             terms = []
             for state in states:
                 for weight, op in zip(weights[edge], self.ops[edge], strict=True):
@@ -194,15 +194,16 @@ class Supernet(Network):
         *,
         one_stage: bool = False,
         auxiliary: bool = False,
-        nodes: int = 4,
-        m: int = 7,
     ) -> None:
         def cell(*arguments: Any) -> SearchCell:
-            return SearchCell(*arguments, nodes=nodes, one_stage=one_stage)
+            return SearchCell(*arguments, one_stage=one_stage)
 
-        super().__init__(cell, dict.fromkeys(CELLS, nodes), c, layers, auxiliary)
+        super().__init__(cell, dict.fromkeys(CELLS, NODES), c, layers, auxiliary)
         self.compressed_alphas = nn.ModuleDict(
-            {kind: nn.ParameterList(nn.Parameter(torch.zeros(m)) for _ in range(nodes)) for kind in CELLS}
+            {
+                kind: nn.ParameterList(nn.Parameter(torch.zeros(MEASUREMENTS)) for _ in range(NODES))
+                for kind in CELLS
+            }
         )
         self.codes: Mapping[str, Sequence[NodeCode]] = {}
 
@@ -236,9 +237,9 @@ class Supernet(Network):
 class DenseSupernet(Supernet):
     """First-order DARTS: every operation of every edge, weighted by a softmax over the edge's operations."""
 
-    def __init__(self, c: int, layers: int, nodes: int = 4) -> None:
-        super().__init__(c, layers, nodes=nodes)
-        edges = sum(2 + node for node in range(nodes))
+    def __init__(self, c: int, layers: int) -> None:
+        super().__init__(c, layers)
+        edges = sum(2 + node for node in range(NODES))
         shape = (edges, len(PRIMITIVES))
         self.compressed_alphas = nn.ModuleDict()
         self.scores = nn.ParameterDict({kind: nn.Parameter(1e-3 * torch.randn(shape)) for kind in CELLS})
@@ -300,10 +301,10 @@ class TargetNet(Network):
 class Optimizers:
     """SGD with momentum for the weights, Adam for the alphas, of the published search."""
 
-    def __init__(self, net: Supernet, lr: float = 0.025, arch_lr: float = 3e-4) -> None:
+    def __init__(self, net: Supernet) -> None:
         self.net, self.weights = net, net.weights()
-        self.sgd = torch.optim.SGD(self.weights, lr, momentum=0.9, weight_decay=3e-4)
-        self.adam = torch.optim.Adam(net.alphas(), arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
+        self.sgd = torch.optim.SGD(self.weights, 0.025, momentum=0.9, weight_decay=3e-4)
+        self.adam = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
     def zero_grad(self) -> None:
         self.sgd.zero_grad()
@@ -326,12 +327,10 @@ def two_stage_step(
     optimizers.step_weights()
 
 
-def one_stage_step(
-    optimizers: Optimizers, batch: tuple[Tensor, Tensor], auxiliary_weight: float = 0.4
-) -> None:
+def one_stage_step(optimizers: Optimizers, batch: tuple[Tensor, Tensor]) -> None:
     """One gradient for both."""
     optimizers.zero_grad()
-    loss(optimizers.net(batch[0]), batch[1], auxiliary_weight).backward()
+    loss(optimizers.net(batch[0]), batch[1]).backward()
     optimizers.step_weights()
     optimizers.adam.step()
 
@@ -340,22 +339,22 @@ def retrain_step(
     net: TargetNet,
     optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, Tensor],
-    auxiliary_weight: float = 0.4,
 ) -> None:
     optimizer.zero_grad()
-    loss(net(batch[0]), batch[1], auxiliary_weight).backward()
+    loss(net(batch[0]), batch[1]).backward()
     nn.utils.clip_grad_norm_(net.parameters(), 5.0)
     optimizer.step()
 
 
-def loss(outputs: tuple[Tensor, Tensor | None], target: Tensor, auxiliary_weight: float = 0.0) -> Tensor:
+def loss(outputs: tuple[Tensor, Tensor | None], target: Tensor) -> Tensor:
+    """Of the logits, and of the auxiliary head's with the published weight."""
     logits, auxiliary = outputs
     total = F.cross_entropy(logits, target)
-    return total if auxiliary is None else total + auxiliary_weight * F.cross_entropy(auxiliary, target)
+    return total if auxiliary is None else total + 0.4 * F.cross_entropy(auxiliary, target)
 
 
 # ---------- pictures and codes
-def pil_augmentation(mean: Sequence[float], std: Sequence[float], padding: int = 4, length: int = 16) -> Any:
+def pil_augmentation(mean: Sequence[float], std: Sequence[float]) -> Any:
     """Crop, flip, normalise and cutout of one PIL picture, to (C, H, W)."""
     from torchvision import transforms
 
@@ -363,13 +362,12 @@ def pil_augmentation(mean: Sequence[float], std: Sequence[float], padding: int =
         _, height, width = image.shape
         y, x = np.random.randint(height), np.random.randint(width)
         mask = torch.ones(height, width)
-        half = length // 2
-        mask[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0.0
+        mask[max(0, y - 8) : y + 8, max(0, x - 8) : x + 8] = 0.0
         return image * mask
 
     return transforms.Compose(
         [
-            transforms.RandomCrop(32, padding=padding),
+            transforms.RandomCrop(32, padding=4),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
@@ -378,9 +376,11 @@ def pil_augmentation(mean: Sequence[float], std: Sequence[float], padding: int =
     )
 
 
-def recover_with_cvxpy(A: np.ndarray, b: np.ndarray, l1_weight: float) -> Any:
-    """argmin 1/2 ||A z - b||^2 + l1 ||z||_1 of one node."""
+def recover_with_cvxpy(A: np.ndarray, b: np.ndarray, l1_weight: float) -> tuple[Any, int]:
+    """argmin 1/2 ||A z - b||^2 + l1 ||z||_1 of one node, and the iterations that it took."""
+    import cvxpy as cp  # here: a process that measures a network's memory does without
+
     z = cp.Variable(A.shape[1])
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ z - b) + l1_weight * cp.norm1(z)))
     problem.solve(solver="CLARABEL")
-    return z.value
+    return z.value, problem.solver_stats.num_iters

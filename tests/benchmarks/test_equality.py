@@ -65,7 +65,7 @@ def pair_with(
 ) -> Pair:
     """The shared pair at these active sets: same weights, statistics and codes."""
     pair = shared_pair(one_stage)
-    codes = codes_of(CellSpace(), random_supports(CellSpace(), seed, kinds), 7, seed)
+    codes = codes_of(CellSpace(), random_supports(CellSpace(), seed, kinds), seed)
     active = {cell: [NodeState.ACTIVE] * 4 for cell in CELLS}
     pair.search.install({(c, n): codes[c][n] for c, n in pair.search.places}, states or active)
     pair.reference.load_state_dict(pair.net.state_dict())
@@ -220,7 +220,7 @@ def test_recovery_finds_what_cvxpy_finds(scale: float, tolerance: float) -> None
         vectors = [generator.normal(0, scale, 7) for _ in matrices]
         exact = recover_nodes([A.numpy() for A in matrices], vectors)
         for A, b, ours in zip(matrices, vectors, exact, strict=True):
-            theirs = reference.recover_with_cvxpy(A.numpy(), b, 1e-5)
+            theirs, _ = reference.recover_with_cvxpy(A.numpy(), b, 1e-5)
             assert ours.converged
             assert np.array_equal(top_support(ours.z, 2), top_support(theirs, 2))
             assert np.linalg.norm(ours.z - theirs) < tolerance * np.linalg.norm(ours.z)

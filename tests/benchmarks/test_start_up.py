@@ -1,4 +1,4 @@
-"""What starting costs: `import istanas`, all its packages, beside torch, and the command line's help.
+"""What starting costs: `import istanas`, all its packages, beyond torch, and the command line's help.
 
 CPU time of fresh processes, the least of several tries: other work on the machine cannot lower it.
 """

@@ -2,14 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import GradBucket
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from istanas.data import Augmentation, Batch, batches, load_dataset
 from istanas.distributed import Ranks
@@ -18,7 +16,7 @@ from istanas.nets import Supernet, TargetNet
 from istanas.search import TwoStageSearch, TwoStageSettings
 from istanas.space import CellSpace, random_genotype
 from istanas.training import Compute, Metrics, Totals, evaluate, train_target_epoch
-from tests.ranks import Outcome, run_ranks
+from tests.ranks import CountingRanks, Outcome, run_ranks
 
 CPU = Compute(torch.device("cpu"))
 EPOCHS, BATCH, PICTURES = 3, 16, 72  # 72 = 4 * 16 + 8: the last batch is smaller
@@ -166,25 +164,6 @@ def test_retraining_on_ranks_equals_one_process(outcomes: dict[str, list[Outcome
 
 
 # ---------- bytes
-class CountingRanks(Ranks):
-    """Ranks whose all-reduced bytes are counted, in a list that all of them share."""
-
-    counted: list[int] = []  # noqa: RUF012
-
-    def data_parallel(
-        self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]
-    ) -> Callable[..., Any]:
-        def hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-            buffer = bucket.buffer()
-            self.counted.append(buffer.numel() * buffer.element_size())
-            return allreduce_hook(state, bucket)
-
-        replica: Any = super().data_parallel(forward, parameters)
-        assert not replica.find_unused_parameters
-        replica.register_comm_hook(None, hook)
-        return replica
-
-
 def bytes_per_step() -> list[dict[str, Any]]:
     ranks = Ranks.current(torch.device("cpu"))
     search = make_search(CountingRanks(ranks.rank, ranks.size), frozen=False, dtype=torch.float32)

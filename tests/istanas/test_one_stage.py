@@ -25,8 +25,8 @@ from istanas.search.one_stage import MAX_REDRAWS, Freezing
 from istanas.search.state import Place
 from istanas.space import CellSpace, Genotype
 from istanas.training import Compute, Totals, learning_rate
-from tests.istanas.test_distributed import CountingRanks, freeze_batchnorm, gradients, loader
-from tests.ranks import Outcome, run_ranks
+from tests.istanas.test_distributed import freeze_batchnorm, gradients, loader
+from tests.ranks import CountingRanks, Outcome, run_ranks
 
 CPU = Compute(torch.device("cpu"))
 ACTIVE, FROZEN = NodeState.ACTIVE, NodeState.FROZEN

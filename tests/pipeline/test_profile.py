@@ -1,6 +1,8 @@
 """`istanas profile`: shares of all the time, FLOPs that can be counted by hand, a projection that is its formula."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,6 +166,7 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--set", "search.max_pictures=5000"], 2, "search.max_pictures is 5000"),
         (["--trace", "absent/step.json"], 2, "absent/step.json"),
         (["--trace", "."], 2, "trace: ."),
+        (["--trace", "/dev/null"], 2, "trace: /dev/null"),
     ],
 )
 def test_bad_input_is_one_line(istanas: Command, arguments: list[str], code: int, says: str) -> None:
@@ -172,6 +175,31 @@ def test_bad_input_is_one_line(istanas: Command, arguments: list[str], code: int
     assert says in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_a_trace_takes_no_pipes_place(istanas: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        code, out, err = istanas(*RETRAIN, "--trace", name)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"trace: {name} can't be written" in err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "link").symlink_to("traces/step.json")
+    for _ in range(2):  # to a file that is not there yet, and to one that is
+        settings = ("retrain.layers=1", "runtime.workers=2")
+        code, out, err = istanas(
+            *RETRAIN, *(a for s in settings for a in ("--set", s)), "--steps", "1", "--trace", "link"
+        )
+        assert (code, err) == (0, "")
+        assert "measured and projected for one process; runtime.workers is 2" in out
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "traces" / "step.json").read_text())["traceEvents"]
+        assert len(list(tmp_path.rglob("*"))) == 3, "nothing else is left"
 
 
 def test_no_gpu_is_said_before_any_step(istanas: Command) -> None:
@@ -211,6 +239,15 @@ def test_only_gradients_that_are_asked_for_count(of_image: bool, of_weight: bool
     forward = 2 * 2 * 6 * 25 * 9
     counted = count_flops(lambda: F.conv2d(image, weight, padding=1, groups=6).sum().backward())
     assert counted == forward * (1 + of_image + of_weight)
+
+
+def test_the_peak_has_two_operations_a_multiply_add_and_is_that_of_the_best_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock on which a FLOP takes a nanosecond, or two or three where the machine is busy."""
+    busy = itertools.cycle([3.0, 1.0, 2.0])
+    monkeypatch.setattr(profiling, "seconds_of", lambda call, device: next(busy) * count_flops(call) / 1e9)
+    assert profiling.peak_flops(CPU, torch.float32) == pytest.approx(1e9)
 
 
 # ---------- kinds

@@ -18,10 +18,10 @@ from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.training import Compute, Metrics
 from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore
 from pipeline.config import load
-from pipeline.epochs import Record, network_cost
+from pipeline.epochs import Record, build_one_stage, build_retraining, build_two_stage, network_cost
 from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
 from pipeline.resources import count, usable_cores
-from pipeline.schema import Config, RuntimeSettings
+from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 from pipeline.worker import (
     choose_compute,
     compute_for,
@@ -622,6 +622,21 @@ def test_a_job_says_where_it_runs_before_it_starts(few: ImageDataset, tmp_path: 
     (search if job == "search" else retrain)(tiny(f"{job}.epochs=1"), few, tmp_path, watcher)
     place = f"in this process, cpu, 1 thread, {count(usable_cores(), 'core')} on this machine"
     assert watcher.notes == [place] == [describe_place(Compute(CPU), Ranks())]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_activation_checkpointing_reaches_every_network(few: ImageDataset, on: bool) -> None:
+    setting, compute, ranks = f"runtime.activation_checkpointing={str(on).lower()}", Compute(CPU), Ranks()
+    config = tiny(setting)
+    one_stage = load(None, [setting, "method=one_stage", "search={init_channels: 2, layers: 3}"])
+    assert isinstance(config, TwoStageConfig)
+    assert isinstance(one_stage, OneStageConfig)
+    nets = (
+        build_two_stage(config, few, compute, ranks).supernet,
+        build_one_stage(one_stage, few, compute, ranks).supernet,
+        build_retraining(config, GENOTYPE, few, compute)[0],
+    )
+    assert [net.activation_checkpointing for net in nets] == [on] * 3
 
 
 def test_the_cost_is_that_of_the_retrained_network(digits: ImageDataset) -> None:
