@@ -41,6 +41,11 @@ LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
+NO_COLLECTORS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+}
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
@@ -141,6 +146,9 @@ class Runtime:
             # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
             self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
+            # This machine is not taken away, and nobody looks at Ray's own figures: their collectors would only take
+            # time from the workers, which wait for each other in every step.
+            os.environ.update({**NO_COLLECTORS, **os.environ})
             cores = max(usable_cores(), self._settings.worker_range.minimum)
             options |= {"address": "local", "include_dashboard": dashboard, "_temp_dir": str(self._scratch)}
             options |= {"num_cpus": cores}

@@ -32,7 +32,8 @@ from pipeline.worker import Observer, retrain_worker, search_worker
 Job = Literal["search", "retrain"]
 WORKERS: dict[Job, Callable[..., list[Record]]] = {"search": search_worker, "retrain": retrain_worker}
 
-SECONDS_BETWEEN_STEPS = 0.3  # that are told: each is a message
+SECONDS_BETWEEN_STEPS = 1.0  # that are told: each is a message, for which a worker's core works
+SECONDS_BETWEEN_LOOKS = 1.0  # whether workers have ended without a word; messages come at once
 SECONDS_TO_START = 180.0  # at least, for new workers to come up, before the job counts as stuck
 
 
@@ -130,7 +131,7 @@ class _RayJob:
         stuck_at = time.monotonic() + self._patience()
         while True:
             ended = fit.ended
-            events = ray.get(self._mailbox.take.remote(timeout=0.2))
+            events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
             for kind, *payload in events:
                 if kind in ("started", "lost"):
                     stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
