@@ -96,8 +96,9 @@ def trials_table(frame: pd.DataFrame) -> Table:
 
     keys = [name for name in frame.columns if name not in COLUMNS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("trial", "state", *(key.rpartition(".")[2] for key in keys)):
-        table.add_column(heading)
+    table.add_column("trial", no_wrap=True)
+    for heading in ("state", *(key.rpartition(".")[2] for key in keys)):
+        table.add_column(heading, overflow="fold")
     for heading in ("valid", "retrained", "params", "epochs", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("genotype", no_wrap=True)

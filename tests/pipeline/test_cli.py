@@ -23,7 +23,19 @@ retrain: {epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_wei
 runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
-COMMANDS = ("search", "retrain", "run", "export", "draw", "results", "ui", "doctor", "sync", "profile")
+COMMANDS = (
+    "search",
+    "retrain",
+    "run",
+    "export",
+    "draw",
+    "results",
+    "ui",
+    "doctor",
+    "sweep",
+    "sync",
+    "profile",
+)
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
@@ -93,7 +105,7 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     assert out.startswith(f"Usage: istanas {command} ")
     assert "--set KEY.PATH=VALUE" in out
     assert "--config FILE" in out
-    jobs = command in ("search", "retrain", "run")
+    jobs = command in ("search", "retrain", "run", "sweep")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
         assert (option in out) == (jobs or command == "doctor")

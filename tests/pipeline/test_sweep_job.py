@@ -135,7 +135,7 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, method: str) -> None:
 
 
 # ---------- the report
-def ended_sweep(folder: Path, *overrides: str, trials: int = 6) -> tuple[Config, Any]:
+def ended_sweep(folder: Path, *overrides: str, spread: float = 0.01, trials: int = 6) -> tuple[Config, Any]:
     """A study of so many trials with made-up figures."""
     config = config_of(
         f"runtime.runs_dir={folder}", "sweep.scheduler=none", f"sweep.trials={trials}", *overrides
@@ -144,7 +144,7 @@ def ended_sweep(folder: Path, *overrides: str, trials: int = 6) -> tuple[Config,
     searcher = StudySearcher(config, study, Ends())
     for n in range(trials):
         searcher.suggest("t")
-        top1 = 0.9 + 0.01 * (n % 4)
+        top1 = 0.9 + spread * (n % 4)
         figures = {
             "valid_top1": top1,
             "retrained_top1": 0.95 - 0.01 * (n % 4),
@@ -213,7 +213,7 @@ def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path)
 
 
 def test_a_figure_that_can_not_be_drawn_is_told(tmp_path: Path) -> None:
-    config, study = ended_sweep(tmp_path, trials=1)
+    config, study = ended_sweep(tmp_path, spread=0)
     said: list[str] = []
     files = write_figures(tmp_path, config, study, said.append)
     assert any(line.startswith("importances: not drawn (") for line in said)
