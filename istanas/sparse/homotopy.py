@@ -67,6 +67,38 @@ def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None
     return Path(z, n_iter)
 
 
+class _Restricted(NamedTuple):
+    """Problems restricted to supports: what does not depend on the signs."""
+
+    slots: Indices  # members of S first, in rising order; the slots after them are masked
+    used: Mask
+    A_S: Array  # transposed: (B, |S|, m)
+    gram: Array
+
+    @classmethod
+    def to(cls, A: Array, supports: Mask) -> _Restricted:
+        count = supports.sum(-1)
+        width = int(count.max(initial=0))
+        slots = np.argsort(~supports, axis=-1, kind="stable")[:, :width]
+        used = np.arange(width) < count[:, None]
+        A_S = A.swapaxes(1, 2)[np.arange(len(A))[:, None], slots] * used[..., None]
+        return cls(slots, used, A_S, _gram(A_S, used))
+
+    def code(self, b: Array, l1_weight: float, signs: Array | Signs, *, refine: bool) -> Array:
+        """z (B, n) of b and signs (B, n), see `on_support`."""
+        z = np.zeros(signs.shape)
+        if self.slots.shape[1] == 0:
+            return z
+        rows = np.arange(len(z))[:, None]
+        slope = l1_weight * np.where(self.used, signs[rows, self.slots], 0.0)
+        z_S = _solve(self.gram, matvec(self.A_S, b) - slope)
+        if refine:
+            z_S += _solve(self.gram, matvec(self.A_S, b - rmatvec(self.A_S, z_S)) - slope)
+        # Slots that are not used hold candidates outside S, whose code stays 0.
+        z[rows, self.slots] = np.where(self.used, z_S, 0.0)
+        return z
+
+
 def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
     """The code in closed form on a support with given signs: z_S = G^-1 (A_S^T b - l1 sign_S), refined once.
 
@@ -83,24 +115,7 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
         >>> on_support(np.eye(2)[None], np.array([[1.0, 2.0]]), 0.5, np.array([[0, 1]], dtype=np.int8))
         array([[0. , 1.5]])
     """
-    batch, _, n = A.shape
-    count = (signs != 0).sum(-1)
-    width = int(count.max(initial=0))
-    if width == 0:
-        return np.zeros((batch, n))
-    # Members of S first, in rising order; the slots after them are masked.
-    slots = np.argsort(signs == 0, axis=-1, kind="stable")[:, :width]
-    used = np.arange(width) < count[:, None]
-    rows = np.arange(batch)[:, None]
-    A_S = A.swapaxes(1, 2)[rows, slots] * used[..., None]
-    sign_S = np.where(used, signs[rows, slots], 0).astype(np.float64)
-    gram = _gram(A_S, used)
-    z_S = _solve(gram, (A_S @ b[..., None])[..., 0] - l1_weight * sign_S)
-    residual = b - rmatvec(A_S, z_S)
-    z_S += _solve(gram, matvec(A_S, residual) - l1_weight * sign_S)
-    z = np.zeros((batch, n))
-    np.put_along_axis(z, slots, np.where(used, z_S, 0.0), axis=-1)
-    return z
+    return _Restricted.to(A, signs != 0).code(b, l1_weight, signs, refine=True)
 
 
 def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
@@ -122,10 +137,11 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
         >>> z, right
         (array([[0.5, 0. ]]), array([ True]))
     """
-    z = on_support(A, b, 0.0, supports.astype(np.int8))
+    on_S = _Restricted.to(A, supports)
+    z = on_S.code(b, 0.0, np.zeros(supports.shape), refine=False)
     for _ in range(2):
-        signs = np.sign(z).astype(np.int8)
-        z = on_support(A, b, l1_weight, signs)
+        signs = np.sign(z)
+        z = on_S.code(b, l1_weight, signs, refine=True)
         if np.array_equal(np.sign(z), signs):
             break
     return z, kkt_holds(A, b, z, l1_weight)

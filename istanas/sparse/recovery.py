@@ -271,15 +271,15 @@ def _memberships(supports: Any, sizes: list[int], width: int) -> npt.NDArray[np.
     if supports is None:
         return None
     members = np.zeros((len(sizes), width), dtype=np.bool_)
-    for node, (support, size) in enumerate(zip(supports, sizes, strict=True)):
-        if support is None:
-            continue
-        indices = as_float64(support).astype(np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= size):
-            raise SolverError(
-                f"node {node}: support is {indices.tolist()}: choose indices of 0 to {size - 1}"
-            )
-        members[node, indices] = True
+    given = [() if support is None else as_float64(support) for support in supports]
+    nodes = np.repeat(np.arange(len(sizes)), [len(support) for support in given])
+    indices = np.concatenate(given).astype(np.int64)
+    outside = (indices < 0) | (indices >= np.asarray(sizes)[nodes])
+    if outside.any():  # asked of all nodes at once, as in `_check_finite`
+        node = int(nodes[outside.argmax()])
+        wrong = indices[nodes == node].tolist()
+        raise SolverError(f"node {node}: support is {wrong}: choose indices of 0 to {sizes[node] - 1}")
+    members[nodes, indices] = True
     return members
 
 
