@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,6 +381,41 @@ def cluster_nodes() -> list[Node]:
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a folder that some node of the cluster does not see.
+
+    Raises:
+        IstanasError: with the number of nodes that do not.
+    """
+    marker = folder / f".seen-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    try:
+        blind, nodes = nodes_blind_to(marker), len(cluster_nodes())
+    finally:
+        marker.unlink()
+    if blind:
+        raise IstanasError(
+            f"runtime.runs_dir: {folder} is not seen on {blind} of {nodes} nodes, where trials would write: choose a "
+            "folder that all nodes share, such as one on NFS"
+        )
+
+
+def nodes_blind_to(file: Path) -> int:
+    """On how many nodes of the cluster a file is not there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def is_there(path: str) -> bool:
+        return Path(path).exists()
+
+    ask: Any = ray.remote(num_cpus=0)(is_there)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    seen = ray.get([ask.options(scheduling_strategy=p).remote(str(file.absolute())) for p in places])
+    return sum(not answer for answer in seen)
 
 
 def last_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
 from pipeline.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.sweep_space import Settings, distribution, settings_of_point, suggest, sweep_of
-from pipeline.tracking import one_line, public_uri
+from pipeline.tracking import database_lock, one_line, public_uri
 
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
@@ -73,7 +73,8 @@ def open_study(config: Config, name: str, *, fresh: bool) -> Study:
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     options = {"connect_args": {"timeout": SECONDS_FOR_A_LOCK}} if uri.startswith("sqlite:") else None
     try:
-        storage = RDBStorage(uri, engine_kwargs=options)
+        with database_lock(uri):
+            storage = RDBStorage(uri, engine_kwargs=options)
         known = optuna.get_all_study_names(storage)
         if fresh and name in known:
             optuna.delete_study(study_name=name, storage=storage)

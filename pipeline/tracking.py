@@ -204,13 +204,13 @@ def open_client(uri: str) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
-    with _database_lock(uri):
+    with database_lock(uri):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextlib.contextmanager
-def _database_lock(uri: str) -> Iterator[None]:
-    """MLflow creates its tables when a store is first opened; two processes doing that at once spoil it."""
+def database_lock(uri: str) -> Iterator[None]:
+    """Tables are made when a SQLite store is first opened; two processes doing that at once spoil it."""
     file = sqlite_file(uri)
     if file is None:
         yield

@@ -18,9 +18,10 @@ from rich.console import Console
 
 from istanas.errors import IstanasError
 from istanas.space import Genotype
-from pipeline.cluster import LOG_FOLDER, Runtime, cluster_nodes, last_line
+from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
 from pipeline.config import run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
+    CELL_FIGURES,
     CONFIG_FILE,
     GENOTYPE_FILE,
     JobSpec,
@@ -35,7 +36,7 @@ from pipeline.jobs.job import (
     tracker_of,
 )
 from pipeline.jobs.results import SweepResult
-from pipeline.jobs.search import check_solver, search_spec
+from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
 from pipeline.resources import Node, count, workers_that_fit
 from pipeline.rundir import MetricsLine, RunDir, atomic_write
@@ -177,7 +178,10 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
-        plan = plan_trials(config, cluster_nodes())
+        nodes = cluster_nodes()
+        plan = plan_trials(config, nodes)
+        if len(nodes) > 1:
+            check_shared(spec.path.absolute())
         # Without its run directory, what a study remembers can't be gone on with.
         return plan, open_study(config, spec.path.name, fresh=fresh or not RunDir(spec.path).exists())
 
@@ -456,6 +460,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
     attributes = best.user_attrs
     genotype = Genotype.from_json((Path(attributes["run_dir"]) / GENOTYPE_FILE).read_text())
     _write_best(config, run.path / BEST, attributes["settings"], genotype)
+    write_genotype(run.path, genotype)  # so that the sweep itself can be named as a genotype
     result: dict[str, Any] = {
         "best_trial": best.number - first_number(study),
         "best_run_dir": attributes["run_dir"],
@@ -477,7 +482,15 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
         result |= {"retrained_top1": attributes["retrained_top1"], "kendall_tau": kendall_tau(frame)}
     return Outcome(
         result=result,
-        artifacts=(CONFIG_FILE, TABLE_FILE, *figures, f"{BEST}/{CONFIG_FILE}", f"{BEST}/{GENOTYPE_FILE}"),
+        artifacts=(
+            CONFIG_FILE,
+            GENOTYPE_FILE,
+            *CELL_FIGURES,
+            TABLE_FILE,
+            *figures,
+            f"{BEST}/{CONFIG_FILE}",
+            f"{BEST}/{GENOTYPE_FILE}",
+        ),
         tags={"istanas.genotype": genotype.digest()},
         description=_description(config, result, genotype, PAGE_FILE in figures),
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from pipeline.config import load
 from pipeline.rundir import RunDir
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
-from tests.ray_cluster import ENVIRONMENT, title
+from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 TRIALS = 6
 TRIAL = "ray::ImplicitFunc"  # how Ray Tune calls the process of a trial
@@ -266,3 +267,37 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
     assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
     logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
     assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3
+
+
+def test_on_a_cluster_of_two_nodes_trials_run_at_once_in_a_folder_that_all_must_see(tmp_path: Path) -> None:
+    cluster = RayCluster(1)
+    try:
+        cluster.add(1)
+        process = start(
+            tmp_path,
+            *("--address", cluster.address),
+            *("--set", "sweep.trials=2", "--set", "sweep.objective=valid", "--set", "sweep.max_concurrent=2"),
+            stderr=subprocess.PIPE,
+        )
+        code = "import ray, sys; from pathlib import Path; from pipeline.cluster import nodes_blind_to; "
+        code += "ray.init(sys.argv[1], log_to_driver=False, logging_level=50); "
+        code += "print(nodes_blind_to(Path(sys.argv[2])), nodes_blind_to(Path(sys.argv[2]) / 'nowhere'))"
+        asked = subprocess.run(
+            [sys.executable, "-c", code, cluster.address, str(tmp_path)],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert asked.stdout.splitlines()[-1:] == ["0 2"], asked.stderr
+        result = finish(process)
+    finally:
+        cluster.close()
+    assert (result["complete"], result["failed"]) == (2, 0)
+    study = optuna.load_study(
+        study_name=sweep_directory(tmp_path).name, storage=f"sqlite:///{tmp_path}/runs/optuna.db"
+    )
+    first, second = study.get_trials()
+    assert second.datetime_start is not None
+    assert first.datetime_complete is not None
+    assert second.datetime_start < first.datetime_complete, "one after the other, though both have room"
