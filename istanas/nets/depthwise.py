@@ -33,7 +33,10 @@ class DepthwiseConv2d(nn.Module):
         self.stride, self.dilation = stride, dilation
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # the library's default for convolutions
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, even: bool = False) -> Tensor:
+        """The convolution; with `even`, x has only the even pixels, of stride and dilation 2."""
+        if even:
+            return depthwise_on_even(x, self.weight)
         return depthwise_conv2d(x, self.weight, self.stride, self.dilation)
 
     def extra_repr(self) -> str:
@@ -58,9 +61,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
     """
     channels, kernel = weight.shape[0], weight.shape[-1]
     if dilation == 2 and stride == 2:
-        # Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
         (even,) = pixel_phases(x, (0,))
-        return F.conv2d(even, weight, None, 1, kernel // 2, 1, channels)
+        return depthwise_on_even(even, weight)
     if (
         dilation == 2
         and x.device.type == "cpu"
@@ -69,6 +71,25 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
     ):
         return _by_phases(x, weight)
     return F.conv2d(x, weight, None, stride, dilation * (kernel // 2), dilation, channels)
+
+
+def depthwise_on_even(even: Tensor, weight: Tensor) -> Tensor:
+    """`depthwise_conv2d` of stride and dilation 2, given the even pixels.
+
+    Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
+
+    Args:
+        even: x[:, :, ::2, ::2], (B, C, H, W).
+        weight: (C, 1, k, k), k odd.
+
+    Returns:
+        (B, C, H, W).
+
+    Example:
+        >>> depthwise_on_even(torch.ones(1, 2, 2, 2), torch.ones(2, 1, 3, 3))[0, 0, 0, 0].item()
+        4.0
+    """
+    return F.conv2d(even, weight, None, 1, weight.shape[-1] // 2, 1, weight.shape[0])
 
 
 def _by_phases(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from istanas.nets.depthwise import DepthwiseConv2d
-from istanas.nets.phases import pixel_phases
+from istanas.nets.phases import pixel_phases, to_even_size
 
 
 class ScaledBatchNorm2d(nn.BatchNorm2d):
@@ -110,12 +110,18 @@ class DilConv(RectifiedBlock):
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
         super().__init__()
+        self.stride = stride
         self.op = nn.Sequential(
             nn.ReLU(),
             DepthwiseConv2d(channels, kernel, stride, 2),
             nn.Conv2d(channels, channels, 1, bias=False),
             ScaledBatchNorm2d(channels, affine=affine),
         )
+
+    def on_even(self, even: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`scale` times the block of stride 2, given the even pixels of its rectified input."""
+        out: Tensor = self.op[3](self.op[2](self.op[1](even, even=True)), scale)
+        return out
 
 
 class FactorizedReduce(nn.Module):
@@ -135,18 +141,14 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """`scale` times the block's output."""
-        return self._project([F.relu(phase) for phase in self._phases(x)], scale)
+        return self.on_phases([F.relu(phase) for phase in pixel_phases(to_even_size(x), (0, 1))], scale)
 
     def after_relu(self, x: Tensor) -> Tensor:
         """The block on a rectified input."""
-        return self._project(self._phases(x), None)
+        return self.on_phases(pixel_phases(to_even_size(x), (0, 1)), None)
 
-    def _phases(self, x: Tensor) -> Sequence[Tensor]:
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return pixel_phases(x, (0, 1))
-
-    def _project(self, phases: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+    def on_phases(self, phases: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+        """`scale` times the block, given the two phases that it reads of its rectified input."""
         even, odd = phases
         out: Tensor = self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1), scale)
         return out

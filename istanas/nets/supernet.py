@@ -29,6 +29,7 @@ from istanas.nets.cell import (
     make_preprocess,
 )
 from istanas.nets.operations import final_batchnorm, make_operation
+from istanas.nets.phases import SharedReads
 from istanas.nets.target import apply_operation, drop_path, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
 
@@ -112,12 +113,12 @@ class SearchCell(nn.Module):
         drop_path_prob: float,
     ) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), live)
-        rectified: dict[int, Tensor] = {}
+        reads = SharedReads(states)
         for i, (node, alphas) in enumerate(zip(plan, weights, strict=True)):
             terms = []
             for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True):
                 operation: nn.Module = self.ops[edge][op]  # type: ignore[index]
-                out = apply_operation(operation, states, rectified, state, alpha)
+                out = apply_operation(operation, states, reads, state, alpha)
                 terms.append(drop_path(out, operation, drop_path_prob))
             states[N_CELL_INPUTS + i] = sum_terms(terms)
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)

@@ -7,7 +7,6 @@ from itertools import count
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from istanas.nets.cell import (
     AuxiliaryHead,
@@ -22,12 +21,14 @@ from istanas.nets.cell import (
     make_preprocess,
 )
 from istanas.nets.operations import (
+    DilConv,
     FactorizedReduce,
     NormalizedPool,
     RectifiedBlock,
     dense_gradient,
     make_operation,
 )
+from istanas.nets.phases import SharedReads
 from istanas.space import N_CELL_INPUTS, Genotype
 
 
@@ -60,12 +61,12 @@ class TargetCell(nn.Module):
 
     def forward(self, s0: Tensor | None, s1: Tensor | None, drop_path_prob: float) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), self.live)
-        rectified: dict[int, Tensor] = {}
+        reads = SharedReads(states)
         for node, picks in self.plan:
             terms = []
             for position, state in picks:
                 op = self.ops[position]
-                terms.append(drop_path(apply_operation(op, states, rectified, state), op, drop_path_prob))
+                terms.append(drop_path(apply_operation(op, states, reads, state), op, drop_path_prob))
             states[node] = sum_terms(terms)
         return torch.cat([states[i] for i in self.concat], dim=1)
 
@@ -138,17 +139,19 @@ class TargetNet(CellNetwork):
 def apply_operation(
     op: nn.Module,
     states: Mapping[int, Tensor],
-    rectified: dict[int, Tensor],
+    reads: SharedReads,
     state: int,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`op` on a state of the cell, times `scale`; blocks that open with ReLU share one rectified copy of the state."""
+    """`op` on a state of the cell, times `scale`; what several operations read of a state, `reads` makes once."""
+    if isinstance(op, DilConv) and op.stride == 2:
+        return op.on_even(reads.phases(state, (0,))[0], scale)
+    if isinstance(op, FactorizedReduce):
+        return op.on_phases(reads.phases(state, (0, 1)), scale)
     if isinstance(op, RectifiedBlock):
-        if state not in rectified:
-            rectified[state] = F.relu(states[state])
-        return op.after_relu(rectified[state], scale)
+        return op.after_relu(reads.rectified(state), scale)
     out: Tensor
-    if isinstance(op, NormalizedPool | FactorizedReduce):
+    if isinstance(op, NormalizedPool):
         out = op(states[state], scale)
         return out
     out = op(states[state])

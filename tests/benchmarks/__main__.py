@@ -37,7 +37,7 @@ from tests.benchmarks.pairs import (
 )
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-SEEDS = (0, 1)  # of random active sets
+SEEDS = (0, 1, 2)  # of random active sets
 BASE = {"channels": 8, "layers": 5, "batch": 16}  # from which one size at a time grows
 
 
@@ -70,10 +70,10 @@ def counted(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
 
 
 def over_seeds(measure: Callable[[int], Row]) -> Row:
-    """The row of the random active set where ours does worst, with the widest quartiles of all sets."""
-    rows = [measure(seed) for seed in SEEDS]
+    """The median row of the random active sets, with the widest quartiles of all."""
+    rows = sorted((measure(seed) for seed in SEEDS), key=lambda row: row.ratio)
     spread = min(row.spread[0] for row in rows), max(row.spread[1] for row in rows)
-    return replace(min(rows, key=lambda row: row.ratio), spread=spread)
+    return replace(rows[len(rows) // 2], spread=spread)
 
 
 def search_step(c: int, layers: int, n: int, bound: float, rounds: int, one_stage: bool = False) -> Row:
