@@ -198,12 +198,15 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
 @job
 def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None, **settings: Any) -> None:
     """Try many settings: Optuna chooses, Ray Tune places and stops, the best is kept."""
-    if max_concurrent is not None:
-        settings["overrides"] += (f"sweep.max_concurrent={max_concurrent}",)
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.sweep import print_dry_run, run_sweep
+    from pipeline.sweep_space import sweep_of
+
+    if max_concurrent is not None:
+        wanted = sweep_of(config).model_copy(update={"max_concurrent": max_concurrent})
+        config = config.model_copy(update={"sweep": wanted})
 
     with Runtime(config.runtime) as runtime:
         if dry_run:
@@ -427,6 +430,11 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
     sent = tracker.last_delivery
     assert sent is not None
+    if run_dir.read().kind == "sweep":
+        from pipeline.jobs.job import deliver_below
+
+        if not deliver_below(run_dir.path, config):
+            raise IstanasError(f"sync: not all trials of {run_dir.path} could be delivered, try again")
     counts = (
         f"{sent.metrics} metrics, {sent.params} parameters, {sent.tags} tags, {len(sent.artifacts)} files"
     )

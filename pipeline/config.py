@@ -362,6 +362,10 @@ def _sweep_problems(config: Config) -> list[str]:
     gpus = sweep.gpus_per_trial
     if gpus is not None and gpus > 1 and gpus != int(gpus):
         problems.append(f"sweep.gpus_per_trial is {gpus}: give a whole number, or a fraction below 1")
+    if gpus and config.runtime.device == "cpu":
+        problems.append(f"sweep.gpus_per_trial is {gpus} on runtime.device cpu: set 0, or device auto")
+    if gpus == 0 and config.runtime.device == "cuda":
+        problems.append("sweep.gpus_per_trial is 0 on runtime.device cuda: give each trial a part of one")
     if config.runtime.worker_range.maximum > 1 and "gpus_per_trial" in sweep.model_fields_set:
         problems.append("sweep.gpus_per_trial is set with several workers: each has one GPU, leave it out")
     return problems

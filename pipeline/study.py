@@ -29,6 +29,7 @@ from pipeline.tracking import database_lock, one_line, public_uri
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
+HOME = "run_dir"  # attribute of the study
 SETTINGS = "settings"  # attribute of the study's trials
 # What else the study's trials keep of a trial's last report.
 FIGURES = (
@@ -56,18 +57,20 @@ def storage_uri(config: Config) -> str:
     )
 
 
-def open_study(config: Config, name: str, *, fresh: bool) -> Study:
+def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None = None) -> Study:
     """The study of a sweep, made if it is not there, with the points that are to be tried first.
 
     Args:
         config: of the sweep.
         name: of the study.
         fresh: forget an earlier one.
+        run_dir: the sweep's run directory, which a study belongs to.
 
     Raises:
         IstanasError: if the database can't be used.
-        ConfigError: if `sweep.start_from` names no study that fits.
+        ConfigError: if `sweep.start_from` names no study that fits, or the study belongs to another directory.
     """
+    home = "" if run_dir is None else str(run_dir.resolve())
     sweep, uri = sweep_of(config), storage_uri(config)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -80,22 +83,67 @@ def open_study(config: Config, name: str, *, fresh: bool) -> Study:
             optuna.delete_study(study_name=name, storage=storage)
             known.remove(name)
         if name in known:
-            return optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler())
+            study = optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler())
+            _check_home(study, home)
+            return study
         earlier = _earlier_trials(config, storage, known)
         study = optuna.create_study(
             study_name=name, storage=storage, directions=[OBJECTIVES[o] for o in sweep.objectives]
         )
+        study.set_user_attr(HOME, home)
         study.add_trials(earlier)
     except IstanasError:
         raise
     except Exception as error:  # every database fails in its own way
         raise IstanasError(
-            f"sweep.storage is {public_uri(uri)}: can't be used ({one_line(error)}), start it or correct the address"
+            f"sweep.storage is {public_uri(uri)}: can't be used ({one_line(error)}), start it, install its driver, or "
+            "correct the address"
         ) from None
-    for point in sweep.points:
+    enqueue_points(config, study)
+    return study
+
+
+def enqueue_points(config: Config, study: Study) -> None:
+    """Have `sweep.points` tried first; what a point leaves open is drawn."""
+    for point in sweep_of(config).points:
         settings = settings_of_point(config, point)
         study.enqueue_trial({key: value for key, value in settings.items() if key in point})
-    return study
+
+
+def first_settings(config: Config, number: int) -> list[Settings]:
+    """What a sweep's first trials would have, without a database: points, then random ones."""
+
+    class Peek:
+        def __init__(self) -> None:
+            self.seen: list[Settings] = []
+
+        def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+            self.seen.append(settings)
+            return {}
+
+        def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+            pass
+
+        def told(self, index: int) -> None:
+            pass
+
+    sweep, peek = sweep_of(config), Peek()
+    study = optuna.create_study(directions=[OBJECTIVES[o] for o in sweep.objectives])
+    enqueue_points(config, study)
+    searcher = StudySearcher(config, study, peek)
+    for n in range(min(number, sweep.trials)):
+        searcher.suggest(str(n))
+    return peek.seen
+
+
+def _check_home(study: Study, home: str) -> None:
+    """Refuse to go on with trials whose runs lie elsewhere, or to let two sweeps share a study."""
+    other = study.user_attrs.get(HOME, "")
+    if other != home:
+        raise ConfigError(
+            f"sweep.storage has a study {study.study_name} that belongs to {other or 'no directory'}: go on there, set "
+            "tracking.name for another sweep, or --fresh, which deletes it"
+        )
 
 
 def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -> list[FrozenTrial]:
@@ -246,8 +294,25 @@ class StudySearcher(Searcher):
             self.error = ours
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if self.is_over:
-            return Searcher.FINISHED
+        while True:
+            trial = None if self.is_over else self._next()
+            if trial is None:
+                return Searcher.FINISHED
+            index = trial.number - self._first
+            settings = suggest(self._config, _Reseeded(self._config, trial, index))
+            trial.set_user_attr(SETTINGS, settings)
+            try:
+                task = self._ends.begins(index, settings)
+            except ConfigError as error:  # settings that do not fit together, which no sample had shown
+                trial.set_user_attr(FAILED, one_line(error))
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._ends.told(index)
+                continue
+            self._trials[trial_id] = trial
+            return task
+
+    def _next(self) -> Trial | None:
+        """An unfinished trial, else a new one; None if there is none to come. Its settings are not all drawn yet."""
         if self._unfinished:
             number = self._unfinished.pop(0)
             self._seed(number - self._first)
@@ -257,15 +322,11 @@ class StudySearcher(Searcher):
             trial = self._study.ask()
             self._begun += 1
         else:
-            return Searcher.FINISHED
+            return None
         _ = (
             trial.relative_params
         )  # drawn now, all together, and not by the sampler of the first key that lacks a value
-        index = trial.number - self._first
-        settings = suggest(self._config, _Reseeded(self._config, trial, index))
-        trial.set_user_attr(SETTINGS, settings)
-        self._trials[trial_id] = trial
-        return self._ends.begins(index, settings)
+        return trial
 
     def _seed(self, index: int) -> None:
         seed = derive_seed(self._config.seed, "sweep", index)

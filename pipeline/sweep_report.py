@@ -92,6 +92,7 @@ def trials_table(frame: pd.DataFrame) -> Table:
         frame: as `sweep_frame` gives it.
     """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     keys = [name for name in frame.columns if name not in COLUMNS]
@@ -107,8 +108,8 @@ def trials_table(frame: pd.DataFrame) -> Table:
         same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
         table.add_row(
             str(row["trial"]),
-            f"{state}{', on the front' if row['pareto'] else ''}",
-            *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
+            escape(f"{state}{', on the front' if row['pareto'] else ''}"),
+            *(escape(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}")) for key in keys),
             shown(row["valid_top1"], "{:.2%}"),
             shown(row["retrained_top1"], "{:.2%}") + same,
             shown(row["params"], "{:,}"),
@@ -153,11 +154,11 @@ def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str
     files: list[str] = []
     parts: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # of an axis that has one value
         for name, draw, draw_page in _plots(config, study):
             try:
                 axes, figure = draw(), draw_page()
-            except (ValueError, RuntimeError) as error:  # too few trials, or all with the same value
+            except Exception as error:  # too few trials, all with the same value: libraries' own reasons
                 say(f"{name.replace('_', ' ')}: not drawn ({error})")
                 continue
             buffer = io.BytesIO()

@@ -23,7 +23,11 @@ N_CHECKED = 100  # random settings that are tried against the schema before a sw
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for every study
 
-_NOT_SWEPT = ("runtime", "tracking", "sweep", "data.name", "data.root", "data.download", "data.cache_dir")
+# What says where a trial runs or what it is judged on: trials that differ in it could not be compared.
+_NOT_SWEPT = (
+    *("runtime", "tracking", "sweep", "search.test_every", "retrain.test_every"),
+    *("data.name", "data.root", "data.download", "data.cache_dir", "data.holdout"),
+)
 
 
 def sweep_of(config: Config) -> SweepSettings:
@@ -166,7 +170,7 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
         yield f"unknown key, did you mean {nearest_key(key)}?"
         return
     if any(key == name or key.startswith(f"{name}.") for name in _NOT_SWEPT):
-        yield "can't be swept: it says where a trial runs or what on, set it outside the space"
+        yield "can't be swept: it says where a trial runs or what it is judged on, set it outside the space"
         return
     for name, wanted in parameter.when.items():
         if name in sweep_of(config).space and name not in earlier:
@@ -186,14 +190,19 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
             else f"belongs to method: {methods[0]}, and no trial is: leave it out or set the method"
         )
         return
-    if len(possible) == 1:  # with several, the random settings tell
+    # Each value by itself; what does not fit together with other swept keys, or a method, the random settings tell.
+    if len(possible) == 1:
         base: Settings = {"method": possible[0]}
+        for name, other in sweep_of(config).space.items():
+            if other.kind == "fixed" and other.when.items() <= base.items():
+                base[name] = other.value
+        others = [name for name in sweep_of(config).space if name != key and name not in base]
         values = parameter.value if parameter.kind != "fixed" else [parameter.value]
         for value in values:
             try:
                 with_settings(config, {**base, key: value}, "value")
             except ConfigError as error:
-                if key in str(error):  # what does not fit together may fit with other settings
+                if key in str(error) and not any(name in str(error) for name in others):
                     yield str(error).splitlines()[0].removeprefix("value: ")
 
 
@@ -218,5 +227,5 @@ def _in_range(parameter: Parameter, value: Any) -> bool:
         values = [parameter.value] if parameter.kind == "fixed" else parameter.value
         return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
     low, high = parameter.value
-    whole = parameter.kind == "int"
-    return isinstance(value, int if whole else int | float) and low <= value <= high
+    kinds = int if parameter.kind == "int" else int | float
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high

@@ -254,7 +254,7 @@ def announce(spec: JobSpec) -> str | None:
     return tracker.run_id
 
 
-def close(path: Path, config: Config, status: str, tags: dict[str, str], result: dict[str, Any]) -> None:
+def close(path: Path, config: Config, status: str, tags: dict[str, str], result: dict[str, Any]) -> bool:
     """Close a run whose process is gone or waits to be ended, in its record and in MLflow; a finished one is tagged.
 
     Not under the run's lock: a process that waits to be ended still holds it.
@@ -265,13 +265,28 @@ def close(path: Path, config: Config, status: str, tags: dict[str, str], result:
         status: as MLflow calls it: FINISHED, FAILED or KILLED.
         tags: what became of it.
         result: the figures that it had reached.
+
+    Returns:
+        Whether MLflow has all of it.
     """
     run = RunDir(path)
     record = run.read()
     if record.status != "FINISHED":
         record = dataclasses.replace(record, status=status, ended_ms=_now_ms(), result=result)
     run.write(dataclasses.replace(record, tags={**record.tags, **tags}))
-    tracker_of(run, config).deliver()
+    return tracker_of(run, config).deliver()
+
+
+def deliver_below(path: Path, config: Config) -> bool:
+    """Deliver to MLflow the ended runs in a run directory: a sweep's trials and retrainings.
+
+    Returns:
+        Whether MLflow has all of them.
+    """
+    runs = [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
+    quiet = config.model_copy(update={"tracking": config.tracking.model_copy(update={"models": False})})
+    ended = [run for run in runs if run.read().status != "RUNNING"]
+    return all(tracker_of(run, quiet).deliver() for run in ended)
 
 
 def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
@@ -341,7 +356,10 @@ def tracker_of(run: RunDir, config: Config) -> Tracker:
 
 
 def as_written(config: Config) -> Config:
-    """The configuration as it is written to files: the store's address whole, but for a password in it."""
+    """The configuration as it is written to files: addresses of stores without the passwords in them."""
+    if config.sweep is not None and config.sweep.storage is not None:
+        sweep = config.sweep.model_copy(update={"storage": public_uri(config.sweep.storage)})
+        config = config.model_copy(update={"sweep": sweep})
     if config.tracking.uri is None:
         return config
     tracking = config.tracking.model_copy(update={"uri": public_uri(store_uri(config.tracking.uri))})

@@ -51,7 +51,7 @@ class RunResult(SearchResult):
 
 
 class SweepResult(TypedDict):
-    """Of a sweep: the figures of its best trial, numbers of trials, seconds of training of all together."""
+    """Of a sweep: the figures of its best trial, numbers of trials; epochs and seconds of all searches together."""
 
     run_dir: str
     mlflow_run_id: str | None

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from optuna.exceptions import OptunaError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
 
-from istanas.errors import IstanasError
+from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
 from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
 from pipeline.config import run_hash, to_yaml, with_settings
@@ -31,6 +33,7 @@ from pipeline.jobs.job import (
     as_written,
     close,
     console_line,
+    deliver_below,
     execute,
     prepare_data,
     tracker_of,
@@ -46,11 +49,12 @@ from pipeline.study import (
     StudySearcher,
     best_trial,
     first_number,
-    make_sampler,
+    first_settings,
     make_scheduler,
     n_failed,
     open_study,
     own_trials,
+    storage_uri,
 )
 from pipeline.sweep_report import PAGE_FILE, TABLE_FILE, kendall_tau, sweep_frame, write_figures, write_table
 from pipeline.sweep_space import (
@@ -58,11 +62,10 @@ from pipeline.sweep_space import (
     check_space,
     random_settings,
     readable,
-    suggest,
     sweep_of,
     trial_config,
 )
-from pipeline.tracking import public_uri, store_uri
+from pipeline.tracking import one_line, public_uri, store_uri
 from pipeline.trial import LOG_FILE, run_trial
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
@@ -143,14 +146,19 @@ def _shares(gpus: int, each: float) -> int:
 
 
 def sweep_spec(config: Config, name: str) -> JobSpec:
-    """The sweep that a configuration describes."""
+    """The sweep that a configuration describes.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    sweep = sweep_of(config)
     return JobSpec(
         kind="sweep",
         name=f"{name}-sweep",
         digits=run_hash(config, "sweep"),
         config=config,
         sections=SECTIONS,
-        epochs=sweep_of(config).trials,
+        epochs=sweep.trials,
         unit="trial",
     )
 
@@ -182,16 +190,24 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         plan = plan_trials(config, nodes)
         if len(nodes) > 1:
             check_shared(spec.path.absolute())
-        # Without its run directory, what a study remembers can't be gone on with.
-        return plan, open_study(config, spec.path.name, fresh=fresh or not RunDir(spec.path).exists())
+        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
 
     def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
         plan, study = prepared
         observer.note(str(plan))
         trials = _Trials(config, plan, run, study, observer)
-        trials.go_on()
-        _run_tune(config, plan, run.path, study, trials)
-        return _finish(config, run, study, observer)
+        try:
+            trials.go_on()
+            _run_tune(config, plan, run.path, study, trials)
+            outcome = _finish(config, run, study, observer)
+        except (OptunaError, SQLAlchemyError) as error:
+            raise IstanasError(
+                f"sweep.storage is {public_uri(storage_uri(config))}: failed ({one_line(error.__cause__ or error)}); "
+                "when it is well again, the same command goes on"
+            ) from error
+        finally:
+            trials.leave()
+        return outcome
 
     result = execute(spec, prepare, body, describe=lambda _: "", fresh=fresh, console=console)
     return cast(SweepResult, result)
@@ -209,6 +225,11 @@ def check_sweep(config: Config, console: Console) -> None:
     chosen = [config.space.solver] if solvers is None else solvers.value
     for solver in [chosen] if isinstance(chosen, str) else chosen:
         check_solver(solver)
+    if config.tracking.uri is not None and public_uri(config.tracking.uri) != config.tracking.uri:
+        raise ConfigError(
+            "tracking.uri holds a password, which would go from process to process with every trial: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address"
+        )
     jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
     prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
@@ -223,10 +244,9 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
         runtime: a cluster that is named is asked what it has; else this machine is.
         samples: how many settings to show.
     """
-    import optuna
     from rich.table import Table
 
-    check_sweep(config, console)
+    check_space(config)
     sweep = sweep_of(config)
     table = Table("key", "values")
     for key, parameter in sweep.space.items():
@@ -238,13 +258,8 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
         f"{count(sweep.trials, 'trial')}, objective {sweep.objective} ({', '.join(sweep.objectives)}), searcher "
         f"{sweep.searcher}, scheduler {stopping if sweep.scheduler == 'asha' else 'none'}"
     )
-    drawn = [random_settings(config, number) for number in range(max(0, samples - len(sweep.points)))]
-    study = optuna.create_study(sampler=make_sampler(sweep, config.seed), directions=["maximize"])
-    for point in sweep.points[:samples]:
-        study.enqueue_trial(point)
-        say(f"first: {readable(suggest(config, study.ask()))}")
-    for settings in drawn:
-        say(f"for example: {readable(settings)}")
+    for settings in first_settings(config, samples):
+        say(f"to begin with: {readable(settings)}")
     with tempfile.TemporaryDirectory() as logs:
         plan = plan_trials(config, runtime.nodes(Path(logs)))
     say(str(plan))
@@ -258,6 +273,8 @@ class _Trials:
         self._config, self._plan, self._run, self._study = config, plan, run, study
         self._observer = observer
         self._tracker = tracker_of(run, config)
+        self._open: dict[int, tuple[Path, Config]] = {}  # begun, and not ended
+        self._delivered = True
 
     def go_on(self) -> None:
         """Say what is there from an earlier sitting, and make the figures anew from the study."""
@@ -277,6 +294,7 @@ class _Trials:
         tags = {"istanas.sweep": self._run.path.name, "istanas.trial": str(index)}
         spec = search_spec(config, name, parent=parent, tags=tags)
         announce(spec)
+        self._open[index] = spec.path, config
         return {
             "config": config,
             "name": name,
@@ -289,16 +307,23 @@ class _Trials:
         }
 
     def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
-        trial = self._trial(index)
-        config = self._of_trial(trial.user_attrs["settings"])
-        path = search_spec(config, f"trial-{index:04d}").path
+        path, config = self._open.pop(index)
         tags = {"istanas.trial_state": state.name}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
         if FAILED in result:
             tags["istanas.reason"] = result[FAILED]
         kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
-        close(path, config, STATUS[state], tags, {name: result[name] for name in kept if name in result})
+        figures = {name: result[name] for name in kept if name in result}
+        self._delivered &= close(path, config, STATUS[state], tags, figures)
+
+    def leave(self) -> None:
+        """Close the runs of trials that this sitting leaves unfinished, and deliver what the store has not got."""
+        for path, config in self._open.values():
+            self._delivered &= close(path, config, "KILLED", {}, {})
+        self._open.clear()
+        if not self._delivered:
+            deliver_below(self._run.path, self._config)
 
     def told(self, index: int) -> None:
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
@@ -327,7 +352,7 @@ class _Trials:
             "runs_dir": str(self._run.path.resolve()),
         }
         uri = store_uri(config.tracking.uri)
-        # A password stays in the environment.
+        # A password in the environment stays there.
         tracking = {"uri": uri if public_uri(uri) == uri else None, "name": None, "models": False}
         return config.model_copy(
             update={
@@ -395,6 +420,7 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
             [{"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})}]
         )
     storage = (folder / LOG_FOLDER / "tune").resolve()
+    shutil.rmtree(storage, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),

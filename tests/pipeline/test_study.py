@@ -275,3 +275,28 @@ def test_a_front_is_told_whole_and_its_best_has_the_best_top1(tmp_path: Path) ->
     assert searcher.error is None
     assert sorted(t.number for t in study.best_trials) == [0, 1, 2, 4]
     assert best_trial(study).number == 2  # type: ignore[union-attr]
+
+
+def test_a_study_belongs_to_one_run_directory(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    open_study(config, "s", fresh=False, run_dir=tmp_path / "here")
+    assert open_study(config, "s", fresh=False, run_dir=tmp_path / "here").get_trials() == []
+    with pytest.raises(
+        ConfigError, match=r"a study s that belongs to .*here: go on there, set tracking\.name"
+    ):
+        open_study(config, "s", fresh=False, run_dir=tmp_path / "there")
+    open_study(config, "s", fresh=True, run_dir=tmp_path / "there")
+
+
+def test_settings_that_do_not_fit_together_are_a_failed_trial_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    class Refusing(Ends):
+        def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+            if index == 1:
+                raise ConfigError("trial: search.lr_min is above search.lr")
+            return super().begins(index, settings)
+
+    ends = Refusing()
+    study = sit(config_of(tmp_path, trials=3), ends)
+    assert [index for index, _ in ends.begun] == [0, 2]
+    assert study.get_trials()[1].state == TrialState.FAIL
+    assert study.get_trials()[1].user_attrs["failed"].endswith("search.lr_min is above search.lr")

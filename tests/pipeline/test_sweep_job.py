@@ -15,8 +15,9 @@ from istanas.errors import ConfigError, IstanasError
 from istanas.space import CellSpace, random_genotype
 from pipeline.checkpoint import FolderStore
 from pipeline.cli import run
-from pipeline.config import load
-from pipeline.jobs.sweep import describe_trial, plan_trials
+from pipeline.config import load, to_yaml
+from pipeline.jobs.job import as_written
+from pipeline.jobs.sweep import check_sweep, describe_trial, plan_trials
 from pipeline.resources import Node
 from pipeline.schema import Config
 from pipeline.study import StudySearcher, open_study, own_trials
@@ -91,13 +92,24 @@ def test_a_dry_run_shows_and_starts_nothing(
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["at_once"] == 1
-    assert sum(line.startswith(("first: ", "for example: ")) for line in err.splitlines()) == 5
-    assert "first: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1" in err
+    assert sum(line.startswith("to begin with: ") for line in err.splitlines()) == 5
+    assert (
+        "to begin with: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1" in err
+    )
     assert "loguniform 0.01 .. 0.3" in err
     assert "12 trials, objective retrained (top1), searcher tpe, scheduler asha (grace 1, factor 3)" in err
     assert list(tmp_path.iterdir()) == []
-    assert run(["sweep", "--dry-run"]) == 2
-    assert "sweep is missing: give a configuration with a sweep" in capsys.readouterr().err
+    for arguments in (["sweep"], ["sweep", "--dry-run"], ["sweep", "--max-concurrent", "2"]):
+        assert run(arguments) == 2
+        assert "sweep is missing: give a configuration with a sweep" in capsys.readouterr().err
+
+
+def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
+    config = config_of("sweep.storage=postgresql://me:secret@host/db", "tracking.uri=http://me:secret@host")
+    assert "secret" not in to_yaml(as_written(config))
+    assert "postgresql://host/db" in to_yaml(as_written(config))
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
+        check_sweep(config, Console(file=io.StringIO()))
 
 
 class Unread:

@@ -60,6 +60,7 @@ def refusal(folder: Path, space: str, rest: str = "") -> str:
         ("search.lrr: {uniform: [0.1, 1]}", "sweep.space.search.lrr: unknown key, did you mean search.lr?"),
         ("runtime.threads: {int: [1, 2]}", "sweep.space.runtime.threads: can't be swept"),
         ("data.root: {choice: [a, b]}", "sweep.space.data.root: can't be swept"),
+        ("data.holdout: {choice: [0.0, 0.1]}", "sweep.space.data.holdout: can't be swept"),
         ("space.sparsity: {int: [0, 2]}", "sweep.space.space.sparsity: space.sparsity: 0 is refused"),
         ("space.matrix: {choice: [uniform, normal]}", "space.matrix: 'normal' is refused"),
         ("search.batch_size: {uniform: [2, 9]}", "search.batch_size: 2.0 is refused"),
@@ -106,6 +107,10 @@ def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: st
         ("  objectives: [top1, params]\n", "sweep.scheduler is asha with several sweep.objectives"),
         ("  searcher: nsga2\n", "sweep.searcher is nsga2 with one objective"),
         ("  gpus_per_trial: 1.5\n", "sweep.gpus_per_trial is 1.5"),
+        (
+            "  gpus_per_trial: 1\nruntime: {device: cpu}\n",
+            "sweep.gpus_per_trial is 1.0 on runtime.device cpu",
+        ),
         ("  trials: 0\n", "sweep.trials: 0 is refused"),
         ("runtime: {workers: '1:2'}\n", "runtime.workers is 1:2: trials need a fixed number"),
     ],
@@ -126,6 +131,18 @@ def test_what_is_judged_on_the_hold_out_needs_one(tmp_path: Path) -> None:
 def test_a_configuration_without_a_sweep_is_told_so() -> None:
     with pytest.raises(ConfigError, match="sweep is missing: give a configuration with a sweep"):
         check_space(load(None))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        "search.lr_min: {fixed: 0.0}\nsearch.lr: {loguniform: [0.0001, 0.1]}",
+        "retrain.epochs: {fixed: 20}\nretrain.warmup_epochs: {uniform: [0, 3]}",
+        "search.lr_min: {uniform: [0.00001, 0.00005]}\nsearch.lr: {loguniform: [0.0001, 0.1]}",
+    ],
+)
+def test_a_bound_need_not_fit_what_the_space_itself_replaces(tmp_path: Path, space: str) -> None:
+    check_space(load(write(tmp_path, space)))
 
 
 def test_conditions_hold_and_every_trial_has_its_methods_schema(tmp_path: Path) -> None:
