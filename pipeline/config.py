@@ -313,7 +313,7 @@ def _check_combinations(source: str, config: Config) -> None:
             problems.append(
                 f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2"
             )
-    if config.runtime.address is not None and config.runtime.worker_range.maximum == 0:
+    if config.runtime.address is not None and config.runtime.worker_range.maximum == 0 and config.sweep is None:
         problems.append("runtime.address is set and runtime.workers is 0: give --workers N")
     if config.retrain.warmup_epochs >= config.retrain.epochs:
         problems.append(

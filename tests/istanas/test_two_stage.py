@@ -347,7 +347,8 @@ def test_recovery_is_certified_and_equals_an_independent_one(solver: str) -> Non
         b = search.supernet.compressed_alphas[r.cell][r.node].detach().double().numpy()
         assert r.gap <= 1e-9
         assert r.converged
-        assert float(duality_gap(A, b, z)) == pytest.approx(r.gap, rel=1e-3, abs=1e-15)
+        # Padded among larger nodes or alone, sums round differently: some 1e-15 of P(0).
+        assert float(duality_gap(A, b, z)) == pytest.approx(r.gap, rel=1e-3, abs=1e-14)
         other = recover(A, b, solver="clarabel" if solver == "homotopy" else "homotopy")
         np.testing.assert_allclose(z, other.z, atol=1e-4 * np.linalg.norm(z))
         support = top_support(other.z, 2)
