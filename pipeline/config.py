@@ -80,7 +80,8 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     Raises:
         ConfigError: as `load` does.
     """
-    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"sweep"})
+    without: Any = {"sweep": True, "runtime": {"address"}}  # a trial is where it is
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=without)
     for key, value in settings.items():
         _set_value(tree, key, value, source)
     return _validated(tree, source, ())
@@ -313,7 +314,11 @@ def _check_combinations(source: str, config: Config) -> None:
             problems.append(
                 f"{name}.init_channels is {section.init_channels}: stem imagenet needs at least 2"
             )
-    if config.runtime.address is not None and config.runtime.worker_range.maximum == 0 and config.sweep is None:
+    if (
+        config.runtime.address is not None
+        and config.runtime.worker_range.maximum == 0
+        and config.sweep is None
+    ):
         problems.append("runtime.address is set and runtime.workers is 0: give --workers N")
     if config.retrain.warmup_epochs >= config.retrain.epochs:
         problems.append(

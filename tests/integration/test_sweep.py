@@ -277,6 +277,7 @@ def test_on_a_cluster_of_two_nodes_trials_run_at_once_in_a_folder_that_all_must_
             tmp_path,
             *("--address", cluster.address),
             *("--set", "sweep.trials=2", "--set", "sweep.objective=valid", "--set", "sweep.max_concurrent=2"),
+            *("--set", "sweep.scheduler=none"),
             stderr=subprocess.PIPE,
         )
         code = "import ray, sys; from pathlib import Path; from pipeline.cluster import nodes_blind_to; "
