@@ -16,7 +16,6 @@ from optuna.exceptions import OptunaError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
-from sqlalchemy.exc import SQLAlchemyError
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
@@ -200,7 +199,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
             trials.go_on()
             _run_tune(config, plan, run.path, study, trials)
             outcome = _finish(config, run, study, observer)
-        except (OptunaError, SQLAlchemyError) as error:
+        except OptunaError as error:
             raise IstanasError(
                 f"sweep.storage is {public_uri(storage_uri(config))}: failed ({one_line(error.__cause__ or error)}); "
                 "when it is well again, the same command goes on"

@@ -21,6 +21,7 @@ from istanas.errors import ConfigError
 from pipeline.cli import run
 from pipeline.config import load
 from pipeline.rundir import RunDir
+from pipeline.study import own_trials
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
 from tests.ray_cluster import ENVIRONMENT, RayCluster, title
@@ -298,7 +299,7 @@ def test_on_a_cluster_of_two_nodes_trials_run_at_once_in_a_folder_that_all_must_
     study = optuna.load_study(
         study_name=sweep_directory(tmp_path).name, storage=f"sqlite:///{tmp_path}/runs/optuna.db"
     )
-    first, second = study.get_trials()
+    first, second = own_trials(study)  # points beyond the two wait
     assert second.datetime_start is not None
     assert first.datetime_complete is not None
     assert second.datetime_start < first.datetime_complete, "one after the other, though both have room"
