@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
+from pipeline.rundir import RunDir
 from pipeline.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.sweep_space import Settings, distribution, settings_of_point, suggest, sweep_of
 from pipeline.tracking import database_lock, one_line, public_uri
@@ -79,13 +80,15 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         with database_lock(uri):
             storage = RDBStorage(uri, engine_kwargs=options)
         known = optuna.get_all_study_names(storage)
-        if fresh and name in known:
+        if name in known and not fresh:
+            _check_home(optuna.load_study(study_name=name, storage=storage), home)
+        # What a study remembers can't be gone on with when its run directory was deleted.
+        gone = run_dir is not None and not RunDir(run_dir).exists()
+        if name in known and (fresh or gone):
             optuna.delete_study(study_name=name, storage=storage)
             known.remove(name)
         if name in known:
-            study = optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler())
-            _check_home(study, home)
-            return study
+            return optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler())
         earlier = _earlier_trials(config, storage, known)
         study = optuna.create_study(
             study_name=name, storage=storage, directions=[OBJECTIVES[o] for o in sweep.objectives]
