@@ -49,10 +49,20 @@ def open_dataset(
         image_size=d.image_size,
         progress=progress,
     )
+    check_fit(config, dataset, jobs)
+    return dataset
+
+
+def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
+    """Check the settings of the jobs to come against the pictures.
+
+    Raises:
+        ConfigError: if they do not fit.
+    """
     side = min(dataset.height, dataset.width)
     if side < MIN_IMAGE_SIZE:
         raise ConfigError(
-            f"data.image_size: pictures of {d.name} are {dataset.height}x{dataset.width}, networks need at least "
+            f"data.image_size: pictures of {dataset.name} are {dataset.height}x{dataset.width}, networks need at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
         )
     workers = config.runtime.worker_range.maximum
@@ -70,7 +80,10 @@ def open_dataset(
         raise ConfigError(
             f"data.holdout is {config.data.holdout}: of {len(dataset.train)} pictures it keeps none, raise it or set 0"
         )
-    return dataset
+    if "search" in jobs and isinstance(config, TwoStageConfig):
+        search_split(config, dataset)
+    elif "search" in jobs:
+        search_indices(config, dataset)
 
 
 def check_same_data(saved: dict[str, Any], dataset: ImageDataset) -> None:

@@ -239,6 +239,21 @@ class TrackingSettings(_Section):
     )
 
 
+Value = bool | int | float | str | list[bool | int | float | str] | None  # of a swept key
+
+
+def shown_value(value: Any) -> str:
+    """A swept key's value for people, as YAML has it.
+
+    Example:
+        >>> shown_value(None), shown_value(["skip_connect", "sep_conv_3x3"]), shown_value(0.5)
+        ('null', '[skip_connect, sep_conv_3x3]', '0.5')
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown_value, value))}]"
+    return "null" if value is None else str(value)
+
+
 class Parameter(_Section):
     """One dimension of a sweep's space: exactly one of the five kinds, and when it applies."""
 
@@ -251,18 +266,18 @@ class Parameter(_Section):
     int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
         None, alias="int", description="[low, high], both included"
     )
-    choice: Annotated[list[bool | int | float | str], Field(min_length=1)] | None = Field(
+    choice: Annotated[list[Value], Field(min_length=1)] | None = Field(
         None, description="one of these values"
     )
-    fixed: bool | int | float | str | None = Field(None, description="this value, in every trial")
-    when: dict[str, bool | int | float | str] = Field(
+    fixed: Value = Field(None, description="this value, in every trial; null is one")
+    when: dict[str, Value] = Field(
         default_factory=dict, description="only in trials where these keys have these values"
     )
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> Parameter:
         kinds = ", ".join(PARAMETER_KINDS)
-        given = [kind for kind in PARAMETER_KINDS if self.value_of(kind) is not None]
+        given = self._given
         if len(given) != 1:
             raise ValueError(f"give exactly one of {kinds}, not {len(given)}")
         if self.kind in ("uniform", "loguniform", "int"):
@@ -275,34 +290,45 @@ class Parameter(_Section):
             raise ValueError("choice: a value stands in it twice")
         return self
 
-    def value_of(self, kind: str) -> Any:
-        """What was given for a kind; None if nothing was."""
-        return getattr(self, "int_" if kind == "int" else kind)
+    @property
+    def _given(self) -> list[str]:
+        """The kinds that were given."""
+        return [
+            kind
+            for kind, field in PARAMETER_KINDS.items()
+            if field in self.model_fields_set and (kind == "fixed" or getattr(self, field) is not None)
+        ]
 
     @property
     def kind(self) -> str:
         """Which of the five kinds it is."""
-        return next(kind for kind in PARAMETER_KINDS if self.value_of(kind) is not None)
+        return self._given[0]
 
     @property
     def value(self) -> Any:
         """The bounds, the choices or the fixed value."""
-        return self.value_of(self.kind)
+        return getattr(self, PARAMETER_KINDS[self.kind])
 
     def __str__(self) -> str:
         value = self.value
         if self.kind in ("uniform", "loguniform", "int"):
             text = f"{self.kind} {value[0]:g} .. {value[1]:g}"
         elif self.kind == "choice":
-            text = f"choice {', '.join(map(str, value))}"
+            text = f"choice {', '.join(map(shown_value, value))}"
         else:
-            text = f"fixed {value}"
-        conditions = " and ".join(f"{key} = {wanted}" for key, wanted in self.when.items())
+            text = f"fixed {shown_value(value)}"
+        conditions = " and ".join(f"{key} = {shown_value(wanted)}" for key, wanted in self.when.items())
         return f"{text} (when {conditions})" if conditions else text
 
 
 Objective = Literal["top1", "params", "macs"]
-PARAMETER_KINDS = ("uniform", "loguniform", "int", "choice", "fixed")
+PARAMETER_KINDS = {
+    "uniform": "uniform",
+    "loguniform": "loguniform",
+    "int": "int_",
+    "choice": "choice",
+    "fixed": "fixed",
+}
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "top1": "maximize",
     "params": "minimize",
@@ -330,9 +356,7 @@ class SweepSettings(_Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         3, description="ASHA lets about one in so many trials go on, at every rung"
     )
-    points: list[dict[str, bool | int | float | str]] = Field(
-        default_factory=list, description="settings that are tried first"
-    )
+    points: list[dict[str, Value]] = Field(default_factory=list, description="settings that are tried first")
     start_from: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="an earlier sweep's study, whose trials the searcher knows from the start"
     )

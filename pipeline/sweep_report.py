@@ -17,8 +17,8 @@ from scipy import stats
 from istanas.errors import ConfigError
 from pipeline.report import shown, shown_time
 from pipeline.rundir import RunDir, atomic_write
-from pipeline.schema import Config
-from pipeline.study import FAILED, SETTINGS, first_number, own_trials
+from pipeline.schema import Config, shown_value
+from pipeline.study import FAILED, SETTINGS, own_study
 from pipeline.sweep_space import sweep_of, trial_config
 from pipeline.tracking import read_link
 
@@ -38,6 +38,7 @@ COLUMNS: dict[str, str] = {
     "macs": "Int64",
     "epochs": "Int64",
     "seconds": "Float64",
+    "retrain_seconds": "Float64",
     "digest": "string",
     "reused": "boolean",
     "frozen_epochs": "string",
@@ -48,8 +49,9 @@ COLUMNS: dict[str, str] = {
     "mlflow_run_id": "string",
 }
 """Column -> pandas dtype of a sweep's table, beside a column for every swept key: accuracies are fractions, `epochs`
-and `seconds` those of the search, `reused` says that another trial had retrained the same cell, `frozen_epochs` after
-which epochs of a one-stage search its nodes froze, `reason` why it failed."""
+and `seconds` those of the search, `retrain_seconds` of the retraining (0 if there was none to do), `reused` says that
+another trial had retrained the same cell, `frozen_epochs` after which epochs of a one-stage search its nodes froze,
+`reason` why it failed."""
 
 Plot = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, with matplotlib, with plotly
 
@@ -64,10 +66,9 @@ def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
     Returns:
         A frame with a column for every swept key, between `state` and the rest of `COLUMNS`.
     """
-    first = first_number(study)
-    front = {t.number for t in _front(study)}
-    keys = list(sweep_of(config).space)
-    rows = [_row(trial, trial.number - first, keys, trial.number in front) for trial in own_trials(study)]
+    own, keys = own_study(study), list(sweep_of(config).space)
+    front = {t.number for t in own.best_trials} if len(own.directions) > 1 else set()
+    rows = [_row(trial, keys, trial.number in front) for trial in own.get_trials(deepcopy=False)]
     names = list(COLUMNS)
     order = [*names[:2], *keys, *names[2:]]
     return pd.DataFrame(rows, columns=order).astype(COLUMNS)
@@ -134,13 +135,13 @@ def write_table(folder: Path, frame: pd.DataFrame) -> None:
     atomic_write(folder / TABLE_FILE, frame.to_csv(index=False))
 
 
-def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str], None]) -> tuple[str, ...]:
+def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str], None]) -> tuple[str, ...]:
     """Importances, parallel coordinates, history; the Pareto front of several objectives; when one-stage nodes froze.
 
     Args:
         folder: the sweep's run directory.
         config: of the sweep.
-        study: its study.
+        own: its own trials, as `own_study` gives them.
         say: told of figures that can't be drawn, with the reason.
 
     Returns:
@@ -155,7 +156,7 @@ def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str
     parts: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an axis that has one value
-        for name, draw, draw_page in _plots(config, study):
+        for name, draw, draw_page in _plots(config, own):
             try:
                 axes, figure = draw(), draw_page()
             except Exception as error:  # too few trials, all with the same value: libraries' own reasons
@@ -169,12 +170,12 @@ def write_figures(folder: Path, config: Config, study: Study, say: Callable[[str
             files.append(f"{PLOTS}/{name}.png")
             atomic_write(folder / files[-1], buffer.getvalue())
             parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, div_id=name))
-    frozen = [t for t in own_trials(study) if t.user_attrs.get("frozen_epochs")]
+    frozen = [t for t in own.get_trials(deepcopy=False) if t.user_attrs.get("frozen_epochs")]
     if frozen:
         files.append(f"{PLOTS}/freezing.png")
         atomic_write(folder / files[-1], _freezing_figure(config, frozen))
     if parts:
-        title = f"Sweep {study.study_name}"
+        title = f"Sweep {own.study_name}"
         head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
         atomic_write(folder / PAGE_FILE, f"{head}<body><h1>{title}</h1>{''.join(parts)}</body></html>\n")
         files.append(PAGE_FILE)
@@ -207,12 +208,12 @@ def _freezing_figure(config: Config, trials: Sequence[FrozenTrial]) -> bytes:
     return buffer.getvalue()
 
 
-def _plots(config: Config, study: Study) -> list[Plot]:
+def _plots(config: Config, own: Study) -> list[Plot]:
     from optuna import visualization as page
     from optuna.visualization import matplotlib as picture
 
     objectives = sweep_of(config).objectives
-    done = [t for t in own_trials(study) if t.state == TrialState.COMPLETE]
+    done = own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     shared = [key for key in sweep_of(config).space if done and all(key in t.params for t in done)]
 
     def top1(trial: FrozenTrial) -> float:
@@ -230,25 +231,19 @@ def _plots(config: Config, study: Study) -> list[Plot]:
         figures.append(("pareto_front", "plot_pareto_front", {"target_names": objectives}))
 
     def bound(module: Any, function: str, options: dict[str, Any]) -> Callable[[], Any]:
-        return lambda: getattr(module, function)(study, **options)
+        return lambda: getattr(module, function)(own, **options)
 
     return [(name, bound(picture, function, o), bound(page, function, o)) for name, function, o in figures]
 
 
-def _front(study: Study) -> Sequence[FrozenTrial]:
-    if len(study.directions) > 1:
-        return study.best_trials
-    return []
-
-
-def _row(trial: FrozenTrial, index: int, keys: Sequence[str], pareto: bool) -> dict[str, Any]:
+def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:
     figures = trial.user_attrs
     settings = figures.get(SETTINGS, {})
     link = read_link(RunDir(figures["run_dir"])) if "run_dir" in figures else None
     return {
-        "trial": index,
+        "trial": trial.number,
         "state": trial.state.name,
-        **{key: settings.get(key) for key in keys},
+        **{key: shown_value(v) if isinstance(v := settings.get(key), list) else v for key in keys},
         **{name: figures.get(name) for name in COLUMNS if name in figures},
         "frozen_epochs": " ".join(map(str, figures["frozen_epochs"])) if "frozen_epochs" in figures else None,
         "pareto": pareto,

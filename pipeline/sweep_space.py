@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -14,9 +15,8 @@ from optuna.distributions import (
 )
 
 from istanas.errors import ConfigError
-from istanas.training import derive_seed
 from pipeline.config import known_methods, nearest_key, value_at, with_settings
-from pipeline.schema import Config, Parameter, SweepSettings
+from pipeline.schema import Config, Parameter, SweepSettings, shown_value
 
 Settings = dict[str, Any]  # "key.path" -> value, of one trial
 N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
@@ -47,11 +47,21 @@ def distribution(parameter: Parameter) -> BaseDistribution | None:
     if parameter.kind == "int":
         return IntDistribution(*value)
     if parameter.kind == "choice":
-        return CategoricalDistribution(value)
+        return CategoricalDistribution([encoded(choice) for choice in value])
     if parameter.kind == "fixed":
         return None
     low, high = value
     return FloatDistribution(low, high, log=parameter.kind == "loguniform")
+
+
+def values_of(parameter: Parameter) -> list[Any]:
+    """The values that a parameter names: its bounds, its choices, or the fixed one."""
+    return [parameter.value] if parameter.kind == "fixed" else list(parameter.value)
+
+
+def encoded(value: Any) -> Any:
+    """A value as Optuna's database keeps it: a list is the text of its JSON."""
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
@@ -91,7 +101,8 @@ def suggest(config: Config, trial: Suggests) -> Settings:
         if parameter.kind == "int":
             settings[key] = trial.suggest_int(key, *value)
         elif parameter.kind == "choice":
-            settings[key] = trial.suggest_categorical(key, value)
+            choices = [encoded(choice) for choice in value]
+            settings[key] = value[choices.index(trial.suggest_categorical(key, choices))]
         elif parameter.kind == "fixed":
             settings[key] = value
         else:
@@ -130,11 +141,20 @@ def check_space(config: Config) -> None:
         problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(sweep, point)]
     if problems:
         raise ConfigError("\n".join(problems))
+    from istanas.training import derive_seed  # imports torch, which a table of trials can do without
+
     for number in range(N_CHECKED):
         settings = random_settings(config, derive_seed(config.seed, "check", number))
         trial_config(config, settings, f"sweep.space allows {readable(settings)}")
     for number, point in enumerate(sweep.points):
         trial_config(config, settings_of_point(config, point), f"sweep.points.{number}")
+
+
+def extreme_settings(config: Config) -> Iterator[Settings]:
+    """For each value that the space names, the settings that have it and are at their lowest else."""
+    for key, parameter in sweep_of(config).space.items():
+        for value in values_of(parameter):
+            yield settings_of_point(config, {key: value})
 
 
 def random_settings(config: Config, seed: int) -> Settings:
@@ -151,7 +171,7 @@ def settings_of_point(config: Config, point: Mapping[str, Any]) -> Settings:
     for key, parameter in sweep_of(config).space.items():
         if parameter.kind != "fixed":
             open_values[key] = parameter.value[0]
-    return suggest(config, FixedTrial({**open_values, **point}))
+    return suggest(config, FixedTrial({key: encoded(v) for key, v in {**open_values, **point}.items()}))
 
 
 def readable(settings: Settings) -> str:
@@ -161,7 +181,9 @@ def readable(settings: Settings) -> str:
         >>> readable({"search.lr": 0.123456, "space.sparsity": 2})
         'search.lr=0.1235, space.sparsity=2'
     """
-    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+    return ", ".join(
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={shown_value(v)}" for k, v in settings.items()
+    )
 
 
 def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]) -> Iterator[str]:
@@ -179,14 +201,14 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
             yield f"when: unknown key {name}, did you mean {nearest_key(name)}?"
         elif name in sweep_of(config).space and not _in_range(sweep_of(config).space[name], wanted):
             yield f"when: {name} is never {wanted!r}, see its values"
-    possible = _methods_of(config)
+    possible = methods_of(config)
     if parameter.when.get("method") in possible:
         possible = [str(parameter.when["method"])]
     if missing := [method for method in possible if method not in methods]:
         yield (
             f"belongs to method: {methods[0]}, and trials may be {missing[0]}: "
             f"add when: {{method: {methods[0]}}}"
-            if methods[0] in _methods_of(config)
+            if methods[0] in methods_of(config)
             else f"belongs to method: {methods[0]}, and no trial is: leave it out or set the method"
         )
         return
@@ -197,8 +219,7 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
             if other.kind == "fixed" and other.when.items() <= base.items():
                 base[name] = other.value
         others = [name for name in sweep_of(config).space if name != key and name not in base]
-        values = parameter.value if parameter.kind != "fixed" else [parameter.value]
-        for value in values:
+        for value in values_of(parameter):
             try:
                 with_settings(config, {**base, key: value}, "value")
             except ConfigError as error:
@@ -206,12 +227,10 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
                     yield str(error).splitlines()[0].removeprefix("value: ")
 
 
-def _methods_of(config: Config) -> list[str]:
+def methods_of(config: Config) -> list[str]:
     """The methods that trials may have."""
     parameter = sweep_of(config).space.get("method")
-    if parameter is None:
-        return [config.method]
-    return list(parameter.value) if parameter.kind == "choice" else [str(parameter.value)]
+    return [config.method] if parameter is None else list(values_of(parameter))
 
 
 def _point_problems(sweep: SweepSettings, point: Mapping[str, Any]) -> Iterator[str]:
@@ -224,8 +243,10 @@ def _point_problems(sweep: SweepSettings, point: Mapping[str, Any]) -> Iterator[
 
 def _in_range(parameter: Parameter, value: Any) -> bool:
     if parameter.kind in ("fixed", "choice"):
-        values = [parameter.value] if parameter.kind == "fixed" else parameter.value
-        return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+        return any(
+            value == other and isinstance(value, bool) == isinstance(other, bool)
+            for other in values_of(parameter)
+        )
     low, high = parameter.value
     kinds = int if parameter.kind == "int" else int | float
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -38,19 +38,27 @@ def run_trial(task: dict[str, Any]) -> None:
     """
     from ray import tune
 
-    with open(task["log"], "a", buffering=1) as log:
-        handler = logging.StreamHandler(log)
-        logging.getLogger().addHandler(handler)
-        try:
-            last = {FINISHED: True, **_run(task, Console(file=log, width=120))}
-        except Exception as error:  # whatever it is, the sweep goes on and says so
-            log.write(traceback.format_exc())
-            last = {FAILED: one_line(error)}
-        finally:
-            logging.getLogger().removeHandler(handler)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the process may serve the next trial
+    try:
+        with open(task["log"], "a", buffering=1) as log:
+            last = _logged_run(task, log)
+    except OSError as error:  # no log, or a full disk
+        last = {FAILED: one_line(error)}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the process may serve the next trial
     tune.report(last)
+
+
+def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
+    """The trial's last report, everything that is said on the way being in the log."""
+    handler = logging.StreamHandler(log)
+    logging.getLogger().addHandler(handler)
+    try:
+        return {FINISHED: True, **_run(task, Console(file=log, width=120))}
+    except Exception as error:  # whatever it is, the sweep goes on and says so
+        log.write(traceback.format_exc())
+        return {FAILED: one_line(error)}
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -102,12 +110,14 @@ def _retrained(
         runtime=runtime,
         wait=-1,
     )
+    reused = RunDir(result["run_dir"]).read().parent != search_dir
     return {
         "retrained_top1": result["valid_top1"],
         "params": result["params"],
         "macs": result["macs"],
         "retrain_dir": result["run_dir"],
-        "reused": RunDir(result["run_dir"]).read().parent != search_dir,
+        "reused": reused,
+        "retrain_seconds": 0.0 if reused else result["seconds"],
     }
 
 

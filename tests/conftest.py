@@ -1,7 +1,12 @@
 """What every test runs under: one thread, no usage statistics, nobody's MLflow server; and golden files."""
 
 import os
+import signal
 from pathlib import Path
+
+# A shell starts its background jobs deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before torch is imported, and for subprocesses too: workers times threads must not exceed the cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):

@@ -18,7 +18,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     # How long a group waits for a place that has gone with its node, before it starts without; else 60.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    # Two processes for every group of workers less: nobody takes this machine away, or reads Ray Train's figures.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     # A node is given up after five missed checks, one a second; else after some 15 s.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",

@@ -138,6 +138,10 @@ class RunObserver:
     def go_on(self) -> bool:
         return True
 
+    def deliver(self) -> None:
+        """Bring MLflow up to date with what else was written to the run directory."""
+        self._tracker.deliver()
+
     def _write_trajectory(self, history: list[Record]) -> None:
         rows = trajectory_rows(history)
         if rows:

@@ -64,6 +64,7 @@ class SweepResult(TypedDict):
     valid_top1: float
     retrained_top1: NotRequired[float]  # with sweep.objective = retrained
     kendall_tau: NotRequired[float | None]  # of the two, over the trials that have both
+    retrain_seconds: NotRequired[float]  # of all retrainings together
     params: int
     macs: int
     trials: int

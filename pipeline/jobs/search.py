@@ -36,10 +36,9 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import OneStageResult, SearchResult
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
-from pipeline.pictures import search_indices, search_split
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
-from pipeline.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.schema import Config, OneStageConfig
 from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
@@ -101,10 +100,7 @@ def run_search(
     def prepare() -> ImageDataset:
         check_solver(config.space.solver)
         dataset = prepare_data(config, jobs, console)
-        if isinstance(config, TwoStageConfig):
-            search_split(config, dataset)
-        elif isinstance(config, OneStageConfig):
-            search_indices(config, dataset)
+        if isinstance(config, OneStageConfig):
             build_one_stage(
                 config, dataset, Compute(torch.device("cpu")), Ranks()
             )  # is there one within limits?

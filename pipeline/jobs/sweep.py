@@ -17,10 +17,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from istanas.data import ImageDataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
+from istanas.training import derive_seed
 from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
-from pipeline.config import run_hash, to_yaml, with_settings
+from pipeline.config import known_methods, run_hash, to_yaml, value_at, with_settings
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CONFIG_FILE,
@@ -35,40 +37,45 @@ from pipeline.jobs.job import (
     deliver_below,
     execute,
     prepare_data,
-    tracker_of,
 )
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
+from pipeline.pictures import check_fit
 from pipeline.resources import Node, count, workers_that_fit
 from pipeline.rundir import MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config
+from pipeline.searcher import StudySearcher, first_settings, make_scheduler
 from pipeline.study import (
     FAILED,
-    StudySearcher,
     best_trial,
     first_number,
-    first_settings,
-    make_scheduler,
     n_failed,
     open_study,
+    own_study,
     own_trials,
     storage_uri,
 )
 from pipeline.sweep_report import PAGE_FILE, TABLE_FILE, kendall_tau, sweep_frame, write_figures, write_table
 from pipeline.sweep_space import (
+    N_CHECKED,
     Settings,
     check_space,
+    extreme_settings,
+    methods_of,
     random_settings,
     readable,
     sweep_of,
     trial_config,
+    values_of,
 )
 from pipeline.tracking import one_line, public_uri, store_uri
 from pipeline.trial import LOG_FILE, run_trial
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
 BEST = "best"
+EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
+FIT_THE_PICTURES = {"cutout", "batch_size", "max_pictures", "alpha_fraction", "image_size"}
 # Tune's own: no files that nobody reads, no words on the terminal, no handler that turns Ctrl-C into an end, and
 # no complaint about a trial's last report, which has no epoch.
 ENVIRONMENT = {
@@ -231,7 +238,34 @@ def check_sweep(config: Config, console: Console) -> None:
         )
     jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
-    prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
+    dataset = prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
+    check_space_fits(config, dataset, jobs)
+
+
+def check_space_fits(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
+    """Check against the pictures what the space allows: its bounds, and some settings drawn at random.
+
+    Raises:
+        ConfigError: for settings that do not fit.
+    """
+    drawn = (random_settings(config, derive_seed(config.seed, "check", n)) for n in range(N_CHECKED))
+    checked: set[str] = set()
+    for settings in (*extreme_settings(config), *drawn):
+        try:
+            trial = trial_config(config, settings)
+        except ConfigError:  # two bounds that do not fit together: such a trial fails, the others do not
+            continue
+        sizes = {"data": trial.data, **{job: getattr(trial, job) for job in jobs}}
+        decisive = str({name: part.model_dump(include=FIT_THE_PICTURES) for name, part in sizes.items()})
+        # Pictures of another size are another data set, which its trial opens.
+        if decisive in checked or trial.data.image_size != config.data.image_size:
+            continue
+        checked.add(decisive)
+        in_process = trial.runtime.model_copy(update={"workers": 0})
+        try:
+            check_fit(trial.model_copy(update={"runtime": in_process}), dataset, jobs)
+        except ConfigError as error:
+            raise ConfigError(f"sweep.space allows {readable(settings)}: {error}") from None
 
 
 def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: int = 5) -> Plan:
@@ -271,16 +305,15 @@ class _Trials:
     def __init__(self, config: Config, plan: Plan, run: RunDir, study: Study, observer: RunObserver) -> None:
         self._config, self._plan, self._run, self._study = config, plan, run, study
         self._observer = observer
-        self._tracker = tracker_of(run, config)
         self._open: dict[int, tuple[Path, Config]] = {}  # begun, and not ended
-        self._delivered = True
+        self._delivered = not own_trials(study)  # an earlier sitting may have found no store
 
     def go_on(self) -> None:
         """Say what is there from an earlier sitting, and make the figures anew from the study."""
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
         self._run.replace_metrics(_metrics_lines(self._config, done))
-        if done:
-            begun = len(own_trials(self._study)) - len(done)
+        begun = len(own_trials(self._study)) - len(done)
+        if done or begun:
             self._observer.note(
                 f"resumed: {count(len(done), 'trial')} done, {begun} to go on with, "
                 f"{sweep_of(self._config).trials - len(done) - begun} to come"
@@ -329,7 +362,7 @@ class _Trials:
         self._run.replace_metrics(_metrics_lines(self._config, done))
         self._observer.note(describe_trial(index, self._trial(index)))
         self._show()
-        self._tracker.deliver()
+        self._observer.deliver()
 
     def _show(self) -> None:
         write_table(self._run.path, sweep_frame(self._config, self._study))
@@ -425,7 +458,7 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=make_scheduler(config, study, _max_epochs(config)),
+            scheduler=make_scheduler(config, study, max_epochs(config)),
             num_samples=-1,
             max_concurrent_trials=plan.at_once,
             reuse_actors=plan.workers == 0,  # workers of a stopped trial end with its process
@@ -453,16 +486,17 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
         ) from searcher.error
 
 
-def _max_epochs(config: Config) -> int:
+def max_epochs(config: Config) -> int:
     """The most epochs that a trial may report: a swept number of epochs counts with its highest value."""
-    keys = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
-    swept = {key: p for key, p in sweep_of(config).space.items() if key in keys}
-    if not swept and "method" not in sweep_of(config).space:
-        return config.search.max_epochs
-    most: list[int] = []
-    for number in range(100):
-        most.append(trial_config(config, random_settings(config, number)).search.max_epochs)
-    return max(most)
+    space = sweep_of(config).space
+
+    def most(method: str) -> int:
+        of_method = with_settings(config, {"method": method}, "sweep.space")
+        keys = [key for key in EPOCH_KEYS if method in known_methods(key)]
+        bounds = [values_of(space[key]) if key in space else [value_at(of_method, key)] for key in keys]
+        return sum(max(map(int, values)) for values in bounds)
+
+    return max(map(most, methods_of(config)))
 
 
 def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) -> Outcome:
@@ -474,20 +508,22 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
             f"sweep: {count(n_failed(study), 'trial')} failed, above sweep.max_failures = {sweep.max_failures} "
             f"(the first: {first.user_attrs.get(FAILED)}); the same command goes on with a higher one"
         )
-    best = best_trial(study)
+    own = own_study(study)
+    best = best_trial(own)
     if best is None:
         raise IstanasError(
-            "sweep: no trial has finished, all failed or were stopped: see trials.csv, raise trials"
+            f"sweep: no trial has finished, all failed or were stopped: see {run.path / TABLE_FILE}, change the space, "
+            "or set sweep.scheduler=none"
         )
     frame = sweep_frame(config, study)
     write_table(run.path, frame)
-    figures = write_figures(run.path, config, study, observer.note)
+    figures = write_figures(run.path, config, own, observer.note)
     attributes = best.user_attrs
     genotype = Genotype.from_json((Path(attributes["run_dir"]) / GENOTYPE_FILE).read_text())
     _write_best(config, run.path / BEST, attributes["settings"], genotype)
     write_genotype(run.path, genotype)  # so that the sweep itself can be named as a genotype
     result: dict[str, Any] = {
-        "best_trial": best.number - first_number(study),
+        "best_trial": best.number,
         "best_run_dir": attributes["run_dir"],
         "settings": attributes["settings"],
         "digest": genotype.digest(),
@@ -504,7 +540,11 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
         "seconds": float(frame["seconds"].fillna(0).sum()),
     }
     if sweep.objective == "retrained":
-        result |= {"retrained_top1": attributes["retrained_top1"], "kendall_tau": kendall_tau(frame)}
+        result |= {
+            "retrained_top1": attributes["retrained_top1"],
+            "kendall_tau": kendall_tau(frame),
+            "retrain_seconds": float(frame["retrain_seconds"].fillna(0).sum()),
+        }
     return Outcome(
         result=result,
         artifacts=(

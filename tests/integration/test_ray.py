@@ -40,7 +40,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    cluster = RayCluster(2)
+    """It has room for one worker, until a node is added."""
+    cluster = RayCluster(1)
     yield cluster
     cluster.close()
 
@@ -206,33 +207,60 @@ def test_a_ray_of_its_own_is_quiet_and_ctrl_c_ends_all_of_it(cluster: RayCluster
 
     assert refused.end() == 1
     waiting, given_up = refused.lines
-    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 2 cores, 0 GPUs")
+    assert waiting.startswith("waiting for 5 workers of 1 core; free now: 1 core, 0 GPUs")
     assert given_up.startswith(
         "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"
     )
     assert not list((refused_folder / "runs").iterdir()), "a refusal left something behind"
 
 
-def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
+def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and_says_so(
     cluster: RayCluster, folder: Path, copy: Path, reference: Path
 ) -> None:
+    """A copy of the run that was interrupted with two workers, on one, on three, and on one again."""
+    shutil.copytree(folder / "runs", copy / "runs")
+    command = Command(copy, "--workers", "1:3", "--address", cluster.address)
+    assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # started with what was there
+    cluster.add(2)
+    command.until(r"1 worker \(")
+    command.until(r"1 worker instead of 2: .* no longer bit for bit")
+    command.until("epoch ")
+    command.until(r"3 workers \(")
+    command.until(r"3 workers instead of 1")
+    command.until("epoch ")
+    cluster.remove()
+    command.until("lost worker")
+    command.until(r"1 worker \(")
+    assert command.end() == 0, "\n".join(command.lines)
+    folders = (run_directory(copy), reference / "search")
+    saved, unharmed = (load_latest(folder / "checkpoints") for folder in folders)
+    assert saved is not None
+    assert unharmed is not None
+    workers = [record["workers"] for record in saved["history"]]
+    assert re.fullmatch("2+1+3+1+", "".join(map(str, workers))), workers
+    rate, expected = (s["search"]["weight_optimizer"]["param_groups"][0]["lr"] for s in (saved, unharmed))
+    assert rate == expected
+
+
+def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
+    cluster: RayCluster, folder: Path, reference: Path
+) -> None:
+    cluster.add(1)
     place = ("--workers", "2", "--address", cluster.address)
 
-    # SIGKILL of the driver in mid-epoch.
+    # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again. Then of the driver alone.
     second = Command(folder, *place)
     assert int(second.until("resumed after epoch").split()[-1]) >= 1
+    cluster.workers()[0].kill()
+    second.until(r"lost worker \d .*: replacing it, the epoch starts again")
+    second.until("resumed after epoch")
     second.until("epoch ")
     assert second.kill() == -signal.SIGKILL
     path = run_directory(folder)
     assert json.loads((path / "run.json").read_text())["status"] == "RUNNING"
-    shutil.copytree(folder / "runs", copy / "runs")  # for the next test
 
-    # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again. Then of everything that belongs to the job.
+    # Of everything that belongs to the job, while it goes on.
     third = Command(folder, *place)
-    third.until("epoch ")
-    cluster.workers()[0].kill()
-    third.until(r"lost worker \d .*: replacing it, the epoch starts again")
-    third.until("resumed after epoch")
     third.until("epoch ")
     for worker in cluster.workers():
         worker.kill()
@@ -255,33 +283,6 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert decided(run_directory(folder, "retrain")) == decided(reference / "retrain")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, EPOCHS + 1))
-
-
-def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and_says_so(
-    cluster: RayCluster, copy: Path, reference: Path
-) -> None:
-    """The run that was killed with two workers, on as many, on three, and on two again."""
-    command = Command(copy, "--workers", "2:3", "--address", cluster.address)
-    assert wait_for(lambda: len(cluster.workers()) == 2, 150)  # started with what was there
-    cluster.add(1)
-    command.until(r"2 workers \(")
-    command.until("epoch ")
-    command.until(r"3 workers \(")
-    command.until(r"3 workers instead of 2: .* no longer bit for bit")
-    command.until("epoch ")
-    cluster.remove()
-    command.until("lost worker")
-    command.until(r"2 workers \(")
-    command.until(r"2 workers instead of 3")
-    assert command.end() == 0, "\n".join(command.lines)
-    folders = (run_directory(copy), reference / "search")
-    saved, unharmed = (load_latest(folder / "checkpoints") for folder in folders)
-    assert saved is not None
-    assert unharmed is not None
-    workers = [record["workers"] for record in saved["history"]]
-    assert re.fullmatch("2+3+2+", "".join(map(str, workers))), workers
-    rate, expected = (s["search"]["weight_optimizer"]["param_groups"][0]["lr"] for s in (saved, unharmed))
-    assert rate == expected
 
 
 def test_a_ray_at_an_address_is_recognised(cluster: RayCluster) -> None:

@@ -17,7 +17,8 @@ from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.doctor import check_cluster
-from pipeline.launch import Mailbox, _on_workers
+from pipeline.launch import _on_workers
+from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
 
 

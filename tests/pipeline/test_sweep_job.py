@@ -17,10 +17,11 @@ from pipeline.checkpoint import FolderStore
 from pipeline.cli import run
 from pipeline.config import load, to_yaml
 from pipeline.jobs.job import as_written
-from pipeline.jobs.sweep import check_sweep, describe_trial, plan_trials
+from pipeline.jobs.sweep import check_sweep, describe_trial, max_epochs, plan_trials
 from pipeline.resources import Node
 from pipeline.schema import Config
-from pipeline.study import StudySearcher, open_study, own_trials
+from pipeline.searcher import StudySearcher
+from pipeline.study import open_study, own_study, own_trials
 from pipeline.sweep_report import (
     COLUMNS,
     kendall_tau,
@@ -110,6 +111,39 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
     assert "postgresql://host/db" in to_yaml(as_written(config))
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
         check_sweep(config, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("space", "line"),
+    [
+        ("search.cutout: {int: [0, 9]}", "sweep.space allows search.cutout=9: search.cutout is 9, above the"),
+        ("search.cutout: {choice: [2, 20]}", "sweep.space allows search.cutout=20: search.cutout is 20,"),
+        (
+            "search.max_pictures: {choice: [null, 5000]}",
+            "search.max_pictures is 5000, above the 1438 there are",
+        ),
+        (
+            "search.alpha_fraction: {uniform: [0.0001, 0.5]}",
+            "search.alpha_fraction is 0.0001: of 1438 pictures",
+        ),
+    ],
+)
+def test_what_the_space_allows_is_checked_against_the_pictures(space: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_sweep(load(None, [f"sweep={{space: {{{space}}}}}"]), Console(file=io.StringIO()))
+    assert line in str(caught.value)
+
+
+def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> None:
+    assert max_epochs(config_of("search.epochs=7")) == 7
+    space = "search.epochs: {choice: [3, 30]}, search.lr: {fixed: 0.1}"
+    assert max_epochs(load(None, [f"sweep={{space: {{{space}}}}}"])) == 30
+    space = (
+        "method: {choice: [two_stage, one_stage]}, search.epochs: {int: [2, 4], when: {method: two_stage}}, "
+        "search.max_search_epochs: {int: [5, 6], when: {method: one_stage}}, "
+        "search.train_epochs: {fixed: 3, when: {method: one_stage}}"
+    )
+    assert max_epochs(load(None, ["data.holdout=0.1", f"sweep={{space: {{{space}}}}}"])) == 9
 
 
 class Unread:
@@ -203,7 +237,7 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
 def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]")
     said: list[str] = []
-    files = write_figures(tmp_path, config, study, said.append)
+    files = write_figures(tmp_path, config, own_study(study), said.append)
     assert said == []
     assert files == (
         "plots/importances.png",
@@ -227,6 +261,6 @@ def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path)
 def test_a_figure_that_can_not_be_drawn_is_told(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, spread=0)
     said: list[str] = []
-    files = write_figures(tmp_path, config, study, said.append)
+    files = write_figures(tmp_path, config, own_study(study), said.append)
     assert any(line.startswith("importances: not drawn (") for line in said)
     assert "plots/history.png" in files

@@ -8,7 +8,14 @@ import pytest
 from istanas.errors import ConfigError
 from pipeline.config import load, run_hash, to_yaml
 from pipeline.schema import OneStageConfig
-from pipeline.sweep_space import check_space, random_settings, settings_of_point, suggest, trial_config
+from pipeline.sweep_space import (
+    check_space,
+    random_settings,
+    readable,
+    settings_of_point,
+    suggest,
+    trial_config,
+)
 
 BASE = """
 data: {name: digits, holdout: 0.1}
@@ -207,6 +214,39 @@ def test_what_decides_a_sweep_is_in_its_hash(tmp_path: Path, override: str, same
     file = write(tmp_path, "search.lr: {uniform: [0.01, 1]}")
     equal = run_hash(load(file), "sweep") == run_hash(load(file, [override]), "sweep")
     assert equal is same
+
+
+def test_nothing_and_lists_are_values_too(tmp_path: Path) -> None:
+    space = """
+space.ops: {choice: [[skip_connect, sep_conv_3x3], [skip_connect, max_pool_3x3, dil_conv_3x3]]}
+search.max_pictures: {choice: [null, 500]}
+data.crop_padding: {fixed: 0}
+space.matrix_seed: {fixed: null}
+search.lr: {uniform: [0.1, 1], when: {search.max_pictures: null}}
+"""
+    points = "  points: [{space.ops: [skip_connect, sep_conv_3x3], search.max_pictures: null}]\n"
+    config = load(write(tmp_path, space, points))
+    check_space(config)
+    settings = settings_of_point(config, config.sweep.points[0])  # type: ignore[union-attr]
+    assert settings == {
+        "space.ops": ["skip_connect", "sep_conv_3x3"],
+        "search.max_pictures": None,
+        "data.crop_padding": 0,
+        "space.matrix_seed": None,
+        "search.lr": 0.1,
+    }
+    assert readable(settings).startswith("space.ops=[skip_connect, sep_conv_3x3], search.max_pictures=null,")
+    seen = [random_settings(config, seed) for seed in range(20)]
+    assert {len(s["space.ops"]) for s in seen} == {2, 3}
+    assert {s["search.max_pictures"] for s in seen} == {None, 500}
+    assert all(("search.lr" in s) is (s["search.max_pictures"] is None) for s in seen)
+    assert trial_config(config, settings).space.ops == ["skip_connect", "sep_conv_3x3"]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+    assert "outside choice null, 500" in refusal(tmp_path, space, "  points: [{search.max_pictures: 7}]\n")
+    assert "space.ops.1: 'conv' is refused" in refusal(
+        tmp_path, "space.ops: {choice: [[skip_connect, conv]]}"
+    )
 
 
 class FromList:
