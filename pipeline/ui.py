@@ -15,16 +15,47 @@ from types import FrameType
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.tracking import artifact_root, public_uri, store_uri
+from pipeline.tracking import artifact_root, one_line, open_client, public_uri, sqlite_file, store_uri
 
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
-def announce_on_stdout(address: str, store: str) -> None:
+Announce = Callable[[str, str, str | None], None]  # (address, store, address of the newest run's page)
+
+
+def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None:
     """Say where the pages are: of a server, whose address is its store, or of ours."""
     note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
-    print(f"MLflow: {address} ({note})", flush=True)
+    lines = [f"MLflow: {address} ({note})"]
+    if newest_run is not None:
+        lines.append(f"newest run: {newest_run}")
+    print("\n".join(lines), flush=True)
+
+
+def newest_run(uri: str, address: str) -> str | None:
+    """The page of the run that was begun last, whichever experiment it is in; None if there is none.
+
+    Args:
+        uri: the store, as `pipeline.tracking.store_uri` gives it; a SQLite file that does not exist is not made.
+        address: where its pages are.
+
+    Raises:
+        IstanasError: the store can't be read.
+    """
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        return None
+    try:
+        client = open_client(uri)
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        found = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
+    except Exception as error:  # every store fails in its own way
+        raise IstanasError(f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)})") from None
+    if not found:
+        return None
+    info = found[0].info
+    return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
 
 
 def serve_ui(
@@ -32,7 +63,7 @@ def serve_ui(
     tracking_uri: str | None,
     host: str = "127.0.0.1",
     port: int = 5000,
-    announce: Callable[[str, str], None] = announce_on_stdout,
+    announce: Announce = announce_on_stdout,
 ) -> int:
     """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
 
@@ -41,7 +72,7 @@ def serve_ui(
             address is printed.
         host: the interface to listen on; the default is reachable from this machine only.
         port: the port to try first, 1..65535; the next free one is taken if it is in use.
-        announce: told the pages' address and the store, once they answer.
+        announce: told the pages' address, the store, and the newest run's page, once they answer.
 
     Returns:
         The exit code: 0 after Ctrl-C.
@@ -52,10 +83,12 @@ def serve_ui(
     """
     uri = store_uri(tracking_uri)
     if uri.startswith(("http://", "https://")):
-        announce(public_uri(uri), public_uri(uri))  # a server shows its pages itself
+        server_pages = public_uri(uri)  # a server shows its pages itself
+        announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
         return 0
     port = free_port(host, port)
     address = f"http://{host}:{port}"
+    newest = newest_run(uri, address)  # before the server makes a store where there is none
     with (
         tempfile.TemporaryFile("w+") as log,
         _terminate_as_interrupt(),
@@ -63,7 +96,7 @@ def serve_ui(
     ):
         try:
             _wait_until_up(server, address, log)
-            announce(address, public_uri(uri))
+            announce(address, public_uri(uri), newest)
             server.wait()
         except KeyboardInterrupt:
             return 0

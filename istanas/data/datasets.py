@@ -190,6 +190,43 @@ def load_dataset(
     return DATASETS[name](request)
 
 
+def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[str]) -> str:
+    """SHA-256 of some pictures of a split, with their labels and the names of the classes, in their order.
+
+    Args:
+        pictures: the split.
+        indices: (n,) int64, which of them.
+        class_names: one a label.
+
+    Returns:
+        Of decoded pictures the digest of their content, of files that of their names (class and file) and sizes:
+        64 hexadecimal digits, the same on every machine that holds the same pictures.
+
+    Raises:
+        DataError: if a file is gone.
+
+    Example:
+        >>> digits = load_dataset("digits")
+        >>> first = torch.arange(10)
+        >>> digest = pictures_digest(digits.train, first, digits.class_names)
+        >>> len(digest), digest == pictures_digest(digits.test, first, digits.class_names)
+        (64, False)
+    """
+    labels = pictures.labels[indices]
+    head = [list(class_names), labels.tolist()]
+    if isinstance(pictures, FilePictures):
+        files = [Path(pictures.paths[index]) for index in indices.tolist()]
+        try:
+            contents = [("/".join(file.parts[-2:]), file.stat().st_size) for file in files]
+        except OSError as error:
+            raise DataError(f"data.root: {error.filename} is gone ({_reason(error)}); restore it") from None
+        return _sha256(json.dumps([*head, pictures.image_size, contents]).encode())
+    digest = hashlib.sha256(json.dumps([*head, list(pictures.images.shape[1:])]).encode())
+    for chunk in indices.split(_CHUNK):  # a copy of all could be many GB
+        digest.update(pictures.images[chunk].contiguous().numpy().reshape(-1).data)
+    return digest.hexdigest()
+
+
 # ---------- stratified splits
 def stratified_split(labels: Tensor | Sequence[int], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split the indices in two, so that each class is split in the same proportion.
