@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 DESCRIPTION = "mlflow.note.content"
 LENGTH = 5000  # characters: the model registry's columns are no wider
-PICTURES = {"cells/normal.png": "normal cell", "cells/reduce.png": "reduction cell"}
+# As SVG, because MLflow's pages show a picture in its own size, and a PNG's pixels are many.
+PICTURES = {"cells/normal.svg": "normal cell", "cells/reduce.svg": "reduction cell"}
 
 
 @dataclass(frozen=True)
@@ -87,23 +88,26 @@ def with_links(
         limit: characters; what is above is cut off the description.
 
     Example:
-        >>> print(with_links("A run.", [Kin("sweep", "s", "1", "ab")], "cd", ["cells/normal.png"]))
-        Of [sweep s](#/experiments/1/runs/ab).
-        <BLANKLINE>
+        >>> print(with_links("A run.\n\nMore.", [Kin("sweep", "s", "1", "ab")], "cd", ["cells/normal.svg"]))
         A run.
         <BLANKLINE>
-        ![normal cell](get-artifact?path=cells/normal.png&run_uuid=cd)
+        Of [sweep s](#/experiments/1/runs/ab).
+        <BLANKLINE>
+        More.
+        <BLANKLINE>
+        ![normal cell](get-artifact?path=cells/normal.svg&run_uuid=cd)
     """
-    links = f"Of {', '.join(k.link for k in kin)}.\n\n" if kin else ""
-    pictures = "".join(
-        f"\n\n![{PICTURES[name]}](get-artifact?path={quote(name)}&run_uuid={run_id})"
+    links = f"Of {', '.join(k.link for k in kin)}." if kin else ""
+    pictures = "\n\n".join(
+        f"![{PICTURES[name]}](get-artifact?path={quote(name)}&run_uuid={run_id})"
         for name in artifacts
         if name in PICTURES
     )
-    room = limit - len(links) - len(pictures)
-    text = description.rstrip()
-    if len(text) > room:
-        text = text[: room - 8].rpartition("\n")[0] + "\n..."
-        if text.count("```") % 2:
-            text += "\n```"
-    return f"{links}{text}{pictures}"
+    # The first paragraph stays first: tables show no more of a description.
+    title, _, rest = description.rstrip().partition("\n\n")
+    room = limit - len(title) - len(links) - len(pictures) - 20
+    if len(rest) > room:
+        rest = rest[:room].rpartition("\n")[0] + "\n..."
+        if rest.count("```") % 2:
+            rest += "\n```"
+    return "\n\n".join(part for part in (title, links, rest, pictures) if part)

@@ -26,7 +26,7 @@ from istanas.training import Compute, derive_seed
 from pipeline.rundir import DatasetUse
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 
-DIGEST_LENGTH = 32  # hexadecimal digits; MLflow's column holds 36
+DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,10 @@ def _version(client: "MlflowClient", run_id: str, name: str) -> "ModelVersion | 
 def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") -> ConfigError:
     """Why a run has no version in the registry, and what to do about it."""
     if record.kind == "sweep" or (record.kind == "search" and record.method == "two_stage"):
-        remedy = f"it found an architecture and has no network: name its retraining, or make one with istanas retrain --genotype {run.path}"
+        remedy = (
+            "it found an architecture and has no network: name its retraining, or make one with istanas retrain "
+            f"--genotype {run.path}"
+        )
     elif not has_network(record):
         remedy = f"it is {record.status}: the command that began it goes on"
     elif not tracking.models:

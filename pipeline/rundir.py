@@ -35,7 +35,7 @@ class DatasetUse:
     Args:
         name: of the data set.
         context: "training", "alphas", "hold-out" or "test".
-        digest: of these pictures and their labels (32 hexadecimal digits), the same on every machine.
+        digest: of these pictures and their labels (16 hexadecimal digits), the same on every machine.
         source: where they come from: a folder, or who ships them.
         pictures, classes: how many.
         shape: (C, H, W) of a picture, as a network sees it.

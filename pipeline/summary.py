@@ -18,7 +18,7 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
         genotype: what it found.
     """
     return _page(
-        f"Two-stage search on {dataset}, {count(epochs, 'epoch')}.",
+        f"Two-stage search on {dataset}, {count(epochs, 'epoch')}: {_percent(result['valid_top1'])} on the alpha half.",
         [("top-1 on the alpha half", _percent(result["valid_top1"])), *_common(result)],
         genotype,
         again="istanas search --config config.yaml",
@@ -31,9 +31,9 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
     nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
     return _page(
         f"One-stage search on {dataset}: {count(result['search_epochs'], 'epoch')} of search, "
-        f"{result['train_epochs']} of training.",
+        f"{result['train_epochs']} of training{_headline(result)}.",
         [
-            *_tops(result, test="test top-1 of the absorbed network"),
+            *_tops(result),
             *_common(result),
             ("architectures rejected by the limits", str(result["rejected"])),
         ],
@@ -46,8 +46,8 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
 def of_retraining(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
     """Of a retraining; arguments as above."""
     return _page(
-        f"Retraining on {dataset}, {count(epochs, 'epoch')}.",
-        [*_tops(result, test="top-1 on the test split"), *_common(result)],
+        f"Retraining on {dataset}, {count(epochs, 'epoch')}{_headline(result)}.",
+        [*_tops(result), *_common(result)],
         genotype,
         again="istanas retrain --genotype genotype.json --config config.yaml",
     )
@@ -69,19 +69,17 @@ def of_sweep(
         genotype: of the best trial.
         files: where more is to be seen.
     """
-    rows = [
-        ("best trial", str(result["best_trial"])),
-        ("its top-1 in search", _percent(result["valid_top1"])),
-    ]
+    rows = [("top-1 in search", _percent(result["valid_top1"]))]
     if "retrained_top1" in result:
         tau = result["kendall_tau"]
-        rows.append(("its top-1 on the hold-out, retrained", _percent(result["retrained_top1"])))
         rows.append(("Kendall's tau of the two, all trials", "not defined" if tau is None else f"{tau:.2f}"))
+        rows.append(("top-1 on the hold-out, retrained", _percent(result["retrained_top1"])))
     settings = [(key, text, str(result["settings"].get(key, ""))) for key, text in space.items()]
     where = ", ".join(f"`{file}`" for file in files)
     return _page(
         f"Sweep on {dataset}: {count(result['trials'], 'trial')}, {result['complete']} finished, "
-        f"{result['pruned']} stopped early, {result['failed']} failed; {count(result['epochs'], 'epoch')}.",
+        f"{result['pruned']} stopped early, {result['failed']} failed; {count(result['epochs'], 'epoch')}; "
+        f"best is trial {result['best_trial']}: {rows[-1][1]}.",
         [*rows, *_common(result, time="time of all searches")],
         genotype,
         again="istanas sweep --config config.yaml",
@@ -107,9 +105,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _tops(result: Mapping[str, Any], *, test: str) -> list[tuple[str, str]]:
-    labels = {"test_top1": test, "valid_top1": "top-1 on the hold-out"}
-    return [(label, _percent(result[key])) for key, label in labels.items() if key in result]
+def _tops(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"top-1 on the {split}", _percent(top)) for split, top in _measured(result)]
 
 
 def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
@@ -117,8 +114,18 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
         ("parameters", f"{result['params']:,}"),
         ("multiply-adds", f"{result['macs']:,}"),
         (time, duration(result["seconds"])),
-        ("digest of the genotype", f"`{result['digest'][:12]}`"),
+        ("digest", f"`{result['digest'][:12]}`"),
     ]
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    """What counts, for the first line."""
+    return "".join(f", {_percent(top)} on the {split}" for split, top in _measured(result))
+
+
+def _measured(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    splits = {"test_top1": "test split", "valid_top1": "hold-out"}
+    return [(split, result[key]) for key, split in splits.items() if key in result]
 
 
 def _percent(share: float) -> str:

@@ -1,6 +1,7 @@
 """MLflow's own user interface on a local store: one child process, one line with the address, Ctrl-C ends."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.tracking import artifact_root, one_line, open_client, public_uri, sqlite_file, store_uri
+
+_LOG = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
@@ -34,14 +37,11 @@ def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None
 
 
 def newest_run(uri: str, address: str) -> str | None:
-    """The page of the run that was begun last, whichever experiment it is in; None if there is none.
+    """The page of the run that was begun last, whichever experiment it is in; None if there is none, or no answer.
 
     Args:
         uri: the store, as `pipeline.tracking.store_uri` gives it; a SQLite file that does not exist is not made.
         address: where its pages are.
-
-    Raises:
-        IstanasError: the store can't be read.
     """
     file = sqlite_file(uri)
     if file is not None and not file.exists():
@@ -50,8 +50,11 @@ def newest_run(uri: str, address: str) -> str | None:
         client = open_client(uri)
         experiments = [e.experiment_id for e in client.search_experiments()]
         found = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
-    except Exception as error:  # every store fails in its own way
-        raise IstanasError(f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)})") from None
+    except Exception as error:  # every store fails in its own way, and the pages may want a password
+        _LOG.warning(
+            "newest run: not known, MLflow store %s can't be read (%s)", public_uri(uri), one_line(error)
+        )
+        return None
     if not found:
         return None
     info = found[0].info
@@ -88,15 +91,16 @@ def serve_ui(
         return 0
     port = free_port(host, port)
     address = f"http://{host}:{port}"
-    newest = newest_run(uri, address)  # before the server makes a store where there is none
     with (
         tempfile.TemporaryFile("w+") as log,
         _terminate_as_interrupt(),
         _server(uri, host, port, log) as server,
     ):
         try:
+            import mlflow  # noqa: F401  takes seconds, as the server does
+
             _wait_until_up(server, address, log)
-            announce(address, public_uri(uri), newest)
+            announce(address, public_uri(uri), newest_run(uri, address))
             server.wait()
         except KeyboardInterrupt:
             return 0
