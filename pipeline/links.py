@@ -88,7 +88,7 @@ def with_links(
         limit: characters; what is above is cut off the description.
 
     Example:
-        >>> print(with_links("A run.\n\nMore.", [Kin("sweep", "s", "1", "ab")], "cd", ["cells/normal.svg"]))
+        >>> print(with_links("A run.\\n\\nMore.", [Kin("sweep", "s", "1", "ab")], "cd", ["cells/normal.svg"]))
         A run.
         <BLANKLINE>
         Of [sweep s](#/experiments/1/runs/ab).

@@ -92,7 +92,7 @@ def _page(
 ) -> str:
     parts = [
         title,
-        _table(("figure", "value"), figures),
+        "\n".join(f"- {label}: {value}" for label, value in figures),
         f"```\n{genotype}\n```",
         more,
         f"Again, with this run's files: `{again}`",

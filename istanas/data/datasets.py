@@ -191,7 +191,7 @@ def load_dataset(
 
 
 def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[str]) -> str:
-    """SHA-256 of some pictures of a split, with their labels and the names of the classes, in their order.
+    """BLAKE2 of some pictures of a split, with their labels and the names of the classes, in their order.
 
     Args:
         pictures: the split.
@@ -220,9 +220,12 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
             contents = [("/".join(file.parts[-2:]), file.stat().st_size) for file in files]
         except OSError as error:
             raise DataError(f"data.root: {error.filename} is gone ({_reason(error)}); restore it") from None
-        return _sha256(json.dumps([*head, pictures.image_size, contents]).encode())
-    digest = hashlib.sha256(json.dumps([*head, list(pictures.images.shape[1:])]).encode())
-    for chunk in indices.split(_CHUNK):  # a copy of all could be many GB
+        return hashlib.blake2b(
+            json.dumps([*head, pictures.image_size, contents]).encode(), digest_size=32
+        ).hexdigest()
+    # BLAKE2, because it is the fastest of the library's safe ones: 50,000 pictures of CIFAR-10 are 150 MB.
+    digest = hashlib.blake2b(json.dumps([*head, list(pictures.images.shape[1:])]).encode(), digest_size=32)
+    for chunk in indices.split(4096):  # a copy of all could be many GB
         digest.update(pictures.images[chunk].contiguous().numpy().reshape(-1).data)
     return digest.hexdigest()
 

@@ -152,7 +152,7 @@ def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
     assert {"network.json", "model.safetensors", "genotype.json", "config.yaml"} <= set(record.artifacts)
     assert all((path / name).stat().st_size > 0 for name in record.artifacts)
     assert not (path / "trajectory.csv").exists()
-    assert record.tags == {"istanas.genotype": GENOTYPE.digest()}
+    assert record.tags["istanas.genotype"] == GENOTYPE.digest()
     assert result["digest"] == GENOTYPE.digest()
     assert result["test_top1"] == RunDir(path).metrics()[-1].metrics["test/top1"]
 

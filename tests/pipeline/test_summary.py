@@ -30,9 +30,10 @@ SWEEP = {
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of all tables; every table has as many in each of its lines."""
+    """The figures, and the cells of all tables."""
+    figures = [line[2:].split(": ") for line in text.splitlines() if line.startswith("- ")]
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return figures + [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def test_figures_and_genotype_of_every_kind() -> None:

@@ -116,6 +116,11 @@ def runs_of(client: MlflowClient, run: RunDir) -> list[str]:
     return [entity.info.run_id for entity in found]
 
 
+def picture(run_id: str) -> str:
+    """The normal cell as a description shows it."""
+    return f"![normal cell](get-artifact?path=cells/normal.svg&run_uuid={run_id})"
+
+
 def test_store_uri_prefers_the_argument(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -179,7 +184,7 @@ def test_a_run_from_its_first_epoch_to_its_end(
         "istanas.key": run.read().key,
         "istanas.run_dir": str(run.path),
         "istanas.genotype": "0123abcd",
-        "mlflow.note.content": "# Found\n\na cell",
+        "mlflow.note.content": f"# Found\n\na cell\n\n{picture(run_id)}",
     }
     assert wanted.items() <= entity.data.tags.items()
     assert history(client, run_id, "train/loss") == [(1, 1000, 1.0), (2, 2000, 0.5), (3, 3000, 1 / 3)]
@@ -443,7 +448,7 @@ def test_one_stage_search_is_a_version_in_the_registry(
     version = client.get_model_version_by_alias("istanas-fashion", "candidate")
     assert (int(version.version), version.run_id, version.status) == (1, sent.run_id, "READY")
     page = f"#/experiments/{client.get_run(sent.run_id).info.experiment_id}/runs/{sent.run_id}"
-    assert version.description == f"# Found\n\nOf [search one]({page}).\n\na cell"
+    assert version.description == f"# Found\n\nOf [search one]({page}).\n\na cell\n\n{picture(sent.run_id)}"
     assert version.tags == {
         "istanas.kind": "search",
         "istanas.method": "one_stage",
@@ -574,13 +579,12 @@ def test_one_clicks_from_a_version_to_its_retraining_search_and_sweep(tmp_path: 
             ("sweep the\\_sweep", ids[sweep]),
         )
     )
-    picture = f"![normal cell](get-artifact?path=cells/normal.svg&run_uuid={sent.run_id})"
     tags = client.get_run(sent.run_id).data.tags
-    assert tags["mlflow.note.content"] == f"Text.\n\nOf {to_search}, {to_sweep}.\n\n{picture}"
+    assert tags["mlflow.note.content"] == f"Text.\n\nOf {to_search}, {to_sweep}.\n\n{picture(sent.run_id)}"
     above = {"istanas.search_run": ids[search], "istanas.sweep_run": ids[sweep]}
     assert above.items() <= tags.items()
 
-    page = f"Text.\n\nOf {to_retrain}, {to_search}, {to_sweep}.\n\n{picture}"
+    page = f"Text.\n\nOf {to_retrain}, {to_search}, {to_sweep}.\n\n{picture(sent.run_id)}"
     version = client.get_model_version("clicks", "1")
     assert version.description == page
     assert {"istanas.retrain_run": sent.run_id, **above}.items() <= version.tags.items()

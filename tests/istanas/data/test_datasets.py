@@ -280,8 +280,7 @@ def test_a_part_has_a_digest_of_its_own_pictures(folder: Path, load: Callable[..
         before = digests(size)
         assert len(set(before)) == 4
         assert digests(size) == before
-        other = pixels(11, 12, 3, seed=998 + size)
-        save(folder / "test" / "ant" / "0.png", other)
+        save(folder / "test" / "ant" / "0.png", pixels(12, 12 + size, 3, seed=998))
         after = digests(size)
         assert after[:3] == before[:3], "other test pictures do not touch the training pictures"
         assert after[3] != before[3]
