@@ -110,7 +110,7 @@ def _promote(client: "MlflowClient", version: "ModelVersion", metric: str, force
     shown = f"{metric} {_shown(mine.value)}"
     moves = True
     if before is None or theirs is None:
-        reason = f"{shown}; there was no champion"
+        reason = "there was no champion" if mine.value is None else f"{shown}; there was no champion"
     elif int(before.version) == number:
         moves, reason = False, f"{shown}; it was the champion before"
     else:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else its pages are those of chat bots
 DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
@@ -532,7 +529,7 @@ def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> s
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
+            return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
             experiment = client.get_experiment_by_name(name)  # another process was quicker
             if experiment is None:
