@@ -57,9 +57,16 @@ def ancestors(client: "MlflowClient", parent_id: str | None) -> tuple[Kin, ...]:
         client: of the store.
         parent_id: the run's parent, or None.
     """
+    from mlflow.exceptions import MlflowException
+
     line: list[Kin] = []
     while parent_id is not None and parent_id not in {kin.run_id for kin in line}:  # tags can be edited
-        run = client.get_run(parent_id)
+        try:
+            run = client.get_run(parent_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            break  # it was deleted for good
         line.append(kin_of(run))
         parent_id = run.data.tags.get(PARENT)
     return tuple(line)

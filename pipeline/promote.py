@@ -164,6 +164,8 @@ def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Fi
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+    if version.run_id is None:  # registered by hand
+        return _Figure(None, None)
     try:
         run = client.get_run(version.run_id)
     except MlflowException as error:

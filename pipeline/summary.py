@@ -18,7 +18,7 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
         genotype: what it found.
     """
     return _page(
-        f"Two-stage search on {dataset}, {count(epochs, 'epoch')}: {_percent(result['valid_top1'])} on the alpha half.",
+        f"{_percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
         [("top-1 on the alpha half", _percent(result["valid_top1"])), *_common(result)],
         genotype,
         again="istanas search --config config.yaml",
@@ -30,8 +30,8 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
     frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
     nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
     return _page(
-        f"One-stage search on {dataset}: {count(result['search_epochs'], 'epoch')} of search, "
-        f"{result['train_epochs']} of training{_headline(result)}.",
+        f"{_headline(result)}one-stage search on {dataset}, {count(result['search_epochs'], 'epoch')} of search, "
+        f"{result['train_epochs']} of training.",
         [
             *_tops(result),
             *_common(result),
@@ -46,7 +46,7 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
 def of_retraining(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
     """Of a retraining; arguments as above."""
     return _page(
-        f"Retraining on {dataset}, {count(epochs, 'epoch')}{_headline(result)}.",
+        f"{_headline(result)}retraining on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result), *_common(result)],
         genotype,
         again="istanas retrain --genotype genotype.json --config config.yaml",
@@ -77,9 +77,9 @@ def of_sweep(
     settings = [(key, text, str(result["settings"].get(key, ""))) for key, text in space.items()]
     where = ", ".join(f"`{file}`" for file in files)
     return _page(
-        f"Sweep on {dataset}: {count(result['trials'], 'trial')}, {result['complete']} finished, "
-        f"{result['pruned']} stopped early, {result['failed']} failed; {count(result['epochs'], 'epoch')}; "
-        f"best is trial {result['best_trial']}: {rows[-1][1]}.",
+        f"{rows[-1][1]} by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
+        f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed; "
+        f"{count(result['epochs'], 'epoch')}.",
         [*rows, *_common(result, time="time of all searches")],
         genotype,
         again="istanas sweep --config config.yaml",
@@ -119,8 +119,9 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
 
 
 def _headline(result: Mapping[str, Any]) -> str:
-    """What counts, for the first line."""
-    return "".join(f", {_percent(top)} on the {split}" for split, top in _measured(result))
+    """What counts, before what it is of: tables cut a description off after some words."""
+    tops = ", ".join(f"{_percent(top)} on the {split}" for split, top in _measured(result))
+    return f"{tops}: " if tops else "Not tested: "
 
 
 def _measured(result: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -131,6 +131,18 @@ def test_the_figure_must_be_there(trained: Trained, store: str) -> None:
     assert champion(store) == 1
 
 
+def test_a_champion_without_a_run_gives_way_by_force_only(trained: Trained, store: str) -> None:
+    client = open_client(store)
+    client.create_registered_model("istanas-digits")
+    client.create_model_version("istanas-digits", source="file:///by/hand")
+    client.set_registered_model_alias("istanas-digits", "champion", "1")
+    run = trained("run", test_top1=0.9)
+    with pytest.raises(ConfigError, match="the champion, version 1, has none"):
+        promoted(run, store)
+    done = promoted(run, store, force=True)
+    assert (done.version, done.before, done.before_value) == (2, 1, None)
+
+
 def test_without_a_version_there_is_a_remedy(trained: Trained, store: str, tmp_path: Path) -> None:
     def refusal(run: RunDir, **settings: Any) -> str:
         with pytest.raises(ConfigError) as caught:

@@ -707,6 +707,17 @@ def test_moved_run_directories_keep_their_lineage(tmp_path: Path, store: str) ->
     assert tags["mlflow.parentRunId"] == tracker_of(search, store).run_id
 
 
+def test_a_search_that_was_deleted_for_good_does_not_stop_its_retraining(tmp_path: Path, store: str) -> None:
+    retrain = make_run(tmp_path / "retrain", kind="retrain")
+    tracker = tracker_of(retrain, store)
+    assert tracker.deliver()
+    client = open_client(store)
+    client.set_tag(str(tracker.run_id), "mlflow.parentRunId", 32 * "0")
+    end_run(retrain)
+    assert tracker.deliver()
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+
+
 def test_damaged_search_does_not_stop_its_retraining(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
