@@ -20,6 +20,7 @@ import click
 
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
+from pipeline.promote import DEFAULT_METRIC, METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -311,8 +312,8 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
     config, _ = _load(file, overrides)
     from pipeline.ui import announce_on_stdout, serve_ui
 
-    def as_object(address: str, store: str) -> None:
-        _print_json({"url": address, "store": store})
+    def as_object(address: str, store: str, newest_run: str | None) -> None:
+        _print_json({"url": address, "store": store, "newest_run": newest_run})
 
     announce = as_object if as_json else announce_on_stdout
     code = serve_ui(tracking_uri=config.tracking.uri, host=host, port=port, announce=announce)
@@ -436,7 +437,8 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         if not deliver_below(run_dir.path, config):
             raise IstanasError(f"sync: not all trials of {run_dir.path} could be delivered, try again")
     counts = (
-        f"{sent.metrics} metrics, {sent.params} parameters, {sent.tags} tags, {len(sent.artifacts)} files"
+        f"{sent.metrics} metrics, {sent.params} parameters, {sent.tags} tags, {sent.datasets} data sets, "
+        f"{len(sent.artifacts)} files"
     )
     console.print(
         f"{run_dir.path}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
@@ -451,6 +453,44 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         console.print(f"not there any more: {run_dir.path / name}", highlight=False, soft_wrap=True)
     if as_json:
         _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
+
+
+@cli.command()
+@click.argument("reference", metavar="RUN")
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    default=DEFAULT_METRIC,
+    show_default=True,
+    help="By what to choose: top-1 is better if higher, everything else if lower. test/... chooses by the test split, "
+    "which is no fair estimate of the champion any more.",
+)
+@click.option("--force", is_flag=True, help="Move the alias whatever the figures are.")
+@configured
+@json_option
+def promote(
+    reference: str, metric: str, force: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Make the network of a run the champion of its registered model, if it is better on the same pictures.
+
+    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). Without a champion
+    it becomes the champion. Exit code 0: it is the champion; 1: not better, nothing was changed; 2: the two can't be
+    compared, or RUN has no registered network.
+    """
+    console = _console(as_json)
+    from pipeline.promote import promote as move_alias
+
+    run, config = _run_and_config(reference, file, overrides)
+    done = move_alias(run, config.tracking, metric=metric, force=force)
+    model = f"{done.registered_model} version {done.version}"
+    verdict = "is the champion" if done.champion else f"stays behind, version {done.before} is the champion"
+    console.print(f"{model} {verdict}: {done.reason}", highlight=False, soft_wrap=True)
+    if done.moved and done.before is not None:
+        console.print(f"the champion before was version {done.before}", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"run_dir": str(run.path), **asdict(done)})
+    if not done.champion:
+        raise click.exceptions.Exit(1)
 
 
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:

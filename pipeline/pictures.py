@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ import torch
 from istanas.data import (
     Augmentation,
     ImageDataset,
+    Pictures,
     batches,
     load_dataset,
+    pictures_digest,
     stratified_split,
     stratified_subset,
 )
@@ -20,7 +23,10 @@ from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
-from pipeline.schema import Config, TwoStageConfig
+from pipeline.rundir import DatasetUse
+from pipeline.schema import Config, OneStageConfig, TwoStageConfig
+
+DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,56 @@ def search_split(config: TwoStageConfig, dataset: ImageDataset) -> SearchSplit:
             f"weights and {len(alphas)} for the alphas, choose another"
         )
     return SearchSplit(usable[weights], usable[alphas])
+
+
+def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[DatasetUse, ...]:
+    """The pictures that a job trains and measures on.
+
+    Args:
+        config: the whole configuration.
+        dataset: the data set.
+        job: "search", "retrain" or "sweep"; of a sweep, what its trials have in common.
+
+    Returns:
+        One entry for each part of the data set.
+    """
+    parts: dict[str, tuple[Pictures, torch.Tensor]] = {}
+    if job == "search" and isinstance(config, TwoStageConfig):
+        split = search_split(config, dataset)
+        parts["training"], parts["alphas"] = (dataset.train, split.weights), (dataset.train, split.alphas)
+    else:
+        chosen = search_indices(config, dataset) if job == "search" else training_indices(config, dataset)
+        parts["training"] = dataset.train, chosen
+        holdout = holdout_indices(config, dataset)
+        if holdout is not None:
+            parts["hold-out"] = dataset.train, holdout
+        if job != "sweep" and _is_ever_tested(config, job):
+            parts["test"] = dataset.test, torch.arange(len(dataset.test))
+    root = config.data.root
+    source = (
+        f"{dataset.name}, as its library ships it"
+        if root is None
+        else str(Path(root).expanduser().absolute())
+    )
+    return tuple(
+        DatasetUse(
+            name=dataset.name,
+            context=context,
+            digest=pictures_digest(pictures, indices, dataset.class_names)[:DIGEST_LENGTH],
+            source=source,
+            pictures=len(indices),
+            classes=dataset.num_classes,
+            shape=(dataset.channels, dataset.height, dataset.width),
+        )
+        for context, (pictures, indices) in parts.items()
+    )
+
+
+def _is_ever_tested(config: Config, job: str) -> bool:
+    if job == "search":
+        assert isinstance(config, OneStageConfig)
+        return config.search.test_every > 0
+    return config.retrain.test_every > 0
 
 
 class Batches:

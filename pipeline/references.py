@@ -55,7 +55,8 @@ def resolve_genotype(
         tracking_uri: the MLflow store to ask for a run id.
 
     Returns:
-        (genotype, directory of the search that found it or None).
+        (genotype, directory of the run that found it or None): a search, of a sweep that of its best trial. A file
+        is traced too, if it still is the one that its run has written.
 
     Raises:
         ConfigError: the reference names nothing, or a run that has no genotype yet.
@@ -73,7 +74,8 @@ def resolve_genotype(
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
     if file.is_file():
-        return _read_genotype(file), None
+        genotype = _read_genotype(file)
+        return genotype, _writer(file, genotype)
     try:
         run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
     except ConfigError as error:
@@ -87,8 +89,32 @@ def resolve_genotype(
         raise ConfigError(
             f"run {run.path}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
         )
-    # What is retrained once more belongs to the same search.
-    return _read_genotype(found), record.parent if record.kind == "retrain" else str(run.path)
+    return _read_genotype(found), _finder(run)
+
+
+def _finder(run: RunDir) -> str | None:
+    """The directory of the run that found a run's genotype."""
+    record = run.read()
+    if record.kind == "retrain":  # what is retrained once more belongs to the same search
+        return record.parent
+    if record.kind == "sweep" and record.result.get("best_run_dir"):
+        best = Path(record.result["best_run_dir"])
+        # Run directories may have been moved together.
+        trial = next((path for path in (best, run.path / best.name) if RunDir(path).exists()), run.path)
+        return str(trial)
+    return str(run.path)
+
+
+def _writer(file: Path, genotype: Genotype) -> str | None:
+    """The directory of the run that found a file's genotype, if the file lies in a run, or in a sweep's `best`."""
+    for folder in (file.parent, file.parent.parent):
+        run, written = RunDir(folder), folder / GENOTYPE_FILE
+        try:
+            if run.exists() and written.is_file() and _read_genotype(written).digest() == genotype.digest():
+                return _finder(run)
+        except (CheckpointError, GenotypeError):  # a file is as good as its own content
+            return None
+    return None
 
 
 def _runs(runs_dir: Path) -> Iterator[RunDir]:

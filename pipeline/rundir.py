@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,28 @@ RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".run.lock"
 OWNER_FILE = ".run.lock.owner"
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """Pictures that a run uses, and what for.
+
+    Args:
+        name: of the data set.
+        context: "training", "alphas", "hold-out" or "test".
+        digest: of these pictures and their labels (16 hexadecimal digits), the same on every machine.
+        source: where they come from: a folder, or who ships them.
+        pictures, classes: how many.
+        shape: (C, H, W) of a picture, as a network sees it.
+    """
+
+    name: str
+    context: str
+    digest: str
+    source: str
+    pictures: int
+    classes: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,26 @@ class RunRecord:
     ended_ms: int | None
     artifacts: tuple[str, ...]
     result: dict[str, Any]
+    datasets: tuple[DatasetUse, ...] = ()
+
+    def measured_on(self, metric: str) -> DatasetUse | None:
+        """The pictures that a metric is measured on; None if it is measured on none, or they are not known.
+
+        Args:
+            metric: "train/...", "valid/..." (on the hold-out, or on the alpha half) or "test/...".
+        """
+        return next((use for c in contexts_of(metric) for use in self.datasets if use.context == c), None)
+
+
+def contexts_of(metric: str) -> tuple[str, ...]:
+    """The contexts whose pictures a metric may be measured on, the first of them that there is.
+
+    Example:
+        >>> contexts_of("valid/top1"), contexts_of("target/params")
+        (('hold-out', 'alphas'), ())
+    """
+    by_split = {"train": ("training",), "valid": ("hold-out", "alphas"), "test": ("test",)}
+    return by_split.get(metric.partition("/")[0], ())
 
 
 class MetricsLine(NamedTuple):
@@ -144,12 +186,14 @@ class RunDir:
             raise CheckpointError(f"{file}: missing; give the directory of a run that was started") from None
         except ValueError as error:
             raise CheckpointError(f"{file}: not JSON ({error}); restore it or use --fresh") from None
-        names = [field.name for field in dataclasses.fields(RunRecord)]
-        absent = [name for name in names if not isinstance(data, dict) or name not in data]
+        fields = dataclasses.fields(RunRecord)
+        absent = [f.name for f in fields if f.default is MISSING and f.name not in _keys(data)]
         if absent:
             raise CheckpointError(f"{file}: lacks {', '.join(absent)}; restore it or use --fresh")
-        values = {name: data[name] for name in names}  # fields of a later version are left aside
-        return RunRecord(**{**values, "artifacts": tuple(values["artifacts"])})
+        # Fields of a later version are left aside, those that an earlier one had not are what they are by default.
+        values = {f.name: data[f.name] for f in fields if f.name in data}
+        datasets = tuple(_dataset_use(use) for use in values.get("datasets", ()))
+        return RunRecord(**{**values, "artifacts": tuple(values["artifacts"]), "datasets": datasets})
 
     def write(self, record: RunRecord) -> None:
         """Replace the record atomically; an empty `key` becomes the one already stored, or a new one.
@@ -230,6 +274,15 @@ class RunDir:
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _keys(data: Any) -> set[str]:
+    return set(data) if isinstance(data, dict) else set()
+
+
+def _dataset_use(data: dict[str, Any]) -> DatasetUse:
+    values = {f.name: data[f.name] for f in dataclasses.fields(DatasetUse)}
+    return DatasetUse(**{**values, "shape": tuple(values["shape"])})
 
 
 def _read_owner(file: Path) -> str:

@@ -12,39 +12,33 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock
 
 from istanas.errors import CheckpointError
-from pipeline.rundir import RunDir, RunRecord, atomic_write
+from pipeline import links, registry
+from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
 
 if TYPE_CHECKING:
-    import torch
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
-    from mlflow.entities.model_registry import ModelVersion
 
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
 DELIVERY_LOCK = ".mlflow.lock"
-MODEL_NAME = "model"
-CANDIDATE = "candidate"  # alias of a registered model's newest version
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
-DESCRIPTION_LENGTH = 5000  # characters: the registry's columns are no wider
 
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
 Names = tuple[str, ...]
-NetworkLoader = Callable[[Path], "tuple[torch.nn.Module, torch.Tensor]"]
 
 _said: set[str] = set()  # what this process has already told the user
 
@@ -63,6 +57,7 @@ class Delivery:
     metrics: int = 0
     params: int = 0
     tags: int = 0
+    datasets: int = 0
     artifacts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     model: bool = False
@@ -262,7 +257,7 @@ class MLflowTracker:
         experiment: str,
         models: bool = True,
         registered_model: str | None = None,
-        load_network: NetworkLoader | None = None,
+        load_network: registry.NetworkLoader | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
@@ -314,19 +309,22 @@ class MLflowTracker:
             about=f"unreachable {self.tracking_uri}",
         )
 
-    def _deliver(self, *, register: bool = True) -> Delivery:
+    def _deliver(self) -> Delivery:
         record = self.run_dir.read()
         if self._client is None:
             self._client = open_client(self.tracking_uri)
         client = self._client
         run, created = self._find_or_create(client, record)
         run_id = run.info.run_id
+        parent_id = run.data.tags.get(links.PARENT) or self._parent_id(record.parent)
+        kin = links.ancestors(client, parent_id)
         done = Delivery(
             run_id=run_id,
             tracking_uri=public_uri(self.tracking_uri),
             created=created,
             params=_send_params(client, run, record),
-            tags=self._send_tags(client, run, record),
+            tags=self._send_tags(client, run, record, kin),
+            datasets=_send_datasets(client, run, record),
             metrics=self._send_metrics(client, run),
         )
         if record.status == "RUNNING":
@@ -334,9 +332,11 @@ class MLflowTracker:
                 client.update_run(run_id, status="RUNNING")
             return done
         sent, missing = self._send_artifacts(client, record)
-        wanted = self.models and _has_network(record)
-        model, new = self._send_model(client, run, record) if wanted else (None, False)
-        registered = self._register(client, model, record) if model is not None and register else None
+        wanted = self.models and has_network(record)
+        model, new = self._send_model(client, run) if wanted else (None, False)
+        registered = None
+        if model is not None:
+            registered = self._register(client, model, record, (links.kin_of(client.get_run(run_id)), *kin))
         if (run.info.status, run.info.end_time) != (record.status, record.ended_ms):
             client.set_terminated(run_id, status=record.status, end_time=record.ended_ms)
         return dataclasses.replace(done, artifacts=sent, missing=missing, model=new, registered=registered)
@@ -375,7 +375,9 @@ class MLflowTracker:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _send_tags(self, client: "MlflowClient", run: "Run", record: RunRecord) -> int:
+    def _send_tags(
+        self, client: "MlflowClient", run: "Run", record: RunRecord, kin: Sequence[links.Kin]
+    ) -> int:
         from mlflow.entities import RunTag
 
         wanted = {
@@ -385,37 +387,42 @@ class MLflowTracker:
             "istanas.key": record.key,
             "istanas.run_dir": str(self.run_dir.path.absolute()),
             **record.tags,
+            **links.lineage_tags(kin),
         }
+        if kin:
+            wanted[links.PARENT] = kin[0].run_id
         if record.description:
-            wanted["mlflow.note.content"] = record.description
+            wanted[links.DESCRIPTION] = links.with_links(
+                record.description, kin, run.info.run_id, record.artifacts
+            )
         if isinstance(record.result.get("seconds"), int | float):
             wanted["istanas.seconds"] = str(record.result["seconds"])  # without the time between two sittings
-        if record.parent is not None and "mlflow.parentRunId" not in run.data.tags:
-            wanted.update(self._parent_tag(record.parent))
         tags = [RunTag(name, value) for name, value in wanted.items() if run.data.tags.get(name) != value]
         for start in range(0, len(tags), CHUNK_TAGS):
             client.log_batch(run.info.run_id, tags=tags[start : start + CHUNK_TAGS], synchronous=True)
         return len(tags)
 
-    def _parent_tag(self, parent: str) -> dict[str, str]:
+    def _parent_id(self, parent: str | None) -> str | None:
+        """The MLflow run of the run directory that this one belongs to, delivered if it is not there yet."""
+        if parent is None:
+            return None
         given = RunDir(parent)
         # Run directories may have been moved together.
         directory = given if given.exists() else RunDir(self.run_dir.path.parent / given.path.name)
         if not directory.exists():
-            return {}
+            return None
         tracker = MLflowTracker(
             directory,
             tracking_uri=self.tracking_uri,
             experiment=self.experiment,
-            load_network=self._load_network,
+            models=False,  # its configuration may want none, or another name: that is left to its own delivery
         )
         try:
             with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
-                # Its configuration may name another registered model, so registering is left to its own delivery.
-                return {"mlflow.parentRunId": tracker._deliver(register=False).run_id}
+                return tracker._deliver().run_id
         except CheckpointError as error:  # a search that was damaged since must not stop its retraining
             _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
-            return {}
+            return None
 
     def _send_metrics(self, client: "MlflowClient", run: "Run") -> int:
         from mlflow.entities import Metric
@@ -460,81 +467,25 @@ class MLflowTracker:
             self._link.write(self.run_dir)
         return tuple(new), tuple(missing)
 
-    def _send_model(
-        self, client: "MlflowClient", run: "Run", record: RunRecord
-    ) -> "tuple[LoggedModel | None, bool]":
-        """Log the trained network as the MLflow model "model" of this run, unless it is there already.
-
-        Written out with the client, because `mlflow.pytorch.log_model` works on the process's ambient store.
-
-        Returns:
-            (the model, or None if the network can't be loaded; whether it was logged just now).
-        """
-        from mlflow.entities import LoggedModelStatus
-
-        run_id, experiment_id = run.info.run_id, run.info.experiment_id
-        query = f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'"
-        there = list(client.search_logged_models([experiment_id], query))
-        model = next((model for model in there if model.status == LoggedModelStatus.READY), None)
-        new = model is None
-        if model is None:
-            for unfinished in there:
-                client.delete_logged_model(unfinished.model_id)
-            model = self._log_model(client, run_id, experiment_id, record)
-        if model is not None:
-            self._link_model(client, run_id, model.model_id)
-        return model, new and model is not None
-
-    def _log_model(
-        self, client: "MlflowClient", run_id: str, experiment_id: str, record: RunRecord
-    ) -> "LoggedModel | None":
-        from mlflow.entities import LoggedModelStatus
-
-        with tempfile.TemporaryDirectory() as scratch:
-            logged = client.create_logged_model(
-                experiment_id,
-                name=MODEL_NAME,
-                source_run_id=run_id,
-                params={name: str(value) for name, value in record.params.items()},
-                tags=record.tags,
-                model_type="classifier",
+    def _send_model(self, client: "MlflowClient", run: "Run") -> "tuple[LoggedModel | None, bool]":
+        """The run's logged model, and whether it was logged just now; None if the network can't be loaded."""
+        try:
+            return registry.log_model(client, run, self.run_dir, self._load_network or _default_loader())
+        except registry.UnusableNetworkError as error:  # a run without its model is still worth having
+            _say_once(
+                f"MLflow model of {self.run_dir.path}: left out ({one_line(error.reason)}); the weights stay in "
+                f"the run directory; to try again run: istanas sync {self.run_dir.path}",
+                about=f"model {self.run_dir.path}",
             )
-            try:
-                _save_model(scratch, self._load_network or _default_loader(), self.run_dir.path, logged)
-            except Exception as error:  # a run without its model is still worth having
-                client.delete_logged_model(logged.model_id)
-                _say_once(
-                    f"MLflow model of {self.run_dir.path}: left out ({one_line(error)}); the weights stay in "
-                    f"the run directory; to try again run: istanas sync {self.run_dir.path}",
-                    about=f"model {self.run_dir.path}",
-                )
-                return None
-            client.log_model_artifacts(logged.model_id, f"{scratch}/{MODEL_NAME}")
-        return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-
-    def _link_model(self, client: "MlflowClient", run_id: str, model_id: str) -> None:
-        """Make the model an output of its run, unless it is."""
-        from mlflow.entities import LoggedModelOutput
-
-        outputs = client.get_run(run_id).outputs
-        if outputs is not None and any(output.model_id == model_id for output in outputs.model_outputs):
-            return
-        last_step = max((line.step for line in self.run_dir.metrics()), default=0)
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=last_step)])
+            return None, False
 
     def _register(
-        self, client: "MlflowClient", model: "LoggedModel", record: RunRecord
+        self, client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[links.Kin]
     ) -> tuple[str, int] | None:
-        """Make the model a version of the registered model, unless it is; the alias goes to the newest version.
-
-        Returns:
-            Name and version if it was entered just now.
-        """
-        name = self.registered_model if self.registered_model is not None else f"istanas-{record.dataset}"
+        """Name and version if the model was entered in the registry just now."""
+        name = registry.registered_name(self.registered_model, record.dataset)
         try:
-            version, new = _model_version(client, name, model, record)
-            _link_version(client, model.model_id, version)
-            _point_candidate(client, name)
+            version, new = registry.register(client, name, model, record, kin)
         except Exception as error:  # a run that is in no registry is still worth having
             _say_once(
                 f"MLflow registered model {name!r}: {self.run_dir.path} is not entered ({one_line(error)}); set "
@@ -542,7 +493,7 @@ class MLflowTracker:
                 about=f"registry {self.run_dir.path}",
             )
             return None
-        return (name, int(version.version)) if new else None
+        return (name, version) if new else None
 
 
 @dataclass(frozen=True)
@@ -605,102 +556,60 @@ def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
     return len(new)
 
 
-def _has_network(record: RunRecord) -> bool:
+def _send_datasets(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
+    """Make the record's pictures inputs of the run, unless they are."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    inputs = run.inputs.dataset_inputs if run.inputs is not None else []
+    there = {(entry.dataset.name, entry.dataset.digest) for entry in inputs}
+    new = [use for use in record.datasets if (use.name, use.digest) not in there]
+    if new:
+        client.log_inputs(
+            run.info.run_id,
+            [
+                DatasetInput(
+                    Dataset(
+                        name=use.name,
+                        digest=use.digest,
+                        source_type="local",
+                        source=json.dumps({"uri": use.source}),
+                        schema=json.dumps({"mlflow_colspec": _columns(use)}),
+                        profile=json.dumps(
+                            {
+                                "num_rows": use.pictures,
+                                "classes": use.classes,
+                                "shape": "x".join(map(str, use.shape)),
+                            }
+                        ),
+                    ),
+                    [InputTag(MLFLOW_DATASET_CONTEXT, use.context)],
+                )
+                for use in new
+            ],
+        )
+    return len(new)
+
+
+def _columns(use: DatasetUse) -> list[dict[str, str]]:
+    """The schema as MLflow's pages show it: a table of names and types."""
+    shape = " x ".join(map(str, use.shape))
+    return [
+        {"name": "picture", "type": f"uint8, {shape}"},
+        {"name": "label", "type": f"one of {use.classes} classes"},
+    ]
+
+
+def has_network(record: RunRecord) -> bool:
     """Whether the run left a trained network: a two-stage search finds only an architecture."""
     trains = record.kind == "retrain" or (record.kind == "search" and record.method == "one_stage")
     return trains and record.status == "FINISHED"
 
 
-def _model_version(
-    client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord
-) -> "tuple[ModelVersion, bool]":
-    """The run's version of a registered model, and whether it was made just now."""
-    found = client.search_model_versions(f"run_id = '{model.source_run_id}'")
-    there = [version for version in found if version.name == name]
-    if there:
-        return min(there, key=lambda version: int(version.version)), False
-    _create_registered_model(client, name)
-    version = client.create_model_version(
-        name,
-        # Not models:/ID, which a SQLite store looks up in the process's ambient store.
-        source=model.artifact_location,
-        run_id=model.source_run_id,
-        model_id=model.model_id,
-        tags={
-            "istanas.kind": record.kind,
-            "istanas.method": record.method,
-            "istanas.dataset": record.dataset,
-            **record.tags,
-        },
-        description=record.description[:DESCRIPTION_LENGTH],
-    )
-    return version, True
-
-
-def _create_registered_model(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    description = f"Networks trained by istanas; the alias {CANDIDATE} is the newest version."
-    try:
-        client.create_registered_model(name, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion") -> None:
-    """Note the version in the logged model, where MLflow's pages look for it; a server has done so by itself."""
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    if (version.name, str(version.version)) in {(note["name"], str(note["version"])) for note in noted}:
-        return
-    noted.append({"name": version.name, "version": version.version})
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(noted)})
-
-
-def _point_candidate(client: "MlflowClient", name: str) -> None:
-    """Set the alias on the newest version, whichever run that is of."""
-    for _ in range(3):  # another run may register between the look and the move
-        model = client.get_registered_model(name)
-        newest = str(max(int(version.version) for version in model.latest_versions))
-        if str(model.aliases.get(CANDIDATE)) == newest:
-            return
-        client.set_registered_model_alias(name, CANDIDATE, newest)
-
-
-def _default_loader() -> NetworkLoader:
+def _default_loader() -> registry.NetworkLoader:
     from pipeline.models import load_network
 
     return load_network
-
-
-def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
-    """Write the network in MLflow's layout, as an exported graph: loading it runs no pickled code."""
-    import mlflow.pytorch
-    import torch
-    from mlflow.models import Model, infer_signature
-
-    network, example = load_network(run_path)
-    network = network.cpu().eval()
-    pictures = example.detach().cpu().contiguous()
-    with torch.no_grad():
-        logits = network(pictures)
-        mlflow.pytorch.save_model(
-            network,
-            f"{scratch}/{MODEL_NAME}",
-            mlflow_model=Model(
-                run_id=logged.source_run_id,
-                artifact_path=logged.artifact_location,
-                model_uuid=logged.model_id,
-                model_id=logged.model_id,
-            ),
-            signature=infer_signature(pictures.numpy(), logits.numpy()),
-            input_example=pictures.numpy(),
-            # Named, because inferring them starts a second interpreter for half a minute.
-            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
-            serialization_format="pt2",
-        )
 
 
 def _say_once(message: str, *, about: str) -> None:

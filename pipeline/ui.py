@@ -1,6 +1,7 @@
 """MLflow's own user interface on a local store: one child process, one line with the address, Ctrl-C ends."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -15,16 +16,49 @@ from types import FrameType
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.tracking import artifact_root, public_uri, store_uri
+from pipeline.tracking import artifact_root, one_line, open_client, public_uri, sqlite_file, store_uri
+
+_LOG = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
-def announce_on_stdout(address: str, store: str) -> None:
+Announce = Callable[[str, str, str | None], None]  # (address, store, address of the newest run's page)
+
+
+def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None:
     """Say where the pages are: of a server, whose address is its store, or of ours."""
     note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
-    print(f"MLflow: {address} ({note})", flush=True)
+    lines = [f"MLflow: {address} ({note})"]
+    if newest_run is not None:
+        lines.append(f"newest run: {newest_run}")
+    print("\n".join(lines), flush=True)
+
+
+def newest_run(uri: str, address: str) -> str | None:
+    """The page of the run that was begun last, whichever experiment it is in; None if there is none, or no answer.
+
+    Args:
+        uri: the store, as `pipeline.tracking.store_uri` gives it; a SQLite file that does not exist is not made.
+        address: where its pages are.
+    """
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        return None
+    try:
+        client = open_client(uri)
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        found = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
+    except Exception as error:  # every store fails in its own way, and the pages may want a password
+        _LOG.warning(
+            "newest run: not known, MLflow store %s can't be read (%s)", public_uri(uri), one_line(error)
+        )
+        return None
+    if not found:
+        return None
+    info = found[0].info
+    return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
 
 
 def serve_ui(
@@ -32,7 +66,7 @@ def serve_ui(
     tracking_uri: str | None,
     host: str = "127.0.0.1",
     port: int = 5000,
-    announce: Callable[[str, str], None] = announce_on_stdout,
+    announce: Announce = announce_on_stdout,
 ) -> int:
     """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
 
@@ -41,7 +75,7 @@ def serve_ui(
             address is printed.
         host: the interface to listen on; the default is reachable from this machine only.
         port: the port to try first, 1..65535; the next free one is taken if it is in use.
-        announce: told the pages' address and the store, once they answer.
+        announce: told the pages' address, the store, and the newest run's page, once they answer.
 
     Returns:
         The exit code: 0 after Ctrl-C.
@@ -52,7 +86,8 @@ def serve_ui(
     """
     uri = store_uri(tracking_uri)
     if uri.startswith(("http://", "https://")):
-        announce(public_uri(uri), public_uri(uri))  # a server shows its pages itself
+        server_pages = public_uri(uri)  # a server shows its pages itself
+        announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
         return 0
     port = free_port(host, port)
     address = f"http://{host}:{port}"
@@ -62,8 +97,10 @@ def serve_ui(
         _server(uri, host, port, log) as server,
     ):
         try:
+            import mlflow  # noqa: F401  takes seconds, as the server does
+
             _wait_until_up(server, address, log)
-            announce(address, public_uri(uri))
+            announce(address, public_uri(uri), newest_run(uri, address))
             server.wait()
         except KeyboardInterrupt:
             return 0

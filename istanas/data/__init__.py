@@ -8,6 +8,7 @@ from istanas.data.datasets import (
     ImageDataset,
     Pictures,
     load_dataset,
+    pictures_digest,
     stratified_split,
     stratified_subset,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "cutout",
     "load_dataset",
     "normalize",
+    "pictures_digest",
     "random_crop",
     "random_flip",
     "stratified_split",

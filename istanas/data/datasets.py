@@ -190,6 +190,46 @@ def load_dataset(
     return DATASETS[name](request)
 
 
+def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[str]) -> str:
+    """BLAKE2 of some pictures of a split, with their labels and the names of the classes, in their order.
+
+    Args:
+        pictures: the split.
+        indices: (n,) int64, which of them.
+        class_names: one a label.
+
+    Returns:
+        Of decoded pictures the digest of their content, of files that of their names (class and file) and sizes:
+        64 hexadecimal digits, the same on every machine that holds the same pictures.
+
+    Raises:
+        DataError: if a file is gone.
+
+    Example:
+        >>> digits = load_dataset("digits")
+        >>> first = torch.arange(10)
+        >>> digest = pictures_digest(digits.train, first, digits.class_names)
+        >>> len(digest), digest == pictures_digest(digits.test, first, digits.class_names)
+        (64, False)
+    """
+    labels = pictures.labels[indices]
+    head = [list(class_names), labels.tolist()]
+    if isinstance(pictures, FilePictures):
+        files = [Path(pictures.paths[index]) for index in indices.tolist()]
+        try:
+            contents = [("/".join(file.parts[-2:]), file.stat().st_size) for file in files]
+        except OSError as error:
+            raise DataError(f"data.root: {error.filename} is gone ({_reason(error)}); restore it") from None
+        return hashlib.blake2b(
+            json.dumps([*head, pictures.image_size, contents]).encode(), digest_size=32
+        ).hexdigest()
+    # BLAKE2, because it is the fastest of the library's safe ones: 50,000 pictures of CIFAR-10 are 150 MB.
+    digest = hashlib.blake2b(json.dumps([*head, list(pictures.images.shape[1:])]).encode(), digest_size=32)
+    for chunk in indices.split(4096):  # a copy of all could be many GB
+        digest.update(pictures.images[chunk].contiguous().numpy().reshape(-1).data)
+    return digest.hexdigest()
+
+
 # ---------- stratified splits
 def stratified_split(labels: Tensor | Sequence[int], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split the indices in two, so that each class is split in the same proportion.

@@ -29,6 +29,7 @@ from pipeline.rundir import (
     LOCK_FILE,
     OWNER_FILE,
     RECORD_FILE,
+    DatasetUse,
     MetricsLine,
     RunDir,
     RunRecord,
@@ -160,6 +161,7 @@ def execute(
     describe: Callable[[list[Record]], str],
     fresh: bool,
     console: Console,
+    datasets: Callable[[Prepared], tuple[DatasetUse, ...]],
     tell: Callable[[list[Record]], None] | None = None,
     wait: float = 0,
 ) -> dict[str, Any]:
@@ -172,6 +174,7 @@ def execute(
         describe: one line for an epoch, from the history.
         fresh: start over, deleting what the run directory holds.
         console: for people.
+        datasets: the pictures that the job uses, from what was prepared.
         tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
             the run as it is, for others to close.
         wait: so many seconds for another process that works on the same run; -1: for ever.
@@ -198,7 +201,7 @@ def execute(
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
-        record = _open_record(run, spec)
+        record = _open_record(run, spec, datasets(prepared))
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         tracker.deliver()
         console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
@@ -370,10 +373,12 @@ def as_written(config: Config) -> Config:
     return config.model_copy(update={"tracking": tracking})
 
 
-def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
+def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunRecord:
     """The record of a new run, or the one of the run that goes on."""
     if run.exists():
-        record = dataclasses.replace(run.read(), status="RUNNING", ended_ms=None)
+        old = run.read()
+        tags = {**old.tags, **_common_tags(spec.config)}
+        record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=datasets)
     else:
         record = RunRecord(
             name=spec.name,
@@ -382,7 +387,7 @@ def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
             dataset=spec.config.data.name,
             key=new_key(),
             params=flat_params(spec.config, spec.sections),
-            tags=spec.tags,
+            tags={**_common_tags(spec.config), **spec.tags},
             description=spec.description,
             parent=spec.parent,
             status="RUNNING",
@@ -390,9 +395,15 @@ def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
             ended_ms=None,
             artifacts=(CONFIG_FILE,),
             result={},
+            datasets=datasets,
         )
     run.write(record)
     return record
+
+
+def _common_tags(config: Config) -> dict[str, str]:
+    """What every run is looked for by, beside what its record says."""
+    return {"istanas.seed": str(config.seed), "istanas.workers": str(config.runtime.workers)}
 
 
 def _clear(path: Path) -> None:

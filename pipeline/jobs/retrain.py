@@ -8,6 +8,7 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.space import Genotype
+from pipeline import summary
 from pipeline.cluster import Runtime
 from pipeline.config import run_hash
 from pipeline.epochs import Record
@@ -27,12 +28,12 @@ from pipeline.jobs.results import RetrainResult
 from pipeline.jobs.search import write_genotype
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.pictures import datasets_used
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
 from pipeline.worker import trained_network
 
 SECTIONS = ("data", "retrain")
-PICTURES = {"test": "test split", "valid": "hold-out"}
 
 
 def run_retrain(
@@ -93,20 +94,23 @@ def run_retrain(
             "macs": int(m["target/macs"]),
             "seconds": sum(record["seconds"] for record in history),
         }
-        description = (
-            f"Retraining on {dataset.name}, {len(history)} epochs.\n\n"
-            + "".join(f"- top-1 on the {PICTURES[s]}: {100 * value:.2f} %\n" for s, value in tops.items())
-            + f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
-            f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n"
-        )
         return Outcome(
             result=result,
             artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
             tags={},
-            description=description,
+            description=summary.of_retraining(dataset.name, len(history), result, genotype),
         )
 
-    result = execute(spec, prepare, body, describe=describe_epoch, fresh=fresh, console=console, wait=wait)
+    result = execute(
+        spec,
+        prepare,
+        body,
+        describe=describe_epoch,
+        fresh=fresh,
+        console=console,
+        datasets=lambda dataset: datasets_used(config, dataset, "retrain"),
+        wait=wait,
+    )
     return cast(RetrainResult, result)
 
 

@@ -17,6 +17,7 @@ from istanas.draw import save_freezing_figure, save_genotype_figures
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
+from pipeline import summary
 from pipeline.cluster import Runtime
 from pipeline.config import run_hash
 from pipeline.epochs import Record, build_one_stage
@@ -36,6 +37,7 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import OneStageResult, SearchResult
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.pictures import datasets_used
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, OneStageConfig
@@ -116,7 +118,16 @@ def run_search(
 
     one_stage = isinstance(config, OneStageConfig)
     describe = describe_one_stage_epoch if one_stage else describe_epoch
-    result = execute(spec, prepare, body, describe=describe, fresh=fresh, console=console, tell=tell)
+    result = execute(
+        spec,
+        prepare,
+        body,
+        describe=describe,
+        fresh=fresh,
+        console=console,
+        datasets=lambda dataset: datasets_used(config, dataset, "search"),
+        tell=tell,
+    )
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 
 
@@ -168,17 +179,11 @@ def _finish_two_stage(run: RunDir, history: list[Record], dataset: ImageDataset)
     genotype = _write_last_genotype(run, history)
     m = history[-1]["metrics"]
     result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
-    description = (
-        f"Two-stage search on {dataset.name}, {len(history)} epochs.\n\n"
-        f"- top-1 on the alpha half: {100 * m['valid/top1']:.2f} %\n"
-        f"- target network: {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
-        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n"
-    )
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, TRAJECTORY_FILE),
         tags={"istanas.genotype": genotype.digest()},
-        description=description,
+        description=summary.of_two_stage_search(dataset.name, len(history), result, genotype),
     )
 
 
@@ -201,23 +206,6 @@ def _finish_one_stage(
         "rejected": int(m["arch/rejected"]),
         "frozen": frozen,
     }
-    rows = "\n".join(
-        f"| {f['cell']} {f['node']} | {f['epoch']} | {f['reason']} |"
-        for f in sorted(frozen, key=lambda f: (f["cell"], f["node"]))
-    )
-    tested = (
-        f"- test top-1 of the absorbed network: {100 * m['test/top1']:.2f} % of {len(dataset.test):,} pictures\n"
-        if "test/top1" in m
-        else ""
-    )
-    description = (
-        f"One-stage search on {dataset.name}: {count(search_epochs, 'epoch')} of search, "
-        f"{len(history) - search_epochs} of training.\n\n"
-        f"{tested}- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
-        f"- architectures rejected by the limits: {result['rejected']}\n"
-        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n\n"
-        f"| node | frozen after epoch | reason |\n|---|---|---|\n{rows}\n"
-    )
     return Outcome(
         result=result,
         artifacts=(
@@ -230,7 +218,7 @@ def _finish_one_stage(
             WEIGHTS_FILE,
         ),
         tags={"istanas.genotype": genotype.digest()},
-        description=description,
+        description=summary.of_one_stage_search(dataset.name, result, genotype),
     )
 
 

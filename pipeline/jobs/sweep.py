@@ -21,6 +21,7 @@ from istanas.data import ImageDataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
 from istanas.training import derive_seed
+from pipeline import summary
 from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
 from pipeline.config import known_methods, run_hash, to_yaml, value_at, with_settings
 from pipeline.jobs.job import (
@@ -41,9 +42,9 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
-from pipeline.pictures import check_fit
+from pipeline.pictures import check_fit, datasets_used
 from pipeline.resources import Node, count, workers_that_fit
-from pipeline.rundir import MetricsLine, RunDir, atomic_write
+from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config
 from pipeline.searcher import StudySearcher, first_settings, make_scheduler
 from pipeline.study import (
@@ -188,18 +189,18 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
     """
     spec = sweep_spec(config, name)
 
-    def prepare() -> tuple[Plan, Study]:
-        check_sweep(config, console)
+    def prepare() -> tuple[Plan, Study, ImageDataset]:
+        dataset = check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
         nodes = cluster_nodes()
         plan = plan_trials(config, nodes)
         if len(nodes) > 1:
             check_shared(spec.path.absolute())
-        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
+        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path), dataset
 
-    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
-        plan, study = prepared
+    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study, ImageDataset]) -> Outcome:
+        plan, study, _ = prepared
         observer.note(str(plan))
         trials = _Trials(config, plan, run, study, observer)
         try:
@@ -215,12 +216,30 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
             trials.leave()
         return outcome
 
-    result = execute(spec, prepare, body, describe=lambda _: "", fresh=fresh, console=console)
+    result = execute(
+        spec,
+        prepare,
+        body,
+        describe=lambda _: "",
+        fresh=fresh,
+        console=console,
+        datasets=lambda prepared: _datasets(config, prepared[-1]),
+    )
     return cast(SweepResult, result)
 
 
-def check_sweep(config: Config, console: Console) -> None:
+def _datasets(config: Config, dataset: ImageDataset) -> tuple[DatasetUse, ...]:
+    """The pictures that all trials may use; none are the same for all if the split itself is swept."""
+    if any(key == "seed" or key.startswith("data.") for key in sweep_of(config).space):
+        return ()
+    return datasets_used(config, dataset, "sweep")
+
+
+def check_sweep(config: Config, console: Console) -> ImageDataset:
     """Refuse before anything starts what no trial, or not every trial, could be.
+
+    Returns:
+        The data set.
 
     Raises:
         ConfigError: one line per mistake.
@@ -240,6 +259,7 @@ def check_sweep(config: Config, console: Console) -> None:
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
     dataset = prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
     check_space_fits(config, dataset, jobs)
+    return dataset
 
 
 def check_space_fits(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
@@ -557,7 +577,13 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
             f"{BEST}/{GENOTYPE_FILE}",
         ),
         tags={"istanas.genotype": genotype.digest()},
-        description=_description(config, result, genotype, PAGE_FILE in figures),
+        description=summary.of_sweep(
+            config.data.name,
+            {key: str(parameter) for key, parameter in sweep.space.items()},
+            result,
+            genotype,
+            files=(TABLE_FILE, *(file for file in figures if file == PAGE_FILE)),
+        ),
     )
 
 
@@ -567,31 +593,3 @@ def _write_best(config: Config, folder: Path, settings: Settings, genotype: Geno
     best = best.model_copy(update={"data": best.data.model_copy(update={"holdout": 0.0})})
     atomic_write(folder / CONFIG_FILE, to_yaml(as_written(best)))
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
-
-
-def _description(config: Config, result: dict[str, Any], genotype: Genotype, page: bool) -> str:
-    sweep = sweep_of(config)
-    settings = result["settings"]
-    rows = "\n".join(f"| {key} | {p} | {settings.get(key, '')} |" for key, p in sweep.space.items())
-    retrained = ""
-    if "retrained_top1" in result:
-        tau = result["kendall_tau"]
-        shown = "not defined" if tau is None else f"{tau:.2f}"
-        retrained = (
-            f"- top-1 on the hold-out after retraining: {100 * result['retrained_top1']:.2f} %\n"
-            f"- Kendall's tau of top-1 in search and after retraining: {shown}\n"
-        )
-    return (
-        f"Sweep on {config.data.name}: {count(result['trials'], 'trial')}, {result['complete']} finished, "
-        f"{result['pruned']} stopped early, {result['failed']} failed; {result['epochs']} epochs.\n\n"
-        f"Best is trial {result['best_trial']}:\n\n"
-        f"- top-1 in search: {100 * result['valid_top1']:.2f} %\n{retrained}"
-        f"- {result['params']:,} parameters, {result['macs']:,} multiply-adds\n"
-        f"- digest `{genotype.digest()[:12]}`\n\n```\n{genotype}\n```\n\n"
-        f"| key | space | best |\n|---|---|---|\n{rows}\n\n"
-        + (
-            f"All trials: `{TABLE_FILE}`; figures: `{PAGE_FILE}`.\n"
-            if page
-            else f"All trials: `{TABLE_FILE}`.\n"
-        )
-    )

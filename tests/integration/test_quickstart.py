@@ -138,6 +138,18 @@ def test_mlflow_has_both_runs_parent_and_child(quickstart: dict[str, Any], clien
         assert run.data.tags["istanas.genotype"] == result["digest"]
         assert run.data.params["seed"] == "0"
     assert search.data.params["search.epochs"] == str(quickstart["config"].search.epochs)
+    for run, numbers in (
+        (search, {"training": 719, "alphas": 719}),
+        (retrain, {"training": 1438, "test": 359}),
+    ):
+        inputs = {tag.value: entry.dataset for entry in run.inputs.dataset_inputs for tag in entry.tags}
+        assert {context: json.loads(data.profile)["num_rows"] for context, data in inputs.items()} == numbers
+        assert {data.name for data in inputs.values()} == {"digits"}
+    (output,) = retrain.outputs.model_outputs
+    figures = {metric.key: metric.value for metric in client.get_logged_model(output.model_id).metrics}
+    assert figures["test/top1"] == result["test_top1"]
+    version = client.get_model_version_by_alias("istanas-digits", "candidate")
+    assert version.tags["istanas.search_run"] == search.info.run_id
     assert retrain.data.metrics["test/top1"] == result["test_top1"]
 
 

@@ -35,6 +35,7 @@ COMMANDS = (
     "sweep",
     "sync",
     "profile",
+    "promote",
 )
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
@@ -135,6 +136,9 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["search", "extra"], "extra"),
         (["retrain"], "--genotype"),
         (["sync"], "RUN"),
+        (["promote"], "RUN"),
+        (["promote", "nothing"], "nothing"),
+        (["promote", "nothing", "--metric", "top1"], "valid/top1"),
         (["draw"], "FILE"),
         (["search", "--set"], "--set"),
         (["ui", "--port", "http"], "http"),

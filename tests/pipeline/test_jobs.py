@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 from rich.console import Console
@@ -151,7 +152,7 @@ def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
     assert {"network.json", "model.safetensors", "genotype.json", "config.yaml"} <= set(record.artifacts)
     assert all((path / name).stat().st_size > 0 for name in record.artifacts)
     assert not (path / "trajectory.csv").exists()
-    assert record.tags == {"istanas.genotype": GENOTYPE.digest()}
+    assert record.tags["istanas.genotype"] == GENOTYPE.digest()
     assert result["digest"] == GENOTYPE.digest()
     assert result["test_top1"] == RunDir(path).metrics()[-1].metrics["test/top1"]
 
@@ -163,6 +164,34 @@ def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
     logits = net(normalize(digits.test.images, digits.mean, digits.std))
     top1 = (logits.argmax(1) == digits.test.labels).double().mean().item()
     assert top1 == pytest.approx(result["test_top1"], abs=1e-12)
+
+
+def test_a_run_says_which_pictures_it_used(job: Job) -> None:
+    from istanas.data import load_dataset, pictures_digest
+
+    result = job("run", "data.holdout=0.1")
+    digits = load_dataset("digits")
+    search, retrain = (
+        {use.context: use for use in RunDir(result[key]).read().datasets}
+        for key in ("run_dir", "retrain_run_dir")
+    )
+    assert {context: use.pictures for context, use in search.items()} == {"training": 100, "alphas": 100}
+    numbers = {"training": 1294, "hold-out": 144, "test": 359}
+    assert {context: use.pictures for context, use in retrain.items()} == numbers
+    assert len({use.digest for use in (*search.values(), *retrain.values())}) == 5
+    for use in (*search.values(), *retrain.values()):
+        assert (use.name, use.classes, use.shape, len(use.digest)) == ("digits", 10, (1, 8, 8), 16)
+    every = torch.arange(len(digits.test))
+    assert pictures_digest(digits.test, every, digits.class_names).startswith(retrain["test"].digest)
+    again = job("retrain", "data.holdout=0.1", "retrain.epochs=1", "seed=1")
+    other = {use.context: use.digest for use in RunDir(again["run_dir"]).read().datasets}
+    assert other["test"] == retrain["test"].digest, "the same for every seed"
+    assert other["hold-out"] != retrain["hold-out"].digest
+
+
+def test_a_run_is_found_by_its_seed_and_workers(job: Job) -> None:
+    record = RunDir(job("search", "seed=3")["run_dir"]).read()
+    assert {"istanas.seed": "3", "istanas.workers": "0"}.items() <= record.tags.items()
 
 
 def test_a_whole_run_has_one_lineage(job: Job) -> None:

@@ -157,6 +157,24 @@ def test_a_retraining_passes_its_search_on(runs_dir: Path) -> None:
     assert found == (FOUND, parent)
 
 
+def test_the_best_of_a_sweep_belongs_to_the_trial_that_found_it(runs_dir: Path, tmp_path: Path) -> None:
+    sweep = make_run(runs_dir / "sweep", name="sweep", kind="sweep")
+    trial = make_run(sweep.path / "trial-0001", name="trial-0001", parent=str(sweep.path))
+    best = sweep.path / "best"
+    best.mkdir()
+    shutil.copy(sweep.path / "genotype.json", best)
+
+    def parent(ref: str) -> str | None:
+        return resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)[1]
+
+    references = ("sweep", str(sweep.path), str(best / "genotype.json"), str(sweep.path / "genotype.json"))
+    assert {parent(ref) for ref in references} == {str(sweep.path)}  # it does not know its best trial yet
+    sweep.write(dataclasses.replace(sweep.read(), result={"best_run_dir": "/elsewhere/sweep/trial-0001"}))
+    assert {parent(ref) for ref in references} == {str(trial.path)}
+    (best / "genotype.json").write_text(random_genotype(0, CellSpace()).to_json())  # edited by hand
+    assert parent(str(best / "genotype.json")) is None
+
+
 @pytest.mark.parametrize("ref", ["random:", "random:-1", "random:x", "random:1.5", "random:" + "9" * 40])
 def test_a_random_genotype_needs_a_seed(ref: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not random:SEED"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import CheckpointError, ConfigError
-from pipeline.rundir import MetricsLine, RunDir, RunRecord, atomic_write, new_key
+from pipeline.rundir import DatasetUse, MetricsLine, RunDir, RunRecord, atomic_write, new_key
 
 RECORD = RunRecord(
     name="digits_quickstart-search",
@@ -49,6 +49,27 @@ def test_key_is_made_once_when_empty(tmp_path: Path) -> None:
     assert int(first, 16) >= 0
     run.write(dataclasses.replace(RECORD, key="", status="FINISHED"))
     assert (run.read().key, run.read().status) == (first, "FINISHED")
+
+
+def test_record_with_pictures_comes_back(tmp_path: Path) -> None:
+    alphas, test = (
+        DatasetUse("digits", context, 16 * "0", "here", 719, classes=10, shape=(1, 8, 8))
+        for context in ("alphas", "test")
+    )
+    record = dataclasses.replace(RECORD, datasets=(alphas, test))
+    RunDir(tmp_path).write(record)
+    assert RunDir(tmp_path).read() == record
+    assert record.measured_on("valid/top1") == alphas
+    assert record.measured_on("test/loss") == test
+    assert record.measured_on("train/loss") is None
+    assert record.measured_on("target/params") is None
+
+
+def test_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    data = dataclasses.asdict(RECORD)
+    del data["datasets"]
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert RunDir(tmp_path).read() == RECORD
 
 
 def test_record_of_a_later_version_is_read(tmp_path: Path) -> None:

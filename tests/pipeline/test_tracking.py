@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import Dataset
 
 from istanas.errors import CheckpointError
 from pipeline import tracking
-from pipeline.rundir import RunDir, RunRecord, new_key
+from pipeline.rundir import DatasetUse, RunDir, RunRecord, new_key
 from pipeline.tracking import (
     MLflowTracker,
     NullTracker,
@@ -51,6 +52,15 @@ RECORD = RunRecord(
     result={},
 )
 EXPERIMENT = "tests"
+TRAINING, ALPHAS, HOLDOUT, TEST = (
+    DatasetUse("digits", context, 16 * digit, "a place", pictures, classes=10, shape=(1, 8, 8))
+    for context, digit, pictures in (
+        ("training", "a", 719),
+        ("alphas", "b", 719),
+        ("hold-out", "c", 144),
+        ("test", "d", 359),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +114,11 @@ def runs_of(client: MlflowClient, run: RunDir) -> list[str]:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`istanas.key` = '{run.read().key}'")
     return [entity.info.run_id for entity in found]
+
+
+def picture(run_id: str) -> str:
+    """The normal cell as a description shows it."""
+    return f"![normal cell](get-artifact?path=cells/normal.svg&run_uuid={run_id})"
 
 
 def test_store_uri_prefers_the_argument(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -169,7 +184,7 @@ def test_a_run_from_its_first_epoch_to_its_end(
         "istanas.key": run.read().key,
         "istanas.run_dir": str(run.path),
         "istanas.genotype": "0123abcd",
-        "mlflow.note.content": "# Found\n\na cell",
+        "mlflow.note.content": f"# Found\n\na cell\n\n{picture(run_id)}",
     }
     assert wanted.items() <= entity.data.tags.items()
     assert history(client, run_id, "train/loss") == [(1, 1000, 1.0), (2, 2000, 0.5), (3, 3000, 1 / 3)]
@@ -432,12 +447,14 @@ def test_one_stage_search_is_a_version_in_the_registry(
     client = open_client(store)
     version = client.get_model_version_by_alias("istanas-fashion", "candidate")
     assert (int(version.version), version.run_id, version.status) == (1, sent.run_id, "READY")
-    assert version.description == "# Found\n\na cell"
+    page = f"#/experiments/{client.get_run(sent.run_id).info.experiment_id}/runs/{sent.run_id}"
+    assert version.description == f"# Found\n\nOf [search one]({page}).\n\na cell\n\n{picture(sent.run_id)}"
     assert version.tags == {
         "istanas.kind": "search",
         "istanas.method": "one_stage",
         "istanas.dataset": "fashion",
         "istanas.genotype": "0123abcd",
+        "istanas.search_run": sent.run_id,
     }
     (output,) = client.get_run(sent.run_id).outputs.model_outputs
     model = client.get_logged_model(output.model_id)
@@ -462,6 +479,126 @@ def test_one_stage_search_is_a_version_in_the_registry(
     assert len(json.loads(model.tags["mlflow.modelVersions"])) == 1
 
 
+def inputs_of(client: MlflowClient, run_id: str) -> dict[str, Dataset]:
+    """Context -> data set of a run's inputs."""
+    entries = client.get_run(run_id).inputs.dataset_inputs
+    found = {tag.value: entry.dataset for entry in entries for tag in entry.tags}
+    assert len(found) == len(entries)
+    return found
+
+
+def test_pictures_are_inputs_of_the_run_once(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run", datasets=(TRAINING, ALPHAS))
+    assert [delivered(tracker_of(run, store)).datasets for _ in range(2)] == [2, 0]
+    run.write(dataclasses.replace(run.read(), datasets=(TRAINING, ALPHAS, TEST)))  # of a later sitting
+    end_run(run)
+    sent = delivered(tracker_of(run, store))
+    assert sent.datasets == 1
+    client = open_client(store)
+    inputs = inputs_of(client, sent.run_id)
+    assert {context: (data.name, data.digest) for context, data in inputs.items()} == {
+        "training": ("digits", 16 * "a"),
+        "alphas": ("digits", 16 * "b"),
+        "test": ("digits", 16 * "d"),
+    }
+    assert json.loads(inputs["test"].profile) == {"num_rows": 359, "classes": 10, "shape": "1x8x8"}
+    assert json.loads(inputs["test"].source) == {"uri": "a place"}
+    # Another run on the same pictures shares them.
+    other = delivered(tracker_of(make_run(tmp_path / "other", datasets=(TEST,)), store))
+    assert inputs_of(client, other.run_id).keys() == {"test"}
+    experiment = client.get_run(sent.run_id).info.experiment_id
+    found = client.search_runs([experiment], f"dataset.digest = '{16 * 'd'}'")
+    assert {entity.info.run_id for entity in found} == {sent.run_id, other.run_id}
+
+
+def test_a_record_from_before_there_were_inputs_is_delivered(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run")
+    data = json.loads((run.path / "run.json").read_text())
+    del data["datasets"]
+    (run.path / "run.json").write_text(json.dumps(data))
+    sent = delivered(tracker_of(run, store))
+    assert sent.datasets == 0
+    assert open_client(store).get_run(sent.run_id).inputs.dataset_inputs == []
+
+
+def test_a_model_has_the_last_figures_of_its_run_and_their_pictures(tmp_path: Path, store: str) -> None:
+    run = make_run(tmp_path / "run", method="one_stage", datasets=(TRAINING, HOLDOUT, TEST))
+    figures = {"test/top1": 0.875, "test/loss": 0.5, "target/params": 1234.0, "images_per_second": 9.0}
+    run.append_metrics(3, {"train/loss": 0.25, "valid/top1": 0.75, **figures}, 3000)
+    save_small_network(run.path)
+    assert delivered(tracker_of(run, store)).metrics == 10  # while it runs
+    end_run(run)
+    sent = delivered(registering(run, store, "figures"))
+    client = open_client(store)
+    (output,) = client.get_run(sent.run_id).outputs.model_outputs
+
+    def of_the_model() -> dict[str, tuple[float, int, str | None]]:
+        metrics = client.get_logged_model(output.model_id).metrics
+        assert metrics is not None
+        found = {metric.key: (metric.value, metric.step, metric.dataset_digest) for metric in metrics}
+        assert len(found) == len(metrics)
+        return found
+
+    expected = {
+        "train/loss": (0.25, 3, 16 * "a"),
+        "valid/top1": (0.75, 3, 16 * "c"),
+        "test/top1": (0.875, 3, 16 * "d"),
+        "test/loss": (0.5, 3, 16 * "d"),
+        "target/params": (1234.0, 3, None),
+    }
+    assert of_the_model() == expected
+    assert delivered(registering(run, store, "figures")).model is False
+    assert of_the_model() == expected
+    assert history(client, sent.run_id, "train/loss") == [(1, 1000, 1.0), (2, 2000, 0.5), (3, 3000, 0.25)]
+    assert history(client, sent.run_id, "test/top1") == [(3, 3000, 0.875)]
+    (model,) = client.search_logged_models(
+        [client.get_run(sent.run_id).info.experiment_id],
+        "metrics.`test/top1` > 0.8",
+        datasets=[{"dataset_name": "digits", "dataset_digest": 16 * "d"}],
+    )
+    assert model.model_id == output.model_id
+
+
+def test_one_clicks_from_a_version_to_its_retraining_search_and_sweep(tmp_path: Path, store: str) -> None:
+    sweep = make_run(tmp_path / "sweep", kind="sweep", name="the_sweep")
+    search = make_run(tmp_path / "search", name="the [search]", parent=str(sweep.path))
+    pictures = ("cells/normal.png", "cells/normal.svg")
+    retrain = trained_run(
+        tmp_path / "retrain", kind="retrain", parent=str(search.path), artifacts=pictures, description="Text."
+    )
+    (retrain.path / "cells" / "normal.png").write_bytes(b"a picture")
+    sent = delivered(registering(retrain, store, "clicks"))
+    client = open_client(store)
+    ids = {run: str(tracker_of(run, store).run_id) for run in (sweep, search)}
+    experiment = client.get_run(sent.run_id).info.experiment_id
+    to_retrain, to_search, to_sweep = (
+        f"[{text}](#/experiments/{experiment}/runs/{run_id})"
+        for text, run_id in (
+            ("retraining retrain", sent.run_id),
+            ("search the \\[search\\]", ids[search]),
+            ("sweep the\\_sweep", ids[sweep]),
+        )
+    )
+    tags = client.get_run(sent.run_id).data.tags
+    assert tags["mlflow.note.content"] == f"Text.\n\nOf {to_search}, {to_sweep}.\n\n{picture(sent.run_id)}"
+    above = {"istanas.search_run": ids[search], "istanas.sweep_run": ids[sweep]}
+    assert above.items() <= tags.items()
+
+    page = f"Text.\n\nOf {to_retrain}, {to_search}, {to_sweep}.\n\n{picture(sent.run_id)}"
+    version = client.get_model_version("clicks", "1")
+    assert version.description == page
+    assert {"istanas.retrain_run": sent.run_id, **above}.items() <= version.tags.items()
+    (output,) = client.get_run(sent.run_id).outputs.model_outputs
+    model_tags = client.get_logged_model(output.model_id).tags
+    assert {
+        "mlflow.note.content": page,
+        "istanas.retrain_run": sent.run_id,
+        **above,
+    }.items() <= model_tags.items()
+    under = client.search_runs([experiment], f"tags.`istanas.sweep_run` = '{ids[sweep]}'")
+    assert {entity.info.run_id for entity in under} == {ids[search], sent.run_id}
+
+
 def test_only_a_finished_run_with_a_network_has_a_model(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -478,8 +615,9 @@ def test_only_a_finished_run_with_a_network_has_a_model(
 def test_killed_anywhere_a_run_is_registered_once(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trained_run(tmp_path / "one")
+    run = trained_run(tmp_path / "one", datasets=(TRAINING, TEST))
     steps = (  # in the order in which they are taken
+        "log_inputs",
         "finalize_logged_model",
         "log_outputs",
         "create_registered_model",
@@ -511,6 +649,8 @@ def test_killed_anywhere_a_run_is_registered_once(
         [entity.info.experiment_id], f"source_run_id = '{run_id}' AND name = 'model'"
     )
     assert model.model_id == output.model_id
+    assert sorted(metric.key for metric in model.metrics) == ["train/loss", "valid/top1"]
+    assert len(entity.inputs.dataset_inputs) == 2
     assert [note["name"] for note in json.loads(model.tags["mlflow.modelVersions"])] == ["killed"]
 
 
@@ -565,6 +705,17 @@ def test_moved_run_directories_keep_their_lineage(tmp_path: Path, store: str) ->
     assert tracker.deliver()
     tags = open_client(store).get_run(str(tracker.run_id)).data.tags
     assert tags["mlflow.parentRunId"] == tracker_of(search, store).run_id
+
+
+def test_a_search_that_was_deleted_for_good_does_not_stop_its_retraining(tmp_path: Path, store: str) -> None:
+    retrain = make_run(tmp_path / "retrain", kind="retrain")
+    tracker = tracker_of(retrain, store)
+    assert tracker.deliver()
+    client = open_client(store)
+    client.set_tag(str(tracker.run_id), "mlflow.parentRunId", 32 * "0")
+    end_run(retrain)
+    assert tracker.deliver()
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
 
 
 def test_damaged_search_does_not_stop_its_retraining(

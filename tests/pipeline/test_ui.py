@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from istanas.errors import ConfigError
-from pipeline.ui import free_port, serve_ui
+from pipeline.tracking import open_client
+from pipeline.ui import free_port, newest_run, serve_ui
+from tests.pipeline.test_cli import unignore_sigint
 
 
 @contextlib.contextmanager
@@ -27,6 +29,10 @@ def taken_port() -> Iterator[int]:
 
 
 def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
+    client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("one")
+    newest = client.create_run(client.create_experiment("two"), start_time=2000)
+    client.create_run(experiment, start_time=1000)
     script = f"""
         import sys
         from pipeline.ui import serve_ui
@@ -34,12 +40,16 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
     """
     with taken_port() as taken:
         command = [sys.executable, "-c", textwrap.dedent(script), str(taken)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=unignore_sigint
+        ) as child:
             assert child.stdout is not None
             line = child.stdout.readline()
             found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             assert found, line + child.communicate()[1]
             assert int(found[1]) > taken
+            page = f"#/experiments/{newest.info.experiment_id}/runs/{newest.info.run_id}"
+            assert child.stdout.readline() == f"newest run: {found[0]}/{page}\n"
             with urllib.request.urlopen(found[0], timeout=30) as answer:
                 assert b"MLflow" in answer.read()
             family = psutil.Process(child.pid).children(recursive=True)
@@ -53,10 +63,26 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
         urllib.request.urlopen(found[0], timeout=5)
 
 
-def test_a_server_that_runs_already_is_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve_ui(tracking_uri="http://me:secret@host:5000") == 0
+def test_a_server_that_runs_already_is_pointed_at(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with taken_port() as port:
+        pass
+    assert serve_ui(tracking_uri=f"http://me:secret@127.0.0.1:{port}") == 0
     out = capsys.readouterr().out
-    assert out == "MLflow: http://host:5000 (it runs already)\n"
+    assert out == f"MLflow: http://127.0.0.1:{port} (it runs already)\n"
+    assert "newest run: not known" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_an_empty_store_has_no_newest_run(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert newest_run(uri, "http://here") is None
+    assert list(tmp_path.iterdir()) == [], "looking makes no store"
+    client = open_client(uri)
+    assert newest_run(uri, "http://here") is None
+    client.delete_run(client.create_run("0").info.run_id)
+    assert newest_run(uri, "http://here") is None
 
 
 def test_free_port() -> None:

@@ -18,7 +18,7 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, SVHN
 
-from istanas.data import DATASETS, ArrayPictures, FilePictures, ImageDataset, load_dataset
+from istanas.data import DATASETS, ArrayPictures, FilePictures, ImageDataset, load_dataset, pictures_digest
 from istanas.data import datasets as module
 from istanas.errors import ConfigError, DataError
 
@@ -256,6 +256,37 @@ def test_equal_folders_have_equal_digests_and_others_do_not(
     assert load(copy).digest == wanted
     save(copy / "train" / "ant" / "0.png", pixels(10, 12, 3, seed=999))
     assert load(copy).digest != wanted
+
+
+def test_a_part_has_a_digest_of_its_own_pictures(folder: Path, load: Callable[..., ImageDataset]) -> None:
+    def digests(size: int | None) -> list[str]:
+        dataset = load(folder, image_size=size)
+        first, rest, everything = (
+            torch.arange(3),
+            torch.arange(3, len(dataset.train)),
+            torch.arange(len(dataset.test)),
+        )
+        return [
+            pictures_digest(pictures, indices, dataset.class_names)
+            for pictures, indices in (
+                (dataset.train, first),
+                (dataset.train, first.flip(0)),
+                (dataset.train, rest),
+                (dataset.test, everything),
+            )
+        ]
+
+    for size in (8, 96):  # decoded, and from the files
+        before = digests(size)
+        assert len(set(before)) == 4
+        assert digests(size) == before
+        save(folder / "test" / "ant" / "0.png", pixels(12, 12 + size, 3, seed=998))
+        after = digests(size)
+        assert after[:3] == before[:3], "other test pictures do not touch the training pictures"
+        assert after[3] != before[3]
+    labels = load(folder, image_size=8)
+    swapped = pictures_digest(labels.train, torch.arange(3), labels.class_names[::-1])
+    assert swapped != digests(8)[0], "what the labels mean counts too"
 
 
 def test_a_grey_folder_has_one_channel_and_one_colour_picture_makes_it_three(

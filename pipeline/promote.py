@@ -1,0 +1,240 @@
+"""Which version of a registered model is the champion: the alias moves to a better one on the same pictures."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from istanas.errors import ConfigError
+from pipeline.registry import CHAMPION, registered_name
+from pipeline.rundir import RunDir, RunRecord, contexts_of
+from pipeline.tracking import (
+    MLflowTracker,
+    database_lock,
+    has_network,
+    one_line,
+    open_client,
+    public_uri,
+    sqlite_file,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from pipeline.schema import TrackingSettings
+
+HIGHER = ("valid/top1", "test/top1")
+LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")
+METRICS = (*HIGHER, *LOWER)
+DEFAULT_METRIC = "valid/top1"
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a promotion.
+
+    Args:
+        champion: whether the run's version is the champion now.
+        moved: whether it was not before.
+        registered_model, version: what the run's network is.
+        metric, value: by what it was chosen; None if the run has no such figure.
+        before, before_value: the champion's version before, and its figure; None if there was none.
+        reason: all that as a sentence.
+    """
+
+    champion: bool
+    moved: bool
+    registered_model: str
+    version: int
+    metric: str
+    value: float | None
+    before: int | None
+    before_value: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A run's figure, and the pictures that it was measured on: (data set, digest), digest None where it needs none."""
+
+    value: float | None
+    pictures: tuple[str, str | None] | None
+
+
+def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bool = False) -> Promotion:
+    """Make a run's version the champion of its registered model, if it is better, or there is none, or by force.
+
+    Args:
+        run: a run that left a network.
+        tracking: the store, and the registered model's name.
+        metric: one of `METRICS`; top-1 is better if higher, everything else if lower, and equal is not better.
+        force: whatever the figures are.
+
+    Returns:
+        What became of it.
+
+    Raises:
+        ConfigError: the run has no version, or its figure and the champion's can't be compared.
+    """
+    record = run.read()
+    tracker = MLflowTracker(run, tracking_uri=tracking.uri, experiment=tracking.experiment)
+    name = registered_name(tracking.registered_model, record.dataset)
+    with _usable(tracker.tracking_uri):
+        if tracker.run_id is None or not _exists(tracker.tracking_uri):
+            raise _no_version(run, record, tracking)
+        client = open_client(tracker.tracking_uri)
+        with database_lock(tracker.tracking_uri):  # of two promotions at once, the second sees the first
+            version = _version(client, tracker.run_id, name)
+            if version is None:
+                raise _no_version(run, record, tracking)
+            return _promote(client, version, metric, force)
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether a figure beats another.
+
+    Example:
+        >>> is_better("test/top1", 0.9, 0.8), is_better("target/params", 9, 8), is_better("test/loss", 1, 1)
+        (True, False, False)
+    """
+    return value > than if metric in HIGHER else value < than
+
+
+def _promote(client: "MlflowClient", version: "ModelVersion", metric: str, force: bool) -> Promotion:
+    name, number = version.name, int(version.version)
+    alias = client.get_registered_model(name).aliases.get(CHAMPION)
+    before = None if alias is None else client.get_model_version(name, str(alias))
+    mine = _figure(client, version, metric)
+    theirs = None if before is None else _figure(client, before, metric)
+    shown = f"{metric} {_shown(mine.value)}"
+    moves = True
+    if before is None or theirs is None:
+        reason = "there was no champion" if mine.value is None else f"{shown}; there was no champion"
+    elif int(before.version) == number:
+        moves, reason = False, f"{shown}; it was the champion before"
+    else:
+        against = f"{shown} against {_shown(theirs.value)} of version {before.version}"
+        if not force:
+            value, than = _comparable(metric, number, mine, int(before.version), theirs)
+            moves = is_better(metric, value, than)
+        reason = against + (", by force" if force else "" if moves else ": not better")
+    if moves:
+        client.set_registered_model_alias(name, CHAMPION, str(number))
+        client.set_model_version_tag(name, str(number), "istanas.promoted", reason)
+        if before is not None:
+            client.set_model_version_tag(name, str(number), "istanas.champion_before", str(before.version))
+    return Promotion(
+        champion=moves or (before is not None and int(before.version) == number),
+        moved=moves,
+        registered_model=name,
+        version=number,
+        metric=metric,
+        value=mine.value,
+        before=None if before is None else int(before.version),
+        before_value=None if theirs is None else theirs.value,
+        reason=reason,
+    )
+
+
+def _comparable(metric: str, number: int, mine: _Figure, before: int, theirs: _Figure) -> tuple[float, float]:
+    """The two figures, if they are of the same pictures."""
+    if mine.value is None:
+        hint = (
+            "train it with data.holdout above 0, name another --metric"
+            if metric.startswith("valid")
+            else "name another --metric"
+        )
+        raise ConfigError(f"metric {metric}: version {number} has none: {hint}, or use --force")
+    if theirs.value is None:
+        raise ConfigError(
+            f"metric {metric}: the champion, version {before}, has none: name another --metric, or use --force"
+        )
+    if mine.pictures is None or theirs.pictures is None or mine.pictures != theirs.pictures:
+        raise ConfigError(
+            f"metric {metric}: version {number} is measured on {_named(mine)}, the champion, version {before}, on "
+            f"{_named(theirs)}: not to be compared; use the same data (and for valid the same seed and data.holdout), "
+            "or --force"
+        )
+    return mine.value, theirs.value
+
+
+def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Figure:
+    """A version's figure, as its run in the store has it."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    if version.run_id is None:  # registered by hand
+        return _Figure(None, None)
+    try:
+        run = client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return _Figure(None, None)  # the run was deleted for good
+    contexts = contexts_of(metric)
+    pictures: dict[str, tuple[str, str | None]] = {
+        tag.value: (entry.dataset.name, entry.dataset.digest)
+        for entry in (run.inputs.dataset_inputs if run.inputs is not None else ())
+        for tag in entry.tags
+        if tag.key == MLFLOW_DATASET_CONTEXT
+    }
+    found = next((pictures[context] for context in contexts if context in pictures), None)
+    if not contexts:
+        found = (run.data.tags.get("istanas.dataset", ""), None)
+    return _Figure(run.data.metrics.get(metric), found)
+
+
+def _version(client: "MlflowClient", run_id: str, name: str) -> "ModelVersion | None":
+    """The run's newest version of the registered model."""
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    mine = [version for version in found if version.name == name]
+    if found and not mine:
+        raise ConfigError(
+            f"tracking.registered_model is {name}: the run is a version of {found[0].name}, set that name"
+        )
+    return max(mine, key=lambda version: int(version.version), default=None)
+
+
+def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") -> ConfigError:
+    """Why a run has no version in the registry, and what to do about it."""
+    if record.kind == "sweep" or (record.kind == "search" and record.method == "two_stage"):
+        remedy = (
+            "it found an architecture and has no network: name its retraining, or make one with istanas retrain "
+            f"--genotype {run.path}"
+        )
+    elif not has_network(record):
+        remedy = f"it is {record.status}: the command that began it goes on"
+    elif not tracking.models:
+        remedy = f"tracking.models is false: istanas sync {run.path} --set tracking.models=true"
+    else:
+        remedy = f"deliver it first: istanas sync {run.path}"
+    return ConfigError(f"run {run.path}: no version of a registered model; {remedy}")
+
+
+def _exists(uri: str) -> bool:
+    file = sqlite_file(uri)
+    return file is None or file.exists()  # opening it would create it
+
+
+@contextlib.contextmanager
+def _usable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # every store fails in its own way
+        raise ConfigError(
+            f"MLflow store {public_uri(uri)}: can't be used ({one_line(error)}); start it or set MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def _named(figure: _Figure) -> str:
+    if figure.pictures is None:
+        return "pictures that MLflow does not know"
+    name, digest = figure.pictures
+    return name if digest is None else f"{name} {digest[:8]}"
+
+
+def _shown(value: Any) -> str:
+    return "unknown" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

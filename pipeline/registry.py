@@ -1,0 +1,282 @@
+"""A run's trained network in MLflow: the logged model with its figures, and its version in the model registry.
+
+Everything goes by an explicit client, and may be done again after a kill at any point: what is there stays.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.links import DESCRIPTION, Kin, lineage_tags, with_links
+from pipeline.rundir import RunDir, RunRecord
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL_NAME = "model"
+CANDIDATE = "candidate"  # alias of a registered model's newest version
+CHAMPION = "champion"  # alias of the version that `istanas promote` chose
+FIGURES = (
+    "train/loss",
+    "train/top1",
+    "valid/loss",
+    "valid/top1",
+    "test/loss",
+    "test/top1",
+    "target/params",
+    "target/macs",
+)
+"""The metrics of a run whose last values are its model's own."""
+
+NetworkLoader = Callable[[Path], "tuple[torch.nn.Module, torch.Tensor]"]
+
+
+class UnusableNetworkError(Exception):
+    """A run's network can't be loaded or written in MLflow's layout."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def registered_name(wanted: str | None, dataset: str) -> str:
+    """The registered model that a run's network is a version of.
+
+    Args:
+        wanted: `tracking.registered_model`.
+        dataset: the data set's name.
+
+    Example:
+        >>> registered_name(None, "digits"), registered_name("mine", "digits")
+        ('istanas-digits', 'mine')
+    """
+    return wanted if wanted is not None else f"istanas-{dataset}"
+
+
+def log_model(
+    client: "MlflowClient", run: "Run", run_dir: RunDir, load_network: NetworkLoader
+) -> "tuple[LoggedModel, bool]":
+    """Log the trained network as the MLflow model "model" of its run, unless it is there already.
+
+    Written out with the client, because `mlflow.pytorch.log_model` works on the process's ambient store.
+
+    Args:
+        client: of the store.
+        run: the MLflow run, whose metrics are there.
+        run_dir: the run directory that it mirrors.
+        load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)).
+
+    Returns:
+        (the model, whether it was logged just now).
+
+    Raises:
+        UnusableNetworkError: the network can't be loaded.
+    """
+    from mlflow.entities import LoggedModelStatus
+
+    run_id, experiment_id = run.info.run_id, run.info.experiment_id
+    query = f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'"
+    there = list(client.search_logged_models([experiment_id], query))
+    model = next((model for model in there if model.status == LoggedModelStatus.READY), None)
+    new = model is None
+    if model is None:
+        for unfinished in there:
+            client.delete_logged_model(unfinished.model_id)
+        model = _create_model(client, run, run_dir, load_network)
+    _link_model(client, run_id, model.model_id, run_dir)
+    _log_figures(client, run_id, model, run_dir)
+    return model, new
+
+
+def register(
+    client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
+) -> tuple[int, bool]:
+    """Make the model a version of a registered model, unless it is; `candidate` goes to the newest version.
+
+    Args:
+        client: of the store.
+        name: of the registered model, made if need be.
+        model: the logged model.
+        record: of its run.
+        kin: the run and what it belongs to, the nearest first.
+
+    Returns:
+        (the version, whether it was made just now).
+    """
+    _describe_model(client, model, record, kin)
+    version, new = _model_version(client, name, model, record, kin)
+    _link_version(client, model.model_id, version)
+    _point_candidate(client, name)
+    return int(version.version), new
+
+
+def _create_model(
+    client: "MlflowClient", run: "Run", run_dir: RunDir, load_network: NetworkLoader
+) -> "LoggedModel":
+    from mlflow.entities import LoggedModelStatus
+
+    record = run_dir.read()
+    with tempfile.TemporaryDirectory() as scratch:
+        logged = client.create_logged_model(
+            run.info.experiment_id,
+            name=MODEL_NAME,
+            source_run_id=run.info.run_id,
+            params={name: str(value) for name, value in record.params.items()},
+            tags=record.tags,
+            model_type="classifier",
+        )
+        try:
+            _save_model(scratch, load_network, run_dir.path, logged)
+        except Exception as error:  # files that lack or are broken, a network that can't be exported
+            client.delete_logged_model(logged.model_id)
+            raise UnusableNetworkError(error) from error
+        client.log_model_artifacts(logged.model_id, f"{scratch}/{MODEL_NAME}")
+    return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+
+def _link_model(client: "MlflowClient", run_id: str, model_id: str, run_dir: RunDir) -> None:
+    """Make the model an output of its run, unless it is."""
+    from mlflow.entities import LoggedModelOutput
+
+    outputs = client.get_run(run_id).outputs
+    if outputs is not None and any(output.model_id == model_id for output in outputs.model_outputs):
+        return
+    last_step = max((line.step for line in run_dir.metrics()), default=0)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=last_step)])
+
+
+def _log_figures(client: "MlflowClient", run_id: str, model: "LoggedModel", run_dir: RunDir) -> None:
+    """The run's last figures as the model's own, each with the pictures it was measured on; once."""
+    from mlflow.entities import Metric
+
+    record = run_dir.read()
+    held = {metric.key for metric in model.metrics or ()}
+    measured = {name for line in run_dir.metrics() for name in line.metrics}
+    figures = []
+    for name in FIGURES:
+        if name in held or name not in measured:
+            continue
+        # As the store has it: the same value, time and step are not a second entry of the run's own history.
+        last = max(client.get_metric_history(run_id, name), key=lambda m: (m.step, m.timestamp))
+        use = record.measured_on(name)
+        figures.append(
+            Metric(
+                name,
+                last.value,
+                last.timestamp,
+                last.step,
+                model_id=model.model_id,
+                dataset_name=use.name if use else None,
+                dataset_digest=use.digest if use else None,
+            )
+        )
+    if figures:
+        client.log_batch(run_id, metrics=figures, synchronous=True)
+
+
+def _description(record: RunRecord, kin: Sequence[Kin]) -> str:
+    return with_links(record.description, kin, kin[0].run_id, record.artifacts)
+
+
+def _describe_model(
+    client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
+) -> None:
+    """The logged model's page: description and where it comes from, unless it has them."""
+    wanted = {**lineage_tags(kin), DESCRIPTION: _description(record, kin)}
+    if not wanted.keys() <= model.tags.keys():
+        client.set_logged_model_tags(model.model_id, wanted)
+
+
+def _model_version(
+    client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
+) -> "tuple[ModelVersion, bool]":
+    """The run's version of a registered model, and whether it was made just now."""
+    found = client.search_model_versions(f"run_id = '{model.source_run_id}'")
+    there = [version for version in found if version.name == name]
+    if there:
+        return min(there, key=lambda version: int(version.version)), False
+    _create_registered_model(client, name)
+    version = client.create_model_version(
+        name,
+        # Not models:/ID, which a SQLite store looks up in the process's ambient store.
+        source=model.artifact_location,
+        run_id=model.source_run_id,
+        model_id=model.model_id,
+        tags={
+            "istanas.kind": record.kind,
+            "istanas.method": record.method,
+            "istanas.dataset": record.dataset,
+            **record.tags,
+            **lineage_tags(kin),
+        },
+        description=_description(record, kin),
+    )
+    return version, True
+
+
+def _create_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    description = (
+        f"Networks trained by istanas; the alias `{CANDIDATE}` is the newest version, `{CHAMPION}` the one that "
+        "`istanas promote` chose."
+    )
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion") -> None:
+    """Note the version in the logged model, where MLflow's pages look for it; a server has done so by itself."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if (version.name, str(version.version)) in {(note["name"], str(note["version"])) for note in noted}:
+        return
+    noted.append({"name": version.name, "version": version.version})
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(noted)})
+
+
+def _point_candidate(client: "MlflowClient", name: str) -> None:
+    """Set the alias on the newest version, whichever run that is of."""
+    for _ in range(3):  # another run may register between the look and the move
+        model = client.get_registered_model(name)
+        newest = str(max(int(version.version) for version in model.latest_versions))
+        if str(model.aliases.get(CANDIDATE)) == newest:
+            return
+        client.set_registered_model_alias(name, CANDIDATE, newest)
+
+
+def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
+    """Write the network in MLflow's layout, as an exported graph: loading it runs no pickled code."""
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import Model, infer_signature
+
+    network, example = load_network(run_path)
+    network = network.cpu().eval()
+    pictures = example.detach().cpu().contiguous()
+    with torch.no_grad():
+        logits = network(pictures)
+        mlflow.pytorch.save_model(
+            network,
+            f"{scratch}/{MODEL_NAME}",
+            mlflow_model=Model(
+                run_id=logged.source_run_id,
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+            signature=infer_signature(pictures.numpy(), logits.numpy()),
+            input_example=pictures.numpy(),
+            # Named, because inferring them starts a second interpreter for half a minute.
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+            serialization_format="pt2",
+        )

@@ -1,0 +1,133 @@
+"""What MLflow's pages say about a run, in Markdown: its figures, its genotype, how to do it again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from istanas.space import Genotype
+from pipeline.report import duration
+from pipeline.resources import count
+
+
+def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
+    """Of a two-stage search.
+
+    Args:
+        dataset: the data set's name.
+        epochs: that it took.
+        result: its figures, see `pipeline.jobs.results`.
+        genotype: what it found.
+    """
+    return _page(
+        f"{_percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
+        [("top-1 on the alpha half", _percent(result["valid_top1"])), *_common(result)],
+        genotype,
+        again="istanas search --config config.yaml",
+    )
+
+
+def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genotype) -> str:
+    """Of a one-stage search, with the epochs after which its nodes froze; arguments as above."""
+    frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
+    nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
+    return _page(
+        f"{_headline(result)}one-stage search on {dataset}, {count(result['search_epochs'], 'epoch')} of search, "
+        f"{result['train_epochs']} of training.",
+        [
+            *_tops(result),
+            *_common(result),
+            ("architectures rejected by the limits", str(result["rejected"])),
+        ],
+        genotype,
+        again="istanas search --config config.yaml",
+        more=_table(("node", "frozen after epoch", "reason"), nodes),
+    )
+
+
+def of_retraining(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
+    """Of a retraining; arguments as above."""
+    return _page(
+        f"{_headline(result)}retraining on {dataset}, {count(epochs, 'epoch')}.",
+        [*_tops(result), *_common(result)],
+        genotype,
+        again="istanas retrain --genotype genotype.json --config config.yaml",
+    )
+
+
+def of_sweep(
+    dataset: str,
+    space: Mapping[str, str],
+    result: Mapping[str, Any],
+    genotype: Genotype,
+    files: Sequence[str],
+) -> str:
+    """Of a sweep.
+
+    Args:
+        dataset: the data set's name.
+        space: key -> what it was tried with, for people.
+        result: its figures.
+        genotype: of the best trial.
+        files: where more is to be seen.
+    """
+    rows = [("top-1 in search", _percent(result["valid_top1"]))]
+    if "retrained_top1" in result:
+        tau = result["kendall_tau"]
+        rows.append(("Kendall's tau of the two, all trials", "not defined" if tau is None else f"{tau:.2f}"))
+        rows.append(("top-1 on the hold-out, retrained", _percent(result["retrained_top1"])))
+    settings = [(key, text, str(result["settings"].get(key, ""))) for key, text in space.items()]
+    where = ", ".join(f"`{file}`" for file in files)
+    return _page(
+        f"{rows[-1][1]} by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
+        f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed; "
+        f"{count(result['epochs'], 'epoch')}.",
+        [*rows, *_common(result, time="time of all searches")],
+        genotype,
+        again="istanas sweep --config config.yaml",
+        more=f"{_table(('key', 'space', 'best'), settings)}\n\nAll trials: {where}.",
+    )
+
+
+def _page(
+    title: str, figures: Sequence[tuple[str, str]], genotype: Genotype, *, again: str, more: str = ""
+) -> str:
+    parts = [
+        title,
+        "\n".join(f"- {label}: {value}" for label, value in figures),
+        f"```\n{genotype}\n```",
+        more,
+        f"Again, with this run's files: `{again}`",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _tops(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"top-1 on the {split}", _percent(top)) for split, top in _measured(result)]
+
+
+def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{result['params']:,}"),
+        ("multiply-adds", f"{result['macs']:,}"),
+        (time, duration(result["seconds"])),
+        ("digest", f"`{result['digest'][:12]}`"),
+    ]
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    """What counts, before what it is of: tables cut a description off after some words."""
+    tops = ", ".join(f"{_percent(top)} on the {split}" for split, top in _measured(result))
+    return f"{tops}: " if tops else "Not tested: "
+
+
+def _measured(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    splits = {"test_top1": "test split", "valid_top1": "hold-out"}
+    return [(split, result[key]) for key, split in splits.items() if key in result]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,0 +1,86 @@
+"""What MLflow's pages say: whole Markdown, whatever the names, and no longer than the store takes."""
+
+from typing import Any
+
+from istanas.space import PUBLISHED
+from pipeline import summary
+from pipeline.links import Kin, with_links
+
+GENOTYPE = PUBLISHED["ISTA_twostage"]
+RESULT: dict[str, Any] = {
+    "digest": GENOTYPE.digest(),
+    "params": 40482,
+    "macs": 1_400_000,
+    "seconds": 83.0,
+    "valid_top1": 0.975,
+    "test_top1": 0.9916,
+}
+SWEEP = {
+    **RESULT,
+    "best_trial": 3,
+    "settings": {"search.lr": 0.1},
+    "retrained_top1": 0.96,
+    "kendall_tau": None,
+    "trials": 12,
+    "complete": 7,
+    "pruned": 4,
+    "failed": 1,
+    "epochs": 50,
+}
+
+
+def rows(text: str) -> list[list[str]]:
+    """The figures, and the cells of all tables."""
+    figures = [line[2:].split(": ") for line in text.splitlines() if line.startswith("- ")]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return figures + [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_figures_and_genotype_of_every_kind() -> None:
+    frozen = [{"cell": "normal", "node": 0, "epoch": 3, "reason": "limit"}]
+    one_stage = {**RESULT, "frozen": frozen, "search_epochs": 3, "train_epochs": 5, "rejected": 0}
+    two = summary.of_two_stage_search("digits", 12, RESULT, GENOTYPE)
+    one = summary.of_one_stage_search("digits", one_stage, GENOTYPE)
+    retrain = summary.of_retraining("digits", 1, RESULT, GENOTYPE)
+    sweep = summary.of_sweep("digits", {"search.lr": "uniform 0 .. 1"}, SWEEP, GENOTYPE, ["trials.csv"])
+    for text in (two, one, retrain, sweep):
+        assert f"\n\n```\n{GENOTYPE}\n```\n\n" in text
+        assert ["parameters", "40,482"] in rows(text)
+        assert ["multiply-adds", "1,400,000"] in rows(text)
+        assert ["digest", f"`{GENOTYPE.digest()[:12]}`"] in rows(text)
+        assert "--config config.yaml`" in text
+    assert ["top-1 on the alpha half", "97.50 %"] in rows(two)
+    assert "99.16" not in two
+    assert ["top-1 on the test split", "99.16 %"] in rows(one)
+    assert ["normal 0", "3", "limit"] in rows(one)
+    first = "99.16 % on the test split, 97.50 % on the hold-out: retraining on digits, 1 epoch.\n"
+    assert retrain.startswith(first)
+    assert sweep.startswith(
+        "96.00 % by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
+    )
+    assert ["top-1 on the test split", "99.16 %"] in rows(retrain)
+    assert ["time of training", "1 min 23 s"] in rows(retrain)
+    assert ["search.lr", "uniform 0 .. 1", "0.1"] in rows(sweep)
+    assert ["Kendall's tau of the two, all trials", "not defined"] in rows(sweep)
+    assert "All trials: `trials.csv`." in sweep
+
+
+def test_a_split_that_was_not_measured_is_not_shown() -> None:
+    result = {key: value for key, value in RESULT.items() if key != "test_top1"}
+    text = summary.of_retraining("digits", 2, result, GENOTYPE)
+    assert "test split" not in text
+    assert ["top-1 on the hold-out", "97.50 %"] in rows(text)
+
+
+def test_a_bar_in_a_setting_does_not_break_the_table() -> None:
+    text = summary.of_sweep("digits", {"data.root": "choice a|b"}, SWEEP, GENOTYPE, [])
+    assert ["data.root", "choice a\\|b", ""] in rows(text)
+
+
+def test_too_long_a_description_keeps_its_links_and_closes_its_code() -> None:
+    long = "Title.\n\n```\n" + "sep_conv_3x3 <- 0\n" * 500 + "```"
+    text = with_links(long, [Kin("search", "s", "1", "ab")], "cd", ["cells/normal.png", "cells/reduce.svg"])
+    assert 4900 < len(text) <= 5000
+    assert text.startswith("Title.\n\nOf [search s](#/experiments/1/runs/ab).\n\n```\nsep_conv")
+    assert text.count("```") == 2
+    assert text.endswith("![reduction cell](get-artifact?path=cells/reduce.svg&run_uuid=cd)")
