@@ -6,6 +6,7 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.report import duration
 from pipeline.resources import count
+from pipeline.schema import shown_value
 
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
@@ -74,7 +75,8 @@ def of_sweep(
         tau = result["kendall_tau"]
         rows.append(("Kendall's tau of the two, all trials", "not defined" if tau is None else f"{tau:.2f}"))
         rows.append(("top-1 on the hold-out, retrained", _percent(result["retrained_top1"])))
-    settings = [(key, text, str(result["settings"].get(key, ""))) for key, text in space.items()]
+    best = result["settings"]
+    settings = [(key, text, shown_value(best[key]) if key in best else "") for key, text in space.items()]
     where = ", ".join(f"`{file}`" for file in files)
     return _page(
         f"{rows[-1][1]} by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
