@@ -321,6 +321,32 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
 
 
 @cli.command()
+@click.argument("references", metavar="RUN RUN...", nargs=-1)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("compare"), show_default=True, help="Folder."
+)
+@configured
+@json_option
+def compare(
+    references: tuple[str, ...], out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Hold runs against each other: settings, curves, cells, parameters, MACs, latency, accuracy.
+
+    Each RUN is a search or a retraining (run directory, MLflow run id or unique name). Writes compare.html, which
+    opens in any browser, and compare.png with the curves. Latency is measured now, on this machine.
+    """
+    if len(references) < 2:
+        raise click.UsageError(f"RUN: {len(references)} given, name at least two runs to compare")
+    config, _ = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.jobs.compare import run_compare
+
+    result = run_compare(config, references, out=out, console=console)
+    if as_json:
+        _print_json(result)
+
+
+@cli.command()
 @configured
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port; the next free one if it is taken.")
