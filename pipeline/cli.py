@@ -292,10 +292,10 @@ def results(
         frame = read_table(run.path)
         table = trials_table(frame)
     elif one_stage:
-        frame = report.weights_frame(**store, dataset=filters["dataset"])  # type: ignore[arg-type]
+        frame = report.weights_frame(**store, dataset=filters["dataset"])
         table = report.weights_table(frame)
     else:
-        frame = report.results_frame(**store, **filters)  # type: ignore[arg-type]
+        frame = report.results_frame(**store, **filters)
         none = "no run fits the filters" if any(filters.values()) else "no runs yet"
         table = report.results_table(frame, width=console.width, none=none)
     if csv_file is not None:

@@ -99,18 +99,15 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    runs_of: dict[Genotype | None, list[int]] = {}
+    runs_of: dict[str | None, list[int]] = {}
     for place, genotype in enumerate(genotypes):
-        runs_of.setdefault(genotype, []).append(place)
-    cells = [
-        {
-            "runs": places,
-            "digest": None if genotype is None else genotype.digest(),
-            # Drawn here, not taken from a run's files, which anybody may have written.
-            "figures": {} if genotype is None else {kind: Markup(_cell(genotype, kind)) for kind in CELLS},
-        }
-        for genotype, places in runs_of.items()
-    ]
+        runs_of.setdefault(None if genotype is None else genotype.digest(), []).append(place)
+    cells = []
+    for digest, places in runs_of.items():
+        genotype = genotypes[places[0]]
+        # Drawn here, not taken from a run's files, which anybody may have written.
+        figures = {} if genotype is None else {kind: Markup(_cell(genotype, kind)) for kind in CELLS}
+        cells.append({"runs": places, "digest": digest, "figures": figures})
     return environment.get_template(TEMPLATE).render(
         headings=headings,
         table=table,

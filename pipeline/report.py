@@ -259,7 +259,7 @@ def weights_frame(
         (search, retraining)
         for search in runs
         if search.info.status == "FINISHED" and _has(search, kind="search", method="one_stage")
-        for retraining in _of_search(search, retrainings) or [None]
+        for retraining in (*_of_search(search, retrainings),) or (None,)
     ]
     rows = []
     if pairs:  # without any there may be no store, and opening it would create it
