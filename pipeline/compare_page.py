@@ -90,7 +90,6 @@ def render_page(
         curves: as `draw_curves` gives them.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("pipeline"),
@@ -105,8 +104,8 @@ def render_page(
     cells = []
     for digest, places in runs_of.items():
         genotype = genotypes[places[0]]
-        # Drawn here, not taken from a run's files, which anybody may have written.
-        figures = {} if genotype is None else {kind: Markup(_cell(genotype, kind)) for kind in CELLS}
+        # Drawn here, so safe on a page: a run's own pictures anybody may have written.
+        figures = {} if genotype is None else {kind: _cell(genotype, kind) for kind in CELLS}
         cells.append({"runs": places, "digest": digest, "figures": figures})
     return environment.get_template(TEMPLATE).render(
         headings=headings,
@@ -115,7 +114,7 @@ def render_page(
         differing=differing,
         notes=notes,
         cells=cells,
-        curves=Markup(curves.svg),
+        curves=curves.svg,
     )
 
 
