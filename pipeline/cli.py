@@ -250,19 +250,22 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 
 
 @cli.command()
-@configured
+@click.option("--kind", type=click.Choice(["search", "retrain", "sweep"]), help="Only such runs.")
+@click.option("--method", type=click.Choice(["two_stage", "one_stage"]), help="Only runs of this method.")
+@click.option("--dataset", metavar="NAME", help="Only runs on this data set.")
+@click.option(
+    "--where",
+    metavar="CONDITION",
+    help="Only runs that fulfil it, in MLflow's syntax: 'metrics.`test/top1` > 0.9 and params.seed = \"1\"'.",
+)
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file."
 )
 @click.option(
     "--one-stage", is_flag=True, help="One-stage searches: their weights against the same cell retrained."
 )
-@click.option(
-    "--sweep",
-    "sweep_run",
-    metavar="RUN",
-    help="The trials of a sweep, with every swept setting.",
-)
+@click.option("--sweep", "sweep_run", metavar="RUN", help="The trials of a sweep, with every swept setting.")
+@configured
 @json_option
 def results(
     file: str | None,
@@ -271,35 +274,77 @@ def results(
     one_stage: bool,
     sweep_run: str | None,
     as_json: bool,
+    **filters: str | None,
 ) -> None:
-    """Table of all sweeps, searches and retrainings in the MLflow store, or of one sweep's trials."""
-    if one_stage and sweep_run is not None:
-        raise click.UsageError("--one-stage and --sweep: two tables, give one of them")
+    """Table of all sweeps, searches and retrainings in the MLflow store, or of one sweep's trials.
+
+    A terminal of 120 columns shows more; --csv and --json have everything.
+    """
+    _check_table(one_stage, sweep_run, filters)
     config, _ = _load(file, overrides)
     console = _console(as_json)
     from pipeline import report
 
+    store = {"tracking_uri": config.tracking.uri, "experiment": config.tracking.experiment}
     if sweep_run is not None:
         from pipeline.sweep_report import read_table, trials_table
 
         run, _ = _run_and_config(sweep_run, file, overrides)
-        frame, make_table = read_table(run.path), trials_table
+        frame = read_table(run.path)
+        table = trials_table(frame)
+    elif one_stage:
+        frame = report.weights_frame(**store, dataset=filters["dataset"])
+        table = report.weights_table(frame)
     else:
-        make_frame, make_table = (
-            (report.weights_frame, report.weights_table)
-            if one_stage
-            else (report.results_frame, report.results_table)
-        )
-        frame = make_frame(tracking_uri=config.tracking.uri, experiment=config.tracking.experiment)
+        frame = report.results_frame(**store, **filters)
+        none = "no run fits the filters" if any(filters.values()) else "no runs yet"
+        table = report.results_table(frame, width=console.width, none=none)
     if csv_file is not None:
         from pipeline.rundir import atomic_write
 
         atomic_write(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
     else:
-        console.print(make_table(frame))
+        console.print(table)
     if as_json:
         _print_json({"results": json.loads(frame.to_json(orient="records", date_format="iso"))})
+
+
+def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, str | None]) -> None:
+    """Refuse options that do not fit the table that is asked for."""
+    if one_stage and sweep_run is not None:
+        raise click.UsageError("--one-stage and --sweep: two tables, give one of them")
+    taken = {"dataset"} if one_stage else set() if sweep_run is not None else set(filters)
+    for name, value in filters.items():
+        if value is not None and name not in taken:
+            table = "--one-stage takes --dataset only" if one_stage else "--sweep has all trials of one run"
+            raise click.UsageError(f"--{name}: {table}, leave it out")
+
+
+@cli.command()
+@click.argument("references", metavar="RUN RUN...", nargs=-1)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("compare"), show_default=True, help="Folder."
+)
+@configured
+@json_option
+def compare(
+    references: tuple[str, ...], out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Hold runs against each other: settings, curves, cells, parameters, MACs, latency, accuracy.
+
+    Each RUN is a search or a retraining (run directory, MLflow run id or unique name). Writes compare.html, which
+    opens in any browser, and compare.png with the curves. Latency is measured now, on this machine.
+    """
+    if len(references) < 2:
+        raise click.UsageError(f"RUN: {len(references)} given, name at least two runs to compare")
+    config, _ = _load(file, overrides)
+    console = _console(as_json)
+    from pipeline.jobs.compare import run_compare
+
+    result = run_compare(config, references, out=out, console=console)
+    if as_json:
+        _print_json(result)
 
 
 @cli.command()

@@ -38,9 +38,19 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
     if ref and given.exists():
         return given
     runs = list(_runs(runs_dir))
-    if _MLFLOW_ID.fullmatch(ref):
+    if is_mlflow_id(ref):
         return _run_of_mlflow_id(ref, runs, tracking_uri)
     return _run_of_name(ref, runs, runs_dir)
+
+
+def is_mlflow_id(ref: str) -> bool:
+    """Whether a reference has the form of an MLflow run id.
+
+    Example:
+        >>> is_mlflow_id("0123456789abcdef0123456789abcdef"), is_mlflow_id("digits-search")
+        (True, False)
+    """
+    return _MLFLOW_ID.fullmatch(ref) is not None
 
 
 def resolve_genotype(
@@ -79,7 +89,7 @@ def resolve_genotype(
     try:
         run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
     except ConfigError as error:
-        if _MLFLOW_ID.fullmatch(ref):
+        if is_mlflow_id(ref):
             return _download_genotype(ref, tracking_uri), None
         hint = f"a genotype may also be a JSON file, {', '.join(PUBLISHED)}, or random:SEED"
         raise ConfigError(f"{error}; {hint}") from None

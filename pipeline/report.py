@@ -1,56 +1,59 @@
-"""Tables of what was run, from the MLflow store: searches and retrainings, and one-stage weights against retrained."""
+"""What was run, for programs: typed pandas frames from the MLflow store.
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+One frame for each question: `results_frame` (everything), `searches_frame`, `epochs_frame`, `genotypes_frame`,
+`sweeps_frame`, `weights_frame` (one-stage weights against retrained ones). All take `tracking_uri=` and
+`experiment=`, and most the conditions of `Filters`; accuracies are fractions, times aware (UTC), what is missing
+is NA, and a store without such runs gives an empty frame of the same types. `pipeline.sweep_report.read_table` has
+the trials of one sweep, `pipeline.tables` prints.
+"""
 
-from istanas.errors import ConfigError
-from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Unpack
+
+from pipeline.report_columns import (
+    COLUMNS,
+    EPOCHS_COLUMNS,
+    EPOCHS_KEYS,
+    GENOTYPES_COLUMNS,
+    METRICS,
+    SEARCHES_COLUMNS,
+    SWEEPS_COLUMNS,
+    WEIGHTS_COLUMNS,
+)
+from pipeline.stored import Filters, load_runs, readable
+from pipeline.tables import duration, results_table, shown, shown_time, weights_table
+from pipeline.tracking import open_client, store_uri
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from rich.table import Table
 
-COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "kind": "string",
-    "method": "string",
-    "dataset": "string",
-    "status": "string",
-    "genotype": "string",
-    "test_top1": "Float64",
-    "valid_top1": "Float64",
-    "params": "Int64",
-    "macs": "Int64",
-    "seconds": "Float64",
-    "started": "datetime64[ms, UTC]",
-    "parent_run_id": "string",
-    "run_dir": "string",
-}
-"""Column -> pandas dtype: accuracies are fractions, `genotype` is the digest, `seconds` the time worked."""
-
-WEIGHTS_COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "dataset": "string",
-    "genotype": "string",
-    "one_stage_top1": "Float64",
-    "one_stage_params": "Int64",
-    "one_stage_epochs": "Int64",
-    "one_stage_seconds": "Float64",
-    "retrain_run_id": "string",
-    "retrain_name": "string",
-    "retrained_top1": "Float64",
-    "retrained_params": "Int64",
-    "retrained_epochs": "Int64",
-    "retrained_seconds": "Float64",
-    "difference": "Float64",
-}
-"""Column -> pandas dtype of `weights_frame`: top-1 are fractions of the test split, `difference` is what
-retraining gains, epochs and seconds of a search hold its training too."""
+__all__ = [
+    "COLUMNS",
+    "EPOCHS_COLUMNS",
+    "GENOTYPES_COLUMNS",
+    "METRICS",
+    "SEARCHES_COLUMNS",
+    "SWEEPS_COLUMNS",
+    "WEIGHTS_COLUMNS",
+    "Filters",
+    "duration",
+    "epochs_frame",
+    "genotypes_frame",
+    "results_frame",
+    "results_table",
+    "searches_frame",
+    "shown",
+    "shown_time",
+    "sweeps_frame",
+    "weights_frame",
+    "weights_table",
+]
 
 _NUMBERS = {
     "test_top1": "test/top1",
@@ -58,64 +61,181 @@ _NUMBERS = {
     "params": "target/params",
     "macs": "target/macs",
 }
-_KINDS = ("sweep", "search", "retrain")
-_PAGE = 1000
+_SPACE = "sweep.space."
+_GENOTYPE_FILE = "genotype.json"
+_REQUESTS_AT_ONCE = 8
 
 
-def results_frame(*, tracking_uri: str | None, experiment: str | None = None) -> "pd.DataFrame":
-    """All sweeps, searches and retrainings of a store, newest first, each followed by what belongs to it.
+def results_frame(
+    *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
+) -> "pd.DataFrame":
+    """Sweeps, searches and retrainings of a store, newest first, each followed by what belongs to it.
 
     `test_top1` of a one-stage search is that of its own weights; a two-stage search has none.
 
     Args:
         tracking_uri: see `pipeline.tracking.store_uri`.
         experiment: only this experiment; None means all of them.
+        filters: which runs, see `Filters`; one whose parent is left out heads a family.
 
     Returns:
         A frame with the columns and types of `COLUMNS`; no rows where there is no store yet.
 
     Raises:
-        ConfigError: the store can't be read, or has no such experiment.
+        ConfigError: a filter is refused, the store can't be read, or has no such experiment.
+
+    Example:
+        >>> frame = results_frame(tracking_uri="sqlite:////nowhere/mlflow.db", dataset="digits", kind="search")
+        >>> len(frame), str(frame["params"].dtype)
+        (0, 'Int64')
     """
-    import pandas as pd
-
-    rows = [_row(run) for run in _family_order(_load_runs(store_uri(tracking_uri), experiment))]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    return _frame((_row(run) for run in load_runs(store_uri(tracking_uri), experiment, filters)), COLUMNS)
 
 
-def results_table(frame: "pd.DataFrame") -> "Table":
-    """The frame as a table that fits 80 columns; trials are set in under their sweep, retrainings under their search.
-
-    Valid and test are top-1; a status is shown where a run is not finished: a trial that was stopped early is KILLED.
-    The frame has the rest.
+def searches_frame(
+    *,
+    tracking_uri: str | None,
+    experiment: str | None = None,
+    settings: Sequence[str] = (),
+    **filters: Unpack[Filters],
+) -> "pd.DataFrame":
+    """One row for every search, trials of sweeps included, with what retraining made of it; newest first.
 
     Args:
-        frame: as `results_frame` gives it.
+        tracking_uri, experiment, filters: as in `results_frame`; of kind "search" all are.
+        settings: keys of the configuration to add as columns, such as "search.lr": as text, as the store has them.
+
+    Returns:
+        A frame with the columns and types of `SEARCHES_COLUMNS`, and after them those of `settings` (string).
+
+    Raises:
+        ConfigError: as `results_frame`.
+
+    Example:
+        >>> frame = searches_frame(tracking_uri="sqlite:////nowhere/mlflow.db", settings=["search.lr"])
+        >>> list(frame.columns[-2:])
+        ['run_dir', 'search.lr']
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=None if len(frame) else "no runs yet", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("run", overflow="fold")
-    table.add_column("genotype", no_wrap=True)
-    for heading in ("valid", "test", "params", "MACs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    depths: dict[Any, int] = {}
-    for row in frame.to_dict("records"):
-        depths[row["run_id"]] = depth = depths.get(row["parent_run_id"], -1) + 1
-        table.add_row(
-            f"{'  ' * depth}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
-            shown(row["genotype"], "{:.8}"),
-            shown(row["valid_top1"], "{:.2%}"),
-            shown(row["test_top1"], "{:.2%}"),
-            shown(row["params"], "{:,}"),
-            shown(row["macs"], "{:,}"),
-            shown_time(row["seconds"]),
-        )
-    return table
+    uri = store_uri(tracking_uri)
+    wanted: Filters = {**filters, "kind": "search"}
+    searches = load_runs(uri, experiment, wanted) if filters.get("kind") in (None, "search") else []
+    retrainings = _finished_retrainings(load_runs(uri, experiment, {"kind": "retrain"}) if searches else [])
+    rows = [{**_search_row(s, _of_search(s, retrainings)), **_settings(s, settings)} for s in searches]
+    return _frame(rows, {**SEARCHES_COLUMNS, **dict.fromkeys(settings, "string")})
 
 
-def weights_frame(*, tracking_uri: str | None, experiment: str | None = None) -> "pd.DataFrame":
+def epochs_frame(
+    *,
+    tracking_uri: str | None,
+    experiment: str | None = None,
+    metrics: Sequence[str] = METRICS,
+    **filters: Unpack[Filters],
+) -> "pd.DataFrame":
+    """One row for every epoch of every search and retraining: learning curves, in the order of `results_frame`.
+
+    The store is asked once for each run and metric that the run has, several at a time: naming few `metrics`, or
+    filtering, saves time.
+
+    Args:
+        tracking_uri, experiment, filters: as in `results_frame`; sweeps have no epochs.
+        metrics: which to read, a column each.
+
+    Returns:
+        A frame with the columns and types of `EPOCHS_COLUMNS`, of the metrics those that were asked for.
+
+    Raises:
+        ConfigError: as `results_frame`.
+
+    Example:
+        >>> frame = epochs_frame(tracking_uri="sqlite:////nowhere/mlflow.db", metrics=["valid/top1"])
+        >>> list(frame.columns)
+        ['run_id', 'name', 'kind', 'method', 'dataset', 'epoch', 'valid/top1']
+    """
+    uri = store_uri(tracking_uri)
+    runs = [r for r in load_runs(uri, experiment, filters) if r.data.tags["istanas.kind"] != "sweep"]
+    asked = [(run.info.run_id, name) for run in runs for name in metrics if name in run.data.metrics]
+    values: dict[str, dict[int, dict[str, float]]] = {run.info.run_id: {} for run in runs}
+    if asked:
+        with readable(uri), ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            client = open_client(uri)
+            histories = pool.map(lambda pair: client.get_metric_history(*pair), asked)
+            for (run_id, name), history in zip(asked, histories, strict=True):
+                for point in history:
+                    values[run_id].setdefault(point.step, {})[name] = point.value
+    rows = (
+        {**_row(run), "epoch": epoch, **values[run.info.run_id][epoch]}
+        for run in runs
+        for epoch in sorted(values[run.info.run_id])
+    )
+    return _frame(rows, {**EPOCHS_KEYS, **dict.fromkeys(metrics, "Float64")})
+
+
+def genotypes_frame(
+    *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
+) -> "pd.DataFrame":
+    """One row for every genotype and data set: which finished searches found it, and what its retrainings reached.
+
+    Of a run that was started over, the newest counts. A cell that was only retrained (published, random) has no
+    searches. The most often found first, then the best.
+
+    Args:
+        tracking_uri, experiment, filters: as in `results_frame`; only what they let through is counted.
+
+    Returns:
+        A frame with the columns and types of `GENOTYPES_COLUMNS`.
+
+    Raises:
+        ConfigError: as `results_frame`.
+
+    Example:
+        >>> len(genotypes_frame(tracking_uri="sqlite:////nowhere/mlflow.db"))
+        0
+    """
+    uri = store_uri(tracking_uri)
+    families: dict[tuple[str, str], list[Run]] = {}
+    for run in _newest_of_directory(load_runs(uri, experiment, filters)):
+        tags = run.data.tags
+        if run.info.status == "FINISHED" and tags["istanas.kind"] != "sweep" and "istanas.genotype" in tags:
+            families.setdefault((tags["istanas.genotype"], tags["istanas.dataset"]), []).append(run)
+    texts: dict[str, str | None] = {}
+    if families:
+        with readable(uri), tempfile.TemporaryDirectory() as scratch:
+            client = open_client(uri)
+            for (digest, _), runs in families.items():
+                if texts.get(digest) is None:
+                    texts[digest] = _genotype_text(client, runs[0], scratch)
+    rows = [_genotype_row(digest, texts[digest], runs) for (digest, _), runs in families.items()]
+    rows.sort(key=lambda row: (-row["searches"], -(row["best_retrained_test_top1"] or 0), row["genotype"]))
+    return _frame(rows, GENOTYPES_COLUMNS)
+
+
+def sweeps_frame(
+    *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
+) -> "pd.DataFrame":
+    """One row for every sweep, newest first; `pipeline.sweep_report.read_table(run_dir)` has the trials of one.
+
+    Args:
+        tracking_uri, experiment, filters: as in `results_frame`; of kind "sweep" all are.
+
+    Returns:
+        A frame with the columns and types of `SWEEPS_COLUMNS`.
+
+    Raises:
+        ConfigError: as `results_frame`.
+
+    Example:
+        >>> len(sweeps_frame(tracking_uri="sqlite:////nowhere/mlflow.db"))
+        0
+    """
+    wanted: Filters = {**filters, "kind": "sweep"}
+    kept = filters.get("kind") in (None, "sweep")
+    sweeps = load_runs(store_uri(tracking_uri), experiment, wanted) if kept else []
+    return _frame(map(_sweep_row, sweeps), SWEEPS_COLUMNS)
+
+
+def weights_frame(
+    *, tracking_uri: str | None, experiment: str | None = None, dataset: str | None = None
+) -> "pd.DataFrame":
     """The weights of every finished one-stage search against its network retrained from scratch, newest search first.
 
     A search has one row for each of its finished retrainings of the same genotype on the same data set (of a
@@ -124,144 +244,64 @@ def weights_frame(*, tracking_uri: str | None, experiment: str | None = None) ->
     Args:
         tracking_uri: see `pipeline.tracking.store_uri`.
         experiment: only this experiment; None means all of them.
+        dataset: only this data set.
 
     Returns:
         A frame with the columns and types of `WEIGHTS_COLUMNS`; no rows where there is no store yet.
 
     Raises:
-        ConfigError: the store can't be read, or has no such experiment.
+        ConfigError: the store can't be read, or has no such experiment or data set.
     """
-    import pandas as pd
-
     uri = store_uri(tracking_uri)
-    runs = [run for run in _family_order(_load_runs(uri, experiment)) if run.info.status == "FINISHED"]
-    pairs = [(search, retraining) for search in _one_stage(runs) for retraining in _retrainings(search, runs)]
+    runs = load_runs(uri, experiment, {"dataset": dataset})
+    retrainings = _finished_retrainings(runs)
+    pairs: list[tuple[Run, Run | None]] = [
+        (search, retraining)
+        for search in runs
+        if search.info.status == "FINISHED" and _has(search, kind="search", method="one_stage")
+        for retraining in (*_of_search(search, retrainings),) or (None,)
+    ]
     rows = []
     if pairs:  # without any there may be no store, and opening it would create it
-        with _readable(uri):
+        with readable(uri):
             client = open_client(uri)
             rows = [_weights_row(client, search, retraining) for search, retraining in pairs]
-    return pd.DataFrame(rows, columns=list(WEIGHTS_COLUMNS)).astype(WEIGHTS_COLUMNS)
+    return _frame(rows, WEIGHTS_COLUMNS)
 
 
-def weights_table(frame: "pd.DataFrame") -> "Table":
-    """The frame as a table that fits 80 columns: a search's weights, under them the retrained ones.
-
-    Test is top-1; points are per cent points that retraining gains. The frame has the rest.
-
-    Args:
-        frame: as `weights_frame` gives it.
-
-    Example:
-        >>> weights_table(weights_frame(tracking_uri="sqlite:////nowhere/mlflow.db")).title
-        'no finished one-stage search yet'
-    """
+def _frame(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> "pd.DataFrame":
     import pandas as pd
-    from rich import box
-    from rich.table import Table
 
-    table = Table(
-        title=None if len(frame) else "no finished one-stage search yet", box=box.SIMPLE_HEAD, padding=0
-    )
-    table.add_column("one-stage weights\n  retrained", overflow="fold")
-    table.add_column("genotype", no_wrap=True)
-    for heading in ("test", "points", "params", "epochs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-
-    def figures(row: dict[Any, Any], weights: str, points: str) -> list[str]:
-        return [
-            shown(row[f"{weights}_top1"], "{:.2%}"),
-            points,
-            shown(row[f"{weights}_params"], "{:,}"),
-            shown(row[f"{weights}_epochs"], "{:,}"),
-            shown_time(row[f"{weights}_seconds"]),
-        ]
-
-    above = None
-    for row in frame.to_dict("records"):
-        if row["run_id"] != above:
-            table.add_row(row["name"], shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
-        above = row["run_id"]
-        if pd.isna(row["retrain_run_id"]):
-            table.add_row("  not retrained yet")
-        else:
-            points = shown(100 * row["difference"], "{:+.2f}")
-            table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
-    return table
+    return pd.DataFrame(list(rows), columns=list(columns)).astype(columns)
 
 
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-        >>> duration(7.31), duration(83), duration(3 * 3600 + 125)
-        ('7.3 s', '1 min 23 s', '3 h 2 min')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+def _has(run: "Run", **tags: str | None) -> bool:
+    return all(run.data.tags.get(f"istanas.{name}") == value for name, value in tags.items())
 
 
-def _load_runs(uri: str, experiment: str | None) -> "list[Run]":
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():  # opening it would create it
-        return []
-    with _readable(uri):
-        client = open_client(uri)
-        named = None if experiment is None else client.get_experiment_by_name(experiment)
-        experiments = client.search_experiments() if experiment is None else [named] if named else []
-        ids = [e.experiment_id for e in experiments]
-        runs: list[Run] = []
-        token: str | None = None
-        while ids:
-            page = client.search_runs(
-                ids, "tags.`istanas.kind` LIKE '%'", max_results=_PAGE, page_token=token
-            )
-            runs += [run for run in page if run.data.tags["istanas.kind"] in _KINDS]
-            token = page.token
-            if not token:
-                break
-    if experiment is not None and not ids:
-        raise ConfigError(
-            f"experiment {experiment!r}: not in the MLflow store {public_uri(uri)}; leave it out"
-        )
-    return runs
+def _newest_of_directory(runs: "Iterable[Run]") -> "list[Run]":
+    """Without the runs that were started over since: of those of one directory the newest stays."""
+    newest: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda run: run.info.start_time):
+        directory = run.data.tags.get("istanas.run_dir", run.info.run_id)
+        newest.pop(directory, None)
+        newest[directory] = run
+    return list(newest.values())
 
 
-@contextlib.contextmanager
-def _readable(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # every store fails in its own way
-        raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)}); "
-            "start it or set MLFLOW_TRACKING_URI"
-        ) from None
+def _finished_retrainings(runs: "Iterable[Run]") -> "dict[str, list[Run]]":
+    """Run id of a search -> its finished retrainings, as they were begun."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if _has(run, kind="retrain") and run.info.status == "FINISHED":
+            found.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run)
+    return {parent: _newest_of_directory(group) for parent, group in found.items()}
 
 
-def _family_order(runs: "list[Run]") -> "list[Run]":
-    """Newest family first; in a family each run is followed by its children, as they were begun."""
-    by_id = {run.info.run_id: run for run in runs}
-
-    def place(run: "Run") -> list[tuple[int, str]]:
-        head, *children = _lineage(run, by_id)
-        steps = [(child.info.start_time, child.info.run_id) for child in children]
-        return [(-head.info.start_time, head.info.run_id), *steps]
-
-    return sorted(runs, key=place)
-
-
-def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
-    """The run's ancestors among these runs, the first of all first, and the run."""
-    line = [run]
-    while (parent := by_id.get(line[0].data.tags.get("mlflow.parentRunId", ""))) is not None:
-        if parent in line:  # no store of ours, but tags can be edited
-            break
-        line.insert(0, parent)
-    return line
+def _of_search(search: "Run", retrainings: "dict[str, list[Run]]") -> "list[Run]":
+    """The retrainings of what a search found, on its data set."""
+    same = {name: search.data.tags.get(f"istanas.{name}") for name in ("genotype", "dataset")}
+    return [run for run in retrainings.get(search.info.run_id, []) if _has(run, **same)]
 
 
 def _row(run: "Run") -> dict[str, Any]:
@@ -283,27 +323,70 @@ def _row(run: "Run") -> dict[str, Any]:
     }
 
 
-def _one_stage(runs: "list[Run]") -> "list[Run]":
-    wanted = {"istanas.kind": "search", "istanas.method": "one_stage"}
-    return [run for run in runs if wanted.items() <= run.data.tags.items()]
+def _settings(run: "Run", names: Iterable[str]) -> dict[str, str | None]:
+    return {name: run.data.params.get(name) for name in names}
 
 
-def _retrainings(search: "Run", runs: "list[Run]") -> "list[Run | None]":
-    """The retrainings to compare a search with, as they were begun; [None] if there are none.
+def _search_row(search: "Run", retrainings: "list[Run]") -> dict[str, Any]:
+    newest = _row(retrainings[-1]) if retrainings else {}
+    return {
+        **_row(search),
+        "seed": _whole(search.data.params.get("seed")),
+        "retrainings": len(retrainings),
+        "retrain_run_id": newest.get("run_id"),
+        "retrained_valid_top1": newest.get("valid_top1"),
+        "retrained_test_top1": newest.get("test_top1"),
+    }
 
-    Args:
-        search: the search.
-        runs: finished runs in the order of `_family_order`.
-    """
-    same = {name: search.data.tags.get(name) for name in ("istanas.genotype", "istanas.dataset")}
-    wanted = {"istanas.kind": "retrain", "mlflow.parentRunId": search.info.run_id, **same}
-    newest: dict[str, Run] = {}
-    for run in runs:
-        if wanted.items() <= run.data.tags.items():
-            directory = run.data.tags.get("istanas.run_dir", run.info.run_id)
-            newest.pop(directory, None)  # started over since
-            newest[directory] = run
-    return list(newest.values()) or [None]
+
+def _genotype_row(digest: str, text: str | None, runs: "list[Run]") -> dict[str, Any]:
+    searches = [run for run in runs if _has(run, kind="search")]
+    retrained = [_row(run) for run in runs if _has(run, kind="retrain")]
+    tests, valids = (
+        [row[name] for row in retrained if row[name] is not None] for name in ("test_top1", "valid_top1")
+    )
+    newest = retrained[-1] if retrained else _row(runs[-1])
+    return {
+        **newest,
+        "genotype": digest,
+        "searches": len(searches),
+        "found_by": " ".join(run.info.run_id for run in searches),
+        "retrainings": len(retrained),
+        "best_retrained_test_top1": max(tests, default=None),
+        "mean_retrained_test_top1": fmean(tests) if tests else None,
+        "best_retrained_valid_top1": max(valids, default=None),
+        "genotype_json": text,
+    }
+
+
+def _genotype_text(client: "MlflowClient", run: "Run", scratch: str) -> str | None:
+    """The artifact of a finished run; None if it is not there any more."""
+    run_id = run.info.run_id
+    if _GENOTYPE_FILE not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    folder = Path(scratch) / run_id
+    folder.mkdir(exist_ok=True)
+    return Path(client.download_artifacts(run_id, _GENOTYPE_FILE, str(folder))).read_text().strip()
+
+
+def _sweep_row(sweep: "Run") -> dict[str, Any]:
+    params, metrics = sweep.data.params, sweep.data.metrics
+    return {
+        **_row(sweep),
+        **{
+            name: params.get(f"sweep.{name}") for name in ("searcher", "scheduler", "objective", "objectives")
+        },
+        "space": ",".join(sorted(key.removeprefix(_SPACE) for key in params if key.startswith(_SPACE))),
+        "trials": _whole(params.get("sweep.trials")),
+        "complete": metrics.get("sweep/complete", 0),
+        "pruned": metrics.get("sweep/pruned", 0),
+        "failed": metrics.get("sweep/fail", 0),
+        "best_top1": metrics.get("sweep/best_top1"),
+    }
+
+
+def _whole(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 def _weights_row(client: "MlflowClient", search: "Run", retraining: "Run | None") -> dict[str, Any]:
@@ -328,20 +411,6 @@ def _weights_row(client: "MlflowClient", search: "Run", retraining: "Run | None"
 def _epochs(client: "MlflowClient", run: "Run") -> int | None:
     """The epochs that a run has done; its settings name only limits."""
     return max((m.step for m in client.get_metric_history(run.info.run_id, "train/loss")), default=None)
-
-
-def shown(value: Any, text: str) -> str:
-    """A cell of a table: the value in this format, nothing for a missing one."""
-    import pandas as pd
-
-    return "" if pd.isna(value) else text.format(value)
-
-
-def shown_time(seconds: Any) -> str:
-    """A cell of a table with a time."""
-    import pandas as pd
-
-    return "" if pd.isna(seconds) else duration(seconds)
 
 
 def _seconds(run: "Run") -> float | None:

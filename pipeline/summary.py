@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from istanas.space import Genotype
-from pipeline.report import duration
+from pipeline.tables import duration
 from pipeline.resources import count
 from pipeline.schema import shown_value
 

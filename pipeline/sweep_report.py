@@ -15,11 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from istanas.errors import ConfigError
-from pipeline.report import shown, shown_time
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
 from pipeline.sweep_space import sweep_of, trial_config
+from pipeline.tables import shown, shown_time
 from pipeline.tracking import read_link
 
 if TYPE_CHECKING:

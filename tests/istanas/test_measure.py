@@ -1,5 +1,6 @@
-"""Counting on a network and counting by formula are the same number, whatever the genotype, size and stem."""
+"""Counting on a network and counting by formula are the same number, whatever the genotype, size and stem; latency."""
 
+import time
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from istanas.measure import Cost, count_macs, count_params, target_cost
+from istanas.measure import Cost, count_macs, count_params, measure_latency, target_cost
 from istanas.nets import Supernet, TargetNet
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
@@ -95,3 +96,26 @@ def test_counting_leaves_the_network_as_it_was() -> None:
 def test_params_of_a_supernet_include_inactive_operations_and_alphas() -> None:
     net = Supernet(CellSpace(), 2, 3, 10)
     assert count_params(net) == sum(p.numel() for p in net.parameters())
+
+
+def test_latency_is_the_time_of_a_pass_and_leaves_the_network_as_it_was() -> None:
+    class Sleeper(nn.Module):
+        """Takes a known time, and notes what it is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            self.norm = nn.BatchNorm2d(3, dtype=torch.float64)
+            self.seen: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append((tuple(x.shape), x.dtype, self.training))
+            time.sleep(0.02)
+            return self.norm(x)
+
+    net = Sleeper().train()
+    seconds = measure_latency(net, (3, 4, 5), batch_size=2, repeats=3, warm_up=1)
+    assert 0.02 <= seconds < 2
+    assert net.seen == [((2, 3, 4, 5), torch.float64, False)] * 4
+    assert net.training
+    assert net.norm.num_batches_tracked == 0

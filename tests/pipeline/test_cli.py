@@ -36,6 +36,7 @@ COMMANDS = (
     "sync",
     "profile",
     "promote",
+    "compare",
 )
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
@@ -139,6 +140,15 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["promote"], "RUN"),
         (["promote", "nothing"], "nothing"),
         (["promote", "nothing", "--metric", "top1"], "valid/top1"),
+        (["compare"], "RUN: 0 given, name at least two runs to compare"),
+        (["compare", "one"], "RUN: 1 given, name at least two runs to compare"),
+        (["compare", "one", "two"], "run 'one': unknown"),
+        (["results", "--kind", "trial"], "--kind"),
+        (["results", "--method", "darts"], "--method"),
+        (["results", "--dataset", "cifar"], "dataset 'cifar': unknown, choose digits, cifar10"),
+        (["results", "--sweep", "x", "--where", "a"], "--where: --sweep has all trials of one run"),
+        (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),
+        (["results", "--one-stage", "--sweep", "x"], "two tables, give one of them"),
         (["draw"], "FILE"),
         (["search", "--set"], "--set"),
         (["ui", "--port", "http"], "http"),
@@ -396,6 +406,42 @@ def test_sync_delivers_a_run_that_was_not_tracked_and_doubles_nothing(istanas: C
     code, out, _ = istanas("results", "--json")
     (row,) = json.loads(out)["results"]
     assert (row["run_id"], row["kind"], row["status"]) == (ids[0], "search", "FINISHED")
+
+
+def test_results_are_filtered_and_runs_compared(istanas: Command, here: Path) -> None:
+    tracked = ("--config", "tiny.yaml", "--set", "tracking={enabled: true, models: false}", "--json")
+    first = json.loads(istanas("run", *tracked)[1])
+    second = json.loads(istanas("search", *tracked, "--set", "seed=1")[1])
+
+    def ids(*filters: str) -> set[str]:
+        code, out, _ = istanas("results", *filters, "--json")
+        assert code == 0
+        return {row["run_id"] for row in json.loads(out)["results"]}
+
+    searches = {first["mlflow_run_id"], second["mlflow_run_id"]}
+    assert ids() == {*searches, first["retrain_run_id"]}
+    assert ids("--kind", "search", "--dataset", "digits", "--method", "two_stage") == searches
+    assert ids("--where", "metrics.`test/top1` >= 0") == {first["retrain_run_id"]}
+    assert ids("--kind", "search", "--where", 'params.seed = "1"') == {second["mlflow_run_id"]}
+    assert ids("--one-stage", "--dataset", "digits") == set()
+    code, out, err = istanas("results", "--where", "metrics.test/top1 > 0.9")
+    assert (code, out) == (2, "")
+    (line,) = error_lines(err)
+    assert "MLflow refuses it (Invalid comparison clause" in line
+    assert "write for example: metrics.`test/top1` > 0.9" in line
+    assert "no run fits the filters" in istanas("results", "--dataset", "svhn")[1]
+
+    code, out, err = istanas(
+        "compare", first["run_dir"], second["mlflow_run_id"], "--config", "tiny.yaml", "--json"
+    )
+    assert code == 0
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert [row["digest"] for row in result["runs"]] == [first["digest"], second["digest"]]
+    assert result["differing"] == {"seed": ["0", "1"]}
+    assert result["files"] == ["compare/compare.html", "compare/compare.png"]
+    assert all((here / file).stat().st_size > 1000 for file in result["files"])
+    assert "latency: one picture at a time" in err
 
 
 def test_a_store_that_is_away_costs_a_line_and_sync_finds_it_again(here: Path) -> None:

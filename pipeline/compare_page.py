@@ -1,0 +1,139 @@
+"""The page of a comparison: one HTML file that needs nothing else, and the figure of all curves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from istanas.draw import draw_cell
+from istanas.space import CELLS, Genotype
+from pipeline.run_reader import ReadRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = "compare.html"
+# Told apart without colour vision (Okabe and Ito), dark enough on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b", "#56a0d3", "#333333")
+_DASHES = ("-", "--", ":", "-.")
+_PANELS = {
+    "train/loss": "training loss",
+    "train/top1": "training top-1, %",
+    "valid/top1": "valid top-1, %",
+    "test/top1": "test top-1, %",
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One figure in two forms."""
+
+    png: bytes
+    svg: str
+
+
+def draw_curves(runs: Sequence[ReadRun]) -> Curves:
+    """All runs' curves, a panel for each metric that any of them has.
+
+    Args:
+        runs: numbered from 1 in the legend.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = {metric: title for metric, title in _PANELS.items() if any(run.points(metric) for run in runs)}
+    columns = min(2, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(9, 3 * rows + 0.24 * len(runs) + 0.3), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    lines = {}
+    for place, (metric, title) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        scale = 100 if metric.endswith("top1") else 1
+        for number, (run, (colour, dash)) in enumerate(zip(runs, _styles(len(runs)), strict=True), start=1):
+            points = run.points(metric)
+            if points:
+                epochs, values = [epoch for epoch, _ in points], [scale * value for _, value in points]
+                marker = "o" if len(points) < 30 else None
+                (lines[number],) = axes.plot(epochs, values, dash, color=colour, marker=marker, markersize=3)
+    if lines:
+        names = [f"{number}  {runs[number - 1].label}" for number in sorted(lines)]
+        handles = [lines[number] for number in sorted(lines)]
+        figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=9)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    return Curves(content.getvalue(), _svg(figure))
+
+
+def render_page(
+    headings: Sequence[str],
+    table: Sequence[Sequence[str]],
+    differing: Mapping[str, Sequence[str | None]],
+    notes: Sequence[str],
+    genotypes: Sequence[Genotype | None],
+    curves: Curves,
+) -> str:
+    """The page as HTML.
+
+    Args:
+        headings: of the table of figures.
+        table: a row for each run, its number and name first.
+        differing: setting -> value of each run.
+        notes: sentences below the table.
+        genotypes: of each run; None: it has none yet. What several runs share is drawn once.
+        curves: as `draw_curves` gives them.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipeline"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    runs_of: dict[str | None, list[int]] = {}
+    for place, genotype in enumerate(genotypes):
+        runs_of.setdefault(None if genotype is None else genotype.digest(), []).append(place)
+    cells = []
+    for digest, places in runs_of.items():
+        genotype = genotypes[places[0]]
+        # Drawn here, so safe on a page: a run's own pictures anybody may have written.
+        figures = {} if genotype is None else {kind: _cell(genotype, kind) for kind in CELLS}
+        cells.append({"runs": places, "digest": digest, "figures": figures})
+    return environment.get_template(TEMPLATE).render(
+        headings=headings,
+        table=table,
+        colours=[colour for colour, _ in _styles(len(table))],
+        differing=differing,
+        notes=notes,
+        cells=cells,
+        curves=curves.svg,
+    )
+
+
+def _styles(n: int) -> list[tuple[str, str]]:
+    """Colour and dashes of n runs, no two alike while they last."""
+    colours = cycle(COLOURS)
+    return [(next(colours), _DASHES[i // len(COLOURS) % len(_DASHES)]) for i in range(n)]
+
+
+def _cell(genotype: Genotype, kind: str) -> str:
+    return _svg(draw_cell(genotype.picks(kind), genotype.concat(kind), title=f"{kind} cell"))
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as an element of a page; equal figures give equal text."""
+    import matplotlib
+
+    content = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    text = content.getvalue()
+    return text[text.index("<svg") :]

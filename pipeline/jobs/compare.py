@@ -1,0 +1,306 @@
+"""The comparison of runs: what they were set to, their curves, cells and figures, on the terminal and as a page."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+
+from istanas.data import load_dataset
+from istanas.errors import ConfigError, IstanasError
+from istanas.measure import measure_latency
+from istanas.nets import TargetNet
+from pipeline.compare_page import draw_curves, render_page
+from pipeline.config import load
+from pipeline.jobs.job import console_line
+from pipeline.models import load_network
+from pipeline.resources import count, threads_in_process
+from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
+from pipeline.rundir import atomic_write
+from pipeline.schema import Config
+from pipeline.tables import shown, shown_time
+
+PAGE_FILE, CURVES_FILE = "compare.html", "compare.png"
+TRAINED, UNTRAINED = "trained network", "untrained target network"
+ROUNDS, PASSES = 7, 10  # of every network, for its latency
+
+Network = tuple[TargetNet, tuple[int, int, int], str]  # in eval mode or not, (C, H, W), TRAINED or UNTRAINED
+
+
+class ComparedRun(TypedDict):
+    """One row of the comparison: accuracies are fractions, times seconds; None is what a run has not got."""
+
+    run: str
+    run_dir: str | None  # None: read from the MLflow store
+    mlflow_run_id: str | None
+    kind: str
+    method: str
+    dataset: str
+    status: str
+    digest: str | None
+    params: int | None
+    macs: int | None
+    latency_seconds: float | None  # of one picture
+    latency_of: str | None  # TRAINED or UNTRAINED
+    valid_top1: float | None
+    test_top1: float | None
+    epochs: int
+    seconds: float | None
+
+
+class CompareResult(TypedDict):
+    """What `--json` prints: the runs in the order given, and the settings that differ, a value for each run."""
+
+    files: list[str]
+    threads: int  # that the latencies were measured with
+    runs: list[ComparedRun]
+    differing: dict[str, list[str | None]]
+    notes: list[str]
+
+
+def run_compare(config: Config, references: Sequence[str], *, out: Path, console: Console) -> CompareResult:
+    """Hold runs against each other; write a page and a figure of it.
+
+    Args:
+        config: its `runtime.runs_dir`, `runtime.threads` and `tracking.uri` are used.
+        references: at least two searches or retrainings: run directories, MLflow run ids or unique names.
+        out: folder of `compare.html` and `compare.png`.
+        console: for people.
+
+    Returns:
+        See `CompareResult`.
+
+    Raises:
+        ConfigError: a run is unknown, given twice, or a sweep.
+    """
+    torch.set_num_threads(threads_in_process(config.runtime.threads))
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [
+            read_run(
+                ref,
+                runs_dir=Path(config.runtime.runs_dir),
+                tracking_uri=config.tracking.uri,
+                scratch=Path(scratch),
+            )
+            for ref in references
+        ]
+        _check(references, runs)
+        notes = _notes(runs)
+        networks = [_network(number, run, notes) for number, run in enumerate(runs, start=1)]
+        rows = [_row(run, *timed) for run, timed in zip(runs, _latencies(networks), strict=True)]
+        genotypes = [run.genotype for run in runs]
+    differing = differing_settings(runs)
+    result = CompareResult(
+        files=[str(out / PAGE_FILE), str(out / CURVES_FILE)],
+        threads=torch.get_num_threads(),
+        runs=rows,
+        differing=differing,
+        notes=notes,
+    )
+    headings, table = figures_table(result)
+    curves = draw_curves(runs)
+    page = render_page(headings, table, differing, [*notes, latency_note(result)], genotypes, curves)
+    atomic_write(out / CURVES_FILE, curves.png)
+    atomic_write(out / PAGE_FILE, page)
+    print_comparison(result, console)
+    return result
+
+
+def differing_settings(runs: Sequence[ReadRun]) -> dict[str, list[str | None]]:
+    """The settings in which runs differ, in their order, with the value of each run; None: it has no such setting.
+
+    A section counts for the runs that depend on it: that a retraining has no `search` is no difference.
+    """
+    sections = [{_section(key) for key in run.settings} for run in runs]
+    found: dict[str, list[str | None]] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        concerned = [run for run, has in zip(runs, sections, strict=True) if _section(key) in has]
+        if len({run.settings.get(key) for run in concerned}) > 1:
+            found[key] = [run.settings.get(key) for run in runs]
+    return found
+
+
+def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row of texts for every run, as the terminal and the page show them."""
+    runs = result["runs"]
+    headings = ["", "run", "params", "MACs", "latency", "valid", "test", "epochs", "time"]
+    table = [
+        [
+            str(number),
+            _name(run, several=len({r["dataset"] for r in runs}) > 1),
+            shown(run["params"], "{:,}"),
+            shown(run["macs"], "{:,}"),
+            _latency(run),
+            shown(run["valid_top1"], "{:.2%}"),
+            shown(run["test_top1"], "{:.2%}"),
+            str(run["epochs"]),
+            shown_time(run["seconds"]),
+        ]
+        for number, run in enumerate(runs, start=1)
+    ]
+    return headings, table
+
+
+def latency_note(result: CompareResult) -> str:
+    """How the latencies were measured."""
+    threads = count(result["threads"], "thread")
+    note = f"latency: one picture at a time on this CPU, {threads}, median of passes, the runs in turn"
+    if any(run["latency_of"] == UNTRAINED for run in result["runs"]):
+        note += "; *: of the network that its settings would build, untrained"
+    return note
+
+
+def print_comparison(result: CompareResult, console: Console) -> None:
+    """The figures, the settings that differ, and where the page is."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    headings, rows = figures_table(result)
+    shorter = headings.index("epochs")  # the page has the rest
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings[:shorter]:
+        left = heading in ("", "run")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row[:shorter]))
+    console.print(table)
+    settings = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    settings.add_column("setting", no_wrap=True)
+    for number in range(1, len(rows) + 1):
+        settings.add_column(str(number), overflow="fold")
+    for key, values in result["differing"].items():
+        settings.add_row(key, *(escape(value or "") for value in values))
+    if result["differing"]:
+        console.print(settings)
+    say = console_line(console)
+    if not result["differing"]:
+        say("no setting that these runs share differs")
+    for note in (*result["notes"], latency_note(result)):
+        say(note)
+    for file in result["files"]:
+        say(file)
+
+
+def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
+    seen: dict[Any, str] = {}
+    for ref, run in zip(references, runs, strict=True):
+        if run.kind == "sweep":
+            raise ConfigError(
+                f"run {ref!r}: is a sweep, compare its trials (directories in it); istanas results --sweep {ref} "
+                "lists them"
+            )
+        same = run.files.resolve() if run.run_dir is not None else run.mlflow_run_id
+        if same in seen:
+            raise ConfigError(
+                f"run {ref!r}: is given twice ({seen[same]!r} is the same), give different runs"
+            )
+        seen[same] = ref
+
+
+def _notes(runs: Sequence[ReadRun]) -> list[str]:
+    """What to know before the figures are compared."""
+    notes = []
+    if len({run.dataset for run in runs}) > 1:
+        notes.append("the runs are on different data sets: their accuracies can't be compared")
+    unfinished = [f"{n} is {run.status}" for n, run in enumerate(runs, start=1) if run.status != "FINISHED"]
+    if unfinished:
+        notes.append(f"not finished: {', '.join(unfinished)}")
+    return notes
+
+
+def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> ComparedRun:
+    genotype = run.genotype
+    return {
+        "run": run.label,
+        "run_dir": run.run_dir,
+        "mlflow_run_id": run.mlflow_run_id,
+        "kind": run.kind,
+        "method": run.method,
+        "dataset": run.dataset,
+        "status": run.status,
+        "digest": None if genotype is None else genotype.digest(),
+        "params": _whole(run.last("target/params")),
+        "macs": _whole(run.last("target/macs")),
+        "latency_seconds": latency,
+        "latency_of": latency_of,
+        "valid_top1": run.last("valid/top1"),
+        "test_top1": run.last("test/top1"),
+        "epochs": run.lines[-1].step if run.lines else 0,
+        "seconds": run.seconds,
+    }
+
+
+def _network(number: int, run: ReadRun, notes: list[str]) -> Network | None:
+    """The network to time; None, and perhaps a note, where there is none."""
+    try:
+        if run.has_network:
+            net, example = load_network(run.files)
+            channels, height, width = example.shape[1:]
+            return net, (channels, height, width), TRAINED
+        return _untrained(run)
+    except (
+        IstanasError,
+        OSError,
+    ) as error:  # pictures or weights that are not here: the rest can be compared
+        notes.append(f"latency of {number}: not measured ({error})")
+        return None
+
+
+def _untrained(run: ReadRun) -> Network | None:
+    """The network that a run's settings would build of its genotype; None if it has none yet."""
+    genotype = run.genotype
+    if genotype is None or not (run.files / CONFIG_FILE).is_file():
+        return None
+    config = load(run.files / CONFIG_FILE)
+    sizes = config.search if (run.kind, run.method) == ("search", "one_stage") else config.retrain
+    d = config.data
+    dataset = load_dataset(d.name, root=d.root, cache_dir=d.cache_dir, image_size=d.image_size)
+    net = TargetNet(
+        genotype,
+        sizes.init_channels,
+        sizes.layers,
+        dataset.num_classes,
+        stem=sizes.stem,
+        op_batchnorm=sizes.op_batchnorm,
+        in_channels=dataset.channels,
+    )
+    return net, (dataset.channels, dataset.height, dataset.width), UNTRAINED
+
+
+def _latencies(networks: Sequence[Network | None]) -> list[tuple[float | None, str | None]]:
+    """Seconds of a pass and of what, in turn, so that a slow moment of the machine is not one network's alone."""
+    seconds: list[list[float]] = [[] for _ in networks]
+    for _ in range(ROUNDS):
+        for network, found in zip(networks, seconds, strict=True):
+            if network is not None:
+                net, shape, _ = network
+                found.append(measure_latency(net, shape, repeats=PASSES))
+    return [
+        (None, None) if network is None else (statistics.median(found), network[2])
+        for network, found in zip(networks, seconds, strict=True)
+    ]
+
+
+def _name(run: ComparedRun, *, several: bool) -> str:
+    status = "" if run["status"] == "FINISHED" else f" ({run['status']})"
+    return f"{run['run']}{status}" + (f", {run['dataset']}" if several else "")
+
+
+def _latency(run: ComparedRun) -> str:
+    mark = "*" if run["latency_of"] == UNTRAINED else ""
+    seconds = run["latency_seconds"]
+    return "" if seconds is None else f"{1000 * seconds:.2f} ms{mark}"
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,158 @@
+"""One run as it is compared and shown: read from its run directory, or from the MLflow store where that is not here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from istanas.errors import ConfigError
+from istanas.space import Genotype
+from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
+from pipeline.references import is_mlflow_id, resolve_run
+from pipeline.rundir import MetricsLine, RunDir
+from pipeline.stored import readable
+from pipeline.tracking import open_client, read_link, sqlite_file, store_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+CONFIG_FILE = "config.yaml"
+GENOTYPE_FILE = "genotype.json"
+_FILES = (CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class ReadRun:
+    """What a run is, what it was set to, what it measured and found.
+
+    Args:
+        label: name of its directory, which tells runs of one name apart.
+        kind, method, dataset, status: as in its record.
+        run_dir: its directory here, or None.
+        mlflow_run_id: None if it was never delivered.
+        settings: "section.key" -> value as text, of the sections that it depends on.
+        lines: its metrics, a line an epoch.
+        seconds: the time worked; None while it runs.
+        files: folder of its configuration, genotype and network, as far as it has them.
+    """
+
+    label: str
+    kind: str
+    method: str
+    dataset: str
+    status: str
+    run_dir: str | None
+    mlflow_run_id: str | None
+    settings: dict[str, str]
+    lines: list[MetricsLine]
+    seconds: float | None
+    files: Path
+
+    @property
+    def genotype(self) -> Genotype | None:
+        """What it found or trained; None if it has not yet."""
+        file = self.files / GENOTYPE_FILE
+        return Genotype.from_json(file.read_text()) if file.is_file() else None
+
+    @property
+    def has_network(self) -> bool:
+        """Whether there is a trained network in `files`."""
+        return all((self.files / name).is_file() for name in (NETWORK_FILE, WEIGHTS_FILE))
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """(epoch, value) of a metric, where it was measured."""
+        return [(line.step, line.metrics[metric]) for line in self.lines if metric in line.metrics]
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric."""
+        points = self.points(metric)
+        return points[-1][1] if points else None
+
+
+def read_run(ref: str, *, runs_dir: Path, tracking_uri: str | None, scratch: Path) -> ReadRun:
+    """Read a run from its directory; if that is not here, and the reference is an MLflow run id, from the store.
+
+    Args:
+        ref: a run directory, an MLflow run id or a unique name.
+        runs_dir: where runs are kept.
+        tracking_uri: see `pipeline.tracking.store_uri`.
+        scratch: a folder for what comes from the store; must live as long as the result is used.
+
+    Raises:
+        ConfigError: there is no such run, or the store can't be read.
+        CheckpointError: its directory is broken.
+    """
+    try:
+        run_dir = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    except ConfigError as unresolved:
+        if not is_mlflow_id(ref):
+            raise
+        return _from_store(ref, store_uri(tracking_uri), scratch, unresolved)
+    return _from_directory(run_dir)
+
+
+def _from_directory(run_dir: RunDir) -> ReadRun:
+    record, link = run_dir.read(), read_link(run_dir)
+    return ReadRun(
+        label=run_dir.path.resolve().name,
+        kind=record.kind,
+        method=record.method,
+        dataset=record.dataset,
+        status=record.status,
+        run_dir=str(run_dir.path),
+        mlflow_run_id=None if link is None else link.run_id,
+        settings={key: str(value) for key, value in record.params.items()},
+        lines=_by_epoch(run_dir.metrics()),
+        seconds=record.result.get("seconds"),
+        files=run_dir.path,
+    )
+
+
+def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -> ReadRun:
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():  # opening it would create it
+        raise unresolved
+    client = open_client(uri)
+    try:
+        run = client.get_run(run_id)
+    except Exception:  # no such run, no such server: it was said why
+        raise unresolved from None
+    tags = run.data.tags
+    if "istanas.kind" not in tags:
+        raise ConfigError(f"run {run_id}: in the MLflow store, but not one of istanas; see istanas results")
+    folder = scratch / run_id
+    folder.mkdir(exist_ok=True)
+    with readable(uri):
+        for name in sorted({item.path for item in client.list_artifacts(run_id)} & set(_FILES)):
+            client.download_artifacts(run_id, name, str(folder))
+        lines = _lines(client, run)
+    seconds = tags.get("istanas.seconds")
+    return ReadRun(
+        label=Path(tags.get("istanas.run_dir", run_id)).name,
+        kind=tags["istanas.kind"],
+        method=tags.get("istanas.method", ""),
+        dataset=tags.get("istanas.dataset", ""),
+        status=run.info.status,
+        run_dir=None,
+        mlflow_run_id=run_id,
+        settings=dict(run.data.params),
+        lines=lines,
+        seconds=None if seconds is None else float(seconds),
+        files=folder,
+    )
+
+
+def _lines(client: MlflowClient, run: Run) -> list[MetricsLine]:
+    points = [m for name in run.data.metrics for m in client.get_metric_history(run.info.run_id, name)]
+    return _by_epoch([MetricsLine(m.step, m.timestamp, {m.key: m.value}) for m in points])
+
+
+def _by_epoch(lines: list[MetricsLine]) -> list[MetricsLine]:
+    """One line an epoch."""
+    merged: dict[int, MetricsLine] = {}
+    for line in lines:
+        before = merged.get(line.step, line)
+        merged[line.step] = before._replace(metrics={**before.metrics, **line.metrics})
+    return [merged[step] for step in sorted(merged)]

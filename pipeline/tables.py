@@ -1,0 +1,128 @@
+"""Tables for the terminal, of the frames that `pipeline.report` makes."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+WIDE = 120
+"""Columns of a terminal from which on a table of results says more."""
+
+
+def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> "Table":
+    """The frame as a table; trials are set in under their sweep, retrainings under their search.
+
+    Valid and test are top-1; a status is shown where a run is not finished: a trial that was stopped early is KILLED.
+    The frame has the rest.
+
+    Args:
+        frame: as `pipeline.report.results_frame` gives it.
+        width: of the terminal; from `WIDE` on, method, data set and start (local time) are shown too.
+        none: what to say of a frame without rows.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=None if len(frame) else none, box=box.SIMPLE_HEAD, padding=0 if width < WIDE else (0, 1)
+    )
+    table.add_column("run", overflow="fold")
+    table.add_column("genotype", no_wrap=True)
+    for heading in ("valid", "test", "params", "MACs", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("data", "method", "started") if width >= WIDE else ():
+        table.add_column(heading, no_wrap=True)
+    depths: dict[Any, int] = {}
+    for row in frame.to_dict("records"):
+        depths[row["run_id"]] = depth = depths.get(row["parent_run_id"], -1) + 1
+        cells = [
+            f"{'  ' * depth}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
+            shown(row["genotype"], "{:.8}"),
+            shown(row["valid_top1"], "{:.2%}"),
+            shown(row["test_top1"], "{:.2%}"),
+            shown(row["params"], "{:,}"),
+            shown(row["macs"], "{:,}"),
+            shown_time(row["seconds"]),
+        ]
+        if width >= WIDE:
+            started = f"{row['started'].to_pydatetime().astimezone():%Y-%m-%d %H:%M}"
+            cells += [shown(row["dataset"], "{}"), shown(row["method"], "{}"), started]
+        table.add_row(*cells)
+    return table
+
+
+def weights_table(frame: "pd.DataFrame") -> "Table":
+    """The frame as a table that fits 80 columns: a search's weights, under them the retrained ones.
+
+    Test is top-1; points are per cent points that retraining gains. The frame has the rest.
+
+    Args:
+        frame: as `pipeline.report.weights_frame` gives it.
+
+    Example:
+        >>> from pipeline.report import weights_frame
+        >>> weights_table(weights_frame(tracking_uri="sqlite:////nowhere/mlflow.db")).title
+        'no finished one-stage search yet'
+    """
+    import pandas as pd
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=None if len(frame) else "no finished one-stage search yet", box=box.SIMPLE_HEAD, padding=0
+    )
+    table.add_column("one-stage weights\n  retrained", overflow="fold")
+    table.add_column("genotype", no_wrap=True)
+    for heading in ("test", "points", "params", "epochs", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def figures(row: dict[Any, Any], weights: str, points: str) -> list[str]:
+        return [
+            shown(row[f"{weights}_top1"], "{:.2%}"),
+            points,
+            shown(row[f"{weights}_params"], "{:,}"),
+            shown(row[f"{weights}_epochs"], "{:,}"),
+            shown_time(row[f"{weights}_seconds"]),
+        ]
+
+    above = None
+    for row in frame.to_dict("records"):
+        if row["run_id"] != above:
+            table.add_row(row["name"], shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
+        above = row["run_id"]
+        if pd.isna(row["retrain_run_id"]):
+            table.add_row("  not retrained yet")
+        else:
+            points = shown(100 * row["difference"], "{:+.2f}")
+            table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> duration(7.31), duration(83), duration(3 * 3600 + 125)
+        ('7.3 s', '1 min 23 s', '3 h 2 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def shown(value: Any, text: str) -> str:
+    """A cell of a table: the value in this format, nothing for a missing one."""
+    import pandas as pd
+
+    return "" if pd.isna(value) else text.format(value)
+
+
+def shown_time(seconds: Any) -> str:
+    """A cell of a table with a time."""
+    import pandas as pd
+
+    return "" if pd.isna(seconds) else duration(seconds)
