@@ -35,7 +35,7 @@ from pipeline.profiling import (
     step_seconds,
     time_by_kind,
 )
-from pipeline.report import duration
+from pipeline.tables import duration
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 from pipeline.worker import compute_for, describe_place
 

@@ -93,7 +93,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 def decided(folder: Path) -> list[dict[str, Any]]:
     """What of the trials' table the clock and the place do not decide."""
-    frame = table(folder).drop(columns=["seconds", "run_dir", "retrain_dir", "mlflow_run_id"])
+    clocks = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
+    frame = table(folder).drop(columns=clocks)
     rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records"))
     return rows
 

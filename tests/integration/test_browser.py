@@ -1,0 +1,196 @@
+"""What people see: MLflow's pages on the store of a real run, and our own pages from the disk, in headless Chromium."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pipeline.cli import run
+from pipeline.rundir import RunDir
+
+RUN = [
+    *("run", "--json", "--set", "runtime.threads=1", "--set", "data.holdout=0.2", "--set", "search.epochs=4"),
+    *("--set", "search.init_channels=4", "--set", "retrain.epochs=2", "--set", "retrain.init_channels=4"),
+]
+SECONDS = 30.0  # that a page of MLflow may take on a busy machine
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, or what CHROMIUM names."""
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("no browser here: apt-get install chromium, or name one with CHROMIUM=PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def result(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A search and a retraining of the digits, and a comparison of the two; "folder" is where they lie."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["istanas", *RUN])
+        with (folder / "out.txt").open("w") as out:
+            patch.setattr("sys.stdout", out)
+            assert run(RUN) == 0
+        result: dict[str, Any] = json.loads((folder / "out.txt").read_text().splitlines()[-1])
+        assert run(["compare", result["run_dir"], result["retrain_run_dir"], "--out", "compare"]) == 0
+        assert run(["promote", result["retrain_run_dir"]]) == 0
+    return {**result, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def address(result: dict[str, Any]) -> Iterator[str]:
+    """Of `istanas ui`: the pages, on a free port."""
+    command = [sys.executable, "-m", "pipeline.cli", "ui", "--json"]
+    with subprocess.Popen(command, cwd=result["folder"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        said = json.loads(server.stdout.readline())
+        assert said["newest_run"].endswith(result["retrain_run_id"])
+        assert said["newest_run"].startswith(said["url"])
+        yield said["url"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+@pytest.fixture
+def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
+    """A page whose screenshot is kept with the test's output."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1100})
+    context.set_default_timeout(1000 * SECONDS)
+    page = context.new_page()
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    context.close()
+
+
+def run_page(address: str, result: dict[str, Any], run_id: str) -> str:
+    (search,) = (p for p in [Path(result["run_dir"])] if p.name)
+    link = json.loads((result["folder"] / search / "mlflow.json").read_text())
+    assert link["run_id"] == result["mlflow_run_id"]
+    return f"{address}/#/experiments/1/runs/{run_id}"
+
+
+def close_assistant(page: Page) -> None:
+    """MLflow opens a panel beside its pages on the first visit."""
+    panel = page.get_by_label("Close").first
+    if panel.is_visible():
+        panel.click()
+
+
+def watch(page: Page) -> list[str]:
+    """What a page complains of, and what it asks others for."""
+    seen: list[str] = []
+    page.on("console", lambda message: seen.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: seen.append(str(error)))
+    page.on("request", lambda r: seen.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    return seen
+
+
+# ---------- our pages, from the disk
+def move_slider(page: Page) -> None:
+    """The trajectory's slider shows another epoch's cells and figures, by keyboard."""
+    slider = page.get_by_role("slider")
+    last = int(slider.get_attribute("max") or 0)
+    assert last == 4
+    said: list[str] = []
+    for epoch in (last, 0):
+        slider.focus()
+        page.keyboard.press("End" if epoch else "Home")
+        expect(slider).to_have_value(str(epoch))
+        expect(page.get_by_text(re.compile(rf"Epoch {epoch} of {last}")).first).to_be_visible()
+        visible = [c.inner_html() for c in page.locator("svg").all() if c.is_visible()]
+        said.append("".join(visible))
+    assert said[0] != said[1], "the cells stay the same"
+
+
+def test_the_trajectory_opens_from_the_disk_and_its_slider_moves_the_cell(
+    page: Page, result: dict[str, Any]
+) -> None:
+    seen = watch(page)
+    page.goto((result["folder"] / result["run_dir"] / "trajectory.html").as_uri())
+    for text in ("distance", "gap", "truncation", "skip ratio", "Magnitudes of the sparse codes"):
+        expect(page.get_by_text(text).first).to_be_visible()
+    move_slider(page)
+    assert seen == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["run_dir", "retrain_run_dir", "compare"])
+def test_reports_open_from_the_disk_without_network_or_complaint(
+    page: Page, result: dict[str, Any], name: str, scheme: Any
+) -> None:
+    seen = watch(page)
+    page.emulate_media(color_scheme=scheme)
+    file = "compare/compare.html" if name == "compare" else f"{result[name]}/report.html"
+    page.goto((result["folder"] / file).as_uri())
+    for width in (1400, 800, 400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        assert not wider, f"the page runs over at {width} px"
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) is (scheme == "dark")
+    assert seen == []
+
+
+# ---------- MLflow's pages
+def test_the_run_is_found_with_its_chart_cell_report_and_model(
+    page: Page, address: str, result: dict[str, Any]
+) -> None:
+    # The list of runs.
+    page.goto(f"{address}/#/experiments/1/runs?workflowType=machine_learning")
+    close_assistant(page)
+    name = RunDir(result["folder"] / result["run_dir"]).read().name
+    expect(page.get_by_text(name).first).to_be_visible()
+
+    # The search: data set, description with the genotype, a chart of a metric.
+    page.goto(run_page(address, result, result["mlflow_run_id"]))
+    close_assistant(page)
+    expect(page.get_by_text("digits (").first).to_be_visible()
+    expect(page.get_by_text("on the alpha half: two-stage search on digits").first).to_be_visible()
+    page.get_by_text("Model metrics").click()
+    expect(page.get_by_text("valid/top1").first).to_be_visible()
+    expect(page.locator(".js-plotly-plot").first).to_be_visible()
+
+    # Its files: the cell's picture, the report.
+    page.get_by_text("Artifacts", exact=True).click()
+    page.get_by_text("cells", exact=True).first.click()
+    page.get_by_text("normal.png").first.click()
+    picture = page.locator("img[src*='blob:'], img[src*='get-artifact']").last
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") >= 800
+    page.get_by_text("report.html").first.click()
+    frame = page.frame_locator("iframe").last
+    expect(frame.get_by_text("Final figures").first).to_be_visible()
+    page.get_by_text("trajectory.html").first.click()
+    slider = page.frame_locator("iframe").last.get_by_role("slider")
+    slider.press("Home")
+    expect(page.frame_locator("iframe").last.get_by_text(re.compile(r"Epoch 0 of 4")).first).to_be_visible()
+
+
+def test_from_the_registered_model_one_clicks_to_its_retraining_and_its_search(
+    page: Page, address: str, result: dict[str, Any]
+) -> None:
+    page.goto(f"{address}/#/models/istanas-digits")
+    close_assistant(page)
+    expect(page.get_by_text("champion").first).to_be_visible()
+    page.goto(f"{address}/#/models/istanas-digits/versions/1")
+    for link, run_id in (("retraining ", result["retrain_run_id"]), ("search ", result["mlflow_run_id"])):
+        page.get_by_role("link", name=re.compile(f"^{link}")).first.click()
+        page.wait_for_url(re.compile(run_id))
+        page.go_back()
