@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
+ENVIRONMENT_FILE = "environment.json"
 DELIVERY_LOCK = ".mlflow.lock"
 MODEL_NAME = "model"
 CANDIDATE = "candidate"  # alias of a registered model's newest version
@@ -384,6 +385,7 @@ class MLflowTracker:
             "istanas.dataset": record.dataset,
             "istanas.key": record.key,
             "istanas.run_dir": str(self.run_dir.path.absolute()),
+            **_commit_tag(self.run_dir),
             **record.tags,
         }
         if record.description:
@@ -593,6 +595,15 @@ def _source_tags() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
+
+
+def _commit_tag(run_dir: RunDir) -> dict[str, str]:
+    """MLflow's tag of the commit that the run was computed with, if it was a git checkout."""
+    try:
+        git = json.loads((run_dir.path / ENVIRONMENT_FILE).read_bytes())["git"]
+    except FileNotFoundError:  # announced, not begun; or of an earlier version
+        return {}
+    return {} if git is None else {"mlflow.source.git.commit": git["commit"]}
 
 
 def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
