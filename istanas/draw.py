@@ -492,7 +492,8 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
         path = path[~np.isnan(path[:, 0])]
         close = np.zeros(free.shape[:-1], dtype=bool)
         if len(path):  # most samples are far from it, and need no closer look
-            around = ((free > path.min(0) - 0.1) & (free < path.max(0) + 0.1)).all(-1)
+            half = np.ptp(path, axis=0) / 2 + 0.1
+            around = _touches(free, path.min(0)[None] + half - 0.1, half)[..., 0]
             close[around] = _touches(free[around], path, 0.09).any(-1)
         return close, _touches(spots, path, names[:, None, None, None] + 0.04).sum(-1)
 
@@ -524,9 +525,10 @@ def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[
 
     NaN lies nowhere.
     """
-    half = np.broadcast_to(half, (*np.shape(half)[:-1], 2))
-    apart = [np.abs(points[..., None, axis] - centres[:, axis]) < half[..., axis] for axis in (0, 1)]
-    return np.asarray(apart[0] & apart[1])
+    across, along = (half[..., 0], half[..., 1]) if isinstance(half, np.ndarray) else (half, half)
+    near = np.abs(points[..., None, 0] - centres[:, 0]) < across
+    near &= np.abs(points[..., None, 1] - centres[:, 1]) < along
+    return near
 
 
 @functools.cache  # measuring a text takes longer than all else about it

@@ -22,11 +22,22 @@ import torch
 
 import istanas
 from pipeline.resources import usable_cores
-from pipeline.rundir import atomic_write
-from pipeline.tracking import ENVIRONMENT_FILE, public_uri
+from pipeline.rundir import ENVIRONMENT_FILE, RunDir, atomic_write
 
-_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "cvxpy", "ray", "optuna", "mlflow", "matplotlib", "pandas")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "cvxpy",
+    "ray",
+    "optuna",
+    "mlflow",
+    "matplotlib",
+    "pandas",
+)
 _CHECKOUT = Path(istanas.__file__).resolve().parent.parent
+_CREDENTIALS = re.compile(r"://[^/?#\s]*@")  # to the last @: a password may hold one
 _SECRET = re.compile(r"([?&;]\w*(?:pass|pwd|token|secret|key|auth)\w*=)[^&;#\s]*", re.IGNORECASE)
 
 
@@ -51,27 +62,18 @@ def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def write_environment(folder: Path, kind: str) -> None:
+def write_environment(run: RunDir, kind: str) -> None:
     """Write `environment.json`; if the run goes on in another environment, those before stand under "earlier".
 
     Args:
-        folder, kind: see `collect_environment`.
+        run: its directory.
+        kind: see `collect_environment`.
     """
-    new = collect_environment(folder, kind)
-    before = read_environment(folder) or {}
+    new, before = collect_environment(run.path, kind), run.environment()
     earlier = before.pop("earlier", [])
     if before not in ({}, new):
         earlier.append(before)
-    atomic_write(folder / ENVIRONMENT_FILE, json.dumps({**new, "earlier": earlier}, indent=2) + "\n")
-
-
-def read_environment(folder: Path) -> dict[str, Any] | None:
-    """What `write_environment` has written; None if it has not, or not so that it can be read."""
-    try:
-        found = json.loads((folder / ENVIRONMENT_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):  # a run of an earlier version; a file that somebody has edited
-        return None
-    return found if isinstance(found, dict) else None
+    atomic_write(run.path / ENVIRONMENT_FILE, json.dumps({**new, "earlier": earlier}, indent=2) + "\n")
 
 
 def reproducing_command(folder: Path, kind: str) -> str:
@@ -94,7 +96,7 @@ def without_secrets(text: str) -> str:
         >>> without_secrets("sweep.storage=postgresql://me:secret@host/db?password=secret&sslmode=require")
         'sweep.storage=postgresql://host/db?password=...&sslmode=require'
     """
-    return _SECRET.sub(r"\1...", public_uri(text))
+    return _SECRET.sub(r"\1...", _CREDENTIALS.sub("://", text))
 
 
 @functools.cache

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
-ENVIRONMENT_FILE = "environment.json"
 DELIVERY_LOCK = ".mlflow.lock"
 MODEL_NAME = "model"
 CANDIDATE = "candidate"  # alias of a registered model's newest version
@@ -598,11 +597,8 @@ def _source_tags() -> dict[str, str]:
 
 
 def _commit_tag(run_dir: RunDir) -> dict[str, str]:
-    """MLflow's tag of the commit that the run was computed with, if it was a git checkout."""
-    try:
-        git = json.loads((run_dir.path / ENVIRONMENT_FILE).read_bytes())["git"]
-    except FileNotFoundError:  # announced, not begun; or of an earlier version
-        return {}
+    """MLflow's tag of the commit that the run was computed with, if it is known."""
+    git = run_dir.environment().get("git")
     return {} if git is None else {"mlflow.source.git.commit": git["commit"]}
 
 

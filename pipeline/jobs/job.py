@@ -24,11 +24,14 @@ from istanas.space import CellSpace
 from istanas.training import Metrics
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
+from pipeline.environment import write_environment
 from pipeline.epochs import Record
 from pipeline.pictures import open_dataset
 from pipeline.progress import EpochBar
+from pipeline.report_page import REPORT_PAGE, write_report
 from pipeline.resources import count
 from pipeline.rundir import (
+    ENVIRONMENT_FILE,
     LOCK_FILE,
     OWNER_FILE,
     RECORD_FILE,
@@ -205,29 +208,31 @@ def execute(
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
         record = _open_record(run, spec)
+        write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         tracker.deliver()
         console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+        space = spec.config.space.cell_space()
         try:
             with EpochBar(console, spec.kind, spec.epochs, spec.unit) as bar:
-                outcome = body(run, RunObserver(run, tracker, bar, describe, tell), prepared)
+                outcome = body(run, RunObserver(run, tracker, bar, space, describe, tell), prepared)
+            final = dataclasses.replace(
+                record,
+                status="FINISHED",
+                ended_ms=_now_ms(),
+                result=outcome.result,
+                artifacts=(*outcome.artifacts, ENVIRONMENT_FILE, REPORT_PAGE),
+                tags={**record.tags, **outcome.tags},
+                description=outcome.description,
+            )
+            write_report(run, final)
         except SystemExit:
             raise
         except BaseException:
             run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
             tracker.deliver()
             raise
-        run.write(
-            dataclasses.replace(
-                record,
-                status="FINISHED",
-                ended_ms=_now_ms(),
-                result=outcome.result,
-                artifacts=outcome.artifacts,
-                tags={**record.tags, **outcome.tags},
-                description=outcome.description,
-            )
-        )
+        run.write(final)
         if not tracker.deliver():
             console.print(
                 f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
@@ -419,7 +424,7 @@ def _open_record(run: RunDir, spec: JobSpec) -> RunRecord:
             status="RUNNING",
             started_ms=_now_ms(),
             ended_ms=None,
-            artifacts=(CONFIG_FILE,),
+            artifacts=(CONFIG_FILE, ENVIRONMENT_FILE),
             result={},
         )
     run.write(record)
