@@ -207,16 +207,17 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
     step = max(1.0, min(24.0, _SPAN / len(epochs)))
     largest = float(frame["magnitude"].max())
     nodes, top = [], 0
-    for node, rows in frame.groupby("node", sort=True):
+    for node in sorted(frame["node"].unique().tolist()):
+        rows = frame[frame["node"] == node]
         # The candidates in the order of the file, which is that of the space.
         names = list(dict.fromkeys(zip(rows["op"], rows["state"], strict=True)))
         wide = rows.pivot(index=["op", "state"], columns="epoch", values="magnitude")
         values = wide.reindex(index=pd.MultiIndex.from_tuples(names), columns=epochs).to_numpy()
-        kept = np.array([[name in table[epoch, cell, int(node)].picks for epoch in epochs] for name in names])
+        kept = np.array([[name in table[epoch, cell, node].picks for epoch in epochs] for name in names])
         top += _HEADING
         nodes.append(
             {
-                "node": int(node),
+                "node": node,
                 "top": top,
                 "height": _ROW * len(names),
                 "names": [
