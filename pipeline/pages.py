@@ -111,7 +111,7 @@ def add_axes(page: Figure, rows: int, columns: int, number: int, title: str, *, 
     axes.set_title(title, y=1.0)  # else everything is measured to find out where it fits
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return axes

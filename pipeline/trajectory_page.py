@@ -150,7 +150,7 @@ def _said(table: Table, epoch: int, places: Places) -> str:
     """The epoch in one sentence."""
     nodes = [table[epoch, *place] for place in places]
     changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
-    start = "Before any training" if epoch == 0 else f"{count(changed, 'node')} of {len(nodes)} changed"
+    start = "Before any training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
     return (
         f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
         f"{max(node.distance for node in nodes):.2g}, relative gap {max(node.gap for node in nodes):.2g}, truncation "
@@ -194,7 +194,7 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
                 f'y2="{height - box.y0:.1f}" data-step="{after - x:.2f}"/>'
             )
         svg = chart_svg(page, "curves", "Distance, relative gap, truncation and skip ratio over the epochs")
-    return Markup(svg.removesuffix("\n").removesuffix("</svg>") + "".join(cursors) + "</svg>")
+    return Markup(str(svg).rstrip().removesuffix("</svg>") + "".join(cursors) + "</svg>")
 
 
 def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:

@@ -160,7 +160,9 @@ def test_codes_have_every_candidate_of_every_epoch_and_the_kept_ones_are_the_lar
     trajectory = pd.read_csv(path / "trajectory.csv")
     for place, rows in codes.groupby(["epoch", "cell", "node"]):
         kept = set(rows.nlargest(2, "magnitude")[["op", "state"]].itertuples(index=False, name=None))
-        (row,) = trajectory[(trajectory[["epoch", "cell", "node"]] == list(place)).all(axis=1)].to_dict("records")
+        (row,) = trajectory[(trajectory[["epoch", "cell", "node"]] == list(place)).all(axis=1)].to_dict(
+            "records"
+        )
         assert kept == {(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())}
 
 
