@@ -13,7 +13,8 @@ import torch
 import istanas
 from pipeline import environment
 from pipeline.environment import git_state, reproducing_command, without_secrets, write_environment
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, RunRecord
+from pipeline.tracking import MLflowTracker, open_client
 
 
 def read(run: RunDir) -> dict:
@@ -145,3 +146,29 @@ def test_without_git_nothing_fails(checkout: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(checkout))
     git_state.cache_clear()
     assert git_state() is None
+
+
+def test_the_commit_is_mlflows_own_tag(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.write(
+        RunRecord(
+            **{"name": "run", "kind": "search", "method": "two_stage", "dataset": "digits", "key": ""},
+            **{"params": {}, "tags": {}, "description": "", "parent": None, "status": "RUNNING"},
+            **{"started_ms": 1, "ended_ms": None, "artifacts": (), "result": {}},
+        )
+    )
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MLflowTracker(run, tracking_uri=uri, experiment="digits")
+    assert tracker.deliver()  # announced: where it will be computed is not known yet
+
+    def commit() -> str | None:
+        found: str | None = (
+            open_client(uri).get_run(str(tracker.run_id)).data.tags.get("mlflow.source.git.commit")
+        )
+        return found
+
+    assert commit() is None
+    for git in (None, {"commit": "ab" * 20, "dirty": True}):
+        (run.path / "environment.json").write_text(json.dumps({"git": git}))
+        assert tracker.deliver()
+        assert commit() == (None if git is None else "ab" * 20)
