@@ -8,6 +8,7 @@ on top of each other.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ Place = tuple[str, int]  # (cell, node)
 # Dark enough to be read on white; told apart without colour vision by the names beside them.
 COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
 OTHER_COLOUR = "#8a1c7c"
-CONCAT_COLOUR = "#a0a0a0"
+CONCAT_COLOUR = "#6f7682"
 _INK, _NODE_FILL, _END_FILL = "#222222", "#fdf3d1", "#e4ecf4"
 
 # Inches. The axes are in inches too, so that a shape looks as it was computed.
@@ -43,6 +44,7 @@ _NODE_SIZE = (0.74, 0.36)
 _FONT_FAMILY, _FONT_SIZE = "DejaVu Sans", 10.0
 _BENDS = np.outer([0.0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.8, 1.0], [1, -1]).ravel()[1:]
 _STOPS = np.array([0.5, 0.44, 0.56, 0.38, 0.62, 0.32, 0.68, 0.26, 0.74])
+_EVEN_WIDTH = 1.8  # points, of edges whose weights are not known
 _SAMPLES = np.linspace(0, 1, 41)
 _FROZEN_BY: dict[str, dict[str, Any]] = {
     "tolerance": {"marker": "o"},
@@ -149,6 +151,101 @@ def draw_cell(
             ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
             write(place, edge.op, colour, bbox=ground, zorder=2)
     return figure
+
+
+def cell_svg(
+    picks: Sequence[Sequence[tuple[str, int]]],
+    concat: Sequence[int],
+    *,
+    label: str,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> str:
+    """The graph of `draw_cell` as one small `<svg>` element for a page, drawn for a white ground.
+
+    It has no title, no id and no style sheet. The lines of the picks have class "pick", in the order of the picks: a
+    page may give them other widths (`edge_widths`), and so show the same cell with other weights.
+
+    Args:
+        picks, concat, weights: as `draw_cell` takes them.
+        label: what a screen reader says.
+
+    Raises:
+        GenotypeError: as `draw_cell`.
+
+    Example:
+        >>> cell_svg([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], label="normal cell").count('class="pick"')
+        2
+    """
+    from xml.etree import ElementTree as ET
+
+    edges = _edges(picks, concat, weights)
+    places, page = _places(edges, len(picks))
+    bends, stops = _route(edges, places, page)
+    height = page[1]
+
+    def put(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+        element = ET.SubElement(parent, tag, {k.replace("_", "-"): v for k, v in attributes.items()})
+        element.text = text
+        return element
+
+    def points(xy: Array) -> list[str]:
+        """Inches from below to points from above, as text."""
+        return [f"{72 * x:.1f} {72 * (height - y):.1f}" for x, y in xy.reshape(-1, 2)]
+
+    def write(place: Array, text: str, colour: str, *, ground: Array, **style: str) -> ET.Element:
+        """A text in the middle of a box."""
+        x, y = points(place + ground * (-0.5, 0.5))[0].split()
+        size = {"width": f"{72 * ground[0]:.1f}", "height": f"{72 * ground[1]:.1f}"}
+        put(svg, "rect", x=x, y=y, **{"fill": "#ffffff", **size, **style})
+        x, y = points(place)[0].split()
+        return put(svg, "text", text, x=x, y=y, dy="3.5", fill=colour)
+
+    svg = ET.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {72 * page[0]:.0f} {72 * height:.0f}",
+            "role": "img",
+            "aria-label": label,
+            "font-family": f"{_FONT_FAMILY}, Verdana, sans-serif",
+            "font-size": f"{_FONT_SIZE:g}",
+            "text-anchor": "middle",
+        },
+    )
+    lines = put(svg, "g", fill="none")
+    for edge, bend in zip(edges, bends, strict=True):
+        colour = CONCAT_COLOUR if edge.op is None else colour_of(edge.op)
+        start, control, end, head = _arrow(places[edge.source], places[edge.target], bend)
+        way = points(np.array([start, control, end]))
+        pick = {} if edge.op is None else {"class": "pick"}
+        path = f"M{way[0]}Q{way[1]} {way[2]}"
+        put(lines, "path", d=path, stroke=colour, stroke_width=f"{edge.width:.2f}", **pick)
+        put(lines, "path", d=f"M{'L'.join(points(head))}Z", fill=colour)
+    for edge, bend, stop in zip(edges, bends, stops, strict=True):
+        if edge.op is not None:
+            place = _curve(places[edge.source], places[edge.target], bend, stop)
+            write(place, edge.op, colour_of(edge.op), ground=np.array(_text_size(edge.op)) + 0.04)
+    for state, place in enumerate(places):
+        inner = 2 <= state < len(places) - 1
+        style = {"fill": _NODE_FILL if inner else _END_FILL, "stroke": _INK, "rx": "7"}
+        name = "c" if state < 2 else f"node {state - 2}" if inner else "concat"
+        text = write(place, name, _INK, ground=np.array(_NODE_SIZE), **style)
+        if state < 2:
+            put(text, "tspan", f"k\N{MINUS SIGN}{2 - state}", dy="2.5", font_size="8")
+    return ET.tostring(svg, encoding="unicode")
+
+
+def edge_widths(weights: Sequence[Sequence[float]]) -> list[list[float]]:
+    """How wide a cell's picks are drawn, in points: the greater |weight|, the wider.
+
+    Example:
+        >>> edge_widths([[1.0, -0.5], [0.0]])
+        [[4.2, 2.5], [0.8]]
+    """
+    largest = max((abs(w) for row in weights for w in row), default=0.0)
+    if largest == 0:
+        return [[_EVEN_WIDTH] * len(row) for row in weights]
+    return [[float(0.8 + 3.4 * abs(w) / largest) for w in row] for row in weights]
 
 
 def save_genotype_figures(
@@ -299,12 +396,12 @@ def _edges(
     if not all(np.isfinite(w) for row in weights or () for w in row):
         raise GenotypeError("weights: NaN or infinite; give finite numbers, or none to draw all edges alike")
 
-    largest = max((abs(w) for row in weights or () for w in row), default=0.0)
-    edges = []
-    for node, inputs in enumerate(picks):
-        for i, (op, state) in enumerate(inputs):
-            width = 1.8 if weights is None or largest == 0 else 0.8 + 3.4 * abs(weights[node][i]) / largest
-            edges.append(_Edge(state, node + 2, op, float(width)))
+    widths = edge_widths(weights or [[0.0] * len(inputs) for inputs in picks])
+    edges = [
+        _Edge(state, node + 2, op, width)
+        for node, inputs in enumerate(picks)
+        for (op, state), width in zip(inputs, widths[node], strict=True)
+    ]
     return edges + [_Edge(state, last + 1, None, 1.2) for state in concat]
 
 
@@ -341,6 +438,24 @@ def _curve(start: Array, end: Array, bend: float | Array, t: float | Array) -> A
     return curve
 
 
+def _arrow(source: Array, target: Array, bend: float) -> tuple[Array, Array, Array, Array]:
+    """A curve from the middle of a box to the border of another, as start, control and end, and its head's corners."""
+    box, head = np.array(_NODE_SIZE) / 2, np.array([0.12, 0.06])
+    t = np.linspace(0, 1, 401)
+    outside = ~_touches(_curve(source, target, bend, t), target[None], box)[:, 0]
+    border = t[np.flatnonzero(outside)[-1]]
+    tip = _curve(source, target, bend, border)
+    # Where the head begins; what is left of the curve is split off there, as de Casteljau does it.
+    back = np.linalg.norm(_curve(source, target, bend, t) - tip, axis=-1)
+    stop = t[np.flatnonzero((t < border) & (back >= head[0]))[-1]]
+    end = _curve(source, target, bend, stop)
+    along = target - source
+    control = (source + target) / 2 + bend * np.array([along[1], -along[0]])
+    ahead = (tip - end) / np.linalg.norm(tip - end)
+    side = head[1] * np.array([-ahead[1], ahead[0]])
+    return source, source + stop * (control - source), end, np.array([end + side, tip, end - side])
+
+
 def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, Array]:
     """Bend of each edge and the stop on it (0..1) where its name stands, both (E,).
 
@@ -368,13 +483,27 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
         cost: Array = 10.0 * (through + outside)[:, None] + 200 * covered + 50 * cut + effort
         return cost
 
+    nothing = np.zeros(free.shape[1:-1], dtype=bool)
+
+    @functools.cache
+    def beside_path(j: int, bend: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Of edge j with this bend: which samples of all curves lie on it, and how much of it lies under all names."""
+        path = free[j, bend]
+        path = path[~np.isnan(path[:, 0])]
+        close = np.zeros(free.shape[:-1], dtype=bool)
+        if len(path):  # most samples are far from it, and need no closer look
+            half = np.ptp(path, axis=0) / 2 + 0.1
+            around = _touches(free, path.min(0)[None] + half - 0.1, half)[..., 0]
+            close[around] = _touches(free[around], path, 0.09).any(-1)
+        return close, _touches(spots, path, names[:, None, None, None] + 0.04).sum(-1)
+
     def shared_cost(i: int) -> Array:
         rest = np.arange(len(edges)) != i
-        paths = free[rest, bends[rest]].reshape(-1, 2)
+        paths = [beside_path(j, int(bends[j])) for j in np.flatnonzero(rest)]
         labels, sizes = spots[rest, bends[rest], stops[rest]], names[rest]
-        close = _touches(free[i], paths, 0.09).any(-1).sum(-1)
+        close = np.any([nothing, *(on[i] for on, _ in paths)], axis=0).sum(-1)
+        over = np.sum([below[i] for _, below in paths], axis=0)
         under = _touches(curves[i], labels, sizes + 0.04).sum((-2, -1))
-        over = _touches(spots[i], paths, names[i] + 0.04).sum(-1)
         clash = _touches(spots[i], labels, sizes + names[i] + 0.04).sum(-1)
         cost: Array = (close + 4.0 * under)[:, None] + 4 * over + 200 * clash
         return cost
@@ -396,9 +525,13 @@ def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[
 
     NaN lies nowhere.
     """
-    return np.asarray(np.all(np.abs(points[..., None, :] - centres) < half, axis=-1))
+    across, along = (half[..., 0], half[..., 1]) if isinstance(half, np.ndarray) else (half, half)
+    near = np.abs(points[..., None, 0] - centres[:, 0]) < across
+    near &= np.abs(points[..., None, 1] - centres[:, 1]) < along
+    return near
 
 
+@functools.cache  # measuring a text takes longer than all else about it
 def _text_size(text: str | None) -> tuple[float, float]:
     """Width and height in inches; NaN for no text, so that nothing ever touches it."""
     from matplotlib.font_manager import FontProperties

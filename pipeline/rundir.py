@@ -24,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".run.lock"
 OWNER_FILE = ".run.lock.owner"
 
@@ -248,6 +249,23 @@ class RunDir:
             lines: what `metrics()` is to return from now on.
         """
         atomic_write(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+
+    def environment(self) -> dict[str, Any]:
+        """Where the run was computed, see `pipeline.environment`; empty if it has not begun, or is of an old version.
+
+        Raises:
+            CheckpointError: the file is not what `write_environment` writes.
+        """
+        file = self.path / ENVIRONMENT_FILE
+        try:
+            found = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not JSON ({error}); restore or remove it") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{file}: no object; restore or remove it")
+        return found
 
     @contextlib.contextmanager
     def lock(self, *, wait: float = 0) -> Iterator[None]:

@@ -154,7 +154,10 @@ def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str],
 
     files: list[str] = []
     parts: list[str] = []
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context(),
+    ):  # Optuna changes the style of all figures to come
         warnings.simplefilter("ignore")  # of an axis that has one value
         for name, draw, draw_page in _plots(config, own):
             try:

@@ -386,6 +386,7 @@ class MLflowTracker:
             "istanas.dataset": record.dataset,
             "istanas.key": record.key,
             "istanas.run_dir": str(self.run_dir.path.absolute()),
+            **_commit_tag(self.run_dir),
             **record.tags,
             **links.lineage_tags(kin),
         }
@@ -544,6 +545,12 @@ def _source_tags() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
+
+
+def _commit_tag(run_dir: RunDir) -> dict[str, str]:
+    """MLflow's tag of the commit that the run was computed with, if it is known."""
+    git = run_dir.environment().get("git")
+    return {} if git is None else {"mlflow.source.git.commit": git["commit"]}
 
 
 def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:

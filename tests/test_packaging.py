@@ -236,6 +236,9 @@ def test_the_wheel_holds_the_two_packages_and_the_configurations(
     assert {name for name in names if name.startswith("tune_configs/")} == configurations
     expected = {str(path) for path in files if path.parts[0] in PACKAGES and path.suffix == ".py"}
     assert {name for name in names if name.endswith(".py")} == expected
+    templates = {str(path) for path in files if path.parts[:2] == ("pipeline", "templates")}
+    assert templates
+    assert {name for name in names if name.startswith("pipeline/templates/")} == templates
     assert "istanas/py.typed" in names
     templates = {str(path) for path in files if path.parts[:2] == ("pipeline", "templates")}
     assert templates

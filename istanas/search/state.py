@@ -10,7 +10,7 @@ Generators need no place here: all randomness of an epoch follows from (seed, pu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +86,8 @@ class NodeReport:
     converged: bool
     recovered: bool = True  # False: it was FROZEN before
     state: str = NodeState.ACTIVE.name  # after the recovery
+    # |z| of every candidate, in the order of `CellSpace.candidate`; of a node that was not recovered, none
+    magnitudes: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class SearchState:
                     gap=float(new.result.gap),
                     changed=new.before is not None and new.before.support != kept,
                     converged=bool(new.result.converged),
+                    magnitudes=new.code.sparse_code.abs().tolist(),
                 )
             )
         return reports

@@ -6,7 +6,9 @@ A job is flat: open the directory, stop if it is finished, run the worker, write
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
+import io
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +20,18 @@ import pandas as pd
 from rich.console import Console
 
 from istanas.data import ImageDataset
+from istanas.space import CellSpace
 from istanas.training import Metrics
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
+from pipeline.environment import write_environment
 from pipeline.epochs import Record
 from pipeline.pictures import open_dataset
 from pipeline.progress import EpochBar
+from pipeline.report_page import REPORT_PAGE, write_report
 from pipeline.resources import count
 from pipeline.rundir import (
+    ENVIRONMENT_FILE,
     LOCK_FILE,
     OWNER_FILE,
     RECORD_FILE,
@@ -45,6 +51,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 GENOTYPE_FILE = "genotype.json"
 TRAJECTORY_FILE = "trajectory.csv"
+CODES_FILE = "codes.csv"
+CODES_COLUMNS = ("epoch", "cell", "node", "state", "op", "magnitude")
 CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
 
 
@@ -99,11 +107,12 @@ class RunObserver:
         run: RunDir,
         tracker: Tracker,
         bar: EpochBar,
+        space: CellSpace,
         describe: Callable[[list[Record]], str],
         tell: Callable[[list[Record]], None] | None = None,
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
-        self._tell = tell
+        self._space, self._tell = space, tell
 
     def note(self, text: str) -> None:
         self._bar.line(text)
@@ -147,6 +156,10 @@ class RunObserver:
         rows = trajectory_rows(history)
         if rows:
             atomic_write(self._run.path / TRAJECTORY_FILE, pd.DataFrame(rows).to_csv(index=False))
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerows([CODES_COLUMNS, *codes_rows(history, self._space)])
+            atomic_write(self._run.path / CODES_FILE, text.getvalue())
 
 
 Prepared = TypeVar("Prepared")
@@ -202,29 +215,31 @@ def execute(
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
         record = _open_record(run, spec, datasets(prepared))
+        write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         tracker.deliver()
         console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+        space = spec.config.space.cell_space()
         try:
             with EpochBar(console, spec.kind, spec.epochs, spec.unit) as bar:
-                outcome = body(run, RunObserver(run, tracker, bar, describe, tell), prepared)
+                outcome = body(run, RunObserver(run, tracker, bar, space, describe, tell), prepared)
+            final = dataclasses.replace(
+                record,
+                status="FINISHED",
+                ended_ms=_now_ms(),
+                result=outcome.result,
+                artifacts=(*outcome.artifacts, ENVIRONMENT_FILE, REPORT_PAGE),
+                tags={**record.tags, **outcome.tags},
+                description=outcome.description,
+            )
+            write_report(run, final)
         except SystemExit:
             raise
         except BaseException:
             run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
             tracker.deliver()
             raise
-        run.write(
-            dataclasses.replace(
-                record,
-                status="FINISHED",
-                ended_ms=_now_ms(),
-                result=outcome.result,
-                artifacts=outcome.artifacts,
-                tags={**record.tags, **outcome.tags},
-                description=outcome.description,
-            )
-        )
+        run.write(final)
         if not tracker.deliver():
             console.print(
                 f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
@@ -325,28 +340,53 @@ def _decoding_progress(console: Console) -> Callable[[int, int], None]:
 def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
     """One row an epoch and node: what it keeps; epoch 0 is the start, before any training."""
     rows = []
-    for record in history:
-        moved = "nodes" in record and record.get("searching", True)
-        stages = [(record["epoch"], record["nodes"])] if moved else []
-        if "start_nodes" in record:
-            stages.insert(0, (0, record["start_nodes"]))
-        for epoch, nodes in stages:
-            for node in nodes:
-                rows.append(
-                    {
-                        "epoch": epoch,
-                        "cell": node["cell"],
-                        "node": node["node"],
-                        "picks": " ".join(node["picks"]),
-                        "edge_weights": " ".join(f"{w:.6g}" for w in node["edge_weights"]),
-                        "state": node["state"],
-                        "changed": node["changed"],
-                        "distance": node["distance"],
-                        "gap": node["gap"],
-                        "truncation": node["truncation"],
-                    }
-                )
+    for epoch, nodes in _recoveries(history):
+        for node in nodes:
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "cell": node["cell"],
+                    "node": node["node"],
+                    "picks": " ".join(node["picks"]),
+                    "edge_weights": " ".join(f"{w:.6g}" for w in node["edge_weights"]),
+                    "state": node["state"],
+                    "changed": node["changed"],
+                    "distance": node["distance"],
+                    "gap": node["gap"],
+                    "truncation": node["truncation"],
+                }
+            )
     return rows
+
+
+def codes_rows(history: list[Record], space: CellSpace) -> Iterator[tuple[int, str, int, int, str, str]]:
+    """Magnitudes of every node's sparse code: `CODES_COLUMNS` of each epoch, node and candidate.
+
+    Left out are epochs of checkpoints that were written before magnitudes were recorded.
+
+    Args:
+        history: of a search.
+        space: its cells.
+    """
+    last: dict[tuple[str, int], list[float]] = {}
+    for epoch, nodes in _recoveries(history):
+        for node in nodes:
+            place = node["cell"], node["node"]
+            # A node that is not recovered any more keeps the code that it froze with.
+            recovered = node.get("recovered", True)
+            last[place] = node.get("magnitudes", []) if recovered else last.get(place, [])
+            for candidate, magnitude in enumerate(last[place]):
+                state, op = space.split(candidate)
+                yield epoch, *place, state, space.ops[op], f"{magnitude:.6g}"
+
+
+def _recoveries(history: list[Record]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The nodes after every recovery of a search, the first of all before any training (epoch 0)."""
+    for record in history:
+        if "start_nodes" in record:
+            yield 0, record["start_nodes"]
+        if "nodes" in record and record.get("searching", True):
+            yield record["epoch"], record["nodes"]
 
 
 def tracker_of(run: RunDir, config: Config) -> Tracker:
@@ -393,7 +433,7 @@ def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = 
             status="RUNNING",
             started_ms=_now_ms(),
             ended_ms=None,
-            artifacts=(CONFIG_FILE,),
+            artifacts=(CONFIG_FILE, ENVIRONMENT_FILE),
             result={},
             datasets=datasets,
         )

@@ -24,6 +24,7 @@ from pipeline.epochs import Record, build_one_stage
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
+    CODES_FILE,
     CONFIG_FILE,
     GENOTYPE_FILE,
     TRAJECTORY_FILE,
@@ -41,10 +42,12 @@ from pipeline.pictures import datasets_used
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, OneStageConfig
+from pipeline.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
 from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
+TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE, TRAJECTORY_PAGE)
 
 
 def search_spec(
@@ -181,7 +184,7 @@ def _finish_two_stage(run: RunDir, history: list[Record], dataset: ImageDataset)
     result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
     return Outcome(
         result=result,
-        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, TRAJECTORY_FILE),
+        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY),
         tags={"istanas.genotype": genotype.digest()},
         description=summary.of_two_stage_search(dataset.name, len(history), result, genotype),
     )
@@ -212,7 +215,7 @@ def _finish_one_stage(
             CONFIG_FILE,
             GENOTYPE_FILE,
             *CELL_FIGURES,
-            TRAJECTORY_FILE,
+            *TRAJECTORY,
             *FREEZING_FIGURES,
             NETWORK_FILE,
             WEIGHTS_FILE,
@@ -257,6 +260,7 @@ def _write_last_genotype(run: RunDir, history: list[Record]) -> Genotype:
     genotype = Genotype.from_json(last["genotype"])
     weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
     write_genotype(run.path, genotype, weights)
+    write_trajectory_page(run)
     return genotype
 
 

@@ -105,7 +105,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
         one, other = map(decided_metrics, ends)
         assert one == other
         assert [line["step"] for line in other] == list(range(1, EPOCHS + 1)), "a line is doubled or lost"
-        for name in ("genotype.json", "trajectory.csv", "model.safetensors", "config.yaml"):
+        for name in ("genotype.json", "trajectory.csv", "codes.csv", "model.safetensors", "config.yaml"):
             contents = [(end / name).read_bytes() if (end / name).exists() else None for end in ends]
             assert contents[0] == contents[1], name
     assert (folders["killed"] / killed["retrain_run_dir"] / "model.safetensors").stat().st_size > 0

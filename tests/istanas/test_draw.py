@@ -2,13 +2,14 @@
 
 import itertools
 import random
+import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -17,10 +18,13 @@ from PIL import Image
 
 from istanas.draw import (
     COLOURS,
+    CONCAT_COLOUR,
     OTHER_COLOUR,
+    cell_svg,
     colour_of,
     draw_cell,
     draw_freezing,
+    edge_widths,
     save_freezing_figure,
     save_genotype_figures,
 )
@@ -177,6 +181,109 @@ def test_the_same_genotype_gives_the_same_bytes(tmp_path: Path) -> None:
     first = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "a")
     second = save_genotype_figures(PUBLISHED["ISTA_onestage"], tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+# --- legible on a light page and on a dark one ---
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def contrast(one: object, other: object) -> float:
+    """Of two colours, as WCAG 2 defines it: 1 .. 21."""
+
+    def luminance(colour: object) -> float:
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]  # type: ignore[arg-type]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_stands_out_from_the_ground_that_it_is_on() -> None:
+    assert contrast("white", "black") == pytest.approx(21)
+    figure = draw_cell(random_picks(0), range(2, 6), title="cell")
+    assert to_rgba(figure.get_facecolor()) == (1, 1, 1, 1)  # of its own, whatever the page's colour is
+    boxes = {patch.get_facecolor() for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)}
+    for text in figure.axes[0].texts:
+        ground = text.get_bbox_patch()
+        grounds = boxes if ground is None else {ground.get_facecolor()}
+        assert all(contrast(text.get_color(), colour) >= 4.5 for colour in grounds), text.get_text()
+    assert {to_hex(arrow.get_edgecolor()) for arrow in arrows(figure)} <= {*COLOURS.values(), CONCAT_COLOUR}
+    for colour in (*COLOURS.values(), OTHER_COLOUR, CONCAT_COLOUR):
+        assert contrast(colour, "white") >= 4.5, colour
+
+
+@pytest.mark.parametrize("cell", ["normal", "reduce"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparent(
+    name: str, cell: str, tmp_path: Path
+) -> None:
+    svg, png = (
+        save_genotype_figures(PUBLISHED[name], tmp_path)[:2]
+        if cell == "normal"
+        else (save_genotype_figures(PUBLISHED[name], tmp_path)[2:])
+    )
+    root = ET.parse(svg).getroot()
+    width = float(root.attrib["viewBox"].split()[2])
+    sizes = [
+        float(size)
+        for element in root.iter()
+        for size in re.findall(r"font(?:-size)?: ?([\d.]+)px", element.get("style", ""))
+    ]
+    assert len(sizes) >= 8
+    assert min(sizes) * 800 / width >= 7  # the subscripts; names of operations and nodes:
+    assert max(sizes) * 800 / width >= 10
+    with Image.open(png) as image:
+        assert image.convert("RGBA").getextrema()[3] == (255, 255)
+    ground = next(root.iter(f"{SVG}path"))
+    assert "fill: #ffffff" in ground.get("style", "")
+
+
+@pytest.mark.parametrize("picks", [CELLS[0].values[0], CELLS[-1].values[0], random_picks(1, n_nodes=6)])
+def test_the_small_drawing_has_the_edges_names_and_boxes_of_the_large_one(picks: Picks) -> None:
+    concat = range(2, len(picks) + 2)
+    text = cell_svg(picks, concat, label='a "cell" & more')
+    root = ET.fromstring(text)
+    assert len(text) < 8000
+    assert root.get("aria-label") == 'a "cell" & more'
+    assert not [element for element in root.iter() if "id" in element.attrib]
+    lines = [element for element in root.iter(f"{SVG}path") if element.get("class") == "pick"]
+    ops = [op for node in picks for op, _ in node]
+    assert [line.get("stroke") for line in lines] == [colour_of(op) for op in ops]
+    texts = Counter("".join(element.itertext()) for element in root.iter(f"{SVG}text"))
+    expected = Counter([*ops, *(f"node {i}" for i in range(len(picks))), "concat"])
+    assert texts == expected + Counter(["ck\N{MINUS SIGN}2", "ck\N{MINUS SIGN}1"])
+
+    # Lines begin in a box's middle, under it; heads end at the border of the box that they point at.
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("stroke")]
+    assert len(boxes) == len(picks) + 3
+    centres = [
+        [float(box.get(k, "")) + float(box.get(s, "")) / 2 for k, s in (("x", "width"), ("y", "height"))]
+        for box in boxes
+    ]
+    half = [float(boxes[0].get(side, "")) / 2 for side in ("width", "height")]
+    paths = [[float(v) for v in re.findall(r"-?[\d.]+", p.get("d", ""))] for p in root.iter(f"{SVG}path")]
+    pairs = [(state, node + 2) for node, inputs in enumerate(picks) for _, state in inputs]
+    pairs += [(state, len(picks) + 2) for state in concat]
+    for (source, target), line, head in zip(pairs, paths[::2], paths[1::2], strict=True):
+        assert line[:2] == pytest.approx(centres[source], abs=0.11)
+        away = [
+            abs(tip - centre) / size
+            for tip, centre, size in zip(head[2:4], centres[target], half, strict=True)
+        ]
+        assert max(away) == pytest.approx(1, abs=0.06)
+
+
+def test_widths_of_a_small_drawing_follow_its_weights() -> None:
+    picks = ((("sep_conv_3x3", 0), ("skip_connect", 1)),)
+    weights = [[0.1, -2.0]]
+    root = ET.fromstring(cell_svg(picks, [2], label="cell", weights=weights))
+    drawn = [float(e.get("stroke-width", "")) for e in root.iter(f"{SVG}path") if e.get("class") == "pick"]
+    assert drawn == pytest.approx(edge_widths(weights)[0], abs=0.005)
+    assert drawn[0] < drawn[1]
+
+
+def test_a_cell_of_one_edge_is_drawn() -> None:
+    assert cell_svg([[("skip_connect", 0)]], [], label="cell").count('class="pick"') == 1
 
 
 # --- how the nodes of a one-stage search came to rest ---

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
@@ -20,7 +21,7 @@ from istanas.sparse import mosek_licence
 from pipeline import checkpoint
 from pipeline.cluster import Runtime
 from pipeline.config import load, run_hash
-from pipeline.jobs.job import trajectory_rows
+from pipeline.jobs.job import codes_rows, trajectory_rows
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
@@ -95,6 +96,10 @@ def test_a_search_leaves_its_artifacts_and_figures(job: Job) -> None:
         "config.yaml",
         "genotype.json",
         "trajectory.csv",
+        "trajectory.html",
+        "codes.csv",
+        "environment.json",
+        "report.html",
         *(f"cells/{cell}.{form}" for cell in ("normal", "reduce") for form in ("svg", "png")),
     }
     for name in record.artifacts:
@@ -143,6 +148,43 @@ def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job
     genotype = Genotype.from_json((path / "genotype.json").read_text())
     last = [{f"{op}<-{state}" for op, state in node} for node in (*genotype.normal, *genotype.reduce)]
     assert [set(text.split()) for text in picks["2"]] == last
+
+
+def test_codes_have_every_candidate_of_every_epoch_and_the_kept_ones_are_the_largest(job: Job) -> None:
+    path = Path(job("search")["run_dir"])
+    codes = pd.read_csv(path / "codes.csv")
+    assert list(codes.columns) == ["epoch", "cell", "node", "state", "op", "magnitude"]
+    space = job.config().space.cell_space()
+    candidates = [(state, op) for node in (0, 1) for state in range(node + 2) for op in space.ops]
+    assert [*zip(codes["state"], codes["op"], strict=True)] == 6 * candidates  # three recoveries, two cells
+    assert (codes["magnitude"] >= 0).all()
+    trajectory = pd.read_csv(path / "trajectory.csv")
+    for place, rows in codes.groupby(["epoch", "cell", "node"]):
+        kept = set(rows.nlargest(2, "magnitude")[["op", "state"]].itertuples(index=False, name=None))
+        (row,) = trajectory[(trajectory[["epoch", "cell", "node"]] == list(place)).all(axis=1)].to_dict(
+            "records"
+        )
+        assert kept == {(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())}
+
+
+def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: Job) -> None:
+    """Epochs of the older version are left out of codes.csv, and are pink in the page."""
+    path = Path(job("search")["run_dir"])
+    whole = pd.read_csv(path / "codes.csv")
+    saved = checkpoint.load_latest(path / "checkpoints")
+    assert saved is not None
+    first = saved["history"][0]
+    for node in (*first["start_nodes"], *first["nodes"]):
+        del node["magnitudes"]
+    checkpoint.save(path / "checkpoints", 2, saved)
+    record = json.loads((path / "run.json").read_text())
+    record["status"] = "RUNNING"  # as a kill before the end would have left it
+    (path / "run.json").write_text(json.dumps(record))
+    job("search")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(path / "codes.csv"), whole[whole["epoch"] == 2].reset_index(drop=True)
+    )
+    assert "pink epochs that were not recorded" in (path / "trajectory.html").read_text()
 
 
 def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
@@ -424,3 +466,28 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
         "searching": False,
     }  # the architecture of a one-stage search is fixed
     assert trajectory_rows([still]) == []
+
+
+def test_a_node_that_froze_keeps_the_code_that_it_froze_with() -> None:
+    space = CellSpace(n_nodes=1, ops=("skip_connect", "sep_conv_3x3"))
+    node = {"cell": "normal", "node": 0}
+    history = [
+        {
+            "epoch": 1,
+            "start_nodes": [{**node, "magnitudes": [0.0, 1.0, 0.0, 0.5]}],
+            "nodes": [{**node, "magnitudes": [0.25, 0.0, 1e-7, 0.0]}],
+        },
+        {"epoch": 2, "nodes": [{**node, "recovered": False, "magnitudes": []}]},
+        {"epoch": 3, "nodes": [{**node, "recovered": False, "magnitudes": []}], "searching": False},
+    ]
+    rows = list(codes_rows(history, space))
+    assert rows[:4] == [
+        (0, "normal", 0, 0, "skip_connect", "0"),
+        (0, "normal", 0, 0, "sep_conv_3x3", "1"),
+        (0, "normal", 0, 1, "skip_connect", "0"),
+        (0, "normal", 0, 1, "sep_conv_3x3", "0.5"),
+    ]
+    assert [row[-1] for row in rows[4:8]] == ["0.25", "0", "1e-07", "0"]
+    assert rows[8:] == [(2, *row[1:]) for row in rows[4:8]]
+    older = [{"epoch": 1, "nodes": [node]}, {"epoch": 2, "nodes": [{**node, "recovered": False}]}]
+    assert list(codes_rows(older, space)) == []

@@ -1,0 +1,153 @@
+"""Where a run was computed: versions, git commit, hardware and the command that repeats it (`environment.json`).
+
+Nothing secret goes into the file: no environment variables, and no password that an address on the command line holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import istanas
+from pipeline.resources import usable_cores
+from pipeline.rundir import ENVIRONMENT_FILE, RunDir, atomic_write
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "cvxpy",
+    "ray",
+    "optuna",
+    "mlflow",
+    "matplotlib",
+    "pandas",
+)
+_CHECKOUT = Path(istanas.__file__).resolve().parent.parent
+_CREDENTIALS = re.compile(r"://[^/?#\s]*@")  # to the last @: a password may hold one
+_SECRET = re.compile(r"([?&;]\w*(?:pass|pwd|token|secret|key|auth)\w*=)[^&;#\s]*", re.IGNORECASE)
+
+
+def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
+    """What this process runs on, and the command that repeats the run.
+
+    Args:
+        folder: the run directory.
+        kind: of the run: "search", "retrain" or "sweep".
+    """
+    return {
+        "istanas": istanas.__version__,
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": _gpus(),
+        "command": reproducing_command(folder, kind),
+    }
+
+
+def write_environment(run: RunDir, kind: str) -> None:
+    """Write `environment.json`; if the run goes on in another environment, those before stand under "earlier".
+
+    Args:
+        run: its directory.
+        kind: see `collect_environment`.
+    """
+    new, before = collect_environment(run.path, kind), run.environment()
+    earlier = before.pop("earlier", [])
+    if before not in ({}, new):
+        earlier.append(before)
+    atomic_write(run.path / ENVIRONMENT_FILE, json.dumps({**new, "earlier": earlier}, indent=2) + "\n")
+
+
+def reproducing_command(folder: Path, kind: str) -> str:
+    """The command line as it was typed, without secrets; else one that starts from the run directory's own files.
+
+    Args:
+        folder, kind: see `collect_environment`.
+    """
+    program = Path(sys.argv[0])
+    if program.stem == "istanas" or program.parts[-2:] == ("pipeline", "cli.py"):
+        return shlex.join(["istanas", *(without_secrets(argument) for argument in sys.argv[1:])])
+    genotype = ["--genotype", str(folder / "genotype.json")] if kind == "retrain" else []
+    return shlex.join(["istanas", kind, *genotype, "--config", str(folder / "config.yaml")])
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords and tokens of the addresses in it.
+
+    Example:
+        >>> without_secrets("sweep.storage=postgresql://me:secret@host/db?password=secret&sslmode=require")
+        'sweep.storage=postgresql://host/db?password=...&sslmode=require'
+    """
+    return _SECRET.sub(r"\1...", _CREDENTIALS.sub("://", text))
+
+
+@functools.cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of the git checkout that istanas runs from, and whether its files differ from it; None outside of one."""
+    if not (_CHECKOUT / ".git").exists():  # it is installed, maybe below somebody else's checkout
+        return None
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": changes != ""}
+
+
+def _git(*arguments: str) -> str | None:
+    """What a git command prints about our checkout; None if there is no git, or it refuses."""
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_CHECKOUT), *arguments],
+            env=elsewhere,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices]

@@ -1,0 +1,259 @@
+"""`trajectory.html`: a search epoch by epoch, under a slider, made from its run directory alone.
+
+A cell is drawn once, however many epochs have it; what differs between them, the widths of its edges, is data.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from istanas.draw import cell_svg, edge_widths
+from istanas.space import CELLS, Genotype
+from istanas.space.primitives import SKIP
+from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, percent, render
+from pipeline.resources import count
+from pipeline.rundir import RunDir, atomic_write
+
+TRAJECTORY_PAGE = "trajectory.html"
+_STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
+_ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # of the heat map, in units of its text's 11
+_STATES = ("c(k−2)", "c(k−1)")  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What trajectory.csv says of a node at an epoch; picks and edge weights in the order of the states."""
+
+    picks: tuple[tuple[str, int], ...]
+    edge_weights: tuple[float, ...]
+    state: str
+    changed: bool
+    distance: float
+    gap: float
+    truncation: float
+
+
+Places = list[tuple[str, int]]
+Epochs = list[int]
+Table = dict[tuple[int, str, int], _Node]
+
+
+def write_trajectory_page(run: RunDir) -> None:
+    """Write the page into the run directory of a search.
+
+    Args:
+        run: its directory, with genotype.json, trajectory.csv and codes.csv; nothing else is read but the record.
+
+    Raises:
+        CheckpointError: if the record is broken.
+    """
+    record = run.read()
+    genotype = Genotype.from_json((run.path / "genotype.json").read_text())
+    table = _read(pd.read_csv(run.path / "trajectory.csv"))
+    epochs: Epochs = sorted({epoch for epoch, _, _ in table})
+    places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]
+    cells, cells_at, widths = _draw(genotype, table, epochs)
+    data = {
+        "cells": cells_at,
+        "widths": widths,
+        "said": [_said(table, epoch, places) for epoch in epochs],
+        "rows": [[_row(table[epoch, *place]) for place in places] for epoch in epochs],
+    }
+    maps = _maps(run, table, epochs)
+    page = render(
+        "trajectory.html",
+        title=f"{record.name}: epoch by epoch",
+        subtitle=f"{record.method.replace('_', '-')} search on {record.dataset}".capitalize(),
+        footer=run.path.name,
+        first=epochs[0],
+        last=epochs[-1],
+        cells=cells,
+        nodes=[f"{cell} node {node}" for cell, node in places],
+        data=data,
+        curves=_curves(table, epochs, places),
+        maps=maps,
+        gaps=any(heat["gaps"] for heat in maps),
+    )
+    atomic_write(run.path / TRAJECTORY_PAGE, page)
+
+
+def _read(frame: pd.DataFrame) -> Table:
+    table: Table = {}
+    for row in frame.to_dict("records"):
+        picks = [(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())]
+        weights = [float(weight) for weight in str(row["edge_weights"]).split()]
+        # A cell is the same in whatever order its node found its operations.
+        pairs = sorted(zip(picks, weights, strict=True), key=lambda pair: (pair[0][1], pair[0][0]))
+        figures = {name: row[name] for name in ("state", "changed", "distance", "gap", "truncation")}
+        table[row["epoch"], row["cell"], row["node"]] = _Node(
+            tuple(pick for pick, _ in pairs), tuple(weight for _, weight in pairs), **figures
+        )
+    return table
+
+
+def _draw(
+    genotype: Genotype, table: Table, epochs: Epochs
+) -> tuple[list[tuple[str, list[tuple[int, Markup]]]], list[list[int]], list[list[list[float]]]]:
+    """Every different cell once.
+
+    Returns:
+        (cells: kind -> (number, drawing) of each; of each epoch, the numbers of its cells; of each epoch and cell,
+        the widths of its edges).
+    """
+    numbers: dict[tuple[str, Any], int] = {}
+    drawings: dict[str, list[tuple[int, Markup]]] = {cell: [] for cell in CELLS}
+    cells_at: list[list[int]] = []
+    widths: list[list[list[float]]] = []
+    for epoch in epochs:
+        cells_at.append([])
+        widths.append([])
+        for cell in CELLS:
+            nodes = [table[epoch, cell, node] for node in range(len(genotype.picks(cell)))]
+            picks = tuple(node.picks for node in nodes)
+            if (cell, picks) not in numbers:
+                numbers[cell, picks] = len(numbers)
+                concat = genotype.normal_concat if cell == "normal" else genotype.reduce_concat
+                # Made by ourselves, of the names of known operations: nothing in it needs escaping.
+                drawing = Markup(cell_svg(picks, concat, label=_label(cell, picks)))
+                drawings[cell].append((numbers[cell, picks], drawing))
+            cells_at[-1].append(numbers[cell, picks])
+            flat = [width for row in edge_widths([node.edge_weights for node in nodes]) for width in row]
+            widths[-1].append([round(width, 2) for width in flat])
+    return list(drawings.items()), cells_at, widths
+
+
+def _label(cell: str, picks: Sequence[Sequence[tuple[str, int]]]) -> str:
+    nodes = (", ".join(f"{op} from {_state(state)}" for op, state in node) for node in picks)
+    return f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
+
+
+def _state(state: int) -> str:
+    return _STATES[state] if state < len(_STATES) else f"node {state - len(_STATES)}"
+
+
+def _row(node: _Node) -> list[Any]:
+    """Whether it changed, and the texts of its row."""
+    picks = zip(node.picks, node.edge_weights, strict=True)
+    keeps = ", ".join(f"{op} ← {_state(state)} ({weight:.2g})" for (op, state), weight in picks)
+    figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
+    return [bool(node.changed), keeps, node.state.lower(), *figures]
+
+
+def _said(table: Table, epoch: int, places: Places) -> str:
+    """The epoch in one sentence."""
+    nodes = [table[epoch, *place] for place in places]
+    changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
+    start = "Before any training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
+    return (
+        f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
+        f"{max(node.distance for node in nodes):.2g}, relative gap {max(node.gap for node in nodes):.2g}, truncation "
+        f"{max(node.truncation for node in nodes):.2g}."
+    )
+
+
+def _skip_ratio(nodes: Sequence[_Node]) -> float:
+    ops = [op for node in nodes for op, _ in node.picks]
+    return ops.count(SKIP) / len(ops)
+
+
+def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
+    """Distance, gap, truncation and skip ratio, each with a line for the epoch of the slider."""
+    first, last = epochs[0], epochs[-1]
+    with chart(9.6, 5.2, left=0.07, right=0.99, top=0.94, bottom=0.09, wspace=0.16, hspace=0.34) as page:
+        # A logarithmic axis has no zero: what is smaller stands at its lower end.
+        panels = (("distance", 1e-6), ("gap", 1e-17), ("truncation", 1e-9))
+        cursors = []
+        for number, (name, least) in enumerate((*panels, ("skip ratio, %", None)), start=1):
+            title = "relative gap" if name == "gap" else name
+            axes = add_axes(page, 2, 2, number, title, log=least is not None)
+            if least is None:
+                ratios = [100 * _skip_ratio([table[epoch, *place] for place in places]) for epoch in epochs]
+                axes.plot(epochs, ratios, "o-", color="#1d2129", markersize=3.5)
+                axes.set_ylim(bottom=0)
+            else:
+                for cell, node in places:
+                    colour, style = _STYLES[cell]
+                    # Nothing has moved yet at the start.
+                    shown = [epoch for epoch in epochs if name != "distance" or epoch > 0]
+                    values = [max(getattr(table[epoch, cell, node], name), least) for epoch in shown]
+                    axes.plot(shown, values, style, color=colour, linewidth=1.2, marker="o", markersize=2)
+            epoch_axis(axes, first, last)
+            if number > 2:
+                axes.set_xlabel("epoch")
+            (x, _), (after, _) = axes.transData.transform([(last, 0), (last + 1, 0)]).tolist()
+            box, height = axes.get_window_extent(), page.bbox.height
+            cursors.append(
+                f'<line class="cursor" x1="{x:.1f}" x2="{x:.1f}" y1="{height - box.y1:.1f}" '
+                f'y2="{height - box.y0:.1f}" data-step="{after - x:.2f}"/>'
+            )
+        svg = chart_svg(page, "curves", "Distance, relative gap, truncation and skip ratio over the epochs")
+    return Markup(str(svg).rstrip().removesuffix("</svg>") + "".join(cursors) + "</svg>")
+
+
+def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
+    """The heat maps of both cells as a template needs them; none if no code was recorded."""
+    frame = pd.read_csv(run.path / "codes.csv") if (run.path / "codes.csv").is_file() else pd.DataFrame()
+    return [] if frame.empty else [_map(frame[frame["cell"] == cell], cell, table, epochs) for cell in CELLS]
+
+
+def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[str, Any]:
+    step = max(1.0, min(24.0, _SPAN / len(epochs)))
+    largest = float(frame["magnitude"].max())
+    nodes, top = [], 0
+    for node in sorted(frame["node"].unique().tolist()):
+        rows = frame[frame["node"] == node]
+        # The candidates in the order of the file, which is that of the space.
+        names = list(dict.fromkeys(zip(rows["op"], rows["state"], strict=True)))
+        wide = rows.pivot(index=["op", "state"], columns="epoch", values="magnitude")
+        values = wide.reindex(index=pd.MultiIndex.from_tuples(names), columns=epochs).to_numpy()
+        kept = np.array([[name in table[epoch, cell, node].picks for epoch in epochs] for name in names])
+        top += _HEADING
+        nodes.append(
+            {
+                "node": node,
+                "top": top,
+                "height": _ROW * len(names),
+                "names": [
+                    (top + _ROW * i + 0.77 * _ROW, f"{op} ← {_state(state)}")
+                    for i, (op, state) in enumerate(names)
+                ],
+                "uri": data_uri(_picture(values / largest if largest > 0 else values, kept)),
+            }
+        )
+        top += _ROW * len(names)
+    every = max(1, round(len(epochs) / 12))
+    return {
+        "cell": cell,
+        "gaps": frame["epoch"].nunique() < len(epochs),
+        "largest": f"{largest:.2g}",
+        "left": _LEFT,
+        "span": step * len(epochs),
+        "step": step,
+        "width": _LEFT + step * len(epochs) + 8,
+        "height": top + 34,
+        "nodes": nodes,
+        "ticks": [(_LEFT + step * (i + 0.5), epoch) for i, epoch in enumerate(epochs) if i % every == 0],
+    }
+
+
+def _picture(share: np.ndarray[Any, Any], kept: np.ndarray[Any, Any]) -> bytes:
+    """A pixel an entry, as PNG: the darker, the greater; kept ones blue; what was not recorded (NaN) pink."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    depth = np.sqrt(np.nan_to_num(share))  # small codes decide too
+    colours = np.where(
+        kept[..., None], colormaps["Blues"](0.15 + 0.85 * depth), colormaps["Greys"](0.75 * depth)
+    )
+    pixels = np.rint(255 * colours[..., :3]).astype(np.uint8)
+    pixels[np.isnan(share)] = (255, 228, 225)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="png")
+    return content.getvalue()

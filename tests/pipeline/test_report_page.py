@@ -1,0 +1,235 @@
+"""The report of every kind of run: all that it holds, nothing that it loads, names that are only text."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from istanas.space import CellSpace, random_genotype
+from pipeline.cluster import Runtime
+from pipeline.config import flat_params, load, to_yaml
+from pipeline.environment import write_environment
+from pipeline.jobs.retrain import run_retrain
+from pipeline.jobs.search import run_search, write_genotype
+from pipeline.jobs.sweep import SECTIONS
+from pipeline.pages import figure, inline_svg
+from pipeline.report_page import MOST_TRIALS, write_report
+from pipeline.rundir import RunDir, RunRecord
+from pipeline.sweep_report import sweep_frame, write_figures, write_table
+from tests.pipeline.pages import Page
+from tests.pipeline.test_sweep_job import ended_sweep
+
+TINY = ["space.nodes=2", "runtime={threads: 1, device: cpu}", "tracking.enabled=false"]
+SIZE = "batch_size: 256, init_channels: 2, layers: 3, auxiliary_weight: 0, cutout: 0"
+JOBS = {
+    "two_stage": ["search={epochs: 2, batch_size: 64, init_channels: 2, layers: 3, max_pictures: 200}"],
+    "one_stage": [
+        "method=one_stage",
+        f"search={{max_search_epochs: 2, train_epochs: 1, max_pictures: 300, {SIZE}}}",
+    ],
+    "retrain": [
+        "retrain={epochs: 2, batch_size: 256, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}"
+    ],
+}
+COMMON = ["figures", "cells", "curves", "settings", "environment", "command"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
+    """A finished run of every kind but a sweep."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for kind, overrides in JOBS.items():
+        config = load(None, [*TINY, *overrides, f"runtime.runs_dir={folder}"])
+        with Runtime(config.runtime) as runtime:
+            common: Any = {
+                "name": kind,
+                "fresh": False,
+                "console": Console(file=io.StringIO()),
+                "runtime": runtime,
+            }
+            if kind == "retrain":
+                genotype = random_genotype(0, CellSpace(n_nodes=2))
+                result: Any = run_retrain(config, genotype, parent=None, **common)
+            else:
+                result = run_search(config, **common)
+        found[kind] = RunDir(result["run_dir"])
+    return found
+
+
+@pytest.fixture
+def copy(runs: dict[str, RunDir], tmp_path: Path) -> RunDir:
+    """The two-stage search, to be changed."""
+    return RunDir(shutil.copytree(runs["two_stage"].path, tmp_path / "copy"))
+
+
+def page_of(run: RunDir) -> Page:
+    return Page(run.path / "report.html")
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], kind: str) -> None:
+    run = runs[kind]
+    page = page_of(run)
+    page.check_loads_nothing()
+    page.check_ids()
+    extra = ["frozen"] if kind == "one_stage" else []
+    assert sorted(page.sections) == sorted(COMMON + extra)
+    assert "report.html" in run.read().artifacts
+    links = [link["href"] for link in page.all("a")]
+    assert links == ([] if kind == "retrain" else ["trajectory.html"])
+    assert page.all("script") == []
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert [label.partition(":")[0] for label in labels[:3]] == [
+        "normal cell",
+        "reduce cell",
+        "Loss and top-1 over the epochs",
+    ]
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_figures_settings_environment_and_command_are_those_of_the_run(
+    runs: dict[str, RunDir], kind: str
+) -> None:
+    run, text = runs[kind], page_of(runs[kind]).text
+    record = run.read()
+    result = record.result
+    assert f"{kind}-{record.kind}" in text
+    for key, label in (
+        ("test_top1", "test top-1"),
+        ("valid_top1", "top-1 on the alpha half" if kind == "two_stage" else "top-1 on the hold-out"),
+    ):
+        assert (f"{label} {100 * result[key]:.2f} %" in text) if key in result else (label not in text)
+    assert f"parameters {result['params']:,} multiply-adds {result['macs']:,}" in text
+    assert result["digest"][:12] in text
+    for key, value in record.params.items():
+        shown = figure(value).replace(",", ", ") if isinstance(value, str) else figure(value)
+        assert f"{key.rpartition('.')[2]} {shown}" in text
+    environment = run.environment()
+    assert environment["cpu"] in text
+    assert f"torch {environment['packages']['torch']}" in text
+    assert environment["command"] in text
+    for frozen in result.get("frozen", []):
+        assert f"{frozen['cell']} node {frozen['node']} {frozen['epoch']} {frozen['reason']}" in text
+    for split in ("train", "valid", "test"):
+        measured = any(f"{split}/top1" in line.metrics for line in run.metrics())
+        curves = page_of(run).source.partition('id="curves"')[2].partition("</figure>")[0]
+        assert (f">{split}</text>" in curves) == measured
+
+
+def test_it_can_be_made_again_and_is_the_same(runs: dict[str, RunDir]) -> None:
+    for run in runs.values():
+        first = (run.path / "report.html").read_bytes()
+        (run.path / "report.html").unlink()
+        write_report(run)
+        assert (run.path / "report.html").read_bytes() == first
+
+
+def test_hostile_names_are_text(copy: RunDir) -> None:
+    evil = "</title><script>alert(1)</script>"
+    record = copy.read()
+    params = {**record.params, "data.root": '"><img src=http://example.org/x onerror=alert(1)>'}
+    copy.write(dataclasses.replace(record, name=evil, dataset=evil, params=params, parent=f"x/{'<b>' * 3}"))
+    environment = json.loads((copy.path / "environment.json").read_text())
+    (copy.path / "environment.json").write_text(json.dumps({**environment, "command": evil, "cpu": evil}))
+    (copy.path / "config.yaml").write_text(evil)
+    write_report(copy)
+    page = page_of(copy)
+    page.check_loads_nothing()
+    assert page.all("script") == page.all("img") == page.all("b") == []
+    assert page.text.count(evil) >= 5
+
+
+def test_a_run_of_before_environments_were_recorded_has_a_report(copy: RunDir) -> None:
+    (copy.path / "environment.json").unlink()
+    write_report(copy)
+    assert "environment not recorded" in page_of(copy).text
+
+
+def test_a_run_that_was_begun_elsewhere_says_so(copy: RunDir) -> None:
+    file = copy.path / "environment.json"
+    environment = json.loads(file.read_text())
+    file.write_text(json.dumps({**environment, "cores": environment["cores"] + 1}))
+    write_environment(copy, "search")
+    write_report(copy)
+    assert "1 environment before, in environment.json" in page_of(copy).text
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The directory of a sweep of 60 trials with made-up figures, one of them failed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config, study = ended_sweep(folder, trials=60)
+    run = RunDir(folder / "made-up-sweep")
+    run.path.mkdir()
+    frame = sweep_frame(config, study)
+    write_table(run.path, frame)
+    write_figures(run.path, config, study, lambda _: None)
+    genotype = random_genotype(0, CellSpace())
+    write_genotype(run.path, genotype)
+    write_environment(run, "sweep")
+    (run.path / "config.yaml").write_text(to_yaml(config))
+    for step in (1, 2):
+        run.append_metrics(step, {"sweep/complete": float(step), "sweep/best_top1": 0.9 + step / 100}, step)
+    result = {
+        **{"best_trial": 3, "settings": {"search.lr": float(frame["search.lr"][3])}, "params": 40482},
+        **{"digest": genotype.digest(), "genotype": genotype.to_dict(), "valid_top1": 0.93, "macs": 400123},
+        **{"retrained_top1": 0.9561, "kendall_tau": -1.0, "complete": 59, "pruned": 0, "failed": 1},
+        **{"epochs": 177, "seconds": 88.5},
+    }
+    record = RunRecord(
+        **{"name": "made-up-sweep", "kind": "sweep", "method": "two_stage", "dataset": "digits", "key": ""},
+        **{"params": flat_params(config, SECTIONS), "tags": {}, "description": "", "parent": None},
+        **{"status": "FINISHED", "started_ms": 0, "ended_ms": 1, "artifacts": (), "result": result},
+    )
+    run.write(record)
+    write_report(run)
+    return run
+
+
+def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir) -> None:
+    page = page_of(sweep)
+    page.check_loads_nothing()
+    page.check_ids()
+    assert sorted(page.sections) == sorted([*COMMON, "best", "trials", "plots"])
+    assert [link["href"] for link in page.all("a")] == ["sweep.html"]
+    text = page.text
+    for words in (
+        "top-1 after retraining 95.61 %",
+        "Kendall's tau -1.00",
+        "59 done, 0 stopped, 1 failed",
+        "parameters 40,482",
+        "time 1 min 28 s",
+        "uniform 0.01 .. 0.1",
+        f"The best {MOST_TRIALS} of 60 trials; all stand in trials.csv.",
+    ):
+        assert words in text, words
+    rows = page.source.partition('id="trials"')[2].partition("</section>")[0].split("<tr>")[1:]
+    assert len(rows) == MOST_TRIALS + 1
+    tops = [float(re.findall(r"([\d.]+) %", row)[1]) for row in rows[1:]]
+    assert tops == sorted(tops, reverse=True)  # the best first
+    assert "failed" not in "".join(rows)  # the last of all
+    assert len(page.all("img")) == len(list((sweep.path / "plots").glob("*.png"))) >= 3
+    # Optuna's figures have a style of their own; ours have not caught it.
+    curves = page.source.partition('id="curves"')[2].partition("</figure>")[0]
+    assert "#e5e5e5" not in curves
+    assert "best top-1 so far, %" in curves
+
+
+def test_ids_of_one_picture_do_not_meet_those_of_another() -> None:
+    source = (
+        '<?xml version="1.0"?><!DOCTYPE svg><svg width="5pt" height="5pt" viewBox="0 0 5 5">'
+        '<metadata><a href="http://x"/></metadata><defs><style type="text/css">*{}</style><clipPath id="p"/></defs>'
+        '<g id="a" clip-path="url(#p)" style="clip-path: url(#p)"><use xlink:href="#a" width="3"/></g></svg>'
+    )
+    assert str(inline_svg(source, "one", "label")) == (
+        '<svg role="img" aria-label="label" viewBox="0 0 5 5"><defs><clipPath id="one-p"/></defs>'
+        '<g id="one-a" clip-path="url(#one-p)" style="clip-path: url(#one-p)">'
+        '<use xlink:href="#one-a" width="3"/></g></svg>'
+    )
