@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from istanas.draw import draw_cell
 from istanas.space import CELLS, Genotype
+from pipeline.pages import render
 from pipeline.run_reader import ReadRun
 
 if TYPE_CHECKING:
@@ -89,15 +90,6 @@ def render_page(
         genotypes: of each run; None: it has none yet. What several runs share is drawn once.
         curves: as `draw_curves` gives them.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     runs_of: dict[str | None, list[int]] = {}
     for place, genotype in enumerate(genotypes):
         runs_of.setdefault(None if genotype is None else genotype.digest(), []).append(place)
@@ -107,7 +99,8 @@ def render_page(
         # Drawn here, so safe on a page: a run's own pictures anybody may have written.
         figures = {} if genotype is None else {kind: _cell(genotype, kind) for kind in CELLS}
         cells.append({"runs": places, "digest": digest, "figures": figures})
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         headings=headings,
         table=table,
         colours=[colour for colour, _ in _styles(len(table))],

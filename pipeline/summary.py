@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from istanas.space import Genotype
-from pipeline.tables import duration
 from pipeline.resources import count
 from pipeline.schema import shown_value
+from pipeline.tables import duration
 
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:

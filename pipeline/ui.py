@@ -58,7 +58,8 @@ def newest_run(uri: str, address: str) -> str | None:
     if not found:
         return None
     info = found[0].info
-    return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    # MLflow's pages have two faces: this is the one for the training of models.
+    return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
 
 
 def serve_ui(

@@ -35,8 +35,8 @@ from pipeline.profiling import (
     step_seconds,
     time_by_kind,
 )
-from pipeline.tables import duration
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.tables import duration
 from pipeline.worker import compute_for, describe_place
 
 WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen

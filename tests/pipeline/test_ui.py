@@ -48,7 +48,7 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
             found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             assert found, line + child.communicate()[1]
             assert int(found[1]) > taken
-            page = f"#/experiments/{newest.info.experiment_id}/runs/{newest.info.run_id}"
+            page = f"#/experiments/{newest.info.experiment_id}/runs/{newest.info.run_id}?workflowType=machine_learning"
             assert child.stdout.readline() == f"newest run: {found[0]}/{page}\n"
             with urllib.request.urlopen(found[0], timeout=30) as answer:
                 assert b"MLflow" in answer.read()
