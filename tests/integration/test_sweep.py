@@ -121,6 +121,10 @@ def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], secon
             each.kill()
 
 
+def running_trials(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if TRIAL in title(p)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A sweep that nobody disturbs: its folder and what it printed."""
@@ -217,18 +221,24 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     moments = random.Random(seed)
     for ended in (0, 1, 3):
         kill_driver(start(tmp_path), lambda n=ended: n_ended(tmp_path) >= n, moments.uniform(0, 3))  # type: ignore[misc]
+    # Then Ctrl-C, as a terminal sends it.
+    process = start(tmp_path, stderr=subprocess.PIPE)
+    family = psutil.Process(process.pid).children
+    wait_for(lambda: bool(running_trials(process)), 120)
+    time.sleep(moments.uniform(0, 2))
+    others = family(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted: the same command resumes")
+    assert not psutil.wait_procs(others, timeout=10)[1]
+    (parent,) = [r for r in runs_of(tmp_path) if r.data.tags["istanas.kind"] == "sweep"]
+    assert {r.info.status for r in runs_of(tmp_path)} <= {"FINISHED", "KILLED", "FAILED"}
+    assert parent.info.status == "FAILED"
     # Then a trial's own process.
     process = start(tmp_path, stderr=subprocess.PIPE)
-    family = psutil.Process(process.pid)
-    running: list[psutil.Process] = []
-
-    def find() -> bool:
-        running[:] = [p for p in family.children(recursive=True) if TRIAL in title(p)]
-        return bool(running)
-
-    wait_for(find, 120)
+    wait_for(lambda: bool(running_trials(process)), 120)
     time.sleep(moments.uniform(0, 2))
-    for each in running:
+    for each in running_trials(process):
         os.kill(each.pid, signal.SIGKILL)
     result = finish(process)
 
