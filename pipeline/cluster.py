@@ -27,6 +27,7 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
+from pipeline.leftovers import free_leftovers
 from pipeline.resources import (
     Node,
     WorkerRange,
@@ -40,6 +41,7 @@ from pipeline.worker import choose_compute
 
 LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
+SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 NO_COLLECTORS = {
@@ -122,7 +124,10 @@ class Runtime:
         Raises:
             IstanasError: if the address does not answer, or this machine is too small for the workers.
         """
-        if self._ours or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        if self._ours:  # for another run of this command
+            self._give_back(run_dir / LOG_FOLDER)
+            return
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             return
         if self._address is None:
             check_machine(self._settings)
@@ -169,6 +174,7 @@ class Runtime:
                 if self._address
                 else f"Ray could not be started ({last_line(error)}), see {self._logs}"
             ) from None
+        self._give_back(self._logs)
         token = _TOKEN_FILE.expanduser()
         if token.is_file() and token.stat().st_uid == os.getuid():
             token.chmod(0o600)  # Ray leaves it readable for everybody
@@ -214,7 +220,7 @@ class Runtime:
         group = placement_group([allotment.bundle] * number)
         start, told = time.monotonic(), False
         try:
-            while not group.wait(0.5):
+            while not group.wait(SECONDS_BETWEEN_LOOKS):
                 seconds = time.monotonic() - start
                 needs = f"{_bundles(number, allotment)}; free now: {_resources(ray.available_resources())}"
                 if seconds > 60 * self._settings.wait_minutes:
@@ -223,10 +229,19 @@ class Runtime:
                         f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
                     )
                 if not told and seconds > min(SECONDS_BEFORE_SAYING, 30 * self._settings.wait_minutes):
+                    if self._logs is not None and self._give_back(self._logs):
+                        continue
                     told = True
                     say(f"waiting for {needs}; at most {self._settings.wait_minutes:g} minutes")
         finally:
             remove_placement_group(group)
+
+    def _give_back(self, logs: Path) -> bool:
+        """Whether a killed sitting of the run still held places on this cluster, which are free now."""
+        # A Ray that is started here has no past, and a mere client of one no say.
+        if not self._ours or self._address is None or self._address.startswith("ray://"):
+            return False
+        return free_leftovers(logs) > 0
 
     def has_room_for_one_more(self, allotment: Allotment) -> bool:
         """Whether another worker would find a place now."""
@@ -238,7 +253,7 @@ class Runtime:
             return False
         group = placement_group([allotment.bundle])  # free cores may lie on different nodes
         try:
-            return bool(group.wait(2.0))
+            return bool(group.wait(2 * SECONDS_BETWEEN_LOOKS))
         finally:
             remove_placement_group(group)
 

@@ -135,7 +135,8 @@ def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
         workers, cpus = 0, sweep.cpus_per_trial
         gpus = sweep.gpus_per_trial if sweep.gpus_per_trial is not None else float(gpu)
         fit = sum(min(node.cpus // cpus, _shares(node.gpus, gpus)) for node in nodes)
-    plan = Plan(cpus, gpus, workers, fit, min(fit, sweep.max_concurrent or fit, sweep.trials))
+    most = fit if sweep.max_concurrent is None else sweep.max_concurrent
+    plan = Plan(cpus, gpus, workers, fit, min(fit, most, sweep.trials))
     if fit == 0:
         there = f"{count(sum(n.cpus for n in nodes), 'core')} and {count(gpus_there, 'GPU')}"
         raise IstanasError(

@@ -175,6 +175,41 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+RESERVE = """
+import os, sys, ray
+from ray.util import placement_group
+ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
+for name, bundle in (("", {"CPU": 1}), ("other", {"memory": 1})):
+    if name == sys.argv[2]:
+        ray.get(placement_group([bundle], name=name, lifetime="detached").ready())
+context = ray.get_runtime_context()
+print(context.get_session_name(), context.get_job_id())
+"""
+LEFT = """
+import sys, ray
+from ray.util import placement_group_table
+ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
+print(*(g["name"] for g in placement_group_table().values() if g["state"] == "CREATED"))
+"""
+
+
+def on_cluster(cluster: RayCluster, code: str, *arguments: str) -> list[str]:
+    """The words that a driver of its own prints."""
+    command = [sys.executable, "-c", code, cluster.address, *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.splitlines()[-1].split()
+
+
+def leave_behind(cluster: RayCluster, run: Path) -> None:
+    """A reservation of a core that outlives its job, as if the run had made it; and one of somebody else."""
+    on_cluster(cluster, RESERVE, "other")
+    (run / "ray" / "jobs.json").write_text(json.dumps([on_cluster(cluster, RESERVE, "")]))
+
+
+def left_on(cluster: RayCluster) -> list[str]:
+    return on_cluster(cluster, LEFT)
+
+
 # ---------- one search, in the order of the tests
 def test_a_ray_of_its_own_is_quiet_and_ctrl_c_ends_all_of_it(cluster: RayCluster, folder: Path) -> None:
     command = Command(folder, "--workers", "2")
@@ -248,6 +283,9 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     cluster.add(1)
     place = ("--workers", "2", "--address", cluster.address)
 
+    # What a killed sitting may leave behind on a cluster does not keep the next one out.
+    leave_behind(cluster, run_directory(folder))
+
     # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again. Then of the driver alone.
     second = Command(folder, *place)
     assert int(second.until("resumed after epoch").split()[-1]) >= 1
@@ -279,6 +317,7 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert two.startswith("epoch 2: ")
     assert table.startswith("┏"), "something between the epochs and the table"
 
+    assert "other" in left_on(cluster), "a reservation of somebody else is gone"
     assert decided(path) == decided(reference / "search")
     assert decided(run_directory(folder, "retrain")) == decided(reference / "retrain")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
