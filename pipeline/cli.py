@@ -300,9 +300,7 @@ def results(
         none = "no run fits the filters" if any(filters.values()) else "no runs yet"
         table = report.results_table(frame, width=console.width, none=none)
     if csv_file is not None:
-        from pipeline.rundir import atomic_write
-
-        atomic_write(csv_file, frame.to_csv(index=False))
+        _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
     else:
         console.print(table)
@@ -563,11 +561,23 @@ def _load(
     return config, config.tracking.name or path.stem
 
 
+def _write_csv(file: Path, text: str) -> None:
+    """Write a table: a file whole or not at all, a pipe or device as it is."""
+    from pipeline.rundir import atomic_write
+
+    if file.is_dir():
+        raise ConfigError(f"--csv {file}: a folder, name a file")
+    if file.exists() and not file.is_file():
+        file.write_text(text)
+    else:
+        atomic_write(file, text)
+
+
 def _console(as_json: bool) -> Console:
     """For people: stdout, or stderr where stdout is for a program."""
     from rich.console import Console
 
-    return Console(stderr=as_json)
+    return Console(stderr=as_json, markup=False)  # names and paths may hold brackets
 
 
 def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
@@ -621,10 +631,12 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     """The best trial, and what to type next."""
     from rich.table import Table
 
+    from pipeline.schema import shown_value
+
     table = Table("figure", "value")
     table.add_row("best trial", str(result["best_trial"]))
     for key, value in result["settings"].items():
-        table.add_row(f"  {key}", f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(f"  {key}", f"{value:.4g}" if isinstance(value, float) else shown_value(value))
     table.add_row("top-1 in search", f"{100 * result['valid_top1']:.2f} %")
     if "retrained_top1" in result:
         table.add_row("top-1 after retraining", f"{100 * result['retrained_top1']:.2f} %")

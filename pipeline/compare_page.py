@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from istanas.draw import draw_cell
 from istanas.space import CELLS, Genotype
-from pipeline.pages import render
+from pipeline.pages import inline_svg, render
 from pipeline.run_reader import ReadRun
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def draw_curves(runs: Sequence[ReadRun]) -> Curves:
     if lines:
         names = [f"{number}  {runs[number - 1].label}" for number in sorted(lines)]
         handles = [lines[number] for number in sorted(lines)]
-        figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=9)
+        legend = figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=9)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may hold dollars
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return Curves(content.getvalue(), _svg(figure))
@@ -118,7 +120,8 @@ def _styles(n: int) -> list[tuple[str, str]]:
 
 
 def _cell(genotype: Genotype, kind: str) -> str:
-    return _svg(draw_cell(genotype.picks(kind), genotype.concat(kind), title=f"{kind} cell"))
+    figure = draw_cell(genotype.picks(kind), genotype.concat(kind), title=f"{kind} cell")
+    return inline_svg(_svg(figure), f"{genotype.digest()[:8]}-{kind}", f"{kind} cell")
 
 
 def _svg(figure: Figure) -> str:

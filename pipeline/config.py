@@ -360,6 +360,10 @@ def _sweep_problems(config: Config) -> list[str]:
             )
     elif sweep.searcher == "nsga2":
         problems.append("sweep.searcher is nsga2 with one objective: choose tpe, or add to sweep.objectives")
+    if sweep.start_from is not None and sweep.searcher == "nsga2":
+        problems.append(
+            "sweep.start_from is set with sweep.searcher nsga2, which learns from its own trials only"
+        )
     if config.data.holdout == 0 and (sweep.objective == "retrained" or config.method == "one_stage"):
         problems.append("data.holdout is 0: the objective is measured on it, set data.holdout=0.1")
     if config.runtime.worker_range.elastic:

@@ -23,6 +23,7 @@ import torch
 import istanas
 from pipeline.resources import usable_cores
 from pipeline.rundir import ENVIRONMENT_FILE, RunDir, atomic_write
+from pipeline.secrets import without_secrets
 
 _PACKAGES = (
     "torch",
@@ -37,8 +38,6 @@ _PACKAGES = (
     "pandas",
 )
 _CHECKOUT = Path(istanas.__file__).resolve().parent.parent
-_CREDENTIALS = re.compile(r"://[^/?#\s]*@")  # to the last @: a password may hold one
-_SECRET = re.compile(r"([?&;]\w*(?:pass|pwd|token|secret|key|auth)\w*=)[^&;#\s]*", re.IGNORECASE)
 
 
 def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
@@ -84,19 +83,10 @@ def reproducing_command(folder: Path, kind: str) -> str:
     """
     program = Path(sys.argv[0])
     if program.stem == "istanas" or program.parts[-2:] == ("pipeline", "cli.py"):
-        return shlex.join(["istanas", *(without_secrets(argument) for argument in sys.argv[1:])])
+        typed = [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv[1:]]
+        return shlex.join(["istanas", *map(without_secrets, typed)])
     genotype = ["--genotype", str(folder / "genotype.json")] if kind == "retrain" else []
     return shlex.join(["istanas", kind, *genotype, "--config", str(folder / "config.yaml")])
-
-
-def without_secrets(text: str) -> str:
-    """A text without the passwords and tokens of the addresses in it.
-
-    Example:
-        >>> without_secrets("sweep.storage=postgresql://me:secret@host/db?password=secret&sslmode=require")
-        'sweep.storage=postgresql://host/db?password=...&sslmode=require'
-    """
-    return _SECRET.sub(r"\1...", _CREDENTIALS.sub("://", text))
 
 
 @functools.cache

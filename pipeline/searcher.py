@@ -115,6 +115,9 @@ class StudySearcher(Searcher):
         self._unfinished = [t.number for t in begun if t.state == TrialState.RUNNING]
         self._begun = len(begun)
         self._trials: dict[str, Trial] = {}  # Tune's id -> Optuna's trial
+        self._reported: dict[
+            str, dict[str, Any]
+        ] = {}  # Tune's id -> the last report, of a trial that is lost
         self.error: Exception | None = None  # Tune would take one of ours for the trial's
 
     @property
@@ -133,6 +136,7 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note an epoch's figure; those that are known already are told again by a resumed trial."""
         try:
+            self._reported[trial_id] = result
             self._note(self._trials[trial_id], result)
         except Exception as error:
             self.error = error
@@ -144,7 +148,8 @@ class StudySearcher(Searcher):
         if trial_id not in self._trials or self.error is not None:
             return
         try:
-            self._end(self._trials.pop(trial_id), dict(result or {}), error)
+            reported = self._reported.pop(trial_id, {})
+            self._end(self._trials.pop(trial_id), dict(result or reported), error)
         except Exception as ours:
             self.error = ours
 

@@ -21,7 +21,7 @@ from pipeline.tracking import database_lock, one_line, public_uri
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
-HOME = "run_dir"  # attribute of the study
+HOME, MEANING = "run_dir", "objectives"  # attributes of the study
 SETTINGS = "settings"  # attribute of the study's trials
 # What else the study's trials keep of a trial's last report.
 FIGURES = (
@@ -86,6 +86,7 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
             study_name=name, storage=storage, directions=[OBJECTIVES[o] for o in sweep.objectives]
         )
         study.set_user_attr(HOME, home)
+        study.set_user_attr(MEANING, _meaning(sweep))
         study.add_trials(earlier)
     except IstanasError:
         raise
@@ -124,7 +125,8 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
         names = ", ".join(known) or "none"
         raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: no such study, there are: {names}")
     study = optuna.load_study(study_name=sweep.start_from, storage=storage)
-    if [d.name for d in study.directions] != [OBJECTIVES[o].upper() for o in sweep.objectives]:
+    same = [d.name for d in study.directions] == [OBJECTIVES[o].upper() for o in sweep.objectives]
+    if not same or study.user_attrs.get(MEANING, _meaning(sweep)) != _meaning(sweep):
         raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: it has other objectives, leave it out")
     done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     space = {key: d for key, parameter in sweep.space.items() if (d := distribution(parameter)) is not None}
@@ -146,6 +148,11 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
         except ValueError:  # outside this space's bounds
             continue
     return fitting
+
+
+def _meaning(sweep: SweepSettings) -> list[str]:
+    """What the values of a study's trials are."""
+    return [sweep.objective, *sweep.objectives]
 
 
 def own_trials(study: Study) -> list[FrozenTrial]:

@@ -71,7 +71,7 @@ def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
     rows = [_row(trial, keys, trial.number in front) for trial in own.get_trials(deepcopy=False)]
     names = list(COLUMNS)
     order = [*names[:2], *keys, *names[2:]]
-    return pd.DataFrame(rows, columns=order).astype(COLUMNS)
+    return _typed(pd.DataFrame(rows, columns=order))
 
 
 def read_table(folder: Path) -> pd.DataFrame:
@@ -83,7 +83,24 @@ def read_table(folder: Path) -> pd.DataFrame:
     file = folder / TABLE_FILE
     if not file.is_file():
         raise ConfigError(f"sweep {folder}: has no {TABLE_FILE}, name a sweep that has begun a trial")
-    return pd.read_csv(file, dtype=COLUMNS)
+    return _typed(pd.read_csv(file, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with whole numbers as such, though some trials lack the key, and mixed values as text."""
+    keys = [name for name in frame.columns if name not in COLUMNS]
+    kinds = {key: frame[key].convert_dtypes().dtype for key in keys}
+    return frame.astype(
+        {
+            **COLUMNS,
+            **{key: "string" if pd.api.types.is_object_dtype(kind) else kind for key, kind in kinds.items()},
+        }
+    )
+
+
+def _cell(value: Any) -> Any:
+    """A setting in the table; an empty cell is a key that does not apply."""
+    return shown_value(value) if value is None or isinstance(value, list) else value
 
 
 def trials_table(frame: pd.DataFrame) -> Table:
@@ -93,7 +110,6 @@ def trials_table(frame: pd.DataFrame) -> Table:
         frame: as `sweep_frame` gives it.
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     keys = [name for name in frame.columns if name not in COLUMNS]
@@ -109,8 +125,8 @@ def trials_table(frame: pd.DataFrame) -> Table:
         same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
         table.add_row(
             str(row["trial"]),
-            escape(f"{state}{', on the front' if row['pareto'] else ''}"),
-            *(escape(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}")) for key in keys),
+            f"{state}{', on the front' if row['pareto'] else ''}",
+            *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
             shown(row["valid_top1"], "{:.2%}"),
             shown(row["retrained_top1"], "{:.2%}") + same,
             shown(row["params"], "{:,}"),
@@ -246,7 +262,7 @@ def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any
     return {
         "trial": trial.number,
         "state": trial.state.name,
-        **{key: shown_value(v) if isinstance(v := settings.get(key), list) else v for key in keys},
+        **{key: _cell(settings[key]) for key in keys if key in settings},
         **{name: figures.get(name) for name in COLUMNS if name in figures},
         "frozen_epochs": " ".join(map(str, figures["frozen_epochs"])) if "frozen_epochs" in figures else None,
         "pareto": pareto,

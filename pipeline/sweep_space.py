@@ -138,7 +138,7 @@ def check_space(config: Config) -> None:
         problems += [f"sweep.space.{key}: {problem}" for problem in _problems(config, key, parameter, seen)]
         seen.append(key)
     for number, point in enumerate(sweep.points):
-        problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(sweep, point)]
+        problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(config, point)]
     if problems:
         raise ConfigError("\n".join(problems))
     from istanas.training import derive_seed  # imports torch, which a table of trials can do without
@@ -154,7 +154,7 @@ def extreme_settings(config: Config) -> Iterator[Settings]:
     """For each value that the space names, the settings that have it and are at their lowest else."""
     for key, parameter in sweep_of(config).space.items():
         for value in values_of(parameter):
-            yield settings_of_point(config, {key: value})
+            yield settings_of_point(config, {**parameter.when, key: value})
 
 
 def random_settings(config: Config, seed: int) -> Settings:
@@ -214,7 +214,7 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
         return
     # Each value by itself; what does not fit together with other swept keys, or a method, the random settings tell.
     if len(possible) == 1:
-        base: Settings = {"method": possible[0]}
+        base: Settings = {"method": possible[0], **parameter.when}
         for name, other in sweep_of(config).space.items():
             if other.kind == "fixed" and other.when.items() <= base.items():
                 base[name] = other.value
@@ -233,12 +233,20 @@ def methods_of(config: Config) -> list[str]:
     return [config.method] if parameter is None else list(values_of(parameter))
 
 
-def _point_problems(sweep: SweepSettings, point: Mapping[str, Any]) -> Iterator[str]:
+def _point_problems(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
+    sweep = sweep_of(config)
+    sound = True
     for key, value in point.items():
         if key not in sweep.space:
+            sound = False
             yield f"{key} is not in sweep.space, add it there or leave it out"
         elif not _in_range(sweep.space[key], value):
+            sound = False
             yield f"{key} is {value!r}, outside {sweep.space[key]}"
+    # What a point leaves open is drawn: a condition on it must stand in the point.
+    for key in set(point) - set(settings_of_point(config, point)) if sound else ():
+        wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in sweep.space[key].when.items())
+        yield f"{key} has a condition that does not hold in this point, add {wanted}"
 
 
 def _in_range(parameter: Parameter, value: Any) -> bool:

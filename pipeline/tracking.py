@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from filelock import FileLock
 from istanas.errors import CheckpointError
 from pipeline import links, registry
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
+from pipeline.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,8 +35,6 @@ DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
-
-_CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
 Names = tuple[str, ...]
 
@@ -161,7 +159,7 @@ def public_uri(uri: str) -> str:
         >>> public_uri("postgresql://me:secret@host/db")
         'postgresql://host/db'
     """
-    return _CREDENTIALS.sub("://", uri)
+    return without_secrets(uri)
 
 
 def artifact_root(uri: str) -> str | None:
@@ -231,7 +229,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
             file = f": {link.filename}" if isinstance(link.filename, str) else ""
             return f"{type(link).__name__}: {link.strerror}{file}"
         link = link.__cause__ or link.__context__
-    text = _CREDENTIALS.sub("://", " ".join(str(error).split()))
+    text = without_secrets(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"
 
 
@@ -550,7 +548,8 @@ def _source_tags() -> dict[str, str]:
 def _commit_tag(run_dir: RunDir) -> dict[str, str]:
     """MLflow's tag of the commit that the run was computed with, if it is known."""
     git = run_dir.environment().get("git")
-    return {} if git is None else {"mlflow.source.git.commit": git["commit"]}
+    commit = git.get("commit") if isinstance(git, dict) else None
+    return {} if commit is None else {"mlflow.source.git.commit": str(commit)}
 
 
 def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:

@@ -52,16 +52,18 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
     """The trial's last report, everything that is said on the way being in the log."""
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
+    reached = {"run_dir": task["run_dir"]}
     try:
-        return {FINISHED: True, **_run(task, Console(file=log, width=120))}
+        return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached)}
     except Exception as error:  # whatever it is, the sweep goes on and says so
         log.write(traceback.format_exc())
-        return {FAILED: one_line(error)}
+        return {**reached, FAILED: one_line(error)}
     finally:
         logging.getLogger().removeHandler(handler)
 
 
-def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
+def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:
+    """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
     told: list[int] = []
 
@@ -71,8 +73,8 @@ def _run(task: dict[str, Any], console: Console) -> dict[str, Any]:
         for record in history[len(told) :]:
             told.append(record["epoch"])
             done = history[: record["epoch"]]
-            top1 = record["metrics"][TOP1]
-            tune.report({EPOCH: record["epoch"], TOP1: top1, **_figures(done), "run_dir": task["run_dir"]})
+            reached.update(_figures(done))
+            tune.report({EPOCH: record["epoch"], TOP1: record["metrics"][TOP1], **reached})
 
     with Runtime(config.runtime) as runtime:
         search = run_search(

@@ -91,7 +91,7 @@ def serve_ui(
         announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
         return 0
     port = free_port(host, port)
-    address = f"http://{host}:{port}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with (
         tempfile.TemporaryFile("w+") as log,
         _terminate_as_interrupt(),

@@ -158,7 +158,6 @@ def latency_note(result: CompareResult) -> str:
 def print_comparison(result: CompareResult, console: Console) -> None:
     """The figures, the settings that differ, and where the page is."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     headings, rows = figures_table(result)
@@ -168,14 +167,14 @@ def print_comparison(result: CompareResult, console: Console) -> None:
         left = heading in ("", "run")
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row[:shorter]))
+        table.add_row(*row[:shorter])
     console.print(table)
     settings = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     settings.add_column("setting", no_wrap=True)
     for number in range(1, len(rows) + 1):
         settings.add_column(str(number), overflow="fold")
     for key, values in result["differing"].items():
-        settings.add_row(key, *(escape(value or "") for value in values))
+        settings.add_row(key, *(value or "" for value in values))
     if result["differing"]:
         console.print(settings)
     say = console_line(console)
@@ -208,6 +207,8 @@ def _notes(runs: Sequence[ReadRun]) -> list[str]:
     notes = []
     if len({run.dataset for run in runs}) > 1:
         notes.append("the runs are on different data sets: their accuracies can't be compared")
+    if len({run.kind for run in runs}) > 1:
+        notes.append("valid: of a two-stage search on its alpha half, else on the hold-out")
     unfinished = [f"{n} is {run.status}" for n, run in enumerate(runs, start=1) if run.status != "FINISHED"]
     if unfinished:
         notes.append(f"not finished: {', '.join(unfinished)}")

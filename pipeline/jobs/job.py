@@ -43,7 +43,7 @@ from pipeline.rundir import (
     new_key,
 )
 from pipeline.schema import Config
-from pipeline.tracking import Tracker, open_tracker, public_uri, store_uri
+from pipeline.tracking import Tracker, one_line, open_tracker, public_uri, store_uri
 from pipeline.worker import compute_for
 
 SECONDS_TO_END = 60.0  # for a process that has been told to end, and still holds its run
@@ -211,6 +211,10 @@ def execute(
             )
             return _with_ids(run.read().result, run, tracker)
         prepared = prepare()
+        if fresh and run.exists():
+            close_below(run.path, spec.config)
+            if run.read().status == "RUNNING":
+                close(run.path, spec.config, "KILLED", {}, {})
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
@@ -228,11 +232,12 @@ def execute(
                 status="FINISHED",
                 ended_ms=_now_ms(),
                 result=outcome.result,
-                artifacts=(*outcome.artifacts, ENVIRONMENT_FILE, REPORT_PAGE),
+                artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
                 tags={**record.tags, **outcome.tags},
                 description=outcome.description,
             )
-            write_report(run, final)
+            page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
+            final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
         except SystemExit:
             raise
         except BaseException:
@@ -245,6 +250,20 @@ def execute(
                 f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
             )
         return _with_ids(outcome.result, run, tracker)
+
+
+def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:
+    """Write one of a run's pages; one that can't be written costs a line, and not the run.
+
+    Returns:
+        Its name, if it is there.
+    """
+    try:
+        write()
+    except Exception as error:  # the results are on the disk already
+        say(f"{name}: not written ({one_line(error)})")
+        return ()
+    return (name,)
 
 
 @contextlib.contextmanager
@@ -305,10 +324,29 @@ def deliver_below(path: Path, config: Config) -> bool:
     Returns:
         Whether MLflow has all of them.
     """
-    runs = [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
-    quiet = config.model_copy(update={"tracking": config.tracking.model_copy(update={"models": False})})
-    ended = [run for run in runs if run.read().status != "RUNNING"]
-    return all(tracker_of(run, quiet).deliver() for run in ended)
+    ended = [run for run in _runs_below(path) if run.read().status != "RUNNING"]
+    delivered = [tracker_of(run, _without_models(config)).deliver() for run in ended]  # each of them
+    return all(delivered)
+
+
+def close_below(path: Path, config: Config) -> bool:
+    """Close the runs in a run directory, a sweep's, that nobody works on any more: killed, or left by who did.
+
+    Returns:
+        Whether MLflow has all of them.
+    """
+    left = [run for run in _runs_below(path) if run.read().status == "RUNNING"]
+    delivered = [close(run.path, _without_models(config), "KILLED", {}, {}) for run in left]
+    return all(delivered)
+
+
+def _runs_below(path: Path) -> list[RunDir]:
+    """A sweep's trials and retrainings."""
+    return [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
+
+
+def _without_models(config: Config) -> Config:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"models": False})})
 
 
 def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
@@ -418,7 +456,9 @@ def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = 
     if run.exists():
         old = run.read()
         tags = {**old.tags, **_common_tags(spec.config)}
-        record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=datasets)
+        # Those that it was begun with: if others are there now, the worker refuses to go on.
+        used = old.datasets if old.datasets else datasets
+        record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
     else:
         record = RunRecord(
             name=spec.name,

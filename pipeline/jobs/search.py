@@ -34,6 +34,7 @@ from pipeline.jobs.job import (
     console_line,
     execute,
     prepare_data,
+    write_page,
 )
 from pipeline.jobs.results import OneStageResult, SearchResult
 from pipeline.launch import prepare_workers, run_job
@@ -116,8 +117,8 @@ def run_search(
         folder = run.path / CHECKPOINTS
         history = run_job("search", config, dataset, folder, observer, runtime)
         if isinstance(config, OneStageConfig):
-            return _finish_one_stage(run, history, dataset, config)
-        return _finish_two_stage(run, history, dataset)
+            return _finish_one_stage(run, history, dataset, config, observer.note)
+        return _finish_two_stage(run, history, dataset, observer.note)
 
     one_stage = isinstance(config, OneStageConfig)
     describe = describe_one_stage_epoch if one_stage else describe_epoch
@@ -178,8 +179,10 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_two_stage(run: RunDir, history: list[Record], dataset: ImageDataset) -> Outcome:
-    genotype = _write_last_genotype(run, history)
+def _finish_two_stage(
+    run: RunDir, history: list[Record], dataset: ImageDataset, say: Callable[[str], None]
+) -> Outcome:
+    genotype = _write_last_genotype(run, history, say)
     m = history[-1]["metrics"]
     result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
     return Outcome(
@@ -191,10 +194,14 @@ def _finish_two_stage(run: RunDir, history: list[Record], dataset: ImageDataset)
 
 
 def _finish_one_stage(
-    run: RunDir, history: list[Record], dataset: ImageDataset, config: OneStageConfig
+    run: RunDir,
+    history: list[Record],
+    dataset: ImageDataset,
+    config: OneStageConfig,
+    say: Callable[[str], None],
 ) -> Outcome:
     net = searched_network(config, dataset, run.path / CHECKPOINTS, len(history))
-    genotype = _write_last_genotype(run, history)
+    genotype = _write_last_genotype(run, history, say)
     save_network(run.path, net, genotype, config.search, dataset)
     _draw_freezing(run, history, config)
     last = history[-1]
@@ -255,12 +262,12 @@ def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
     }
 
 
-def _write_last_genotype(run: RunDir, history: list[Record]) -> Genotype:
+def _write_last_genotype(run: RunDir, history: list[Record], say: Callable[[str], None]) -> Genotype:
     last = history[-1]
     genotype = Genotype.from_json(last["genotype"])
     weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
     write_genotype(run.path, genotype, weights)
-    write_trajectory_page(run)
+    write_page(TRAJECTORY_PAGE, lambda: write_trajectory_page(run), say)
     return genotype
 
 

@@ -23,7 +23,7 @@ from istanas.space import Genotype
 from istanas.training import derive_seed
 from pipeline import summary
 from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
-from pipeline.config import known_methods, run_hash, to_yaml, value_at, with_settings
+from pipeline.config import known_methods, run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CONFIG_FILE,
@@ -34,6 +34,7 @@ from pipeline.jobs.job import (
     announce,
     as_written,
     close,
+    close_below,
     console_line,
     deliver_below,
     execute,
@@ -45,7 +46,7 @@ from pipeline.launch import with_absolute_paths
 from pipeline.pictures import check_fit, datasets_used
 from pipeline.resources import Node, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
-from pipeline.schema import Config
+from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.searcher import StudySearcher, first_settings, make_scheduler
 from pipeline.study import (
     FAILED,
@@ -258,7 +259,8 @@ def check_sweep(config: Config, console: Console) -> ImageDataset:
         )
     jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
-    dataset = prepare_data(config.model_copy(update={"runtime": in_process}), jobs, console)
+    # Of the sweep's own settings only what no key of the space replaces is a trial's.
+    dataset = prepare_data(config.model_copy(update={"runtime": in_process}), (), console)
     check_space_fits(config, dataset, jobs)
     return dataset
 
@@ -333,7 +335,11 @@ class _Trials:
         """Say what is there from an earlier sitting, and make the figures anew from the study."""
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
         self._run.replace_metrics(_metrics_lines(self._config, done))
-        begun = len(own_trials(self._study)) - len(done)
+        begun, learnt = len(own_trials(self._study)) - len(done), first_number(self._study)
+        if learnt or sweep_of(self._config).start_from:
+            self._observer.note(
+                f"learnt from {count(learnt, 'trial')} of {sweep_of(self._config).start_from} that lie in this space"
+            )
         if done or begun:
             self._observer.note(
                 f"resumed: {count(len(done), 'trial')} done, {begun} to go on with, "
@@ -371,10 +377,12 @@ class _Trials:
         self._delivered &= close(path, config, STATUS[state], tags, figures)
 
     def leave(self) -> None:
-        """Close the runs of trials that this sitting leaves unfinished, and deliver what the store has not got."""
-        for path, config in self._open.values():
-            self._delivered &= close(path, config, "KILLED", {}, {})
+        """Close the runs that this sitting leaves unfinished, and deliver what the store has not got.
+
+        Those of trials, of their retrainings, and of an earlier sitting that this one did not come to.
+        """
         self._open.clear()
+        self._delivered &= close_below(self._run.path, self._config)
         if not self._delivered:
             deliver_below(self._run.path, self._config)
 
@@ -500,7 +508,7 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
         ) from error
     shutil.rmtree(storage / sitting, ignore_errors=True)
     if searcher.error is not None:
-        if isinstance(searcher.error, IstanasError):
+        if isinstance(searcher.error, IstanasError | OptunaError):
             raise searcher.error
         raise IstanasError(
             f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
@@ -510,12 +518,16 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
 def max_epochs(config: Config) -> int:
     """The most epochs that a trial may report: a swept number of epochs counts with its highest value."""
     space = sweep_of(config).space
+    defaults: dict[str, SearchSettings] = {
+        "two_stage": TwoStageSearchSettings(),
+        "one_stage": OneStageSearchSettings(),
+    }
 
     def most(method: str) -> int:
-        of_method = with_settings(config, {"method": method}, "sweep.space")
+        settings = config.search if method == config.method else defaults[method]
         keys = [key for key in EPOCH_KEYS if method in known_methods(key)]
-        bounds = [values_of(space[key]) if key in space else [value_at(of_method, key)] for key in keys]
-        return sum(max(map(int, values)) for values in bounds)
+        own = {key: [getattr(settings, key.partition(".")[2])] for key in keys}
+        return sum(max(map(int, values_of(space[key]) if key in space else own[key])) for key in keys)
 
     return max(map(most, methods_of(config)))
 

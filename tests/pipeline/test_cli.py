@@ -411,7 +411,9 @@ def test_sync_delivers_a_run_that_was_not_tracked_and_doubles_nothing(istanas: C
 def test_results_are_filtered_and_runs_compared(istanas: Command, here: Path) -> None:
     tracked = ("--config", "tiny.yaml", "--set", "tracking={enabled: true, models: false}", "--json")
     first = json.loads(istanas("run", *tracked)[1])
-    second = json.loads(istanas("search", *tracked, "--set", "seed=1")[1])
+    code, out, err = istanas("search", *tracked, "--set", "seed=1", "--set", "tracking.name='[red]$x$ [b]'")
+    second = json.loads(out)
+    assert "search: runs/[red]$x$ [b]-search-" in err, "a name's brackets are no markup"
 
     def ids(*filters: str) -> set[str]:
         code, out, _ = istanas("results", *filters, "--json")
@@ -424,6 +426,12 @@ def test_results_are_filtered_and_runs_compared(istanas: Command, here: Path) ->
     assert ids("--where", "metrics.`test/top1` >= 0") == {first["retrain_run_id"]}
     assert ids("--kind", "search", "--where", 'params.seed = "1"') == {second["mlflow_run_id"]}
     assert ids("--one-stage", "--dataset", "digits") == set()
+    assert "[red]$x$ [b]-search" in istanas("results")[1].replace("\n", "")
+    assert istanas("compare", first["run_dir"], second["run_dir"])[0] == 0
+    code, out, err = istanas("results", "--csv", ".")
+    assert (code, error_lines(err)) == (2, ["error: --csv .: a folder, name a file"])
+    assert istanas("results", "--csv", "/dev/null")[0] == 0
+    assert not Path("/dev/null").is_file(), "a device was replaced"
     code, out, err = istanas("results", "--where", "metrics.test/top1 > 0.9")
     assert (code, out) == (2, "")
     (line,) = error_lines(err)

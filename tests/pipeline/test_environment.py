@@ -64,6 +64,10 @@ def test_no_environment_variable_and_no_password_is_written(
 def test_the_command_is_the_one_that_was_typed(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program, "run", "--config", "my file.yaml", "--set", "seed=1"])
     assert reproducing_command(Path("r"), "search") == "istanas run --config 'my file.yaml' --set seed=1"
+    monkeypatch.setattr(
+        sys, "argv", [program, "search", "--config", "caf\udce9.yaml"]
+    )  # a name that is no UTF-8
+    assert reproducing_command(Path("r"), "search").encode() == b"istanas search --config 'caf\\udce9.yaml'"
 
 
 def test_without_the_command_line_the_run_directory_repeats_the_run() -> None:

@@ -1,6 +1,7 @@
 """Jobs: what a run directory holds at the end, after a failure, after `--fresh`, and beside a second process."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -21,13 +22,14 @@ from istanas.sparse import mosek_licence
 from pipeline import checkpoint
 from pipeline.cluster import Runtime
 from pipeline.config import load, run_hash
-from pipeline.jobs.job import codes_rows, trajectory_rows
+from pipeline.jobs.job import close_below, codes_rows, trajectory_rows, write_page
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
 from pipeline.models import load_network
-from pipeline.rundir import LOCK_FILE, RunDir
+from pipeline.rundir import LOCK_FILE, RunDir, atomic_write, new_key
 from pipeline.schema import Config
+from pipeline.tracking import MLflowTracker, open_client
 
 TINY = [
     "space.nodes=2",
@@ -387,6 +389,9 @@ def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> N
     ) as refusal:
         job("retrain", *overrides)
     assert "--fresh" in str(refusal.value)
+    assert json.loads((path / "run.json").read_text())["datasets"] == record["datasets"], (
+        "it was of the others"
+    )
 
 
 def test_a_second_process_is_kept_out(job: Job) -> None:
@@ -491,3 +496,36 @@ def test_a_node_that_froze_keeps_the_code_that_it_froze_with() -> None:
     assert rows[8:] == [(2, *row[1:]) for row in rows[4:8]]
     older = [{"epoch": 1, "nodes": [node]}, {"epoch": 2, "nodes": [{**node, "recovered": False}]}]
     assert list(codes_rows(older, space)) == []
+
+
+def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "there").mkdir()
+    page = write_page("report.html", lambda: atomic_write(tmp_path / "there", "<html>"), said.append)
+    assert page == ()
+    (line,) = said
+    assert line.startswith("report.html: not written (IsADirectoryError")
+    assert write_page("report.html", lambda: atomic_write(tmp_path / "report.html", "x"), said.append) == (
+        "report.html",
+    )
+
+
+def test_what_was_killed_is_closed_in_mlflow_before_a_fresh_start_deletes_it(
+    job: Job, tmp_path: Path
+) -> None:
+    tracked = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    run = RunDir(Path(job("search", *tracked)["run_dir"]))
+    below = RunDir(run.path / "trial-0000")  # as those of a sweep
+    below.path.mkdir()
+    for each in (run, below):  # as a SIGKILL leaves it
+        each.write(dataclasses.replace(run.read(), status="RUNNING", ended_ms=None, key=new_key()))
+        assert MLflowTracker(each, tracking_uri=tracked[1].partition("=")[2], experiment="istanas").deliver()
+
+    def statuses() -> list[str]:
+        client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
+        return sorted(found.info.status for found in client.search_runs(["1"]))
+
+    assert statuses() == ["RUNNING", "RUNNING"]
+    job("search", *tracked, fresh=True)
+    assert statuses() == ["FINISHED", "KILLED", "KILLED"]
+    assert close_below(run.path, job.config(*tracked)), "nothing is left to be closed"

@@ -169,11 +169,14 @@ def test_failed_trials_keep_their_reason_and_end_the_sweep_above_the_limit(tmp_p
     searcher.suggest("a")
     searcher.on_trial_complete("a", {"failed": "IstanasError: the loss is NaN"})
     assert searcher.suggest("b") != Searcher.FINISHED
+    searcher.on_trial_result("b", {"epoch": 1, "valid/top1": 0.4, "valid_top1": 0.4, "run_dir": "somewhere"})
     searcher.on_trial_complete("b", error=True)
     assert searcher.suggest("c") == Searcher.FINISHED
     reasons = [t.user_attrs["failed"] for t in own_trials(study)]
     assert reasons[0] == "IstanasError: the loss is NaN"
     assert "its process was lost more than 2 times (sweep.max_restarts)" in reasons[1]
+    assert own_trials(study)[1].user_attrs["valid_top1"] == 0.4
+    assert own_trials(study)[1].user_attrs["run_dir"] == "somewhere"
     assert n_failed(study) == 2
     assert (
         StudySearcher(config_of(tmp_path, "sweep.max_failures=2"), study, Ends()).suggest("d") != "FINISHED"
@@ -220,6 +223,12 @@ def test_an_earlier_sweep_teaches_a_later_one_and_is_not_counted(tmp_path: Path)
     fewer = narrow.model_copy(update={"sweep": narrow.sweep.model_copy(update={"space": space})})  # type: ignore[union-attr]
     assert all("start_from" not in t.user_attrs for t in open_study(fewer, "fewer", fresh=False).get_trials())
 
+    with pytest.raises(ConfigError, match="'earlier': it has other objectives, leave it out"):
+        open_study(
+            config_of(tmp_path, "sweep.start_from=earlier", "sweep.objective=retrained", "data.holdout=0.1"),
+            "y",
+            fresh=False,
+        )
     with pytest.raises(ConfigError, match="'unknown': no such study, there are: earlier, later, fewer"):
         open_study(config_of(tmp_path, "sweep.start_from=unknown"), "x", fresh=False)
 

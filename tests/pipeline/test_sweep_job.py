@@ -117,6 +117,11 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
     ("space", "line"),
     [
         ("search.cutout: {int: [0, 9]}", "sweep.space allows search.cutout=9: search.cutout is 9, above the"),
+        (
+            "space.matrix: {choice: [uniform, gaussian]}, "
+            "search.max_pictures: {int: [9, 5000], when: {space.matrix: gaussian}}",
+            "search.max_pictures is 5000, above the 1438 there are",
+        ),
         ("search.cutout: {choice: [2, 20]}", "sweep.space allows search.cutout=20: search.cutout is 20,"),
         (
             "search.max_pictures: {choice: [null, 5000]}",
@@ -134,6 +139,14 @@ def test_what_the_space_allows_is_checked_against_the_pictures(space: str, line:
     assert line in str(caught.value)
 
 
+def test_only_what_trials_have_is_checked_against_the_pictures() -> None:
+    space = "retrain.cutout: {fixed: 0}, search.cutout: {int: [0, 4]}"
+    overrides = [f"sweep={{space: {{{space}}}, objective: retrained}}", "data.holdout=0.1"]
+    check_sweep(
+        load(None, [*overrides, "retrain.cutout=16", "search.cutout=12"]), Console(file=io.StringIO())
+    )
+
+
 def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> None:
     assert max_epochs(config_of("search.epochs=7")) == 7
     space = "search.epochs: {choice: [3, 30]}, search.lr: {fixed: 0.1}"
@@ -144,6 +157,12 @@ def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> No
         "search.train_epochs: {fixed: 3, when: {method: one_stage}}"
     )
     assert max_epochs(load(None, ["data.holdout=0.1", f"sweep={{space: {{{space}}}}}"])) == 9
+    low = [
+        "data.holdout=0.1",
+        "search.lr_min=0.05",
+        f"sweep={{space: {{{space}, search.lr: {{fixed: 0.1}}}}}}",
+    ]
+    assert max_epochs(load(None, low)) == 9
 
 
 class Unread:
@@ -223,6 +242,22 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
     assert kendall_tau(frame.head(2)) is None
     write_table(tmp_path, frame)
     pd.testing.assert_frame_equal(read_table(tmp_path), frame, check_exact=True)
+    kinds = (
+        "{search.lr: {fixed: 0.1}, search.max_pictures: {choice: [null, 1200]}, seed: {int: [1, 9], when: "
+    )
+    kinds += (
+        "{search.max_pictures: 1200}}, space.ops: {choice: [[skip_connect, sep_conv_3x3], [skip_connect]]}}"
+    )
+    (tmp_path / "kinds").mkdir()
+    config, study = ended_sweep(tmp_path / "kinds", f"sweep={{space: {kinds}}}", trials=8)
+    frame = sweep_frame(config, study)
+    write_table(tmp_path, frame)
+    pd.testing.assert_frame_equal(read_table(tmp_path), frame, check_exact=True)
+    assert str(frame["seed"].dtype) == "Int64"
+    assert set(map(str, frame["search.max_pictures"])) == {"null", "1200"}
+    assert set(frame["space.ops"]) == {"[skip_connect, sep_conv_3x3]", "[skip_connect]"}
+    config, study = ended_sweep(tmp_path)
+    frame = sweep_frame(config, study)
     with pytest.raises(ConfigError, match=r"has no trials\.csv, name a sweep"):
         read_table(tmp_path / "nowhere")
 

@@ -110,6 +110,10 @@ def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: st
             "  points: [{search.lr: 0.05}, {search.lr: 5}]\n",
             "sweep.points.1: search.lr is 5, outside uniform",
         ),
+        (
+            "  start_from: x\n  searcher: nsga2\n  scheduler: none\n  objectives: [top1, params]\n",
+            "sweep.start_from is set with sweep.searcher nsga2",
+        ),
         ("  objectives: [params]\n", "sweep.objectives is ['params']: give top1"),
         ("  objectives: [top1, params]\n", "sweep.scheduler is asha with several sweep.objectives"),
         ("  searcher: nsga2\n", "sweep.searcher is nsga2 with one objective"),
@@ -150,6 +154,25 @@ def test_a_configuration_without_a_sweep_is_told_so() -> None:
 )
 def test_a_bound_need_not_fit_what_the_space_itself_replaces(tmp_path: Path, space: str) -> None:
     check_space(load(write(tmp_path, space)))
+
+
+def test_a_value_is_checked_where_its_condition_holds(tmp_path: Path) -> None:
+    space = (
+        "retrain.stem: {choice: [cifar, imagenet]}\n"
+        "retrain.init_channels: {int: [1, 16], when: {retrain.stem: cifar}}"
+    )
+    check_space(load(write(tmp_path, space), ["retrain.stem=imagenet", "retrain.init_channels=16"]))
+
+
+def test_a_point_may_not_lose_a_value_to_its_condition(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(BOTH)
+    lost = load(tmp_path / "both.yaml", ["sweep.points=[{search.termination_tol: 0.005}]"])
+    with pytest.raises(
+        ConfigError, match=r"points\.0: search\.termination_tol has a condition .* method: one_st"
+    ):
+        check_space(lost)
+    kept = "sweep.points=[{method: one_stage, search.termination_tol: 0.005}]"
+    check_space(load(tmp_path / "both.yaml", [kept]))
 
 
 def test_conditions_hold_and_every_trial_has_its_methods_schema(tmp_path: Path) -> None:
