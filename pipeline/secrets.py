@@ -2,8 +2,8 @@
 
 import re
 
-# Of an address with an authority, not of a file's: up to the last @, because a password may hold anything.
-_CREDENTIALS = re.compile(r"://(?!/)\S*@")
+# Up to the last @ before a slash; a password may hold one too, but HOST:PORT/ begins no user's name and password.
+_CREDENTIALS = re.compile(r"://(?:[^/\s]*@|(?![^/@\s]*:\d+/)[^/:@\s]*:\S*@)")
 _SECRET = re.compile(
     r"([?&;][\w.-]*(?:pass|pwd|token|secret|key|auth|sig|credential|odbc_connect)[\w.-]*=)[^&;#\s]*",
     re.IGNORECASE,
@@ -16,6 +16,8 @@ def without_secrets(text: str) -> str:
     Example:
         >>> without_secrets("sweep.storage=postgresql://me:se/cr@t@host/db?password=secret&sslmode=require")
         'sweep.storage=postgresql://host/db?password=...&sslmode=require'
+        >>> without_secrets("http://me:hun@ter@host:1/a@b"), without_secrets("http://host:1/a@b")
+        ('http://host:1/a@b', 'http://host:1/a@b')
         >>> without_secrets("sqlite:////home/a@b/mlflow.db")
         'sqlite:////home/a@b/mlflow.db'
     """
