@@ -332,7 +332,7 @@ def compare(
     """Hold runs against each other: settings, curves, cells, parameters, MACs, latency, accuracy.
 
     Each RUN is a search or a retraining (run directory, MLflow run id or unique name). Writes compare.html, which
-    opens in any browser, and compare.png with the curves. Latency is measured now, on this machine.
+    opens in any browser, and compare.png with the same. Latency is measured now, on this machine.
     """
     if len(references) < 2:
         raise click.UsageError(f"RUN: {len(references)} given, name at least two runs to compare")

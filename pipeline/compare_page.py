@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that needs nothing else, and the figure of all curves."""
+"""A comparison for people: one HTML file that needs nothing else, and one picture of the same."""
 
 from __future__ import annotations
 
@@ -113,6 +113,70 @@ def render_page(
     )
 
 
+def draw_whole(
+    headings: Sequence[str],
+    table: Sequence[Sequence[str]],
+    differing: Mapping[str, Sequence[str | None]],
+    genotypes: Sequence[Genotype | None],
+    curves: Curves,
+) -> bytes:
+    """The comparison as one PNG: figures, differing settings, curves, and the cells side by side.
+
+    Args:
+        headings, table, differing, genotypes, curves: as `render_page` takes them.
+    """
+    from PIL import Image
+
+    strips = [[_table_png(headings, table)]]
+    if differing:
+        numbers = [str(number) for number in range(1, len(table) + 1)]
+        settings = [[key, *(value or "" for value in values)] for key, values in differing.items()]
+        strips.append([_table_png(["setting", *numbers], settings)])
+    strips.append([curves.png])
+    for number, genotype in enumerate(genotypes, start=1):
+        if genotype is not None:
+            strips.append([_png(_cell_figure(genotype, kind, f"{number}: {kind} cell")) for kind in CELLS])
+    rows = [[Image.open(io.BytesIO(png)) for png in strip] for strip in strips]
+    width = max(sum(image.width for image in row) for row in rows)
+    whole = Image.new("RGB", (width, sum(max(i.height for i in row) for row in rows)), "white")
+    top = 0
+    for row in rows:
+        left = (width - sum(image.width for image in row)) // 2
+        for image in row:
+            whole.paste(image, (left, top))
+            left += image.width
+        top += max(image.height for image in row)
+    content = io.BytesIO()
+    whole.save(content, format="png", optimize=True)
+    return content.getvalue()
+
+
+def _table_png(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.28 * (len(rows) + 1) + 0.3), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.02, 0.0, 0.96, 1.0))
+    axes.set_axis_off()
+    drawn = axes.table(
+        cellText=[list(row) for row in rows], colLabels=list(headings), loc="center", cellLoc="left"
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    drawn.auto_set_column_width(list(range(len(headings))))
+    for cell in drawn.get_celld().values():
+        cell.set_edgecolor("#d9dde3")
+        cell.get_text().set_parse_math(False)  # a name may hold dollars
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
+
+
 def _styles(n: int) -> list[tuple[str, str]]:
     """Colour and dashes of n runs, no two alike while they last."""
     colours = cycle(COLOURS)
@@ -120,8 +184,12 @@ def _styles(n: int) -> list[tuple[str, str]]:
 
 
 def _cell(genotype: Genotype, kind: str) -> str:
-    figure = draw_cell(genotype.picks(kind), genotype.concat(kind), title=f"{kind} cell")
+    figure = _cell_figure(genotype, kind, f"{kind} cell")
     return inline_svg(_svg(figure), f"{genotype.digest()[:8]}-{kind}", f"{kind} cell")
+
+
+def _cell_figure(genotype: Genotype, kind: str, title: str) -> Figure:
+    return draw_cell(genotype.picks(kind), genotype.concat(kind), title=title)
 
 
 def _svg(figure: Figure) -> str:

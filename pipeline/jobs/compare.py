@@ -15,7 +15,7 @@ from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.measure import measure_latency
 from istanas.nets import TargetNet
-from pipeline.compare_page import draw_curves, render_page
+from pipeline.compare_page import draw_curves, draw_whole, render_page
 from pipeline.config import load
 from pipeline.jobs.job import console_line
 from pipeline.models import load_network
@@ -25,7 +25,7 @@ from pipeline.rundir import atomic_write
 from pipeline.schema import Config
 from pipeline.tables import shown, shown_time
 
-PAGE_FILE, CURVES_FILE = "compare.html", "compare.png"
+PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
 ROUNDS, PASSES = 7, 10  # of every network, for its latency
 
@@ -96,7 +96,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
         genotypes = [run.genotype for run in runs]
     differing = differing_settings(runs)
     result = CompareResult(
-        files=[str(out / PAGE_FILE), str(out / CURVES_FILE)],
+        files=[str(out / PAGE_FILE), str(out / PICTURE_FILE)],
         threads=torch.get_num_threads(),
         runs=rows,
         differing=differing,
@@ -105,7 +105,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
     headings, table = figures_table(result)
     curves = draw_curves(runs)
     page = render_page(headings, table, differing, [*notes, latency_note(result)], genotypes, curves)
-    atomic_write(out / CURVES_FILE, curves.png)
+    atomic_write(out / PICTURE_FILE, draw_whole(headings, table, differing, genotypes, curves))
     atomic_write(out / PAGE_FILE, page)
     print_comparison(result, console)
     return result

@@ -173,12 +173,15 @@ def test_the_page_needs_nothing_else_and_shows_every_cell_once(
         assert op in drawn
 
 
-def test_the_picture_holds_the_curves(compared: tuple[CompareResult, str, Path]) -> None:
+def test_the_picture_holds_table_curves_and_cells(compared: tuple[CompareResult, str, Path]) -> None:
     with Image.open(compared[2] / "compare.png") as picture:
         assert picture.format == "PNG"
-        assert picture.width >= 1000
+        assert picture.width >= 1600, "two cells stand side by side"
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
-    for colour in ("0072b2", "d55e00", "009e73", "aa4499"):
+        lines = picture.convert("RGB").crop((0, 0, picture.width, 120)).getcolors(2**24) or []
+    assert (0xD9, 0xDD, 0xE3) in {colour for _, colour in lines}, "the table's lines, above all else"
+    box = "fdf3d1"  # of a node in a cell
+    for colour in ("0072b2", "d55e00", "009e73", "aa4499", box):
         assert tuple(bytes.fromhex(colour)) in colours
 
 
