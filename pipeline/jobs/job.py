@@ -20,6 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 from istanas.data import ImageDataset
+from istanas.errors import CheckpointError
 from istanas.space import CellSpace
 from istanas.training import Metrics
 from pipeline.cluster import LOG_FOLDER
@@ -212,9 +213,7 @@ def execute(
             return _with_ids(run.read().result, run, tracker)
         prepared = prepare()
         if fresh and run.exists():
-            close_below(run.path, spec.config)
-            if run.read().status == "RUNNING":
-                close(run.path, spec.config, "KILLED", {}, {})
+            close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
         tracker = tracker_of(run, spec.config)
@@ -330,14 +329,26 @@ def deliver_below(path: Path, config: Config) -> bool:
 
 
 def close_below(path: Path, config: Config) -> bool:
-    """Close the runs in a run directory, a sweep's, that nobody works on any more: killed, or left by who did.
+    """`close_running` of the runs in a run directory, a sweep's."""
+    return close_running(_runs_below(path), config)
+
+
+def close_running(runs: Sequence[RunDir], config: Config) -> bool:
+    """Close those runs that still say RUNNING, though nobody works on them any more: killed, or left by who did.
 
     Returns:
         Whether MLflow has all of them.
     """
-    left = [run for run in _runs_below(path) if run.read().status == "RUNNING"]
+    left = [run for run in runs if _says_running(run)]
     delivered = [close(run.path, _without_models(config), "KILLED", {}, {}) for run in left]
     return all(delivered)
+
+
+def _says_running(run: RunDir) -> bool:
+    try:
+        return run.read().status == "RUNNING"
+    except CheckpointError:  # a record that can't be read can't be closed, and --fresh is its remedy
+        return False
 
 
 def _runs_below(path: Path) -> list[RunDir]:

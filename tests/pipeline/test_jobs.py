@@ -357,6 +357,15 @@ def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path
     assert snapshot(path) == before
 
 
+def test_a_fresh_start_mends_a_damaged_record(job: Job) -> None:
+    path = Path(job("search")["run_dir"])
+    (path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="restore it or use --fresh"):
+        job("search")
+    job("search", fresh=True)
+    assert RunDir(path).read().status == "FINISHED"
+
+
 def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:
     """The record goes first; without it, checkpoints are leftovers and not a run to go on with."""
     path = Path(job("search")["run_dir"])
