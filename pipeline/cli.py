@@ -21,6 +21,7 @@ import click
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline.promote import DEFAULT_METRIC, METRICS
+from pipeline.stored import KINDS, METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -250,8 +251,8 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 
 
 @cli.command()
-@click.option("--kind", type=click.Choice(["search", "retrain", "sweep"]), help="Only such runs.")
-@click.option("--method", type=click.Choice(["two_stage", "one_stage"]), help="Only runs of this method.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only such runs.")
+@click.option("--method", type=click.Choice(METHODS), help="Only runs of this method.")
 @click.option("--dataset", metavar="NAME", help="Only runs on this data set.")
 @click.option(
     "--where",
@@ -283,7 +284,7 @@ def results(
     _check_table(one_stage, sweep_run, filters)
     config, _ = _load(file, overrides)
     console = _console(as_json)
-    from pipeline import report
+    from pipeline import report, tables
 
     store = {"tracking_uri": config.tracking.uri, "experiment": config.tracking.experiment}
     if sweep_run is not None:
@@ -294,11 +295,11 @@ def results(
         table = trials_table(frame)
     elif one_stage:
         frame = report.weights_frame(**store, dataset=filters["dataset"])
-        table = report.weights_table(frame)
+        table = tables.weights_table(frame)
     else:
         frame = report.results_frame(**store, **filters)
         none = "no run fits the filters" if any(filters.values()) else "no runs yet"
-        table = report.results_table(frame, width=console.width, none=none)
+        table = tables.results_table(frame, width=console.width, none=none)
     if csv_file is not None:
         _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)

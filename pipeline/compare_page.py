@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from istanas.draw import draw_cell
 from istanas.space import CELLS, Genotype
-from pipeline.pages import inline_svg, render
+from pipeline.pages import chart_svg, render
 from pipeline.run_reader import ReadRun
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def draw_curves(runs: Sequence[ReadRun]) -> Curves:
             text.set_parse_math(False)  # a name may hold dollars
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    return Curves(content.getvalue(), _svg(figure))
+    return Curves(content.getvalue(), chart_svg(figure, "curves", "Curves of all runs over the epochs"))
 
 
 def render_page(
@@ -185,19 +185,8 @@ def _styles(n: int) -> list[tuple[str, str]]:
 
 def _cell(genotype: Genotype, kind: str) -> str:
     figure = _cell_figure(genotype, kind, f"{kind} cell")
-    return inline_svg(_svg(figure), f"{genotype.digest()[:8]}-{kind}", f"{kind} cell")
+    return chart_svg(figure, f"{genotype.digest()[:8]}-{kind}", f"{kind} cell")
 
 
 def _cell_figure(genotype: Genotype, kind: str, title: str) -> Figure:
     return draw_cell(genotype.picks(kind), genotype.concat(kind), title=title)
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as an element of a page; equal figures give equal text."""
-    import matplotlib
-
-    content = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-    text = content.getvalue()
-    return text[text.index("<svg") :]

@@ -21,9 +21,9 @@ import psutil
 import torch
 
 import istanas
+from pipeline.redaction import without_secrets
 from pipeline.resources import usable_cores
 from pipeline.rundir import ENVIRONMENT_FILE, RunDir, atomic_write
-from pipeline.secrets import without_secrets
 
 _PACKAGES = (
     "torch",

@@ -293,14 +293,25 @@ def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> T
     """The network that a retraining trains, freshly initialised."""
     r = config.retrain
     torch.manual_seed(derive_seed(config.seed, "init"))
+    return target_network(r, genotype, dataset, auxiliary=r.auxiliary_weight > 0)
+
+
+def target_network(
+    sizes: SearchSettings | RetrainSettings,
+    genotype: Genotype,
+    dataset: ImageDataset,
+    *,
+    auxiliary: bool = False,
+) -> TargetNet:
+    """A genotype's network under a one-stage search's or a retraining's settings."""
     return TargetNet(
         genotype,
-        r.init_channels,
-        r.layers,
+        sizes.init_channels,
+        sizes.layers,
         dataset.num_classes,
-        stem=r.stem,
-        auxiliary=r.auxiliary_weight > 0,
-        op_batchnorm=r.op_batchnorm,
+        stem=sizes.stem,
+        auxiliary=auxiliary,
+        op_batchnorm=sizes.op_batchnorm,
         in_channels=dataset.channels,
     )
 

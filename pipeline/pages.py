@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup, escape
 
-from pipeline.report import duration
+from pipeline.tables import duration, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # on the charts' white ground
+# Text stays text, and no random id makes two equal figures differ.
+_SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "istanas"}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "istanas",
+    **_SVG,
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     "axes.spines.top": False,
@@ -56,16 +57,6 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters |= {"percent": percent, "duration": duration, "figure": figure}
     return environment
-
-
-def percent(fraction: float) -> str:
-    """A share for people.
-
-    Example:
-        >>> percent(0.98607)
-        '98.61 %'
-    """
-    return f"{100 * fraction:.2f} %"
 
 
 def figure(value: Any) -> str:
@@ -126,11 +117,13 @@ def epoch_axis(axes: Axes, first: int, last: int) -> None:
 
 
 def chart_svg(chart: Figure, name: str, label: str) -> Markup:
-    """A figure as an element of a page, see `inline_svg`."""
+    """A figure as an element of a page, see `inline_svg`; equal figures give equal text."""
+    import matplotlib
+
     content = io.StringIO()
-    chart.savefig(
-        content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with matplotlib.rc_context(_SVG):
+        chart.savefig(content, format="svg", metadata=nothing)
     return inline_svg(content.getvalue(), name, label)
 
 

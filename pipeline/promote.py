@@ -1,21 +1,18 @@
 """Which version of a registered model is the champion: the alias moves to a better one on the same pictures."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
 from pipeline.registry import CHAMPION, registered_name
 from pipeline.rundir import RunDir, RunRecord, contexts_of
+from pipeline.stored import readable
 from pipeline.tracking import (
     MLflowTracker,
     database_lock,
     has_network,
-    one_line,
     open_client,
-    public_uri,
-    sqlite_file,
+    store_exists,
 )
 
 if TYPE_CHECKING:
@@ -80,8 +77,8 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     record = run.read()
     tracker = MLflowTracker(run, tracking_uri=tracking.uri, experiment=tracking.experiment)
     name = registered_name(tracking.registered_model, record.dataset)
-    with _usable(tracker.tracking_uri):
-        if tracker.run_id is None or not _exists(tracker.tracking_uri):
+    with readable(tracker.tracking_uri, what="used"):
+        if tracker.run_id is None or not store_exists(tracker.tracking_uri):
             raise _no_version(run, record, tracking)
         client = open_client(tracker.tracking_uri)
         with database_lock(tracker.tracking_uri):  # of two promotions at once, the second sees the first
@@ -210,23 +207,6 @@ def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") ->
     else:
         remedy = f"deliver it first: istanas sync {run.path}"
     return ConfigError(f"run {run.path}: no version of a registered model; {remedy}")
-
-
-def _exists(uri: str) -> bool:
-    file = sqlite_file(uri)
-    return file is None or file.exists()  # opening it would create it
-
-
-@contextlib.contextmanager
-def _usable(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # every store fails in its own way
-        raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be used ({one_line(error)}); start it or set MLFLOW_TRACKING_URI"
-        ) from None
 
 
 def _named(figure: _Figure) -> str:

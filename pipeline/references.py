@@ -13,7 +13,15 @@ from pathlib import Path
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.rundir import RECORD_FILE, RunDir
-from pipeline.tracking import one_line, open_client, public_uri, read_link, sqlite_file, store_uri
+from pipeline.tracking import (
+    one_line,
+    open_client,
+    public_uri,
+    read_link,
+    sqlite_file,
+    store_exists,
+    store_uri,
+)
 
 GENOTYPE_FILE = "genotype.json"
 _RANDOM = "random:"
@@ -163,8 +171,7 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
             return run
     uri = store_uri(tracking_uri)
     unknown = f"run {run_id}: no such run in the MLflow store {public_uri(uri)}"
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():  # opening it would create it
+    if not store_exists(uri):
         raise ConfigError(f"{unknown}, which does not exist; set MLFLOW_TRACKING_URI or give a run directory")
     try:
         tags = open_client(uri).get_run(run_id).data.tags

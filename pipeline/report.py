@@ -25,7 +25,6 @@ from pipeline.report_columns import (
     WEIGHTS_COLUMNS,
 )
 from pipeline.stored import Filters, load_runs, readable
-from pipeline.tables import duration, results_table, shown, shown_time, weights_table
 from pipeline.tracking import open_client, store_uri
 
 if TYPE_CHECKING:
@@ -42,17 +41,12 @@ __all__ = [
     "SWEEPS_COLUMNS",
     "WEIGHTS_COLUMNS",
     "Filters",
-    "duration",
     "epochs_frame",
     "genotypes_frame",
     "results_frame",
-    "results_table",
     "searches_frame",
-    "shown",
-    "shown_time",
     "sweeps_frame",
     "weights_frame",
-    "weights_table",
 ]
 
 _NUMBERS = {

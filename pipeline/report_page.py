@@ -23,12 +23,11 @@ from pipeline.pages import (
     epoch_axis,
     figure,
     inline_svg,
-    percent,
     render,
 )
-from pipeline.report import duration, shown, shown_time
 from pipeline.resources import count
 from pipeline.rundir import MetricsLine, RunDir, RunRecord, atomic_write
+from pipeline.tables import duration, percent, shown, shown_time
 
 REPORT_PAGE = "report.html"
 MOST_TRIALS = 50
@@ -243,8 +242,7 @@ def _trials(folder: Path) -> dict[str, Any]:
                 str(row["trial"]),
                 f"{state}{', on the front' if row['pareto'] else ''}",
                 *(shown(row[key], "{:.4g}" if isinstance(row[key], float) else "{}") for key in keys),
-                shown(row["valid_top1"], "{:.2%}").replace("%", " %"),
-                shown(row["retrained_top1"], "{:.2%}").replace("%", " %"),
+                *("" if pd.isna(row[top]) else percent(row[top]) for top in ("valid_top1", "retrained_top1")),
                 shown(row["params"], "{:,}"),
                 shown(row["macs"], "{:,}"),
                 shown(row["epochs"], "{:,}"),

@@ -12,7 +12,7 @@ from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
 from pipeline.references import is_mlflow_id, resolve_run
 from pipeline.rundir import MetricsLine, RunDir
 from pipeline.stored import readable
-from pipeline.tracking import open_client, read_link, sqlite_file, store_uri
+from pipeline.tracking import open_client, read_link, store_exists, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,8 +111,7 @@ def _from_directory(run_dir: RunDir) -> ReadRun:
 
 
 def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -> ReadRun:
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():  # opening it would create it
+    if not store_exists(uri):
         raise unresolved
     client = open_client(uri)
     try:

@@ -115,9 +115,8 @@ class StudySearcher(Searcher):
         self._unfinished = [t.number for t in begun if t.state == TrialState.RUNNING]
         self._begun = len(begun)
         self._trials: dict[str, Trial] = {}  # Tune's id -> Optuna's trial
-        self._reported: dict[
-            str, dict[str, Any]
-        ] = {}  # Tune's id -> the last report, of a trial that is lost
+        # Tune's id -> the last report: of a trial that is lost, Tune gives none.
+        self._reported: dict[str, dict[str, Any]] = {}
         self.error: Exception | None = None  # Tune would take one of ours for the trial's
 
     @property
@@ -183,9 +182,8 @@ class StudySearcher(Searcher):
             self._begun += 1
         else:
             return None
-        _ = (
-            trial.relative_params
-        )  # drawn now, all together, and not by the sampler of the first key that lacks a value
+        # Drawn now, all together, and not by the sampler of the first key that lacks a value.
+        _ = trial.relative_params
         return trial
 
     def _seed(self, index: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
-from pipeline.tracking import one_line, open_client, public_uri, sqlite_file
+from pipeline.tracking import one_line, open_client, public_uri, store_exists
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -42,8 +42,7 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
         ConfigError: a filter is refused, the store can't be read, or has no such experiment.
     """
     query = _query(filters)
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():  # opening it would create it
+    if not store_exists(uri):
         return []
     with readable(uri):
         client = open_client(uri)
@@ -67,15 +66,15 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
 
 
 @contextlib.contextmanager
-def readable(uri: str) -> Iterator[None]:
-    """Every failure of a store as a `ConfigError`."""
+def readable(uri: str, *, what: str = "read") -> Iterator[None]:
+    """Every failure of a store as a `ConfigError`: it can't be read, or what else is done to it."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # every store fails in its own way
         raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be read ({one_line(error)}); "
+            f"MLflow store {public_uri(uri)}: can't be {what} ({one_line(error)}); "
             "start it or set MLFLOW_TRACKING_URI"
         ) from None
 

@@ -6,7 +6,7 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.resources import count
 from pipeline.schema import shown_value
-from pipeline.tables import duration
+from pipeline.tables import duration, percent
 
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
@@ -19,8 +19,8 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
         genotype: what it found.
     """
     return _page(
-        f"{_percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
-        [("top-1 on the alpha half", _percent(result["valid_top1"])), *_common(result)],
+        f"{percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
+        [("top-1 on the alpha half", percent(result["valid_top1"])), *_common(result)],
         genotype,
         again="istanas search --config config.yaml",
     )
@@ -70,11 +70,11 @@ def of_sweep(
         genotype: of the best trial.
         files: where more is to be seen.
     """
-    rows = [("top-1 in search", _percent(result["valid_top1"]))]
+    rows = [("top-1 in search", percent(result["valid_top1"]))]
     if "retrained_top1" in result:
         tau = result["kendall_tau"]
         rows.append(("Kendall's tau of the two, all trials", "not defined" if tau is None else f"{tau:.2f}"))
-        rows.append(("top-1 on the hold-out, retrained", _percent(result["retrained_top1"])))
+        rows.append(("top-1 on the hold-out, retrained", percent(result["retrained_top1"])))
     best = result["settings"]
     settings = [(key, text, shown_value(best[key]) if key in best else "") for key, text in space.items()]
     where = ", ".join(f"`{file}`" for file in files)
@@ -108,7 +108,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _tops(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(f"top-1 on the {split}", _percent(top)) for split, top in _measured(result)]
+    return [(f"top-1 on the {split}", percent(top)) for split, top in _measured(result)]
 
 
 def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
@@ -122,14 +122,10 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
 
 def _headline(result: Mapping[str, Any]) -> str:
     """What counts, before what it is of: tables cut a description off after some words."""
-    tops = ", ".join(f"{_percent(top)} on the {split}" for split, top in _measured(result))
+    tops = ", ".join(f"{percent(top)} on the {split}" for split, top in _measured(result))
     return f"{tops}: " if tops else "Not tested: "
 
 
 def _measured(result: Mapping[str, Any]) -> list[tuple[str, float]]:
     splits = {"test_top1": "test split", "valid_top1": "hold-out"}
     return [(split, result[key]) for key, split in splits.items() if key in result]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

@@ -99,6 +99,16 @@ def weights_table(frame: "pd.DataFrame") -> "Table":
     return table
 
 
+def percent(fraction: float) -> str:
+    """A share for people.
+
+    Example:
+        >>> percent(0.98607)
+        '98.61 %'
+    """
+    return f"{100 * fraction:.2f} %"
+
+
 def duration(seconds: float) -> str:
     """A time for people.
 

@@ -21,8 +21,8 @@ from filelock import FileLock
 
 from istanas.errors import CheckpointError
 from pipeline import links, registry
+from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
-from pipeline.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -150,6 +150,17 @@ def sqlite_file(uri: str) -> Path | None:
     """
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else Path(path).absolute()
+
+
+def store_exists(uri: str) -> bool:
+    """False of a SQLite store without its file, which opening it would create; of a server only asking it tells.
+
+    Example:
+        >>> store_exists("sqlite:////nowhere/mlflow.db"), store_exists("http://host:5000")
+        (False, True)
+    """
+    file = sqlite_file(uri)
+    return file is None or file.exists()
 
 
 def public_uri(uri: str) -> str:

@@ -17,9 +17,10 @@ from markupsafe import Markup
 from istanas.draw import cell_svg, edge_widths
 from istanas.space import CELLS, Genotype
 from istanas.space.primitives import SKIP
-from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, percent, render
+from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
+from pipeline.tables import percent
 
 TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}

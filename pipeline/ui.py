@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.tracking import artifact_root, one_line, open_client, public_uri, sqlite_file, store_uri
+from pipeline.tracking import artifact_root, one_line, open_client, public_uri, store_exists, store_uri
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ def newest_run(uri: str, address: str) -> str | None:
         uri: the store, as `pipeline.tracking.store_uri` gives it; a SQLite file that does not exist is not made.
         address: where its pages are.
     """
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
+    if not store_exists(uri):
         return None
     try:
         client = open_client(uri)

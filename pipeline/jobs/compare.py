@@ -17,6 +17,7 @@ from istanas.measure import measure_latency
 from istanas.nets import TargetNet
 from pipeline.compare_page import draw_curves, draw_whole, render_page
 from pipeline.config import load
+from pipeline.epochs import target_network
 from pipeline.jobs.job import console_line
 from pipeline.models import load_network
 from pipeline.resources import count, threads_in_process
@@ -262,15 +263,7 @@ def _untrained(run: ReadRun) -> Network | None:
     sizes = config.search if (run.kind, run.method) == ("search", "one_stage") else config.retrain
     d = config.data
     dataset = load_dataset(d.name, root=d.root, cache_dir=d.cache_dir, image_size=d.image_size)
-    net = TargetNet(
-        genotype,
-        sizes.init_channels,
-        sizes.layers,
-        dataset.num_classes,
-        stem=sizes.stem,
-        op_batchnorm=sizes.op_batchnorm,
-        in_channels=dataset.channels,
-    )
+    net = target_network(sizes, genotype, dataset)
     return net, (dataset.channels, dataset.height, dataset.width), UNTRAINED
 
 

@@ -48,7 +48,7 @@ from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
-TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE, TRAJECTORY_PAGE)
+TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE)
 
 
 def search_spec(
@@ -182,12 +182,12 @@ def check_solver(solver: str) -> None:
 def _finish_two_stage(
     run: RunDir, history: list[Record], dataset: ImageDataset, say: Callable[[str], None]
 ) -> Outcome:
-    genotype = _write_last_genotype(run, history, say)
+    genotype = _write_last_genotype(run, history)
     m = history[-1]["metrics"]
     result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
     return Outcome(
         result=result,
-        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY),
+        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
         tags={"istanas.genotype": genotype.digest()},
         description=summary.of_two_stage_search(dataset.name, len(history), result, genotype),
     )
@@ -201,7 +201,7 @@ def _finish_one_stage(
     say: Callable[[str], None],
 ) -> Outcome:
     net = searched_network(config, dataset, run.path / CHECKPOINTS, len(history))
-    genotype = _write_last_genotype(run, history, say)
+    genotype = _write_last_genotype(run, history)
     save_network(run.path, net, genotype, config.search, dataset)
     _draw_freezing(run, history, config)
     last = history[-1]
@@ -223,6 +223,7 @@ def _finish_one_stage(
             GENOTYPE_FILE,
             *CELL_FIGURES,
             *TRAJECTORY,
+            *_trajectory_page(run, say),
             *FREEZING_FIGURES,
             NETWORK_FILE,
             WEIGHTS_FILE,
@@ -262,12 +263,15 @@ def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
     }
 
 
-def _write_last_genotype(run: RunDir, history: list[Record], say: Callable[[str], None]) -> Genotype:
+def _trajectory_page(run: RunDir, say: Callable[[str], None]) -> tuple[str, ...]:
+    return write_page(TRAJECTORY_PAGE, lambda: write_trajectory_page(run), say)
+
+
+def _write_last_genotype(run: RunDir, history: list[Record]) -> Genotype:
     last = history[-1]
     genotype = Genotype.from_json(last["genotype"])
     weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
     write_genotype(run.path, genotype, weights)
-    write_page(TRAJECTORY_PAGE, lambda: write_trajectory_page(run), say)
     return genotype
 
 

@@ -190,3 +190,4 @@ def test_from_the_registered_model_one_clicks_to_its_retraining_and_its_search(
         with page.expect_popup() as opened:  # MLflow opens the links of a description in a page of their own
             page.get_by_role("link", name=re.compile(f"^{link}")).first.click()
         expect(opened.value.get_by_text(run_id, exact=True).first).to_be_visible()
+        assert f"/runs/{run_id}" in opened.value.url

@@ -22,13 +22,12 @@ from pipeline.report import (
     epochs_frame,
     genotypes_frame,
     results_frame,
-    results_table,
     searches_frame,
     sweeps_frame,
     weights_frame,
-    weights_table,
 )
 from pipeline.rundir import RunDir, RunRecord
+from pipeline.tables import results_table, weights_table
 from pipeline.tracking import MLflowTracker, open_client
 
 RECORD = RunRecord(
