@@ -601,7 +601,9 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
             table.add_row(label, shown(result[key]))
     console.print(table)
     run_dir = Path(result["run_dir"])
-    where = [("genotype", run_dir / "genotype.json"), ("cell pictures", run_dir / "cells")]
+    pages = [Path(result[key]) / "report.html" for key in ("run_dir", "retrain_run_dir") if key in result]
+    where = [("report", page) for page in pages if page.exists()]
+    where += [("genotype", run_dir / "genotype.json"), ("cell pictures", run_dir / "cells")]
     if "retrain_run_dir" in result:
         where.append(("network", Path(result["retrain_run_dir"]) / "model.safetensors"))
     elif (run_dir / "model.safetensors").exists():
@@ -654,6 +656,7 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     console.print(table)
     best, program = Path(result["run_dir"]) / "best", _program()
     for label, text in (
+        ("report", Path(result["run_dir"]) / "report.html"),
         ("all trials", Path(result["run_dir"]) / "trials.csv"),
         ("best", best),
         ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),

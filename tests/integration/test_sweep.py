@@ -174,7 +174,7 @@ def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(who
 
     client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert names >= {"config.yaml", "trials.csv", "sweep.html", "plots", "best"}
+    assert names >= {"config.yaml", "trials.csv", "sweep.html", "report.html", "plots", "best"}
     assert not client.search_registered_models(), "cells of a sweep are no candidates"
 
 

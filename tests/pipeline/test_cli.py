@@ -251,6 +251,8 @@ def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, he
     assert (code, err) == (0, "")
     for text in ("test top-1", "parameters", "multiply-adds", "seconds", "epoch 2: loss"):
         assert text in out
+    pages = [line.removeprefix("report: ") for line in out.splitlines() if line.startswith("report: ")]
+    assert [(here / page).is_file() for page in pages] == [True, True], "of the search and of the retraining"
     for label in ("genotype: ", "cell pictures: ", "network: "):
         (line,) = [line for line in out.splitlines() if line.startswith(label)]
         assert (here / line.removeprefix(label)).exists()
