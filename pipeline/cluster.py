@@ -433,7 +433,7 @@ def nodes_blind_to(file: Path) -> int:
     return sum(not answer for answer in seen)
 
 
-def last_line(error: BaseException) -> str:
+def last_line(error: BaseException | str) -> str:
     """The last line of what an error says: tracebacks of workers end with what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1] if lines else type(error).__name__:.200}"

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune import Callback
+from ray.tune.result import EXPR_ERROR_FILE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from istanas.errors import ConfigError
 from istanas.training import derive_seed
+from pipeline.cluster import last_line
 from pipeline.schema import OBJECTIVES, Config
 from pipeline.study import (
     EPOCH,
@@ -104,10 +107,18 @@ class StudySearcher(Searcher):
         config: of the sweep.
         study: as `open_study` gives it.
         ends: told of every trial.
+        why: by Tune's id, why a trial's process was lost the last time.
     """
 
-    def __init__(self, config: Config, study: Study, ends: Ends) -> None:
+    def __init__(
+        self,
+        config: Config,
+        study: Study,
+        ends: Ends,
+        why: Callable[[str], str] = lambda trial_id: "out of memory, or killed",
+    ) -> None:
         super().__init__()
+        self._why = why
         self._config, self._study, self._ends = config, study, ends
         self._sweep = sweep_of(config)
         begun = own_trials(study)
@@ -148,7 +159,9 @@ class StudySearcher(Searcher):
             return
         try:
             reported = self._reported.pop(trial_id, {})
-            self._end(self._trials.pop(trial_id), dict(result or reported), error)
+            self._end(
+                self._trials.pop(trial_id), dict(result or reported), self._why(trial_id) if error else None
+            )
         except Exception as ours:
             self.error = ours
 
@@ -199,12 +212,11 @@ class StudySearcher(Searcher):
         if result[EPOCH] not in self._frozen(trial.number).intermediate_values:
             trial.report(result[TOP1], result[EPOCH])
 
-    def _end(self, trial: Trial, result: dict[str, Any], lost: bool) -> None:
+    def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
         values = None
-        if lost:
+        if lost is not None:
             result[FAILED] = (
-                f"its process was lost more than {self._sweep.max_restarts} times (sweep.max_restarts): "
-                "out of memory, or killed"
+                f"its process was lost more than {self._sweep.max_restarts} times (sweep.max_restarts): {lost}"
             )
         self._note(trial, result)  # Tune leaves out the report that made it stop the trial
         if FAILED in result:
@@ -229,6 +241,38 @@ class StudySearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a pickle of its searcher, from which nothing is ever restored here."""
+        return {}
+
+
+class Losses(Callback):
+    """Why trials' processes were lost: Tune tells its searcher only that they were.
+
+    Args:
+        note: says a line to the user.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._trials: dict[str, Any] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Remember whom to ask."""
+        self._trials[trial.trial_id] = trial
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that a trial goes on in another process, and why."""
+        self._note(f"a trial's process was lost and another one goes on: {self.why(trial.trial_id)}")
+
+    def why(self, trial_id: str) -> str:
+        """What Ray said of the last loss."""
+        file = Path(
+            self._trials[trial_id].local_path, EXPR_ERROR_FILE
+        )  # Tune forgets the error itself at once
+        said = file.read_text() if file.is_file() else "Ray does not say why"
+        return last_line(said.partition(" Some common causes")[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a pickle, from which nothing is ever restored here."""
         return {}
 
 

@@ -47,7 +47,7 @@ from pipeline.pictures import check_fit, datasets_used
 from pipeline.resources import Node, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
-from pipeline.searcher import StudySearcher, first_settings, make_scheduler
+from pipeline.searcher import Losses, StudySearcher, first_settings, make_scheduler
 from pipeline.study import (
     FAILED,
     best_trial,
@@ -207,7 +207,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         trials = _Trials(config, plan, run, study, observer)
         try:
             trials.go_on()
-            _run_tune(config, plan, run.path, study, trials)
+            _run_tune(config, plan, run.path, study, trials, observer)
             outcome = _finish(config, run, study, observer)
         except OptunaError as error:
             raise IstanasError(
@@ -457,12 +457,15 @@ def _metrics_lines(config: Config, done: Sequence[FrozenTrial]) -> list[MetricsL
     return lines
 
 
-def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _Trials) -> None:
+def _run_tune(
+    config: Config, plan: Plan, folder: Path, study: Study, trials: _Trials, observer: RunObserver
+) -> None:
     """One sitting of Ray Tune. What it keeps on the disk is not needed again: the study and the trials' runs are."""
     import ray
     from ray import tune
 
-    searcher = StudySearcher(config, study, trials)
+    losses = Losses(observer.note)
+    searcher = StudySearcher(config, study, trials, losses.why)
 
     class Over(tune.Stopper):
         """Ends the sitting when our own part has failed."""
@@ -496,6 +499,7 @@ def _run_tune(config: Config, plan: Plan, folder: Path, study: Study, trials: _T
             name=sitting,
             storage_path=str(storage),
             stop=Over(),
+            callbacks=[losses],
             failure_config=tune.FailureConfig(max_failures=sweep_of(config).max_restarts),
             verbose=0,
         ),

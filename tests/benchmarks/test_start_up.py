@@ -1,6 +1,6 @@
 """What starting costs: `import istanas`, all its packages, beyond torch, and the command line's help.
 
-CPU time of fresh processes, the least of several tries: other work on the machine cannot lower it.
+CPU time of fresh processes, the least of several tries: other work on the machine can only raise it.
 """
 
 import resource
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-TRIES = 3
+TRIES = 9  # at most; other work on the same core or memory costs CPU time, too
 PUBLIC = (
     "istanas",
     *(f"istanas.{name}" for name in ("data", "measure", "nets", "search", "space", "sparse")),
@@ -33,13 +33,14 @@ def seconds(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
 
 def test_imports_and_help_take_no_longer_than_wanted(repo_root: Path) -> None:
     tries: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
-    for _ in range(TRIES):  # in turn, so that a slow moment hits all
-        for name, arguments in PROGRAMS.items():
+    for _ in range(TRIES):
+        for name, arguments in PROGRAMS.items():  # in turn, so that a slow moment hits all
             tries[name].append(seconds(arguments, repo_root))
-    cpu = {name: min(c for c, _ in times) for name, times in tries.items()}
-    wall = {name: min(w for _, w in times) for name, times in tries.items()}
-    for name in PROGRAMS:
-        print(f"{name}: {cpu[name]:.2f} s of CPU time, {wall[name]:.2f} s")
+        cpu = {name: min(c for c, _ in times) for name, times in tries.items()}
+        if cpu["torch, istanas"] - cpu["torch"] <= 0.3 and cpu["istanas --help"] <= 0.5:
+            break
+    for name, times in tries.items():
+        print(f"{name}: {cpu[name]:.2f} s of CPU time, {min(w for _, w in times):.2f} s")
     assert cpu["torch"] > 0.1, "the children's time was not counted"
     assert cpu["torch, istanas"] - cpu["torch"] <= 0.3, cpu
     assert cpu["istanas --help"] <= 0.5, cpu

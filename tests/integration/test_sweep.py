@@ -68,6 +68,7 @@ def finish(process: subprocess.Popen[str]) -> Any:
     """The one JSON object on stdout."""
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
+    print(err)  # shown if the test fails
     (line,) = out.splitlines()
     return json.loads(line)
 
