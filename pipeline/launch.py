@@ -8,6 +8,7 @@ written is whole, and only one process ever writes.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import time
 import uuid
@@ -24,7 +25,7 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
 from pipeline.epochs import Record
-from pipeline.mailbox import Mailbox
+from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.pictures import open_dataset
 from pipeline.schema import Config, DataSettings
 from pipeline.worker import Observer, retrain_worker, search_worker
@@ -133,6 +134,8 @@ class _RayJob:
             ended = fit.ended
             events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
             for kind, *payload in events:
+                if kind not in OWN_KINDS:
+                    payload = pickle.loads(payload[0])
                 if kind in ("started", "lost"):
                     stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
                 self._handle(kind, payload, allotment)
@@ -269,7 +272,7 @@ def _make_loss_callback(mailbox: Any) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
-            mailbox.post.remote(None, "lost", f"lost {lost}")
+            mailbox.post.remote(None, "lost", pickle.dumps([f"lost {lost}"]))
 
     return Losses()
 
@@ -321,15 +324,15 @@ class _Reporter:
 
         # Waited for: Ray Train ends this process as soon as it has nothing more to do.
         kind = "finished" if self._go_on else "made room"
-        ray.get(self.mailbox.post.remote(self.token, kind, history))
+        ray.get(self._post(kind, history))
 
     def failed(self, error: IstanasError) -> None:
         import ray
 
-        ray.get(self.mailbox.post.remote(None, "failed", error))
+        ray.get(self.mailbox.post.remote(None, "failed", pickle.dumps([error])))
 
-    def _post(self, kind: str, *payload: Any) -> None:
-        self.mailbox.post.remote(self.token, kind, *payload)
+    def _post(self, kind: str, *payload: Any) -> Any:
+        return self.mailbox.post.remote(self.token, kind, pickle.dumps(payload))
 
 
 def _worker_loop(settings: dict[str, Any]) -> None:

@@ -44,11 +44,11 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
         await box.begin("dead", 2)
         await box.begin("new", 2)
         await box.take(1)
-        await box.post("dead", "epoch", [])
+        await box.post("dead", "epoch", b"")
         assert await box.keep("dead", 7, b"late", 2) is False
         assert await box.begin("third", 2) is None
-        await box.post(None, "lost", "lost worker 0")  # the controller speaks for no group
-        assert await box.take(1) == [("started", 2), ("lost", "lost worker 0")]
+        await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
+        assert await box.take(1) == [("started", 2), ("lost", b"worker 0")]
 
     asyncio.run(talk())
 
@@ -58,9 +58,9 @@ def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_tha
         box = Mailbox(None)
         await box.begin("a", 1)
         for step in range(5):
-            await box.post("a", "step", 0, step)
-        await box.post("a", "epoch", [1])
-        assert await box.take(1) == [("started", 1), ("step", 0, 4), ("epoch", [1])]
+            await box.post("a", "step", b"%d" % step)
+        await box.post("a", "epoch", b"1")
+        assert await box.take(1) == [("started", 1), ("step", b"4"), ("epoch", b"1")]
         assert await box.take(0.01) == []
 
     asyncio.run(talk())
