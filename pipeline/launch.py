@@ -8,6 +8,7 @@ written is whole, and only one process ever writes.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -218,7 +219,7 @@ def _trainer(
 ) -> Any:
     """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     workers = allotment.workers
     scaling: dict[str, Any] = {
@@ -242,10 +243,31 @@ def _trainer(
             "arguments": arguments,
             "mailbox": mailbox,
         },
-        torch_config=TorchConfig(backend=allotment.compute.backend),
+        torch_config=_torch_config(allotment.compute.backend),
         scaling_config=ScalingConfig(**scaling),
         run_config=run,
     )
+
+
+def _torch_config(backend: str) -> Any:
+    """Ray's set-up of the process group, on the network that Ray's nodes have in common.
+
+    Left to itself gloo takes the address that a machine's name stands for, on many 127.0.0.1, which no other machine
+    can reach.
+    """
+    from ray.train.torch import TorchConfig
+
+    class OnRaysNetwork(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            class Backend(super().backend_cls):  # type: ignore[misc]
+                def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                    worker_group.execute(_meet_on_rays_network)
+                    super().on_start(worker_group, backend_config)
+
+            return Backend
+
+    return OnRaysNetwork(backend=backend)
 
 
 def _on_workers(config: Config, allotment: Allotment) -> Config:
@@ -278,6 +300,17 @@ def _make_loss_callback(mailbox: Any) -> Any:
 
 
 # ---------- on a worker
+def _meet_on_rays_network() -> None:
+    """Have gloo use the interface that has the node's address, unless the environment names one."""
+    import psutil
+    import ray
+
+    own = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == own for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 @dataclass
 class _Reporter:
     """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox."""
