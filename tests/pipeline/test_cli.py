@@ -37,7 +37,11 @@ COMMANDS = (
     "profile",
     "promote",
     "compare",
+    "submit",
+    "jobs",
+    "stop",
 )
+SERVED = ("submit", "jobs", "stop")  # these ask a cluster's job server, and have no configuration
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
@@ -105,8 +109,9 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     code, out, err = istanas(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: istanas {command} ")
-    assert "--set KEY.PATH=VALUE" in out
-    assert "--config FILE" in out
+    assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
+    assert ("--config FILE" in out) == (command not in SERVED)
+    assert ("--address URL" in out) == (command in SERVED)
     jobs = command in ("search", "retrain", "run", "sweep")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
