@@ -83,14 +83,12 @@ class JobServer:
         self.address = job_address(address)
         self.shown = without_secrets(self.address)
         headers = self._greet()
-        # Ray's client prefers what the environment says to what it is told.
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.ERROR)  # it tells each of its steps
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with self._errors():
+        with self._errors(), _addresses_hidden():
             self._client = JobSubmissionClient(self.address, headers=headers)
 
     def submit(self, command: str, job_id: str, parcel: Path, environment: dict[str, str]) -> None:
@@ -243,8 +241,11 @@ class JobServer:
         try:
             return requests.get(f"{self.address}/api/version", headers=headers, timeout=SECONDS_TO_ANSWER)
         except requests.RequestException as error:
+            reason = one_line(error)
+            if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
+                reason = f"who listens there does not speak {urlsplit(self.address).scheme.upper()}"
             raise IstanasError(
-                f"--address {self.shown}: no Ray job server answers there ({one_line(error)}), {GIVE}"
+                f"--address {self.shown}: no Ray job server answers there ({reason}), {GIVE}"
             ) from None
 
     @contextmanager
@@ -332,6 +333,17 @@ def _job(details: Any) -> Job:
         ended=None if not details.end_time else details.end_time / 1000,
         message=without_secrets(" ".join((details.message or "").split())) if never_ran else "",
     )
+
+
+@contextmanager
+def _addresses_hidden() -> Iterator[None]:
+    """Inside, no address of the environment: Ray's client would prefer it to the one that it is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _token() -> tuple[str | None, str]:

@@ -108,11 +108,10 @@ def jobs_table(jobs: "Sequence[Job]") -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("job", overflow="fold", min_width=20)
-    for heading in ("status", "started", "took"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=True)
+    for heading in ("job", "status", "started", "took"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("command", no_wrap=True, overflow="ellipsis")
+    table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
     for job in jobs:
         table.add_row(job.id, _status(job), *_when(job), job.command)
     return table
@@ -145,7 +144,7 @@ def _status(job: "Job") -> str:
 def _when(job: "Job") -> tuple[str, str]:
     if job.started is None or job.seconds is None:
         return "", ""
-    return f"{datetime.fromtimestamp(job.started):%Y-%m-%d %H:%M}", duration(job.seconds)
+    return f"{datetime.fromtimestamp(job.started):%m-%d %H:%M}", duration(job.seconds)
 
 
 def percent(fraction: float) -> str:
