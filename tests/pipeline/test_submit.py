@@ -236,7 +236,8 @@ def test_too_much_is_refused_with_the_largest_folders(here: Path, monkeypatch: p
         working_tree(here).check()
     assert str(refusal.value) == (
         f"{here}: 142.6 MB to ship, Ray takes at most 104.9 MB; most is in old/weights (115.3 MB), video.mp4 "
-        "(21.0 MB), pics (5.2 MB): name what the job does not need in a .rayignore here, or submit from the folder of your code"
+        "(21.0 MB), pics (5.2 MB): name what the job does not need in a .rayignore here, or submit from "
+        "the folder of your code"
     )
     monkeypatch.setattr(parcels, "MAX_FILES", 3)
     with pytest.raises(ConfigError, match="holds more than 3 files to ship"):
