@@ -17,6 +17,7 @@ from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.doctor import check_cluster
+from pipeline.interruption import sigterm_interrupts
 from pipeline.launch import _on_workers
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
@@ -152,6 +153,21 @@ def test_ctrl_c_in_what_must_not_be_interrupted_is_noted() -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with ThreadPoolExecutor(1) as pool:  # where no handler can be set
         assert pool.submit(lambda: list(cluster.uninterrupted().__enter__())).result() == []
+
+
+def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_does() -> None:
+    with sigterm_interrupts() as ended:
+        handler = signal.getsignal(signal.SIGTERM)
+        with cluster.uninterrupted() as interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert wait_until(lambda: bool(interrupted))
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts one of its own there
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert not ended
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(interrupted[0])
+        assert ended == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)  # must not interrupt the closing
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
