@@ -1,7 +1,7 @@
 """The command line `istanas`: arguments in, exit code out; the work is done elsewhere.
 
-Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 130 interrupted. Errors are one line each on
-stderr. Imports of torch and MLflow happen inside the commands, so that `--help` answers at once.
+Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 130 interrupted, 143 told to end (SIGTERM). Errors
+are one line each on stderr. Imports of torch and MLflow happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import click
 
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
+from pipeline.interruption import INTERRUPTED, TERMINATED, sigterm_interrupts
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.stored import KINDS, METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.job_server import Job, JobServer
     from pipeline.rundir import RunDir
     from pipeline.schema import Config
 
@@ -39,6 +41,11 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line (None: the process's) and return its exit code."""
+    with sigterm_interrupts() as told_to_end:
+        return _run(arguments, told_to_end)
+
+
+def _run(arguments: list[str] | None, told_to_end: list[int]) -> int:
     try:
         # Not standalone, click returns the code of an Exit, and what a command returns: nothing.
         return cli.main(args=arguments, prog_name="istanas", standalone_mode=False) or 0
@@ -51,8 +58,9 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo(f"error: {' '.join(error.format_message().split())} See: {command} --help", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: the same command resumes", err=True)
-        return 130
+        what = "told to end (SIGTERM)" if told_to_end else "interrupted"
+        click.echo(f"{what}: the same command resumes", err=True)
+        return TERMINATED if told_to_end else INTERRUPTED
     except IstanasError as error:
         for line in str(error).splitlines():
             click.echo(f"error: {line}", err=True)
@@ -535,6 +543,173 @@ def promote(
         _print_json({"run_dir": str(run.path), **asdict(done)})
     if not done.champion:
         raise click.exceptions.Exit(1)
+
+
+class LongEnd(click.Command):
+    """Its usage says where another command begins."""
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTIONS] -- COMMAND [ITS OPTIONS]"]
+
+
+def served(command: Command) -> Command:
+    """The option that says which cluster: by its dashboard, which has the job server."""
+    return click.option(
+        "--address",
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        default="http://127.0.0.1:8265",
+        show_default=True,
+        help="The cluster's dashboard, http://HOST:8265 (RAY_API_SERVER_ADDRESS if not given).",
+    )(command)
+
+
+@cli.command(cls=LongEnd, context_settings={"allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@served
+@click.option(
+    "--name", "job_id", metavar="ID", help="Name of the job, new on this cluster; made up if not given."
+)
+@click.option("--no-wait", is_flag=True, help="Do not follow the job: exit code 0 once it is submitted.")
+@click.option(
+    "--cluster-mlflow", is_flag=True, help="MLFLOW_TRACKING_URI is set on the cluster's nodes: send none."
+)
+@json_option
+@click.pass_context
+def submit(
+    context: click.Context,
+    command: tuple[str, ...],
+    address: str,
+    job_id: str | None,
+    no_wait: bool,
+    cluster_mlflow: bool,
+    as_json: bool,
+) -> None:
+    """Run search, retrain, run or sweep on a Ray cluster, as a job of its own.
+
+    Checks the command here, ships the working directory (no data, runs or secrets, nothing that a .gitignore or
+    .rayignore names), shows the job's log and ends with its exit code; 143 if it was stopped. Ctrl-C (130) lets the
+    job run on. The same command, submitted again, resumes its run.
+    """
+    from pipeline.submit import Submission
+    from pipeline.submit import submit as submit_job
+
+    job, options, config, name = _parse(context, command)
+    say = _say(as_json)
+    server, started = submit_job(
+        Submission(job, command, options, config, name, cluster_mlflow), address, job_id, say
+    )
+    say(f"submitted {started} to {server.shown}, whose pages show it too")
+    if no_wait:
+        say(f"follow it: {_program()} jobs {started} --follow --address {server.shown}")
+        if as_json:
+            _print_json(server.job(started).as_json())
+        return
+    _follow(server, started, as_json)
+
+
+def _parse(context: click.Context, command: tuple[str, ...]) -> tuple[str, dict[str, Any], Config, str]:
+    """Another command, parsed as if it ran here: its name, its options, its configuration and the runs' name."""
+    from pipeline.submit import JOBS
+
+    first, *rest = command
+    inner = cli.get_command(context, first) if first in JOBS else None
+    if inner is None:
+        raise click.UsageError(f"COMMAND: {first!r:.40} can't be submitted, choose {', '.join(JOBS)}")
+    options = inner.make_context(first, list(rest), parent=context.parent).params
+    placed_by = {key: options[key] for key in ("file", "overrides", "workers", "address")}
+    config, name = _load(**placed_by)
+    return first, options, config, name
+
+
+def _follow(server: JobServer, job_id: str, as_json: bool) -> None:
+    """Show a job's log until its end, and exit as it did; Ctrl-C leaves it running."""
+    say = _say(as_json)
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False, err=as_json)
+
+    try:
+        job = server.follow(job_id, write)
+    except KeyboardInterrupt:
+        say(
+            f"\ndetached, {job_id} runs on. Attach again: {_program()} jobs {job_id} --follow --address {server.shown}"
+        )
+        say(f"end it: {_program()} stop {job_id} --address {server.shown}")
+        if as_json:
+            _print_json(server.job(job_id).as_json())
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    _say_end(job, say)
+    if as_json:
+        _print_json(job.as_json())
+    raise click.exceptions.Exit(1 if job.exit_code is None else job.exit_code)
+
+
+def _say_end(job: Job, say: Callable[[str], None]) -> None:
+    reason = f": {job.message}" if job.message else ""
+    again = "" if job.exit_code == 0 else "; submitted again, the same command resumes"
+    say(f"{job.id}: {job.status}, exit code {job.exit_code}{reason}{again}")
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    """What writes a line for people: on stderr where stdout is for a program."""
+    return lambda text: click.echo(text, err=as_json)
+
+
+@cli.command()
+@click.argument("job_id", metavar="[ID]", required=False)
+@served
+@click.option(
+    "--follow", is_flag=True, help="Show the job's log from its beginning, and end with its exit code."
+)
+@json_option
+def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
+    """List the jobs of a cluster, the newest first; or show one, or attach to it.
+
+    Ctrl-C (exit code 130) while following lets the job run on.
+    """
+    if follow and job_id is None:
+        raise click.UsageError("--follow: say which job, istanas jobs ID --follow")
+    from pipeline.job_server import JobServer
+    from pipeline.tables import job_table, jobs_table
+
+    server = JobServer(address)
+    console = _console(as_json)
+    if job_id is None:
+        found = server.jobs()
+        console.print(jobs_table(found) if found else "no jobs yet")
+        if as_json:
+            _print_json({"jobs": [job.as_json() for job in found]})
+        return
+    job = server.job(job_id)
+    if follow:
+        _follow(server, job.id, as_json)
+    console.print(job_table(job))
+    if as_json:
+        _print_json(job.as_json())
+
+
+@cli.command()
+@click.argument("job_id", metavar="ID")
+@served
+@json_option
+def stop(job_id: str, address: str, as_json: bool) -> None:
+    """Tell a job to end, and wait until it has; its run stays, and the same command resumes it.
+
+    Exit code 0: it has ended.
+    """
+    from pipeline.job_server import SECONDS_TO_STOP, JobServer
+
+    server, say = JobServer(address), _say(as_json)
+    if server.job(job_id).exit_code is None:
+        say(f"{job_id}: told to end, which may take {SECONDS_TO_STOP} s")
+    job, stopped = server.stop(job_id)
+    if stopped:
+        say(f"{job_id}: stopped; submitted again, the same command resumes")
+    else:
+        say(f"{job_id}: had ended before, {job.status} with exit code {job.exit_code}")
+    if as_json:
+        _print_json(job.as_json())
 
 
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:

@@ -166,7 +166,7 @@ class Runtime:
                 ray.init(**options)
                 self._ours = True
             if interrupted:
-                raise KeyboardInterrupt
+                signal.raise_signal(interrupted[0])
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise IstanasError(
                 f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
@@ -310,16 +310,24 @@ def ask_ray(address: str | None) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[list[int]]:
-    """Inside, Ctrl-C is only noted (in the list that is given): what is half started could not be ended."""
+    """Inside, Ctrl-C and SIGTERM are only noted (in the list that is given): what is half started could not be ended.
+
+    Ray puts a handler of its own in the place of one for SIGTERM; at the end, the one from before is back.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield noted
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if callable(handler):  # not where the process dies of it, or is deaf to it
+            signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def _send_errors_to_log() -> None:

@@ -127,6 +127,26 @@ def nearest_key(key: str) -> str:
     return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
 
 
+def check_batch_sizes(config: Config, jobs: Sequence[str]) -> None:
+    """Check that every worker gets two pictures of each batch, which batch norm needs.
+
+    Args:
+        config: the configuration.
+        jobs: "search", "retrain" or both.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    workers = config.runtime.worker_range.maximum
+    for job in jobs:
+        batch_size = getattr(config, job).batch_size
+        if batch_size < 2 * workers:
+            raise ConfigError(
+                f"{job}.batch_size is {batch_size}, of all workers together: {workers} need at least {2 * workers}, "
+                "raise it or lower runtime.workers"
+            )
+
+
 def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Config:
     method = tree.get("method", "two_stage")
     schema = _CLASSES.get(method, TwoStageConfig) if isinstance(method, str) else TwoStageConfig

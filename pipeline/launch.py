@@ -8,6 +8,8 @@ written is whole, and only one process ever writes.
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import threading
 import time
 import uuid
@@ -24,7 +26,7 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
 from pipeline.epochs import Record
-from pipeline.mailbox import Mailbox
+from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.pictures import open_dataset
 from pipeline.schema import Config, DataSettings
 from pipeline.worker import Observer, retrain_worker, search_worker
@@ -133,6 +135,8 @@ class _RayJob:
             ended = fit.ended
             events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
             for kind, *payload in events:
+                if kind not in OWN_KINDS:
+                    payload = pickle.loads(payload[0])
                 if kind in ("started", "lost"):
                     stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
                 self._handle(kind, payload, allotment)
@@ -215,7 +219,7 @@ def _trainer(
 ) -> Any:
     """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     workers = allotment.workers
     scaling: dict[str, Any] = {
@@ -239,10 +243,31 @@ def _trainer(
             "arguments": arguments,
             "mailbox": mailbox,
         },
-        torch_config=TorchConfig(backend=allotment.compute.backend),
+        torch_config=_torch_config(allotment.compute.backend),
         scaling_config=ScalingConfig(**scaling),
         run_config=run,
     )
+
+
+def _torch_config(backend: str) -> Any:
+    """Ray's set-up of the process group, on the network that Ray's nodes have in common.
+
+    Left to itself gloo takes the address that a machine's name stands for, on many 127.0.0.1, which no other machine
+    can reach.
+    """
+    from ray.train.torch import TorchConfig
+
+    class OnRaysNetwork(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            class Backend(super().backend_cls):  # type: ignore[misc]
+                def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                    worker_group.execute(_meet_on_rays_network)
+                    super().on_start(worker_group, backend_config)
+
+            return Backend
+
+    return OnRaysNetwork(backend=backend)
 
 
 def _on_workers(config: Config, allotment: Allotment) -> Config:
@@ -269,12 +294,23 @@ def _make_loss_callback(mailbox: Any) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
-            mailbox.post.remote(None, "lost", f"lost {lost}")
+            mailbox.post.remote(None, "lost", pickle.dumps([f"lost {lost}"]))
 
     return Losses()
 
 
 # ---------- on a worker
+def _meet_on_rays_network() -> None:
+    """Have gloo use the interface that has the node's address, unless the environment names one."""
+    import psutil
+    import ray
+
+    own = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == own for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 @dataclass
 class _Reporter:
     """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox."""
@@ -321,15 +357,15 @@ class _Reporter:
 
         # Waited for: Ray Train ends this process as soon as it has nothing more to do.
         kind = "finished" if self._go_on else "made room"
-        ray.get(self.mailbox.post.remote(self.token, kind, history))
+        ray.get(self._post(kind, history))
 
     def failed(self, error: IstanasError) -> None:
         import ray
 
-        ray.get(self.mailbox.post.remote(None, "failed", error))
+        ray.get(self.mailbox.post.remote(None, "failed", pickle.dumps([error])))
 
-    def _post(self, kind: str, *payload: Any) -> None:
-        self.mailbox.post.remote(self.token, kind, *payload)
+    def _post(self, kind: str, *payload: Any) -> Any:
+        return self.mailbox.post.remote(self.token, kind, pickle.dumps(payload))
 
 
 def _worker_loop(settings: dict[str, Any]) -> None:

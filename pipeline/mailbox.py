@@ -8,6 +8,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+# Of its own events; what is posted is a pickle that only the user's process unpacks, so that this one need not load
+# what it does not read, torch above all.
+OWN_KINDS = ("started", "checkpoint")
+
 
 class Mailbox:
     """An asynchronous actor that holds the newest checkpoint and what is new for the user's process.
@@ -32,13 +36,13 @@ class Mailbox:
         self._add("started", workers)
         return self._newest
 
-    async def post(self, token: str | None, kind: str, *payload: Any) -> None:
+    async def post(self, token: str | None, kind: str, payload: bytes) -> None:
         """Tell the user's process something; of steps only the last is kept."""
         if token not in (None, self._token):
             return
         if kind == "step" and self._events and self._events[-1][0] == "step":
             self._events.pop()
-        self._add(kind, *payload)
+        self._add(kind, payload)
 
     async def keep(self, token: str, epoch: int, data: bytes, workers: int) -> bool:
         """Wait until a checkpoint is on the disk; False: this group of workers is to end here."""

@@ -23,6 +23,7 @@ from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
+from pipeline.config import check_batch_sizes
 from pipeline.rundir import DatasetUse
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 
@@ -71,16 +72,11 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
             f"data.image_size: pictures of {dataset.name} are {dataset.height}x{dataset.width}, networks need at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
         )
-    workers = config.runtime.worker_range.maximum
     for job in jobs:
-        cutout, batch_size = getattr(config, job).cutout, getattr(config, job).batch_size
+        cutout = getattr(config, job).cutout
         if cutout > side:
             raise ConfigError(f"{job}.cutout is {cutout}, above the pictures' side of {side}: lower it")
-        if batch_size < 2 * workers:  # batch norm needs two pictures
-            raise ConfigError(
-                f"{job}.batch_size is {batch_size}, of all workers together: {workers} need at least {2 * workers}, "
-                "raise it or lower runtime.workers"
-            )
+    check_batch_sizes(config, jobs)
     holdout = holdout_indices(config, dataset)
     if holdout is not None and len(holdout) == 0:
         raise ConfigError(

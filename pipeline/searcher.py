@@ -5,7 +5,7 @@ The searcher keeps nothing that it can't read in the study, so that whatever die
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -108,6 +108,7 @@ class StudySearcher(Searcher):
         study: as `open_study` gives it.
         ends: told of every trial.
         why: by Tune's id, why a trial's process was lost the last time.
+        warm_ups: tasks that come before any trial, one for each process: they are of Tune's, not of the study's.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class StudySearcher(Searcher):
         study: Study,
         ends: Ends,
         why: Callable[[str], str] = lambda trial_id: "out of memory, or killed",
+        warm_ups: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
+        self._warm_ups = list(warm_ups)
         self._why = why
         self._config, self._study, self._ends = config, study, ends
         self._sweep = sweep_of(config)
@@ -145,6 +148,8 @@ class StudySearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note an epoch's figure; those that are known already are told again by a resumed trial."""
+        if trial_id not in self._trials:  # a warm-up
+            return
         try:
             self._reported[trial_id] = result
             self._note(self._trials[trial_id], result)
@@ -166,6 +171,9 @@ class StudySearcher(Searcher):
             self.error = ours
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str:
+        to_come = len(self._unfinished) + self._sweep.trials - self._begun
+        if self._warm_ups and to_come > 0:
+            return self._warm_ups.pop()
         while True:
             trial = None if self.is_over else self._next()
             if trial is None:
@@ -253,22 +261,22 @@ class Losses(Callback):
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._trials: dict[str, Any] = {}
+        self._folders: dict[str, str] = {}  # Tune's id -> where Tune writes what Ray says
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Remember whom to ask."""
-        self._trials[trial.trial_id] = trial
+        """Remember where to look."""
+        self._folders[trial.trial_id] = trial.local_path
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial goes on in another process, and why."""
+        self._folders[trial.trial_id] = trial.local_path  # it may never have started
         self._note(f"a trial's process was lost and another one goes on: {self.why(trial.trial_id)}")
 
     def why(self, trial_id: str) -> str:
         """What Ray said of the last loss."""
-        file = Path(
-            self._trials[trial_id].local_path, EXPR_ERROR_FILE
-        )  # Tune forgets the error itself at once
-        said = file.read_text() if file.is_file() else "Ray does not say why"
+        folder = self._folders.get(trial_id)
+        file = None if folder is None else Path(folder, EXPR_ERROR_FILE)
+        said = file.read_text() if file is not None and file.is_file() else "Ray does not say why"
         return last_line(said.partition(" Some common causes")[0])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Tables for the terminal, of the frames that `pipeline.report` makes."""
+"""Tables for the terminal: of the frames that `pipeline.report` makes, and of a cluster's jobs."""
 
+from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
+    from pipeline.job_server import Job
 
 WIDE = 120
 """Columns of a terminal from which on a table of results says more."""
@@ -97,6 +101,50 @@ def weights_table(frame: "pd.DataFrame") -> "Table":
             points = shown(100 * row["difference"], "{:+.2f}")
             table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
     return table
+
+
+def jobs_table(jobs: "Sequence[Job]") -> "Table":
+    """The jobs of a cluster; what does not fit of a command is cut off."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=True)
+    for heading in ("job", "status", "started", "took"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
+    for job in jobs:
+        table.add_row(job.id, _status(job), *_when(job), job.command)
+    return table
+
+
+def job_table(job: "Job") -> "Table":
+    """All about one job of a cluster."""
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    started, took = _when(job)
+    rows = {
+        "job": job.id,
+        "status": _status(job),
+        "started": started,
+        "took": took,
+        "command": job.command,
+        "reason": job.message,
+    }
+    for figure, value in rows.items():
+        if value:
+            table.add_row(figure, value)
+    return table
+
+
+def _status(job: "Job") -> str:
+    return f"{job.status} ({job.exit_code})" if job.exit_code else job.status
+
+
+def _when(job: "Job") -> tuple[str, str]:
+    if job.started is None or job.seconds is None:
+        return "", ""
+    return f"{datetime.fromtimestamp(job.started):%m-%d %H:%M}", duration(job.seconds)
 
 
 def percent(fraction: float) -> str:

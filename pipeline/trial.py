@@ -5,6 +5,8 @@ It reports after every epoch, and once more at its end. Whoever stops it does so
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import traceback
 from pathlib import Path
@@ -20,10 +22,11 @@ from pipeline.epochs import Record
 from pipeline.jobs.job import CHECKPOINTS
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
+from pipeline.pictures import open_dataset
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
 from pipeline.study import EPOCH, FAILED, FINISHED, TOP1
-from pipeline.tracking import one_line
+from pipeline.tracking import one_line, open_client, store_uri
 
 LOG_FILE = "trial.log"
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
@@ -34,10 +37,14 @@ def run_trial(task: dict[str, Any]) -> None:
 
     Args:
         task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "log" (a file),
-            "run_dir", "objective", "objectives".
+            "run_dir", "objective", "objectives"; or "warm_up" (`Config`) only, for a process without a trial.
     """
     from ray import tune
 
+    if "warm_up" in task:
+        _warm_up(task["warm_up"])
+        tune.report({FINISHED: True})
+        return
     try:
         with open(task["log"], "a", buffering=1) as log:
             last = _logged_run(task, log)
@@ -46,6 +53,15 @@ def run_trial(task: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the process may serve the next trial
     tune.report(last)
+
+
+def _warm_up(config: Config) -> None:
+    """Load what the first trial of a process would wait for, before its settings are drawn: imports, and pictures."""
+    with contextlib.suppress(Exception):  # what is wrong here is wrong in the trial, too, which says so
+        for module in ("torch._dynamo", "matplotlib.figure"):  # the optimisers', the pictures of cells'
+            importlib.import_module(module)
+        open_dataset(config, ())
+        open_client(store_uri(config.tracking.uri))
 
 
 def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:

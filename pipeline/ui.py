@@ -12,10 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
+from pipeline.interruption import sigterm_interrupts
 from pipeline.tracking import artifact_root, one_line, open_client, public_uri, store_exists, store_uri
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def serve_ui(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with (
         tempfile.TemporaryFile("w+") as log,
-        _terminate_as_interrupt(),
+        sigterm_interrupts(),
         _server(uri, host, port, log) as server,
     ):
         try:
@@ -207,17 +207,3 @@ def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
     return lines[-1] if lines else "it said nothing"
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that the server does not outlive this process."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -22,6 +22,8 @@ ENVIRONMENT = {
     # Two processes for every group of workers less: nobody takes this machine away, or reads Ray Train's figures.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Nor are processes ended here because somebody else's, such as another test's, take memory.
+    "RAY_memory_monitor_refresh_ms": "0",
     # A node is given up after five missed checks, one a second; else after some 15 s.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",

@@ -365,6 +365,13 @@ class _Trials:
             "objectives": sweep_of(self._config).objectives,
         }
 
+    def warm_ups(self) -> list[dict[str, Any]]:
+        """A task for each process that will have trials, one after the other."""
+        left = sweep_of(self._config).trials - sum(t.state.is_finished() for t in own_trials(self._study))
+        # Workers of a trial are processes of its own.
+        number = 0 if self._plan.workers else min(self._plan.at_once, left)
+        return [{"warm_up": self._of_trial({})}] * number
+
     def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         path, config = self._open.pop(index)
         tags = {"istanas.trial_state": state.name}
@@ -465,7 +472,7 @@ def _run_tune(
     from ray import tune
 
     losses = Losses(observer.note)
-    searcher = StudySearcher(config, study, trials, losses.why)
+    searcher = StudySearcher(config, study, trials, losses.why, trials.warm_ups())
 
     class Over(tune.Stopper):
         """Ends the sitting when our own part has failed."""

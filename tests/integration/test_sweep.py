@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ sweep:
   trials: {TRIALS}
   objective: retrained
   max_concurrent: 1
+  max_restarts: 9
   grace_epochs: 2
   reduction_factor: 2
   space:
@@ -255,8 +257,29 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
         assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_the_sweep_goes_on(
+    tmp_path: Path,
+) -> None:
+    process = start(
+        tmp_path,
+        *("--set", "sweep.trials=2", "--set", "sweep.objective=valid", "--set", "search.epochs=2"),
+        *("--set", "sweep.max_restarts=0"),
+        stderr=subprocess.PIPE,
+    )
+    wait_for(lambda: bool(running_trials(process)), 120)
+    for each in running_trials(process):
+        os.kill(each.pid, signal.SIGKILL)
+    finish(process)
+    first, second = decided(tmp_path)
+    assert (first["state"], second["state"]) == ("FAIL", "COMPLETE")
+    assert re.match(
+        r"its process was lost more than 0 times \(sweep.max_restarts\): .*(worker process|actor) .*died",
+        first["reason"],
+    )
+
+
 def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_behind(tmp_path: Path) -> None:
-    """The second trial is stopped early; the fourth's batch is too small for two, which its process finds out."""
+    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers."""
     points = [
         "{search.lr: 0.2, search.batch_size: 64}",
         "{search.lr: 0.002, search.batch_size: 64}",
@@ -271,7 +294,15 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
         *("--set", f"sweep.points=[{', '.join(points)}]"),
         stderr=subprocess.PIPE,
     )
+
+    def first_log() -> str:
+        return "".join(file.read_text() for file in tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
+
+    wait_for(lambda: "epoch 1:" in first_log(), 120)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(p for p in family if "RayTrainWorker" in title(p)).kill()
     result = finish(process)
+    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log())
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)

@@ -37,7 +37,11 @@ COMMANDS = (
     "profile",
     "promote",
     "compare",
+    "submit",
+    "jobs",
+    "stop",
 )
+SERVED = ("submit", "jobs", "stop")  # these ask a cluster's job server, and have no configuration
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
@@ -105,8 +109,9 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     code, out, err = istanas(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: istanas {command} ")
-    assert "--set KEY.PATH=VALUE" in out
-    assert "--config FILE" in out
+    assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
+    assert ("--config FILE" in out) == (command not in SERVED)
+    assert ("--address URL" in out) == (command in SERVED)
     jobs = command in ("search", "retrain", "run", "sweep")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
@@ -533,7 +538,17 @@ def test_a_search_in_process_imports_no_ray(here: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_ctrl_c_in_mid_epoch_is_one_line_and_the_run_goes_on(here: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGINT, 130, "interrupted: the same command resumes"),
+        (signal.SIGTERM, 143, "told to end (SIGTERM): the same command resumes"),
+    ],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
+    here: Path, number: signal.Signals, code: int, says: str
+) -> None:
     arguments = ["search", "--config", "tiny.yaml", "--set", "search.epochs=12", "--set", "search.layers=4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
@@ -547,11 +562,11 @@ def test_ctrl_c_in_mid_epoch_is_one_line_and_the_run_goes_on(here: Path) -> None
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2:"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
-    assert err.strip() == "interrupted: the same command resumes"  # below the terminal's ^C
+    assert process.returncode == code, out + err
+    assert err.strip() == says  # below the terminal's ^C
     (path,) = (here / "runs").iterdir()
     stopped = RunDir(path)
     assert stopped.read().status == "FAILED"

@@ -17,6 +17,7 @@ from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.doctor import check_cluster
+from pipeline.interruption import sigterm_interrupts
 from pipeline.launch import _on_workers
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
@@ -44,11 +45,11 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
         await box.begin("dead", 2)
         await box.begin("new", 2)
         await box.take(1)
-        await box.post("dead", "epoch", [])
+        await box.post("dead", "epoch", b"")
         assert await box.keep("dead", 7, b"late", 2) is False
         assert await box.begin("third", 2) is None
-        await box.post(None, "lost", "lost worker 0")  # the controller speaks for no group
-        assert await box.take(1) == [("started", 2), ("lost", "lost worker 0")]
+        await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
+        assert await box.take(1) == [("started", 2), ("lost", b"worker 0")]
 
     asyncio.run(talk())
 
@@ -58,9 +59,9 @@ def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_tha
         box = Mailbox(None)
         await box.begin("a", 1)
         for step in range(5):
-            await box.post("a", "step", 0, step)
-        await box.post("a", "epoch", [1])
-        assert await box.take(1) == [("started", 1), ("step", 0, 4), ("epoch", [1])]
+            await box.post("a", "step", b"%d" % step)
+        await box.post("a", "epoch", b"1")
+        assert await box.take(1) == [("started", 1), ("step", b"4"), ("epoch", b"1")]
         assert await box.take(0.01) == []
 
     asyncio.run(talk())
@@ -152,6 +153,21 @@ def test_ctrl_c_in_what_must_not_be_interrupted_is_noted() -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with ThreadPoolExecutor(1) as pool:  # where no handler can be set
         assert pool.submit(lambda: list(cluster.uninterrupted().__enter__())).result() == []
+
+
+def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_does() -> None:
+    with sigterm_interrupts() as ended:
+        handler = signal.getsignal(signal.SIGTERM)
+        with cluster.uninterrupted() as interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert wait_until(lambda: bool(interrupted))
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts one of its own there
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert not ended
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(interrupted[0])
+        assert ended == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)  # must not interrupt the closing
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:

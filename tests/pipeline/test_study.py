@@ -104,6 +104,25 @@ def contents(study: Any) -> list[Any]:
     ]
 
 
+def test_processes_are_warmed_up_before_any_settings_are_drawn_and_a_study_knows_nothing_of_it(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path, trials=1)
+    study, ends = open_study(config, "s", fresh=False), Ends()
+    searcher = StudySearcher(config, study, ends, warm_ups=[{"warm_up": 1}, {"warm_up": 2}])
+    assert [searcher.suggest(n) for n in "ab"] == [{"warm_up": 2}, {"warm_up": 1}]
+    searcher.on_trial_result("a", {"finished": True})
+    searcher.on_trial_complete("a", {"finished": True})
+    searcher.on_trial_complete("b", error=True)  # one that was killed is not missed
+    assert searcher.error is None
+    assert not study.get_trials()
+    assert not ends.begun
+    assert searcher.suggest("c")["index"] == 0  # type: ignore[index]
+    searcher.on_trial_complete("c", {"finished": True, "objective/top1": 0.5})
+    over = StudySearcher(config, study, ends, warm_ups=[{"warm_up": 1}])
+    assert over.suggest("d") == Searcher.FINISHED, "there is nothing to warm up for"
+
+
 def test_a_sweep_killed_at_any_call_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = sit(config_of(tmp_path / "whole"), Ends())

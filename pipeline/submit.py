@@ -1,0 +1,302 @@
+"""Submits a command to a cluster through Ray's job API: checked here first, then shipped with the working tree.
+
+The command runs on the cluster as it would here, in a copy of the working directory that goes when the job ends:
+what must last lies elsewhere, and what the job would look for in vain is refused before anything is uploaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from istanas.errors import ConfigError
+from istanas.space import PUBLISHED
+from pipeline.config import check_batch_sizes
+from pipeline.job_server import PROGRAM, JobServer, Write, is_loopback
+from pipeline.parcel import Parcel, megabytes, working_tree
+from pipeline.redaction import without_secrets
+from pipeline.schema import Config, OneStageConfig
+from pipeline.tracking import public_uri
+
+JOBS = ("search", "retrain", "run", "sweep")  # what can be submitted
+STORE = "MLFLOW_TRACKING_URI"
+# Ray shows a job's environment to everybody who sees the job.
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A command as it was given, parsed and checked.
+
+    Args:
+        job: search, retrain, run or sweep.
+        arguments: the whole command, `job` first.
+        options: what the parser made of them, by name.
+        config: the configuration that they mean.
+        name: of the runs.
+        store_of_cluster: MLFLOW_TRACKING_URI is set on the cluster's nodes, and not sent.
+    """
+
+    job: str
+    arguments: tuple[str, ...]
+    options: Mapping[str, Any]
+    config: Config
+    name: str
+    store_of_cluster: bool
+
+    @property
+    def id(self) -> str:
+        """A name for the job that says what it is, and is like no other."""
+        words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.job}-{self.name}")
+        return f"{words[:60]}-{uuid.uuid4().hex[:6]}"
+
+
+def submit(submission: Submission, address: str, job_id: str | None, say: Write) -> tuple[JobServer, str]:
+    """Check a command, pack the working directory and start the job.
+
+    Args:
+        submission: the command.
+        address: of the job server.
+        job_id: a name for the job; one is made up if None.
+        say: takes lines for people.
+
+    Returns:
+        The server, and the job's id.
+
+    Raises:
+        ConfigError: one line per mistake; nothing was uploaded.
+        IstanasError: the server does not take the job.
+    """
+    check(submission, address)
+    if job_id is not None and ID.fullmatch(job_id) is None:
+        raise ConfigError(f"--name {job_id!r:.80}: use letters, digits, dots, dashes and underscores only")
+    parcel = working_tree(Path.cwd(), _not_shipped(submission.config))
+    arguments = pack(submission, parcel)
+    parcel.check()
+    for name in SECRETS:
+        if os.environ.get(name):
+            say(
+                f"{name} stays here, jobs show their environment: set it on the cluster's nodes, before Ray starts"
+            )
+    for link in parcel.links:
+        say(f"not shipped: {link}, a link to a folder")
+    server = JobServer(address)
+    say(f"shipping {parcel.folder}: {len(parcel.files)} files, {megabytes(parcel.size)} before compression")
+    job_id = job_id or submission.id
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "working_tree.zip"
+        parcel.write(package)
+        server.submit(
+            command_line(arguments, submission.store_of_cluster), job_id, package, environment(submission)
+        )
+    return server, job_id
+
+
+def check(submission: Submission, address: str) -> None:
+    """Refuse what would fail on the cluster, or be lost there, as far as it is known here.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    config = submission.config
+    if submission.job == "sweep":
+        from pipeline.sweep_space import check_space
+
+        check_space(config)
+    else:
+        both = submission.job == "run" and not isinstance(config, OneStageConfig)
+        first = "retrain" if submission.job == "retrain" else "search"
+        check_batch_sizes(config, ("search", "retrain") if both else (first,))
+    problems = [*_lost(config), *_unreachable(submission, address), *_shown(submission)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _lost(config: Config) -> list[str]:
+    """What the job would write where it goes with the job."""
+    problems = []
+    folder = config.runtime.runs_dir
+    if "://" not in folder and not Path(folder).is_absolute():
+        problems.append(
+            f"runtime.runs_dir is {folder}: it would be lost with the job's working directory, name a folder that all "
+            "nodes see (--set runtime.runs_dir=/SHARED/runs) or s3://BUCKET/PREFIX"
+        )
+    storage = None if config.sweep is None else config.sweep.storage
+    if storage is not None and _is_relative(storage):
+        problems.append(
+            f"sweep.storage is {storage}: it would be lost with the job's working directory, give an absolute path "
+            "that all nodes see, or the address of a database"
+        )
+    return problems
+
+
+def _unreachable(submission: Submission, address: str) -> list[str]:
+    """What the job would look for where it is not."""
+    config, problems = submission.config, []
+    if config.runtime.address is not None:
+        problems.append(
+            f"runtime.address is {config.runtime.address}: the job joins the cluster that it runs on, leave it out "
+            "(--set runtime.address=null)"
+        )
+    if submission.job != "sweep" and "workers" not in config.runtime.model_fields_set:
+        problems.append(
+            "runtime.workers is not set: give the command --workers N; 0 runs it in one process, on the head node"
+        )
+    root = config.data.root
+    if root is not None and not Path(root).expanduser().is_absolute():
+        problems.append(
+            f"data.root is {root}: data are not shipped, give the absolute path at which all nodes see them"
+        )
+    if config.tracking.enabled:
+        problems += _unreachable_store(submission, address)
+    return problems
+
+
+def _unreachable_store(submission: Submission, address: str) -> list[str]:
+    given = submission.config.tracking.uri
+    uri = given or os.environ.get(STORE)
+    field = "tracking.uri" if given else STORE
+    if given is None and submission.store_of_cluster:
+        return []
+    remedy = (
+        f"set {STORE} to a server that all nodes reach (http://HOST:PORT), give --cluster-mlflow if the cluster's "
+        "nodes have it set, or --set tracking.enabled=false"
+    )
+    if not uri:
+        return [
+            f"{STORE} is not set: MLflow's store would be lost with the job's working directory, {remedy}"
+        ]
+    if _is_relative(uri):
+        return [f"{field} is {uri}: a path that would be lost with the job's working directory, {remedy}"]
+    if uri.startswith(("http://", "https://")) and is_loopback(uri) and not is_loopback(address):
+        return [f"{field} is {public_uri(uri)}: on the cluster that is another machine, {remedy}"]
+    return []
+
+
+def _is_relative(uri: str) -> bool:
+    """Whether a store lies in a relative path.
+
+    Example:
+        >>> [_is_relative(u) for u in ("sqlite:///a.db", "sqlite:////a.db", "mlruns", "http://h:1", "databricks")]
+        [True, False, True, False, False]
+    """
+    scheme, colon, path = uri.partition(":///")
+    if colon:
+        return scheme.startswith("sqlite") and not path.startswith("/")
+    return "://" not in uri and not uri.startswith(("/", "databricks"))
+
+
+def _shown(submission: Submission) -> list[str]:
+    """Passwords that everybody who sees the job would see."""
+    hidden = "jobs show their command and environment: take it out of the address, and set"
+    remedy = f"{hidden} MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes"
+    problems = [
+        f"{without_secrets(argument)!r:.100} holds a password; {remedy}, or write it to the configuration file"
+        for argument in submission.arguments
+        if without_secrets(argument) != argument
+    ]
+    uri = _sent_store(submission)
+    if uri is not None and public_uri(uri) != uri:
+        problems.append(f"{STORE} ({public_uri(uri)}) holds a password; {remedy}")
+    return problems
+
+
+def _sent_store(submission: Submission) -> str | None:
+    """The store that goes along in the job's environment."""
+    tracking = submission.config.tracking
+    if not tracking.enabled or tracking.uri or submission.store_of_cluster:
+        return None
+    return os.environ.get(STORE)
+
+
+def environment(submission: Submission) -> dict[str, str]:
+    """The variables that go along: MLflow's address, and that nothing is told to anybody else."""
+    names = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    store = _sent_store(submission)
+    return variables if store is None else {**variables, STORE: store}
+
+
+def pack(submission: Submission, parcel: Parcel) -> list[str]:
+    """Take along the files that the command names; the command as it reads in the parcel.
+
+    Raises:
+        ConfigError: a genotype that the cluster can't find.
+    """
+    arguments = list(submission.arguments)
+    given = submission.options.get("file")
+    if given is not None:
+        arguments = _renamed(arguments, "--config", given, parcel.add(Path(given)))
+    genotype = submission.options.get("genotype")
+    if genotype is not None:
+        name = _shipped_genotype(genotype, submission.config, parcel)
+        arguments = _renamed(arguments, "--genotype", genotype, name)
+    return arguments
+
+
+def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
+    """The reference as it holds on the cluster."""
+    from pipeline.references import resolve_genotype
+
+    path = Path(reference).expanduser()
+    kept = path.is_absolute() and path.is_relative_to(config.runtime.runs_dir)  # where the cluster's runs are
+    if reference in PUBLISHED or reference.startswith("random:") or path.is_file():
+        runs_dir, store = Path(config.runtime.runs_dir), config.tracking.uri
+        space = config.space.cell_space()
+        resolve_genotype(reference, space=space, runs_dir=runs_dir, tracking_uri=store)  # refuses a bad one
+    if path.is_file() and not kept:
+        return parcel.add(path)
+    if path.is_dir() and not path.is_absolute():
+        raise ConfigError(
+            f"--genotype {reference}: a folder here, which the cluster does not see, give {reference}/genotype.json, "
+            "which is shipped"
+        )
+    return reference
+
+
+def _renamed(arguments: Sequence[str], option: str, given: str, name: str) -> list[str]:
+    """The arguments with another value of an option.
+
+    Example:
+        >>> _renamed(["search", "--config", "/a.yaml", "--config=/a.yaml"], "--config", "/a.yaml", "b.yaml")
+        ['search', '--config', 'b.yaml', '--config=b.yaml']
+    """
+    renamed = []
+    before = ""
+    for argument in arguments:
+        if before == option and argument == given:
+            argument = name
+        elif argument == f"{option}={given}":
+            argument = f"{option}={name}"
+        renamed.append(argument)
+        before = argument
+    return renamed
+
+
+def command_line(arguments: Sequence[str], store_of_cluster: bool = False) -> str:
+    """What the shell on the head node runs.
+
+    Example:
+        >>> command_line(["search", "--set", "data={name: digits}"])
+        "python -m pipeline.cli search --set 'data={name: digits}'"
+    """
+    command = f"{PROGRAM} {shlex.join(arguments)}"
+    if store_of_cluster:
+        command = (
+            f': "${{{STORE}:?is not set on this node, where --cluster-mlflow looks for it}}" && {command}'
+        )
+    return command
+
+
+def _not_shipped(config: Config) -> list[Path]:
+    """The folders of data and runs."""
+    folders = [config.runtime.runs_dir, config.data.root, config.data.cache_dir]
+    return [Path(folder).expanduser().absolute() for folder in folders if folder and "://" not in folder]

@@ -1,0 +1,69 @@
+"""Machines of a private network on this one: network namespaces on a bridge that nothing outside can reach.
+
+They share this machine's disk, as nodes share NFS, and nothing else; each has its own 127.0.0.1. Only root makes them.
+"""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+NETWORK = "10.77.0"
+
+
+class Network:
+    """So many machines, 10.77.0.1 and on; and 10.77.0.254, where a user sits."""
+
+    def __init__(self, machines: int) -> None:
+        self._prefix = f"ist{os.getpid()}"
+        self.user = f"{self._prefix}-user"
+        self.machines = [f"{self._prefix}-{n}" for n in range(1, machines + 1)]
+
+    def __enter__(self) -> "Network":
+        for name in (self.user, *self.machines):
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", self.user, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", self.user, "addr", "add", f"{NETWORK}.254/24", "dev", "bridge")
+        _ip("-n", self.user, "link", "set", "bridge", "up")
+        for n, name in enumerate(self.machines, start=1):
+            _ip(
+                "-n",
+                name,
+                "link",
+                "add",
+                "eth0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{n}",
+                "netns",
+                self.user,
+            )
+            _ip("-n", self.user, "link", "set", f"port{n}", "master", "bridge", "up")
+            _ip("-n", name, "addr", "add", f"{address(n)}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in (*self.machines, self.user):
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+    def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        """A process on a machine, or where the user sits."""
+        return subprocess.Popen(
+            ["ip", "netns", "exec", name, *command], text=True, start_new_session=True, **options
+        )
+
+
+def address(machine: int) -> str:
+    """Of a machine, from 1."""
+    return f"{NETWORK}.{machine}"
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -1,0 +1,299 @@
+"""What of `istanas submit` needs no cluster: what is refused, what is shipped, what is shown to others."""
+
+import os
+import shlex
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from istanas.errors import ConfigError
+from istanas.space import PUBLISHED
+from pipeline import parcel as parcels
+from pipeline.cli import run
+from pipeline.config import load
+from pipeline.job_server import JobServer, job_address
+from pipeline.parcel import working_tree
+from pipeline.submit import Submission, check, command_line, environment, pack
+
+Write = Callable[..., Path]
+HEAD = "http://head:8265"
+NO_STORE = ("tracking.enabled=false",)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    return folder
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+
+
+def submission(
+    *settings: str, job: str = "search", options: dict[str, str] | None = None, cluster: bool = False
+) -> Submission:
+    given = [part for setting in settings for part in ("--set", setting)]
+    given += [part for name, value in (options or {}).items() for part in (f"--{name}", value)]
+    named = {"file" if key == "config" else key: value for key, value in (options or {}).items()}
+    return Submission(job, (job, *given), named, load(None, settings), "tiny", cluster)
+
+
+GOOD = ("runtime.workers=2", "runtime.runs_dir=/shared/runs")
+
+
+# ---------- refused here
+def refused(*settings: str, address: str = HEAD, job: str = "search", cluster: bool = False) -> list[str]:
+    try:
+        check(submission(*settings, job=job, cluster=cluster), address)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["runtime.workers=2"], ["runtime.runs_dir is runs: it would be lost"]),
+        (["runtime.workers=2", "runtime.runs_dir=~/runs"], ["runtime.runs_dir is ~/runs: it would be lost"]),
+        (["runtime.workers=2", "runtime.runs_dir=s3://bucket/runs"], []),
+        (["runtime.runs_dir=/shared"], ["runtime.workers is not set: give the command --workers N"]),
+        (["runtime.runs_dir=/shared", "runtime.workers=0"], []),
+        ([*GOOD, "data={name: cifar10, root: data}"], ["data.root is data: data are not shipped"]),
+        ([*GOOD, "data={name: cifar10, root: /data}"], []),
+        ([*GOOD, "data={name: cifar10, root: ~/data}"], []),
+        ([*GOOD, "runtime.address=auto"], ["runtime.address is auto: the job joins the cluster"]),
+        (
+            [*GOOD, "search.batch_size=3"],
+            ["search.batch_size is 3, of all workers together: 2 need at least"],
+        ),
+        ([*GOOD, "retrain.batch_size=3"], []),
+    ],
+    ids=str,
+)
+def test_what_would_be_lost_or_not_found_is_refused_with_the_remedy(
+    settings: list[str], says: list[str]
+) -> None:
+    lines = refused(*settings, *NO_STORE)
+    assert len(lines) == len(says), lines
+    assert all(line.startswith(start) for line, start in zip(lines, says, strict=True)), lines
+
+
+def test_each_job_is_checked_for_what_it_trains() -> None:
+    assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="retrain")[0].startswith(
+        "retrain.batch_size is 3"
+    )
+    assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="run")[0].startswith(
+        "retrain.batch_size is 3"
+    )
+    (line,) = refused(*GOOD, *NO_STORE, job="sweep")
+    assert line.startswith("sweep is missing")
+    space = [
+        "data.holdout=0.1",
+        "sweep={space: {search.lr: {uniform: [0.1, 0.2]}}, storage: 'sqlite:///study.db'}",
+    ]
+    (line,) = refused(
+        "runtime.runs_dir=/shared", *NO_STORE, *space, job="sweep"
+    )  # its trials are its workers
+    assert line.startswith("sweep.storage is sqlite:///study.db: it would be lost")
+
+
+@pytest.mark.parametrize(
+    ("store", "address", "says"),
+    [
+        (None, HEAD, "MLFLOW_TRACKING_URI is not set: MLflow's store would be lost"),
+        (
+            "sqlite:///mlflow.db",
+            HEAD,
+            "MLFLOW_TRACKING_URI is sqlite:///mlflow.db: a path that would be lost",
+        ),
+        ("mlruns", HEAD, "MLFLOW_TRACKING_URI is mlruns: a path that would be lost"),
+        (
+            "http://127.0.0.1:5000",
+            HEAD,
+            "MLFLOW_TRACKING_URI is http://127.0.0.1:5000: on the cluster that is another",
+        ),
+        ("http://127.0.0.1:5000", "http://localhost:8265", None),
+        ("http://mlflow:5000", HEAD, None),
+        ("sqlite:////shared/mlflow.db", HEAD, None),
+    ],
+)
+def test_a_store_that_the_cluster_does_not_reach_is_refused(
+    monkeypatch: pytest.MonkeyPatch, store: str | None, address: str, says: str | None
+) -> None:
+    if store is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    lines = refused(*GOOD, address=address)
+    assert [line.startswith(says or "-") for line in lines] == ([] if says is None else [True]), lines
+    assert all("--set tracking.enabled=false" in line for line in lines)
+    assert refused(*GOOD, cluster=True) == []
+    assert refused(*GOOD, "tracking.uri=http://mlflow:5000") == []
+    (line,) = refused(*GOOD, "tracking.uri=sqlite:///a.db", cluster=True)
+    assert line.startswith("tracking.uri is sqlite:///a.db: a path")
+
+
+def test_a_password_is_neither_sent_nor_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@mlflow:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    lines = refused(*GOOD)
+    assert len(lines) == 1
+    assert "MLFLOW_TRACKING_PASSWORD on the cluster's nodes" in lines[0]
+    lines += refused(*GOOD, "tracking.uri=http://me:hunter2@mlflow:5000")
+    assert len(lines) == 2
+    assert "hunter2" not in "".join(lines)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert environment(submission(*GOOD))["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert "hunter2" not in str(environment(submission(*GOOD)))
+    for given in (submission(*GOOD, cluster=True), submission(*GOOD, *NO_STORE)):
+        assert "MLFLOW_TRACKING_URI" not in environment(given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serch"], "COMMAND: 'serch' can't be submitted, choose search, retrain, run, sweep"),
+        (["ui"], "COMMAND: 'ui' can't be submitted"),
+        (["search", "--bogus"], "No such option '--bogus'. See: istanas search --help"),
+        (["search", "--workers", "4:1"], "'4:1' is none"),
+        (["search", "--set", "search.epoch=3"], "did you mean epochs?"),
+        (["search", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["retrain", "--workers", "1"], "--genotype"),
+    ],
+    ids=" ".join,
+)
+def test_the_command_is_refused_as_if_it_ran_here(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run(["submit", "--address", "127.0.0.1:1", "--", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert says in line
+    if "--bogus" in says:  # word for word
+        run(arguments)
+        assert capsys.readouterr().err == line
+
+
+# ---------- shipped
+def test_code_is_shipped_and_data_runs_secrets_and_the_ignored_are_not(here: Path, tmp_path: Path) -> None:
+    shipped = ("a.yaml", "istanas/data/x.py", "pipeline/runs.py", "notes/b.txt", "my runs/x.py")
+    write(
+        here, *shipped, "data/x.bin", "runs/a/run.json", "mlflow.db", "mlruns/1/a", ".git/HEAD", ".venv/a.py"
+    )
+    write(
+        here, "a/__pycache__/a.pyc", ".env", "key.pem", "notes/c.log", "kept/pictures/1.png", "out/1", "big/x"
+    )
+    (here / "notes" / ".gitignore").write_text("*.log\n!kept.log\n")
+    (here / ".rayignore").write_text("/big/\n")
+    (tmp_path / "elsewhere").mkdir()
+    (here / "link").symlink_to(tmp_path / "elsewhere")
+    (here / "nowhere").symlink_to(tmp_path / "nowhere")
+    parcel = working_tree(here, [here / "kept" / "pictures", here / "out"])
+    assert set(parcel.files) == {*shipped, "notes/.gitignore", ".rayignore"}
+    assert parcel.links == ("link",)
+
+
+def test_files_from_elsewhere_go_along_and_the_same_files_give_the_same_bytes(
+    here: Path, tmp_path: Path
+) -> None:
+    write(here, "a.yaml")
+    write(tmp_path, "b.yaml", "other/b.yaml")
+    parcel = working_tree(here)
+    assert parcel.add(Path("a.yaml")) == "a.yaml"
+    names = [parcel.add(tmp_path / name) for name in ("b.yaml", "other/b.yaml", "b.yaml")]
+    assert names == [".submitted/0/b.yaml", ".submitted/1/b.yaml", ".submitted/0/b.yaml"]
+    for number in (1, 2):
+        parcel.write(tmp_path / f"{number}.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        assert {name: archive.read(name).decode() for name in archive.namelist()} == {
+            "a.yaml": "a.yaml",
+            ".submitted/0/b.yaml": "b.yaml",
+            ".submitted/1/b.yaml": "other/b.yaml",
+        }
+
+
+def test_too_much_is_refused_with_the_largest_folders(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(here, "a.yaml")
+    for name, size in (
+        ("old/weights/x", 80),
+        ("old/weights/y", 30),
+        ("video.mp4", 20),
+        ("pics/1", 5),
+        ("z", 1),
+    ):
+        write(here, name)
+        os.truncate(here / name, size * 1024**2)
+    with pytest.raises(ConfigError) as refusal:
+        working_tree(here).check()
+    assert str(refusal.value) == (
+        f"{here}: 142.6 MB to ship, Ray takes at most 104.9 MB; most is in old/weights (115.3 MB), video.mp4 "
+        "(21.0 MB), pics (5.2 MB): name what the job does not need in a .rayignore here, or submit from "
+        "the folder of your code"
+    )
+    monkeypatch.setattr(parcels, "MAX_FILES", 3)
+    with pytest.raises(ConfigError, match="holds more than 3 files to ship"):
+        working_tree(here).check()
+
+
+def test_ray_takes_as_much() -> None:
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+
+    assert parcels.MAX_BYTES == DASHBOARD_CLIENT_MAX_SIZE
+
+
+def test_the_command_names_files_as_they_lie_in_the_parcel(here: Path, tmp_path: Path) -> None:
+    write(here, "a.yaml", "sub/c.json")
+    cells = PUBLISHED["ISTA_twostage"].to_json()
+    (tmp_path / "g.json").write_text(cells)
+    (here / "sub" / "c.json").write_text(cells)
+
+    def packed(genotype: str, *settings: str) -> list[str]:
+        options = {"config": "./a.yaml", "genotype": genotype}
+        given = submission(*settings, job="retrain", options=options)
+        return pack(given, working_tree(here))[-3:]
+
+    assert packed("../g.json") == ["a.yaml", "--genotype", ".submitted/0/g.json"]
+    assert packed("sub/c.json") == ["a.yaml", "--genotype", "sub/c.json"]
+    for reference in ("ISTA_onestage", "random:3", "/shared/runs/x-search-1", "x-search"):
+        assert packed(reference) == ["a.yaml", "--genotype", reference]
+    on_shared_disk = f"runtime.runs_dir={tmp_path}"
+    assert packed(str(tmp_path / "g.json"), on_shared_disk)[-1] == str(tmp_path / "g.json")
+    with pytest.raises(ConfigError, match="random:SEED"):
+        packed("random:x")
+    with pytest.raises(ConfigError, match="--genotype sub: a folder here, which the cluster does not see"):
+        packed("sub")
+
+
+def test_the_shell_gets_the_arguments_as_they_were_given() -> None:
+    arguments = ["search", "--set", "data={name: 'digits'}", "--config", "my file.yaml", "$HOME;ls"]
+    assert shlex.split(command_line(arguments)) == ["python", "-m", "pipeline.cli", *arguments]
+    asked = ["sh", "-c", command_line(["search"], store_of_cluster=True)]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "MLFLOW_TRACKING_URI: is not set on this node" in done.stderr
+
+
+def test_a_name_says_what_the_job_is_and_is_like_no_other() -> None:
+    given = submission()
+    assert given.id.startswith("search-tiny-")
+    assert given.id != given.id
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://head:10001", "auto", "local", "http://", "head:port", "ftp://head:1"]
+)
+def test_an_address_of_another_kind_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="give http://HOST:8265"):
+        job_address(address)
+    with pytest.raises(ConfigError, match="give http://HOST:8265"):
+        JobServer(address)
