@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
 from istanas.training import derive_seed
 from pipeline import summary
-from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
+from pipeline.cluster import LOG_FOLDER, Runtime, cluster_nodes, last_line
 from pipeline.config import known_methods, run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -44,6 +45,7 @@ from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
 from pipeline.pictures import check_fit, datasets_used
+from pipeline.preflight import check_gpus, check_nodes
 from pipeline.resources import Node, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
@@ -195,10 +197,12 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         dataset = check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
-        nodes = cluster_nodes()
+        say, nodes = console_line(console), cluster_nodes()
+        if runtime.joined:
+            check_nodes(config, say, trials=True, known=runtime.examined)
         plan = plan_trials(config, nodes)
-        if len(nodes) > 1:
-            check_shared(spec.path.absolute())
+        if runtime.joined:
+            check_gpus(math.ceil(plan.gpus * max(plan.workers, 1)), sum(node.gpus for node in nodes), 0, say)
         return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path), dataset
 
     def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study, ImageDataset]) -> Outcome:
@@ -486,8 +490,16 @@ def _run_tune(
     storage = (folder / LOG_FOLDER / "tune").resolve()
     shutil.rmtree(storage, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
-    tuner = tune.Tuner(
-        tune.with_resources(run_trial, resources),
+    options: dict[str, Any] = {}
+    make: Any = tune.Tuner
+    if ray.util.client.ray.is_connected():
+        # Ray would move the whole of it to the head node, searcher and all; what is here, the study and the runs, is
+        # to be worked on here, through the client as without it.
+        from ray.tune.impl.tuner_internal import TunerInternal
+
+        make, options = TunerInternal, {"_tuner_kwargs": {"_remote": False}}
+    tuner = make(
+        trainable=tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=make_scheduler(config, study, max_epochs(config)),
@@ -503,6 +515,7 @@ def _run_tune(
             failure_config=tune.FailureConfig(max_failures=sweep_of(config).max_restarts),
             verbose=0,
         ),
+        **options,
     )
     try:
         tuner.fit()
