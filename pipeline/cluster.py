@@ -354,14 +354,16 @@ def uninterrupted() -> Iterator[list[int]]:
 def _send_errors_to_log() -> None:
     """What Ray prints about lost workers and nodes goes to its log: stdout is for the user, or for `--json`.
 
-    `log_to_driver` leaves these out, and Ray offers nothing else.
+    `log_to_driver` leaves these out, and what a client (ray://) is sent; and Ray offers nothing else.
     """
     import ray._private.worker as private
+    from ray.util.client.logsclient import LogstreamClient
 
     def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         logging.getLogger("ray").warning("%s", "\n".join(map(str, data.get("lines", []))))
 
     private.print_to_stdstream = log
+    LogstreamClient.stdstream = lambda _, level, msg: logging.getLogger("ray").warning("%s", msg)
 
 
 def _is_loopback_only(address: str) -> bool:
@@ -455,13 +457,17 @@ def _resources(free: dict[str, float]) -> str:
 def _log_to(file: Path) -> None:
     """Everything that Ray logs in this process goes to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("ray")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
+    for name in (
+        "ray",
+        "ray.util.client.logsclient",
+    ):  # which does not pass on to the first what a client is sent
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _session_of(logs: Path) -> Path | None:

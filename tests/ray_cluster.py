@@ -1,11 +1,17 @@
 """A Ray cluster of several nodes on this machine, in a process of its own that takes orders on stdin.
 
-Orders: "add CPUS", "remove" (the node added last, as if its machine had died), "end". Each is answered by a line.
+Orders: "add CPUS", "add CPUS FOLDER" (a node that sees another, empty folder there, as if it lay on a disk of its own;
+only root can make one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (that node's
+raylet), "end". Each is answered by a line.
 """
 
+import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -31,12 +37,18 @@ ENVIRONMENT = {
 
 
 class RayCluster:
-    """A head node with so many (logical) cores; more nodes come and go."""
+    """A head node with so many (logical) cores; more nodes come and go.
 
-    def __init__(self, cpus: int) -> None:
+    Args:
+        cpus: of the head node.
+        client_port: where it also listens for mere clients (ray://); 0: it does not.
+        environment: of all its processes, beside `ENVIRONMENT`.
+    """
+
+    def __init__(self, cpus: int, client_port: int = 0, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(cpus)],
-            env=ENVIRONMENT,
+            [sys.executable, __file__, str(cpus), str(client_port)],
+            env={**ENVIRONMENT, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -44,11 +56,17 @@ class RayCluster:
         )
         self.address = self._answer()
 
-    def add(self, cpus: int) -> None:
-        self._order(f"add {cpus}")
+    def add(self, cpus: int, apart: Path | None = None) -> None:
+        self._order(f"add {cpus}" if apart is None else f"add {cpus} {apart}")
 
     def remove(self) -> None:
         self._order("remove")
+
+    def halt(self) -> None:
+        self._order("halt")
+
+    def wake(self) -> None:
+        self._order("wake")
 
     def workers(self) -> list[psutil.Process]:
         """Ray Train's workers, on all nodes."""
@@ -88,18 +106,45 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def _serve(cpus: int) -> None:
+@contextlib.contextmanager
+def _apart(folder: str | None) -> Iterator[None]:
+    """What is started inside sees an empty folder of its own in this place (a mount namespace of its own)."""
+    if folder is None:
+        yield
+        return
+    libc, cwd = ctypes.CDLL(None, use_errno=True), Path.cwd()
+    namespace_of_mounts = 0x00020000
+    home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    assert libc.unshare(namespace_of_mounts) == 0, os.strerror(ctypes.get_errno())
+    try:
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+        yield
+    finally:
+        assert libc.setns(home, namespace_of_mounts) == 0, os.strerror(ctypes.get_errno())
+        os.close(home)
+        os.chdir(cwd)
+
+
+def _serve(cpus: int, client_port: int) -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    head = {"num_cpus": cpus, "include_dashboard": False}
+    if client_port:
+        head["ray_client_server_port"] = client_port
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     print(f"ANSWER {cluster.address}", flush=True)
     nodes = []
     for line in sys.stdin:  # up to "end", or the end of a test process that was killed
-        order, *numbers = line.split()
+        order, *words = line.split()
         if order == "add":
-            nodes.append(cluster.add_node(num_cpus=int(numbers[0])))
+            with _apart(words[1] if len(words) > 1 else None):
+                nodes.append(cluster.add_node(num_cpus=int(words[0])))
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
+        elif order in ("halt", "wake"):
+            (raylet,) = nodes[-1].all_processes["raylet"]
+            os.kill(raylet.process.pid, signal.SIGSTOP if order == "halt" else signal.SIGCONT)
         elif order == "end":
             break
         print("ANSWER done", flush=True)
@@ -108,4 +153,4 @@ def _serve(cpus: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -52,6 +52,7 @@ from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoS
 from pipeline.searcher import Losses, StudySearcher, first_settings, make_scheduler
 from pipeline.study import (
     FAILED,
+    NODE,
     best_trial,
     first_number,
     n_failed,
@@ -374,6 +375,8 @@ class _Trials:
         tags = {"istanas.trial_state": state.name}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
+        if NODE in result:
+            tags["istanas.node"] = result[NODE]
         if FAILED in result:
             tags["istanas.reason"] = result[FAILED]
         kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
@@ -490,15 +493,8 @@ def _run_tune(
     storage = (folder / LOG_FOLDER / "tune").resolve()
     shutil.rmtree(storage, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
-    options: dict[str, Any] = {}
-    make: Any = tune.Tuner
-    if ray.util.client.ray.is_connected():
-        # Ray would move the whole of it to the head node, searcher and all; what is here, the study and the runs, is
-        # to be worked on here, through the client as without it.
-        from ray.tune.impl.tuner_internal import TunerInternal
-
-        make, options = TunerInternal, {"_tuner_kwargs": {"_remote": False}}
-    tuner = make(
+    tuner = _tuner(
+        storage,
         trainable=tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -515,7 +511,6 @@ def _run_tune(
             failure_config=tune.FailureConfig(max_failures=sweep_of(config).max_restarts),
             verbose=0,
         ),
-        **options,
     )
     try:
         tuner.fit()
@@ -530,6 +525,25 @@ def _run_tune(
         raise IstanasError(
             f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
         ) from searcher.error
+
+
+def _tuner(storage: Path, **options: Any) -> Any:
+    """Ray Tune, controlled from this process, whether it is a node of the cluster or a mere client (ray://).
+
+    Of a client, Ray would move searcher and all to the head node; but study, runs and terminal are worked on here.
+    """
+    import ray
+    from ray import tune
+
+    if not ray.util.client.ray.is_connected():
+        return tune.Tuner(**options)
+    from ray.train._internal import storage as of_ray
+    from ray.tune.impl.tuner_internal import TunerInternal
+
+    of_ray._get_ray_train_session_dir = lambda: str(
+        storage
+    )  # Ray looks for its own on a node, which this is not
+    return TunerInternal(**options, _tuner_kwargs={"_remote": False})
 
 
 def max_epochs(config: Config) -> int:
