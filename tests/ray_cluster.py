@@ -5,13 +5,12 @@ only root can make one), "remove" (the node added last, as if its machine had di
 raylet), "end". Each is answered by a line.
 """
 
-import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -106,24 +105,26 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-@contextlib.contextmanager
-def _apart(folder: str | None) -> Iterator[None]:
-    """What is started inside sees an empty folder of its own in this place (a mount namespace of its own)."""
-    if folder is None:
-        yield
-        return
-    libc, cwd = ctypes.CDLL(None, use_errno=True), Path.cwd()
-    namespace_of_mounts = 0x00020000
-    home = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-    assert libc.unshare(namespace_of_mounts) == 0, os.strerror(ctypes.get_errno())
-    try:
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-        subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
-        yield
-    finally:
-        assert libc.setns(home, namespace_of_mounts) == 0, os.strerror(ctypes.get_errno())
-        os.close(home)
-        os.chdir(cwd)
+class _Apart:
+    """While it names a folder, processes that are started see an empty one of their own in its place.
+
+    In a mount namespace, which a process of several threads can enter but not leave: so each child enters it.
+    """
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        os.register_at_fork(after_in_child=self._enter)
+
+    def _enter(self) -> None:
+        if self.folder is None:
+            return
+        new_mounts, recursive, private = 0x20000, 0x4000, 0x40000
+        done = self._libc.unshare(new_mounts)
+        done |= self._libc.mount(b"none", b"/", None, recursive | private, None)
+        done |= self._libc.mount(b"none", self.folder.encode(), b"tmpfs", 0, None)
+        if done != 0:
+            os._exit(1)
 
 
 def _serve(cpus: int, client_port: int) -> None:
@@ -134,12 +135,13 @@ def _serve(cpus: int, client_port: int) -> None:
         head["ray_client_server_port"] = client_port
     cluster = Cluster(initialize_head=True, head_node_args=head)
     print(f"ANSWER {cluster.address}", flush=True)
-    nodes = []
+    nodes, apart = [], _Apart()
     for line in sys.stdin:  # up to "end", or the end of a test process that was killed
         order, *words = line.split()
         if order == "add":
-            with _apart(words[1] if len(words) > 1 else None):
-                nodes.append(cluster.add_node(num_cpus=int(words[0])))
+            apart.folder = words[1] if len(words) > 1 else None
+            nodes.append(cluster.add_node(num_cpus=int(words[0])))
+            apart.folder = None
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         elif order in ("halt", "wake"):

@@ -28,6 +28,7 @@ from pipeline.tracking import (
     read_link,
     store_uri,
 )
+from tests.mlflow_server import server, unused_port
 
 RECORD = RunRecord(
     name="digits-search",
