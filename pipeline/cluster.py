@@ -466,6 +466,7 @@ def _log_to(file: Path) -> None:
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             logger.removeHandler(old)
+            old.close()
         logger.addHandler(handler)
         logger.propagate = False
 

@@ -81,14 +81,14 @@ def check_nodes(
         blind = _blind(question, nodes, marks, answers)
     finally:
         _delete_marks(question, ["", *marks])
-    for check in (
+    passed = (  # all of them, before a word is said: a refusal is one line
         _check_versions(nodes, answers, here),
         _check_storage(nodes, blind),
         _check_data(nodes, answers, here, question),
         _check_store(nodes, answers, store, trials),
-    ):
-        if check:
-            say(f"pre-flight: {check}")
+    )
+    for line in filter(None, passed):
+        say(f"pre-flight: {line}")
     known.update(node.id for node in nodes)
 
 
