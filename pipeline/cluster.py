@@ -357,13 +357,14 @@ def _send_errors_to_log() -> None:
     `log_to_driver` leaves these out, and what a client (ray://) is sent; and Ray offers nothing else.
     """
     import ray._private.worker as private
-    from ray.util.client.logsclient import LogstreamClient
+    from ray.util.client import logsclient
 
     def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         logging.getLogger("ray").warning("%s", "\n".join(map(str, data.get("lines", []))))
 
     private.print_to_stdstream = log
-    LogstreamClient.stdstream = lambda _, level, msg: logging.getLogger("ray").warning("%s", msg)
+    client: Any = logsclient.LogstreamClient
+    client.stdstream = lambda _, level, msg: logging.getLogger("ray").warning("%s", msg)
 
 
 def _is_loopback_only(address: str) -> bool:
@@ -395,8 +396,9 @@ def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: boo
     compute = choose_compute(settings, gpus)
     gpu = compute.device.type == "cuda"
     threads = settings.threads
-    if threads is None:
-        threads = threads_per_worker(nodes, workers.maximum, gpu)
+    if threads is None:  # of machines that have yet to come, one core is asked for
+        to_come = gpu and all(node.gpus == 0 for node in nodes)
+        threads = 1 if to_come else threads_per_worker(nodes, workers.maximum, gpu)
     return Allotment(workers, threads, compute)
 
 
@@ -462,7 +464,7 @@ def _log_to(file: Path) -> None:
     for name in (
         "ray",
         "ray.util.client.logsclient",
-    ):  # which does not pass on to the first what a client is sent
+    ):  # the latter passes on nothing of what a client is sent
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             logger.removeHandler(old)
