@@ -112,7 +112,8 @@ def placed(command: Command) -> Command:
     command = click.option(
         "--address",
         metavar="ADDR",
-        help="Ray cluster to run them on (RAY_ADDRESS if not given); else this machine.",
+        help="Ray cluster to run them on: HOST:PORT of its head, auto (the one that this machine belongs to), or "
+        "ray://HOST:PORT from outside. RAY_ADDRESS if not given; else this machine.",
     )(command)
     return click.option(
         "--workers",

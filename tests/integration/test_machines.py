@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from istanas.space import Genotype
 from tests.integration.test_ray import CONFIG, decided, run_directory
 from tests.namespaces import Network, address
 from tests.ray_cluster import ENVIRONMENT, RayCluster
@@ -187,8 +188,9 @@ def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_sh
 
     listed = machines.user(["results", "--json"])
     assert listed.returncode == 0, listed.stderr
-    (row,) = json.loads(listed.stdout)["runs"]
-    print(row)
+    (row,) = json.loads(listed.stdout)["results"]
+    assert (row["kind"], row["status"], row["run_dir"]) == ("search", "FINISHED", str(there))
+    assert row["genotype"] == Genotype.from_json((here / "genotype.json").read_text()).digest()
     jobs = machines.user(["jobs", "--address", JOB_SERVER, "--json"])
     (job,) = json.loads(jobs.stdout)["jobs"]
     assert (job["status"], job["exit_code"]) == ("SUCCEEDED", 0)
