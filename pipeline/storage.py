@@ -42,6 +42,7 @@ CREDENTIALS = {
 }
 LINK_FILE = "mlflow.json"
 OWNER_OBJECT = ".owner.json"
+OWNER_LENGTH = 512
 NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and temporaries
 
 RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; pyarrow tries for some seconds
@@ -148,11 +149,12 @@ def push(path: Path, *, once: bool = False) -> None:
         IstanasError: the storage was away for `RETRY_SECONDS`, or another process has taken the run over.
     """
     mirror = _held.get(path)
-    if mirror is None:
+    if mirror is None or (once and mirror.is_away):
         return
     try:
         _persistently(mirror, mirror.push, 0 if once else RETRY_SECONDS)
     except IstanasError as error:
+        mirror.is_away = True
         if not once:
             raise
         _LOG.warning("%s", error)
@@ -187,9 +189,10 @@ def held(path: Path, say: Say) -> Iterator[None]:
     finally:
         _held.pop(path, None)
         beating.set()
-        if heart.is_alive():
-            heart.join()
-        mirror.leave()
+        if not mirror.is_away:  # else whoever comes next waits a minute
+            if heart.is_alive():
+                heart.join()
+            mirror.leave()
 
 
 def fetch(address: str) -> Path:
@@ -231,22 +234,6 @@ def fetch_records(folder: Path) -> None:
             mirror = _Mirror(folder / name)
             mirror.list()
             _pull_unless_in_use(mirror, {RECORD_FILE, LINK_FILE})
-
-
-def check(address: str) -> None:
-    """Write, read and delete a small object: whether this process may use a storage.
-
-    Raises:
-        IstanasError: with the address, what failed, and the remedy.
-    """
-    if not is_remote(address):
-        return
-    mirror, name = _Mirror(local(address)), f".seen-{uuid.uuid4().hex[:8]}"
-    with mirror.failures():
-        mirror.put(name, b"seen")
-        if mirror.get(name) != b"seen":
-            raise OSError("what was written is not what was read")
-        mirror.delete(name)
 
 
 def _pull_unless_in_use(mirror: _Mirror, only: set[str] | None = None) -> None:
@@ -325,6 +312,7 @@ class _Mirror:
         process = psutil.Process()
         self._me = _Owner(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
         self._there: dict[str, _Stamp] = {}
+        self.is_away = False  # for good: there is no sense in trying again
         with self.failures():
             self._fs, self._base = _file_system(self.address)
 
@@ -460,7 +448,7 @@ class _Mirror:
                 self.delete(OWNER_OBJECT)
                 if not self.list():
                     self._fs.delete_dir(self._base)
-        except OSError as error:  # away at the end: whoever comes next waits a minute
+        except OSError as error:  # away at the end: as if it had been so before
             _LOG.info("%s: %s", self.address, _reason(error))
 
     def _owner(self) -> _Owner | None:
@@ -472,7 +460,8 @@ class _Mirror:
             return _Owner("another machine", 0, 0.0, "")
 
     def _write_owner(self, owner: _Owner) -> None:
-        self.put(OWNER_OBJECT, json.dumps(asdict(owner)).encode())
+        # All of one length: pyarrow asks for an object's length first, and it may be written anew before it is read.
+        self.put(OWNER_OBJECT, json.dumps(asdict(owner)).ljust(OWNER_LENGTH).encode())
 
     def _age(self) -> float:
         """How long ago the owner was heard of."""
