@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from istanas.space import Genotype
-from pipeline import checkpoint
+from pipeline import checkpoint, storage
 from pipeline.cluster import Runtime
 from pipeline.epochs import Record
 from pipeline.jobs.job import CHECKPOINTS
@@ -105,7 +105,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tags=task["tags"],
             tell=tell,
         )
-        history = _history(Path(search["run_dir"]))
+        history = _history(storage.local(search["run_dir"]))
         tell(history)  # of a search that had finished before
         figures = {**reached, **_figures(history)}
         top1 = figures["valid_top1"]
@@ -130,7 +130,7 @@ def _retrained(
         runtime=runtime,
         wait=-1,
     )
-    reused = RunDir(result["run_dir"]).read().parent != search_dir
+    reused = RunDir(storage.local(result["run_dir"])).read().parent != search_dir
     return {
         "retrained_top1": result["valid_top1"],
         "params": result["params"],

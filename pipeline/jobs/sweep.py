@@ -51,6 +51,7 @@ from pipeline.resources import Node, WorkerRange, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.searcher import Losses, StudySearcher, first_settings, make_scheduler
+from pipeline.storage import is_remote
 from pipeline.study import (
     FAILED,
     NODE,
@@ -171,6 +172,11 @@ def sweep_spec(config: Config, name: str) -> JobSpec:
         ConfigError: if it has none.
     """
     sweep = sweep_of(config)
+    if is_remote(config.runtime.runs_dir):
+        raise ConfigError(
+            f"runtime.runs_dir is {config.runtime.runs_dir}: a sweep's trials need a folder that all nodes share, "
+            "such as one on NFS; searches and retrainings may lie in a storage"
+        )
     return JobSpec(
         kind="sweep",
         name=f"{name}-sweep",
