@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline import storage
 from pipeline.rundir import atomic_write
 
 KEEP = 2
@@ -77,14 +78,16 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
     """Write the checkpoint of an epoch, then delete all but the last `KEEP`, and any of a later epoch.
 
     A later one can only be broken: a run goes on from the newest that is whole.
+    If the run lies in a storage, the checkpoint does when this returns.
 
     Args:
-        folder: where the run's checkpoints lie; created if need be.
+        folder: where the run's checkpoints lie, in the run directory; created if need be.
         epoch: epochs done, >= 0.
         data: as `serialize` made it.
 
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched.
+        IstanasError: if the storage does, see `pipeline.storage.push`.
     """
     file = folder / f"epoch-{epoch:04d}.pt"
     atomic_write(file, data)
@@ -96,6 +99,7 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
             path.unlink()
     for path in folder.glob(".epoch-*.tmp"):  # a writer that was killed; the run's lock keeps others out
         path.unlink()
+    storage.push(folder.parent)
 
 
 def read_latest(folder: Path) -> bytes | None:

@@ -20,6 +20,7 @@ import click
 
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
+from pipeline import storage
 from pipeline.interruption import INTERRUPTED, TERMINATED, sigterm_interrupts
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.stored import KINDS, METHODS
@@ -112,7 +113,8 @@ def placed(command: Command) -> Command:
     command = click.option(
         "--address",
         metavar="ADDR",
-        help="Ray cluster to run them on (RAY_ADDRESS if not given); else this machine.",
+        help="Ray cluster to run them on: HOST:PORT of its head, auto (the one that this machine belongs to), or "
+        "ray://HOST:PORT from outside. RAY_ADDRESS if not given; else this machine.",
     )(command)
     return click.option(
         "--workers",
@@ -171,7 +173,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     cells, parent = resolve_genotype(
         genotype,
         space=config.space.cell_space(),
-        runs_dir=Path(config.runtime.runs_dir),
+        runs_dir=storage.local(config.runtime.runs_dir),
         tracking_uri=config.tracking.uri,
     )
     with Runtime(config.runtime) as runtime:
@@ -245,7 +247,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     genotype, _ = resolve_genotype(
         reference,
         space=config.space.cell_space(),
-        runs_dir=Path(config.runtime.runs_dir),
+        runs_dir=storage.local(config.runtime.runs_dir),
         tracking_uri=config.tracking.uri,
     )
     files = save_genotype_figures(genotype, out)
@@ -433,7 +435,7 @@ def profile(
         cells, _ = resolve_genotype(
             genotype,
             space=config.space.cell_space(),
-            runs_dir=Path(config.runtime.runs_dir),
+            runs_dir=storage.local(config.runtime.runs_dir),
             tracking_uri=config.tracking.uri,
         )
     result = run_profile(config, genotype=cells, steps=steps, trace=trace, console=console)
@@ -480,7 +482,9 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         registered_model=t.registered_model,
     )
     if not tracker.deliver():
-        raise IstanasError(f"sync: {run_dir.path} could not be delivered, start the store and try again")
+        raise IstanasError(
+            f"sync: {storage.shown(run_dir.path)} could not be delivered, start the store and try again"
+        )
     sent = tracker.last_delivery
     assert sent is not None
     if run_dir.read().kind == "sweep":
@@ -493,7 +497,7 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         f"{len(sent.artifacts)} files"
     )
     console.print(
-        f"{run_dir.path}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
+        f"{storage.shown(run_dir.path)}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
         f"MLflow run {sent.run_id}",
         highlight=False,
         soft_wrap=True,
@@ -504,7 +508,7 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     for name in sent.missing:
         console.print(f"not there any more: {run_dir.path / name}", highlight=False, soft_wrap=True)
     if as_json:
-        _print_json({"run_dir": str(run_dir.path), "mlflow_run_id": tracker.run_id})
+        _print_json({"run_dir": storage.shown(run_dir.path), "mlflow_run_id": tracker.run_id})
 
 
 @cli.command()
@@ -540,7 +544,7 @@ def promote(
     if done.moved and done.before is not None:
         console.print(f"the champion before was version {done.before}", highlight=False, soft_wrap=True)
     if as_json:
-        _print_json({"run_dir": str(run.path), **asdict(done)})
+        _print_json({"run_dir": storage.shown(run.path), **asdict(done)})
     if not done.champion:
         raise click.exceptions.Exit(1)
 
@@ -718,7 +722,9 @@ def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]
     from pipeline.references import resolve_run
 
     config, _ = _load(file, overrides)
-    run = resolve_run(reference, runs_dir=Path(config.runtime.runs_dir), tracking_uri=config.tracking.uri)
+    run = resolve_run(
+        reference, runs_dir=storage.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+    )
     if file is None and (run.path / "config.yaml").exists():
         config = load(run.path / "config.yaml", overrides)
     return run, config
@@ -775,14 +781,15 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
         if key in result:
             table.add_row(label, shown(result[key]))
     console.print(table)
-    run_dir = Path(result["run_dir"])
-    pages = [Path(result[key]) / "report.html" for key in ("run_dir", "retrain_run_dir") if key in result]
-    where = [("report", page) for page in pages if page.exists()]
-    where += [("genotype", run_dir / "genotype.json"), ("cell pictures", run_dir / "cells")]
-    if "retrain_run_dir" in result:
-        where.append(("network", Path(result["retrain_run_dir"]) / "model.safetensors"))
-    elif (run_dir / "model.safetensors").exists():
-        where.append(("network", run_dir / "model.safetensors"))
+    runs = [storage.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
+    pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # to be opened: here
+    where = [("report", str(page)) for page in pages]
+    where += [
+        (label, storage.shown(runs[0] / n))
+        for label, n in (("genotype", "genotype.json"), ("cell pictures", "cells"))
+    ]
+    if (runs[-1] / "model.safetensors").exists():
+        where.append(("network", storage.shown(runs[-1] / "model.safetensors")))
     for label, path in where:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
     _say_where(console, config)

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +90,11 @@ class Runtime:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
-        address = settings.address or os.environ.get("RAY_ADDRESS")
-        self._address = None if address == "local" else address  # Ray's word for one that is started here
+        self._address = find_address(settings.address)
         self._logs: Path | None = None
         self._scratch: Path | None = None
         self._ours = False
+        self.examined: set[str] = set()  # nodes that have passed the pre-flight
 
     def __enter__(self) -> Runtime:
         return self
@@ -179,6 +178,11 @@ class Runtime:
         if token.is_file() and token.stat().st_uid == os.getuid():
             token.chmod(0o600)  # Ray leaves it readable for everybody
 
+    @property
+    def joined(self) -> bool:
+        """Whether this command has joined a cluster, rather than started Ray here or found it running."""
+        return self._ours and self._address is not None
+
     def nodes(self, run_dir: Path) -> list[Node]:
         """What there is: of the cluster, which is joined for it, or, without an address, of this machine.
 
@@ -199,7 +203,7 @@ class Runtime:
         Raises:
             ConfigError: if the settings ask for a device that there is none of.
         """
-        return allotment(self._settings, cluster_nodes())
+        return allotment(self._settings, cluster_nodes(), may_come=self.joined)
 
     def wait(self, allotment: Allotment, say: Say) -> None:
         """Wait until the cluster has room for the (least number of) workers.
@@ -258,6 +262,26 @@ class Runtime:
             remove_placement_group(group)
 
 
+def find_address(address: str | None) -> str | None:
+    """Where the cluster is: as given, else by RAY_ADDRESS, else, of "auto", the one started last on this machine.
+
+    Returns:
+        HOST:PORT, ray://HOST:PORT, or None: Ray is started here. "auto" stays if Ray itself has to look.
+
+    Example:
+        >>> find_address("local"), find_address("ray://head:10001")
+        (None, 'ray://head:10001')
+    """
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    if address == "auto":
+        # What `ray start` has written down. Left to itself, Ray would take any cluster that runs here first.
+        file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
+        with contextlib.suppress(OSError):
+            address = file.read_text().strip() or address
+    return None if address == "local" else address
+
+
 def check_address(address: str) -> None:
     """Refuse at once an address where nobody listens: Ray would try again for minutes.
 
@@ -269,6 +293,11 @@ def check_address(address: str) -> None:
     """
     if address == "auto":  # of the cluster that this machine belongs to; Ray answers at once if there is none
         return
+    if address.startswith(("http://", "https://")):
+        raise IstanasError(
+            f"runtime.address is {address!r:.60}: that is the job server, for istanas submit; give HOST:PORT of the "
+            "head node, ray://HOST:10001, or auto"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -333,14 +362,17 @@ def uninterrupted() -> Iterator[list[int]]:
 def _send_errors_to_log() -> None:
     """What Ray prints about lost workers and nodes goes to its log: stdout is for the user, or for `--json`.
 
-    `log_to_driver` leaves these out, and Ray offers nothing else.
+    `log_to_driver` leaves these out, and what a client (ray://) is sent; and Ray offers nothing else.
     """
     import ray._private.worker as private
+    from ray.util.client import logsclient
 
     def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         logging.getLogger("ray").warning("%s", "\n".join(map(str, data.get("lines", []))))
 
     private.print_to_stdstream = log
+    client: Any = logsclient.LogstreamClient
+    client.stdstream = lambda _, level, msg: logging.getLogger("ray").warning("%s", msg)
 
 
 def _is_loopback_only(address: str) -> bool:
@@ -357,14 +389,24 @@ def _is_loopback_only(address: str) -> bool:
     return True
 
 
-def allotment(settings: RuntimeSettings, nodes: Sequence[Node]) -> Allotment:
-    """Workers, threads and device of a job on these nodes."""
+def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: bool = False) -> Allotment:
+    """Workers, threads and device of a job on these nodes.
+
+    Args:
+        settings: what is asked for.
+        nodes: what there is.
+        may_come: GPUs that are asked for and not there are no mistake yet: the cluster may get them.
+    """
     workers = settings.worker_range
-    compute = choose_compute(settings, sum(node.gpus for node in nodes))
+    gpus = sum(node.gpus for node in nodes)
+    if may_come and settings.device == "cuda":
+        gpus = max(gpus, 1)
+    compute = choose_compute(settings, gpus)
     gpu = compute.device.type == "cuda"
     threads = settings.threads
-    if threads is None:
-        threads = threads_per_worker(nodes, workers.maximum, gpu)
+    if threads is None:  # of machines that have yet to come, one core is asked for
+        to_come = gpu and all(node.gpus == 0 for node in nodes)
+        threads = 1 if to_come else threads_per_worker(nodes, workers.maximum, gpu)
     return Allotment(workers, threads, compute)
 
 
@@ -406,41 +448,6 @@ def cluster_nodes() -> list[Node]:
     return [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
 
 
-def check_shared(folder: Path) -> None:
-    """Refuse a folder that some node of the cluster does not see.
-
-    Raises:
-        IstanasError: with the number of nodes that do not.
-    """
-    marker = folder / f".seen-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    try:
-        blind, nodes = nodes_blind_to(marker), len(cluster_nodes())
-    finally:
-        marker.unlink()
-    if blind:
-        raise IstanasError(
-            f"runtime.runs_dir: {folder} is not seen on {blind} of {nodes} nodes, where trials would write: choose a "
-            "folder that all nodes share, such as one on NFS"
-        )
-
-
-def nodes_blind_to(file: Path) -> int:
-    """On how many nodes of the cluster a file is not there."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def is_there(path: str) -> bool:
-        return Path(path).exists()
-
-    ask: Any = ray.remote(num_cpus=0)(is_there)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    seen = ray.get([ask.options(scheduling_strategy=p).remote(str(file.absolute())) for p in places])
-    return sum(not answer for answer in seen)
-
-
 def last_line(error: BaseException | str) -> str:
     """The last line of what an error says: tracebacks of workers end with what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -460,13 +467,18 @@ def _resources(free: dict[str, float]) -> str:
 def _log_to(file: Path) -> None:
     """Everything that Ray logs in this process goes to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("ray")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
+    for name in (
+        "ray",
+        "ray.util.client.logsclient",
+    ):  # the latter passes on nothing of what a client is sent
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+            old.close()
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _session_of(logs: Path) -> Path | None:

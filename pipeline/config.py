@@ -17,6 +17,7 @@ import pydantic
 from ruamel.yaml import YAML, YAMLError
 
 from istanas.errors import ConfigError
+from pipeline.redaction import without_secrets
 from pipeline.schema import (
     Config,
     OneStageConfig,
@@ -267,7 +268,7 @@ def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config
     path = ".".join(str(part) for part in error["loc"])
     for key, override in given.items():
         if path == key or path.startswith(f"{key}."):
-            source = f"--set {override!r:.80}"
+            source = f"--set {without_secrets(override)!r:.80}"
     field = ".".join(
         _printable(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))
     )
@@ -281,6 +282,7 @@ def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config
     if error["loc"] == ("method",):
         error = {**error, "msg": f"choose {' or '.join(_CLASSES)}"}
     value = error.get("input")
+    value = without_secrets(value) if isinstance(value, str) else value
     reason = error["msg"].removeprefix("Value error, ")
     return f"{source}: {field}: {value!r:.60} is refused: {reason[:1].lower()}{reason[1:]}"
 

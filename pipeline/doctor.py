@@ -54,10 +54,13 @@ def run_checks(
         One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
         the data, disk space; with an address, for the cluster instead of cores and threads.
     """
+    from pipeline.cluster import find_address
+
+    cluster = find_address(address)
     return [
         check_packages(),
         check_gpus(),
-        check_threads(workers, threads) if address is None else check_cluster(address),
+        check_threads(workers, threads) if cluster is None else check_cluster(cluster),
         check_store(tracking_uri),
         check_mosek(),
         check_data(data_name, data_root),

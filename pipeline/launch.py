@@ -24,10 +24,11 @@ from istanas.errors import IstanasError
 from istanas.space import Genotype
 from istanas.training import Metrics
 from pipeline import checkpoint
-from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, last_line
+from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.epochs import Record
 from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.pictures import open_dataset
+from pipeline.preflight import check_gpus, check_nodes
 from pipeline.schema import Config, DataSettings
 from pipeline.worker import Observer, retrain_worker, search_worker
 
@@ -72,14 +73,24 @@ def run_job(
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Have Ray running and room for the workers, if there are any; refusals leave nothing behind.
+    """Have Ray running, a cluster examined, and room for the workers, if any; refusals leave nothing behind.
 
     Raises:
-        IstanasError: if there is no Ray at the address, or no room in time.
+        IstanasError: if there is no Ray at the address, the pre-flight fails, or there is no room in time.
     """
-    if config.runtime.worker_range.maximum > 0:
-        runtime.start(run_dir)
-        runtime.wait(runtime.allot(), say)
+    if config.runtime.worker_range.maximum == 0:
+        return
+    runtime.start(run_dir)
+    allotment = runtime.allot()
+    if runtime.joined:
+        first = not runtime.examined
+        check_nodes(config, say, trials=False, known=runtime.examined)
+        if first and allotment.gpu:
+            there = sum(node.gpus for node in cluster_nodes())
+            check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
+    runtime.wait(allotment, say)
+    if runtime.joined:  # nodes that came meanwhile
+        check_nodes(config, say, trials=False, known=runtime.examined)
 
 
 # ---------- in the user's process

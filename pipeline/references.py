@@ -12,6 +12,8 @@ from pathlib import Path
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from pipeline import storage
+from pipeline.redaction import without_secrets
 from pipeline.rundir import RECORD_FILE, RunDir
 from pipeline.tracking import (
     one_line,
@@ -32,23 +34,38 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
     """The run that a reference names.
 
     Args:
-        ref: a run directory, an MLflow run id, or a name: of a directory in `runs_dir`, or of a run's record.
+        ref: a run directory or its address, an MLflow run id, or a name: of a directory in `runs_dir`, or of a
+            run's record.
         runs_dir: where runs are kept, e.g. `runs`.
         tracking_uri: the MLflow store to ask for a run id, see `pipeline.tracking.store_uri`.
 
     Returns:
-        A run directory with a record.
+        A run directory with a record; of one that lies in a storage a copy that is up to date.
 
     Raises:
         ConfigError: nothing, or more than one run, is meant.
     """
+    if "://" in ref:
+        return _run_at(ref)
     given = RunDir(Path(ref).expanduser())
     if ref and given.exists():
         return given
+    storage.fetch_records(runs_dir)
     runs = list(_runs(runs_dir))
-    if is_mlflow_id(ref):
-        return _run_of_mlflow_id(ref, runs, tracking_uri)
-    return _run_of_name(ref, runs, runs_dir)
+    by_id = is_mlflow_id(ref)
+    run = _run_of_mlflow_id(ref, runs, tracking_uri) if by_id else _run_of_name(ref, runs, runs_dir)
+    return RunDir(storage.fetch(storage.shown(run.path)))
+
+
+def _run_at(address: str) -> RunDir:
+    """The run at an address; without the file in it that may be named."""
+    try:
+        run = RunDir(storage.fetch(storage.checked_address(address)))
+    except ValueError as error:
+        raise ConfigError(f"run {without_secrets(address)}: {error}") from None
+    if not run.exists():
+        raise ConfigError(f"run {address}: there is no run, give the address of one")
+    return run
 
 
 def is_mlflow_id(ref: str) -> bool:
@@ -91,6 +108,8 @@ def resolve_genotype(
     if ref.startswith(_RANDOM):
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
+    if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
+        ref = ref.replace(f"/{GENOTYPE_FILE}", "", 1)  # of a run, which is fetched
     if file.is_file():
         genotype = _read_genotype(file)
         return genotype, _writer(file, genotype)
@@ -105,7 +124,7 @@ def resolve_genotype(
     record = run.read()
     if not found.is_file():
         raise ConfigError(
-            f"run {run.path}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
+            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
         )
     return _read_genotype(found), _finder(run)
 
@@ -116,11 +135,11 @@ def _finder(run: RunDir) -> str | None:
     if record.kind == "retrain":  # what is retrained once more belongs to the same search
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
-        best = Path(record.result["best_run_dir"])
+        best = storage.local(record.result["best_run_dir"])
         # Run directories may have been moved together.
         trial = next((path for path in (best, run.path / best.name) if RunDir(path).exists()), run.path)
-        return str(trial)
-    return str(run.path)
+        return storage.shown(trial)
+    return storage.shown(run.path)
 
 
 def _writer(file: Path, genotype: Genotype) -> str | None:
@@ -155,13 +174,15 @@ def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
     if len(found) == 1:
         return found[0]
     if found:
-        paths = ", ".join(str(run.path) for run in found)
+        paths = ", ".join(storage.shown(run.path) for run in found)
         raise ConfigError(f"run {ref!r}: means {len(found)} runs; give one of these directories: {paths}")
     if not runs:
-        raise ConfigError(f"run {ref!r}: unknown, there are no runs in {runs_dir}; give a run directory")
+        raise ConfigError(
+            f"run {ref!r}: unknown, there are no runs in {storage.shown(runs_dir)}; give a run directory"
+        )
     names = {run.path.name for run in runs} | {_name(run) for run in runs}
     near = difflib.get_close_matches(ref, sorted(names), n=3, cutoff=0.4) or sorted(names)[:3]
-    raise ConfigError(f"run {ref!r}: unknown in {runs_dir}; nearest names: {', '.join(near)}")
+    raise ConfigError(f"run {ref!r}: unknown in {storage.shown(runs_dir)}; nearest names: {', '.join(near)}")
 
 
 def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None) -> RunDir:
@@ -177,11 +198,10 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
         tags = open_client(uri).get_run(run_id).data.tags
     except Exception as error:  # no such run or no such server, each store in its own words
         raise ConfigError(f"{unknown} ({one_line(error)}); check the id or give a run directory") from None
-    run = RunDir(tags.get("istanas.run_dir", ""))
+    address = tags.get("istanas.run_dir", "")
+    run = RunDir(storage.fetch(address))
     if not tags.get("istanas.run_dir") or not run.exists() or run.read().key != tags.get("istanas.key"):
-        raise ConfigError(
-            f"run {run_id}: its run directory {run.path} is not here; copy it and give its path"
-        )
+        raise ConfigError(f"run {run_id}: its run directory {address} is not here; copy it and give its path")
     return run
 
 

@@ -11,6 +11,7 @@ from istanas.space import Genotype
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
 from pipeline.references import is_mlflow_id, resolve_run
 from pipeline.rundir import MetricsLine, RunDir
+from pipeline.storage import shown
 from pipeline.stored import readable
 from pipeline.tracking import open_client, read_link, store_exists, store_uri
 
@@ -101,7 +102,7 @@ def _from_directory(run_dir: RunDir) -> ReadRun:
         method=record.method,
         dataset=record.dataset,
         status=record.status,
-        run_dir=str(run_dir.path),
+        run_dir=shown(run_dir.path),
         mlflow_run_id=None if link is None else link.run_id,
         settings={key: str(value) for key, value in record.params.items()},
         lines=_by_epoch(run_dir.metrics()),

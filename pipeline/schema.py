@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from istanas.errors import ConfigError
 from istanas.space import PRIMITIVES, CellSpace
+from pipeline import storage
 from pipeline.resources import WorkerRange, parse_workers
 
 Primitive = Literal[
@@ -218,7 +219,9 @@ class RuntimeSettings(_Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         5, description="how often lost workers are replaced before the job fails"
     )
-    runs_dir: str = "runs"
+    runs_dir: Annotated[str, pydantic.AfterValidator(storage.checked_address)] = Field(
+        "runs", description="a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH"
+    )
 
     @property
     def worker_range(self) -> WorkerRange:

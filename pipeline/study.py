@@ -21,6 +21,7 @@ from pipeline.tracking import database_lock, one_line, public_uri
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
+NODE = "node"  # of the cluster, in every report
 HOME, MEANING = "run_dir", "objectives"  # attributes of the study
 SETTINGS = "settings"  # attribute of the study's trials
 # What else the study's trials keep of a trial's last report.

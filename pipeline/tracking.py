@@ -23,6 +23,7 @@ from istanas.errors import CheckpointError
 from pipeline import links, registry
 from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
+from pipeline.storage import local, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -314,7 +315,7 @@ class MLflowTracker:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
         _say_once(
             f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}); everything "
-            f"stays in {self.run_dir.path}; {remedy} run: istanas sync {self.run_dir.path}",
+            f"stays in {shown(self.run_dir.path)}; {remedy} run: istanas sync {shown(self.run_dir.path)}",
             about=f"unreachable {self.tracking_uri}",
         )
 
@@ -394,7 +395,7 @@ class MLflowTracker:
             "istanas.method": record.method,
             "istanas.dataset": record.dataset,
             "istanas.key": record.key,
-            "istanas.run_dir": str(self.run_dir.path.absolute()),
+            "istanas.run_dir": shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
             **record.tags,
             **links.lineage_tags(kin),
@@ -416,7 +417,7 @@ class MLflowTracker:
         """The MLflow run of the run directory that this one belongs to, delivered if it is not there yet."""
         if parent is None:
             return None
-        given = RunDir(parent)
+        given = RunDir(local(parent))
         # Run directories may have been moved together.
         directory = given if given.exists() else RunDir(self.run_dir.path.parent / given.path.name)
         if not directory.exists():
@@ -498,8 +499,8 @@ class MLflowTracker:
             version, new = registry.register(client, name, model, record, kin)
         except Exception as error:  # a run that is in no registry is still worth having
             _say_once(
-                f"MLflow registered model {name!r}: {self.run_dir.path} is not entered ({one_line(error)}); set "
-                f"tracking.registered_model or try again with: istanas sync {self.run_dir.path}",
+                f"MLflow registered model {name!r}: {shown(self.run_dir.path)} is not entered ({one_line(error)}); set "
+                f"tracking.registered_model or try again with: istanas sync {shown(self.run_dir.path)}",
                 about=f"registry {self.run_dir.path}",
             )
             return None

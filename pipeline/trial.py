@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from istanas.space import Genotype
-from pipeline import checkpoint
+from pipeline import checkpoint, storage
 from pipeline.cluster import Runtime
 from pipeline.epochs import Record
 from pipeline.jobs.job import CHECKPOINTS
@@ -25,7 +25,7 @@ from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
-from pipeline.study import EPOCH, FAILED, FINISHED, TOP1
+from pipeline.study import EPOCH, FAILED, FINISHED, NODE, TOP1
 from pipeline.tracking import one_line, open_client, store_uri
 
 LOG_FILE = "trial.log"
@@ -82,6 +82,8 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
     """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
     told: list[int] = []
+    reached[NODE] = _here()
+    console.print(f"on node {reached[NODE]}", highlight=False)
 
     def tell(history: list[Record]) -> None:
         from ray import tune
@@ -103,9 +105,9 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tags=task["tags"],
             tell=tell,
         )
-        history = _history(Path(search["run_dir"]))
+        history = _history(storage.local(search["run_dir"]))
         tell(history)  # of a search that had finished before
-        figures = {**_figures(history), "run_dir": task["run_dir"]}
+        figures = {**reached, **_figures(history)}
         top1 = figures["valid_top1"]
         if task["objective"] == "retrained":
             figures |= _retrained(config, search["genotype"], search["run_dir"], runtime, console)
@@ -128,7 +130,7 @@ def _retrained(
         runtime=runtime,
         wait=-1,
     )
-    reused = RunDir(result["run_dir"]).read().parent != search_dir
+    reused = RunDir(storage.local(result["run_dir"])).read().parent != search_dir
     return {
         "retrained_top1": result["valid_top1"],
         "params": result["params"],
@@ -137,6 +139,13 @@ def _retrained(
         "reused": reused,
         "retrain_seconds": 0.0 if reused else result["seconds"],
     }
+
+
+def _here() -> str:
+    """The node of the cluster that this trial runs on: its address, and Ray's id, for several may have one address."""
+    import ray
+
+    return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def _history(run_dir: Path) -> list[Record]:

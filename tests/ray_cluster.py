@@ -1,11 +1,16 @@
 """A Ray cluster of several nodes on this machine, in a process of its own that takes orders on stdin.
 
-Orders: "add CPUS", "remove" (the node added last, as if its machine had died), "end". Each is answered by a line.
+Orders: "add CPUS", "add CPUS FOLDER" (a node that sees another, empty folder there, as if it lay on a disk of its own;
+only root can make one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (that node's
+raylet), "end". Each is answered by a line.
 """
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -33,12 +38,18 @@ ENVIRONMENT = {
 
 
 class RayCluster:
-    """A head node with so many (logical) cores; more nodes come and go."""
+    """A head node with so many (logical) cores; more nodes come and go.
 
-    def __init__(self, cpus: int) -> None:
+    Args:
+        cpus: of the head node.
+        client_port: where it also listens for mere clients (ray://); 0: it does not.
+        environment: of all its processes, beside `ENVIRONMENT`.
+    """
+
+    def __init__(self, cpus: int, client_port: int = 0, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(cpus)],
-            env=ENVIRONMENT,
+            [sys.executable, __file__, str(cpus), str(client_port)],
+            env={**ENVIRONMENT, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -46,11 +57,17 @@ class RayCluster:
         )
         self.address = self._answer()
 
-    def add(self, cpus: int) -> None:
-        self._order(f"add {cpus}")
+    def add(self, cpus: int, apart: Path | None = None) -> None:
+        self._order(f"add {cpus}" if apart is None else f"add {cpus} {apart}")
 
     def remove(self) -> None:
         self._order("remove")
+
+    def halt(self) -> None:
+        self._order("halt")
+
+    def wake(self) -> None:
+        self._order("wake")
 
     def workers(self) -> list[psutil.Process]:
         """Ray Train's workers, on all nodes."""
@@ -90,18 +107,48 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def _serve(cpus: int) -> None:
+class _Apart:
+    """While it names a folder, processes that are started see an empty one of their own in its place.
+
+    In a mount namespace, which a process of several threads can enter but not leave: so each child enters it.
+    """
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        os.register_at_fork(after_in_child=self._enter)
+
+    def _enter(self) -> None:
+        if self.folder is None:
+            return
+        new_mounts, recursive, private = 0x20000, 0x4000, 0x40000
+        done = self._libc.unshare(new_mounts)
+        done |= self._libc.mount(b"none", b"/", None, recursive | private, None)
+        done |= self._libc.mount(b"none", self.folder.encode(), b"tmpfs", 0, None)
+        if done != 0:
+            os._exit(1)
+
+
+def _serve(cpus: int, client_port: int) -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    head = {"num_cpus": cpus, "include_dashboard": False}
+    if client_port:
+        head["ray_client_server_port"] = client_port
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     print(f"ANSWER {cluster.address}", flush=True)
-    nodes = []
+    nodes, apart = [], _Apart()
     for line in sys.stdin:  # up to "end", or the end of a test process that was killed
-        order, *numbers = line.split()
+        order, *words = line.split()
         if order == "add":
-            nodes.append(cluster.add_node(num_cpus=int(numbers[0])))
+            apart.folder = words[1] if len(words) > 1 else None
+            nodes.append(cluster.add_node(num_cpus=int(words[0])))
+            apart.folder = None
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
+        elif order in ("halt", "wake"):
+            (raylet,) = nodes[-1].all_processes["raylet"]
+            os.kill(raylet.process.pid, signal.SIGSTOP if order == "halt" else signal.SIGCONT)
         elif order == "end":
             break
         print("ANSWER done", flush=True)
@@ -110,4 +157,4 @@ def _serve(cpus: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

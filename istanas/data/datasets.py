@@ -183,7 +183,7 @@ def load_dataset(
         name=name,
         root=None if root is None else Path(root).expanduser(),
         download=download,
-        cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
         image_size=image_size,
         progress=progress,
     )
@@ -769,7 +769,7 @@ def _cache_checksum(state: str, shape: Iterable[int], body: NDArray[np.uint8]) -
     return _sha256(json.dumps([state, list(shape)]).encode(), body.data)
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
     """Return where caches belong on this system: `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "istanas"

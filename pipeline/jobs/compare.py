@@ -15,6 +15,7 @@ from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.measure import measure_latency
 from istanas.nets import TargetNet
+from pipeline import storage
 from pipeline.compare_page import draw_curves, draw_whole, render_page
 from pipeline.config import load
 from pipeline.epochs import target_network
@@ -84,7 +85,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
         runs = [
             read_run(
                 ref,
-                runs_dir=Path(config.runtime.runs_dir),
+                runs_dir=storage.local(config.runtime.runs_dir),
                 tracking_uri=config.tracking.uri,
                 scratch=Path(scratch),
             )

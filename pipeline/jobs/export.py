@@ -14,6 +14,7 @@ from rich.console import Console
 
 from istanas.errors import ConfigError
 from istanas.space import Genotype
+from pipeline import storage
 from pipeline.export import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
 from pipeline.jobs.job import console_line, tracker_of
 from pipeline.models import WEIGHTS_FILE, load_network, read_card
@@ -38,24 +39,30 @@ def run_export(config: Config, run_dir: str | Path, *, console: Console, again: 
 
     Args:
         config: the whole configuration; its section `tracking` says where the run is mirrored to.
-        run_dir: of a finished retraining or one-stage search.
+        run_dir: of a finished retraining or one-stage search, or its address.
         console: for people.
         again: do it anew if the same network was exported before.
 
     Returns:
         As `export_network` does.
     """
-    run, say = RunDir(run_dir), console_line(console)
+    run, say = RunDir(storage.local(str(run_dir))), console_line(console)
+    with storage.held(run.path, say):
+        return _export(config, run, say, again)
+
+
+def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool) -> ExportResult:
     before = None if again else exported_before(run)
     if before is None:
         result = export_network(run, say=say)
     else:
-        say(f"export: done before, see {run.path / EXPORT_FOLDER}")
+        say(f"export: done before, see {storage.shown(run.path / EXPORT_FOLDER)}")
         digest = Genotype.from_json(read_card(run.path).genotype).digest()
-        result = ExportResult(run_dir=str(run.path), digest=digest, exports=before)
+        result = ExportResult(run_dir=storage.shown(run.path), digest=digest, exports=before)
     tracker = tracker_of(run, config)
     if not tracker.deliver():
-        say(f"not in MLflow yet: deliver it with istanas sync {run.path}")
+        say(f"not in MLflow yet: deliver it with istanas sync {storage.shown(run.path)}")
+    storage.push(run.path)
     return {**result, "mlflow_run_id": tracker.run_id}
 
 
@@ -105,7 +112,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
         for line in describe_exports(run, exports):
             say(line)
     digest = Genotype.from_json(card.genotype).digest()
-    return ExportResult(run_dir=str(run.path), digest=digest, exports=exports)
+    return ExportResult(run_dir=storage.shown(run.path), digest=digest, exports=exports)
 
 
 def check_exportable(run: RunDir, record: RunRecord) -> None:
@@ -116,13 +123,13 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
     """
     if record.kind == "search" and record.method == "two_stage":
         raise ConfigError(
-            f"run {run.path}: a two-stage search has no trained network, give its retraining, or retrain it first: "
-            f"istanas retrain --genotype {run.path}"
+            f"run {storage.shown(run.path)}: a two-stage search has no trained network, give its retraining, or "
+            f"retrain it first: istanas retrain --genotype {storage.shown(run.path)}"
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"run {run.path}: is {record.status}, only a finished run has a network to export; let it finish, or "
-            "resume it with the command that began it"
+            f"run {storage.shown(run.path)}: is {record.status}, only a finished run has a network to export; let "
+            "it finish, or resume it with the command that began it"
         )
 
 
@@ -135,7 +142,8 @@ def describe_exports(run: RunDir, exports: Mapping[str, ExportedFormat]) -> list
         ['onnx: r/export/model.onnx, 0.25 MB, largest difference 1e-06']
     """
     return [
-        f"{name}: {run.path / e['file']}, {e['bytes'] / 1e6:.2f} MB, largest difference {e['difference']:.2g}"
+        f"{name}: {storage.shown(run.path / e['file'])}, {e['bytes'] / 1e6:.2f} MB, "
+        f"largest difference {e['difference']:.2g}"
         for name, e in exports.items()
     ]
 

@@ -23,6 +23,7 @@ from istanas.data import ImageDataset
 from istanas.errors import CheckpointError
 from istanas.space import CellSpace
 from istanas.training import Metrics
+from pipeline import storage
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
@@ -87,7 +88,7 @@ class JobSpec:
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.config.runtime.runs_dir) / f"{self.name}-{self.digits}"
+        return storage.local(self.config.runtime.runs_dir) / f"{self.name}-{self.digits}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class RunObserver:
         self._write_trajectory(history)
         self._bar.line(self._describe(history))
         self._tracker.deliver()
+        storage.push(self._run.path)
         if self._tell is not None:
             self._tell(history)
 
@@ -201,12 +203,13 @@ def execute(
             command resumes.
     """
     run = RunDir(spec.path)
-    with _locked(run, wait=wait):
+    with _locked(run, console, wait=wait):
         if not fresh and run.exists() and run.read().status == "FINISHED":
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
+            storage.push(run.path)
             console.print(
-                f"{spec.kind}: finished before, see {run.path}; --fresh starts over",
+                f"{spec.kind}: finished before, see {storage.shown(run.path)}; --fresh starts over",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -216,12 +219,14 @@ def execute(
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
+            storage.push(run.path)
         tracker = tracker_of(run, spec.config)
         record = _open_record(run, spec, datasets(prepared))
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         tracker.deliver()
-        console.print(f"{spec.kind}: {run.path}", highlight=False, soft_wrap=True)
+        storage.push(run.path)
+        console.print(f"{spec.kind}: {storage.shown(run.path)}", highlight=False, soft_wrap=True)
         space = spec.config.space.cell_space()
         try:
             with EpochBar(console, spec.kind, spec.epochs, spec.unit) as bar:
@@ -237,17 +242,22 @@ def execute(
             )
             page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
             final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
+            run.write(final)
+            storage.push(run.path)
         except SystemExit:
             raise
         except BaseException:
             run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
             tracker.deliver()
+            storage.push(run.path, once=True)
             raise
-        run.write(final)
         if not tracker.deliver():
             console.print(
-                f"not in MLflow yet: deliver it with istanas sync {run.path}", highlight=False, soft_wrap=True
+                f"not in MLflow yet: deliver it with istanas sync {storage.shown(run.path)}",
+                highlight=False,
+                soft_wrap=True,
             )
+        storage.push(run.path)  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
 
 
@@ -266,11 +276,12 @@ def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) 
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir, *, wait: float = 0) -> Iterator[None]:
+def _locked(run: RunDir, console: Console, *, wait: float = 0) -> Iterator[None]:
     """Hold the run directory; what was refused before any work leaves no empty run behind."""
     with run.lock(wait=wait):
         try:
-            yield
+            with storage.held(run.path, console_line(console)):
+                yield
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _NOT_THE_RUNS:
                 shutil.rmtree(run.path)
@@ -510,7 +521,7 @@ def _clear(path: Path) -> None:
 
 
 def _with_ids(result: dict[str, Any], run: RunDir, tracker: Tracker) -> dict[str, Any]:
-    return {"run_dir": str(run.path), "mlflow_run_id": tracker.run_id, **result}
+    return {"run_dir": storage.shown(run.path), "mlflow_run_id": tracker.run_id, **result}
 
 
 def _now_ms() -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from optuna.exceptions import OptunaError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -20,9 +22,9 @@ from rich.console import Console
 from istanas.data import ImageDataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
-from istanas.training import derive_seed
+from istanas.training import Compute, derive_seed
 from pipeline import summary
-from pipeline.cluster import LOG_FOLDER, Runtime, check_shared, cluster_nodes, last_line
+from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.config import known_methods, run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -44,12 +46,15 @@ from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
 from pipeline.pictures import check_fit, datasets_used
-from pipeline.resources import Node, count, workers_that_fit
+from pipeline.preflight import check_gpus, check_nodes
+from pipeline.resources import Node, WorkerRange, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.searcher import Losses, StudySearcher, first_settings, make_scheduler
+from pipeline.storage import is_remote
 from pipeline.study import (
     FAILED,
+    NODE,
     best_trial,
     first_number,
     n_failed,
@@ -117,14 +122,27 @@ class Plan:
 
 
 def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
-    """Divide the machines among trials.
+    """`divide`, and refuse what holds no trial.
+
+    Raises:
+        IstanasError: if not even one trial fits.
+    """
+    plan = divide(config, nodes)
+    if plan.fit == 0:
+        cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
+        raise IstanasError(
+            f"no trial fits: {str(plan).partition(';')[0]}, there are {count(cpus, 'core')} and {count(gpus, 'GPU')}: "
+            "lower --workers, sweep.cpus_per_trial or sweep.gpus_per_trial, or name a cluster with --address"
+        )
+    return plan
+
+
+def divide(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Divide the machines among trials; of none, `fit` is 0.
 
     Args:
         config: of the sweep.
         nodes: what there is.
-
-    Raises:
-        IstanasError: if not even one trial fits.
     """
     sweep, workers = sweep_of(config), config.runtime.worker_range.maximum
     gpus_there = sum(node.gpus for node in nodes)
@@ -137,14 +155,7 @@ def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
         gpus = sweep.gpus_per_trial if sweep.gpus_per_trial is not None else float(gpu)
         fit = sum(min(node.cpus // cpus, _shares(node.gpus, gpus)) for node in nodes)
     most = fit if sweep.max_concurrent is None else sweep.max_concurrent
-    plan = Plan(cpus, gpus, workers, fit, min(fit, most, sweep.trials))
-    if fit == 0:
-        there = f"{count(sum(n.cpus for n in nodes), 'core')} and {count(gpus_there, 'GPU')}"
-        raise IstanasError(
-            f"no trial fits: {str(plan).partition(';')[0]}, there are {there}: lower --workers, sweep.cpus_per_trial "
-            "or sweep.gpus_per_trial, or name a cluster with --address"
-        )
-    return plan
+    return Plan(cpus, gpus, workers, fit, min(fit, most, sweep.trials))
 
 
 def _shares(gpus: int, each: float) -> int:
@@ -161,6 +172,11 @@ def sweep_spec(config: Config, name: str) -> JobSpec:
         ConfigError: if it has none.
     """
     sweep = sweep_of(config)
+    if is_remote(config.runtime.runs_dir):
+        raise ConfigError(
+            f"runtime.runs_dir is {config.runtime.runs_dir}: a sweep's trials need a folder that all nodes share, "
+            "such as one on NFS; searches and retrainings may lie in a storage"
+        )
     return JobSpec(
         kind="sweep",
         name=f"{name}-sweep",
@@ -195,10 +211,9 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         dataset = check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
-        nodes = cluster_nodes()
-        plan = plan_trials(config, nodes)
-        if len(nodes) > 1:
-            check_shared(spec.path.absolute())
+        if runtime.joined:
+            _prepare_cluster(config, runtime, console_line(console))
+        plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path), dataset
 
     def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study, ImageDataset]) -> Outcome:
@@ -228,6 +243,23 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         datasets=lambda prepared: _datasets(config, prepared[-1]),
     )
     return cast(SweepResult, result)
+
+
+def _prepare_cluster(config: Config, runtime: Runtime, say: Callable[[str], None]) -> None:
+    """The pre-flight, and, on a cluster that may yet grow, the wait for room for one trial.
+
+    Raises:
+        IstanasError: if a check fails, or there is no room in time.
+    """
+    check_nodes(config, say, trials=True, known=runtime.examined)
+    nodes = cluster_nodes()
+    plan = divide(config, nodes)
+    asked, there = math.ceil(plan.gpus * max(plan.workers, 1)), sum(node.gpus for node in nodes)
+    check_gpus(asked, there, config.runtime.wait_minutes, say)
+    if plan.fit == 0:
+        workers, device = max(plan.workers, 1), torch.device("cuda" if plan.gpus else "cpu")
+        runtime.wait(Allotment(WorkerRange(workers, workers), plan.cpus, Compute(device)), say)
+        check_nodes(config, say, trials=True, known=runtime.examined)
 
 
 def _datasets(config: Config, dataset: ImageDataset) -> tuple[DatasetUse, ...]:
@@ -377,6 +409,8 @@ class _Trials:
         tags = {"istanas.trial_state": state.name}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
+        if NODE in result:
+            tags["istanas.node"] = result[NODE]
         if FAILED in result:
             tags["istanas.reason"] = result[FAILED]
         kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
@@ -493,8 +527,9 @@ def _run_tune(
     storage = (folder / LOG_FOLDER / "tune").resolve()
     shutil.rmtree(storage, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
-    tuner = tune.Tuner(
-        tune.with_resources(run_trial, resources),
+    tuner = _tuner(
+        storage,
+        trainable=tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=make_scheduler(config, study, max_epochs(config)),
@@ -524,6 +559,25 @@ def _run_tune(
         raise IstanasError(
             f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
         ) from searcher.error
+
+
+def _tuner(storage: Path, **options: Any) -> Any:
+    """Ray Tune, controlled from this process, whether it is a node of the cluster or a mere client (ray://).
+
+    Of a client, Ray would move searcher and all to the head node; but study, runs and terminal are worked on here.
+    """
+    import ray
+    from ray import tune
+
+    if not ray.util.client.ray.is_connected():
+        return tune.Tuner(**options)
+    from ray.train._internal import storage as of_ray
+    from ray.tune.impl.tuner_internal import TunerInternal
+
+    of_ray._get_ray_train_session_dir = lambda: str(
+        storage
+    )  # Ray looks for its own on a node, which this is not
+    return TunerInternal(**options, _tuner_kwargs={"_remote": False})
 
 
 def max_epochs(config: Config) -> int:

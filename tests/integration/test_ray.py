@@ -239,7 +239,9 @@ def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster,
     assert json.loads((run_directory(folder) / "run.json").read_text())["status"] == "RUNNING"
 
     assert refused.end() == 1
-    waiting, given_up = refused.lines
+    versions, storage, waiting, given_up = refused.lines
+    assert versions.startswith("pre-flight: versions: the same on 1 node (Python 3.")
+    assert storage == f"pre-flight: storage: 1 node and this process share {refused_folder}/runs"
     assert waiting.startswith("waiting for 5 workers of 1 core; free now: 1 core, 0 GPUs")
     assert given_up.startswith(
         "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"

@@ -25,6 +25,7 @@ from pipeline.rundir import RunDir
 from pipeline.study import own_trials
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
+from tests.mlflow_server import server, unused_port
 from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 TRIALS = 6
@@ -313,31 +314,46 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
     assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3
 
 
-def test_on_a_cluster_of_two_nodes_trials_run_at_once_in_a_folder_that_all_must_see(tmp_path: Path) -> None:
+def test_on_a_cluster_of_two_nodes_trials_spread_and_their_tree_in_an_mlflow_server_is_whole(
+    tmp_path: Path,
+) -> None:
+    port = unused_port()
+    store = f"http://127.0.0.1:{port}"
     cluster = RayCluster(1)
+    (tmp_path / "mlflow").mkdir()
     try:
-        cluster.add(1)
-        process = start(
-            tmp_path,
-            *("--address", cluster.address),
-            *("--set", "sweep.trials=2", "--set", "sweep.objective=valid", "--set", "sweep.max_concurrent=2"),
-            *("--set", "sweep.scheduler=none"),
-            stderr=subprocess.PIPE,
-        )
-        code = "import ray, sys; from pathlib import Path; from pipeline.cluster import nodes_blind_to; "
-        code += "ray.init(sys.argv[1], log_to_driver=False, logging_level=50); "
-        code += "print(nodes_blind_to(Path(sys.argv[2])), nodes_blind_to(Path(sys.argv[2]) / 'nowhere'))"
-        asked = subprocess.run(
-            [sys.executable, "-c", code, cluster.address, str(tmp_path)],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert asked.stdout.splitlines()[-1:] == ["0 2"], asked.stderr
-        result = finish(process)
+        with server(tmp_path / "mlflow", port):
+            cluster.add(1)
+            process = start(
+                tmp_path,
+                *("--address", cluster.address, "--set", f"tracking.uri={store}"),
+                *(
+                    "--set",
+                    "sweep.trials=2",
+                    "--set",
+                    "sweep.max_concurrent=2",
+                    "--set",
+                    "sweep.scheduler=none",
+                ),
+                *("--set", "search.epochs=2"),
+                stderr=subprocess.PIPE,
+            )
+            out, err = process.communicate(timeout=400)
+            assert process.returncode == 0, err
+            result = json.loads(out)
+            client = open_client(store)
+            (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
+            runs = list(client.search_runs([experiment.experiment_id]))
+            names = {
+                run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)}
+                for run in runs
+            }
     finally:
         cluster.close()
+    versions, storage, tracking, *_ = err.splitlines()
+    assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
+    assert storage == f"pre-flight: storage: 2 nodes and this process share {tmp_path}/runs"
+    assert tracking == f"pre-flight: tracking: {store} is reached from here and 2 nodes"
     assert (result["complete"], result["failed"]) == (2, 0)
     study = optuna.load_study(
         study_name=sweep_directory(tmp_path).name, storage=f"sqlite:///{tmp_path}/runs/optuna.db"
@@ -346,3 +362,17 @@ def test_on_a_cluster_of_two_nodes_trials_run_at_once_in_a_folder_that_all_must_
     assert second.datetime_start is not None
     assert first.datetime_complete is not None
     assert second.datetime_start < first.datetime_complete, "one after the other, though both have room"
+
+    (parent,) = [run for run in runs if run.data.tags["istanas.kind"] == "sweep"]
+    trials = [run for run in runs if run.data.tags["istanas.kind"] == "search"]
+    cells = [run for run in runs if run.data.tags["istanas.kind"] == "retrain"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [run.data.tags["mlflow.parentRunId"] for run in trials] == 2 * [parent.info.run_id]
+    assert len({run.data.tags["istanas.node"] for run in trials}) == 2, "both on one node"
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= {run.info.run_id for run in trials}
+    assert len(cells) == table(tmp_path)["digest"].nunique()
+    assert all(len(run.data.metrics) > 5 for run in trials + cells)
+    assert all({"config.yaml", "genotype.json", "report.html"} <= names[run.info.run_id] for run in runs)
+    assert {"trials.csv", "sweep.html", "best"} <= names[parent.info.run_id]
+    assert len(runs) == 3 + len(cells)
+    assert not (tmp_path / "mlflow.db").exists(), "a second store beside the server"

@@ -1,19 +1,13 @@
 """The MLflow mirror, on a real SQLite store and a real server: complete, nothing twice, never in the way."""
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +28,7 @@ from pipeline.tracking import (
     read_link,
     store_uri,
 )
+from tests.mlflow_server import server, unused_port
 
 RECORD = RunRecord(
     name="digits-search",
@@ -793,36 +788,6 @@ def test_two_processes_deliver_one_run(tmp_path: Path) -> None:
     client = open_client(uri)
     (run_id,) = runs_of(client, run)
     assert len(history(client, run_id, "train/loss")) == 5
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    """MLflow's server on 127.0.0.1; killed at the end, as by a power cut."""
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "a") as log:
-        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert child.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            time.sleep(0.1)
-        yield
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def test_server_that_goes_and_comes_back(

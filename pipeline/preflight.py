@@ -1,0 +1,354 @@
+"""Pre-flight before a job on a cluster: storage, data, versions, MLflow's store, GPUs; one line each.
+
+What would only show hours later, on a machine that nobody looks at, stops the job before it queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from istanas.errors import IstanasError
+from pipeline import probe
+from pipeline.probe import Answer, Question
+from pipeline.resources import count
+from pipeline.schema import Config, DataSettings
+from pipeline.tracking import public_uri, sqlite_file, store_uri
+
+SECONDS_TO_ANSWER = (
+    60.0  # for a node: it may have to start a process, and to fetch the files of a submitted job
+)
+PACKAGES = ("ray", "torch", "torchvision", "numpy")
+SPLITS = ("train", "test", "val")
+# What each of torchvision's data sets has in its root.
+FILES = {
+    "cifar10": ("cifar-10-batches-py",),
+    "cifar100": ("cifar-100-python",),
+    "mnist": ("MNIST/raw",),
+    "fashion_mnist": ("FashionMNIST/raw",),
+    "kmnist": ("KMNIST/raw",),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+    "folder": SPLITS,
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """A node that is alive: Ray's id of it, and what people know it by."""
+
+    id: str
+    name: str
+
+
+def check_nodes(
+    config: Config, say: Say, *, trials: bool, known: set[str], seconds: float = SECONDS_TO_ANSWER
+) -> None:
+    """Ask every node of the cluster whether a job could run there, now or when it is started again.
+
+    Args:
+        config: of the job.
+        say: told one line for each check that is passed.
+        trials: whether nodes write to runs and store themselves, as trials of a sweep do.
+        known: Ray's ids of nodes that have been asked before, which is not done again; those asked now are added.
+        seconds: for a node to answer.
+
+    Raises:
+        IstanasError: for the first check that fails, with the nodes and the remedy; no mark is left behind.
+    """
+    nodes = [node for node in alive_nodes() if node.id not in known]
+    if not nodes:
+        return
+    store = store_uri(config.tracking.uri) if config.tracking.enabled else None
+    if store is not None:
+        _check_store_from_here(store)
+    question = make_question(config, store if trials else None)
+    for place in question.storage:
+        if "://" not in place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    marks = [f"-{node.id[:12]}" for node in nodes]
+    try:
+        _leave_marks(question)
+        answers = _ask(nodes, question, marks, seconds)
+        here = Answer(**probe.examine(vars(question), ""))
+        blind = _blind(question, nodes, marks, answers)
+    finally:
+        _delete_marks(question, ["", *marks])
+    passed = (  # all of them, before a word is said: a refusal is one line
+        _check_versions(nodes, answers, here),
+        _check_storage(nodes, blind),
+        _check_data(nodes, answers, here, question),
+        _check_store(nodes, answers, store, trials),
+    )
+    for line in filter(None, passed):
+        say(f"pre-flight: {line}")
+    known.update(node.id for node in nodes)
+
+
+def check_gpus(asked: int, there: int, wait_minutes: float, say: Say) -> None:
+    """Say whether the GPUs asked for are there, or that they are waited for.
+
+    Args:
+        asked: how many the job needs.
+        there: how many the cluster has now, busy ones included; one that can grow may have none.
+        wait_minutes: how long they may take to come.
+        say: told one line, if any are asked for.
+    """
+    if asked == 0:
+        return
+    line = f"pre-flight: GPUs: {asked} asked for, {there} there"
+    if there < asked:
+        line += f": waits for a node with the rest, at most {wait_minutes:g} minutes (runtime.wait_minutes)"
+    say(line)
+
+
+def alive_nodes() -> list[ClusterNode]:
+    """The nodes that Ray counts as alive, those without any core included: a job may be started again there."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
+    return [
+        ClusterNode(
+            node["NodeID"],
+            # Several nodes on one machine have its address in common.
+            node["NodeManagerAddress"]
+            + (f" ({node['NodeID'][:8]})" if addresses[node["NodeManagerAddress"]] > 1 else ""),
+        )
+        for node in nodes
+    ]
+
+
+def make_question(config: Config, store: str | None) -> Question:
+    """What every node is asked.
+
+    Args:
+        config: of the job.
+        store: MLflow's, if nodes write to it themselves.
+    """
+    storage, reached, from_environment = [shared_place(config.runtime.runs_dir)], None, False
+    if store is not None:
+        file = sqlite_file(store)
+        if file is not None:
+            storage.append(str(file.parent))
+        else:
+            reached, from_environment = public_uri(store), public_uri(store) != store
+    data, parts = data_place(config.data)
+    return Question(
+        packages=PACKAGES,
+        storage=tuple(dict.fromkeys(storage)),
+        token=uuid.uuid4().hex[:12],
+        data=data,
+        parts=parts,
+        store=reached,
+        store_in_environment=from_environment,
+    )
+
+
+def shared_place(runs_dir: str) -> str:
+    """A folder as other machines would have to call it; a URI as it is."""
+    return runs_dir if "://" in runs_dir else str(Path(runs_dir).absolute())
+
+
+def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
+    """Where the pictures must lie on every node, and which parts of that folder matter; see `Question`."""
+    if data.name not in FILES or data.download:  # shipped with a package, or fetched by whoever lacks them
+        return None, ()
+    if data.root is not None:
+        return str(Path(data.root).expanduser().resolve()), FILES[data.name]
+    if data.cache_dir is not None:
+        return str(Path(data.cache_dir).expanduser().resolve() / "downloads"), FILES[data.name]
+    return "", FILES[data.name]
+
+
+# ---------- the nodes are asked
+def _ask(
+    nodes: Sequence[ClusterNode], question: Question, marks: Sequence[str], seconds: float
+) -> list[Answer]:
+    """Have every node answer, all at once.
+
+    Raises:
+        IstanasError: if one does not.
+    """
+    import ray
+    from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    register_pickle_by_value(sys.modules[probe.__name__])  # a node without this project is to say so
+    try:
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(probe.examine)
+        asked = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+                vars(question), mark
+            )
+            for node, mark in zip(nodes, marks, strict=True)
+        ]
+    finally:
+        unregister_pickle_by_value(sys.modules[probe.__name__])
+    done, late = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+    for reference in late:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.cancel(reference, force=True)
+    silent = [node for node, reference in zip(nodes, asked, strict=True) if reference not in done]
+    if silent:
+        raise IstanasError(
+            f"pre-flight: {_named(silent)}: no answer within {seconds:g} s; look at that machine and its disks, or "
+            "take it out of the cluster (ray stop there)"
+        )
+    answers, failed = [], []
+    for node, reference in zip(nodes, asked, strict=True):
+        try:
+            answers.append(Answer(**ray.get(reference)))
+        except ray.exceptions.RayError as error:
+            failed.append((node, error))
+    if failed:
+        why = str(failed[0][1]).strip().splitlines()[-1].strip()
+        raise IstanasError(
+            f"pre-flight: {_named(node for node, _ in failed)}: could not be asked ({why:.200}); look at Ray's logs "
+            "there, or take it out of the cluster"
+        )
+    return answers
+
+
+def _leave_marks(question: Question) -> None:
+    for place in question.storage:
+        try:
+            probe.write_mark(place, question.token, question.token)
+        except OSError as error:
+            raise IstanasError(
+                f"pre-flight: storage: {public_uri(place)} can't be written from here ({_reason(error)}); free or "
+                "mount it, or set runtime.runs_dir to another"
+            ) from None
+
+
+def _blind(
+    question: Question, nodes: Sequence[ClusterNode], marks: Sequence[str], answers: Sequence[Answer]
+) -> dict[str, dict[ClusterNode, str]]:
+    """For each place of the storage: the nodes that do not share it with this process, and why."""
+    blind: dict[str, dict[ClusterNode, str]] = {place: {} for place in question.storage}
+    for node, mark, answer in zip(nodes, marks, answers, strict=True):
+        for place, reason in answer.storage.items():
+            if not reason:
+                try:
+                    probe.read_mark(place, question.token + mark)
+                except OSError as error:
+                    reason = f"what it writes is not seen here: {_reason(error)}"
+            if reason:
+                blind[place][node] = reason
+    return blind
+
+
+def _delete_marks(question: Question, marks: Sequence[str]) -> None:
+    for place in question.storage:
+        for mark in marks:
+            with contextlib.suppress(OSError):  # what can't be reached now was told of before
+                probe.delete_mark(place, question.token + mark)
+
+
+# ---------- what is said
+def _check_versions(nodes: Sequence[ClusterNode], answers: Sequence[Answer], here: Answer) -> str:
+    for node, answer in zip(nodes, answers, strict=True):
+        if answer.code is None:
+            raise IstanasError(
+                f"pre-flight: versions: {node.name} does not have this project; install it there, or have it shipped "
+                "by istanas submit"
+            )
+        other = [
+            f"{name} {version} (here {here.versions[name]})"
+            for name, version in answer.versions.items()
+            if version != here.versions[name]
+        ]
+        if other:
+            raise IstanasError(
+                f"pre-flight: versions: {node.name} has {', '.join(other)}; install the same releases there (pip "
+                "install -c constraints.txt)"
+            )
+        if answer.code != here.code:
+            raise IstanasError(
+                f"pre-flight: versions: {node.name} has other source files of this project (digest {answer.code}, here "
+                f"{here.code}); bring it to the same commit, or have them shipped by istanas submit"
+            )
+    listed = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    return f"versions: the same on {count(len(nodes), 'node')} ({listed}, our files {here.code})"
+
+
+def _check_storage(nodes: Sequence[ClusterNode], blind: dict[str, dict[ClusterNode, str]]) -> str:
+    runs, *_ = blind
+    for place, reasons in blind.items():
+        if not reasons:
+            continue
+        where = f"{public_uri(place)} is not shared with {_named(reasons)} ({next(iter(reasons.values()))})"
+        if place == runs:
+            raise IstanasError(
+                f"pre-flight: storage: runtime.runs_dir: {where}; a command or a trial that is started there would not "
+                "find its run: choose a folder that all nodes share (NFS), or s3://BUCKET/PATH"
+            )
+        raise IstanasError(
+            f"pre-flight: storage: tracking.uri: the folder {where}; trials there could not write to the store in it: "
+            "use an MLflow server (http://HOST:PORT)"
+        )
+    places = " and ".join(public_uri(place) for place in blind)
+    return f"storage: {count(len(nodes), 'node')} and this process share {places}"
+
+
+def _check_data(
+    nodes: Sequence[ClusterNode], answers: Sequence[Answer], here: Answer, question: Question
+) -> str:
+    if question.data is None:
+        return ""
+    place = question.data or "the cache's downloads"
+    lacking = [node for node, answer in zip(nodes, answers, strict=True) if not answer.data]
+    if lacking:
+        raise IstanasError(
+            f"pre-flight: data: data.root: {place} holds no such pictures on {_named(lacking)}; put them there under "
+            "the same path, or mount a folder that all nodes share"
+        )
+    other = [node for node, answer in zip(nodes, answers, strict=True) if answer.data != here.data]
+    if other:
+        raise IstanasError(
+            f"pre-flight: data: data.root: {place} holds other files on {_named(other)} than here; copy them anew"
+        )
+    return f"data: {count(len(nodes), 'node')} and this process have the same files in {place}"
+
+
+def _check_store_from_here(store: str) -> None:
+    reason = probe.unreachable(public_uri(store))
+    if reason:
+        raise IstanasError(
+            f"pre-flight: tracking: {public_uri(store)} is not reached from here ({reason}); {_STORE}"
+        )
+
+
+def _check_store(
+    nodes: Sequence[ClusterNode], answers: Sequence[Answer], store: str | None, trials: bool
+) -> str:
+    if store is None or sqlite_file(store) is not None:
+        return ""
+    lost = {node: answer.store for node, answer in zip(nodes, answers, strict=True) if answer.store}
+    if lost:
+        raise IstanasError(
+            f"pre-flight: tracking: {public_uri(store)} is not reached from {_named(lost)} "
+            f"({next(iter(lost.values()))}); {_STORE}"
+        )
+    where = f" and {count(len(nodes), 'node')}" if trials else ""
+    return f"tracking: {public_uri(store)} is reached from here{where}"
+
+
+_STORE = "start it, let it listen where nodes reach it, or correct MLFLOW_TRACKING_URI"
+
+
+def _named(nodes: Iterable[ClusterNode], most: int = 3) -> str:
+    names = [node.name for node in nodes]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{'node' if len(names) == 1 else 'nodes'} {', '.join(names[:most])}{more}"
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).splitlines()[0]

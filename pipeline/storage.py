@@ -1,0 +1,533 @@
+"""Run directories on `s3://` and `gs://`: worked on in a local copy, mirrored with pyarrow's file systems, as Ray does.
+
+What lies in the storage is the truth. It is fetched when a job begins, and whatever must not be lost is sent before
+it counts: every checkpoint before its epoch is done, the results before the run is finished. Files go up in an order
+that makes sense if it is cut anywhere, see `_place`; an object appears whole or not at all. The copy lies under the
+user's cache folder, at a path that spells the address, so that either can be told from the other.
+
+Folders and `file://` are not copied: there the functions of this module do nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import os
+import posixpath
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import psutil
+import tenacity
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline.redaction import without_secrets
+from pipeline.rundir import RECORD_FILE, RunDir, atomic_write
+
+_LOG = logging.getLogger(__name__)
+
+SCHEMES = ("s3", "gs")
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account",
+}
+LINK_FILE = "mlflow.json"
+OWNER_OBJECT = ".owner.json"
+OWNER_LENGTH = 512
+NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and temporaries
+
+RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; pyarrow tries for some seconds
+SECONDS_BETWEEN_BEATS = 20.0  # of a run's owner
+SECONDS_TO_BEAT = 60.0  # after which an owner that was not heard of counts as gone
+SECONDS_FORGOTTEN = 600.0  # one that was not heard of for so long is not even waited for
+
+Say = Callable[[str], None]
+
+
+# ---------- addresses and paths
+def checked_address(text: str) -> str:
+    """A place for run directories, as `runtime.runs_dir` takes it.
+
+    Raises:
+        ValueError: it is no folder and no address of a known kind, or holds what belongs into the environment.
+
+    Example:
+        >>> checked_address("runs"), checked_address("s3://bucket/runs/")
+        ('runs', 's3://bucket/runs')
+    """
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return text
+    url = urlsplit(text)
+    if scheme == "file":
+        if url.netloc or not url.path:
+            raise ValueError("write file:///PATH, with three slashes")
+        return text
+    if scheme not in SCHEMES:
+        raise ValueError("give a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH")
+    if without_secrets(text) != text:
+        raise ValueError(
+            f"no passwords or keys in an address, set them in the environment: {CREDENTIALS[scheme]}"
+        )
+    parts = url.path.strip("/").split("/") if url.path.strip("/") else []
+    if not url.netloc or any(part in ("", ".", "..") for part in parts) or url.fragment:
+        raise ValueError(f"write {scheme}://BUCKET/PREFIX")
+    return "/".join([f"{scheme}://{url.netloc}", *parts]) + (f"?{url.query}" if url.query else "")
+
+
+def is_remote(text: str) -> bool:
+    """Whether an address is one of a storage that is not worked on directly.
+
+    Example:
+        >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")
+        (True, False, False)
+    """
+    return text.partition("://")[0] in SCHEMES and "://" in text
+
+
+def local(address: str) -> Path:
+    """Where an address is worked on: a folder is itself, for a storage it is the copy. Nothing is read or made.
+
+    Example:
+        >>> local("runs"), local("file:///mnt/runs")
+        (PosixPath('runs'), PosixPath('/mnt/runs'))
+    """
+    if address.startswith("file://"):
+        return Path(unquote(urlsplit(address).path))
+    if not is_remote(address):
+        return Path(address)
+    url = urlsplit(address)
+    query = base64.urlsafe_b64encode(url.query.encode()).decode().rstrip("=")
+    return _copies() / f"{url.scheme}-{query}" / url.netloc / url.path.strip("/")
+
+
+def shown(path: Path) -> str:
+    """What people and records are told of a path: of a copy, the address that it is a copy of.
+
+    Example:
+        >>> shown(Path("runs/digits")), shown(local("s3://bucket/runs?region=eu-west-1") / "digits")
+        ('runs/digits', 's3://bucket/runs/digits?region=eu-west-1')
+    """
+    try:
+        first, *parts = path.relative_to(_copies()).parts
+    except ValueError:
+        return str(path)
+    scheme, _, encoded = first.partition("-")
+    query = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+    return f"{scheme}://{'/'.join(parts)}{'?' if query else ''}{query}"
+
+
+def _copies() -> Path:
+    from istanas.data.datasets import default_cache_dir  # imports torch, which most commands can do without
+
+    return default_cache_dir() / "storage"
+
+
+def is_copy(path: Path) -> bool:
+    """Whether a path is that of a copy of something in a storage."""
+    return path.is_relative_to(_copies())
+
+
+# ---------- what jobs and commands call
+def push(path: Path, *, once: bool = False) -> None:
+    """Send what has changed in a run directory that this process holds; nothing to do for a folder.
+
+    Args:
+        path: the run directory.
+        once: the run has failed already: try once, and say so if that fails too.
+
+    Raises:
+        IstanasError: the storage was away for `RETRY_SECONDS`, or another process has taken the run over.
+    """
+    mirror = _held.get(path)
+    if mirror is None or (once and mirror.is_away):
+        return
+    try:
+        _persistently(mirror, mirror.push, 0 if once else RETRY_SECONDS)
+    except IstanasError as error:
+        mirror.is_away = True
+        if not once:
+            raise
+        _LOG.warning("%s", error)
+
+
+@contextlib.contextmanager
+def held(path: Path, say: Say) -> Iterator[None]:
+    """Hold a run directory of a storage for this process, and fetch it; nothing to do for a folder.
+
+    Args:
+        path: the run directory, locked on this machine.
+        say: told if there is something to wait for.
+
+    Raises:
+        IstanasError: the storage can't be used; nothing was written then.
+        ConfigError: another process works on the run.
+    """
+    if not is_copy(path):
+        yield
+        return
+    mirror = _Mirror(path)
+    with mirror.failures():
+        mirror.take(say)
+    beating = threading.Event()
+    heart = threading.Thread(target=mirror.beat, args=(beating,), daemon=True)
+    try:
+        with mirror.failures():
+            mirror.pull()
+        _held[path] = mirror
+        heart.start()
+        yield
+    finally:
+        _held.pop(path, None)
+        beating.set()
+        if not mirror.is_away:  # else whoever comes next waits a minute
+            if heart.is_alive():
+                heart.join()
+            mirror.leave()
+
+
+def fetch(address: str) -> Path:
+    """The run directory at an address, brought up to date if it is a copy.
+
+    One that a process on this machine works on is the newest there is, and left alone.
+
+    Raises:
+        IstanasError: the storage can't be used.
+        ConfigError: there is no run.
+    """
+    path = local(address)
+    if not is_copy(path):
+        return path
+    mirror = _Mirror(path)
+    with mirror.failures():
+        there = mirror.list()
+        if RECORD_FILE not in there:
+            raise ConfigError(
+                f"run {mirror.address}: there is no run (no {RECORD_FILE}), give the address of one"
+            )
+        _pull_unless_in_use(mirror)
+    return path
+
+
+def fetch_records(folder: Path) -> None:
+    """Bring the records of all runs in a folder of runs up to date, if it is a copy: enough to find a run by.
+
+    Raises:
+        IstanasError: the storage can't be used.
+    """
+    if not is_copy(folder):
+        return
+    everything = _Mirror(folder)
+    with everything.failures():
+        found = {posixpath.dirname(n) for n in everything.list() if posixpath.basename(n) == RECORD_FILE}
+        here = {str(file.parent.relative_to(folder)) for file in folder.glob(f"**/{RECORD_FILE}")}
+        for name in sorted(found | here):
+            mirror = _Mirror(folder / name)
+            mirror.list()
+            _pull_unless_in_use(mirror, {RECORD_FILE, LINK_FILE})
+
+
+def _pull_unless_in_use(mirror: _Mirror, only: set[str] | None = None) -> None:
+    lock = contextlib.ExitStack()
+    try:
+        lock.enter_context(RunDir(mirror.path).lock())
+    except ConfigError:  # by a process on this machine
+        return
+    with lock:
+        mirror.pull(only)
+
+
+def _persistently(mirror: _Mirror, work: Callable[[], None], seconds: float) -> None:
+    """Do it, again and again for so long while the storage is away; said once, and when it is back."""
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            reason = _reason(state.outcome.exception())
+            _LOG.warning(
+                "%s: can't be reached (%s); trying again for %.0f minutes",
+                mirror.address,
+                reason,
+                seconds / 60,
+            )
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_of_storage),
+        wait=tenacity.wait_exponential(max=30),
+        stop=tenacity.stop_after_delay(seconds),
+        before_sleep=tell,
+        reraise=True,
+    )
+    with mirror.failures():
+        retrying(work)
+    if retrying.statistics["attempt_number"] > 1:
+        _LOG.warning("%s: is back, nothing is missing there", mirror.address)
+
+
+# ---------- one run directory and its counterpart
+class _Stamp(NamedTuple):
+    """By what two versions of a file are told apart; a file has the time of its object once they are the same."""
+
+    size: int
+    changed: int  # ns
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Who works on a run: `key` is of one sitting, `beats` shows that it lives."""
+
+    host: str
+    process: int
+    started: float
+    key: str
+    beats: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was a process of this machine that is there no more."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.process).create_time() - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+class _Mirror:
+    """A run directory's copy and the objects that it is a copy of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.address = path, shown(path)
+        process = psutil.Process()
+        self._me = _Owner(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
+        self._there: dict[str, _Stamp] = {}
+        self.is_away = False  # for good: there is no sense in trying again
+        with self.failures():
+            self._fs, self._base = _file_system(self.address)
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """What the storage refuses, as one line."""
+        try:
+            yield
+        except OSError as error:
+            if not _is_of_storage(error):
+                raise
+            scheme = self.address.partition("://")[0]
+            raise IstanasError(
+                f"runtime.runs_dir: {self.address}: {_reason(error)}: {_remedy(error, scheme)}; then the same command "
+                "goes on"
+            ) from error
+
+    # ----- single objects
+    def put(self, name: str, data: Any) -> None:
+        # In one piece: what is interrupted before `close` is no object.
+        stream = self._fs.open_output_stream(f"{self._base}/{name}")
+        stream.write(data)
+        stream.close()
+
+    def get(self, name: str) -> bytes:
+        with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
+            data: bytes = stream.read()
+        return data
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(f"{self._base}/{name}")
+
+    def list(self) -> dict[str, _Stamp]:
+        """Names and stamps of all objects that have a counterpart here."""
+        from pyarrow.fs import FileSelector, FileType
+
+        infos = self._fs.get_file_info(FileSelector(self._base, recursive=True, allow_not_found=True))
+        files = [info for info in infos if info.type == FileType.File]
+        named = {posixpath.relpath(info.path, self._base): _Stamp(info.size, info.mtime_ns) for info in files}
+        self._there = {name: stamp for name, stamp in named.items() if _is_mirrored(name)}
+        return self._there
+
+    # ----- all of them
+    def pull(self, only: set[str] | None = None) -> None:
+        """Make the copy what is there, all of it or some names; a file that is the same already stays."""
+        _make_private(self.path)
+        here = self._here()
+        for name, stamp in self.list().items():
+            if here.get(name) != stamp and (only is None or name in only):
+                atomic_write(self.path / name, self.get(name))
+                self._stamp(name)
+        for name in here.keys() - self._there.keys():
+            if only is None or name in only:
+                (self.path / name).unlink()
+
+    def push(self) -> None:
+        """Make what is there the copy."""
+        owner = self._owner()
+        if owner is not None and owner.key != self._me.key:
+            raise IstanasError(
+                f"runtime.runs_dir: {self.address}: was taken over by {owner}, which did not hear of this process for "
+                f"{SECONDS_TO_BEAT:.0f} s: let that one go on"
+            )
+        here = self._here()
+        gone = sorted(self._there.keys() - here.keys(), key=_place, reverse=True)
+        if RECORD_FILE in gone:  # started over: no moment at which there is an old record and a new file
+            for name in gone:
+                self.delete(name)
+        changed = sorted((n for n, stamp in here.items() if self._there.get(n) != stamp), key=_place)
+        for name in changed:
+            self.put(name, (self.path / name).read_bytes())
+        if RECORD_FILE not in gone:
+            for name in gone:
+                self.delete(name)
+        self.list()
+        after = self._here()
+        for name in changed:
+            if after.get(name) == here[name] and name in self._there:
+                self._stamp(name)
+
+    def _stamp(self, name: str) -> None:
+        os.utime(self.path / name, ns=(self._there[name].changed,) * 2)
+
+    def _here(self) -> dict[str, _Stamp]:
+        stamps = {}
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for file in files:
+                path = Path(folder) / file
+                name = path.relative_to(self.path).as_posix()
+                if _is_mirrored(name):
+                    stat = path.stat()
+                    stamps[name] = _Stamp(stat.st_size, stat.st_mtime_ns)
+        return stamps
+
+    # ----- whose it is
+    def take(self, say: Say) -> None:
+        """Become the owner, once no other is alive.
+
+        Raises:
+            ConfigError: another is.
+        """
+        other = self._owner()
+        if other is not None and not other.is_dead and self._age() < SECONDS_FORGOTTEN:
+            say(
+                f"{self.address}: {other} was at it: waiting {SECONDS_TO_BEAT:.0f} s to see whether it still is"
+            )
+            until = time.monotonic() + SECONDS_TO_BEAT
+            while time.monotonic() < until and (now := self._owner()) is not None:
+                if now != other:
+                    raise ConfigError(f"run {self.address}: in use by {now}; wait until it ends or stop it")
+                time.sleep(min(2.0, SECONDS_BETWEEN_BEATS))
+        self._write_owner(self._me)
+
+    def beat(self, ended: threading.Event) -> None:
+        """Show again and again, in a thread, that the owner lives."""
+        me = self._me
+        while not ended.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                owner = self._owner()
+                if owner is None or owner.key == me.key:
+                    me = _Owner(me.host, me.process, me.started, me.key, me.beats + 1)
+                    self._write_owner(me)
+            except OSError as error:  # the next push tells the user; that may be an hour away
+                _LOG.info("%s: %s", self.address, _reason(error))
+
+    def leave(self) -> None:
+        """Be the owner no longer, and leave nothing behind where no run was begun."""
+        try:
+            owner = self._owner()
+            if owner is not None and owner.key == self._me.key:
+                self.delete(OWNER_OBJECT)
+                if not self.list():
+                    self._fs.delete_dir(self._base)
+        except OSError as error:  # away at the end: as if it had been so before
+            _LOG.info("%s: %s", self.address, _reason(error))
+
+    def _owner(self) -> _Owner | None:
+        try:
+            return _Owner(**json.loads(self.get(OWNER_OBJECT)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # of another version
+            return _Owner("another machine", 0, 0.0, "")
+
+    def _write_owner(self, owner: _Owner) -> None:
+        # All of one length: pyarrow asks for an object's length first, and it may be written anew before it is read.
+        self.put(OWNER_OBJECT, json.dumps(asdict(owner)).ljust(OWNER_LENGTH).encode())
+
+    def _age(self) -> float:
+        """How long ago the owner was heard of."""
+        info = self._fs.get_file_info(f"{self._base}/{OWNER_OBJECT}")
+        return 0.0 if info.mtime_ns is None else time.time() - info.mtime_ns / 1e9
+
+
+_held: dict[Path, _Mirror] = {}
+
+
+def _place(name: str) -> int:
+    """In which order objects are written; they are deleted in the opposite one.
+
+    A checkpoint before the checksum that makes it count, both before what is told of it, the record last.
+    """
+    if name.endswith(".pt"):
+        return 0
+    if posixpath.basename(posixpath.dirname(name)) == "checkpoints":
+        return 1
+    return 3 if name == RECORD_FILE else 2
+
+
+def _is_mirrored(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] != NOT_MIRRORED and not any(part.startswith(".") for part in parts)
+
+
+def _make_private(path: Path) -> None:
+    """A folder below the user's cache, which only the user may look into."""
+    top = _copies()
+    top.mkdir(parents=True, exist_ok=True)
+    top.chmod(0o700)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem
+
+    try:
+        return FileSystem.from_uri(address)
+    except (ValueError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ConfigError(
+            f"runtime.runs_dir: {address}: {' '.join(str(error).split()):.200}; correct the address"
+        ) from None
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether it is an error of a storage, and not of this machine's disk: those have a number."""
+    return isinstance(error, OSError) and error.errno is None
+
+
+def _reason(error: BaseException | None) -> str:
+    """What a storage says, short and without secrets."""
+    text = " ".join(str(error).split())
+    return without_secrets(text.partition("AWS Error ")[2] or text)[:200]
+
+
+def _remedy(error: OSError, scheme: str) -> str:
+    text = str(error)
+    if (
+        "ACCESS_DENIED" in text
+        or "CREDENTIALS" in text
+        or "INVALID_ACCESS_KEY" in text
+        or "SIGNATURE" in text
+    ):
+        return f"give credentials that may list, read, write and delete there ({CREDENTIALS[scheme]})"
+    if "NO_SUCH_BUCKET" in text:
+        return "make the bucket, or correct its name"
+    return "check network and endpoint, and that the storage is up"

@@ -1,0 +1,130 @@
+"""Every kind of address: HOST:PORT, auto and ray://, on a cluster that wants a token; and a client that has none."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.rundir import RunDir
+from pipeline.sweep_report import read_table
+from tests.mlflow_server import unused_port
+from tests.ray_cluster import ENVIRONMENT, RayCluster
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+CONFIG = """
+data: {name: digits, holdout: 0.2}
+space: {nodes: 1, ops: [skip_connect, sep_conv_3x3]}
+search: {epochs: 2, batch_size: 64, init_channels: 4, layers: 3, arch_lr: 0.01}
+retrain: {epochs: 1, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0, drop_path: 0, cutout: 0}
+runtime: {threads: 1, device: cpu}
+tracking: {enabled: false}
+sweep: {trials: 2, objective: valid, scheduler: none, space: {search.lr: {uniform: [0.01, 0.1]}}}
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[str]:
+    """Where Ray on this machine looks for "the" cluster; a short path, for sockets lie below it."""
+    folder = tempfile.mkdtemp(prefix="ia-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def client_port() -> int:
+    return unused_port()
+
+
+@pytest.fixture(scope="module")
+def cluster(scratch: str, client_port: int) -> Iterator[RayCluster]:
+    # A busy machine takes its time to start the process that serves a client.
+    patience = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"}
+    cluster = RayCluster(4, client_port, {**TOKEN, **patience, "RAY_TMPDIR": scratch})
+    yield cluster
+    cluster.close()
+
+
+class Started:
+    """A command in a folder of its own, all of whose output is kept."""
+
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text(CONFIG)
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *arguments, "--config", "tiny.yaml"],
+            cwd=folder,
+            env={**ENVIRONMENT, **TOKEN, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def lines(self, code: int = 0) -> list[str]:
+        out, _ = self._process.communicate(timeout=300)
+        assert self._process.returncode == code, out
+        return out.splitlines()
+
+    def run_directory(self) -> Path:
+        (path,) = (self.folder / "runs").glob("tiny-*")
+        return path
+
+
+def test_jobs_run_at_every_kind_of_address_and_none_without_the_token(
+    cluster: RayCluster, client_port: int, scratch: str, tmp_path: Path
+) -> None:
+    """All at once: each waits for processes to start, most of the time."""
+    client = f"ray://127.0.0.1:{client_port}"
+    one = ("--workers", "1", "--address")
+    no_token = dict.fromkeys(TOKEN, "") | {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+    search = Started(tmp_path / "search", "search", *one, "auto", environment={"RAY_TMPDIR": scratch})
+    sweep = Started(tmp_path / "sweep", "sweep", "--address", client)
+    retrain = Started(tmp_path / "retrain", "retrain", "--genotype", "random:0", *one, client)
+    refused = Started(tmp_path / "refused", "search", *one, cluster.address, environment=no_token)
+
+    (line,) = refused.lines(code=1)
+    assert line.startswith(f"error: runtime.address is {cluster.address}: ")
+    assert "token" in line
+    assert not list((refused.folder / "runs").iterdir())
+
+    versions, storage, begun, workers, *more = search.lines()
+    assert versions.startswith("pre-flight: versions: the same on 1 node (")
+    assert storage == f"pre-flight: storage: 1 node and this process share {search.folder}/runs"
+    assert begun.startswith("search: runs/tiny-search-")
+    assert workers.startswith("1 worker (cpu, gloo)")
+    assert [line.split(":")[0] for line in more[:2]] == ["epoch 1", "epoch 2"]
+    assert RunDir(search.run_directory()).read().status == "FINISHED"
+
+    # Through Ray's client, word for word the same: what Ray says to a client goes to the log.
+    versions, storage, begun, workers, epoch, table, *_ = retrain.lines()
+    assert versions.startswith("pre-flight: versions: the same on 1 node (")
+    assert begun.startswith("retrain: runs/tiny-retrain-")
+    assert workers.startswith("1 worker (cpu, gloo)")
+    assert epoch.startswith("epoch 1: ")
+    assert table.startswith("┏")
+    assert RunDir(retrain.run_directory()).read().status == "FINISHED"
+    assert "Connected to Ray cluster" in (retrain.run_directory() / "ray" / "driver.log").read_text()
+
+    versions, storage, begun, plan, *trials = sweep.lines()
+    assert versions.startswith("pre-flight: versions: the same on 1 node (")
+    assert plan == "a trial has 1 core; 4 fit, 2 at once"
+    assert sorted(line.split(":")[0] for line in trials[:2]) == ["trial 0 done", "trial 1 done"]
+    assert list(read_table(sweep.run_directory())["state"]) == ["COMPLETE", "COMPLETE"]
+
+
+def test_an_address_that_is_none_says_which_to_give(tmp_path: Path) -> None:
+    job_server = Started(tmp_path / "a", "search", "--workers", "1", "--address", "http://127.0.0.1:8265")
+    empty = {"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1"}
+    by_variable = Started(tmp_path / "b", "search", "--workers", "1", "--address", "auto", environment=empty)
+    (line,) = job_server.lines(code=1)
+    assert "that is the job server, for istanas submit; give HOST:PORT of the head node" in line
+    (line,) = by_variable.lines(code=1)
+    assert line.startswith("error: runtime.address is '127.0.0.1:1': nobody answers there")
+    assert not os.listdir(tmp_path / "b" / "runs")

@@ -1,0 +1,149 @@
+"""What the pre-flight asks, and what it makes of the answers; tests/integration/test_preflight.py asks real nodes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline import preflight, probe
+from pipeline.cluster import allotment, find_address
+from pipeline.config import load
+from pipeline.preflight import ClusterNode, check_gpus, data_place, make_question
+from pipeline.probe import Answer
+from pipeline.resources import Node
+from pipeline.schema import RuntimeSettings
+
+NODES = [ClusterNode("1" * 56, "10.0.0.1"), ClusterNode("2" * 56, "10.0.0.2")]
+HERE = Answer({"Python": "3.11.9", "torch": "2.14.1"}, "aabbccdd", data="11223344")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (replace(HERE, code=None), "10.0.0.2 does not have this project; install it there"),
+        (
+            replace(HERE, code="ffff0000"),
+            "10.0.0.2 has other source files of this project (digest ffff0000, here",
+        ),
+        (
+            replace(HERE, versions={"Python": "3.11.9", "torch": "none"}),
+            "10.0.0.2 has torch none (here 2.14.1); install the same releases there",
+        ),
+    ],
+)
+def test_a_node_with_other_software_is_named(other: Answer, words: str) -> None:
+    with pytest.raises(IstanasError) as caught:
+        preflight._check_versions(NODES, [HERE, other], HERE)
+    assert words in str(caught.value)
+    line = preflight._check_versions(NODES, [HERE, HERE], HERE)
+    assert line == "versions: the same on 2 nodes (Python 3.11.9, torch 2.14.1, our files aabbccdd)"
+
+
+def test_other_pictures_on_a_node_are_named(tmp_path: Path) -> None:
+    config = load(None, ("data.name=folder", f"data.root={tmp_path}"))
+    question = make_question(config, None)
+    with pytest.raises(
+        IstanasError, match=r"holds other files on node 10\.0\.0\.2 than here; copy them anew"
+    ):
+        preflight._check_data(NODES, [HERE, replace(HERE, data="55667788")], HERE, question)
+
+
+def test_our_files_are_known_by_their_content(tmp_path: Path, repo_root: Path) -> None:
+    for package in probe.OURS:
+        shutil.copytree(repo_root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from pipeline.probe import code_digest; print(code_digest())"]
+
+    def digest() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert digest() == probe.code_digest()
+    with (tmp_path / "istanas" / "measure.py").open("a") as file:
+        file.write("# changed\n")
+    assert digest() != probe.code_digest()
+
+
+def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        return probe.listing_digest(str(tmp_path), ("train", "one.mat"))
+
+    assert digest() == ""
+    for name in ("train/a/1.png", "train/b/1.png", "one.mat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    seen = [digest()]
+    (tmp_path / "cache.npy").write_text("somebody's own")
+    assert digest() == seen[-1]
+    for name in ("train/b/1.png", "one.mat"):
+        (tmp_path / name).write_text("longer")
+        seen.append(digest())
+    (tmp_path / "train/c").mkdir()
+    seen.append(digest())
+    assert len(set(seen)) == 4
+    monkeypatch.setattr(probe, "MOST_FILES", 1)
+    before = digest()
+    (tmp_path / "train/b/2.png").write_text("beyond what is looked at")
+    assert digest() == before
+
+
+def test_where_the_pictures_must_lie(tmp_path: Path) -> None:
+    def place(*overrides: str) -> tuple[str | None, tuple[str, ...]]:
+        return data_place(load(None, overrides).data)
+
+    assert place() == (None, ())  # digits come with a package
+    assert place("data.name=cifar10", "data.download=true") == (None, ())
+    assert place("data.name=cifar10") == ("", ("cifar-10-batches-py",))
+    assert place("data.name=svhn", f"data.cache_dir={tmp_path}")[0] == f"{tmp_path}/downloads"
+    assert place("data.name=folder", f"data.root={tmp_path}") == (str(tmp_path), ("train", "test", "val"))
+
+
+def test_trials_share_what_they_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(None, ())
+    question = make_question(config, f"sqlite:///{tmp_path}/store/mlflow.db")
+    assert question.storage == (f"{tmp_path}/runs", f"{tmp_path}/store")
+    server = make_question(config, "https://me:secret@host:5000")
+    assert (server.store, server.store_in_environment) == ("https://host:5000", True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    answer = probe.examine(vars(replace(server, storage=(), store="sqlite:///x")), "")
+    assert answer["store"] == "MLFLOW_TRACKING_URI is not set there"
+    assert make_question(load(None, ("runtime.runs_dir=s3://b/p",)), None).storage == ("s3://b/p",)
+
+
+def test_gpus_are_there_or_waited_for() -> None:
+    lines: list[str] = []
+    check_gpus(0, 0, 10, lines.append)
+    check_gpus(2, 4, 10, lines.append)
+    check_gpus(2, 0, 10, lines.append)
+    assert lines == [
+        "pre-flight: GPUs: 2 asked for, 4 there",
+        "pre-flight: GPUs: 2 asked for, 0 there: waits for a node with the rest, at most 10 minutes "
+        "(runtime.wait_minutes)",
+    ]
+    wanted = RuntimeSettings(device="cuda", workers=2)
+    assert allotment(wanted, [Node(8)], may_come=True).bundle == {"CPU": 1, "GPU": 1}
+    with pytest.raises(ConfigError, match=r"runtime\.device is cuda"):
+        allotment(wanted, [Node(8)])
+
+
+def test_auto_is_what_the_machine_has_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert find_address("auto") == "auto"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
+    assert find_address("auto") == "10.0.0.1:6379"
+    assert find_address(None) is None
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert find_address("auto") == find_address(None) == "ray://head:10001"
+    assert find_address("other:1") == "other:1"

@@ -1,0 +1,517 @@
+"""Run directories on `s3://`, against a server that speaks the S3 protocol (moto's), on 127.0.0.1."""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from rich.console import Console
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline import checkpoint, cli, storage
+from pipeline.cluster import Runtime
+from pipeline.config import load
+from pipeline.jobs.search import run_search
+from pipeline.rundir import RunDir
+from tests.pipeline.test_jobs import TINY
+
+BUCKET = "bucket"
+NOT_REPEATED = {"images_per_second"}
+
+
+class Server:
+    """moto's S3 server, whose objects outlive its being stopped; seen through Amazon's own client."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.start()
+        self.client = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1")
+        self.client.create_bucket(Bucket=BUCKET)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
+        keys = [entry["Key"] for entry in found if not entry["Key"].endswith("/")]
+        read = self.client.get_object
+        return {key.removeprefix(f"{prefix}/"): read(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server = Server()
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
+        server.stop()
+
+
+class Elsewhere:
+    """Machines: each has a disk of its own, that is a cache folder."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self._folder, self._patch, self._number = folder, patch, 0
+        self()
+
+    def __call__(self) -> Path:
+        self._number += 1
+        cache = self._folder / f"cache-{self._number}"
+        self._patch.setenv("XDG_CACHE_HOME", str(cache))
+        return cache
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    return Elsewhere(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A place in the bucket for each test."""
+    return f"runs/{request.node.name}"
+
+
+def search(runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False) -> dict[str, Any]:
+    config = load(None, [*TINY, f"runtime.runs_dir={runs_dir}", *overrides])
+    console = Console(file=io.StringIO(), width=200)
+    with Runtime(config.runtime) as runtime:
+        return dict(run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell))
+
+
+def tiny(folder: Path, place: str) -> list[str]:
+    """The same on a command line."""
+    (folder / "tiny.yaml").write_text("")
+    return [
+        "--config",
+        str(folder / "tiny.yaml"),
+        *(f"--set={o}" for o in (*TINY, f"runtime.runs_dir={place}")),
+    ]
+
+
+def comparable(run: RunDir) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.metrics.items() if k not in NOT_REPEATED} for line in run.metrics()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What of a run directory is to be in the storage."""
+    return {
+        name: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not (name := path.relative_to(folder).as_posix()).startswith((".", "ray/"))
+    }
+
+
+def istanas(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str], list[str]]:
+    code = cli.run([*arguments])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], RunDir]:
+    """The same search in a folder, which `file://` names."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = search(folder.as_uri())
+    return result, RunDir(next(folder.glob("tiny-search-*")))
+
+
+def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
+    server: Server,
+    elsewhere: Elsewhere,
+    prefix: str,
+    undisturbed: tuple[dict[str, Any], RunDir],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = f"s3://{BUCKET}/{prefix}"
+    result = search(place)
+    run_dir = result["run_dir"]
+    assert run_dir == f"{place}/{undisturbed[1].path.name}"
+    name = f"{prefix}/{undisturbed[1].path.name}"
+    here = storage.local(run_dir)
+    there = server.objects(name)
+    assert there == files(here)
+    assert there.keys() == files(undisturbed[1].path).keys()
+    assert result["genotype"] == undisturbed[0]["genotype"]
+    assert comparable(RunDir(here)) == comparable(undisturbed[1])
+    assert storage._copies().stat().st_mode & 0o077 == 0
+    assert here.is_relative_to(storage._copies())
+
+    elsewhere()
+    common = [*tiny(tmp_path, place), "--json"]
+    # A run, a file in it, a name: all are found from a machine that has never seen them.
+    for reference in (run_dir, f"{run_dir}/genotype.json", "tiny-search"):
+        code, out, err = istanas("retrain", "--genotype", reference, *common, capsys=capsys)
+        assert code == 0, err
+        retrained = json.loads(out[-1])
+        assert retrained["run_dir"].startswith(f"{place}/tiny-retrain-")
+        record = json.loads(server.objects(retrained["run_dir"].removeprefix(f"s3://{BUCKET}/"))["run.json"])
+        assert (record["status"], record["parent"]) == ("FINISHED", run_dir)
+    assert any("finished before" in line for line in err)  # the second and third time it was there already
+
+    elsewhere()
+    store = f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    code, out, err = istanas("sync", run_dir, store, "--set=tracking.enabled=true", "--json", capsys=capsys)
+    assert code == 0, err
+    assert json.loads(out[-1])["run_dir"] == run_dir
+    from pipeline.tracking import open_client
+
+    tags = (
+        open_client(f"sqlite:///{tmp_path}/mlflow.db").get_run(json.loads(out[-1])["mlflow_run_id"]).data.tags
+    )
+    assert tags["istanas.run_dir"] == run_dir
+    code, _, err = istanas("retrain", "--genotype", f"{place}/nothing", *common, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert f"run {place}/nothing: there is no run" in err[0]
+
+
+def test_started_over_the_storage_holds_the_new_run_only(
+    server: Server, elsewhere: Elsewhere, prefix: str
+) -> None:
+    place = f"s3://{BUCKET}/{prefix}"
+    run_dir = search(place)["run_dir"]
+    name = run_dir.removeprefix(f"s3://{BUCKET}/")
+    server.client.put_object(Bucket=BUCKET, Key=f"{name}/left.txt", Body=b"over")
+    key = json.loads(server.objects(name)["run.json"])["key"]
+    elsewhere()
+    search(place, fresh=True)
+    there = server.objects(name)
+    assert "left.txt" not in there
+    assert json.loads(there["run.json"])["key"] != key
+    assert there == files(storage.local(run_dir))
+
+
+def test_what_the_storage_has_replaces_what_the_machine_has(
+    server: Server, elsewhere: Elsewhere, prefix: str
+) -> None:
+    address = f"s3://{BUCKET}/{prefix}/run"
+    path = storage.local(address)
+    for name, text in {"run.json": "{}", "same.txt": "same", "folder/other.txt": "there"}.items():
+        server.client.put_object(Bucket=BUCKET, Key=f"{prefix}/run/{name}", Body=text.encode())
+    storage.fetch(address)
+    untouched = (path / "same.txt").stat()
+    (path / "folder/other.txt").write_text("here!")
+    (path / "stale.txt").write_text("of a sitting whose end nobody saw")
+    (path / "ray").mkdir()
+    (path / "ray" / "log").write_text("of this machine")
+    storage.fetch(address)
+    assert {k: v.decode() for k, v in files(path).items()} == {
+        "run.json": "{}",
+        "same.txt": "same",
+        "folder/other.txt": "there",
+    }
+    assert (path / "ray" / "log").exists()
+    assert (path / "same.txt").stat().st_ino == untouched.st_ino  # not fetched twice
+    with RunDir(path).lock():  # a process on this machine works on it: what it has is the newest
+        (path / "same.txt").write_text("newer")
+        storage.fetch(address)
+        assert (path / "same.txt").read_text() == "newer"
+
+
+def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there before every single write and deletion of three epochs and a start anew."""
+    address = f"s3://{BUCKET}/{prefix}/run"
+    path = storage.local(address)
+    counts, looks, starting_over = 0, 0, False
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        there = server.objects(f"{prefix}/run")
+        folder = tmp_path / f"look-{looks}"
+        for name, data in there.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        if (
+            starting_over
+        ):  # the record goes first: nothing that looks like a run is without what belongs to it
+            assert "run.json" not in there or len(there) == 1 + n_files
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a checkpoint that is not whole
+            saved = checkpoint.load_latest(folder / "checkpoints")
+        epoch = 0 if saved is None else saved["epoch"]
+        assert epoch in (counts, counts + 1)
+        if "run.json" in there:
+            assert json.loads(there["run.json"])["epoch"] <= len(there["metrics.jsonl"].splitlines()) <= epoch
+
+    def watched(work: Any) -> Any:
+        def watch(self: Any, name: str, *data: Any) -> None:
+            if name != storage.OWNER_OBJECT:
+                look()
+            work(self, name, *data)
+
+        return watch
+
+    with storage.held(path, print), monkeypatch.context() as patch:
+        patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
+        patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
+        for epoch in (1, 2, 3):
+            checkpoint.save(path / "checkpoints", epoch, {"epoch": epoch})
+            counts = epoch
+            (path / "metrics.jsonl").write_text("line\n" * epoch)
+            (path / "run.json").write_text(json.dumps({"epoch": epoch}))
+            storage.push(path)
+        look()
+        n_files, starting_over = len(files(path)), True
+        assert server.objects(f"{prefix}/run").keys() - {storage.OWNER_OBJECT} == files(path).keys()
+        (path / "run.json").unlink()
+        (path / "metrics.jsonl").unlink()
+        shutil.rmtree(path / "checkpoints")
+        storage.push(path)
+    assert (
+        looks == 3 * 4 + 2 + 1 + 6
+    )  # checkpoint and checksum, metrics, record; one old pair; end; all deleted
+    assert not server.objects(f"{prefix}/run")
+
+
+def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
+    mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
+    stream = mirror._fs.open_output_stream(f"{mirror._base}/big")
+    stream.write(bytes(20_000_000))  # more than one part
+    assert not server.objects(f"{prefix}/run")
+    stream.close()
+    assert len(server.objects(f"{prefix}/run")["big"]) == 20_000_000
+
+
+@pytest.mark.slow
+def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
+    server: Server,
+    elsewhere: Elsewhere,
+    prefix: str,
+    undisturbed: tuple[dict[str, Any], RunDir],
+    tmp_path: Path,
+    repo_root: Path,
+) -> None:
+    name = f"{prefix}/{undisturbed[1].path.name}"
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "search", *tiny(tmp_path, f"s3://{BUCKET}/{prefix}")],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 120
+        while "checkpoints/epoch-0001.json" not in server.objects(name):
+            assert killed.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert json.loads(server.objects(name)["run.json"])["status"] == "RUNNING"
+    cache = elsewhere()
+    assert not cache.exists()
+    result = search(f"s3://{BUCKET}/{prefix}")
+    assert result["genotype"] == undisturbed[0]["genotype"]
+    run = RunDir(storage.local(result["run_dir"]))
+    assert comparable(run) == comparable(undisturbed[1])
+    last = [checkpoint.load_latest(r.path / "checkpoints") for r in (run, undisturbed[1])]
+    assert last[0] is not None
+    assert last[1] is not None
+    assert str(last[0]["search"]) == str(last[1]["search"])
+    assert server.objects(name) == files(run.path)
+
+
+def test_a_storage_that_comes_back_in_time_is_waited_for(
+    server: Server,
+    elsewhere: Elsewhere,
+    prefix: str,
+    undisturbed: tuple[dict[str, Any], RunDir],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away_for_a_while(history: list[Any]) -> None:
+        if len(history) == 1:
+            server.stop()
+            threading.Timer(1.0, server.start).start()
+
+    failed = 0
+    get = storage._Mirror.get
+
+    def get_twice(self: storage._Mirror, name: str) -> bytes:
+        nonlocal failed
+        failed += 1
+        if failed == 6:  # pyarrow has given up
+            raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
+        return get(self, name)
+
+    monkeypatch.setattr(storage._Mirror, "get", get_twice)
+    result = search(f"s3://{BUCKET}/{prefix}", tell=away_for_a_while)
+    assert result["genotype"] == undisturbed[0]["genotype"]
+    run = RunDir(storage.local(result["run_dir"]))
+    assert comparable(run) == comparable(undisturbed[1])
+    assert server.objects(result["run_dir"].removeprefix(f"s3://{BUCKET}/")) == files(run.path)
+    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.storage"]
+    assert len(said) == 2
+    assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
+    assert "is back" in said[1]
+
+
+@pytest.mark.slow  # pyarrow tries for six seconds
+def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
+    server: Server,
+    elsewhere: Elsewhere,
+    prefix: str,
+    undisturbed: tuple[dict[str, Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
+    place = f"s3://{BUCKET}/{prefix}"
+
+    def away(history: list[Any]) -> None:
+        server.stop()
+
+    try:
+        with pytest.raises(IstanasError) as caught:
+            search(place, tell=away)
+    finally:
+        server.start()
+    assert str(caught.value).startswith(f"runtime.runs_dir: {place}/tiny-search-")
+    assert "then the same command goes on" in str(caught.value)
+    elsewhere()
+    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.0)
+    result = search(place)
+    assert result["genotype"] == undisturbed[0]["genotype"]
+    assert comparable(RunDir(storage.local(result["run_dir"]))) == comparable(undisturbed[1])
+
+
+def test_a_second_machine_is_refused_while_the_first_lives(
+    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
+    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.5)
+    monkeypatch.setattr(storage._Owner, "is_dead", False)  # as if on another host
+    address = f"s3://{BUCKET}/{prefix}/run"
+    first = storage.local(address)
+    said: list[str] = []
+    with storage.held(first, said.append):
+        assert not said
+        elsewhere()
+        second = storage.local(address)
+        with (
+            pytest.raises(
+                ConfigError, match=rf"in use by process {os.getpid()} on .*; wait until it ends or stop"
+            ),
+            storage.held(second, said.append),
+        ):
+            pytest.fail("two owners")
+        assert "waiting" in said[0]
+        assert len(said) == 1
+        # One that was not heard of for long is taken over from, and told so before it writes again.
+        monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 60.0)
+        time.sleep(0.3)
+        mirror = storage._Mirror(second)
+        mirror._write_owner(dataclasses.replace(mirror._me, host="second"))
+        (first / "run.json").write_text("{}")
+        with pytest.raises(IstanasError, match=r"was taken over by process .* on second"):
+            storage.push(first)
+    assert "run.json" not in server.objects(f"{prefix}/run")
+
+
+def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
+    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.2)
+    address = f"s3://{BUCKET}/{prefix}/run"
+    gone = storage._Mirror(storage.local(address))
+    gone._write_owner(dataclasses.replace(gone._me, host="elsewhere"))
+    said: list[str] = []
+    with storage.held(gone.path, said.append):
+        pass
+    assert len(said) == 1
+    gone._write_owner(dataclasses.replace(gone._me, started=0.0))  # a process of this machine, long gone
+    with storage.held(gone.path, said.append):
+        pass
+    assert len(said) == 1
+    assert not server.objects(f"{prefix}/run")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("s3://nowhere/runs", "NO_SUCH_BUCKET"),
+        ("s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http", "check network and endpoint"),
+        ("s3://bucket/runs?endpoint=127.0.0.1", "Unexpected query parameter"),
+        ("s3://me:hunter2@bucket/runs", "no passwords or keys in an address"),
+        ("s3://bucket/runs?secret_key=hunter2", "no passwords or keys in an address"),
+        ("s3://bucket/../other", "write s3://BUCKET/PREFIX"),
+        ("ftp://host/runs", "give a folder, s3://BUCKET/PREFIX"),
+        ("file://host/runs", "with three slashes"),
+    ],
+)
+def test_what_can_not_be_used_is_one_line_and_leaves_nothing(
+    address: str,
+    said: str,
+    server: Server,
+    elsewhere: Elsewhere,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = istanas("search", *tiny(tmp_path, address), capsys=capsys)
+    assert code != 0
+    assert out == []
+    assert len(err) == 1
+    assert said in err[0]
+    assert "hunter2" not in err[0]
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_without_credentials_it_says_which(
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask_for_credentials_after(requests: int) -> None:
+        url, as_text = f"{server.url}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        urllib.request.urlopen(urllib.request.Request(url, str(requests).encode(), as_text)).close()
+
+    ask_for_credentials_after(0)
+    try:
+        code, out, err = istanas("search", *tiny(tmp_path, f"s3://{BUCKET}/{prefix}"), capsys=capsys)
+    finally:
+        ask_for_credentials_after(10**9)
+    assert (code, out, len(err)) == (1, [], 1)
+    assert "AWS_ACCESS_KEY_ID" in err[0]
+
+
+def test_a_sweep_says_that_it_needs_a_folder(
+    elsewhere: Elsewhere, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(repo_root / "tune_configs" / "sweep_digits.yaml")
+    code, _, err = istanas(
+        "sweep", "--config", config, "--set=runtime.runs_dir=s3://bucket/runs", capsys=capsys
+    )
+    assert (code, len(err)) == (2, 1)
+    assert "a sweep's trials need a folder" in err[0]
