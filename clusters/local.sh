@@ -14,7 +14,7 @@
 #
 # The token is that of RAY_AUTH_TOKEN, else in the file $RAY_AUTH_TOKEN_PATH, else in ~/.ray/auth_token (made if absent, mode 600).
 # Other ports: LOCAL_PORT, LOCAL_DASHBOARD_PORT, LOCAL_CLIENT_PORT. What runs is remembered in the folder LOCAL_STATE. The nodes
-# have no GPUs: a machine with several of them needs no cluster, istanas search --workers N uses them all.
+# have no GPUs: a machine with several of them needs no cluster, `istanas search --workers N` uses them all.
 set -euo pipefail
 
 STATE=${LOCAL_STATE:-/tmp/istanas-local-$(id -u)} # short: Unix sockets lie in it
