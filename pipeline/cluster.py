@@ -140,6 +140,10 @@ class Runtime:
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         answers = ask_ray(self._address)  # meanwhile, Ray is imported here
         import ray
+        from ray._private import ray_constants
+
+        # Read once, at Ray's import: which, for a sweep, lies behind us.
+        ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR) != "0"
 
         if not answers():
             raise IstanasError(f"runtime.address is {self._address}: {NOT_RAY}")
