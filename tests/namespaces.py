@@ -4,12 +4,31 @@ They share this machine's disk, as nodes share NFS, and nothing else; each has i
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 NETWORK = "10.77.0"
+
+
+def refusal() -> str | None:
+    """Why there can be no namespaces here, or None: they are tried, for not every root may make them."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "network namespaces need iproute2 and util-linux"
+    name = f"ist{os.getpid()}-try"
+    for command in (
+        ["ip", "netns", "add", name],
+        ["ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"],
+        ["ip", "netns", "delete", name],
+        ["unshare", "--mount", "--uts", "true"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            return f"namespaces can't be made here ({done.stderr.strip() or command[0]})"
+    return None
 
 
 class Network:

@@ -17,7 +17,7 @@ import pytest
 
 from istanas.space import Genotype
 from tests.integration.test_ray import CONFIG, decided, run_directory
-from tests.namespaces import Network, address
+from tests.namespaces import Network, address, refusal
 from tests.ray_cluster import ENVIRONMENT, RayCluster
 
 MACHINES = 3
@@ -44,9 +44,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
-    ),
+    pytest.mark.skipif(refusal() is not None, reason=str(refusal())),
 ]
 
 

@@ -17,15 +17,15 @@ from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.preflight import alive_nodes, check_nodes
 from pipeline.schema import Config
+from tests.namespaces import refusal
 from tests.ray_cluster import RayCluster
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(
-        os.geteuid() != 0, reason="only root can give a node a folder of its own (mount namespace)"
-    ),
+    # A node gets a folder of its own.
+    pytest.mark.skipif(refusal() is not None, reason=str(refusal())),
 ]
 
 
