@@ -281,10 +281,9 @@ def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config
         return f"{source}: {field}: unknown key, {hint}"
     if error["loc"] == ("method",):
         error = {**error, "msg": f"choose {' or '.join(_CLASSES)}"}
-    value = error.get("input")
-    value = without_secrets(value) if isinstance(value, str) else value
+    value = without_secrets(repr(error.get("input")))
     reason = error["msg"].removeprefix("Value error, ")
-    return f"{source}: {field}: {value!r:.60} is refused: {reason[:1].lower()}{reason[1:]}"
+    return f"{source}: {field}: {value:.60} is refused: {reason[:1].lower()}{reason[1:]}"
 
 
 def _printable(key: Any) -> str:

@@ -19,12 +19,14 @@ from pipeline import probe
 from pipeline.probe import Answer, Question
 from pipeline.resources import count
 from pipeline.schema import Config, DataSettings
+from pipeline.storage import is_remote, local
 from pipeline.tracking import public_uri, sqlite_file, store_uri
 
 SECONDS_TO_ANSWER = (
     60.0  # for a node: it may have to start a process, and to fetch the files of a submitted job
 )
-PACKAGES = ("ray", "torch", "torchvision", "numpy")
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "scipy", "cvxpy", "scikit-learn", "pydantic", "optuna")
+SAID = ("Python", "ray", "torch")  # of them
 SPLITS = ("train", "test", "val")
 # What each of torchvision's data sets has in its root.
 FILES = {
@@ -69,7 +71,9 @@ def check_nodes(
     store = store_uri(config.tracking.uri) if config.tracking.enabled else None
     if store is not None:
         _check_store_from_here(store)
-    question = make_question(config, store if trials else None)
+    # Trials write to the store themselves. Else only this process does, but a command may be started elsewhere again.
+    server = public_uri(store) if store is not None and store.startswith(("http://", "https://")) else None
+    question = make_question(config, store if trials else server)
     for place in question.storage:
         if "://" not in place:
             Path(place).mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def check_nodes(
         _check_versions(nodes, answers, here),
         _check_storage(nodes, blind),
         _check_data(nodes, answers, here, question),
-        _check_store(nodes, answers, store, trials),
+        _check_store(nodes, answers, store, question),
     )
     for line in filter(None, passed):
         say(f"pre-flight: {line}")
@@ -135,14 +139,14 @@ def make_question(config: Config, store: str | None) -> Question:
     """
     storage, reached, from_environment = [shared_place(config.runtime.runs_dir)], None, False
     if store is not None:
-        file = sqlite_file(store)
-        if file is not None:
-            storage.append(str(file.parent))
+        folder = store_folder(store)
+        if folder is not None:
+            storage.append(folder)
         else:
             reached, from_environment = public_uri(store), public_uri(store) != store
     data, parts = data_place(config.data)
     return Question(
-        packages=PACKAGES,
+        packages=(*PACKAGES, "mosek") if config.space.solver == "mosek" else PACKAGES,
         storage=tuple(dict.fromkeys(storage)),
         token=uuid.uuid4().hex[:12],
         data=data,
@@ -153,8 +157,23 @@ def make_question(config: Config, store: str | None) -> Question:
 
 
 def shared_place(runs_dir: str) -> str:
-    """A folder as other machines would have to call it; a URI as it is."""
-    return runs_dir if "://" in runs_dir else str(Path(runs_dir).absolute())
+    """A folder as other machines would have to call it; the address of a storage as it is."""
+    return runs_dir if is_remote(runs_dir) else str(local(runs_dir).absolute())
+
+
+def store_folder(store: str) -> str | None:
+    """The folder that a store lies in; None if it is a server or a service.
+
+    Example:
+        >>> store_folder("sqlite:////a/mlflow.db"), store_folder("file:///a/mlruns"), store_folder("http://host:1")
+        ('/a', '/a/mlruns', None)
+    """
+    file = sqlite_file(store)
+    if file is not None:
+        return str(file.parent.absolute())
+    if store.startswith("file://") or ("://" not in store and not store.startswith("databricks")):
+        return str(local(store).absolute())
+    return None
 
 
 def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
@@ -275,7 +294,7 @@ def _check_versions(nodes: Sequence[ClusterNode], answers: Sequence[Answer], her
                 f"pre-flight: versions: {node.name} has other source files of this project (digest {answer.code}, here "
                 f"{here.code}); bring it to the same commit, or have them shipped by istanas submit"
             )
-    listed = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    listed = ", ".join(f"{name} {version}" for name, version in here.versions.items() if name in SAID)
     return f"versions: the same on {count(len(nodes), 'node')} ({listed}, our files {here.code})"
 
 
@@ -327,9 +346,9 @@ def _check_store_from_here(store: str) -> None:
 
 
 def _check_store(
-    nodes: Sequence[ClusterNode], answers: Sequence[Answer], store: str | None, trials: bool
+    nodes: Sequence[ClusterNode], answers: Sequence[Answer], store: str | None, question: Question
 ) -> str:
-    if store is None or sqlite_file(store) is not None:
+    if store is None or store_folder(store) is not None:
         return ""
     lost = {node: answer.store for node, answer in zip(nodes, answers, strict=True) if answer.store}
     if lost:
@@ -337,7 +356,7 @@ def _check_store(
             f"pre-flight: tracking: {public_uri(store)} is not reached from {_named(lost)} "
             f"({next(iter(lost.values()))}); {_STORE}"
         )
-    where = f" and {count(len(nodes), 'node')}" if trials else ""
+    where = f" and {count(len(nodes), 'node')}" if question.store is not None else ""
     return f"tracking: {public_uri(store)} is reached from here{where}"
 
 

@@ -163,8 +163,8 @@ def _remote(place: str, name: str) -> tuple[Any, str]:
 
 # ---------- versions
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and the packages, without what tells builds of one release apart, such as +cu130."""
-    found = {"Python": platform.python_version()}
+    """Of Python (3.11) and the packages, without what tells builds of one release apart, such as +cu130."""
+    found = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name).partition("+")[0]
@@ -231,8 +231,8 @@ def unreachable(uri: str) -> str:
 
     MLflow's own client would try again for minutes.
     """
-    parts = urlsplit(uri)
     try:
+        parts = urlsplit(uri)
         if parts.scheme in ("http", "https"):
             code = _health(f"{uri.rstrip('/')}/health")
             return "" if code in ANSWERS else f"it answers with HTTP status {code}, as MLflow does not"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from istanas.errors import ConfigError
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline import storage
+from pipeline.redaction import without_secrets
 from pipeline.resources import WorkerRange, parse_workers
 
 Primitive = Literal[
@@ -198,6 +199,14 @@ class RetrainSettings(_Section):
     )
 
 
+def _without_password(address: str) -> str:
+    if without_secrets(address) != address:
+        raise ValueError(
+            "no password belongs in it; Ray's token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
+    return address
+
+
 class RuntimeSettings(_Section):
     """Where a job runs; never part of the configuration's hash."""
 
@@ -212,7 +221,7 @@ class RuntimeSettings(_Section):
     workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
         0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"
     )
-    address: Annotated[str, Field(min_length=1)] | None = Field(
+    address: Annotated[str, Field(min_length=1), pydantic.AfterValidator(_without_password)] | None = Field(
         None, description="of a Ray cluster; RAY_ADDRESS if not given, else Ray is started on this machine"
     )
     wait_minutes: NonNegative = Field(10.0, description="how long to wait for a cluster's resources")

@@ -20,11 +20,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import psutil
 import tenacity
@@ -48,7 +48,6 @@ NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and 
 RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; pyarrow tries for some seconds
 SECONDS_BETWEEN_BEATS = 20.0  # of a run's owner
 SECONDS_TO_BEAT = 60.0  # after which an owner that was not heard of counts as gone
-SECONDS_FORGOTTEN = 600.0  # one that was not heard of for so long is not even waited for
 
 Say = Callable[[str], None]
 
@@ -66,6 +65,8 @@ def checked_address(text: str) -> str:
     """
     scheme, separator, _ = text.partition("://")
     if not separator:
+        if text.startswith(tuple(f"{known}:" for known in (*SCHEMES, "file"))):
+            raise ValueError("write two slashes after the colon of an address")
         return text
     url = urlsplit(text)
     if scheme == "file":
@@ -78,10 +79,21 @@ def checked_address(text: str) -> str:
         raise ValueError(
             f"no passwords or keys in an address, set them in the environment: {CREDENTIALS[scheme]}"
         )
-    parts = url.path.strip("/").split("/") if url.path.strip("/") else []
-    if not url.netloc or any(part in ("", ".", "..") for part in parts) or url.fragment:
+    parts = _parts(url)
+    if not url.netloc or any(part in ("", ".", "..") or "/" in part for part in parts) or url.fragment:
         raise ValueError(f"write {scheme}://BUCKET/PREFIX")
-    return "/".join([f"{scheme}://{url.netloc}", *parts]) + (f"?{url.query}" if url.query else "")
+    return _address(url.scheme, [url.netloc, *parts], url.query)
+
+
+def _parts(url: SplitResult) -> list[str]:
+    """The names in an address, as they are: there, what means something in addresses is written with a per cent."""
+    path = url.path.strip("/")
+    return [unquote(part) for part in path.split("/")] if path else []
+
+
+def _address(scheme: str, names: Sequence[str], query: str) -> str:
+    """The opposite of `_parts`; the first name is the bucket."""
+    return f"{scheme}://{'/'.join(map(quote, names))}{'?' if query else ''}{query}"
 
 
 def is_remote(text: str) -> bool:
@@ -107,7 +119,7 @@ def local(address: str) -> Path:
         return Path(address)
     url = urlsplit(address)
     query = base64.urlsafe_b64encode(url.query.encode()).decode().rstrip("=")
-    return _copies() / f"{url.scheme}-{query}" / url.netloc / url.path.strip("/")
+    return _copies().joinpath(f"{url.scheme}-{query}", url.netloc, *_parts(url))
 
 
 def shown(path: Path) -> str:
@@ -123,7 +135,7 @@ def shown(path: Path) -> str:
         return str(path)
     scheme, _, encoded = first.partition("-")
     query = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
-    return f"{scheme}://{'/'.join(parts)}{'?' if query else ''}{query}"
+    return _address(scheme, parts, query)
 
 
 def _copies() -> Path:
@@ -289,6 +301,7 @@ class _Owner:
     started: float
     key: str
     beats: int = 0
+    place: str = ""  # where process numbers are this machine's: names of machines are not always their own
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}"
@@ -296,7 +309,7 @@ class _Owner:
     @property
     def is_dead(self) -> bool:
         """Whether it was a process of this machine that is there no more."""
-        if self.host != socket.gethostname():
+        if (self.host, self.place) != (socket.gethostname(), _place_of_processes()):
             return False
         try:
             return abs(psutil.Process(self.process).create_time() - self.started) > 1
@@ -310,7 +323,13 @@ class _Mirror:
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, shown(path)
         process = psutil.Process()
-        self._me = _Owner(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
+        self._me = _Owner(
+            socket.gethostname(),
+            process.pid,
+            process.create_time(),
+            uuid.uuid4().hex,
+            place=_place_of_processes(),
+        )
         self._there: dict[str, _Stamp] = {}
         self.is_away = False  # for good: there is no sense in trying again
         with self.failures():
@@ -417,7 +436,7 @@ class _Mirror:
             ConfigError: another is.
         """
         other = self._owner()
-        if other is not None and not other.is_dead and self._age() < SECONDS_FORGOTTEN:
+        if other is not None and not other.is_dead:
             say(
                 f"{self.address}: {other} was at it: waiting {SECONDS_TO_BEAT:.0f} s to see whether it still is"
             )
@@ -435,7 +454,7 @@ class _Mirror:
             try:
                 owner = self._owner()
                 if owner is None or owner.key == me.key:
-                    me = _Owner(me.host, me.process, me.started, me.key, me.beats + 1)
+                    me = replace(me, beats=me.beats + 1)
                     self._write_owner(me)
             except OSError as error:  # the next push tells the user; that may be an hour away
                 _LOG.info("%s: %s", self.address, _reason(error))
@@ -463,13 +482,17 @@ class _Mirror:
         # All of one length: pyarrow asks for an object's length first, and it may be written anew before it is read.
         self.put(OWNER_OBJECT, json.dumps(asdict(owner)).ljust(OWNER_LENGTH).encode())
 
-    def _age(self) -> float:
-        """How long ago the owner was heard of."""
-        info = self._fs.get_file_info(f"{self._base}/{OWNER_OBJECT}")
-        return 0.0 if info.mtime_ns is None else time.time() - info.mtime_ns / 1e9
-
 
 _held: dict[Path, _Mirror] = {}
+
+
+def _place_of_processes() -> str:
+    """This boot of this machine, and the container: two of them with one name do not know each other's processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not on Linux
+        return ""
 
 
 def _place(name: str) -> int:
@@ -498,10 +521,13 @@ def _make_private(path: Path) -> None:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it: put together here, for a name may hold anything."""
     from pyarrow.fs import FileSystem
 
+    url = urlsplit(address)
     try:
-        return FileSystem.from_uri(address)
+        system, _ = FileSystem.from_uri(_address(url.scheme, [url.netloc], url.query))
+        return system, "/".join([url.netloc, *_parts(url)])
     except (ValueError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ConfigError(
             f"runtime.runs_dir: {address}: {' '.join(str(error).split()):.200}; correct the address"

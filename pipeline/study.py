@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from istanas.errors import ConfigError, IstanasError
 from pipeline.rundir import RunDir
 from pipeline.schema import OBJECTIVES, Config, SweepSettings
+from pipeline.storage import local
 from pipeline.sweep_space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking import database_lock, one_line, public_uri
 
@@ -46,9 +47,9 @@ SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold
 def storage_uri(config: Config) -> str:
     """The database of the sweep's study."""
     given = sweep_of(config).storage
-    return (
-        given if given is not None else f"sqlite:///{Path(config.runtime.runs_dir).absolute() / STUDY_FILE}"
-    )
+    if given is not None:
+        return given
+    return f"sqlite:///{local(config.runtime.runs_dir).absolute() / STUDY_FILE}"
 
 
 def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None = None) -> Study:

@@ -527,3 +527,18 @@ def test_a_one_stage_configuration_survives_its_yaml(tmp_path: Path) -> None:
 def test_the_default_is_the_quickstart(repo_root: Path) -> None:
     assert default_file() == repo_root / "tune_configs" / "digits_quickstart.yaml"
     assert load(default_file()).data.name == "digits"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.uri=[http://me:SECRET@host]",
+        "sweep.storage=postgresql://host/db?password=SECRET",
+        "runtime.address=ray://me:SECRET@host:10001",
+        "runtime.runs_dir=s3://key:SECRET@bucket/runs",
+    ],
+)
+def test_a_refusal_shows_no_password(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(None, [override])
+    assert "SECRET" not in str(refused.value)

@@ -19,7 +19,7 @@ from pipeline.resources import Node
 from pipeline.schema import RuntimeSettings
 
 NODES = [ClusterNode("1" * 56, "10.0.0.1"), ClusterNode("2" * 56, "10.0.0.2")]
-HERE = Answer({"Python": "3.11.9", "torch": "2.14.1"}, "aabbccdd", data="11223344")
+HERE = Answer({"Python": "3.11", "torch": "2.14.1"}, "aabbccdd", data="11223344")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ HERE = Answer({"Python": "3.11.9", "torch": "2.14.1"}, "aabbccdd", data="1122334
             "10.0.0.2 has other source files of this project (digest ffff0000, here",
         ),
         (
-            replace(HERE, versions={"Python": "3.11.9", "torch": "none"}),
+            replace(HERE, versions={"Python": "3.11", "torch": "none"}),
             "10.0.0.2 has torch none (here 2.14.1); install the same releases there",
         ),
     ],
@@ -41,7 +41,7 @@ def test_a_node_with_other_software_is_named(other: Answer, words: str) -> None:
         preflight._check_versions(NODES, [HERE, other], HERE)
     assert words in str(caught.value)
     line = preflight._check_versions(NODES, [HERE, HERE], HERE)
-    assert line == "versions: the same on 2 nodes (Python 3.11.9, torch 2.14.1, our files aabbccdd)"
+    assert line == "versions: the same on 2 nodes (Python 3.11, torch 2.14.1, our files aabbccdd)"
 
 
 def test_other_pictures_on_a_node_are_named(tmp_path: Path) -> None:
@@ -118,6 +118,12 @@ def test_trials_share_what_they_write_to(tmp_path: Path, monkeypatch: pytest.Mon
     answer = probe.examine(vars(replace(server, storage=(), store="sqlite:///x")), "")
     assert answer["store"] == "MLFLOW_TRACKING_URI is not set there"
     assert make_question(load(None, ("runtime.runs_dir=s3://b/p",)), None).storage == ("s3://b/p",)
+    assert make_question(load(None, ("runtime.runs_dir=file:///new/runs",)), None).storage == ("/new/runs",)
+    # A store that is a folder has to be shared like one, whatever it is called.
+    for store in ("/nope/mlruns", "file:///nope/mlruns"):
+        folder = make_question(config, store)
+        assert (folder.storage[-1], folder.store) == ("/nope/mlruns", None)
+    assert make_question(config, "databricks").store == "databricks"
 
 
 def test_gpus_are_there_or_waited_for() -> None:

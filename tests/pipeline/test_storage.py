@@ -195,6 +195,22 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
     assert f"run {place}/nothing: there is no run" in err[0]
 
 
+@pytest.mark.parametrize("name", ["a#b", "my run", "50%41", "what?", "a&b=c", "ü"])
+def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> None:
+    root = "s3://bucket/runs?region=eu-west-1"
+    first, second = (storage.local(root) / f"{name}-{digits}" for digits in ("0123abcd", "9999ffff"))
+    assert storage.local(storage.shown(first)) == first
+    assert storage._file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
+    assert storage._file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
+    assert storage.checked_address(storage.shown(first)) == storage.shown(first)
+
+
+@pytest.mark.parametrize("address", ["s3:/b/x", "file:/x", "s3://b/%2e%2e/x", "s3://b/a%2fb", "s3://b/x//y"])
+def test_an_address_with_a_slip_is_no_folder(address: str) -> None:
+    with pytest.raises(ValueError, match="write"):
+        storage.checked_address(address)
+
+
 def test_started_over_the_storage_holds_the_new_run_only(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
