@@ -128,7 +128,7 @@ up() {
 
 start() {
     local pid i
-    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 \
+    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 GRPC_ENABLE_FORK_SUPPORT=0 \
         MLFLOW_DISABLE_TELEMETRY=true PATH="$(dirname "$PYTHON"):$PATH" \
         "$PYTHON" -c "$HOLDER" "$STATE" "$1" "$2" "$PORT" "$DASHBOARD_PORT" "$CLIENT_PORT" >log 2>&1 </dev/null &
     pid=$!

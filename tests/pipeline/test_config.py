@@ -532,13 +532,13 @@ def test_the_default_is_the_quickstart(repo_root: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "tracking.uri=[http://me:SECRET@host]",
-        "sweep.storage=postgresql://host/db?password=SECRET",
-        "runtime.address=ray://me:SECRET@host:10001",
-        "runtime.runs_dir=s3://key:SECRET@bucket/runs",
+        "tracking.uri=[http://me:hunter2@host]",
+        "sweep.storage=postgresql://host/db?password=hunter2",
+        "runtime.address=ray://me:hunter2@host:10001",
+        "runtime.runs_dir=s3://key:hunter2@bucket/runs",
     ],
 )
 def test_a_refusal_shows_no_password(override: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load(None, [override])
-    assert "SECRET" not in str(refused.value)
+    assert "hunter2" not in str(refused.value)
