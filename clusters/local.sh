@@ -75,9 +75,10 @@ fail() {
 
 # The process that holds the cluster, if it lives and is ours: a number in a file alone may be somebody else's by now.
 holder() {
-    local pid
+    local pid command
     pid=$(cat "$STATE/pid" 2>/dev/null) || return 1
-    ps -o command= -p "$pid" 2>/dev/null | grep -qF -- " $STATE " || return 1
+    command=$(ps -o command= -p "$pid" 2>/dev/null) || return 1
+    [[ $command == *" $STATE "* ]] || return 1 # not by grep -q: it ends first, and ps would be said to have failed
     echo "$pid"
 }
 

@@ -26,6 +26,7 @@ RUN = [
 TRAINING = "workflowType=machine_learning"  # of the two faces of MLflow's pages
 SECONDS = 30.0  # that a page of MLflow may take on a busy machine
 
+expect.set_options(timeout=1000 * SECONDS)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 import ray.tune  # noqa: F401 -- as a sweep does, long before it knows whether the cluster is on 127.0.0.1 only
 
 from istanas.errors import IstanasError
@@ -28,6 +30,8 @@ pytestmark = [
     pytest.mark.skipif(refusal() is not None, reason=str(refusal())),
 ]
 
+KEYS = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "any"}
+
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +43,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(apart: Path) -> Iterator[RayCluster]:
     with pytest.MonkeyPatch.context() as patch:
         before = dict(os.environ)
-        cluster = RayCluster(1)
+        cluster = RayCluster(1, environment=KEYS)
         try:
             cluster.add(1, apart=apart)
             yield cluster
@@ -126,19 +130,35 @@ def test_what_all_nodes_share_passes_in_a_line_each_and_a_node_is_asked_once(
     assert not list((tmp_path / "runs").iterdir()), "marks were left"
 
 
-def test_storage_by_a_uri_is_written_on_one_node_and_read_on_another(
-    joined: None, tmp_path: Path, apart: Path
+def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
+    joined: None, tmp_path: Path, apart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(Path("unused"), f"runtime.runs_dir=file://{tmp_path}")
-    assert lines_of(config)[1] == f"pre-flight: storage: 2 nodes and this process share file://{tmp_path}"
+    assert lines_of(config)[1] == f"pre-flight: storage: 2 nodes and this process share {tmp_path}"
     assert not list(tmp_path.iterdir())
-    assert f"file://{apart} is not shared with node {blind_node()}" in refusal(
+    assert f"{apart} is not shared with node {blind_node()}" in refusal(
         config_of(Path("unused"), f"runtime.runs_dir=file://{apart}")
     )
     assert not list(apart.glob(".pre*"))
-    assert "can't be written from here" in refusal(
-        config_of(Path("unused"), "runtime.runs_dir=nothing://here")
-    )
+    # In a bucket, on a real server; the nodes have its keys in their environment, see the fixture of the cluster.
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in KEYS.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="bucket")
+        query = f"scheme=http&endpoint_override={host}%3A{port}&region=us-east-1&allow_bucket_creation=false"
+        bucket = config_of(Path("unused"), f"runtime.runs_dir=s3://bucket/runs?{query}")
+        assert lines_of(bucket)[1] == (
+            f"pre-flight: storage: 2 nodes and this process share s3://bucket/runs?{query}"
+        )
+        assert "Contents" not in client.list_objects_v2(Bucket="bucket"), "marks were left"
+        nowhere = config_of(Path("unused"), f"runtime.runs_dir=s3://nowhere/runs?{query}")
+        assert "can't be written from here" in refusal(nowhere)
+    finally:
+        server.stop()
 
 
 def test_data_that_a_node_lacks_or_has_otherwise_is_named(joined: None, tmp_path: Path, apart: Path) -> None:
