@@ -201,6 +201,69 @@ def test_code_is_shipped_and_data_runs_secrets_and_the_ignored_are_not(here: Pat
     assert parcel.links == ("link",)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            ".env.production",
+            ".envrc",
+            "certs/tls.key",
+            "id_rsa",
+            "id_ed25519.pub",
+            "id_ecdsa",
+            "x/.git-credentials",
+        ),
+        *(".pypirc", ".kube/config", ".mlflow/credentials", ".ray/x", "home/.config/gcloud/adc.json"),
+        *("my-credentials-1.json", "terraform.tfstate.backup", "client.p12", "mosek.lic"),
+    ],
+)
+def test_a_secret_stays_by_its_name_and_by_that_of_what_it_links_to(
+    here: Path, tmp_path: Path, name: str
+) -> None:
+    write(here, "a.py", name)
+    write(tmp_path / "home", name)
+    (here / "inside.txt").symlink_to(here / name)
+    (here / "outside.txt").symlink_to(tmp_path / "home" / name)
+    assert set(working_tree(here).files) == {"a.py"}
+
+
+@pytest.mark.parametrize("variable", parcels.NAMED_SECRETS)
+def test_a_file_that_the_environment_names_as_secret_stays(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    write(here, "a.py", "sub/plain.txt")
+    (here / "linked.txt").symlink_to("sub/plain.txt")
+    (tmp_path / "other").symlink_to(here)
+    assert set(working_tree(here).files) == {"a.py", "sub/plain.txt", "linked.txt"}
+    monkeypatch.setenv(variable, str(tmp_path / "other" / "sub" / ".." / "sub" / "plain.txt"))
+    assert set(working_tree(here).files) == {"a.py"}
+
+
+def test_a_file_linked_from_data_or_runs_stays_and_one_from_the_code_goes_along(
+    here: Path, tmp_path: Path
+) -> None:
+    write(here, "a.py", "kept/pictures/1.png")
+    write(tmp_path, "b.py")
+    (here / "b.py").symlink_to(tmp_path / "b.py")
+    (here / "1.png").symlink_to("kept/pictures/1.png")
+    assert set(working_tree(here, [here / "kept"]).files) == {"a.py", "b.py"}
+
+
+def test_lines_that_are_no_patterns_ignore_nothing(here: Path) -> None:
+    write(here, "a.py", "b.log")
+    (here / ".gitignore").write_text("!\n\\\nx\\\n*.log\n")
+    assert set(working_tree(here).files) == {"a.py", ".gitignore"}
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused_and_can_be_ignored(here: Path) -> None:
+    write(here, "a.py")
+    (here / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    with pytest.raises(ConfigError, match=r"^'caf\\udce9.txt': a file name that is not UTF-8"):
+        working_tree(here)
+    (here / ".rayignore").write_text("caf*\n")
+    assert set(working_tree(here).files) == {"a.py", ".rayignore"}
+
+
 def test_files_from_elsewhere_go_along_and_the_same_files_give_the_same_bytes(
     here: Path, tmp_path: Path
 ) -> None:
