@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ SECONDS_OF_SILENCE = (
 )
 SECONDS_TO_STOP = 60  # for a job that is told to end, before Ray kills it; Ray's own default is 3
 STOPPED = "STOPPED"
+ASKS_FOR_TOKEN = "Missing authentication token"  # so says Ray's dashboard, with code 401
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 ENDED = (STOPPED, "SUCCEEDED", "FAILED")
 
 Write = Callable[[str], None]
@@ -205,29 +208,34 @@ class JobServer:
     def _greet(self) -> dict[str, str]:
         """See whether a job server answers, and how it wants to be spoken to; Ray's client would wait for ever.
 
-        The token is for who asks for it: a mistyped address does not get to know it.
+        The token is for who asks for it in Ray's words: a mistyped address does not get to know it.
         """
         answer = self._version({})
         headers: dict[str, str] = {}
         source = ""
-        if answer.status_code == 401:
+        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
             token, source = _token()
             if token is not None:
                 headers = {"Authorization": f"Bearer {token}"}
                 answer = self._version(headers)
-        if answer.status_code == 401:
+        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
+            if _tokens_are_off():
+                raise IstanasError(
+                    f"--address {self.shown}: the cluster wants its token, and RAY_AUTH_MODE is "
+                    f"{os.environ['RAY_AUTH_MODE']}: set it to token, or leave it out"
+                )
             raise IstanasError(
                 f"--address {self.shown}: the cluster wants its token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or "
                 f"write it to {TOKEN_FILE}"
             )
-        if answer.status_code == 403:
+        if answer.status_code == 403 and headers:
             raise IstanasError(
                 f"--address {self.shown}: the cluster refuses the token of {source}, give its own by RAY_AUTH_TOKEN, "
                 f"RAY_AUTH_TOKEN_PATH or {TOKEN_FILE}"
             )
         try:
-            known = answer.ok and "ray_version" in answer.json()
-        except ValueError:
+            known = answer.status_code == 200 and "ray_version" in answer.json()
+        except (TypeError, ValueError):
             known = False
         if not known:
             raise IstanasError(
@@ -239,7 +247,12 @@ class JobServer:
         import requests
 
         try:
-            return requests.get(f"{self.address}/api/version", headers=headers, timeout=SECONDS_TO_ANSWER)
+            return requests.get(
+                f"{self.address}/api/version",
+                headers=headers,
+                timeout=SECONDS_TO_ANSWER,
+                allow_redirects=False,  # to nobody else, and not with the token
+            )
         except requests.RequestException as error:
             reason = one_line(error)
             if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
@@ -346,24 +359,36 @@ def _addresses_hidden() -> Iterator[None]:
         os.environ.update(hidden)
 
 
+def _tokens_are_off() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+
+
 def _token() -> tuple[str | None, str]:
     """The cluster's token, and where it was found: where Ray looks, in Ray's order, but without RAY_AUTH_MODE too.
 
     Raises:
-        ConfigError: a file that is named can't be read.
+        ConfigError: a file can't be read, or what is there is no token.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+    if _tokens_are_off():
         return None, ""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
+        return _checked_token(token, "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
     source = f"RAY_AUTH_TOKEN_PATH ({file})" if named else str(TOKEN_FILE)
     try:
-        return file.read_text().strip() or None, source
+        token = file.read_bytes().decode("ascii", errors="replace").strip()
     except OSError as error:
         if not named and not file.exists():
             return None, ""
         raise ConfigError(
             f"{source}: can't be read ({error.strerror}), name the file with the token"
         ) from None
+    return _checked_token(token, source) if token or named else (None, "")
+
+
+def _checked_token(token: str, source: str) -> tuple[str, str]:
+    """A token that an HTTP header can hold; errors about other headers would show it."""
+    if _TOKEN.fullmatch(token) is None:
+        raise ConfigError(f"{source}: holds no token (one line of ASCII)")
+    return token, source
