@@ -30,6 +30,7 @@ SECONDS_OF_SILENCE = (
     120.0  # after which a log is asked for anew: connections die unnoticed where laptops sleep
 )
 SECONDS_TO_STOP = 60  # for a job that is told to end, before Ray kills it; Ray's own default is 3
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a job; more would mean something in an address
 STOPPED = "STOPPED"
 ASKS_FOR_TOKEN = "Missing authentication token"  # so says Ray's dashboard, with code 401
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -148,15 +149,18 @@ class JobServer:
         """
         shown, answered = 0, time.monotonic()
 
-        async def tail() -> None:
+        async def tail() -> bool:
+            """Whether the log's end was seen."""
             nonlocal shown, answered
             position = 0
             pieces = aiter(self._client.tail_job_logs(job_id))
             while True:
                 try:
                     text = await asyncio.wait_for(anext(pieces), SECONDS_OF_SILENCE)
-                except (StopAsyncIteration, TimeoutError):  # the end, or the next connection
-                    return
+                except StopAsyncIteration:
+                    return True
+                except TimeoutError:  # the next connection
+                    return False
                 answered = time.monotonic()
                 new = text[max(shown - position, 0) :]  # a connection that was lost begins anew
                 position += len(text)
@@ -167,21 +171,36 @@ class JobServer:
         import aiohttp
 
         while True:
+            whole, trouble = False, None
             try:
-                asyncio.run(tail())
-                job = self.job(job_id)
+                whole = asyncio.run(tail())
+            except (aiohttp.ClientError, OSError, RuntimeError, ValueError) as error:
+                trouble = error
+            try:
+                job = self.job(job_id)  # whatever became of its log
                 answered = time.monotonic()
-                if job.status in ENDED:
-                    return job
-            except (aiohttp.ClientError, IstanasError, OSError, RuntimeError) as error:
-                if isinstance(error, ConfigError):
-                    raise
+            except ConfigError:
+                raise
+            except IstanasError as error:
                 if time.monotonic() - answered > SECONDS_WITHOUT_ANSWER:
                     raise IstanasError(
-                        f"{self.shown} does not answer any more ({one_line(error)}); the job may go on, attach again "
-                        f"when it does: istanas jobs {job_id} --follow"
+                        f"{self.shown} does not answer any more ({one_line(trouble or error)}); the job may go on, "
+                        f"attach again when it does: istanas jobs {job_id} --follow --address {self.shown}"
                     ) from None
+            else:
+                if job.status in ENDED:
+                    if not whole:
+                        write(self._rest(job_id, shown))
+                    return job
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _rest(self, job_id: str, shown: int) -> str:
+        """An ended job's log from a position on, or why it can't be had."""
+        try:
+            with self._errors(job_id):
+                return str(self._client.get_job_logs(job_id))[shown:]
+        except IstanasError as error:
+            return f"\nthe rest of the log can't be read: {error}\n"
 
     def stop(self, job_id: str) -> tuple[Job, bool]:
         """Tell a job to end, and wait until it has.
@@ -263,11 +282,20 @@ class JobServer:
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
-        """Ray's errors as ours."""
+        """Ray's errors as ours; a name that no job has is not asked for."""
         import requests
 
+        if job_id is not None and ID.fullmatch(job_id) is None:
+            raise ConfigError(
+                f"job {job_id!r:.80}: no job has such a name, istanas jobs --address {self.shown} lists those that "
+                "there are"
+            )
         try:
             yield
+        except (AttributeError, TypeError, ValueError) as error:  # Ray's client takes apart whatever comes
+            raise IstanasError(
+                f"{self.shown}: an answer that is not of Ray's job server ({one_line(error)}), {GIVE}"
+            ) from None
         except (requests.RequestException, ConnectionError) as error:
             raise IstanasError(f"{self.shown} does not answer any more ({one_line(error)})") from None
         except RuntimeError as error:  # for every answer that is not well, with its text
@@ -309,7 +337,10 @@ def is_loopback(address: str) -> bool:
         >>> is_loopback("http://127.0.0.1:8265"), is_loopback("http://localhost"), is_loopback("http://head:8265")
         (True, True, False)
     """
-    host = urlsplit(address).hostname or ""
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:  # half an IPv6 address
+        return False
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
 
 

@@ -1,6 +1,10 @@
 """What of the job server's client needs no cluster: how it treats servers of other kinds, tokens and endings."""
 
+import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -123,3 +127,77 @@ def test_tokens_that_are_switched_off_are_named(
     assert code == 1
     assert "wants its token, and RAY_AUTH_MODE is disabled: set it to token" in line
     assert [token for _, token in server.asked] == [None]
+
+
+# ---------- jobs
+def details(status: str, code: int | None = None) -> str:
+    job = {"type": "SUBMISSION", "submission_id": "digits", "status": status, "entrypoint": "x"}
+    return json.dumps({**job, "start_time": 1000, "driver_exit_code": code})
+
+
+@pytest.fixture
+def ray(server: Server) -> Server:
+    version = {"version": "4", "ray_version": "2.50.0", "ray_commit": "x", "session_name": "x"}
+    server.answers["/api/version"] = (200, json.dumps(version))
+    return server
+
+
+@pytest.mark.parametrize("job_id", ["", "../version", "a/b", "a?b"])
+@pytest.mark.parametrize("command", ["jobs", "stop"])
+def test_a_name_that_no_job_can_have_is_refused(ray: Server, says: Says, command: str, job_id: str) -> None:
+    code, line = says(command, job_id)
+    assert code == 2
+    assert line == (
+        f"error: job {job_id!r}: no job has such a name, istanas jobs --address {ray.address} lists those that "
+        "there are"
+    )
+
+
+@pytest.mark.parametrize("answer", ["[1]", "{}", "null", "<html>", '{"status": "BOGUS"}', '{"status": null}'])
+def test_an_answer_of_another_kind_is_one_line(ray: Server, says: Says, answer: str) -> None:
+    ray.answers["/api/jobs/digits"] = (200, answer)
+    code, line = says("jobs", "digits")
+    assert code == 1
+    assert line.startswith(f"error: {ray.address}: an answer that is not of Ray's job server (")
+
+
+def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
+    ray: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = "epoch 1\nepoch 2\n"
+    ray.answers["/api/jobs/digits"] = (200, details("SUCCEEDED", 0))
+    ray.answers["/api/jobs/digits/logs"] = (200, json.dumps({"logs": log}))
+    asked = ["jobs", "digits", "--follow", "--address", ray.address]  # and /logs/tail answers 404
+    assert run(asked) == 0
+    assert capsys.readouterr().out == f"{log}digits: SUCCEEDED, exit code 0\n"
+    ray.answers["/api/jobs/digits"] = (200, details("FAILED", 3))
+    ray.answers["/api/jobs/digits/logs"] = (500, "no such file")
+    assert run(asked) == 3
+    out = capsys.readouterr().out
+    assert f"the rest of the log can't be read: {ray.address}: " in out
+    assert out.endswith("\ndigits: FAILED, exit code 3; submitted again, the same command resumes\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "what"),
+    [(signal.SIGTERM, 143, "told to end (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_who_leaves_a_job_is_told_how_to_attach_again(
+    ray: Server, capsys: pytest.CaptureFixture[str], number: int, code: int, what: str
+) -> None:
+    ray.answers["/api/jobs/digits"] = (200, details("RUNNING"))
+
+    def interrupt() -> None:
+        while ("/api/jobs/digits/logs/tail", None) not in ray.asked:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert run(["jobs", "digits", "--follow", "--address", ray.address]) == code
+    thread.join()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{what}: detached, digits runs on. Attach again: ")
+    for hint in ("jobs digits --follow", "stop digits"):
+        assert f"{hint} --address {ray.address}" in line
