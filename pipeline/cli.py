@@ -11,7 +11,8 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline import storage
 from pipeline.interruption import INTERRUPTED, TERMINATED, sigterm_interrupts
 from pipeline.promote import DEFAULT_METRIC, METRICS
+from pipeline.redaction import without_secrets
 from pipeline.stored import KINDS, METHODS
 
 if TYPE_CHECKING:
@@ -58,9 +60,11 @@ def _run(arguments: list[str] | None, told_to_end: list[int]) -> int:
         command = context.command_path if context else "istanas"
         click.echo(f"error: {' '.join(error.format_message().split())} See: {command} --help", err=True)
         return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         what = "told to end (SIGTERM)" if told_to_end else "interrupted"
-        click.echo(f"{what}: the same command resumes", err=True)
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `_interruptible`
+        click.echo(f"{what}: {hint or 'the same command resumes'}", err=True)
         return TERMINATED if told_to_end else INTERRUPTED
     except IstanasError as error:
         for line in str(error).splitlines():
@@ -600,9 +604,10 @@ def submit(
 
     job, options, config, name = _parse(context, command)
     say = _say(as_json)
-    server, started = submit_job(
-        Submission(job, command, options, config, name, cluster_mlflow), address, job_id, say
-    )
+    submission = Submission(job, command, options, config, name, cluster_mlflow)
+    listed = f"{_program()} jobs --address {without_secrets(address)}"
+    with _interruptible(f"whether the job was submitted already, say: {listed}"):
+        server, started = submit_job(submission, address, job_id, say)
     say(f"submitted {started} to {server.shown}, whose pages show it too")
     if no_wait:
         say(f"follow it: {_program()} jobs {started} --follow --address {server.shown}")
@@ -633,20 +638,28 @@ def _follow(server: JobServer, job_id: str, as_json: bool) -> None:
     def write(text: str) -> None:
         click.echo(text, nl=False, err=as_json)
 
-    try:
-        job = server.follow(job_id, write)
-    except KeyboardInterrupt:
-        say(
-            f"\ndetached, {job_id} runs on. Attach again: {_program()} jobs {job_id} --follow --address {server.shown}"
-        )
-        say(f"end it: {_program()} stop {job_id} --address {server.shown}")
-        if as_json:
-            _print_json(server.job(job_id).as_json())
-        raise click.exceptions.Exit(INTERRUPTED) from None
+    program, at = _program(), f"--address {server.shown}"
+    attach = f"Attach again: {program} jobs {job_id} --follow {at}; end it: {program} stop {job_id} {at}"
+    with _interruptible(f"detached, {job_id} runs on. {attach}"):
+        try:
+            job = server.follow(job_id, write)
+        except KeyboardInterrupt:
+            if as_json:
+                _print_json(server.job(job_id).as_json())
+            raise
     _say_end(job, say)
     if as_json:
         _print_json(job.as_json())
     raise click.exceptions.Exit(1 if job.exit_code is None else job.exit_code)
+
+
+@contextmanager
+def _interruptible(hint: str) -> Iterator[None]:
+    """Inside, who interrupts is told this, not that the same command resumes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(hint) from None
 
 
 def _say_end(job: Job, say: Callable[[str], None]) -> None:
@@ -707,7 +720,8 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
     server, say = JobServer(address), _say(as_json)
     if server.job(job_id).exit_code is None:
         say(f"{job_id}: told to end, which may take {SECONDS_TO_STOP} s")
-    job, stopped = server.stop(job_id)
+    with _interruptible(f"not waited for. How it is: {_program()} jobs {job_id} --address {server.shown}"):
+        job, stopped = server.stop(job_id)
     if stopped:
         say(f"{job_id}: stopped; submitted again, the same command resumes")
     else:

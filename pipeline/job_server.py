@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ SECONDS_OF_SILENCE = (
     120.0  # after which a log is asked for anew: connections die unnoticed where laptops sleep
 )
 SECONDS_TO_STOP = 60  # for a job that is told to end, before Ray kills it; Ray's own default is 3
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a job; more would mean something in an address
 STOPPED = "STOPPED"
+ASKS_FOR_TOKEN = "Missing authentication token"  # so says Ray's dashboard, with code 401
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 ENDED = (STOPPED, "SUCCEEDED", "FAILED")
 
 Write = Callable[[str], None]
@@ -145,15 +149,18 @@ class JobServer:
         """
         shown, answered = 0, time.monotonic()
 
-        async def tail() -> None:
+        async def tail() -> bool:
+            """Whether the log's end was seen."""
             nonlocal shown, answered
             position = 0
             pieces = aiter(self._client.tail_job_logs(job_id))
             while True:
                 try:
                     text = await asyncio.wait_for(anext(pieces), SECONDS_OF_SILENCE)
-                except (StopAsyncIteration, TimeoutError):  # the end, or the next connection
-                    return
+                except StopAsyncIteration:
+                    return True
+                except TimeoutError:  # the next connection
+                    return False
                 answered = time.monotonic()
                 new = text[max(shown - position, 0) :]  # a connection that was lost begins anew
                 position += len(text)
@@ -164,21 +171,36 @@ class JobServer:
         import aiohttp
 
         while True:
+            whole, trouble = False, None
             try:
-                asyncio.run(tail())
-                job = self.job(job_id)
+                whole = asyncio.run(tail())
+            except (aiohttp.ClientError, OSError, RuntimeError, ValueError) as error:
+                trouble = error
+            try:
+                job = self.job(job_id)  # whatever became of its log
                 answered = time.monotonic()
-                if job.status in ENDED:
-                    return job
-            except (aiohttp.ClientError, IstanasError, OSError, RuntimeError) as error:
-                if isinstance(error, ConfigError):
-                    raise
+            except ConfigError:
+                raise
+            except IstanasError as error:
                 if time.monotonic() - answered > SECONDS_WITHOUT_ANSWER:
                     raise IstanasError(
-                        f"{self.shown} does not answer any more ({one_line(error)}); the job may go on, attach again "
-                        f"when it does: istanas jobs {job_id} --follow"
+                        f"{self.shown} does not answer any more ({one_line(trouble or error)}); the job may go on, "
+                        f"attach again when it does: istanas jobs {job_id} --follow --address {self.shown}"
                     ) from None
+            else:
+                if job.status in ENDED:
+                    if not whole:
+                        write(self._rest(job_id, shown))
+                    return job
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _rest(self, job_id: str, shown: int) -> str:
+        """An ended job's log from a position on, or why it can't be had."""
+        try:
+            with self._errors(job_id):
+                return str(self._client.get_job_logs(job_id))[shown:]
+        except IstanasError as error:
+            return f"\nthe rest of the log can't be read: {error}\n"
 
     def stop(self, job_id: str) -> tuple[Job, bool]:
         """Tell a job to end, and wait until it has.
@@ -205,29 +227,34 @@ class JobServer:
     def _greet(self) -> dict[str, str]:
         """See whether a job server answers, and how it wants to be spoken to; Ray's client would wait for ever.
 
-        The token is for who asks for it: a mistyped address does not get to know it.
+        The token is for who asks for it in Ray's words: a mistyped address does not get to know it.
         """
         answer = self._version({})
         headers: dict[str, str] = {}
         source = ""
-        if answer.status_code == 401:
+        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
             token, source = _token()
             if token is not None:
                 headers = {"Authorization": f"Bearer {token}"}
                 answer = self._version(headers)
-        if answer.status_code == 401:
+        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
+            if _tokens_are_off():
+                raise IstanasError(
+                    f"--address {self.shown}: the cluster wants its token, and RAY_AUTH_MODE is "
+                    f"{os.environ['RAY_AUTH_MODE']}: set it to token, or leave it out"
+                )
             raise IstanasError(
                 f"--address {self.shown}: the cluster wants its token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or "
                 f"write it to {TOKEN_FILE}"
             )
-        if answer.status_code == 403:
+        if answer.status_code == 403 and headers:
             raise IstanasError(
                 f"--address {self.shown}: the cluster refuses the token of {source}, give its own by RAY_AUTH_TOKEN, "
                 f"RAY_AUTH_TOKEN_PATH or {TOKEN_FILE}"
             )
         try:
-            known = answer.ok and "ray_version" in answer.json()
-        except ValueError:
+            known = answer.status_code == 200 and "ray_version" in answer.json()
+        except (TypeError, ValueError):
             known = False
         if not known:
             raise IstanasError(
@@ -239,7 +266,12 @@ class JobServer:
         import requests
 
         try:
-            return requests.get(f"{self.address}/api/version", headers=headers, timeout=SECONDS_TO_ANSWER)
+            return requests.get(
+                f"{self.address}/api/version",
+                headers=headers,
+                timeout=SECONDS_TO_ANSWER,
+                allow_redirects=False,  # to nobody else, and not with the token
+            )
         except requests.RequestException as error:
             reason = one_line(error)
             if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
@@ -250,11 +282,20 @@ class JobServer:
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
-        """Ray's errors as ours."""
+        """Ray's errors as ours; a name that no job has is not asked for."""
         import requests
 
+        if job_id is not None and ID.fullmatch(job_id) is None:
+            raise ConfigError(
+                f"job {job_id!r:.80}: no job has such a name, istanas jobs --address {self.shown} lists those that "
+                "there are"
+            )
         try:
             yield
+        except (AttributeError, TypeError, ValueError) as error:  # Ray's client takes apart whatever comes
+            raise IstanasError(
+                f"{self.shown}: an answer that is not of Ray's job server ({one_line(error)}), {GIVE}"
+            ) from None
         except (requests.RequestException, ConnectionError) as error:
             raise IstanasError(f"{self.shown} does not answer any more ({one_line(error)})") from None
         except RuntimeError as error:  # for every answer that is not well, with its text
@@ -296,7 +337,10 @@ def is_loopback(address: str) -> bool:
         >>> is_loopback("http://127.0.0.1:8265"), is_loopback("http://localhost"), is_loopback("http://head:8265")
         (True, True, False)
     """
-    host = urlsplit(address).hostname or ""
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:  # half an IPv6 address
+        return False
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
 
 
@@ -346,24 +390,36 @@ def _addresses_hidden() -> Iterator[None]:
         os.environ.update(hidden)
 
 
+def _tokens_are_off() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+
+
 def _token() -> tuple[str | None, str]:
     """The cluster's token, and where it was found: where Ray looks, in Ray's order, but without RAY_AUTH_MODE too.
 
     Raises:
-        ConfigError: a file that is named can't be read.
+        ConfigError: a file can't be read, or what is there is no token.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+    if _tokens_are_off():
         return None, ""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
+        return _checked_token(token, "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
     source = f"RAY_AUTH_TOKEN_PATH ({file})" if named else str(TOKEN_FILE)
     try:
-        return file.read_text().strip() or None, source
+        token = file.read_bytes().decode("ascii", errors="replace").strip()
     except OSError as error:
         if not named and not file.exists():
             return None, ""
         raise ConfigError(
             f"{source}: can't be read ({error.strerror}), name the file with the token"
         ) from None
+    return _checked_token(token, source) if token or named else (None, "")
+
+
+def _checked_token(token: str, source: str) -> tuple[str, str]:
+    """A token that an HTTP header can hold; errors about other headers would show it."""
+    if _TOKEN.fullmatch(token) is None:
+        raise ConfigError(f"{source}: holds no token (one line of ASCII)")
+    return token, source

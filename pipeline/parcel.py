@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import zipfile
@@ -11,11 +12,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
+from pathspec.patterns.gitignore import GitIgnorePatternError
 
 from istanas.errors import ConfigError
 
 IGNORE_FILES = (".gitignore", ".rayignore")  # obeyed in every folder, as Ray does
-# In .gitignore's language. Anchored where a package may have a folder of that name.
+# In .gitignore's language: passwords, tokens, keys and licences, wherever they lie.
+SECRET = (
+    *(
+        ".env",
+        ".env.*",
+        ".envrc",
+        ".netrc",
+        ".pypirc",
+        ".git-credentials",
+        "*credentials*.json",
+        "auth_token",
+    ),
+    *(".ssh/", ".aws/", ".kube/", ".mlflow/", ".ray/", "**/.config/gcloud/"),
+    *("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "id_ecdsa*", "*.tfstate*", "*.lic"),
+)
+NAMED_SECRETS = (  # variables that name a file with one
+    "RAY_AUTH_TOKEN_PATH",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "MOSEKLM_LICENSE_FILE",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+)
+# Anchored where a package may have a folder of that name.
 NEVER = (
     *(
         ".git",
@@ -31,7 +56,7 @@ NEVER = (
     ),
     *("__pycache__/", "*.py[co]", ".*_cache/", ".hypothesis/", ".ipynb_checkpoints/", ".cache/", ".DS_Store"),
     *("/data/", "/runs/", "mlruns/", "mlartifacts/", "mlflow.db*", ".submitted/"),
-    *(".env", ".netrc", ".ssh/", ".aws/", "*.pem", "auth_token"),
+    *SECRET,
 )
 ADDED = ".submitted"  # where files from elsewhere lie in the parcel
 MAX_BYTES = 100 * 1024**2  # the most that Ray's dashboard takes
@@ -59,7 +84,7 @@ class Parcel:
 
     def add(self, file: Path) -> str:
         """Take a file along, wherever it lies; its name in the parcel, relative to the job's working directory."""
-        file = file.absolute()
+        file = file.parent.resolve() / file.name  # as the files of the folder are spelt
         for name, packed in self.files.items():
             if packed == file:
                 return name
@@ -109,38 +134,71 @@ def working_tree(folder: Path, not_shipped: Collection[Path] = ()) -> Parcel:
         not_shipped: folders that stay here, beside those that always do.
 
     Raises:
+        ConfigError: a file's name is not UTF-8.
         OSError: a folder that can't be read.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # paths below are compared as they really are
+    named = [os.environ[name] for name in NAMED_SECRETS if os.environ.get(name)]
+    stay = {path.expanduser().resolve() for path in (*not_shipped, *map(Path, named))}
     links: list[str] = []
     rules = [(folder, GitIgnoreSpec.from_lines(NEVER))]
-    found = itertools.islice(_files(folder, rules, not_shipped, links), MAX_FILES + 1)
-    files = {path.relative_to(folder).as_posix(): path for path in found}
-    return Parcel(folder, files, tuple(str(Path(link).relative_to(folder)) for link in links))
+    found = itertools.islice(_files(folder, rules, stay, links), MAX_FILES + 1)
+    files = {_portable(path.relative_to(folder)): path for path in found}
+    return Parcel(folder, files, tuple(_portable(Path(link).relative_to(folder)) for link in links))
+
+
+def _portable(path: Path) -> str:
+    name = path.as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name!r}: a file name that is not UTF-8 can't be shipped, rename it or name it in a .rayignore"
+        ) from None
+    return name
+
+
+def _ignored(file: Path) -> GitIgnoreSpec:
+    """The rules of a file; a line that is no pattern ignores nothing, as in git."""
+    lines = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(GitIgnorePatternError):
+            GitIgnoreSpec.from_lines([line])
+            lines.append(line)
+    return GitIgnoreSpec.from_lines(lines)
+
+
+def _leads_to_what_stays(link: Path, base: Path, stay: set[Path]) -> bool:
+    """Whether a linked file is a secret, or lies among data or runs."""
+    target = link.resolve()
+    if not stay.isdisjoint((target, *target.parents)):
+        return True
+    if target.is_relative_to(base):
+        return GitIgnoreSpec.from_lines(NEVER).match_file(target.relative_to(base).as_posix())
+    return GitIgnoreSpec.from_lines(SECRET).match_file(target.relative_to("/").as_posix())
 
 
 def _files(
-    folder: Path, rules: list[tuple[Path, GitIgnoreSpec]], not_shipped: Collection[Path], links: list[str]
+    folder: Path, rules: list[tuple[Path, GitIgnoreSpec]], stay: set[Path], links: list[str]
 ) -> Iterator[Path]:
     rules = rules + [
-        (folder, GitIgnoreSpec.from_lines(file.read_text(errors="replace").splitlines()))
-        for file in (folder / name for name in IGNORE_FILES)
-        if file.is_file()
+        (folder, _ignored(file)) for file in (folder / name for name in IGNORE_FILES) if file.is_file()
     ]
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path, is_folder = Path(entry.path), entry.is_dir()
-        if path in not_shipped:
+        if path in stay:
             continue
         end = "/" if is_folder else ""
         if any(spec.match_file(f"{path.relative_to(base).as_posix()}{end}") for base, spec in rules):
             continue
         if not is_folder:
-            if entry.is_file():  # nor sockets, pipes, or links to nowhere
+            secret = entry.is_symlink() and _leads_to_what_stays(path, rules[0][0], stay)
+            if entry.is_file() and not secret:  # nor sockets, pipes, or links to nowhere
                 yield path
         elif entry.is_symlink():  # to data, as a rule
             links.append(entry.path)
         else:
-            yield from _files(path, rules, not_shipped, links)
+            yield from _files(path, rules, stay, links)
 
 
 def megabytes(size: int) -> str:

@@ -15,21 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
 from pipeline.config import check_batch_sizes
-from pipeline.job_server import PROGRAM, JobServer, Write, is_loopback
+from pipeline.job_server import ID, PROGRAM, JobServer, Write, is_loopback
 from pipeline.parcel import Parcel, megabytes, working_tree
 from pipeline.redaction import without_secrets
 from pipeline.schema import Config, OneStageConfig
+from pipeline.storage import is_remote, local
 from pipeline.tracking import public_uri
 
 JOBS = ("search", "retrain", "run", "sweep")  # what can be submitted
 STORE = "MLFLOW_TRACKING_URI"
 # Ray shows a job's environment to everybody who sees the job.
 SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def submit(submission: Submission, address: str, job_id: str | None, say: Write)
     for link in parcel.links:
         say(f"not shipped: {link}, a link to a folder")
     server = JobServer(address)
-    say(f"shipping {parcel.folder}: {len(parcel.files)} files, {megabytes(parcel.size)} before compression")
     job_id = job_id or submission.id
+    size = megabytes(parcel.size)  # the id is told first: whoever interrupts can ask for the job
+    say(f"shipping {parcel.folder}: {len(parcel.files)} files, {size} before compression, as {job_id}")
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "working_tree.zip"
         parcel.write(package)
@@ -107,6 +109,8 @@ def check(submission: Submission, address: str) -> None:
         ConfigError: one line per mistake.
     """
     config = submission.config
+    if submission.options.get("dry_run"):
+        raise ConfigError("--dry-run: starts nothing, run it here: the same command without submit")
     if submission.job == "sweep":
         from pipeline.sweep_space import check_space
 
@@ -115,19 +119,26 @@ def check(submission: Submission, address: str) -> None:
         both = submission.job == "run" and not isinstance(config, OneStageConfig)
         first = "retrain" if submission.job == "retrain" else "search"
         check_batch_sizes(config, ("search", "retrain") if both else (first,))
-    problems = [*_lost(config), *_unreachable(submission, address), *_shown(submission)]
+    problems = [*_lost(submission), *_unreachable(submission, address), *_shown(submission)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _lost(config: Config) -> list[str]:
-    """What the job would write where it goes with the job."""
-    problems = []
+def _lost(submission: Submission) -> list[str]:
+    """What the job would write where it goes with the job, or can't write."""
+    config, problems = submission.config, []
     folder = config.runtime.runs_dir
-    if "://" not in folder and not Path(folder).is_absolute():
+    sweep = submission.job == "sweep"
+    if is_remote(folder):
+        if sweep:
+            problems.append(
+                f"runtime.runs_dir is {folder}: a sweep's trials need a folder that all nodes share, such as one on "
+                "NFS (--set runtime.runs_dir=/SHARED/runs); searches and retrainings may lie in a storage"
+            )
+    elif not local(folder).is_absolute():
         problems.append(
             f"runtime.runs_dir is {folder}: it would be lost with the job's working directory, name a folder that all "
-            "nodes see (--set runtime.runs_dir=/SHARED/runs) or s3://BUCKET/PREFIX"
+            f"nodes see (--set runtime.runs_dir=/SHARED/runs){'' if sweep else ' or s3://BUCKET/PREFIX'}"
         )
     storage = None if config.sweep is None else config.sweep.storage
     if storage is not None and _is_relative(storage):
@@ -143,8 +154,8 @@ def _unreachable(submission: Submission, address: str) -> list[str]:
     config, problems = submission.config, []
     if config.runtime.address is not None:
         problems.append(
-            f"runtime.address is {config.runtime.address}: the job joins the cluster that it runs on, leave it out "
-            "(--set runtime.address=null)"
+            f"runtime.address is {without_secrets(config.runtime.address)}: the job joins the cluster that it runs "
+            "on, leave it out (--set runtime.address=null)"
         )
     if submission.job != "sweep" and "workers" not in config.runtime.model_fields_set:
         problems.append(
@@ -176,9 +187,25 @@ def _unreachable_store(submission: Submission, address: str) -> list[str]:
         ]
     if _is_relative(uri):
         return [f"{field} is {uri}: a path that would be lost with the job's working directory, {remedy}"]
+    if uri.startswith(("http://", "https://")) and not _is_url(uri):
+        return [f"{field} is no address of a server, {remedy}"]  # nor can the password in it be told apart
     if uri.startswith(("http://", "https://")) and is_loopback(uri) and not is_loopback(address):
         return [f"{field} is {public_uri(uri)}: on the cluster that is another machine, {remedy}"]
     return []
+
+
+def _is_url(uri: str) -> bool:
+    """Whether an address of a server can be read.
+
+    Example:
+        >>> _is_url("http://[::1]:5000"), _is_url("http://[::1"), _is_url("http://"), _is_url("http://h:port")
+        (True, False, False, False)
+    """
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _is_relative(uri: str) -> bool:
@@ -246,18 +273,26 @@ def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
     """The reference as it holds on the cluster."""
     from pipeline.references import resolve_genotype
 
-    path = Path(reference).expanduser()
-    kept = path.is_absolute() and path.is_relative_to(config.runtime.runs_dir)  # where the cluster's runs are
+    path, runs = Path(reference).expanduser(), config.runtime.runs_dir
+    shared = path.is_absolute() and not is_remote(runs)
+    kept = shared and path.resolve().is_relative_to(local(runs).resolve())  # where the cluster's runs are
     if reference in PUBLISHED or reference.startswith("random:") or path.is_file():
-        runs_dir, store = Path(config.runtime.runs_dir), config.tracking.uri
-        space = config.space.cell_space()
-        resolve_genotype(reference, space=space, runs_dir=runs_dir, tracking_uri=store)  # refuses a bad one
+        space, store = config.space.cell_space(), config.tracking.uri
+        resolve_genotype(
+            reference, space=space, runs_dir=local(runs), tracking_uri=store
+        )  # refuses a bad one
     if path.is_file() and not kept:
         return parcel.add(path)
     if path.is_dir() and not path.is_absolute():
         raise ConfigError(
             f"--genotype {reference}: a folder here, which the cluster does not see, give {reference}/genotype.json, "
             "which is shipped"
+        )
+    names_a_file = "/" in reference or path.suffix == ".json"
+    if names_a_file and "://" not in reference and not path.is_absolute():
+        raise ConfigError(
+            f"--genotype {reference}: no such file here, and the cluster sees none of this folder's; give a file, or "
+            "a run by its absolute path or its name"
         )
     return reference
 
@@ -297,6 +332,23 @@ def command_line(arguments: Sequence[str], store_of_cluster: bool = False) -> st
 
 
 def _not_shipped(config: Config) -> list[Path]:
-    """The folders of data and runs."""
-    folders = [config.runtime.runs_dir, config.data.root, config.data.cache_dir]
-    return [Path(folder).expanduser().absolute() for folder in folders if folder and "://" not in folder]
+    """The folders of data and runs, as they really lie.
+
+    Raises:
+        ConfigError: the working directory is one, or lies in one.
+    """
+    runs, data = config.runtime.runs_dir, config.data
+    given = {"runtime.runs_dir": None if is_remote(runs) else str(local(runs))}
+    given |= {"data.root": data.root, "data.cache_dir": data.cache_dir}
+    here, folders = Path.cwd().resolve(), []
+    for setting, value in given.items():
+        if not value or is_remote(value):
+            continue
+        folder = Path(value).expanduser().resolve()
+        if here.is_relative_to(folder):
+            raise ConfigError(
+                f"{setting} is {value}: the working directory lies in it, and data and runs are not shipped; submit "
+                "from the folder of your code"
+            )
+        folders.append(folder)
+    return folders

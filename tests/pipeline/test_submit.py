@@ -16,7 +16,7 @@ from pipeline.cli import run
 from pipeline.config import load
 from pipeline.job_server import JobServer, job_address
 from pipeline.parcel import working_tree
-from pipeline.submit import Submission, check, command_line, environment, pack
+from pipeline.submit import Submission, _not_shipped, check, command_line, environment, pack
 
 Write = Callable[..., Path]
 HEAD = "http://head:8265"
@@ -73,6 +73,14 @@ def refused(*settings: str, address: str = HEAD, job: str = "search", cluster: b
         ([*GOOD, "data={name: cifar10, root: ~/data}"], []),
         ([*GOOD, "runtime.address=auto"], ["runtime.address is auto: the job joins the cluster"]),
         (
+            [*GOOD, "runtime.address='ray://me:pw@h:1'"],
+            [
+                "runtime.address is ray://h:1: the job joins",
+                "\"runtime.address='ray://h:1'\" holds a password",
+            ],
+        ),
+        (["runtime.workers=2", "runtime.runs_dir=file:///shared/runs"], []),
+        (
             [*GOOD, "search.batch_size=3"],
             ["search.batch_size is 3, of all workers together: 2 need at least"],
         ),
@@ -105,6 +113,26 @@ def test_each_job_is_checked_for_what_it_trains() -> None:
         "runtime.runs_dir=/shared", *NO_STORE, *space, job="sweep"
     )  # its trials are its workers
     assert line.startswith("sweep.storage is sqlite:///study.db: it would be lost")
+
+
+def test_a_sweep_that_would_fail_or_start_nothing_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = ["data.holdout=0.1", "sweep={space: {search.lr: {uniform: [0.1, 0.2]}}}"]
+    (line,) = refused("runtime.runs_dir=s3://bucket/runs", *NO_STORE, *space, job="sweep")
+    assert line.startswith(
+        "runtime.runs_dir is s3://bucket/runs: a sweep's trials need a folder that all nodes"
+    )
+    (line,) = refused("runtime.runs_dir=runs", *NO_STORE, *space, job="sweep")
+    assert "s3://" not in line
+    assert run(["submit", "--address", "127.0.0.1:1", "--", "sweep", "--dry-run"]) == 2
+    assert "error: --dry-run: starts nothing, run it here" in capsys.readouterr().err
+
+
+def test_half_an_address_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
+    (line,) = refused(*GOOD)
+    assert line.startswith("MLFLOW_TRACKING_URI is no address of a server")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +229,94 @@ def test_code_is_shipped_and_data_runs_secrets_and_the_ignored_are_not(here: Pat
     assert parcel.links == ("link",)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            ".env.production",
+            ".envrc",
+            "certs/tls.key",
+            "id_rsa",
+            "id_ed25519.pub",
+            "id_ecdsa",
+            "x/.git-credentials",
+        ),
+        *(".pypirc", ".kube/config", ".mlflow/credentials", ".ray/x", "home/.config/gcloud/adc.json"),
+        *("my-credentials-1.json", "terraform.tfstate.backup", "client.p12", "mosek.lic"),
+    ],
+)
+def test_a_secret_stays_by_its_name_and_by_that_of_what_it_links_to(
+    here: Path, tmp_path: Path, name: str
+) -> None:
+    write(here, "a.py", name)
+    write(tmp_path / "home", name)
+    (here / "inside.txt").symlink_to(here / name)
+    (here / "outside.txt").symlink_to(tmp_path / "home" / name)
+    assert set(working_tree(here).files) == {"a.py"}
+
+
+@pytest.mark.parametrize("variable", parcels.NAMED_SECRETS)
+def test_a_file_that_the_environment_names_as_secret_stays(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    write(here, "a.py", "sub/plain.txt")
+    (here / "linked.txt").symlink_to("sub/plain.txt")
+    (tmp_path / "other").symlink_to(here)
+    assert set(working_tree(here).files) == {"a.py", "sub/plain.txt", "linked.txt"}
+    monkeypatch.setenv(variable, str(tmp_path / "other" / "sub" / ".." / "sub" / "plain.txt"))
+    assert set(working_tree(here).files) == {"a.py"}
+
+
+def test_a_file_linked_from_data_or_runs_stays_and_one_from_the_code_goes_along(
+    here: Path, tmp_path: Path
+) -> None:
+    write(here, "a.py", "kept/pictures/1.png")
+    write(tmp_path, "b.py")
+    (here / "b.py").symlink_to(tmp_path / "b.py")
+    (here / "1.png").symlink_to("kept/pictures/1.png")
+    assert set(working_tree(here, [here / "kept"]).files) == {"a.py", "b.py"}
+
+
+def test_data_and_runs_stay_however_they_are_spelt(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, "a.py", "mydata/1", "myruns/1")
+    link = tmp_path / "link"
+    link.symlink_to(here)
+
+    def shipped(**settings: str) -> set[str]:
+        given = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+        return set(working_tree(Path.cwd(), _not_shipped(submission(*given).config)).files)
+
+    assert shipped() == {"a.py", "mydata/1", "myruns/1"}
+    for runs in (f"{here}/../here/myruns", f"file://{here}/myruns", f"{link}/myruns"):
+        assert shipped(runtime__runs_dir=runs) == {"a.py", "mydata/1"}
+    for root in (f"{link}/mydata", f"{here}/mydata"):
+        assert shipped(data=f"{{name: cifar10, root: {root}}}") == {"a.py", "myruns/1"}
+    outside = "the working directory lies in it.* submit from the folder of your code"
+    for folder in (link, tmp_path, here / "mydata" / ".."):
+        with pytest.raises(ConfigError, match=f"^runtime.runs_dir is .*{outside}"):
+            shipped(runtime__runs_dir=str(folder))
+        with pytest.raises(ConfigError, match=f"^data.root is .*{outside}"):
+            shipped(data=f"{{name: cifar10, root: {folder}}}")
+    assert shipped(runtime__runs_dir="s3://bucket/runs") == {"a.py", "mydata/1", "myruns/1"}
+
+
+def test_lines_that_are_no_patterns_ignore_nothing(here: Path) -> None:
+    write(here, "a.py", "b.log")
+    (here / ".gitignore").write_text("!\n\\\nx\\\n*.log\n")
+    assert set(working_tree(here).files) == {"a.py", ".gitignore"}
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused_and_can_be_ignored(here: Path) -> None:
+    write(here, "a.py")
+    (here / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    with pytest.raises(ConfigError, match=r"^'caf\\udce9.txt': a file name that is not UTF-8"):
+        working_tree(here)
+    (here / ".rayignore").write_text("caf*\n")
+    assert set(working_tree(here).files) == {"a.py", ".rayignore"}
+
+
 def test_files_from_elsewhere_go_along_and_the_same_files_give_the_same_bytes(
     here: Path, tmp_path: Path
 ) -> None:
@@ -265,8 +381,11 @@ def test_the_command_names_files_as_they_lie_in_the_parcel(here: Path, tmp_path:
     assert packed("sub/c.json") == ["a.yaml", "--genotype", "sub/c.json"]
     for reference in ("ISTA_onestage", "random:3", "/shared/runs/x-search-1", "x-search"):
         assert packed(reference) == ["a.yaml", "--genotype", reference]
-    on_shared_disk = f"runtime.runs_dir={tmp_path}"
-    assert packed(str(tmp_path / "g.json"), on_shared_disk)[-1] == str(tmp_path / "g.json")
+    for runs in (tmp_path, f"file://{tmp_path}", f"{here}/.."):
+        assert packed(str(tmp_path / "g.json"), f"runtime.runs_dir={runs}")[-1] == str(tmp_path / "g.json")
+    for reference in ("nope/genotype.json", "nope.json"):
+        with pytest.raises(ConfigError, match=f"--genotype {reference}: no such file here"):
+            packed(reference)
     with pytest.raises(ConfigError, match="random:SEED"):
         packed("random:x")
     with pytest.raises(ConfigError, match="--genotype sub: a folder here, which the cluster does not see"):
