@@ -10,8 +10,8 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 import ray.tune  # noqa: F401 -- as a sweep does, long before it knows whether the cluster is on 127.0.0.1 only
+from moto.server import ThreadedMotoServer
 
 from istanas.errors import IstanasError
 from pipeline.cli import run
@@ -19,7 +19,7 @@ from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.preflight import alive_nodes, check_nodes
 from pipeline.schema import Config
-from tests.namespaces import refusal
+from tests import namespaces
 from tests.ray_cluster import RayCluster
 
 pytestmark = [
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(300),
     # A node gets a folder of its own.
-    pytest.mark.skipif(refusal() is not None, reason=str(refusal())),
+    pytest.mark.skipif(namespaces.refusal() is not None, reason=str(namespaces.refusal())),
 ]
 
 KEYS = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "any"}
