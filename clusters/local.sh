@@ -77,7 +77,7 @@ fail() {
 holder() {
     local pid command
     pid=$(cat "$STATE/pid" 2>/dev/null) || return 1
-    command=$(ps -o command= -p "$pid" 2>/dev/null) || return 1
+    command=$(ps -ww -o command= -p "$pid" 2>/dev/null) || return 1
     [[ $command == *" $STATE "* ]] || return 1 # not by grep -q: it ends first, and ps would be said to have failed
     echo "$pid"
 }

@@ -154,7 +154,8 @@ def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
         assert lines_of(bucket)[1] == (
             f"pre-flight: storage: 2 nodes and this process share s3://bucket/runs?{query}"
         )
-        assert "Contents" not in client.list_objects_v2(Bucket="bucket"), "marks were left"
+        left = [each["Key"] for each in client.list_objects_v2(Bucket="bucket").get("Contents", [])]
+        assert left in ([], ["runs/"]), "marks were left"  # pyarrow makes an object for the folder
         nowhere = config_of(Path("unused"), f"runtime.runs_dir=s3://nowhere/runs?{query}")
         assert "can't be written from here" in refusal(nowhere)
     finally:
