@@ -26,7 +26,7 @@ tracking: {enabled: false}
 sweep: {trials: 1, objective: valid, scheduler: none, space: {search.lr: {uniform: [0.01, 0.1]}}}
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,29 @@ class Started:
         folder.mkdir()
         (folder / "tiny.yaml").write_text(CONFIG)
         self.folder = folder
+        self._command = [sys.executable, "-m", "pipeline.cli", *arguments, "--config", "tiny.yaml"]
+        self._environment = {**ENVIRONMENT, **TOKEN, **(environment or {})}
+        self._start()
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *arguments, "--config", "tiny.yaml"],
-            cwd=folder,
-            env={**ENVIRONMENT, **TOKEN, **(environment or {})},
+            self._command,
+            cwd=self.folder,
+            env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
     def lines(self, code: int = 0) -> list[str]:
-        out, _ = self._process.communicate(timeout=300)
+        """All that it printed. Ray's server of clients hangs now and then before it has begun: one more try."""
+        try:
+            out, _ = self._process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            self._start()
+            out, _ = self._process.communicate(timeout=300)
         assert self._process.returncode == code, out
         return out.splitlines()
 
