@@ -109,7 +109,9 @@ class Runtime:
             self._ours = False
         if self._logs is not None and _session_of(self._logs) == self._scratch:
             _collect_logs(self._logs)  # a second command may have begun here meanwhile: its logs are its own
-        if self._scratch is not None:  # what was refused has no run directory to collect logs in
+        if self._scratch is not None:
+            os.environ.pop("RAY_TMPDIR", None)
+            # What was refused has no run directory to collect logs in.
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def start(self, run_dir: Path, *, dashboard: bool = False) -> None:
@@ -155,6 +157,9 @@ class Runtime:
             # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
             self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
+            os.environ["RAY_TMPDIR"] = str(
+                self._scratch
+            )  # where its processes look for their cluster, see below
             # This machine is not taken away, and nobody looks at Ray's own figures: their collectors would only take
             # time from the workers, which wait for each other in every step.
             os.environ.update({**NO_COLLECTORS, **os.environ})
@@ -168,6 +173,11 @@ class Runtime:
             with uninterrupted() as interrupted:
                 ray.init(**options)
                 self._ours = True
+                if self._scratch is not None:
+                    # Else they take any Ray of this machine for theirs, or none if there are several.
+                    current = self._scratch / "ray" / "ray_current_cluster"
+                    current.parent.mkdir(exist_ok=True)
+                    current.write_text(ray.get_runtime_context().gcs_address)
             if interrupted:
                 signal.raise_signal(interrupted[0])
         except (ConnectionError, ValueError, RuntimeError) as error:
