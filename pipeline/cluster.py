@@ -95,6 +95,7 @@ class Runtime:
         self._scratch: Path | None = None
         self._ours = False
         self.examined: set[str] = set()  # nodes that have passed the pre-flight
+        self._tmpdir = os.environ.get("RAY_TMPDIR")  # the user's; a Ray that is started here gets its own
 
     def __enter__(self) -> Runtime:
         return self
@@ -110,7 +111,10 @@ class Runtime:
         if self._logs is not None and _session_of(self._logs) == self._scratch:
             _collect_logs(self._logs)  # a second command may have begun here meanwhile: its logs are its own
         if self._scratch is not None:
-            os.environ.pop("RAY_TMPDIR", None)
+            if self._tmpdir is None:
+                os.environ.pop("RAY_TMPDIR", None)
+            else:
+                os.environ["RAY_TMPDIR"] = self._tmpdir
             # What was refused has no run directory to collect logs in.
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -157,9 +161,8 @@ class Runtime:
             # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
             self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
-            os.environ["RAY_TMPDIR"] = str(
-                self._scratch
-            )  # where its processes look for their cluster, see below
+            # Where its processes look for their cluster, see below.
+            os.environ["RAY_TMPDIR"] = str(self._scratch)
             # This machine is not taken away, and nobody looks at Ray's own figures: their collectors would only take
             # time from the workers, which wait for each other in every step.
             os.environ.update({**NO_COLLECTORS, **os.environ})
