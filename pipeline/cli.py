@@ -595,9 +595,9 @@ def submit(
 ) -> None:
     """Run search, retrain, run or sweep on a Ray cluster, as a job of its own.
 
-    Checks the command here, ships the working directory (no data, runs or secrets, nothing that a .gitignore or
-    .rayignore names), shows the job's log and ends with its exit code; 143 if it was stopped. Ctrl-C (130) lets the
-    job run on. The same command, submitted again, resumes its run.
+    Checks the command here, ships the working directory (no data, runs or well-known files of secrets, nothing that a
+    .gitignore or .rayignore in it names), shows the job's log and ends with its exit code; 143 if it was stopped.
+    Ctrl-C (130) lets the job run on. The same command, submitted again, resumes its run.
     """
     from pipeline.submit import Submission
     from pipeline.submit import submit as submit_job

@@ -486,10 +486,8 @@ def _log_to(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in (
-        "ray",
-        "ray.util.client.logsclient",
-    ):  # the latter passes on nothing of what a client is sent
+    # The latter passes on nothing of what a client is sent.
+    for name in ("ray", "ray.util.client.logsclient"):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             logger.removeHandler(old)

@@ -26,9 +26,8 @@ TOKEN_FILE = Path("~/.ray/auth_token")
 SECONDS_TO_ANSWER = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_WITHOUT_ANSWER = 60.0  # after which a server that was there counts as gone
-SECONDS_OF_SILENCE = (
-    120.0  # after which a log is asked for anew: connections die unnoticed where laptops sleep
-)
+# After which a log is asked for anew: connections die unnoticed where laptops sleep.
+SECONDS_OF_SILENCE = 120.0
 SECONDS_TO_STOP = 60  # for a job that is told to end, before Ray kills it; Ray's own default is 3
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a job; more would mean something in an address
 STOPPED = "STOPPED"

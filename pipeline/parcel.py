@@ -1,4 +1,4 @@
-"""What goes along with a submitted job: code and configurations of the working directory; no data, runs or secrets."""
+"""What goes along with a submitted job: code and configurations of the working folder; no data, runs, known secrets."""
 
 from __future__ import annotations
 

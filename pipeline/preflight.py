@@ -22,9 +22,8 @@ from pipeline.schema import Config, DataSettings
 from pipeline.storage import is_remote, local
 from pipeline.tracking import public_uri, sqlite_file, store_uri
 
-SECONDS_TO_ANSWER = (
-    60.0  # for a node: it may have to start a process, and to fetch the files of a submitted job
-)
+# For a node: it may have to start a process, and to fetch the files of a submitted job.
+SECONDS_TO_ANSWER = 60.0
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "scipy", "cvxpy", "scikit-learn", "pydantic", "optuna")
 SAID = ("Python", "ray", "torch")  # of them
 SPLITS = ("train", "test", "val")

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 # Ports on 127.0.0.1 only; no telemetry; workers of the tests find the packages under test.
 ENVIRONMENT = {
     **os.environ,

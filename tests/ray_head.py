@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_ports
 from tests.ray_cluster import ENVIRONMENT
 
 PORTS = (
@@ -80,12 +80,3 @@ class RayHead:
                 process.kill()
         psutil.wait_procs(processes, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports

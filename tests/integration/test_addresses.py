@@ -12,7 +12,7 @@ import pytest
 from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.sweep_report import read_table
-from tests.mlflow_server import unused_port
+from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, RayCluster
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}

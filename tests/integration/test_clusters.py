@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_ports
 from tests.ray_cluster import ENVIRONMENT, ROOT
-from tests.ray_head import free_ports
 
 SCRIPT = str(ROOT / "clusters" / "local.sh")
 NODES = 2

@@ -18,12 +18,11 @@ import pytest
 from istanas.space import Genotype
 from tests.integration.test_ray import CONFIG, decided, run_directory
 from tests.namespaces import Network, address, refusal
-from tests.ray_cluster import ENVIRONMENT, RayCluster
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
 
 MACHINES = 3
 JOB_SERVER = f"http://{address(1)}:8265"
 STORE = f"http://{address(1)}:5000"
-PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 START_NODE = [
     sys.executable,
     "-m",

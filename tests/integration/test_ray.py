@@ -23,7 +23,7 @@ from pipeline.doctor import check_cluster
 from pipeline.pictures import open_dataset
 from pipeline.worker import Silent, retrain_worker, search_worker
 from tests.ranks import run_ranks
-from tests.ray_cluster import ENVIRONMENT, RayCluster, title
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 
 CONFIG = """
 space: {nodes: 2}
@@ -33,7 +33,6 @@ retrain: {epochs: 2, batch_size: 256, init_channels: 4, layers: 2, auxiliary_wei
 tracking: {enabled: false}
 """
 EPOCHS = 8
-PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 

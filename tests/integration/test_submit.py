@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from istanas.space import Genotype
 from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
+from tests.ray_cluster import PROGRAM
 from tests.ray_head import RayHead
 
 EPOCHS = 24
@@ -23,7 +23,6 @@ space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
 search: {{epochs: {EPOCHS}, batch_size: 32, init_channels: 4, layers: 3, arch_lr: 0.01}}
 runtime: {{threads: 1, device: cpu}}
 """
-PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 

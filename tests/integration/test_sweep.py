@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,9 @@ from pipeline.rundir import RunDir
 from pipeline.study import own_trials
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
-from tests.mlflow_server import server, unused_port
-from tests.ray_cluster import ENVIRONMENT, RayCluster, title
+from tests.mlflow_server import server
+from tests.ports import unused_port
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 
 TRIALS = 6
 TRIAL = "ray::ImplicitFunc"  # how Ray Tune calls the process of a trial
@@ -48,7 +48,6 @@ sweep:
     space.sparsity: {{int: [1, 2]}}
   points: [{{search.lr: 0.002}}, {{search.lr: 0.1}}, {{search.lr: 0.2}}, {{search.lr: 0.002}}]
 """
-PROGRAM = [sys.executable, "-m", "pipeline.cli"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -28,7 +28,8 @@ from pipeline.tracking import (
     read_link,
     store_uri,
 )
-from tests.mlflow_server import server, unused_port
+from tests.mlflow_server import server
+from tests.ports import unused_port
 
 RECORD = RunRecord(
     name="digits-search",
