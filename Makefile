@@ -1,6 +1,6 @@
 # make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench lint format clean
+.PHONY: help quickstart test bench chaos lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,9 @@ test: lint ## lint, types, and all tests and doctests, slow ones included
 
 bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
+
+chaos: $(INSTALLED) ## every fault on every job, and the table of tests/README.md anew (an hour on 2 cores)
+	$(BIN)/python -m tests.chaos -n $(JOBS)
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff check .

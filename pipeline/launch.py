@@ -110,6 +110,9 @@ class _RayJob:
         self._runtime, self._arguments = runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._history: list[Record] = []
+        self._failures_left = (
+            config.runtime.max_failures
+        )  # of Ray Train's controllers; of workers, they keep count
         self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
 
     def run(self) -> list[Record]:
@@ -121,7 +124,9 @@ class _RayJob:
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
         self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
         try:
-            while self._ended != "finished":  # once, but for elastic jobs that grow
+            while (
+                self._ended != "finished"
+            ):  # once, but for elastic jobs that grow, and controllers that are lost
                 self._ended = ""
                 self._run_group()
         except ray.exceptions.RayError as error:  # the mailbox or Ray itself has gone
@@ -158,12 +163,20 @@ class _RayJob:
                     f"{self._job}: no worker has started for {self._patience() / 60:.0f} minutes, see "
                     f"{self._folder.parent / LOG_FOLDER} and Ray's own logs; the same command goes on"
                 )
-        if fit.error is not None:
+        if self._ended:  # whatever became of Ray's processes afterwards
+            return
+        if isinstance(fit.error, ray.exceptions.RayActorError) and self._failures_left > 0:
+            self._failures_left -= 1
+            reason = last_line(fit.error)
+            self._observer.note(
+                f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
+            )
+        elif fit.error is not None:
             raise IstanasError(
                 f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
                 f"{self._folder.parent / LOG_FOLDER}; the same command goes on from the last checkpoint"
             ) from fit.error
-        if not self._ended:
+        else:
             raise IstanasError(
                 f"{self._job}: the workers ended without a result, see {self._folder.parent / LOG_FOLDER}; the same "
                 "command goes on from the last checkpoint"

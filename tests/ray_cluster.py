@@ -1,10 +1,11 @@
 """A Ray cluster of several nodes on this machine, in a process of its own that takes orders on stdin.
 
 Orders: "add CPUS", "add CPUS FOLDER" (a node that sees another, empty folder there, as if it lay on a disk of its own;
-only root can make one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (that node's
-raylet), "end". Each is answered by a line.
+only root can make one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (all processes
+of that node), "lost" (whether that node has given itself up), "end". Each is answered by a line.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -70,15 +72,30 @@ class RayCluster:
     def wake(self) -> None:
         self._order("wake")
 
+    def has_lost_a_node(self) -> bool:
+        """Whether the node added last has ended, as it does when it hears that it was given up."""
+        return self._ask("lost") == "yes"
+
     def workers(self) -> list[psutil.Process]:
         """Ray Train's workers, on all nodes."""
-        return [p for p in self._children() if "RayTrainWorker" in title(p)]
+        return self.named("RayTrainWorker")
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """The processes whose title has a part like that, on all nodes."""
+        return [p for p in self._children() if part in title(p)]
+
+    def kill(self) -> None:
+        """All of it at once."""
+        for process in (psutil.Process(self._process.pid), *self._children()):
+            process.kill()
+        self._process.wait()
 
     def close(self) -> None:
+        if self._process.poll() is not None:
+            return
         processes = self._children()
-        if self._process.poll() is None:
-            self._order("end")
-            self._process.wait(30)
+        self._order("end")
+        self._process.wait(30)
         for process in processes:  # what outlives its cluster
             if process.is_running():
                 process.kill()
@@ -87,10 +104,13 @@ class RayCluster:
         return psutil.Process(self._process.pid).children(recursive=True)
 
     def _order(self, text: str) -> None:
+        assert self._ask(text) == "done"
+
+    def _ask(self, text: str) -> str:
         assert self._process.stdin is not None
         self._process.stdin.write(text + "\n")
         self._process.stdin.flush()
-        assert self._answer() == "done"
+        return self._answer()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -148,13 +168,23 @@ def _serve(cpus: int, client_port: int) -> None:
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         elif order in ("halt", "wake"):
-            (raylet,) = nodes[-1].all_processes["raylet"]
-            os.kill(raylet.process.pid, signal.SIGSTOP if order == "halt" else signal.SIGCONT)
+            raylet = psutil.Process(_raylet(nodes[-1]).pid)
+            for process in (raylet, *raylet.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGSTOP if order == "halt" else signal.SIGCONT)
+        elif order == "lost":
+            print(f"ANSWER {'no' if _raylet(nodes[-1]).poll() is None else 'yes'}", flush=True)
+            continue
         elif order == "end":
             break
         print("ANSWER done", flush=True)
     cluster.shutdown()
     print("ANSWER done", flush=True)
+
+
+def _raylet(node: Any) -> Any:
+    (raylet,) = node.all_processes["raylet"]
+    return raylet.process
 
 
 if __name__ == "__main__":

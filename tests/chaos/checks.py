@@ -1,0 +1,129 @@
+"""What must hold after a fault: nothing lost, doubled or left, compared with a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.checkpoint import load_latest
+from pipeline.rundir import RunDir
+from pipeline.sweep_report import read_table
+from pipeline.tracking import open_client, read_link
+from tests.chaos.victims import Case
+from tests.ray_cluster import title
+
+SAME_FILES = ("config.yaml", "genotype.json", "trajectory.csv", "codes.csv", "model.safetensors")
+CLOCKS = {"seconds", "images_per_second", "timestamp_ms", "retrain_seconds"}
+PLACES = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
+
+
+def check_as_undisturbed(case: Case, reference: Case, store: str | None = None) -> None:
+    """The same runs, files, figures and bits as in the reference's folder; and MLflow has each of them once.
+
+    Args:
+        case: struck.
+        reference: the same job, with as many workers, left alone.
+        store: MLflow's address of the case; default: the file in its folder.
+    """
+    names = [sorted(run_names(each)) for each in (case, reference)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        here, there = case.runs / name, reference.runs / name
+        for file in SAME_FILES:
+            assert content(here / file) == content(there / file), f"{name}/{file}"
+        assert figures(here) == figures(there), name
+        assert bits(here) == bits(there), name
+        records = [RunDir(run).read() for run in (here, there)]
+        assert records[0].status == records[1].status == "FINISHED"
+        assert without_clocks(records[0].result) == without_clocks(records[1].result), name
+    if case.job.name == "sweep":
+        tables = [
+            read_table(each.run).drop(columns=PLACES).to_json(orient="records") for each in (case, reference)
+        ]
+        assert tables[0] == tables[1]
+    check_mlflow(case, store or f"sqlite:///{case.folder}/mlflow.db")
+    check_told_once(case)
+
+
+def run_names(case: Case) -> list[str]:
+    return [str(file.parent.relative_to(case.runs)) for file in case.runs.glob("**/run.json")]
+
+
+def content(file: Path) -> list[bytes] | None:
+    """The lines of a file, without the address of the cluster."""
+    if not file.exists():
+        return None
+    return [line for line in file.read_bytes().split(b"\n") if not line.startswith(b"  address:")]
+
+
+def figures(run: Path) -> list[Any]:
+    """What was measured, epoch by epoch, and each epoch once."""
+    lines = RunDir(run).metrics()
+    assert [line.step for line in lines] == list(range(1, len(lines) + 1)), f"{run.name}: lost or doubled"
+    return [without_clocks(line.metrics) for line in lines]
+
+
+def bits(run: Path) -> Any:
+    """Weights, optimisers, codes and history of the newest checkpoint, without what the clock decides."""
+    return _plain(load_latest(run / "checkpoints"))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "numpy"):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if k not in CLOCKS}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def without_clocks(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in CLOCKS and not k.startswith("sweep/seconds")}
+
+
+def check_mlflow(case: Case, store: str) -> None:
+    """Every run once, none RUNNING, one value a metric and epoch, the same as in `metrics.jsonl`."""
+    client = open_client(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
+    found = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    names = run_names(case)
+    assert len(found) == len(names), "runs in MLflow were doubled or lost"
+    for name in names:
+        run = RunDir(case.runs / name)
+        link = read_link(run)
+        assert link is not None
+        lines = run.metrics()
+        for metric in lines[-1].metrics:
+            history = [(m.step, m.value) for m in client.get_metric_history(link.run_id, metric)]
+            assert history == [(m.step, m.metrics[metric]) for m in lines if metric in m.metrics], metric
+
+
+def check_told_once(case: Case) -> None:
+    """No epoch that was told to the user was lost, and done again."""
+    told, repeated = 0, 0
+    for line in (line for sitting in case.sittings for line in sitting.lines):
+        if found := re.match(r"epoch (\d+):", line):
+            repeated += int(found[1]) <= told
+            told = int(found[1])
+    assert repeated <= case.may_repeat, f"{repeated} epochs were told, and done again"
+
+
+def check_nothing_lives(case: Case, seconds: float = 20) -> None:
+    """No process of the case is left, but agents of Ray's, which notice the end of a killed driver after a minute."""
+    end = time.monotonic() + seconds
+    while alive := [title(p) for p in case.processes() if not is_agent(p)]:
+        assert time.monotonic() < end, f"left behind: {alive}"
+        time.sleep(0.1)
+
+
+def is_agent(process: psutil.Process) -> bool:
+    return "agent" in title(process).lower()
+
+
+def statuses(case: Case) -> set[str]:
+    return {json.loads(file.read_text())["status"] for file in case.runs.glob("**/run.json")}

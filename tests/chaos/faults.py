@@ -1,0 +1,369 @@
+"""The faults: what each does to a running job, at moments drawn at random, until the job has ended all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.checks import check_nothing_lives
+from tests.chaos.cluster import OneMachine, TwoMachines
+from tests.chaos.victims import Case
+from tests.mlflow_server import server
+from tests.namespaces import refusal
+from tests.ports import unused_port
+from tests.ray_cluster import ENVIRONMENT, PROGRAM
+
+SAME_COMMAND_GOES_ON = "the same command (resumes|goes on)"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What strikes, and what it needs.
+
+    Args:
+        name: in the table.
+        strike: strikes a case so many times and sees it through to its end.
+        fast: the job that `make test` strikes with it.
+        jobs: that it can strike; default: all.
+        place: the cluster that the job runs on; None: on this machine, as a user without a cluster.
+        workers: of Ray Train; 0: none.
+        sweep_workers: likewise, of each trial of a sweep.
+        settings: of the command, besides.
+        needs: says why it can't be had here, or None.
+    """
+
+    name: str
+    strike: Callable[[Case, int], None]
+    fast: str = "two-stage"
+    jobs: tuple[str, ...] = ("two-stage", "one-stage", "retraining", "sweep")
+    place: type[OneMachine] | type[TwoMachines] | None = None
+    workers: int = 0
+    sweep_workers: int = 0
+    settings: tuple[str, ...] = ()
+    needs: Callable[[], str | None] = lambda: None
+
+
+# ---------- the job's own process
+def kill_driver(case: Case, times: int) -> None:
+    for left in range(times, 0, -1):
+        sitting = case.start()
+        case.moment(sitting, left, going=False)
+        sitting.process.kill()
+        assert sitting.end() == -signal.SIGKILL
+        check_nothing_lives(case)
+    case.finish()
+
+
+def terminate(case: Case, times: int) -> None:
+    for left in range(times, 0, -1):
+        sitting = case.start()
+        case.moment(sitting, left, going=False)
+        sitting.process.terminate()
+        assert sitting.end() == 143, sitting.words
+        assert sitting.said(SAME_COMMAND_GOES_ON)
+        check_nothing_lives(case)
+    case.finish()
+
+
+def interrupt_twice(case: Case, times: int) -> None:
+    for left in range(times, 0, -1):
+        sitting = case.start()
+        case.moment(sitting, left, going=False)
+        os.killpg(sitting.process.pid, signal.SIGINT)
+        time.sleep(case.draw.uniform(0, 0.5))
+        with contextlib.suppress(ProcessLookupError):  # it was quick
+            os.killpg(sitting.process.pid, signal.SIGINT)
+        assert sitting.end() == 130, sitting.words
+        check_nothing_lives(case)
+    case.finish()
+
+
+def run_twice(case: Case, times: int) -> None:
+    """The first is halted meanwhile, so that it still holds its directory when the second comes."""
+    first = case.start()
+    for left in range(times, 0, -1):
+        case.moment(first, left)
+        first.process.send_signal(signal.SIGSTOP)
+        before = snapshot(case.run)
+        second = case.start()
+        assert second.end() == 2, second.words
+        assert second.lines[-1].startswith("error: run directory "), second.words
+        assert f"in use by process {first.process.pid} on " in second.lines[-1]
+        assert snapshot(case.run) == before, "the refused one has changed something"
+        first.process.send_signal(signal.SIGCONT)
+    assert first.end() == 0, first.words
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file, but of those that Ray and a sweep's trials write by themselves."""
+    files = [f for f in folder.rglob("*") if f.is_file() and not f.is_symlink()]
+    own = [
+        f for f in files if f.relative_to(folder).parts[0] != "ray" and not f.parent.name.startswith("trial-")
+    ]
+    return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in own if "checkpoints" not in f.parts}
+
+
+# ---------- Ray's processes
+def one_of(case: Case) -> OneMachine:
+    assert isinstance(case.cluster, OneMachine)
+    return case.cluster
+
+
+def two_of(case: Case) -> TwoMachines:
+    assert isinstance(case.cluster, TwoMachines)
+    return case.cluster
+
+
+def kill_worker(case: Case, times: int) -> None:
+    """Of Ray Train, or a sweep's trial: replaced, the command goes on."""
+    cluster = one_of(case)
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        case.draw.choice(cluster.named("RayTrainWorker") or cluster.named("ray::ImplicitFunc")).kill()
+    assert sitting.end() == 0, sitting.words
+
+
+def kill_controller(case: Case, times: int) -> None:
+    """Of Ray Train, whose workers end with it: another starts, the command goes on."""
+    cluster = one_of(case)
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        (controller,) = cluster.named("TrainController")
+        controller.kill()
+    assert sitting.end() == 0, sitting.words
+    assert len(re.findall("lost Ray Train's controller", "\n".join(case.told()))) == times
+
+
+def kill_node(case: Case, times: int) -> None:
+    """The one that the command is not on; another comes."""
+    cluster = one_of(case)
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        cluster.replace_node()
+    assert sitting.end() == 0, sitting.words
+
+
+def kill_head(case: Case, times: int) -> None:
+    """The cluster is gone, a new one has another address, the run directory is the same."""
+    cluster = one_of(case)
+    for left in range(times, 0, -1):
+        sitting = case.start()
+        case.moment(sitting, left)
+        cluster.kill()
+        assert sitting.end() == 1, sitting.words
+        assert sitting.said(SAME_COMMAND_GOES_ON), sitting.words
+        cluster.start()
+    case.finish()
+
+
+def halt_node(case: Case, times: int) -> None:
+    """For some seconds; if that is longer than the cluster waits for it, another node comes."""
+    cluster = one_of(case)
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        cluster.halt_node(case.draw.choice((2, 3, 15)))
+    assert sitting.end() == 0, sitting.words
+
+
+def cut_off_node(case: Case, times: int) -> None:
+    """Its network link is down for some seconds; likewise."""
+    cluster = two_of(case)
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        cluster.cut_off_node(case.draw.choice((2, 3, 15)))
+    assert sitting.end() == 0, sitting.words
+
+
+# ---------- MLflow and its database
+def kill_mlflow(case: Case, times: int) -> None:
+    """The server is gone for up to a minute, which is longer than the job: `sync` brings the rest."""
+    port = unused_port()
+    store = case.folder / "mlflow"
+    store.mkdir()
+    shutil.copy(case.folder / "mlflow.db", store)
+    case.environment = {**case.environment, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    sitting = None
+    for left in range(times, 0, -1):
+        with server(store, port):
+            if sitting is None:
+                sitting = case.start()
+            case.moment(sitting, left)
+        time.sleep(case.draw.uniform(0, 10))
+    assert sitting is not None
+    assert sitting.end() == 0, sitting.words
+    with server(store, port):
+        typed(case, "sync", str(case.run))
+    (case.folder / "mlflow.db").unlink()
+    (case.folder / "mlflow.db").symlink_to(store / "mlflow.db")
+
+
+def lock_sqlite(case: Case, times: int) -> None:
+    """Another writer holds MLflow's database for some seconds, the last time to the end of the job."""
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        with writer(case.folder / "mlflow.db"):
+            if left == 1:
+                assert sitting.end() == 0, sitting.words
+            else:
+                time.sleep(case.draw.uniform(0, 8))
+    typed(case, "sync", str(case.run))
+
+
+@contextlib.contextmanager
+def writer(database: Path) -> Iterator[None]:
+    connection = sqlite3.connect(database, timeout=30, isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        connection.rollback()
+        connection.close()
+
+
+# ---------- the disk
+def no_small_disk() -> str | None:
+    return None if os.getuid() == 0 and shutil.which("mount") else "only root mounts a small disk"
+
+
+def fill_disk(case: Case, times: int) -> None:
+    """Runs lie on a disk of their own, which is full at a moment, and has room again for the next start."""
+    case.runs.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(case.runs)], check=True)
+    filler = case.runs / "filler"
+    try:
+        for left in range(times, 0, -1):
+            sitting = case.start()
+            case.moment(sitting, left, going=False)
+            fill(filler)
+            assert sitting.end() == 1, sitting.words
+            assert sitting.said("(No space left|disk is full)"), sitting.words
+            filler.unlink()
+            check_nothing_lives(case)
+        case.finish()
+        kept = case.folder / "kept"
+        shutil.copytree(case.runs, kept, symlinks=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(case.runs)], check=True)
+    case.runs.rmdir()
+    kept.rename(case.runs)
+
+
+def fill(file: Path) -> None:
+    """Take all the room that there is."""
+    with open(file, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(bytes(1 << 16)):
+            pass
+
+
+def damage(case: Case, times: int) -> None:
+    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics cut off, Ray's own files; in turn."""
+    ways = [cut_checkpoint, flip_bit, cut_metrics, spoil_rays_files]
+    case.draw.shuffle(ways)
+    for left in range(times, 0, -1):
+        sitting = case.start()
+        case.moment(sitting, left)
+        sitting.process.kill()
+        sitting.end()
+        check_nothing_lives(case)
+        way = ways[left % len(ways)]
+        way(case)
+        case.strikes[-1] += f", {way.__name__}"
+        case.may_repeat += way in (cut_checkpoint, flip_bit)
+    case.finish()
+    told = sum(len(re.findall(r"checkpoint \S+ is broken", text)) for text in case.told())
+    assert told == case.may_repeat
+
+
+def newest(case: Case, pattern: str) -> Path:
+    return max(case.runs.glob(pattern), key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def cut_checkpoint(case: Case) -> None:
+    file = newest(case, "**/checkpoints/epoch-*.pt")
+    data = file.read_bytes()
+    file.write_bytes(data[: case.draw.randrange(len(data))])
+
+
+def flip_bit(case: Case) -> None:
+    file = newest(case, "**/checkpoints/epoch-*.pt")
+    data = bytearray(file.read_bytes())
+    data[case.draw.randrange(len(data))] ^= 1 << case.draw.randrange(8)
+    file.write_bytes(data)
+
+
+def cut_metrics(case: Case) -> None:
+    file = newest(case, "**/metrics.jsonl")
+    data = file.read_bytes()
+    file.write_bytes(data[: -case.draw.randrange(1, 40)])
+
+
+def spoil_rays_files(case: Case) -> None:
+    """Whatever Ray has left in the run directory."""
+    for file in case.run.glob("ray/**/*"):
+        if file.is_file() and not file.is_symlink():
+            file.write_bytes(case.draw.randbytes(64))
+
+
+def typed(case: Case, *arguments: str) -> None:
+    """Another command of the user's, which must do."""
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=case.folder,
+        env={**ENVIRONMENT, **case.environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault("SIGKILL of the command", kill_driver, "one-stage"),
+        Fault("SIGKILL of a worker", kill_worker, "sweep", place=OneMachine, workers=2),
+        Fault(
+            "SIGKILL of Ray Train's controller",
+            kill_controller,
+            "retraining",
+            place=OneMachine,
+            workers=2,
+            sweep_workers=2,
+        ),
+        Fault("a node dies, another comes", kill_node, "retraining", place=OneMachine, workers=2),
+        Fault("the whole cluster dies, another comes", kill_head, "retraining", place=OneMachine, workers=2),
+        Fault(
+            "a node stands still (SIGSTOP), and is back", halt_node, "retraining", place=OneMachine, workers=2
+        ),
+        Fault(
+            "a node is cut off, and is back",
+            cut_off_node,
+            "retraining",
+            place=TwoMachines,
+            workers=2,
+            needs=refusal,
+        ),
+        Fault("MLflow's server is killed", kill_mlflow),
+        Fault("MLflow's SQLite file locked by another writer", lock_sqlite, "sweep"),
+        Fault("disk full", fill_disk, "one-stage", needs=no_small_disk),
+        Fault("files damaged after a kill", damage),
+        Fault("SIGTERM", terminate, "sweep"),
+        Fault("SIGINT twice", interrupt_twice),
+        Fault("the same command twice at once", run_twice, "one-stage"),
+    )
+}

@@ -1,0 +1,107 @@
+"""Every fault strikes every job at random moments; afterwards all is as if nothing had happened.
+
+`make chaos` runs all of it, and writes the table in tests/README.md; the tests run each fault once on one of the jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking import open_client
+from tests.chaos import report
+from tests.chaos.checks import check_as_undisturbed, check_nothing_lives
+from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.victims import JOBS, Case, Job
+
+SEED = int(os.environ.get("ISTANAS_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
+WHOLE = "ISTANAS_CHAOS_RESULTS" in os.environ
+TIMES = 3 if WHOLE else 1
+CASES = [
+    pytest.param(
+        fault,
+        job,
+        id=f"{fault.name}-{job}",
+        marks=pytest.mark.xdist_group(f"{job}-{fault.workers}"),  # they have one undisturbed run in common
+    )
+    for fault in FAULTS.values()
+    for job in fault.jobs
+    if WHOLE or fault.fast == job
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+Undisturbed = Callable[[Fault, Job], Case]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without a run: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    file = folder / "mlflow.db"
+    open_client(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Undisturbed:
+    """Runs a job that nobody disturbs, once for each number of workers and kind of settings."""
+    done: dict[tuple[str, ...], Case] = {}
+
+    def run(fault: Fault, job: Job) -> Case:
+        settings = settings_of(fault, job)
+        key = (job.name, *settings)
+        if key not in done:
+            case = Case(job, tmp_path_factory.mktemp("undisturbed"), random.Random(0), settings)
+            shutil.copy(empty_store, case.folder / "mlflow.db")
+            case.finish()
+            done[key] = case
+        return done[key]
+
+    return run
+
+
+def settings_of(fault: Fault, job: Job) -> tuple[str, ...]:
+    workers = fault.sweep_workers if job.name == "sweep" else fault.workers
+    return ("--workers", str(workers), *fault.settings)
+
+
+@pytest.fixture
+def case_folder(tmp_path: Path, empty_store: Path) -> Iterator[Path]:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("fault", "job"), CASES)
+def test_it_ends_as_if_nothing_had_happened(
+    fault: Fault, job: str, undisturbed: Undisturbed, case_folder: Path
+) -> None:
+    refused = fault.needs()
+    if refused is not None:
+        pytest.skip(refused)
+    reference = undisturbed(fault, JOBS[job])
+    print(f"ISTANAS_CHAOS_SEED={SEED}")
+    draw = random.Random(f"{SEED}/{fault.name}/{job}")
+    case = Case(JOBS[job], case_folder, draw, settings_of(fault, JOBS[job]))
+    loss = ""
+    try:
+        case.cluster = None if fault.place is None else fault.place(case_folder)
+        fault.strike(case, TIMES)
+        check_nothing_lives(case)
+        check_as_undisturbed(case, reference)
+    except BaseException:
+        loss = traceback.format_exc()
+        raise
+    finally:
+        print(*case.strikes, sep="\n")
+        case.end_leftovers()
+        if case.cluster is not None:
+            case.cluster.close()
+        report.note(fault.name, job, case, loss, SEED)

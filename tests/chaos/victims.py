@@ -1,0 +1,234 @@
+"""The four jobs that every fault strikes, each of a few seconds, and how a start of one is followed."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.cluster import OneMachine, TwoMachines
+from tests.ray_cluster import ENVIRONMENT, PROGRAM
+
+CELL = (
+    '{"version": 1, "normal": [[["sep_conv_3x3", 0], ["skip_connect", 1]], [["max_pool_3x3", 2], ["dil_conv_3x3", 0]]],'
+    ' "normal_concat": [2, 3], "reduce": [[["max_pool_3x3", 0], ["sep_conv_3x3", 1]], [["skip_connect", 2],'
+    ' ["max_pool_3x3", 1]]], "reduce_concat": [2, 3]}'
+)
+COMMON = """
+space: {nodes: 2}
+data: {crop_padding: 1}
+runtime: {threads: 1, device: cpu, wait_minutes: 5, max_failures: 20}
+"""
+TWO_STAGE = "search: {epochs: 10, batch_size: 32, init_channels: 6, layers: 3, arch_lr: 0.05, cutout: 2}\n"
+ONE_STAGE = """
+method: one_stage
+search: {max_search_epochs: 4, train_epochs: 6, batch_size: 32, init_channels: 6, layers: 3, arch_lr: 0.05, lr: 0.05,
+         auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2, test_every: 2}
+"""
+RETRAIN = """
+retrain: {epochs: 10, batch_size: 32, init_channels: 6, layers: 3, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
+"""
+SWEEP = """
+search: {epochs: 4, batch_size: 32, init_channels: 6, layers: 3, arch_lr: 0.05, cutout: 2}
+sweep:
+  trials: 3
+  objective: valid
+  scheduler: none
+  max_concurrent: 1
+  max_restarts: 9
+  space: {search.lr: {loguniform: [0.01, 0.2]}, space.sparsity: {int: [1, 2]}}
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is typed, what it is configured with, and how many epochs there are in all."""
+
+    name: str
+    command: tuple[str, ...]
+    config: str
+    epochs: int
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job("two-stage", ("search",), TWO_STAGE, 10),
+        Job("one-stage", ("search",), ONE_STAGE, 10),
+        Job("retraining", ("retrain", "--genotype", "cell.json"), RETRAIN, 10),
+        Job("sweep", ("sweep",), SWEEP, 12),
+    )
+}
+MARK = "ISTANAS_CHAOS_CASE"  # by it, in their environment, the processes of a case are known
+
+
+@dataclass
+class Case:
+    """One job in a folder of its own, what is done to it, and what it said.
+
+    Args:
+        job: which.
+        folder: where it runs.
+        draw: of moments, from a seed that the test prints.
+        settings: options of every start.
+        environment: beside that of the tests.
+        cluster: that it runs on, or None.
+    """
+
+    job: Job
+    folder: Path
+    draw: random.Random
+    settings: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cluster: OneMachine | TwoMachines | None = None
+    may_repeat: int = 0  # epochs that were told and may be done again: their checkpoint was damaged
+    strikes: list[str] = field(default_factory=list)
+    sittings: list[Sitting] = field(default_factory=list)
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.yaml").write_text(COMMON + self.job.config)
+        (self.folder / "cell.json").write_text(CELL)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def run(self) -> Path:
+        """The run directory of the job itself, of a sweep the sweep's."""
+        kind = self.job.command[0]
+        (path,) = self.runs.glob(f"job-{kind}-*")
+        return path
+
+    def start(self, *arguments: str) -> Sitting:
+        """The command, once more."""
+        sitting = Sitting(self, arguments)
+        self.sittings.append(sitting)
+        return sitting
+
+    def finish(self, *arguments: str) -> Sitting:
+        """The command, up to its end, which must be a good one."""
+        sitting = self.start(*arguments)
+        code = sitting.end()
+        assert code == 0, sitting.words
+        return sitting
+
+    def epochs_done(self) -> int:
+        """Of all runs in the folder, as far as they are written down."""
+        files = (*self.runs.glob("job-*/metrics.jsonl"), *self.runs.glob("job-sweep-*/trial-*/metrics.jsonl"))
+        # A sweep's own lines are trials.
+        epochs = [file for file in files if not file.parent.name.startswith("job-sweep")]
+        return sum(read_or_nothing(file).count(b"\n") for file in epochs)
+
+    def moment(self, sitting: Sitting, left: int, *, going: bool = True) -> None:
+        """Wait for a random moment of what is left, so that there is room for so many more.
+
+        Args:
+            sitting: must go on until then.
+            left: moments to come, this one included.
+            going: not before an epoch has been done in this sitting, or since the last strike.
+        """
+        done = self.epochs_done()
+        spare = self.job.epochs - done - 1 - left
+        more = self.draw.randint(int(going), max(int(going), spare // left))
+        seconds = self.draw.uniform(0, 0.6)
+        sitting.wait(lambda: self.began() and self.epochs_done() >= done + more)
+        time.sleep(seconds)
+        assert sitting.alive, f"it had ended before the strike:\n{sitting.words}"
+        self.strikes.append(f"after epoch {self.epochs_done()}, {seconds:.2f} s")
+
+    def began(self) -> bool:
+        return any(self.runs.glob("job-*/run.json"))
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that was started for this case and lives."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def told(self) -> list[str]:
+        """All that was said, on the terminal and in the logs of trials."""
+        return [
+            *(sitting.words for sitting in self.sittings),
+            *(file.read_text() for file in self.runs.glob("job-sweep-*/trial-*/trial.log")),
+        ]
+
+    def end_leftovers(self) -> None:
+        """What lives at the end of a failed test, too."""
+        for process in self.processes():
+            process.kill()
+
+
+class Sitting:
+    """One start of a case's command, whose words are read as they come."""
+
+    def __init__(self, case: Case, arguments: tuple[str, ...]) -> None:
+        cluster = case.cluster
+        place = ["--address", cluster.address] if cluster is not None else []
+        command = [*PROGRAM, *case.job.command, "--config", "job.yaml", *case.settings, *place, *arguments]
+        command = [*(cluster.prefix if cluster is not None else ()), *command]
+        self.process = subprocess.Popen(
+            command,
+            cwd=case.folder,
+            env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: case.mark, **case.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a process group, as a shell makes it, for Ctrl-C
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    @property
+    def words(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def said(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in list(self.lines))
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 180) -> None:
+        """Until something comes to pass, which it must while the command runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.alive, f"it has ended before:\n{self.words}"
+            assert time.monotonic() < end, f"it does not come to pass:\n{self.words}"
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 300) -> int:
+        """Wait for its end."""
+        code = self.process.wait(seconds)
+        self._reader.join(30)
+        return code
+
+
+def read_or_nothing(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
