@@ -26,6 +26,7 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.epochs import Record
+from pipeline.leftovers import free
 from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.pictures import open_dataset
 from pipeline.preflight import check_gpus, check_nodes
@@ -110,6 +111,7 @@ class _RayJob:
         self._runtime, self._arguments = runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._history: list[Record] = []
+        self._places = ""  # that the present workers have, as a reservation of Ray's
         self._failures_left = (
             config.runtime.max_failures
         )  # of Ray Train's controllers; of workers, they keep count
@@ -171,6 +173,8 @@ class _RayJob:
             self._observer.note(
                 f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
             )
+            if self._places:  # its workers are gone with it, but Ray keeps their places for them
+                free(self._places)
         elif fit.error is not None:
             raise IstanasError(
                 f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
@@ -188,7 +192,9 @@ class _RayJob:
     def _handle(self, kind: str, payload: list[Any], allotment: Allotment) -> None:
         import ray
 
-        if kind == "note":
+        if kind == "started":
+            (self._places,) = payload
+        elif kind == "note":
             self._observer.note(*payload)
         elif kind == "resumed":
             self._observer.resumed(*payload)
@@ -350,7 +356,9 @@ class _Reporter:
     def read(self) -> bytes | None:
         import ray
 
-        data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, self.workers))
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "Ray Train reserves the places of its workers"
+        data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, group.id.hex()))
         return data
 
     def write(self, epoch: int, data: bytes) -> None:

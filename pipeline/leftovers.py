@@ -26,7 +26,7 @@ def free_leftovers(logs: Path) -> int:
         How many reservations were given back.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+    from ray.util.placement_group import placement_group_table
 
     context = ray.get_runtime_context()
     session, job = context.get_session_name(), context.get_job_id()
@@ -39,11 +39,19 @@ def free_leftovers(logs: Path) -> int:
         if facts["state"] != "REMOVED" and any(group.endswith(j) for j in ours)
     ]
     for group in left:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+        free(group)
     if (session, job) not in jobs:
         here = [(s, j) for s, j in jobs if s == session]  # other clusters are history
         atomic_write(logs / JOBS_FILE, json.dumps([*here, (session, job)]))
     return len(left)
+
+
+def free(reservation: str) -> None:
+    """Give back one reservation, by its id (hexadecimal); one that is no more stays so."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(reservation))))
 
 
 def _read(file: Path) -> list[tuple[str, str]]:

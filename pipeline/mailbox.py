@@ -30,10 +30,10 @@ class Mailbox:
         self._answers: dict[tuple[str, int], asyncio.Future[bool]] = {}
 
     # for workers
-    async def begin(self, token: str, workers: int) -> bytes | None:
-        """A new group of workers starts: where from?"""
+    async def begin(self, token: str, places: str) -> bytes | None:
+        """A new group of workers starts, on reserved places: where from?"""
         self._token = token
-        self._add("started", workers)
+        self._add("started", places)
         return self._newest
 
     async def post(self, token: str | None, kind: str, payload: bytes) -> None:

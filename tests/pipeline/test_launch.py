@@ -27,14 +27,14 @@ from pipeline.resources import Node, usable_cores
 def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
     async def talk() -> None:
         box = Mailbox(b"old")
-        assert await box.begin("a", 2) == b"old"
+        assert await box.begin("a", "places") == b"old"
         keeping = asyncio.ensure_future(box.keep("a", 1, b"new", 2))
         await asyncio.sleep(0)
         assert not keeping.done()
         assert await box.take(1) == [("started", 2), ("checkpoint", 1, b"new", 2)]
         await box.kept(1, True)
         assert await keeping
-        assert await box.begin("b", 1) == b"new", "the next group starts from the newest"
+        assert await box.begin("b", "places") == b"new", "the next group starts from the newest"
 
     asyncio.run(talk())
 
@@ -42,12 +42,12 @@ def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
 def test_a_dead_group_is_no_longer_listened_to() -> None:
     async def talk() -> None:
         box = Mailbox(None)
-        await box.begin("dead", 2)
-        await box.begin("new", 2)
+        await box.begin("dead", "places")
+        await box.begin("new", "places")
         await box.take(1)
         await box.post("dead", "epoch", b"")
         assert await box.keep("dead", 7, b"late", 2) is False
-        assert await box.begin("third", 2) is None
+        assert await box.begin("third", "places") is None
         await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
         assert await box.take(1) == [("started", 2), ("lost", b"worker 0")]
 
@@ -57,7 +57,7 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
 def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_than_asked() -> None:
     async def talk() -> None:
         box = Mailbox(None)
-        await box.begin("a", 1)
+        await box.begin("a", "places")
         for step in range(5):
             await box.post("a", "step", b"%d" % step)
         await box.post("a", "epoch", b"1")
