@@ -31,7 +31,7 @@ def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
         keeping = asyncio.ensure_future(box.keep("a", 1, b"new", 2))
         await asyncio.sleep(0)
         assert not keeping.done()
-        assert await box.take(1) == [("started", 2), ("checkpoint", 1, b"new", 2)]
+        assert await box.take(1) == [("started", "places"), ("checkpoint", 1, b"new", 2)]
         await box.kept(1, True)
         assert await keeping
         assert await box.begin("b", "places") == b"new", "the next group starts from the newest"
@@ -49,7 +49,7 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
         assert await box.keep("dead", 7, b"late", 2) is False
         assert await box.begin("third", "places") is None
         await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
-        assert await box.take(1) == [("started", 2), ("lost", b"worker 0")]
+        assert await box.take(1) == [("started", "places"), ("lost", b"worker 0")]
 
     asyncio.run(talk())
 
@@ -61,7 +61,7 @@ def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_tha
         for step in range(5):
             await box.post("a", "step", b"%d" % step)
         await box.post("a", "epoch", b"1")
-        assert await box.take(1) == [("started", 1), ("step", b"4"), ("epoch", b"1")]
+        assert await box.take(1) == [("started", "places"), ("step", b"4"), ("epoch", b"1")]
         assert await box.take(0.01) == []
 
     asyncio.run(talk())
