@@ -19,6 +19,12 @@ from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 # A node is given up after some three seconds of silence.
 IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 SECONDS_TO_GIVE_UP = 5.0  # that a node has, when it is back, to notice that it was
+COUNT_NODES = """
+import sys, time, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(0.2)
+"""
 
 
 class OneMachine:
@@ -80,6 +86,7 @@ class TwoMachines:
             self._start(1, "--head", "--port=6379", "--include-dashboard=false")
             self._wait_for_head()
             self._start(2, f"--address={self.address}")
+            self._wait_for_nodes()
         except BaseException:
             self.close()
             raise
@@ -108,6 +115,10 @@ class TwoMachines:
         ).wait():
             assert time.monotonic() < end, "the head node does not come up"
             time.sleep(0.2)
+
+    def _wait_for_nodes(self) -> None:
+        command = [sys.executable, "-c", COUNT_NODES, self.address, "2"]
+        assert self._network.start(self._network.machines[0], command, env=ENVIRONMENT).wait(120) == 0
 
     def named(self, part: str) -> list[psutil.Process]:
         return [p for p in self._all() if part in title(p)]
