@@ -44,7 +44,7 @@ from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, OneStageConfig
 from pipeline.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
-from pipeline.worker import searched_network
+from pipeline.worker import rollbacks, searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
@@ -260,6 +260,7 @@ def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),
         "seconds": sum(record["seconds"] for record in history),
+        **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
     }
 
 
