@@ -15,10 +15,12 @@ from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, s
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError, DivergedError, IstanasError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
 from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore, load_latest
 from pipeline.config import load
 from pipeline.epochs import Record, build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
 from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
 from pipeline.resources import count, usable_cores
 from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
@@ -326,6 +328,30 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
     cost = network_cost(config.retrain, few, Genotype.from_json(history[-1]["genotype"]))
     m = history[-1]["metrics"]
     assert (m["target/params"], m["target/macs"]) == (cost.params, cost.macs)
+
+
+@pytest.mark.parametrize("method", ["two_stage", "one_stage"])
+def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said(
+    few: ImageDataset, tmp_path: Path, method: str
+) -> None:
+    sizes = {"two_stage": "epochs: 2", "one_stage": "max_search_epochs: 2, train_epochs: 0"}[method]
+    common = [f"method={method}", f"search={{{sizes}, batch_size: 64, init_channels: 2, layers: 3}}"]
+    if mosek_licence() is not None:
+        pytest.skip("MOSEK has a licence here: it would not fail")
+    other = search(tiny(*common, "space.solver=mosek"), few, tmp_path / "other")
+    asked = search(tiny(*common), few, tmp_path / "asked")
+    assert [record["metrics"].pop("recovery/fallbacks") for record in other] == [4.0, 4.0]
+    for one, two in zip(decided(other), decided(asked), strict=True):
+        nodes = [*one.pop("start_nodes", []), *one.pop("nodes")]
+        wanted = [*two.pop("start_nodes", []), *two.pop("nodes")]
+        assert nodes == [{**node, "fallback": True} for node in wanted]
+        assert {node["solver"] for node in nodes} == {"homotopy"}
+        assert not any(node["fallback"] for node in wanted)
+        assert one == two
+    describe = {"two_stage": describe_epoch, "one_stage": describe_one_stage_epoch}[method]
+    line = "space.solver failed, recovered normal node 0, normal node 1, reduce node 0, reduce node 1 by homotopy"
+    assert line in describe(other).splitlines()
+    assert "space.solver" not in describe(asked)
 
 
 def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
