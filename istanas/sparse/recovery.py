@@ -172,7 +172,9 @@ def recover_certified(
     stages: list[tuple[str, int | None, Members]] = [(solver, None, problems.members)]
     for name in FALLBACKS:
         # The same again only where it can end otherwise: without a support, or with more steps.
-        if name != solver or name == "fista" or supports is not None:
+        if name == "homotopy" and supports is not None:
+            stages += [(name, None, problems.members), (name, None, None)][solver == name :]
+        elif name != solver or name == "fista":
             stages.append((name, PATIENCE if name == "fista" else None, None))
     results: dict[int, RecoveryResult] = {}
     failures: dict[int, list[str]] = {node: [] for node in range(len(As))}
