@@ -21,5 +21,9 @@ class SolverError(IstanasError):
     """A LASSO solver that cannot run or was given something that is not a problem."""
 
 
+class DivergedError(IstanasError):
+    """Training that has no use any more: a loss or parameters that are no numbers, or a loss beyond its bound."""
+
+
 class CheckpointError(IstanasError):
     """A checkpoint that is missing, broken, or of another run."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from istanas.data import Batch
 from istanas.distributed import Ranks
-from istanas.errors import IstanasError
+from istanas.errors import DivergedError
 from istanas.nets import TargetNet
 
 BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
@@ -161,19 +161,38 @@ def evaluate(
     return totals.metrics(ranks)
 
 
-def check_finite(metrics: Metrics, parameters: Iterable[Tensor], epoch: int) -> None:
+def check_finite(
+    metrics: Metrics,
+    parameters: Iterable[Tensor],
+    epoch: int,
+    *,
+    max_loss: float | None = None,
+    ranks: Ranks | None = None,
+) -> None:
     """Refuse to go on from a diverged epoch, whose last step may have spoilt the weights and not yet the loss.
 
+    Args:
+        metrics: of the epoch's training, over the pictures of all ranks.
+        parameters: of the network, after it.
+        epoch: epochs done, this one included.
+        max_loss: largest loss that is no divergence; None: any finite one.
+        ranks: who trains with this process: if it is spoilt on one of them, all of them refuse.
+
     Raises:
-        IstanasError: if the training loss or a parameter is NaN or infinite.
+        DivergedError: if the training loss or a parameter is NaN or infinite, or the loss is above its bound.
     """
-    loss = metrics.loss
-    if math.isfinite(loss) and not torch.stack([p.detach().isfinite().all() for p in parameters]).all():
+    loss, bound = metrics.loss, ""
+    spoilt = not torch.stack([p.detach().isfinite().all() for p in parameters]).all()
+    # Asked always: a rank that knows already must not leave the others waiting.
+    (spoilt_ranks,) = (ranks or Ranks()).sum([float(spoilt)])
+    if math.isfinite(loss) and spoilt_ranks > 0:
         loss = math.nan
-    if not math.isfinite(loss):
-        raise IstanasError(
-            f"training loss is {loss} in epoch {epoch}: the run diverged, lower the learning rate (lr) "
-            "or grad_clip; the checkpoint of the epoch before is kept"
+    if max_loss is not None and loss > max_loss and math.isfinite(loss):
+        bound = f", above max_loss = {max_loss:g}"
+    if bound or not math.isfinite(loss):
+        raise DivergedError(
+            f"training loss is {loss:.6g} in epoch {epoch}{bound}: the run diverged, lower the learning rate (lr) "
+            "or grad_clip"
         )
 
 

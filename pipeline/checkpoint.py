@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from istanas.errors import CheckpointError
 from pipeline import storage
 from pipeline.rundir import atomic_write
 
@@ -86,13 +87,17 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
         data: as `serialize` made it.
 
     Raises:
-        OSError: if the disk refuses; earlier checkpoints are then untouched.
+        OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
         IstanasError: if the storage does, see `pipeline.storage.push`.
     """
     file = folder / f"epoch-{epoch:04d}.pt"
     atomic_write(file, data)
     manifest = {"epoch": epoch, "file": file.name, "sha256": hashlib.sha256(data).hexdigest()}
-    atomic_write(file.with_suffix(".json"), json.dumps(manifest))
+    try:
+        atomic_write(file.with_suffix(".json"), json.dumps(manifest))
+    except OSError:
+        file.unlink()  # it does not count without, and takes room
+        raise
     kept = {path.stem for path in [p for p in _manifests(folder) if _epoch(p) <= epoch][:KEEP]}
     for path in folder.glob("epoch-*.*"):
         if path.stem not in kept:
@@ -103,22 +108,22 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
 
 
 def read_latest(folder: Path) -> bytes | None:
-    """The newest checkpoint that is whole, or None.
+    """The newest checkpoint that is whole, or None before the first.
 
     Args:
         folder: where the run's checkpoints lie; may be missing.
 
+    Raises:
+        CheckpointError: if more than one epoch is lost: there are checkpoints, and none is whole.
+
     Warns:
         BrokenCheckpointWarning: for every newer one that is not.
     """
-    for manifest in _manifests(folder):
+    broken: list[str] = []
+    manifests = _manifests(folder)
+    for manifest in manifests:
         try:
-            expected = json.loads(manifest.read_bytes())["sha256"]
-            data = manifest.with_suffix(".pt").read_bytes()
-            if hashlib.sha256(data).hexdigest() != expected:
-                raise ValueError("its checksum does not match")
-            deserialize(data)
-            return data
+            data = _read(manifest)
         except (
             OSError,
             ValueError,
@@ -129,12 +134,33 @@ def read_latest(folder: Path) -> bytes | None:
             pickle.UnpicklingError,
         ) as error:
             reason = " ".join(str(error).split())  # torch's errors have many lines
-            warnings.warn(
-                f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200}): the one before is used",
-                BrokenCheckpointWarning,
-                stacklevel=2,
-            )
-    return None
+            broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
+            continue
+        _warn(broken, "the one before is used")
+        return data
+    if not broken:
+        return None
+    if [_epoch(manifest) for manifest in manifests] == [1]:
+        _warn(broken, "there is none before, the run begins again")
+        return None
+    # Days of work may be lost: that is not for us to pass over.
+    raise CheckpointError(
+        f"{'; '.join(broken)}: no checkpoint is left, restore one from a copy, or start over with --fresh"
+    )
+
+
+def _read(manifest: Path) -> bytes:
+    expected = json.loads(manifest.read_bytes())["sha256"]
+    data = manifest.with_suffix(".pt").read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError("its checksum does not match")
+    deserialize(data)
+    return data
+
+
+def _warn(broken: list[str], consequence: str) -> None:
+    for text in broken:
+        warnings.warn(f"{text}: {consequence}", BrokenCheckpointWarning, stacklevel=3)
 
 
 def _manifests(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +23,10 @@ import click
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline import storage
-from pipeline.interruption import INTERRUPTED, TERMINATED, sigterm_interrupts
+from pipeline.interruption import INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.redaction import without_secrets
+from pipeline.rundir import is_full
 from pipeline.stored import KINDS, METHODS
 
 if TYPE_CHECKING:
@@ -44,11 +46,11 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line (None: the process's) and return its exit code."""
-    with sigterm_interrupts() as told_to_end:
-        return _run(arguments, told_to_end)
+    with signals_interrupt() as signals:
+        return _run(arguments, signals)
 
 
-def _run(arguments: list[str] | None, told_to_end: list[int]) -> int:
+def _run(arguments: list[str] | None, signals: list[int]) -> int:
     try:
         # Not standalone, click returns the code of an Exit, and what a command returns: nothing.
         return cli.main(args=arguments, prog_name="istanas", standalone_mode=False) or 0
@@ -61,6 +63,7 @@ def _run(arguments: list[str] | None, told_to_end: list[int]) -> int:
         click.echo(f"error: {' '.join(error.format_message().split())} See: {command} --help", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt) as error:
+        told_to_end = signals[:1] == [signal.SIGTERM]
         what = "told to end (SIGTERM)" if told_to_end else "interrupted"
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `_interruptible`
@@ -74,9 +77,10 @@ def _run(arguments: list[str] | None, told_to_end: list[int]) -> int:
         if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
             raise
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(
-            f"error: {where}{error.strerror}: free space or fix the path, the same command resumes", err=True
-        )
+        remedy = "fix the path or its rights"
+        if is_full(error):
+            remedy = "free space there (old runs, their ray folders, mlartifacts)"
+        click.echo(f"error: {where}{error.strerror}: {remedy}, the same command resumes", err=True)
         return 1
 
 

@@ -481,10 +481,18 @@ def _resources(free: dict[str, float]) -> str:
     return f"{count(int(free.get('CPU', 0)), 'core')}, {count(int(free.get('GPU', 0)), 'GPU')}"
 
 
+class _Log(logging.FileHandler):
+    """A log file; on a full disk it is left incomplete, without a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _log_to(file: Path) -> None:
     """Everything that Ray logs in this process goes to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
+    handler = _Log(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # The latter passes on nothing of what a client is sent.
     for name in ("ray", "ray.util.client.logsclient"):
@@ -508,8 +516,11 @@ def _collect_logs(logs: Path) -> None:
     if scratch is None:
         return
     for session in scratch.glob("session_2*"):
-        shutil.copytree(
-            session / "logs", logs / session.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
-        )
+        try:
+            shutil.copytree(
+                session / "logs", logs / session.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
+            )
+        except OSError:  # a full disk: logs must not take what room is left, nor hide why the job has failed
+            shutil.rmtree(logs / session.name, ignore_errors=True)
     shutil.rmtree(scratch, ignore_errors=True)
     (logs / "session").unlink()

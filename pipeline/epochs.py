@@ -44,8 +44,12 @@ class EpochJob(Protocol):
     def is_done(self, history: list[Record]) -> bool:
         """Whether no epoch is left."""
 
-    def run_epoch(self, epoch: int, tell: Tell) -> Record:
-        """Train epoch `epoch` (from 0) and measure: "metrics" and, of a search, what became of the nodes."""
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
+        """Train epoch `epoch` (from 0) and measure: "metrics" and, of a search, what became of the nodes.
+
+        Raises:
+            DivergedError: on every rank; the job is then of no more use, a new one goes on from a checkpoint.
+        """
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on bit for bit."""
@@ -68,7 +72,7 @@ class TwoStageJob:
     def is_done(self, history: list[Record]) -> bool:
         return self._search.epoch >= self._config.search.epochs or bool(history and history[-1]["converged"])
 
-    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
         search = self._search
         weight_batches = self._batches.training("weights", self._split.weights, epoch)
         n_steps = len(weight_batches)
@@ -81,10 +85,14 @@ class TwoStageJob:
 
         start = time.perf_counter()
         train = search.train_epoch(
-            weight_batches, alpha_batches, n_steps, lambda step, totals: tell(step, n_steps, totals)
+            weight_batches,
+            alpha_batches,
+            n_steps,
+            lambda step, totals: tell(step, n_steps, totals),
+            lr_factor=lr_factor,
         )
         seconds = time.perf_counter() - start
-        check_finite(train, search.supernet.parameters(), epoch + 1)
+        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
         trained = search.supernet.genotype()
         valid = search.validate(self._batches.measuring("train", self._split.alphas))
         recovery = search.recover()
@@ -129,15 +137,17 @@ class OneStageJob:
     def is_done(self, history: list[Record]) -> bool:
         return self._search.is_done
 
-    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
         search = self._search
         searching = search.is_searching
         batches = self._batches.training("weights", self._indices, epoch)
         n_steps = len(batches)
         start = time.perf_counter()
-        train = search.train_epoch(batches, n_steps, lambda step, totals: tell(step, n_steps, totals))
+        train = search.train_epoch(
+            batches, n_steps, lambda step, totals: tell(step, n_steps, totals), lr_factor=lr_factor
+        )
         seconds = time.perf_counter() - start
-        check_finite(train, search.supernet.parameters(), epoch + 1)
+        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
         trained = search.supernet.genotype()
         metrics = {**_named("train", train), "images_per_second": train.count / seconds}
         if self._holdout is not None:
@@ -196,7 +206,7 @@ class RetrainJob:
     def is_done(self, history: list[Record]) -> bool:
         return len(history) >= self._config.retrain.epochs
 
-    def run_epoch(self, epoch: int, tell: Tell) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
         r, net = self._config.retrain, self._net
         net.drop_path_prob = r.drop_path * epoch / r.epochs
         batches = self._batches.training("retrain", self._indices, epoch)
@@ -204,7 +214,7 @@ class RetrainJob:
 
         def lr_at(step: int) -> float:
             progress = (epoch + step / n_steps) / r.epochs
-            return learning_rate(
+            return lr_factor * learning_rate(
                 r.lr, r.lr_min, progress, schedule=r.schedule, warmup=r.warmup_epochs / r.epochs
             )
 
@@ -222,7 +232,7 @@ class RetrainJob:
             ranks=self._ranks,
         )
         seconds = time.perf_counter() - start
-        check_finite(train, net.parameters(), epoch + 1)
+        _check_finite(self._config, train, net, epoch, self._ranks)
         net.eval()
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
         if self._holdout is not None:
@@ -405,6 +415,10 @@ def _common_settings(config: Config) -> dict[str, Any]:
         "l1_weight": space.l1_weight,
         "solver": space.solver,
     }
+
+
+def _check_finite(config: Config, train: Metrics, net: torch.nn.Module, epoch: int, ranks: Ranks) -> None:
+    check_finite(train, net.parameters(), epoch + 1, max_loss=config.runtime.max_loss, ranks=ranks)
 
 
 def _cost_metrics(cost: Cost) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,13 +11,17 @@ from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells have them
 TERMINATED = 128 + signal.SIGTERM
+STILL_CLOSING = (
+    b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once, the same command resumes\n"
+)
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[list[int]]:
-    """Inside, SIGTERM raises KeyboardInterrupt, once; it is noted in the list that is given.
+def signals_interrupt() -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C or SIGTERM raises KeyboardInterrupt; it is noted in the list that is given.
 
-    Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send it some seconds before they kill.
+    Later ones would interrupt the closing of the run, and leave processes behind: they are answered, and no more.
+    Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before they kill.
     """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
@@ -24,12 +29,19 @@ def sigterm_interrupts() -> Iterator[list[int]]:
         return
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would interrupt the closing
         noted.append(number)
-        raise KeyboardInterrupt
+        if len(noted) == 1:
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):
+            os.write(2, STILL_CLOSING)  # the one way that is safe in the middle of anything
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell's background jobs are deaf to Ctrl-C, and stay so.
+    taken = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, before[number])

@@ -47,6 +47,7 @@ search only), `retrainings` counts the finished ones of what it found, `retrain_
 METRICS = (
     "train/loss",
     "train/top1",
+    "train/rollbacks",
     "valid/loss",
     "valid/top1",
     "test/loss",
@@ -55,6 +56,7 @@ METRICS = (
     "recovery/truncation",
     "recovery/distance",
     "recovery/support_changes",
+    "recovery/fallbacks",
     "arch/skip_ratio",
     "arch/frozen_nodes",
     "arch/rejected",

@@ -6,9 +6,11 @@ keeps a second process out. A kill at any moment leaves at worst a torn last lin
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator
@@ -132,9 +134,40 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # now: it is told how much is free without it
+        raise refused(error, target, len(content)) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(target.parent)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is a disk, a quota or a limit on files that has no room left.
+
+    Example:
+        >>> is_full(OSError(errno.ENOSPC, "No space left")), is_full(OSError(errno.EACCES, "Permission denied"))
+        (True, False)
+    """
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refused(error: OSError, path: Path, needed: int) -> OSError:
+    """The error with what the system leaves out of it: which file, and, of a full disk, what it needs and what is free.
+
+    Args:
+        error: of writing the file.
+        path: of the file.
+        needed: bytes.
+    """
+    text = error.strerror
+    if is_full(error):
+        try:
+            free = f", {shutil.disk_usage(path.parent).free / 1e6:.2f} MB are free"
+        except OSError:
+            free = ""
+        text = f"{text} ({needed / 1e6:.2f} MB are needed{free})"
+    return error if text is None else OSError(error.errno, text, str(path))
 
 
 def _sync_directory(directory: Path) -> None:
@@ -219,11 +252,17 @@ class RunDir:
         file = self.path / METRICS_FILE
         created = not file.exists()
         values = {name: float(value) for name, value in metrics.items()}
-        with open(file, "a+b") as stream:
+        line = _dump_line(MetricsLine(int(step), int(timestamp_ms), values))
+        with open(file, "a+b", buffering=0) as stream:
             _cut_torn_line(stream.fileno(), file)
-            stream.write(_dump_line(MetricsLine(int(step), int(timestamp_ms), values)))
-            stream.flush()
-            os.fsync(stream.fileno())
+            size = os.fstat(stream.fileno()).st_size
+            try:
+                if stream.write(line) < len(line):  # what a disk that fills up takes
+                    stream.write(line[os.fstat(stream.fileno()).st_size - size :])
+                os.fsync(stream.fileno())
+            except OSError as error:
+                os.ftruncate(stream.fileno(), size)
+                raise refused(error, file, len(line)) from error
         if created:
             _sync_directory(self.path)
 
@@ -327,5 +366,5 @@ def _parse_line(line: bytes, file: Path, number: int) -> MetricsLine:
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(
-            f"{file}: line {number} is not a line of metrics; remove it, or start over with --fresh"
+            f"{file}: line {number} is not a line of metrics; the command of the run makes the file anew"
         ) from None

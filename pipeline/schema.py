@@ -228,6 +228,16 @@ class RuntimeSettings(_Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         5, description="how often lost workers are replaced before the job fails"
     )
+    on_nan: Literal["stop", "rollback"] = Field(
+        "stop", description="rollback: to the last good checkpoint, with half the learning rate from there on"
+    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often a run is rolled back before it stops all the same"
+    )
+    max_loss: AbovePositive | None = Field(
+        1000.0,
+        description="an epoch's mean training loss above this counts as NaN; null: any finite one is fine",
+    )
     runs_dir: Annotated[str, pydantic.AfterValidator(storage.checked_address)] = Field(
         "runs", description="a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH"
     )

@@ -18,7 +18,7 @@ from ray.tune.result import EXPR_ERROR_FILE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
 from pipeline.cluster import last_line
 from pipeline.schema import OBJECTIVES, Config
@@ -27,6 +27,7 @@ from pipeline.study import (
     FAILED,
     FIGURES,
     FINISHED,
+    FULL,
     SETTINGS,
     TOP1,
     enqueue_points,
@@ -222,6 +223,11 @@ class StudySearcher(Searcher):
 
     def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
         values = None
+        if FULL in result:  # the study is not told, so that the trial goes on with the next sitting
+            raise IstanasError(
+                f"sweep: trial {trial.number - self._first} could not go on ({result[FULL]}): free space there (old "
+                "runs, their ray folders, mlartifacts), the same command resumes"
+            )
         if lost is not None:
             result[FAILED] = (
                 f"its process was lost more than {self._sweep.max_restarts} times (sweep.max_restarts): {lost}"

@@ -22,6 +22,8 @@ from pipeline.tracking import database_lock, one_line, public_uri
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
+FULL = "full"  # instead of either: a disk without room, which the whole sweep waits for
+WARNED = "warned"  # what a trial has warned of
 NODE = "node"  # of the cluster, in every report
 HOME, MEANING = "run_dir", "objectives"  # attributes of the study
 SETTINGS = "settings"  # attribute of the study's trials
@@ -39,6 +41,7 @@ FIGURES = (
     "retrain_dir",
     "reused",
     "frozen_epochs",
+    WARNED,
     FAILED,
 )
 SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold

@@ -117,6 +117,7 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
         ("multiply-adds", f"{result['macs']:,}"),
         (time, duration(result["seconds"])),
         ("digest", f"`{result['digest'][:12]}`"),
+        *([("halvings of the learning rate", str(result["rollbacks"]))] if "rollbacks" in result else []),
     ]
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ LINK_FILE = "mlflow.json"
 DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
+SECONDS_FOR_A_LOCK = 10.0  # that another program may hold on a SQLite file
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
 
 Names = tuple[str, ...]
@@ -210,7 +212,19 @@ def open_client(uri: str) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
     with database_lock(uri):
+        _check_not_locked(sqlite_file(uri))
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _check_not_locked(file: Path | None) -> None:
+    """Refuse a database that another program has locked: MLflow would go on trying for minutes, and say so each time.
+
+    Raises:
+        sqlite3.OperationalError: "database is locked".
+    """
+    if file is not None and file.exists():
+        with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +24,9 @@ from pipeline.jobs.job import CHECKPOINTS
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, is_full
 from pipeline.schema import Config
-from pipeline.study import EPOCH, FAILED, FINISHED, NODE, TOP1
+from pipeline.study import EPOCH, FAILED, FINISHED, FULL, NODE, TOP1, WARNED
 from pipeline.tracking import one_line, open_client, store_uri
 
 LOG_FILE = "trial.log"
@@ -49,7 +50,7 @@ def run_trial(task: dict[str, Any]) -> None:
         with open(task["log"], "a", buffering=1) as log:
             last = _logged_run(task, log)
     except OSError as error:  # no log, or a full disk
-        last = {FAILED: one_line(error)}
+        last = failure(error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the process may serve the next trial
     tune.report(last)
@@ -68,14 +69,27 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
     """The trial's last report, everything that is said on the way being in the log."""
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
-    reached = {"run_dir": task["run_dir"]}
+    reached: dict[str, Any] = {"run_dir": task["run_dir"]}
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        log.write(f"warning: {message}\n")
+        reached[WARNED] = [*reached.get(WARNED, []), str(message)]  # for the user's terminal
+
+    shown, warnings.showwarning = warnings.showwarning, warn
     try:
         return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached)}
     except Exception as error:  # whatever it is, the sweep goes on and says so
-        log.write(traceback.format_exc())
-        return {**reached, FAILED: one_line(error)}
+        with contextlib.suppress(OSError):  # on a full disk
+            log.write(traceback.format_exc())
+        return {**reached, **failure(error)}
     finally:
+        warnings.showwarning = shown
         logging.getLogger().removeHandler(handler)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """How a trial has failed: by itself, or because nothing can be written any more, which is no fault of its."""
+    return {FULL if is_full(error) else FAILED: one_line(error)}
 
 
 def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.interruption import sigterm_interrupts
+from pipeline.interruption import signals_interrupt
 from pipeline.tracking import artifact_root, one_line, open_client, public_uri, store_exists, store_uri
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def serve_ui(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with (
         tempfile.TemporaryFile("w+") as log,
-        sigterm_interrupts(),
+        signals_interrupt(),
         _server(uri, host, port, log) as server,
     ):
         try:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError, ConfigError
+from istanas.errors import CheckpointError, ConfigError, DivergedError
 from istanas.nets import TargetNet, absorb_into_batchnorm
 from istanas.space import Genotype
 from istanas.training import Compute, Metrics, Totals, derive_seed
@@ -181,14 +181,10 @@ def _run_epochs(
     compute = compute_for(config.runtime)
     ranks = Ranks.current(compute.device)
     observer = observer if ranks.is_first else Silent()
-    job = make(compute, ranks)
-    history: list[Record] = []
-    saved = _load(store, dataset, ranks)
-    if saved is not None:
-        job.load(saved)
-        history = saved["history"]
+    job, history = _begin(make, dataset, store, compute, ranks)
     observer.note(describe_place(compute, ranks))
     observer.resumed(history, ranks.size)
+    undone: list[dict[str, Any]] = []  # attempts at the next epoch that diverged
     while not job.is_done(history):
         epoch = len(history)
         _seed_epoch(config, epoch, ranks)
@@ -198,16 +194,29 @@ def _run_epochs(
             observer.step(epoch, step, n_steps, totals.metrics if on_cpu else lambda: None)
 
         start = time.perf_counter()
-        record = job.run_epoch(epoch, tell)
+        n_rollbacks = rollbacks(history) + len(undone)
+        found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
+        seconds = time.perf_counter() - start
+        if isinstance(found, str):
+            _check_rollback(config.runtime, found, epoch, n_rollbacks)
+            undone.append({"reason": found, "lr_factor": 0.5 ** (n_rollbacks + 1)})
+            del job  # two networks may be too much for a GPU
+            job, history = _begin(make, dataset, store, compute, ranks)
+            observer.note(_describe_rollback(config.runtime, found, epoch, n_rollbacks + 1))
+            continue
+        if n_rollbacks > 0:
+            found["metrics"]["train/rollbacks"] = float(n_rollbacks)
         history.append(
             {
                 "epoch": epoch + 1,  # done, counted from 1 as people and MLflow's steps do
                 "timestamp_ms": int(time.time() * 1000),
-                "seconds": time.perf_counter() - start,
+                "seconds": seconds,
                 "workers": ranks.size,
-                **record,
+                **({"rollbacks": undone} if undone else {}),
+                **found,
             }
         )
+        undone = []
         if ranks.is_first:
             state = {**job.state(), "history": history, "data": dataset.digest}
             store.write(epoch + 1, checkpoint.serialize(state))
@@ -215,6 +224,62 @@ def _run_epochs(
         if not ranks.from_first(observer.go_on):
             break
     return history
+
+
+def _begin(
+    make: Callable[[Compute, Ranks], EpochJob],
+    dataset: ImageDataset,
+    store: Store,
+    compute: Compute,
+    ranks: Ranks,
+) -> tuple[EpochJob, list[Record]]:
+    """The job as the newest checkpoint left it, or as it starts."""
+    job = make(compute, ranks)
+    saved = _load(store, dataset, ranks)
+    if saved is None:
+        return job, []
+    job.load(saved)
+    return job, saved["history"]
+
+
+def rollbacks(history: list[Record]) -> int:
+    """How often a run was rolled back: each time its learning rate was halved for good."""
+    return sum(len(record.get("rollbacks", ())) for record in history)
+
+
+def _attempt(
+    job: EpochJob, epoch: int, tell: Callable[[int, int, Totals], None], lr_factor: float
+) -> Record | str:
+    """The epoch's record, or how it diverged, on every rank alike; the error itself would hold on to the network."""
+    try:
+        return job.run_epoch(epoch, tell, lr_factor)
+    except DivergedError as error:
+        return str(error)
+
+
+def _check_rollback(settings: RuntimeSettings, reason: str, epoch: int, before: int) -> None:
+    """Stop a diverged run that is not to be rolled back, or was so too often.
+
+    Raises:
+        DivergedError: naming epoch, last good checkpoint and remedy.
+    """
+    if settings.on_nan == "rollback" and before < settings.max_rollbacks:
+        return
+    last = f"the last good checkpoint is of epoch {epoch}" if epoch else "there is no checkpoint before it"
+    if settings.on_nan == "rollback":
+        remedy = f"it was rolled back {before} times already, raise runtime.max_rollbacks to go on"
+    else:
+        where = "from there" if epoch else "at the start"
+        remedy = f"the same command with --set runtime.on_nan=rollback goes on {where} with half of it"
+    raise DivergedError(f"{reason}; {last}: {remedy}")
+
+
+def _describe_rollback(settings: RuntimeSettings, reason: str, epoch: int, number: int) -> str:
+    to = f"the end of epoch {epoch}" if epoch else "the start"
+    return (
+        f"{reason.partition(', lower')[0]}: rolled back to {to}, with half the learning rate "
+        f"({0.5**number:g} of what is set; rollback {number} of {settings.max_rollbacks})"
+    )
 
 
 def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNet:

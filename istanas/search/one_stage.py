@@ -172,7 +172,12 @@ class OneStageSearch(SearchState):
         return (epoch - self.search_epochs) / self.settings.train_epochs
 
     def train_epoch(
-        self, batches: Iterable[BatchLike], n_steps: int, observe: Observer | None = None
+        self,
+        batches: Iterable[BatchLike],
+        n_steps: int,
+        observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
     ) -> Metrics:
         """One epoch: every batch updates the weights and, of ACTIVE nodes, the compressed alphas.
 
@@ -180,6 +185,7 @@ class OneStageSearch(SearchState):
             batches: see `istanas.data.Batch`, on the device.
             n_steps: their number.
             observe: called after every step.
+            lr_factor: of the weights' learning rate, where an earlier attempt diverged.
 
         Returns:
             Mean loss (without the auxiliary head's) and top-1, over the pictures of all ranks; the running
@@ -191,7 +197,7 @@ class OneStageSearch(SearchState):
         totals = Totals(self.compute.device)
         for step, batch in enumerate(batches):
             progress = self.train_progress(self.epoch + step / n_steps)
-            set_learning_rate(self.weight_optimizer, learning_rate(s.lr, s.lr_min, progress))
+            set_learning_rate(self.weight_optimizer, lr_factor * learning_rate(s.lr, s.lr_min, progress))
             self.step(batch, totals)
             if observe is not None:
                 observe(step + 1, totals)

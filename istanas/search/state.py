@@ -24,7 +24,7 @@ from istanas.sparse import (
     RecoveryResult,
     initial_compressed_alphas,
     measurement_matrix,
-    recover_nodes,
+    recover_certified,
     top_support,
     truncation_error,
 )
@@ -88,6 +88,8 @@ class NodeReport:
     state: str = NodeState.ACTIVE.name  # after the recovery
     # |z| of every candidate, in the order of `CellSpace.candidate`; of a node that was not recovered, none
     magnitudes: list[float] = field(default_factory=list)
+    solver: str = ""  # whose code it is; of a node that was not recovered, none
+    fallback: bool = False  # whether the solver that was asked for had failed on it
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class RecoveryReport:
         nodes = [n for n in self.nodes if n.recovered]
         if not nodes:
             return {}
+        fallbacks = sum(n.fallback for n in nodes)
         return {
+            **({"recovery/fallbacks": float(fallbacks)} if fallbacks else {}),
             "recovery/gap": max(n.gap for n in nodes),
             "recovery/truncation": max(n.truncation for n in nodes),
             "recovery/distance": max(n.distance for n in nodes),
@@ -195,7 +199,7 @@ class SearchState:
         """New codes of these nodes, each from its b: recovered by rank 0, for all."""
         space = self.supernet.space
         before = [self.codes[cell][node] if self.codes else None for cell, node in places]
-        results = self.ranks.from_first(lambda: self._solve(places, before))
+        results = self.ranks.from_first(lambda: self._solve(places, before))  # its SolverError, too
         recovered = []
         for (cell, node), old, result in zip(places, before, results, strict=True):
             z = torch.as_tensor(result.z)
@@ -206,12 +210,13 @@ class SearchState:
 
     def _solve(self, places: Sequence[Place], before: Sequence[NodeCode | None]) -> list[RecoveryResult]:
         alphas = {cell: self.supernet.node_alphas(cell) for cell in CELLS}
-        return recover_nodes(
+        return recover_certified(
             [self._matrices[cell][node] for cell, node in places],
             [alphas[cell][node].detach().double().cpu() for cell, node in places],
             l1_weight=self._coding.l1_weight,
             solver=self._coding.solver,
             supports=[None if old is None else old.sparse_code.nonzero().flatten().numpy() for old in before],
+            names=[f"{cell} node {node}" for cell, node in places],
         )
 
     def install(self, codes: Mapping[Place, NodeCode], states: States | None = None) -> None:
@@ -249,6 +254,8 @@ class SearchState:
                     gap=float(new.result.gap),
                     changed=new.before is not None and new.before.support != kept,
                     converged=bool(new.result.converged),
+                    solver=new.result.solver,
+                    fallback=new.result.solver != self._coding.solver,
                     magnitudes=new.code.sparse_code.abs().tolist(),
                 )
             )

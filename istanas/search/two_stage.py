@@ -86,6 +86,8 @@ class TwoStageSearch(SearchState):
         alpha_batches: Callable[[], Iterable[BatchLike]],
         n_steps: int,
         observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
     ) -> Metrics:
         """One epoch: for every weight batch an alpha step on an alpha batch, then a weight step.
 
@@ -94,6 +96,7 @@ class TwoStageSearch(SearchState):
             alpha_batches: makes a pass over the alpha half; called again if it is shorter than the weight half.
             n_steps: number of weight batches.
             observe: called after every step.
+            lr_factor: of the weights' learning rate, where an earlier attempt diverged.
 
         Returns:
             Mean loss and top-1 of the weight steps, over the pictures of all ranks; the running statistics of
@@ -106,7 +109,8 @@ class TwoStageSearch(SearchState):
             zip(weight_batches, endless(alpha_batches), strict=False)
         ):
             progress = (self.epoch + step / n_steps) / s.epochs
-            set_learning_rate(self.weight_optimizer, learning_rate(s.lr, s.lr_min, progress))
+            lr = lr_factor * learning_rate(s.lr, s.lr_min, progress)
+            set_learning_rate(self.weight_optimizer, lr)
             self.alpha_step(alpha_batch)
             self.weight_step(batch, totals)
             if observe is not None:

@@ -12,9 +12,18 @@ from istanas.sparse.lasso import (
     truncation_error,
 )
 from istanas.sparse.measurement import edge_weights, gram_bias, initial_compressed_alphas, measurement_matrix
-from istanas.sparse.recovery import SOLVERS, RecoveryResult, RecoveryWarning, recover, recover_nodes
+from istanas.sparse.recovery import (
+    FALLBACKS,
+    SOLVERS,
+    RecoveryResult,
+    RecoveryWarning,
+    recover,
+    recover_certified,
+    recover_nodes,
+)
 
 __all__ = [
+    "FALLBACKS",
     "SOLVERS",
     "RecoveryResult",
     "RecoveryWarning",
@@ -30,6 +39,7 @@ __all__ = [
     "mosek_licence",
     "objective",
     "recover",
+    "recover_certified",
     "recover_nodes",
     "top_support",
     "truncation_error",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,13 @@ from istanas.sparse.ista import iterate
 from istanas.sparse.lasso import Array, Indices, as_float64, duality_gap, objective
 
 SOLVERS = ("ista", "fista", "homotopy", "clarabel", "mosek")
+FALLBACKS = ("homotopy", "clarabel", "fista")  # in this order, where the solver that was asked for fails
+PATIENCE = 300_000  # steps of FISTA as the last resort
+# What a solver that gives up raises; what makes no problem is refused before.
+_GIVEN_UP = (SolverError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)
+
+
+Members: TypeAlias = npt.NDArray[np.bool_] | None
 
 
 class RecoveryWarning(UserWarning):
@@ -133,6 +140,101 @@ def recover_nodes(
     return _recover_nodes(list(As), list(bs), l1_weight, solver, tol, max_iter, supports)
 
 
+def recover_certified(
+    As: Sequence[Any],
+    bs: Sequence[Any],
+    l1_weight: float = 1e-5,
+    solver: str = "homotopy",
+    *,
+    tol: float = 1e-9,
+    supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[RecoveryResult]:
+    """`recover_nodes` whose every code is certified: a node that a solver fails on goes to the next solver.
+
+    First comes `solver`, then, for the nodes that are left, "homotopy", "clarabel", and "fista" with many steps.
+
+    Args:
+        As, bs, l1_weight, solver, tol, supports: as in `recover_nodes`.
+        names: of the nodes, for the error; default: their numbers.
+
+    Returns:
+        One result a node, in order, `converged` all; `solver` says whose code it is.
+
+    Raises:
+        SolverError: as `recover_nodes`; or if no solver reaches `tol` on a node, with the gap of each.
+
+    Example:
+        >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
+        ['homotopy']
+    """
+    problems = _checked(list(As), list(bs), l1_weight, solver, tol, None, supports)
+    stages: list[tuple[str, int | None, Members]] = [(solver, None, problems.members)]
+    for name in FALLBACKS:
+        # The same again only where it can end otherwise: without a support, or with more steps.
+        if name == "homotopy" and supports is not None:
+            stages += [(name, None, problems.members), (name, None, None)][solver == name :]
+        elif name != solver or name == "fista":
+            stages.append((name, PATIENCE if name == "fista" else None, None))
+    results: dict[int, RecoveryResult] = {}
+    failures: dict[int, list[str]] = {node: [] for node in range(len(As))}
+    for name, max_iter, members in stages:
+        left = [node for node in failures if node not in results]
+        if not left:
+            break
+        parts = problems._replace(members=members).of(left)
+        for node, found in zip(left, _tried(parts, l1_weight, name, tol, max_iter), strict=True):
+            if isinstance(found, str):
+                failures[node].append(f"{name}: {found}")
+            elif found.converged:
+                results[node] = found
+            else:
+                failures[node].append(f"{name}: gap {found.gap:.2g}")
+    left = [node for node in failures if node not in results]
+    if left:
+        named = [str(node) if names is None else names[node] for node in left]
+        raise SolverError(
+            f"no solver recovers {', '.join(named[:8])}{', ...' if left[8:] else ''} to a relative duality gap of "
+            f"{tol:g} ({'; '.join(failures[left[0]])}): raise l1_weight, which is {l1_weight:g}, or lower arch_lr"
+        )
+    return [results[node] for node in failures]
+
+
+class _Problems(NamedTuple):
+    """Problems that were checked, as one batch."""
+
+    A: Array
+    b: Array
+    sizes: list[int]
+    given: list[Any]  # the vectors b as they came
+    members: Members  # of the given supports, if any
+
+    def of(self, nodes: list[int]) -> _Problems:
+        """Some of them."""
+        if len(nodes) == len(self.sizes):
+            return self
+        return _Problems(
+            self.A[nodes],
+            self.b[nodes],
+            [self.sizes[node] for node in nodes],
+            [self.given[node] for node in nodes],
+            None if self.members is None else self.members[nodes],
+        )
+
+
+def _tried(
+    problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
+) -> list[RecoveryResult | str]:
+    """One solver's results, or why it gave up on a node: that of one takes no other's."""
+    try:
+        return [*_certify(problems, l1_weight, solver, tol, max_iter)]
+    except _GIVEN_UP as error:
+        if len(problems.sizes) == 1:
+            return [" ".join(str(error).split())[:200]]
+    single = [problems.of([node]) for node in range(len(problems.sizes))]
+    return [found for part in single for found in _tried(part, l1_weight, solver, tol, max_iter)]
+
+
 def _recover_nodes(
     As: Sequence[Any],
     bs: Sequence[Any],
@@ -142,17 +244,20 @@ def _recover_nodes(
     max_iter: int | None,
     supports: Any,
 ) -> list[RecoveryResult]:
-    _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
-    if len(As) == 0:
+    problems = _checked(As, bs, l1_weight, solver, tol, max_iter, supports)
+    results = _certify(problems, l1_weight, solver, tol, max_iter)
+    if not all(result.converged for result in results):
+        _warn(results, solver, tol)
+    return results
+
+
+def _certify(
+    problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
+) -> list[RecoveryResult]:
+    """One solver's codes, with their certificates."""
+    A, b, sizes, bs, members = problems
+    if len(sizes) == 0:
         return []
-    matrices = [as_float64(A) for A in As]
-    vectors = [as_float64(b) for b in bs]
-    for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
-        _check_shapes(A, b, _named(node, len(As)))
-    sizes = [A.shape[1] for A in matrices]
-    A, b = _pad(matrices, vectors)
-    _check_finite(A, b)
-    members = _memberships(supports, sizes, A.shape[2])
     device = next(
         (b.device for b in bs if isinstance(b, Tensor) and b.device.type == "cuda"), torch.device("cpu")
     )
@@ -160,8 +265,6 @@ def _recover_nodes(
 
     gaps, objectives = duality_gap(A, b, z, l1_weight), objective(A, b, z, l1_weight)
     converged = gaps <= tol
-    if not converged.all():
-        _warn(gaps, n_iter, converged, solver, tol)
     return [
         RecoveryResult(
             z=_like(bs[i], z[i, : sizes[i]]),
@@ -203,6 +306,32 @@ def _solve(
         found = iterate(*tensors, l1_weight, tol=tol, max_iter=max_iter, accelerate=solver == "fista")
         return found.z.cpu().numpy(), found.n_iter.cpu().numpy(), reused
     return *solve_convex(A, b, l1_weight, solver, max_iter), reused
+
+
+def _checked(
+    As: Sequence[Any],
+    bs: Sequence[Any],
+    l1_weight: float,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    supports: Any,
+) -> _Problems:
+    """Refuse what makes no problem.
+
+    Raises:
+        SolverError: with the node, if it is one's.
+    """
+    _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
+    if len(As) == 0:
+        return _Problems(np.zeros((0, 1, 1)), np.zeros((0, 1)), [], [], None)
+    matrices, vectors = [as_float64(A) for A in As], [as_float64(b) for b in bs]
+    for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
+        _check_shapes(A, b, _named(node, len(As)))
+    sizes = [A.shape[1] for A in matrices]
+    A, b = _pad(matrices, vectors)
+    _check_finite(A, b)
+    return _Problems(A, b, sizes, list(bs), _memberships(supports, sizes, A.shape[2]))
 
 
 def _check_arguments(
@@ -292,14 +421,15 @@ def _like(b: Any, z: Array) -> Any:
     return z.astype(dtype if dtype is not None and np.issubdtype(dtype, np.floating) else np.float64)
 
 
-def _warn(gaps: Array, n_iter: Indices, converged: npt.NDArray[np.bool_], solver: str, tol: float) -> None:
-    bad = np.flatnonzero(~converged)
+def _warn(results: Sequence[RecoveryResult], solver: str, tol: float) -> None:
+    bad = [node for node, result in enumerate(results) if not result.converged]
+    gap, n_iter = max(results[n].gap for n in bad), max(results[n].n_iter for n in bad)
     named = ", ".join(str(node) for node in bad[:8]) + (", ..." if len(bad) > 8 else "")
     exact = "l1_weight is too small to be certified in float64, raise it, tol or max_iter"
     remedy = exact if solver == "homotopy" else "raise max_iter or tol, or use solver 'homotopy'"
     warnings.warn(
-        f"{solver} did not converge on {len(bad)} of {len(gaps)} nodes ({named}): relative duality gap up to"
-        f" {gaps[bad].max():.3g} after {n_iter[bad].max()} iterations, tolerance {tol:.3g};"
+        f"{solver} did not converge on {len(bad)} of {len(results)} nodes ({named}): relative duality gap up to"
+        f" {gap:.3g} after {n_iter} iterations, tolerance {tol:.3g};"
         f" {remedy}",
         RecoveryWarning,
         stacklevel=4,

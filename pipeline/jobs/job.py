@@ -9,6 +9,8 @@ import contextlib
 import csv
 import dataclasses
 import io
+import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +22,10 @@ import pandas as pd
 from rich.console import Console
 
 from istanas.data import ImageDataset
-from istanas.errors import CheckpointError
+from istanas.errors import CheckpointError, IstanasError
 from istanas.space import CellSpace
 from istanas.training import Metrics
-from pipeline import storage
+from pipeline import checkpoint, storage
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
@@ -47,6 +49,8 @@ from pipeline.rundir import (
 from pipeline.schema import Config
 from pipeline.tracking import Tracker, one_line, open_tracker, public_uri, store_uri
 from pipeline.worker import compute_for
+
+_LOG = logging.getLogger(__name__)
 
 SECONDS_TO_END = 60.0  # for a process that has been told to end, and still holds its run
 CHECKPOINTS = "checkpoints"
@@ -121,7 +125,7 @@ class RunObserver:
 
     def resumed(self, history: list[Record], workers: int) -> None:
         # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
-        self._run.replace_metrics(MetricsLine(r["epoch"], r["timestamp_ms"], r["metrics"]) for r in history)
+        self._run.replace_metrics(metrics_lines(history))
         self._tracker.deliver()
         if history:
             self._write_trajectory(history)
@@ -204,6 +208,8 @@ def execute(
     """
     run = RunDir(spec.path)
     with _locked(run, console, wait=wait):
+        if not fresh and run.exists():
+            _mend(run, spec, console_line(console))
         if not fresh and run.exists() and run.read().status == "FINISHED":
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
@@ -247,9 +253,7 @@ def execute(
         except SystemExit:
             raise
         except BaseException:
-            run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
-            tracker.deliver()
-            storage.push(run.path, once=True)
+            _close_failed(run, record, tracker, console_line(console))
             raise
         if not tracker.deliver():
             console.print(
@@ -259,6 +263,45 @@ def execute(
             )
         storage.push(run.path)  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
+
+
+def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
+    """Say FAILED in record and store; what refuses even that must not hide why the run has failed."""
+    try:
+        run.write(dataclasses.replace(record, status="FAILED", ended_ms=_now_ms()))
+        tracker.deliver()
+        storage.push(run.path, once=True)
+    except (OSError, IstanasError) as error:
+        say(f"{storage.shown(run.path)}: still says RUNNING ({one_line(error)}), the same command mends that")
+
+
+def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
+    """Make anew those damaged files of a run that its checkpoints and its configuration can replace."""
+    try:
+        run.read()
+    except CheckpointError as error:
+        say(f"warning: {error.args[0].partition('; ')[0]}: made anew, the old one is {RECORD_FILE}.damaged")
+        os.replace(run.path / RECORD_FILE, run.path / f"{RECORD_FILE}.damaged")
+        run.write(_new_record(spec))
+    try:
+        run.environment()
+    except CheckpointError as error:
+        say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
+        (run.path / ENVIRONMENT_FILE).unlink()
+    try:
+        run.metrics()
+    except CheckpointError as error:
+        # Every line is in the newest checkpoint's history, too; a sweep that goes on makes its own from the study.
+        saved = checkpoint.load_latest(run.path / CHECKPOINTS)
+        if saved is None and run.read().status == "FINISHED":
+            raise
+        say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
+        run.replace_metrics([] if saved is None else metrics_lines(saved["history"]))
+
+
+def metrics_lines(history: list[Record]) -> list[MetricsLine]:
+    """What a run's metrics are after these epochs."""
+    return [MetricsLine(r["epoch"], r["timestamp_ms"], r["metrics"]) for r in history]
 
 
 def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:
@@ -298,7 +341,9 @@ def announce(spec: JobSpec) -> str | None:
     """
     run = RunDir(spec.path)
     with run.lock(wait=SECONDS_TO_END):
-        if not run.exists():
+        if run.exists():
+            _mend(run, spec, _LOG.warning)
+        else:
             _open_record(run, spec)
         tracker = tracker_of(run, spec.config)
         tracker.deliver()
@@ -482,25 +527,29 @@ def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = 
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
     else:
-        record = RunRecord(
-            name=spec.name,
-            kind=spec.kind,
-            method=spec.config.method,
-            dataset=spec.config.data.name,
-            key=new_key(),
-            params=flat_params(spec.config, spec.sections),
-            tags={**_common_tags(spec.config), **spec.tags},
-            description=spec.description,
-            parent=spec.parent,
-            status="RUNNING",
-            started_ms=_now_ms(),
-            ended_ms=None,
-            artifacts=(CONFIG_FILE, ENVIRONMENT_FILE),
-            result={},
-            datasets=datasets,
-        )
+        record = _new_record(spec, datasets)
     run.write(record)
     return record
+
+
+def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunRecord:
+    return RunRecord(
+        name=spec.name,
+        kind=spec.kind,
+        method=spec.config.method,
+        dataset=spec.config.data.name,
+        key=new_key(),
+        params=flat_params(spec.config, spec.sections),
+        tags={**_common_tags(spec.config), **spec.tags},
+        description=spec.description,
+        parent=spec.parent,
+        status="RUNNING",
+        started_ms=_now_ms(),
+        ended_ms=None,
+        artifacts=(CONFIG_FILE, ENVIRONMENT_FILE),
+        result={},
+        datasets=datasets,
+    )
 
 
 def _common_tags(config: Config) -> dict[str, str]:

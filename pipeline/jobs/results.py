@@ -13,6 +13,7 @@ class _Result(TypedDict):
     params: int
     macs: int
     seconds: float
+    rollbacks: NotRequired[int]  # halvings of the learning rate, if the run diverged
 
 
 class SearchResult(_Result):

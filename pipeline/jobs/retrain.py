@@ -31,7 +31,7 @@ from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import datasets_used
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
-from pipeline.worker import trained_network
+from pipeline.worker import rollbacks, trained_network
 
 SECTIONS = ("data", "retrain")
 
@@ -93,6 +93,7 @@ def run_retrain(
             "params": int(m["target/params"]),
             "macs": int(m["target/macs"]),
             "seconds": sum(record["seconds"] for record in history),
+            **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
         }
         return Outcome(
             result=result,

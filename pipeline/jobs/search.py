@@ -44,7 +44,7 @@ from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, OneStageConfig
 from pipeline.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
-from pipeline.worker import searched_network
+from pipeline.worker import rollbacks, searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
@@ -143,7 +143,7 @@ def describe_epoch(history: list[Record]) -> str:
     return (
         f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} % "
         f"(alpha half {100 * m['valid/top1']:.1f} %), {changes} of {len(record['nodes'])} nodes changed, "
-        f"{record['seconds']:.1f} s"
+        f"{record['seconds']:.1f} s{_describe_fallbacks(record)}"
     )
 
 
@@ -160,7 +160,7 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
             f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
             f"{int(m['arch/frozen_nodes'])} of {len(record['nodes'])} frozen"
         )
-    text += f", {record['seconds']:.1f} s"
+    text += f", {record['seconds']:.1f} s{_describe_fallbacks(record)}"
     if record["rejection"] is not None:
         text += f"\nrejected the new architecture, {record['rejection']}: the one before stays"
     if record["searching"] and len(record["frozen"]) == len(record["nodes"]):
@@ -168,6 +168,17 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
         how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
         text += f"\narchitecture fixed after {count(record['epoch'], 'epoch')} ({how})"
     return text
+
+
+def _describe_fallbacks(record: Record) -> str:
+    """A line on the nodes that another solver recovered than the one that was asked for, if there are any."""
+    by_solver: dict[str, list[str]] = {}
+    for node in (*record.get("start_nodes", ()), *record["nodes"]):
+        name = f"{node['cell']} node {node['node']}"
+        if node.get("fallback") and name not in by_solver.setdefault(node["solver"], []):
+            by_solver[node["solver"]].append(name)
+    said = [f"{', '.join(names)} by {solver}" for solver, names in by_solver.items() if names]
+    return f"\nspace.solver failed, recovered {'; '.join(said)}" if said else ""
 
 
 def check_solver(solver: str) -> None:
@@ -260,6 +271,7 @@ def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),
         "seconds": sum(record["seconds"] for record in history),
+        **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
     }
 
 

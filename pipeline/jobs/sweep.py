@@ -55,6 +55,7 @@ from pipeline.storage import is_remote
 from pipeline.study import (
     FAILED,
     NODE,
+    WARNED,
     best_trial,
     first_number,
     n_failed,
@@ -423,9 +424,14 @@ class _Trials:
         Those of trials, of their retrainings, and of an earlier sitting that this one did not come to.
         """
         self._open.clear()
-        self._delivered &= close_below(self._run.path, self._config)
-        if not self._delivered:
-            deliver_below(self._run.path, self._config)
+        try:
+            self._delivered &= close_below(self._run.path, self._config)
+            if not self._delivered:
+                deliver_below(self._run.path, self._config)
+        except OSError as error:  # a full disk: it must not hide what else has failed
+            self._observer.note(
+                f"runs of trials are left RUNNING ({one_line(error)}), the same command mends that"
+            )
 
     def told(self, index: int) -> None:
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
@@ -477,7 +483,8 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
             again = ", known from another trial" if figures.get("reused") else ""
             text += f", retrained {100 * figures['retrained_top1']:.1f} %{again}"
         text += f", {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
-    return f"{text}; {readable(figures.get('settings', {}))}"
+    text = f"{text}; {readable(figures.get('settings', {}))}"
+    return "\n".join([text, *(f"warning: trial {index}: {warned}" for warned in figures.get(WARNED, ()))])
 
 
 def _metrics_lines(config: Config, done: Sequence[FrozenTrial]) -> list[MetricsLine]:
@@ -554,7 +561,7 @@ def _run_tune(
         ) from error
     shutil.rmtree(storage / sitting, ignore_errors=True)
     if searcher.error is not None:
-        if isinstance(searcher.error, IstanasError | OptunaError):
+        if isinstance(searcher.error, IstanasError | OptunaError | OSError):
             raise searcher.error
         raise IstanasError(
             f"sweep: could not go on ({last_line(searcher.error)}); the same command does"

@@ -1,6 +1,7 @@
 """Several ranks are one: equal gradients and architectures, only active bytes on the wire, one genotype or none."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from istanas.data import Augmentation, Batch, batches, load_dataset
 from istanas.distributed import Ranks
-from istanas.errors import IstanasError, SolverError
+from istanas.errors import DivergedError, IstanasError, SolverError
 from istanas.nets import Supernet, TargetNet
 from istanas.search import TwoStageSearch, TwoStageSettings
 from istanas.space import CellSpace, random_genotype
-from istanas.training import Compute, Metrics, Totals, evaluate, train_target_epoch
+from istanas.training import Compute, Metrics, Totals, check_finite, evaluate, train_target_epoch
 from tests.ranks import CountingRanks, Outcome, run_ranks
 
 CPU = Compute(torch.device("cpu"))
@@ -71,6 +72,7 @@ def outcomes() -> dict[str, list[Outcome]]:
         bytes_per_step,
         recover_with_a_corrupt_rank,
         each_primitive,
+        finish_with_one_spoilt_rank,
     ]
     return dict(zip([f.__name__ for f in functions], run_ranks(functions, 2), strict=True))
 
@@ -271,6 +273,22 @@ def test_sums_averages_and_the_word_of_rank_0_reach_every_rank(outcomes: dict[st
         "error": "SolverError: no licence: get one",
     }
     assert [outcome.value for outcome in outcomes["each_primitive"]] == [expected] * 2
+
+
+def finish_with_one_spoilt_rank() -> float:
+    ranks = Ranks.current(torch.device("cpu"))
+    check_finite(Metrics(1.0, 0.5, 1), [torch.zeros(2)], 3, ranks=ranks)
+    parameter = torch.tensor([1.0, math.inf if ranks.rank == 1 else 1.0])
+    with pytest.raises(DivergedError, match="training loss is nan in epoch 4"):
+        check_finite(Metrics(1.0, 0.5, 1), [parameter], 4, ranks=ranks)
+    return ranks.sum([1.0])[0]
+
+
+@pytest.mark.slow
+def test_what_is_spoilt_on_one_rank_stops_all_and_leaves_them_in_step(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    assert [outcome.value for outcome in outcomes["finish_with_one_spoilt_rank"]] == [2.0, 2.0]
 
 
 def test_alone_everything_is_the_identity() -> None:

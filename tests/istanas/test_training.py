@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from istanas.data import Batch
-from istanas.errors import IstanasError
+from istanas.errors import DivergedError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED
 from istanas.training import (
@@ -170,6 +170,11 @@ def test_a_diverged_epoch_is_refused(loss: float) -> None:
 
 def test_a_finite_epoch_is_accepted() -> None:
     check_finite(Metrics(1e30, 0.0, 1), [torch.zeros(1)], 0)
+    check_finite(Metrics(10.0, 0.0, 1), [torch.zeros(1)], 1, max_loss=10.0)
+    with pytest.raises(
+        DivergedError, match=r"loss is 10.5 in epoch 1, above max_loss = 10: the run diverged"
+    ):
+        check_finite(Metrics(10.5, 0.0, 1), [torch.zeros(1)], 1, max_loss=10.0)
     with pytest.raises(IstanasError, match="training loss is nan in epoch 1"):
         check_finite(Metrics(1.0, 0.5, 1), [torch.zeros(1), torch.tensor([0.0, torch.inf])], 1)
 

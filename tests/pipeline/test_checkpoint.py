@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from istanas.errors import CheckpointError
 from pipeline import checkpoint
 from pipeline.checkpoint import (
     BrokenCheckpointWarning,
@@ -163,12 +164,23 @@ def test_without_a_manifest_a_file_does_not_count(folder: Path) -> None:
         assert epoch_found(folder) == 1
 
 
-def test_all_broken_is_none_with_a_warning_each(folder: Path) -> None:
+def test_all_broken_is_an_error_that_names_them(folder: Path) -> None:
     for epoch in (1, 2):
         flip_a_bit(folder / f"epoch-000{epoch}.pt", 50)
-    with pytest.warns(BrokenCheckpointWarning) as told:
-        assert load_latest(folder) is None
-    assert len(told) == 2
+    with pytest.raises(CheckpointError) as caught:
+        load_latest(folder)
+    line = str(caught.value)
+    assert [n for n in (1, 2) if f"epoch-000{n}.pt is broken (its checksum does not match)" in line] == [1, 2]
+    assert line.endswith(": no checkpoint is left, restore one from a copy, or start over with --fresh")
+    assert "\n" not in line
+
+
+def test_the_only_one_broken_is_an_error_if_more_than_one_epoch_is_lost(folder: Path) -> None:
+    for path in folder.glob("epoch-0001.*"):
+        path.unlink()
+    os.truncate(folder / "epoch-0002.pt", 100)
+    with pytest.raises(CheckpointError, match=r"epoch-0002\.pt is broken .*: no checkpoint is left"):
+        read_latest(folder)
 
 
 def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
@@ -240,11 +252,11 @@ def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) 
     assert {path.name for path in folder.glob("*.pt")} == {"epoch-0002.pt", "epoch-0003.pt"}
 
 
-def test_a_run_that_starts_over_after_all_were_broken_keeps_what_it_writes(folder: Path) -> None:
-    for file in folder.glob("*.pt"):
-        file.write_bytes(b"")
-    with pytest.warns(BrokenCheckpointWarning):
-        assert load_latest(folder) is None
-    save(folder, 1, state(1))
-    assert epoch_found(folder) == 1
-    assert {path.stem for path in folder.iterdir()} == {"epoch-0001"}
+def test_the_first_one_broken_means_to_begin_again(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1))
+    (tmp_path / "epoch-0001.pt").write_bytes(b"")
+    with pytest.warns(BrokenCheckpointWarning, match="there is none before, the run begins again"):
+        assert load_latest(tmp_path) is None
+    save(tmp_path, 1, state(1))
+    assert epoch_found(tmp_path) == 1
+    assert {path.stem for path in tmp_path.iterdir()} == {"epoch-0001"}

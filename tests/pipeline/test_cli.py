@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.cli import cli, run
+from pipeline.interruption import STILL_CLOSING
 from pipeline.rundir import RunDir
 
 TINY = """
@@ -579,6 +581,51 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     assert "resumed after epoch" in resumed.stderr
     assert f"epoch {done - 1}: loss" not in resumed.stderr
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
+
+
+def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
+    """Ctrl-C again and again, and SIGTERM too, until the command has ended; MLflow is told all the same."""
+    arguments = [
+        "search",
+        "--config",
+        "tiny.yaml",
+        "--set",
+        "search.epochs=12",
+        "--set",
+        "tracking.enabled=true",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=unignore_sigint,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2:"):
+            break
+    sent = 0
+    while process.poll() is None and sent < 3000:
+        process.send_signal(signal.SIGTERM if sent % 10 == 9 else signal.SIGINT)
+        sent += 1
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    *closing, last = err.strip().splitlines()
+    assert last == "interrupted: the same command resumes"
+    assert set(closing) == {STILL_CLOSING.decode().strip()}
+    assert sent > 1
+    (path,) = (here / "runs").iterdir()
+    assert RunDir(path).read().status == "FAILED"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{here / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FAILED"
 
 
 def unignore_sigint() -> Any:

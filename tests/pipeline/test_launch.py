@@ -17,7 +17,7 @@ from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.doctor import check_cluster
-from pipeline.interruption import sigterm_interrupts
+from pipeline.interruption import signals_interrupt
 from pipeline.launch import _on_workers
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
@@ -156,7 +156,7 @@ def test_ctrl_c_in_what_must_not_be_interrupted_is_noted() -> None:
 
 
 def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_does() -> None:
-    with sigterm_interrupts() as ended:
+    with signals_interrupt() as ended:
         handler = signal.getsignal(signal.SIGTERM)
         with cluster.uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)

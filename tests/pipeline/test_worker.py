@@ -13,12 +13,14 @@ import torch
 
 from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, stratified_subset
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError, ConfigError, IstanasError
+from istanas.errors import CheckpointError, ConfigError, DivergedError, IstanasError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
-from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore
+from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore, load_latest
 from pipeline.config import load
 from pipeline.epochs import Record, build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
 from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
 from pipeline.resources import count, usable_cores
 from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
@@ -27,6 +29,7 @@ from pipeline.worker import (
     compute_for,
     describe_place,
     retrain_worker,
+    rollbacks,
     search_worker,
     trained_network,
 )
@@ -327,6 +330,30 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
     assert (m["target/params"], m["target/macs"]) == (cost.params, cost.macs)
 
 
+@pytest.mark.parametrize("method", ["two_stage", "one_stage"])
+def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said(
+    few: ImageDataset, tmp_path: Path, method: str
+) -> None:
+    sizes = {"two_stage": "epochs: 2", "one_stage": "max_search_epochs: 2, train_epochs: 0"}[method]
+    common = [f"method={method}", f"search={{{sizes}, batch_size: 64, init_channels: 2, layers: 3}}"]
+    if mosek_licence() is not None:
+        pytest.skip("MOSEK has a licence here: it would not fail")
+    other = search(tiny(*common, "space.solver=mosek"), few, tmp_path / "other")
+    asked = search(tiny(*common), few, tmp_path / "asked")
+    assert [record["metrics"].pop("recovery/fallbacks") for record in other] == [4.0, 4.0]
+    for one, two in zip(decided(other), decided(asked), strict=True):
+        nodes = [*one.pop("start_nodes", []), *one.pop("nodes")]
+        wanted = [*two.pop("start_nodes", []), *two.pop("nodes")]
+        assert nodes == [{**node, "fallback": True} for node in wanted]
+        assert {node["solver"] for node in nodes} == {"homotopy"}
+        assert not any(node["fallback"] for node in wanted)
+        assert one == two
+    describe = {"two_stage": describe_epoch, "one_stage": describe_one_stage_epoch}[method]
+    line = "space.solver failed, recovered normal node 0, normal node 1, reduce node 0, reduce node 1 by homotopy"
+    assert line in describe(other).splitlines()
+    assert "space.solver" not in describe(asked)
+
+
 def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
     few: ImageDataset, tmp_path: Path
 ) -> None:
@@ -535,6 +562,127 @@ def test_a_diverged_epoch_stops_the_job_and_leaves_no_checkpoint(
         (search if job == "search" else retrain)(config, few, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("epoch-*"))
+
+
+# One diverges in its second epoch, one in its third, one at once; all of them go on with a lower learning rate.
+DIVERGING = {
+    "search": ["search.epochs=3", "search.lr=64.0", "search.grad_clip=null", "runtime.max_loss=20"],
+    "one_stage": [
+        "method=one_stage",
+        "search={max_search_epochs: 2, train_epochs: 2, batch_size: 64, init_channels: 2, layers: 3}",
+        "search.lr=32.0",
+        "search.grad_clip=null",
+        "runtime.max_loss=30",
+    ],
+    "retrain": ["retrain.epochs=1", "retrain.lr=1e4", "retrain.grad_clip=null", "runtime.max_loss=null"],
+}
+LAST_GOOD = {"search": 1, "one_stage": 2, "retrain": 0}
+
+
+def diverging(job: str, *overrides: str) -> Config:
+    return tiny(*DIVERGING[job], *overrides)
+
+
+def run_diverging(
+    job: str, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None, *overrides: str
+) -> list[Record]:
+    config = diverging(job, *(overrides or ("runtime.on_nan=rollback", "runtime.max_rollbacks=9")))
+    return (retrain if job == "retrain" else search)(config, dataset, folder, watcher)
+
+
+def newest(folder: Path) -> list[Any]:
+    """All that is in the newest checkpoint but for what the clock decides, tensors as bytes."""
+    saved = load_latest(folder)
+    assert saved is not None
+    return flat({**saved, "history": decided(saved["history"])})
+
+
+def flat(tree: Any) -> list[Any]:
+    if isinstance(tree, torch.Tensor):
+        return [tree.numpy().tobytes()]
+    if isinstance(tree, dict):
+        tree = [*tree, *tree.values()]
+    return [leaf for part in tree for leaf in flat(part)] if isinstance(tree, list | tuple) else [repr(tree)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", DIVERGING)
+def test_a_diverged_run_stops_and_the_same_command_with_rollback_goes_on(
+    few: ImageDataset, tmp_path: Path, job: str
+) -> None:
+    epoch = LAST_GOOD[job]
+    with pytest.raises(DivergedError) as caught:
+        run_diverging(job, few, tmp_path / "stopped", None, "runtime.on_nan=stop")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f" in epoch {epoch + 1}" in line
+    last = (
+        f"the last good checkpoint is of epoch {epoch}: " if epoch else "there is no checkpoint before it: "
+    )
+    assert last in line
+    assert "the same command with --set runtime.on_nan=rollback goes on" in line
+    saved = load_latest(tmp_path / "stopped")
+    assert (0 if saved is None else len(saved["history"])) == epoch
+
+    watcher = Watcher()
+    history = run_diverging(job, few, tmp_path / "whole", watcher)
+    told = [note for note in watcher.notes if "rolled back" in note]
+    assert 1 <= len(told) == rollbacks(history) <= 9
+    to = f"to the end of epoch {epoch}" if epoch else "to the start"
+    assert f"{to}, with half the learning rate (0.5 of what is set; rollback 1 of 9)" in told[0]
+    assert [record["epoch"] for record in history] == list(range(1, len(history) + 1)), "an epoch is doubled"
+    after = [record["metrics"].get("train/rollbacks") for record in history]
+    assert after[:epoch] == [None] * epoch
+    assert after[epoch] == len(history[epoch]["rollbacks"]) > 0
+    assert [undone["lr_factor"] for undone in history[epoch]["rollbacks"]] == [
+        0.5 ** (n + 1) for n in range(len(history[epoch]["rollbacks"]))
+    ]
+
+    # The stopped run goes on, and so does one that is stopped in an attempt after the rollback, bit for bit.
+    assert flat(decided(run_diverging(job, few, tmp_path / "stopped"))) == flat(decided(history))
+    assert newest(tmp_path / "stopped") == newest(tmp_path / "whole")
+    for stop_at in ((epoch, 1), (len(history) - 1, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            run_diverging(job, few, tmp_path / f"{stop_at}", StopsAfterRollback(stop_at))
+        assert flat(decided(run_diverging(job, few, tmp_path / f"{stop_at}"))) == flat(decided(history))
+        assert newest(tmp_path / f"{stop_at}") == newest(tmp_path / "whole")
+
+
+class StopsAfterRollback(Watcher):
+    """Stops at a step, but not before the run was rolled back."""
+
+    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
+        if any("rolled back" in note for note in self.notes):
+            super().step(epoch, step, n_steps, read)
+
+
+def test_a_run_is_rolled_back_so_often_and_then_stops(few: ImageDataset, tmp_path: Path) -> None:
+    watcher = Watcher()
+    config = tiny("search.lr=1e30", "search.grad_clip=null", "runtime={on_nan: rollback, max_rollbacks: 2}")
+    with pytest.raises(DivergedError, match=r"rolled back 2 times already, raise runtime\.max_rollbacks"):
+        search(config, few, tmp_path, watcher)
+    assert [note.partition("(")[2] for note in watcher.notes if "rolled" in note] == [
+        "0.5 of what is set; rollback 1 of 2)",
+        "0.25 of what is set; rollback 2 of 2)",
+    ]
+    assert not list(tmp_path.glob("epoch-*"))
+
+
+def roll_back_on_a_rank(dataset: ImageDataset, folder: Path) -> tuple[list[Record], list[str]]:
+    if torch.distributed.get_rank() > 0:
+        nobody: Any = Nobody()
+        config = diverging("search", "runtime.on_nan=rollback")
+        return search_worker(config, dataset, nobody, nobody), []
+    watcher = Watcher()
+    return run_diverging("search", dataset, folder, watcher), watcher.notes
+
+
+@pytest.mark.slow
+def test_ranks_roll_back_together(few: ImageDataset, tmp_path: Path) -> None:
+    ((first, second),) = run_ranks([partial(roll_back_on_a_rank, few, tmp_path)], 2)
+    history, notes = first.value
+    assert decided(second.value[0]) == decided(history)
+    assert rollbacks(history) == sum("rolled back to the end of epoch" in note for note in notes) > 0
 
 
 # ---------- device, precision, threads

@@ -17,6 +17,7 @@ from istanas.sparse import (
     mosek_licence,
     objective,
     recover,
+    recover_certified,
     recover_nodes,
     top_support,
 )
@@ -436,3 +437,72 @@ def test_golden_first_order_is_right_or_says_that_it_is_not(solver, golden):
         assert not result.converged or top_support(result.z, 2).tolist() == problem["top2"].tolist()
     scales = {seed % 3 for (seed, _), result in zip(golden, results, strict=True) if result.converged}
     assert scales == ({0, 1, 2} if solver == "fista" else set())
+
+
+# Falling back to other solvers
+
+
+def test_nodes_that_a_solver_fails_on_go_to_the_next_and_only_they():
+    problems = [published(seed) for seed in range(6)]
+    As, bs = [A for A, _ in problems], [b for _, b in problems]
+    with pytest.warns(RecoveryWarning):
+        asked = recover_nodes(As, bs, L1, "ista")
+    certified = recover_certified(As, bs, L1, "ista")
+    exact = recover_nodes(As, bs, L1)
+    done = [result.converged for result in asked]
+    assert not all(done)
+    assert [result.solver for result in certified] == ["ista" if d else "homotopy" for d in done]
+    assert all(result.converged and result.gap <= 1e-9 for result in certified)
+    for ended, own, path, new in zip(done, asked, exact, certified, strict=True):
+        np.testing.assert_array_equal(new.z, own.z if ended else path.z)
+
+
+def test_a_solver_that_cannot_run_is_replaced():
+    if mosek_licence() is not None:
+        pytest.skip("MOSEK has a licence here: it would run")
+    problems = [published(seed) for seed in range(3)]
+    As, bs = [A for A, _ in problems], [b for _, b in problems]
+    for new, exact in zip(recover_certified(As, bs, L1, "mosek"), recover_nodes(As, bs, L1), strict=True):
+        assert new.solver == "homotopy"
+        np.testing.assert_array_equal(new.z, exact.z)
+
+
+def test_where_all_solvers_fail_nothing_is_returned():
+    A, b = published(0)
+    with pytest.raises(SolverError) as caught:
+        recover_certified(
+            [A, A], [b, np.zeros_like(b)], L1, tol=1e-300, names=["normal node 0", "reduce node 1"]
+        )
+    line = str(caught.value)
+    assert line.startswith(
+        "no solver recovers normal node 0 to a relative duality gap of 1e-300 (homotopy: gap "
+    )
+    assert "; clarabel: gap " in line
+    assert "; fista: gap " in line
+    assert line.endswith("raise l1_weight, which is 1e-05, or lower arch_lr")
+    assert "\n" not in line
+
+
+def test_falling_back_does_not_hide_what_makes_no_problem():
+    A, b = published(0)
+    with pytest.raises(SolverError, match="node 1: b holds nan: recovery needs finite numbers"):
+        recover_certified([A, A], [b, np.full_like(b, np.nan)], L1)
+    with pytest.raises(SolverError, match="choose from ista"):
+        recover_certified([A], [b], L1, "lars")
+    with pytest.raises(SolverError, match=r"support is \[99\]: choose indices"):
+        recover_certified([A], [b], L1, supports=[[99]])
+
+
+def test_a_converged_solver_is_asked_once_and_gives_the_same():
+    problems = [published(seed) for seed in range(4)]
+    As, bs = [A for A, _ in problems], [b for _, b in problems]
+    plain = recover_nodes(As, bs, L1)
+    supports = [result.support for result in plain]
+    for given in (None, supports):
+        for new, old in zip(
+            recover_certified(As, bs, L1, supports=given),
+            recover_nodes(As, bs, L1, supports=given),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(new.z, old.z)
+            assert (new.gap, new.n_iter, new.support_reused) == (old.gap, old.n_iter, old.support_reused)

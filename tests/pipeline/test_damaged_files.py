@@ -1,0 +1,155 @@
+"""Files of a run that something has damaged: noticed, made anew where that can be, and never passed over in silence."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from istanas.errors import CheckpointError
+from pipeline.checkpoint import BrokenCheckpointWarning
+from pipeline.epochs import Record
+from pipeline.rundir import RunDir
+from pipeline.tracking import open_client
+from tests.pipeline.test_full_disk import decided, search
+
+NAME = "tiny-search-*"
+
+
+def stop_after_two(history: list[Record]) -> None:
+    if len(history) == 2:
+        raise KeyboardInterrupt
+
+
+def tracked(folder: Path) -> list[str]:
+    return ["tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of three epochs."""
+    found, _ = search(tmp_path_factory.mktemp("undisturbed"))
+    return Path(found["run_dir"])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one that was stopped after two."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(KeyboardInterrupt):
+        search(folder, tell=stop_after_two)
+    return folder
+
+
+@pytest.fixture
+def stopped(original: Path, tmp_path: Path) -> Path:
+    """A copy of it: its run directory."""
+    shutil.copytree(original, tmp_path / "runs")
+    (path,) = (tmp_path / "runs").glob(NAME)
+    return path
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def garbage_in_the_middle(file: Path) -> None:
+    first, second, *_ = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + b"\x00\xff{]\n" + second)
+
+
+def half_a_line_in_the_middle(file: Path) -> None:
+    first, second, *_ = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first[: len(first) // 2] + b"\n" + second)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("metrics.jsonl", cut, None),  # as a kill leaves it
+        ("metrics.jsonl", garbage_in_the_middle, "metrics.jsonl: line 2 is not a line of metrics: made anew"),
+        (
+            "metrics.jsonl",
+            half_a_line_in_the_middle,
+            "metrics.jsonl: line 1 is not a line of metrics: made anew",
+        ),
+        ("metrics.jsonl", Path.unlink, None),
+        ("run.json", cut, ": made anew, the old one is run.json.damaged"),
+        ("environment.json", cut, ": made anew"),
+        ("trajectory.csv", cut, None),
+    ],
+    ids=["metrics cut", "garbage", "half a line", "no metrics", "record", "environment", "trajectory"],
+)
+def test_a_run_with_a_damaged_file_goes_on_and_ends_as_if_it_were_whole(
+    stopped: Path, undisturbed: Path, name: str, damage: Callable[[Path], object], says: str | None
+) -> None:
+    damage(stopped / name)
+    found, seen = search(stopped.parent)
+    assert found["run_dir"] == str(stopped)
+    warned = [line for line in seen.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == (says is not None)
+    if says is not None:
+        assert warned[0].startswith(f"warning: {stopped / name}: ")
+        assert warned[0].endswith(says)
+    assert "resumed after epoch 2" in seen
+    assert decided(stopped) == decided(undisturbed)
+    assert [line.step for line in RunDir(stopped).metrics()] == [1, 2, 3]
+    assert RunDir(stopped).read().status == "FINISHED"
+    for file in ("genotype.json", "trajectory.csv", "codes.csv"):
+        assert (stopped / file).read_bytes() == (undisturbed / file).read_bytes()
+    if name == "run.json":
+        before = RunDir(undisturbed).read()
+        assert RunDir(stopped).read().params == before.params
+        assert (stopped / "run.json.damaged").is_file()
+
+
+def test_a_finished_run_with_damaged_metrics_has_them_again(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.parent, tmp_path / "runs")
+    (path,) = (tmp_path / "runs").glob(NAME)
+    before = (path / "metrics.jsonl").read_bytes()
+    garbage_in_the_middle(path / "metrics.jsonl")
+    _, seen = search(path.parent)
+    assert "finished before" in seen
+    assert "metrics.jsonl: line 2 is not a line of metrics: made anew" in seen
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_that_is_made_anew_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "runs", *tracked(tmp_path), tell=stop_after_two)
+    (path,) = (tmp_path / "runs").glob(NAME)
+    cut(path / "run.json")
+    found, _ = search(tmp_path / "runs", *tracked(tmp_path))
+    client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs(["1"])
+    assert (run.info.run_id, run.info.status) == (found["mlflow_run_id"], "FINISHED")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+
+def test_a_broken_checkpoint_costs_one_epoch_and_is_said(stopped: Path, undisturbed: Path) -> None:
+    cut(stopped / "checkpoints" / "epoch-0002.pt")
+    with pytest.warns(BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .*: the one before is used"):
+        _, seen = search(stopped.parent)
+    assert "resumed after epoch 1" in seen
+    assert decided(stopped) == decided(undisturbed)
+
+
+def test_where_no_checkpoint_is_left_the_user_decides(stopped: Path, undisturbed: Path) -> None:
+    for epoch in (1, 2):
+        cut(stopped / "checkpoints" / f"epoch-000{epoch}.pt")
+    before = RunDir(stopped).metrics()
+    with pytest.raises(
+        CheckpointError, match="no checkpoint is left, restore one from a copy, or start"
+    ) as caught:
+        search(stopped.parent)
+    assert "\n" not in str(caught.value)
+    assert all(f"epoch-000{epoch}.pt is broken" in str(caught.value) for epoch in (1, 2))
+    assert RunDir(stopped).metrics() == before, "nothing is lost that could be looked at"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, seen = search(stopped.parent, fresh=True)
+    assert "resumed" not in seen
+    assert decided(stopped) == decided(undisturbed)

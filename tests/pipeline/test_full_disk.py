@@ -1,0 +1,208 @@
+"""A disk that fills up: what lay on it stays good, nothing half-written does, and the line says what to free."""
+
+import io
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from istanas.errors import IstanasError
+from pipeline import checkpoint
+from pipeline.cli import run as istanas
+from pipeline.cluster import Runtime
+from pipeline.config import load
+from pipeline.epochs import Record
+from pipeline.jobs.search import run_search
+from pipeline.rundir import RunDir, atomic_write, is_full
+from pipeline.searcher import StudySearcher
+from pipeline.study import FAILED, FULL, open_study, own_trials
+from pipeline.trial import failure
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+FULL_DISK = r"No space left on device \(\d+\.\d\d MB are needed, \d+\.\d\d MB are free\)"
+SETTINGS = [
+    "space.nodes=2",
+    "search={epochs: 3, batch_size: 64, init_channels: 4, layers: 3, max_pictures: 200, arch_lr: 0.1}",
+    "runtime={threads: 1, device: cpu}",
+    "tracking.enabled=false",
+]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk (tmpfs) can't be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Take all of a disk's room but for some pages."""
+    filler = disk / "filler"
+    stat = os.statvfs(disk)
+    with open(filler, "wb", buffering=0) as file:
+        for _ in range(stat.f_bavail * stat.f_frsize // PAGE - leave):
+            file.write(bytes(PAGE))
+    return filler
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_that_finds_no_room_stays_what_it_was(disk: Path) -> None:
+    file = disk / "run.json"
+    atomic_write(file, "old")
+    fill(disk, leave=2)
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        atomic_write(file, bytes(5 * PAGE))
+    assert is_full(caught.value)
+    assert caught.value.filename == str(file)
+    assert "(0.02 MB are needed, 0.01 MB are free)" in str(caught.value), "without what was written of it"
+    assert file.read_text() == "old"
+    assert names(disk) == {"run.json", "filler"}
+
+
+def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
+    run = RunDir(disk / "run")
+    run.append_metrics(1, {"train/loss": 2.5}, timestamp_ms=1000)
+    before = run.metrics()
+    filler = fill(disk)
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        run.append_metrics(2, {f"metric/{n}": 1.0 for n in range(PAGE // 8)}, timestamp_ms=2000)
+    assert caught.value.filename == str(run.path / "metrics.jsonl")
+    assert run.metrics() == before
+    assert (run.path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    filler.unlink()
+    run.append_metrics(2, {"train/loss": 2.0}, timestamp_ms=2000)
+    assert [line.step for line in run.metrics()] == [1, 2]
+
+
+@pytest.mark.parametrize("pages", [0, 3, 4], ids=["nothing fits", "half fits", "all but the checksum fits"])
+def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_good(
+    disk: Path, pages: int
+) -> None:
+    folder = disk / "run" / "checkpoints"
+    old, new = (checkpoint.serialize({"epoch": epoch, "w": "x" * 3 * PAGE}) for epoch in (1, 2))
+    assert 3 * PAGE < len(new) <= 4 * PAGE
+    checkpoint.write(folder, 1, old)
+    filler = fill(disk, leave=pages)
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        checkpoint.write(folder, 2, new)
+    assert caught.value.filename == str(folder / ("epoch-0002.json" if pages == 4 else "epoch-0002.pt"))
+    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json"}
+    assert checkpoint.read_latest(folder) == old
+    filler.unlink()
+    checkpoint.write(folder, 2, new)
+    assert checkpoint.read_latest(folder) == new
+
+
+def search(
+    folder: Path, *overrides: str, tell: Any = None, fresh: bool = False
+) -> tuple[dict[str, Any], str]:
+    config = load(None, [*SETTINGS, f"runtime.runs_dir={folder}", *overrides])
+    out = io.StringIO()
+    with Runtime(config.runtime) as runtime:
+        console = Console(file=out, width=200)
+        found = run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell)
+    return dict(found), out.getvalue()
+
+
+def decided(run_dir: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.metrics.items() if name != "images_per_second"}
+        for line in RunDir(run_dir).metrics()
+    ]
+
+
+def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
+    """So full that not even the record can say FAILED."""
+
+    def full_after_the_first(history: list[Record]) -> None:
+        if len(history) == 1:
+            fill(disk)
+
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        search(disk, tell=full_after_the_first)
+    (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
+    assert caught.value.filename == str(path / "checkpoints" / "epoch-0002.pt")
+    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json"}
+    assert not list(path.rglob("*.tmp"))
+    (disk / "filler").unlink()
+    found, seen = search(disk)
+    assert "resumed after epoch 1" in seen
+    undisturbed, _ = search(tmp_path / "undisturbed")
+    assert {**found, "run_dir": "", "seconds": 0} == {**undisturbed, "run_dir": "", "seconds": 0}
+    assert decided(path) == decided(Path(undisturbed["run_dir"]))
+    assert RunDir(path).read().status == "FINISHED"
+
+
+def test_the_command_says_in_one_line_what_to_free(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(disk, leave=20)
+    overrides = [*SETTINGS, f"runtime.runs_dir={disk}"]
+    assert istanas(["search", *(part for override in overrides for part in ("--set", override))]) == 1
+    err = capsys.readouterr().err
+    (line,) = err.splitlines()
+    assert re.fullmatch(
+        rf"error: {disk}/\S+/checkpoints/epoch-0001\.pt: {FULL_DISK}: free space there \(old runs, their ray folders, "
+        "mlartifacts\\), the same command resumes",
+        line,
+    ), line
+    (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
+    assert RunDir(path).read().status == "FAILED"
+    assert names(path / "checkpoints") == set()
+
+
+class Ends:
+    """Somebody who is told what becomes of trials, and has nothing to do."""
+
+    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+        raise AssertionError("the trial has not ended")
+
+    def told(self, index: int) -> None:
+        raise AssertionError("the study was told")
+
+
+def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
+    sweep = json.dumps({"trials": 3, "space": {"search.lr": {"uniform": [0.01, 0.1]}}})
+    config = load(None, [*SETTINGS, f"runtime.runs_dir={tmp_path}", f"sweep={sweep}"])
+    study = open_study(config, "full", fresh=False)
+    searcher = StudySearcher(config, study, Ends())
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {FULL: "OSError: No space left on device: /data/x"})
+    assert isinstance(searcher.error, IstanasError)
+    assert str(searcher.error).startswith(
+        "sweep: trial 0 could not go on (OSError: No space left on device: /data/x): free space there"
+    )
+    (trial,) = own_trials(study)
+    assert trial.state.name == "RUNNING"
+    next_sitting = StudySearcher(config, study, Ends())
+    next_sitting.suggest("b")
+    assert len(own_trials(study)) == 1, "another trial in the place of the one that had no room"
+
+
+def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:
+    fill(disk)
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        atomic_write(disk / "x", bytes(PAGE))
+    assert failure(caught.value) == {FULL: f"OSError: {caught.value.strerror}: {disk}/x"}
+    assert failure(IstanasError("no use")) == {FAILED: "IstanasError: no use"}
+    assert failure(PermissionError(13, "Permission denied")) == {FAILED: "PermissionError: Permission denied"}

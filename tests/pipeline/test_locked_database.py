@@ -1,0 +1,103 @@
+"""Databases that another program has locked for longer than anybody waits: jobs go on, and nothing is lost."""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.exceptions import StorageInternalError
+
+from pipeline import study as study_module
+from pipeline import tracking
+from pipeline.config import load
+from pipeline.epochs import Record
+from pipeline.rundir import RunDir
+from pipeline.searcher import StudySearcher
+from pipeline.study import FINISHED, open_study, own_trials
+from pipeline.tracking import open_client
+from tests.pipeline.test_full_disk import SETTINGS, search
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[sqlite3.Connection]:
+    """Another program at work in a database."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield database
+
+
+@pytest.mark.parametrize("until", ["the end", "the second epoch"])
+def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
+    tmp_path: Path, until: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_FOR_A_LOCK", 0.5)
+    monkeypatch.setattr(tracking, "_said", set())
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = ["tracking.enabled=true", f"tracking.uri={uri}"]
+    open_client(uri)
+    with locked(tmp_path / "mlflow.db") as other:
+
+        def release(history: list[Record]) -> None:
+            if len(history) == 2 and until != "the end":
+                other.execute("ROLLBACK")
+
+        found, seen = search(tmp_path / "runs", *settings, tell=release)
+    path = Path(found["run_dir"])
+    assert RunDir(path).read().status == "FINISHED"
+    said = [r.getMessage() for r in caplog.records if "can't be used" in r.getMessage()]
+    assert said == [
+        f"MLflow store {uri}: can't be used (OperationalError: database is locked); everything stays in {path}; "
+        f"when it is back, run: istanas sync {path}"
+    ]
+    assert not [r for r in caplog.records if r.name.startswith("mlflow")], "MLflow's own tries, of minutes"
+    if until == "the end":
+        assert f"not in MLflow yet: deliver it with istanas sync {path}" in seen
+        assert found["mlflow_run_id"] is None
+        found, _ = search(tmp_path / "runs", *settings)
+    (run,) = open_client(uri).search_runs(["1"])
+    assert (run.info.run_id, run.info.status) == (found["mlflow_run_id"], "FINISHED")
+    history = open_client(uri).get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+
+class Ends:
+    """Somebody who is told what becomes of trials, and has nothing to do."""
+
+    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+        pass
+
+    def told(self, index: int) -> None:
+        pass
+
+
+def test_a_sweep_stops_at_a_locked_study_and_loses_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "SECONDS_FOR_A_LOCK", 0.5)
+    sweep = json.dumps({"trials": 3, "space": {"search.lr": {"uniform": [0.01, 0.1]}}})
+    config = load(None, [*SETTINGS, f"runtime.runs_dir={tmp_path}", f"sweep={sweep}"])
+    done = {FINISHED: True, "objective/top1": 0.5, "valid_top1": 0.5}
+    searcher = StudySearcher(config, open_study(config, "locked", fresh=False), Ends())
+    searcher.suggest("a")
+    with locked(tmp_path / "optuna.db"):
+        searcher.on_trial_complete("a", dict(done))
+        assert isinstance(searcher.error, StorageInternalError)
+        assert "database is locked" in str(searcher.error.__cause__)
+        assert searcher.suggest("b") == "FINISHED"
+
+    study = open_study(config, "locked", fresh=False)
+    (trial,) = own_trials(study)
+    assert trial.state.name == "RUNNING"
+    searcher = StudySearcher(config, study, Ends())
+    for name in "abc":
+        searcher.suggest(name)
+        searcher.on_trial_complete(name, dict(done))
+    assert searcher.error is None
+    assert searcher.suggest("d") == "FINISHED"
+    assert [trial.state.name for trial in own_trials(study)] == ["COMPLETE"] * 3
