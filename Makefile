@@ -1,6 +1,6 @@
 # make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench lint format clean
+.PHONY: help quickstart test bench fuzz lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,9 @@ test: lint ## lint, types, and all tests and doctests, slow ones included
 
 bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
+
+fuzz: $(INSTALLED) ## 100,000 nearly right genotypes, configurations, checkpoints, sweeps and metrics each (17 minutes on 2 idle cores)
+	OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m tests.security.fuzz
 
 lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff check .
