@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from istanas.errors import CheckpointError
+from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline import storage
 from pipeline.rundir import atomic_write
 
@@ -59,9 +61,40 @@ def serialize(state: dict[str, Any]) -> bytes:
 
 
 def deserialize(data: bytes) -> dict[str, Any]:
-    """Inverse of `serialize`, on the CPU; nothing in the data is run as code."""
-    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    """Inverse of `serialize`, on the CPU; nothing in the data is run as code.
+
+    Raises:
+        CheckpointError: the data is no checkpoint, or would fill much more memory than it has bytes.
+    """
+    try:
+        _check_sizes(data)
+        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except pickle.UnpicklingError:  # torch's own words advise to run whatever it is
+        raise CheckpointError(
+            "no checkpoint (not plain data, which alone is read): use the one before"
+        ) from None
+    except Exception as error:  # torch's reader of hostile bytes raises nearly everything
+        reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
+        raise CheckpointError(f"no checkpoint ({reason:.200}): use the one before") from None
     return state
+
+
+def _check_sizes(data: bytes) -> None:
+    """What `torch.save` writes is a zip archive without compression whose pickle is small and makes no buffers."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed")
+        if sum(member.file_size for member in members) > len(data):
+            raise ValueError("its parts are larger than the whole")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                if member.file_size > CHECKPOINT_PICKLE_BYTES:
+                    raise ValueError(f"its pickle is larger than {CHECKPOINT_PICKLE_BYTES} bytes")
+                if b"bytearray" in archive.read(member):  # of any length, made of a number
+                    raise ValueError("its pickle makes a bytearray")
 
 
 def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
@@ -125,13 +158,12 @@ def read_latest(folder: Path) -> bytes | None:
         try:
             data = _read(manifest)
         except (
+            CheckpointError,
             OSError,
             ValueError,
             KeyError,
             TypeError,
-            EOFError,
-            RuntimeError,
-            pickle.UnpicklingError,
+            RecursionError,
         ) as error:
             reason = " ".join(str(error).split())  # torch's errors have many lines
             broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
@@ -150,7 +182,7 @@ def read_latest(folder: Path) -> bytes | None:
 
 
 def _read(manifest: Path) -> bytes:
-    expected = json.loads(manifest.read_bytes())["sha256"]
+    expected = json.loads(read_at_most(manifest, RECORD_BYTES))["sha256"]
     data = manifest.with_suffix(".pt").read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
         raise ValueError("its checksum does not match")

@@ -71,7 +71,7 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
         return TERMINATED if told_to_end else INTERRUPTED
     except IstanasError as error:
         for line in str(error).splitlines():
-            click.echo(f"error: {line}", err=True)
+            click.echo(f"error: {_printable(line)}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
     except OSError as error:  # a full disk, a folder that may not be written
         if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
@@ -878,8 +878,19 @@ def _print_json(value: Mapping[str, Any]) -> None:
     click.echo(json.dumps(value))
 
 
+def _printable(line: str) -> str:
+    """A line in which nothing, such as the name of a stranger's file, commands the terminal.
+
+    Example:
+        >>> _printable("data.root: é\\x1b[2J is missing")
+        'data.root: é\\\\x1b[2J is missing'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    click.echo(f"warning: {message}", err=True)
+    for line in str(message).splitlines():
+        click.echo(f"warning: {_printable(line)}", err=True)
 
 
 if __name__ == "__main__":

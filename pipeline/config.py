@@ -15,8 +15,10 @@ from typing import Any, get_args, get_origin
 
 import pydantic
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import CollectionNode
 
 from istanas.errors import ConfigError
+from istanas.limits import CONFIG_BYTES, CONFIG_DEPTH, CONFIG_ERRORS, CONFIG_VALUES, read_at_most
 from pipeline.redaction import without_secrets
 from pipeline.schema import (
     Config,
@@ -158,7 +160,10 @@ def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> C
             e for e in error.errors() if e["loc"] == ("method",)
         ] or error.errors()  # it decides the schema
         given = {override.partition("=")[0]: override for override in overrides}
-        raise ConfigError("\n".join(_explain(source, e, given, schema) for e in errors)) from None
+        lines = [_explain(source, e, given, schema) for e in errors[:CONFIG_ERRORS]]
+        if len(errors) > CONFIG_ERRORS:
+            lines.append(f"{source}: {len(errors) - CONFIG_ERRORS} more mistakes like these")
+        raise ConfigError("\n".join(lines)) from None
     # Which of file and overrides is to blame cannot be told from a combination.
     _check_combinations(f"{source} with --set" if overrides else source, config)
     return config
@@ -222,9 +227,36 @@ def _yaml() -> YAML:
     return yaml
 
 
+def _load_yaml(text: str) -> Any:
+    """What a text holds, its size known beforehand: nine aliases of nine aliases of ... would fill any memory.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: it is none, or holds too much.
+    """
+    yaml = _yaml()
+    root = yaml.compose(text)
+    if root is None:
+        return None
+    _size_of(root, {})
+    return yaml.constructor.construct_document(root)
+
+
+def _size_of(node: Any, known: dict[int, int], depth: int = 0) -> int:
+    """Keys and values in a node, aliases followed."""
+    if depth > CONFIG_DEPTH:
+        raise ValueError(f"more than {CONFIG_DEPTH} sections and lists inside one another")
+    if id(node) not in known:
+        children = node.value if isinstance(node, CollectionNode) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_size_of(part, known, depth + 1) for part in parts)
+        if known[id(node)] > CONFIG_VALUES:
+            raise ValueError(f"more than {CONFIG_VALUES} keys and values")
+    return known[id(node)]
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _yaml().load(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(read_at_most(path, CONFIG_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), give an existing YAML file") from None
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -243,7 +275,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override!r}: write key.path=value, such as search.epochs=10")
     try:
-        value = _yaml().load(text)
+        value = _load_yaml(text)
     except (YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}"
@@ -253,6 +285,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     *parents, last = key.split(".")
+    if len(parents) > CONFIG_DEPTH:
+        raise ConfigError(f"{source:.80}: more than {CONFIG_DEPTH} names; write key.path=value")
     for name in parents:
         child = tree.setdefault(name, {})
         if child is None:

@@ -8,7 +8,6 @@ written is whole, and only one process ever writes.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import threading
 import time
@@ -28,6 +27,7 @@ from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last
 from pipeline.epochs import Record
 from pipeline.leftovers import free
 from pipeline.mailbox import OWN_KINDS, Mailbox
+from pipeline.meeting import torch_config
 from pipeline.pictures import open_dataset
 from pipeline.preflight import check_gpus, check_nodes
 from pipeline.schema import Config, DataSettings
@@ -273,31 +273,10 @@ def _trainer(
             "arguments": arguments,
             "mailbox": mailbox,
         },
-        torch_config=_torch_config(allotment.compute.backend),
+        torch_config=torch_config(allotment.compute.backend),
         scaling_config=ScalingConfig(**scaling),
         run_config=run,
     )
-
-
-def _torch_config(backend: str) -> Any:
-    """Ray's set-up of the process group, on the network that Ray's nodes have in common.
-
-    Left to itself gloo takes the address that a machine's name stands for, on many 127.0.0.1, which no other machine
-    can reach.
-    """
-    from ray.train.torch import TorchConfig
-
-    class OnRaysNetwork(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            class Backend(super().backend_cls):  # type: ignore[misc]
-                def on_start(self, worker_group: Any, backend_config: Any) -> None:
-                    worker_group.execute(_meet_on_rays_network)
-                    super().on_start(worker_group, backend_config)
-
-            return Backend
-
-    return OnRaysNetwork(backend=backend)
 
 
 def _on_workers(config: Config, allotment: Allotment) -> Config:
@@ -330,17 +309,6 @@ def _make_loss_callback(mailbox: Any) -> Any:
 
 
 # ---------- on a worker
-def _meet_on_rays_network() -> None:
-    """Have gloo use the interface that has the node's address, unless the environment names one."""
-    import psutil
-    import ray
-
-    own = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == own for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
 @dataclass
 class _Reporter:
     """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline.rundir import atomic_write
 
 JOBS_FILE = "jobs.json"  # [[session of the cluster, Ray's job id], ...]
@@ -56,6 +57,6 @@ def free(reservation: str) -> None:
 
 def _read(file: Path) -> list[tuple[str, str]]:
     try:
-        return [(str(session), str(job)) for session, job in json.loads(file.read_bytes())]
-    except (OSError, ValueError, TypeError):  # none yet, or a damaged one: it only helps
+        return [(str(session), str(job)) for session, job in json.loads(read_at_most(file, RECORD_BYTES))]
+    except (OSError, ValueError, TypeError, RecursionError):  # none yet, or a damaged one: it only helps
         return []

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 
 from istanas.data import ImageDataset
-from istanas.errors import CheckpointError
+from istanas.errors import CheckpointError, IstanasError
+from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, read_at_most
 from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.rundir import atomic_write
@@ -78,7 +80,7 @@ def write_network(folder: Path, net: TargetNet, card: NetworkCard) -> None:
 
 def read_card(folder: str | Path) -> NetworkCard:
     """The card of the trained network in a folder, where `load_network` found nothing to complain of."""
-    return NetworkCard(**json.loads((Path(folder) / NETWORK_FILE).read_bytes()))
+    return TypeAdapter(NetworkCard).validate_json(read_at_most(Path(folder) / NETWORK_FILE, RECORD_BYTES))
 
 
 def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
@@ -90,19 +92,30 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     folder = Path(folder)
     try:
         card = read_card(folder)
-        net = TargetNet(
-            Genotype.from_json(card.genotype),
-            card.init_channels,
-            card.layers,
-            card.num_classes,
-            stem=card.stem,
-            op_batchnorm=card.op_batchnorm,
-            in_channels=card.shape[0],
-        )
-        net.load_state_dict(safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+        with torch.device("meta"):  # takes no memory: a card may promise more than there is
+            shapes = {name: value.shape for name, value in _build(card).state_dict().items()}
+        if shapes != {name: value.shape for name, value in weights.items()}:
+            raise ValueError(f"{WEIGHTS_FILE} does not fit {NETWORK_FILE}")
+        net = _build(card)
+        net.load_state_dict(weights)
+    except (OSError, ValueError, TypeError, RuntimeError, IstanasError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())  # torch's errors have many lines
         raise CheckpointError(
             f"{folder}: holds no whole trained network ({reason:.200}): train it again, or copy the run again"
         ) from None
     return net.eval(), torch.zeros(2, *card.shape)
+
+
+def _build(card: NetworkCard) -> TargetNet:
+    if card.layers > NETWORK_LAYERS or max(card.shape[1:]) > MAX_SIDE:
+        raise ValueError(f"{NETWORK_FILE} has {card.layers} layers for pictures of {card.shape}")
+    return TargetNet(
+        Genotype.from_json(card.genotype),
+        card.init_channels,
+        card.layers,
+        card.num_classes,
+        stem=card.stem,
+        op_batchnorm=card.op_batchnorm,
+        in_channels=card.shape[0],
+    )

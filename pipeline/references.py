@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
+from istanas.limits import GENOTYPE_BYTES, read_at_most
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline import storage
 from pipeline.redaction import without_secrets
@@ -111,7 +112,7 @@ def resolve_genotype(
     if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
         ref = ref.replace(f"/{GENOTYPE_FILE}", "", 1)  # of a run, which is fetched
     if file.is_file():
-        genotype = _read_genotype(file)
+        genotype = read_genotype(file)
         return genotype, _writer(file, genotype)
     try:
         run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
@@ -126,7 +127,7 @@ def resolve_genotype(
         raise ConfigError(
             f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
         )
-    return _read_genotype(found), _finder(run)
+    return read_genotype(found), _finder(run)
 
 
 def _finder(run: RunDir) -> str | None:
@@ -147,7 +148,7 @@ def _writer(file: Path, genotype: Genotype) -> str | None:
     for folder in (file.parent, file.parent.parent):
         run, written = RunDir(folder), folder / GENOTYPE_FILE
         try:
-            if run.exists() and written.is_file() and _read_genotype(written).digest() == genotype.digest():
+            if run.exists() and written.is_file() and read_genotype(written).digest() == genotype.digest():
                 return _finder(run)
         except (CheckpointError, GenotypeError):  # a file is as good as its own content
             return None
@@ -220,15 +221,20 @@ def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
                 f"run {run_id}: no {GENOTYPE_FILE} in the MLflow store {public_uri(uri)} "
                 f"({one_line(error)}); check the id or give a genotype file"
             ) from None
-        return _read_genotype(Path(path))
+        return read_genotype(Path(path))
 
 
-def _read_genotype(file: Path) -> Genotype:
+def read_genotype(file: Path) -> Genotype:
+    """The genotype in a file.
+
+    Raises:
+        GenotypeError: it holds none; the message names the file.
+    """
     try:
-        return Genotype.from_json(file.read_text())
+        return Genotype.from_json(read_at_most(file, GENOTYPE_BYTES).decode())
     except UnicodeDecodeError:
         raise GenotypeError(f"{file}: is no text; give a JSON file that holds a genotype") from None
-    except GenotypeError as error:
+    except (GenotypeError, ValueError) as error:
         raise GenotypeError(f"{file}: {error}") from None
 
 

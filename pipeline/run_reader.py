@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
-from pipeline.references import is_mlflow_id, resolve_run
+from pipeline.references import is_mlflow_id, read_genotype, resolve_run
 from pipeline.rundir import MetricsLine, RunDir
 from pipeline.storage import shown
 from pipeline.stored import readable
@@ -55,7 +55,7 @@ class ReadRun:
     def genotype(self) -> Genotype | None:
         """What it found or trained; None if it has not yet."""
         file = self.files / GENOTYPE_FILE
-        return Genotype.from_json(file.read_text()) if file.is_file() else None
+        return read_genotype(file) if file.is_file() else None
 
     @property
     def has_network(self) -> bool:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from istanas.errors import CheckpointError, ConfigError
+from istanas.limits import METRICS_BYTES, RECORD_BYTES, read_at_most
 
 _LOG = logging.getLogger(__name__)
 
@@ -215,10 +217,10 @@ class RunDir:
         """
         file = self.path / RECORD_FILE
         try:
-            data = json.loads(file.read_bytes())
+            data = json.loads(read_at_most(file, RECORD_BYTES))
         except FileNotFoundError:
             raise CheckpointError(f"{file}: missing; give the directory of a run that was started") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not JSON ({error}); restore it or use --fresh") from None
         fields = dataclasses.fields(RunRecord)
         absent = [f.name for f in fields if f.default is MISSING and f.name not in _keys(data)]
@@ -226,8 +228,14 @@ class RunDir:
             raise CheckpointError(f"{file}: lacks {', '.join(absent)}; restore it or use --fresh")
         # Fields of a later version are left aside, those that an earlier one had not are what they are by default.
         values = {f.name: data[f.name] for f in fields if f.name in data}
-        datasets = tuple(_dataset_use(use) for use in values.get("datasets", ()))
-        return RunRecord(**{**values, "artifacts": tuple(values["artifacts"]), "datasets": datasets})
+        try:
+            return TypeAdapter(RunRecord).validate_python(values)
+        except ValidationError as error:
+            (wrong, *_) = error.errors(include_input=False, include_url=False)
+            field = ".".join(map(str, wrong["loc"]))
+            raise CheckpointError(
+                f"{file}: {field:.60} is wrong ({wrong['msg']}); restore it or use --fresh"
+            ) from None
 
     def write(self, record: RunRecord) -> None:
         """Replace the record atomically; an empty `key` becomes the one already stored, or a new one.
@@ -274,9 +282,11 @@ class RunDir:
         """
         file = self.path / METRICS_FILE
         try:
-            *complete, torn = file.read_bytes().split(b"\n")
+            *complete, torn = read_at_most(file, METRICS_BYTES).split(b"\n")
         except FileNotFoundError:
             return []
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}; restore it, or start over with --fresh") from None
         if torn:
             _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
         return [_parse_line(line, file, number) for number, line in enumerate(complete, start=1)]
@@ -297,10 +307,10 @@ class RunDir:
         """
         file = self.path / ENVIRONMENT_FILE
         try:
-            found = json.loads(file.read_bytes())
+            found = json.loads(read_at_most(file, RECORD_BYTES))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not JSON ({error}); restore or remove it") from None
         if not isinstance(found, dict):
             raise CheckpointError(f"{file}: no object; restore or remove it")
@@ -337,11 +347,6 @@ def _keys(data: Any) -> set[str]:
     return set(data) if isinstance(data, dict) else set()
 
 
-def _dataset_use(data: dict[str, Any]) -> DatasetUse:
-    values = {f.name: data[f.name] for f in dataclasses.fields(DatasetUse)}
-    return DatasetUse(**{**values, "shape": tuple(values["shape"])})
-
-
 def _read_owner(file: Path) -> str:
     try:
         return file.read_text().strip()
@@ -364,7 +369,7 @@ def _parse_line(line: bytes, file: Path, number: int) -> MetricsLine:
         data = json.loads(line)
         metrics = {str(name): float(value) for name, value in data["metrics"].items()}
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{file}: line {number} is not a line of metrics; the command of the run makes the file anew"
         ) from None

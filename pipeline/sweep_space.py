@@ -202,7 +202,7 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
         elif name in sweep_of(config).space and not _in_range(sweep_of(config).space[name], wanted):
             yield f"when: {name} is never {wanted!r}, see its values"
     possible = methods_of(config)
-    if parameter.when.get("method") in possible:
+    if "method" in parameter.when and parameter.when["method"] in possible:
         possible = [str(parameter.when["method"])]
     if missing := [method for method in possible if method not in methods]:
         yield (

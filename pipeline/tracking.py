@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock
+from pydantic import TypeAdapter
 
 from istanas.errors import CheckpointError
+from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline import links, registry
 from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
@@ -543,8 +545,8 @@ def read_link(run_dir: RunDir) -> Link | None:
         True
     """
     try:
-        return Link(**json.loads((run_dir.path / LINK_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(Link).validate_json(read_at_most(run_dir.path / LINK_FILE, RECORD_BYTES))
+    except (OSError, ValueError):
         return None
 
 

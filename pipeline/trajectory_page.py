@@ -18,6 +18,7 @@ from istanas.draw import cell_svg, edge_widths
 from istanas.space import CELLS, Genotype
 from istanas.space.primitives import SKIP
 from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
+from pipeline.references import read_genotype
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.tables import percent
@@ -56,7 +57,7 @@ def write_trajectory_page(run: RunDir) -> None:
         CheckpointError: if the record is broken.
     """
     record = run.read()
-    genotype = Genotype.from_json((run.path / "genotype.json").read_text())
+    genotype = read_genotype(run.path / "genotype.json")
     table = _read(pd.read_csv(run.path / "trajectory.csv"))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]

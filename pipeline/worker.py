@@ -238,8 +238,7 @@ def _begin(
     saved = _load(store, dataset, ranks)
     if saved is None:
         return job, []
-    job.load(saved)
-    return job, saved["history"]
+    return job, _restore(job, saved)
 
 
 def rollbacks(history: list[Record]) -> int:
@@ -326,6 +325,22 @@ def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] |
     saved = checkpoint.deserialize(data)
     check_same_data(saved, dataset)
     return saved
+
+
+def _restore(job: EpochJob, saved: dict[str, Any]) -> list[Record]:
+    """Have the job go on from a checkpoint; returns the epochs done.
+
+    Raises:
+        CheckpointError: the checkpoint is whole, but not one that this program wrote for this job.
+    """
+    try:
+        job.load(saved)
+        return list(saved["history"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the newest checkpoint is none of this job ({type(error).__name__}: {reason:.100}): --fresh starts over"
+        ) from error
 
 
 def _seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:

@@ -29,13 +29,26 @@ TOP_LEVEL = {
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "clusters",
     "constraints.txt",
     "istanas",
     "pipeline",
     "pyproject.toml",
+    "requirements.lock",
     "tests",
     "tune_configs",
+}
+# Where the constraints were made: Linux on x86-64, CPython 3.11.
+TESTED_ON = {
+    "python_version": "3.11",
+    "python_full_version": "3.11.7",
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "platform_machine": "x86_64",
+    "os_name": "posix",
+    "implementation_name": "cpython",
+    "platform_python_implementation": "CPython",
 }
 STATISTICS_OFF = {
     "DO_NOT_TRACK": "true",
@@ -149,6 +162,40 @@ def test_the_constraints_pin_each_dependency_within_its_range(repo_root: Path, p
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[normal_name(requirement.name)]), text
+
+
+def test_the_lock_has_the_releases_of_the_constraints_with_the_hashes_of_their_files(
+    repo_root: Path, project: dict
+) -> None:
+    lines = (repo_root / "constraints.txt").read_text().splitlines()
+    pinned = {normal_name(line): line.partition("==")[2] for line in lines if not line.startswith("#")}
+    text = re.sub(r"^#.*\n", "", (repo_root / "requirements.lock").read_text(), flags=re.MULTILINE)
+    locked: dict[str, str] = {}
+    elsewhere = set()  # what only other systems need
+    for entry in text.replace("\\\n", " ").splitlines():
+        requirement, *hashes = entry.split(" --hash=")
+        assert hashes, entry
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64} *", digest) for digest in hashes), requirement
+        parsed = Requirement(requirement)
+        (version,) = [specifier.version for specifier in parsed.specifier]
+        if parsed.marker is None or parsed.marker.evaluate(TESTED_ON):
+            locked[normal_name(parsed.name)] = version
+        else:
+            elsewhere.add(normal_name(parsed.name))
+    assert locked == pinned, "run `make lock`"
+    assert not elsewhere & set(pinned)
+    for wanted in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        assert normal_name(Requirement(wanted).name) in locked
+
+
+def test_make_installs_nothing_whose_hash_it_does_not_know(repo_root: Path) -> None:
+    said = output_of(["make", "-n", "-B", ".venv", "PYTHON=python3"], repo_root)
+    first, second = [line for line in said.splitlines() if "pip" in line]
+    assert "--require-hashes -r requirements.lock" in first
+    assert "--no-deps --no-build-isolation -e ." in second
+    said = output_of(["make", "-n", "-B", ".venv", "PYTHON=python3", "LOCK="], repo_root)
+    (only,) = [line for line in said.splitlines() if "pip" in line]
+    assert "-c constraints.txt -e '.[dev]'" in only
 
 
 def test_cvxpy_and_mosek_import_without_a_licence(repo_root: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -589,13 +590,23 @@ def _has_large_pictures(root: Path, listing: _Listing) -> bool:
 
 def _picture_size(path: str) -> tuple[int, int]:
     """Read (width, height) from a picture's header."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=_FORMATS) as picture:
+        with _opened(path) as picture:
             return picture.size
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open a picture of at most as many pixels as Pillow takes for harmless: up to twice as many it only warns of."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        picture = Image.open(path, formats=_FORMATS)
+    with picture:
+        yield picture
 
 
 def read_picture(path: str) -> tuple[Image.Image, bool]:
@@ -618,7 +629,7 @@ def read_picture(path: str) -> tuple[Image.Image, bool]:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=_FORMATS) as picture:
+        with _opened(path) as picture:
             mode = picture.mode
             if mode.startswith("I;16"):
                 # Pillow's own conversion saturates 16 bits instead of scaling them.
@@ -732,7 +743,7 @@ def _read_cache(file: Path, state: str) -> NDArray[np.uint8] | None:
         return body.reshape(header["shape"])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warnings.warn(f"{file}: broken cache ({_reason(error)}); it is made anew", stacklevel=2)
         return None
 

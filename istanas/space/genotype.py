@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from istanas.errors import GenotypeError
+from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
 from istanas.space.primitives import PRIMITIVES, SKIP
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
@@ -35,7 +36,7 @@ class Genotype:
 
     Raises:
         GenotypeError: for an unknown operation, a state that does not come before its node, a repeated
-            or empty concatenation.
+            or empty concatenation, or more nodes or picks than `istanas.limits` allows.
 
     Example:
         >>> g = Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),))
@@ -105,6 +106,10 @@ class Genotype:
         Raises:
             GenotypeError: if the text is no JSON or no genotype.
         """
+        if len(text) > GENOTYPE_BYTES:
+            raise GenotypeError(
+                f"genotype is larger than {GENOTYPE_BYTES} bytes: give the file that a search wrote"
+            )
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -185,6 +190,12 @@ def random_genotype(seed: int, space: CellSpace) -> Genotype:
 def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
     if not picks:
         raise GenotypeError(f"genotype field {cell!r} has no node: give at least one")
+    n_picks = sum(map(len, picks))
+    if len(picks) > GENOTYPE_NODES or n_picks > GENOTYPE_PICKS:
+        raise GenotypeError(
+            f"genotype field {cell!r} has {len(picks)} nodes with {n_picks} inputs: give at most {GENOTYPE_NODES} "
+            f"with {GENOTYPE_PICKS} inputs together"
+        )
     for i, node in enumerate(picks):
         if not node:
             raise GenotypeError(f"genotype field {cell!r}, node {i} has no input: give at least one")

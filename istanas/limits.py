@@ -1,0 +1,66 @@
+"""How much of a file from elsewhere is read: more is refused in one line, before it costs memory or time.
+
+Each limit is far above what the program itself writes, and low enough that the worst file takes seconds and some
+hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+
+KB, MB = 2**10, 2**20
+
+GENOTYPE_BYTES = 1 * MB
+GENOTYPE_NODES = 32
+"""Nodes of a cell; a search has at most 16."""
+
+GENOTYPE_PICKS = 256
+"""Picks of a cell; 16 nodes that keep 14 candidates each have 224."""
+
+CONFIG_BYTES = 256 * KB
+CONFIG_VALUES = 5_000
+"""Keys and values of a configuration, those counted again that an alias repeats."""
+
+CONFIG_DEPTH = 12
+"""Sections and lists inside one another; also the names of a key of --set."""
+
+CONFIG_ERRORS = 20
+"""Mistakes that are told at once."""
+
+RECORD_BYTES = 8 * MB
+"""Of a JSON file of a run directory: run.json, network.json, environment.json, mlflow.json, a checkpoint's manifest."""
+
+METRICS_BYTES = 32 * MB
+"""Of metrics.jsonl: 600 epochs take one."""
+
+CHECKPOINT_PICKLE_BYTES = 32 * MB
+"""Of what is no tensor in a checkpoint; that of the published search has under one."""
+
+NETWORK_LAYERS = 1_000
+"""Cells of a network that is loaded."""
+
+MAX_SIDE = 4_096
+"""Pixels of a side of the pictures that a loaded network is for."""
+
+
+def read_at_most(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is larger.
+
+    Example:
+        >>> read_at_most("/dev/zero", 10)
+        Traceback (most recent call last):
+        ValueError: larger than 10 bytes
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"larger than {limit} bytes")
+    return data

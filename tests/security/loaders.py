@@ -1,0 +1,426 @@
+"""The loaders that are fuzzed: for each, inputs that are nearly right, and what may be said of those that are not.
+
+Most inputs are valid ones with a few changes, in their values or in their bytes: random bytes alone would never get
+past the first check.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from istanas.errors import IstanasError
+from istanas.space import PUBLISHED, Genotype
+from pipeline import checkpoint, config, sweep_space
+from pipeline.rundir import RunDir
+
+# ---------- junk
+_NUMBERS = [
+    *range(-2, 12),
+    *(2**31, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf")),
+]
+_TEXTS = [
+    *(
+        "",
+        "skip_connect",
+        "sep_conv_3x3",
+        "digits",
+        "two_stage",
+        "1e999",
+        "~",
+        "0x1",
+        "1_0",
+        "on",
+        "a.b",
+        "epochs",
+    ),
+    *(
+        "\x00",
+        "\x1b[2J\n",
+        "\ud800",
+        "\u2028",
+        "é" * 50,
+        "../..",
+        "s3://a",
+        "://:@",
+        "!!python/none",
+        "&a",
+        "*a",
+    ),
+]
+
+
+def scalar(random: Random) -> Any:
+    how = random.random()
+    if how < 0.15:
+        return random.choice([None, True, False])
+    if how < 0.6:
+        return random.choice(_NUMBERS)
+    return text(random)
+
+
+def text(random: Random) -> str:
+    if random.random() < 0.7:
+        return random.choice(_TEXTS)
+    return "".join(
+        chr(random.choice([random.randrange(128), random.randrange(0x3000)]))
+        for _ in range(random.randrange(6))
+    )
+
+
+def junk(random: Random, depth: int = 0) -> Any:
+    """A value of any kind, in up to three levels."""
+    if depth == 3 or random.random() < 0.6:
+        return scalar(random)
+    inner = [junk(random, depth + 1) for _ in range(random.randrange(4))]
+    return inner if random.random() < 0.5 else {text(random): value for value in inner}
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all values of a tree."""
+    yield path
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in inner:
+        yield from places(value, (*path, key))
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def copied(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def changed(random: Random, tree: Any) -> Any:
+    """A tree with none to three values replaced, left out, doubled or added."""
+    tree = copied(tree)
+    for _ in range(random.choice([0, 1, 1, 1, 2, 3])):
+        path = random.choice(list(places(tree)))
+        if not path:
+            continue
+        holder, key = at(tree, path[:-1]), path[-1]
+        how = random.choice(["replace", "scalar", "swap", "delete", "double", "add"])
+        if how == "replace":
+            holder[key] = junk(random)
+        elif how == "scalar":
+            holder[key] = scalar(random)
+        elif how == "swap":  # with the value of another place
+            holder[key] = copied(at(tree, random.choice(list(places(tree)))))
+        elif how == "delete":
+            del holder[key]
+        elif isinstance(holder, list):
+            holder.insert(key, copied(holder[key]) if how == "double" else junk(random))
+        else:
+            holder[text(random)] = copied(holder[key]) if how == "double" else junk(random)
+    return tree
+
+
+def damaged(random: Random, content: bytes) -> bytes:
+    """Bytes with some of them flipped, cut off, cut out, doubled or added."""
+    data = bytearray(content)
+    for _ in range(random.randint(1, 3)):
+        place = random.randrange(len(data) or 1)
+        how = random.choice(["flip", "flip", "byte", "byte", "cut", "out", "double", "insert"])
+        if how == "flip" and data:
+            data[place] ^= 1 << random.randrange(8)
+        elif how == "byte" and data:
+            data[place] = random.choice(b'\x00\xff{}[]",:&*!|>-0 9eE.\n\t')
+        elif how == "cut":
+            del data[place:]
+        elif how == "out":
+            del data[place : place + random.randint(1, 20)]
+        elif how == "double":
+            data[place:place] = data[place : place + random.randint(1, 40)]
+        else:
+            data[place:place] = random.randbytes(random.randrange(6))
+    return bytes(data)
+
+
+def mixed(random: Random, trees: Sequence[Any], write: Callable[[Any], bytes]) -> bytes:
+    """Mostly a tree with changed values, at times with changed bytes, or other values or bytes altogether."""
+    how = random.random()
+    if how < 0.05:
+        return random.randbytes(random.randrange(60))
+    if how < 0.1:
+        return write(junk(random))
+    written = write(changed(random, random.choice(trees)))
+    return damaged(random, written) if how < 0.3 else written
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+# ---------- the loaders
+@dataclass(frozen=True)
+class Loader:
+    """What is fuzzed.
+
+    Args:
+        name: for people.
+        make: an input, of bytes, or of several of them.
+        load: gives an input to the loader; raises an `IstanasError` if that refuses it, and nothing else.
+        first_check: begins what is said of an input that is not even of the right format.
+    """
+
+    name: str
+    make: Callable[[Random], Any]
+    load: Callable[[Path, Any], None]
+    first_check: tuple[str, ...]
+
+
+def _genotype(folder: Path, data: bytes) -> None:
+    genotype = Genotype.from_json(data)
+    assert Genotype.from_json(genotype.to_json()) == genotype
+    assert len(genotype.digest()) == 64
+    str(genotype)
+
+
+def _config(folder: Path, data: tuple[bytes, list[str]]) -> None:
+    text, overrides = data
+    file = folder / "fuzz.yaml"
+    file.write_bytes(text)
+    loaded = config.load(file, overrides)
+    if loaded.seed % 5 == 0:  # it takes ten times as long as the rest
+        file.write_text(config.to_yaml(loaded))
+        assert config.load(file) == loaded
+
+
+def _sweep(folder: Path, data: bytes) -> None:
+    file = folder / "fuzz.yaml"
+    file.write_bytes(data)
+    sweep_space.check_space(config.load(file))
+
+
+def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
+    content, manifest = data
+    (folder / "epoch-0001.pt").write_bytes(content)
+    if manifest is None:
+        manifest = as_json({"sha256": hashlib.sha256(content).hexdigest()})
+    (folder / "epoch-0001.json").write_bytes(manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", checkpoint.BrokenCheckpointWarning)
+        passed_over = checkpoint.read_latest(folder) is None
+    state = checkpoint.deserialize(content)  # refused in the same words, but that a checksum may be wrong
+    assert isinstance(state, dict)
+    if passed_over:
+        raise IstanasError("its checksum does not match")
+
+
+def _metrics(folder: Path, data: tuple[bytes, bytes, bytes]) -> None:
+    record, lines, environment = data
+    run = RunDir(folder)
+    for name, content in (("run.json", record), ("metrics.jsonl", lines), ("environment.json", environment)):
+        (folder / name).write_bytes(content)
+    refused = []
+    for read in (run.read, run.metrics, run.environment):
+        try:
+            read()
+        except IstanasError as error:
+            refused.append(error)
+    if refused:
+        raise refused[-1]
+
+
+def _zipped(pickle: bytes) -> bytes:
+    """A checkpoint with this pickle, its sums right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(_SAVED)) as whole, zipfile.ZipFile(buffer, "w") as archive:
+        for member in whole.infolist():
+            archive.writestr(
+                member.filename, pickle if member.filename.endswith("data.pkl") else whole.read(member)
+            )
+    return buffer.getvalue()
+
+
+def _pickle_of(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
+def _saved(state: Any) -> bytes:
+    return checkpoint.serialize(state)
+
+
+_STATE = {
+    "net": {"w": torch.arange(4.0), "n": torch.tensor(3), "h": torch.zeros(2, 2, dtype=torch.float16)},
+    "history": [{"epoch": 1, "metrics": {"train/loss": 0.5}, "picks": ["a", None], "pair": (1, True)}],
+    "data": "0123",
+}
+_SAVED = _saved(_STATE)
+_GENOTYPES = [genotype.to_dict() for genotype in PUBLISHED.values()] + [
+    Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),)).to_dict()
+]
+_CONFIGS: list[Any] = [
+    {
+        "seed": 1,
+        "data": {"holdout": 0.1},
+        "space": {"nodes": 2, "ops": ["skip_connect", "sep_conv_3x3"], "sparsity": 1},
+    },
+    {
+        "method": "one_stage",
+        "search": {"train_epochs": 2, "lr": 0.1},
+        "runtime": {"workers": "1:2", "threads": 1},
+    },
+    {
+        "search": {"epochs": 2, "termination_tol": None},
+        "retrain": {"epochs": 3, "stem": "cifar"},
+        "tracking": {"name": "a"},
+    },
+    {},
+]
+_SWEEPS: list[Any] = [
+    {
+        "data": {"holdout": 0.1},
+        "sweep": {
+            "trials": 2,
+            "space": {"search.lr": {"loguniform": [0.01, 0.2]}, "space.nodes": {"int": [1, 3]}},
+        },
+    },
+    {
+        "sweep": {
+            "space": {
+                "method": {"choice": ["two_stage", "one_stage"]},
+                "search.epochs": {"int": [1, 2], "when": {"method": "two_stage"}},
+            },
+            "points": [{"method": "one_stage"}],
+        },
+        "data": {"holdout": 0.1},
+    },
+    {
+        "sweep": {
+            "objective": "searched",
+            "space": {
+                "search.stem": {"fixed": "cifar"},
+                "search.arch_betas": {"choice": [[0.5, 0.9], [0.1, 0.2]]},
+            },
+        }
+    },
+]
+_RECORD = {
+    "name": "a",
+    "kind": "search",
+    "method": "two_stage",
+    "dataset": "digits",
+    "key": "0",
+    "params": {"seed": 1, "lr": 0.5, "n": None},
+    "tags": {"a": "b"},
+    "description": "",
+    "parent": None,
+    "status": "RUNNING",
+    "started_ms": 1,
+    "ended_ms": None,
+    "artifacts": ["config.yaml"],
+    "result": {"seconds": 1.5},
+    "datasets": [
+        {
+            "name": "digits",
+            "context": "test",
+            "digest": "0",
+            "source": "",
+            "pictures": 1,
+            "classes": 2,
+            "shape": [1, 8, 8],
+        }
+    ],
+}
+_LINE = {"step": 1, "timestamp_ms": 1000, "metrics": {"train/loss": 1.5, "valid/top1": 0.25}}
+
+_KEYS = (
+    "seed",
+    "search.epochs",
+    "space.ops",
+    "runtime.address",
+    "data.root",
+    "sweep.trials",
+    "search",
+    "a.b",
+    "seed.x",
+)
+
+
+# ---------- their inputs
+def _genotype_input(random: Random) -> bytes:
+    return mixed(random, _GENOTYPES, as_json)
+
+
+def _config_input(random: Random) -> tuple[bytes, list[str]]:
+    overrides = []
+    if random.random() < 0.4:
+        key = random.choice(_KEYS) if random.random() < 0.8 else text(random)
+        value = json.dumps(junk(random)) if random.random() < 0.7 else text(random)
+        overrides = [f"{key}={value}"]
+    return mixed(random, _CONFIGS, as_json), overrides
+
+
+def _sweep_input(random: Random) -> bytes:
+    return mixed(random, _SWEEPS, as_json)
+
+
+def _checkpoint_input(random: Random) -> tuple[bytes, bytes | None]:
+    """The second is the manifest; None: one that fits."""
+    how = random.random()
+    if how < 0.4:
+        content = _saved(changed(random, _STATE))
+    elif how < 0.8:
+        content = _zipped(damaged(random, _pickle_of(_SAVED)))
+    else:
+        content = damaged(random, _SAVED) if how < 0.95 else random.randbytes(random.randrange(60))
+    return content, mixed(random, [{"sha256": "0"}], as_json) if random.random() < 0.2 else None
+
+
+def _metrics_input(random: Random) -> tuple[bytes, bytes, bytes]:
+    lines = [
+        mixed(random, [_LINE], as_json) if random.random() < 0.4 else as_json(_LINE)
+        for _ in range(random.randrange(4))
+    ]
+    record = mixed(random, [_RECORD], as_json) if random.random() < 0.8 else as_json(_RECORD)
+    environment = mixed(random, [{"ray": "2", "command": []}], as_json) if random.random() < 0.2 else b"{}"
+    return record, b"".join(line.replace(b"\n", b" ") + b"\n" for line in lines), environment
+
+
+LOADERS = (
+    Loader("genotype", _genotype_input, _genotype, ("genotype is not JSON",)),
+    Loader("configuration", _config_input, _config, ("fuzz.yaml: not valid YAML",)),
+    Loader(
+        "checkpoint",
+        _checkpoint_input,
+        _checkpoint,
+        ("no checkpoint (File is not a zip file", "no checkpoint (Bad"),
+    ),
+    Loader("sweep", _sweep_input, _sweep, ("fuzz.yaml: not valid YAML",)),
+    Loader("metrics", _metrics_input, _metrics, ("run.json: not JSON", "environment.json: not JSON")),
+)
+
+
+@contextmanager
+def few_random_settings() -> Iterator[None]:
+    """A sweep's space is tried with two random settings, where else it is with a hundred."""
+    before, sweep_space.N_CHECKED = sweep_space.N_CHECKED, 2
+    try:
+        yield
+    finally:
+        sweep_space.N_CHECKED = before
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder, in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)

@@ -1,0 +1,171 @@
+"""Planted secrets: jobs run with passwords and tokens in their environment, and nothing that is written has them."""
+
+import base64
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from tests.mlflow_server import server
+from tests.ports import unused_port
+from tests.ray_cluster import ENVIRONMENT, PROGRAM
+
+# Each is told from all others, and has signs that an address writes in another way.
+SECRETS = {
+    name: f"planted+{name}/{number}f3a91="
+    for number, name in enumerate(
+        ["uri", "password", "token", "aws-key", "aws-session", "ray", "storage", "command", "failing"],
+        start=3,
+    )
+}
+CONFIG = f"""
+data: {{name: digits, holdout: 0.2, cache_dir: cache}}
+space: {{nodes: 1, sparsity: 1}}
+search: {{epochs: 1, max_pictures: 64, batch_size: 32, init_channels: 2, layers: 3, cutout: 2}}
+retrain: {{epochs: 1, batch_size: 512, init_channels: 2, layers: 1, auxiliary_weight: 0, cutout: 2}}
+runtime: {{threads: 1, device: cpu}}
+sweep:
+  trials: 2
+  max_concurrent: 1
+  storage: "sqlite:///file:PLACE/study.db?uri=true&password={quote(SECRETS["storage"], safe="")}"
+  space: {{search.lr: {{choice: [0.1, 0.2]}}}}
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def forms(secret: str) -> set[bytes]:
+    """What a secret looks like in plain text, in an address, in JSON, and in base64 wherever it begins there."""
+    raw = secret.encode()
+    found = {
+        raw,
+        quote(secret, safe="").encode(),
+        quote(secret).encode(),
+        secret.replace("/", "\\/").encode(),
+    }
+    for before in range(3):
+        text = base64.b64encode(b"x" * before + raw)
+        # The first and last signs also depend on what stands around it.
+        found.add(text[4 if before else 0 : -4])
+    return found
+
+
+def test_a_planted_secret_is_found_in_every_form() -> None:
+    secret = SECRETS["token"]
+    for text in (
+        secret,
+        f"http://me:{quote(secret, safe='')}@host",
+        json.dumps({"a": secret}),
+        base64.b64encode(f"me:{secret}".encode()).decode(),
+        base64.b64encode(f"them:{secret}:".encode()).decode(),
+        base64.b64encode(secret.encode()).decode(),
+    ):
+        assert any(form in text.encode() for form in forms(secret)), text
+
+
+def leaks(content: bytes) -> set[str]:
+    return {name for name, secret in SECRETS.items() if any(form in content for form in forms(secret))}
+
+
+class Place:
+    """A folder in which commands run with planted secrets; `said` is all that they print.
+
+    Args:
+        folder: where.
+        store: address of the MLflow server, without a password.
+    """
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.folder, self.said = folder, b""
+        self.config = folder / "tiny.yaml"  # has one of them in it, as a user has written it
+        self.config.write_text(CONFIG.replace("PLACE", str(folder)))
+        address = store.replace("://", f"://planted:{quote(SECRETS['uri'], safe='')}@")
+        self.environment = {
+            **ENVIRONMENT,
+            "MLFLOW_TRACKING_URI": address,
+            "MLFLOW_TRACKING_USERNAME": "planted",
+            "MLFLOW_TRACKING_PASSWORD": SECRETS["password"],
+            "MLFLOW_TRACKING_TOKEN": SECRETS["token"],
+            "AWS_ACCESS_KEY_ID": "PLANTED",
+            "AWS_SECRET_ACCESS_KEY": SECRETS["aws-key"],
+            "AWS_SESSION_TOKEN": SECRETS["aws-session"],
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": SECRETS["ray"],
+        }
+
+    def run(self, *arguments: str, code: int = 0, **environment: str) -> str:
+        done = subprocess.run(
+            [*PROGRAM, *arguments],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        )
+        self.said += done.stdout
+        assert done.returncode == code, done.stdout.decode()
+        return done.stdout.decode()
+
+    def found(self) -> dict[str, set[str]]:
+        """Where there are secrets; all files are read, those of databases and logs too."""
+        written = {
+            path: path.read_bytes()
+            for path in self.folder.rglob("*")
+            if path.is_file() and path != self.config
+        }
+        assert len(written) > 50
+        places = {str(path.relative_to(self.folder)): leaks(content) for path, content in written.items()}
+        return {place: names for place, names in {**places, "printed": leaks(self.said)}.items() if names}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """With an MLflow server, whose database, files and log are searched like all others."""
+    folder, port = tmp_path_factory.mktemp("secrets"), unused_port()
+    (folder / "mlflow").mkdir()
+    with server(folder / "mlflow", port):
+        yield Place(folder, f"http://127.0.0.1:{port}")
+
+
+def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
+    config = ("--config", "tiny.yaml")
+    place.run("run", *config, "--workers", "1")
+    place.run("sweep", *config)
+    # One that is given on the command line, too.
+    uri = place.environment["MLFLOW_TRACKING_URI"].replace(
+        quote(SECRETS["uri"], safe=""), quote(SECRETS["command"], safe="")
+    )
+    place.run("search", *config, "--set", "seed=1", "--set", f"tracking.uri={uri}", "--workers", "1")
+    table = place.run("results", "--config", "tiny.yaml")
+    assert "search" in table
+    runs = {path.name for path in (place.folder / "runs").iterdir()}
+    assert sum("-search-" in name for name in runs) == 2
+    logs = list(place.folder.glob("runs/*/ray/**/*"))
+    assert any(path.suffix in (".log", ".out", ".err") for path in logs), "Ray's logs are searched too"
+    assert (place.folder / "study.db").is_file()
+    assert list(place.folder.glob("runs/*/trial-*/trial.log"))
+    assert not place.found()
+
+
+def test_what_fails_because_of_an_address_shows_it_without_its_secrets(place: Place) -> None:
+    secret = quote(SECRETS["failing"], safe="")
+    nowhere = f"http://planted:{secret}@127.0.0.1:{unused_port()}"
+    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    config = ("--config", "tiny.yaml")
+    said = place.run("search", *config, "--set", "seed=2", MLFLOW_TRACKING_URI=nowhere, **quick)
+    assert "127.0.0.1" in said, "the store that can't be reached is named"
+    place.run("results", *config, code=2, MLFLOW_TRACKING_URI=nowhere, **quick)
+    place.run("compare", *config, "a" * 32, "b" * 32, code=2, MLFLOW_TRACKING_URI=nowhere, **quick)
+    storage = f"postgresql://planted:{secret}@127.0.0.1:1/db?sslpassword={secret}"
+    place.run("sweep", *config, "--set", f"sweep.storage={storage}", "--set", "seed=3", code=1)
+    place.run("sweep", *config, "--set", f"sweep.storage=nosuch://x:{secret}@h/db", "--set", "seed=4", code=1)
+    place.run("search", *config, "--set", f"runtime.address=ray://planted:{secret}@127.0.0.1:1", code=2)
+    place.run("search", *config, "--set", f"tracking.uri=[{nowhere}]", code=2)
+    place.run("search", *config, "--set", f"runtime.runs_dir=s3://planted:{secret}@bucket/runs", code=2)
+    place.run("search", "--config", f"http://planted:{secret}@127.0.0.1/tiny.yaml", code=2)
+    place.run("draw", f"http://planted:{secret}@127.0.0.1/genotype.json", code=2)
+    place.run("doctor", *config, code=1, MLFLOW_TRACKING_URI=nowhere, **quick)
+    assert not place.found()
