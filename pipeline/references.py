@@ -136,6 +136,7 @@ def _finder(run: RunDir) -> str | None:
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
         best = storage.local(record.result["best_run_dir"])
+        storage.fetch_records(run.path)
         # Run directories may have been moved together.
         trial = next((path for path in (best, run.path / best.name) if RunDir(path).exists()), run.path)
         return storage.shown(trial)
