@@ -109,7 +109,8 @@ def resolve_genotype(
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
     if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
-        ref = ref.replace(f"/{GENOTYPE_FILE}", "", 1)  # of a run, which is fetched
+        # Of a run, which is fetched: a sweep has its best trial's twice.
+        ref = ref.replace(f"/best/{GENOTYPE_FILE}", "", 1).replace(f"/{GENOTYPE_FILE}", "", 1)
     if file.is_file():
         genotype = _read_genotype(file)
         return genotype, _writer(file, genotype)

@@ -411,8 +411,13 @@ class _Mirror:
         stream.close()
 
     def get(self, name: str) -> bytes:
-        with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
-            data: bytes = stream.read()
+        try:
+            with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
+                data: bytes = stream.read()
+        except OSError as error:
+            if "NO_SUCH_KEY" in str(error):  # deleted since its length was asked for
+                raise FileNotFoundError(name) from None
+            raise
         return data
 
     def delete(self, name: str) -> None:

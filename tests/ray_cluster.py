@@ -74,6 +74,10 @@ class RayCluster:
         """Ray Train's workers, on all nodes."""
         return [p for p in self._children() if "RayTrainWorker" in title(p)]
 
+    def trials(self) -> list[psutil.Process]:
+        """Processes of Ray Tune's trials, on all nodes."""
+        return [p for p in self._children() if "ImplicitFunc" in title(p)]
+
     def close(self) -> None:
         processes = self._children()
         if self._process.poll() is None:
