@@ -271,10 +271,13 @@ def fetch_records(folder: Path) -> None:
         return
     everything = _Mirror(folder)
     with everything.failures():
-        there = {posixpath.dirname(n) for n in everything.names() if posixpath.basename(n) == RECORD_FILE}
-        here = {file.parent.relative_to(folder).as_posix() for file in folder.glob(f"**/{RECORD_FILE}")}
-        for name in sorted((there | here) - {"", "."}):
-            _pull_unless_in_use(_Mirror(folder / name), lambda name: name in (RECORD_FILE, LINK_FILE))
+        there = everything.names()
+        runs = {posixpath.dirname(name) for name in there if posixpath.basename(name) == RECORD_FILE}
+        runs |= {file.parent.relative_to(folder).as_posix() for file in folder.glob(f"**/{RECORD_FILE}")}
+        for run in sorted(runs - {"", "."}):
+            files = [f"{run}/{name}" for name in (RECORD_FILE, LINK_FILE)]
+            if any(there.get(file) != _stamp_of(folder / file) for file in files):
+                _pull_unless_in_use(_Mirror(folder / run), lambda name: name in (RECORD_FILE, LINK_FILE))
 
 
 def send(path: Path, *names: str) -> None:
@@ -344,6 +347,14 @@ class _Stamp(NamedTuple):
 
     size: int
     changed: int  # ns
+
+
+def _stamp_of(path: Path) -> _Stamp | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return _Stamp(stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -429,9 +440,9 @@ class _Mirror:
         self._there = {name: stamp for name, stamp in self._look().items() if _is_mirrored(name)}
         return self._there
 
-    def names(self) -> set[str]:
-        """Of all objects, those of runs in this one included."""
-        return set(self._look())
+    def names(self) -> dict[str, _Stamp]:
+        """Of all objects, those of runs in this one included, with their stamps."""
+        return self._look()
 
     def delete_runs(self) -> None:
         """Delete the runs in this one."""
@@ -501,9 +512,8 @@ class _Mirror:
             for file in files:
                 path = Path(folder) / file
                 name = path.relative_to(self.path).as_posix()
-                if _is_mirrored(name):
-                    stat = path.stat()
-                    stamps[name] = _Stamp(stat.st_size, stat.st_mtime_ns)
+                if _is_mirrored(name) and (stamp := _stamp_of(path)) is not None:
+                    stamps[name] = stamp
         return stamps
 
     # ----- whose it is

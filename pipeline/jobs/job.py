@@ -224,8 +224,8 @@ def execute(
         record = _open_record(run, spec, datasets(prepared))
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
+        storage.push(run.path)  # with the key by which its MLflow run is found again
         tracker.deliver()
-        storage.push(run.path)
         console.print(f"{spec.kind}: {storage.shown(run.path)}", highlight=False, soft_wrap=True)
         space = spec.config.space.cell_space()
         try:
@@ -301,9 +301,10 @@ def announce(spec: JobSpec) -> str | None:
     with run.lock(wait=SECONDS_TO_END):
         if not run.exists():
             _open_record(run, spec)
+            storage.send(run.path, RECORD_FILE)  # with the key by which its MLflow run is found again
         tracker = tracker_of(run, spec.config)
         tracker.deliver()
-        storage.send(run.path, storage.LINK_FILE, RECORD_FILE)
+        storage.send(run.path, storage.LINK_FILE)
     return tracker.run_id
 
 

@@ -416,7 +416,7 @@ def test_two_nodes_and_a_command_that_is_killed_share_nothing_but_the_bucket(
         ({"search.lr": row["search.lr"]}, row["digest"], row["valid_top1"])
         for row in frame.to_dict("records")
     ] == alone
-    best = frame["retrained_top1"].astype(float).idxmax()
+    best = int(frame["retrained_top1"].astype(float).argmax())
     assert (result["best_trial"], result["digest"]) == (best, frame["digest"][best])
 
     client = open_client(store)
