@@ -198,9 +198,10 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
 def _kept_study(config: Config, name: str) -> Study:
     """The study of another sweep of the same storage, in memory."""
     run_dir = local(config.runtime.runs_dir) / name
-    if "/" not in name and name not in ("", ".", ".."):
+    is_name = "/" not in name and name not in ("", ".", "..")
+    if is_name:
         fetch_parts(run_dir, lambda file: file == STUDY_FILE)
-    if not (run_dir / STUDY_FILE).is_file():
+    if not is_name or not (run_dir / STUDY_FILE).is_file():
         raise ConfigError(
             f"sweep.start_from is {name!r}: no such study, name the run directory of a sweep in "
             f"{shown(local(config.runtime.runs_dir))}"
