@@ -854,11 +854,12 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     ended = f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed"
     table.add_row("trials", ended)
     console.print(table)
-    best, program = Path(result["run_dir"]) / "best", _program()
+    here, program = storage.local(result["run_dir"]), _program()  # files to be opened, or named as such
+    best = here / "best"
     for label, text in (
-        ("report", Path(result["run_dir"]) / "report.html"),
-        ("all trials", Path(result["run_dir"]) / "trials.csv"),
-        ("best", best),
+        ("report", here / "report.html"),
+        ("all trials", storage.shown(here / "trials.csv")),
+        ("best", storage.shown(best)),
         ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)

@@ -110,7 +110,8 @@ def resolve_genotype(
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
     if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
-        ref = ref.replace(f"/{GENOTYPE_FILE}", "", 1)  # of a run, which is fetched
+        # Of a run, which is fetched: a sweep has its best trial's twice.
+        ref = ref.replace(f"/best/{GENOTYPE_FILE}", "", 1).replace(f"/{GENOTYPE_FILE}", "", 1)
     if file.is_file():
         genotype = read_genotype(file)
         return genotype, _writer(file, genotype)
@@ -137,6 +138,7 @@ def _finder(run: RunDir) -> str | None:
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
         best = storage.local(record.result["best_run_dir"])
+        storage.fetch_records(run.path)
         # Run directories may have been moved together.
         trial = next((path for path in (best, run.path / best.name) if RunDir(path).exists()), run.path)
         return storage.shown(trial)

@@ -5,6 +5,9 @@ it counts: every checkpoint before its epoch is done, the results before the run
 that makes sense if it is cut anywhere, see `_place`; an object appears whole or not at all. The copy lies under the
 user's cache folder, at a path that spells the address, so that either can be told from the other.
 
+A sweep's trials lie in its run directory and are run directories of their own: each is held, fetched and sent by the
+process that works on it, on whatever machine; only their records are written by the sweep's process, too.
+
 Folders and `file://` are not copied: there the functions of this module do nothing.
 """
 
@@ -16,6 +19,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 import socket
 import threading
 import time
@@ -48,8 +52,11 @@ NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and 
 RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; pyarrow tries for some seconds
 SECONDS_BETWEEN_BEATS = 20.0  # of a run's owner
 SECONDS_TO_BEAT = 60.0  # after which an owner that was not heard of counts as gone
+SECONDS_TO_SETTLE = 1.0  # in which two that take a run at the same moment are seen by each other
+RUN_FOLDER = re.compile(r".+-(search|retrain)-[0-9a-f]{10}")  # in a sweep's run directory: runs of their own
 
 Say = Callable[[str], None]
+Wanted = Callable[[str], bool]  # of a file, by its name in the run directory
 
 
 # ---------- addresses and paths
@@ -144,6 +151,16 @@ def _copies() -> Path:
     return default_cache_dir() / "storage"
 
 
+def named(path: Path) -> str:
+    """What a process on another machine may call a path: absolute, or the address that it is a copy of.
+
+    Example:
+        >>> named(Path("/runs/digits")), named(local("s3://bucket/runs") / "digits")
+        ('/runs/digits', 's3://bucket/runs/digits')
+    """
+    return shown(path) if is_copy(path) else str(path.resolve())
+
+
 def is_copy(path: Path) -> bool:
     """Whether a path is that of a copy of something in a storage."""
     return path.is_relative_to(_copies())
@@ -173,23 +190,24 @@ def push(path: Path, *, once: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def held(path: Path, say: Say) -> Iterator[None]:
-    """Hold a run directory of a storage for this process, and fetch it; nothing to do for a folder.
+def held(path: Path, say: Say, *, wait: float = 0) -> Iterator[None]:
+    """Hold a run directory of a storage for this process, and fetch it; nothing to do for a folder, or if it is held.
 
     Args:
         path: the run directory, locked on this machine.
         say: told if there is something to wait for.
+        wait: so many seconds for another process that works on the run; -1: for ever.
 
     Raises:
         IstanasError: the storage can't be used; nothing was written then.
         ConfigError: another process works on the run.
     """
-    if not is_copy(path):
+    if not is_copy(path) or path in _held:
         yield
         return
     mirror = _Mirror(path)
     with mirror.failures():
-        mirror.take(say)
+        mirror.take(say, wait)
     beating = threading.Event()
     heart = threading.Thread(target=mirror.beat, args=(beating,), daemon=True)
     try:
@@ -230,8 +248,21 @@ def fetch(address: str) -> Path:
     return path
 
 
+def fetch_parts(path: Path, wanted: Wanted) -> None:
+    """Bring some files of a run directory up to date, as `fetch` does with all, be there a run or not.
+
+    Raises:
+        IstanasError: the storage can't be used.
+    """
+    if is_copy(path):
+        mirror = _Mirror(path)
+        _persistently(mirror, lambda: _pull_unless_in_use(mirror, wanted), RETRY_SECONDS)
+
+
 def fetch_records(folder: Path) -> None:
-    """Bring the records of all runs in a folder of runs up to date, if it is a copy: enough to find a run by.
+    """Bring the records of all runs in a folder of runs, or in a sweep's run directory, up to date, if it is a copy.
+
+    Enough to find a run by.
 
     Raises:
         IstanasError: the storage can't be used.
@@ -240,22 +271,48 @@ def fetch_records(folder: Path) -> None:
         return
     everything = _Mirror(folder)
     with everything.failures():
-        found = {posixpath.dirname(n) for n in everything.list() if posixpath.basename(n) == RECORD_FILE}
-        here = {str(file.parent.relative_to(folder)) for file in folder.glob(f"**/{RECORD_FILE}")}
-        for name in sorted(found | here):
-            mirror = _Mirror(folder / name)
-            mirror.list()
-            _pull_unless_in_use(mirror, {RECORD_FILE, LINK_FILE})
+        there = everything.names()
+        runs = {posixpath.dirname(name) for name in there if posixpath.basename(name) == RECORD_FILE}
+        runs |= {file.parent.relative_to(folder).as_posix() for file in folder.glob(f"**/{RECORD_FILE}")}
+        for run in sorted(runs - {"", "."}):
+            files = [f"{run}/{name}" for name in (RECORD_FILE, LINK_FILE)]
+            if any(there.get(file) != _stamp_of(folder / file) for file in files):
+                _pull_unless_in_use(_Mirror(folder / run), lambda name: name in (RECORD_FILE, LINK_FILE))
 
 
-def _pull_unless_in_use(mirror: _Mirror, only: set[str] | None = None) -> None:
+def send(path: Path, *names: str) -> None:
+    """Send some files of a run that another process may hold; nothing to do for a folder.
+
+    Raises:
+        IstanasError: the storage was away for `RETRY_SECONDS`.
+    """
+    if not is_copy(path):
+        return
+    mirror = _Mirror(path)
+
+    def work() -> None:
+        for name in names:
+            if (path / name).is_file():
+                mirror.put(name, (path / name).read_bytes())
+
+    _persistently(mirror, work, RETRY_SECONDS)
+
+
+def push_cleared(path: Path) -> None:
+    """`push` of a run directory that was cleared, to start over: the runs in it go, too."""
+    push(path)
+    if (mirror := _held.get(path)) is not None:
+        _persistently(mirror, mirror.delete_runs, RETRY_SECONDS)
+
+
+def _pull_unless_in_use(mirror: _Mirror, wanted: Wanted | None = None) -> None:
     lock = contextlib.ExitStack()
     try:
         lock.enter_context(RunDir(mirror.path).lock())
     except ConfigError:  # by a process on this machine
         return
     with lock:
-        mirror.pull(only)
+        mirror.pull(wanted)
 
 
 def _persistently(mirror: _Mirror, work: Callable[[], None], seconds: float) -> None:
@@ -290,6 +347,14 @@ class _Stamp(NamedTuple):
 
     size: int
     changed: int  # ns
+
+
+def _stamp_of(path: Path) -> _Stamp | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return _Stamp(stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -357,8 +422,13 @@ class _Mirror:
         stream.close()
 
     def get(self, name: str) -> bytes:
-        with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
-            data: bytes = stream.read()
+        try:
+            with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
+                data: bytes = stream.read()
+        except OSError as error:
+            if "NO_SUCH_KEY" in str(error):  # deleted since its length was asked for
+                raise FileNotFoundError(name) from None
+            raise
         return data
 
     def delete(self, name: str) -> None:
@@ -367,25 +437,38 @@ class _Mirror:
 
     def list(self) -> dict[str, _Stamp]:
         """Names and stamps of all objects that have a counterpart here."""
-        from pyarrow.fs import FileSelector, FileType
-
-        infos = self._fs.get_file_info(FileSelector(self._base, recursive=True, allow_not_found=True))
-        files = [info for info in infos if info.type == FileType.File]
-        named = {posixpath.relpath(info.path, self._base): _Stamp(info.size, info.mtime_ns) for info in files}
-        self._there = {name: stamp for name, stamp in named.items() if _is_mirrored(name)}
+        self._there = {name: stamp for name, stamp in self._look().items() if _is_mirrored(name)}
         return self._there
 
+    def names(self) -> dict[str, _Stamp]:
+        """Of all objects, those of runs in this one included, with their stamps."""
+        return self._look()
+
+    def delete_runs(self) -> None:
+        """Delete the runs in this one."""
+        for folder in {name.partition("/")[0] for name in self._look() if _is_of_another_run(name)}:
+            self._fs.delete_dir(f"{self._base}/{folder}")
+
+    def _look(self, folder: str | None = None) -> dict[str, _Stamp]:
+        """Names and stamps of the objects, all of them, or only those that lie in a folder itself."""
+        from pyarrow.fs import FileSelector, FileType
+
+        place = f"{self._base}/{folder}" if folder else self._base
+        infos = self._fs.get_file_info(FileSelector(place, recursive=folder is None, allow_not_found=True))
+        files = [info for info in infos if info.type == FileType.File]
+        return {posixpath.relpath(info.path, self._base): _Stamp(info.size, info.mtime_ns) for info in files}
+
     # ----- all of them
-    def pull(self, only: set[str] | None = None) -> None:
-        """Make the copy what is there, all of it or some names; a file that is the same already stays."""
+    def pull(self, wanted: Wanted | None = None) -> None:
+        """Make the copy what is there, all of it or some files; a file that is the same already stays."""
         _make_private(self.path)
         here = self._here()
         for name, stamp in self.list().items():
-            if here.get(name) != stamp and (only is None or name in only):
+            if here.get(name) != stamp and (wanted is None or wanted(name)):
                 atomic_write(self.path / name, self.get(name))
                 self._stamp(name)
         for name in here.keys() - self._there.keys():
-            if only is None or name in only:
+            if wanted is None or wanted(name):
                 (self.path / name).unlink()
 
     def push(self) -> None:
@@ -407,7 +490,11 @@ class _Mirror:
         if RECORD_FILE not in gone:
             for name in gone:
                 self.delete(name)
-        self.list()
+        for name in gone:
+            del self._there[name]
+        # Not all of them: a sweep has many trials.
+        for folder in sorted({posixpath.dirname(name) for name in changed}):
+            self._there |= {name: stamp for name, stamp in self._look(folder).items() if _is_mirrored(name)}
         after = self._here()
         for name in changed:
             if after.get(name) == here[name] and name in self._there:
@@ -419,33 +506,60 @@ class _Mirror:
     def _here(self) -> dict[str, _Stamp]:
         stamps = {}
         for folder, folders, files in os.walk(self.path):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [
+                name for name in folders if not name.startswith(".") and not RUN_FOLDER.fullmatch(name)
+            ]
             for file in files:
                 path = Path(folder) / file
                 name = path.relative_to(self.path).as_posix()
-                if _is_mirrored(name):
-                    stat = path.stat()
-                    stamps[name] = _Stamp(stat.st_size, stat.st_mtime_ns)
+                if _is_mirrored(name) and (stamp := _stamp_of(path)) is not None:
+                    stamps[name] = stamp
         return stamps
 
     # ----- whose it is
-    def take(self, say: Say) -> None:
+    def take(self, say: Say, wait: float = 0) -> None:
         """Become the owner, once no other is alive.
 
+        Args:
+            say: told if one may be.
+            wait: so many seconds for one that is; -1: for ever.
+
         Raises:
-            ConfigError: another is.
+            ConfigError: another is, for longer.
         """
-        other = self._owner()
-        if other is not None and not other.is_dead:
-            say(
-                f"{self.address}: {other} was at it: waiting {SECONDS_TO_BEAT:.0f} s to see whether it still is"
-            )
-            until = time.monotonic() + SECONDS_TO_BEAT
-            while time.monotonic() < until and (now := self._owner()) is not None:
-                if now != other:
-                    raise ConfigError(f"run {self.address}: in use by {now}; wait until it ends or stop it")
-                time.sleep(min(2.0, SECONDS_BETWEEN_BEATS))
-        self._write_owner(self._me)
+        seen: _Owner | None = None
+        began = changed = time.monotonic()
+
+        def is_free() -> bool:
+            nonlocal seen, changed
+            owner, now = self._owner(), time.monotonic()
+            if owner is None or owner.is_dead:
+                return True
+            if seen is None:
+                patience = f"{SECONDS_TO_BEAT:.0f} s to see whether it still is"
+                say(
+                    f"{self.address}: {owner} was at it: waiting {patience if wait == 0 else 'until it has done'}"
+                )
+            elif owner != seen and 0 <= wait <= now - began:
+                raise ConfigError(f"run {self.address}: in use by {owner}; wait until it ends or stop it")
+            if owner != seen:
+                seen, changed = owner, now
+            return now - changed >= SECONDS_TO_BEAT
+
+        until_free = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda free: not free),
+            wait=tenacity.wait_fixed(min(2.0, SECONDS_BETWEEN_BEATS)),
+        )
+        while True:
+            until_free(is_free)
+            self._write_owner(self._me)
+            if wait >= 0:
+                return
+            # Others wait for the same, and the storage has no lock: the last of them is the owner.
+            time.sleep(SECONDS_TO_SETTLE)
+            owner = self._owner()
+            if owner is not None and owner.key == self._me.key:
+                return
 
     def beat(self, ended: threading.Event) -> None:
         """Show again and again, in a thread, that the owner lives."""
@@ -465,7 +579,7 @@ class _Mirror:
             owner = self._owner()
             if owner is not None and owner.key == self._me.key:
                 self.delete(OWNER_OBJECT)
-                if not self.list():
+                if not self.names():
                     self._fs.delete_dir(self._base)
         except OSError as error:  # away at the end: as if it had been so before
             _LOG.info("%s: %s", self.address, _reason(error))
@@ -509,7 +623,13 @@ def _place(name: str) -> int:
 
 def _is_mirrored(name: str) -> bool:
     parts = name.split("/")
-    return parts[0] != NOT_MIRRORED and not any(part.startswith(".") for part in parts)
+    hidden = parts[0] == NOT_MIRRORED or any(part.startswith(".") for part in parts)
+    return not hidden and not _is_of_another_run(name)
+
+
+def _is_of_another_run(name: str) -> bool:
+    folder, inside, _ = name.partition("/")
+    return bool(inside) and RUN_FOLDER.fullmatch(folder) is not None
 
 
 def _make_private(path: Path) -> None:

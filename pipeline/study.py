@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import shutil
+import sqlite3
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from istanas.errors import ConfigError, IstanasError
 from pipeline.rundir import RunDir
 from pipeline.schema import OBJECTIVES, Config, SweepSettings
-from pipeline.storage import local
+from pipeline.storage import fetch_parts, is_remote, local, named, shown
 from pipeline.sweep_space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking import database_lock, one_line, public_uri
 
@@ -47,12 +52,45 @@ FIGURES = (
 SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold
 
 
-def storage_uri(config: Config) -> str:
-    """The database of the sweep's study."""
-    given = sweep_of(config).storage
+def storage_uri(config: Config, name: str) -> str:
+    """The database of a sweep's study: the one that is set, else one for all in the folder of runs.
+
+    Of runs in a storage it is one of this machine, for a sitting: see `keep_study`.
+    """
+    given, folder = sweep_of(config).storage, local(config.runtime.runs_dir).absolute()
     if given is not None:
         return given
-    return f"sqlite:///{local(config.runtime.runs_dir).absolute() / STUDY_FILE}"
+    if not _is_kept(config):
+        return f"sqlite:///{folder / STUDY_FILE}"
+    return f"sqlite:///{folder / '.studies' / hashlib.sha256(name.encode()).hexdigest()[:16]}.db"
+
+
+def _is_kept(config: Config) -> bool:
+    """Whether the study is a file of a run directory in a storage, where no database can be worked on."""
+    return is_remote(config.runtime.runs_dir) and sweep_of(config).storage is None
+
+
+def keep_study(config: Config, run_dir: Path) -> None:
+    """Copy the study into the run directory as it is now, if that lies in a storage and no database is set."""
+    if not _is_kept(config):
+        return
+    database = storage_uri(config, run_dir.name).removeprefix("sqlite:///")
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".study-") as folder:
+        copy = Path(folder) / STUDY_FILE
+        with (
+            contextlib.closing(sqlite3.connect(database)) as source,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+        copy.replace(run_dir / STUDY_FILE)
+
+
+def _restore(database: Path, run_dir: Path) -> None:
+    """Begin a sitting with what the storage has: what this machine knows beyond that was told to nobody."""
+    for file in database.parent.glob(f"{database.name}*"):
+        file.unlink()
+    if (run_dir / STUDY_FILE).is_file():
+        shutil.copyfile(run_dir / STUDY_FILE, database)
 
 
 def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None = None) -> Study:
@@ -68,10 +106,12 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         IstanasError: if the database can't be used.
         ConfigError: if `sweep.start_from` names no study that fits, or the study belongs to another directory.
     """
-    home = "" if run_dir is None else str(run_dir.resolve())
-    sweep, uri = sweep_of(config), storage_uri(config)
+    home = "" if run_dir is None else named(run_dir)
+    sweep, uri = sweep_of(config), storage_uri(config, name)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if _is_kept(config) and run_dir is not None:
+        _restore(Path(uri.removeprefix("sqlite:///")), run_dir)
     options = {"connect_args": {"timeout": SECONDS_FOR_A_LOCK}} if uri.startswith("sqlite:") else None
     try:
         with database_lock(uri):
@@ -126,10 +166,13 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
     sweep = sweep_of(config)
     if sweep.start_from is None:
         return []
-    if sweep.start_from not in known:
+    if _is_kept(config):
+        study = _kept_study(config, sweep.start_from)
+    elif sweep.start_from not in known:
         names = ", ".join(known) or "none"
         raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: no such study, there are: {names}")
-    study = optuna.load_study(study_name=sweep.start_from, storage=storage)
+    else:
+        study = optuna.load_study(study_name=sweep.start_from, storage=storage)
     same = [d.name for d in study.directions] == [OBJECTIVES[o].upper() for o in sweep.objectives]
     if not same or study.user_attrs.get(MEANING, _meaning(sweep)) != _meaning(sweep):
         raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: it has other objectives, leave it out")
@@ -153,6 +196,26 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
         except ValueError:  # outside this space's bounds
             continue
     return fitting
+
+
+def _kept_study(config: Config, name: str) -> Study:
+    """The study of another sweep of the same storage, in memory."""
+    run_dir = local(config.runtime.runs_dir) / name
+    is_name = "/" not in name and name not in ("", ".", "..")
+    if is_name:
+        fetch_parts(run_dir, lambda file: file == STUDY_FILE)
+    if not is_name or not (run_dir / STUDY_FILE).is_file():
+        raise ConfigError(
+            f"sweep.start_from is {name!r}: no such study, name the run directory of a sweep in "
+            f"{shown(local(config.runtime.runs_dir))}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copyfile(run_dir / STUDY_FILE, Path(folder) / STUDY_FILE)
+        memory = optuna.storages.InMemoryStorage()
+        optuna.copy_study(
+            from_study_name=name, from_storage=RDBStorage(f"sqlite:///{copy}"), to_storage=memory
+        )
+    return optuna.load_study(study_name=name, storage=memory)
 
 
 def _meaning(sweep: SweepSettings) -> list[str]:

@@ -128,17 +128,10 @@ def _lost(submission: Submission) -> list[str]:
     """What the job would write where it goes with the job, or can't write."""
     config, problems = submission.config, []
     folder = config.runtime.runs_dir
-    sweep = submission.job == "sweep"
-    if is_remote(folder):
-        if sweep:
-            problems.append(
-                f"runtime.runs_dir is {folder}: a sweep's trials need a folder that all nodes share, such as one on "
-                "NFS (--set runtime.runs_dir=/SHARED/runs); searches and retrainings may lie in a storage"
-            )
-    elif not local(folder).is_absolute():
+    if not is_remote(folder) and not local(folder).is_absolute():
         problems.append(
             f"runtime.runs_dir is {folder}: it would be lost with the job's working directory, name a folder that all "
-            f"nodes see (--set runtime.runs_dir=/SHARED/runs){'' if sweep else ' or s3://BUCKET/PREFIX'}"
+            "nodes see (--set runtime.runs_dir=/SHARED/runs) or s3://BUCKET/PREFIX"
         )
     storage = None if config.sweep is None else config.sweep.storage
     if storage is not None and _is_relative(storage):

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from istanas.errors import ConfigError
+from pipeline import storage
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
@@ -82,7 +83,9 @@ def read_table(folder: Path) -> pd.DataFrame:
     """
     file = folder / TABLE_FILE
     if not file.is_file():
-        raise ConfigError(f"sweep {folder}: has no {TABLE_FILE}, name a sweep that has begun a trial")
+        raise ConfigError(
+            f"sweep {storage.shown(folder)}: has no {TABLE_FILE}, name a sweep that has begun a trial"
+        )
     return _typed(pd.read_csv(file, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
 
 
@@ -258,7 +261,7 @@ def _plots(config: Config, own: Study) -> list[Plot]:
 def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:
     figures = trial.user_attrs
     settings = figures.get(SETTINGS, {})
-    link = read_link(RunDir(figures["run_dir"])) if "run_dir" in figures else None
+    link = read_link(RunDir(storage.local(figures["run_dir"]))) if "run_dir" in figures else None
     return {
         "trial": trial.number,
         "state": trial.state.name,

@@ -16,11 +16,12 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from istanas.errors import IstanasError
 from istanas.space import Genotype
 from pipeline import checkpoint, storage
 from pipeline.cluster import Runtime
 from pipeline.epochs import Record
-from pipeline.jobs.job import CHECKPOINTS
+from pipeline.jobs.job import CHECKPOINTS, SECONDS_TO_END
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
@@ -37,8 +38,8 @@ def run_trial(task: dict[str, Any]) -> None:
     """Ray Tune's trainable.
 
     Args:
-        task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "log" (a file),
-            "run_dir", "objective", "objectives"; or "warm_up" (`Config`) only, for a process without a trial.
+        task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "run_dir", "objective",
+            "objectives"; or "warm_up" (`Config`) only, for a process without a trial.
     """
     from ray import tune
 
@@ -46,10 +47,17 @@ def run_trial(task: dict[str, Any]) -> None:
         _warm_up(task["warm_up"])
         tune.report({FINISHED: True})
         return
+    path, said = storage.local(task["run_dir"]), list[str]()
     try:
-        with open(task["log"], "a", buffering=1) as log:
+        # Here already, for the log is one of its files.
+        with (
+            storage.held(path, said.append, wait=SECONDS_TO_END),
+            open(path / LOG_FILE, "a", buffering=1) as log,
+        ):
+            log.writelines(f"{line}\n" for line in said)
             last = _logged_run(task, log)
-    except OSError as error:  # no log, or a full disk
+            storage.push(path, once=True)
+    except (OSError, IstanasError) as error:  # no log, a full disk, a storage that is away
         last = failure(error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the process may serve the next trial

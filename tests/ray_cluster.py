@@ -90,6 +90,10 @@ class RayCluster:
             process.kill()
         self._process.wait()
 
+    def trials(self) -> list[psutil.Process]:
+        """Processes of Ray Tune's trials, on all nodes."""
+        return [p for p in self._children() if "ImplicitFunc" in title(p)]
+
     def close(self) -> None:
         if self._process.poll() is not None:
             return

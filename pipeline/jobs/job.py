@@ -225,13 +225,13 @@ def execute(
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
-            storage.push(run.path)
+            storage.push_cleared(run.path)
         tracker = tracker_of(run, spec.config)
         record = _open_record(run, spec, datasets(prepared))
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
+        storage.push(run.path)  # with the key by which its MLflow run is found again
         tracker.deliver()
-        storage.push(run.path)
         console.print(f"{spec.kind}: {storage.shown(run.path)}", highlight=False, soft_wrap=True)
         space = spec.config.space.cell_space()
         try:
@@ -323,7 +323,7 @@ def _locked(run: RunDir, console: Console, *, wait: float = 0) -> Iterator[None]
     """Hold the run directory; what was refused before any work leaves no empty run behind."""
     with run.lock(wait=wait):
         try:
-            with storage.held(run.path, console_line(console)):
+            with storage.held(run.path, console_line(console), wait=wait):
                 yield
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= _NOT_THE_RUNS:
@@ -340,13 +340,16 @@ def announce(spec: JobSpec) -> str | None:
         The MLflow run's id; None if there is no store, or it can't be reached.
     """
     run = RunDir(spec.path)
+    _fetch_for_mlflow(run)
     with run.lock(wait=SECONDS_TO_END):
         if run.exists():
             _mend(run, spec, _LOG.warning)
         else:
             _open_record(run, spec)
+            storage.send(run.path, RECORD_FILE)  # with the key by which its MLflow run is found again
         tracker = tracker_of(run, spec.config)
         tracker.deliver()
+        storage.send(run.path, storage.LINK_FILE)
     return tracker.run_id
 
 
@@ -366,11 +369,14 @@ def close(path: Path, config: Config, status: str, tags: dict[str, str], result:
         Whether MLflow has all of it.
     """
     run = RunDir(path)
+    _fetch_for_mlflow(run)
     record = run.read()
     if record.status != "FINISHED":
         record = dataclasses.replace(record, status=status, ended_ms=_now_ms(), result=result)
     run.write(dataclasses.replace(record, tags={**record.tags, **tags}))
-    return tracker_of(run, config).deliver()
+    delivered = tracker_of(run, config).deliver()
+    storage.send(path, storage.LINK_FILE, RECORD_FILE)
+    return delivered
 
 
 def deliver_below(path: Path, config: Config) -> bool:
@@ -379,8 +385,12 @@ def deliver_below(path: Path, config: Config) -> bool:
     Returns:
         Whether MLflow has all of them.
     """
-    ended = [run for run in _runs_below(path) if run.read().status != "RUNNING"]
-    delivered = [tracker_of(run, _without_models(config)).deliver() for run in ended]  # each of them
+    delivered = []
+    for run in _runs_below(path):  # each of them
+        if run.read().status != "RUNNING":
+            _fetch_for_mlflow(run)
+            delivered.append(tracker_of(run, _without_models(config)).deliver())
+            storage.send(run.path, storage.LINK_FILE)
     return all(delivered)
 
 
@@ -409,7 +419,15 @@ def _says_running(run: RunDir) -> bool:
 
 def _runs_below(path: Path) -> list[RunDir]:
     """A sweep's trials and retrainings."""
+    storage.fetch_records(path)
     return [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
+
+
+def _fetch_for_mlflow(run: RunDir) -> None:
+    """Have here of a run in a storage, which another machine may have worked on, what MLflow may lack."""
+    storage.fetch_parts(
+        run.path, lambda name: not name.startswith(f"{CHECKPOINTS}/") and not name.endswith(".log")
+    )
 
 
 def _without_models(config: Config) -> Config:

@@ -23,7 +23,7 @@ from istanas.data import ImageDataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
 from istanas.training import Compute, derive_seed
-from pipeline import summary
+from pipeline import storage, summary
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.config import known_methods, run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
@@ -51,13 +51,13 @@ from pipeline.resources import Node, WorkerRange, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.searcher import Losses, StudySearcher, first_settings, make_scheduler
-from pipeline.storage import is_remote
 from pipeline.study import (
     FAILED,
     NODE,
     WARNED,
     best_trial,
     first_number,
+    keep_study,
     n_failed,
     open_study,
     own_study,
@@ -78,7 +78,7 @@ from pipeline.sweep_space import (
     values_of,
 )
 from pipeline.tracking import one_line, public_uri, store_uri
-from pipeline.trial import LOG_FILE, run_trial
+from pipeline.trial import run_trial
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
 BEST = "best"
@@ -173,11 +173,6 @@ def sweep_spec(config: Config, name: str) -> JobSpec:
         ConfigError: if it has none.
     """
     sweep = sweep_of(config)
-    if is_remote(config.runtime.runs_dir):
-        raise ConfigError(
-            f"runtime.runs_dir is {config.runtime.runs_dir}: a sweep's trials need a folder that all nodes share, "
-            "such as one on NFS; searches and retrainings may lie in a storage"
-        )
     return JobSpec(
         kind="sweep",
         name=f"{name}-sweep",
@@ -226,8 +221,9 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
             _run_tune(config, plan, run.path, study, trials, observer)
             outcome = _finish(config, run, study, observer)
         except OptunaError as error:
+            database = public_uri(storage_uri(config, spec.path.name))
             raise IstanasError(
-                f"sweep.storage is {public_uri(storage_uri(config))}: failed ({one_line(error.__cause__ or error)}); "
+                f"sweep.storage is {database}: failed ({one_line(error.__cause__ or error)}); "
                 "when it is well again, the same command goes on"
             ) from error
         finally:
@@ -366,6 +362,7 @@ class _Trials:
 
     def go_on(self) -> None:
         """Say what is there from an earlier sitting, and make the figures anew from the study."""
+        storage.fetch_records(self._run.path)
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
         self._run.replace_metrics(_metrics_lines(self._config, done))
         begun, learnt = len(own_trials(self._study)) - len(done), first_number(self._study)
@@ -382,9 +379,10 @@ class _Trials:
 
     def begins(self, index: int, settings: Settings) -> dict[str, Any]:
         config = self._of_trial(settings)
-        name, parent = f"trial-{index:04d}", str(self._run.path.resolve())
+        name, parent = f"trial-{index:04d}", storage.named(self._run.path)
         tags = {"istanas.sweep": self._run.path.name, "istanas.trial": str(index)}
         spec = search_spec(config, name, parent=parent, tags=tags)
+        self._keep()  # else another sitting might draw other settings for a trial that was announced
         announce(spec)
         self._open[index] = spec.path, config
         return {
@@ -392,8 +390,7 @@ class _Trials:
             "name": name,
             "parent": parent,
             "tags": tags,
-            "log": str(spec.path / LOG_FILE),
-            "run_dir": str(spec.path),
+            "run_dir": storage.shown(spec.path),
             "objective": sweep_of(self._config).objective,
             "objectives": sweep_of(self._config).objectives,
         }
@@ -436,9 +433,15 @@ class _Trials:
     def told(self, index: int) -> None:
         done = [t for t in own_trials(self._study) if t.state.is_finished()]
         self._run.replace_metrics(_metrics_lines(self._config, done))
-        self._observer.note(describe_trial(index, self._trial(index)))
         self._show()
+        self._keep()
+        self._observer.note(describe_trial(index, self._trial(index)))
         self._observer.deliver()
+
+    def _keep(self) -> None:
+        """Have the study in the storage, if the run lies in one, before anybody is told what it holds."""
+        keep_study(self._config, self._run.path)
+        storage.push(self._run.path)
 
     def _show(self) -> None:
         write_table(self._run.path, sweep_frame(self._config, self._study))
@@ -457,7 +460,7 @@ class _Trials:
             "threads": plan.cpus,
             "address": None,
             "device": "cuda" if plan.gpus else "cpu",
-            "runs_dir": str(self._run.path.resolve()),
+            "runs_dir": storage.named(self._run.path),
         }
         uri = store_uri(config.tracking.uri)
         # A password in the environment stays there.
@@ -531,11 +534,11 @@ def _run_tune(
         resources = tune.PlacementGroupFactory(
             [{"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})}]
         )
-    storage = (folder / LOG_FOLDER / "tune").resolve()
-    shutil.rmtree(storage, ignore_errors=True)  # of sittings that were interrupted
+    files = (folder / LOG_FOLDER / "tune").resolve()
+    shutil.rmtree(files, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
     tuner = _tuner(
-        storage,
+        files,
         trainable=tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -546,7 +549,7 @@ def _run_tune(
         ),
         run_config=tune.RunConfig(
             name=sitting,
-            storage_path=str(storage),
+            storage_path=str(files),
             stop=Over(),
             callbacks=[losses],
             failure_config=tune.FailureConfig(max_failures=sweep_of(config).max_restarts),
@@ -559,7 +562,7 @@ def _run_tune(
         raise IstanasError(
             f"sweep: Ray Tune could not go on ({last_line(error)}), see {folder / LOG_FOLDER}; the same command does"
         ) from error
-    shutil.rmtree(storage / sitting, ignore_errors=True)
+    shutil.rmtree(files / sitting, ignore_errors=True)
     if searcher.error is not None:
         if isinstance(searcher.error, IstanasError | OptunaError | OSError):
             raise searcher.error
@@ -568,7 +571,7 @@ def _run_tune(
         ) from searcher.error
 
 
-def _tuner(storage: Path, **options: Any) -> Any:
+def _tuner(files: Path, **options: Any) -> Any:
     """Ray Tune, controlled from this process, whether it is a node of the cluster or a mere client (ray://).
 
     Of a client, Ray would move searcher and all to the head node; but study, runs and terminal are worked on here.
@@ -582,7 +585,7 @@ def _tuner(storage: Path, **options: Any) -> Any:
     from ray.tune.impl.tuner_internal import TunerInternal
 
     of_ray._get_ray_train_session_dir = lambda: str(
-        storage
+        files
     )  # Ray looks for its own on a node, which this is not
     return TunerInternal(**options, _tuner_kwargs={"_remote": False})
 
@@ -624,7 +627,9 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
     write_table(run.path, frame)
     figures = write_figures(run.path, config, own, observer.note)
     attributes = best.user_attrs
-    genotype = Genotype.from_json((Path(attributes["run_dir"]) / GENOTYPE_FILE).read_text())
+    found = storage.local(attributes["run_dir"])
+    storage.fetch_parts(found, lambda name: name == GENOTYPE_FILE)
+    genotype = Genotype.from_json((found / GENOTYPE_FILE).read_text())
     _write_best(config, run.path / BEST, attributes["settings"], genotype)
     write_genotype(run.path, genotype)  # so that the sweep itself can be named as a genotype
     result: dict[str, Any] = {

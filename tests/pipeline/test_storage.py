@@ -520,14 +520,3 @@ def test_without_credentials_it_says_which(
         ask_for_credentials_after(10**9)
     assert (code, out, len(err)) == (1, [], 1)
     assert "AWS_ACCESS_KEY_ID" in err[0]
-
-
-def test_a_sweep_says_that_it_needs_a_folder(
-    elsewhere: Elsewhere, repo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(repo_root / "tune_configs" / "sweep_digits.yaml")
-    code, _, err = istanas(
-        "sweep", "--config", config, "--set=runtime.runs_dir=s3://bucket/runs", capsys=capsys
-    )
-    assert (code, len(err)) == (2, 1)
-    assert "a sweep's trials need a folder" in err[0]

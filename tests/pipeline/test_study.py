@@ -257,7 +257,7 @@ def test_fresh_forgets_and_a_dashboard_can_read(tmp_path: Path) -> None:
     sit(config, Ends())
     from optuna_dashboard._app import create_app
 
-    storage = optuna.storages.RDBStorage(storage_uri(config))
+    storage = optuna.storages.RDBStorage(storage_uri(config, "s"))
     app = create_app(storage)
     status: list[str] = []
     environ = {

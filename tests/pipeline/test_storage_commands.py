@@ -1,0 +1,74 @@
+"""Commands on runs that lie on `s3://`, from a machine that has never seen them; and Ctrl-C."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.rundir import RunDir
+from tests.pipeline import test_storage
+from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
+
+server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
+
+
+def test_compare_draw_results_and_promote_take_addresses(
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"s3://{BUCKET}/{prefix}"
+    settings = [
+        *tiny(tmp_path, place),
+        "--set=tracking.enabled=true",
+        f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "--set=retrain.epochs=1",
+        "--set=data.holdout=0.2",
+        "--json",
+    ]
+
+    def command(*arguments: str) -> Any:
+        code, out, err = istanas(*arguments, *settings, capsys=capsys)
+        assert code == 0, err
+        return json.loads(out[-1])
+
+    first = command("retrain", "--genotype", "random:0")
+    second = command(
+        "retrain", "--genotype", "random:1", "--set=tracking.models=false"
+    )  # which takes seconds
+    runs = [first["run_dir"], second["run_dir"]]
+    elsewhere()
+    drawn = command("draw", runs[0], "--out", str(tmp_path / "cells"))
+    assert (drawn["digest"], (tmp_path / "cells" / "normal.svg").exists()) == (first["digest"], True)
+    elsewhere()
+    compared = command("compare", *runs, "--out", str(tmp_path / "page"))
+    assert [run["run_dir"] for run in compared["runs"]] == runs
+    assert [run["digest"] for run in compared["runs"]] == [first["digest"], second["digest"]]
+    elsewhere()
+    assert command("promote", runs[0])["moved"]
+    assert {row["run_dir"] for row in command("results")["results"]} == set(runs)
+
+
+def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
+    server: Server, elsewhere: Elsewhere, prefix: str
+) -> None:
+    place = f"s3://{BUCKET}/{prefix}"
+
+    def interrupt(history: list[Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(place, tell=interrupt)
+    (name,) = {key.partition("/")[0] for key in server.objects(prefix)}
+    there = server.objects(f"{prefix}/{name}")
+    assert json.loads(there["run.json"])["status"] == "FAILED"
+    assert storage.OWNER_OBJECT not in there
+    elsewhere()
+    told: list[int] = []
+    result = search(place, tell=lambda history: told.append(len(history)))
+    assert told[0] == 1  # it was not begun anew
+    run = RunDir(storage.local(result["run_dir"]))
+    assert [line.step for line in run.metrics()] == [1, 2]
+    assert len(comparable(run)) == 2
+    assert json.loads(server.objects(f"{prefix}/{name}")["run.json"])["status"] == "FINISHED"
