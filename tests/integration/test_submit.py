@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from typing import Any
 import pytest
 
 from istanas.space import Genotype
+from pipeline.checkpoint import load_latest
 from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
-from tests.ray_cluster import PROGRAM
+from tests.ray_cluster import PROGRAM, title
 from tests.ray_head import RayHead
 
-EPOCHS = 24
+EPOCHS = 6
 CONFIG = f"""
 space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
-search: {{epochs: {EPOCHS}, batch_size: 32, init_channels: 4, layers: 3, arch_lr: 0.01}}
+search: {{epochs: {EPOCHS}, batch_size: 32, max_pictures: 320, init_channels: 4, layers: 3, arch_lr: 0.01}}
 runtime: {{threads: 1, device: cpu}}
 """
 
@@ -79,6 +81,16 @@ class Client:
         return self.process.wait(60)
 
 
+def halt_after_an_epoch(head: RayHead, runs: Path) -> None:
+    """Halt Ray Train's worker with an epoch done: however long the rest takes, the job is in its middle."""
+    end = time.monotonic() + 240
+    while not any(path.stat().st_size for path in runs.glob("*/metrics.jsonl")):
+        assert time.monotonic() < end, "no epoch is done"
+        time.sleep(0.01)
+    (worker,) = [process for process in head.processes() if "RayTrainWorker" in title(process)]
+    worker.suspend()
+
+
 def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
     """The same in this process: exit code, stdout, the lines of stderr."""
     capsys.readouterr()
@@ -104,6 +116,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
 
     assert command("jobs", *at, capsys=capsys)[1] == "no jobs yet\n"
     first = Client("submit", *at, "--name", "digits", "--", *search)
+    halt_after_an_epoch(head, runs)
     first.until("epoch 1:")
     attached = Client("jobs", *at, "digits", "--follow")
     first.process.send_signal(signal.SIGINT)
@@ -131,7 +144,9 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     (path,) = runs.iterdir()
     stopped = RunDir(path)
     assert stopped.read().status == "FAILED"
-    done = len(stopped.metrics())
+    saved = load_latest(path / "checkpoints")
+    assert saved is not None
+    done = len(saved["history"])
     assert 1 <= done < EPOCHS, "it had ended before it was stopped: more epochs are needed"
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
     assert (code, out) == (0, "digits: had ended before, STOPPED with exit code 143\n")
@@ -145,6 +160,11 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     assert f"resumed after epoch {done}" in "\n".join(second.lines)
     assert not [line for line in second.lines if line.startswith("epoch 1:")]
     assert [m.step for m in stopped.metrics()] == list(range(1, EPOCHS + 1))
+
+    _, out, _ = command("jobs", *at, "--json", capsys=capsys)
+    newest, oldest = json.loads(out)["jobs"]
+    assert (newest["status"], newest["exit_code"]) == ("SUCCEEDED", 0)
+    assert (oldest["status"], oldest["exit_code"]) == ("STOPPED", 143)
 
     client = open_client(store)
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
