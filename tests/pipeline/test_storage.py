@@ -215,12 +215,12 @@ def test_started_over_the_storage_holds_the_new_run_only(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
-    run_dir = search(place)["run_dir"]
+    run_dir = search(place, "search.epochs=1")["run_dir"]
     name = run_dir.removeprefix(f"s3://{BUCKET}/")
     server.client.put_object(Bucket=BUCKET, Key=f"{name}/left.txt", Body=b"over")
     key = json.loads(server.objects(name)["run.json"])["key"]
     elsewhere()
-    search(place, fresh=True)
+    search(place, "search.epochs=1", fresh=True)
     there = server.objects(name)
     assert "left.txt" not in there
     assert json.loads(there["run.json"])["key"] != key
