@@ -41,6 +41,7 @@ FIGURES = (
     "retrain_dir",
     "reused",
     "frozen_epochs",
+    "rollbacks",
     WARNED,
     FAILED,
 )
