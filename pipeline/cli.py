@@ -41,12 +41,17 @@ Command = Callable[..., Any]
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    sys.exit(run(leaving=True))
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """Run one command line (None: the process's) and return its exit code."""
-    with signals_interrupt() as signals:
+def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
+    """Run one command line (None: the process's) and return its exit code.
+
+    Args:
+        arguments: without the program's name.
+        leaving: whether the process ends with it.
+    """
+    with signals_interrupt(leaving=leaving) as signals:
         return _run(arguments, signals)
 
 

@@ -17,11 +17,14 @@ STILL_CLOSING = (
 
 
 @contextlib.contextmanager
-def signals_interrupt() -> Iterator[list[int]]:
+def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     """Inside, the first Ctrl-C or SIGTERM raises KeyboardInterrupt; it is noted in the list that is given.
 
     Later ones would interrupt the closing of the run, and leave processes behind: they are answered, and no more.
     Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before they kill.
+
+    Args:
+        leaving: after one was noted, the process is deaf to others until its end, which comes now.
     """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
@@ -44,4 +47,4 @@ def signals_interrupt() -> Iterator[list[int]]:
         yield noted
     finally:
         for number in taken:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_IGN if leaving and noted else before[number])

@@ -169,7 +169,7 @@ def refused(error: OSError, path: Path, needed: int) -> OSError:
         except OSError:
             free = ""
         text = f"{text} ({needed / 1e6:.2f} MB are needed{free})"
-    return error if text is None else OSError(error.errno, text, str(path))
+    return OSError(f"{path}: {error}") if text is None else OSError(error.errno, text, str(path))
 
 
 def _sync_directory(directory: Path) -> None:

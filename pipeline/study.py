@@ -46,6 +46,7 @@ FIGURES = (
     "retrain_dir",
     "reused",
     "frozen_epochs",
+    "rollbacks",
     WARNED,
     FAILED,
 )

@@ -29,6 +29,7 @@ from pipeline.rundir import RunDir, is_full
 from pipeline.schema import Config
 from pipeline.study import EPOCH, FAILED, FINISHED, FULL, NODE, TOP1, WARNED
 from pipeline.tracking import one_line, open_client, store_uri
+from pipeline.worker import rollbacks
 
 LOG_FILE = "trial.log"
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
@@ -186,5 +187,6 @@ def _figures(history: list[Record]) -> dict[str, Any]:
         "macs": int(last["metrics"]["target/macs"]),
         "epochs": len(history),
         "seconds": sum(record["seconds"] for record in history),
+        **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
         **({"frozen_epochs": [f["epoch"] for f in last["frozen"]]} if "frozen" in last else {}),
     }

@@ -486,6 +486,8 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
             again = ", known from another trial" if figures.get("reused") else ""
             text += f", retrained {100 * figures['retrained_top1']:.1f} %{again}"
         text += f", {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
+    if "rollbacks" in figures:
+        text += f", rolled back {count(figures['rollbacks'], 'time')}"
     text = f"{text}; {readable(figures.get('settings', {}))}"
     return "\n".join([text, *(f"warning: trial {index}: {warned}" for warned in figures.get(WARNED, ()))])
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.cli import cli, run
+from pipeline.config import load, run_hash
 from pipeline.interruption import STILL_CLOSING
 from pipeline.rundir import RunDir
 
@@ -327,6 +329,10 @@ def test_a_diverging_run_fails_in_one_line_and_leaves_nothing_running(istanas: C
         assert out == ""
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert line.startswith("error: training loss is nan in epoch 1: the run diverged, lower the learning")
+        assert line.endswith(
+            "; there is no checkpoint before it: the same command with --set runtime.on_nan=rollback goes on at the "
+            "start with half of it"
+        )
         assert "Traceback" not in err
         (path,) = (here / "runs").glob(f"tiny-{job}-*")
         assert RunDir(path).read().status == "FAILED"
@@ -583,6 +589,54 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("job", ["search", "run", "retrain", "sweep"])
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["goes on", "fresh"])
+def test_the_second_of_two_identical_commands_names_the_first_and_changes_nothing(
+    istanas: Command, here: Path, job: str, fresh: list[str]
+) -> None:
+    sweep = "sweep={trials: 2, space: {search.lr: {uniform: [0.01, 0.1]}}}"
+    overrides = ["tracking.enabled=true", *([sweep] if job == "sweep" else [])]
+    config = load("tiny.yaml", overrides)
+    genotype = random_genotype(0, CellSpace(n_nodes=2))
+    kind = "search" if job == "run" else job
+    extra = {"genotype": genotype.to_json()} if job == "retrain" else {}
+    path = Path("runs") / f"tiny-{kind}-{run_hash(config, kind, **extra)}"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text("what the first one writes")
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(path=str(path))], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
+        command = [job, *(["--genotype", "random:0"] if job == "retrain" else []), "--config", "tiny.yaml"]
+        sets = [part for override in overrides for part in ("--set", override)]
+        code, _, err = istanas(*command, *sets, *fresh)
+        after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
+    finally:
+        first.kill()
+        first.communicate()
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line == (
+        f"error: run directory {path}: in use by process {first.pid} on {socket.gethostname()}; wait until it ends "
+        "or stop it"
+    )
+    assert after == before
+    assert {entry.name for entry in here.iterdir()} == {"tiny.yaml", "runs"}, "a store was written"
+    assert [entry.name for entry in (here / "runs").iterdir()] == [path.name]
+
+
+HOLD = """
+import time
+from pipeline.rundir import RunDir
+with RunDir("{path}").lock():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
 def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
     """Ctrl-C again and again, and SIGTERM too, until the command has ended; MLflow is told all the same."""
     arguments = [
@@ -616,7 +670,7 @@ def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
     assert process.returncode == 130, out + err
     *closing, last = err.strip().splitlines()
     assert last == "interrupted: the same command resumes"
-    assert set(closing) == {STILL_CLOSING.decode().strip()}
+    assert set(filter(None, closing)) == {STILL_CLOSING.decode().strip()}
     assert sent > 1
     (path,) = (here / "runs").iterdir()
     assert RunDir(path).read().status == "FAILED"

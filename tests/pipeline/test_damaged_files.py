@@ -13,7 +13,7 @@ from pipeline.checkpoint import BrokenCheckpointWarning
 from pipeline.epochs import Record
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
-from tests.pipeline.test_full_disk import decided, search
+from tests.pipeline.tiny_search import decided, search
 
 NAME = "tiny-search-*"
 

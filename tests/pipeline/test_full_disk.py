@@ -1,6 +1,5 @@
 """A disk that fills up: what lay on it stays good, nothing half-written does, and the line says what to free."""
 
-import io
 import json
 import os
 import re
@@ -10,28 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from istanas.errors import IstanasError
 from pipeline import checkpoint
 from pipeline.cli import run as istanas
-from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.epochs import Record
-from pipeline.jobs.search import run_search
 from pipeline.rundir import RunDir, atomic_write, is_full
 from pipeline.searcher import StudySearcher
 from pipeline.study import FAILED, FULL, open_study, own_trials
 from pipeline.trial import failure
+from tests.pipeline.tiny_search import SETTINGS, decided, search
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FULL_DISK = r"No space left on device \(\d+\.\d\d MB are needed, \d+\.\d\d MB are free\)"
-SETTINGS = [
-    "space.nodes=2",
-    "search={epochs: 3, batch_size: 64, init_channels: 4, layers: 3, max_pictures: 200, arch_lr: 0.1}",
-    "runtime={threads: 1, device: cpu}",
-    "tracking.enabled=false",
-]
 
 
 @pytest.fixture
@@ -107,24 +98,6 @@ def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_
     filler.unlink()
     checkpoint.write(folder, 2, new)
     assert checkpoint.read_latest(folder) == new
-
-
-def search(
-    folder: Path, *overrides: str, tell: Any = None, fresh: bool = False
-) -> tuple[dict[str, Any], str]:
-    config = load(None, [*SETTINGS, f"runtime.runs_dir={folder}", *overrides])
-    out = io.StringIO()
-    with Runtime(config.runtime) as runtime:
-        console = Console(file=out, width=200)
-        found = run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell)
-    return dict(found), out.getvalue()
-
-
-def decided(run_dir: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.metrics.items() if name != "images_per_second"}
-        for line in RunDir(run_dir).metrics()
-    ]
 
 
 def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:

@@ -357,13 +357,14 @@ def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path
     assert snapshot(path) == before
 
 
-def test_a_fresh_start_mends_a_damaged_record(job: Job) -> None:
+def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -> None:
     path = Path(job("search")["run_dir"])
-    (path / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match="restore it or use --fresh"):
-        job("search")
-    job("search", fresh=True)
-    assert RunDir(path).read().status == "FINISHED"
+    for fresh in (False, True):
+        (path / "run.json").write_text("{")
+        job("search", fresh=fresh)
+        assert RunDir(path).read().status == "FINISHED"
+        assert ("made anew, the old one is run.json.damaged" in job.seen) == (not fresh)
+        assert ("epoch 1: loss" in job.seen) == fresh
 
 
 def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:

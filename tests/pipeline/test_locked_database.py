@@ -18,7 +18,7 @@ from pipeline.rundir import RunDir
 from pipeline.searcher import StudySearcher
 from pipeline.study import FINISHED, open_study, own_trials
 from pipeline.tracking import open_client
-from tests.pipeline.test_full_disk import SETTINGS, search
+from tests.pipeline.tiny_search import SETTINGS, search
 
 
 @contextlib.contextmanager

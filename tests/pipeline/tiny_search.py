@@ -1,0 +1,37 @@
+"""A search of seconds in a folder, for tests of what befalls its files."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.cluster import Runtime
+from pipeline.config import load
+from pipeline.jobs.search import run_search
+from pipeline.rundir import RunDir
+
+SETTINGS = [
+    "space.nodes=2",
+    "search={epochs: 3, batch_size: 64, init_channels: 4, layers: 3, max_pictures: 200, arch_lr: 0.1}",
+    "runtime={threads: 1, device: cpu}",
+    "tracking.enabled=false",
+]
+
+
+def search(
+    folder: Path, *overrides: str, tell: Any = None, fresh: bool = False
+) -> tuple[dict[str, Any], str]:
+    config = load(None, [*SETTINGS, f"runtime.runs_dir={folder}", *overrides])
+    out = io.StringIO()
+    with Runtime(config.runtime) as runtime:
+        console = Console(file=out, width=200)
+        found = run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell)
+    return dict(found), out.getvalue()
+
+
+def decided(run_dir: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.metrics.items() if name != "images_per_second"}
+        for line in RunDir(run_dir).metrics()
+    ]
