@@ -30,7 +30,8 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
 class OneMachine:
     """All on 127.0.0.1."""
 
-    prefix: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()  # of a command that runs beside the head
+    environment = ENVIRONMENT
 
     def __init__(self, folder: Path) -> None:
         self.start()
@@ -73,6 +74,8 @@ class OneMachine:
 class TwoMachines:
     """Head and node in network namespaces of their own, as on two machines that share a disk."""
 
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+
     def __init__(self, folder: Path) -> None:
         self._log: IO[str] = open(folder / "nodes.log", "w")  # noqa: SIM115 closed in `close`
         self._short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # sockets lie in it
@@ -94,13 +97,12 @@ class TwoMachines:
     def _start(self, machine: int, *options: str) -> None:
         self._n_nodes += 1
         own = [f"--node-ip-address={address(machine)}", f"--temp-dir={self._short / str(self._n_nodes)}"]
-        environment = {k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
         self._processes.append(
             self._network.start(
                 self._network.machines[machine - 1],
                 [*command, "--disable-usage-stats", *own, *options],
-                env={**environment, **IMPATIENT},
+                env={**self.environment, **IMPATIENT},
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -118,7 +120,7 @@ class TwoMachines:
 
     def _wait_for_nodes(self) -> None:
         command = [sys.executable, "-c", COUNT_NODES, self.address, "2"]
-        assert self._network.start(self._network.machines[0], command, env=ENVIRONMENT).wait(120) == 0
+        assert self._network.start(self._network.machines[0], command, env=self.environment).wait(120) == 0
 
     def named(self, part: str) -> list[psutil.Process]:
         return [p for p in self._all() if part in title(p)]

@@ -182,10 +182,11 @@ class Sitting:
         place = ["--address", cluster.address] if cluster is not None else []
         command = [*PROGRAM, *case.job.command, "--config", "job.yaml", *case.settings, *place, *arguments]
         command = [*(cluster.prefix if cluster is not None else ()), *command]
+        environment = ENVIRONMENT if cluster is None else cluster.environment
         self.process = subprocess.Popen(
             command,
             cwd=case.folder,
-            env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: case.mark, **case.environment},
+            env={**environment, "PYTHONUNBUFFERED": "1", MARK: case.mark, **case.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
