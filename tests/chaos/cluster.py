@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -31,7 +32,7 @@ class OneMachine:
     """All on 127.0.0.1."""
 
     prefix: tuple[str, ...] = ()  # of a command that runs beside the head
-    environment = ENVIRONMENT
+    environment: Mapping[str, str] = ENVIRONMENT
 
     def __init__(self, folder: Path) -> None:
         self.start()
@@ -74,7 +75,9 @@ class OneMachine:
 class TwoMachines:
     """Head and node in network namespaces of their own, as on two machines that share a disk."""
 
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    environment: Mapping[str, str] = {
+        k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    }
 
     def __init__(self, folder: Path) -> None:
         self._log: IO[str] = open(folder / "nodes.log", "w")  # noqa: SIM115 closed in `close`

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.rundir import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.chaos.victims import Case
@@ -37,7 +38,7 @@ class Fault:
         place: the cluster that the job runs on; None: on this machine, as a user without a cluster.
         workers: of Ray Train; 0: none.
         sweep_workers: likewise, of each trial of a sweep.
-        settings: of the command, besides.
+        settings: of a job's command, besides.
         needs: says why it can't be had here, or None.
     """
 
@@ -48,7 +49,7 @@ class Fault:
     place: type[OneMachine] | type[TwoMachines] | None = None
     workers: int = 0
     sweep_workers: int = 0
-    settings: tuple[str, ...] = ()
+    settings: Callable[[str], tuple[str, ...]] = lambda job: ()
     needs: Callable[[], str | None] = lambda: None
 
 
@@ -319,6 +320,32 @@ def spoil_rays_files(case: Case) -> None:
             file.write_bytes(case.draw.randbytes(64))
 
 
+# ---------- numbers
+def far_too_fast(job: str) -> tuple[str, ...]:
+    """With a learning rate that has to be halved some ten times; and a loss of 4 is too much already."""
+    section = "retrain" if job == "retraining" else "search"
+    settings = [f"{section}.lr=1000", f"{section}.grad_clip=null"]
+    settings += ["runtime.on_nan=rollback", "runtime.max_rollbacks=40", "runtime.max_loss=4"]
+    if job == "sweep":
+        settings[0] = "sweep.space={search.lr: {loguniform: [200, 1000]}, space.sparsity: {int: [1, 2]}}"
+    return tuple(word for setting in settings for word in ("--set", setting))
+
+
+def diverge(case: Case, times: int) -> None:
+    """And killed besides: what was halved stays so."""
+    kill_driver(case, times)
+    assert any("rolled back to" in text for text in case.told())
+
+
+def fail_to_solve(case: Case, times: int) -> None:
+    """And killed besides: plain ISTA does not reach the tolerance in its steps, another solver does."""
+    kill_driver(case, times)
+    lines = [line for file in case.runs.glob("**/metrics.jsonl") for line in RunDir(file.parent).metrics()]
+    assert any(line.metrics.get("recovery/fallbacks", 0) > 0 for line in lines)
+    assert max(line.metrics.get("recovery/gap", 0) for line in lines) <= 1e-9
+
+
+# ---------- another command
 def typed(case: Case, *arguments: str) -> None:
     """Another command of the user's, which must do."""
     done = subprocess.run(
@@ -362,6 +389,14 @@ FAULTS = {
         Fault("MLflow's SQLite file locked by another writer", lock_sqlite, "sweep"),
         Fault("disk full", fill_disk, "one-stage", needs=no_small_disk),
         Fault("files damaged after a kill", damage),
+        Fault("exploding loss, rolled back; and SIGKILL", diverge, "two-stage", settings=far_too_fast),
+        Fault(
+            "a solver that does not converge; and SIGKILL",
+            fail_to_solve,
+            "one-stage",
+            jobs=("two-stage", "one-stage", "sweep"),
+            settings=lambda job: ("--set", "space.solver=ista"),
+        ),
         Fault("SIGTERM", terminate, "sweep"),
         Fault("SIGINT twice", interrupt_twice),
         Fault("the same command twice at once", run_twice, "one-stage"),

@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> 
 
 def settings_of(fault: Fault, job: Job) -> tuple[str, ...]:
     workers = fault.sweep_workers if job.name == "sweep" else fault.workers
-    return ("--workers", str(workers), *fault.settings)
+    return ("--workers", str(workers), *fault.settings(job.name))
 
 
 @pytest.fixture
