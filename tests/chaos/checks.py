@@ -100,7 +100,11 @@ def check_mlflow(case: Case, store: str) -> None:
         lines = run.metrics()
         for metric in lines[-1].metrics:
             history = [(m.step, m.value) for m in client.get_metric_history(link.run_id, metric)]
-            assert history == [(m.step, m.metrics[metric]) for m in lines if metric in m.metrics], metric
+            written = [(m.step, m.metrics[metric]) for m in lines if metric in m.metrics]
+            if metric in CLOCKS:  # of an epoch that was done again, MLflow keeps what it was told first
+                assert [step for step, _ in history] == [step for step, _ in written], metric
+            else:
+                assert history == written, metric
 
 
 def check_told_once(case: Case) -> None:

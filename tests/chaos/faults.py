@@ -191,7 +191,10 @@ def cut_off_node(case: Case, times: int) -> None:
 
 # ---------- MLflow and its database
 def kill_mlflow(case: Case, times: int) -> None:
-    """The server is gone for up to a minute, which is longer than the job: `sync` brings the rest."""
+    """And back after some seconds, the last time only after the end of the job: `sync` brings the rest.
+
+    The command is halted while another server starts, which takes longer than all its epochs.
+    """
     port = unused_port()
     store = case.folder / "mlflow"
     store.mkdir()
@@ -202,10 +205,14 @@ def kill_mlflow(case: Case, times: int) -> None:
         with server(store, port):
             if sitting is None:
                 sitting = case.start()
+            sitting.process.send_signal(signal.SIGCONT)
             case.moment(sitting, left)
-        time.sleep(case.draw.uniform(0, 10))
+        if left > 1:
+            time.sleep(case.draw.uniform(0, 1))
+            sitting.process.send_signal(signal.SIGSTOP)
     assert sitting is not None
     assert sitting.end() == 0, sitting.words
+    assert sitting.said("MLflow store .* can't be used"), sitting.words
     with server(store, port):
         typed(case, "sync", str(case.run))
     (case.folder / "mlflow.db").unlink()
