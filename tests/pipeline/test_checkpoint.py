@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from istanas.errors import CheckpointError
 from pipeline import checkpoint
 from pipeline.checkpoint import (
     BrokenCheckpointWarning,
@@ -82,7 +83,7 @@ def test_a_folder_store_reads_the_very_bytes_that_were_written_and_load_latest_t
 
 def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
     target = tmp_path / "executed"
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="not plain data"):
         deserialize(serialize({"search": Bomb(target)}))
     assert not target.exists()
 
