@@ -68,7 +68,9 @@ def deserialize(data: bytes) -> dict[str, Any]:
     """
     try:
         _check_sizes(data)
-        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickles that it did not write; what it refuses is told below
+            state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except pickle.UnpicklingError:  # torch's own words advise to run whatever it is

@@ -83,7 +83,7 @@ def test_a_folder_store_reads_the_very_bytes_that_were_written_and_load_latest_t
 
 def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
     target = tmp_path / "executed"
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="not plain data"):
         deserialize(serialize({"search": Bomb(target)}))
     assert not target.exists()
 

@@ -465,10 +465,7 @@ def test_two_nodes_and_a_command_that_is_killed_share_nothing_but_the_bucket(
         "compare", *frame["run_dir"][:2], *common, "--out", str(tmp_path / "page"), capsys=capsys
     )
     assert code == 0, lines
-    retrain = [
-        f"--set={setting}"
-        for setting in ("retrain.epochs=1", "retrain.max_pictures=128", "runtime.threads=1")
-    ]
+    retrain = [f"--set={setting}" for setting in ("retrain.epochs=1", "runtime.threads=1")]
     config = tmp_path / "tiny.yaml"
     code, lines, err_lines = istanas(
         "retrain",
