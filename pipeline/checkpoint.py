@@ -69,7 +69,9 @@ def deserialize(data: bytes) -> dict[str, Any]:
     try:
         _check_sizes(data)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of pickles that it did not write; what it refuses is told below
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's, of pickles that it did not write; what it refuses is told below
             state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")

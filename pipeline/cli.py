@@ -759,6 +759,8 @@ def _load(
     """Configuration and the name of its runs."""
     from pipeline.config import default_file, load
 
+    if file is not None and "://" in file:
+        raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
     path = default_file() if file is None else Path(file)
     short = {"workers": workers, "address": address}
     overrides += tuple(f"runtime.{key}={json.dumps(v)}" for key, v in short.items() if v is not None)

@@ -580,7 +580,13 @@ def _tuner(files: Path, **options: Any) -> Any:
     """
     import ray
     from ray import tune
+    from ray.tune.execution import class_cache
 
+    # Ray would write AWS's keys into its logs, by which it sends them to trials. These have those of their node: a
+    # Ray that is started here hands on this process's, and on a cluster the pre-flight asks each node.
+    class_cache.ENV_VARS_TO_PROPAGATE = {
+        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
+    }
     if not ray.util.client.ray.is_connected():
         return tune.Tuner(**options)
     from ray.train._internal import storage as of_ray
