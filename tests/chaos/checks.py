@@ -82,7 +82,8 @@ def _plain(value: Any) -> Any:
 
 
 def without_clocks(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in CLOCKS and not k.startswith("sweep/seconds")}
+    """Without what time and place decide."""
+    return {k: v for k, v in values.items() if k not in CLOCKS and not k.endswith("run_dir")}
 
 
 def check_mlflow(case: Case, store: str) -> None:

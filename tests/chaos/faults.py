@@ -33,7 +33,7 @@ class Fault:
     Args:
         name: in the table.
         strike: strikes a case so many times and sees it through to its end.
-        fast: the job that `make test` strikes with it.
+        fast: the job that `make test` strikes with it; None: none, other tests do, or it takes too long.
         jobs: that it can strike; default: all.
         place: the cluster that the job runs on; None: on this machine, as a user without a cluster.
         workers: of Ray Train; 0: none.
@@ -44,7 +44,7 @@ class Fault:
 
     name: str
     strike: Callable[[Case, int], None]
-    fast: str = "two-stage"
+    fast: str | None = None
     jobs: tuple[str, ...] = ("two-stage", "one-stage", "retraining", "sweep")
     place: type[OneMachine] | type[TwoMachines] | None = None
     workers: int = 0
@@ -369,8 +369,8 @@ def typed(case: Case, *arguments: str) -> None:
 FAULTS = {
     fault.name: fault
     for fault in (
-        Fault("SIGKILL of the command", kill_driver, "one-stage"),
-        Fault("SIGKILL of a worker", kill_worker, "sweep", place=OneMachine, workers=2),
+        Fault("SIGKILL of the command", kill_driver),
+        Fault("SIGKILL of a worker", kill_worker, place=OneMachine, workers=2),
         Fault(
             "SIGKILL of Ray Train's controller",
             kill_controller,
@@ -379,33 +379,23 @@ FAULTS = {
             workers=2,
             sweep_workers=2,
         ),
-        Fault("a node dies, another comes", kill_node, "retraining", place=OneMachine, workers=2),
+        Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, "retraining", place=OneMachine, workers=2),
-        Fault(
-            "a node stands still (SIGSTOP), and is back", halt_node, "retraining", place=OneMachine, workers=2
-        ),
-        Fault(
-            "a node is cut off, and is back",
-            cut_off_node,
-            "retraining",
-            place=TwoMachines,
-            workers=2,
-            needs=refusal,
-        ),
-        Fault("MLflow's server is killed", kill_mlflow),
+        Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
+        Fault("a node is cut off, and is back", cut_off_node, place=TwoMachines, workers=2, needs=refusal),
+        Fault("MLflow's server is killed", kill_mlflow, "two-stage"),
         Fault("MLflow's SQLite file locked by another writer", lock_sqlite, "sweep"),
         Fault("disk full", fill_disk, "one-stage", needs=no_small_disk),
-        Fault("files damaged after a kill", damage),
-        Fault("exploding loss, rolled back; and SIGKILL", diverge, "two-stage", settings=far_too_fast),
+        Fault("files damaged after a kill", damage, "two-stage"),
+        Fault("exploding loss, rolled back; and SIGKILL", diverge, settings=far_too_fast),
         Fault(
             "a solver that does not converge; and SIGKILL",
             fail_to_solve,
-            "one-stage",
             jobs=("two-stage", "one-stage", "sweep"),
             settings=lambda job: ("--set", "space.solver=ista"),
         ),
         Fault("SIGTERM", terminate, "sweep"),
-        Fault("SIGINT twice", interrupt_twice),
+        Fault("SIGINT twice", interrupt_twice, "two-stage"),
         Fault("the same command twice at once", run_twice, "one-stage"),
     )
 }
