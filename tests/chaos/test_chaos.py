@@ -1,6 +1,6 @@
 """Every fault strikes every job at random moments; afterwards all is as if nothing had happened.
 
-`make chaos` runs all of it, and writes the table in tests/README.md; the tests run some faults once, on one of the jobs each.
+`make chaos` runs all of it, and writes the table in tests/README.md; the tests run some faults, once, on one job each.
 """
 
 from __future__ import annotations
