@@ -73,6 +73,7 @@ def _run(call: Callable[[], int], folder: Path, out: Path, errors: Path, before:
         # Nothing of pytest's own way with logs and warnings.
         logging.getLogger().handlers.clear()
         warnings.resetwarnings()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # else pytest-timeout's
         signal.setitimer(signal.ITIMER_REAL, 4 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         limit = _pages(0) * PAGE + MEGABYTES * 2**20
