@@ -213,6 +213,7 @@ def open_client(uri: str) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
     with database_lock(uri):
         _check_not_locked(sqlite_file(uri))
         return MlflowClient(tracking_uri=uri, registry_uri=uri)

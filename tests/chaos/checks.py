@@ -55,10 +55,11 @@ def run_names(case: Case) -> list[str]:
 
 
 def content(file: Path) -> list[bytes] | None:
-    """The lines of a file, without the address of the cluster."""
+    """The lines of a file, without those of a configuration that say where."""
     if not file.exists():
         return None
-    return [line for line in file.read_bytes().split(b"\n") if not line.startswith(b"  address:")]
+    places = (b"  address:", b"  runs_dir:", b"  uri:")
+    return [line for line in file.read_bytes().split(b"\n") if not line.startswith(places)]
 
 
 def figures(run: Path) -> list[Any]:
