@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ruamel.yaml import YAML
 
 from pipeline.checkpoint import load_latest
+from pipeline.jobs.job import CONFIG_FILE
 from pipeline.rundir import RunDir
 from pipeline.sweep_report import read_table
 from pipeline.tracking import open_client, read_link
 from tests.chaos.victims import Case
 from tests.ray_cluster import title
 
-SAME_FILES = ("config.yaml", "genotype.json", "trajectory.csv", "codes.csv", "model.safetensors")
+SAME_FILES = (CONFIG_FILE, "genotype.json", "trajectory.csv", "codes.csv", "model.safetensors")
 CLOCKS = {"seconds", "images_per_second", "timestamp_ms", "retrain_seconds"}
 PLACES = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
 
@@ -54,12 +56,16 @@ def run_names(case: Case) -> list[str]:
     return [str(file.parent.relative_to(case.runs)) for file in case.runs.glob("**/run.json")]
 
 
-def content(file: Path) -> list[bytes] | None:
-    """The lines of a file, without those of a configuration that say where."""
+def content(file: Path) -> Any:
+    """What a file holds; of a configuration without what says where."""
     if not file.exists():
         return None
-    places = (b"  address:", b"  runs_dir:", b"  uri:")
-    return [line for line in file.read_bytes().split(b"\n") if not line.startswith(places)]
+    if file.name != CONFIG_FILE:
+        return file.read_bytes()
+    config = YAML(typ="safe").load(file)
+    for section, key in (("runtime", "address"), ("runtime", "runs_dir"), ("tracking", "uri")):
+        del config[section][key]
+    return config
 
 
 def figures(run: Path) -> list[Any]:
