@@ -6,6 +6,7 @@ What is accepted stands in audit_accepted.toml, with the reason and a day on whi
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import subprocess
@@ -95,6 +96,9 @@ def main() -> int:
     arguments = parser.parse_args()
     accepted = tomllib.loads(arguments.accepted.read_text())
     pins = re.findall(r"^[\w.-]+==\S+", arguments.constraints.read_text(), re.MULTILINE)
+    if importlib.util.find_spec("pip_audit") is None:
+        print("audit: pip-audit is not installed: make .venv")
+        return 1
     options = database(pins, arguments.osv_url)
     report = None if options is None else audit(pins, options)
     if report is None:

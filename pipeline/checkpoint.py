@@ -202,7 +202,11 @@ def _warn(broken: list[str], consequence: str) -> None:
 def _manifests(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted(
-        (p for p in folder.glob("epoch-*.json") if p.stem.removeprefix("epoch-").isdigit()),
+        (
+            p
+            for p in folder.glob("epoch-*.json")
+            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit()
+        ),
         key=_epoch,
         reverse=True,
     )

@@ -32,7 +32,7 @@ def free_leftovers(logs: Path) -> int:
     context = ray.get_runtime_context()
     session, job = context.get_session_name(), context.get_job_id()
     jobs = _read(logs / JOBS_FILE)
-    ours = {j for s, j in jobs if s == session and j != job}
+    ours = {j for s, j in jobs if s == session and j != job and len(j) == len(job)}
     # A reservation's id ends with that of the job that made it.
     left = [
         group

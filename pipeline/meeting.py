@@ -78,7 +78,7 @@ def _join(backend: str, host: str, port: int, rank: int, size: int, seconds: flo
 
 
 def _use_rays_interface() -> None:
-    """Have gloo use the interface that has the node's address, unless the environment names one."""
+    """Have gloo and NCCL use the interface that has the node's address, unless the environment names one."""
     import psutil
     import ray
 
@@ -86,3 +86,4 @@ def _use_rays_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == own for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

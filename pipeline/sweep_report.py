@@ -86,7 +86,13 @@ def read_table(folder: Path) -> pd.DataFrame:
         raise ConfigError(
             f"sweep {storage.shown(folder)}: has no {TABLE_FILE}, name a sweep that has begun a trial"
         )
-    return _typed(pd.read_csv(file, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
+    try:
+        return _typed(pd.read_csv(file, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{storage.shown(file)}: no table of trials ({reason:.100}); the sweep's command makes it anew"
+        ) from None
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -480,7 +480,8 @@ class MLflowTracker:
         missing: list[str] = []
         for name in record.artifacts:
             file = self.run_dir.path / name
-            if not file.is_file():
+            # A link out of the run directory, or a name that leads out, is not ours to send.
+            if not file.is_file() or not file.resolve().is_relative_to(self.run_dir.path.resolve()):
                 missing.append(name)
                 continue
             digest = hashlib.sha256(file.read_bytes()).hexdigest()

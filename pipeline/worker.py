@@ -335,8 +335,21 @@ def _restore(job: EpochJob, saved: dict[str, Any]) -> list[Record]:
     """
     try:
         job.load(saved)
-        return list(saved["history"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        history = list(saved["history"])
+        if any(
+            {"epoch", "timestamp_ms", "seconds", "workers", "metrics"} - set(record) for record in history
+        ):
+            raise ValueError("its history has no such records")
+        return history
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"the newest checkpoint is none of this job ({type(error).__name__}: {reason:.100}): --fresh starts over"

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import io
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +169,8 @@ class RunObserver:
 
 
 Prepared = TypeVar("Prepared")
-_NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER}  # what is there before a run begins
+CLEARING_FILE = ".clearing"  # while a --fresh deletes
+_NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # what is there before a run begins
 
 
 def execute(
@@ -208,6 +208,8 @@ def execute(
     """
     run = RunDir(spec.path)
     with _locked(run, console, wait=wait):
+        if not fresh:
+            _mend_lost_record(run, spec, console_line(console))
         if not fresh and run.exists():
             _mend(run, spec, console_line(console))
         if not fresh and run.exists() and run.read().status == "FINISHED":
@@ -281,7 +283,8 @@ def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
         run.read()
     except CheckpointError as error:
         say(f"warning: {error.args[0].partition('; ')[0]}: made anew, the old one is {RECORD_FILE}.damaged")
-        os.replace(run.path / RECORD_FILE, run.path / f"{RECORD_FILE}.damaged")
+        # A copy: without a record, whatever is here would count as nothing.
+        shutil.copyfile(run.path / RECORD_FILE, run.path / f"{RECORD_FILE}.damaged")
         run.write(_new_record(spec))
     try:
         run.environment()
@@ -297,6 +300,14 @@ def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
             raise
         say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
         run.replace_metrics([] if saved is None else metrics_lines(saved["history"]))
+
+
+def _mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
+    """Make the record anew where there are checkpoints without one, unless a --fresh was killed that deletes them."""
+    checkpoints = any((run.path / CHECKPOINTS).glob("epoch-*.pt"))
+    if checkpoints and not run.exists() and not (run.path / CLEARING_FILE).exists():
+        say(f"warning: {run.path / RECORD_FILE}: missing, though there are checkpoints: made anew")
+        run.write(_new_record(spec))
 
 
 def metrics_lines(history: list[Record]) -> list[MetricsLine]:
@@ -387,7 +398,7 @@ def deliver_below(path: Path, config: Config) -> bool:
     """
     delivered = []
     for run in _runs_below(path):  # each of them
-        if run.read().status != "RUNNING":
+        if _status(run) not in ("RUNNING", None):
             _fetch_for_mlflow(run)
             delivered.append(tracker_of(run, _without_models(config)).deliver())
             storage.send(run.path, storage.LINK_FILE)
@@ -405,16 +416,17 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
     Returns:
         Whether MLflow has all of them.
     """
-    left = [run for run in runs if _says_running(run)]
+    left = [run for run in runs if _status(run) == "RUNNING"]
     delivered = [close(run.path, _without_models(config), "KILLED", {}, {}) for run in left]
     return all(delivered)
 
 
-def _says_running(run: RunDir) -> bool:
+def _status(run: RunDir) -> str | None:
+    """None of a run whose record can't be read: it can be neither closed nor delivered, its own command mends it."""
     try:
-        return run.read().status == "RUNNING"
-    except CheckpointError:  # a record that can't be read can't be closed, and --fresh is its remedy
-        return False
+        return run.read().status
+    except CheckpointError:
+        return None
 
 
 def _runs_below(path: Path) -> list[RunDir]:
@@ -577,6 +589,7 @@ def _common_tags(config: Config) -> dict[str, str]:
 
 def _clear(path: Path) -> None:
     """Delete all but lock and Ray's logs, the record first: a kill in between leaves nothing that looks like a run."""
+    (path / CLEARING_FILE).touch()
     (path / RECORD_FILE).unlink(missing_ok=True)
     for entry in path.iterdir():
         if entry.name in _NOT_THE_RUNS:
@@ -585,6 +598,7 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+    (path / CLEARING_FILE).unlink()
 
 
 def _with_ids(result: dict[str, Any], run: RunDir, tracker: Tracker) -> dict[str, Any]:

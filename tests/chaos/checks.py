@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -24,13 +23,12 @@ CLOCKS = {"seconds", "images_per_second", "timestamp_ms", "retrain_seconds"}
 PLACES = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
 
 
-def check_as_undisturbed(case: Case, reference: Case, store: str | None = None) -> None:
+def check_as_undisturbed(case: Case, reference: Case) -> None:
     """The same runs, files, figures and bits as in the reference's folder; and MLflow has each of them once.
 
     Args:
         case: struck.
         reference: the same job, with as many workers, left alone.
-        store: MLflow's address of the case; default: the file in its folder.
     """
     names = [sorted(run_names(each)) for each in (case, reference)]
     assert names[0] == names[1]
@@ -48,7 +46,7 @@ def check_as_undisturbed(case: Case, reference: Case, store: str | None = None) 
             read_table(each.run).drop(columns=PLACES).to_json(orient="records") for each in (case, reference)
         ]
         assert tables[0] == tables[1]
-    check_mlflow(case, store or f"sqlite:///{case.folder}/mlflow.db")
+    check_mlflow(case, f"sqlite:///{case.folder}/mlflow.db")
     check_told_once(case)
 
 
@@ -135,7 +133,3 @@ def check_nothing_lives(case: Case, seconds: float = 20) -> None:
 
 def is_agent(process: psutil.Process) -> bool:
     return "agent" in title(process).lower()
-
-
-def statuses(case: Case) -> set[str]:
-    return {json.loads(file.read_text())["status"] for file in case.runs.glob("**/run.json")}

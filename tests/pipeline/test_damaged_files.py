@@ -10,10 +10,12 @@ import pytest
 
 from istanas.errors import CheckpointError
 from pipeline.checkpoint import BrokenCheckpointWarning
+from pipeline.config import load
 from pipeline.epochs import Record
+from pipeline.jobs.job import deliver_below
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
-from tests.pipeline.tiny_search import decided, search
+from tests.pipeline.tiny_search import SETTINGS, decided, search
 
 NAME = "tiny-search-*"
 
@@ -103,6 +105,29 @@ def test_a_run_with_a_damaged_file_goes_on_and_ends_as_if_it_were_whole(
         before = RunDir(undisturbed).read()
         assert RunDir(stopped).read().params == before.params
         assert (stopped / "run.json.damaged").is_file()
+
+
+def test_a_record_that_is_gone_does_not_take_the_checkpoints_with_it(
+    stopped: Path, undisturbed: Path
+) -> None:
+    (stopped / "run.json").unlink()
+    _, seen = search(stopped.parent)
+    assert f"warning: {stopped / 'run.json'}: missing, though there are checkpoints: made anew" in seen
+    assert "resumed after epoch 2" in seen
+    assert decided(stopped) == decided(undisturbed)
+
+
+def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_from_mlflow(
+    stopped: Path, tmp_path: Path
+) -> None:
+    other = stopped.parent / "other"
+    shutil.copytree(stopped, other)
+    cut(stopped / "run.json")
+    config = load(None, [*SETTINGS, *tracked(tmp_path)])
+    assert deliver_below(stopped.parent, config)
+    client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs(["1"])
+    assert run.data.tags["istanas.run_dir"] == str(other)
 
 
 def test_a_finished_run_with_damaged_metrics_has_them_again(undisturbed: Path, tmp_path: Path) -> None:

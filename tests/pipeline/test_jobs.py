@@ -368,8 +368,9 @@ def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -
 
 
 def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:
-    """The record goes first; without it, checkpoints are leftovers and not a run to go on with."""
+    """A mark comes first, then the record goes: with the mark, checkpoints are leftovers, no run to go on with."""
     path = Path(job("search")["run_dir"])
+    (path / ".clearing").touch()
     (path / "run.json").unlink()
     job("search")
     assert "epoch 1: loss" in job.seen
