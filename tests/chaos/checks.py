@@ -114,13 +114,27 @@ def check_mlflow(case: Case, store: str) -> None:
 
 
 def check_told_once(case: Case) -> None:
-    """No epoch that was told to the user was lost, and done again."""
-    told, repeated = 0, 0
-    for line in (line for sitting in case.sittings for line in sitting.lines):
-        if found := re.match(r"epoch (\d+):", line):
-            repeated += int(found[1]) <= told
-            told = int(found[1])
+    """No epoch that was told, on the terminal or in a trial's log, was lost, and done again."""
+    logs = [file.read_text().splitlines() for file in case.runs.glob("job-sweep-*/trial-*/trial.log")]
+    repeated = 0
+    for lines in ([line for sitting in case.sittings for line in sitting.lines], *logs):
+        told = 0
+        for line in lines:
+            if found := re.match(r"epoch (\d+):", line):
+                repeated += int(found[1]) <= told
+                told = int(found[1])
     assert repeated <= case.may_repeat, f"{repeated} epochs were told, and done again"
+
+
+def check_cluster_is_left(case: Case, seconds: float = 30) -> None:
+    """Nothing of the job runs on the cluster any more."""
+    if case.cluster is None:
+        return
+    kinds = ("RayTrainWorker", "TrainController", "ray::ImplicitFunc", "ray::Mailbox")
+    end = time.monotonic() + seconds
+    while alive := [title(p) for kind in kinds for p in case.cluster.named(kind)]:
+        assert time.monotonic() < end, f"left on the cluster: {alive}"
+        time.sleep(0.1)
 
 
 def check_nothing_lives(case: Case, seconds: float = 20) -> None:

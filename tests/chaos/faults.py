@@ -283,8 +283,8 @@ def fill(file: Path) -> None:
 
 
 def damage(case: Case, times: int) -> None:
-    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics cut off, Ray's own files; in turn."""
-    ways = [cut_checkpoint, flip_bit, cut_metrics, spoil_rays_files]
+    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep: Ray's own files)."""
+    ways = [cut_checkpoint, flip_bit, spoil_rays_files if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
     for left in range(times, 0, -1):
         sitting = case.start()
@@ -326,9 +326,10 @@ def cut_metrics(case: Case) -> None:
 
 def spoil_rays_files(case: Case) -> None:
     """Whatever Ray has left in the run directory."""
-    for file in case.run.glob("ray/**/*"):
-        if file.is_file() and not file.is_symlink():
-            file.write_bytes(case.draw.randbytes(64))
+    files = [file for file in case.run.glob("ray/**/*") if file.is_file() and not file.is_symlink()]
+    assert files
+    for file in files:
+        file.write_bytes(case.draw.randbytes(64))
 
 
 # ---------- numbers

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.tracking import open_client
 from tests.chaos import report
-from tests.chaos.checks import check_as_undisturbed, check_nothing_lives
+from tests.chaos.checks import check_as_undisturbed, check_cluster_is_left, check_nothing_lives
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.victims import JOBS, Case, Job
 
@@ -95,6 +95,7 @@ def test_it_ends_as_if_nothing_had_happened(
         case.cluster = None if fault.place is None else fault.place(case_folder)
         fault.strike(case, TIMES)
         check_nothing_lives(case)
+        check_cluster_is_left(case)
         check_as_undisturbed(case, reference)
     except BaseException:
         loss = traceback.format_exc()
