@@ -297,7 +297,9 @@ def damage(case: Case, times: int) -> None:
         case.strikes[-1] += f", {way.__name__}"
         case.may_repeat += way in (cut_checkpoint, flip_bit)
     case.finish()
-    told = sum(len(re.findall(r"^warning: checkpoint \S+ is broken", text, re.MULTILINE)) for text in case.told())
+    told = sum(
+        len(re.findall(r"^warning: checkpoint \S+ is broken", text, re.MULTILINE)) for text in case.told()
+    )
     assert told == case.may_repeat
 
 
@@ -399,7 +401,7 @@ FAULTS = {
             jobs=("two-stage", "one-stage", "sweep"),
             settings=lambda job: ("--set", "space.solver=ista"),
         ),
-        Fault("SIGTERM", terminate, "sweep"),
+        Fault("SIGTERM", terminate, "two-stage"),
         Fault("SIGINT twice", interrupt_twice, "two-stage"),
         Fault("the same command twice at once", run_twice, "one-stage"),
     )
