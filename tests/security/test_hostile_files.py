@@ -63,7 +63,7 @@ def run_of(folder: Path, job: str) -> Path:
     return path
 
 
-def refused(outcome: Outcome, code: int, *words: str) -> None:
+def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
     """It ended in one line that has the words, and took little."""
     assert outcome.code == code, outcome
     (line,) = outcome.errors
@@ -123,19 +123,21 @@ GENOTYPES: dict[str, tuple[str, str]] = {
 def test_a_genotype_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
     text, word = GENOTYPES[name]
     (tmp_path / "g.json").write_text(text)
-    refused(confined(["draw", "g.json"], tmp_path), 2, "g.json: ", word)
+    assert_refused(confined(["draw", "g.json"], tmp_path), 2, "g.json: ", word)
     assert not (tmp_path / "cells").exists()
 
 
 def test_a_genotype_of_64_gigabytes_is_not_read(folder: Path) -> None:
     sparse(folder / "g.json")
     for command in (["draw", "g.json"], ["retrain", "--config", "tiny.yaml", "--genotype", "g.json"]):
-        refused(confined(command, folder), 2, "g.json", f"larger than {GENOTYPE_BYTES} bytes")
+        assert_refused(confined(command, folder), 2, "g.json", f"larger than {GENOTYPE_BYTES} bytes")
     sparse(run_of(folder, "search") / "genotype.json")
     search = str(run_of(folder, "search"))
-    refused(confined(["retrain", "--config", "tiny.yaml", "--genotype", search], folder), 2, "larger than")
+    assert_refused(
+        confined(["retrain", "--config", "tiny.yaml", "--genotype", search], folder), 2, "larger than"
+    )
     for_compare = ["compare", "--config", "tiny.yaml", search, str(run_of(folder, "retrain"))]
-    refused(confined(for_compare, folder), 2, "larger than")
+    assert_refused(confined(for_compare, folder), 2, "larger than")
 
 
 def test_the_largest_cell_that_is_allowed_is_still_read_and_digested(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
 def test_a_configuration_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
     text, word = CONFIGS[name]
     (tmp_path / "c.yaml").write_text(text)
-    refused(confined(["search", "--config", "c.yaml"], tmp_path), 2, "c.yaml", word)
+    assert_refused(confined(["search", "--config", "c.yaml"], tmp_path), 2, "c.yaml", word)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "nothing was executed or begun"
 
 
@@ -208,22 +210,24 @@ def test_thousands_of_mistakes_are_told_as_a_few(tmp_path: Path) -> None:
 )
 def test_every_command_reads_configurations_with_the_same_care(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(laughs("seed: 1"))
-    refused(confined([*command, "--config", "c.yaml"], tmp_path), 2, "more than 5000 keys and values")
+    assert_refused(confined([*command, "--config", "c.yaml"], tmp_path), 2, "more than 5000 keys and values")
 
 
 def test_a_configuration_of_64_gigabytes_is_not_read(folder: Path) -> None:
     sparse(folder / "c.yaml")
     for command in (["search"], ["ui"], ["results"]):
-        refused(confined([*command, "--config", "c.yaml"], folder), 2, "c.yaml", "larger than")
+        assert_refused(confined([*command, "--config", "c.yaml"], folder), 2, "c.yaml", "larger than")
     sparse(run_of(folder, "retrain") / "config.yaml")
-    refused(confined(["export", str(run_of(folder, "retrain"))], folder), 2, "config.yaml", "larger than")
+    assert_refused(
+        confined(["export", str(run_of(folder, "retrain"))], folder), 2, "config.yaml", "larger than"
+    )
     assert confined(["search", "--config", "/dev/zero"], folder).code == 2
 
 
 def test_values_on_the_command_line_are_read_with_the_same_care(tmp_path: Path) -> None:
     for value in ("seed=!!python/object/apply:os.mkdir [executed]", "seed=&a [*a]", "seed=" + "[" * 50_000):
-        refused(confined(["search", "--set", value], tmp_path), 2, "--set")
-    refused(confined(["search", "--set", "a." * 40_000 + "a=1"], tmp_path), 2, "--set", "names")
+        assert_refused(confined(["search", "--set", value], tmp_path), 2, "--set")
+    assert_refused(confined(["search", "--set", "a." * 40_000 + "a=1"], tmp_path), 2, "--set", "names")
     assert not list(tmp_path.iterdir())
 
 
@@ -252,15 +256,15 @@ def test_a_record_that_is_none_is_one_line(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "run.json"
     file.write_text(RECORDS[name](json.loads(file.read_text())))
     for command in READERS:
-        refused(confined(reading(command, folder), folder), 1, "run.json: ")
+        assert_refused(confined(reading(command, folder), folder), 1, "run.json: ")
 
 
 def test_a_record_or_metrics_of_64_gigabytes_are_not_read(folder: Path) -> None:
     sparse(run_of(folder, "retrain") / "metrics.jsonl")
-    refused(confined(reading("compare", folder), folder), 1, "metrics.jsonl: larger than")
+    assert_refused(confined(reading("compare", folder), folder), 1, "metrics.jsonl: larger than")
     sparse(run_of(folder, "retrain") / "run.json")
     for command in READERS:
-        refused(confined(reading(command, folder), folder), 1, "run.json: ", "larger than")
+        assert_refused(confined(reading(command, folder), folder), 1, "run.json: ", "larger than")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,9 @@ def test_a_record_or_metrics_of_64_gigabytes_are_not_read(folder: Path) -> None:
 )
 def test_metrics_that_are_none_are_one_line(line: str, folder: Path) -> None:
     (run_of(folder, "retrain") / "metrics.jsonl").write_text(line + "\n")
-    refused(confined(reading("compare", folder), folder), 1, "metrics.jsonl: line 1 is not a line of metrics")
+    assert_refused(
+        confined(reading("compare", folder), folder), 1, "metrics.jsonl: line 1 is not a line of metrics"
+    )
 
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -293,7 +299,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def test_a_network_that_promises_more_than_its_weights_is_not_built(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "network.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NETWORKS[name]}))
-    refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
+    assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
 
 
 def test_weights_are_no_pickle(folder: Path) -> None:
@@ -301,7 +307,7 @@ def test_weights_are_no_pickle(folder: Path) -> None:
     bomb = pickle.dumps(Bomb(folder / "executed"))
     for content in (bomb, struct.pack("<Q", 10**12) + b"{}", struct.pack("<Q", 10**7) + b" " * 10**7, b""):
         weights.write_bytes(content)
-        refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
+        assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
     assert not (folder / "executed").exists()
 
 
@@ -374,7 +380,7 @@ def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
     for state in ({}, {"weights": torch.ones(4)}, {**whole, "search": {}}, {**whole, "history": 7}):
         unfinished(run, serialize(state))
-        refused(confined(["search", "--config", "tiny.yaml"], folder), 1, "fresh")
+        assert_refused(confined(["search", "--config", "tiny.yaml"], folder), 1, "fresh")
 
 
 # ---------- pictures
@@ -417,7 +423,9 @@ def test_a_decompression_bomb_is_one_line(side: int, name: str, pictures: Path) 
     folder = pictures.parent
     for size in ([], ["--set", "data.image_size=16"]):
         outcome = confined(["search", "--config", "tiny.yaml", *size], folder)
-        refused(outcome, 1, f"{name} is no readable picture (", "decompression bomb" if side < 60_000 else "")
+        assert_refused(
+            outcome, 1, f"{name} is no readable picture (", "decompression bomb" if side < 60_000 else ""
+        )
 
 
 @pytest.mark.parametrize("place", ["train", "train/ant", "train/ant/9.png", "test/bee"])
@@ -428,13 +436,13 @@ def test_nothing_outside_of_a_picture_folder_is_shown(place: str, pictures: Path
     target = outside / (place if "9.png" not in place else "train/ant/0.png")
     (pictures / place).symlink_to(os.path.relpath(target, (pictures / place).parent))  # by way of ..
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
-    refused(outcome, 1, f"pictures/{place} is a link that leads out of the folder")
+    assert_refused(outcome, 1, f"pictures/{place} is a link that leads out of the folder")
 
 
 def test_names_of_files_do_not_command_the_terminal(pictures: Path) -> None:
     (pictures / "train" / "\x1b[2Jcat").mkdir()
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
-    refused(outcome, 1, r"train/\x1b[2Jcat holds no picture")
+    assert_refused(outcome, 1, r"train/\x1b[2Jcat holds no picture")
 
 
 def test_a_data_set_of_pickles_is_not_unpickled_unless_it_is_the_published_one(tmp_path: Path) -> None:
@@ -450,5 +458,7 @@ def test_a_data_set_of_pickles_is_not_unpickled_unless_it_is_the_published_one(t
     ):
         (raw / name).write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     (tmp_path / "tiny.yaml").write_text(CONFIG + "data: {name: cifar10, root: data}\n")
-    refused(confined(["search", "--config", "tiny.yaml"], tmp_path), 1, "data holds no complete cifar10")
+    assert_refused(
+        confined(["search", "--config", "tiny.yaml"], tmp_path), 1, "data holds no complete cifar10"
+    )
     assert not (tmp_path / "executed").exists()
