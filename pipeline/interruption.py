@@ -48,3 +48,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_IGN if leaving and noted else before[number])
+        if leaving and noted:
+            # An interrupt inside an exec of text (dataclasses, while they are imported) leaves a mark, by which
+            # `python -m` dies of SIGINT at its very end, whatever the exit code. The next exec takes it away.
+            exec("")

@@ -546,6 +546,22 @@ def test_a_search_in_process_imports_no_ray(here: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    """A search that has told its second epoch."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=unignore_sigint,
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("epoch 2:") for line in process.stdout)
+    return process
+
+
 @pytest.mark.parametrize(
     ("number", "code", "says"),
     [
@@ -558,20 +574,8 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     here: Path, number: signal.Signals, code: int, says: str
 ) -> None:
     arguments = ["search", "--config", "tiny.yaml", "--set", "search.epochs=12", "--set", "search.layers=4"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=here,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=unignore_sigint,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 2:"):
-            process.send_signal(number)
-            break
+    process = searching(here, arguments)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, out + err
     assert err.strip() == says  # below the terminal's ^C
@@ -587,6 +591,24 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     assert "resumed after epoch" in resumed.stderr
     assert f"epoch {done - 1}: loss" not in resumed.stderr
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
+
+
+INTERRUPTED_IN_AN_IMPORT = """
+from pipeline import cli
+
+@cli.cli.command()
+def importing():
+    exec("import signal; signal.raise_signal(signal.SIGINT)")  # dataclasses are made by exec, too
+
+cli.main()
+"""
+
+
+def test_an_interrupted_import_has_the_exit_code_of_all_interrupts(here: Path) -> None:
+    (here / "importing.py").write_text(INTERRUPTED_IN_AN_IMPORT)
+    command = [sys.executable, "-m", "importing", "importing"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, preexec_fn=unignore_sigint)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted: the same command resumes")
 
 
 @pytest.mark.parametrize("job", ["search", "run", "retrain", "sweep"])
@@ -639,28 +661,8 @@ with RunDir("{path}").lock():
 
 def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
     """Ctrl-C again and again, and SIGTERM too, until the command has ended; MLflow is told all the same."""
-    arguments = [
-        "search",
-        "--config",
-        "tiny.yaml",
-        "--set",
-        "search.epochs=12",
-        "--set",
-        "tracking.enabled=true",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=here,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=unignore_sigint,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 2:"):
-            break
+    settings = ["--set", "search.epochs=12", "--set", "tracking.enabled=true"]
+    process = searching(here, ["search", "--config", "tiny.yaml", *settings])
     sent = 0
     while process.poll() is None and sent < 3000:
         process.send_signal(signal.SIGTERM if sent % 10 == 9 else signal.SIGINT)
