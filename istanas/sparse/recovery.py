@@ -99,7 +99,8 @@ def recover(
         (array([0.5, 0. ]), True)
     """
     supports = None if support is None else [support]
-    return _recover_nodes([A], [b], l1_weight, solver, tol, max_iter, supports)[0]
+    problems = _checked([A], [b], l1_weight, solver, tol, max_iter, supports)
+    return _warned_of(problems, l1_weight, solver, tol, max_iter)[0]
 
 
 def recover_nodes(
@@ -137,7 +138,8 @@ def recover_nodes(
         >>> [result.z.tolist() for result in results]
         [[0.5, 0.5], [0.0]]
     """
-    return _recover_nodes(list(As), list(bs), l1_weight, solver, tol, max_iter, supports)
+    problems = _checked(list(As), list(bs), l1_weight, solver, tol, max_iter, supports)
+    return _warned_of(problems, l1_weight, solver, tol, max_iter)
 
 
 def recover_certified(
@@ -235,16 +237,10 @@ def _tried(
     return [found for part in single for found in _tried(part, l1_weight, solver, tol, max_iter)]
 
 
-def _recover_nodes(
-    As: Sequence[Any],
-    bs: Sequence[Any],
-    l1_weight: float,
-    solver: str,
-    tol: float,
-    max_iter: int | None,
-    supports: Any,
+def _warned_of(
+    problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult]:
-    problems = _checked(As, bs, l1_weight, solver, tol, max_iter, supports)
+    """One solver's results, with a warning of those that did not converge."""
     results = _certify(problems, l1_weight, solver, tol, max_iter)
     if not all(result.converged for result in results):
         _warn(results, solver, tol)
