@@ -30,6 +30,14 @@ settings.load_profile("istanas")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write how many inputs each loader was fed; what tests print themselves, xdist's processes keep."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "fuzz":
+                terminalreporter.write_line(f"fuzz: {value}")
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The top level of the checkout."""
