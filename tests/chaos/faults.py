@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.rundir import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import OneMachine, TwoMachines
-from tests.chaos.victims import Case
+from tests.chaos.victims import Case, Sitting
 from tests.mlflow_server import server
 from tests.namespaces import refusal
 from tests.ports import unused_port
@@ -53,39 +53,46 @@ class Fault:
     needs: Callable[[], str | None] = lambda: None
 
 
-# ---------- the job's own process
-def kill_driver(case: Case, times: int) -> None:
+# ---------- how strikes follow each other
+def end_each_time(case: Case, times: int, strike: Callable[[Sitting], None], code: int) -> None:
+    """Each strike ends the command, which is typed again."""
     for left in range(times, 0, -1):
         sitting = case.start()
         case.moment(sitting, left, going=False)
-        sitting.process.kill()
-        assert sitting.end() == -signal.SIGKILL
+        strike(sitting)
+        ended = sitting.end()
+        assert ended == code, f"exit code {ended}:\n{sitting.words}"
         check_nothing_lives(case)
     case.finish()
+
+
+def while_it_goes_on(case: Case, times: int, strike: Callable[[], None]) -> None:
+    """The command survives all of them."""
+    sitting = case.start()
+    for left in range(times, 0, -1):
+        case.moment(sitting, left)
+        strike()
+    assert sitting.end() == 0, sitting.words
+
+
+# ---------- the job's own process
+def kill_driver(case: Case, times: int) -> None:
+    end_each_time(case, times, lambda sitting: sitting.process.kill(), -signal.SIGKILL)
 
 
 def terminate(case: Case, times: int) -> None:
-    for left in range(times, 0, -1):
-        sitting = case.start()
-        case.moment(sitting, left, going=False)
-        sitting.process.terminate()
-        assert sitting.end() == 143, sitting.words
-        assert sitting.said(SAME_COMMAND_GOES_ON)
-        check_nothing_lives(case)
-    case.finish()
+    end_each_time(case, times, lambda sitting: sitting.process.terminate(), 143)
+    assert all(sitting.said(SAME_COMMAND_GOES_ON) for sitting in case.sittings[:-1])
 
 
 def interrupt_twice(case: Case, times: int) -> None:
-    for left in range(times, 0, -1):
-        sitting = case.start()
-        case.moment(sitting, left, going=False)
+    def strike(sitting: Sitting) -> None:
         os.killpg(sitting.process.pid, signal.SIGINT)
         time.sleep(case.draw.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):  # it was quick
             os.killpg(sitting.process.pid, signal.SIGINT)
-        assert sitting.end() == 130, sitting.words
-        check_nothing_lives(case)
-    case.finish()
+
+    end_each_time(case, times, strike, 130)
 
 
 def run_twice(case: Case, times: int) -> None:
@@ -127,33 +134,28 @@ def two_of(case: Case) -> TwoMachines:
 def kill_worker(case: Case, times: int) -> None:
     """Of Ray Train, or a sweep's trial: replaced, the command goes on."""
     cluster = one_of(case)
-    sitting = case.start()
-    for left in range(times, 0, -1):
-        case.moment(sitting, left)
+
+    def strike() -> None:
         case.draw.choice(cluster.named("RayTrainWorker") or cluster.named("ray::ImplicitFunc")).kill()
-    assert sitting.end() == 0, sitting.words
+
+    while_it_goes_on(case, times, strike)
 
 
 def kill_controller(case: Case, times: int) -> None:
     """Of Ray Train, whose workers end with it: another starts, the command goes on."""
     cluster = one_of(case)
-    sitting = case.start()
-    for left in range(times, 0, -1):
-        case.moment(sitting, left)
+
+    def strike() -> None:
         (controller,) = cluster.named("TrainController")
         controller.kill()
-    assert sitting.end() == 0, sitting.words
+
+    while_it_goes_on(case, times, strike)
     assert len(re.findall("lost Ray Train's controller", "\n".join(case.told()))) == times
 
 
 def kill_node(case: Case, times: int) -> None:
     """The one that the command is not on; another comes."""
-    cluster = one_of(case)
-    sitting = case.start()
-    for left in range(times, 0, -1):
-        case.moment(sitting, left)
-        cluster.replace_node()
-    assert sitting.end() == 0, sitting.words
+    while_it_goes_on(case, times, one_of(case).replace_node)
 
 
 def kill_head(case: Case, times: int) -> None:
@@ -171,22 +173,12 @@ def kill_head(case: Case, times: int) -> None:
 
 def halt_node(case: Case, times: int) -> None:
     """For some seconds; if that is longer than the cluster waits for it, another node comes."""
-    cluster = one_of(case)
-    sitting = case.start()
-    for left in range(times, 0, -1):
-        case.moment(sitting, left)
-        cluster.halt_node(case.draw.choice((2, 3, 15)))
-    assert sitting.end() == 0, sitting.words
+    while_it_goes_on(case, times, lambda: one_of(case).halt_node(case.draw.choice((2, 3, 15))))
 
 
 def cut_off_node(case: Case, times: int) -> None:
     """Its network link is down for some seconds; likewise."""
-    cluster = two_of(case)
-    sitting = case.start()
-    for left in range(times, 0, -1):
-        case.moment(sitting, left)
-        cluster.cut_off_node(case.draw.choice((2, 3, 15)))
-    assert sitting.end() == 0, sitting.words
+    while_it_goes_on(case, times, lambda: two_of(case).cut_off_node(case.draw.choice((2, 3, 15))))
 
 
 # ---------- MLflow and its database

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_it_ends_as_if_nothing_had_happened(
     draw = random.Random(f"{SEED}/{fault.name}/{job}")
     case = Case(JOBS[job], case_folder, draw, settings_of(fault, JOBS[job]))
     loss = ""
+    start = time.monotonic()
     try:
         case.cluster = None if fault.place is None else fault.place(case_folder)
         fault.strike(case, TIMES)
@@ -105,4 +107,4 @@ def test_it_ends_as_if_nothing_had_happened(
         case.end_leftovers()
         if case.cluster is not None:
             case.cluster.close()
-        report.note(fault.name, job, case, loss, SEED)
+        report.note(fault.name, job, case, loss, seed=SEED, seconds=time.monotonic() - start)
