@@ -33,11 +33,17 @@ RECORD_BYTES = 8 * MB
 METRICS_BYTES = 32 * MB
 """Of metrics.jsonl: 600 epochs take one."""
 
+TABLE_BYTES = 64 * MB
+"""Of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
+
 CHECKPOINT_PICKLE_BYTES = 32 * MB
 """Of what is no tensor in a checkpoint; that of the published search has under one."""
 
 NETWORK_LAYERS = 1_000
 """Cells of a network that is loaded."""
+
+WEIGHTS_HEADER_BYTES = 8 * MB
+"""Of a trained network's file, beside the weights themselves: their names, shapes and places."""
 
 MAX_SIDE = 4_096
 """Pixels of a side of the pictures that a loaded network is for."""
@@ -60,7 +66,8 @@ def read_at_most(path: str | os.PathLike[str], limit: int) -> bytes:
         ValueError: larger than 10 bytes
     """
     with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        too_large = os.fstat(file.fileno()).st_size > limit  # a pipe has none
+        data = b"" if too_large else file.read(limit + 1)
+    if too_large or len(data) > limit:
         raise ValueError(f"larger than {limit} bytes")
     return data

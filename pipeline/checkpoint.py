@@ -54,10 +54,19 @@ class FolderStore:
 
 
 def serialize(state: dict[str, Any]) -> bytes:
-    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes."""
+    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes.
+
+    Raises:
+        CheckpointError: it would be refused when it is read.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    try:
+        _check_sizes(data)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}: fewer epochs or nodes") from None
+    return data
 
 
 def deserialize(data: bytes) -> dict[str, Any]:
@@ -129,7 +138,8 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
     """
     file = folder / f"epoch-{epoch:04d}.pt"
     atomic_write(file, data)
-    manifest = {"epoch": epoch, "file": file.name, "sha256": hashlib.sha256(data).hexdigest()}
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = {"epoch": epoch, "file": file.name, "sha256": digest, "bytes": len(data)}
     try:
         atomic_write(file.with_suffix(".json"), json.dumps(manifest))
     except OSError:
@@ -167,9 +177,11 @@ def read_latest(folder: Path) -> bytes | None:
             ValueError,
             KeyError,
             TypeError,
+            AttributeError,
             RecursionError,
+            MemoryError,
         ) as error:
-            reason = " ".join(str(error).split())  # torch's errors have many lines
+            reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
             broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
             continue
         _warn(broken, "the one before is used")
@@ -186,10 +198,18 @@ def read_latest(folder: Path) -> bytes | None:
 
 
 def _read(manifest: Path) -> bytes:
-    expected = json.loads(read_at_most(manifest, RECORD_BYTES))["sha256"]
-    data = manifest.with_suffix(".pt").read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
+    expected = json.loads(read_at_most(manifest, RECORD_BYTES))
+    file = manifest.with_suffix(".pt")
+    if file.exists() and not file.is_file():  # but a pipe, which nobody fills
+        raise ValueError("it is no file")
+    size = file.stat().st_size
+    if size != expected.get("bytes", size):  # earlier versions did not write it
+        raise ValueError(f"it has {size} bytes, not {expected['bytes']}")
+    with open(file, "rb") as stream:  # piece by piece: junk may be larger than memory
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected["sha256"]:
         raise ValueError("its checksum does not match")
+    data = file.read_bytes()
     deserialize(data)
     return data
 
@@ -205,7 +225,7 @@ def _manifests(folder: Path) -> list[Path]:
         (
             p
             for p in folder.glob("epoch-*.json")
-            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit()
+            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit() and p.is_file()
         ),
         key=_epoch,
         reverse=True,

@@ -78,6 +78,15 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
         for line in str(error).splitlines():
             click.echo(f"error: {_printable(line)}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
+        remedy = (
+            "a smaller batch_size, fewer init_channels or layers, or more memory; the same command resumes"
+        )
+        click.echo(f"error: out of memory{reason}: {remedy}", err=True)
+        return 1
     except OSError as error:  # a full disk, a folder that may not be written
         if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
             raise
@@ -87,6 +96,15 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
             remedy = "free space there (old runs, their ray folders, mlartifacts)"
         click.echo(f"error: {where}{error.strerror}: {remedy}, the same command resumes", err=True)
         return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's of a GPU has a type, which is not imported for this; that of a CPU has only words.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells have them
 TERMINATED = 128 + signal.SIGTERM
+SECONDS_TO_REPEAT = 0.1  # a signal that was swallowed
 STILL_CLOSING = (
     b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once, the same command resumes\n"
 )
@@ -22,6 +24,9 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
 
     Later ones would interrupt the closing of the run, and leave processes behind: they are answered, and no more.
     Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before they kill.
+
+    Where Python swallows a KeyboardInterrupt (in a `__del__`, in a callback), the same signal comes again a moment
+    later.
 
     Args:
         leaving: after one was noted, the process is deaf to others until its end, which comes now.
@@ -38,6 +43,19 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
         with contextlib.suppress(OSError):
             os.write(2, STILL_CLOSING)  # the one way that is safe in the middle of anything
 
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt) and noted:
+            number = noted[0]
+            noted.clear()
+            # To the main thread, which else would not wake up.
+            main = threading.main_thread().ident
+            repeat = threading.Timer(SECONDS_TO_REPEAT, signal.pthread_kill, [main, number])
+            repeat.daemon = True
+            repeat.start()
+        else:
+            unraisable_hook(unraisable)
+
+    unraisable_hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A shell's background jobs are deaf to Ctrl-C, and stay so.
     taken = [number for number, handler in before.items() if handler != signal.SIG_IGN]
@@ -46,6 +64,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     try:
         yield noted
     finally:
+        sys.unraisablehook = unraisable_hook
         for number in taken:
             signal.signal(number, signal.SIG_IGN if leaving and noted else before[number])
         if leaving and noted:

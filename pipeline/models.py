@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from istanas.data import ImageDataset
 from istanas.errors import CheckpointError, IstanasError
-from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, read_at_most
+from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, WEIGHTS_HEADER_BYTES, read_at_most
 from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.rundir import atomic_write
@@ -92,10 +92,11 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     folder = Path(folder)
     try:
         card = read_card(folder)
-        weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
         with torch.device("meta"):  # takes no memory: a card may promise more than there is
-            shapes = {name: value.shape for name, value in _build(card).state_dict().items()}
-        if shapes != {name: value.shape for name, value in weights.items()}:
+            promised = _build(card).state_dict()
+        size = sum(value.nbytes for value in promised.values())
+        weights = safetensors.torch.load(read_at_most(folder / WEIGHTS_FILE, size + WEIGHTS_HEADER_BYTES))
+        if {k: v.shape for k, v in promised.items()} != {k: v.shape for k, v in weights.items()}:
             raise ValueError(f"{WEIGHTS_FILE} does not fit {NETWORK_FILE}")
         net = _build(card)
         net.load_state_dict(weights)

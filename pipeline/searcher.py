@@ -23,11 +23,11 @@ from istanas.training import derive_seed
 from pipeline.cluster import last_line
 from pipeline.schema import OBJECTIVES, Config
 from pipeline.study import (
+    BLOCKED,
     EPOCH,
     FAILED,
     FIGURES,
     FINISHED,
-    FULL,
     SETTINGS,
     TOP1,
     enqueue_points,
@@ -223,10 +223,9 @@ class StudySearcher(Searcher):
 
     def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
         values = None
-        if FULL in result:  # the study is not told, so that the trial goes on with the next sitting
+        if BLOCKED in result:  # the study is not told, so that the trial goes on with the next sitting
             raise IstanasError(
-                f"sweep: trial {trial.number - self._first} could not go on ({result[FULL]}): free space there (old "
-                "runs, their ray folders, mlartifacts), the same command resumes"
+                f"sweep: trial {trial.number - self._first} could not go on: {result[BLOCKED]}"
             )
         if lost is not None:
             result[FAILED] = (

@@ -59,6 +59,10 @@ Say = Callable[[str], None]
 Wanted = Callable[[str], bool]  # of a file, by its name in the run directory
 
 
+class AwayError(IstanasError):
+    """A storage that can't be used, for want of network, rights or room."""
+
+
 # ---------- addresses and paths
 def checked_address(text: str) -> str:
     """A place for run directories, as `runtime.runs_dir` takes it.
@@ -175,7 +179,8 @@ def push(path: Path, *, once: bool = False) -> None:
         once: the run has failed already: try once, and say so if that fails too.
 
     Raises:
-        IstanasError: the storage was away for `RETRY_SECONDS`, or another process has taken the run over.
+        AwayError: the storage was away for `RETRY_SECONDS`.
+        IstanasError: another process has taken the run over.
     """
     mirror = _held.get(path)
     if mirror is None or (once and mirror.is_away):
@@ -199,7 +204,7 @@ def held(path: Path, say: Say, *, wait: float = 0) -> Iterator[None]:
         wait: so many seconds for another process that works on the run; -1: for ever.
 
     Raises:
-        IstanasError: the storage can't be used; nothing was written then.
+        AwayError: the storage can't be used; nothing was written then.
         ConfigError: another process works on the run.
     """
     if not is_copy(path) or path in _held:
@@ -210,18 +215,17 @@ def held(path: Path, say: Say, *, wait: float = 0) -> Iterator[None]:
         mirror.take(say, wait)
     beating = threading.Event()
     heart = threading.Thread(target=mirror.beat, args=(beating,), daemon=True)
+    heart.start()  # at once: fetching may take longer than others wait for a beat
     try:
         with mirror.failures():
             mirror.pull()
         _held[path] = mirror
-        heart.start()
         yield
     finally:
         _held.pop(path, None)
         beating.set()
         if not mirror.is_away:  # else whoever comes next waits a minute
-            if heart.is_alive():
-                heart.join()
+            heart.join()
             mirror.leave()
 
 
@@ -231,7 +235,7 @@ def fetch(address: str) -> Path:
     One that a process on this machine works on is the newest there is, and left alone.
 
     Raises:
-        IstanasError: the storage can't be used.
+        AwayError: the storage can't be used.
         ConfigError: there is no run.
     """
     path = local(address)
@@ -252,7 +256,7 @@ def fetch_parts(path: Path, wanted: Wanted) -> None:
     """Bring some files of a run directory up to date, as `fetch` does with all, be there a run or not.
 
     Raises:
-        IstanasError: the storage can't be used.
+        AwayError: the storage can't be used.
     """
     if is_copy(path):
         mirror = _Mirror(path)
@@ -265,7 +269,7 @@ def fetch_records(folder: Path) -> None:
     Enough to find a run by.
 
     Raises:
-        IstanasError: the storage can't be used.
+        AwayError: the storage can't be used.
     """
     if not is_copy(folder):
         return
@@ -284,7 +288,7 @@ def send(path: Path, *names: str) -> None:
     """Send some files of a run that another process may hold; nothing to do for a folder.
 
     Raises:
-        IstanasError: the storage was away for `RETRY_SECONDS`.
+        AwayError: the storage was away for `RETRY_SECONDS`.
     """
     if not is_copy(path):
         return
@@ -409,7 +413,7 @@ class _Mirror:
             if not _is_of_storage(error):
                 raise
             scheme = self.address.partition("://")[0]
-            raise IstanasError(
+            raise AwayError(
                 f"runtime.runs_dir: {self.address}: {_reason(error)}: {_remedy(error, scheme)}; then the same command "
                 "goes on"
             ) from error
@@ -553,8 +557,6 @@ class _Mirror:
         while True:
             until_free(is_free)
             self._write_owner(self._me)
-            if wait >= 0:
-                return
             # Others wait for the same, and the storage has no lock: the last of them is the owner.
             time.sleep(SECONDS_TO_SETTLE)
             owner = self._owner()

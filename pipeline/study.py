@@ -27,7 +27,7 @@ from pipeline.tracking import database_lock, one_line, public_uri
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
-FULL = "full"  # instead of either: a disk without room, which the whole sweep waits for
+BLOCKED = "blocked"  # instead of either: a full disk, a storage that is away; the whole sweep waits for them
 WARNED = "warned"  # what a trial has warned of
 NODE = "node"  # of the cluster, in every report
 HOME, MEANING = "run_dir", "objectives"  # attributes of the study

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from istanas.errors import ConfigError
+from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline import storage
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
@@ -87,7 +88,8 @@ def read_table(folder: Path) -> pd.DataFrame:
             f"sweep {storage.shown(folder)}: has no {TABLE_FILE}, name a sweep that has begun a trial"
         )
     try:
-        return _typed(pd.read_csv(file, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
+        text = io.BytesIO(read_at_most(file, TABLE_BYTES))
+        return _typed(pd.read_csv(text, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from istanas.draw import cell_svg, edge_widths
+from istanas.limits import TABLE_BYTES, read_at_most
 from istanas.space import CELLS, Genotype
 from istanas.space.primitives import SKIP
 from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
@@ -58,7 +60,7 @@ def write_trajectory_page(run: RunDir) -> None:
     """
     record = run.read()
     genotype = read_genotype(run.path / "genotype.json")
-    table = _read(pd.read_csv(run.path / "trajectory.csv"))
+    table = _read(_frame(run.path / "trajectory.csv"))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]
     cells, cells_at, widths = _draw(genotype, table, epochs)
@@ -199,9 +201,13 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
     return Markup(str(svg).rstrip().removesuffix("</svg>") + "".join(cursors) + "</svg>")
 
 
+def _frame(file: Path) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(read_at_most(file, TABLE_BYTES)))
+
+
 def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
     """The heat maps of both cells as a template needs them; none if no code was recorded."""
-    frame = pd.read_csv(run.path / "codes.csv") if (run.path / "codes.csv").is_file() else pd.DataFrame()
+    frame = _frame(run.path / "codes.csv") if (run.path / "codes.csv").is_file() else pd.DataFrame()
     return [] if frame.empty else [_map(frame[frame["cell"] == cell], cell, table, epochs) for cell in CELLS]
 
 

@@ -27,7 +27,7 @@ from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
 from pipeline.rundir import RunDir, is_full
 from pipeline.schema import Config
-from pipeline.study import EPOCH, FAILED, FINISHED, FULL, NODE, TOP1, WARNED
+from pipeline.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
 from pipeline.tracking import one_line, open_client, store_uri
 from pipeline.worker import rollbacks
 
@@ -98,7 +98,12 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """How a trial has failed: by itself, or because nothing can be written any more, which is no fault of its."""
-    return {FULL if is_full(error) else FAILED: one_line(error)}
+    if isinstance(error, storage.AwayError):
+        return {BLOCKED: str(error)}
+    if is_full(error):
+        remedy = "free space there (old runs, their ray folders, mlartifacts), the same command resumes"
+        return {BLOCKED: f"{one_line(error)}: {remedy}"}
+    return {FAILED: one_line(error)}
 
 
 def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:

@@ -295,9 +295,11 @@ def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
         run.metrics()
     except CheckpointError as error:
         # Every line is in the newest checkpoint's history, too; a sweep that goes on makes its own from the study.
-        saved = checkpoint.load_latest(run.path / CHECKPOINTS)
-        if saved is None and run.read().status == "FINISHED":
-            raise
+        saved, record = checkpoint.load_latest(run.path / CHECKPOINTS), run.read()
+        if saved is None and record.status == "FINISHED":
+            if spec.kind != "sweep":
+                raise
+            run.write(dataclasses.replace(record, status="FAILED"))  # so that it goes on, if only to its end
         say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
         run.replace_metrics([] if saved is None else metrics_lines(saved["history"]))
 

@@ -110,7 +110,12 @@ def test_epochs_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_the_manifest_holds_the_checksum(folder: Path) -> None:
     manifest = json.loads((folder / "epoch-0002.json").read_text())
     data = (folder / "epoch-0002.pt").read_bytes()
-    assert manifest == {"epoch": 2, "file": "epoch-0002.pt", "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest == {
+        "epoch": 2,
+        "file": "epoch-0002.pt",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+    }
 
 
 def flip_a_bit(file: Path, position: int) -> None:

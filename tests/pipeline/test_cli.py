@@ -593,21 +593,37 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
 
 
-INTERRUPTED_IN_AN_IMPORT = """
+A_COMMAND = """
+import signal, time
 from pipeline import cli
 
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
 @cli.cli.command()
-def importing():
-    exec("import signal; signal.raise_signal(signal.SIGINT)")  # dataclasses are made by exec, too
+def wait():
+    {where}
+    time.sleep(60)
 
 cli.main()
 """
 
 
-def test_an_interrupted_import_has_the_exit_code_of_all_interrupts(here: Path) -> None:
-    (here / "importing.py").write_text(INTERRUPTED_IN_AN_IMPORT)
-    command = [sys.executable, "-m", "importing", "importing"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, preexec_fn=unignore_sigint)
+@pytest.mark.parametrize(
+    "where",
+    [
+        'exec("signal.raise_signal(signal.SIGINT)")',  # as dataclasses are made, while they are imported
+        "Finalised()",  # Python swallows what is raised there
+    ],
+    ids=["in an import", "in a finaliser"],
+)
+def test_an_interrupt_ends_the_command_wherever_it_strikes(where: str, here: Path) -> None:
+    (here / "waiting.py").write_text(A_COMMAND.format(where=where))
+    command = [sys.executable, "-m", "waiting", "wait"]
+    done = subprocess.run(
+        command, cwd=here, capture_output=True, text=True, preexec_fn=unignore_sigint, timeout=50
+    )
     assert (done.returncode, done.stderr.strip()) == (130, "interrupted: the same command resumes")
 
 

@@ -17,7 +17,7 @@ from pipeline.config import load
 from pipeline.epochs import Record
 from pipeline.rundir import RunDir, atomic_write, is_full
 from pipeline.searcher import StudySearcher
-from pipeline.study import FAILED, FULL, open_study, own_trials
+from pipeline.study import BLOCKED, FAILED, open_study, own_trials
 from pipeline.trial import failure
 from tests.pipeline.tiny_search import SETTINGS, decided, search
 
@@ -160,10 +160,10 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     study = open_study(config, "full", fresh=False)
     searcher = StudySearcher(config, study, Ends())
     searcher.suggest("a")
-    searcher.on_trial_complete("a", {FULL: "OSError: No space left on device: /data/x"})
+    searcher.on_trial_complete("a", {BLOCKED: "OSError: No space left on device: /data/x: free space there"})
     assert isinstance(searcher.error, IstanasError)
-    assert str(searcher.error).startswith(
-        "sweep: trial 0 could not go on (OSError: No space left on device: /data/x): free space there"
+    assert str(searcher.error) == (
+        "sweep: trial 0 could not go on: OSError: No space left on device: /data/x: free space there"
     )
     (trial,) = own_trials(study)
     assert trial.state.name == "RUNNING"
@@ -176,6 +176,8 @@ def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:
     fill(disk)
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         atomic_write(disk / "x", bytes(PAGE))
-    assert failure(caught.value) == {FULL: f"OSError: {caught.value.strerror}: {disk}/x"}
+    (told,) = failure(caught.value).items()
+    assert told[0] == BLOCKED
+    assert told[1].startswith(f"OSError: {caught.value.strerror}: {disk}/x: free space there (")
     assert failure(IstanasError("no use")) == {FAILED: "IstanasError: no use"}
     assert failure(PermissionError(13, "Permission denied")) == {FAILED: "PermissionError: Permission denied"}

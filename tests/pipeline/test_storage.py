@@ -29,6 +29,8 @@ from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.jobs.search import run_search
 from pipeline.rundir import RunDir
+from pipeline.study import BLOCKED
+from pipeline.trial import failure
 from tests.pipeline.test_jobs import TINY
 
 BUCKET = "bucket"
@@ -92,6 +94,7 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.05)  # nobody competes, or a test says so
     return Elsewhere(tmp_path, monkeypatch)
 
 
@@ -412,10 +415,11 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
         server.stop()
 
     try:
-        with pytest.raises(IstanasError) as caught:
+        with pytest.raises(storage.AwayError) as caught:
             search(place, tell=away)
     finally:
         server.start()
+    assert failure(caught.value) == {BLOCKED: str(caught.value)}  # of a trial: it is not failed for good
     assert str(caught.value).startswith(f"runtime.runs_dir: {place}/tiny-search-")
     assert "then the same command goes on" in str(caught.value)
     elsewhere()
@@ -456,6 +460,59 @@ def test_a_second_machine_is_refused_while_the_first_lives(
         with pytest.raises(IstanasError, match=r"was taken over by process .* on second"):
             storage.push(first)
     assert "run.json" not in server.objects(f"{prefix}/run")
+
+
+def test_of_two_that_start_at_the_same_moment_one_is_refused(
+    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
+    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
+    monkeypatch.setattr(storage._Owner, "is_dead", False)  # as if on another host
+    together, ended = threading.Barrier(2), threading.Event()
+    owners: list[storage._Mirror] = []
+    refused: list[str] = []
+
+    def start(mirror: storage._Mirror) -> None:
+        together.wait()
+        try:
+            mirror.take(lambda line: None)
+        except ConfigError as error:
+            refused.append(str(error))
+            ended.set()
+        else:
+            owners.append(mirror)
+            mirror.beat(ended)
+
+    threads = []
+    for _ in range(2):
+        elsewhere()
+        mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
+        threads.append(threading.Thread(target=start, args=(mirror,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert (len(owners), len(refused)) == (1, 1)
+    assert "in use by process" in refused[0]
+
+
+def test_an_owner_lives_while_it_fetches(
+    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a large run that takes longer than others wait for a beat."""
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
+    path = storage.local(f"s3://{BUCKET}/{prefix}/run")
+    storage._Mirror(path).put("run.json", b"{}")
+    pull = storage._Mirror.pull
+
+    def slow_pull(self: storage._Mirror) -> None:
+        time.sleep(0.5)
+        pull(self)
+        assert json.loads(server.objects(f"{prefix}/run")[storage.OWNER_OBJECT])["beats"] >= 2
+
+    monkeypatch.setattr(storage._Mirror, "pull", slow_pull)
+    with storage.held(path, print):
+        assert (path / "run.json").read_text() == "{}"
 
 
 def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(

@@ -375,6 +375,52 @@ def test_a_checkpoint_that_does_harm_is_passed_over_with_a_line(name: str, folde
     assert outcome.megabytes < 300
 
 
+def pipe(file: Path) -> None:
+    """In the place of a file: whoever opens it waits for somebody who writes."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "says"),
+    [
+        ("epoch-0001.pt", pipe, "it is no file"),
+        ("epoch-0001.pt", sparse, f"it has {HUGE} bytes, not "),
+        ("epoch-0001.json", pipe, None),
+        ("epoch-0001.json", sparse, "larger than "),
+    ],
+)
+def test_a_checkpoint_that_is_a_pipe_or_larger_than_memory_is_passed_over(
+    name: str, harm: Callable[[Path], None], says: str | None, folder: Path
+) -> None:
+    run = run_of(folder, "search")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "RUNNING"}))
+    harm(run / "checkpoints" / name)
+    outcome = confined(["search", "--config", "tiny.yaml"], folder)
+    assert outcome.code == 0, outcome
+    assert outcome.megabytes < 300
+    broken = [line for line in outcome.errors if "is broken" in line]
+    assert len(broken) == (says is not None)
+    assert says is None or f"({says}" in broken[0]
+
+
+def test_a_trained_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Path) -> None:
+    retrained = run_of(folder, "retrain")
+    sparse(retrained / "model.safetensors")
+    assert_refused(confined(["export", str(retrained)], folder), 1, "holds no whole trained network (larger")
+    sparse(retrained / "trials.csv")
+    table = ["results", "--sweep", str(retrained)]
+    assert_refused(confined(table, folder), 2, "trials.csv: no table of trials (larger")
+
+
+def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:
+    outcome = confined(["search", "--config", "tiny.yaml", "--set", "search.init_channels=4096"], folder)
+    assert outcome.code == 1
+    assert outcome.errors[-1].startswith("error: out of memory ("), outcome
+    assert "Traceback" not in "".join(outcome.errors)
+
+
 def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
     run = run_of(folder, "search")
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
