@@ -139,6 +139,7 @@ def kill_worker(case: Case, times: int) -> None:
         case.draw.choice(cluster.named("RayTrainWorker") or cluster.named("ray::ImplicitFunc")).kill()
 
     while_it_goes_on(case, times, strike)
+    check_workers_were_lost(case, times)
 
 
 def kill_controller(case: Case, times: int) -> None:
@@ -156,6 +157,13 @@ def kill_controller(case: Case, times: int) -> None:
 def kill_node(case: Case, times: int) -> None:
     """The one that the command is not on; another comes."""
     while_it_goes_on(case, times, one_of(case).replace_node)
+    check_workers_were_lost(case, times)
+
+
+def check_workers_were_lost(case: Case, times: int) -> None:
+    """Each strike has hit, and was told; a sweep's trial, alone on one of two nodes, may be on the other."""
+    if case.job.name != "sweep":
+        assert len(re.findall(r"^lost worker", "\n".join(case.told()), re.MULTILINE)) >= times
 
 
 def kill_head(case: Case, times: int) -> None:

@@ -145,6 +145,15 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     assert any(path.suffix in (".log", ".out", ".err") for path in logs), "Ray's logs are searched too"
     assert (place.folder / "study.db").is_file()
     assert list(place.folder.glob("runs/*/trial-*/trial.log"))
+    # What is done with what they found.
+    found, trained = (str(next(place.folder.glob(f"runs/tiny-{kind}-*"))) for kind in ("search", "retrain"))
+    place.run("export", *config, trained)
+    place.run("promote", *config, trained)
+    place.run("compare", *config, found, trained, "--out", "page")
+    place.run("draw", *config, found)
+    (Path(found) / "mlflow.json").unlink()
+    place.run("sync", found)
+    assert {path.name for path in place.folder.iterdir()} >= {"page", "cells"}
     assert not place.found()
 
 
