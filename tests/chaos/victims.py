@@ -221,7 +221,7 @@ class Sitting:
             assert time.monotonic() < end, f"it does not come to pass:\n{self.words}"
             time.sleep(0.02)
 
-    def end(self, seconds: float = 300) -> int:
+    def end(self, seconds: float = 600) -> int:
         """Wait for its end."""
         code = self.process.wait(seconds)
         self._reader.join(30)
