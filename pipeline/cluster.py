@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -42,6 +42,8 @@ LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
+SECONDS_WITHOUT_HEAD = 30.0  # after which the cluster is lost; after 60 Ray ends the process
+SECONDS_TO_UNWIND = 5.0  # for a thread that was interrupted; calls into a lost cluster can't be
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 NO_COLLECTORS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -297,6 +299,63 @@ def find_address(address: str | None) -> str | None:
         with contextlib.suppress(OSError):
             address = file.read_text().strip() or address
     return None if address == "local" else address
+
+
+@contextlib.contextmanager
+def noticing_its_loss(job: str, logs: Path) -> Iterator[None]:
+    """Inside, this thread is interrupted when the cluster's head is gone: Ray would end the process without a word.
+
+    Args:
+        job: for the message.
+        logs: of Ray, likewise.
+
+    Raises:
+        IstanasError: the cluster was lost.
+    """
+    import ray
+
+    if ray.util.client.ray.is_connected():  # which breaks by itself
+        yield
+        return
+    head = ray.get_runtime_context().gcs_address
+    host, _, port = head.rpartition(":")
+    words = (
+        f"{job}: Ray was lost (no answer from {head} for {SECONDS_WITHOUT_HEAD:.0f} s), see {logs}; the same command "
+        "goes on, on another cluster, too"
+    )
+    lost, ended, me = threading.Event(), threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        heard = time.monotonic()
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            with contextlib.suppress(OSError):
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                heard = time.monotonic()
+            if time.monotonic() - heard > SECONDS_WITHOUT_HEAD:
+                lost.set()
+                signal.pthread_kill(me, signal.SIGTERM)  # not SIGINT, to which background jobs are deaf
+                if not ended.wait(SECONDS_TO_UNWIND):
+                    _die(words)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise IstanasError(words) from None
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _die(words: str) -> NoReturn:
+    """End the process at once: its main thread hangs in a call of Ray's, until Ray does the same without a word."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the progress bar has hidden it
+    os.write(2, f"{show_cursor}\nerror: {words}\n".encode())
+    os._exit(1)
 
 
 def check_address(address: str) -> None:

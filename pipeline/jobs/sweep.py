@@ -24,7 +24,7 @@ from istanas.errors import ConfigError, IstanasError
 from istanas.space import Genotype
 from istanas.training import Compute, derive_seed
 from pipeline import storage, summary
-from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
+from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line, noticing_its_loss
 from pipeline.config import known_methods, run_hash, to_yaml, with_settings
 from pipeline.jobs.job import (
     CELL_FIGURES,
@@ -562,7 +562,8 @@ def _run_tune(
         ),
     )
     try:
-        tuner.fit()
+        with noticing_its_loss("sweep", folder / LOG_FOLDER):
+            tuner.fit()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise IstanasError(
             f"sweep: Ray Tune could not go on ({last_line(error)}), see {folder / LOG_FOLDER}; the same command does"

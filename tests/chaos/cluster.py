@@ -76,7 +76,8 @@ class TwoMachines:
     """Head and node in network namespaces of their own, as on two machines that share a disk."""
 
     environment: Mapping[str, str] = {
-        k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+        **{k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"},
+        "RAY_AUTH_MODE": "disabled",  # else `ray start` takes the token of the user's home, if there is one
     }
 
     def __init__(self, folder: Path) -> None:
@@ -123,7 +124,11 @@ class TwoMachines:
 
     def _wait_for_nodes(self) -> None:
         command = [sys.executable, "-c", COUNT_NODES, self.address, "2"]
-        assert self._network.start(self._network.machines[0], command, env=self.environment).wait(120) == 0
+        counting = self._network.start(
+            self._network.machines[0], command, env=self.environment, stderr=subprocess.PIPE
+        )
+        _, said = counting.communicate(timeout=120)
+        assert counting.returncode == 0, said
 
     def named(self, part: str) -> list[psutil.Process]:
         return [p for p in self._all() if part in title(p)]
