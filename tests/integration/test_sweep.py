@@ -216,6 +216,17 @@ def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
     assert "finished before" in err
 
 
+def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple[Path, Any]) -> None:
+    folder, result = whole
+    metrics = sweep_directory(folder) / "metrics.jsonl"
+    before = metrics.read_bytes()
+    metrics.write_bytes(b"\x00" + before)
+    again = finish(start(folder, stderr=subprocess.PIPE))
+    assert metrics.read_bytes() == before
+    assert again["digest"] == result["digest"]
+    assert RunDir(metrics.parent).read().status == "FINISHED"
+
+
 def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
