@@ -7,6 +7,7 @@ hundreds of megabytes.
 from __future__ import annotations
 
 import os
+import stat
 
 KB, MB = 2**10, 2**20
 
@@ -36,8 +37,8 @@ METRICS_BYTES = 32 * MB
 TABLE_BYTES = 64 * MB
 """Of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
 
-CHECKPOINT_PICKLE_BYTES = 32 * MB
-"""Of what is no tensor in a checkpoint; that of the published search has under one."""
+CHECKPOINT_PICKLE_BYTES = 128 * MB
+"""Of what is no tensor in a checkpoint; that of the published search has under one; 1,000 epochs of 16 nodes: 32."""
 
 NETWORK_LAYERS = 1_000
 """Cells of a network that is loaded."""
@@ -49,25 +50,31 @@ MAX_SIDE = 4_096
 """Pixels of a side of the pictures that a loaded network is for."""
 
 
-def read_at_most(path: str | os.PathLike[str], limit: int) -> bytes:
+def read_at_most(path: str | os.PathLike[str], limit: int, *, pipe: bool = False) -> bytes:
     """The content of a file.
 
     Args:
         path: the file.
         limit: bytes that it may have.
+        pipe: it may be a pipe, such as a shell's `<(...)`, whose writer is waited for.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is larger.
+        ValueError: it is larger, or a pipe.
 
     Example:
         >>> read_at_most("/dev/zero", 10)
         Traceback (most recent call last):
         ValueError: larger than 10 bytes
     """
+    if not pipe and stat.S_ISFIFO(os.stat(path).st_mode):
+        raise ValueError("a pipe, not a file")
     with open(path, "rb") as file:
-        too_large = os.fstat(file.fileno()).st_size > limit  # a pipe has none
-        data = b"" if too_large else file.read(limit + 1)
-    if too_large or len(data) > limit:
+        status = os.fstat(file.fileno())
+        if status.st_size > limit:
+            raise ValueError(f"larger than {limit} bytes")
+        # Not `limit` of a file, for so much would be set aside for it.
+        data = file.read() if stat.S_ISREG(status.st_mode) else file.read(limit + 1)
+    if len(data) > limit:
         raise ValueError(f"larger than {limit} bytes")
     return data

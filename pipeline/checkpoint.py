@@ -21,7 +21,7 @@ import torch
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline import storage
-from pipeline.rundir import atomic_write
+from pipeline.rundir import atomic_write, is_out_of_memory
 
 KEEP = 2
 
@@ -54,19 +54,10 @@ class FolderStore:
 
 
 def serialize(state: dict[str, Any]) -> bytes:
-    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes.
-
-    Raises:
-        CheckpointError: it would be refused when it is read.
-    """
+    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
-    try:
-        _check_sizes(data)
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint: {error}: fewer epochs or nodes") from None
-    return data
+    return buffer.getvalue()
 
 
 def deserialize(data: bytes) -> dict[str, Any]:
@@ -74,6 +65,7 @@ def deserialize(data: bytes) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the data is no checkpoint, or would fill much more memory than it has bytes.
+        MemoryError: there is not enough for it.
     """
     try:
         _check_sizes(data)
@@ -89,6 +81,8 @@ def deserialize(data: bytes) -> dict[str, Any]:
             "no checkpoint (not plain data, which alone is read): use the one before"
         ) from None
     except Exception as error:  # torch's reader of hostile bytes raises nearly everything
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from None
         reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
         raise CheckpointError(f"no checkpoint ({reason:.200}): use the one before") from None
     return state
@@ -179,9 +173,8 @@ def read_latest(folder: Path) -> bytes | None:
             TypeError,
             AttributeError,
             RecursionError,
-            MemoryError,
-        ) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
+        ) as error:  # not a MemoryError: the checkpoint may be whole
+            reason = " ".join(str(error).split())  # torch's errors have many lines
             broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
             continue
         _warn(broken, "the one before is used")
@@ -225,7 +218,7 @@ def _manifests(folder: Path) -> list[Path]:
         (
             p
             for p in folder.glob("epoch-*.json")
-            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit() and p.is_file()
+            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit()
         ),
         key=_epoch,
         reverse=True,

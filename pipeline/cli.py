@@ -26,7 +26,7 @@ from pipeline import storage
 from pipeline.interruption import INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.redaction import without_secrets
-from pipeline.rundir import is_full
+from pipeline.rundir import is_full, is_out_of_memory
 from pipeline.stored import KINDS, METHODS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
             click.echo(f"error: {_printable(line)}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
         remedy = (
@@ -96,15 +96,6 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
             remedy = "free space there (old runs, their ray folders, mlartifacts)"
         click.echo(f"error: {where}{error.strerror}: {remedy}, the same command resumes", err=True)
         return 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's of a GPU has a type, which is not imported for this; that of a CPU has only words.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -42,7 +42,6 @@ LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
-SECONDS_WITHOUT_HEAD = 30.0  # after which the cluster is lost; after 60 Ray ends the process
 SECONDS_TO_UNWIND = 5.0  # for a thread that was interrupted; calls into a lost cluster can't be
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 NO_COLLECTORS = {
@@ -301,29 +300,34 @@ def find_address(address: str | None) -> str | None:
     return None if address == "local" else address
 
 
+class _Lost(KeyboardInterrupt):
+    """Of the cluster, in the main thread, whatever it is doing; no library takes it for an error of its own."""
+
+
 @contextlib.contextmanager
-def noticing_its_loss(job: str, logs: Path) -> Iterator[None]:
-    """Inside, this thread is interrupted when the cluster's head is gone: Ray would end the process without a word.
+def noticing_its_loss(job: str, logs: Path, head: str, seconds: float) -> Iterator[None]:
+    """Inside, the main thread is interrupted when the cluster's head is gone; Ray would end the process without a word.
+
+    Elsewhere than in the main thread, which alone can be interrupted, it does nothing.
 
     Args:
         job: for the message.
         logs: of Ray, likewise.
+        head: HOST:PORT of the cluster's head.
+        seconds: without an answer, after which it is gone.
 
     Raises:
         IstanasError: the cluster was lost.
     """
-    import ray
-
-    if ray.util.client.ray.is_connected():  # which breaks by itself
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    head = ray.get_runtime_context().gcs_address
     host, _, port = head.rpartition(":")
     words = (
-        f"{job}: Ray was lost (no answer from {head} for {SECONDS_WITHOUT_HEAD:.0f} s), see {logs}; the same command "
-        "goes on, on another cluster, too"
+        f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}; the same command goes on, on "
+        "another cluster, too"
     )
-    lost, ended, me = threading.Event(), threading.Event(), threading.get_ident()
+    ended, main = threading.Event(), threading.get_ident()
 
     def watch() -> None:
         heard = time.monotonic()
@@ -331,31 +335,35 @@ def noticing_its_loss(job: str, logs: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
                 heard = time.monotonic()
-            if time.monotonic() - heard > SECONDS_WITHOUT_HEAD:
-                lost.set()
-                signal.pthread_kill(me, signal.SIGTERM)  # not SIGINT, to which background jobs are deaf
+            if time.monotonic() - heard > seconds:
+                signal.pthread_kill(main, signal.SIGUSR1)
                 if not ended.wait(SECONDS_TO_UNWIND):
                     _die(words)
                 return
 
+    def interrupt(*_: Any) -> NoReturn:
+        raise _Lost
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
+    except _Lost:
         raise IstanasError(words) from None
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _die(words: str) -> NoReturn:
     """End the process at once: its main thread hangs in a call of Ray's, until Ray does the same without a word."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the progress bar has hidden it
-    os.write(2, f"{show_cursor}\nerror: {words}\n".encode())
-    os._exit(1)
+    try:
+        os.write(2, f"{show_cursor}\nerror: {words}\n".encode(errors="replace"))
+    finally:
+        os._exit(1)
 
 
 def check_address(address: str) -> None:

@@ -256,7 +256,7 @@ def _size_of(node: Any, known: dict[int, int], depth: int = 0) -> int:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _load_yaml(read_at_most(path, CONFIG_BYTES).decode())
+        tree = _load_yaml(read_at_most(path, CONFIG_BYTES, pipe=True).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), give an existing YAML file") from None
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -32,6 +32,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
         leaving: after one was noted, the process is deaf to others until its end, which comes now.
     """
     noted: list[int] = []
+    repeats: list[threading.Timer] = []
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield noted
         return
@@ -43,18 +44,21 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
         with contextlib.suppress(OSError):
             os.write(2, STILL_CLOSING)  # the one way that is safe in the middle of anything
 
-    def again(unraisable: sys.UnraisableHookArgs) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt) and noted:
-            number = noted[0]
-            noted.clear()
-            # To the main thread, which else would not wake up.
-            main = threading.main_thread().ident
-            repeat = threading.Timer(SECONDS_TO_REPEAT, signal.pthread_kill, [main, number])
-            repeat.daemon = True
-            repeat.start()
-        else:
-            unraisable_hook(unraisable)
+    def repeat() -> None:
+        number = noted[0]
+        noted.clear()
+        # To the main thread, which else would not wake up.
+        signal.pthread_kill(main, number)
 
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt) or not noted:
+            unraisable_hook(unraisable)
+        elif not any(timer.is_alive() for timer in repeats):
+            repeats.append(threading.Timer(SECONDS_TO_REPEAT, repeat))
+            repeats[-1].daemon = True
+            repeats[-1].start()
+
+    main = threading.get_ident()
     unraisable_hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A shell's background jobs are deaf to Ctrl-C, and stay so.
@@ -65,6 +69,8 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
         yield noted
     finally:
         sys.unraisablehook = unraisable_hook
+        for timer in repeats:
+            timer.cancel()
         for number in taken:
             signal.signal(number, signal.SIG_IGN if leaving and noted else before[number])
         if leaving and noted:

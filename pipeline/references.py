@@ -233,7 +233,7 @@ def read_genotype(file: Path) -> Genotype:
         GenotypeError: it holds none; the message names the file.
     """
     try:
-        return Genotype.from_json(read_at_most(file, GENOTYPE_BYTES).decode())
+        return Genotype.from_json(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
     except UnicodeDecodeError:
         raise GenotypeError(f"{file}: is no text; give a JSON file that holds a genotype") from None
     except (GenotypeError, ValueError) as error:

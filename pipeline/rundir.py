@@ -154,6 +154,17 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine, or its GPU, has no memory left; torch says so of either only in words.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("no"))
+        (True, False)
+    """
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
 def refused(error: OSError, path: Path, needed: int) -> OSError:
     """The error with what the system leaves out of it: which file, and, of a full disk, what it needs and what is free.
 

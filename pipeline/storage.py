@@ -211,21 +211,25 @@ def held(path: Path, say: Say, *, wait: float = 0) -> Iterator[None]:
         yield
         return
     mirror = _Mirror(path)
-    with mirror.failures():
-        mirror.take(say, wait)
     beating = threading.Event()
     heart = threading.Thread(target=mirror.beat, args=(beating,), daemon=True)
-    heart.start()  # at once: fetching may take longer than others wait for a beat
     try:
-        with mirror.failures():
-            mirror.pull()
+        try:
+            with mirror.failures():
+                mirror.take(say, wait)
+                heart.start()  # now: fetching may take longer than others wait for a beat
+                mirror.pull()
+        except AwayError:
+            mirror.is_away = True
+            raise
         _held[path] = mirror
         yield
     finally:
         _held.pop(path, None)
         beating.set()
         if not mirror.is_away:  # else whoever comes next waits a minute
-            heart.join()
+            if heart.is_alive():
+                heart.join()
             mirror.leave()
 
 

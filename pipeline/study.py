@@ -219,6 +219,24 @@ def _kept_study(config: Config, name: str) -> Study:
     return optuna.load_study(study_name=name, storage=memory)
 
 
+def ended_study(config: Config, name: str) -> Study:
+    """The study of a sweep that has ended; it is not made if it has gone.
+
+    Raises:
+        IstanasError: there is none, or its database can't be used.
+    """
+    if _is_kept(config):
+        return _kept_study(config, name)
+    uri = storage_uri(config, name)
+    file = uri.removeprefix("sqlite:///")
+    if file != uri and not Path(file).is_file():
+        raise IstanasError(f"{file}: missing")
+    try:
+        return optuna.load_study(study_name=name, storage=uri)
+    except Exception as error:  # every database fails in its own way
+        raise IstanasError(f"{public_uri(uri)}: can't be used ({one_line(error)})") from None
+
+
 def _meaning(sweep: SweepSettings) -> list[str]:
     """What the values of a study's trials are."""
     return [sweep.objective, *sweep.objectives]

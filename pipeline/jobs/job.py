@@ -183,6 +183,7 @@ def execute(
     console: Console,
     datasets: Callable[[Prepared], tuple[DatasetUse, ...]],
     tell: Callable[[list[Record]], None] | None = None,
+    metrics_anew: Callable[[], list[MetricsLine]] | None = None,
     wait: float = 0,
 ) -> dict[str, Any]:
     """Run a job to its end, or go on with it, or return the result of a finished one.
@@ -197,6 +198,7 @@ def execute(
         datasets: the pictures that the job uses, from what was prepared.
         tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
             the run as it is, for others to close.
+        metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
         wait: so many seconds for another process that works on the same run; -1: for ever.
 
     Returns:
@@ -211,7 +213,7 @@ def execute(
         if not fresh:
             _mend_lost_record(run, spec, console_line(console))
         if not fresh and run.exists():
-            _mend(run, spec, console_line(console))
+            _mend(run, spec, console_line(console), metrics_anew)
         if not fresh and run.exists() and run.read().status == "FINISHED":
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
@@ -277,7 +279,12 @@ def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callabl
         say(f"{storage.shown(run.path)}: still says RUNNING ({one_line(error)}), the same command mends that")
 
 
-def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
+def _mend(
+    run: RunDir,
+    spec: JobSpec,
+    say: Callable[[str], None],
+    metrics_anew: Callable[[], list[MetricsLine]] | None = None,
+) -> None:
     """Make anew those damaged files of a run that its checkpoints and its configuration can replace."""
     try:
         run.read()
@@ -295,13 +302,24 @@ def _mend(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
         run.metrics()
     except CheckpointError as error:
         # Every line is in the newest checkpoint's history, too; a sweep that goes on makes its own from the study.
-        saved, record = checkpoint.load_latest(run.path / CHECKPOINTS), run.read()
-        if saved is None and record.status == "FINISHED":
-            if spec.kind != "sweep":
-                raise
-            run.write(dataclasses.replace(record, status="FAILED"))  # so that it goes on, if only to its end
+        saved, lines = checkpoint.load_latest(run.path / CHECKPOINTS), list[MetricsLine]()
+        if saved is not None:
+            lines = metrics_lines(saved["history"])
+        elif run.read().status == "FINISHED":
+            lines = _of_a_finished_run(metrics_anew, error)
         say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
-        run.replace_metrics([] if saved is None else metrics_lines(saved["history"]))
+        run.replace_metrics(lines)
+
+
+def _of_a_finished_run(
+    metrics_anew: Callable[[], list[MetricsLine]] | None, error: CheckpointError
+) -> list[MetricsLine]:
+    if metrics_anew is None:
+        raise error
+    try:
+        return metrics_anew()
+    except IstanasError as gone:
+        raise CheckpointError(f"{error} ({one_line(gone)})") from None
 
 
 def _mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +58,7 @@ from pipeline.study import (
     NODE,
     WARNED,
     best_trial,
+    ended_study,
     first_number,
     keep_study,
     n_failed,
@@ -82,6 +85,8 @@ from pipeline.trial import run_trial
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
 BEST = "best"
+RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+SECONDS_BEFORE_RAY = 15.0  # would end the process because the cluster's head is gone
 EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
 FIT_THE_PICTURES = {"cutout", "batch_size", "max_pictures", "alpha_fraction", "image_size"}
 # Tune's own: no files that nobody reads, no words on the terminal, no handler that turns Ctrl-C into an end, and
@@ -230,10 +235,17 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
             trials.leave()
         return outcome
 
+    def metrics_anew() -> list[MetricsLine]:
+        done = [t for t in own_trials(ended_study(config, spec.path.name)) if t.state.is_finished()]
+        if len(done) < sweep_of(config).trials:
+            raise IstanasError("the study lacks trials")
+        return _metrics_lines(config, done)
+
     result = execute(
         spec,
         prepare,
         body,
+        metrics_anew=metrics_anew,
         describe=lambda _: "",
         fresh=fresh,
         console=console,
@@ -562,7 +574,7 @@ def _run_tune(
         ),
     )
     try:
-        with noticing_its_loss("sweep", folder / LOG_FOLDER):
+        with _noticing_the_loss_of_ray(folder / LOG_FOLDER):
             tuner.fit()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise IstanasError(
@@ -575,6 +587,17 @@ def _run_tune(
         raise IstanasError(
             f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
         ) from searcher.error
+
+
+def _noticing_the_loss_of_ray(logs: Path) -> AbstractContextManager[None]:
+    import ray
+
+    if ray.util.client.ray.is_connected():  # which breaks by itself
+        return contextlib.nullcontext()
+    # By then Ray ends the process itself: a head that comes back in time is waited for as long as may be.
+    patience = float(os.environ.get(RAYS_PATIENCE, "60"))
+    seconds = max(5.0, patience - SECONDS_BEFORE_RAY)
+    return noticing_its_loss("sweep", logs, ray.get_runtime_context().gcs_address, seconds)
 
 
 def _tuner(files: Path, **options: Any) -> Any:

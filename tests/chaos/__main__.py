@@ -1,6 +1,7 @@
 """`make chaos`: every fault on every job, three moments each; then the table in tests/README.md, from what happened.
 
-Arguments are pytest's; with `-k EXPRESSION` some cases are run again, and the others keep their results.
+Arguments are pytest's; with those that choose (`-k EXPRESSION`, `--lf`) some cases are run again, and the others keep
+their results.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> int:
     """Run the tests, say where the words of what was lost are, write the table."""
     results = Path("chaos-results").resolve()
     results.mkdir(exist_ok=True)
-    if "-k" not in sys.argv:
+    if not any(word.startswith(("-k", "--lf")) or "::" in word for word in sys.argv):
         for old in results.iterdir():
             old.unlink()
     seed = os.environ.get("ISTANAS_CHAOS_SEED", str(random.SystemRandom().randrange(10**6)))

@@ -19,6 +19,8 @@ from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 # A node is given up after some three seconds of silence.
 IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+# And a head that is gone, by the command, after five.
+IMPATIENT_COMMAND = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
 SECONDS_TO_GIVE_UP = 5.0  # that a node has, when it is back, to notice that it was
 COUNT_NODES = """
 import sys, time, ray
@@ -32,7 +34,7 @@ class OneMachine:
     """All on 127.0.0.1."""
 
     prefix: tuple[str, ...] = ()  # of a command that runs beside the head
-    environment: Mapping[str, str] = ENVIRONMENT
+    environment: Mapping[str, str] = {**ENVIRONMENT, **IMPATIENT_COMMAND}
 
     def __init__(self, folder: Path) -> None:
         self.start()

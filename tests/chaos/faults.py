@@ -81,12 +81,17 @@ def kill_driver(case: Case, times: int) -> None:
 
 
 def terminate(case: Case, times: int) -> None:
-    end_each_time(case, times, lambda sitting: sitting.process.terminate(), 143)
+    def strike(sitting: Sitting) -> None:
+        sitting.wait(sitting.listens)
+        sitting.process.terminate()
+
+    end_each_time(case, times, strike, 143)
     assert all(sitting.said(SAME_COMMAND_GOES_ON) for sitting in case.sittings[:-1])
 
 
 def interrupt_twice(case: Case, times: int) -> None:
     def strike(sitting: Sitting) -> None:
+        sitting.wait(sitting.listens)
         os.killpg(sitting.process.pid, signal.SIGINT)
         time.sleep(case.draw.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):  # it was quick

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -209,6 +210,12 @@ class Sitting:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    def listens(self) -> bool:
+        """Whether the command has taken the signals that end it; Python, still loading it, ends as it always does."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
 
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in list(self.lines))

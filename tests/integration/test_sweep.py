@@ -21,7 +21,7 @@ from istanas.errors import ConfigError
 from pipeline.cli import run
 from pipeline.config import load
 from pipeline.rundir import RunDir
-from pipeline.study import own_trials
+from pipeline.study import STUDY_FILE, own_trials
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
 from tests.mlflow_server import server
@@ -221,10 +221,20 @@ def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple
     metrics = sweep_directory(folder) / "metrics.jsonl"
     before = metrics.read_bytes()
     metrics.write_bytes(b"\x00" + before)
-    again = finish(start(folder, stderr=subprocess.PIPE))
+    record = (metrics.parent / "run.json").read_bytes()
+    study = folder / "runs" / STUDY_FILE
+    study.rename(folder / "elsewhere")
+    process = start(folder, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert re.fullmatch(
+        r"error: \S+/metrics.jsonl: line 1 is not a line of metrics; .*: missing\)", err.strip()
+    )
+    assert not study.exists()
+    (folder / "elsewhere").rename(study)
+    assert finish(start(folder, stderr=subprocess.PIPE)) == result
     assert metrics.read_bytes() == before
-    assert again["digest"] == result["digest"]
-    assert RunDir(metrics.parent).read().status == "FINISHED"
+    assert (metrics.parent / "run.json").read_bytes() == record
 
 
 def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from pipeline.interruption import signals_interrupt
 from pipeline.launch import _on_workers
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
+from tests.ports import unused_port
 
 
 # ---------- the mailbox
@@ -175,3 +178,40 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()
+
+
+# ---------- a cluster whose head goes away
+STUCK = """
+import signal, time
+from pathlib import Path
+from pipeline import cluster
+cluster.SECONDS_TO_UNWIND = 0.5
+with cluster.noticing_its_loss("sweep", Path("logs"), "127.0.0.1:{port}", 0.1):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # as a call into a library that hears of nothing
+    time.sleep(60)
+"""
+
+
+def test_the_loss_of_the_head_interrupts_what_waits_for_it() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        with cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1):
+            time.sleep(1.5)  # it lives
+    began = time.monotonic()
+    with (
+        pytest.raises(
+            IstanasError, match=f"^sweep: Ray was lost .no answer from 127.0.0.1:{port} for 0 s., see "
+        ),
+        cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1),
+    ):
+        time.sleep(30)
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_where_nothing_can_be_interrupted_the_process_ends_with_the_same_words() -> None:
+    command = [sys.executable, "-c", STUCK.format(port=unused_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: sweep: Ray was lost (no answer from 127.0.0.1:")

@@ -487,7 +487,7 @@ def test_of_two_that_start_at_the_same_moment_one_is_refused(
     for _ in range(2):
         elsewhere()
         mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
-        threads.append(threading.Thread(target=start, args=(mirror,)))
+        threads.append(threading.Thread(target=start, args=(mirror,), daemon=True))
         threads[-1].start()
     for thread in threads:
         thread.join(30)
