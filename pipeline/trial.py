@@ -21,7 +21,7 @@ from istanas.space import Genotype
 from pipeline import checkpoint, storage
 from pipeline.cluster import Runtime
 from pipeline.epochs import Record
-from pipeline.jobs.job import CHECKPOINTS, SECONDS_TO_END
+from pipeline.jobs.job import CHECKPOINTS
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
@@ -32,6 +32,8 @@ from pipeline.tracking import one_line, open_client, store_uri
 from pipeline.worker import rollbacks
 
 LOG_FILE = "trial.log"
+# That a trial waits for its run: on a node that was cut off, the process before goes on until Ray ends it a minute later.
+SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
 
 
@@ -52,7 +54,7 @@ def run_trial(task: dict[str, Any]) -> None:
     try:
         # Here already, for the log is one of its files.
         with (
-            storage.held(path, said.append, wait=SECONDS_TO_END),
+            storage.held(path, said.append, wait=SECONDS_TO_LET_GO),
             open(path / LOG_FILE, "a", buffering=1) as log,
         ):
             log.writelines(f"{line}\n" for line in said)
@@ -132,6 +134,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             parent=task["parent"],
             tags=task["tags"],
             tell=tell,
+            wait=SECONDS_TO_LET_GO,
         )
         history = _history(storage.local(search["run_dir"]))
         tell(history)  # of a search that had finished before

@@ -85,6 +85,7 @@ def run_search(
     parent: str | None = None,
     tags: dict[str, str] | None = None,
     tell: Callable[[list[Record]], None] | None = None,
+    wait: float = 0,
 ) -> SearchResult | OneStageResult:
     """Search an architecture.
 
@@ -96,7 +97,7 @@ def run_search(
         runtime: Ray, if there are workers.
         jobs: whose settings to check against the data before any work; `run` adds "retrain".
         parent, tags: see `search_spec`.
-        tell: see `execute`.
+        tell, wait: see `execute`.
 
     Returns:
         See `SearchResult` and `OneStageResult`.
@@ -131,6 +132,7 @@ def run_search(
         console=console,
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
         tell=tell,
+        wait=wait,
     )
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 

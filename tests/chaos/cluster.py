@@ -25,8 +25,9 @@ SECONDS_TO_GIVE_UP = 5.0  # that a node has, when it is back, to notice that it 
 COUNT_NODES = """
 import sys, time, ray
 ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
-while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
     time.sleep(0.2)
+print(alive)
 """
 
 
@@ -95,7 +96,7 @@ class TwoMachines:
             self._start(1, "--head", "--port=6379", "--include-dashboard=false")
             self._wait_for_head()
             self._start(2, f"--address={self.address}")
-            self._wait_for_nodes()
+            self._count_nodes(at_least=2)
         except BaseException:
             self.close()
             raise
@@ -124,13 +125,14 @@ class TwoMachines:
             assert time.monotonic() < end, "the head node does not come up"
             time.sleep(0.2)
 
-    def _wait_for_nodes(self) -> None:
-        command = [sys.executable, "-c", COUNT_NODES, self.address, "2"]
-        counting = self._network.start(
-            self._network.machines[0], command, env=self.environment, stderr=subprocess.PIPE
-        )
-        _, said = counting.communicate(timeout=120)
+    def _count_nodes(self, at_least: int) -> int:
+        """How many are alive, once there are so many."""
+        command = [sys.executable, "-c", COUNT_NODES, self.address, str(at_least)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        counting = self._network.start(self._network.machines[0], command, env=self.environment, **pipes)
+        number, said = counting.communicate(timeout=120)
         assert counting.returncode == 0, said
+        return int(number)
 
     def named(self, part: str) -> list[psutil.Process]:
         return [p for p in self._all() if part in title(p)]
@@ -144,16 +146,13 @@ class TwoMachines:
         return found
 
     def cut_off_node(self, seconds: float) -> None:
-        """The node's cable is out for so long; if it was given up, another one comes."""
+        """The node's cable is out for so long; if it was given up, another one comes, beside what it still does."""
         self._set_link("down")
         time.sleep(seconds)
         self._set_link("up")
-        end = time.monotonic() + SECONDS_TO_GIVE_UP
-        while time.monotonic() < end:
-            if self._processes[-1].poll() is not None:
-                self._start(2, f"--address={self.address}")
-                return
-            time.sleep(0.2)
+        time.sleep(SECONDS_TO_GIVE_UP)
+        if self._count_nodes(at_least=1) < 2:
+            self._start(2, f"--address={self.address}")
 
     def _set_link(self, state: str) -> None:
         command = ["ip", "-n", self._network.user, "link", "set", "port2", state]
