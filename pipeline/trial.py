@@ -32,7 +32,7 @@ from pipeline.tracking import one_line, open_client, store_uri
 from pipeline.worker import rollbacks
 
 LOG_FILE = "trial.log"
-# That a trial waits for its run: the process before, on a node that was cut off, goes on for a minute, till Ray ends it.
+# That a trial waits for its run: the process before, on a node that was cut off, lives until Ray ends it, a minute later.
 SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
 
