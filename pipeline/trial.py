@@ -32,7 +32,7 @@ from pipeline.tracking import one_line, open_client, store_uri
 from pipeline.worker import rollbacks
 
 LOG_FILE = "trial.log"
-# That a trial waits for its run: the process before, on a node that was cut off, lives until Ray ends it, a minute later.
+# That a trial waits for its run: its first process, on a node that was cut off, lives a minute more, till Ray ends it.
 SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
 
