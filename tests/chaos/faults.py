@@ -189,6 +189,11 @@ def halt_node(case: Case, times: int) -> None:
     while_it_goes_on(case, times, lambda: one_of(case).halt_node(case.draw.choice((2, 3, 15))))
 
 
+def longer_trials(job: str) -> tuple[str, ...]:
+    """One on the other node goes on meanwhile, and the sweep must not be over then."""
+    return ("--set", "search.epochs=40") if job == "sweep" else ()
+
+
 def cut_off_node(case: Case, times: int) -> None:
     """Its network link is down for some seconds; likewise."""
     while_it_goes_on(case, times, lambda: two_of(case).cut_off_node(case.draw.choice((2, 3, 15))))
@@ -394,7 +399,14 @@ FAULTS = {
         Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, place=OneMachine, workers=2),
         Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
-        Fault("a node is cut off, and is back", cut_off_node, place=TwoMachines, workers=2, needs=refusal),
+        Fault(
+            "a node is cut off, and is back",
+            cut_off_node,
+            place=TwoMachines,
+            workers=2,
+            settings=longer_trials,
+            needs=refusal,
+        ),
         Fault("MLflow's server is killed", kill_mlflow, "two-stage"),
         Fault("MLflow's SQLite file locked by another writer", lock_sqlite),
         Fault("disk full", fill_disk, "one-stage", needs=no_small_disk),
