@@ -423,6 +423,19 @@ def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:
     assert "Traceback" not in "".join(outcome.errors)
 
 
+def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: Path) -> None:
+    """Checkpoints are the one kind of archive that is read; none is ever unpacked."""
+    run = run_of(folder, "search")
+    archive = io.BytesIO((run / "checkpoints" / "epoch-0001.pt").read_bytes())
+    with zipfile.ZipFile(archive, "a") as changed:
+        for name in ("../../../out.evil", str(folder.parent / "absolute.evil"), "archive/../../out.evil"):
+            changed.writestr(name, "written")
+    unfinished(run, archive.getvalue())
+    outcome = confined(["search", "--config", "tiny.yaml"], folder)
+    assert outcome.code == 0, outcome
+    assert not [path for path in folder.parent.rglob("*") if path.suffix == ".evil"]
+
+
 def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
     run = run_of(folder, "search")
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
