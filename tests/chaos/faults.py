@@ -293,8 +293,8 @@ def fill(file: Path) -> None:
 
 
 def damage(case: Case, times: int) -> None:
-    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep: Ray's own files)."""
-    ways = [cut_checkpoint, flip_bit, spoil_rays_files if case.job.name == "sweep" else cut_metrics]
+    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep, with Ray's own files)."""
+    ways = [cut_checkpoint, flip_bit, spoil_sweep if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
     for left in range(times, 0, -1):
         sitting = case.start()
@@ -336,8 +336,9 @@ def cut_metrics(case: Case) -> None:
     file.write_bytes(data[: -case.draw.randrange(1, 40)])
 
 
-def spoil_rays_files(case: Case) -> None:
-    """Whatever Ray has left in the run directory."""
+def spoil_sweep(case: Case) -> None:
+    """Metrics of the sweep or of a trial, and whatever Ray has left in the run directory."""
+    cut_metrics(case)
     files = [file for file in case.run.glob("ray/**/*") if file.is_file() and not file.is_symlink()]
     assert files
     for file in files:
