@@ -293,7 +293,7 @@ def fill(file: Path) -> None:
 
 
 def damage(case: Case, times: int) -> None:
-    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep, with Ray's own files)."""
+    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep, Ray's files, too)."""
     ways = [cut_checkpoint, flip_bit, spoil_sweep if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
     for left in range(times, 0, -1):
