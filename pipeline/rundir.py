@@ -302,6 +302,14 @@ class RunDir:
             _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
         return [_parse_line(line, file, number) for number, line in enumerate(complete, start=1)]
 
+    def ends_in_mid_line(self) -> bool:
+        """Whether the last line of metrics is half-written."""
+        try:
+            data = read_at_most(self.path / METRICS_FILE, METRICS_BYTES)
+        except FileNotFoundError:
+            return False
+        return data != b"" and not data.endswith(b"\n")
+
     def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
         """Rewrite all metrics atomically (a resumed run drops what it will measure again).
 

@@ -36,6 +36,7 @@ from pipeline.resources import count
 from pipeline.rundir import (
     ENVIRONMENT_FILE,
     LOCK_FILE,
+    METRICS_FILE,
     OWNER_FILE,
     RECORD_FILE,
     DatasetUse,
@@ -300,6 +301,9 @@ def _mend(
         (run.path / ENVIRONMENT_FILE).unlink()
     try:
         run.metrics()
+        # A run that goes on writes its last line again, one that has finished does not.
+        if run.ends_in_mid_line() and run.read().status == "FINISHED":
+            raise CheckpointError(f"{run.path / METRICS_FILE}: ends in mid-line; restore it, or use --fresh")
     except CheckpointError as error:
         # Every line is in the newest checkpoint's history, too; a sweep that goes on makes its own from the study.
         saved, lines = checkpoint.load_latest(run.path / CHECKPOINTS), list[MetricsLine]()

@@ -130,14 +130,27 @@ def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_fr
     assert run.data.tags["istanas.run_dir"] == str(other)
 
 
-def test_a_finished_run_with_damaged_metrics_has_them_again(undisturbed: Path, tmp_path: Path) -> None:
+def cut_the_last_line(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 20)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (garbage_in_the_middle, "line 2 is not a line of metrics"),
+        (cut_the_last_line, "ends in mid-line"),
+    ],
+)
+def test_a_finished_run_with_damaged_metrics_has_them_again(
+    undisturbed: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
     shutil.copytree(undisturbed.parent, tmp_path / "runs")
     (path,) = (tmp_path / "runs").glob(NAME)
     before = (path / "metrics.jsonl").read_bytes()
-    garbage_in_the_middle(path / "metrics.jsonl")
+    damage(path / "metrics.jsonl")
     _, seen = search(path.parent)
     assert "finished before" in seen
-    assert "metrics.jsonl: line 2 is not a line of metrics: made anew" in seen
+    assert f"metrics.jsonl: {says}: made anew" in seen
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
