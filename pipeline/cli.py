@@ -81,10 +81,8 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
-        remedy = (
-            "a smaller batch_size, fewer init_channels or layers, or more memory; the same command resumes"
-        )
+        reason = f" ({_printable(str(error).splitlines()[0]):.200})" if str(error) else ""
+        remedy = "free some, or give a job a smaller batch_size, fewer init_channels or layers"
         click.echo(f"error: out of memory{reason}: {remedy}", err=True)
         return 1
     except OSError as error:  # a full disk, a folder that may not be written

@@ -99,6 +99,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 
 
 @pytest.fixture
+def on_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners can't look up each other's processes, and show soon that they live."""
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
+    monkeypatch.setattr(storage._Owner, "is_dead", False)
+
+
+@pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
     """A place in the bucket for each test."""
     return f"runs/{request.node.name}"
@@ -430,11 +437,9 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
 
 
 def test_a_second_machine_is_refused_while_the_first_lives(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
     monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.5)
-    monkeypatch.setattr(storage._Owner, "is_dead", False)  # as if on another host
     address = f"s3://{BUCKET}/{prefix}/run"
     first = storage.local(address)
     said: list[str] = []
@@ -463,11 +468,9 @@ def test_a_second_machine_is_refused_while_the_first_lives(
 
 
 def test_of_two_that_start_at_the_same_moment_one_is_refused(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
     monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
-    monkeypatch.setattr(storage._Owner, "is_dead", False)  # as if on another host
     together, ended = threading.Barrier(2), threading.Event()
     owners: list[storage._Mirror] = []
     refused: list[str] = []

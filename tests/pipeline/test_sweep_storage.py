@@ -40,6 +40,7 @@ from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, i
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
+on_other_hosts = test_storage.on_other_hosts
 
 SWEEP = "tiny-sweep-0123456789"  # a run directory
 SPACE = "sweep={trials: 3, searcher: random, space: {search.lr: {loguniform: [0.01, 0.3]}}}"
@@ -175,12 +176,10 @@ def test_a_sweeps_run_directory_and_its_trials_do_not_touch_each_other(
 
 
 def test_of_many_that_want_one_run_each_waits_for_the_others(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As trials of several nodes do that have found the same cell."""
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
     monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
-    monkeypatch.setattr(storage._Owner, "is_dead", False)  # as if on another host
     mirrors = []
     for _ in range(3):
         elsewhere()
