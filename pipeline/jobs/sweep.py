@@ -437,10 +437,8 @@ class _Trials:
             self._delivered &= close_below(self._run.path, self._config)
             if not self._delivered:
                 deliver_below(self._run.path, self._config)
-        except (
-            OSError,
-            IstanasError,
-        ) as error:  # a full disk, a storage: it must not hide what else has failed
+        except (OSError, IstanasError) as error:
+            # A full disk, a storage that is away: it must not hide what else has failed.
             self._observer.note(
                 f"runs of trials are left RUNNING ({one_line(error)}), the same command mends that"
             )
