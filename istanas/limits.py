@@ -38,7 +38,7 @@ TABLE_BYTES = 64 * MB
 """Of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
 
 CHECKPOINT_PICKLE_BYTES = 32 * MB
-"""Of what is no tensor in a checkpoint; that of the published search has under one, 1,000 epochs of 16 nodes have 32."""
+"""Of what is no tensor in a checkpoint; that of the published search has under one; 1,000 epochs of 16 nodes: 32."""
 
 NETWORK_LAYERS = 1_000
 """Cells of a network that is loaded."""
