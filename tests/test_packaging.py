@@ -98,13 +98,14 @@ def files(repo_root: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def imported_by_istanas(repo_root: Path) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after importing istanas and all its submodules."""
+    """Top-level modules that a fresh interpreter holds after importing istanas and all its submodules, and loading digits."""
     code = """
 import importlib, json, pkgutil, sys
 import istanas
 def fail(name): raise ImportError(name)
 for module in pkgutil.walk_packages(istanas.__path__, "istanas.", onerror=fail):
     importlib.import_module(module.name)
+importlib.import_module("istanas.data").load_dataset("digits")
 print(json.dumps(sorted(sys.modules)))
 """
     modules = json.loads(fresh_python(code, repo_root))

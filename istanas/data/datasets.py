@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import os
 import stat
@@ -308,11 +309,11 @@ def _stratified_part(labels: Tensor, fraction: float, total: int, seed: int) -> 
 # ---------- arrays
 def _load_digits(request: _Request) -> ImageDataset:
     """Load scikit-learn's 1,797 handwritten digits; the test split is the same fifth for every seed."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = torch.as_tensor(bunch.target, dtype=torch.int64)
+    # Its file only: to import scikit-learn takes a second, and every worker and trial of a job would wait for it.
+    file = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(file), delimiter=",")  # 64 greys of 0..16, and the digit
+    images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = torch.as_tensor(rows[:, -1], dtype=torch.int64)
     rest, part = stratified_split(labels, 0.2, seed=0)
     pictures = torch.from_numpy(images)
     return _array_dataset(
