@@ -60,3 +60,13 @@ def golden_dir(shared_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"golden files: no folder {folder}; set ISTANAS_SHARED to the folder that holds golden/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without a run, to be copied: making one takes seconds."""
+    from pipeline.tracking import open_client
+
+    file = tmp_path_factory.mktemp("blank") / "mlflow.db"
+    open_client(f"sqlite:///{file}").search_experiments()
+    return file

@@ -98,7 +98,7 @@ def files(repo_root: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def imported_by_istanas(repo_root: Path) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after importing istanas and all its submodules, and loading digits."""
+    """Top-level modules of a fresh interpreter that has imported all of istanas, and loaded the digits."""
     code = """
 import importlib, json, pkgutil, sys
 import istanas

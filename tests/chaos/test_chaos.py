@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import open_client
 from tests.chaos import report
 from tests.chaos.checks import check_as_undisturbed, check_cluster_is_left, check_nothing_lives
 from tests.chaos.faults import FAULTS, Fault
@@ -42,16 +41,7 @@ Undisturbed = Callable[[Fault, Job], Case]
 
 
 @pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database without a run: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    file = folder / "mlflow.db"
-    open_client(f"sqlite:///{file}").search_experiments()
-    return file
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Undisturbed:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Undisturbed:
     """Runs a job that nobody disturbs, once for each number of workers and kind of settings."""
     done: dict[tuple[str, ...], Case] = {}
 
@@ -60,7 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> 
         key = (job.name, *settings)
         if key not in done:
             case = Case(job, tmp_path_factory.mktemp("undisturbed"), random.Random(0), settings)
-            shutil.copy(empty_store, case.folder / "mlflow.db")
+            shutil.copy(blank_database, case.folder / "mlflow.db")
             case.finish()
             done[key] = case
         return done[key]
@@ -74,8 +64,8 @@ def settings_of(fault: Fault, job: Job) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def case_folder(tmp_path: Path, empty_store: Path) -> Iterator[Path]:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
+def case_folder(tmp_path: Path, blank_database: Path) -> Iterator[Path]:
+    shutil.copy(blank_database, tmp_path / "mlflow.db")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 

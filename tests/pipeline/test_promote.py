@@ -21,13 +21,6 @@ from tests.pipeline.test_tracking import end_run, make_run, save_small_network, 
 Trained = Callable[..., RunDir]
 
 
-@pytest.fixture(scope="module")
-def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("blank") / "mlflow.db"
-    open_client(f"sqlite:///{file}")
-    return file
-
-
 @pytest.fixture
 def store(tmp_path: Path, blank_database: Path) -> str:
     return f"sqlite:///{shutil.copy(blank_database, tmp_path)}"

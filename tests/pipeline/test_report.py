@@ -49,14 +49,6 @@ RECORD = RunRecord(
 
 
 @pytest.fixture(scope="module")
-def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs, to be copied: making one takes seconds."""
-    file = tmp_path_factory.mktemp("blank") / "mlflow.db"
-    open_client(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
     """Two searches, the older one retrained twice after the younger one had begun, and a stray run."""
     folder = tmp_path_factory.mktemp("report")

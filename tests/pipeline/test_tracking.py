@@ -60,14 +60,6 @@ TRAINING, ALPHAS, HOLDOUT, TEST = (
 
 
 @pytest.fixture(scope="module")
-def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs, to be copied: making one takes seconds."""
-    file = tmp_path_factory.mktemp("blank") / "mlflow.db"
-    open_client(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
     """The store that the tests of this module share."""
     return f"sqlite:///{shutil.copy(blank_database, tmp_path_factory.mktemp('store'))}"
