@@ -651,8 +651,11 @@ def _file_system(address: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem
 
     url = urlsplit(address)
+    query = url.query
+    if url.scheme == "s3" and "allow_delayed_open" not in query:  # a small object is one request, else three
+        query = "&".join(filter(None, [query, "allow_delayed_open=true"]))
     try:
-        system, _ = FileSystem.from_uri(_address(url.scheme, [url.netloc], url.query))
+        system, _ = FileSystem.from_uri(_address(url.scheme, [url.netloc], query))
         return system, "/".join([url.netloc, *_parts(url)])
     except (ValueError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ConfigError(

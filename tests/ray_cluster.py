@@ -38,6 +38,13 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "5",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
+# Of a cluster that listens for mere clients (ray://).
+CLIENTS = {
+    # A busy machine takes its time to start the process that serves a client,
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+    # and forked while gRPC's threads were busy with another one, it sometimes hung before it had begun.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+}
 
 
 class RayCluster:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pandas as pd
 import psutil
 import pytest
@@ -21,11 +20,9 @@ from istanas.errors import ConfigError
 from pipeline.cli import run
 from pipeline.config import load
 from pipeline.rundir import RunDir
-from pipeline.study import STUDY_FILE, own_trials
+from pipeline.study import STUDY_FILE
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
-from tests.mlflow_server import server
-from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 
 TRIALS = 6
@@ -337,67 +334,3 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
     assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
     logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
     assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3
-
-
-def test_on_a_cluster_of_two_nodes_trials_spread_and_their_tree_in_an_mlflow_server_is_whole(
-    tmp_path: Path,
-) -> None:
-    port = unused_port()
-    store = f"http://127.0.0.1:{port}"
-    cluster = RayCluster(1)
-    (tmp_path / "mlflow").mkdir()
-    try:
-        with server(tmp_path / "mlflow", port):
-            cluster.add(1)
-            process = start(
-                tmp_path,
-                *("--address", cluster.address, "--set", f"tracking.uri={store}"),
-                *(
-                    "--set",
-                    "sweep.trials=2",
-                    "--set",
-                    "sweep.max_concurrent=2",
-                    "--set",
-                    "sweep.scheduler=none",
-                ),
-                *("--set", "search.epochs=2"),
-                stderr=subprocess.PIPE,
-            )
-            out, err = process.communicate(timeout=400)
-            assert process.returncode == 0, err
-            result = json.loads(out)
-            client = open_client(store)
-            (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
-            runs = list(client.search_runs([experiment.experiment_id]))
-            names = {
-                run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)}
-                for run in runs
-            }
-    finally:
-        cluster.close()
-    versions, storage, tracking, *_ = err.splitlines()
-    assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
-    assert storage == f"pre-flight: storage: 2 nodes and this process share {tmp_path}/runs"
-    assert tracking == f"pre-flight: tracking: {store} is reached from here and 2 nodes"
-    assert (result["complete"], result["failed"]) == (2, 0)
-    study = optuna.load_study(
-        study_name=sweep_directory(tmp_path).name, storage=f"sqlite:///{tmp_path}/runs/optuna.db"
-    )
-    first, second = own_trials(study)  # points beyond the two wait
-    assert second.datetime_start is not None
-    assert first.datetime_complete is not None
-    assert second.datetime_start < first.datetime_complete, "one after the other, though both have room"
-
-    (parent,) = [run for run in runs if run.data.tags["istanas.kind"] == "sweep"]
-    trials = [run for run in runs if run.data.tags["istanas.kind"] == "search"]
-    cells = [run for run in runs if run.data.tags["istanas.kind"] == "retrain"]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert [run.data.tags["mlflow.parentRunId"] for run in trials] == 2 * [parent.info.run_id]
-    assert len({run.data.tags["istanas.node"] for run in trials}) == 2, "both on one node"
-    assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= {run.info.run_id for run in trials}
-    assert len(cells) == table(tmp_path)["digest"].nunique()
-    assert all(len(run.data.metrics) > 5 for run in trials + cells)
-    assert all({"config.yaml", "genotype.json", "report.html"} <= names[run.info.run_id] for run in runs)
-    assert {"trials.csv", "sweep.html", "best"} <= names[parent.info.run_id]
-    assert len(runs) == 3 + len(cells)
-    assert not (tmp_path / "mlflow.db").exists(), "a second store beside the server"

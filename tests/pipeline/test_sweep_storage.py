@@ -4,18 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
-import re
 import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-import pandas as pd
 import pytest
 from optuna.trial import TrialState
 from rich.console import Console
@@ -26,18 +21,13 @@ from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.jobs.job import announce, close, close_below
 from pipeline.jobs.search import run_search, search_spec
-from pipeline.references import resolve_genotype
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
-from pipeline.searcher import first_settings
 from pipeline.study import keep_study, open_study
-from pipeline.sweep_report import COLUMNS
-from pipeline.sweep_space import trial_config
 from pipeline.tracking import open_client
 from tests.pipeline import test_storage
 from tests.pipeline.test_jobs import TINY
-from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, istanas
-from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
+from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 on_other_hosts = test_storage.on_other_hosts
@@ -302,182 +292,3 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     keep_study(own, run_dir())
     assert optuna.get_all_study_names(database) == [SWEEP]
     assert not (run_dir() / "optuna.db").exists()
-
-
-# ---------- a whole one
-TRIALS = 3
-CONFIG = f"""
-data: {{name: digits, holdout: 0.2}}
-space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
-search: {{epochs: 4, batch_size: 64, init_channels: 4, layers: 3, arch_lr: 0.01}}
-retrain: {{epochs: 1, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0, drop_path: 0, cutout: 0}}
-runtime: {{threads: 1, device: cpu}}
-sweep:
-  trials: {TRIALS}
-  objective: retrained
-  searcher: random
-  scheduler: none
-  space: {{search.lr: {{loguniform: [0.02, 0.3]}}}}
-"""
-
-
-class Table:
-    """A sweep's table in the bucket."""
-
-    def __init__(self, server: Server, prefix: str) -> None:
-        self._client, self._prefix = server.client, prefix
-
-    def read(self) -> pd.DataFrame:
-        """Empty before there is one."""
-        found = self._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{self._prefix}/").get("Contents", [])
-        keys = [entry["Key"] for entry in found if entry["Key"].endswith("/trials.csv")]
-        if not keys:
-            return pd.DataFrame({"state": []})
-        return pd.read_csv(self._client.get_object(Bucket=BUCKET, Key=keys[0])["Body"], dtype=COLUMNS)
-
-    @property
-    def ended(self) -> int:
-        return sum(state == "COMPLETE" for state in self.read()["state"])
-
-    def has(self, end: str) -> bool:
-        """Whether there is an object whose name ends so, or is like that."""
-        found = self._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{self._prefix}/").get("Contents", [])
-        return any(re.search(end, entry["Key"]) for entry in found)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come to pass"
-        time.sleep(0.05)
-
-
-def expected(folder: Path) -> list[tuple[dict[str, Any], str, float]]:
-    """Settings, genotype and top-1 of the trials, each searched in this process, without sweep, Ray and bucket."""
-    (folder / "tiny.yaml").write_text(CONFIG)
-    config = load(folder / "tiny.yaml", ["tracking.enabled=false", f"runtime.runs_dir={folder}/alone"])
-    found = []
-    for settings in first_settings(config, TRIALS):
-        result = search(trial_config(config, settings))
-        found.append((settings, result["digest"], result["valid_top1"]))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a disk of its own")
-def test_two_nodes_and_a_command_that_is_killed_share_nothing_but_the_bucket(
-    server: Server,
-    elsewhere: Elsewhere,
-    prefix: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    disk, table, place = tmp_path / "disk", Table(server, prefix), f"s3://{BUCKET}/{prefix}"
-    disk.mkdir()
-    store = f"sqlite:///{tmp_path}/mlflow.db"  # stands for a server, and not on anybody's disk
-    of_machine = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    of_machine |= {"HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache")}
-    cluster = RayCluster(1, environment=of_machine)
-
-    def start() -> subprocess.Popen[str]:
-        (disk / "tiny.yaml").write_text(CONFIG)
-        arguments = ["--config", "tiny.yaml", "--json", "--address", cluster.address]
-        for setting in (f"runtime.runs_dir={place}", f"tracking.uri={store}"):
-            arguments += ["--set", setting]
-        return subprocess.Popen(
-            [*PROGRAM, "sweep", *arguments],
-            cwd=disk,
-            env={**ENVIRONMENT, **of_machine},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    try:
-        cluster.add(1, disk)  # where the first one has its disk, this one has another
-        killed = start()
-        alone = expected(tmp_path)  # meanwhile
-        try:  # at a moment when a trial has ended, and the last one is in the middle of its search
-            wait_for(lambda: killed.poll() is not None or table.has(r"/trial-0002-.*/epoch-0001\.json"), 120)
-        finally:
-            killed.kill()
-        _, said = killed.communicate()
-        assert 1 <= table.ended < TRIALS, said
-        wait_for(lambda: not cluster.trials(), 20)
-        shutil.rmtree(disk)
-        disk.mkdir()
-        again = start()
-        out, err = again.communicate(timeout=200)
-        assert again.returncode == 0, err
-    finally:
-        cluster.close()
-    assert f"pre-flight: storage: 2 nodes and this process share {place}" in err
-    assert re.search(r"resumed: [12] trials? done, [12] to go on with, 0 to come", err)
-    result, frame = json.loads(out), table.read()
-    assert result["run_dir"] == f"{place}/{Path(result['run_dir']).name}"
-    assert list(frame["state"]) == ["COMPLETE"] * TRIALS
-    assert [
-        ({"search.lr": row["search.lr"]}, row["digest"], row["valid_top1"])
-        for row in frame.to_dict("records")
-    ] == alone
-    best = int(frame["retrained_top1"].astype(float).argmax())
-    assert (result["best_trial"], result["digest"]) == (best, frame["digest"][best])
-
-    client = open_client(store)
-    (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
-    runs = list(client.search_runs([experiment.experiment_id]))
-    by_kind = {
-        kind: [r for r in runs if r.data.tags["istanas.kind"] == kind]
-        for kind in ("sweep", "search", "retrain")
-    }
-    (parent,) = by_kind["sweep"]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert [len(by_kind["search"]), len(by_kind["retrain"])] == [TRIALS, frame["digest"].nunique()]
-    assert {run.data.tags["mlflow.parentRunId"] for run in by_kind["search"]} == {parent.info.run_id}
-    assert {run.data.tags["istanas.run_dir"] for run in by_kind["search"]} == set(frame["run_dir"])
-    assert {run.info.run_id for run in by_kind["search"]} == set(frame["mlflow_run_id"])
-    names = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert names >= {"config.yaml", "trials.csv", "sweep.html", "report.html", "best"}
-    there = in_bucket(server, result["run_dir"])
-    assert {
-        "optuna.db",
-        "trials.csv",
-        "sweep.html",
-        "report.html",
-        "best/genotype.json",
-        "metrics.jsonl",
-    } <= there.keys()
-    third = next(data.decode() for name, data in there.items() if re.match(r"trial-0002-.*/trial\.log", name))
-    assert re.search(r"^resumed after epoch [123]$", third, re.MULTILINE)
-    logs = [data.decode() for name, data in there.items() if name.endswith("/trial.log")]
-    assert len(logs) == TRIALS
-    assert len({line for log in logs for line in log.splitlines() if line.startswith("on node")}) == 2, (
-        "all on one"
-    )
-    assert not [name for name in there if name.endswith(storage.OWNER_OBJECT)]
-
-    # From a machine that has never seen it.
-    elsewhere()
-    trial_dir = frame["run_dir"][best]
-    common = [f"--set=tracking.uri={store}", f"--set=runtime.runs_dir={place}"]
-    assert istanas("results", "--sweep", result["run_dir"], *common, "--json", capsys=capsys)[0] == 0
-    for reference in (result["run_dir"], f"{result['run_dir']}/best/genotype.json", trial_dir):
-        code, lines, err_lines = istanas(
-            "draw", reference, *common, "--out", str(tmp_path / "cells"), "--json", capsys=capsys
-        )
-        assert code == 0, err_lines
-        assert json.loads(lines[-1])["digest"] == result["digest"]
-    code, _, lines = istanas(
-        "compare", *frame["run_dir"][:2], *common, "--out", str(tmp_path / "page"), capsys=capsys
-    )
-    assert code == 0, lines
-    settings = load(None)
-    _, parent_dir = resolve_genotype(
-        result["run_dir"],
-        space=settings.space.cell_space(),
-        runs_dir=storage.local(place),
-        tracking_uri=store,
-    )
-    assert parent_dir == trial_dir  # of a retraining of the sweep's best
