@@ -16,8 +16,8 @@ from pipeline.checkpoint import load_latest
 from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
+from tests.local_cluster import LocalCluster
 from tests.ray_cluster import PROGRAM, title
-from tests.ray_head import RayHead
 
 EPOCHS = 6
 CONFIG = f"""
@@ -30,14 +30,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    head = RayHead(2)
-    yield head
-    head.close()
+def head() -> Iterator[LocalCluster]:
+    head = LocalCluster(2)
+    try:
+        code, said = head("up", "1")
+        assert code == 0, said
+        yield head
+    finally:
+        head.close()
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: RayHead) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: LocalCluster) -> Path:
     """A working directory of somebody whose home has the cluster's token, and nothing else says so."""
     folder = tmp_path / "here"
     folder.mkdir()
@@ -81,7 +85,7 @@ class Client:
         return self.process.wait(60)
 
 
-def halt_after_an_epoch(head: RayHead, runs: Path) -> None:
+def halt_after_an_epoch(head: LocalCluster, runs: Path) -> None:
     """Halt Ray Train's worker with an epoch done: however long the rest takes, the job is in its middle."""
     end = time.monotonic() + 240
     while not any(path.stat().st_size for path in runs.glob("*/metrics.jsonl")):
@@ -100,7 +104,7 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 
 
 def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_here(
-    head: RayHead,
+    head: LocalCluster,
     here: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -185,7 +189,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
 
 
 def test_the_exit_code_is_the_jobs_and_a_configuration_from_elsewhere_goes_along(
-    head: RayHead, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    head: LocalCluster, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "elsewhere.yaml").write_text(CONFIG + "data: {name: folder, root: /nowhere/at/all}\n")
     settings = ("--set", f"runtime.runs_dir={tmp_path / 'shared'}", "--set", "tracking.enabled=false")
@@ -205,7 +209,7 @@ def test_the_exit_code_is_the_jobs_and_a_configuration_from_elsewhere_goes_along
 
 
 def test_who_has_no_token_or_a_wrong_address_gets_one_line(
-    head: RayHead, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    head: LocalCluster, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(address: str, *more: str) -> tuple[int, str]:
         code, out, err = command("jobs", "--address", address, *more, capsys=capsys)

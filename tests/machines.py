@@ -1,0 +1,151 @@
+"""A cluster of several machines, each a network namespace of its own, as a user starts, asks and uses it."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.namespaces import Network, address
+from tests.ray_cluster import ENVIRONMENT, PROGRAM
+
+JOB_SERVER = f"http://{address(1)}:8265"
+STORE = f"http://{address(1)}:5000"
+START_NODE = [
+    sys.executable,
+    *("-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"),
+]
+START_HEAD = [
+    *START_NODE,
+    *("--head", "--port=6379", f"--dashboard-host={address(1)}", "--include-dashboard=true"),
+]
+# Asks, without a token: prints the HTTP status. With it: until so many nodes are alive, and MLflow's server answers.
+ASK = """
+import json, sys, time, urllib.error, urllib.request
+nodes, health, token, number = *sys.argv[1:4], int(sys.argv[4])
+asked = urllib.request.Request(nodes, headers={"Authorization": "Bearer " + token} if token else {})
+end, alive = time.monotonic() + 120, 0
+while True:
+    try:
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            summary = json.load(answer)["data"]["summary"]
+        alive = sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+        if alive == number:
+            urllib.request.urlopen(health, timeout=10).close()
+            sys.exit()
+    except urllib.error.HTTPError as error:
+        if not token:
+            sys.exit(f"HTTP {error.code}")
+    except OSError:
+        pass
+    assert time.monotonic() < end, f"{alive} of {number} nodes are alive, or MLflow's server is not"
+    time.sleep(0.2)
+"""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A Ray node with one core on each, head and MLflow's server on the first; and where the user sits."""
+
+    network: Network
+    folder: Path
+    environment: dict[str, str]
+
+    def ask(self, token: str) -> str:
+        """What the dashboard says to somebody where the user sits: nothing, once all is there."""
+        number = len(self.network.machines)
+        what = [f"{JOB_SERVER}/nodes?view=summary", f"{STORE}/health", token, str(number)]
+        command = [sys.executable, "-S", "-c", ASK, *what]
+        process = self.network.start(self.network.user, command, stderr=subprocess.PIPE)
+        return str(process.communicate(timeout=150)[1]).strip()
+
+    def user(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What the user types, far from the cluster."""
+        process = self.network.start(
+            self.network.user,
+            [*PROGRAM, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = process.communicate(timeout=400)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def running(number: int, folder: Path) -> Iterator[Machines]:
+    """So many machines, for a while.
+
+    Args:
+        number: of them.
+        folder: on the disk that they share: where the user works, and MLflow's server has mlflow.db and artifacts.
+    """
+    short = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))  # sockets lie in it
+    token = short / "token"
+    token.write_text(secrets.token_hex(16))
+    token.chmod(0o600)
+    environment = {
+        **{name: value for name, value in ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "MLFLOW_TRACKING_URI": STORE,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # the server starts fewer processes
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    started: list[subprocess.Popen[str]] = []
+    with Network(number) as network, open(folder / "nodes.log", "w") as log:
+
+        def start(machine: int, command: Sequence[str]) -> None:
+            name = network.machines[machine - 1]
+            options = {"env": environment, "cwd": folder, "stdin": subprocess.DEVNULL}
+            started.append(network.start(name, command, stdout=log, stderr=log, **options))
+
+        try:
+            start(1, [sys.executable, "-m", "mlflow", "server", *_store_options(folder)])
+            start(1, [*START_HEAD, *_node_options(1, short)])
+            _wait_for_head(network)
+            for machine in range(2, number + 1):
+                start(machine, [*START_NODE, f"--address={address(1)}:6379", *_node_options(machine, short)])
+            machines = Machines(network, folder, environment)
+            assert machines.ask(token.read_text()) == "", (folder / "nodes.log").read_text()
+            yield machines
+        finally:
+            for process in started:
+                alive = process.poll() is None
+                family = psutil.Process(process.pid).children(recursive=True) if alive else []
+                process.kill()
+                for each in family:
+                    if each.is_running():
+                        each.kill()
+            shutil.rmtree(short, ignore_errors=True)
+
+
+def _node_options(machine: int, short: Path) -> list[str]:
+    return [f"--node-ip-address={address(machine)}", f"--temp-dir={short / str(machine)}"]
+
+
+def _store_options(folder: Path) -> list[str]:
+    files = (
+        f"--backend-store-uri=sqlite:///{folder}/mlflow.db",
+        f"--artifacts-destination={folder}/artifacts",
+    )
+    place = (f"--host={address(1)}", "--port=5000", f"--allowed-hosts={address(1)}:5000")
+    return ["--workers=1", *place, *files]
+
+
+def _wait_for_head(network: Network) -> None:
+    """Until the first machine's GCS listens, as a user who starts the next node would."""
+    probe = f"import socket; socket.create_connection(('{address(1)}', 6379), 2)"
+    end = time.monotonic() + 60
+    while network.start(network.user, [sys.executable, "-S", "-c", probe], stderr=subprocess.DEVNULL).wait():
+        assert time.monotonic() < end, "the head node does not come up"
+        time.sleep(0.2)
