@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from istanas.space import Genotype
@@ -17,7 +19,7 @@ from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests.local_cluster import LocalCluster
-from tests.ray_cluster import PROGRAM, title
+from tests.ray_cluster import PROGRAM
 
 EPOCHS = 6
 CONFIG = f"""
@@ -85,14 +87,31 @@ class Client:
         return self.process.wait(60)
 
 
-def halt_after_an_epoch(head: LocalCluster, runs: Path) -> None:
-    """Halt Ray Train's worker with an epoch done: however long the rest takes, the job is in its middle."""
+def halt_after_an_epoch(head: LocalCluster, job: str, client: Client) -> psutil.Process:
+    """Halt a job's command once it has told of an epoch: however long the rest takes, it is in its middle."""
     end = time.monotonic() + 240
-    while not any(path.stat().st_size for path in runs.glob("*/metrics.jsonl")):
+    logs = head.state / "1" / "session_latest" / "logs"
+    while not any("\nepoch 1:" in file.read_text() for file in logs.glob(f"job-driver-{job}.log")):
         assert time.monotonic() < end, "no epoch is done"
+        assert client.process.poll() is None, client.end()
         time.sleep(0.01)
-    (worker,) = [process for process in head.processes() if "RayTrainWorker" in title(process)]
-    worker.suspend()
+    (command,) = [process for process in head.processes() if "search" in process.cmdline()]
+    command.suspend()
+    return command
+
+
+def wake_when_told_to_end(process: psutil.Process) -> None:
+    """Before it does anything else, it then hears of it."""
+    end = time.monotonic() + 60
+    while not signals(process, "ShdPnd") >> (signal.SIGTERM - 1) & 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    process.resume()
+
+
+def signals(process: psutil.Process, which: str) -> int:
+    """The kernel's mask of them."""
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith(which)), 16)
 
 
 def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
@@ -116,11 +135,11 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     (here / "runs" / "large").write_bytes(b"not shipped")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     at = ("--address", head.address)
-    search = ("search", "--config", "tiny.yaml", "--set", f"runtime.runs_dir={runs}", "--workers", "1")
+    search = ("search", "--config", "tiny.yaml", "--set", f"runtime.runs_dir={runs}", "--workers", "0")
 
     assert command("jobs", *at, capsys=capsys)[1] == "no jobs yet\n"
     first = Client("submit", *at, "--name", "digits", "--", *search)
-    halt_after_an_epoch(head, runs)
+    driver = halt_after_an_epoch(head, "digits", first)
     first.until("epoch 1:")
     attached = Client("jobs", *at, "digits", "--follow")
     first.process.send_signal(signal.SIGINT)
@@ -138,6 +157,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     assert listed["command"] == f"istanas {' '.join(search)}"
 
     attached.until("epoch 1:")  # from the beginning
+    threading.Thread(target=wake_when_told_to_end, args=(driver,), daemon=True).start()
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
     assert code == 0
     assert out.splitlines()[-1] == "digits: stopped; submitted again, the same command resumes"
@@ -158,8 +178,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     taken = command("submit", *at, "--name", "digits", "--", *search, capsys=capsys)
     assert taken[0] == 2
     assert taken[2][-1].startswith(f"error: --name digits: {head.address} has had a job of this name, choose")
-    # On no worker of Ray's, which would take half a minute to start again; one rank has the same bits anywhere.
-    second = Client("submit", *at, "--", *search, "--workers", "0")
+    second = Client("submit", *at, "--", *search)
     assert second.end() == 0
     assert f"resumed after epoch {done}" in "\n".join(second.lines)
     assert not [line for line in second.lines if line.startswith("epoch 1:")]
