@@ -157,7 +157,7 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: OnOneNode) -> None:
-    """What Ray says to a client goes to the log. A sweep of a client: test_sweep_nodes; HOST:PORT: most others."""
+    """What Ray says to a client goes to the log. A sweep of a client: test_nodes_apart; HOST:PORT: most others."""
     versions, storage, begun, workers, first, second, table, *_ = on_one_node.lines
     assert versions.startswith(f"pre-flight: versions: the same on {NODES} nodes (")
     assert storage == f"pre-flight: storage: {NODES} nodes and this process share {on_one_node.folder}/runs"

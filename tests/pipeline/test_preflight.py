@@ -1,4 +1,4 @@
-"""What the pre-flight asks, and what it makes of the answers; tests/integration/test_preflight.py asks real nodes."""
+"""What the pre-flight asks, and what it makes of the answers; tests/integration/test_nodes_apart.py asks real nodes."""
 
 import os
 import shutil

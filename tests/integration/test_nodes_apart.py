@@ -1,0 +1,363 @@
+"""Two nodes that share no disk: what the pre-flight lets pass and what it stops; and a sweep through a bucket."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray.tune  # noqa: F401 -- as a sweep does, long before it knows whether the cluster is on 127.0.0.1 only
+
+from istanas.errors import IstanasError
+from pipeline import storage
+from pipeline.cli import run
+from pipeline.cluster import Runtime
+from pipeline.config import load
+from pipeline.preflight import alive_nodes, check_nodes
+from pipeline.references import resolve_genotype
+from pipeline.schema import Config
+from pipeline.searcher import first_settings
+from pipeline.sweep_report import COLUMNS
+from pipeline.sweep_space import trial_config
+from pipeline.tracking import open_client
+from tests import namespaces
+from tests.pipeline import test_storage
+from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, istanas
+from tests.pipeline.test_sweep_storage import search
+from tests.ports import unused_port
+from tests.ray_cluster import CLIENTS, ENVIRONMENT, PROGRAM, RayCluster
+
+server, elsewhere = test_storage.server, test_storage.elsewhere
+
+TRIALS = 2
+PLACE = f"s3://{BUCKET}/runs/nodes"
+CONFIG = f"""
+data: {{name: digits, holdout: 0.2}}
+space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
+search: {{epochs: 2, batch_size: 64, init_channels: 4, layers: 3, arch_lr: 0.01}}
+retrain: {{epochs: 1, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0, drop_path: 0, cutout: 0}}
+runtime: {{threads: 1, device: cpu}}
+sweep:
+  trials: {TRIALS}
+  objective: retrained
+  searcher: random
+  scheduler: none
+  space: {{search.lr: {{loguniform: [0.02, 0.3]}}}}
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    # A node gets a disk of its own.
+    pytest.mark.skipif(namespaces.refusal() is not None, reason=str(namespaces.refusal())),
+]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the second node does not share: in its place it has a disk of its own."""
+    return tmp_path_factory.mktemp("apart")
+
+
+@pytest.fixture(scope="module")
+def client_port() -> int:
+    return unused_port()
+
+
+@pytest.fixture(scope="module")
+def cluster(apart: Path, client_port: int, server: Server) -> Iterator[RayCluster]:
+    """Two nodes of one core, which have the bucket's keys in their environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = dict(os.environ)
+        own = {"HOME": str(apart), "XDG_CACHE_HOME": str(apart / "cache")}
+        cluster = RayCluster(1, client_port, {**CLIENTS, **keys(), **own})
+        try:
+            cluster.add(1, apart)
+            yield cluster
+        finally:
+            cluster.close()
+            for name in set(os.environ) - set(before):  # what a joined Ray has set
+                patch.delenv(name)
+
+
+def keys() -> dict[str, str]:
+    """Of the bucket, and where it is."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+# ---------- a sweep, which does not need this process to have joined
+def expected(folder: Path) -> list[tuple[dict[str, Any], str, float]]:
+    """Settings, genotype and top-1 of the trials, each searched in this process, without sweep, Ray and bucket."""
+    config = load(folder / "tiny.yaml", ["tracking.enabled=false", f"runtime.runs_dir={folder}/alone"])
+    found = []
+    for settings in first_settings(config, TRIALS):
+        result = search(trial_config(config, settings))
+        found.append((settings, result["digest"], result["valid_top1"]))
+    return found
+
+
+def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_that_never_saw_it(
+    cluster: RayCluster,
+    client_port: int,
+    server: Server,
+    elsewhere: Elsewhere,
+    tmp_path: Path,
+    blank_database: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    client_disk, database = tmp_path / "client", tmp_path / "mlflow.db"
+    client_disk.mkdir()
+    (client_disk / "tiny.yaml").write_text(CONFIG)
+    database.write_bytes(blank_database.read_bytes())
+    store = f"sqlite:///{database}"  # stands for a server: it is not on the disk of anybody
+    settings = [f"--set=runtime.runs_dir={PLACE}", f"--set=tracking.uri={store}"]
+    command = [
+        *PROGRAM,
+        "sweep",
+        "--config",
+        "tiny.yaml",
+        "--address",
+        f"ray://127.0.0.1:{client_port}",
+        "--json",
+        *settings,
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=client_disk,
+        env={**ENVIRONMENT, **keys(), "XDG_CACHE_HOME": str(client_disk / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alone = expected(client_disk)  # meanwhile
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    # Through Ray's client, word for word as without: what Ray says to a client goes to the log.
+    versions, shared, begun, plan, *done = err.splitlines()[: 4 + TRIALS]
+    assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
+    assert shared == f"pre-flight: storage: 2 nodes and this process share {PLACE} and {tmp_path}"
+    assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
+    assert plan == "a trial has 1 core; 2 fit, 2 at once"
+    assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]
+    result, there = json.loads(out), server.objects(begun.removeprefix(f"sweep: s3://{BUCKET}/"))
+    assert result["run_dir"] == begun.removeprefix("sweep: ")
+    assert (result["complete"], result["failed"]) == (TRIALS, 0)
+    frame = pd.read_csv(io.BytesIO(there["trials.csv"]), dtype=COLUMNS)
+    rows = frame.to_dict("records")
+    assert [({"search.lr": row["search.lr"]}, row["digest"], row["valid_top1"]) for row in rows] == alone
+    best = int(frame["retrained_top1"].astype(float).argmax())
+    assert (result["best_trial"], result["digest"]) == (best, frame["digest"][best])
+    left = {"optuna.db", "trials.csv", "sweep.html", "report.html", "best/genotype.json", "metrics.jsonl"}
+    assert left <= there.keys()
+    assert not [name for name in there if name.endswith(storage.OWNER_OBJECT)]
+
+    client = open_client(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
+    runs = list(client.search_runs([experiment.experiment_id]))
+    kinds = ("sweep", "search", "retrain")
+    (parent,), trials, cells = ([r for r in runs if r.data.tags["istanas.kind"] == kind] for kind in kinds)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 1 + TRIALS + len(cells)
+    assert len(cells) == frame["digest"].nunique()
+    assert [run.data.tags["mlflow.parentRunId"] for run in trials] == TRIALS * [parent.info.run_id]
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= {run.info.run_id for run in trials}
+    assert {run.data.tags["istanas.run_dir"] for run in trials} == set(frame["run_dir"])
+    assert {run.info.run_id for run in trials} == set(frame["mlflow_run_id"])
+    assert len({run.data.tags["istanas.node"] for run in trials}) == 2, "both on one node"
+    started, ended = [r.info.start_time for r in trials], [r.info.end_time for r in trials]
+    assert max(started) < min(ended), "one after the other, though both have room"
+    assert all(len(run.data.metrics) > 5 for run in trials + cells)
+    names = {run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)} for run in runs}
+    assert all({"config.yaml", "genotype.json", "report.html"} <= names[run.info.run_id] for run in runs)
+    assert {"trials.csv", "sweep.html", "best"} <= names[parent.info.run_id]
+
+    # From a machine that has never seen it.
+    elsewhere()
+    common = [f"--set=tracking.uri={store}", f"--set=runtime.runs_dir={PLACE}"]
+    assert istanas("results", "--sweep", result["run_dir"], *common, "--json", capsys=capsys)[0] == 0
+    trial_dir = frame["run_dir"][best]
+    for reference in (result["run_dir"], f"{result['run_dir']}/best/genotype.json", trial_dir):
+        code, lines, err_lines = istanas(
+            "draw", reference, *common, "--out", str(tmp_path / "cells"), "--json", capsys=capsys
+        )
+        assert code == 0, err_lines
+        assert json.loads(lines[-1])["digest"] == result["digest"]
+    code, _, lines = istanas(
+        "compare", *frame["run_dir"], *common, "--out", str(tmp_path / "page"), capsys=capsys
+    )
+    assert code == 0, lines
+    _, parent_dir = resolve_genotype(
+        result["run_dir"],
+        space=load(None).space.cell_space(),
+        runs_dir=storage.local(PLACE),
+        tracking_uri=store,
+    )
+    assert parent_dir == trial_dir  # of a retraining of the sweep's best
+
+
+# ---------- the pre-flight
+@pytest.fixture(scope="module")
+def joined(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process has joined the cluster."""
+    folder = tmp_path_factory.mktemp("joined")
+    config = config_of(folder, f"runtime.address={cluster.address}", "runtime.workers=1")
+    with Runtime(config.runtime) as runtime:
+        runtime.start(folder)
+        assert runtime.joined
+        yield
+
+
+def config_of(runs: Path, *overrides: str) -> Config:
+    return load(None, (f"runtime.runs_dir={runs}", "tracking.enabled=false", *overrides))
+
+
+def lines_of(config: Config, **options: Any) -> list[str]:
+    lines: list[str] = []
+    check_nodes(config, lines.append, **{"trials": False, "known": set(), **options})
+    return lines
+
+
+def refusal(config: Config, **options: Any) -> str:
+    with pytest.raises(IstanasError) as caught:
+        lines_of(config, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def blind_node() -> str:
+    import ray
+
+    (id_,) = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" not in n["Resources"]]
+    (name,) = [node.name for node in alive_nodes() if node.id == id_]
+    return name
+
+
+def picture_folder(folder: Path) -> None:
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/2.png", "test/b/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"never decoded")
+
+
+def test_a_command_is_refused_before_it_queues_and_leaves_nothing(
+    cluster: RayCluster, apart: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(apart)
+    assert (
+        run(["search", "--workers", "1", "--address", cluster.address, "--set", "tracking.enabled=false"])
+        == 1
+    )
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert re.match(
+        rf"error: pre-flight: storage: runtime.runs_dir: {apart}/runs is not shared with node 127.0.0.1 \(\w{{8}}\) "
+        r"\(No such file or directory\); .* choose a folder that all nodes share",
+        line,
+    )
+    assert not list((apart / "runs").iterdir())
+
+
+def test_what_all_nodes_share_passes_in_a_line_each_and_a_node_is_asked_once(
+    joined: None, tmp_path: Path
+) -> None:
+    picture_folder(tmp_path / "pictures")
+    known: set[str] = set()
+    config = config_of(tmp_path / "runs", "data.name=folder", f"data.root={tmp_path}/pictures")
+    versions, storage, data = lines_of(config, known=known)
+    assert versions.startswith("pre-flight: versions: the same on 2 nodes (Python 3.")
+    assert storage == f"pre-flight: storage: 2 nodes and this process share {tmp_path}/runs"
+    assert data == f"pre-flight: data: 2 nodes and this process have the same files in {tmp_path}/pictures"
+    assert len(known) == 2
+    assert lines_of(config, known=known) == []
+    assert not list((tmp_path / "runs").iterdir()), "marks were left"
+
+
+def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
+    joined: None, tmp_path: Path, apart: Path, server: Server
+) -> None:
+    config = config_of(Path("unused"), f"runtime.runs_dir=file://{tmp_path}")
+    assert lines_of(config)[1] == f"pre-flight: storage: 2 nodes and this process share {tmp_path}"
+    assert not list(tmp_path.iterdir())
+    assert f"{apart} is not shared with node {blind_node()}" in refusal(
+        config_of(Path("unused"), f"runtime.runs_dir=file://{apart}")
+    )
+    assert not list(apart.glob(".pre*"))
+    # In a bucket, whose server the address names.
+    query = f"scheme=http&endpoint_override=127.0.0.1%3A{server.port}&region=us-east-1&allow_bucket_creation=false"
+    bucket = config_of(Path("unused"), f"runtime.runs_dir=s3://{BUCKET}/marks?{query}")
+    assert lines_of(bucket)[1] == (
+        f"pre-flight: storage: 2 nodes and this process share s3://{BUCKET}/marks?{query}"
+    )
+    assert not server.objects("marks"), "marks were left"
+    nowhere = config_of(Path("unused"), f"runtime.runs_dir=s3://nowhere/runs?{query}")
+    assert "can't be written from here" in refusal(nowhere)
+
+
+def test_data_that_a_node_lacks_or_has_otherwise_is_named(joined: None, tmp_path: Path, apart: Path) -> None:
+    picture_folder(apart / "pictures")
+    config = config_of(tmp_path, "data.name=folder", f"data.root={apart}/pictures")
+    assert f"{apart}/pictures holds no such pictures on node {blind_node()}" in refusal(config)
+
+
+def test_trials_must_reach_the_store_from_every_node(joined: None, tmp_path: Path, apart: Path) -> None:
+    local = config_of(tmp_path, "tracking.enabled=true", f"tracking.uri=sqlite:///{apart}/mlflow.db")
+    assert lines_of(local)  # only this process writes to it
+    line = refusal(local, trials=True)
+    assert f"tracking.uri: the folder {apart} is not shared with node {blind_node()}" in line
+    nowhere = config_of(tmp_path, "tracking.enabled=true", "tracking.uri=http://me:secret@127.0.0.1:1")
+    line = refusal(nowhere)
+    assert "tracking: http://127.0.0.1:1 is not reached from here (Connection refused)" in line
+    assert "secret" not in line
+
+
+def test_a_node_that_hangs_is_named(cluster: RayCluster, joined: None, tmp_path: Path) -> None:
+    name = blind_node()
+    cluster.halt()
+    try:
+        line = refusal(config_of(tmp_path), seconds=2)
+    finally:
+        cluster.wake()
+    assert line.startswith(f"pre-flight: node {name}: no answer within 2 s")
+    assert not list(tmp_path.iterdir())
+
+
+WITHOUT_THIS_PROJECT = """
+import sys
+sys.path = [p for p in sys.path if not p.endswith(sys.argv[1])]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]
+from ray import cloudpickle
+examine = cloudpickle.loads(sys.stdin.buffer.read())
+answer = examine({"packages": ("numpy", "no-such-package")}, "")
+assert "pipeline" not in sys.modules and "istanas" not in sys.modules
+print(answer["code"], answer["versions"]["no-such-package"])
+"""
+
+
+def test_a_node_without_this_project_can_be_asked(tmp_path: Path, repo_root: Path) -> None:
+    from ray import cloudpickle
+
+    from pipeline import probe
+
+    cloudpickle.register_pickle_by_value(probe)
+    try:
+        code = cloudpickle.dumps(probe.examine)
+    finally:
+        cloudpickle.unregister_pickle_by_value(probe)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THIS_PROJECT, str(repo_root)],
+        input=code,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.stdout.decode().split() == ["None", "none"], done.stderr.decode()
