@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
+# After 30 without its cluster, Ray's client forgets that it is one, and looks for a Ray that this machine is a node of.
+SECONDS_OF_A_CLIENT = 20.0
+NOT_CONNECTED = "Ray Client is not connected"  # what it then raises, as a mere Exception
+GOES_ON = "the same command goes on, on another cluster, too"
 SECONDS_TO_UNWIND = 5.0  # for a thread that was interrupted; calls into a lost cluster can't be
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 NO_COLLECTORS = {
@@ -95,6 +100,7 @@ class Runtime:
         self._logs: Path | None = None
         self._scratch: Path | None = None
         self._ours = False
+        self.lost = False  # the cluster of a mere client: calls into it would never return
         self.examined: set[str] = set()  # nodes that have passed the pre-flight
         self._tmpdir = os.environ.get("RAY_TMPDIR")  # the user's; a Ray that is started here gets its own
 
@@ -104,11 +110,11 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ours:
+        if self._ours and not self.lost:
             import ray
 
             ray.shutdown()  # also ends what still runs for this process on a cluster
-            self._ours = False
+        self._ours = False
         if self._logs is not None and _session_of(self._logs) == self._scratch:
             _collect_logs(self._logs)  # a second command may have begun here meanwhile: its logs are its own
         if self._scratch is not None:
@@ -256,7 +262,39 @@ class Runtime:
                     told = True
                     say(f"waiting for {needs}; at most {self._settings.wait_minutes:g} minutes")
         finally:
-            remove_placement_group(group)
+            if not self.lost:
+                remove_placement_group(group)
+
+    @contextlib.contextmanager
+    def noticing_a_clients_loss(self, job: str, run_dir: Path) -> Iterator[None]:
+        """Inside, a mere client (ray://) is told that its cluster is gone, for which Ray's own would wait for ever.
+
+        Args:
+            job: for the message.
+            run_dir: likewise.
+
+        Raises:
+            IstanasError: the cluster was lost.
+        """
+        if not self._ours or self._address is None or not self._address.startswith("ray://"):
+            yield
+            return
+        logs, head = run_dir / LOG_FOLDER, self._address.removeprefix("ray://")
+
+        def note() -> None:
+            self.lost = True
+            warnings.filterwarnings("ignore", message="Ray Client connection timed out")  # it has been said
+
+        try:
+            with noticing_its_loss(job, logs, head, SECONDS_OF_A_CLIENT, note):
+                yield
+        except (
+            Exception
+        ) as error:  # what serves this client on the head has died, or gave up before the watcher did
+            if not isinstance(error, ConnectionError) and NOT_CONNECTED not in str(error):
+                raise
+            self.lost = True
+            raise IstanasError(f"{job}: Ray was lost ({last_line(error)}), see {logs}; {GOES_ON}") from error
 
     def _give_back(self, logs: Path) -> bool:
         """Whether a killed sitting of the run still held places on this cluster, which are free now."""
@@ -305,7 +343,9 @@ class _Lost(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def noticing_its_loss(job: str, logs: Path, head: str, seconds: float) -> Iterator[None]:
+def noticing_its_loss(
+    job: str, logs: Path, head: str, seconds: float, note: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Inside, the main thread is interrupted when the cluster's head is gone; Ray would end the process without a word.
 
     Elsewhere than in the main thread, which alone can be interrupted, it does nothing.
@@ -315,6 +355,7 @@ def noticing_its_loss(job: str, logs: Path, head: str, seconds: float) -> Iterat
         logs: of Ray, likewise.
         head: HOST:PORT of the cluster's head.
         seconds: without an answer, after which it is gone.
+        note: called in the main thread when it is, before anything is unwound.
 
     Raises:
         IstanasError: the cluster was lost.
@@ -323,10 +364,7 @@ def noticing_its_loss(job: str, logs: Path, head: str, seconds: float) -> Iterat
         yield
         return
     host, _, port = head.rpartition(":")
-    words = (
-        f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}; the same command goes on, on "
-        "another cluster, too"
-    )
+    words = f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}; {GOES_ON}"
     ended, main = threading.Event(), threading.get_ident()
 
     def watch() -> None:
@@ -342,6 +380,7 @@ def noticing_its_loss(job: str, logs: Path, head: str, seconds: float) -> Iterat
                 return
 
     def interrupt(*_: Any) -> NoReturn:
+        note()
         raise _Lost
 
     before = signal.signal(signal.SIGUSR1, interrupt)

@@ -70,7 +70,8 @@ def run_job(
     arguments = () if genotype is None else (genotype,)
     if config.runtime.worker_range.maximum == 0:
         return WORKERS[job](config, dataset, checkpoint.FolderStore(folder), observer, *arguments)
-    return _RayJob(job, config, folder, observer, runtime, arguments).run()
+    with runtime.noticing_a_clients_loss(job, folder.parent):
+        return _RayJob(job, config, folder, observer, runtime, arguments).run()
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -82,16 +83,17 @@ def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callab
     if config.runtime.worker_range.maximum == 0:
         return
     runtime.start(run_dir)
-    allotment = runtime.allot()
-    if runtime.joined:
-        first = not runtime.examined
-        check_nodes(config, say, trials=False, known=runtime.examined)
-        if first and allotment.gpu:
-            there = sum(node.gpus for node in cluster_nodes())
-            check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
-    runtime.wait(allotment, say)
-    if runtime.joined:  # nodes that came meanwhile
-        check_nodes(config, say, trials=False, known=runtime.examined)
+    with runtime.noticing_a_clients_loss("pre-flight", run_dir):
+        allotment = runtime.allot()
+        if runtime.joined:
+            first = not runtime.examined
+            check_nodes(config, say, trials=False, known=runtime.examined)
+            if first and allotment.gpu:
+                there = sum(node.gpus for node in cluster_nodes())
+                check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
+        runtime.wait(allotment, say)
+        if runtime.joined:  # nodes that came meanwhile
+            check_nodes(config, say, trials=False, known=runtime.examined)
 
 
 # ---------- in the user's process
@@ -137,8 +139,9 @@ class _RayJob:
                 "command goes on from the last checkpoint"
             ) from error
         finally:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(self._mailbox)
+            if not self._runtime.lost:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(self._mailbox)
         return self._history
 
     def _run_group(self) -> None:

@@ -7,11 +7,14 @@ of that node), "lost" (whether that node has given itself up), "end". Each is an
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,22 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
+
+
+@contextlib.contextmanager
+def client_of(servers: Callable[[], list[psutil.Process]]) -> Iterator[None]:
+    """Inside, a client (ray://) is started; the end waits until the cluster has a server for it that listens.
+
+    One at a time on this machine: a cluster gives such a server the first port above 23000 that is free just then, and
+    gRPC lets two of them share one; a client may then be served by somebody else's cluster.
+    """
+    with (Path(tempfile.gettempdir()) / "istanas-tests-ray-client").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        end = time.monotonic() + 120
+        while not any(c.status == psutil.CONN_LISTEN for p in servers() for c in p.net_connections()):
+            assert time.monotonic() < end, "the cluster has no server for the client"
+            time.sleep(0.2)
 
 
 class _Apart:

@@ -212,9 +212,10 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         dataset = check_sweep(config, console)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
-        if runtime.joined:
-            _prepare_cluster(config, runtime, console_line(console))
-        plan = plan_trials(config, cluster_nodes())
+        with runtime.noticing_a_clients_loss("pre-flight", spec.path):
+            if runtime.joined:
+                _prepare_cluster(config, runtime, console_line(console))
+            plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path), dataset
 
     def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study, ImageDataset]) -> Outcome:
@@ -223,7 +224,8 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         trials = _Trials(config, plan, run, study, observer)
         try:
             trials.go_on()
-            _run_tune(config, plan, run.path, study, trials, observer)
+            with runtime.noticing_a_clients_loss("sweep", run.path):
+                _run_tune(config, plan, run.path, study, trials, observer)
             outcome = _finish(config, run, study, observer)
         except OptunaError as error:
             database = public_uri(storage_uri(config, spec.path.name))
@@ -590,7 +592,7 @@ def _run_tune(
 def _noticing_the_loss_of_ray(logs: Path) -> AbstractContextManager[None]:
     import ray
 
-    if ray.util.client.ray.is_connected():  # which breaks by itself
+    if ray.util.client.ray.is_connected():  # which `Runtime` watches
         return contextlib.nullcontext()
     # By then Ray ends the process itself: a head that comes back in time is waited for as long as may be.
     patience = float(os.environ.get(RAYS_PATIENCE, "60"))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pipeline.rundir import RunDir
 from tests.chaos.checks import check_nothing_lives
-from tests.chaos.cluster import OneMachine, TwoMachines
+from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
 from tests.chaos.victims import Case, Sitting
 from tests.mlflow_server import server
 from tests.namespaces import refusal
+from tests.pipeline.test_storage import BUCKET, bucket, keys_of_the_bucket
 from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
@@ -182,6 +183,38 @@ def kill_head(case: Case, times: int) -> None:
         assert sitting.said(SAME_COMMAND_GOES_ON), sitting.words
         cluster.start()
     case.finish()
+
+
+def lose_machine(case: Case, times: int) -> None:
+    """SIGKILL of the command, and its disk is gone: the runs lie in a bucket, of which it had a copy."""
+    disk, prefix = case.folder / "disk", f"runs/{case.mark}"
+    copies = disk / "istanas" / "storage" / "s3-" / BUCKET / prefix
+    case.runs.symlink_to(copies)
+    where = ("--set", f"runtime.runs_dir=s3://{BUCKET}/{prefix}")
+    with bucket() as server:
+        case.environment = {**keys_of_the_bucket(), "XDG_CACHE_HOME": str(disk)}
+        done = 0
+        for left in range(times, 0, -1):
+            sitting = case.start(*where)
+            sitting.wait(lambda done=done: case.epochs_done() >= done)  # type: ignore[misc]  # fetched
+            case.moment(sitting, left, going=False)
+            sitting.process.kill()
+            sitting.end()
+            check_nothing_lives(case)
+            there = server.objects(prefix)
+            done = sum(there[name].count(b"\n") for name in there if is_of_epochs(name))
+            shutil.rmtree(disk)
+        case.finish(*where)
+        shutil.rmtree(disk)
+        for name, data in server.objects(prefix).items():  # what is compared is what the bucket has
+            (copies / name).parent.mkdir(parents=True, exist_ok=True)
+            (copies / name).write_bytes(data)
+
+
+def is_of_epochs(name: str) -> bool:
+    """Whether an object has a line an epoch; a sweep's own lines are trials."""
+    run, _, file = name.rpartition("/")
+    return file == "metrics.jsonl" and not run.rpartition("/")[2].startswith("job-sweep")
 
 
 def halt_node(case: Case, times: int) -> None:
@@ -399,6 +432,8 @@ FAULTS = {
         ),
         Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, place=OneMachine, workers=2),
+        Fault("a client (ray://) loses its cluster, another comes", kill_head, place=ForClients, workers=2),
+        Fault("SIGKILL of the command, and its disk lost (runs on s3://)", lose_machine),
         Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
         Fault(
             "a node is cut off, and is back",

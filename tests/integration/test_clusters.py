@@ -24,7 +24,7 @@ from tests.integration.test_ray import CONFIG, decided, run_directory
 from tests.local_cluster import LocalCluster
 from tests.machines import JOB_SERVER
 from tests.namespaces import refusal
-from tests.ray_cluster import PROGRAM, title
+from tests.ray_cluster import PROGRAM, client_of, title
 
 NODES, CORES = 2, 3
 JOIN = """
@@ -138,14 +138,15 @@ class OnOneNode:
 def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> OnOneNode:
     folder = tmp_path_factory.mktemp("one")
     (folder / "ray.yaml").write_text(CONFIG)
-    process = subprocess.Popen(
-        [*PROGRAM, *SEARCH, *SMALL, "--address", local.client],
-        cwd=folder,
-        env=local.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with client_of(lambda: [p for p in local.processes() if "specific-server" in title(p)]):
+        process = subprocess.Popen(
+            [*PROGRAM, *SEARCH, *SMALL, "--address", local.client],
+            cwd=folder,
+            env=local.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     workers: dict[int, int] = {}
     while process.poll() is None:
         workers |= {p.pid: p.ppid() for p in local.processes() if "RayTrainWorker" in title(p)}
@@ -157,7 +158,7 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: OnOneNode) -> None:
-    """What Ray says to a client goes to the log. A sweep of a client: test_nodes_apart; HOST:PORT: most others."""
+    """What Ray says to a client goes to the log. A sweep of a client, and auto: test_nodes_apart."""
     versions, storage, begun, workers, first, second, table, *_ = on_one_node.lines
     assert versions.startswith(f"pre-flight: versions: the same on {NODES} nodes (")
     assert storage == f"pre-flight: storage: {NODES} nodes and this process share {on_one_node.folder}/runs"
@@ -195,24 +196,6 @@ def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_sh
     (row,) = json.loads(listed.stdout)["results"]
     assert (row["kind"], row["status"], row["run_dir"]) == ("search", "FINISHED", str(there))
     assert row["genotype"] == Genotype.from_json((here / "genotype.json").read_text()).digest()
-
-
-def test_auto_is_the_cluster_of_this_machine(local: LocalCluster, tmp_path: Path) -> None:
-    """Ray looks for it in a folder; that of the tests, for others run on this machine."""
-    (tmp_path / "ray").symlink_to(local.state / "1")
-    trial = "sweep={trials: 1, space: {search.lr: {uniform: [0.01, 0.1]}}}"
-    settings = [f"--set={each}" for each in ("tracking.enabled=false", "data.holdout=0.2", trial)]
-    done = subprocess.run(
-        [*PROGRAM, "sweep", "--dry-run", "--address", "auto", *settings],
-        cwd=tmp_path,
-        env={**local.environment, "RAY_TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    plan = f"a trial has 1 core; {NODES * CORES} fit, 1 at once"
-    assert plan in done.stdout + done.stderr, "this machine, or another cluster"
 
 
 def test_a_stranger_starts_no_job(

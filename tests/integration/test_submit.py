@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -126,11 +127,13 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     head: LocalCluster,
     here: Path,
     tmp_path: Path,
+    blank_database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs, store = tmp_path / "shared", f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     (tmp_path / "store").mkdir()
+    shutil.copy(blank_database, tmp_path / "store")
     (here / "runs").mkdir()
     (here / "runs" / "large").write_bytes(b"not shipped")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)

@@ -215,3 +215,60 @@ def test_where_nothing_can_be_interrupted_the_process_ends_with_the_same_words()
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: sweep: Ray was lost (no answer from 127.0.0.1:")
+
+
+# ---------- of a mere client
+def runtime_at(address: str) -> Runtime:
+    """As one that has joined."""
+    runtime = Runtime(load(None, [f"runtime.address={address}", "runtime.workers=1"]).runtime)
+    runtime._ours = True
+    return runtime
+
+
+def test_a_client_that_waits_for_a_cluster_that_is_gone_is_told_before_it_calls_there_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_OF_A_CLIENT", 0.1)
+    address = f"127.0.0.1:{unused_port()}"
+    runtime, lost = runtime_at(f"ray://{address}"), list[bool]()
+
+    def wait() -> None:
+        try:
+            time.sleep(30)
+        finally:  # where it would tidy up on the cluster
+            lost.append(runtime.lost)
+
+    with (
+        pytest.raises(IstanasError, match=f"^search: Ray was lost .no answer from {address} for "),
+        runtime.noticing_a_clients_loss("search", Path("run")),
+    ):
+        wait()
+    assert lost == [True]
+    runtime.__exit__(None, None, None)  # does not call there, either
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("GRPC connection failed"),
+        Exception("Ray Client is not connected. Please connect by calling `ray.init`."),
+    ],
+)
+def test_a_client_whose_server_has_died_says_so_in_a_line(error: Exception) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        runtime = runtime_at(f"ray://127.0.0.1:{head.getsockname()[1]}")
+        with (
+            pytest.raises(IstanasError, match=f"^sweep: Ray was lost .{str(error)[:20]}.*; the same command"),
+            runtime.noticing_a_clients_loss("sweep", Path("run")),
+        ):
+            raise error
+    assert runtime.lost
+
+
+def test_other_errors_of_a_client_and_those_of_a_node_stay_what_they_are() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        for address, error in (("127.0.0.1:1", ConnectionError), ("ray://127.0.0.1:{}", ValueError)):
+            runtime = runtime_at(address.format(head.getsockname()[1]))
+            with pytest.raises(error), runtime.noticing_a_clients_loss("search", Path("run")):
+                raise error
+            assert not runtime.lost

@@ -1,5 +1,6 @@
 """Run directories on `s3://`, against a server that speaks the S3 protocol (moto's), on 127.0.0.1."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -65,8 +66,9 @@ class Server:
         return {key.removeprefix(f"{prefix}/"): read(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+@contextlib.contextmanager
+def bucket() -> Iterator[Server]:
+    """The server, which this process and those that it starts find by their environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
@@ -76,6 +78,17 @@ def server() -> Iterator[Server]:
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server
         server.stop()
+
+
+def keys_of_the_bucket() -> dict[str, str]:
+    """For an environment that is not this process's, and where it is."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with bucket() as server:
+        yield server
 
 
 class Elsewhere:
@@ -161,9 +174,11 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
     prefix: str,
     undisturbed: tuple[dict[str, Any], RunDir],
     tmp_path: Path,
+    blank_database: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
+    shutil.copy(blank_database, tmp_path)
     result = search(place)
     run_dir = result["run_dir"]
     assert run_dir == f"{place}/{undisturbed[1].path.name}"

@@ -1,6 +1,7 @@
 """Commands on runs that lie on `s3://`, from a machine that has never seen them; and Ctrl-C."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_st
 
 
 def test_compare_draw_results_and_promote_take_addresses(
-    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    elsewhere: Elsewhere,
+    prefix: str,
+    tmp_path: Path,
+    blank_database: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
+    shutil.copy(blank_database, tmp_path)
     settings = [
         *tiny(tmp_path, place),
         "--set=tracking.enabled=true",

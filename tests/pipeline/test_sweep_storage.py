@@ -62,8 +62,9 @@ def search(config: Config, tell: Any = None) -> dict[str, Any]:
 
 
 def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can_go_on_anywhere(
-    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, blank_database: Path
 ) -> None:
+    shutil.copy(blank_database, tmp_path)
     config = trial(f"s3://{BUCKET}/{prefix}", tmp_path)
     spec = search_spec(config, "trial-0000")
     address, here = storage.shown(spec.path), elsewhere()
