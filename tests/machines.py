@@ -22,6 +22,7 @@ STORE = f"http://{address(1)}:5000"
 START_NODE = [
     sys.executable,
     *("-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"),
+    "--include-log-monitor=false",  # a process a machine, for words that nobody here listens to
 ]
 START_HEAD = [
     *START_NODE,
