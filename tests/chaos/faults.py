@@ -432,8 +432,8 @@ FAULTS = {
         ),
         Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, place=OneMachine, workers=2),
-        Fault("a client (ray://) loses its cluster, another comes", kill_head, place=ForClients, workers=2),
-        Fault("SIGKILL of the command, and its disk lost (runs on s3://)", lose_machine),
+        Fault("a mere client loses its cluster, another comes", kill_head, place=ForClients, workers=2),
+        Fault("SIGKILL of the command, and its disk lost (runs in a bucket)", lose_machine),
         Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
         Fault(
             "a node is cut off, and is back",
