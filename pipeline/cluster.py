@@ -288,12 +288,14 @@ class Runtime:
         try:
             with noticing_its_loss(job, logs, head, SECONDS_OF_A_CLIENT, note):
                 yield
-        except (
-            Exception
-        ) as error:  # what serves this client on the head has died, or gave up before the watcher did
-            if not isinstance(error, ConnectionError) and NOT_CONNECTED not in str(error):
+        except Exception as error:
+            # Else what serves this client on the head has died, or a call broke before the watcher noticed.
+            if not self.lost and not _is_of_rays_client(error):
                 raise
             self.lost = True
+            _forget_client()
+            if isinstance(error, IstanasError):
+                raise
             raise IstanasError(f"{job}: Ray was lost ({last_line(error)}), see {logs}; {GOES_ON}") from error
 
     def _give_back(self, logs: Path) -> bool:
@@ -315,7 +317,25 @@ class Runtime:
         try:
             return bool(group.wait(2 * SECONDS_BETWEEN_LOOKS))
         finally:
-            remove_placement_group(group)
+            if not self.lost:
+                remove_placement_group(group)
+
+
+def _is_of_rays_client(error: Exception) -> bool:
+    """Whether it is an error of Ray's client about its connection."""
+    import grpc
+
+    if isinstance(error, ConnectionError):
+        return error.errno is None  # else of a socket or pipe of somebody else's
+    return isinstance(error, grpc.RpcError) or (type(error) is Exception and NOT_CONNECTED in str(error))
+
+
+def _forget_client() -> None:
+    """As if this process had not been a client: to disconnect waits for the cluster, at the end of the process, too."""
+    from ray.util import client
+
+    client.ray.get_context().client_worker = None
+    client.ray.disconnect()  # what is left of it in this process
 
 
 def find_address(address: str | None) -> str | None:

@@ -100,10 +100,6 @@ class RayCluster:
             process.kill()
         self._process.wait()
 
-    def trials(self) -> list[psutil.Process]:
-        """Processes of Ray Tune's trials, on all nodes."""
-        return [p for p in self._children() if "ImplicitFunc" in title(p)]
-
     def close(self) -> None:
         if self._process.poll() is not None:
             return
@@ -144,18 +140,26 @@ def title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def client_of(servers: Callable[[], list[psutil.Process]]) -> Iterator[None]:
-    """Inside, a client (ray://) is started; the end waits until the cluster has a server for it that listens.
+    """Inside, a client (ray://) is started; the end waits until the cluster has one server more, that listens.
 
     One at a time on this machine: a cluster gives such a server the first port above 23000 that is free just then, and
     gRPC lets two of them share one; a client may then be served by somebody else's cluster.
     """
-    with (Path(tempfile.gettempdir()) / "istanas-tests-ray-client").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"istanas-tests-ray-client-{os.getuid()}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        before = set(servers())
         yield
         end = time.monotonic() + 120
-        while not any(c.status == psutil.CONN_LISTEN for p in servers() for c in p.net_connections()):
+        while not any(listens(server) for server in set(servers()) - before):
             assert time.monotonic() < end, "the cluster has no server for the client"
             time.sleep(0.2)
+
+
+def listens(process: psutil.Process) -> bool:
+    try:
+        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections())
+    except psutil.NoSuchProcess:
+        return False
 
 
 class _Apart:

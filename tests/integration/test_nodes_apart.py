@@ -71,17 +71,16 @@ def client_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(apart: Path, client_port: int, server: Server) -> Iterator[RayCluster]:
     """Two nodes of one core, which have the bucket's keys in their environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        before = dict(os.environ)
-        own = {"HOME": str(apart), "XDG_CACHE_HOME": str(apart / "cache")}
-        cluster = RayCluster(1, client_port, {**CLIENTS, **keys_of_the_bucket(), **own})
-        try:
-            cluster.add(1, apart)
-            yield cluster
-        finally:
-            cluster.close()
-            for name in set(os.environ) - set(before):  # what a joined Ray has set
-                patch.delenv(name)
+    before = set(os.environ)
+    own = {"HOME": str(apart), "XDG_CACHE_HOME": str(apart / "cache")}
+    cluster = RayCluster(1, client_port, {**CLIENTS, **keys_of_the_bucket(), **own})
+    try:
+        cluster.add(1, apart)
+        yield cluster
+    finally:
+        cluster.close()
+        for name in set(os.environ) - before:  # what a joined Ray has set
+            del os.environ[name]
 
 
 # ---------- a sweep, which does not need this process to have joined

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
@@ -252,6 +253,7 @@ def test_a_client_that_waits_for_a_cluster_that_is_gone_is_told_before_it_calls_
     [
         ConnectionError("GRPC connection failed"),
         Exception("Ray Client is not connected. Please connect by calling `ray.init`."),
+        grpc.RpcError("Stream removed"),
     ],
 )
 def test_a_client_whose_server_has_died_says_so_in_a_line(error: Exception) -> None:
@@ -267,8 +269,12 @@ def test_a_client_whose_server_has_died_says_so_in_a_line(error: Exception) -> N
 
 def test_other_errors_of_a_client_and_those_of_a_node_stay_what_they_are() -> None:
     with socket.create_server(("127.0.0.1", 0)) as head:
-        for address, error in (("127.0.0.1:1", ConnectionError), ("ray://127.0.0.1:{}", ValueError)):
+        for address, error in (
+            ("127.0.0.1:1", ConnectionError()),
+            ("ray://127.0.0.1:{}", ValueError()),
+            ("ray://127.0.0.1:{}", BrokenPipeError(32, "Broken pipe")),
+        ):
             runtime = runtime_at(address.format(head.getsockname()[1]))
-            with pytest.raises(error), runtime.noticing_a_clients_loss("search", Path("run")):
+            with pytest.raises(type(error)), runtime.noticing_a_clients_loss("search", Path("run")):
                 raise error
             assert not runtime.lost
