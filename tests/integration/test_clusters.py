@@ -1,28 +1,36 @@
-"""`clusters/local.sh`, and jobs on its cluster at every kind of address; on three machines they end the same way.
+"""`clusters/local.sh`, and jobs on its cluster: submitted, left, stopped and resumed, or of a mere client (ray://).
 
-What runs on one node of it, three workers, is what three machines are compared with.
+What runs on one node of it, three workers, is what a job on three machines is compared with.
 """
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from istanas.space import Genotype
+from pipeline.checkpoint import load_latest
 from pipeline.cli import run
+from pipeline.rundir import RunDir
+from pipeline.tracking import open_client
 from tests import machines as several
 from tests.integration.test_ray import CONFIG, decided, run_directory
-from tests.local_cluster import LocalCluster
-from tests.machines import JOB_SERVER
+from tests.local_cluster import Followed, LocalCluster, halt_after_an_epoch, wake_when_told_to_end
+from tests.machines import JOB_SERVER, STORE
 from tests.namespaces import refusal
 from tests.ray_cluster import PROGRAM, client_of, title
 
@@ -31,6 +39,12 @@ JOIN = """
 import sys, ray
 ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
 print("joined", len(ray.nodes()))
+"""
+EPOCHS = 6
+SUBMITTED = f"""
+space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
+search: {{epochs: {EPOCHS}, batch_size: 32, max_pictures: 320, init_channels: 4, layers: 3, arch_lr: 0.01}}
+runtime: {{threads: 1, device: cpu}}
 """
 SEARCH = ("search", "--config", "ray.yaml", "--workers", "3")
 SMALL = ("--set", "search.epochs=2", "--set", "search.max_pictures=384")
@@ -124,7 +138,189 @@ def test_a_second_up_starts_nothing(local: LocalCluster) -> None:
     assert local("status")[0] == 0
 
 
-# ---------- jobs on it
+# ---------- jobs that are submitted to it
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: LocalCluster) -> Path:
+    """A working directory of somebody whose home has the cluster's token, and nothing else says so."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "own.py").write_text("")
+    (tmp_path / "tiny.yaml").write_text(SUBMITTED)
+    keys = tmp_path / "home" / ".ray"
+    keys.mkdir(parents=True)
+    (keys / "auth_token").write_text(local.token_file.read_text())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster, for other commands
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
+    """The same in this process: exit code, stdout, the lines of stderr."""
+    capsys.readouterr()
+    code = run(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_here(
+    local: LocalCluster,
+    here: Path,
+    tmp_path: Path,
+    blank_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs, store = tmp_path / "shared", f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    (tmp_path / "store").mkdir()
+    shutil.copy(blank_database, tmp_path / "store")
+    (here / "runs").mkdir()
+    (here / "runs" / "large").write_bytes(b"not shipped")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    at = ("--address", local.address)
+    search = ("search", "--config", "../tiny.yaml", "--set", f"runtime.runs_dir={runs}", "--workers", "0")
+
+    assert command("jobs", *at, capsys=capsys)[1] == "no jobs yet\n"
+    first = Followed("submit", *at, "--name", "digits", "--", *search)
+    driver = halt_after_an_epoch(local, "digits", first)
+    first.until("epoch 1:")
+    attached = Followed("jobs", *at, "digits", "--follow")
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == 130
+    log = "\n".join(first.lines)
+    assert f"shipping {here}: 2 files" in log  # own.py, and the configuration
+    assert "\x1b" not in log
+    assert "\r" not in log
+    assert "Attach again: " in log
+    assert f"jobs digits --follow --address {local.address}" in log
+
+    code, out, _ = command("jobs", *at, "--json", capsys=capsys)
+    (listed,) = json.loads(out)["jobs"]
+    assert (code, listed["id"], listed["status"], listed["exit_code"]) == (0, "digits", "RUNNING", None)
+    assert listed["command"] == f"istanas {' '.join(search)}".replace("../", ".submitted/0/")
+
+    attached.until("epoch 1:")  # from the beginning
+    threading.Thread(target=wake_when_told_to_end, args=(driver,), daemon=True).start()
+    code, out, _ = command("stop", *at, "digits", capsys=capsys)
+    assert code == 0
+    assert out.splitlines()[-1] == "digits: stopped; submitted again, the same command resumes"
+    assert attached.end() == 143
+    log = "\n".join(attached.lines)
+    assert "told to end (SIGTERM): the same command resumes" in log
+    assert "Traceback" not in log
+    (path,) = runs.iterdir()
+    stopped = RunDir(path)
+    assert stopped.read().status == "FAILED"
+    saved = load_latest(path / "checkpoints")
+    assert saved is not None
+    done = len(saved["history"])
+    assert 1 <= done < EPOCHS, "it had ended before it was stopped: more epochs are needed"
+    code, out, _ = command("stop", *at, "digits", capsys=capsys)
+    assert (code, out) == (0, "digits: had ended before, STOPPED with exit code 143\n")
+
+    taken = command("submit", *at, "--name", "digits", "--", *search, capsys=capsys)
+    assert taken[0] == 2
+    assert taken[2][-1].startswith(
+        f"error: --name digits: {local.address} has had a job of this name, choose"
+    )
+    second = Followed("submit", *at, "--json", "--", *search)
+    assert second.end() == 0
+    (line,) = [line for line in second.lines if line.startswith("{")]
+    job: dict[str, Any] = json.loads(line)
+    assert (job["status"], job["exit_code"]) == ("SUCCEEDED", 0)
+    assert job["id"].startswith("search-tiny-")
+    assert f"resumed after epoch {done}" in "\n".join(second.lines)
+    assert not [line for line in second.lines if line.startswith("epoch 1:")]
+    assert [m.step for m in stopped.metrics()] == list(range(1, EPOCHS + 1))
+
+    _, out, _ = command("jobs", *at, "--json", capsys=capsys)
+    newest, oldest = json.loads(out)["jobs"]
+    assert (newest["status"], newest["exit_code"]) == ("SUCCEEDED", 0)
+    assert (oldest["status"], oldest["exit_code"]) == ("STOPPED", 143)
+    assert "STOPPED (143)" in command("jobs", *at, "digits", capsys=capsys)[1]
+
+    client = open_client(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert len(client.get_metric_history(tracked.info.run_id, "train/loss")) == EPOCHS
+
+    monkeypatch.delenv("RAY_ADDRESS")
+    quiet = ("--set", "tracking.enabled=false", "--json")
+    code, out, _ = command("search", "--config", "../tiny.yaml", *quiet, capsys=capsys)
+    undisturbed = json.loads(out)
+    found = Genotype.from_json((path / "genotype.json").read_text())
+    assert undisturbed["genotype"] == found.to_dict()
+    clock = "images_per_second"
+    here_and_there = [RunDir(p).metrics() for p in (undisturbed["run_dir"], path)]
+    figures = [[{k: v for k, v in m.metrics.items() if k != clock} for m in ms] for ms in here_and_there]
+    assert figures[0] == figures[1]
+
+
+def test_the_exit_code_is_the_jobs(
+    local: LocalCluster, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(SUBMITTED + "data: {name: folder, root: /nowhere/at/all}\n")
+    settings = ("--set", f"runtime.runs_dir={tmp_path / 'shared'}", "--set", "tracking.enabled=false")
+    given = ("search", "--config", "../tiny.yaml", "--workers", "0", *settings)
+    code, out, err = command("submit", "--address", local.address, "--json", "--", *given, capsys=capsys)
+    assert code == 1
+    (line,) = out.splitlines()
+    job: dict[str, Any] = json.loads(line)
+    assert (job["status"], job["exit_code"]) == ("FAILED", 1)
+    assert job["id"].startswith("search-tiny-")
+    assert "error: data.root: /nowhere/at/all is no folder; name one that holds train/CLASS/*" in "\n".join(
+        err
+    )
+    code, out, _ = command("jobs", "--address", local.address, job["id"], capsys=capsys)
+    assert code == 0
+    assert "FAILED (1)" in out
+
+
+def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(
+    local: LocalCluster, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(address: str, *more: str) -> tuple[int, str]:
+        code, out, err = command("jobs", "--address", address, *more, capsys=capsys)
+        assert out == ""
+        (only,) = err
+        return code, only
+
+    at = f"error: --address {local.address}: the cluster "
+    assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
+    code, said = line(local.address, "unknown")
+    assert (code, said) == (
+        2,
+        f"error: job 'unknown': unknown at {local.address}, istanas jobs lists those that there are",
+    )
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 32)
+    code, said = line(local.address)
+    assert (code, said[: len(at) + 33]) == (1, f"{at}refuses the token of RAY_AUTH_TOK")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (Path.home() / ".ray" / "auth_token").unlink()
+    code, said = line(local.address)
+    assert (code, said[: len(at) + 15]) == (1, f"{at}wants its token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(local.token_file))
+    assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
+
+    code, said = line(local.gcs)
+    assert code == 1
+    assert said.startswith(
+        f"error: --address http://{local.gcs}: no Ray job server answers there (who listens there does not speak "
+        "HTTP), give the address of the head's dashboard, such as http://127.0.0.1:8265"
+    )
+    code, said = line("127.0.0.1:1")
+    assert code == 1
+    assert "no Ray job server answers there (ConnectionRefusedError: Connection refused)" in said
+    for address in (f"ray://{local.gcs}", "auto", "http://", "127.0.0.1:port"):
+        code, said = line(address)
+        assert code == 2
+        assert "jobs are submitted to the head's dashboard, give http://HOST:8265" in said
+
+
+# ---------- a job of a mere client, and the same on three machines
 @dataclass(frozen=True)
 class OnOneNode:
     """A search of three workers, started by a mere client (ray://): what it printed, and where they worked."""
@@ -149,7 +345,10 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
         )
     workers: dict[int, int] = {}
     while process.poll() is None:
-        workers |= {p.pid: p.ppid() for p in local.processes() if "RayTrainWorker" in title(p)}
+        for each in local.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in title(each):
+                    workers[each.pid] = each.ppid()
         time.sleep(0.5)
     out, _ = process.communicate()
     assert process.returncode == 0, out
@@ -158,7 +357,7 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: OnOneNode) -> None:
-    """What Ray says to a client goes to the log. A sweep of a client, and auto: test_nodes_apart."""
+    """What Ray says to a client goes to the log. Its sweeps, and "auto" up to the pre-flight: test_nodes_apart."""
     versions, storage, begun, workers, first, second, table, *_ = on_one_node.lines
     assert versions.startswith(f"pre-flight: versions: the same on {NODES} nodes (")
     assert storage == f"pre-flight: storage: {NODES} nodes and this process share {on_one_node.folder}/runs"
@@ -185,6 +384,7 @@ def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_sh
         listed = machines.user("results", "--json")
     lines = done.stdout.splitlines()
     assert any(line.startswith("3 workers (cpu, gloo), each 1 thread") for line in lines), done.stdout
+    assert f"pre-flight: tracking: {STORE} is reached from here and 3 nodes" in lines
     assert [line.partition(":")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2"]
 
     assert len(on_one_node.raylets) == 1, "on both nodes"
