@@ -322,12 +322,11 @@ class Runtime:
 
 
 def _is_of_rays_client(error: Exception) -> bool:
-    """Whether it is an error of Ray's client about its connection."""
-    import grpc
-
+    """Whether it is an error of Ray's client about its connection: some of its calls let those of gRPC through."""
     if isinstance(error, ConnectionError):
         return error.errno is None  # else of a socket or pipe of somebody else's
-    return isinstance(error, grpc.RpcError) or (type(error) is Exception and NOT_CONNECTED in str(error))
+    from_grpc = type(error).__module__.partition(".")[0] == "grpc"
+    return from_grpc or (type(error) is Exception and NOT_CONNECTED in str(error))
 
 
 def _forget_client() -> None:
