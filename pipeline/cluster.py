@@ -267,7 +267,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def noticing_a_clients_loss(self, job: str, run_dir: Path) -> Iterator[None]:
-        """Inside, a mere client (ray://) is told that its cluster is gone, for which Ray's own would wait for ever.
+        """Inside, a mere client (ray://) is told that its cluster is gone, for which Ray's client would wait for ever.
 
         Args:
             job: for the message.

@@ -25,6 +25,7 @@ from pipeline.schema import Config
 from pipeline.sweep_report import COLUMNS
 from pipeline.tracking import open_client
 from tests import namespaces
+from tests.integration.test_sweep import CONFIG
 from tests.pipeline import test_storage
 from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
 from tests.ports import unused_port
@@ -34,19 +35,13 @@ server, elsewhere = test_storage.server, test_storage.elsewhere
 
 TRIALS = 2
 PLACE = f"s3://{BUCKET}/runs/nodes"
-CONFIG = f"""
-data: {{name: digits, holdout: 0.2}}
-space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
-search: {{epochs: 2, batch_size: 64, init_channels: 4, layers: 3, arch_lr: 0.01}}
-retrain: {{epochs: 1, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0, drop_path: 0, cutout: 0}}
-runtime: {{threads: 1, device: cpu}}
-sweep:
-  trials: {TRIALS}
-  objective: retrained
-  searcher: random
-  scheduler: none
-  space: {{search.lr: {{loguniform: [0.02, 0.3]}}}}
-"""
+SETTINGS = (
+    f"sweep.trials={TRIALS}",
+    f"sweep.max_concurrent={TRIALS}",
+    "sweep.scheduler=none",
+    "search.epochs=2",
+    f"runtime.runs_dir={PLACE}",
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,17 +93,9 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     (client_disk / "tiny.yaml").write_text(CONFIG)
     database.write_bytes(blank_database.read_bytes())
     store = f"sqlite:///{database}"  # stands for a server: it is not on the disk of anybody
-    settings = [f"--set=runtime.runs_dir={PLACE}", f"--set=tracking.uri={store}"]
-    command = [
-        *PROGRAM,
-        "sweep",
-        "--config",
-        "tiny.yaml",
-        "--address",
-        f"ray://127.0.0.1:{client_port}",
-        "--json",
-        *settings,
-    ]
+    at = ("--address", f"ray://127.0.0.1:{client_port}")
+    settings = [f"--set={each}" for each in (*SETTINGS, f"tracking.uri={store}")]
+    command = [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *at, *settings]
     with client_of(lambda: cluster.named("specific-server")):
         process = subprocess.Popen(
             command,
