@@ -1,6 +1,5 @@
-"""The cluster of `clusters/local.sh`, with a folder, ports and a token of its own; and commands of its users."""
+"""The cluster of `clusters/local.sh`, with a folder, ports and a token of its own; and a job on it that is halted."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import psutil
 
+from tests.followed import Followed, has_signal
 from tests.ports import free_ports
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, PROGRAM, ROOT
+from tests.ray_cluster import CLIENTS, ENVIRONMENT, ROOT
 
 SCRIPT = str(ROOT / "clusters" / "local.sh")
 
@@ -70,33 +70,6 @@ class LocalCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Followed:
-    """A command at somebody's terminal, followed line by line."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*PROGRAM, *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines: list[str] = []
-
-    def until(self, start: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            if line.startswith(start):
-                return
-        raise AssertionError(f"no line begins with {start!r}:\n" + "\n".join(self.lines))
-
-    def end(self) -> int:
-        assert self.process.stdout is not None
-        self.lines += [line.rstrip("\n") for line in self.process.stdout]
-        return self.process.wait(60)
-
-
 def halt_after_an_epoch(local: LocalCluster, job: str, client: Followed) -> psutil.Process:
     """Halt a job's command once it has told of an epoch: however long the rest takes, it is in its middle."""
     end = time.monotonic() + 240
@@ -113,12 +86,6 @@ def halt_after_an_epoch(local: LocalCluster, job: str, client: Followed) -> psut
 def wake_when_told_to_end(process: psutil.Process) -> None:
     """Before it does anything else, it then hears of it."""
     end = time.monotonic() + 60
-    while not signals(process, "ShdPnd") >> (signal.SIGTERM - 1) & 1 and time.monotonic() < end:
+    while not has_signal(process.pid, "ShdPnd", signal.SIGTERM) and time.monotonic() < end:
         time.sleep(0.01)
     process.resume()
-
-
-def signals(process: psutil.Process, which: str) -> int:
-    """The kernel's mask of them."""
-    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in status if line.startswith(which)), 16)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.cluster import OneMachine, TwoMachines
+from tests.followed import has_signal
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
 CELL = (
@@ -213,9 +214,7 @@ class Sitting:
 
     def listens(self) -> bool:
         """Whether the command has taken the signals that end it; Python, still loading it, ends as it always does."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
-        return bool(caught >> (signal.SIGTERM - 1) & 1)
+        return has_signal(self.process.pid, "SigCgt", signal.SIGTERM)
 
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in list(self.lines))

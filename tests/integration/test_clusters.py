@@ -28,11 +28,12 @@ from pipeline.cli import run
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests import machines as several
+from tests.followed import Followed
 from tests.integration.test_ray import CONFIG, decided, run_directory
-from tests.local_cluster import Followed, LocalCluster, halt_after_an_epoch, wake_when_told_to_end
+from tests.local_cluster import LocalCluster, halt_after_an_epoch, wake_when_told_to_end
 from tests.machines import JOB_SERVER, STORE
 from tests.namespaces import refusal
-from tests.ray_cluster import PROGRAM, client_of, title
+from tests.ray_cluster import PROGRAM, ROOT, client_of, title
 
 NODES, CORES = 2, 3
 JOIN = """
@@ -157,6 +158,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: LocalCluster) -
     return folder
 
 
+def follow(*arguments: str) -> Followed:
+    """A command of whoever is `here`."""
+    return Followed(*arguments, environment={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
 def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
     """The same in this process: exit code, stdout, the lines of stderr."""
     capsys.readouterr()
@@ -183,10 +189,10 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     search = ("search", "--config", "../tiny.yaml", "--set", f"runtime.runs_dir={runs}", "--workers", "0")
 
     assert command("jobs", *at, capsys=capsys)[1] == "no jobs yet\n"
-    first = Followed("submit", *at, "--name", "digits", "--", *search)
+    first = follow("submit", *at, "--name", "digits", "--", *search)
     driver = halt_after_an_epoch(local, "digits", first)
     first.until("epoch 1:")
-    attached = Followed("jobs", *at, "digits", "--follow")
+    attached = follow("jobs", *at, "digits", "--follow")
     first.process.send_signal(signal.SIGINT)
     assert first.end() == 130
     log = "\n".join(first.lines)
@@ -225,7 +231,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     assert taken[2][-1].startswith(
         f"error: --name digits: {local.address} has had a job of this name, choose"
     )
-    second = Followed("submit", *at, "--json", "--", *search)
+    second = follow("submit", *at, "--json", "--", *search)
     assert second.end() == 0
     (line,) = [line for line in second.lines if line.startswith("{")]
     job: dict[str, Any] = json.loads(line)

@@ -22,8 +22,9 @@ from pipeline.config import load
 from pipeline.doctor import check_cluster
 from pipeline.pictures import open_dataset
 from pipeline.worker import Silent, retrain_worker, search_worker
+from tests.followed import Followed
 from tests.ranks import run_ranks
-from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
+from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 CONFIG = """
 space: {nodes: 2}
@@ -74,37 +75,20 @@ def new_folder(factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Command:
-    """The command line in a folder, followed line by line."""
+class Command(Followed):
+    """The command line in a folder."""
 
     def __init__(self, folder: Path, *arguments: str, job: str = "search") -> None:
         environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [*PROGRAM, job, "--config", "ray.yaml", *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # a process group, as a shell makes it, for Ctrl-C
-        )
-        self.lines: list[str] = []
-
-    def until(self, pattern: str) -> str:
-        """Read on up to the first line that begins with the pattern."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if re.match(pattern, line):
-                return line
-        raise AssertionError(f"no line like {pattern!r}:\n" + "\n".join(self.lines))
+        command = (job, "--config", "ray.yaml", *arguments)
+        super().__init__(*command, environment=environment, cwd=folder, own_group=True)
 
     def end(self) -> int:
-        assert self.process.stdout is not None
-        self.lines += [line.rstrip() for line in self.process.stdout]
+        """And nothing of Ray's has come to the terminal."""
+        code = super().end()
         noise = [line for line in self.lines if "(raylet)" in line or "Traceback" in line]
         assert not noise, "\n".join(self.lines)
-        return self.process.wait(120)
+        return code
 
     def kill(self) -> int:
         self.process.kill()
