@@ -314,7 +314,10 @@ def _make_loss_callback(mailbox: Any) -> Any:
 # ---------- on a worker
 @dataclass
 class _Reporter:
-    """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox."""
+    """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox.
+
+    One thing after the other: an asynchronous actor may take two calls of one caller in any order.
+    """
 
     mailbox: Any
     token: str
@@ -323,18 +326,21 @@ class _Reporter:
     def __post_init__(self) -> None:
         self._told = 0.0
         self._go_on = True
+        self._sent: Any = None  # the last that was posted, as a reference
 
     def read(self) -> bytes | None:
         import ray
 
         group = ray.util.get_current_placement_group()
         assert group is not None, "Ray Train reserves the places of its workers"
+        self._settle()
         data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, group.id.hex()))
         return data
 
     def write(self, epoch: int, data: bytes) -> None:
         import ray
 
+        self._settle()
         self._go_on = ray.get(self.mailbox.keep.remote(self.token, epoch, data, self.workers))
 
     def note(self, text: str) -> None:
@@ -356,19 +362,25 @@ class _Reporter:
         return self._go_on
 
     def finished(self, history: list[Record]) -> None:
-        import ray
-
-        # Waited for: Ray Train ends this process as soon as it has nothing more to do.
-        kind = "finished" if self._go_on else "made room"
-        ray.get(self._post(kind, history))
+        self._post("finished" if self._go_on else "made room", history)
+        self._settle()  # Ray Train ends this process as soon as it has nothing more to do
 
     def failed(self, error: IstanasError) -> None:
         import ray
 
+        self._settle()
         ray.get(self.mailbox.post.remote(None, "failed", pickle.dumps([error])))
 
-    def _post(self, kind: str, *payload: Any) -> Any:
-        return self.mailbox.post.remote(self.token, kind, pickle.dumps(payload))
+    def _post(self, kind: str, *payload: Any) -> None:
+        self._settle()
+        self._sent = self.mailbox.post.remote(self.token, kind, pickle.dumps(payload))
+
+    def _settle(self) -> None:
+        """Wait until what was posted has arrived."""
+        import ray
+
+        if self._sent is not None:
+            ray.get(self._sent)
 
 
 def _worker_loop(settings: dict[str, Any]) -> None:

@@ -168,6 +168,25 @@ for name, bundle in (("", {"CPU": 1}), ("other", {"memory": 1})):
 context = ray.get_runtime_context()
 print(context.get_session_name(), context.get_job_id())
 """
+POST_WITH_DELAY = """
+import asyncio, sys, ray
+from pipeline.launch import _Reporter
+from pipeline.mailbox import Mailbox
+
+class Slow(Mailbox):
+    async def post(self, token, kind, payload):
+        await asyncio.sleep(0.5 if kind == "note" else 0)
+        await super().post(token, kind, payload)
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
+mailbox = ray.remote(Slow).options(num_cpus=0).remote(None)
+ray.get(mailbox.begin.remote("token", "places"))
+reporter = _Reporter(mailbox, "token", workers=1)
+reporter.note("where")
+reporter.resumed([], 1)
+reporter.finished([])
+print(*(kind for kind, *_ in ray.get(mailbox.take.remote(1))))
+"""
 LEFT = """
 import sys, ray
 from ray.util import placement_group_table
@@ -317,6 +336,11 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert decided(run_directory(folder, "retrain")) == decided(reference / "retrain")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, EPOCHS + 1))
+
+
+def test_what_a_worker_says_arrives_in_the_order_in_which_it_was_said(cluster: RayCluster) -> None:
+    """Though Ray lets an asynchronous actor take calls in any order: here the first takes it longest."""
+    assert on_cluster(cluster, POST_WITH_DELAY) == ["started", "note", "resumed", "finished"]
 
 
 def test_a_ray_at_an_address_is_recognised(cluster: RayCluster) -> None:
