@@ -51,11 +51,20 @@ def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
         arguments: without the program's name.
         leaving: whether the process ends with it.
     """
-    with signals_interrupt(leaving=leaving) as signals:
-        return _run(arguments, signals)
+    signals: list[int] = []
+    try:
+        with signals_interrupt(leaving=leaving) as signals:
+            return _run(arguments)
+    except (click.Abort, KeyboardInterrupt) as error:  # here, where a further signal is no longer answered
+        told_to_end = signals[:1] == [signal.SIGTERM]
+        what = "told to end (SIGTERM)" if told_to_end else "interrupted"
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `_interruptible`
+        click.echo(f"{what}: {hint or 'the same command resumes'}", err=True)
+        return TERMINATED if told_to_end else INTERRUPTED
 
 
-def _run(arguments: list[str] | None, signals: list[int]) -> int:
+def _run(arguments: list[str] | None) -> int:
     try:
         # Not standalone, click returns the code of an Exit, and what a command returns: nothing.
         return cli.main(args=arguments, prog_name="istanas", standalone_mode=False) or 0
@@ -67,13 +76,6 @@ def _run(arguments: list[str] | None, signals: list[int]) -> int:
         command = context.command_path if context else "istanas"
         click.echo(f"error: {' '.join(error.format_message().split())} See: {command} --help", err=True)
         return 2
-    except (click.Abort, KeyboardInterrupt) as error:
-        told_to_end = signals[:1] == [signal.SIGTERM]
-        what = "told to end (SIGTERM)" if told_to_end else "interrupted"
-        cause = error.__cause__ if isinstance(error, click.Abort) else error
-        hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `_interruptible`
-        click.echo(f"{what}: {hint or 'the same command resumes'}", err=True)
-        return TERMINATED if told_to_end else INTERRUPTED
     except IstanasError as error:
         for line in str(error).splitlines():
             click.echo(f"error: {_printable(line)}", err=True)

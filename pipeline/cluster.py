@@ -190,13 +190,13 @@ class Runtime:
                     current.write_text(ray.get_runtime_context().gcs_address)
             if interrupted:
                 signal.raise_signal(interrupted[0])
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any class, a mere Exception where a node takes too long to start
             raise IstanasError(
                 f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
                 "correct the address"
                 if self._address
                 else f"Ray could not be started ({last_line(error)}), see {self._logs}"
-            ) from None
+            ) from error
         self._give_back(self._logs)
         token = _TOKEN_FILE.expanduser()
         if token.is_file() and token.stat().st_uid == os.getuid():
@@ -251,16 +251,16 @@ class Runtime:
             while not group.wait(SECONDS_BETWEEN_LOOKS):
                 seconds = time.monotonic() - start
                 needs = f"{_bundles(number, allotment)}; free now: {_resources(ray.available_resources())}"
-                if seconds > 60 * self._settings.wait_minutes:
-                    raise IstanasError(
-                        f"gave up after {self._settings.wait_minutes:g} minutes (runtime.wait_minutes) of waiting for "
-                        f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
-                    )
                 if not told and seconds > min(SECONDS_BEFORE_SAYING, 30 * self._settings.wait_minutes):
                     if self._logs is not None and self._give_back(self._logs):
                         continue
                     told = True
                     say(f"waiting for {needs}; at most {self._settings.wait_minutes:g} minutes")
+                if seconds > 60 * self._settings.wait_minutes:
+                    raise IstanasError(
+                        f"gave up after {self._settings.wait_minutes:g} minutes (runtime.wait_minutes) of waiting for "
+                        f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
+                    )
         finally:
             if not self.lost:
                 remove_placement_group(group)

@@ -12,7 +12,7 @@ import psutil
 
 from tests.followed import Followed, has_signal
 from tests.ports import free_ports
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, ROOT
+from tests.ray_cluster import CLIENTS, ENVIRONMENT, ROOT, arguments
 
 SCRIPT = str(ROOT / "clusters" / "local.sh")
 
@@ -74,11 +74,16 @@ def halt_after_an_epoch(local: LocalCluster, job: str, client: Followed) -> psut
     """Halt a job's command once it has told of an epoch: however long the rest takes, it is in its middle."""
     end = time.monotonic() + 240
     logs = local.state / "1" / "session_latest" / "logs"
-    while not any("\nepoch 1:" in file.read_text() for file in logs.glob(f"job-driver-{job}.log")):
-        assert time.monotonic() < end, "no epoch is done"
-        assert client.process.poll() is None, client.end()
-        time.sleep(0.01)
-    (command,) = [process for process in local.processes() if "search" in process.cmdline()]
+
+    def wait_for(words: str) -> None:
+        while not any(words in file.read_text() for file in logs.glob(f"job-driver-{job}.log")):
+            assert time.monotonic() < end, f"{words!r} does not come"
+            assert client.process.poll() is None, client.end()
+            time.sleep(0.01)
+
+    wait_for("search: ")  # it is looked up before the moment, the epochs that follow take a second
+    (command,) = [process for process in local.processes() if "search" in arguments(process)]
+    wait_for("\nepoch 1:")
     command.suspend()
     return command
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.namespaces import Network, address
-from tests.ray_cluster import ENVIRONMENT, PROGRAM
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, kill
 
 JOB_SERVER = f"http://{address(1)}:8265"
 STORE = f"http://{address(1)}:5000"
@@ -124,9 +124,7 @@ def running(number: int, folder: Path) -> Iterator[Machines]:
                 alive = process.poll() is None
                 family = psutil.Process(process.pid).children(recursive=True) if alive else []
                 process.kill()
-                for each in family:
-                    if each.is_running():
-                        each.kill()
+                kill(family)
             shutil.rmtree(short, ignore_errors=True)
 
 

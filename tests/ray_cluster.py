@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,7 @@ class RayCluster:
         processes = self._children()
         self._order("end")
         self._process.wait(30)
-        for process in processes:  # what outlives its cluster
-            if process.is_running():
-                process.kill()
+        kill(processes)  # what outlives its cluster
 
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
@@ -130,12 +128,33 @@ class RayCluster:
         raise AssertionError("the cluster's process has ended")
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Those of them that live."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def arguments(process: psutil.Process) -> list[str]:
+    """Its command line; none of one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def title(process: psutil.Process) -> str:
     """Ray writes what a process does over its command line."""
+    return " ".join(arguments(process))
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses of a process's open ports; none of one that has just ended."""
     try:
-        return " ".join(process.cmdline())
+        connections = process.net_connections()
     except psutil.NoSuchProcess:
-        return ""
+        return set()
+    return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 @contextlib.contextmanager
@@ -150,16 +169,9 @@ def client_of(servers: Callable[[], list[psutil.Process]]) -> Iterator[None]:
         before = set(servers())
         yield
         end = time.monotonic() + 120
-        while not any(listens(server) for server in set(servers()) - before):
+        while not any(listening(server) for server in set(servers()) - before):
             assert time.monotonic() < end, "the cluster has no server for the client"
             time.sleep(0.2)
-
-
-def listens(process: psutil.Process) -> bool:
-    try:
-        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections())
-    except psutil.NoSuchProcess:
-        return False
 
 
 class _Apart:

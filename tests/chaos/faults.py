@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pipeline.rundir import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
@@ -107,6 +109,7 @@ def run_twice(case: Case, times: int) -> None:
     for left in range(times, 0, -1):
         case.moment(first, left)
         first.process.send_signal(signal.SIGSTOP)
+        first.wait(lambda: psutil.Process(first.process.pid).status() == psutil.STATUS_STOPPED)
         before = snapshot(case.run)
         second = case.start()
         assert second.end() == 2, second.words
@@ -350,14 +353,19 @@ def newest(case: Case, pattern: str) -> Path:
     return max(case.runs.glob(pattern), key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 
+def newest_checkpoint(case: Case) -> Path:
+    """The last that counts, as its checksum, which is written after it, says."""
+    return newest(case, "**/checkpoints/epoch-*.json").with_suffix(".pt")
+
+
 def cut_checkpoint(case: Case) -> None:
-    file = newest(case, "**/checkpoints/epoch-*.pt")
+    file = newest_checkpoint(case)
     data = file.read_bytes()
     file.write_bytes(data[: case.draw.randrange(len(data))])
 
 
 def flip_bit(case: Case) -> None:
-    file = newest(case, "**/checkpoints/epoch-*.pt")
+    file = newest_checkpoint(case)
     data = bytearray(file.read_bytes())
     data[case.draw.randrange(len(data))] ^= 1 << case.draw.randrange(8)
     file.write_bytes(data)

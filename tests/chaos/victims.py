@@ -17,7 +17,7 @@ import psutil
 
 from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.followed import has_signal
-from tests.ray_cluster import ENVIRONMENT, PROGRAM
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, kill
 
 CELL = (
     '{"version": 1, "normal": [[["sep_conv_3x3", 0], ["skip_connect", 1]], [["max_pool_3x3", 2], ["dil_conv_3x3", 0]]],'
@@ -172,8 +172,7 @@ class Case:
 
     def end_leftovers(self) -> None:
         """What lives at the end of a failed test, too."""
-        for process in self.processes():
-            process.kill()
+        kill(self.processes())
 
 
 class Sitting:

@@ -25,7 +25,7 @@ EPOCHS_BETWEEN_KILLS = (0, 1, 1)  # in random order; few enough for all kills to
 COMMAND = [sys.executable, "-m", "pipeline.cli", "run", "--config", "killed.yaml"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run_to_the_end(folder: Path) -> dict[str, Any]:

@@ -319,9 +319,12 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
 
     other = RayCluster(1)  # another Ray of this machine is not taken for the sweep's
     try:
-        wait_for(lambda: "epoch 1:" in first_log(), 120)
+        # Found before the moment comes: two epochs take half a second.
+        wait_for(lambda: "2 workers (cpu" in first_log(), 120)
         family = psutil.Process(process.pid).children(recursive=True)
-        next(p for p in family if "RayTrainWorker" in title(p)).kill()
+        worker = next(p for p in family if "RayTrainWorker" in title(p))
+        wait_for(lambda: "epoch 1:" in first_log(), 120)
+        worker.kill()
         result = finish(process)
     finally:
         other.close()

@@ -203,7 +203,6 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
     server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.5)
     address = f"s3://{BUCKET}/{prefix}/run"
     mirror = storage._Mirror(storage.local(address))
     mirror._me = dataclasses.replace(mirror._me, host="a node that is cut off")
@@ -224,6 +223,7 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
         ended.set()
         heart.join()
     assert len(said) == 1
+    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.5)
     path.mkdir(parents=True)
     (path / "run.json").write_text("of this machine only")
     mirror.put("run.json", b"as it was left")
