@@ -42,6 +42,7 @@ from pipeline.worker import choose_compute
 LOG_FOLDER = "ray"  # in the run directory
 SECONDS_BEFORE_SAYING = 3.0
 SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
+SECONDS_TO_GIVE_BACK = 5  # that places of workers which have ended may take to be free
 SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
 # After 30 without its cluster, Ray's client forgets that it is one, and looks for a Ray that this machine is a node of.
 SECONDS_OF_A_CLIENT = 20.0
@@ -242,7 +243,7 @@ class Runtime:
             IstanasError: after `runtime.wait_minutes`.
         """
         import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.placement_group import placement_group
 
         number = allotment.workers.minimum
         group = placement_group([allotment.bundle] * number)
@@ -262,8 +263,7 @@ class Runtime:
                         f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
                     )
         finally:
-            if not self.lost:
-                remove_placement_group(group)
+            self.release([group])
 
     @contextlib.contextmanager
     def noticing_a_clients_loss(self, job: str, run_dir: Path) -> Iterator[None]:
@@ -305,20 +305,57 @@ class Runtime:
             return False
         return free_leftovers(logs) > 0
 
-    def has_room_for_one_more(self, allotment: Allotment) -> bool:
-        """Whether another worker would find a place now."""
-        import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
+    def room(self, allotment: Allotment, most: int) -> int:
+        """How many workers would find places now: at most so many, and at least the least number, which was waited for.
 
+        What is free says little: free cores may lie on different nodes, and what has just ended gives back its places
+        a moment later. So it is tried.
+        """
+        import ray
+
+        low = allotment.workers.minimum
+        if most <= low or self._finds_places(most, allotment, SECONDS_TO_GIVE_BACK):
+            return most
         free = ray.available_resources()
-        if any(free.get(name, 0) < amount for name, amount in allotment.bundle.items()):
-            return False
-        group = placement_group([allotment.bundle])  # free cores may lie on different nodes
+        in_sum = min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
+        number = high = min(most - 1, max(low, in_sum))
+        while low < high:
+            if self._finds_places(number, allotment, 2 * SECONDS_BETWEEN_LOOKS):
+                low = number
+            else:
+                high = number - 1
+            number = (low + high + 1) // 2
+        return low
+
+    def _finds_places(self, number: int, allotment: Allotment, seconds: int) -> bool:
+        from ray.util.placement_group import placement_group
+
+        group = placement_group([allotment.bundle] * number)
         try:
-            return bool(group.wait(2 * SECONDS_BETWEEN_LOOKS))
+            return bool(group.wait(seconds))
         finally:
-            if not self.lost:
-                remove_placement_group(group)
+            self.release([group])
+
+    def reserve(self, allotment: Allotment, number: int) -> list[Any]:
+        """Ask for places of so many workers, each by itself: what is free is kept, and a cluster that can grow does."""
+        from ray.util.placement_group import placement_group
+
+        return [placement_group([allotment.bundle]) for _ in range(number)]
+
+    def n_reserved(self, places: Sequence[Any]) -> int:
+        """How many of the places that were asked for are there."""
+        from ray.util import placement_group_table
+
+        table = placement_group_table() if places else {}
+        return sum(table[place.id.hex()]["state"] == "CREATED" for place in places)
+
+    def release(self, places: Sequence[Any]) -> None:
+        """Ask for them no longer."""
+        from ray.util.placement_group import remove_placement_group
+
+        if not self.lost:
+            for place in places:
+                remove_placement_group(place)
 
 
 def _is_of_rays_client(error: Exception) -> bool:

@@ -114,9 +114,11 @@ class _RayJob:
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._history: list[Record] = []
         self._places = ""  # that the present workers have, as a reservation of Ray's
-        self._failures_left = (
-            config.runtime.max_failures
-        )  # of Ray Train's controllers; of workers, they keep count
+        # Of elastic jobs: how many workers the next group may have, and places for more than the present one has.
+        self._hoped = config.runtime.worker_range.maximum
+        self._more: list[Any] = []
+        # Of Ray Train's controllers, and of elastic jobs' workers; of others', they keep count.
+        self._failures_left = config.runtime.max_failures
         self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
 
     def run(self) -> list[Record]:
@@ -128,11 +130,12 @@ class _RayJob:
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
         self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
         try:
-            while (
-                self._ended != "finished"
-            ):  # once, but for elastic jobs that grow, and controllers that are lost
+            # Once, but for elastic jobs that grow or shrink, and controllers that are lost.
+            while self._ended != "finished":
                 self._ended = ""
                 self._run_group()
+                self._runtime.release(self._more)
+                self._more = []
         except ray.exceptions.RayError as error:  # the mailbox or Ray itself has gone
             raise IstanasError(
                 f"{self._job}: Ray was lost ({last_line(error)}), see {self._folder.parent / LOG_FOLDER}; the same "
@@ -141,15 +144,25 @@ class _RayJob:
         finally:
             if not self._runtime.lost:
                 with contextlib.suppress(ray.exceptions.RayError):
+                    self._runtime.release(self._more)
                     ray.kill(self._mailbox)
         return self._history
 
     def _run_group(self) -> None:
         """One call of Ray Train's `fit`, and all that comes in meanwhile."""
         import ray
+        from ray.train import TrainingFailedError
 
         allotment = self._runtime.allot()
-        trainer = _trainer(self._job, self._config, allotment, self._arguments, self._mailbox, self._folder)
+        elastic = allotment.workers.elastic
+        number = allotment.workers.maximum
+        if elastic:
+            # Ray Train has elastic jobs, too, but counts what others use as free, and knows new nodes 20 s later.
+            self._runtime.wait(allotment, self._observer.note)
+            number = self._hoped = self._runtime.room(allotment, self._hoped)
+        trainer = _trainer(
+            self._job, self._config, allotment, number, self._arguments, self._mailbox, self._folder
+        )
         fit = _Fit(trainer.fit)
         stuck_at = time.monotonic() + self._patience()
         while True:
@@ -178,6 +191,11 @@ class _RayJob:
             )
             if self._places:  # its workers are gone with it, but Ray keeps their places for them
                 free(self._places)
+        elif elastic and isinstance(fit.error, TrainingFailedError) and self._failures_left > 0:
+            self._failures_left -= (
+                1  # it was said when it came, or somebody else was quicker to take the places
+            )
+            self._hoped = number + self._runtime.n_reserved(self._more)
         elif fit.error is not None:
             raise IstanasError(
                 f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
@@ -197,6 +215,8 @@ class _RayJob:
 
         if kind == "started":
             (self._places,) = payload
+            if not self._more:  # not before: they would be taken from the places of this group
+                self._more = self._runtime.reserve(allotment, allotment.workers.maximum - self._hoped)
         elif kind == "note":
             self._observer.note(*payload)
         elif kind == "resumed":
@@ -207,13 +227,9 @@ class _RayJob:
         elif kind == "checkpoint":
             epoch, data, workers = payload
             checkpoint.write(self._folder, epoch, data)
-            more_to_do = epoch < self._epochs
-            grow = (
-                more_to_do
-                and workers < allotment.workers.maximum
-                and self._runtime.has_room_for_one_more(allotment)
-            )
-            ray.get(self._mailbox.kept.remote(epoch, not grow))
+            n_more = self._runtime.n_reserved(self._more) if epoch < self._epochs else 0
+            self._hoped = workers + n_more
+            ray.get(self._mailbox.kept.remote(epoch, n_more == 0))
         elif kind == "epoch":
             (self._history,) = payload
             self._observer.epoch_done(self._history)
@@ -248,24 +264,28 @@ class _Fit:
 
 
 def _trainer(
-    job: Job, config: Config, allotment: Allotment, arguments: tuple[Any, ...], mailbox: Any, folder: Path
+    job: Job,
+    config: Config,
+    allotment: Allotment,
+    number: int,
+    arguments: tuple[Any, ...],
+    mailbox: Any,
+    folder: Path,
 ) -> Any:
-    """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed."""
+    """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed.
+
+    An elastic job's starts no workers anew: who calls it looks how many find places, and makes the next trainer.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    workers = allotment.workers
-    scaling: dict[str, Any] = {
-        "num_workers": (workers.minimum, workers.maximum) if workers.elastic else workers.maximum,
-        "use_gpu": allotment.gpu,
-        "resources_per_worker": allotment.bundle,
-        # Workers that run are resized between epochs, by ending them there; Ray would do it in an epoch's middle.
-        "elastic_resize_monitor_interval_s": 1e9,
-    }
+    failures: dict[str, Any] = {"max_failures": config.runtime.max_failures}
+    if allotment.workers.elastic:
+        failures = dict.fromkeys(("max_failures", "controller_failure_limit", "max_preemption_failures"), 0)
     run = RunConfig(
         name=f"{job}-{uuid.uuid4().hex[:8]}",
         storage_path=str((folder.parent / LOG_FOLDER / "train").resolve()),
-        failure_config=FailureConfig(max_failures=config.runtime.max_failures),
+        failure_config=FailureConfig(**failures),
         callbacks=[_make_loss_callback(mailbox)],
     )
     return TorchTrainer(
@@ -277,7 +297,9 @@ def _trainer(
             "mailbox": mailbox,
         },
         torch_config=torch_config(allotment.compute.backend),
-        scaling_config=ScalingConfig(**scaling),
+        scaling_config=ScalingConfig(
+            num_workers=number, use_gpu=allotment.gpu, resources_per_worker=allotment.bundle
+        ),
         run_config=run,
     )
 

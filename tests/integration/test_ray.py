@@ -1,5 +1,6 @@
 """A search on Ray Train's workers: killed anywhere it ends as if it had not been; it waits, grows and stops as told."""
 
+import contextlib
 import json
 import os
 import re
@@ -159,6 +160,14 @@ for name, bundle in (("", {"CPU": 1}), ("other", {"memory": 1})):
 context = ray.get_runtime_context()
 print(context.get_session_name(), context.get_job_id())
 """
+HOLD = """
+import sys, ray
+from ray.util import placement_group
+ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
+ray.get(placement_group([{"CPU": 1}]).ready())
+print("held", flush=True)
+sys.stdin.read()
+"""
 POST_WITH_DELAY = """
 import asyncio, sys, ray
 from pipeline.launch import _Reporter
@@ -191,6 +200,19 @@ def on_cluster(cluster: RayCluster, code: str, *arguments: str) -> list[str]:
     command = [sys.executable, "-c", code, cluster.address, *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.splitlines()[-1].split()
+
+
+@contextlib.contextmanager
+def core_of_somebody_else(cluster: RayCluster) -> Iterator[None]:
+    """Inside, another job, which is none of Ray Train's, has one."""
+    command = [sys.executable, "-c", HOLD, cluster.address]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        assert process.stdin is not None
+        process.stdin.close()  # it ends
 
 
 def leave_behind(cluster: RayCluster, run: Path) -> None:
@@ -247,19 +269,21 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and
     """A copy of the run that was killed with two workers: on one, on two, on one again; and at last without Ray."""
     shutil.copytree(folder / "runs", copy / "runs", symlinks=True)
     (run_directory(copy) / "ray" / "session").unlink()  # the other run collects these logs
-    command = Command(copy, "--workers", "1:2", "--address", cluster.address)
-    assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # started with what was there
     cluster.add(1)
-    command.until(r"1 worker \(")
-    command.until(r"1 worker instead of 2: .* no longer bit for bit")
-    command.until("epoch ")
-    command.until(r"2 workers \(")
-    command.until(r"2 workers instead of 1")
-    command.until("epoch ")
-    cluster.remove()
-    command.until("lost worker")
-    command.until(r"1 worker \(")
-    command.until(r"1 worker instead of 2")
+    with core_of_somebody_else(cluster):
+        command = Command(copy, "--workers", "1:3", "--address", cluster.address)
+        assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # started with what was free
+        cluster.add(1)
+        command.until(r"1 worker \(")
+        command.until(r"1 worker instead of 2: .* no longer bit for bit")
+        command.until("epoch ")
+        assert command.until(r"\d workers? \(").startswith("2 "), "for nothing it was stopped in between"
+        command.until(r"2 workers instead of 1")
+        command.until("epoch ")
+        cluster.remove()
+        command.until("lost worker")
+        command.until(r"1 worker \(")
+        command.until(r"1 worker instead of 2")
 
     # Ctrl-C on a cluster ends the workers, which are no children of the command.
     workers = cluster.workers()
@@ -287,7 +311,6 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     cluster: RayCluster, folder: Path, reference: Path
 ) -> None:
     """The driver was killed in the first test."""
-    cluster.add(1)
     place = ("--workers", "2", "--address", cluster.address)
     path = run_directory(folder)
 
