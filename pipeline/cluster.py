@@ -27,6 +27,7 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
+from pipeline.interruption import uninterrupted
 from pipeline.leftovers import free_leftovers
 from pipeline.resources import (
     Node,
@@ -181,7 +182,7 @@ class Runtime:
             options |= {"address": self._address}
         _send_errors_to_log()
         try:
-            with uninterrupted() as interrupted:
+            with uninterrupted():
                 ray.init(**options)
                 self._ours = True
                 if self._scratch is not None:
@@ -189,8 +190,6 @@ class Runtime:
                     current = self._scratch / "ray" / "ray_current_cluster"
                     current.parent.mkdir(exist_ok=True)
                     current.write_text(ray.get_runtime_context().gcs_address)
-            if interrupted:
-                signal.raise_signal(interrupted[0])
         except Exception as error:  # of any class, a mere Exception where a node takes too long to start
             raise IstanasError(
                 f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
@@ -514,28 +513,6 @@ def ask_ray(address: str | None) -> Callable[[], bool]:
             asking.wait()
 
     return answer
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM are only noted (in the list that is given): what is half started could not be ended.
-
-    Ray puts a handler of its own in the place of one for SIGTERM; at the end, the one from before is back.
-    """
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
-        yield noted
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if callable(handler):  # not where the process dies of it, or is deaf to it
-            signal.signal(number, lambda number, _: noted.append(number))
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
 
 
 def _send_errors_to_log() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both unwind a command, so that its run is closed and the same command resumes."""
+"""Ctrl-C and SIGTERM: both unwind a command, so that its run is closed and the same command resumes; and when not."""
 
 from __future__ import annotations
 
@@ -77,3 +77,31 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
             # An interrupt inside an exec of text (dataclasses, while they are imported) leaves a mark, by which
             # `python -m` dies of SIGINT at its very end, whatever the exit code. The next exec takes it away.
             exec("")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[list[int]]:
+    """Inside, for some seconds, what would interrupt is only noted (in the list that is given), and comes at the end.
+
+    Of Ctrl-C, SIGTERM and SIGUSR1 (a cluster is lost). For what is half done could not be ended: a Ray that starts
+    leaves processes behind, a database that is written to its lock. Ray puts a handler of its own in the place of one
+    for SIGTERM; at the end, the one from before is back.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield noted
+        return
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    for number, handler in handlers.items():
+        if callable(handler):  # not where the process dies of it, or is deaf to it
+            signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        if noted:
+            signal.raise_signal(noted[0])

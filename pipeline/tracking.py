@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from istanas.errors import CheckpointError
 from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline import links, registry
+from pipeline.interruption import uninterrupted
 from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
 from pipeline.storage import local, shown
@@ -317,7 +318,7 @@ class MLflowTracker:
             return False
         try:
             # A `sync` beside a running training would otherwise open a second MLflow run.
-            with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
+            with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS), self._to_its_end():
                 self.last_delivery = self._deliver()
         except CheckpointError:
             raise
@@ -327,6 +328,11 @@ class MLflowTracker:
             self._say_unreachable(error)
             return False
         return True
+
+    def _to_its_end(self) -> contextlib.AbstractContextManager[object]:
+        """Interrupts have to wait where they would leave a database locked, by this process: not of a server."""
+        served = self.tracking_uri.startswith(("http:", "https:"))
+        return contextlib.nullcontext() if served else uninterrupted()
 
     def _say_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"

@@ -20,7 +20,7 @@ from pipeline import cluster
 from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
 from pipeline.config import load
 from pipeline.doctor import check_cluster
-from pipeline.interruption import signals_interrupt
+from pipeline.interruption import signals_interrupt, uninterrupted
 from pipeline.launch import _on_workers
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
@@ -149,27 +149,38 @@ def test_who_listens_and_is_no_ray_is_not_taken_for_one(monkeypatch: pytest.Monk
     assert check_cluster("127.0.0.1:1").state == "fail"
 
 
-def test_ctrl_c_in_what_must_not_be_interrupted_is_noted() -> None:
+def test_ctrl_c_in_what_must_not_be_interrupted_comes_after_it() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with cluster.uninterrupted() as interrupted:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert wait_until(lambda: bool(interrupted))
+    done = []
+
+    def work() -> None:
+        with uninterrupted() as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert wait_until(lambda: bool(interrupted))
+            done.append(True)
+            raise OSError("which is not what it ends with")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done
     assert signal.getsignal(signal.SIGINT) is before
     with ThreadPoolExecutor(1) as pool:  # where no handler can be set
-        assert pool.submit(lambda: list(cluster.uninterrupted().__enter__())).result() == []
+        assert pool.submit(lambda: list(uninterrupted().__enter__())).result() == []
 
 
 def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_does() -> None:
-    with signals_interrupt() as ended:
-        handler = signal.getsignal(signal.SIGTERM)
-        with cluster.uninterrupted() as interrupted:
+    def work() -> None:
+        with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
             assert wait_until(lambda: bool(interrupted))
+            assert not ended
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts one of its own there
-        assert signal.getsignal(signal.SIGTERM) is handler
-        assert not ended
+
+    with signals_interrupt() as ended:
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(interrupted[0])
+            work()
+        assert signal.getsignal(signal.SIGTERM) is handler
         assert ended == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)  # must not interrupt the closing
 

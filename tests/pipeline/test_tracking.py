@@ -4,11 +4,13 @@ import dataclasses
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mlflow.entities import Dataset
 
 from istanas.errors import CheckpointError
 from pipeline import tracking
+from pipeline.interruption import signals_interrupt
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, new_key
 from pipeline.tracking import (
     MLflowTracker,
@@ -199,6 +202,31 @@ def test_delivering_again_sends_nothing(tmp_path: Path, store: str) -> None:
     assert again.deliver()
     assert again.last_delivery is not None
     assert again.last_delivery.artifacts == ("config.yaml",)
+
+
+def test_an_interrupt_in_mid_delivery_leaves_no_database_locked(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after it: in the middle of a transaction, the process would shut itself out for its last delivery."""
+    run = make_run(tmp_path / "run", epochs=2)
+    tracker = tracker_of(run, store)
+    send = tracking._send_params
+
+    def send_interrupted(*arguments: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return send(*arguments)
+
+    with signals_interrupt():
+        monkeypatch.setattr(tracking, "_send_params", send_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.deliver()
+        monkeypatch.setattr(tracking, "_send_params", send)
+        assert tracker.last_delivery is not None
+        assert tracker.last_delivery.metrics == 4
+        end_run(run, "FAILED")
+        assert tracker.deliver()
+    (run_id,) = runs_of(open_client(store), run)
+    assert open_client(store).get_run(run_id).info.status == "FAILED"
 
 
 def test_rewritten_metrics_double_nothing(tmp_path: Path, store: str) -> None:
