@@ -145,6 +145,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: LocalCluster) -
     folder.mkdir()
     (folder / "own.py").write_text("")
     (tmp_path / "tiny.yaml").write_text(SUBMITTED)
+    (tmp_path / "nowhere.yaml").write_text(SUBMITTED + "data: {name: folder, root: /nowhere/at/all}\n")
     keys = tmp_path / "home" / ".ray"
     keys.mkdir(parents=True)
     (keys / "auth_token").write_text(local.token_file.read_text())
@@ -169,7 +170,7 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     return code, out, err.splitlines()
 
 
-def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_here(
+def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_here_and_its_exit_code_is_known(
     local: LocalCluster,
     here: Path,
     tmp_path: Path,
@@ -229,6 +230,7 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     assert taken[2][-1].startswith(
         f"error: --name digits: {local.address} has had a job of this name, choose"
     )
+    failing = follow("submit", *at, "--json", "--", *(word.replace("tiny", "nowhere") for word in search))
     second = follow("submit", *at, "--json", "--", *search)
     assert second.end() == 0
     (line,) = [line for line in second.lines if line.startswith("{")]
@@ -239,11 +241,20 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     assert not [line for line in second.lines if line.startswith("epoch 1:")]
     assert [m.step for m in stopped.metrics()] == list(range(1, EPOCHS + 1))
 
+    assert failing.end() == 1
+    (line,) = [line for line in failing.lines if line.startswith("{")]
+    failed: dict[str, Any] = json.loads(line)
+    assert failed["id"].startswith("search-nowhere-")
+    assert "error: data.root: /nowhere/at/all is no folder; name one that holds train/CLASS/*" in "\n".join(
+        failing.lines
+    )
+
     _, out, _ = command("jobs", *at, "--json", capsys=capsys)
-    newest, oldest = json.loads(out)["jobs"]
-    assert (newest["status"], newest["exit_code"]) == ("SUCCEEDED", 0)
-    assert (oldest["status"], oldest["exit_code"]) == ("STOPPED", 143)
+    ends = {each["id"]: (each["status"], each["exit_code"]) for each in json.loads(out)["jobs"]}
+    assert ends == {job["id"]: ("SUCCEEDED", 0), failed["id"]: ("FAILED", 1), "digits": ("STOPPED", 143)}
+    assert list(ends)[-1] == "digits", "the newest first"
     assert "STOPPED (143)" in command("jobs", *at, "digits", capsys=capsys)[1]
+    assert "FAILED (1)" in command("jobs", *at, failed["id"], capsys=capsys)[1]
 
     client = open_client(store)
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
@@ -261,26 +272,6 @@ def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_he
     here_and_there = [RunDir(p).metrics() for p in (undisturbed["run_dir"], path)]
     figures = [[{k: v for k, v in m.metrics.items() if k != clock} for m in ms] for ms in here_and_there]
     assert figures[0] == figures[1]
-
-
-def test_the_exit_code_is_the_jobs(
-    local: LocalCluster, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(SUBMITTED + "data: {name: folder, root: /nowhere/at/all}\n")
-    settings = ("--set", f"runtime.runs_dir={tmp_path / 'shared'}", "--set", "tracking.enabled=false")
-    given = ("search", "--config", "../tiny.yaml", "--workers", "0", *settings)
-    code, out, err = command("submit", "--address", local.address, "--json", "--", *given, capsys=capsys)
-    assert code == 1
-    (line,) = out.splitlines()
-    job: dict[str, Any] = json.loads(line)
-    assert (job["status"], job["exit_code"]) == ("FAILED", 1)
-    assert job["id"].startswith("search-tiny-")
-    assert "error: data.root: /nowhere/at/all is no folder; name one that holds train/CLASS/*" in "\n".join(
-        err
-    )
-    code, out, _ = command("jobs", "--address", local.address, job["id"], capsys=capsys)
-    assert code == 0
-    assert "FAILED (1)" in out
 
 
 def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(

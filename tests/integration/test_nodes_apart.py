@@ -288,10 +288,10 @@ def test_a_node_that_hangs_is_named(cluster: RayCluster, joined: None, tmp_path:
     name = blind_node()
     cluster.halt()
     try:
-        line = refusal(config_of(tmp_path), seconds=5)  # that the other node has, too
+        line = refusal(config_of(tmp_path), seconds=2)  # in which the other node may not answer, either
     finally:
         cluster.wake()
-    assert line.startswith(f"pre-flight: node {name}: no answer within 5 s")
+    assert re.match(rf"pre-flight: nodes? .*{re.escape(name)}.*: no answer within 2 s", line)
     assert not list(tmp_path.iterdir())
 
 
