@@ -33,6 +33,7 @@ from pipeline.resources import (
     Node,
     WorkerRange,
     count,
+    largest,
     threads_per_worker,
     usable_cores,
     workers_that_fit,
@@ -313,18 +314,13 @@ class Runtime:
         import ray
 
         low = allotment.workers.minimum
-        if most <= low or self._finds_places(most, allotment, SECONDS_TO_GIVE_BACK):
+        most = max(low, min(most, workers_that_fit(cluster_nodes(), allotment.threads, allotment.gpu)))
+        if most == low or self._finds_places(most, allotment, SECONDS_TO_GIVE_BACK):
             return most
         free = ray.available_resources()
         in_sum = min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
-        number = high = min(most - 1, max(low, in_sum))
-        while low < high:
-            if self._finds_places(number, allotment, 2 * SECONDS_BETWEEN_LOOKS):
-                low = number
-            else:
-                high = number - 1
-            number = (low + high + 1) // 2
-        return low
+        high = min(most - 1, max(low, in_sum))
+        return largest(low, high, lambda n: self._finds_places(n, allotment, 2 * SECONDS_BETWEEN_LOOKS))
 
     def _finds_places(self, number: int, allotment: Allotment, seconds: int) -> bool:
         from ray.util.placement_group import placement_group

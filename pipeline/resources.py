@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from istanas.errors import ConfigError
@@ -61,6 +61,23 @@ def workers_that_fit(nodes: Sequence[Node], threads: int, gpu: bool) -> int:
         5
     """
     return sum(min(node.cpus // threads, node.gpus) if gpu else node.cpus // threads for node in nodes)
+
+
+def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `low`, which is taken for granted, to `high` that fits, as all below it do.
+
+    Example:
+        >>> largest(1, 9, lambda number: number <= 4)
+        4
+    """
+    number = high  # which fits more often than not, and may take long to ask for
+    while low < high:
+        if fits(number):
+            low = number
+        else:
+            high = number - 1
+        number = (low + high + 1) // 2
+    return low
 
 
 def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:

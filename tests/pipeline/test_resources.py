@@ -11,6 +11,7 @@ from pipeline.resources import (
     Node,
     WorkerRange,
     count,
+    largest,
     parse_workers,
     threads_in_process,
     threads_per_worker,
@@ -55,6 +56,19 @@ def test_anything_else_is_refused_in_one_short_line(written: int | str) -> None:
 
 
 # ---------- what fits
+@given(st.integers(1, 50), st.integers(0, 50), st.integers(0, 120))
+def test_the_largest_that_fits_is_found_with_few_questions(low: int, more: int, limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(number: int) -> bool:
+        asked.append(number)
+        return number <= limit
+
+    assert largest(low, low + more, fits) == max(low, min(low + more, limit))
+    assert len(asked) <= 1 + more.bit_length()
+    assert low not in asked, "it is taken for granted"
+
+
 def packed(nodes: list[Node], threads: int, gpu: bool) -> int:
     """Workers put on the nodes one by one, until none has room."""
     free = [[node.cpus, node.gpus] for node in nodes]
