@@ -27,7 +27,7 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
-from pipeline.interruption import uninterrupted
+from pipeline.interruption import uninterrupted, working_to_an_end
 from pipeline.leftovers import free_leftovers
 from pipeline.resources import (
     Node,
@@ -50,6 +50,7 @@ SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
 SECONDS_OF_A_CLIENT = 20.0
 NOT_CONNECTED = "Ray Client is not connected"  # what it then raises, as a mere Exception
 GOES_ON = "the same command goes on, on another cluster, too"
+SECONDS_TO_FINISH = 60.0  # what must not be interrupted
 SECONDS_TO_UNWIND = 5.0  # for a thread that was interrupted; calls into a lost cluster can't be
 NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
 NO_COLLECTORS = {
@@ -243,7 +244,7 @@ class Runtime:
             IstanasError: after `runtime.wait_minutes`.
         """
         import ray
-        from ray.util.placement_group import placement_group
+        from ray.util.placement_group import placement_group, remove_placement_group
 
         number = allotment.workers.minimum
         group = placement_group([allotment.bundle] * number)
@@ -263,7 +264,8 @@ class Runtime:
                         f"{needs}: add nodes, wait for other jobs, or lower --workers; the same command goes on"
                     )
         finally:
-            self.release([group])
+            if not self.lost:
+                remove_placement_group(group)
 
     @contextlib.contextmanager
     def noticing_a_clients_loss(self, job: str, run_dir: Path) -> Iterator[None]:
@@ -305,52 +307,46 @@ class Runtime:
             return False
         return free_leftovers(logs) > 0
 
-    def room(self, allotment: Allotment, most: int) -> int:
-        """How many workers would find places now: at most so many, and at least the least number, which was waited for.
+    def room(self, allotment: Allotment) -> int:
+        """How many of the workers would find places now: at least the least number, which was waited for.
 
         What is free says little: free cores may lie on different nodes, and what has just ended gives back its places
         a moment later. So it is tried.
         """
         import ray
 
-        low = allotment.workers.minimum
-        most = max(low, min(most, workers_that_fit(cluster_nodes(), allotment.threads, allotment.gpu)))
-        if most == low or self._finds_places(most, allotment, SECONDS_TO_GIVE_BACK):
-            return most
-        free = ray.available_resources()
-        in_sum = min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
-        high = min(most - 1, max(low, in_sum))
+        low, most = allotment.workers.minimum, self.capacity(allotment)
+        if most <= low or self._finds_places(most, allotment, SECONDS_TO_GIVE_BACK):
+            return max(low, most)
+        high = min(most - 1, max(low, _in_sum(ray.available_resources(), allotment)))
         return largest(low, high, lambda n: self._finds_places(n, allotment, 2 * SECONDS_BETWEEN_LOOKS))
 
+    def capacity(self, allotment: Allotment) -> int:
+        """How many of the workers the nodes could hold, if nobody else were there."""
+        there = workers_that_fit(cluster_nodes(), allotment.threads, allotment.gpu)
+        return min(allotment.workers.maximum, there)
+
+    def has_room_for_one_more(self, allotment: Allotment) -> bool:
+        """Whether another worker would find a place now."""
+        import ray
+
+        free = _in_sum(ray.available_resources(), allotment)
+        return free > 0 and self._finds_places(1, allotment, 2 * SECONDS_BETWEEN_LOOKS)
+
     def _finds_places(self, number: int, allotment: Allotment, seconds: int) -> bool:
-        from ray.util.placement_group import placement_group
+        from ray.util.placement_group import placement_group, remove_placement_group
 
         group = placement_group([allotment.bundle] * number)
         try:
             return bool(group.wait(seconds))
         finally:
-            self.release([group])
+            if not self.lost:
+                remove_placement_group(group)
 
-    def reserve(self, allotment: Allotment, number: int) -> list[Any]:
-        """Ask for places of so many workers, each by itself: what is free is kept, and a cluster that can grow does."""
-        from ray.util.placement_group import placement_group
 
-        return [placement_group([allotment.bundle]) for _ in range(number)]
-
-    def n_reserved(self, places: Sequence[Any]) -> int:
-        """How many of the places that were asked for are there."""
-        from ray.util import placement_group_table
-
-        table = placement_group_table() if places else {}
-        return sum(table[place.id.hex()]["state"] == "CREATED" for place in places)
-
-    def release(self, places: Sequence[Any]) -> None:
-        """Ask for them no longer."""
-        from ray.util.placement_group import remove_placement_group
-
-        if not self.lost:
-            for place in places:
-                remove_placement_group(place)
+def _in_sum(free: dict[str, float], allotment: Allotment) -> int:
+    """For how many workers there is enough, wherever it lies."""
+    return min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
 
 
 def _is_of_rays_client(error: Exception) -> bool:
@@ -426,6 +422,10 @@ def noticing_its_loss(
                 heard = time.monotonic()
             if time.monotonic() - heard > seconds:
                 signal.pthread_kill(main, signal.SIGUSR1)
+                end = time.monotonic() + SECONDS_TO_FINISH
+                while working_to_an_end.is_set() and time.monotonic() < end:
+                    if ended.wait(0.1):
+                        return
                 if not ended.wait(SECONDS_TO_UNWIND):
                     _die(words)
                 return

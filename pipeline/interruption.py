@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells have them
@@ -16,6 +16,8 @@ SECONDS_TO_REPEAT = 0.1  # a signal that was swallowed
 STILL_CLOSING = (
     b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once, the same command resumes\n"
 )
+
+working_to_an_end = threading.Event()  # while `uninterrupted` holds back what comes
 
 
 @contextlib.contextmanager
@@ -91,17 +93,27 @@ def uninterrupted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield noted
         return
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    for number, handler in handlers.items():
-        if callable(handler):  # not where the process dies of it, or is deaf to it
-            signal.signal(number, lambda number, _: noted.append(number))
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    within = True
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if within:
+            noted.append(number)
+        else:  # while the handlers from before are put back
+            before[number](number, frame)
+
     try:
+        working_to_an_end.set()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            handler = signal.getsignal(number)
+            if callable(handler):  # not where the process dies of it, or is deaf to it
+                before[number] = handler
+                signal.signal(number, note)
         yield noted
     finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
+        within = False
+        working_to_an_end.clear()
+        for taken, handler_before in before.items():
+            signal.signal(taken, handler_before)
         if noted:
-            signal.raise_signal(noted[0])
+            signal.raise_signal(signal.SIGUSR1 if signal.SIGUSR1 in noted else noted[0])

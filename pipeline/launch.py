@@ -114,9 +114,7 @@ class _RayJob:
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._history: list[Record] = []
         self._places = ""  # that the present workers have, as a reservation of Ray's
-        # Of elastic jobs: how many workers the next group may have, and places for more than the present one has.
-        self._hoped = config.runtime.worker_range.maximum
-        self._more: list[Any] = []
+        self._stuck_at = float("inf")  # when the job counts as stuck, unless workers start before
         # Of Ray Train's controllers, and of elastic jobs' workers; of others', they keep count.
         self._failures_left = config.runtime.max_failures
         self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
@@ -129,13 +127,12 @@ class _RayJob:
         actor: Any = ray.remote(Mailbox)
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
         self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
+        allotment = self._runtime.allot()  # once: what is lost does not make a job on GPUs one on CPUs
         try:
             # Once, but for elastic jobs that grow or shrink, and controllers that are lost.
             while self._ended != "finished":
                 self._ended = ""
-                self._run_group()
-                self._runtime.release(self._more)
-                self._more = []
+                self._run_group(allotment)
         except ray.exceptions.RayError as error:  # the mailbox or Ray itself has gone
             raise IstanasError(
                 f"{self._job}: Ray was lost ({last_line(error)}), see {self._folder.parent / LOG_FOLDER}; the same "
@@ -144,27 +141,29 @@ class _RayJob:
         finally:
             if not self._runtime.lost:
                 with contextlib.suppress(ray.exceptions.RayError):
-                    self._runtime.release(self._more)
                     ray.kill(self._mailbox)
         return self._history
 
-    def _run_group(self) -> None:
+    def _run_group(self, allotment: Allotment) -> None:
         """One call of Ray Train's `fit`, and all that comes in meanwhile."""
         import ray
-        from ray.train import TrainingFailedError
 
-        allotment = self._runtime.allot()
-        elastic = allotment.workers.elastic
-        number = allotment.workers.maximum
-        if elastic:
-            # Ray Train has elastic jobs, too, but counts what others use as free, and knows new nodes 20 s later.
+        workers = allotment.workers
+        number: int | tuple[int, int] = workers.maximum
+        if workers.elastic:
+            began = time.monotonic()
             self._runtime.wait(allotment, self._observer.note)
-            number = self._hoped = self._runtime.room(allotment, self._hoped)
+            self._stuck_at += time.monotonic() - began
+            number = self._runtime.room(allotment)
+            # Ray Train asks for as many as are wanted, so that a cluster that can grow does. But it takes what others
+            # hold for free: where there are others, it must not know.
+            if number >= self._runtime.capacity(allotment):
+                number = (workers.minimum, workers.maximum)
         trainer = _trainer(
             self._job, self._config, allotment, number, self._arguments, self._mailbox, self._folder
         )
         fit = _Fit(trainer.fit)
-        stuck_at = time.monotonic() + self._patience()
+        self._stuck_at = min(self._stuck_at, time.monotonic() + self._patience())
         while True:
             ended = fit.ended
             events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
@@ -172,11 +171,11 @@ class _RayJob:
                 if kind not in OWN_KINDS:
                     payload = pickle.loads(payload[0])
                 if kind in ("started", "lost"):
-                    stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
+                    self._stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
                 self._handle(kind, payload, allotment)
             if ended and not events:
                 break
-            if time.monotonic() > stuck_at:
+            if time.monotonic() > self._stuck_at:
                 raise IstanasError(
                     f"{self._job}: no worker has started for {self._patience() / 60:.0f} minutes, see "
                     f"{self._folder.parent / LOG_FOLDER} and Ray's own logs; the same command goes on"
@@ -191,11 +190,8 @@ class _RayJob:
             )
             if self._places:  # its workers are gone with it, but Ray keeps their places for them
                 free(self._places)
-        elif elastic and isinstance(fit.error, TrainingFailedError) and self._failures_left > 0:
-            self._failures_left -= (
-                1  # it was said when it came, or somebody else was quicker to take the places
-            )
-            self._hoped = number + self._runtime.n_reserved(self._more)
+        elif workers.elastic and self._may_go_on(fit.error):
+            return
         elif fit.error is not None:
             raise IstanasError(
                 f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
@@ -207,6 +203,24 @@ class _RayJob:
                 "command goes on from the last checkpoint"
             )
 
+    def _may_go_on(self, error: BaseException | None) -> bool:
+        """Whether an elastic job goes on after an error of Ray Train's, with as many workers as then find places."""
+        from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+
+        if not isinstance(error, TrainingFailedError):
+            return False
+        if not isinstance(error, WorkerGroupError):  # which has been said
+            what = str(error.controller_failure if isinstance(error, ControllerError) else error)
+            reason = " ".join(what.split()).partition(". ")[0]
+            self._observer.note(f"the workers ended, or did not start ({reason:.200}): again")
+        if isinstance(error, ControllerError) and self._stuck_at < float("inf"):  # none has started yet
+            return True
+        lost = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+        if isinstance(error, PreemptionError) or any(getattr(each, "preempted", False) for each in lost):
+            return True  # a machine was taken away: as often as one is
+        self._failures_left -= 1
+        return self._failures_left >= 0
+
     def _patience(self) -> float:
         return max(60 * self._config.runtime.wait_minutes, SECONDS_TO_START)
 
@@ -215,8 +229,6 @@ class _RayJob:
 
         if kind == "started":
             (self._places,) = payload
-            if not self._more:  # not before: they would be taken from the places of this group
-                self._more = self._runtime.reserve(allotment, allotment.workers.maximum - self._hoped)
         elif kind == "note":
             self._observer.note(*payload)
         elif kind == "resumed":
@@ -227,9 +239,12 @@ class _RayJob:
         elif kind == "checkpoint":
             epoch, data, workers = payload
             checkpoint.write(self._folder, epoch, data)
-            n_more = self._runtime.n_reserved(self._more) if epoch < self._epochs else 0
-            self._hoped = workers + n_more
-            ray.get(self._mailbox.kept.remote(epoch, n_more == 0))
+            grow = (
+                epoch < self._epochs
+                and workers < allotment.workers.maximum
+                and self._runtime.has_room_for_one_more(allotment)
+            )
+            ray.get(self._mailbox.kept.remote(epoch, not grow))
         elif kind == "epoch":
             (self._history,) = payload
             self._observer.epoch_done(self._history)
@@ -267,7 +282,7 @@ def _trainer(
     job: Job,
     config: Config,
     allotment: Allotment,
-    number: int,
+    number: int | tuple[int, int],
     arguments: tuple[Any, ...],
     mailbox: Any,
     folder: Path,
@@ -288,6 +303,13 @@ def _trainer(
         failure_config=FailureConfig(**failures),
         callbacks=[_make_loss_callback(mailbox)],
     )
+    scaling: dict[str, Any] = {
+        "num_workers": number,
+        "use_gpu": allotment.gpu,
+        "resources_per_worker": allotment.bundle,
+        # Workers that run are resized between epochs, by ending them there; Ray would do it in an epoch's middle.
+        "elastic_resize_monitor_interval_s": 1e9,
+    }
     return TorchTrainer(
         _worker_loop,
         train_loop_config={
@@ -297,9 +319,7 @@ def _trainer(
             "mailbox": mailbox,
         },
         torch_config=torch_config(allotment.compute.backend),
-        scaling_config=ScalingConfig(
-            num_workers=number, use_gpu=allotment.gpu, resources_per_worker=allotment.bundle
-        ),
+        scaling_config=ScalingConfig(**scaling),
         run_config=run,
     )
 

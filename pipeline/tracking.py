@@ -318,8 +318,11 @@ class MLflowTracker:
             return False
         try:
             # A `sync` beside a running training would otherwise open a second MLflow run.
-            with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS), self._to_its_end():
-                self.last_delivery = self._deliver()
+            with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
+                if self._client is None:
+                    self._client = open_client(self.tracking_uri)
+                with self._to_its_end():
+                    self.last_delivery = self._deliver(self._client)
         except CheckpointError:
             raise
         except Exception as error:  # SQL, HTTP, S3, disk: stores fail in too many ways to list
@@ -330,9 +333,8 @@ class MLflowTracker:
         return True
 
     def _to_its_end(self) -> contextlib.AbstractContextManager[object]:
-        """Interrupts have to wait where they would leave a database locked, by this process: not of a server."""
-        served = self.tracking_uri.startswith(("http:", "https:"))
-        return contextlib.nullcontext() if served else uninterrupted()
+        """Interrupts have to wait where they would leave a file locked; a server takes care of itself."""
+        return uninterrupted() if sqlite_file(self.tracking_uri) is not None else contextlib.nullcontext()
 
     def _say_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
@@ -342,14 +344,11 @@ class MLflowTracker:
             about=f"unreachable {self.tracking_uri}",
         )
 
-    def _deliver(self) -> Delivery:
+    def _deliver(self, client: "MlflowClient") -> Delivery:
         record = self.run_dir.read()
-        if self._client is None:
-            self._client = open_client(self.tracking_uri)
-        client = self._client
         run, created = self._find_or_create(client, record)
         run_id = run.info.run_id
-        parent_id = run.data.tags.get(links.PARENT) or self._parent_id(record.parent)
+        parent_id = run.data.tags.get(links.PARENT) or self._parent_id(client, record.parent)
         kin = links.ancestors(client, parent_id)
         done = Delivery(
             run_id=run_id,
@@ -436,7 +435,7 @@ class MLflowTracker:
             client.log_batch(run.info.run_id, tags=tags[start : start + CHUNK_TAGS], synchronous=True)
         return len(tags)
 
-    def _parent_id(self, parent: str | None) -> str | None:
+    def _parent_id(self, client: "MlflowClient", parent: str | None) -> str | None:
         """The MLflow run of the run directory that this one belongs to, delivered if it is not there yet."""
         if parent is None:
             return None
@@ -453,7 +452,7 @@ class MLflowTracker:
         )
         try:
             with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
-                return tracker._deliver().run_id
+                return tracker._deliver(client).run_id
         except CheckpointError as error:  # a search that was damaged since must not stop its retraining
             _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
             return None

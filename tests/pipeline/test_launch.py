@@ -21,9 +21,10 @@ from pipeline.cluster import Runtime, allotment, check_address, check_machine, l
 from pipeline.config import load
 from pipeline.doctor import check_cluster
 from pipeline.interruption import signals_interrupt, uninterrupted
-from pipeline.launch import _on_workers
+from pipeline.launch import _on_workers, _RayJob
 from pipeline.mailbox import Mailbox
 from pipeline.resources import Node, usable_cores
+from pipeline.worker import Silent
 from tests.ports import unused_port
 
 
@@ -124,6 +125,34 @@ def test_the_last_line_of_an_error_is_what_happened() -> None:
     assert last_line(RuntimeError()) == "RuntimeError"
 
 
+def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) -> None:
+    """Starts that fail and machines that are taken away are no failures of its own."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, WorkerGroupError
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    config = load(None, ["runtime.workers='1:2'", "runtime.max_failures=1"])
+    job = _RayJob("search", config, tmp_path / "checkpoints", Notes(), Runtime(config.runtime), ())
+    timeout = ControllerError(RuntimeError("The worker group startup timed out after 5.0 seconds. Potential"))
+    taken = RayActorError(preempted=True)
+    job._stuck_at = time.monotonic() + 60  # nothing has started yet
+    for _ in range(3):
+        assert job._may_go_on(timeout)
+        assert job._may_go_on(WorkerGroupError("lost", {0: ValueError(), 1: taken}))
+    assert said == 3 * [
+        "the workers ended, or did not start (The worker group startup timed out after 5.0 seconds): again"
+    ]
+    job._stuck_at = float("inf")
+    assert not job._may_go_on(OSError())
+    assert job._may_go_on(WorkerGroupError("lost", {0: ValueError()}))
+    assert not job._may_go_on(timeout)
+    assert not job._may_go_on(WorkerGroupError("lost", {0: ValueError()}))
+
+
 def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
     with Runtime(load(None).runtime) as runtime:
         assert not runtime._ours
@@ -220,6 +249,29 @@ def test_the_loss_of_the_head_interrupts_what_waits_for_it() -> None:
         time.sleep(30)
     assert time.monotonic() - began < 10
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_what_must_not_be_interrupted_is_brought_to_its_end_before_the_loss_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_TO_UNWIND", 0.2)
+    monkeypatch.setattr(cluster, "_die", lambda words: died.append(words))
+    died: list[str] = []
+    ended: list[bool] = []
+
+    def deliver() -> None:
+        with uninterrupted() as noted:
+            assert wait_until(lambda: bool(noted))
+            time.sleep(1)
+            ended.append(True)
+
+    with (
+        pytest.raises(IstanasError, match=r"^sweep: Ray was lost "),
+        cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{unused_port()}", 0.1),
+    ):
+        deliver()
+    assert ended
+    assert not died
 
 
 def test_where_nothing_can_be_interrupted_the_process_ends_with_the_same_words() -> None:
