@@ -227,7 +227,7 @@ def left_on(cluster: RayCluster) -> list[str]:
 
 # ---------- one search, in the order of the tests; a start of workers takes half a minute of a core, so none is wasted
 def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster, folder: Path) -> None:
-    command = Command(folder, "--workers", "2")
+    command = Command(folder, "--workers", "1:2")  # where nobody else is, it is Ray Train that counts
     # Meanwhile, on the cluster: what it cannot hold is waited for and given up.
     refused_folder = folder / "refused"
     refused_folder.mkdir()
