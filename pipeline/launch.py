@@ -123,11 +123,11 @@ class _RayJob:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        allotment = self._runtime.allot()  # once: what is lost does not make a job on GPUs one on CPUs
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Mailbox)
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
         self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
-        allotment = self._runtime.allot()  # once: what is lost does not make a job on GPUs one on CPUs
         try:
             # Once, but for elastic jobs that grow or shrink, and controllers that are lost.
             while self._ended != "finished":
