@@ -148,17 +148,7 @@ class _RayJob:
         """One call of Ray Train's `fit`, and all that comes in meanwhile."""
         import ray
 
-        workers = allotment.workers
-        number: int | tuple[int, int] = workers.maximum
-        if workers.elastic:
-            began = time.monotonic()
-            self._runtime.wait(allotment, self._observer.note)
-            self._stuck_at += time.monotonic() - began
-            number = self._runtime.room(allotment)
-            # Ray Train asks for as many as are wanted, so that a cluster that can grow does. But it takes what others
-            # hold for free: where there are others, it must not know.
-            if number >= self._runtime.capacity(allotment):
-                number = (workers.minimum, workers.maximum)
+        number = self._number_of_workers(allotment)
         trainer = _trainer(
             self._job, self._config, allotment, number, self._arguments, self._mailbox, self._folder
         )
@@ -190,7 +180,7 @@ class _RayJob:
             )
             if self._places:  # its workers are gone with it, but Ray keeps their places for them
                 free(self._places)
-        elif workers.elastic and self._may_go_on(fit.error):
+        elif allotment.workers.elastic and self._may_go_on(fit.error):
             return
         elif fit.error is not None:
             raise IstanasError(
@@ -202,6 +192,20 @@ class _RayJob:
                 f"{self._job}: the workers ended without a result, see {self._folder.parent / LOG_FOLDER}; the same "
                 "command goes on from the last checkpoint"
             )
+
+    def _number_of_workers(self, allotment: Allotment) -> int | tuple[int, int]:
+        """What Ray Train is to start: of an elastic job as many as find places, once there are any."""
+        workers = allotment.workers
+        if not workers.elastic:
+            return workers.maximum
+        began = time.monotonic()
+        self._runtime.wait(allotment, self._observer.note)
+        self._stuck_at += time.monotonic() - began
+        number = self._runtime.room(allotment)
+        # Told the range, Ray Train asks for as many as are wanted, so that a cluster that can grow does. But it takes
+        # what others hold for free: where there are others, it must not know.
+        alone = number >= self._runtime.capacity(allotment)
+        return (workers.minimum, workers.maximum) if alone else number
 
     def _may_go_on(self, error: BaseException | None) -> bool:
         """Whether an elastic job goes on after an error of Ray Train's, with as many workers as then find places."""

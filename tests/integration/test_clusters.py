@@ -170,7 +170,7 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     return code, out, err.splitlines()
 
 
-def test_a_job_is_followed_left_stopped_and_resumed_and_ends_as_it_would_have_here_and_its_exit_code_is_known(
+def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_figures_that_they_have_here(
     local: LocalCluster,
     here: Path,
     tmp_path: Path,

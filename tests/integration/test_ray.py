@@ -336,9 +336,8 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     third.until(f"epoch {EPOCHS}:")
     seen = len(third.lines)
     assert third.end() == 0, "\n".join(third.lines)
-    after = [
-        line for line in third.lines[seen:] if not line.startswith("waiting for ")
-    ]  # Ray may take its time
+    # Ray may take its time to give back the places of the search.
+    after = [line for line in third.lines[seen:] if not line.startswith("waiting for ")]
     retrain, workers, one, two, table = after[:5]
     assert retrain.startswith("retrain: runs/ray-retrain-")
     assert workers.startswith("2 workers (cpu, gloo)")
