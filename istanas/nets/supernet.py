@@ -28,7 +28,7 @@ from istanas.nets.cell import (
     live_states,
     make_preprocess,
 )
-from istanas.nets.operations import final_batchnorm, make_operation
+from istanas.nets.operations import make_operation
 from istanas.nets.phases import SharedReads
 from istanas.nets.target import apply_operation, drop_path, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
@@ -83,8 +83,8 @@ class SearchCell(nn.Module):
         super().__init__()
         self.kind = place.kind
         self.n_nodes = space.n_nodes
-        # Two-stage: no affine part, the edge weight is the scale. One-stage: where an operation ends, the edge
-        # weight is the scale until its node freezes; from then on the affine part is trained.
+        # Two-stage: no affine part, the edge weight is the scale. One-stage: the edge weight is the scale until the
+        # node freezes; from then on the affine parts inside its operations are trained (see `train_affine`).
         affine = op_batchnorm
         self.preprocess0, self.preprocess1 = make_preprocess(place, affine)
         self.ops = nn.ModuleList(
@@ -124,13 +124,15 @@ class SearchCell(nn.Module):
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)
 
     def train_affine(self, states: Sequence[NodeState]) -> None:
-        """Train the affine part behind the operations of FROZEN nodes, and hold that of the others."""
+        """Train the affine parts of all batch norms inside the operations of FROZEN nodes; hold those of the others.
+
+        As published: this includes the batch norm in the middle of a separable convolution.
+        """
         edge = 0
         for node, state in enumerate(states):
             for _ in range(N_CELL_INPUTS + node):
-                for operation in self.ops[edge].children():
-                    norm = final_batchnorm(operation)
-                    if norm is not None and norm.affine:
+                for norm in self.ops[edge].modules():
+                    if isinstance(norm, nn.BatchNorm2d) and norm.affine:
                         norm.weight.requires_grad_(state is NodeState.FROZEN)
                         norm.bias.requires_grad_(state is NodeState.FROZEN)
                 edge += 1
@@ -238,7 +240,7 @@ class Supernet(CellNetwork):
         Args:
             codes: for "normal" and "reduce", one `NodeCode` a node.
             states: likewise, one state a node; all ACTIVE if not given. The b of a FROZEN node is trained no
-                more, and the batch norms that its operations end in are trained from then on.
+                more, and the batch norms inside its operations are trained from then on.
         """
         for cell in CELLS:
             if len(codes[cell]) != self.space.n_nodes:

@@ -3,6 +3,7 @@
 Float64 agreement is asked for in relative norm: only mistakes differ by 1e-9. Float32 logits agree to 1e-5.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from istanas.measure import count_macs, count_params, target_cost
-from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
+from istanas.measure import Cost, count_macs, count_params, target_cost
+from istanas.nets import NodeCode, NodeState, Supernet, TargetNet, to_channels_last
+from istanas.search import OneStageSearch, OneStageSettings
 from istanas.space import CELLS, PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes, top_support
+from istanas.training import Compute
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -175,3 +178,67 @@ def test_search_network_count() -> None:
     assert count_params(net) == 1_930_674
     assert sum(b.numel() for b in net.alphas()) == 56
     assert sum(w.numel() for w in net.weights()) == 1_930_674 - 56
+
+
+# --- four joint steps of the one-stage search ---
+
+
+def published_key(name: str) -> str:
+    """The published name of one of our supernet's tensors."""
+    name = re.sub(r"^stem\.(stem[01]?)\.", r"\1.", name)
+    return re.sub(r"^(cells\.\d+\.)ops\.(\d+)\.(\d+)\.", r"\1_ops.\2._ops.\3.", name)
+
+
+@pytest.mark.parametrize("which", ["active", "frozen"])
+def test_four_one_stage_steps(golden_dir: Path, which: str) -> None:
+    """Weights, alphas and running statistics after four steps, every tensor of the state, in float64.
+
+    While a node is ACTIVE no batch norm inside its operations is trained; in the second file some nodes are FROZEN.
+    """
+    with np.load(golden_dir / f"onestage_steps_{which}.npz") as file:
+        golden = {key: file[key] for key in file.files}
+    net = Supernet(CellSpace(), 2, 4, 10, op_batchnorm=True)
+    settings = OneStageSettings(
+        lr=0.025, weight_decay=3e-4, arch_lr=3e-4, arch_weight_decay=1e-3, grad_clip=5.0
+    )
+    net.double()
+    search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0, lambda _: Cost(1, 1))
+    start = {k.removeprefix("start/"): torch.tensor(v) for k, v in golden.items() if k.startswith("start/")}
+    net.load_darts_state_dict(start)
+    codes, states = {}, {}
+    for cell in CELLS:
+        for node in range(4):
+            z = torch.tensor(golden[f"z_{cell}/{node}"]).double()
+            support = tuple(int(i) for i in top_support(z, 2))
+            codes[cell, node] = NodeCode(torch.tensor(golden[f"A_{cell}/{node}"]), z, support)
+        states[cell] = [
+            NodeState.FROZEN if frozen else NodeState.ACTIVE for frozen in golden[f"frozen_{cell}"]
+        ]
+    search.install(codes, states)
+    batches = [
+        (torch.tensor(images).double(), torch.tensor(targets))
+        for images, targets in zip(golden["inputs"], golden["targets"], strict=True)
+    ]
+    metrics = search.train_epoch(batches, len(batches))
+
+    assert abs(metrics.loss - golden["mean_loss"]) < 1e-9 * golden["mean_loss"]
+    end = {k.removeprefix("end/"): v for k, v in golden.items() if k.startswith("end/")}
+    state = net.state_dict()
+    ours = {published_key(k): v for k, v in state.items() if not k.startswith("compressed_alphas")}
+    ours |= {f"alphas_{cell}_": torch.stack([*net.node_alphas(cell)]).detach() for cell in CELLS}
+    ours = {k: v for k, v in ours.items() if not k.endswith("num_batches_tracked")}
+    assert ours.keys() == end.keys()
+    # A block that no kept operation reads is not computed here; the published code computes it, and with it moves its
+    # running statistics, which no gradient sees.
+    computed = {id(t) for t in [*net.active_buffers(), *net.parameters()]}
+    skipped = {published_key(name) for name, t in net.named_buffers() if id(t) not in computed}
+    moved = 0
+    for name, value in end.items():
+        before = start[name].double().numpy()
+        if name in skipped:
+            assert np.array_equal(ours[name].numpy(), before), name
+            continue
+        difference = float(np.linalg.norm(ours[name].numpy() - value))
+        assert difference <= 1e-9 * max(1.0, float(np.linalg.norm(value))), name
+        moved += not np.array_equal(value, before)
+    assert moved > 100
