@@ -20,6 +20,9 @@ from istanas.nets import TargetNet
 BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
 Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
 
+SCHEDULES = ("cosine", "linear", "linear_by_epoch")  # see `learning_rate`
+TAIL_EPOCHS = 5  # of linear_by_epoch
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -85,29 +88,77 @@ def derive_seed(seed: int, *stream: str | int) -> int:
 
 
 def learning_rate(
-    base: float, minimum: float, progress: float, *, schedule: str = "cosine", warmup: float = 0.0
+    base: float,
+    minimum: float,
+    epoch: float,
+    epochs: int,
+    *,
+    schedule: str = "cosine",
+    warmup_epochs: float = 0.0,
 ) -> float:
-    """The learning rate at a point of the run.
+    """Return the learning rate at a point of the run.
 
-    cosine: minimum + (base - minimum) (1 + cos(pi t)) / 2; linear: base + (minimum - base) t; with
-    t = (progress - warmup) / (1 - warmup). While progress < warmup it rises linearly from 0 to base.
+    With W = warmup_epochs and t = (epoch - W) / (epochs - W):
+
+    - cosine: minimum + (base - minimum) (1 + cos(pi t)) / 2
+    - linear: base + (minimum - base) t
+    - linear_by_epoch: minimum + (base - minimum) f, one value for each whole epoch e = floor(epoch), counted from the
+      start of the run whatever the warm-up. f falls linearly as if the run had n = `TAIL_EPOCHS` epochs less,
+      f = (epochs - n - e) / (epochs - n); in the last n epochs it falls with a slope n times smaller,
+      f = (epochs - e) / (n (epochs - n)). In a run of fewer than 2 n epochs, n is half of its epochs.
+
+    Before epoch W the rate is `base` times `warmup_factor`.
 
     Args:
         base, minimum: at the start and at the end, base >= minimum >= 0.
-        progress: share of the run that is done, in [0, 1].
-        schedule: "cosine" or "linear".
-        warmup: share of the run that warms up, in [0, 1).
+        epoch: epochs done, the finished share of the current one included, in [0, epochs].
+        epochs: length of the run, >= 1.
+        schedule: one of `SCHEDULES`.
+        warmup_epochs: in [0, epochs).
 
     Example:
-        >>> [round(learning_rate(0.1, 0.0, p), 3) for p in (0.0, 0.5, 1.0)]
+        >>> [round(learning_rate(0.1, 0.0, epoch, 10), 3) for epoch in (0, 5, 10)]
         [0.1, 0.05, 0.0]
+        >>> rates = [learning_rate(0.5, 0.0, e, 250, schedule="linear_by_epoch", warmup_epochs=5) for e in range(250)]
+        >>> [round(rates[e], 4) for e in (0, 4, 5, 125, 244, 245, 249)]
+        [0.1, 0.5, 0.4898, 0.2449, 0.002, 0.002, 0.0004]
+
+    Source:
+        linear_by_epoch: the schedule of the published ImageNet retraining (Yang et al., ISTA-NAS, NeurIPS 2020).
     """
-    if progress < warmup:
-        return base * progress / warmup
+    if epoch < warmup_epochs:
+        return base * warmup_factor(epoch, warmup_epochs, schedule)
+    if schedule == "linear_by_epoch":
+        done, tail = int(epoch), min(TAIL_EPOCHS, epochs // 2)
+        rest = epochs - tail
+        left = (rest - done) / rest if epochs - done > tail else (epochs - done) / (max(tail, 1) * rest)
+        return minimum + (base - minimum) * left
+    progress, warmup = epoch / epochs, warmup_epochs / epochs
     t = (progress - warmup) / (1.0 - warmup)
     if schedule == "linear":
         return base + (minimum - base) * t
     return minimum + (base - minimum) * (1.0 + math.cos(math.pi * t)) / 2.0
+
+
+def warmup_factor(epoch: float, warmup_epochs: float, schedule: str = "cosine") -> float:
+    """Return the share of the learning rate that the warm-up allows, in [0, 1].
+
+    epoch / warmup_epochs, step by step; (floor(epoch) + 1) / warmup_epochs with the schedule linear_by_epoch, which has
+    one rate for each epoch. After the warm-up it is 1.
+
+    Args:
+        epoch: epochs done, the finished share of the current one included, >= 0.
+        warmup_epochs: length of the warm-up, >= 0.
+        schedule: one of `SCHEDULES`.
+
+    Example:
+        >>> warmup_factor(2.5, 5), warmup_factor(2.5, 5, "linear_by_epoch"), warmup_factor(5, 5), warmup_factor(0, 0)
+        (0.5, 0.6, 1.0, 1.0)
+    """
+    if epoch >= warmup_epochs:
+        return 1.0
+    done = int(epoch) + 1 if schedule == "linear_by_epoch" else epoch
+    return min(done / warmup_epochs, 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -377,11 +377,13 @@ def _check_combinations(source: str, config: Config) -> None:
         and config.sweep is None
     ):
         problems.append("runtime.address is set and runtime.workers is 0: give --workers N")
-    if config.retrain.warmup_epochs >= config.retrain.epochs:
-        problems.append(
-            f"retrain.warmup_epochs is {config.retrain.warmup_epochs}: choose less than retrain.epochs = "
-            f"{config.retrain.epochs}"
+    warm = [("retrain.warmup_epochs", config.retrain.warmup_epochs, "retrain.epochs", config.retrain.epochs)]
+    if isinstance(config, OneStageConfig):
+        s = config.search
+        warm.append(
+            ("search.warmup_epochs", s.warmup_epochs, "search.max_search_epochs", s.max_search_epochs)
         )
+    problems += [f"{key} is {n}: choose less than {other} = {m}" for key, n, other, m in warm if n >= m]
     if config.retrain.nesterov and config.retrain.momentum == 0:
         problems.append("retrain.nesterov is true: it needs retrain.momentum above 0")
     if config.data.name != "folder" and config.data.image_size is not None:

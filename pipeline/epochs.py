@@ -162,8 +162,8 @@ class OneStageJob:
             **_cost_metrics(network_cost(self._config.search, self._dataset, genotype)),
         }
         if search.search_epochs is not None:
-            done, every = search.epoch - search.search_epochs, self._config.search.test_every
-            if is_tested(done, self._config.search.train_epochs, every):
+            s, done = self._config.search, search.epoch - search.search_epochs
+            if is_tested(done, s.train_epochs, s.test_every):
                 metrics |= _named("test", self._test())
         return {
             "metrics": metrics,
@@ -212,19 +212,13 @@ class RetrainJob:
         batches = self._batches.training("retrain", self._indices, epoch)
         n_steps = len(batches)
 
-        def lr_at(step: int) -> float:
-            progress = (epoch + step / n_steps) / r.epochs
-            return lr_factor * learning_rate(
-                r.lr, r.lr_min, progress, schedule=r.schedule, warmup=r.warmup_epochs / r.epochs
-            )
-
         start = time.perf_counter()
         train = train_target_epoch(
             net,
             self._optimizer,
             batches,
             self._compute,
-            lr_at=lr_at,
+            lr_at=lambda step: lr_factor * retraining_rate(r, epoch + step / n_steps),
             auxiliary_weight=r.auxiliary_weight,
             label_smoothing=r.label_smoothing,
             grad_clip=r.grad_clip,
@@ -280,8 +274,11 @@ def build_one_stage(
         **_common_settings(config),
         max_search_epochs=s.max_search_epochs,
         train_epochs=s.train_epochs,
+        schedule=s.schedule,
+        warmup_epochs=s.warmup_epochs,
         drop_path=s.drop_path,
         auxiliary_weight=s.auxiliary_weight,
+        label_smoothing=s.label_smoothing,
         termination_tol=s.termination_tol,
         max_params=s.max_params,
         max_macs=s.max_macs,
@@ -343,6 +340,11 @@ def build_retraining(
         fused=compute.device.type == "cuda",
     )
     return net, optimizer
+
+
+def retraining_rate(r: RetrainSettings, epoch: float) -> float:
+    """The learning rate of a retraining after `epoch` epochs, the finished share of the current one included."""
+    return learning_rate(r.lr, r.lr_min, epoch, r.epochs, schedule=r.schedule, warmup_epochs=r.warmup_epochs)
 
 
 def is_tested(done: int, epochs: int, every: int) -> bool:

@@ -26,6 +26,9 @@ Primitive = Literal[
 ]
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
 Stem = Literal["cifar", "imagenet"]
+Schedule = Literal[
+    "cosine", "linear", "linear_by_epoch"
+]  # of the learning rate: `istanas.training.learning_rate`
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -138,17 +141,24 @@ class TwoStageSearchSettings(SearchSettings):
 class OneStageSearchSettings(SearchSettings):
     """The one-stage supernet, which is the target network, and its training; defaults as published for CIFAR-10."""
 
-    max_search_epochs: Positive = Field(120, description="nodes still active after so many epochs freeze")
-    train_epochs: Annotated[int, Field(ge=0)] = Field(600, description="of the fixed architecture")
+    max_search_epochs: Positive = Field(600, description="nodes still active after so many epochs freeze")
+    train_epochs: Annotated[int, Field(ge=0)] = Field(
+        600, description="after the search, which ends one epoch after the last node has frozen"
+    )
     batch_size: Annotated[int, Field(ge=2)] = 96
     init_channels: Positive = 36
     layers: Annotated[int, Field(ge=3)] = Field(20, description="fewer than 3 would hold no normal cell")
     lr: AbovePositive = 0.025
-    lr_min: NonNegative = 0.0
+    lr_min: NonNegative = 0.001
+    schedule: Schedule = Field("cosine", description="how the learning rate falls in the training epochs")
+    warmup_epochs: NonNegative = Field(
+        0.0, description="first epochs of the search, in which the learning rate rises to lr"
+    )
     arch_lr: AbovePositive = 3e-4
     cutout: Annotated[int, Field(ge=0)] = 16
     auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
     drop_path: Fraction = Field(0.2, description="drop-path probability, rising from 0 to this in training")
+    label_smoothing: Fraction = 0.0
     termination_tol: NonNegative = Field(
         1e-3, description="a node freezes when its code moves by at most this"
     )
@@ -163,7 +173,8 @@ class OneStageSearchSettings(SearchSettings):
     @property
     def max_epochs(self) -> int:
         """The most epochs that a search may take."""
-        return self.max_search_epochs + self.train_epochs
+        # Between the two comes one closing epoch: istanas.search.CLOSING_EPOCHS, whose import loads torch.
+        return self.max_search_epochs + 1 + self.train_epochs
 
     @property
     def op_batchnorm(self) -> bool:
@@ -181,7 +192,9 @@ class RetrainSettings(_Section):
     stem: Stem = "cifar"
     lr: AbovePositive = 0.025
     lr_min: NonNegative = 0.0
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Schedule = Field(
+        "cosine", description="linear_by_epoch: one rate an epoch, as in the published ImageNet retraining"
+    )
     warmup_epochs: NonNegative = 0.0
     momentum: Fraction = 0.9
     nesterov: bool = False

@@ -1,7 +1,8 @@
 """One-stage ISTA-NAS: search and training of the target network in a single run, on a sparse supernet of its size.
 
 While a node is ACTIVE its code is recovered after each epoch; it is FROZEN once its code rests. When all nodes are
-frozen the architecture is fixed, and the same network trains on under a falling learning rate.
+frozen the architecture is fixed. After one more epoch at the full learning rate the search has ended, and the same
+network trains on under a falling learning rate.
 
 No I/O: the caller brings batches and stores what comes back.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf
 from typing import Any
 
 from istanas.data import Batch
@@ -37,9 +37,13 @@ from istanas.training import (
     evaluate,
     learning_rate,
     set_learning_rate,
+    warmup_factor,
 )
 
 MAX_REDRAWS = 100  # of b, for a first architecture within the limits
+# Epochs of the search after the last node has frozen. The published loop notices the end of its search only after it has
+# trained the next epoch, under the search's learning rate and without drop path.
+CLOSING_EPOCHS = 1
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,27 @@ class OneStageSettings(SearchSettings):
 
     Args:
         max_search_epochs: >= 1; nodes that are still active after them freeze.
-        train_epochs: >= 0; of the fixed architecture. The learning rate is `lr` while searching, and falls from
-            there to `lr_min` over these (cosine, step by step).
+        train_epochs: >= 0; after the search. The learning rate is `lr` while searching, and falls from there to
+            `lr_min` over these.
+        schedule: how it falls, see `istanas.training.learning_rate`.
+        warmup_epochs: >= 0, first epochs of the search in which the learning rate rises to `lr`.
         drop_path: in [0, 1), probability that rises linearly from 0 to this over the `train_epochs`.
         auxiliary_weight: >= 0, of the auxiliary head's loss.
+        label_smoothing: in [0, 1), of the training loss.
         termination_tol: a node freezes when its code moves by at most this, >= 0.
         max_params, max_macs: largest cost of an architecture that is accepted; None: any.
     """
 
-    max_search_epochs: int = 120
+    max_search_epochs: int = 600
     train_epochs: int = 600
     lr: float = 0.025
-    lr_min: float = 0.0
+    lr_min: float = 0.001
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
     arch_lr: float = 3e-4
     drop_path: float = 0.2
     auxiliary_weight: float = 0.4
+    label_smoothing: float = 0.0
     termination_tol: float = 1e-3
     max_params: int | None = 3_700_000
     max_macs: int | None = None
@@ -102,8 +112,8 @@ class OneStageSearch(SearchState):
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
         >>> search.train_epoch([batch], n_steps=1).count, len(search.recover().nodes)
         (2, 4)
-        >>> search.is_searching, search.is_done
-        (False, False)
+        >>> search.is_searching, search.search_epochs, search.is_done
+        (False, 2, False)
 
     Source:
         Yang et al., ISTA-NAS, NeurIPS 2020, section 3.4.
@@ -150,8 +160,10 @@ class OneStageSearch(SearchState):
 
     @property
     def search_epochs(self) -> int | None:
-        """How many epochs the search took; None while it goes on."""
-        return None if self.is_searching else max(freezing.epoch for freezing in self.freezings)
+        """How many epochs the search takes, the closing one included; None while a node is ACTIVE."""
+        if self.is_searching:
+            return None
+        return max(freezing.epoch for freezing in self.freezings) + CLOSING_EPOCHS
 
     @property
     def is_done(self) -> bool:
@@ -165,11 +177,19 @@ class OneStageSearch(SearchState):
         states = self.supernet.node_states
         return [(c, n) for c, n in self.places if states[c][n] is NodeState.ACTIVE]
 
-    def train_progress(self, epoch: float) -> float:
-        """Share of the training of the fixed architecture that is done after so many epochs; 0 while searching."""
-        if self.search_epochs is None or self.settings.train_epochs == 0:
-            return 0.0
-        return (epoch - self.search_epochs) / self.settings.train_epochs
+    def trained_epochs(self, epoch: float) -> float:
+        """Epochs of the training after the search that are done after `epoch` epochs in all; 0 during the search."""
+        return 0.0 if self.search_epochs is None else max(epoch - self.search_epochs, 0.0)
+
+    def learning_rate(self, epoch: float) -> float:
+        """The weights' learning rate after `epoch` epochs in all, the finished share of the current one included."""
+        s = self.settings
+        warmup = warmup_factor(epoch, s.warmup_epochs, s.schedule)
+        # max: without training epochs there is no schedule to follow, and the rate stays.
+        falling = learning_rate(
+            s.lr, s.lr_min, self.trained_epochs(epoch), max(s.train_epochs, 1), schedule=s.schedule
+        )
+        return warmup * falling
 
     def train_epoch(
         self,
@@ -193,11 +213,11 @@ class OneStageSearch(SearchState):
         """
         s = self.settings
         self.supernet.train()
-        self.supernet.drop_path_prob = s.drop_path * self.train_progress(self.epoch)
+        self.supernet.drop_path_prob = s.drop_path * self.trained_epochs(self.epoch) / max(s.train_epochs, 1)
         totals = Totals(self.compute.device)
         for step, batch in enumerate(batches):
-            progress = self.train_progress(self.epoch + step / n_steps)
-            set_learning_rate(self.weight_optimizer, lr_factor * learning_rate(s.lr, s.lr_min, progress))
+            rate = self.learning_rate(self.epoch + step / n_steps)
+            set_learning_rate(self.weight_optimizer, lr_factor * rate)
             self.step(batch, totals)
             if observe is not None:
                 observe(step + 1, totals)
@@ -210,13 +230,14 @@ class OneStageSearch(SearchState):
         images, target, weight = Batch(*batch)
         with self.compute.autocast():
             logits, auxiliary = self._forward(images)
-        loss = total = cross_entropy(logits, target)
+        s = self.settings
+        loss = total = cross_entropy(logits, target, s.label_smoothing)
         if auxiliary is not None:
-            total = loss + self.settings.auxiliary_weight * cross_entropy(auxiliary, target)
+            total = loss + s.auxiliary_weight * cross_entropy(auxiliary, target, s.label_smoothing)
         self.weight_optimizer.zero_grad(set_to_none=True)
         self.alpha_optimizer.zero_grad(set_to_none=True)
         (total * weight).backward()
-        clip_gradients(self.supernet.active_parameters(), self.settings.grad_clip)
+        clip_gradients(self.supernet.active_parameters(), s.grad_clip)
         self.weight_optimizer.step()
         self.alpha_optimizer.step()  # a frozen b has no gradient, which Adam skips
         totals.add(loss, logits, target)
@@ -228,8 +249,9 @@ class OneStageSearch(SearchState):
     def recover(self) -> RecoveryReport:
         """Recover the ACTIVE nodes' codes, take them over if the architecture keeps the limits, freeze what rests.
 
-        All nodes' new codes make one proposal. One that breaks a limit is rejected: the codes of before stay, and
-        no node freezes, unless the search's epochs are over. Distances are taken to the last accepted code.
+        All nodes' new codes make one proposal. One that breaks a limit is rejected: the codes of before stay. A node
+        whose new code is within the tolerance of its last accepted one freezes in either case, as published; after a
+        rejection it keeps the accepted code. When the search's epochs are over, all nodes freeze.
 
         Returns:
             All nodes: what they keep now, and of those that were ACTIVE the certificates of what was proposed.
@@ -241,13 +263,11 @@ class OneStageSearch(SearchState):
         recovered = self.recover_codes(active)
         rejection = self._rejection(recovered)
         codes = self.codes_by_place()
-        distances: dict[Place, float] = {}
         if rejection is None:
             codes.update({new.place: new.code for new in recovered})
-            distances = {new.place: new.distance for new in recovered}
         else:
             self.n_rejected += 1
-        self._install_and_freeze(codes, active, distances)
+        self._install_and_freeze(codes, {new.place: new.distance for new in recovered})
         resting = [place for place in self.places if place not in active]
         nodes = {(n.cell, n.node): n for n in [*self.report(recovered), *self.report_resting(resting)]}
         return RecoveryReport([nodes[place] for place in self.places], rejection)
@@ -269,19 +289,20 @@ class OneStageSearch(SearchState):
                 return f"{value:,} {unit} are above {name} = {limit:,}"
         return None
 
-    def _install_and_freeze(
-        self, codes: Mapping[Place, NodeCode], active: Sequence[Place], distances: Mapping[Place, float]
-    ) -> None:
-        """Install the codes; freeze the nodes whose distance is within the tolerance, and at the last epoch all.
+    def _install_and_freeze(self, codes: Mapping[Place, NodeCode], distances: Mapping[Place, float]) -> None:
+        """Install the codes; freeze the ACTIVE nodes within the tolerance, and at the last epoch all.
 
-        A b that the epoch did not train, because no cell of its kind was live, rests without having come to rest.
+        A node whose b the epoch did not train, because no cell of its kind was live, does not freeze by the tolerance.
+
+        Args:
+            codes: of every node.
+            distances: of every ACTIVE node's new code to its last accepted one.
         """
         states = {cell: list(self.supernet.node_states[cell]) for cell in CELLS}
         trained = {id(b) for b in self.supernet.active_alphas()}
-        for cell, node in active:
-            moved_by = distances.get((cell, node), inf)
+        for (cell, node), distance in distances.items():
             was_trained = id(self.supernet.node_alphas(cell)[node]) in trained
-            rests = was_trained and moved_by <= self.settings.termination_tol
+            rests = was_trained and distance <= self.settings.termination_tol
             if rests or self.epoch >= self.settings.max_search_epochs:
                 states[cell][node] = NodeState.FROZEN
                 self.freezings.append(Freezing(cell, node, self.epoch, "tolerance" if rests else "limit"))

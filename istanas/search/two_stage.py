@@ -108,8 +108,7 @@ class TwoStageSearch(SearchState):
         for step, (batch, alpha_batch) in enumerate(
             zip(weight_batches, endless(alpha_batches), strict=False)
         ):
-            progress = (self.epoch + step / n_steps) / s.epochs
-            lr = lr_factor * learning_rate(s.lr, s.lr_min, progress)
+            lr = lr_factor * learning_rate(s.lr, s.lr_min, self.epoch + step / n_steps, s.epochs)
             set_learning_rate(self.weight_optimizer, lr)
             self.alpha_step(alpha_batch)
             self.weight_step(batch, totals)

@@ -14,6 +14,7 @@ from rich.console import Console
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure, save_genotype_figures
+from istanas.search import CLOSING_EPOCHS
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
@@ -219,7 +220,7 @@ def _finish_one_stage(
     _draw_freezing(run, history, config)
     last = history[-1]
     m, frozen = last["metrics"], last["frozen"]
-    search_epochs = max(freezing["epoch"] for freezing in frozen)
+    search_epochs = max(freezing["epoch"] for freezing in frozen) + CLOSING_EPOCHS
     result = {
         **_figures(genotype, history),
         **({"test_top1": m["test/top1"]} if "test/top1" in m else {}),

@@ -635,9 +635,9 @@ def max_epochs(config: Config) -> int:
 
     def most(method: str) -> int:
         settings = config.search if method == config.method else defaults[method]
-        keys = [key for key in EPOCH_KEYS if method in known_methods(key)]
-        own = {key: [getattr(settings, key.partition(".")[2])] for key in keys}
-        return sum(max(map(int, values_of(space[key]) if key in space else own[key])) for key in keys)
+        swept = [key for key in EPOCH_KEYS if key in space and method in known_methods(key)]
+        highest = {key.partition(".")[2]: max(map(int, values_of(space[key]))) for key in swept}
+        return settings.model_copy(update=highest).max_epochs
 
     return max(map(most, methods_of(config)))
 

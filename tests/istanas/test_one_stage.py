@@ -19,9 +19,9 @@ from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import Cost, target_cost
 from istanas.nets import NodeState, Supernet, absorb_into_batchnorm
-from istanas.nets.operations import final_batchnorm
+from istanas.nets.operations import SepConv
 from istanas.search import OneStageSearch, OneStageSettings, RecoveryReport, TwoStageSearch, TwoStageSettings
-from istanas.search.one_stage import MAX_REDRAWS, Freezing
+from istanas.search.one_stage import CLOSING_EPOCHS, MAX_REDRAWS, Freezing
 from istanas.search.state import Place
 from istanas.space import CellSpace, Genotype
 from istanas.training import Compute, Totals, learning_rate
@@ -210,8 +210,8 @@ def test_an_operation_that_is_not_active_is_left_alone() -> None:
 # --- affine parts and alphas, before a node freezes and after ---
 
 
-def final_norms(search: OneStageSearch, place: Place) -> list[tuple[bool, nn.BatchNorm2d]]:
-    """(whether it is active, the last batch norm) of every candidate of a node, in every cell of its kind."""
+def inner_norms(search: OneStageSearch, place: Place) -> list[tuple[bool, nn.BatchNorm2d]]:
+    """(whether it is active, a batch norm) of every candidate of a node, in every cell of its kind."""
     net, (kind, node) = search.supernet, place
     active = {(edge, op) for _, edge, op in net.plan(kind)[node]}
     first = net.space.first_edge(node)
@@ -219,9 +219,9 @@ def final_norms(search: OneStageSearch, place: Place) -> list[tuple[bool, nn.Bat
     for cell in net.cells:
         for edge in range(first, first + net.space.n_node_edges(node)) if cell.kind == kind else ():
             for op, operation in enumerate(cell.ops[edge]):
-                norm = final_batchnorm(operation)
-                assert norm is not None
-                found.append(((edge, op) in active, norm))
+                norms = [m for m in operation.modules() if isinstance(m, nn.BatchNorm2d)]
+                assert len(norms) == (2 if isinstance(operation, SepConv) else 1)
+                found += [((edge, op) in active, norm) for norm in norms]
     return found
 
 
@@ -234,7 +234,7 @@ def test_affine_parts_wait_at_1_and_0_until_their_node_freezes() -> None:
     for _ in range(2):
         run_epoch(search)
     for place in search.places:
-        for _, norm in final_norms(search, place):
+        for _, norm in inner_norms(search, place):
             assert is_start(norm)
             assert norm.weight.grad is norm.bias.grad is None
             assert not norm.weight.requires_grad
@@ -242,14 +242,14 @@ def test_affine_parts_wait_at_1_and_0_until_their_node_freezes() -> None:
     freeze(search, [FIRST])
     run_epoch(search)
     for place in search.places:
-        for is_active, norm in final_norms(search, place):
+        for is_active, norm in inner_norms(search, place):
             trains = place == FIRST and is_active
             assert is_start(norm) != trains
             assert (norm.weight.grad is not None) == (norm.bias.grad is not None) == trains
             assert norm.weight.requires_grad == (place == FIRST)
     names = {id(p): name for name, p in search.supernet.named_parameters()}
     active = {names[id(p)] for p in search.supernet.active_parameters()}
-    affine = {id(p) for is_active, norm in final_norms(search, FIRST) if is_active for p in norm.parameters()}
+    affine = {id(p) for is_active, norm in inner_norms(search, FIRST) if is_active for p in norm.parameters()}
     assert {names[i] for i in affine} <= active
 
 
@@ -290,7 +290,7 @@ def test_a_frozen_b_leaves_adam_and_its_weights_stay_a_factor() -> None:
 
 
 def test_schedules_of_both_phases() -> None:
-    """lr: constant, then cosine from the freeze on, step by step; drop path: 0, then linear, epoch by epoch."""
+    """lr: constant, then cosine after the closing epoch; drop path: 0, then linear, epoch by epoch."""
     s = change(max_search_epochs=2, train_epochs=4, lr_min=0.001, drop_path=0.2)
     search = make_search(s)
     rates: list[float] = []
@@ -302,37 +302,114 @@ def test_schedules_of_both_phases() -> None:
 
     while not search.is_done:
         assert search.is_searching == (search.epoch < 2)
-        assert search.search_epochs == (None if search.is_searching else 2)
+        assert search.search_epochs == (None if search.is_searching else 3)
         search.train_epoch([batch(0), batch(1)], 2, observe)
         search.recover()
-    assert search.epoch == 6
-    cosine = [learning_rate(s.lr, s.lr_min, i / 8) for i in range(8)]
-    assert rates == pytest.approx([s.lr] * 4 + cosine, rel=1e-12)
-    assert rates[4] == s.lr
-    assert drops == pytest.approx([0.0] * 4 + [d for d in (0.0, 0.05, 0.1, 0.15) for _ in range(2)])
+    assert search.epoch == 7
+    cosine = [learning_rate(s.lr, s.lr_min, i / 2, 4) for i in range(8)]
+    assert rates == pytest.approx([s.lr] * 6 + cosine, rel=1e-12)
+    assert rates[6] == s.lr
+    assert drops == pytest.approx([0.0] * 6 + [d for d in (0.0, 0.05, 0.1, 0.15) for _ in range(2)])
     assert search.alpha_optimizer.param_groups[0]["lr"] == s.arch_lr
 
 
-def test_the_schedule_starts_where_the_last_node_froze() -> None:
+def test_the_schedule_starts_an_epoch_after_the_last_freeze() -> None:
     """An early end of the search moves the training forward; its length stays."""
     search = make_search(change(max_search_epochs=50, train_epochs=4))
     freeze(search, [p for p in search.places if p != SECOND])
-    assert search.train_progress(search.epoch) == 0.0
+    assert search.trained_epochs(search.epoch) == 0.0
     freeze(search, [SECOND])
-    assert search.search_epochs == search.epoch == 2
-    assert [search.train_progress(2 + e) for e in (0, 1, 2.5, 4)] == [0.0, 0.25, 0.625, 1.0]
-    assert not search.is_done
-    for _ in range(4):
+    assert (search.epoch, search.search_epochs) == (2, 3)
+    assert [search.trained_epochs(2 + e) for e in (0, 0.5, 1, 2, 3.5, 5)] == [0.0, 0.0, 0.0, 1.0, 2.5, 4.0]
+    for _ in range(5):
+        assert not search.is_done
         run_epoch(search)
     assert search.is_done
 
 
+def published_rates(search_epochs: int, train_epochs: int, lr: float, lr_min: float) -> list[float]:
+    """The learning rate of every epoch as the published loop sets it.
+
+    It steps torch's scheduler after an epoch of the training alone, and trains one epoch after all nodes have frozen
+    before it leaves the search.
+    """
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_epochs, eta_min=lr_min)
+    rates = [lr] * (search_epochs + 1)
+    for _ in range(train_epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_learning_rates_of_a_whole_published_run() -> None:
+    """The last node freezes at epoch 118: 119 epochs at 0.025, then 600 that fall to 0.001."""
+    published = OneStageSettings(termination_tol=0.0, max_params=10)
+    search = make_search(dataclasses.replace(published, max_search_epochs=118))
+    rates = []
+    while not search.is_done:
+        rates.append(search.learning_rate(search.epoch))
+        move(search, search.active_places())
+        epoch_without_batches(search)
+    assert {freezing.epoch for freezing in search.freezings} == {118}
+    assert len(rates) == 118 + 1 + 600 == 719
+    assert rates == pytest.approx(published_rates(118, 600, 0.025, 0.001), rel=1e-9)
+    assert rates[:120] == [0.025] * 120
+    pinned = {120: 0.024999836, 269: 0.021485281, 419: 0.013, 569: 0.004514719, 718: 0.001000164}
+    assert {epoch: round(rates[epoch], 9) for epoch in pinned} == pinned
+    assert search.learning_rate(719) == pytest.approx(0.001, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "linear_by_epoch"])
+def test_warm_up_at_the_start_and_another_schedule_at_the_end(schedule: str) -> None:
+    """The rate rises over the first epochs of the search, whatever follows, and falls over the training epochs."""
+    s = change(max_search_epochs=6, train_epochs=20, warmup_epochs=4.0, lr=0.4, lr_min=0.0, schedule=schedule)
+    search = make_search(s)
+    at_start = search.learning_rate
+    if schedule == "linear":
+        assert [at_start(e) for e in (0, 0.5, 2, 4, 5)] == pytest.approx([0.0, 0.05, 0.2, 0.4, 0.4])
+    else:
+        assert [at_start(e) for e in (0, 0.5, 2, 3, 4, 5)] == pytest.approx([0.1, 0.1, 0.3, 0.4, 0.4, 0.4])
+    while search.is_searching:
+        move(search, search.active_places())
+        epoch_without_batches(search)
+    rates = [search.learning_rate(6 + e) for e in range(21)]
+    expected = [learning_rate(0.4, 0.0, e, 20, schedule=schedule) for e in range(20)]
+    assert rates == pytest.approx([0.4, *expected])
+
+
+def test_label_smoothing_is_in_both_losses_of_a_step() -> None:
+    search = make_search(
+        change(label_smoothing=0.2, auxiliary_weight=0.4, grad_clip=None), dtype=torch.float64, auxiliary=True
+    )
+    one = batch(0, dtype=torch.float64)
+    net = copy.deepcopy(search.supernet).train()
+    logits, auxiliary = net.forward_with_auxiliary(one.images)
+    assert auxiliary is not None
+    smoothed = torch.full_like(logits, 0.2 / 5).scatter(1, one.labels[:, None], 0.8 + 0.2 / 5)
+    (
+        -(smoothed * logits.log_softmax(1)).sum(1).mean()
+        - 0.4 * (smoothed * auxiliary.log_softmax(1)).sum(1).mean()
+    ).backward()
+    search.supernet.train()
+    search.step(one, totals())
+    for ours, theirs in zip(search.supernet.parameters(), net.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_no_training_epochs_at_all() -> None:
+    """The closing epoch still runs, at the full learning rate."""
     search = make_search(change(max_search_epochs=1, train_epochs=0))
-    assert not search.is_done
-    run_epoch(search)
+    for _ in range(1 + CLOSING_EPOCHS):
+        assert not search.is_done
+        assert search.learning_rate(search.epoch) == FAST.lr
+        run_epoch(search)
     assert search.is_done
-    assert search.train_progress(search.epoch) == 0.0
+    assert search.supernet.drop_path_prob == 0.0
 
 
 def test_drop_path_acts_on_the_supernet_in_training_only() -> None:
@@ -408,7 +485,7 @@ def test_a_node_freezes_by_the_tolerance_and_the_others_by_the_limit() -> None:
         Freezing("reduce", 0, 3, "limit"),
     ]
     assert not search.is_searching
-    assert search.search_epochs == 3
+    assert search.search_epochs == 3 + CLOSING_EPOCHS
 
 
 @pytest.mark.parametrize("factor", [0.999, 1.0, 1.001])
@@ -473,7 +550,7 @@ def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
         frozen_now = {(f.cell, f.node): f.reason for f in search.freezings if f.epoch == search.epoch}
         for node in report.nodes:
             place = (node.cell, node.node)
-            rests = node.recovered and report.rejection is None and node.distance <= 0.01
+            rests = node.recovered and node.distance <= 0.01
             is_last = node.recovered and search.epoch == max_search_epochs
             assert (place in frozen_now) == (rests or is_last)
             assert frozen_now.get(place, "") == ("tolerance" if rests else "limit" if is_last else "")
@@ -482,7 +559,8 @@ def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
             assert supports(search) == before
     assert search.n_rejected == rejected
     assert sorted((f.cell, f.node) for f in search.freezings) == sorted(search.places)
-    assert search.search_epochs == search.epoch <= max_search_epochs
+    assert search.search_epochs == search.epoch + CLOSING_EPOCHS
+    assert search.epoch <= max_search_epochs
     assert absorb_into_batchnorm(search.supernet)(torch.zeros(1, 1, 8, 8)).shape == (1, 5)
 
 
@@ -503,9 +581,9 @@ def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
 def test_a_proposal_above_a_limit_is_rejected_and_counted(
     cost: Cost, limits: dict[str, Any], message: str
 ) -> None:
-    """The codes of before stay, b is not taken back, and nothing freezes, however little it moved."""
+    """The codes of before stay, and b is not taken back."""
     size = Size()
-    search = make_search(change(max_search_epochs=9, termination_tol=1e9, **limits), size=size)
+    search = make_search(change(max_search_epochs=9, **limits), size=size)
     codes, genotype = search.codes_by_place(), search.supernet.genotype()
     size.now = cost
     move(search, search.places)
@@ -525,7 +603,28 @@ def test_a_proposal_above_a_limit_is_rejected_and_counted(
     assert epoch_without_batches(search).rejection is None
     assert search.supernet.genotype() == proposal
     assert search.n_rejected == 1
-    assert not search.is_searching
+
+
+def test_a_node_at_rest_freezes_even_if_the_proposal_is_rejected() -> None:
+    """As published: it keeps its last accepted code, and the nodes that moved stay ACTIVE with theirs."""
+    size = Size()
+    search = make_search(change(max_search_epochs=9, termination_tol=1e-3), size=size)
+    codes = search.codes_by_place()
+    move(search, [FIRST], 1e-7)  # its code moves, and by less than the tolerance
+    move(search, [p for p in search.places if p != FIRST])
+    size.now = TOO_MANY
+    report = epoch_without_batches(search)
+    assert report.rejection is not None
+    distances = {(n.cell, n.node): n.distance for n in report.nodes}
+    assert 0.0 < distances.pop(FIRST) <= 1e-3 < min(distances.values())
+    assert search.freezings == [Freezing(*FIRST, 1, "tolerance")]
+    assert all(search.codes_by_place()[place] is code for place, code in codes.items())
+    assert [n.state for n in report.nodes if (n.cell, n.node) == FIRST] == ["FROZEN"]
+    # From now on the node takes no part in proposals.
+    size.now = Cost(1, 1)
+    move(search, search.active_places())
+    assert epoch_without_batches(search).rejection is None
+    assert search.codes["normal"][0] is codes[FIRST]
 
 
 def test_no_limit_is_no_limit() -> None:
@@ -780,10 +879,10 @@ def with_some_nodes_frozen(search: OneStageSearch, _: Size) -> None:
 
 
 def while_training(search: OneStageSearch, _: Size) -> None:
-    while search.epoch < 6:
+    while search.epoch < 7:
         run_epoch(search)
     assert not search.is_searching
-    assert search.train_progress(search.epoch) > 0
+    assert search.trained_epochs(search.epoch) > 0
 
 
 @pytest.mark.parametrize("phase", [while_searching, with_some_nodes_frozen, while_training])
@@ -906,7 +1005,7 @@ def bytes_per_step() -> dict[str, Any]:
         affine = [
             p
             for place in search.places
-            for active, norm in final_norms(search, place)
+            for active, norm in inner_norms(search, place)
             if active
             for p in norm.parameters()
         ]

@@ -19,6 +19,7 @@ from istanas.errors import DivergedError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED
 from istanas.training import (
+    SCHEDULES,
     Compute,
     Metrics,
     Totals,
@@ -39,36 +40,50 @@ CPU = Compute(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1])
-@given(base=st.floats(1e-3, 1.0), share=st.floats(0.0, 1.0), progress=st.floats(0.0, 1.0))
+@pytest.mark.parametrize("warmup", [0.0, 2.0])
+@given(base=st.floats(1e-3, 1.0), share=st.floats(0.0, 1.0), epoch=st.floats(0.0, 20.0))
 def test_learning_rate_ends_and_bounds(
-    schedule: str, warmup: float, base: float, share: float, progress: float
+    schedule: str, warmup: float, base: float, share: float, epoch: float
 ) -> None:
     minimum = share * base
 
     def at(t: float) -> float:
-        return learning_rate(base, minimum, t, schedule=schedule, warmup=warmup)
+        return learning_rate(base, minimum, t, 20, schedule=schedule, warmup_epochs=warmup)
 
-    assert at(1.0) == pytest.approx(minimum)
+    assert at(20.0) == pytest.approx(minimum)
     assert at(warmup) == pytest.approx(base)
     assert at(0.0) == pytest.approx(0.0 if warmup else base)
-    assert at((1.0 + warmup) / 2) == pytest.approx((base + minimum) / 2)  # half-way, both schedules
-    lowest = 0.0 if progress < warmup else minimum
-    assert lowest - 1e-12 <= at(progress) <= base + 1e-12
+    assert at((20.0 + warmup) / 2) == pytest.approx((base + minimum) / 2)  # half-way, both schedules
+    lowest = 0.0 if epoch < warmup else minimum
+    assert lowest - 1e-12 <= at(epoch) <= base + 1e-12
 
 
 def test_cosine_and_linear_by_formula() -> None:
-    assert learning_rate(0.1, 0.001, 0.25) == pytest.approx(0.001 + 0.099 * (1 + math.cos(math.pi / 4)) / 2)
-    assert learning_rate(0.5, 0.0, 0.25, schedule="linear") == pytest.approx(0.375)
-    assert learning_rate(0.5, 0.0, 0.02, schedule="linear", warmup=0.1) == pytest.approx(0.1)
-    assert learning_rate(0.5, 0.1, 0.55, schedule="linear", warmup=0.1) == pytest.approx(0.3)
+    cosine = 0.001 + 0.099 * (1 + math.cos(math.pi / 4)) / 2
+    assert learning_rate(0.1, 0.001, 25, 100) == pytest.approx(cosine)
+    assert learning_rate(0.5, 0.0, 25, 100, schedule="linear") == pytest.approx(0.375)
+    assert learning_rate(0.5, 0.0, 2, 100, schedule="linear", warmup_epochs=10) == pytest.approx(0.1)
+    assert learning_rate(0.5, 0.1, 55, 100, schedule="linear", warmup_epochs=10) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_rises_then_falls(schedule: str) -> None:
-    values = [learning_rate(1.0, 0.0, t / 200, schedule=schedule, warmup=0.1) for t in range(201)]
-    assert values[:21] == sorted(values[:21])
+    values = [learning_rate(1.0, 0.0, t / 10, 20, schedule=schedule, warmup_epochs=2.0) for t in range(201)]
+    assert values[:20] == sorted(values[:20])
     assert values[20:] == sorted(values[20:], reverse=True)
+    assert values[-1] == 0.0
+    assert values[20] > 0.8
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 9, 10, 11, 40])
+def test_linear_by_epoch_keeps_its_rate_within_an_epoch(epochs: int) -> None:
+    """Every length of a run has rates, which fall from the base and stay above 0 in the last epoch."""
+    rates = [learning_rate(0.5, 0.0, e, epochs, schedule="linear_by_epoch") for e in range(epochs + 1)]
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-2] > rates[-1] == 0.0
+    for e in range(epochs):
+        assert learning_rate(0.5, 0.0, e + 0.99, epochs, schedule="linear_by_epoch") == rates[e]
 
 
 def test_learning_rate_goes_to_every_group() -> None:

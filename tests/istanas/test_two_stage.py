@@ -262,7 +262,7 @@ def test_learning_rate_falls_step_by_step() -> None:
 
     for epoch in range(3):
         search.train_epoch(batches(epoch), lambda: batches(9), n_steps=3, observe=observe)
-    assert seen == pytest.approx([learning_rate(FAST.lr, FAST.lr_min, i / 9) for i in range(9)], rel=1e-12)
+    assert seen == pytest.approx([learning_rate(FAST.lr, FAST.lr_min, i / 3, 3) for i in range(9)], rel=1e-12)
     assert seen[0] == FAST.lr
     assert search.alpha_optimizer.param_groups[0]["lr"] == FAST.arch_lr
 
@@ -313,7 +313,7 @@ def test_epoch_metrics_are_the_means_of_the_weight_steps() -> None:
         sums[1] += int((logits.argmax(1) == t).sum())
         sums[2] += len(t)
         for group in twin.weight_optimizer.param_groups:
-            group["lr"] = learning_rate(FAST.lr, FAST.lr_min, i / 9)
+            group["lr"] = learning_rate(FAST.lr, FAST.lr_min, i / 3, 3)
         twin.weight_step((x, t), totals())  # a pair weighs 1
     assert found.loss == pytest.approx(sums[0] / 12, rel=1e-5)
     assert found.top1 == sums[1] / 12

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
+from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
 from pipeline.config import default_file, flat_params, load, run_hash, to_yaml
 from pipeline.resources import WorkerRange
@@ -407,6 +408,9 @@ ANOTHER = {
     "search.cutout": 2,
     "search.termination_tol": 1e-2,
     "search.max_search_epochs": 1,
+    "search.schedule": "linear",
+    "search.warmup_epochs": 1.0,
+    "search.label_smoothing": 0.1,
     "search.train_epochs": 0,
     "search.auxiliary_weight": 0.0,
     "search.drop_path": 0.0,
@@ -524,7 +528,7 @@ def test_a_one_stage_configuration_survives_its_yaml(tmp_path: Path) -> None:
     config = load(None, ["method=one_stage", "search.max_macs=5", "search.max_params=null"])
     assert isinstance(config, OneStageConfig)
     assert load_text(tmp_path, to_yaml(config)) == config
-    assert config.search.max_epochs == 720
+    assert config.search.max_epochs == 600 + CLOSING_EPOCHS + 600
     assert run_hash(config, "search") != run_hash(TwoStageConfig(), "search")
 
 

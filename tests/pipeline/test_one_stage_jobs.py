@@ -14,6 +14,7 @@ from rich.console import Console
 from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, stratified_subset
 from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import count_params
+from istanas.search import CLOSING_EPOCHS
 from istanas.space import Genotype
 from pipeline.checkpoint import FolderStore, load_latest
 from pipeline.cluster import Runtime
@@ -37,7 +38,7 @@ TINY = [
     "runtime={threads: 1, device: cpu}",
     "tracking.enabled=false",
 ]
-N_EPOCHS = 5
+N_EPOCHS = 2 + CLOSING_EPOCHS + 3
 
 
 def tiny(*overrides: str) -> OneStageConfig:
@@ -80,17 +81,24 @@ def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_it_searches_then_trains(whole: tuple[list[Record], str]) -> None:
     history, _ = whole
-    assert [record["searching"] for record in history] == [True, True, False, False, False]
-    assert [record["metrics"]["arch/frozen_nodes"] for record in history][1:] == [4.0] * 4
+    assert [record["searching"] for record in history] == [True, True, False, False, False, False]
+    assert [record["metrics"]["arch/frozen_nodes"] for record in history][1:] == [4.0] * 5
     assert len({record["genotype"] for record in history[1:]}) == 1, "a fixed architecture changed"
-    assert ["recovery/gap" in record["metrics"] for record in history] == [True, True, False, False, False]
+    assert ["recovery/gap" in record["metrics"] for record in history] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     # In training after every second epoch, and at the end; never while searching.
-    assert ["test/top1" in record["metrics"] for record in history] == [False, False, False, True, True]
+    assert ["test/top1" in record["metrics"] for record in history] == [False] * 4 + [True, True]
     assert {freezing["epoch"] for freezing in history[-1]["frozen"]} <= {1, 2}
     assert {freezing["reason"] for freezing in history[-1]["frozen"]} <= {"tolerance", "limit"}
 
 
-@pytest.mark.parametrize("stop_at", [(0, 2), (1, 5), (2, 1), (3, 4)])
+@pytest.mark.parametrize("stop_at", [(0, 2), (1, 5), (2, 1), (3, 1), (4, 4)])
 def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
     few: ImageDataset, tmp_path: Path, whole: tuple[list[Record], str], stop_at: tuple[int, int]
 ) -> None:
@@ -118,14 +126,14 @@ def test_on_two_ranks_with_a_stop_in_each_phase(few: ImageDataset, tmp_path: Pat
     parts = run_ranks(
         [
             partial(on_a_rank, few, cut, (1,)),
-            partial(on_a_rank, few, cut, (3,)),
+            partial(on_a_rank, few, cut, (4,)),
             partial(on_a_rank, few, cut, ()),
             partial(on_a_rank, few, straight, ()),
         ],
         2,
     )
     first, second, third, never = ([outcome.value for outcome in outcomes] for outcomes in parts)
-    assert [len(outcomes[0]) for outcomes in (first, second, third)] == [1, 3, 5]
+    assert [len(outcomes[0]) for outcomes in (first, second, third)] == [1, 4, 6]
     assert decided(third[0]) == decided(third[1]) == decided(never[0])
     nets = [weights_of(searched_network(tiny(), few, folder, N_EPOCHS)) for folder in (cut, straight)]
     assert nets[0] == nets[1]
@@ -157,7 +165,7 @@ def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tm
     results = []
     for name, dataset in (("plain", few), ("other", other)):
         history = search(config, dataset, tmp_path / name)
-        net = searched_network(config, dataset, tmp_path / name, 3)
+        net = searched_network(config, dataset, tmp_path / name, 4)
         results.append((weights_of(net), history[-1]["metrics"]))
     assert results[0][0] == results[1][0]
     assert results[0][1]["valid/loss"] != results[1][1]["valid/loss"]
@@ -167,7 +175,7 @@ def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tm
 def test_a_part_of_the_pictures(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
     search(tiny("search.max_pictures=100", "search.train_epochs=0"), few, tmp_path, watcher)
-    assert watcher.counts == {0: 100, 1: 100}
+    assert watcher.counts == {0: 100, 1: 100, 2: 100}
     assert "test/top1" in watcher.history[-1]["metrics"], "without training, the search's end is measured"
     with pytest.raises(ConfigError, match=r"search\.max_pictures is 301, above the 300 there are: lower it"):
         search_indices(tiny("search.max_pictures=301"), few)
@@ -219,7 +227,7 @@ def test_what_a_search_leaves(tmp_path: Path) -> None:
     for key, value in net.state_dict().items():  # the auxiliary head is not among the files
         assert torch.equal(value, trained[key]), key
     assert count_params(net) == result["params"]
-    assert (result["search_epochs"], result["train_epochs"], result["rejected"]) == (2, 3, 0)
+    assert (result["search_epochs"], result["train_epochs"], result["rejected"]) == (3, 3, 0)
     assert [
         (f["cell"], f["node"]) for f in sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
     ] == [

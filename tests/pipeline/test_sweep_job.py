@@ -156,13 +156,13 @@ def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> No
         "search.max_search_epochs: {int: [5, 6], when: {method: one_stage}}, "
         "search.train_epochs: {fixed: 3, when: {method: one_stage}}"
     )
-    assert max_epochs(load(None, ["data.holdout=0.1", f"sweep={{space: {{{space}}}}}"])) == 9
+    assert max_epochs(load(None, ["data.holdout=0.1", f"sweep={{space: {{{space}}}}}"])) == 10
     low = [
         "data.holdout=0.1",
         "search.lr_min=0.05",
         f"sweep={{space: {{{space}, search.lr: {{fixed: 0.1}}}}}}",
     ]
-    assert max_epochs(load(None, low)) == 9
+    assert max_epochs(load(None, low)) == 10
 
 
 class Unread:
