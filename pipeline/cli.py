@@ -190,14 +190,9 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
-    from pipeline.references import resolve_genotype
+    from pipeline.references import genotype_to_train
 
-    cells, parent = resolve_genotype(
-        genotype,
-        space=config.space.cell_space(),
-        runs_dir=storage.local(config.runtime.runs_dir),
-        tracking_uri=config.tracking.uri,
-    )
+    cells, parent = genotype_to_train(genotype, config)
     with Runtime(config.runtime) as runtime:
         result = run_retrain(
             config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
@@ -450,16 +445,9 @@ def profile(
     config, _ = _load(**settings)
     console = _console(as_json)
     from pipeline.jobs.profile import print_profile, run_profile
-    from pipeline.references import resolve_genotype
+    from pipeline.references import genotype_to_train
 
-    cells = None
-    if genotype is not None:
-        cells, _ = resolve_genotype(
-            genotype,
-            space=config.space.cell_space(),
-            runs_dir=storage.local(config.runtime.runs_dir),
-            tracking_uri=config.tracking.uri,
-        )
+    cells = None if genotype is None else genotype_to_train(genotype, config)[0]
     result = run_profile(config, genotype=cells, steps=steps, trace=trace, console=console)
     print_profile(result, console)
     if as_json:

@@ -16,6 +16,7 @@ from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline import storage
 from pipeline.redaction import without_secrets
 from pipeline.rundir import RECORD_FILE, RunDir
+from pipeline.schema import NEEDS_OP_BATCHNORM, Config
 from pipeline.tracking import (
     one_line,
     open_client,
@@ -129,6 +130,42 @@ def resolve_genotype(
             f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
         )
     return read_genotype(found), _finder(run)
+
+
+def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
+    """`resolve_genotype` for a job that trains the genotype's network under a configuration's `retrain` settings.
+
+    Raises:
+        ConfigError: as `resolve_genotype`; or if the genotype comes from a one-stage search and `retrain.op_batchnorm`
+            is false, which would build another network than the one that was searched.
+    """
+    tracking_uri = config.tracking.uri
+    genotype, run = resolve_genotype(
+        ref,
+        space=config.space.cell_space(),
+        runs_dir=storage.local(config.runtime.runs_dir),
+        tracking_uri=tracking_uri,
+    )
+    if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, run, tracking_uri):
+        raise ConfigError(f"genotype {ref}: {NEEDS_OP_BATCHNORM}")
+    return genotype, run
+
+
+def _from_one_stage(ref: str, genotype: Genotype, run: str | None, tracking_uri: str | None) -> bool:
+    """Whether a genotype comes from a one-stage search, as far as its reference tells."""
+    if genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
+        return True
+    if run is not None:
+        found = RunDir(storage.local(run))
+        return found.exists() and (found.read().kind, found.read().method) == ("search", "one_stage")
+    if not is_mlflow_id(ref):
+        return False
+    client = open_client(store_uri(tracking_uri))
+    tags = client.get_run(ref).data.tags
+    search = tags.get("istanas.search_run")  # of a retraining
+    if search is not None:
+        tags = client.get_run(search).data.tags
+    return (tags.get("istanas.kind"), tags.get("istanas.method")) == ("search", "one_stage")
 
 
 def _finder(run: RunDir) -> str | None:

@@ -212,6 +212,12 @@ class RetrainSettings(_Section):
     )
 
 
+NEEDS_OP_BATCHNORM = (
+    "comes from a one-stage search, whose network has batch norm after pooling and identity, and retrain.op_batchnorm "
+    "is false: set retrain.op_batchnorm=true"
+)  # of a cell that is to be retrained
+
+
 def _without_password(address: str) -> str:
     if without_secrets(address) != address:
         raise ValueError(
@@ -224,7 +230,10 @@ class RuntimeSettings(_Section):
     """Where a job runs; never part of the configuration's hash."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="auto: bf16 (and TF32) on GPUs, fp32 on CPUs; fp32: float32 throughout, as published",
+    )
     threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
     activation_checkpointing: bool = Field(
         False,

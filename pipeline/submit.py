@@ -264,16 +264,13 @@ def pack(submission: Submission, parcel: Parcel) -> list[str]:
 
 def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
     """The reference as it holds on the cluster."""
-    from pipeline.references import resolve_genotype
+    from pipeline.references import genotype_to_train
 
     path, runs = Path(reference).expanduser(), config.runtime.runs_dir
     shared = path.is_absolute() and not is_remote(runs)
     kept = shared and path.resolve().is_relative_to(local(runs).resolve())  # where the cluster's runs are
     if reference in PUBLISHED or reference.startswith("random:") or path.is_file():
-        space, store = config.space.cell_space(), config.tracking.uri
-        resolve_genotype(
-            reference, space=space, runs_dir=local(runs), tracking_uri=store
-        )  # refuses a bad one
+        genotype_to_train(reference, config)  # refuses a bad one
     if path.is_file() and not kept:
         return parcel.add(path)
     if path.is_dir() and not path.is_absolute():

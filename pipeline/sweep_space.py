@@ -16,7 +16,7 @@ from optuna.distributions import (
 
 from istanas.errors import ConfigError
 from pipeline.config import known_methods, nearest_key, value_at, with_settings
-from pipeline.schema import Config, Parameter, SweepSettings, shown_value
+from pipeline.schema import NEEDS_OP_BATCHNORM, Config, Parameter, SweepSettings, shown_value
 
 Settings = dict[str, Any]  # "key.path" -> value, of one trial
 N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
@@ -122,6 +122,8 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
         update["search"] = trial.search.model_copy(update={"test_every": 0})
         if trial.data.holdout == 0:
             raise ConfigError(f"{source}: data.holdout is 0: a one-stage trial is judged on it, set 0.1")
+        if sweep_of(config).objective == "retrained" and not trial.retrain.op_batchnorm:
+            raise ConfigError(f"{source}: the cell that it retrains {NEEDS_OP_BATCHNORM}")
     return trial.model_copy(update=update)
 
 

@@ -111,9 +111,19 @@ def compute_for(settings: RuntimeSettings) -> Compute:
     compute = choose_compute(settings, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     torch.set_num_threads(threads_in_process(settings.threads))
     if compute.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        set_float32_precision(compute)
         torch.backends.cudnn.benchmark = True
     return compute
+
+
+def set_float32_precision(compute: Compute) -> None:
+    """Let GPUs compute float32 products and convolutions in TF32 beside bf16 only: `precision: fp32` means float32.
+
+    torch's own default rounds the operands of cuDNN's convolutions to TF32's 10 mantissa bits.
+    """
+    tf32 = compute.autocast_dtype is not None
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def describe_place(compute: Compute, ranks: Ranks) -> str:

@@ -41,8 +41,8 @@ from istanas.training import (
 )
 
 MAX_REDRAWS = 100  # of b, for a first architecture within the limits
-# Epochs of the search after the last node has frozen. The published loop notices the end of its search only after it has
-# trained the next epoch, under the search's learning rate and without drop path.
+# Epochs of the search after the last node has frozen. The published loop notices the end of its search only after it
+# has trained the next epoch, under the search's learning rate and without drop path.
 CLOSING_EPOCHS = 1
 
 

@@ -1,14 +1,25 @@
 """Every file under tune_configs is valid, tells how it is started, and holds the published figures it promises."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
 
 import pipeline.config
 import pipeline.schema
+from istanas.data import load_dataset
+from istanas.errors import ConfigError
 from pipeline.cli import cli
+from pipeline.epochs import network_cost, retraining_rate
+from pipeline.references import genotype_to_train
 from pipeline.sweep_space import check_space
+from pipeline.worker import choose_compute
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tune_configs").rglob("*.y*ml"))
@@ -62,7 +73,7 @@ PUBLISHED = {
         "data": {"name": "cifar10"},
         "space": {"nodes": 4, "sparsity": 2, "n_measurements": 7, "matrix": "uniform", "l1_weight": 1e-5},
         "search": {
-            "max_search_epochs": 120,
+            "max_search_epochs": 600,
             "train_epochs": 600,
             "termination_tol": 1e-3,
             "max_params": 3_700_000,
@@ -71,7 +82,8 @@ PUBLISHED = {
             "layers": 20,
             "stem": "cifar",
             "lr": 0.025,
-            "lr_min": 0.0,
+            "lr_min": 0.001,
+            "schedule": "cosine",
             "momentum": 0.9,
             "arch_lr": 3e-4,
             "auxiliary_weight": 0.4,
@@ -90,7 +102,25 @@ PUBLISHED = {
             "layers": 14,
             "stem": "imagenet",
             "lr": 0.5,
-            "schedule": "linear",
+            "schedule": "linear_by_epoch",
+            "warmup_epochs": 5,
+            "label_smoothing": 0.1,
+            "weight_decay": 3e-5,
+            "drop_path": 0.0,
+            "auxiliary_weight": 0.4,
+        },
+    },
+    "one_stage_imagenet": {
+        "method": "one_stage",
+        "search": {
+            "max_params": None,
+            "max_macs": 630_000_000,
+            "stem": "imagenet",
+            "batch_size": 1024,
+            "init_channels": 48,
+            "layers": 14,
+            "schedule": "linear_by_epoch",
+            "warmup_epochs": 5,
             "label_smoothing": 0.1,
         },
     },
@@ -99,7 +129,7 @@ PUBLISHED = {
 
 def test_there_are_as_many_as_we_know() -> None:
     """A new file is counted here on purpose: it then is validated below."""
-    assert len(FILES) == 13
+    assert len(FILES) == 14
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -131,8 +161,46 @@ def test_the_published_settings_are_as_published(name: str) -> None:
             assert config[section] == wanted
 
 
-def test_imagenet_warms_up() -> None:
-    assert pipeline.config.load(ROOT / "tune_configs" / "retrain_imagenet.yaml").retrain.warmup_epochs > 0
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_compute_in_float32(name: str) -> None:
+    """On a GPU too, where other configurations compute in bf16 and TF32."""
+    config = pipeline.config.load(ROOT / "tune_configs" / f"{name}.yaml")
+    assert choose_compute(config.runtime, gpus=1).autocast_dtype is None
+    assert choose_compute(pipeline.schema.RuntimeSettings(), gpus=1).autocast_dtype is torch.bfloat16
+
+
+def test_learning_rates_of_the_published_imagenet_retraining() -> None:
+    """All 250 epochs, against the published rule: base 0.5, warm-up of 5 epochs, small rates in the last 5."""
+    r = pipeline.config.load(ROOT / "tune_configs" / "retrain_imagenet.yaml").retrain
+    rates = [retraining_rate(r, epoch) for epoch in range(r.epochs)]
+    warm = [0.1, 0.2, 0.3, 0.4, 0.5]
+    falling = [0.5 * (245 - epoch) / 245 for epoch in range(5, 245)]
+    tail = [0.5 * left / 1225 for left in (5, 4, 3, 2, 1)]
+    assert rates == pytest.approx([*warm, *falling, *tail], rel=1e-12)
+    pinned = {0: 0.1, 4: 0.5, 5: 0.489796, 125: 0.244898, 244: 0.002041, 245: 0.002041, 249: 0.000408}
+    assert {epoch: round(rates[epoch], 6) for epoch in pinned} == pinned
+    # Every step of an epoch has its rate.
+    assert [retraining_rate(r, epoch + 0.999) for epoch in range(r.epochs)] == rates
+
+
+@pytest.mark.parametrize(
+    ("file", "cell", "params"),
+    [
+        ("retrain_cifar10", "ISTA_twostage", 3_316_726),
+        ("retrain_one_stage_cifar10", "ISTA_onestage", 3_371_806),
+    ],
+)
+def test_the_published_cells_are_built_at_their_published_size(file: str, cell: str, params: int) -> None:
+    config = pipeline.config.load(ROOT / "tune_configs" / f"{file}.yaml")
+    genotype, _ = genotype_to_train(cell, config)
+    cifar10 = dataclasses.replace(load_dataset("digits"), channels=3, height=32, width=32)
+    assert network_cost(config.retrain, cifar10, genotype).params == params
+
+
+def test_a_one_stage_cell_needs_the_setting_of_its_batch_norms() -> None:
+    config = pipeline.config.load(ROOT / "tune_configs" / "retrain_cifar10.yaml")
+    with pytest.raises(ConfigError, match=r"comes from a one-stage search.*set retrain\.op_batchnorm=true$"):
+        genotype_to_train("ISTA_onestage", config)
 
 
 def test_the_quickstart_searches_at_least_ten_epochs_and_retrains_on_the_digits() -> None:
@@ -151,10 +219,39 @@ def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retr
 def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
     configs = [pipeline.config.load(ROOT / file) for file in FILES]
     one_stage = [config for config in configs if isinstance(config, pipeline.schema.OneStageConfig)]
-    assert len(one_stage) == 5
+    assert len(one_stage) == 6
     assert {config.search.termination_tol for config in one_stage} == {1e-3}
 
 
 def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
     published = pipeline.config.load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
     assert pipeline.schema.OneStageConfig().search == published
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_the_one_stage_imagenet_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's own schedule, limit, label smoothing and auxiliary head, on 24 pictures of twelve classes."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for label in range(12):
+            folder = tmp_path / "pictures" / split / f"class{label:02}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 256, (80, 96, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["search", "--config", str(ROOT / "tune_configs" / "one_stage_imagenet.yaml"), "--json"]
+    for setting in (
+        f"data.root={tmp_path / 'pictures'}",
+        *("data.image_size=96", "search.batch_size=8", "search.init_channels=2", "search.layers=3"),
+        *("search.max_search_epochs=2", "search.warmup_epochs=1", "search.train_epochs=2"),
+        *("runtime.data_workers=0", "runtime.threads=1", "tracking.enabled=false"),
+    ):
+        arguments += ["--set", setting]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["search_epochs"] + result["train_epochs"] == 2 + 1 + 2
+    assert result["macs"] <= 630_000_000

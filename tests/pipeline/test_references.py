@@ -8,7 +8,8 @@ import pytest
 
 from istanas.errors import ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, random_genotype
-from pipeline.references import resolve_genotype, resolve_run
+from pipeline.config import load
+from pipeline.references import genotype_to_train, resolve_genotype, resolve_run
 from pipeline.rundir import RunDir, RunRecord, new_key
 from pipeline.tracking import MLflowTracker
 
@@ -196,3 +197,36 @@ def test_what_is_no_genotype(runs_dir: Path, tmp_path: Path) -> None:
     make_run(runs_dir / "young", genotype=False, status="RUNNING")
     with pytest.raises(ConfigError, match=r"young: has no genotype\.json \(it is RUNNING\)"):
         genotype("young")
+
+
+def test_a_one_stage_cell_is_retrained_with_its_batch_norms(runs_dir: Path, tmp_path: Path) -> None:
+    """Published, of a run, of a file in a run or a copy of the published cell, of a retraining, of a sweep's best."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    search = make_run(runs_dir / "one", name="one", method="one_stage")
+    make_run(runs_dir / "again", name="again", kind="retrain", parent=str(search.path))
+    sweep = make_run(runs_dir / "sweep", name="sweep", kind="sweep", method="one_stage")
+    trial = make_run(sweep.path / "trial-1", name="trial-1", method="one_stage", parent=str(sweep.path))
+    sweep.write(dataclasses.replace(sweep.read(), result={"best_run_dir": str(trial.path)}))
+    copied = tmp_path / "copied.json"
+    copied.write_text(PUBLISHED["ISTA_onestage"].to_json())
+    tracker = MLflowTracker(search, tracking_uri=uri, experiment="x")
+    assert tracker.deliver()
+
+    where = [f"runtime.runs_dir={runs_dir}", f"tracking.uri={uri}"]
+    without, with_norms = load(None, where), load(None, [*where, "retrain.op_batchnorm=true"])
+    one_stage = ["ISTA_onestage", "one", "again", "sweep", str(search.path / "genotype.json"), str(copied)]
+    one_stage.append(str(tracker.run_id))
+    for ref in one_stage:
+        with pytest.raises(ConfigError) as caught:
+            genotype_to_train(ref, without)
+        assert str(caught.value).startswith(f"genotype {ref}: comes from a one-stage search")
+        assert str(caught.value).endswith("set retrain.op_batchnorm=true")
+        assert "\n" not in str(caught.value)
+        found = genotype_to_train(ref, with_norms)[0]
+        assert found == (PUBLISHED["ISTA_onestage"] if ref in ("ISTA_onestage", str(copied)) else FOUND)
+    for ref in ("ISTA_twostage", "ISTA_ImageNet", "random:3", "digits-search", str(runs_dir / "digits-1111")):
+        assert genotype_to_train(ref, without)[0] == genotype_to_train(ref, with_norms)[0]
+
+    shutil.rmtree(search.path)  # as on another machine: the store's tags tell the method
+    with pytest.raises(ConfigError, match="comes from a one-stage search"):
+        genotype_to_train(str(tracker.run_id), without)

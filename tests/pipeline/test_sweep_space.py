@@ -212,6 +212,16 @@ def test_a_point_is_completed_from_the_space(tmp_path: Path) -> None:
     }
 
 
+def test_a_one_stage_trial_that_is_retrained_needs_its_batch_norms(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(BOTH)
+    config = load(tmp_path / "both.yaml", ["sweep.objective=retrained"])
+    settings = {"method": "one_stage", "search.train_epochs": 3}
+    with pytest.raises(ConfigError, match=r"comes from a one-stage search.*set retrain\.op_batchnorm=true$"):
+        trial_config(config, settings)
+    assert trial_config(config, {**settings, "retrain.op_batchnorm": True}).retrain.op_batchnorm
+    assert not trial_config(config, {"method": "two_stage"}).retrain.op_batchnorm
+
+
 def test_a_sweep_survives_being_written(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(BOTH)
     config = load(tmp_path / "both.yaml")

@@ -31,6 +31,7 @@ from pipeline.worker import (
     retrain_worker,
     rollbacks,
     search_worker,
+    set_float32_precision,
     trained_network,
 )
 from tests.ranks import run_ranks
@@ -707,6 +708,20 @@ def test_device_precision_and_backend_follow_from_settings_and_gpus(
     compute = choose_compute(RuntimeSettings(device=device, precision=precision), gpus)
     assert compute == expected
     assert compute.backend == ("gloo" if compute.device == CPU else "nccl")
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_only_bf16_lets_gpus_round_float32_to_tf32(precision: Literal["auto", "fp32"]) -> None:
+    """The flags are set in this process, where they concern nothing, and put back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        set_float32_precision(choose_compute(RuntimeSettings(precision=precision), gpus=1))
+        flags = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert flags == (("high", True) if precision == "auto" else ("highest", False))
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "auto")
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.mark.parametrize(
