@@ -109,7 +109,7 @@ def test_figures_are_those_of_the_runs(
     assert retrained["test_top1"] == runs["first"]["test_top1"]
     assert single["test_top1"] == runs["single"]["test_top1"]
     assert (first["test_top1"], retrained["valid_top1"]) == (None, None)
-    assert [row["epochs"] for row in (first, second, retrained, single)] == [2, 2, 2, 3]
+    assert [row["epochs"] for row in (first, second, retrained, single)] == [2, 2, 2, 4]
     assert {row["status"] for row in (first, second, retrained, single)} == {"FINISHED"}
 
 
@@ -275,8 +275,8 @@ def test_a_name_is_text_on_the_page() -> None:
 def test_lines_of_one_epoch_are_one(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """As an export adds its figures to the last epoch's."""
     run = RunDir(shutil.copytree(runs["single"]["run_dir"], tmp_path / "run"))
-    run.append_metrics(3, {"export/onnx_difference": 0.0}, 1)
+    run.append_metrics(4, {"export/onnx_difference": 0.0}, 1)
     lines = read(str(run.path)).lines
-    assert [line.step for line in lines] == [1, 2, 3]
+    assert [line.step for line in lines] == [1, 2, 3, 4]
     assert lines[-1].metrics.keys() >= {"train/loss", "export/onnx_difference"}
     assert isinstance(lines[-1], MetricsLine)

@@ -161,7 +161,7 @@ def run_tiny(job: str, device: str, observer: Guard, folder: Path) -> None:
     tiny = "init_channels: 2, layers: 3, cutout: 2"
     two_stage = f"epochs: 2, batch_size: 64, max_pictures: 600, {tiny}"
     trained = f"{tiny}, auxiliary_weight: 0.4, drop_path: 0.2"
-    one_stage = f"max_search_epochs: 2, train_epochs: 1, batch_size: 256, {trained}"
+    one_stage = f"max_search_epochs: 1, train_epochs: 1, batch_size: 256, {trained}"
     config = load(
         None,
         [

@@ -339,8 +339,9 @@ def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said
     common = [f"method={method}", f"search={{{sizes}, batch_size: 64, init_channels: 2, layers: 3}}"]
     if mosek_licence() is not None:
         pytest.skip("MOSEK has a licence here: it would not fail")
-    other = search(tiny(*common, "space.solver=mosek"), few, tmp_path / "other")
-    asked = search(tiny(*common), few, tmp_path / "asked")
+    # A one-stage search ends with an epoch after which nothing is recovered.
+    other = search(tiny(*common, "space.solver=mosek"), few, tmp_path / "other")[:2]
+    asked = search(tiny(*common), few, tmp_path / "asked")[:2]
     assert [record["metrics"].pop("recovery/fallbacks") for record in other] == [4.0, 4.0]
     for one, two in zip(decided(other), decided(asked), strict=True):
         nodes = [*one.pop("start_nodes", []), *one.pop("nodes")]
