@@ -1,0 +1,115 @@
+"""How large the effects of the differences from the published code are: the figures of docs/differences.md.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.differences --root DIR
+
+DIR is CIFAR-10 as a picture folder. The search is the published one with fewer channels, layers and steps; 15 minutes on
+one CPU core.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from istanas.distributed import Ranks
+from istanas.measure import target_cost
+from istanas.space import CELLS, CellSpace, genotype_from_supports
+from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
+from istanas.search.state import draw_matrices
+from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate
+from pipeline.config import load
+from pipeline.epochs import build_two_stage
+from pipeline.pictures import Batches, open_dataset, search_split
+from pipeline.schema import TwoStageConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+EPOCHS, STEPS = 4, 60
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    """The joint Euclidean norm."""
+    return float(torch.stack([t.detach().double().norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def first_architectures(n: int = 1000) -> float:
+    """Share of first architectures of the published one-stage search that are above 3.7 million parameters."""
+    space, above = CellSpace(), 0
+    for seed in range(n):
+        matrices = draw_matrices(space, 7, "uniform", seed)
+        supports = {}
+        for cell in CELLS:
+            bs = [
+                initial_compressed_alphas(7, derive_seed(seed, "alphas", cell, node), 1e-3)
+                for node in range(space.n_nodes)
+            ]
+            results = recover_nodes([A.numpy() for A in matrices[cell]], bs)
+            supports[cell] = [tuple(map(int, top_support(result.z, 2))) for result in results]
+        cost = target_cost(
+            genotype_from_supports(space, supports),
+            init_channels=36,
+            layers=20,
+            num_classes=10,
+            shape=(3, 32, 32),
+            op_batchnorm=True,
+        )
+        above += cost.params > 3_700_000
+    return above / n
+
+
+def two_stage(root: Path) -> None:
+    """Train a small search on CIFAR-10; print what clipping and augmented validation would change."""
+    file = ROOT / "tune_configs" / "two_stage_cifar10.yaml"
+    sizes = ["search.init_channels=8", "search.layers=5", "search.batch_size=64", "runtime.threads=1"]
+    config = load(file, ["data.name=folder", f"data.root={root}", *sizes])
+    assert isinstance(config, TwoStageConfig)
+    dataset, compute, ranks = open_dataset(config, ["search"]), Compute(torch.device("cpu")), Ranks()
+    split = search_split(config, dataset)
+    search = build_two_stage(config, dataset, compute, ranks)
+    batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
+    weights, alphas = search.supernet.weights(), search.supernet.alphas()
+    ratios: list[float] = []
+    for epoch in range(EPOCHS):
+        totals = Totals(compute.device)
+        pairs = zip(
+            batches.training("weights", split.weights, epoch),
+            batches.training("alphas", split.alphas, epoch),
+            strict=False,
+        )
+        search.supernet.train()
+        for _, (batch, alpha_batch) in zip(range(STEPS), pairs, strict=False):
+            set_learning_rate(search.weight_optimizer, 0.1)
+            search.alpha_step(alpha_batch)
+            of_alphas = [b.grad.clone() for b in alphas if b.grad is not None]
+            search.weight_step(batch, totals)
+            # After clipping: the ratio of the two norms is that of before only if nothing was clipped.
+            of_weights = norm([p.grad for p in weights if p.grad is not None])
+            ratios.append(norm(of_alphas) / of_weights)
+        search.epoch += 1
+        print(f"epoch {epoch + 1}: training top-1 {totals.metrics().top1:.3f}", flush=True)
+        plain = search.validate(batches.measuring("train", split.alphas[:5000]))
+        augmented = evaluate(
+            search.supernet.eval(), batches.training("alphas", split.alphas[:5000], 99), compute, ranks
+        )
+        print(f"  validation top-1: plain {plain.top1:.4f}, augmented {augmented.top1:.4f}", flush=True)
+        search.recover()
+    r = np.array(ratios)
+    print(f"norm of the alphas' gradients / of the weights' (clipped at 5): median {np.median(r):.3g}, "
+          f"99 % {np.quantile(r, 0.99):.3g}, largest {r.max():.3g}")
+    print(f"joint norm / norm of the weights': median {math.sqrt(1 + np.median(r) ** 2):.6f}, "
+          f"largest {math.sqrt(1 + r.max() ** 2):.6f}")
+
+
+def main() -> None:
+    """Print every figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"first architectures above the limit: {first_architectures():.3f}", flush=True)
+    two_stage(arguments.root)
+
+
+if __name__ == "__main__":
+    main()
