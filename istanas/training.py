@@ -17,6 +17,9 @@ from istanas.distributed import Ranks
 from istanas.errors import DivergedError
 from istanas.nets import TargetNet
 
+TOP5_ABOVE = 10
+"""Top-5 is measured if there are more classes than this."""
+
 BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
 Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
 
@@ -45,32 +48,52 @@ class Compute:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over the pictures of one pass."""
+    """Means over the pictures of one pass.
+
+    Args:
+        loss: mean cross-entropy.
+        top1: fraction in [0, 1] of the pictures whose class has the largest logit.
+        count: number of pictures.
+        top5: fraction in [0, 1] of the pictures whose class is among the five largest logits; None with
+            `TOP5_ABOVE` classes or fewer.
+    """
 
     loss: float
-    top1: float  # fraction in [0, 1]
+    top1: float
     count: int
+    top5: float | None = None
 
 
 class Totals:
     """Sums over the pictures of a pass, kept on the device: reading them (`metrics`) is the only synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._count = 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, top-1, top-5
+        self._count = self._top5_count = 0
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Add a batch: `loss` its mean, `logits` (B, classes), `target` (B,)."""
-        correct = (logits.detach().argmax(1) == target).sum()
-        self._sums += torch.stack([loss.detach().double() * len(target), correct.double()])
+        """Add a batch: `loss` its mean, `logits` (B, classes), `target` (B,).
+
+        Top-5 is counted with more than `TOP5_ABOVE` classes; `torch.topk` decides between equal logits.
+        """
+        logits = logits.detach()
+        correct = (logits.argmax(1) == target).sum()
+        sums = [loss.detach().double() * len(target), correct.double()]
+        if logits.shape[1] > TOP5_ABOVE:
+            sums.append((logits.topk(5, dim=1).indices == target[:, None]).sum().double())
+            self._top5_count += len(target)
+        self._sums[: len(sums)] += torch.stack(sums)
         self._count += len(target)
 
     def metrics(self, ranks: Ranks | None = None) -> Metrics:
         """Means so far (NaN before the first batch), over the pictures of all ranks if they are given."""
-        sums = [*self._sums.tolist(), self._count]
-        loss, correct, count = sums if ranks is None else ranks.sum(sums)
+        # All ranks send the same five numbers, so that one without a batch need not know the number of classes.
+        sums = [*self._sums.tolist(), self._count, self._top5_count]
+        loss, correct, correct5, count, top5_count = sums if ranks is None else ranks.sum(sums)
         n = int(count)
-        return Metrics(loss / n, correct / n, n) if n else Metrics(math.nan, math.nan, 0)
+        if n == 0:
+            return Metrics(math.nan, math.nan, 0)
+        return Metrics(loss / n, correct / n, n, correct5 / n if top5_count else None)
 
 
 def derive_seed(seed: int, *stream: str | int) -> int:
@@ -202,7 +225,7 @@ def evaluate(
     compute: Compute,
     ranks: Ranks | None = None,
 ) -> Metrics:
-    """Mean cross-entropy and top-1 of a network that is in eval mode, over the pictures of all ranks."""
+    """Mean loss and accuracies of a network that is in eval mode, over the pictures of all ranks."""
     totals = Totals(compute.device)
     with torch.no_grad():
         for images, target, _ in (Batch(*batch) for batch in batches):
@@ -310,7 +333,7 @@ def train_target_epoch(
         ranks: who trains with this process, each on its share of every batch; None: nobody.
 
     Returns:
-        Mean loss and top-1 over the epoch's (augmented) pictures, of all ranks; the running statistics of
+        Mean loss and accuracies over the epoch's (augmented) pictures, of all ranks; the running statistics of
         batch norm are then the means over the ranks.
     """
     net.train()

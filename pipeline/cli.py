@@ -528,8 +528,8 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     type=click.Choice(METRICS),
     default=DEFAULT_METRIC,
     show_default=True,
-    help="By what to choose: top-1 is better if higher, everything else if lower. test/... chooses by the test split, "
-    "which is no fair estimate of the champion any more.",
+    help="By what to choose: top-1 and top-5 are better if higher, everything else if lower. test/... chooses by the "
+    "test split, which is no fair estimate of the champion any more.",
 )
 @click.option("--force", is_flag=True, help="Move the alias whatever the figures are.")
 @configured
@@ -789,13 +789,12 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
     from rich.table import Table
 
     table = Table("figure", "value")
+    valid = "hold-out" if config.method == "one_stage" else "alpha half"
     for key, label, shown in (
         ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
-        (
-            "valid_top1",
-            "top-1 on the hold-out" if config.method == "one_stage" else "top-1 on the alpha half",
-            lambda v: f"{100 * v:.2f} %",
-        ),
+        ("test_top5", "test top-5", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top1", f"top-1 on the {valid}", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top5", f"top-5 on the {valid}", lambda v: f"{100 * v:.2f} %"),
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
         ("seconds", "seconds", lambda v: f"{v:.1f}"),

@@ -25,6 +25,9 @@ _PANELS = {
     "train/top1": "training top-1, %",
     "valid/top1": "valid top-1, %",
     "test/top1": "test top-1, %",
+    "train/top5": "training top-5, %",
+    "valid/top5": "valid top-5, %",
+    "test/top5": "test top-5, %",
 }
 
 
@@ -56,7 +59,7 @@ def draw_curves(runs: Sequence[ReadRun]) -> Curves:
         axes = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
-        scale = 100 if metric.endswith("top1") else 1
+        scale = 100 if metric.endswith(("top1", "top5")) else 1
         for number, (run, (colour, dash)) in enumerate(zip(runs, _styles(len(runs)), strict=True), start=1):
             points = run.points(metric)
             if points:

@@ -428,4 +428,5 @@ def _cost_metrics(cost: Cost) -> dict[str, float]:
 
 
 def _named(split: str, metrics: Metrics) -> dict[str, float]:
-    return {f"{split}/loss": metrics.loss, f"{split}/top1": metrics.top1}
+    named = {f"{split}/loss": metrics.loss, f"{split}/top1": metrics.top1}
+    return named if metrics.top5 is None else {**named, f"{split}/top5": metrics.top5}

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: one bar with loss, top-1 and time left, and a line an epoch."""
+"""What a person sees while a job runs: one bar with loss, accuracies and time left, and a line an epoch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class EpochBar:
         if now - self._read > SECONDS_BETWEEN_READINGS:
             self._read = now
             if (m := read()) is not None:
-                update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %"
+                top5 = "" if m.top5 is None else f"  top-5 {100 * m.top5:.1f} %"
+                update["figures"] = f"loss {m.loss:.3f}  top-1 {100 * m.top1:.1f} %{top5}"
         self._progress.update(
             self._task,
             description=f"{self._label} {self._unit} {epoch + 1}/{self._epochs}",

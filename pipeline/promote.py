@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.schema import TrackingSettings
 
-HIGHER = ("valid/top1", "test/top1")
+HIGHER = ("valid/top1", "test/top1", "valid/top5", "test/top5")
 LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")
 METRICS = (*HIGHER, *LOWER)
 DEFAULT_METRIC = "valid/top1"
@@ -65,7 +65,8 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     Args:
         run: a run that left a network.
         tracking: the store, and the registered model's name.
-        metric: one of `METRICS`; top-1 is better if higher, everything else if lower, and equal is not better.
+        metric: one of `METRICS`; top-1 and top-5 are better if higher, everything else if lower, and equal is not
+            better.
         force: whatever the figures are.
 
     Returns:
@@ -142,7 +143,10 @@ def _comparable(metric: str, number: int, mine: _Figure, before: int, theirs: _F
             if metric.startswith("valid")
             else "name another --metric"
         )
-        raise ConfigError(f"metric {metric}: version {number} has none: {hint}, or use --force")
+        from istanas.training import TOP5_ABOVE  # imports torch, which the command line's help must not
+
+        why = f" (top-5 is measured with more than {TOP5_ABOVE} classes)" if metric.endswith("top5") else ""
+        raise ConfigError(f"metric {metric}: version {number} has none{why}: {hint}, or use --force")
     if theirs.value is None:
         raise ConfigError(
             f"metric {metric}: the champion, version {before}, has none: name another --metric, or use --force"

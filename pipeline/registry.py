@@ -24,10 +24,13 @@ CHAMPION = "champion"  # alias of the version that `istanas promote` chose
 FIGURES = (
     "train/loss",
     "train/top1",
+    "train/top5",
     "valid/loss",
     "valid/top1",
+    "valid/top5",
     "test/loss",
     "test/top1",
+    "test/top5",
     "target/params",
     "target/macs",
 )

@@ -51,7 +51,9 @@ __all__ = [
 
 _NUMBERS = {
     "test_top1": "test/top1",
+    "test_top5": "test/top5",
     "valid_top1": "valid/top1",
+    "valid_top5": "valid/top5",
     "params": "target/params",
     "macs": "target/macs",
 }
@@ -329,7 +331,9 @@ def _search_row(search: "Run", retrainings: "list[Run]") -> dict[str, Any]:
         "retrainings": len(retrainings),
         "retrain_run_id": newest.get("run_id"),
         "retrained_valid_top1": newest.get("valid_top1"),
+        "retrained_valid_top5": newest.get("valid_top5"),
         "retrained_test_top1": newest.get("test_top1"),
+        "retrained_test_top5": newest.get("test_top5"),
     }
 
 

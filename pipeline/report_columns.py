@@ -9,7 +9,9 @@ COLUMNS: dict[str, str] = {
     "status": "string",
     "genotype": "string",
     "test_top1": "Float64",
+    "test_top5": "Float64",
     "valid_top1": "Float64",
+    "valid_top5": "Float64",
     "params": "Int64",
     "macs": "Int64",
     "seconds": "Float64",
@@ -17,7 +19,8 @@ COLUMNS: dict[str, str] = {
     "parent_run_id": "string",
     "run_dir": "string",
 }
-"""Column -> pandas dtype: accuracies are fractions, `genotype` is the digest, `seconds` the time worked."""
+"""Column -> pandas dtype: accuracies are fractions, top-5 NA with 10 classes or fewer, `genotype` is the digest,
+`seconds` the time worked."""
 
 SEARCHES_COLUMNS: dict[str, str] = {
     "run_id": "string",
@@ -28,11 +31,15 @@ SEARCHES_COLUMNS: dict[str, str] = {
     "seed": "Int64",
     "genotype": "string",
     "valid_top1": "Float64",
+    "valid_top5": "Float64",
     "test_top1": "Float64",
+    "test_top5": "Float64",
     "retrainings": "Int64",
     "retrain_run_id": "string",
     "retrained_valid_top1": "Float64",
+    "retrained_valid_top5": "Float64",
     "retrained_test_top1": "Float64",
+    "retrained_test_top5": "Float64",
     "params": "Int64",
     "macs": "Int64",
     "seconds": "Float64",
@@ -40,18 +47,21 @@ SEARCHES_COLUMNS: dict[str, str] = {
     "parent_run_id": "string",
     "run_dir": "string",
 }
-"""Column -> pandas dtype of `searches_frame`: `valid_top1` and `test_top1` are the search's own (test of a one-stage
+"""Column -> pandas dtype of `searches_frame`: `valid_*` and `test_*` are the search's own (test of a one-stage
 search only), `retrainings` counts the finished ones of what it found, `retrain_run_id` is the newest of them and
-`retrained_*` are its top-1, `parent_run_id` is the sweep's."""
+`retrained_*` are its accuracies, `parent_run_id` is the sweep's; top-5 is NA with 10 classes or fewer."""
 
 METRICS = (
     "train/loss",
     "train/top1",
+    "train/top5",
     "train/rollbacks",
     "valid/loss",
     "valid/top1",
+    "valid/top5",
     "test/loss",
     "test/top1",
+    "test/top5",
     "recovery/gap",
     "recovery/truncation",
     "recovery/distance",

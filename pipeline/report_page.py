@@ -93,15 +93,15 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
     """The figures that stand at the top, the most important first."""
     result, sweep = record.result, record.kind == "sweep"
     half = record.kind == "search" and record.method == "two_stage"
+    on_valid = f"on the {'alpha half' if half else 'hold-out'}"
     if sweep:
         yield "best trial", str(result["best_trial"])
     for key, name in (
         ("test_top1", "test top-1"),
+        ("test_top5", "test top-5"),
         ("retrained_top1", "top-1 after retraining"),
-        (
-            "valid_top1",
-            "top-1 in search" if sweep else f"top-1 on the {'alpha half' if half else 'hold-out'}",
-        ),
+        ("valid_top1", "top-1 in search" if sweep else f"top-1 {on_valid}"),
+        ("valid_top5", f"top-5 {on_valid}"),
     ):
         if key in result:
             yield name, percent(result[key])
@@ -134,15 +134,15 @@ def _svg(file: Path, name: str, label: str) -> Markup:
 
 
 def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
-    """Loss and top-1 of all splits that were measured; of a sweep, the best so far."""
+    """Loss, top-1 and top-5 of all splits that were measured; of a sweep, the best so far."""
     if not lines:
         return None
     steps = [line.step for line in lines]
-    panels = (
-        [("sweep/best_top1", "best top-1 so far, %")]
-        if kind == "sweep"
-        else [("loss", "loss"), ("top1", "top-1, %")]
-    )
+    panels, label = [("loss", "loss"), ("top1", "top-1, %")], "Loss and top-1 over the epochs"
+    if kind == "sweep":
+        panels, label = [("sweep/best_top1", "best top-1 so far, %")], "Best top-1 over the trials"
+    elif any(f"{split}/top5" in line.metrics for line in lines for split in _SPLITS):
+        panels, label = [*panels, ("top5", "top-5, %")], "Loss, top-1 and top-5 over the epochs"
     with chart(9.6, 3.2, left=0.07, right=0.99, top=0.9, bottom=0.15, wspace=0.16) as page:
         for place, (metric, title) in enumerate(panels, start=1):
             axes = add_axes(page, 1, len(panels), place, title)
@@ -161,7 +161,6 @@ def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
             epoch_axis(axes, steps[0], steps[-1])
             if kind != "sweep":
                 axes.legend(loc="upper right" if metric == "loss" else "lower right")
-        label = "Best top-1 over the trials" if kind == "sweep" else "Loss and top-1 over the epochs"
         return chart_svg(page, "curves", label)
 
 

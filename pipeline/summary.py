@@ -8,6 +8,8 @@ from pipeline.resources import count
 from pipeline.schema import shown_value
 from pipeline.tables import duration, percent
 
+_SPLITS = {"test": "test split", "valid": "hold-out"}
+
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
     """Of a two-stage search.
@@ -20,7 +22,7 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
     """
     return _page(
         f"{percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
-        [("top-1 on the alpha half", percent(result["valid_top1"])), *_common(result)],
+        [*_tops(result, {"valid": "alpha half"}), *_common(result)],
         genotype,
         again="istanas search --config config.yaml",
     )
@@ -107,8 +109,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _tops(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(f"top-1 on the {split}", percent(top)) for split, top in _measured(result)]
+def _tops(result: Mapping[str, Any], splits: Mapping[str, str] = _SPLITS) -> list[tuple[str, str]]:
+    keys = [(f"{split}_top{k}", f"top-{k} on the {name}") for split, name in splits.items() for k in (1, 5)]
+    return [(label, percent(result[key])) for key, label in keys if key in result]
 
 
 def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
@@ -123,10 +126,8 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
 
 def _headline(result: Mapping[str, Any]) -> str:
     """What counts, before what it is of: tables cut a description off after some words."""
-    tops = ", ".join(f"{percent(top)} on the {split}" for split, top in _measured(result))
+    measured = [
+        (result[f"{split}_top1"], name) for split, name in _SPLITS.items() if f"{split}_top1" in result
+    ]
+    tops = ", ".join(f"{percent(top)} on the {name}" for top, name in measured)
     return f"{tops}: " if tops else "Not tested: "
-
-
-def _measured(result: Mapping[str, Any]) -> list[tuple[str, float]]:
-    splits = {"test_top1": "test split", "valid_top1": "hold-out"}
-    return [(split, result[key]) for key, split in splits.items() if key in result]

@@ -1,6 +1,6 @@
 """Tables for the terminal: of the frames that `pipeline.report` makes, and of a cluster's jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,13 @@ WIDE = 120
 def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> "Table":
     """The frame as a table; trials are set in under their sweep, retrainings under their search.
 
-    Valid and test are top-1; a status is shown where a run is not finished: a trial that was stopped early is KILLED.
-    The frame has the rest.
+    Valid and test are top-1, and a split has a column of top-5 if a run has one. A status is shown where a run is not
+    finished: a trial that was stopped early is KILLED. The frame has the rest.
 
     Args:
         frame: as `pipeline.report.results_frame` gives it.
-        width: of the terminal; from `WIDE` on, method, data set and start (local time) are shown too.
+        width: of the terminal; from `WIDE` on, method, data set and start (local time) are shown too. Below, only one
+            column of top-5 is shown: of the test split if a run has it.
         none: what to say of a frame without rows.
     """
     from rich import box
@@ -33,8 +34,11 @@ def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no run
     )
     table.add_column("run", overflow="fold")
     table.add_column("genotype", no_wrap=True)
-    for heading in ("valid", "test", "params", "MACs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    tops = top_columns(key for key in frame.columns if frame[key].notna().any())
+    if width < WIDE and "test_top5" in tops:
+        tops.pop("valid_top5", None)
+    for heading in (*tops.values(), "params", "MACs", "time"):
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for heading in ("data", "method", "started") if width >= WIDE else ():
         table.add_column(heading, no_wrap=True)
     depths: dict[Any, int] = {}
@@ -43,8 +47,7 @@ def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no run
         cells = [
             f"{'  ' * depth}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
             shown(row["genotype"], "{:.8}"),
-            shown(row["valid_top1"], "{:.2%}"),
-            shown(row["test_top1"], "{:.2%}"),
+            *(shown(row[key], "{:.2%}") for key in tops),
             shown(row["params"], "{:,}"),
             shown(row["macs"], "{:,}"),
             shown_time(row["seconds"]),
@@ -170,6 +173,26 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def top_columns(measured: Iterable[str]) -> dict[str, str]:
+    """Return key -> heading of a table's accuracies: always top-1; top-5, to save width, only where a run has it.
+
+    Args:
+        measured: keys of which a run has a value.
+
+    Example:
+        >>> top_columns(["test_top1", "test_top5"])
+        {'valid_top1': 'valid', 'test_top1': 'test', 'test_top5': 'test top-5'}
+    """
+    headings = {
+        "valid_top1": "valid",
+        "valid_top5": "valid top-5",
+        "test_top1": "test",
+        "test_top5": "test top-5",
+    }
+    keys = {"valid_top1", "test_top1", *measured}
+    return {key: heading for key, heading in headings.items() if key in keys}
 
 
 def shown(value: Any, text: str) -> str:

@@ -208,7 +208,7 @@ class OneStageSearch(SearchState):
             lr_factor: of the weights' learning rate, where an earlier attempt diverged.
 
         Returns:
-            Mean loss (without the auxiliary head's) and top-1, over the pictures of all ranks; the running
+            Mean loss (without the auxiliary head's) and accuracies, over the pictures of all ranks; the running
             statistics of batch norm are then the means over the ranks.
         """
         s = self.settings
@@ -243,7 +243,7 @@ class OneStageSearch(SearchState):
         totals.add(loss, logits, target)
 
     def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Loss and top-1 of the architecture just trained, eval mode, over the pictures of all ranks."""
+        """Loss and accuracies of the architecture just trained, eval mode, over the pictures of all ranks."""
         return evaluate(self.supernet.eval(), batches, self.compute, self.ranks)
 
     def recover(self) -> RecoveryReport:

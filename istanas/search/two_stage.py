@@ -99,7 +99,7 @@ class TwoStageSearch(SearchState):
             lr_factor: of the weights' learning rate, where an earlier attempt diverged.
 
         Returns:
-            Mean loss and top-1 of the weight steps, over the pictures of all ranks; the running statistics of
+            Mean loss and accuracies of the weight steps, over the pictures of all ranks; the running statistics of
             batch norm are then the means over the ranks.
         """
         self.supernet.train()
@@ -148,7 +148,7 @@ class TwoStageSearch(SearchState):
         totals.add(loss, logits, target)
 
     def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Loss and top-1 of the architecture just trained, eval mode, over the pictures of all ranks."""
+        """Loss and accuracies of the architecture just trained, eval mode, over the pictures of all ranks."""
         self.supernet.eval()
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()

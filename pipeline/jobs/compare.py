@@ -25,7 +25,7 @@ from pipeline.resources import count, threads_in_process
 from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
 from pipeline.rundir import atomic_write
 from pipeline.schema import Config
-from pipeline.tables import shown, shown_time
+from pipeline.tables import shown, shown_time, top_columns
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
@@ -50,7 +50,9 @@ class ComparedRun(TypedDict):
     latency_seconds: float | None  # of one picture
     latency_of: str | None  # TRAINED or UNTRAINED
     valid_top1: float | None
+    valid_top5: float | None
     test_top1: float | None
+    test_top5: float | None
     epochs: int
     seconds: float | None
 
@@ -128,9 +130,13 @@ def differing_settings(runs: Sequence[ReadRun]) -> dict[str, list[str | None]]:
 
 
 def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of texts for every run, as the terminal and the page show them."""
+    """Headings, and a row of texts for every run, as the terminal and the page show them.
+
+    Valid and test are top-1; a split has a column of top-5 if a run has one.
+    """
     runs = result["runs"]
-    headings = ["", "run", "params", "MACs", "latency", "valid", "test", "epochs", "time"]
+    tops = top_columns(key for run in runs for key, value in run.items() if value is not None)
+    headings = ["", "run", "params", "MACs", "latency", *tops.values(), "epochs", "time"]
     table = [
         [
             str(number),
@@ -138,8 +144,7 @@ def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
             shown(run["params"], "{:,}"),
             shown(run["macs"], "{:,}"),
             _latency(run),
-            shown(run["valid_top1"], "{:.2%}"),
-            shown(run["test_top1"], "{:.2%}"),
+            *(shown(run.get(key), "{:.2%}") for key in tops),
             str(run["epochs"]),
             shown_time(run["seconds"]),
         ]
@@ -167,7 +172,9 @@ def print_comparison(result: CompareResult, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings[:shorter]:
         left = heading in ("", "run")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        table.add_column(
+            heading.replace(" ", "\n"), justify="left" if left else "right", no_wrap=not left, overflow="fold"
+        )
     for row in rows:
         table.add_row(*row[:shorter])
     console.print(table)
@@ -233,7 +240,9 @@ def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> Compare
         "latency_seconds": latency,
         "latency_of": latency_of,
         "valid_top1": run.last("valid/top1"),
+        "valid_top5": run.last("valid/top5"),
         "test_top1": run.last("test/top1"),
+        "test_top5": run.last("test/top5"),
         "epochs": run.lines[-1].step if run.lines else 0,
         "seconds": run.seconds,
     }

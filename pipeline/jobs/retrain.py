@@ -24,8 +24,8 @@ from pipeline.jobs.job import (
     execute,
     prepare_data,
 )
-from pipeline.jobs.results import RetrainResult
-from pipeline.jobs.search import write_genotype
+from pipeline.jobs.results import RetrainResult, accuracies
+from pipeline.jobs.search import describe_figures, write_genotype
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import datasets_used
@@ -85,11 +85,10 @@ def run_retrain(
         net = trained_network(config, genotype, dataset, folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
         m = history[-1]["metrics"]
-        tops = {split: m[f"{split}/top1"] for split in ("test", "valid") if f"{split}/top1" in m}
         result: dict[str, Any] = {
             "digest": genotype.digest(),
             "genotype": genotype.to_dict(),
-            **{f"{split}_top1": value for split, value in tops.items()},
+            **accuracies(m, "test", "valid"),
             "params": int(m["target/params"]),
             "macs": int(m["target/macs"]),
             "seconds": sum(record["seconds"] for record in history),
@@ -118,9 +117,4 @@ def run_retrain(
 def describe_epoch(history: list[Record]) -> str:
     """One line for people about the last epoch."""
     record = history[-1]
-    m = record["metrics"]
-    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
-    for split, word in (("valid", "hold-out"), ("test", "test")):
-        if f"{split}/top1" in m:
-            text += f", {word} {100 * m[f'{split}/top1']:.1f} %"
-    return f"{text}, {record['seconds']:.1f} s"
+    return f"{describe_figures(record)}, {record['seconds']:.1f} s"

@@ -52,4 +52,6 @@ def run_whole(
     }
     if "test_top1" in retrain:
         both["test_top1"] = retrain["test_top1"]
+    if "test_top5" in retrain:
+        both["test_top5"] = retrain["test_top5"]
     return both

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from pipeline.jobs.job import (
     prepare_data,
     write_page,
 )
-from pipeline.jobs.results import OneStageResult, SearchResult
+from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import datasets_used
@@ -144,8 +144,8 @@ def describe_epoch(history: list[Record]) -> str:
     m = record["metrics"]
     changes = int(m["recovery/support_changes"])
     return (
-        f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} % "
-        f"(alpha half {100 * m['valid/top1']:.1f} %), {changes} of {len(record['nodes'])} nodes changed, "
+        f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
+        f"(alpha half {_describe_tops(m, 'valid')}), {changes} of {len(record['nodes'])} nodes changed, "
         f"{record['seconds']:.1f} s{_describe_fallbacks(record)}"
     )
 
@@ -154,10 +154,7 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
     """What to tell people about the last epoch of a one-stage search."""
     record = history[-1]
     m = record["metrics"]
-    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {100 * m['train/top1']:.1f} %"
-    for split, word in (("valid", "hold-out"), ("test", "test")):
-        if f"{split}/top1" in m:
-            text += f", {word} {100 * m[f'{split}/top1']:.1f} %"
+    text = describe_figures(record)
     if record["searching"]:
         text += (
             f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
@@ -171,6 +168,23 @@ def describe_one_stage_epoch(history: list[Record]) -> str:
         how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
         text += f"\narchitecture fixed after {count(record['epoch'], 'epoch')} ({how})"
     return text
+
+
+def describe_figures(record: Record) -> str:
+    """Return the number, loss and accuracies of an epoch of a one-stage search or a retraining, for people."""
+    m = record["metrics"]
+    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
+    for split, word in (("valid", "hold-out"), ("test", "test")):
+        if f"{split}/top1" in m:
+            text += f", {word} {_describe_tops(m, split)}"
+    return text
+
+
+def _describe_tops(metrics: Mapping[str, float], split: str) -> str:
+    """Return the top-1 of a split, and its top-5 if it was measured."""
+    text = f"{100 * metrics[f'{split}/top1']:.1f} %"
+    top5 = metrics.get(f"{split}/top5")
+    return text if top5 is None else f"{text}, top-5 {100 * top5:.1f} %"
 
 
 def _describe_fallbacks(record: Record) -> str:
@@ -198,7 +212,7 @@ def _finish_two_stage(
 ) -> Outcome:
     genotype = _write_last_genotype(run, history)
     m = history[-1]["metrics"]
-    result = {**_figures(genotype, history), "valid_top1": m["valid/top1"]}
+    result = {**_figures(genotype, history), **accuracies(m, "valid")}
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
@@ -223,8 +237,7 @@ def _finish_one_stage(
     search_epochs = max(freezing["epoch"] for freezing in frozen) + CLOSING_EPOCHS
     result = {
         **_figures(genotype, history),
-        **({"test_top1": m["test/top1"]} if "test/top1" in m else {}),
-        **({"valid_top1": m["valid/top1"]} if "valid/top1" in m else {}),
+        **accuracies(m, "test", "valid"),
         "search_epochs": search_epochs,
         "train_epochs": len(history) - search_epochs,
         "rejected": int(m["arch/rejected"]),

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.differences --root DIR
 
-DIR is CIFAR-10 as a picture folder. The search is the published one with fewer channels, layers and steps; 15 minutes on
-one CPU core.
+DIR is CIFAR-10 as a picture folder. The search is the published one with fewer channels, layers and steps. It takes some
+minutes on one CPU core.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import torch
 
 from istanas.distributed import Ranks
 from istanas.measure import target_cost
+from istanas.search.state import draw_matrices
 from istanas.space import CELLS, CellSpace, genotype_from_supports
 from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
-from istanas.search.state import draw_matrices
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate
 from pipeline.config import load
 from pipeline.epochs import build_two_stage
@@ -95,10 +95,14 @@ def two_stage(root: Path) -> None:
         print(f"  validation top-1: plain {plain.top1:.4f}, augmented {augmented.top1:.4f}", flush=True)
         search.recover()
     r = np.array(ratios)
-    print(f"norm of the alphas' gradients / of the weights' (clipped at 5): median {np.median(r):.3g}, "
-          f"99 % {np.quantile(r, 0.99):.3g}, largest {r.max():.3g}")
-    print(f"joint norm / norm of the weights': median {math.sqrt(1 + np.median(r) ** 2):.6f}, "
-          f"largest {math.sqrt(1 + r.max() ** 2):.6f}")
+    print(
+        f"norm of the alphas' gradients / of the weights' (clipped at 5): median {np.median(r):.3g}, "
+        f"99 % {np.quantile(r, 0.99):.3g}, largest {r.max():.3g}"
+    )
+    print(
+        f"joint norm / norm of the weights': median {math.sqrt(1 + np.median(r) ** 2):.6f}, "
+        f"largest {math.sqrt(1 + r.max() ** 2):.6f}"
+    )
 
 
 def main() -> None:

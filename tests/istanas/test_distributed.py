@@ -73,6 +73,8 @@ def outcomes() -> dict[str, list[Outcome]]:
         recover_with_a_corrupt_rank,
         each_primitive,
         finish_with_one_spoilt_rank,
+        count_top5,
+        count_top5_where_a_rank_has_no_batch,
     ]
     return dict(zip([f.__name__ for f in functions], run_ranks(functions, 2), strict=True))
 
@@ -98,7 +100,7 @@ def search_for_three_epochs() -> dict[str, Any]:
             observe,
         )
         valid = search.validate(loader(1, 0, n_alpha, ranks))
-        seen["metrics"].append(dataclasses.astuple(train) + dataclasses.astuple(valid))
+        seen["metrics"].append((train, valid))
         search.recover()
         seen["genotypes"].append(search.supernet.genotype().to_json())
     return seen
@@ -125,9 +127,14 @@ def test_ranks_with_shares_of_a_batch_equal_one_process_with_the_whole(
                 assert whole.norm() > 1e-6
                 torch.testing.assert_close(own, whole, rtol=0, atol=1e-9)
         # Figures are over all pictures, each counted once.
-        assert [m[2] for m in seen["metrics"]] == [PICTURES] * EPOCHS
-        assert [m[5] for m in seen["metrics"]] == [35] * EPOCHS
-        torch.testing.assert_close(seen["metrics"], alone["metrics"], rtol=0, atol=1e-9)
+        assert [train.count for train, _ in seen["metrics"]] == [PICTURES] * EPOCHS
+        assert [valid.count for _, valid in seen["metrics"]] == [35] * EPOCHS
+        torch.testing.assert_close(
+            [dataclasses.astuple(m) for epoch in seen["metrics"] for m in epoch],
+            [dataclasses.astuple(m) for epoch in alone["metrics"] for m in epoch],
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 def retrain_for_two_epochs() -> tuple[dict[str, Tensor], list[Metrics]]:
@@ -163,6 +170,50 @@ def test_retraining_on_ranks_equals_one_process(outcomes: dict[str, list[Outcome
         torch.testing.assert_close(
             [m.loss for m in other_metrics], [m.loss for m in metrics], rtol=0, atol=1e-9
         )
+
+
+def count_top5() -> list[Metrics]:
+    """Figures of one pass over pictures of 12 classes, and of one over pictures of 10, on this process's share."""
+    ranks = Ranks.current(torch.device("cpu"))
+    found = []
+    for classes in (12, 10):
+        torch.manual_seed(0)
+        images, target = torch.randn(35, 4, dtype=torch.float64), torch.randint(classes, (35,))
+        net = nn.Linear(4, classes).double()
+        shares = [range(start + ranks.rank, min(start + 16, 35), ranks.size) for start in (0, 16, 32)]
+        found.append(evaluate(net, [(images[share], target[share]) for share in shares], CPU, ranks))
+    return found
+
+
+@pytest.mark.slow
+def test_top5_on_ranks_equals_one_process(outcomes: dict[str, list[Outcome]]) -> None:
+    many, few = count_top5()
+    assert many.top5 is not None
+    assert 0 < many.top1 < many.top5 < 1
+    assert few.top5 is None
+    for outcome in outcomes["count_top5"]:
+        other, other_few = outcome.value
+        assert (other.count, other.top1, other.top5) == (35, many.top1, many.top5)
+        assert (other_few.count, other_few.top1, other_few.top5) == (35, few.top1, None)
+
+
+def count_top5_where_a_rank_has_no_batch() -> tuple[list[Metrics], float]:
+    ranks = Ranks.current(torch.device("cpu"))
+    found = []
+    for classes in (12, 10):
+        totals = Totals(torch.device("cpu"))
+        if ranks.is_first:
+            target = torch.tensor([0, classes - 1])
+            totals.add(torch.tensor(2.0), -torch.arange(2 * classes).reshape(2, classes).float(), target)
+        found.append(totals.metrics(ranks))
+    return found, ranks.sum([1.0])[0]  # the ranks are in step
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_batch_knows_the_top5_of_the_others(outcomes: dict[str, list[Outcome]]) -> None:
+    expected = [Metrics(2.0, 0.5, 2, 0.5), Metrics(2.0, 0.5, 2, None)]
+    found = [outcome.value for outcome in outcomes["count_top5_where_a_rank_has_no_batch"]]
+    assert found == [(expected, 2.0)] * 2
 
 
 # ---------- bytes

@@ -20,6 +20,7 @@ from istanas.nets import TargetNet
 from istanas.space import PUBLISHED
 from istanas.training import (
     SCHEDULES,
+    TOP5_ABOVE,
     Compute,
     Metrics,
     Totals,
@@ -142,6 +143,40 @@ def test_totals_weigh_by_pictures_and_start_empty() -> None:
     totals.add(torch.tensor(1.0), logits, torch.tensor([0, 1, 1]))
     totals.add(torch.tensor(5.0), logits[:1], torch.tensor([1]))
     assert totals.metrics() == Metrics(loss=2.0, top1=0.5, count=4)
+
+
+@pytest.mark.parametrize("classes", [11, 12, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top5_is_the_share_of_pictures_with_few_larger_logits(classes: int, dtype: torch.dtype) -> None:
+    """By hand: a picture counts if fewer than five logits are larger than that of its class."""
+    generator = torch.Generator().manual_seed(classes)
+    totals, hits, n = Totals(torch.device("cpu")), 0, 0
+    for size in (64, 1, 35):
+        # No two logits of a picture are equal, also in bfloat16: no tie has to be decided.
+        logits = torch.stack([torch.randperm(classes, generator=generator) for _ in range(size)]).to(dtype)
+        target = torch.randint(classes, (size,), generator=generator)
+        totals.add(torch.tensor(1.0), logits, target)
+        for row, own in zip(logits.tolist(), target.tolist(), strict=True):
+            hits += sum(value > row[own] for value in row) < 5
+        n += size
+    found = totals.metrics()
+    assert found.top5 == hits / n
+    assert 0 < found.top1 < found.top5 < 1
+
+
+def test_of_equal_logits_five_count() -> None:
+    totals = Totals(torch.device("cpu"))
+    totals.add(torch.tensor(1.0), torch.zeros(12, 12), torch.arange(12))
+    assert totals.metrics().top5 == 5 / 12
+
+
+def test_ten_classes_have_no_top5_and_eleven_have_one() -> None:
+    assert TOP5_ABOVE == 10
+    for classes in (3, 10, 11):
+        net = nn.Linear(4, classes)
+        found = evaluate(net, batches_of([5, 2]), CPU)
+        assert (found.top5 is None) == (classes <= 10)
+        assert found.count == 7
 
 
 @pytest.mark.parametrize("sizes", [[5], [4, 4, 1], [1, 7, 2]])

@@ -86,8 +86,8 @@ def test_what_is_better(trained: Trained, store: str, metric: str) -> None:
     name = metric.replace("/", "_")
     low, high, same = (trained(run, **{name: value}) for run, value in (("a", 5.0), ("b", 7.0), ("c", 7.0)))
     assert promoted(low, store, metric).moved
-    assert promoted(high, store, metric).moved == metric.endswith("top1")
-    if metric.endswith("top1"):
+    assert promoted(high, store, metric).moved == metric.endswith(("top1", "top5"))
+    if metric.endswith(("top1", "top5")):
         assert not promoted(same, store, metric).moved, "equal is not better"
 
 
@@ -118,6 +118,9 @@ def test_the_figure_must_be_there(trained: Trained, store: str) -> None:
     assert promoted(first, store, "valid/top1").moved, "without a champion nothing is chosen"
     with pytest.raises(ConfigError, match=r"valid/top1: version 2 has none: train it with data\.holdout"):
         promoted(second, store, "valid/top1")
+    none = r"test/top5: version 2 has none \(top-5 is measured with more than 10 classes\): name another --metric"
+    with pytest.raises(ConfigError, match=none):
+        promoted(second, store, "test/top5")
     third = trained("third", valid_top1=0.6)
     with pytest.raises(ConfigError, match="valid/top1: the champion, version 1, has none"):
         promoted(third, store, "valid/top1")

@@ -72,6 +72,21 @@ def test_a_split_that_was_not_measured_is_not_shown() -> None:
     assert ["top-1 on the hold-out", "97.50 %"] in rows(text)
 
 
+def test_top5_is_shown_below_top1_where_it_was_measured() -> None:
+    result = {**RESULT, "valid_top5": 0.99, "test_top5": 0.9987}
+    retrain = summary.of_retraining("cifar100", 1, result, GENOTYPE)
+    assert rows(retrain)[:4] == [
+        ["top-1 on the test split", "99.16 %"],
+        ["top-5 on the test split", "99.87 %"],
+        ["top-1 on the hold-out", "97.50 %"],
+        ["top-5 on the hold-out", "99.00 %"],
+    ]
+    assert retrain.startswith("99.16 % on the test split, 97.50 % on the hold-out: retraining")
+    two = summary.of_two_stage_search("cifar100", 12, result, GENOTYPE)
+    assert rows(two)[:2] == [["top-1 on the alpha half", "97.50 %"], ["top-5 on the alpha half", "99.00 %"]]
+    assert "top-5" not in summary.of_retraining("digits", 1, RESULT, GENOTYPE)
+
+
 def test_a_bar_in_a_setting_does_not_break_the_table() -> None:
     text = summary.of_sweep("digits", {"data.root": "choice a|b"}, SWEEP, GENOTYPE, [])
     assert ["data.root", "choice a\\|b", ""] in rows(text)

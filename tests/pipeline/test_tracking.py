@@ -540,9 +540,10 @@ def test_a_record_from_before_there_were_inputs_is_delivered(tmp_path: Path, sto
 def test_a_model_has_the_last_figures_of_its_run_and_their_pictures(tmp_path: Path, store: str) -> None:
     run = make_run(tmp_path / "run", method="one_stage", datasets=(TRAINING, HOLDOUT, TEST))
     figures = {"test/top1": 0.875, "test/loss": 0.5, "target/params": 1234.0, "images_per_second": 9.0}
+    figures["test/top5"] = 0.9375
     run.append_metrics(3, {"train/loss": 0.25, "valid/top1": 0.75, **figures}, 3000)
     save_small_network(run.path)
-    assert delivered(tracker_of(run, store)).metrics == 10  # while it runs
+    assert delivered(tracker_of(run, store)).metrics == 11  # while it runs
     end_run(run)
     sent = delivered(registering(run, store, "figures"))
     client = open_client(store)
@@ -559,6 +560,7 @@ def test_a_model_has_the_last_figures_of_its_run_and_their_pictures(tmp_path: Pa
         "train/loss": (0.25, 3, 16 * "a"),
         "valid/top1": (0.75, 3, 16 * "c"),
         "test/top1": (0.875, 3, 16 * "d"),
+        "test/top5": (0.9375, 3, 16 * "d"),
         "test/loss": (0.5, 3, 16 * "d"),
         "target/params": (1234.0, 3, None),
     }

@@ -219,6 +219,13 @@ def test_figures_read_at_every_step_are_noticed(
         run_tiny(job, "cpu", observer, tmp_path)
 
 
+def test_counting_top5_reads_nothing() -> None:
+    totals, logits, target = Totals(torch.device("cpu")), torch.rand(4, 12), torch.arange(4)
+    with Refusing():
+        totals.add(torch.tensor(1.0), logits, target)
+    assert totals.metrics().top5 is not None
+
+
 @pytest.mark.parametrize(
     "read",
     [
