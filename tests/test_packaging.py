@@ -23,6 +23,7 @@ TOP_LEVEL = {
     ".gitignore",
     ".pre-commit-config.yaml",
     ".readme",
+    "docs",
     "CHANGELOG.md",
     "CITATION.cff",
     "CONTRIBUTING.md",

@@ -71,6 +71,7 @@ def two_stage(root: Path) -> None:
     weights, alphas = search.supernet.weights(), search.supernet.alphas()
     measured = split.alphas[::5]  # the halves are in the order of the folder: every class
     ratios: list[float] = []
+    entries: list[float] = []  # median |gradient| of the entries of all b
     for epoch in range(EPOCHS):
         totals = Totals(compute.device)
         pairs = zip(
@@ -83,6 +84,7 @@ def two_stage(root: Path) -> None:
             set_learning_rate(search.weight_optimizer, 0.1)
             search.alpha_step(alpha_batch)
             of_alphas = [b.grad.clone() for b in alphas if b.grad is not None]
+            entries.append(float(torch.cat(of_alphas).abs().median()))
             search.weight_step(batch, totals)
             # After clipping: the ratio of the two norms is that of before only if nothing was clipped.
             of_weights = norm([p.grad for p in weights if p.grad is not None])
@@ -93,6 +95,16 @@ def two_stage(root: Path) -> None:
         augmented = evaluate(search.supernet.eval(), batches.training("alphas", measured, 99), compute, ranks)
         print(f"  validation top-1: plain {plain.top1:.4f}, augmented {augmented.top1:.4f}", flush=True)
         search.recover()
+    g = float(np.median(entries))
+    print(f"median |gradient| of an entry of b: {g:.3g}")
+    for t in (
+        1,
+        10,
+        100,
+        1000,
+    ):  # published: eps stands beside sqrt(v) before the bias correction, torch: after it
+        published, ours = 1e-8 / math.sqrt(1 - 0.999**t), 1e-8
+        print(f"  Adam step {t}: published / ours = 1 - {1 - (g + ours) / (g + published):.2g}")
     r = np.array(ratios)
     print(
         f"norm of the alphas' gradients / of the weights' (clipped at 5): median {np.median(r):.3g}, "
