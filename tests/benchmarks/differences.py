@@ -18,7 +18,7 @@ from istanas.measure import target_cost
 from istanas.search.state import draw_matrices
 from istanas.space import CELLS, CellSpace, genotype_from_supports
 from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
-from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate
+from istanas.training import Compute, Totals, cross_entropy, derive_seed, evaluate, set_learning_rate
 from pipeline.config import load
 from pipeline.epochs import build_two_stage
 from pipeline.pictures import Batches, open_dataset, search_split
@@ -68,9 +68,9 @@ def two_stage(root: Path) -> None:
     split = search_split(config, dataset)
     search = build_two_stage(config, dataset, compute, ranks)
     batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
-    weights, alphas = search.supernet.weights(), search.supernet.alphas()
+    alphas = search.supernet.alphas()
     measured = split.alphas[::5]  # the halves are in the order of the folder: every class
-    ratios: list[float] = []
+    clip, steps = config.search.grad_clip or math.inf, []
     entries: list[float] = []  # median |gradient| of the entries of all b
     for epoch in range(EPOCHS):
         totals = Totals(compute.device)
@@ -85,10 +85,15 @@ def two_stage(root: Path) -> None:
             search.alpha_step(alpha_batch)
             of_alphas = [b.grad.clone() for b in alphas if b.grad is not None]
             entries.append(float(torch.cat(of_alphas).abs().median()))
+            # The published step clips the weights' gradients together with the alphas', the sum of both steps'.
+            gradients = torch.autograd.grad(
+                cross_entropy(search.supernet(batch.images), batch.labels),
+                [*search.supernet.active_parameters(), *search.supernet.active_alphas()],
+            )
+            n = len(search.supernet.active_parameters())
+            joint = [a + b for a, b in zip(of_alphas, gradients[n:], strict=True)]
+            steps.append((norm([*gradients[:n]]), norm(joint)))
             search.weight_step(batch, totals)
-            # After clipping: the ratio of the two norms is that of before only if nothing was clipped.
-            of_weights = norm([p.grad for p in weights if p.grad is not None])
-            ratios.append(norm(of_alphas) / of_weights)
         search.epoch += 1
         print(f"epoch {epoch + 1}: training top-1 {totals.metrics().top1:.3f}", flush=True)
         plain = search.validate(batches.measuring("train", measured))
@@ -105,15 +110,18 @@ def two_stage(root: Path) -> None:
     ):  # published: eps stands beside sqrt(v) before the bias correction, torch: after it
         published, ours = 1e-8 / math.sqrt(1 - 0.999**t), 1e-8
         print(f"  Adam step {t}: published / ours = 1 - {1 - (g + ours) / (g + published):.2g}")
-    r = np.array(ratios)
+    of_weights, of_joint = (np.array(column) for column in zip(*steps, strict=True))
+    ours = np.minimum(1, clip / of_weights)
+    published = np.minimum(1, clip / np.hypot(of_weights, of_joint))
     print(
-        f"norm of the alphas' gradients / of the weights' (clipped at 5): median {np.median(r):.3g}, "
-        f"99 % {np.quantile(r, 0.99):.3g}, largest {r.max():.3g}"
+        f"norm of the gradients: weights {np.median(of_weights):.3g} (median), alphas {np.median(of_joint):.3g}; "
+        f"steps that are clipped: ours {np.mean(ours < 1):.0%}, published {np.mean(published < 1):.0%}"
     )
-    print(
-        f"joint norm / norm of the weights': median {math.sqrt(1 + np.median(r) ** 2):.6f}, "
-        f"largest {math.sqrt(1 + r.max() ** 2):.6f}"
-    )
+    for epoch in range(EPOCHS):
+        part = (published / ours)[epoch * STEPS : (epoch + 1) * STEPS]
+        print(
+            f"  epoch {epoch + 1}: published step / ours: median {np.median(part):.2f}, least {part.min():.2f}"
+        )
 
 
 def main() -> None:
