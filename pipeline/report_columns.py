@@ -54,6 +54,7 @@ METRICS = (
     "test/top1",
     "recovery/gap",
     "recovery/truncation",
+    "recovery/margin",
     "recovery/distance",
     "recovery/support_changes",
     "recovery/fallbacks",
