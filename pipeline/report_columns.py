@@ -64,6 +64,7 @@ METRICS = (
     "test/top5",
     "recovery/gap",
     "recovery/truncation",
+    "recovery/margin",
     "recovery/distance",
     "recovery/support_changes",
     "recovery/fallbacks",

@@ -6,6 +6,7 @@ A cell is drawn once, however many epochs have it; what differs between them, th
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class _Node:
     distance: float
     gap: float
     truncation: float
+    margin: float  # NaN: not recorded by an earlier version
 
 
 Places = list[tuple[str, int]]
@@ -84,6 +86,7 @@ def write_trajectory_page(run: RunDir) -> None:
         curves=_curves(table, epochs, places),
         maps=maps,
         gaps=any(heat["gaps"] for heat in maps),
+        margins=not any(math.isnan(node.margin) for node in table.values()),
     )
     atomic_write(run.path / TRAJECTORY_PAGE, page)
 
@@ -96,6 +99,7 @@ def _read(frame: pd.DataFrame) -> Table:
         # A cell is the same in whatever order its node found its operations.
         pairs = sorted(zip(picks, weights, strict=True), key=lambda pair: (pair[0][1], pair[0][0]))
         figures = {name: row[name] for name in ("state", "changed", "distance", "gap", "truncation")}
+        figures["margin"] = row.get("margin", math.nan)
         table[row["epoch"], row["cell"], row["node"]] = _Node(
             tuple(pick for pick, _ in pairs), tuple(weight for _, weight in pairs), **figures
         )
@@ -147,6 +151,7 @@ def _row(node: _Node) -> list[Any]:
     picks = zip(node.picks, node.edge_weights, strict=True)
     keeps = ", ".join(f"{op} ← {_state(state)} ({weight:.2g})" for (op, state), weight in picks)
     figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
+    figures.append("–" if math.isnan(node.margin) else f"{node.margin:.2g}")  # noqa: RUF001
     return [bool(node.changed), keeps, node.state.lower(), *figures]
 
 
@@ -155,10 +160,11 @@ def _said(table: Table, epoch: int, places: Places) -> str:
     nodes = [table[epoch, *place] for place in places]
     changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
     start = "Before any training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
+    margins = [node.margin for node in nodes if not math.isnan(node.margin)]
     return (
         f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
         f"{max(node.distance for node in nodes):.2g}, relative gap {max(node.gap for node in nodes):.2g}, truncation "
-        f"{max(node.truncation for node in nodes):.2g}."
+        f"{max(node.truncation for node in nodes):.2g}{f'; smallest margin {min(margins):.2g}' if margins else ''}."
     )
 
 

@@ -25,6 +25,7 @@ from istanas.sparse import (
     initial_compressed_alphas,
     measurement_matrix,
     recover_certified,
+    support_margin,
     top_support,
     truncation_error,
 )
@@ -71,8 +72,8 @@ class SearchSettings:
 class NodeReport:
     """One node after a recovery: what it keeps and how sure that is.
 
-    Distance, gap and truncation are of the code that was recovered now; of a FROZEN node, which is recovered no
-    more, the first two are 0.
+    Distance, gap, truncation and margin are of the code that was recovered now; of a FROZEN node, which is recovered
+    no more, the first two are 0.
     """
 
     cell: str
@@ -80,7 +81,7 @@ class NodeReport:
     picks: list[str]  # "op<-state"
     edge_weights: list[float]
     distance: float  # ||z_t - z_(t-1)||_2, to the last accepted code
-    gap: float  # relative duality gap
+    gap: float  # relative duality gap, an upper bound that includes rounding
     truncation: float  # ||z - z_S||_2
     changed: bool  # whether the kept set changed
     converged: bool
@@ -90,6 +91,8 @@ class NodeReport:
     magnitudes: list[float] = field(default_factory=list)
     solver: str = ""  # whose code it is; of a node that was not recovered, none
     fallback: bool = False  # whether the solver that was asked for had failed on it
+    # smallest kept |z| minus the largest |z| that competed and was not kept
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,20 @@ class RecoveryReport:
     rejection: str | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The figures of an epoch, by their names in MLflow: largest over the recovered nodes; changes are counted."""
+        """The figures of an epoch, by their names in MLflow.
+
+        Over the recovered nodes: the smallest margin, the largest of the others, and the number of changes.
+        """
         nodes = [n for n in self.nodes if n.recovered]
         if not nodes:
             return {}
         fallbacks = sum(n.fallback for n in nodes)
+        margins = [n.margin for n in nodes if n.margin is not None]
         return {
             **({"recovery/fallbacks": float(fallbacks)} if fallbacks else {}),
             "recovery/gap": max(n.gap for n in nodes),
             "recovery/truncation": max(n.truncation for n in nodes),
+            **({"recovery/margin": min(margins)} if margins else {}),
             "recovery/distance": max(n.distance for n in nodes),
             "recovery/support_changes": float(sum(n.changed for n in nodes)),
         }
@@ -287,6 +295,7 @@ class SearchState:
             picks=[f"{space.ops[op]}<-{s}" for s, op in map(space.split, self.codes[cell][node].support)],
             edge_weights=edge_weights,
             truncation=float(truncation_error(code.sparse_code, list(code.support))),
+            margin=support_margin(code.sparse_code, space.sparsity, groups=space.edge_groups(node)),
             state=self.supernet.node_states[cell][node].name,
             **figures,
         )

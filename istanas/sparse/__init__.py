@@ -1,13 +1,14 @@
 """Sparse coding: compressed parameters to the code of every node, and back to edge weights."""
 
+from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate, duality_gap
 from istanas.sparse.convex import mosek_licence
 from istanas.sparse.lasso import (
     critical_l1,
     dual_point,
-    duality_gap,
     kkt_holds,
     kkt_violation,
     objective,
+    support_margin,
     top_support,
     truncation_error,
 )
@@ -23,10 +24,13 @@ from istanas.sparse.recovery import (
 )
 
 __all__ = [
+    "DECISION_TOL",
     "FALLBACKS",
     "SOLVERS",
+    "Certificate",
     "RecoveryResult",
     "RecoveryWarning",
+    "certificate",
     "critical_l1",
     "dual_point",
     "duality_gap",
@@ -41,6 +45,7 @@ __all__ = [
     "recover",
     "recover_certified",
     "recover_nodes",
+    "support_margin",
     "top_support",
     "truncation_error",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from istanas.errors import SolverError
 from istanas.sparse.homotopy import on_support
-from istanas.sparse.lasso import Array, Indices, duality_gap
+from istanas.sparse.lasso import Array, Indices, critical_l1, estimated_gap
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "clarabel": {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12},
@@ -73,7 +73,8 @@ def solve_convex(
     n_iter = np.zeros(A.shape[0], dtype=np.int64)
     for i in range(A.shape[0]):
         scale = float(np.linalg.norm(b[i]))
-        if scale > 0:
+        # From the critical l1 on the minimiser is 0, and far above it the solver fails.
+        if critical_l1(A[i], b[i]) > l1_weight:
             code, n_iter[i] = _interior_point(A[i], b[i] / scale, l1_weight / scale, solver, max_iter)
             z[i] = _polish(A[i], b[i], scale * code, l1_weight)
     return Solved(z, n_iter)
@@ -127,7 +128,6 @@ def _interior_point(
     A: Array, b: Array, l1_weight: float, solver: str, max_iter: int | None
 ) -> tuple[Array, int]:
     problem, A_, b_, l1_, z_ = _problem(*A.shape)
-    A_.value, b_.value, l1_.value = A, b, l1_weight
     options = dict(_OPTIONS[solver])
     if max_iter is not None and solver == "clarabel":
         options["max_iter"] = max_iter
@@ -137,8 +137,9 @@ def _interior_point(
         # "Solution may be inaccurate": the duality gap is the judge of that.
         warnings.simplefilter("ignore")
         try:
+            A_.value, b_.value, l1_.value = A, b, l1_weight
             problem.solve(solver=solver.upper(), **options)
-        except Exception as error:  # cvxpy.SolverError, or mosek.Error where a licence was lost since
+        except Exception as error:  # of cvxpy, of its canonicalisation, of the solver
             reason = " ".join(str(error).split())
             raise SolverError(
                 f"solver is {solver!r} and it gave up ({reason}): choose solver 'homotopy'"
@@ -160,5 +161,5 @@ def _polish(A: Array, b: Array, z: Array, l1_weight: float) -> Array:
         signs,
     )
     candidates = np.concatenate([z[None], np.zeros_like(z)[None], closed])
-    gaps = duality_gap(A, b, candidates, l1_weight)
-    return np.asarray(candidates[int(np.nanargmin(gaps))])
+    gaps = estimated_gap(A, b, candidates, l1_weight)
+    return np.asarray(candidates[int(np.where(np.isnan(gaps), np.inf, gaps).argmin())])

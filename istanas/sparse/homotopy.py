@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from istanas.sparse.lasso import Array, Indices, duality_gap, kkt_holds, matvec, objective, rmatvec
+from istanas.sparse.lasso import Array, Indices, estimated_gap, kkt_holds, matvec, objective, rmatvec
 
 # A candidate whose |A_j^T r| falls as fast as the penalty never meets it: columns equal to, or within the
 # span of, those of S do so up to rounding.
@@ -61,7 +61,7 @@ def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None
     for i in np.flatnonzero(~kkt_holds(A, b, z, l1_weight)):
         mended, steps = mend(A[i], b[i], l1_weight, z[i], limit)
         n_iter[i] += steps
-        better = duality_gap(A[i], b[i], mended, l1_weight) < duality_gap(A[i], b[i], z[i], l1_weight)
+        better = estimated_gap(A[i], b[i], mended, l1_weight) < estimated_gap(A[i], b[i], z[i], l1_weight)
         if better or kkt_holds(A[i], b[i], mended, l1_weight):
             z[i] = mended
     return Path(z, n_iter)
@@ -74,6 +74,7 @@ class _Restricted(NamedTuple):
     used: Mask
     A_S: Array  # transposed: (B, |S|, m)
     gram: Array
+    rows: Indices
 
     @classmethod
     def to(cls, A: Array, supports: Mask) -> _Restricted:
@@ -81,21 +82,25 @@ class _Restricted(NamedTuple):
         width = int(count.max(initial=0))
         slots = np.argsort(~supports, axis=-1, kind="stable")[:, :width]
         used = np.arange(width) < count[:, None]
-        A_S = A.swapaxes(1, 2)[np.arange(len(A))[:, None], slots] * used[..., None]
-        return cls(slots, used, A_S, _gram(A_S, used))
+        rows = np.arange(len(A))[:, None]
+        A_S = A.swapaxes(1, 2)[rows, slots] * used[..., None]
+        return cls(slots, used, A_S, _gram(A_S, used), rows)
 
-    def code(self, b: Array, l1_weight: float, signs: Array | Signs, *, refine: bool) -> Array:
-        """z (B, n) of b and signs (B, n), see `on_support`."""
-        z = np.zeros(signs.shape)
-        if self.slots.shape[1] == 0:
-            return z
-        rows = np.arange(len(z))[:, None]
-        slope = l1_weight * np.where(self.used, signs[rows, self.slots], 0.0)
+    def least_squares(self, b: Array) -> Array:
+        """z_S = G^-1 A_S^T b, on the slots (B, |S|)."""
+        return np.where(self.used, _solve(self.gram, matvec(self.A_S, b)), 0.0)
+
+    def code(self, b: Array, l1_weight: float, signs: Array) -> Array:
+        """z_S of b and signs (B, |S|), both on the slots, see `on_support`."""
+        slope = l1_weight * signs
         z_S = _solve(self.gram, matvec(self.A_S, b) - slope)
-        if refine:
-            z_S += _solve(self.gram, matvec(self.A_S, b - rmatvec(self.A_S, z_S)) - slope)
-        # Slots that are not used hold candidates outside S, whose code stays 0.
-        z[rows, self.slots] = np.where(self.used, z_S, 0.0)
+        z_S += _solve(self.gram, matvec(self.A_S, b - rmatvec(self.A_S, z_S)) - slope)
+        return np.where(self.used, z_S, 0.0)
+
+    def to_candidates(self, z_S: Array, n: int) -> Array:
+        """z (B, n) of z_S: slots that are not used hold candidates outside S, whose code stays 0."""
+        z = np.zeros((len(z_S), n))
+        z[self.rows, self.slots] = z_S
         return z
 
 
@@ -115,7 +120,9 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
         >>> on_support(np.eye(2)[None], np.array([[1.0, 2.0]]), 0.5, np.array([[0, 1]], dtype=np.int8))
         array([[0. , 1.5]])
     """
-    return _Restricted.to(A, signs != 0).code(b, l1_weight, signs, refine=True)
+    on_S = _Restricted.to(A, signs != 0)
+    z_S = on_S.code(b, l1_weight, np.where(on_S.used, signs[on_S.rows, on_S.slots], 0.0))
+    return on_S.to_candidates(z_S, A.shape[2])
 
 
 def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
@@ -138,12 +145,13 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
         (array([[0.5, 0. ]]), array([ True]))
     """
     on_S = _Restricted.to(A, supports)
-    z = on_S.code(b, 0.0, np.zeros(supports.shape), refine=False)
+    z_S = on_S.least_squares(b)
     for _ in range(2):
-        signs = np.sign(z)
-        z = on_S.code(b, l1_weight, signs, refine=True)
-        if np.array_equal(np.sign(z), signs):
+        signs = np.sign(z_S)
+        z_S = on_S.code(b, l1_weight, signs)
+        if np.array_equal(np.sign(z_S), signs):
             break
+    z = on_S.to_candidates(z_S, A.shape[2])
     return z, kkt_holds(A, b, z, l1_weight)
 
 
@@ -321,8 +329,8 @@ def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
 def _gram(A_S: Array, used: Mask) -> Array:
     """A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
     gram = A_S @ A_S.swapaxes(1, 2)
-    diagonal = np.arange(used.shape[1])
-    gram[:, diagonal, diagonal] += ~used
+    diagonals = np.einsum("bkk->bk", gram)  # a view
+    diagonals += ~used
     return gram
 
 

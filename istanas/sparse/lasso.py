@@ -1,4 +1,4 @@
-"""The LASSO, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1: objective, duality gap, optimality, top-s support.
+"""The LASSO, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1: objective, dual point, optimality, top-s support, margin.
 
 Everything here is float64 numpy, stateless, and broadcasts over leading batch dimensions.
 """
@@ -15,6 +15,9 @@ from istanas.errors import ConfigError, SolverError
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
+# Of max |b|: outside, squares may under- or overflow, and problems are solved in units of their own b.
+ORDINARY = (1e-75, 1e75)
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def as_float64(values: Any) -> Array:
@@ -62,7 +65,7 @@ def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
         l1_weight: l1 > 0.
 
     Returns:
-        P(z), float64 of shape (...).
+        P(z), float64 of shape (...); inf where it is above the range of float64.
 
     Example:
         >>> float(objective([[1.0, 0.0]], [2.0], [1.0, 3.0], l1_weight=0.5))
@@ -71,8 +74,10 @@ def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     Source: Yang et al., ISTA-NAS, NeurIPS 2020.
     """
     A, b, z = as_float64(A), as_float64(b), as_float64(z)
-    residual = b - matvec(A, z)
-    return 0.5 * (residual**2).sum(-1) + l1_weight * np.abs(z).sum(-1)
+    with np.errstate(over="ignore"):
+        # Halved before the square, nothing overflows that half the sum does not.
+        half = 0.5 * (b - matvec(A, z))
+        return 2.0 * (half**2).sum(-1) + l1_weight * np.abs(z).sum(-1)
 
 
 def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
@@ -94,40 +99,35 @@ def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
     Source: Bonnefoy et al., Dynamic screening, IEEE TSP 2015 (residual scaling).
     """
     A, b, z = as_float64(A), as_float64(b), as_float64(z)
-    residual = b - matvec(A, z)
-    theta: Array = residual * _feasible_scale(rmatvec(A, residual), l1_weight)[..., None]
-    return theta
+    with np.errstate(over="ignore", invalid="ignore"):
+        residual = b - matvec(A, z)
+        theta: Array = residual * _feasible_scale(rmatvec(A, residual), l1_weight)[..., None]
+        return theta
 
 
-def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bool = True) -> Any:
-    """How far P(z) can be above its minimum: gap = P(z) - D(theta), D = 1/2 ||b||^2 - 1/2 ||b - theta||^2.
+def estimated_gap(A: Array, b: Array, z: Array, l1_weight: float = 1e-5) -> Any:
+    """The relative duality gap as float64 has it: the formula of `duality_gap` without its allowance for rounding.
 
-    Computed as 1/2 (1 - s)^2 ||r||^2 + sum_i (l1 |z_i| - z_i A_i^T theta), s = min(1, l1 / ||A^T r||_inf).
-    This is the same number as a sum of terms that are never negative: P and D agree in many digits, and their
-    difference would keep none of them.
+    For choosing between codes and for looking often; it certifies nothing.
 
     Args:
         A: measurement matrices, (..., m, n).
         b: compressed parameters, (..., m).
         z: codes, (..., n).
         l1_weight: l1 > 0.
-        relative: whether to divide by P(0) = 1/2 ||b||^2 (for b = 0: by 1).
 
     Returns:
-        The gap, >= 0, float64 of shape (...).
+        The gap in units of 1/2 ||b||^2 (for b = 0: of 1), float64 of shape (...).
 
     Example:
-        >>> float(duality_gap([[1.0]], [1.0], [0.5], l1_weight=0.5))  # the minimiser is 1 - 0.5
+        >>> float(estimated_gap(np.eye(1), np.ones(1), np.array([0.5]), l1_weight=0.5))
         0.0
     """
-    A, b, z = as_float64(A), as_float64(b), as_float64(z)
     residual = b - matvec(A, z)
     correlation = rmatvec(A, residual)
     scale = _feasible_scale(correlation, l1_weight)[..., None]
     slack = np.maximum(l1_weight * np.abs(z) - z * correlation * scale, 0.0)
     gap = 0.5 * ((residual * (1.0 - scale)) ** 2).sum(-1) + slack.sum(-1)
-    if not relative:
-        return gap
     energy = 0.5 * (b**2).sum(-1)
     return gap / np.where(energy > 0, energy, 1.0)
 
@@ -146,7 +146,8 @@ def critical_l1(A: Any, b: Any) -> Any:
         >>> float(critical_l1([[1.0, -3.0]], [2.0]))
         6.0
     """
-    return np.abs(rmatvec(as_float64(A), as_float64(b))).max(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs(rmatvec(as_float64(A), as_float64(b))).max(-1)
 
 
 def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
@@ -161,16 +162,17 @@ def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
         l1_weight: l1 > 0.
 
     Returns:
-        float64 of shape (...), 0 for an exact minimiser.
+        float64 of shape (...), 0 for an exact minimiser; inf or NaN where A^T r leaves the range of float64.
 
     Example:
         >>> float(kkt_violation([[1.0]], [1.0], [0.25], l1_weight=0.5))
         0.25
     """
     A, b, z = as_float64(A), as_float64(b), as_float64(z)
-    correlation = rmatvec(A, b - matvec(A, z))
-    inside = np.maximum(np.abs(correlation) - l1_weight, 0.0)
-    return np.where(z != 0, np.abs(correlation - l1_weight * np.sign(z)), inside).max(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        correlation = rmatvec(A, b - matvec(A, z))
+        inside = np.maximum(np.abs(correlation) - l1_weight, 0.0)
+        return np.where(z != 0, np.abs(correlation - l1_weight * np.sign(z)), inside).max(-1)
 
 
 def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
@@ -193,10 +195,16 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
         (True, False)
     """
     A, b, z = as_float64(A), as_float64(b), as_float64(z)
-    columns = np.sqrt((A**2).sum(-2))
-    terms = np.sqrt((b**2).sum(-1)) + (columns * np.abs(z)).sum(-1)
-    rounding = 16.0 * float(np.finfo(np.float64).eps) * columns.max(-1) * terms
-    return kkt_violation(A, b, z, l1_weight) <= np.clip(rounding, 1e-8 * l1_weight, 1e-2 * l1_weight)
+    violation = kkt_violation(A, b, z, l1_weight)
+    holds = violation <= 1e-8 * l1_weight
+    if holds.all():
+        return holds
+    with np.errstate(over="ignore"):  # what overflows is cut at the most that is allowed
+        columns = np.sqrt((A**2).sum(-2))
+        terms = np.sqrt((b**2).sum(-1)) + (columns * np.abs(z)).sum(-1)
+        rounding = 16.0 * _EPS * columns.max(-1) * terms
+    allowed = np.minimum(np.maximum(rounding, 1e-8 * l1_weight), 1e-2 * l1_weight)
+    return violation <= allowed
 
 
 def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> Indices:
@@ -222,7 +230,37 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
         >>> top_support([0.1, -3.0, 2.0], 2, groups=[0, 1, 1]).tolist()
         [0, 1]
     """
+    return np.sort(_ranked(np.abs(as_float64(z)), sparsity, groups)[:sparsity])
+
+
+def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> float:
+    """How clear the choice of `top_support` is: the smallest |z| that it keeps minus the largest that it does not.
+
+    Args:
+        z: one code, (n,), array or tensor.
+        sparsity: as in `top_support`.
+        groups: as in `top_support`; only the best of each group competes.
+
+    Returns:
+        The difference, >= 0; if all that compete are kept, the smallest |z| of them.
+
+    Raises:
+        ConfigError: as `top_support`.
+
+    Example:
+        >>> support_margin([0.5, -3.0, 2.0], 2)
+        1.5
+        >>> support_margin([0.5, -3.0, 2.0], 2, groups=[0, 1, 1])
+        0.5
+    """
     magnitude = np.abs(as_float64(z))
+    order = _ranked(magnitude, sparsity, groups)
+    runner_up = magnitude[order[sparsity]] if sparsity < len(order) else 0.0
+    return float(magnitude[order[sparsity - 1]] - runner_up)
+
+
+def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray[Any] | None) -> Indices:
+    """All that compete, in falling |z|."""
     if magnitude.ndim != 1:
         raise SolverError(f"z has shape {magnitude.shape}: give one code of shape (n,)")
     if not np.isfinite(magnitude).all():
@@ -241,7 +279,7 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
     if not 1 <= sparsity <= len(order):
         what = "candidates of the node" if groups is None else "edges of the node (one operation per edge)"
         raise ConfigError(f"sparsity is {sparsity}: choose 1 to {len(order)}, the number of {what}")
-    return np.sort(order[:sparsity]).astype(np.int64)
+    return order.astype(np.int64)
 
 
 def truncation_error(z: Any, support: Any) -> float:

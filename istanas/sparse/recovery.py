@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from istanas.errors import SolverError
+from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate
 from istanas.sparse.convex import solve_convex
 from istanas.sparse.homotopy import solve_path, try_supports
 from istanas.sparse.ista import iterate
-from istanas.sparse.lasso import Array, Indices, as_float64, duality_gap, objective
+from istanas.sparse.lasso import ORDINARY, Array, Indices, as_float64, critical_l1, objective
 
 SOLVERS = ("ista", "fista", "homotopy", "clarabel", "mosek")
 FALLBACKS = ("homotopy", "clarabel", "fista")  # in this order, where the solver that was asked for fails
 PATIENCE = 300_000  # steps of FISTA as the last resort
 # What a solver that gives up raises; what makes no problem is refused before.
 _GIVEN_UP = (SolverError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)
-
+_LEAST, _LARGEST = 5e-324, float(np.finfo(np.float64).max)  # numbers above 0
+_CHUNK = 128  # nodes whose matrices stay in the cache while they are certified
 
 Members: TypeAlias = npt.NDArray[np.bool_] | None
 
@@ -38,13 +40,16 @@ class RecoveryResult:
 
     Args:
         z: the code, (n,), of the kind, dtype and device of b.
-        gap: relative duality gap of the float64 code, (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
+        gap: an upper bound, rounding included, of the relative duality gap of the float64 code,
+            (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
         n_iter: the solver's steps: gradient steps, segments of the path (0: none was needed), or
             interior-point iterations.
-        converged: whether gap <= tol.
+        converged: whether gap <= tol and decision_gap <= DECISION_TOL.
         objective: P(z).
         solver: its name.
         support_reused: whether the given support still held, so that no path was followed.
+        decision_gap: the same bound in units of P(z), which is what the choice of the largest entries depends on;
+            NaN if it was not computed.
     """
 
     z: Any
@@ -54,6 +59,7 @@ class RecoveryResult:
     objective: float
     solver: str
     support_reused: bool = False
+    decision_gap: float = float("nan")
 
     @property
     def support(self) -> Indices:
@@ -91,7 +97,7 @@ def recover(
         SolverError: if A, b, l1_weight, solver, tol or support make no problem, or the solver cannot run.
 
     Warns:
-        RecoveryWarning: if the gap stays above tol.
+        RecoveryWarning: if the gap stays above tol, or above `DECISION_TOL` P(z).
 
     Example:
         >>> result = recover(np.eye(2), np.array([1.0, 0.25]), l1_weight=0.5)
@@ -164,7 +170,7 @@ def recover_certified(
         One result a node, in order, `converged` all; `solver` says whose code it is.
 
     Raises:
-        SolverError: as `recover_nodes`; or if no solver reaches `tol` on a node, with the gap of each.
+        SolverError: as `recover_nodes`; or if no solver's code is certified on a node, with the gap of each.
 
     Example:
         >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
@@ -191,7 +197,7 @@ def recover_certified(
             elif found.converged:
                 results[node] = found
             else:
-                failures[node].append(f"{name}: gap {found.gap:.2g}")
+                failures[node].append(f"{name}: {_missed(found, tol)}")
     left = [node for node in failures if node not in results]
     if left:
         named = [str(node) if names is None else names[node] for node in left]
@@ -259,20 +265,23 @@ def _certify(
     )
     z, n_iter, reused = _solve(A, b, l1_weight, solver, tol, max_iter, members, device)
 
-    gaps, objectives = duality_gap(A, b, z, l1_weight), objective(A, b, z, l1_weight)
-    converged = gaps <= tol
+    found = _certificates(A, b, z, l1_weight)
+    figures = (found.gap, n_iter, found.holds(tol), objective(A, b, z, l1_weight), reused, found.decision_gap)
     return [
-        RecoveryResult(
-            z=_like(bs[i], z[i, : sizes[i]]),
-            gap=float(gaps[i]),
-            n_iter=int(n_iter[i]),
-            converged=bool(converged[i]),
-            objective=float(objectives[i]),
-            solver=solver,
-            support_reused=bool(reused[i]),
+        RecoveryResult(_like(given, code[:size]), gap, steps, converged, value, solver, again, decision_gap)
+        for given, code, size, gap, steps, converged, value, again, decision_gap in zip(
+            bs, z, sizes, *(column.tolist() for column in figures), strict=True
         )
-        for i in range(len(sizes))
     ]
+
+
+def _certificates(A: Array, b: Array, z: Array, l1_weight: float) -> Certificate:
+    """Of a batch, a part at a time: the temporaries of thousands of nodes at once cost more than the arithmetic."""
+    if len(A) <= _CHUNK:
+        return certificate(A, b, z, l1_weight)
+    parts = [slice(start, start + _CHUNK) for start in range(0, len(A), _CHUNK)]
+    found = [certificate(A[part], b[part], z[part], l1_weight) for part in parts]
+    return Certificate(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def _solve(
@@ -282,17 +291,53 @@ def _solve(
     solver: str,
     tol: float,
     max_iter: int | None,
-    members: npt.NDArray[np.bool_] | None,
+    members: Members,
     device: torch.device,
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """Codes (B, n), steps (B,), and whether the given support held (B,)."""
+    """Codes (B, n), steps (B,), and whether the given support held (B,); every node in units that float64 has."""
+    peak = np.abs(b).max(-1)
+    extreme = (peak > 0) & ~((peak >= ORDINARY[0]) & (peak <= ORDINARY[1]))
+    if not extreme.any():
+        return _solve_ordinary(A, b, l1_weight, solver, tol, max_iter, members, device)
+    z, n_iter = np.zeros((A.shape[0], A.shape[2])), np.zeros(len(A), dtype=np.int64)
+    reused = np.zeros(len(A), dtype=np.bool_)
+    ordinary = [np.flatnonzero(~extreme)] if not extreme.all() else []
+    for nodes in [*ordinary, *np.flatnonzero(extreme)[:, None]]:
+        exponent = int(np.frexp(peak[nodes[0]])[1]) if extreme[nodes[0]] else 0
+        with np.errstate(over="ignore"):
+            own_b, own_l1 = np.ldexp(b[nodes], -exponent), float(np.ldexp(l1_weight, -exponent))
+        if extreme[nodes[0]] and critical_l1(A[nodes], own_b).item() <= own_l1:
+            continue  # the minimiser is 0, and l1 may be infinite in these units
+        own_members = None if members is None else members[nodes]
+        codes, n_iter[nodes], reused[nodes] = _solve_ordinary(
+            A[nodes], own_b, max(own_l1, _LEAST), solver, tol, max_iter, own_members, device
+        )
+        with np.errstate(over="ignore"):
+            z[nodes] = np.clip(np.ldexp(codes, exponent), -_LARGEST, _LARGEST)
+    return z, n_iter, reused
+
+
+def _solve_ordinary(
+    A: Array,
+    b: Array,
+    l1_weight: float,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    members: Members,
+    device: torch.device,
+) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
+    """What `_solve` returns."""
     reused = np.zeros(len(A), dtype=np.bool_)
     if solver == "homotopy":
         if members is None:
             return *solve_path(A, b, l1_weight, max_iter), reused
-        tried = np.flatnonzero(members.any(-1))
         z, n_iter = np.zeros((A.shape[0], A.shape[2])), np.zeros(len(A), dtype=np.int64)
-        z[tried], reused[tried] = try_supports(A[tried], b[tried], l1_weight, members[tried])
+        tried = np.flatnonzero(members.any(-1))
+        if len(tried) == len(A):
+            z, reused = try_supports(A, b, l1_weight, members)
+        else:
+            z[tried], reused[tried] = try_supports(A[tried], b[tried], l1_weight, members[tried])
         rest = ~reused
         if rest.any():
             z[rest], n_iter[rest] = solve_path(A[rest], b[rest], l1_weight, max_iter)
@@ -323,7 +368,8 @@ def _checked(
         return _Problems(np.zeros((0, 1, 1)), np.zeros((0, 1)), [], [], None)
     matrices, vectors = [as_float64(A) for A in As], [as_float64(b) for b in bs]
     for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
-        _check_shapes(A, b, _named(node, len(As)))
+        if A.ndim != 2 or 0 in A.shape or b.shape != A.shape[:1]:
+            _refuse_shapes(A, b, _named(node, len(As)))
     sizes = [A.shape[1] for A in matrices]
     A, b = _pad(matrices, vectors)
     _check_finite(A, b)
@@ -359,15 +405,12 @@ def _named(node: int, n_nodes: int) -> str:
     return "" if n_nodes == 1 else f"node {node}: "
 
 
-def _check_shapes(A: Array, b: Array, node: str) -> None:
+def _refuse_shapes(A: Array, b: Array, node: str) -> NoReturn:
     if A.ndim != 2 or 0 in A.shape:
         raise SolverError(
             f"{node}A has shape {A.shape}: give a matrix (n_measurements, n_candidates), both at least 1"
         )
-    if b.shape != A.shape[:1]:
-        raise SolverError(
-            f"{node}b has shape {b.shape} but A has shape {A.shape}: b needs shape {A.shape[:1]}"
-        )
+    raise SolverError(f"{node}b has shape {b.shape} but A has shape {A.shape}: b needs shape {A.shape[:1]}")
 
 
 def _check_finite(A: Array, b: Array) -> None:
@@ -414,19 +457,30 @@ def _like(b: Any, z: Array) -> Any:
             device=b.device, dtype=b.dtype if b.is_floating_point() else torch.float64
         )
     dtype = getattr(b, "dtype", None)
-    return z.astype(dtype if dtype is not None and np.issubdtype(dtype, np.floating) else np.float64)
+    return z.astype(dtype if dtype is not None and dtype.kind == "f" else np.float64)
+
+
+def _missed(result: RecoveryResult, tol: float) -> str:
+    """The figure of a result that is not certified, by which it is not."""
+    if result.gap <= tol:
+        return f"gap {result.decision_gap:.2g} of P(z), above {DECISION_TOL:g}"
+    return f"gap {result.gap:.2g}"
 
 
 def _warn(results: Sequence[RecoveryResult], solver: str, tol: float) -> None:
     bad = [node for node, result in enumerate(results) if not result.converged]
-    gap, n_iter = max(results[n].gap for n in bad), max(results[n].n_iter for n in bad)
+    n_iter = max(results[n].n_iter for n in bad)
     named = ", ".join(str(node) for node in bad[:8]) + (", ..." if len(bad) > 8 else "")
+    relative = [results[n].gap for n in bad if not results[n].gap <= tol]
+    decision = [results[n].decision_gap for n in bad if not results[n].decision_gap <= DECISION_TOL]
+    figures = [f"relative duality gap up to {max(relative):.3g}, tolerance {tol:.3g}"] if relative else []
+    if decision:
+        figures.append(f"gap up to {max(decision):.3g} of P(z), tolerance {DECISION_TOL:g}")
     exact = "l1_weight is too small to be certified in float64, raise it, tol or max_iter"
     remedy = exact if solver == "homotopy" else "raise max_iter or tol, or use solver 'homotopy'"
     warnings.warn(
-        f"{solver} did not converge on {len(bad)} of {len(results)} nodes ({named}): relative duality gap up to"
-        f" {gap:.3g} after {n_iter} iterations, tolerance {tol:.3g};"
-        f" {remedy}",
+        f"{solver} did not converge on {len(bad)} of {len(results)} nodes ({named}) after {n_iter} iterations:"
+        f" {'; '.join(figures)}; {remedy}",
         RecoveryWarning,
         stacklevel=4,
     )

@@ -513,6 +513,7 @@ def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
                     "distance": node["distance"],
                     "gap": node["gap"],
                     "truncation": node["truncation"],
+                    "margin": node.get("margin"),  # not recorded by earlier versions
                 }
             )
     return rows

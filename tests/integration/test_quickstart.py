@@ -30,6 +30,7 @@ SEARCH_METRICS = {
     "valid/top1",
     "recovery/gap",
     "recovery/truncation",
+    "recovery/margin",
     "recovery/distance",
     "recovery/support_changes",
     "arch/skip_ratio",

@@ -776,6 +776,8 @@ def test_reports_of_active_frozen_and_just_frozen_nodes() -> None:
     frozen = later.nodes[0]
     assert frozen.distance == frozen.gap == 0.0
     assert frozen.truncation == just.nodes[0].truncation > 0
+    assert frozen.margin == just.nodes[0].margin
+    assert later.metrics()["recovery/margin"] == min(n.margin or 0.0 for n in later.nodes if n.recovered)
     assert frozen.picks == just.nodes[0].picks
     assert frozen.edge_weights == just.nodes[0].edge_weights
     assert later.to_rows()[0] == dataclasses.asdict(frozen)

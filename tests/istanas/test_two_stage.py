@@ -355,6 +355,7 @@ def test_recovery_is_certified_and_equals_an_independent_one(solver: str) -> Non
         assert code.support == tuple(support.tolist())
         rest = np.delete(z, support)
         assert r.truncation == pytest.approx(np.linalg.norm(rest))
+        assert r.margin == np.abs(z[support]).min() - np.abs(rest).max() > 0
         expected = (A.T @ b - (A.T @ A - np.eye(A.shape[1])) @ (z - _outside(z, support)))[support]
         np.testing.assert_allclose(r.edge_weights, expected, rtol=1e-5, atol=1e-6)
         space = search.supernet.space
@@ -384,6 +385,7 @@ def test_support_changes_and_distances_are_those_of_the_codes() -> None:
         assert metrics["recovery/distance"] == max(r.distance for r in report.nodes)
         assert metrics["recovery/gap"] == max(r.gap for r in report.nodes)
         assert metrics["recovery/truncation"] == max(r.truncation for r in report.nodes)
+        assert metrics["recovery/margin"] == min(r.margin for r in report.nodes if r.margin is not None)
         assert (search.supernet.genotype() != genotype) == (metrics["recovery/support_changes"] > 0)
         changes.append(metrics["recovery/support_changes"])
     assert sum(changes) > 0  # this search does move

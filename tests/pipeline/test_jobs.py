@@ -466,6 +466,7 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
         "distance": 0.0,
         "gap": 1e-12,
         "truncation": 0.5,
+        "margin": 0.25,
     }
     history = [
         {"epoch": 1, "start_nodes": [node], "nodes": [{**node, "changed": True}]},
@@ -475,6 +476,9 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
     assert [(row["epoch"], row["changed"]) for row in rows] == [(0, False), (1, True), (2, False)]
     assert rows[0]["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
     assert rows[0]["edge_weights"] == "0.123457 -1"
+    assert [row["margin"] for row in rows] == [0.25] * 3
+    older = {name: value for name, value in node.items() if name != "margin"}
+    assert [row["margin"] for row in trajectory_rows([{"epoch": 2, "nodes": [older]}])] == [None]
     assert trajectory_rows([{"epoch": 1, "metrics": {}}]) == []
     still = {
         "epoch": 2,

@@ -99,7 +99,7 @@ def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> No
             assert sorted(data["widths"][epoch][place]) == pytest.approx(sorted(widths), abs=0.006)
         for row, shown in zip(rows.to_dict("records"), data["rows"][epoch], strict=True):
             assert shown[0] is row["changed"]
-            assert shown[3:] == [f"{row[name]:.2g}" for name in ("distance", "gap", "truncation")]
+            assert shown[3:] == [f"{row[name]:.2g}" for name in ("distance", "gap", "truncation", "margin")]
             for pick, weight in zip(row["picks"].split(), row["edge_weights"].split(), strict=True):
                 op, state = pick.split("<-")
                 name = ("c(k−2)", "c(k−1)", "node 0")[int(state)]  # noqa: RUF001
@@ -111,6 +111,21 @@ def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> No
     lines = {line.step: line.metrics["arch/skip_ratio"] for line in run.metrics()}
     for epoch, ratio in lines.items():
         assert f"skip ratio {100 * ratio:.2f} %" in data["said"][epoch]
+    for epoch, smallest in frame.groupby("epoch")["margin"].min().items():
+        assert data["said"][epoch].endswith(f"; smallest margin {smallest:.2g}.")
+
+
+def test_a_trajectory_without_margins_has_a_page(copy: RunDir) -> None:
+    file = copy.path / "trajectory.csv"
+    frame = pd.read_csv(file)
+    for older in (frame.drop(columns="margin"), frame.assign(margin=None)):
+        older.to_csv(file, index=False)
+        write_trajectory_page(copy)
+        page = page_of(copy)
+        data = data_of(page)
+        assert all(row[-1] == "–" for rows in data["rows"] for row in rows)  # noqa: RUF001
+        assert not any("margin" in said for said in data["said"])
+        assert "not recorded by an earlier version" in page.text
 
 
 def test_the_heat_map_has_a_pixel_for_every_candidate_and_epoch(run: RunDir) -> None:

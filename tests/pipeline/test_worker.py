@@ -311,6 +311,7 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
             "valid/top1",
             "recovery/gap",
             "recovery/truncation",
+            "recovery/margin",
             "recovery/distance",
             "recovery/support_changes",
             "arch/skip_ratio",

@@ -13,6 +13,7 @@ from istanas.sparse import (
     kkt_violation,
     objective,
     recover,
+    support_margin,
     top_support,
     truncation_error,
 )
@@ -121,6 +122,22 @@ def test_no_support_of_what_is_no_code():
         top_support([1.0, float("nan")], 1)
     with pytest.raises(SolverError, match=r"shape \(2, 2\)"):
         top_support(np.ones((2, 2)), 1)
+
+
+def test_margin_is_between_the_last_kept_and_the_first_left_out():
+    z = np.array([5.0, -4.0, 1.0, 2.0, 0.5, 0.125])
+    assert [support_margin(z, s) for s in range(1, 7)] == [1.0, 2.0, 1.0, 0.5, 0.375, 0.125]
+    assert support_margin(torch.tensor(z, requires_grad=True), 1) == 1.0
+    assert support_margin([2.0, -2.0, 2.0], 2) == 0.0
+    assert support_margin([0.0, 3.0, 0.0], 2) == 0.0
+
+
+def test_margin_of_groups_is_between_their_best():
+    z = np.array([5.0, 4.0, 1.0, 2.0, 0.5, 0.125])
+    groups = [0, 0, 1, 1, 2, 2]
+    assert [support_margin(z, s, groups=groups) for s in (1, 2, 3)] == [3.0, 1.5, 0.5]
+    with pytest.raises(ConfigError, match="sparsity is 4: choose 1 to 3"):
+        support_margin(z, 4, groups=groups)
 
 
 def test_truncation_error_is_the_norm_of_the_rest():
