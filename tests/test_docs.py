@@ -1,5 +1,6 @@
 """The guide's pages: their links lead somewhere, and their commands name configurations, keys and cells that exist."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -24,7 +25,7 @@ def commands(page: str) -> list[list[str]]:
 
 def options(words: list[str], name: str) -> list[str]:
     """The values of a repeatable option."""
-    return [value for option, value in zip(words, words[1:], strict=False) if option == name]
+    return [value for option, value in itertools.pairwise(words) if option == name]
 
 
 def test_there_are_pages_with_commands() -> None:
