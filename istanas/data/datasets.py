@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -446,7 +446,7 @@ class _Listing:
     labels: Tensor
     n_train: int
     digest: str  # of names and sizes
-    state: str  # of names, sizes and times of change: what a cache must match
+    state: str  # of all that changes with a file, even with equal times: what a cache must match
 
 
 def _load_folder(request: _Request) -> ImageDataset:
@@ -508,7 +508,7 @@ def _list_folder(root: Path) -> _Listing:
         raise DataError(
             f"data.root: {test / strangers[0]} is a class that {train} lacks; add it there or remove it here"
         )
-    files: list[tuple[str, int, int, int]] = []
+    files: list[tuple[str, int, _FileState]] = []
     n_train = 0
     for folder in (train, test):
         for label, class_name in enumerate(class_names):
@@ -518,11 +518,11 @@ def _list_folder(root: Path) -> _Listing:
                     f"data.root: {folder / class_name} holds no picture; "
                     f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class"
                 )
-            files += [(path, label, size, changed) for path, size, changed in found]
+            files += [(path, label, state) for path, state in found]
         n_train = n_train or len(files)
     if len(files) == n_train:
         raise DataError(f"data.root: {test} holds no picture; add pictures of the classes to test by")
-    contents = [(path, size) for path, _, size, _ in files]
+    contents = [(path, state.size) for path, _, state in files]
     return _Listing(
         class_names=class_names,
         paths=tuple(path for path, *_ in files),
@@ -541,8 +541,21 @@ def _directories(folder: Path, root: Path) -> tuple[str, ...]:
     return tuple(entry.name for entry in found)
 
 
-def _picture_files(folder: Path, root: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (path relative to the root, bytes, time of change in ns) of each picture of a class, by name."""
+class _FileState(NamedTuple):
+    """What tells a file from another one that takes its place.
+
+    The time of writing is not enough: archives bring equal times with them, and moving a file keeps its own. No
+    program sets the time of the last change of a file's entry, and a moved file keeps its inode.
+    """
+
+    size: int
+    written_ns: int
+    changed_ns: int
+    inode: int
+
+
+def _picture_files(folder: Path, root: Path) -> Iterator[tuple[str, _FileState]]:
+    """Yield each picture of a class, by name, as a path relative to the root."""
     for entry in _entries(folder) if folder.is_dir() else []:
         if os.path.splitext(entry.name)[1].lower() not in PICTURE_SUFFIXES or entry.is_dir():
             continue
@@ -553,7 +566,8 @@ def _picture_files(folder: Path, root: Path) -> Iterator[tuple[str, int, int]]:
                 raise OSError("no regular file")
         except OSError as error:
             raise _unreadable(entry.path, error) from error
-        yield f"{folder.parent.name}/{folder.name}/{entry.name}", facts.st_size, facts.st_mtime_ns
+        state = _FileState(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+        yield f"{folder.parent.name}/{folder.name}/{entry.name}", state
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
