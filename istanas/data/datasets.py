@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from istanas.data.cache import default_cache_dir, read_cache, reason, sha256, write_cache
-from istanas.data.folders import SMALL_SIDE, Listing, Survey, cache_file, survey_folder
+from istanas.data.folders import Listing, Survey, cache_file, survey_folder
 from istanas.data.reading import PLAIN, Progress, Reading, decode_pictures
 from istanas.errors import ConfigError, DataError
+from istanas.limits import SMALL_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -37,9 +37,7 @@ from istanas.data.reading import (
     unreadable,
 )
 from istanas.errors import DataError
-
-SMALL_SIDE = 64
-"""Pictures are small if most of the training pictures have both sides up to this many pixels."""
+from istanas.limits import SMALL_SIDE
 
 DEFAULT_IMAGE_SIZE = 224
 """Side in pixels that large pictures are brought to when nobody says otherwise."""
