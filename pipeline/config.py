@@ -222,7 +222,11 @@ def to_yaml(config: Config) -> str:
     tree = config.model_dump(mode="json", by_alias=True)
     if config.sweep is None:
         del tree["sweep"]
-    else:  # of each parameter's kinds only the one that was given
+    else:
+        for name in ("search", "retrain"):  # trials with pictures of another size have another stem
+            if "stem" not in getattr(config, name).model_fields_set:
+                tree[name]["stem"] = "auto"
+        # of each parameter's kinds only the one that was given
         space = {
             key: p.model_dump(by_alias=True, exclude_unset=True) for key, p in config.sweep.space.items()
         }
