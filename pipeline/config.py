@@ -61,12 +61,15 @@ def default_file() -> Path:
     return Path(__file__).resolve().parent.parent / "tune_configs" / "digits_quickstart.yaml"
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path | None, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None
+) -> Config:
     """Read a YAML file, apply overrides, validate.
 
     Args:
         path: the file; None for the schema's defaults.
-        overrides: "key.path=value" each, the value in YAML.
+        overrides: "key.path=value" each, the value in YAML, or of a text key the text itself.
+        sections: whole sections in the place of the file's.
 
     Returns:
         The validated configuration.
@@ -75,7 +78,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line per mistake, each with file, field, value, remedy.
     """
     source = "command line" if path is None else str(path)
-    tree = {} if path is None else _read_yaml(Path(path))
+    tree = ({} if path is None else _read_yaml(Path(path))) | dict(sections or {})
     for override in overrides:
         _apply_override(tree, override)
     return _validated(tree, source, overrides)

@@ -247,8 +247,8 @@ def execute(
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
         lines = describe_pictures(spec.config, dataset, used, spec.networks)
-        tell_pictures(lines, console)
         prepared = prepare(dataset)
+        tell_pictures(lines, console)
         if fresh and run.exists():
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
