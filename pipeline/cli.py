@@ -404,8 +404,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
 
     checks = run_checks(
         tracking_uri=config.tracking.uri,
-        data_name=config.data.name,
-        data_root=config.data.root,
+        data=config.data,
         workers=config.runtime.workers,
         threads=config.runtime.threads,
         address=config.runtime.address,

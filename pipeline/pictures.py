@@ -13,6 +13,7 @@ from istanas.data import (
     Augmentation,
     ImageDataset,
     Pictures,
+    Survey,
     batches,
     load_dataset,
     pictures_digest,
@@ -106,14 +107,28 @@ def settle_stems(config: Config, checking: Progress | None = None) -> Config:
         return config
     if data.known_side is not None:
         return with_stems(config, data.known_side)
+    return with_stems(config, survey_of(data, checking).side(None) or SMALL_SIDE)
+
+
+def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey:
+    """What the headers of a picture folder tell.
+
+    Args:
+        data: the settings, of a folder.
+        checking: told of the reading of the headers.
+        keep: False writes nothing into the cache.
+
+    Raises:
+        DataError: if the folder cannot be used.
+    """
     assert data.root is not None, "which the configuration checks"
-    survey = survey_folder(
+    return survey_folder(
         Path(data.root).expanduser(),
         cache_dir=default_cache_dir() if data.cache_dir is None else Path(data.cache_dir).expanduser(),
         allow_left_out=data.allow_left_out,
         progress=checking,
+        keep=keep,
     )
-    return with_stems(config, survey.side(None) or SMALL_SIDE)
 
 
 def are_gone(data: DataSettings) -> bool:
@@ -138,12 +153,8 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
     Raises:
         ConfigError: if they do not fit.
     """
+    check_size(dataset.name, dataset.height, dataset.width)
     side = min(dataset.height, dataset.width)
-    if side < MIN_IMAGE_SIZE:
-        raise ConfigError(
-            f"data.image_size: pictures of {dataset.name} are {dataset.height}x{dataset.width}, networks need at least "
-            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
-        )
     for job in jobs:
         cutout = getattr(config, job).cutout
         if cutout > side:
@@ -158,6 +169,19 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
         search_split(config, dataset)
     elif "search" in jobs:
         search_indices(config, dataset)
+
+
+def check_size(name: str, height: int, width: int) -> None:
+    """Check that pictures are large enough for a network.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise ConfigError(
+            f"data.image_size: pictures of {name} are {height}x{width}, networks need at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}; set data.image_size"
+        )
 
 
 def describe_pictures(

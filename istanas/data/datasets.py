@@ -456,11 +456,10 @@ def _load_folder(request: _Request) -> ImageDataset:
     """Load `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`)."""
     survey = _survey(request)
     size = survey.side(request.image_size)
+    survey.shape(request.image_size)  # refuses several sizes before any picture is decoded
     reading = survey.reading(request.background)
     if size is not None and size > SMALL_SIDE:
         return _file_dataset(request, survey, size, reading)
-    if size is None:
-        survey.check_equal_sizes()
     listing, n = survey.listing, survey.listing.n_train
     images = torch.from_numpy(_cached_pictures(request, listing, reading))
     dataset = _array_dataset(

@@ -116,6 +116,12 @@ class Listing:
     left_out: tuple[LeftOut, ...]
 
     @property
+    def untested(self) -> tuple[str, ...]:
+        """The classes without a test picture."""
+        counts = torch.bincount(self.labels[self.n_train :], minlength=len(self.class_names)).tolist()
+        return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The paths as they are opened."""
         return tuple(str(self.root / path) for path in self.paths)
@@ -153,18 +159,25 @@ class Survey:
             return Reading(background)
         return Reading(background, bits=max(int(deep["peak"].max()).bit_length(), 8))
 
-    def check_equal_sizes(self) -> None:
-        """Check that pictures that stay as they are have one size.
+    def shape(self, image_size: int | None) -> tuple[int, int]:
+        """Return (height, width) of the pictures as a network gets them.
+
+        Args:
+            image_size: as `side` takes it.
 
         Raises:
-            DataError: naming the first that differs from most.
+            DataError: if they should stay as they are and have several sizes, naming the first that differs from most.
         """
+        side = self.side(image_size)
+        if side is not None:
+            return side, side
         sizes = [(int(w), int(h)) for w, h in zip(self.facts["width"], self.facts["height"], strict=True)]
         counted = Counter(sizes[: self.listing.n_train])
         (common, _), *_ = counted.most_common(1)
         for path, size in zip(self.listing.files, sizes, strict=True):
             if size != common:
                 raise unequal(path, size, common)
+        return common[1], common[0]
 
     def notes(self, reading: Reading) -> Iterator[str]:
         """Yield a line for each thing about the folder that its owner may not know."""
@@ -206,27 +219,28 @@ _FLAGS = {
 
 
 def survey_folder(
-    root: Path, *, cache_dir: Path | None, allow_left_out: bool, progress: Progress | None
+    root: Path, *, cache_dir: Path, allow_left_out: bool, progress: Progress | None, keep: bool = True
 ) -> Survey:
     """List a picture folder and read the header of every picture.
 
     Args:
         root: the folder.
-        cache_dir: where the headers' facts are kept; None keeps nothing.
+        cache_dir: where the headers' facts are kept.
         allow_left_out: whether more than `LEFT_OUT_SHARE` of a class may be left out.
         progress: called with (pictures looked at, pictures in all).
+        keep: False writes nothing into the cache.
 
     Raises:
         DataError: if the folder, or any picture in it, cannot be used.
     """
     listing = list_folder(root, allow_left_out=allow_left_out)
     state = f"{_FACTS_VERSION} {listing.state}"
-    file = None if cache_dir is None else cache_file(cache_dir, root, "facts")
-    cached = None if file is None else read_cache(file, state)
+    file = cache_file(cache_dir, root, "facts")
+    cached = read_cache(file, state)
     if cached is not None and cached.shape == (len(listing.paths), _FACTS.itemsize):
         return Survey(listing, cached.reshape(-1).view(_FACTS))
     facts = _inspect_all(listing.files, progress)
-    if file is not None:
+    if keep:
         write_cache(file, state, facts.view(np.uint8).reshape(len(facts), _FACTS.itemsize))
     return Survey(listing, facts)
 
