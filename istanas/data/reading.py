@@ -39,7 +39,7 @@ POOL_FROM = 4 * CHUNK  # below this many pictures, starting processes costs more
 _BLOCK = 16 * 1024  # bytes of a sample of a large file
 _WHOLE = 4 * _BLOCK  # files up to this size are sampled whole
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_ORIENTATION, _ORIENTATIONS, _SIDEWAYS = 0x0112, range(1, 9), (5, 6, 7, 8)
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -123,7 +123,8 @@ def _facts(picture: Image.Image, samples: Sequence[bytes], size: int) -> Facts:
     flags, peak = Flag(0), 0
     if picture.has_transparency_data:
         flags |= Flag.TRANSPARENT
-    if getattr(picture, "is_animated", False):
+    # The second picture of an MPO is the brightness or the depth of the first, as telephones store it in JPEG files.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
         flags |= Flag.SEVERAL_FRAMES
     width, height = _upright_size(picture)
     if _is_deep(picture):
@@ -155,13 +156,13 @@ def read_picture(path: str, reading: Reading = PLAIN) -> tuple[Image.Image, bool
         Traceback (most recent call last):
         istanas.errors.DataError: data.root: no.png is no readable picture (No such file or directory); ...
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with opened(path) as picture:
             _check_depth(picture)
             deep, mode = _is_deep(picture), picture.mode
-            upright = ImageOps.exif_transpose(picture)
+            upright = _upright(picture)
             if deep:
                 values = np.asarray(upright) >> (reading.bits - 8)
                 return Image.fromarray(np.minimum(values, 255).astype(np.uint8)).convert("RGB"), True
@@ -329,7 +330,7 @@ def _seems_whole(picture: Image.Image, samples: Sequence[bytes], size: int) -> b
     """Whether a file ends as its format does; of formats without such a mark, whether it is long enough."""
     start, end = samples[0], samples[-1]
     match picture.format:
-        case "JPEG":
+        case "JPEG" | "MPO":
             return b"\xff\xd9" in end
         case "PNG":
             return b"IEND" in end
@@ -352,8 +353,31 @@ def _end(picture: Image.Image, tile: Any) -> int:
 def _upright_size(picture: Image.Image) -> tuple[int, int]:
     """(width, height) as the picture is seen; Pillow turns TIFF pictures by itself, and their size with them."""
     width, height = picture.size
-    sideways = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
+    sideways = picture.format != "TIFF" and _orientation(picture) in _SIDEWAYS
     return (height, width) if sideways else (width, height)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1..8; 1 (upright) of a picture without one."""
+    try:
+        found: Any = picture.getexif().get(_ORIENTATION)
+    except Exception:  # metadata that programs have spoilt, which says nothing about the pixels
+        return 1
+    return int(found) if found in _ORIENTATIONS else 1
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """A copy of a picture as it is seen."""
+    from PIL import ImageOps
+
+    picture.load()  # which turns TIFF pictures already
+    copy, orientation = picture.copy(), _orientation(picture)
+    if orientation == 1:
+        return copy
+    # Of the metadata the orientation alone: Pillow writes the rest back, and fails on what is odd in it.
+    copy.info = {key: value for key, value in copy.info.items() if key == "transparency"}
+    copy.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(copy)
 
 
 def _is_deep(picture: Image.Image) -> bool:

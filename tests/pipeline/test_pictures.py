@@ -22,6 +22,7 @@ from pipeline.models import read_card
 from pipeline.pictures import datasets_used, load_pictures, settle_stems
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
+from pipeline.tracking import open_client
 
 TINY = [
     "space.nodes=1",
@@ -185,9 +186,10 @@ def test_a_broken_test_picture_stops_a_job_before_any_work(side: int, kind: str,
     assert "epoch" not in folder.seen
 
 
-def test_a_class_without_test_pictures_is_told_everywhere(folder: Folder) -> None:
+def test_a_class_without_test_pictures_is_told_everywhere(folder: Folder, tmp_path: Path) -> None:
     shutil.rmtree(folder.root / "test" / "bee")
-    run = folder.run("retrain")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    run = folder.run("retrain", "tracking.enabled=true", f"tracking.uri={store}", "tracking.models=false")
     line = "test pictures: none of bee; what is measured on them is over 1 of 2 classes"
     assert f"pictures: {line}\n" in folder.seen
     record = run.read()
@@ -196,6 +198,11 @@ def test_a_class_without_test_pictures_is_told_everywhere(folder: Folder) -> Non
     assert line in (run.path / "report.html").read_text()
     assert line in record.description
     assert record.tags["istanas.missing_classes"] == "test: bee"
+    (tracked,) = open_client(store).search_runs(["1"])
+    assert tracked.data.tags["istanas.missing_classes"] == "test: bee"
+    assert line in tracked.data.tags["mlflow.note.content"]
+    profiles = [json.loads(use.dataset.profile) for use in tracked.inputs.dataset_inputs]
+    assert [profile.get("classes_without_pictures") for profile in profiles].count(["bee"]) == 1
 
 
 def test_a_class_that_the_alphas_lack_is_told(folder: Folder) -> None:

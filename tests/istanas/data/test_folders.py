@@ -146,6 +146,29 @@ def test_pictures_are_read_upright(
     assert f"{side}x{2 * side} pixels" in dataset.notes[0]
 
 
+@pytest.mark.parametrize("orientation", [None, 0, 9, 65_535])
+def test_spoilt_metadata_do_no_harm(orientation: int | None, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path, lambda n: upright(16), ".jpg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 0
+    content = b"Exif\0\0no EXIF at all" if orientation is None else exif.tobytes()
+    save(root / "train" / "ant" / "ant0.jpg", upright(16), exif=content)
+    first, second = images(load(root))[:2]
+    assert torch.equal(first, second)
+
+
+def test_odd_metadata_beside_the_orientation_do_no_harm(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path, lambda n: upright(16), ".png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif[0x010F] = "maker"
+    content = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x63")  # a type that is none
+    assert content != exif.tobytes()
+    save(root / "train" / "ant" / "ant0.png", np.rot90(upright(16), 2), exif=content)
+    first, second = images(load(root))[:2]
+    assert torch.equal(first, second)
+
+
 def pictures_of(dataset: ImageDataset, indices: list[int], split: str = "train") -> torch.Tensor:
     """Bytes of some pictures, as they are measured."""
     loader = batches(
