@@ -118,6 +118,8 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
 def _build(card: NetworkCard) -> TargetNet:
     if card.layers > NETWORK_LAYERS or max(card.shape[1:]) > MAX_SIDE:
         raise ValueError(f"{NETWORK_FILE} has {card.layers} layers for pictures of {card.shape}")
+    if not 8 <= card.bits <= 16 or not all(0 <= value <= 255 for value in card.background):
+        raise ValueError(f"{NETWORK_FILE} has bits {card.bits} and background {card.background}")
     return TargetNet(
         Genotype.from_json(card.genotype),
         card.init_channels,

@@ -62,7 +62,7 @@ class DatasetUse:
             return None
         names = ", ".join(self.missing[:5]) + (", ..." if len(self.missing) > 5 else "")
         return (
-            f"{self.context} pictures: none of {names}; what is measured on them is over "
+            f"classes without a picture in the {self.context} part: {names}; what is measured on it is over "
             f"{self.classes - len(self.missing)} of {self.classes} classes"
         )
 

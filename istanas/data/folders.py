@@ -198,8 +198,9 @@ class Survey:
         peaks = self.facts["peak"][self.listing.n_train :].astype(np.int64)
         above = int((peaks >> reading.bits > 0).sum())
         if above > 0:
+            pictures = "1 test picture has" if above == 1 else f"{above:,} test pictures have"
             yield (
-                f"{above:,} test pictures have values above the {reading.bits} bits of the training pictures, which "
+                f"{pictures} values above the {reading.bits} bits of the training pictures, which "
                 "are cut off there"
             )
 
@@ -475,23 +476,26 @@ def _inspect_all(files: Sequence[str], progress: Progress | None) -> NDArray[np.
         DataError: naming the first broken picture, and how many there are.
     """
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
-    facts: list[Facts] = []
+    facts: list[NDArray[np.void]] = []
     broken: list[Broken] = []
-    done = 0
-    for chunk in in_pool(_inspect_chunk, chunks, pool=len(files) >= POOL_FROM):
-        facts += [each for each in chunk if isinstance(each, Facts)]
-        broken += [each for each in chunk if isinstance(each, Broken)]
-        done += len(chunk)
+    for chunk, (known, lost) in zip(
+        chunks, in_pool(_inspect_chunk, chunks, pool=len(files) >= POOL_FROM), strict=True
+    ):
+        facts.append(known)
+        broken += lost
         if progress is not None:
-            progress(done, len(files))
+            progress((len(facts) - 1) * CHUNK + len(chunk), len(files))
     if broken:
         raise unreadable(broken[0].path, broken[0].why, more=len(broken) - 1)
-    records = [(*each[:4], np.frombuffer(each.fingerprint, np.uint8)) for each in facts]
-    return np.array(records, dtype=_FACTS)
+    return np.concatenate(facts)
 
 
-def _inspect_chunk(paths: Sequence[str]) -> list[Facts | Broken]:
-    return [inspect_picture(path) for path in paths]
+def _inspect_chunk(paths: Sequence[str]) -> tuple[NDArray[np.void], list[Broken]]:
+    found = [inspect_picture(path) for path in paths]
+    records = [
+        (*each[:4], np.frombuffer(each.fingerprint, np.uint8)) for each in found if isinstance(each, Facts)
+    ]
+    return np.array(records, dtype=_FACTS), [each for each in found if isinstance(each, Broken)]
 
 
 def _has(facts: NDArray[np.void], flag: Flag) -> NDArray[np.bool_]:

@@ -126,7 +126,9 @@ def _facts(picture: Image.Image, samples: Sequence[bytes], size: int) -> Facts:
     # The second picture of an MPO is the brightness or the depth of the first, as telephones store it in JPEG files.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         flags |= Flag.SEVERAL_FRAMES
-    width, height = _upright_size(picture)
+    width, height = picture.size
+    if _may_lie_sideways(picture, samples) and _orientation(picture) in _SIDEWAYS:
+        width, height = height, width
     if _is_deep(picture):
         flags |= Flag.DEEP
         peak = int(np.asarray(picture).max())
@@ -350,11 +352,14 @@ def _end(picture: Image.Image, tile: Any) -> int:
     return end
 
 
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
-    """(width, height) as the picture is seen; Pillow turns TIFF pictures by itself, and their size with them."""
-    width, height = picture.size
-    sideways = picture.format != "TIFF" and _orientation(picture) in _SIDEWAYS
-    return (height, width) if sideways else (width, height)
+def _may_lie_sideways(picture: Image.Image, samples: Sequence[bytes]) -> bool:
+    """Whether the orientation is worth asking for.
+
+    Pillow turns TIFF pictures by itself, and their size with them. Of a PNG it decodes all pixels to answer.
+    """
+    if picture.format != "PNG":
+        return picture.format != "TIFF"
+    return any(mark in sample for mark in (b"eXIf", b"exif", b"xmp") for sample in (samples[0], samples[-1]))
 
 
 def _orientation(picture: Image.Image) -> int:

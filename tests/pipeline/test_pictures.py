@@ -18,7 +18,7 @@ from pipeline.config import load
 from pipeline.jobs.profile import run_profile
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
-from pipeline.models import read_card
+from pipeline.models import load_network, read_card
 from pipeline.pictures import datasets_used, load_pictures, settle_stems
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
@@ -190,7 +190,7 @@ def test_a_class_without_test_pictures_is_told_everywhere(folder: Folder, tmp_pa
     shutil.rmtree(folder.root / "test" / "bee")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     run = folder.run("retrain", "tracking.enabled=true", f"tracking.uri={store}", "tracking.models=false")
-    line = "test pictures: none of bee; what is measured on them is over 1 of 2 classes"
+    line = "classes without a picture in the test part: bee; what is measured on it is over 1 of 2 classes"
     assert f"pictures: {line}\n" in folder.seen
     record = run.read()
     assert {use.context: use.missing for use in record.datasets} == {"training": (), "test": ("bee",)}
@@ -209,7 +209,10 @@ def test_a_class_that_the_alphas_lack_is_told(folder: Folder) -> None:
     for file in folder.root.glob("train/bee/[1-9].png"):
         file.unlink()
     run = folder.run("search", "search.alpha_fraction=0.3")
-    assert "alphas pictures: none of bee; what is measured on them is over 1 of 2 classes" in folder.seen
+    assert (
+        "classes without a picture in the alphas part: bee; what is measured on it is over 1 of 2"
+        in folder.seen
+    )
     assert run.read().tags["istanas.missing_classes"] == "alphas: bee"
 
 
@@ -236,6 +239,11 @@ def test_how_pictures_are_read_is_written_beside_the_network(folder: Folder) -> 
     del data["bits"], data["background"]
     (run.path / "network.json").write_text(json.dumps(data))
     assert (read_card(run.path).bits, read_card(run.path).background) == (16, (255, 255, 255))
+    load_network(run.path)
+    for odd in ({"bits": 7}, {"bits": 17}, {"background": [0, 0, 256]}):
+        (run.path / "network.json").write_text(json.dumps(data | odd))
+        with pytest.raises(CheckpointError, match="holds no whole trained network"):
+            load_network(run.path)
 
 
 # ---------- stems

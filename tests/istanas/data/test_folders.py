@@ -270,9 +270,7 @@ def test_bits_are_decided_by_the_training_pictures(tmp_path: Path, load: Load) -
     dataset = load(root)
     assert (dataset.reading.bits, dataset.train_digest) == (8, before.train_digest)
     assert images(dataset, "test")[:, 0, 0, 0].tolist() == [255, 200]
-    assert dataset.notes[-1].startswith(
-        "1 test pictures have values above the 8 bits of the training pictures"
-    )
+    assert dataset.notes[-1].startswith("1 test picture has values above the 8 bits of the training pictures")
 
 
 def deep_png(channels: int) -> bytes:
