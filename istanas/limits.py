@@ -46,6 +46,9 @@ NETWORK_LAYERS = 1_000
 WEIGHTS_HEADER_BYTES = 8 * MB
 """Of a trained network's file, beside the weights themselves: their names, shapes and places."""
 
+SMALL_SIDE = 64
+"""Pixels of a side up to which pictures are small: decoded once, kept in memory, and given the stem of CIFAR-10."""
+
 MAX_SIDE = 4_096
 """Pixels of a side of the pictures that a loaded network is for."""
 

@@ -32,6 +32,7 @@ from pipeline.stored import KINDS, METHODS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from istanas.space import Genotype
     from pipeline.job_server import Job, JobServer
     from pipeline.rundir import RunDir
     from pipeline.schema import Config
@@ -185,14 +186,15 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
 )
 @job
 def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
-    """Train the network of a genotype from scratch and measure it on the test split."""
-    config, name = _load(**settings)
+    """Train the network of a genotype from scratch and measure it on the test split.
+
+    Without --config, data and tracking settings are those of the run that found the genotype, if it is one of a run.
+    """
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
-    from pipeline.references import genotype_to_train
 
-    cells, parent = genotype_to_train(genotype, config)
+    cells, parent, config, name = _load_for_genotype(genotype, console, **settings)
     with Runtime(config.runtime) as runtime:
         result = run_retrain(
             config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
@@ -402,8 +404,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
 
     checks = run_checks(
         tracking_uri=config.tracking.uri,
-        data_name=config.data.name,
-        data_root=config.data.root,
+        data=config.data,
         workers=config.runtime.workers,
         threads=config.runtime.threads,
         address=config.runtime.address,
@@ -442,12 +443,14 @@ def profile(
         raise click.UsageError(
             "--genotype: a retraining needs one and a search has none, give both --job retrain and --genotype"
         )
-    config, _ = _load(**settings)
     console = _console(as_json)
     from pipeline.jobs.profile import print_profile, run_profile
-    from pipeline.references import genotype_to_train
 
-    cells = None if genotype is None else genotype_to_train(genotype, config)[0]
+    cells = None
+    if genotype is None:
+        config, _ = _load(**settings)
+    else:
+        cells, _, config, _ = _load_for_genotype(genotype, console, **settings)
     result = run_profile(config, genotype=cells, steps=steps, trace=trace, console=console)
     print_profile(result, console)
     if as_json:
@@ -750,6 +753,46 @@ def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]
     return run, config
 
 
+def _load_for_genotype(
+    reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | None
+) -> tuple[Genotype, str | None, Config, str]:
+    """What a retraining is of: genotype, directory of the run that found it, configuration and name of its runs."""
+    from pipeline.config import default_file, load
+    from pipeline.references import genotype_to_train, resolve_origin
+
+    config, name = _load(file, overrides, **short)
+    cells, parent = genotype_to_train(reference, config)
+    runs_dir = storage.local(config.runtime.runs_dir)
+    origin = (
+        resolve_origin(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
+        if file is None
+        else None
+    )
+    if origin is not None:
+        sections = {
+            section: getattr(origin.config, section).model_dump(mode="json")
+            for section in ("data", "tracking")
+        }
+        config = load(default_file(), _overrides(overrides, **short), sections)
+        name = config.tracking.name or origin.name
+        root = f" in {config.data.root}" if config.data.root is not None else ""
+        console.print(
+            f"data ({config.data.name}{root}) and tracking settings are those of {origin.run}; the others are those of "
+            f"{default_file().name}: give --config for other ones",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return cells, parent, config, name
+
+
+def _overrides(
+    overrides: tuple[str, ...], workers: str | None = None, address: str | None = None
+) -> tuple[str, ...]:
+    """--set, and the options that are short for it."""
+    short = {"workers": workers, "address": address}
+    return overrides + tuple(f"runtime.{key}={json.dumps(v)}" for key, v in short.items() if v is not None)
+
+
 def _load(
     file: str | None, overrides: tuple[str, ...], workers: str | None = None, address: str | None = None
 ) -> tuple[Config, str]:
@@ -759,9 +802,7 @@ def _load(
     if file is not None and "://" in file:
         raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
     path = default_file() if file is None else Path(file)
-    short = {"workers": workers, "address": address}
-    overrides += tuple(f"runtime.{key}={json.dumps(v)}" for key, v in short.items() if v is not None)
-    config = load(path, overrides)
+    config = load(path, _overrides(overrides, workers, address))
     return config, config.tracking.name or path.stem
 
 

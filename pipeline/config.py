@@ -9,16 +9,24 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import CollectionNode
 
 from istanas.errors import ConfigError
-from istanas.limits import CONFIG_BYTES, CONFIG_DEPTH, CONFIG_ERRORS, CONFIG_VALUES, read_at_most
+from istanas.limits import (
+    CONFIG_BYTES,
+    CONFIG_DEPTH,
+    CONFIG_ERRORS,
+    CONFIG_VALUES,
+    SMALL_SIDE,
+    read_at_most,
+)
 from pipeline.redaction import without_secrets
 from pipeline.schema import (
     Config,
@@ -34,7 +42,10 @@ _HASHED = {
     "retrain": ("seed", "data", "retrain"),
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
 }
-_NOT_HASHED_DATA = ("download", "cache_dir")
+_NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
+# Settings that were added after version 0.1, with the value under which they change nothing. With that value they are
+# left out of the hash, so that the runs of earlier versions keep theirs.
+_ADDED = {"data.background": "#ffffff"}
 _NOT_HASHED_SWEEP = (
     "storage",
     "max_concurrent",
@@ -50,12 +61,15 @@ def default_file() -> Path:
     return Path(__file__).resolve().parent.parent / "tune_configs" / "digits_quickstart.yaml"
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path | None, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None
+) -> Config:
     """Read a YAML file, apply overrides, validate.
 
     Args:
         path: the file; None for the schema's defaults.
-        overrides: "key.path=value" each, the value in YAML.
+        overrides: "key.path=value" each, the value in YAML, or of a text key the text itself.
+        sections: whole sections in the place of the file's.
 
     Returns:
         The validated configuration.
@@ -64,7 +78,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line per mistake, each with file, field, value, remedy.
     """
     source = "command line" if path is None else str(path)
-    tree = {} if path is None else _read_yaml(Path(path))
+    tree = ({} if path is None else _read_yaml(Path(path))) | dict(sections or {})
     for override in overrides:
         _apply_override(tree, override)
     return _validated(tree, source, overrides)
@@ -164,9 +178,45 @@ def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> C
         if len(errors) > CONFIG_ERRORS:
             lines.append(f"{source}: {len(errors) - CONFIG_ERRORS} more mistakes like these")
         raise ConfigError("\n".join(lines)) from None
+    if config.data.known_side is not None:
+        config = with_stems(config, config.data.known_side)
     # Which of file and overrides is to blame cannot be told from a combination.
     _check_combinations(f"{source} with --set" if overrides else source, config)
     return config
+
+
+def with_stems(config: Config, side: int) -> Config:
+    """The configuration with the stems that fit the pictures in the place of `auto`.
+
+    Those are hashed and recorded. They do not count as set: a trial of a sweep that changes the pictures' size has
+    its own.
+
+    Args:
+        config: the configuration.
+        side: of the pictures, in pixels.
+
+    Raises:
+        ConfigError: if a network is too narrow for its stem.
+
+    Example:
+        >>> config = load(None, ["data.name=folder", "data.root=photos"])
+        >>> config.search.stem, with_stems(config, 224).search.stem, with_stems(config, 32).retrain.stem
+        ('auto', 'imagenet', 'cifar')
+    """
+    stem = "cifar" if side <= SMALL_SIDE else "imagenet"
+    sections = {}
+    for name in ("search", "retrain"):
+        section = getattr(config, name)
+        if section.stem != "auto":
+            continue
+        if stem == "imagenet" and section.init_channels < 2:
+            raise ConfigError(
+                f"{name}.init_channels is {section.init_channels}: the stem of pictures of {side}x{side} pixels needs "
+                "at least 2"
+            )
+        sections[name] = section.model_copy(update={"stem": stem})
+        sections[name].model_fields_set.discard("stem")
+    return config.model_copy(update=sections)
 
 
 def to_yaml(config: Config) -> str:
@@ -175,7 +225,11 @@ def to_yaml(config: Config) -> str:
     tree = config.model_dump(mode="json", by_alias=True)
     if config.sweep is None:
         del tree["sweep"]
-    else:  # of each parameter's kinds only the one that was given
+    else:
+        for name in ("search", "retrain"):  # trials with pictures of another size have another stem
+            if "stem" not in getattr(config, name).model_fields_set:
+                tree[name]["stem"] = "auto"
+        # of each parameter's kinds only the one that was given
         space = {
             key: p.model_dump(by_alias=True, exclude_unset=True) for key, p in config.sweep.space.items()
         }
@@ -195,6 +249,10 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
     decisive = config.model_dump(mode="json", include=set(_HASHED[job]))
     for key in _NOT_HASHED_DATA:
         del decisive["data"][key]
+    for path, neutral in _ADDED.items():
+        section, key = path.split(".")
+        if decisive.get(section, {}).get(key) == neutral:
+            del decisive[section][key]
     for key in _NOT_HASHED_SWEEP if job == "sweep" else ():
         del decisive["sweep"][key]
     if decisive["data"]["root"] is not None:
@@ -276,13 +334,63 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override!r}: write key.path=value, such as search.epochs=10")
+    if not _is_utf8(override):
+        raise ConfigError(f"--set {key}: its value {text!a} is not UTF-8, rename what it names")
     try:
-        value = _load_yaml(text)
+        value = _text(text) if _is_text(key) else _load_yaml(text)
     except (YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}"
         ) from None
     _set_value(tree, key, value, f"--set {override!r}")
+
+
+def _text(value: str) -> str | None:
+    """The value of a text key as it was written, whatever it means in YAML: paths hold anything.
+
+    Example:
+        >>> _text("/data/my pics #1"), _text("2024-01-01"), _text("null"), _text("'null'")
+        ('/data/my pics #1', '2024-01-01', None, 'null')
+    """
+    if value in ("", "~", "null"):
+        return None
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        unquoted = _load_yaml(value)
+        return unquoted if isinstance(unquoted, str) else value
+    return value
+
+
+def _is_text(key: str) -> bool:
+    """Whether "key.path" is one of text, and of nothing else."""
+    for schema in _CLASSES.values():
+        model: Any = schema
+        *parents, last = key.split(".")
+        for name in parents:
+            field = model.model_fields.get(name) if model is not None else None
+            model = None if field is None else _model_of(field.annotation)
+        if model is not None and last in model.model_fields:
+            return set(_types(model.model_fields[last].annotation)) - {type(None)} == {str}
+    return False
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """What an annotation allows, beside what is asked of it."""
+    if get_origin(annotation) is Annotated:
+        yield from _types(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _types(part)
+    else:
+        yield annotation
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text from the command line is one: other bytes could be written into no file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -319,6 +427,8 @@ def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config
         error = {**error, "msg": f"choose {' or '.join(_CLASSES)}"}
     value = without_secrets(repr(error.get("input")))
     reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        reason += ", put it in quotes"
     return f"{source}: {field}: {value:.60} is refused: {reason[:1].lower()}{reason[1:]}"
 
 
@@ -386,13 +496,9 @@ def _check_combinations(source: str, config: Config) -> None:
     problems += [f"{key} is {n}: choose less than {other} = {m}" for key, n, other, m in warm if n >= m]
     if config.retrain.nesterov and config.retrain.momentum == 0:
         problems.append("retrain.nesterov is true: it needs retrain.momentum above 0")
-    if config.data.name != "folder" and config.data.image_size is not None:
-        from istanas.data.datasets import SMALL_SIDE  # imports torch, which most commands can do without
-
-        if config.data.image_size > SMALL_SIDE:
-            problems.append(
-                f"data.image_size is {config.data.image_size}: {config.data.name} takes at most {SMALL_SIDE}"
-            )
+    size = config.data.image_size
+    if config.data.name != "folder" and size is not None and size > SMALL_SIDE:
+        problems.append(f"data.image_size is {size}: {config.data.name} takes at most {SMALL_SIDE}")
     problems += _sweep_problems(config)
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")

@@ -13,6 +13,7 @@ from typing import Literal
 
 from istanas.errors import IstanasError
 from pipeline.resources import Node, count, parse_workers, threads_per_worker, usable_cores
+from pipeline.schema import DataSettings
 from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
 
 State = Literal["ok", "warn", "fail"]
@@ -35,8 +36,7 @@ class Check:
 def run_checks(
     *,
     tracking_uri: str | None,
-    data_name: str,
-    data_root: str | os.PathLike[str] | None,
+    data: DataSettings,
     workers: int | str = 0,
     threads: int | None = None,
     address: str | None = None,
@@ -45,8 +45,7 @@ def run_checks(
 
     Args:
         tracking_uri: see `pipeline.tracking.store_uri`.
-        data_name: a data set's name, e.g. "digits", "cifar10", "folder".
-        data_root: where its pictures lie, or None.
+        data: the settings of the data set.
         workers, threads: see `check_threads`.
         address: of a Ray cluster, whose cores the workers then get.
 
@@ -63,7 +62,7 @@ def run_checks(
         check_threads(workers, threads) if cluster is None else check_cluster(cluster),
         check_store(tracking_uri),
         check_mosek(),
-        check_data(data_name, data_root),
+        check_data(data),
         check_disk(Path.cwd()),
     ]
 
@@ -170,37 +169,45 @@ def check_mosek() -> Check:
     return Check("mosek", "warn", "no usable licence", remedy)
 
 
-def check_data(data_name: str, data_root: str | os.PathLike[str] | None) -> Check:
-    """Whether the pictures are there. A picture folder is looked at, not decoded."""
-    root = None if data_root is None else Path(data_root).expanduser()
-    if data_name == "folder":
-        return _check_folder(root)
-    from istanas.data import load_dataset
+def check_data(data: DataSettings) -> Check:
+    """Whether the pictures are there, and a job would take them. The files of a folder are looked at, not decoded.
 
+    Args:
+        data: the settings of the data set.
+    """
     try:
-        data = load_dataset(data_name, root=root)
+        return _check_folder(data) if data.name == "folder" else _check_data_set(data)
     except IstanasError as error:
-        message, _, remedy = str(error).partition("; ")
-        return Check("data", "fail", message, remedy or "set data.name and data.root")
-    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures"
-    return Check("data", "ok", f"{data_name}: {counts}, {data.num_classes} classes")
+        message, _, remedy = str(error).rpartition("; ")
+        return Check("data", "fail", message or remedy, remedy if message else "set data.name and data.root")
 
 
-def _check_folder(root: Path | None) -> Check:
-    layout = "set data.root to a folder with train/CLASS/* and test/CLASS/*"
-    if root is None:
-        return Check("data", "fail", "folder: no data.root is set", layout)
-    # `val` is what ImageNet's folder calls its test split.
-    missing = [name for name in ("train", "test") if not _classes(root / name)]
-    if "test" in missing and _classes(root / "val"):
-        missing.remove("test")
-    if missing:
-        return Check("data", "fail", f"folder {root}: no classes in {' and '.join(missing)}", layout)
-    return Check("data", "ok", f"folder {root}: {len(_classes(root / 'train'))} classes")
+def _check_data_set(data: DataSettings) -> Check:
+    from pipeline.pictures import load_pictures
+
+    dataset = load_pictures(data, download=False)
+    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test pictures"
+    return Check("data", "ok", f"{data.name}: {counts}, {dataset.num_classes} classes")
 
 
-def _classes(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+def _check_folder(data: DataSettings) -> Check:
+    from pipeline.pictures import check_size, survey_of
+
+    survey = survey_of(data, keep=False)
+    check_size(data.name, *survey.shape(data.image_size))
+    listing, n = survey.listing, survey.listing.n_train
+    message = (
+        f"folder {data.root}: {n:,} training and {len(listing.paths) - n:,} test pictures, "
+        f"{len(listing.class_names)} classes, {survey.sizes()} pixels"
+    )
+    remedies = []
+    if listing.untested:
+        message += f", no test pictures of {', '.join(listing.untested)}"
+        remedies.append("add test pictures of every class")
+    if listing.left_out:
+        message += f", left out: {', '.join(map(str, listing.left_out))}"
+        remedies.append("move or convert what is left out, if it belongs to the data")
+    return Check("data", "warn" if remedies else "ok", message, "; ".join(remedies))
 
 
 def check_disk(folder: Path) -> Check:

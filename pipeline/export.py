@@ -179,7 +179,8 @@ def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
 def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Path) -> None:
     """Write a traced network as one ONNX file that holds its weights.
 
-    Metadata, each as JSON: `mean` and `std` per channel, `class_names`, `genotype`.
+    Metadata, each as JSON: `mean` and `std` per channel, `class_names`, `genotype`, and how picture files were read
+    (`background`, `bits`), see `NetworkCard`.
 
     Args:
         program: as `trace_program` gives it.
@@ -205,6 +206,8 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
         std=json.dumps(card.std),
         class_names=json.dumps(card.class_names),
         genotype=card.genotype,
+        background=json.dumps(card.background),
+        bits=json.dumps(card.bits),
     )
     exported.save(file, external_data=False)
 

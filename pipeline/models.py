@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from istanas.data import ImageDataset
+from istanas.data.reading import PLAIN
 from istanas.errors import CheckpointError, IstanasError
 from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, WEIGHTS_HEADER_BYTES, read_at_most
 from istanas.nets import TargetNet
@@ -32,6 +33,8 @@ class NetworkCard:
         shape: (C, H, W) of a picture.
         mean, std: per channel, of pictures in [0, 1]: subtract, divide.
         class_names: in the order of the logits.
+        background: (red, green, blue), over which transparent pictures were composited.
+        bits: that grey pictures with more than 8 bits use; of a value the upper 8 of them are kept.
     """
 
     genotype: str
@@ -44,6 +47,8 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    background: tuple[int, int, int] = PLAIN.background
+    bits: int = PLAIN.bits
 
 
 def save_network(
@@ -65,6 +70,8 @@ def save_network(
         mean=tuple(dataset.mean),
         std=tuple(dataset.std),
         class_names=tuple(dataset.class_names),
+        background=dataset.reading.background,
+        bits=dataset.reading.bits,
     )
     write_network(folder, net, card)
 
@@ -111,6 +118,8 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
 def _build(card: NetworkCard) -> TargetNet:
     if card.layers > NETWORK_LAYERS or max(card.shape[1:]) > MAX_SIDE:
         raise ValueError(f"{NETWORK_FILE} has {card.layers} layers for pictures of {card.shape}")
+    if not 8 <= card.bits <= 16 or not all(0 <= value <= 255 for value in card.background):
+        raise ValueError(f"{NETWORK_FILE} has bits {card.bits} and background {card.background}")
     return TargetNet(
         Genotype.from_json(card.genotype),
         card.init_channels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,23 @@ from istanas.data import (
     Augmentation,
     ImageDataset,
     Pictures,
+    Survey,
     batches,
     load_dataset,
     pictures_digest,
     stratified_split,
     stratified_subset,
+    survey_folder,
 )
+from istanas.data.cache import default_cache_dir
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
+from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
-from pipeline.config import check_batch_sizes
-from pipeline.rundir import DatasetUse
-from pipeline.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.config import check_batch_sizes, with_stems
+from pipeline.rundir import DatasetUse, RunRecord
+from pipeline.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
 
 DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
 
@@ -38,26 +42,109 @@ class SearchSplit:
     alphas: torch.Tensor
 
 
-def open_dataset(
-    config: Config, jobs: Sequence[str], progress: Callable[[int, int], None] | None = None
+Progress = Callable[[int, int], None]
+
+
+def load_pictures(
+    data: DataSettings,
+    *,
+    progress: Progress | None = None,
+    checking: Progress | None = None,
+    download: bool = True,
 ) -> ImageDataset:
+    """Load the data set that the settings name.
+
+    Args:
+        data: the settings.
+        progress: told of the decoding of a folder.
+        checking: told of the reading of a folder's headers.
+        download: whether what is absent may be downloaded, if the settings allow it.
+
+    Raises:
+        DataError: if the data is missing or broken.
+        ConfigError: if there is no such data.
+    """
+    return load_dataset(
+        data.name,
+        root=data.root,
+        download=data.download and download,
+        cache_dir=data.cache_dir,
+        image_size=data.image_size,
+        background=_rgb(data.background),
+        allow_left_out=data.allow_left_out,
+        progress=progress,
+        checking=checking,
+    )
+
+
+def open_dataset(config: Config, jobs: Sequence[str]) -> ImageDataset:
     """Load the data set and check the settings of the jobs to come ("search", "retrain") against it.
 
     Raises:
         DataError: if the data is missing or broken.
         ConfigError: if the settings do not fit it.
     """
-    d = config.data
-    dataset = load_dataset(
-        d.name,
-        root=d.root,
-        download=d.download,
-        cache_dir=d.cache_dir,
-        image_size=d.image_size,
-        progress=progress,
-    )
+    dataset = load_pictures(config.data)
     check_fit(config, dataset, jobs)
     return dataset
+
+
+def settle_stems(config: Config, checking: Progress | None = None) -> Config:
+    """The configuration with the stems that fit the pictures in the place of `auto`, see `config.with_stems`.
+
+    A job does so before anything else: what it hashes and records are the stems that its networks have.
+
+    Args:
+        config: the configuration; only that of a picture folder without a size may need a look at the pictures.
+        checking: told of the reading of the folder's headers.
+
+    Raises:
+        DataError: if the folder cannot be used.
+        ConfigError: if a network is too narrow for its stem.
+    """
+    data = config.data
+    if "auto" not in (config.search.stem, config.retrain.stem):
+        return config
+    if data.known_side is not None:
+        return with_stems(config, data.known_side)
+    return with_stems(config, survey_of(data, checking).side(None) or SMALL_SIDE)
+
+
+def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey:
+    """What the headers of a picture folder tell.
+
+    Args:
+        data: the settings, of a folder.
+        checking: told of the reading of the headers.
+        keep: False writes nothing into the cache.
+
+    Raises:
+        DataError: if the folder cannot be used.
+    """
+    assert data.root is not None, "which the configuration checks"
+    return survey_folder(
+        Path(data.root).expanduser(),
+        cache_dir=default_cache_dir() if data.cache_dir is None else Path(data.cache_dir).expanduser(),
+        allow_left_out=data.allow_left_out,
+        progress=checking,
+        keep=keep,
+    )
+
+
+def are_gone(data: DataSettings) -> bool:
+    """Whether the data, which could not be loaded, are no longer there, as opposed to changed."""
+    return data.name != "folder" or data.root is None or not Path(data.root).expanduser().exists()
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    """The three channels of a colour.
+
+    Example:
+        >>> _rgb("#ff8000")
+        (255, 128, 0)
+    """
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue
 
 
 def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
@@ -66,12 +153,8 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
     Raises:
         ConfigError: if they do not fit.
     """
+    check_size(dataset.name, dataset.height, dataset.width)
     side = min(dataset.height, dataset.width)
-    if side < MIN_IMAGE_SIZE:
-        raise ConfigError(
-            f"data.image_size: pictures of {dataset.name} are {dataset.height}x{dataset.width}, networks need at least "
-            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: set data.image_size"
-        )
     for job in jobs:
         cutout = getattr(config, job).cutout
         if cutout > side:
@@ -88,17 +171,107 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
         search_indices(config, dataset)
 
 
+def check_size(name: str, height: int, width: int) -> None:
+    """Check that pictures are large enough for a network.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise ConfigError(
+            f"data.image_size: pictures of {name} are {height}x{width}, networks need at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}; set data.image_size"
+        )
+
+
+def describe_pictures(
+    config: Config, dataset: ImageDataset, used: Sequence[DatasetUse], jobs: Sequence[str]
+) -> tuple[str, ...]:
+    """Lines for people about the pictures of a job: what there is, and what its owner may not know.
+
+    Args:
+        config: the configuration.
+        dataset: the data set.
+        used: the parts of it that the job uses.
+        jobs: whose networks are built, "search" or "retrain".
+    """
+    missing = filter(None, (use.describe_missing() for use in used))
+    return (*dataset.notes, *missing, *_unfit_stems(config, dataset, jobs))
+
+
+def _unfit_stems(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Iterator[str]:
+    """A line for each stem that was set, and is made for pictures of another size."""
+    side = max(dataset.height, dataset.width)
+    fitting = "cifar" if side <= SMALL_SIDE else "imagenet"
+    for job in jobs:
+        stem = getattr(config, job).stem
+        if stem == fitting:
+            continue
+        effect = "many times slower" if stem == "cifar" else "of little detail"
+        yield (
+            f"warning: {job}.stem is {stem}, which makes networks for pictures of {dataset.height}x{dataset.width} "
+            f"pixels {effect}; set {job}.stem={fitting}, or leave it out"
+        )
+
+
+def data_digest(config: Config, dataset: ImageDataset, job: str) -> str:
+    """The digest of the pictures that a job may read: all, or the training pictures if it never reads the others.
+
+    Args:
+        config: the whole configuration.
+        dataset: the data set.
+        job: "search", "retrain" or "sweep".
+    """
+    return dataset.digest if _is_ever_tested(config, job) else dataset.train_digest
+
+
 def check_same_data(saved: dict[str, Any], dataset: ImageDataset) -> None:
     """Refuse to go on with other pictures than a checkpoint was made from.
 
     Raises:
         CheckpointError: if the data set's digest differs.
     """
-    if saved.get("data") != dataset.digest:
-        raise CheckpointError(
-            f"data set {dataset.name} has changed since the checkpoint of this run, "
-            "restore it or start over with --fresh"
-        )
+    # A job that never tests has written down the digest of the training pictures; version 0.1 always that of all.
+    if saved.get("data") not in (dataset.digest, dataset.train_digest):
+        raise CheckpointError(_changed(dataset.name, "the checkpoint of this run"))
+
+
+def check_same_pictures(
+    record: RunRecord, dataset: ImageDataset, digest: str, used: Sequence[DatasetUse]
+) -> None:
+    """Refuse a run that was made of other pictures than those that are there now.
+
+    Args:
+        record: of the run.
+        dataset: that is there now.
+        digest: of what the run may read of it, see `data_digest`.
+        used: the parts of it that the run would use now.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    now = {use.context: use for use in used}
+    if record.data_digest:
+        same = record.data_digest == digest
+    else:  # of version 0.1
+        same = all(use.context in now and use.digest == now[use.context].digest for use in record.datasets)
+    if not same:
+        numbers = [
+            f"{use.pictures:,} {use.context} pictures of {use.classes} classes then, "
+            f"{now[use.context].pictures:,} of {now[use.context].classes} now"
+            for use in record.datasets
+            if use.context in now
+            and (use.pictures, use.classes) != (now[use.context].pictures, now[use.context].classes)
+        ]
+        raise CheckpointError(_changed(dataset.name, "this run began", numbers))
+
+
+def _changed(name: str, since: str, numbers: Sequence[str] = ()) -> str:
+    what = f" ({'; '.join(numbers)})" if numbers else ""
+    return (
+        f"data set {name} has changed since {since}{what}: restore it, start over with --fresh, or give the new run "
+        "another name with --set tracking.name=NAME"
+    )
 
 
 def training_indices(config: Config, dataset: ImageDataset) -> torch.Tensor:
@@ -169,7 +342,7 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
         holdout = holdout_indices(config, dataset)
         if holdout is not None:
             parts["hold-out"] = dataset.train, holdout
-        if job != "sweep" and _is_ever_tested(config, job):
+        if _is_ever_tested(config, job):
             parts["test"] = dataset.test, torch.arange(len(dataset.test))
     root = config.data.root
     source = (
@@ -186,16 +359,23 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
             pictures=len(indices),
             classes=dataset.num_classes,
             shape=(dataset.channels, dataset.height, dataset.width),
+            missing=_missing(dataset, pictures.labels[indices]),
         )
         for context, (pictures, indices) in parts.items()
     )
 
 
+def _missing(dataset: ImageDataset, labels: torch.Tensor) -> tuple[str, ...]:
+    """The classes that no label is of."""
+    counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()
+    return tuple(name for name, n in zip(dataset.class_names, counts, strict=True) if n == 0)
+
+
 def _is_ever_tested(config: Config, job: str) -> bool:
+    """Whether a job measures the test split: two-stage searches and sweeps never do."""
     if job == "search":
-        assert isinstance(config, OneStageConfig)
-        return config.search.test_every > 0
-    return config.retrain.test_every > 0
+        return isinstance(config, OneStageConfig) and config.search.test_every > 0
+    return job == "retrain" and config.retrain.test_every > 0
 
 
 class Batches:

@@ -8,12 +8,14 @@ import difflib
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline import storage
+from pipeline.config import load
 from pipeline.redaction import without_secrets
 from pipeline.rundir import RECORD_FILE, RunDir
 from pipeline.schema import NEEDS_OP_BATCHNORM, Config
@@ -28,6 +30,7 @@ from pipeline.tracking import (
 )
 
 GENOTYPE_FILE = "genotype.json"
+CONFIG_FILE = "config.yaml"
 _RANDOM = "random:"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -166,6 +169,79 @@ def _from_one_stage(ref: str, genotype: Genotype, run: str | None, tracking_uri:
     if search is not None:
         tags = client.get_run(search).data.tags
     return (tags.get("istanas.kind"), tags.get("istanas.method")) == ("search", "one_stage")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a genotype comes from, as a retraining takes settings from it.
+
+    Args:
+        run: its directory or MLflow run id, for people.
+        name: of the run, without what kind of run it is.
+        config: its configuration; of a sweep, that of its best trial with all training pictures.
+    """
+
+    run: str
+    name: str
+    config: Config
+
+
+def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Origin | None:
+    """The run that a genotype comes from; None if it comes from none.
+
+    Args:
+        ref: as `resolve_genotype` takes it, which has found something.
+        runs_dir: where runs are kept.
+        tracking_uri: the MLflow store to ask for a run id.
+
+    Raises:
+        ConfigError: the run has no configuration any more, or one that cannot be read.
+    """
+    if ref in PUBLISHED or ref.startswith(_RANDOM):
+        return None
+    file = Path(ref).expanduser()
+    if file.is_file():
+        if _writer(file, read_genotype(file)) is None:
+            return None
+        here = file.parent
+        run = RunDir(here if RunDir(here).exists() else here.parent)
+        return _origin(run, here / CONFIG_FILE)
+    if "://" in ref:
+        ref = ref.removesuffix(f"/{GENOTYPE_FILE}").removesuffix("/best")
+    try:
+        run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    except ConfigError:
+        if not is_mlflow_id(ref):
+            raise
+        return _origin_in_mlflow(ref, tracking_uri)
+    best = run.path / "best" / CONFIG_FILE
+    return _origin(run, best if run.read().kind == "sweep" and best.is_file() else run.path / CONFIG_FILE)
+
+
+def _origin(run: RunDir, file: Path) -> Origin:
+    shown = storage.shown(run.path)
+    if not file.is_file():
+        raise ConfigError(
+            f"run {shown}: has no {file.name}, which says on which pictures to train: give --config"
+        )
+    record = run.read()
+    return Origin(shown, record.name.removesuffix(f"-{record.kind}"), load(file))
+
+
+def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
+    client = open_client(store_uri(tracking_uri))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            name, tags = client.get_run(run_id).info.run_name, client.get_run(run_id).data.tags
+            config = load(client.download_artifacts(run_id, CONFIG_FILE, scratch))
+        except ConfigError:
+            raise
+        except Exception as error:  # no such file, no such server
+            raise ConfigError(
+                f"run {run_id}: no {CONFIG_FILE} in the MLflow store, which says on which pictures to train "
+                f"({one_line(error)}): give --config"
+            ) from None
+    return Origin(run_id, (name or run_id).removesuffix(f"-{tags.get('istanas.kind')}"), config)
 
 
 def _finder(run: RunDir) -> str | None:

@@ -77,6 +77,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         if freezing.is_file()
         else None,
         "frozen": sorted(result.get("frozen", []), key=lambda f: (f["cell"], f["node"])),
+        "pictures": record.pictures,
         "settings": _settings(record),
         "configuration": (run.path / "config.yaml").read_text(),
         "environment": _environment(environment),

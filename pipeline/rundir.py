@@ -44,6 +44,7 @@ class DatasetUse:
         source: where they come from: a folder, or who ships them.
         pictures, classes: how many.
         shape: (C, H, W) of a picture, as a network sees it.
+        missing: names of the classes that have no picture among them.
     """
 
     name: str
@@ -53,11 +54,27 @@ class DatasetUse:
     pictures: int
     classes: int
     shape: tuple[int, ...]
+    missing: tuple[str, ...] = ()
+
+    def describe_missing(self) -> str | None:
+        """One line about the classes without pictures; None if there are none."""
+        if not self.missing:
+            return None
+        names = ", ".join(self.missing[:5]) + (", ..." if len(self.missing) > 5 else "")
+        return (
+            f"classes without a picture in the {self.context} part: {names}; what is measured on it is over "
+            f"{self.classes - len(self.missing)} of {self.classes} classes"
+        )
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run is and where it stands (`run.json`). Times are milliseconds since the epoch, UTC."""
+    """What one run is and where it stands (`run.json`). Times are milliseconds since the epoch, UTC.
+
+    Args:
+        data_digest: of all pictures that the run may read, whatever part of them it uses; "" if it is not known.
+        pictures: lines for people: what pictures there are, how they are read, what is left out or missing.
+    """
 
     name: str
     kind: str
@@ -74,6 +91,8 @@ class RunRecord:
     artifacts: tuple[str, ...]
     result: dict[str, Any]
     datasets: tuple[DatasetUse, ...] = ()
+    data_digest: str = ""
+    pictures: tuple[str, ...] = ()
 
     def measured_on(self, metric: str) -> DatasetUse | None:
         """The pictures that a metric is measured on; None if it is measured on none, or they are not known.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from istanas.errors import ConfigError
+from istanas.limits import SMALL_SIDE
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline import storage
 from pipeline.redaction import without_secrets
@@ -25,10 +27,8 @@ Primitive = Literal[
     "dil_conv_5x5",
 ]
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
-Stem = Literal["cifar", "imagenet"]
-Schedule = Literal[
-    "cosine", "linear", "linear_by_epoch"
-]  # of the learning rate: `istanas.training.learning_rate`
+Stem = Literal["auto", "cifar", "imagenet"]
+Schedule = Literal["cosine", "linear", "linear_by_epoch"]  # of the learning rate, see `istanas.training`
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -40,6 +40,18 @@ def _checked_workers(value: Any) -> Any:
         parse_workers(value)
     except ConfigError as error:
         raise ValueError(str(error).partition(" is none, ")[2]) from None
+    return value
+
+
+def _checked_colour(value: str) -> str:
+    if not re.fullmatch(r"#[0-9a-f]{6}", value):
+        from PIL import ImageColor
+
+        try:
+            red, green, blue = ImageColor.getrgb(value)[:3]
+        except ValueError:
+            raise ValueError("name a colour, such as white, or give one as #rrggbb") from None
+        value = f"#{red:02x}{green:02x}{blue:02x}"
     return value
 
 
@@ -56,6 +68,13 @@ class DataSettings(_Section):
     )
     download: bool = Field(False, description="let torchvision download the data set into data.root")
     image_size: Annotated[int, Field(ge=8)] | None = Field(None, description="resize pictures to this side")
+    background: Annotated[str, pydantic.AfterValidator(_checked_colour)] = Field(
+        "#ffffff", description="colour that transparent pictures of a folder are composited over"
+    )
+    allow_left_out: bool = Field(
+        False,
+        description="leave out more than a hundredth of a class: sub-folders, suffixes that are not read",
+    )
     cache_dir: str | None = Field(
         None, description="where decoded pictures are cached (default ~/.cache/istanas)"
     )
@@ -64,6 +83,11 @@ class DataSettings(_Section):
         0, description="random crop after padding by so many pixels, of small pictures"
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training pictures")
+
+    @property
+    def known_side(self) -> int | None:
+        """An upper bound of the pictures' side that holds whatever lies in data.root; None if only that tells."""
+        return SMALL_SIDE if self.name != "folder" else self.image_size
 
 
 class SpaceSettings(_Section):
@@ -94,7 +118,7 @@ class SearchSettings(_Section):
     batch_size: Annotated[int, Field(ge=2)] = 256
     init_channels: Positive = 16
     layers: Annotated[int, Field(ge=3)] = Field(8, description="fewer than 3 would hold no normal cell")
-    stem: Stem = "cifar"
+    stem: Stem = Field("auto", description="cifar for pictures up to 64x64 pixels, imagenet for larger ones")
     lr: AbovePositive = 0.1
     lr_min: NonNegative = 0.001
     momentum: Fraction = 0.9
@@ -189,7 +213,7 @@ class RetrainSettings(_Section):
     batch_size: Annotated[int, Field(ge=2)] = 96
     init_channels: Positive = 36
     layers: Positive = 20
-    stem: Stem = "cifar"
+    stem: Stem = Field("auto", description="cifar for pictures up to 64x64 pixels, imagenet for larger ones")
     lr: AbovePositive = 0.025
     lr_min: NonNegative = 0.0
     schedule: Schedule = Field(

@@ -621,6 +621,7 @@ def _send_datasets(client: "MlflowClient", run: "Run", record: RunRecord) -> int
                                 "num_rows": use.pictures,
                                 "classes": use.classes,
                                 "shape": "x".join(map(str, use.shape)),
+                                **({"classes_without_pictures": list(use.missing)} if use.missing else {}),
                             }
                         ),
                     ),

@@ -34,7 +34,7 @@ from pipeline.epochs import (
     build_target,
     check_same_genotype,
 )
-from pipeline.pictures import check_same_data
+from pipeline.pictures import check_same_data, data_digest
 from pipeline.resources import count, threads_in_process, usable_cores
 from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 
@@ -154,7 +154,8 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
         assert isinstance(config, TwoStageConfig)
         return TwoStageJob(config, dataset, compute, ranks)
 
-    return _run_epochs(make, config, dataset, store, observer)
+    digest = data_digest(config, dataset, "search")
+    return _run_epochs(make, config, dataset, digest, store, observer)
 
 
 def retrain_worker(
@@ -176,6 +177,7 @@ def retrain_worker(
         lambda compute, ranks: RetrainJob(config, dataset, compute, ranks, genotype),
         config,
         dataset,
+        data_digest(config, dataset, "retrain"),
         store,
         observer,
     )
@@ -185,6 +187,7 @@ def _run_epochs(
     make: Callable[[Compute, Ranks], EpochJob],
     config: Config,
     dataset: ImageDataset,
+    digest: str,
     store: Store,
     observer: Observer,
 ) -> list[Record]:
@@ -228,7 +231,7 @@ def _run_epochs(
         )
         undone = []
         if ranks.is_first:
-            state = {**job.state(), "history": history, "data": dataset.digest}
+            state = {**job.state(), "history": history, "data": digest}
             store.write(epoch + 1, checkpoint.serialize(state))
         observer.epoch_done(history)
         if not ranks.from_first(observer.go_on):

@@ -12,7 +12,9 @@ from istanas.data.datasets import (
     stratified_split,
     stratified_subset,
 )
+from istanas.data.folders import Survey, survey_folder
 from istanas.data.loading import Batch, BatchLoader, batches
+from istanas.data.reading import Reading
 
 __all__ = [
     "DATASETS",
@@ -23,6 +25,8 @@ __all__ = [
     "FilePictures",
     "ImageDataset",
     "Pictures",
+    "Reading",
+    "Survey",
     "augment",
     "batches",
     "cutout",
@@ -33,4 +37,5 @@ __all__ = [
     "random_flip",
     "stratified_split",
     "stratified_subset",
+    "survey_folder",
 ]

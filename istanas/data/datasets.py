@@ -10,17 +10,10 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
-import os
-import stat
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,32 +21,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from istanas.data.cache import default_cache_dir, read_cache, reason, sha256, write_cache
+from istanas.data.folders import Listing, Survey, cache_file, survey_folder
+from istanas.data.reading import PLAIN, Progress, Reading, decode_pictures
 from istanas.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-Progress = Callable[[int, int], None]
-
-SMALL_SIDE = 64
-"""Pictures with both sides up to this many pixels are decoded once and kept in memory."""
-
-DEFAULT_IMAGE_SIZE = 224
-"""Side in pixels that large pictures are brought to when nobody says otherwise."""
+from istanas.limits import SMALL_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-PICTURE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
-
-# What Pillow may take a file for, whatever its suffix says: PostScript, say, would start another program.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-_CHUNK = 500  # pictures a pool process decodes at a time: some 50 ms of work, 1.5 MB of result
-_POOL_FROM = 4 * _CHUNK  # below this many pictures, starting processes costs more than it saves
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+FILES_VERSION = 2
+"""Of the way in which large pictures are read: another one makes another data set of the same files."""
 
 
 # ---------- what a data set is
@@ -82,11 +61,15 @@ class FilePictures:
         paths: N files.
         labels: (N,) int64 in [0, number of classes).
         image_size: side in pixels of the square that a network gets.
+        fingerprints: 8 bytes a file: a digest of its size and of samples of its content.
+        reading: how the pixels are read.
     """
 
     paths: tuple[str, ...]
     labels: Tensor
     image_size: int
+    fingerprints: bytes
+    reading: Reading = PLAIN
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -110,8 +93,11 @@ class ImageDataset:
         width: pixels, as a network sees them.
         mean: per channel, in [0, 1], of the training split (of ImageNet for large pictures).
         std: per channel, in (0, 1]; at least 1/255, so that a constant channel can be divided by it.
-        digest: SHA-256 of the content (arrays) or of the files' names and sizes (large pictures); the same on
-            every machine that holds the same pictures.
+        digest: SHA-256 of the content (arrays), or of the files' names, sizes and samples of their content (large
+            pictures); the same on every machine that holds the same pictures.
+        train_digest: likewise, of the training pictures alone; "" of a data set without a name for it.
+        reading: how the pixels of picture files are read.
+        notes: lines for people: what there is, how it is brought to the network, what its owner may not know.
     """
 
     name: str
@@ -124,6 +110,9 @@ class ImageDataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    train_digest: str = ""
+    reading: Reading = PLAIN
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -140,7 +129,10 @@ class _Request:
     download: bool
     cache_dir: Path
     image_size: int | None
+    background: tuple[int, int, int]
+    allow_left_out: bool
     progress: Progress | None
+    checking: Progress | None
 
 
 def load_dataset(
@@ -150,7 +142,10 @@ def load_dataset(
     download: bool = False,
     cache_dir: str | Path | None = None,
     image_size: int | None = None,
+    background: tuple[int, int, int] = (255, 255, 255),
+    allow_left_out: bool = False,
     progress: Progress | None = None,
+    checking: Progress | None = None,
 ) -> ImageDataset:
     """Load a data set by its name.
 
@@ -161,7 +156,11 @@ def load_dataset(
         cache_dir: where decoded folders are kept; default `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`.
         image_size: side in pixels to bring the pictures to; at most 64 keeps them in memory, more reads files
             on the fly (folders only). Default: as they are, or 224 for large ones.
+        background: (red, green, blue) in 0..255, over which transparent pictures of a folder are composited.
+        allow_left_out: whether more than a hundredth of a class of a folder may be left out, because it lies in
+            sub-folders or has a suffix that is not read.
         progress: called with (pictures decoded, pictures in all) while a folder is decoded.
+        checking: called with (pictures checked, pictures in all) while the headers of a folder are read.
 
     Returns:
         The data set, pictures on the CPU.
@@ -175,21 +174,31 @@ def load_dataset(
         >>> len(digits.train), len(digits.test), digits.num_classes
         (1438, 359, 10)
     """
+    request = _checked_request(
+        _Request(
+            name=name,
+            root=None if root is None else Path(root).expanduser(),
+            download=download,
+            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+            image_size=image_size,
+            background=background,
+            allow_left_out=allow_left_out,
+            progress=progress,
+            checking=checking,
+        )
+    )
+    return DATASETS[name](request)
+
+
+def _checked_request(request: _Request) -> _Request:
+    name, image_size = request.name, request.image_size
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"data.name: {name!r} is no data set; {hint}choose one of {', '.join(DATASETS)}")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"data.image_size: {image_size} is no side of a picture; use 1 or more pixels")
-    request = _Request(
-        name=name,
-        root=None if root is None else Path(root).expanduser(),
-        download=download,
-        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
-        image_size=image_size,
-        progress=progress,
-    )
-    return DATASETS[name](request)
+    return request
 
 
 def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[str]) -> str:
@@ -201,11 +210,8 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
         class_names: one a label.
 
     Returns:
-        Of decoded pictures the digest of their content, of files that of their names (class and file) and sizes:
-        64 hexadecimal digits, the same on every machine that holds the same pictures.
-
-    Raises:
-        DataError: if a file is gone.
+        Of decoded pictures the digest of their content, of files that of their names (class and file), sizes and
+        samples of their content: 64 hexadecimal digits, the same on every machine that holds the same pictures.
 
     Example:
         >>> digits = load_dataset("digits")
@@ -217,14 +223,12 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
     labels = pictures.labels[indices]
     head = [list(class_names), labels.tolist()]
     if isinstance(pictures, FilePictures):
-        files = [Path(pictures.paths[index]) for index in indices.tolist()]
-        try:
-            contents = [("/".join(file.parts[-2:]), file.stat().st_size) for file in files]
-        except OSError as error:
-            raise DataError(f"data.root: {error.filename} is gone ({_reason(error)}); restore it") from None
-        return hashlib.blake2b(
-            json.dumps([*head, pictures.image_size, contents]).encode(), digest_size=32
-        ).hexdigest()
+        prints = np.frombuffer(pictures.fingerprints, np.uint8).reshape(len(pictures), -1)[indices.numpy()]
+        names = ["/".join(Path(pictures.paths[index]).parts[-2:]) for index in indices.tolist()]
+        # In which version of this program the files were read, and how.
+        how = [FILES_VERSION, pictures.image_size, pictures.reading.background, pictures.reading.bits]
+        text = json.dumps([*head, *how, names, prints.tobytes().hex()])
+        return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
     # BLAKE2, because it is the fastest of the library's safe ones: 50,000 pictures of CIFAR-10 are 150 MB.
     digest = hashlib.blake2b(json.dumps([*head, list(pictures.images.shape[1:])]).encode(), digest_size=32)
     for chunk in indices.split(4096):  # a copy of all could be many GB
@@ -363,7 +367,7 @@ def _open_torchvision(request: _Request, root: Path, train: bool) -> Any:
     except Exception as error:  # absent, truncated, unreachable, not permitted, a wrong checksum ...
         if request.download:
             raise DataError(
-                f"data.download: {request.name} could not be had in {root} ({_reason(error)}); "
+                f"data.download: {request.name} could not be had in {root} ({reason(error)}); "
                 "check the network and the disk, or set data.root to a copy of it"
             ) from error
         raise DataError(
@@ -399,14 +403,25 @@ def _array_dataset(
             for pictures in (train, test)
         )
     mean, std = _channel_statistics(train.images)
-    content = _sha256(
+    content = sha256(
         json.dumps([list(class_names), list(train.images.shape), list(test.images.shape)]).encode(),
         *(part.contiguous().numpy().data for split in (train, test) for part in (split.images, split.labels)),
     )
     _, channels, height, width = train.images.shape
-    return ImageDataset(
-        request.name, tuple(class_names), train, test, channels, height, width, mean, std, content
+    dataset = ImageDataset(
+        request.name,
+        tuple(class_names),
+        train,
+        test,
+        channels,
+        height,
+        width,
+        mean,
+        std,
+        content,
+        pictures_digest(train, torch.arange(len(train)), class_names),
     )
+    return replace(dataset, notes=(_describe(dataset, f"{width}x{height}", "kept in memory"),))
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -437,368 +452,86 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
 
 
 # ---------- picture folders
-@dataclass(frozen=True)
-class _Listing:
-    """The files of a picture folder: training pictures first, each split sorted by class and name."""
-
-    class_names: tuple[str, ...]
-    paths: tuple[str, ...]  # relative to the folder
-    labels: Tensor
-    n_train: int
-    digest: str  # of names and sizes
-    state: str  # of names, sizes and times of change: what a cache must match
-
-
 def _load_folder(request: _Request) -> ImageDataset:
     """Load `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`)."""
-    if request.root is None:
-        raise ConfigError("data.root: not set; name the picture folder with --set data.root=DIR")
-    listing = _list_folder(request.root)
-    size = request.image_size
-    if size is None and _has_large_pictures(request.root, listing):
-        size = DEFAULT_IMAGE_SIZE
+    survey = _survey(request)
+    size = survey.side(request.image_size)
+    survey.shape(request.image_size)  # refuses several sizes before any picture is decoded
+    reading = survey.reading(request.background)
     if size is not None and size > SMALL_SIDE:
-        return _file_dataset(request, listing, size)
-    images = torch.from_numpy(_cached_pictures(request, listing))
-    n = listing.n_train
-    return _array_dataset(
+        return _file_dataset(request, survey, size, reading)
+    listing, n = survey.listing, survey.listing.n_train
+    images = torch.from_numpy(_cached_pictures(request, listing, reading))
+    dataset = _array_dataset(
         request,
         listing.class_names,
         ArrayPictures(images[:n], listing.labels[:n]),
         ArrayPictures(images[n:], listing.labels[n:]),
     )
+    how = "as they are" if size is None else f"scaled and cropped to {size}x{size}"
+    return replace(
+        dataset,
+        reading=reading,
+        notes=(_describe(dataset, survey.sizes(), f"{how}, kept in memory"), *survey.notes(reading)),
+    )
 
 
-def _file_dataset(request: _Request, listing: _Listing, size: int) -> ImageDataset:
+def _survey(request: _Request) -> Survey:
+    if request.root is None:
+        raise ConfigError("data.root: not set; name the picture folder with --set data.root=DIR")
+    return survey_folder(
+        request.root,
+        cache_dir=request.cache_dir,
+        allow_left_out=request.allow_left_out,
+        progress=request.checking,
+    )
+
+
+def _file_dataset(request: _Request, survey: Survey, size: int, reading: Reading) -> ImageDataset:
     """Describe a folder whose pictures stay in their files."""
-    assert request.root is not None
-    paths = tuple(str(request.root / path) for path in listing.paths)
-    n = listing.n_train
-    return ImageDataset(
+    listing, n = survey.listing, survey.listing.n_train
+    prints = survey.facts["fingerprint"]
+    train, test = (
+        FilePictures(listing.files[part], listing.labels[part], size, prints[part].tobytes(), reading)
+        for part in (slice(n), slice(n, None))
+    )
+    digests = [pictures_digest(part, torch.arange(len(part)), listing.class_names) for part in (train, test)]
+    dataset = ImageDataset(
         name=request.name,
         class_names=listing.class_names,
-        train=FilePictures(paths[:n], listing.labels[:n], size),
-        test=FilePictures(paths[n:], listing.labels[n:], size),
+        train=train,
+        test=test,
         channels=3,
         height=size,
         width=size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        digest=_sha256(f"{listing.digest} {size}".encode()),
+        digest=sha256(json.dumps(digests).encode()),
+        train_digest=digests[0],
+        reading=reading,
     )
+    how = f"scaled and cropped to {size}x{size}, read from their files in every epoch"
+    return replace(dataset, notes=(_describe(dataset, survey.sizes(), how), *survey.notes(reading)))
 
 
-def _list_folder(root: Path) -> _Listing:
-    """Find the classes and pictures of both splits."""
-    if not root.is_dir():
-        raise DataError(f"data.root: {root} is no folder; name one that holds train/CLASS/* and test/CLASS/*")
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    for folder in (train, test):
-        if not folder.is_dir():
-            raise DataError(f"data.root: {folder} is missing; pictures lie in train/CLASS/* and test/CLASS/*")
-        _refuse_link_out(folder, root)
-    class_names = _directories(train, root)
-    if len(class_names) < 2:
-        raise DataError(
-            f"data.root: {train} holds {len(class_names)} classes; it takes two, a folder for each"
-        )
-    strangers = sorted(set(_directories(test, root)) - set(class_names))
-    if strangers:
-        raise DataError(
-            f"data.root: {test / strangers[0]} is a class that {train} lacks; add it there or remove it here"
-        )
-    files: list[tuple[str, int, int, int]] = []
-    n_train = 0
-    for folder in (train, test):
-        for label, class_name in enumerate(class_names):
-            found = list(_picture_files(folder / class_name, root))
-            if not found and folder == train:
-                raise DataError(
-                    f"data.root: {folder / class_name} holds no picture; "
-                    f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class"
-                )
-            files += [(path, label, size, changed) for path, size, changed in found]
-        n_train = n_train or len(files)
-    if len(files) == n_train:
-        raise DataError(f"data.root: {test} holds no picture; add pictures of the classes to test by")
-    contents = [(path, size) for path, _, size, _ in files]
-    return _Listing(
-        class_names=class_names,
-        paths=tuple(path for path, *_ in files),
-        labels=torch.tensor([label for _, label, *_ in files], dtype=torch.int64),
-        n_train=n_train,
-        digest=_sha256(json.dumps([class_names, n_train, contents]).encode()),
-        state=_sha256(json.dumps([class_names, n_train, files]).encode()),
-    )
-
-
-def _directories(folder: Path, root: Path) -> tuple[str, ...]:
-    """Name the folders in a folder, sorted."""
-    found = [entry for entry in _entries(folder) if entry.is_dir()]
-    for entry in found:
-        _refuse_link_out(entry, root)
-    return tuple(entry.name for entry in found)
-
-
-def _picture_files(folder: Path, root: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (path relative to the root, bytes, time of change in ns) of each picture of a class, by name."""
-    for entry in _entries(folder) if folder.is_dir() else []:
-        if os.path.splitext(entry.name)[1].lower() not in PICTURE_SUFFIXES or entry.is_dir():
-            continue
-        _refuse_link_out(entry, root)
-        try:
-            facts = entry.stat()
-            if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would never end
-                raise OSError("no regular file")
-        except OSError as error:
-            raise _unreadable(entry.path, error) from error
-        yield f"{folder.parent.name}/{folder.name}/{entry.name}", facts.st_size, facts.st_mtime_ns
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder by name, hidden entries left out."""
-    try:
-        with os.scandir(folder) as scan:
-            return sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(
-            f"data.root: {folder} cannot be listed ({_reason(error)}); check its permissions"
-        ) from error
-
-
-def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
-    """Raise if the path is a link that leads out of the root.
-
-    A picture folder often comes from somebody else: it should show nothing but itself.
-    """
-    if not path.is_symlink():
-        return
-    inside, target = os.path.realpath(root), os.path.realpath(path)
-    if os.path.commonpath([inside, target]) != inside:
-        raise DataError(
-            f"data.root: {os.fspath(path)} is a link that leads out of the folder, to {target}; "
-            "put a copy in its place, or set data.root to a folder that holds both"
-        )
-
-
-def _has_large_pictures(root: Path, listing: _Listing) -> bool:
-    """Tell by the first picture of each class whether the folder is one of large pictures (headers only)."""
-    labels = listing.labels[: listing.n_train]
-    firsts = torch.searchsorted(labels, torch.arange(len(listing.class_names))).tolist()
-    return any(max(_picture_size(str(root / listing.paths[first]))) > SMALL_SIDE for first in firsts)
-
-
-def _picture_size(path: str) -> tuple[int, int]:
-    """Read (width, height) from a picture's header."""
-    try:
-        with _opened(path) as picture:
-            return picture.size
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """Open a picture of at most as many pixels as Pillow takes for harmless: up to twice as many it only warns of."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = Image.open(path, formats=_FORMATS)
-    with picture:
-        yield picture
-
-
-def read_picture(path: str) -> tuple[Image.Image, bool]:
-    """Decode a picture file to RGB.
-
-    Args:
-        path: the file.
-
-    Returns:
-        (the picture, whether the file was grey).
-
-    Raises:
-        DataError: whatever is wrong with the file, Pillow's limit on decompression bombs included.
-
-    Example:
-        >>> read_picture("no.png")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        istanas.errors.DataError: data.root: no.png is no readable picture (No such file or directory); ...
-    """
-    from PIL import Image
-
-    try:
-        with _opened(path) as picture:
-            mode = picture.mode
-            if mode.startswith("I;16"):
-                # Pillow's own conversion saturates 16 bits instead of scaling them.
-                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB"), True
-            if mode in {"I", "F"}:
-                raise ValueError(f"pixels of mode {mode} have no fixed range")
-            if mode == "RGB":
-                picture.load()
-                return picture.copy(), False
-            return picture.convert("RGB"), mode in {"1", "L", "LA", "La"}
-    except Exception as error:  # broken files raise anything: OSError, SyntaxError, struct.error ...
-        raise _unreadable(path, error) from error
-
-
-def _decode_chunk(paths: Sequence[str], size: int | None) -> tuple[NDArray[np.uint8], bool]:
-    """Decode pictures to (n, H, W, 3) bytes, size x size if given; and tell whether all were grey."""
-    from PIL import Image, ImageOps
-
-    arrays: list[NDArray[np.uint8]] = []
-    all_grey = True
-    for path in paths:
-        picture, grey = read_picture(path)
-        all_grey &= grey
-        if size is not None and picture.size != (size, size):
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-        array = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
-        if arrays and array.shape != arrays[0].shape:
-            raise _unequal(path, array.shape, arrays[0].shape)
-        arrays.append(array)
-    return np.stack(arrays), all_grey
-
-
-def _decode_pictures(paths: Sequence[str], size: int | None, progress: Progress | None) -> NDArray[np.uint8]:
-    """Decode all pictures to (N, C, H, W) bytes: one channel if every file is grey, else three."""
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    images: NDArray[np.uint8] | None = None
-    all_grey, done = True, 0
-    for chunk, grey in _decoded_chunks(chunks, size, pool=len(paths) >= _POOL_FROM):
-        if images is None:
-            images = np.empty((len(paths), 3, *chunk.shape[1:3]), np.uint8)
-        if chunk.shape[1:3] != images.shape[2:]:
-            raise _unequal(paths[done], chunk.shape[1:], images.shape[2:])
-        images[done : done + len(chunk)] = chunk.transpose(0, 3, 1, 2)
-        all_grey &= grey
-        done += len(chunk)
-        if progress is not None:
-            progress(done, len(paths))
-    assert images is not None
-    return np.ascontiguousarray(images[:, :1]) if all_grey else images
-
-
-def _decoded_chunks(
-    chunks: Sequence[Sequence[str]], size: int | None, pool: bool
-) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-    """Yield the decoded chunks in order, from a process for each core if there are many."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not pool or cores == 1:
-        yield from (_decode_chunk(chunk, size) for chunk in chunks)
-        return
-    # Processes, because small pictures are mostly interpreter work, where threads only wait for one another.
-    executor = ProcessPoolExecutor(min(cores, len(chunks)))
-    try:
-        yield from executor.map(_decode_chunk, chunks, [size] * len(chunks))
-    except BrokenProcessPool as error:
-        raise DataError("data.root: a decoding process was killed; free some memory and try again") from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _unreadable(path: str, error: Exception) -> DataError:
-    """Name the picture that cannot be used, and why."""
-    return DataError(f"data.root: {path} is no readable picture ({_reason(error)}); replace or delete it")
-
-
-def _unequal(path: str, shape: Sequence[int], expected: Sequence[int]) -> DataError:
-    """Name the picture whose size is not that of the others."""
-    return DataError(
-        f"data.root: {path} has {shape[1]}x{shape[0]} pixels, others have {expected[1]}x{expected[0]}; "
-        f"bring all to one size with --set data.image_size={min(SMALL_SIDE, max(expected[:2]))}"
-    )
-
-
-# ---------- the cache
-def _cached_pictures(request: _Request, listing: _Listing) -> NDArray[np.uint8]:
+def _cached_pictures(request: _Request, listing: Listing, reading: Reading) -> NDArray[np.uint8]:
     """Return the decoded folder (N, C, H, W), from the cache if that was made of the folder as it is now."""
-    assert request.root is not None
-    state = f"{_CACHE_VERSION} {request.image_size} {listing.state}"
-    key = _sha256(json.dumps([os.path.realpath(request.root), request.image_size]).encode())
-    file = request.cache_dir / f"folder-{key[:16]}.pictures"
-    images = _read_cache(file, state)
+    state = f"{_CACHE_VERSION} {request.image_size} {reading} {listing.state}"
+    file = cache_file(request.cache_dir, listing.root, "pictures", request.image_size)
+    images = read_cache(file, state)
     if images is None:
-        root = request.root
-        images = _decode_pictures(
-            [str(root / path) for path in listing.paths], request.image_size, request.progress
-        )
-        _write_cache(file, state, images)
+        images = decode_pictures(listing.files, request.image_size, reading, request.progress)
+        write_cache(file, state, images)
     return images
 
 
-def _read_cache(file: Path, state: str) -> NDArray[np.uint8] | None:
-    """Read a cache; None if there is none, it is of another state, or (with a warning) it is broken."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.readline(10_000))
-            if header["state"] != state:
-                return None
-            body = np.empty(os.fstat(stream.fileno()).st_size - stream.tell(), np.uint8)
-            stream.readinto(body.data)
-        if header["sha256"] != _cache_checksum(state, header["shape"], body):
-            raise ValueError("wrong checksum")
-        return body.reshape(header["shape"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warnings.warn(f"{file}: broken cache ({_reason(error)}); it is made anew", stacklevel=2)
-        return None
-
-
-def _write_cache(file: Path, state: str, images: NDArray[np.uint8]) -> None:
-    """Write a cache as a header line and the bytes: whole or not at all."""
-    header = {
-        "state": state,
-        "shape": list(images.shape),
-        "sha256": _cache_checksum(state, images.shape, images),
-    }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-        try:
-            with open(descriptor, "wb") as stream:
-                stream.write(json.dumps(header).encode() + b"\n")
-                stream.write(images.data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        warnings.warn(
-            f"{file}: the cache cannot be written ({_reason(error)}); the pictures will be decoded again "
-            "next time unless data.cache_dir is a folder that can be written",
-            stacklevel=2,
-        )
-
-
-def _cache_checksum(state: str, shape: Iterable[int], body: NDArray[np.uint8]) -> str:
-    return _sha256(json.dumps([state, list(shape)]).encode(), body.data)
-
-
-def default_cache_dir() -> Path:
-    """Return where caches belong on this system: `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "istanas"
-
-
-def _sha256(*parts: bytes | memoryview) -> str:
-    """Return the SHA-256 of some bytes one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """Say on one line what went wrong: the system's words, the error's text, or its class."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+def _describe(dataset: ImageDataset, sizes: str, how: str) -> str:
+    """Return one line about a data set: pictures, classes, sizes, and how they are brought to the network's."""
+    channels = "grey" if dataset.channels == 1 else "colour"
+    return (
+        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test pictures of "
+        f"{dataset.num_classes} classes, {sizes} pixels, {channels}, {how}"
+    )
 
 
 DATASETS: Mapping[str, Callable[[_Request], ImageDataset]] = {

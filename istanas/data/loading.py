@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from istanas.data.augment import Augmentation, augment, cutout, normalize, send
-from istanas.data.datasets import ArrayPictures, FilePictures, ImageDataset, Pictures, read_picture
+from istanas.data.datasets import ArrayPictures, FilePictures, ImageDataset, Pictures
+from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError
 
 _on_device: WeakKeyDictionary[ArrayPictures, dict[torch.device, ArrayPictures]] = WeakKeyDictionary()
@@ -265,7 +266,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         images: list[Tensor] = []
         for index in self.parts[i].tolist():
             try:
-                picture, _ = read_picture(self.pictures.paths[index])
+                picture, _ = read_picture(self.pictures.paths[index], self.pictures.reading)
             except DataError as error:
                 return error
             # A picture's draws follow from its index, not from its place among the workers or ranks.

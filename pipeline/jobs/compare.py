@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 import torch
 from rich.console import Console
 
-from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.measure import measure_latency
 from istanas.nets import TargetNet
@@ -21,6 +20,7 @@ from pipeline.config import load
 from pipeline.epochs import target_network
 from pipeline.jobs.job import console_line
 from pipeline.models import load_network
+from pipeline.pictures import load_pictures
 from pipeline.resources import count, threads_in_process
 from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
 from pipeline.rundir import atomic_write
@@ -271,8 +271,7 @@ def _untrained(run: ReadRun) -> Network | None:
         return None
     config = load(run.files / CONFIG_FILE)
     sizes = config.search if (run.kind, run.method) == ("search", "one_stage") else config.retrain
-    d = config.data
-    dataset = load_dataset(d.name, root=d.root, cache_dir=d.cache_dir, image_size=d.image_size)
+    dataset = load_pictures(config.data, download=False)
     net = target_network(sizes, genotype, dataset)
     return net, (dataset.channels, dataset.height, dataset.width), UNTRAINED
 

@@ -21,7 +21,7 @@ import pandas as pd
 from rich.console import Console
 
 from istanas.data import ImageDataset
-from istanas.errors import CheckpointError, IstanasError
+from istanas.errors import CheckpointError, DataError, IstanasError
 from istanas.space import CellSpace
 from istanas.training import Metrics
 from pipeline import checkpoint, storage
@@ -29,7 +29,15 @@ from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
-from pipeline.pictures import open_dataset
+from pipeline.pictures import (
+    are_gone,
+    check_fit,
+    check_same_pictures,
+    data_digest,
+    describe_pictures,
+    load_pictures,
+    settle_stems,
+)
 from pipeline.progress import EpochBar
 from pipeline.report_page import REPORT_PAGE, write_report
 from pipeline.resources import count
@@ -53,6 +61,7 @@ from pipeline.worker import compute_for
 _LOG = logging.getLogger(__name__)
 
 SECONDS_TO_END = 60.0  # for a process that has been told to end, and still holds its run
+MOST_OF_A_TAG = 1000  # characters; MLflow refuses more than 8,000, and shows far fewer
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 GENOTYPE_FILE = "genotype.json"
@@ -88,6 +97,11 @@ class JobSpec:
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
     unit: str = "epoch"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The sections whose stem its networks have; of a sweep, trials may have others."""
+        return () if self.kind == "sweep" else (self.kind,)
 
     @property
     def path(self) -> Path:
@@ -176,13 +190,13 @@ _NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # what is th
 
 def execute(
     spec: JobSpec,
-    prepare: Callable[[], Prepared],
+    prepare: Callable[[ImageDataset], Prepared],
     body: Callable[[RunDir, RunObserver, Prepared], Outcome],
     *,
     describe: Callable[[list[Record]], str],
     fresh: bool,
     console: Console,
-    datasets: Callable[[Prepared], tuple[DatasetUse, ...]],
+    datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
     tell: Callable[[list[Record]], None] | None = None,
     metrics_anew: Callable[[], list[MetricsLine]] | None = None,
     wait: float = 0,
@@ -191,12 +205,12 @@ def execute(
 
     Args:
         spec: which job.
-        prepare: loads and checks whatever the job needs; what it refuses leaves nothing behind.
+        prepare: checks and starts whatever the job needs for its pictures; what it refuses leaves nothing behind.
         body: runs the worker and writes the results.
         describe: one line for an epoch, from the history.
         fresh: start over, deleting what the run directory holds.
         console: for people.
-        datasets: the pictures that the job uses, from what was prepared.
+        datasets: the parts of the pictures that the job uses.
         tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
             the run as it is, for others to close.
         metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
@@ -206,6 +220,7 @@ def execute(
         The figures of `--json`.
 
     Raises:
+        CheckpointError: the pictures are not those that the run was begun with.
         IstanasError: whatever `prepare` and `body` raise; after the latter the record says FAILED, and the same
             command resumes.
     """
@@ -215,7 +230,9 @@ def execute(
             _mend_lost_record(run, spec, console_line(console))
         if not fresh and run.exists():
             _mend(run, spec, console_line(console), metrics_anew)
-        if not fresh and run.exists() and run.read().status == "FINISHED":
+        old = run.read() if not fresh and run.exists() else None
+        if old is not None and old.status == "FINISHED":
+            _check_finished(spec, old, datasets, console)
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
             storage.push(run.path)
@@ -225,14 +242,20 @@ def execute(
                 soft_wrap=True,
             )
             return _with_ids(run.read().result, run, tracker)
-        prepared = prepare()
+        dataset = load_data(spec.config, console)
+        used, digest = datasets(dataset), data_digest(spec.config, dataset, spec.kind)
+        if old is not None:
+            check_same_pictures(old, dataset, digest, used)
+        lines = describe_pictures(spec.config, dataset, used, spec.networks)
+        prepared = prepare(dataset)
+        tell_pictures(lines, console)
         if fresh and run.exists():
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             _clear(run.path)
             storage.push_cleared(run.path)
         tracker = tracker_of(run, spec.config)
-        record = _open_record(run, spec, datasets(prepared))
+        record = _open_record(run, spec, used, digest, lines)
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
         storage.push(run.path)  # with the key by which its MLflow run is found again
@@ -249,7 +272,7 @@ def execute(
                 result=outcome.result,
                 artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
                 tags={**record.tags, **outcome.tags},
-                description=outcome.description,
+                description="\n\n".join([outcome.description, *_missing_lines(record)]),
             )
             page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
             final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
@@ -268,6 +291,28 @@ def execute(
             )
         storage.push(run.path)  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
+
+
+def _check_finished(
+    spec: JobSpec,
+    record: RunRecord,
+    datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
+    console: Console,
+) -> None:
+    """Refuse the result of a finished run if its pictures have changed; if they are gone, say so.
+
+    Raises:
+        CheckpointError: if they have changed.
+        DataError: if they have changed to something that no job could use.
+    """
+    try:
+        dataset = load_data(spec.config, console, download=False)
+    except DataError as error:
+        if not are_gone(spec.config.data):
+            raise
+        console_line(console)(f"warning: the pictures of this result cannot be looked at any more: {error}")
+        return
+    check_same_pictures(record, dataset, data_digest(spec.config, dataset, spec.kind), datasets(dataset))
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
@@ -470,11 +515,32 @@ def _without_models(config: Config) -> Config:
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"models": False})})
 
 
-def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> ImageDataset:
-    """The pictures, and the settings of the jobs to come checked against them and, in process, this machine."""
+def load_data(config: Config, console: Console, *, download: bool = True) -> ImageDataset:
+    """The pictures; a picture folder's are checked and decoded under the eyes of people."""
+    return load_pictures(
+        config.data,
+        progress=_progress("decoding", console),
+        checking=_progress("checking", console),
+        download=download,
+    )
+
+
+def settled(config: Config, console: Console) -> Config:
+    """The configuration with the stems that fit the pictures, for which those may have to be looked at."""
+    return settle_stems(config, _progress("checking", console))
+
+
+def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
+    """Check the settings of the jobs to come against the pictures and, in process, this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
-    return open_dataset(config, jobs, _decoding_progress(console))
+    check_fit(config, dataset, jobs)
+
+
+def tell_pictures(lines: Sequence[str], console: Console) -> None:
+    """Write what people should know about the pictures, before any work."""
+    for line in lines:
+        console_line(console)(line if line.startswith("warning: ") else f"pictures: {line}")
 
 
 def console_line(console: Console) -> Callable[[str], None]:
@@ -482,8 +548,8 @@ def console_line(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _decoding_progress(console: Console) -> Callable[[int, int], None]:
-    """Tell, every tenth of the way, how many pictures are decoded (once, before they are cached)."""
+def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
+    """Tell, every tenth of the way, how many pictures are done (once, before they are cached)."""
     told = -1
 
     def progress(done: int, total: int) -> None:
@@ -491,7 +557,7 @@ def _decoding_progress(console: Console) -> Callable[[int, int], None]:
         tenth = 10 * done // max(total, 1)
         if tenth != told:
             told = tenth
-            console.print(f"decoding pictures: {done} of {total}", highlight=False)
+            console.print(f"{doing} pictures: {done} of {total}", highlight=False)
 
     return progress
 
@@ -573,18 +639,36 @@ def as_written(config: Config) -> Config:
     return config.model_copy(update={"tracking": tracking})
 
 
-def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunRecord:
+def _open_record(
+    run: RunDir,
+    spec: JobSpec,
+    datasets: tuple[DatasetUse, ...] = (),
+    digest: str = "",
+    pictures: tuple[str, ...] = (),
+) -> RunRecord:
     """The record of a new run, or the one of the run that goes on."""
     if run.exists():
         old = run.read()
         tags = {**old.tags, **_common_tags(spec.config)}
-        # Those that it was begun with: if others are there now, the worker refuses to go on.
+        # Those that it was begun with, which are the same: `check_same_pictures`.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
     else:
         record = _new_record(spec, datasets)
+    missing = "; ".join(f"{use.context}: {', '.join(use.missing)}" for use in record.datasets if use.missing)
+    record = dataclasses.replace(
+        record,
+        data_digest=digest or record.data_digest,
+        pictures=pictures or record.pictures,
+        tags=record.tags | ({"istanas.missing_classes": missing[:MOST_OF_A_TAG]} if missing else {}),
+    )
     run.write(record)
     return record
+
+
+def _missing_lines(record: RunRecord) -> list[str]:
+    """What a run's figures do not tell: which classes they are not of."""
+    return [line for use in record.datasets if (line := use.describe_missing()) is not None]
 
 
 def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunRecord:

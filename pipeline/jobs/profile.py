@@ -24,8 +24,15 @@ from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
-from pipeline.jobs.job import console_line, prepare_data
-from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
+from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures
+from pipeline.pictures import (
+    Batches,
+    describe_pictures,
+    holdout_indices,
+    search_indices,
+    search_split,
+    training_indices,
+)
 from pipeline.profiling import (
     Train,
     as_data,
@@ -149,7 +156,10 @@ def run_profile(
     """
     target = None if trace is None else _writable(trace)
     job = "search" if genotype is None else "retrain"
-    dataset = prepare_data(config, (job,), console)
+    config = settled(config, console)
+    dataset = load_data(config, console)
+    check_data(config, dataset, (job,))
+    tell_pictures(describe_pictures(config, dataset, (), (job,)), console)
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)

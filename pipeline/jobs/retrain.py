@@ -20,9 +20,10 @@ from pipeline.jobs.job import (
     JobSpec,
     Outcome,
     RunObserver,
+    check_data,
     console_line,
     execute,
-    prepare_data,
+    settled,
 )
 from pipeline.jobs.results import RetrainResult, accuracies
 from pipeline.jobs.search import describe_figures, write_genotype
@@ -62,6 +63,7 @@ def run_retrain(
     Returns:
         See `RetrainResult`.
     """
+    config = settled(config, console)
     spec = JobSpec(
         kind="retrain",
         name=f"{name}-retrain",
@@ -73,8 +75,8 @@ def run_retrain(
         tags={"istanas.genotype": genotype.digest()},
     )
 
-    def prepare() -> ImageDataset:
-        dataset = prepare_data(config, ("retrain",), console)
+    def prepare(dataset: ImageDataset) -> ImageDataset:
+        check_data(config, dataset, ("retrain",))
         prepare_workers(config, spec.path, runtime, console_line(console))
         return dataset
 

@@ -32,9 +32,10 @@ from pipeline.jobs.job import (
     JobSpec,
     Outcome,
     RunObserver,
+    check_data,
     console_line,
     execute,
-    prepare_data,
+    settled,
     write_page,
 )
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
@@ -103,11 +104,12 @@ def run_search(
     Returns:
         See `SearchResult` and `OneStageResult`.
     """
+    config = settled(config, console)
     spec = search_spec(config, name, parent=parent, tags=tags)
 
-    def prepare() -> ImageDataset:
+    def prepare(dataset: ImageDataset) -> ImageDataset:
         check_solver(config.space.solver)
-        dataset = prepare_data(config, jobs, console)
+        check_data(config, dataset, jobs)
         if isinstance(config, OneStageConfig):
             build_one_stage(
                 config, dataset, Compute(torch.device("cpu")), Ranks()

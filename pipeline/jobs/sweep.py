@@ -37,17 +37,18 @@ from pipeline.jobs.job import (
     RunObserver,
     announce,
     as_written,
+    check_data,
     close,
     close_below,
     console_line,
     deliver_below,
     execute,
-    prepare_data,
+    settled,
 )
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
-from pipeline.pictures import check_fit, datasets_used
+from pipeline.pictures import check_fit, datasets_used, settle_stems
 from pipeline.preflight import check_gpus, check_nodes
 from pipeline.resources import Node, WorkerRange, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
@@ -206,20 +207,21 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         ConfigError: if the space does not fit the schema.
         IstanasError: if too many trials failed, or no trial fits; the same command goes on.
     """
-    spec = sweep_spec(config, name)
+    check_space(config)  # before the pictures are looked at, which may take a while
+    spec = sweep_spec(settled(config, console), name)
 
-    def prepare() -> tuple[Plan, Study, ImageDataset]:
-        dataset = check_sweep(config, console)
+    def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
+        check_sweep(config, dataset)
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
         with runtime.noticing_a_clients_loss("pre-flight", spec.path):
             if runtime.joined:
                 _prepare_cluster(config, runtime, console_line(console))
             plan = plan_trials(config, cluster_nodes())
-        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path), dataset
+        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
 
-    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study, ImageDataset]) -> Outcome:
-        plan, study, _ = prepared
+    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
+        plan, study = prepared
         observer.note(str(plan))
         trials = _Trials(config, plan, run, study, observer)
         try:
@@ -251,7 +253,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         describe=lambda _: "",
         fresh=fresh,
         console=console,
-        datasets=lambda prepared: _datasets(config, prepared[-1]),
+        datasets=lambda dataset: _datasets(config, dataset),
     )
     return cast(SweepResult, result)
 
@@ -280,15 +282,16 @@ def _datasets(config: Config, dataset: ImageDataset) -> tuple[DatasetUse, ...]:
     return datasets_used(config, dataset, "sweep")
 
 
-def check_sweep(config: Config, console: Console) -> ImageDataset:
+def check_sweep(config: Config, dataset: ImageDataset) -> None:
     """Refuse before anything starts what no trial, or not every trial, could be.
 
-    Returns:
-        The data set.
+    Args:
+        config: of the sweep.
+        dataset: its pictures.
 
     Raises:
         ConfigError: one line per mistake.
-        IstanasError: if data or a solver are missing.
+        IstanasError: if a solver is missing.
     """
     check_space(config)
     solvers = sweep_of(config).space.get("space.solver")
@@ -303,9 +306,8 @@ def check_sweep(config: Config, console: Console) -> ImageDataset:
     jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
     # Of the sweep's own settings only what no key of the space replaces is a trial's.
-    dataset = prepare_data(config.model_copy(update={"runtime": in_process}), (), console)
+    check_data(config.model_copy(update={"runtime": in_process}), dataset, ())
     check_space_fits(config, dataset, jobs)
-    return dataset
 
 
 def check_space_fits(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
@@ -469,7 +471,7 @@ class _Trials:
 
     def _of_trial(self, settings: Settings) -> Config:
         """A trial's configuration, as it holds in its own process."""
-        config, plan = trial_config(self._config, settings), self._plan
+        config, plan = settle_stems(trial_config(self._config, settings)), self._plan
         runtime: dict[str, Any] = {
             "workers": plan.workers,
             "threads": plan.cpus,
@@ -714,7 +716,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
 
 def _write_best(config: Config, folder: Path, settings: Settings, genotype: Genotype) -> None:
     """Configuration and genotype of the best trial, ready to be retrained on all training pictures."""
-    best = with_settings(config, settings, "best")
+    best = settle_stems(with_settings(config, settings, "best"))
     best = best.model_copy(update={"data": best.data.model_copy(update={"holdout": 0.0})})
     atomic_write(folder / CONFIG_FILE, to_yaml(as_written(best)))
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")

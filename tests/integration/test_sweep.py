@@ -1,6 +1,7 @@
 """Sweeps as a user runs them: a whole one, one that is killed again and again, and one whose trials have workers."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
+from PIL import Image
 
 from istanas.errors import ConfigError
 from pipeline.cli import run
@@ -337,3 +339,40 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
     assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
     logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
     assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3
+
+
+def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Path) -> None:
+    """Even one whose trials share no split, because the seed is swept; the test split is read by none of them."""
+    for split in ("train", "test"):
+        for shade, name in enumerate(("ant", "bee")):
+            for number in range(16):
+                file = tmp_path / "pictures" / split / name / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 200 * shade + number).save(file)
+    arguments = [
+        *("--set", f"data.root={tmp_path / 'pictures'}", "--set", "data.name=folder"),
+        *("--set", f"data.cache_dir={tmp_path / 'cache'}"),
+        *("--set", "search={epochs: 1, batch_size: 8, init_channels: 2, layers: 3}"),
+        *("--set", "sweep={trials: 1, scheduler: none, space: {seed: {choice: [1, 2]}}}"),
+    ]
+    result = finish(start(tmp_path, *arguments))
+    record = RunDir(sweep_directory(tmp_path)).read()
+    assert record.datasets == ()
+    assert record.pictures[0].startswith(
+        "folder: 32 training and 32 test pictures of 2 classes, 8x8 pixels, grey"
+    )
+    trial = RunDir(Path(tmp_path / result["best_run_dir"])).read()
+    assert trial.data_digest == record.data_digest
+    (tmp_path / "pictures" / "test" / "ant" / "0.png").unlink()
+    assert finish(start(tmp_path, *arguments))["digest"] == result["digest"]
+    file = tmp_path / "pictures" / "train" / "ant" / "0.png"
+    file.rename(tmp_path / "pictures" / "train" / "bee" / "16.png")
+    for status in ("FINISHED", "RUNNING"):
+        RunDir(sweep_directory(tmp_path)).write(dataclasses.replace(record, status=status))
+        process = start(tmp_path, *arguments, stderr=subprocess.PIPE)
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == 1
+        assert (
+            "error: data set folder has changed since this run began: restore it, start over with --fresh"
+            in err
+        )

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -318,6 +319,76 @@ def test_a_search_is_retrained_by_its_directory_or_name(istanas: Command, here: 
         assert code == 0
         assert result["digest"] == found["digest"]
     assert RunDir(result["run_dir"]).read().parent == found["run_dir"]
+
+
+def write_pictures(root: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for shade, name in enumerate(("dark", "light")):
+            for number in range(8):
+                file = root / split / name / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 200 * shade + number).save(file)
+
+
+def test_without_a_file_a_retraining_is_on_the_pictures_of_its_run(istanas: Command, here: Path) -> None:
+    write_pictures(here / "my pics #1")
+    own = ["--set", "data.name=folder", "--set", "data.root=my pics #1", "--set", "data.horizontal_flip=true"]
+    config = [
+        "--config",
+        "tiny.yaml",
+        "--set",
+        "search={batch_size: 8, epochs: 1, init_channels: 2, layers: 3}",
+        *own,
+        "--set",
+        "tracking.enabled=true",
+    ]
+    found = json.loads(istanas("search", *config, "--set", "tracking.experiment=mine", "--json")[1])
+    short = ["--set", "retrain={epochs: 1, batch_size: 16, init_channels: 2, layers: 2, auxiliary_weight: 0}"]
+    references = (
+        found["run_dir"],
+        "tiny-search",
+        f"{found['run_dir']}/genotype.json",
+        found["mlflow_run_id"],
+    )
+    for seed, reference in enumerate(references):
+        arguments = (
+            "--genotype",
+            reference,
+            *short,
+            "--set",
+            "retrain.cutout=0",
+            "--set",
+            f"seed={seed}",
+            "--json",
+        )
+        code, out, err = istanas("retrain", *arguments)
+        assert code == 0, err
+        assert (
+            f"data (folder in my pics #1) and tracking settings are those of {found['run_dir']}; the others are those "
+            "of digits_quickstart.yaml" in err
+        )
+        record = RunDir(json.loads(out)["run_dir"]).read()
+        assert (record.dataset, record.name, record.parent) == ("folder", "tiny-retrain", found["run_dir"])
+        assert record.params["data.horizontal_flip"] is True
+        settings = load(Path(json.loads(out)["run_dir"]) / "config.yaml")
+        assert (settings.tracking.experiment, settings.retrain.epochs) == ("mine", 1)
+    code, out, _ = istanas(
+        "profile", "--genotype", found["run_dir"], "--steps", "1", *short, "--set", "retrain.cutout=0"
+    )
+    assert code == 0
+    assert "data (folder in my pics #1)" in out
+    code, out, err = istanas("retrain", "--genotype", found["run_dir"], "--config", "tiny.yaml", "--json")
+    assert RunDir(json.loads(out)["run_dir"]).read().dataset == "digits"
+    assert "settings are those of" not in err
+    shutil.copytree(found["run_dir"], here / "copy")
+    (here / "copy" / "config.yaml").unlink()
+    code, _, err = istanas("retrain", "--genotype", "copy")
+    assert (code, error_lines(err)) == (
+        2,
+        ["error: run copy: has no config.yaml, which says on which pictures to train: give --config"],
+    )
 
 
 def test_a_diverging_run_fails_in_one_line_and_leaves_nothing_running(istanas: Command, here: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from istanas.errors import ConfigError
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
-from pipeline.config import default_file, flat_params, load, run_hash, to_yaml
+from pipeline.config import default_file, flat_params, load, run_hash, to_yaml, with_settings, with_stems
 from pipeline.resources import WorkerRange
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 
@@ -30,7 +30,7 @@ def refusal(tmp_path: Path, text: str | bytes, *overrides: str) -> list[str]:
 
 # ---------- files
 def test_an_empty_file_is_the_schemas_defaults(tmp_path: Path) -> None:
-    assert load_text(tmp_path, "") == load(None) == TwoStageConfig()
+    assert load_text(tmp_path, "") == load(None) == with_stems(TwoStageConfig(), 8)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_configuration_reads_back_equal(tmp_path: Path) -> None:
         ],
     )
     assert load_text(tmp_path, to_yaml(config)) == config
-    assert load_text(tmp_path, to_yaml(TwoStageConfig())) == TwoStageConfig()
+    assert load_text(tmp_path, to_yaml(load(None))) == load(None)
 
 
 DEFAULTS: dict[str, Config] = {"two_stage": TwoStageConfig(), "one_stage": OneStageConfig()}
@@ -378,6 +378,8 @@ ANOTHER = {
     "data.download": True,
     "data.image_size": 16,
     "data.cache_dir": "elsewhere",
+    "data.background": "#000000",
+    "data.allow_left_out": True,
     "data.holdout": 0.1,
     "data.crop_padding": 1,
     "data.horizontal_flip": True,
@@ -464,6 +466,9 @@ KEY_PATHS = [
 ]
 
 
+NOT_DECISIVE = ("data.download", "data.cache_dir", "data.allow_left_out")
+
+
 @pytest.mark.parametrize(("method", "path"), KEY_PATHS)
 def test_the_hash_follows_exactly_what_decides_the_result(method: str, path: str) -> None:
     name, key = path.split(".")
@@ -475,8 +480,8 @@ def test_the_hash_follows_exactly_what_decides_the_result(method: str, path: str
     after = before.model_copy(update={name: section})
     assert after != before
     decides = {
-        "search": name in ("data", "space", "search") and path not in ("data.download", "data.cache_dir"),
-        "retrain": name in ("data", "retrain") and path not in ("data.download", "data.cache_dir"),
+        "search": name in ("data", "space", "search") and path not in NOT_DECISIVE,
+        "retrain": name in ("data", "retrain") and path not in NOT_DECISIVE,
     }
     for job, changes in decides.items():
         assert (run_hash(before, job) != run_hash(after, job)) == changes, job
@@ -540,7 +545,7 @@ def test_the_default_is_the_quickstart(repo_root: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "tracking.uri=[http://me:hunter2@host]",
+        "tracking={uri: [http://me:hunter2@host]}",
         "sweep.storage=postgresql://host/db?password=hunter2",
         "runtime.address=ray://me:hunter2@host:10001",
         "runtime.runs_dir=s3://key:hunter2@bucket/runs",
@@ -550,3 +555,108 @@ def test_a_refusal_shows_no_password(override: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load(None, [override])
     assert "hunter2" not in str(refused.value)
+
+
+# ---------- hashes of earlier versions, stems by the pictures' size, text as it is written
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "job", "extra", "digits"),
+    [
+        ("digits_quickstart", [], "search", {}, "bce133e769"),
+        ("digits_quickstart", [], "retrain", {"genotype": "g"}, "1d4801f724"),
+        (
+            "digits_quickstart",
+            ["retrain.stem=cifar", "data.background=white"],
+            "retrain",
+            {"genotype": "g"},
+            "1d4801f724",
+        ),
+        ("sweep_digits", [], "sweep", {}, "cadc31ffe1"),
+        (
+            "retrain_imagenet",
+            ["data.root=/data/imagenet", "retrain.schedule=linear"],  # the file's own schedule has changed since
+            "retrain",
+            {"genotype": "g"},
+            "6a26769e6f",
+        ),
+        (None, ["data.name=folder", "data.root=/data/x", "data.image_size=32"], "search", {}, "1a26367770"),
+    ],
+)
+def test_runs_of_version_0_1_keep_their_hash(
+    file: str | None, overrides: list[str], job: str, extra: dict[str, str], digits: str
+) -> None:
+    path = None if file is None else default_file().with_name(f"{file}.yaml")
+    assert run_hash(load(path, overrides), job, **extra) == digits
+
+
+def test_another_background_is_another_run() -> None:
+    before, after = (load(None, [f"data.background={colour}"]) for colour in ("white", "#000"))
+    assert (before.data.background, after.data.background) == ("#ffffff", "#000000")
+    assert run_hash(before, "search") != run_hash(after, "search")
+    with pytest.raises(ConfigError, match=r"data\.background: 'whitish' is refused: name a colour"):
+        load(None, ["data.background=whitish"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stem"),
+    [
+        ([], "cifar"),
+        (["data.image_size=64"], "cifar"),
+        (["data.name=mnist"], "cifar"),
+        (["data.name=folder", "data.root=photos", "data.image_size=64"], "cifar"),
+        (["data.name=folder", "data.root=photos", "data.image_size=65"], "imagenet"),
+        (["data.name=folder", "data.root=photos"], "auto"),
+        (["data.name=folder", "data.root=photos", "search.stem=imagenet"], "imagenet"),
+    ],
+)
+def test_the_stem_follows_the_size_of_the_pictures(overrides: list[str], stem: str) -> None:
+    config = load(None, overrides)
+    assert config.search.stem == stem
+    assert with_stems(config, 224).search.stem == (stem if stem != "auto" else "imagenet")
+    assert with_stems(config, 16).search.stem == (stem if stem != "auto" else "cifar")
+
+
+def test_a_trial_with_larger_pictures_has_their_stem() -> None:
+    config = load(None, ["data.name=folder", "data.root=photos", "data.image_size=32"])
+    assert with_settings(config, {"data.image_size": 96}, "trial").retrain.stem == "imagenet"
+    fixed = load(None, ["data.name=folder", "data.root=photos", "data.image_size=32", "retrain.stem=cifar"])
+    assert with_settings(fixed, {"data.image_size": 96}, "trial").retrain.stem == "cifar"
+    written = load(None, ["data.name=folder", "data.root=photos"])
+    assert with_settings(with_stems(written, 16), {"data.image_size": 96}, "trial").search.stem == "imagenet"
+
+
+def test_a_network_too_narrow_for_the_stem_is_refused() -> None:
+    folder = ["data.name=folder", "data.root=photos", "search.init_channels=1"]
+    with pytest.raises(ConfigError, match=r"search\.init_channels is 1: the stem of pictures of 96x96"):
+        load(None, [*folder, "data.image_size=96"])
+    with pytest.raises(ConfigError, match=r"search\.init_channels is 1: the stem of pictures of 224x224"):
+        with_stems(load(None, folder), 224)
+
+
+@pytest.mark.parametrize("key", ["data.root", "data.cache_dir", "runtime.runs_dir", "tracking.name"])
+@pytest.mark.parametrize(
+    "text",
+    ["/data/my pics #1", "123", "2024-01-01", "@eaDir", "[x]", "{a: b}", "a: b", "1e3", "true", "*x", "&x", "!x", "-",
+     " x", "it's", '"half', "caf\u00e9", "100%", "|", ">"],
+)  # fmt: skip
+def test_text_is_taken_as_it_is_written(key: str, text: str, tmp_path: Path) -> None:
+    config = load(None, [f"{key}={text}"])
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == text
+    assert load_text(tmp_path, to_yaml(config)) == config
+
+
+def test_text_may_be_nothing_or_in_quotes() -> None:
+    for nothing in ("", "null", "~"):
+        assert load(None, [f"data.root={nothing}"]).data.root is None
+    for quoted in ("'a #b'", '"a #b"'):
+        assert load(None, [f"data.root={quoted}"]).data.root == "a #b"
+    with pytest.raises(ConfigError, match=r"data\.root: 5 is refused: .*, put it in quotes"):
+        load(None, ["data={root: 5}"])
+
+
+def test_text_that_is_not_utf8_is_refused_in_printable_words() -> None:
+    with pytest.raises(ConfigError, match=r"--set data\.root: its value 'caf\\udce9' is not UTF-8") as caught:
+        load(None, ["data.root=caf\udce9"])
+    str(caught.value).encode()

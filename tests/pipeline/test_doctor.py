@@ -1,18 +1,36 @@
 """The doctor on real and on broken surroundings."""
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from istanas.errors import IstanasError
 from istanas.sparse import mosek_licence
 from pipeline import doctor
-from pipeline.doctor import check_data, check_disk, check_mosek, check_packages, check_store, run_checks
+from pipeline.config import load
+from pipeline.doctor import (
+    Check,
+    check_data,
+    check_disk,
+    check_mosek,
+    check_packages,
+    check_store,
+    run_checks,
+)
+from pipeline.pictures import open_dataset
 from pipeline.resources import count, usable_cores
+from pipeline.schema import DataSettings
+
+DIGITS = DataSettings()
 
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
-    checks = run_checks(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", data_name="digits", data_root=None)
+    checks = run_checks(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", data=DIGITS)
     assert [check.name for check in checks] == ["packages", "gpu", "cores", "mlflow", "mosek", "data", "disk"]
     assert [check for check in checks if check.state == "fail"] == []
     for check in checks:
@@ -24,9 +42,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
 
 def test_the_run_to_come_is_what_is_looked_at(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    checks = run_checks(
-        tracking_uri=store, data_name="digits", data_root=None, workers=f"1:{usable_cores() + 1}", threads=1
-    )
+    checks = run_checks(tracking_uri=store, data=DIGITS, workers=f"1:{usable_cores() + 1}", threads=1)
     (cores,) = [check for check in checks if check.name == "cores"]
     assert cores == doctor.check_threads(f"1:{usable_cores() + 1}", 1)
     assert cores.state == "warn"
@@ -103,18 +119,106 @@ def test_mosek() -> None:
         assert check.state == "ok"
 
 
-def test_data(tmp_path: Path) -> None:
-    assert "10 classes" in check_data("digits", None).message
-    for name, root in [("cifar10", tmp_path), ("folder", tmp_path), ("folder", None), ("cifr10", None)]:
-        check = check_data(name, root)
-        assert check.state == "fail"
-        assert check.remedy
+def settings(*overrides: str) -> DataSettings:
+    return load(None, [f"data.{override}" for override in overrides]).data
+
+
+def folder(root: Path, *overrides: str) -> Check:
+    return check_data(settings("name=folder", f"root={root}", *overrides))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A picture folder of two classes that a job takes."""
+    root = tmp_path / "pictures"
+    for split, n in (("train", 3), ("test", 1)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("L", (8, 8), i).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_data(tmp_path: Path, pictures: Path) -> None:
+    assert check_data(settings()).message == "digits: 1,438 training and 359 test pictures, 10 classes"
+    absent = check_data(settings("name=cifar10", f"root={tmp_path}", "download=true"))
+    assert (absent.state, "data.download=true" in absent.remedy) == ("fail", True)
+    cache = tmp_path / "cache"
+    good = folder(pictures, f"cache_dir={cache}")
+    message = f"folder {pictures}: 6 training and 2 test pictures, 2 classes, 8x8 pixels"
+    assert good == Check("data", "ok", message)
+    assert not cache.exists(), "looking changes nothing"
+    (pictures / "test").rename(pictures / "val")
+    assert folder(pictures) == good
+
+
+def link(pictures: Path) -> None:
+    (pictures / "train" / "cat" / "9.png").symlink_to(pictures.parent / "elsewhere.png")
+
+
+def nested(pictures: Path) -> None:
+    pictures.rename(pictures.with_name("inner"))
+    pictures.mkdir()
+    pictures.with_name("inner").rename(pictures / "pictures")
+
+
+def doubly_nested(pictures: Path) -> None:
     for split in ("train", "test"):
-        for label in ("cat", "dog"):
-            (tmp_path / split / label).mkdir(parents=True)
-    assert check_data("folder", tmp_path).message == f"folder {tmp_path}: 2 classes"
-    (tmp_path / "test").rename(tmp_path / "val")
-    assert check_data("folder", str(tmp_path)).state == "ok"
+        (pictures / split).rename(pictures / "kept")
+        (pictures / split).mkdir()
+        (pictures / "kept").rename(pictures / split / split)
+
+
+def other_size(pictures: Path) -> None:
+    Image.new("L", (9, 9)).save(pictures / "test" / "dog" / "0.png")
+
+
+def too_small(pictures: Path) -> None:
+    for file in pictures.glob("*/*/*.png"):
+        Image.new("L", (7, 7)).save(file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        link,
+        nested,
+        doubly_nested,
+        other_size,
+        too_small,
+        lambda root: shutil.rmtree(root / "train" / "cat"),
+        lambda root: [file.unlink() for file in root.glob("train/cat/*")],
+        lambda root: shutil.rmtree(root / "test"),
+        lambda root: (root / "test" / "owl").mkdir(),
+        lambda root: (root / "train" / "cat" / "more.zip").touch(),
+        lambda root: (root / "train" / "cat" / "1.png").write_text("no picture"),
+        lambda root: Image.new("F", (8, 8)).save(root / "test" / "cat" / "9.tif"),
+        lambda root: os.rename(root / "train" / "cat", os.fsencode(root) + b"/train/caf\xe9"),
+        shutil.rmtree,
+    ],
+)
+def test_a_folder_that_a_job_refuses_is_no_good(damage: Callable[[Path], object], pictures: Path) -> None:
+    damage(pictures)
+    check = folder(pictures)
+    assert check.state == "fail"
+    assert check.remedy
+    config = load(
+        None, ["data.name=folder", f"data.root={pictures}", f"data.cache_dir={pictures.parent / 'cache'}"]
+    )
+    with pytest.raises(IstanasError) as refusal:
+        open_dataset(config, ())
+    assert str(refusal.value) == f"{check.message}; {check.remedy}"
+
+
+def test_what_a_job_would_only_tell_is_a_warning(pictures: Path) -> None:
+    (pictures / "test" / "dog" / "0.png").unlink()
+    (pictures / "train" / "cat" / "1.heic").touch()
+    check = folder(pictures, "allow_left_out=true")
+    assert check.state == "warn"
+    assert "no test pictures of dog, left out: 1 file with the suffix .heic" in check.message
+    assert check.remedy == (
+        "add test pictures of every class; move or convert what is left out, if it belongs to the data"
+    )
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,7 @@ def test_the_onnx_file_says_how_to_feed_it(exported: Exported) -> None:
     assert json.loads(metadata["std"]) == list(exported.card.std)
     assert json.loads(metadata["class_names"]) == list(exported.card.class_names)
     assert Genotype.from_json(metadata["genotype"]) == exported.case.genotype
+    assert (json.loads(metadata["background"]), json.loads(metadata["bits"])) == ([255, 255, 255], 16)
 
 
 def test_no_file_names_a_folder_of_this_machine(exported: Exported, repo_root: Path) -> None:

@@ -337,7 +337,7 @@ def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
     with pytest.raises(IstanasError) as refusal:
         job(kind, override)
     assert "\n" not in str(refusal.value)
-    assert list(job.folder.iterdir()) == []
+    assert not job.folder.exists() or list(job.folder.iterdir()) == []
 
 
 def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path) -> None:
@@ -395,9 +395,7 @@ def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> N
     record["status"] = "RUNNING"  # as a kill before the end would have left it
     (path / "run.json").write_text(json.dumps(record))
     write(100)
-    with pytest.raises(
-        CheckpointError, match="data set folder has changed since the checkpoint of this run"
-    ) as refusal:
+    with pytest.raises(CheckpointError, match="data set folder has changed since this run began") as refusal:
         job("retrain", *overrides)
     assert "--fresh" in str(refusal.value)
     assert json.loads((path / "run.json").read_text())["datasets"] == record["datasets"], (

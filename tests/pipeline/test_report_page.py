@@ -79,7 +79,7 @@ def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], ki
     page = page_of(run)
     page.check_loads_nothing()
     page.check_ids()
-    extra = ["frozen"] if kind == "one_stage" else []
+    extra = ["pictures", *(["frozen"] if kind == "one_stage" else [])]
     assert sorted(page.sections) == sorted(COMMON + extra)
     assert "report.html" in run.read().artifacts
     links = [link["href"] for link in page.all("a")]

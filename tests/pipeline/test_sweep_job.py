@@ -110,7 +110,7 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
     assert "secret" not in to_yaml(as_written(config))
     assert "postgresql://host/db" in to_yaml(as_written(config))
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
-        check_sweep(config, Console(file=io.StringIO()))
+        check_sweep(config, load_dataset("digits"))
 
 
 @pytest.mark.parametrize(
@@ -135,16 +135,14 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
 )
 def test_what_the_space_allows_is_checked_against_the_pictures(space: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_sweep(load(None, [f"sweep={{space: {{{space}}}}}"]), Console(file=io.StringIO()))
+        check_sweep(load(None, [f"sweep={{space: {{{space}}}}}"]), load_dataset("digits"))
     assert line in str(caught.value)
 
 
 def test_only_what_trials_have_is_checked_against_the_pictures() -> None:
     space = "retrain.cutout: {fixed: 0}, search.cutout: {int: [0, 4]}"
     overrides = [f"sweep={{space: {{{space}}}, objective: retrained}}", "data.holdout=0.1"]
-    check_sweep(
-        load(None, [*overrides, "retrain.cutout=16", "search.cutout=12"]), Console(file=io.StringIO())
-    )
+    check_sweep(load(None, [*overrides, "retrain.cutout=16", "search.cutout=12"]), load_dataset("digits"))
 
 
 def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> None:

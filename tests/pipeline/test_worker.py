@@ -553,7 +553,17 @@ def test_a_job_does_not_go_on_with_other_pictures(few: ImageDataset, tmp_path: P
     start = search if job == "search" else retrain
     start(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
     with pytest.raises(CheckpointError, match="data set digits has changed since the checkpoint of this run"):
-        start(tiny(), dataclasses.replace(few, digest="other"), tmp_path)
+        start(tiny(), dataclasses.replace(few, digest="other", train_digest="other"), tmp_path)
+
+
+def test_a_two_stage_search_goes_on_with_other_test_pictures(few: ImageDataset, tmp_path: Path) -> None:
+    repaired = dataclasses.replace(few, digest="other")
+    for start, folder in ((search, tmp_path / "search"), (retrain, tmp_path / "retrain")):
+        folder.mkdir()
+        start(tiny(), few, folder, Watcher(leave_after=(1,)))
+    assert len(search(tiny(), repaired, tmp_path / "search")) == tiny().search.max_epochs
+    with pytest.raises(CheckpointError, match="data set digits has changed since the checkpoint"):
+        retrain(tiny(), repaired, tmp_path / "retrain")
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])

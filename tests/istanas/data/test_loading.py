@@ -299,14 +299,14 @@ def test_the_ranks_share_large_pictures_with_the_same_augmentation_each(large: I
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_large_picture_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
+def test_a_large_picture_that_breaks_later_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
     for split in ("train", "test"):
         for name in ("ant", "bee"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (80, 80)).save(tmp_path / split / name / "0.png")
-    broken = tmp_path / "train" / "ant" / "1.png"
+    dataset = load_dataset("folder", root=tmp_path, image_size=72, cache_dir=tmp_path / "cache")
+    broken = tmp_path / "train" / "ant" / "0.png"
     broken.write_text("no picture")
-    dataset = load_dataset("folder", root=tmp_path, image_size=72)
     with pytest.raises(DataError) as caught:
         list(loader_of(dataset, batch_size=2, workers=workers))
     assert str(caught.value).startswith(f"data.root: {broken} is no readable picture (")

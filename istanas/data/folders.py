@@ -1,0 +1,503 @@
+"""Picture folders `train/CLASS/*`, `test/CLASS/*`: which files belong to them, and what those files have in common.
+
+Everything is decided here that depends on the folder as a whole, before any picture is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from istanas.data.cache import read_cache, reason, sha256, write_cache
+from istanas.data.reading import (
+    CHUNK,
+    PICTURE_SUFFIXES,
+    POOL_FROM,
+    Broken,
+    Facts,
+    Flag,
+    Progress,
+    Reading,
+    in_pool,
+    inspect_picture,
+    shown,
+    unequal,
+    unreadable,
+)
+from istanas.errors import DataError
+from istanas.limits import SMALL_SIDE
+
+DEFAULT_IMAGE_SIZE = 224
+"""Side in pixels that large pictures are brought to when nobody says otherwise."""
+
+LEFT_OUT_SHARE = 0.01
+"""Share of a class's files that may be left out without being asked for."""
+
+# What lies beside pictures and is none. Any other suffix is one of a picture that cannot be read here, until somebody
+# says otherwise: raw pictures, HEIC, AVIF, archives and whatever comes next.
+_COMPANIONS = frozenset(
+    {
+        *(".cfg", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".py", ".sh"),
+        *(".toml", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml"),
+    }
+)
+
+_FACTS_VERSION = 1
+_FACTS = np.dtype(
+    [("width", "<u4"), ("height", "<u4"), ("peak", "<u2"), ("flags", "u1"), ("fingerprint", "u1", (8,))]
+)
+
+
+class FileState(NamedTuple):
+    """What tells a file from another one that takes its place.
+
+    The time of writing is not enough: archives bring equal times with them, and moving a file keeps its own. No
+    program sets the time of the last change of a file's entry, and a moved file keeps its inode.
+    """
+
+    size: int
+    written_ns: int
+    changed_ns: int
+    inode: int
+
+
+@dataclass
+class LeftOut:
+    """Files of a folder that are not read for one reason.
+
+    Args:
+        why: the reason, such as "in sub-folders".
+        example: path of the first one.
+        count: how many.
+    """
+
+    why: str
+    example: str
+    count: int = 0
+
+    def __str__(self) -> str:
+        """Return the line for people."""
+        files = "1 file" if self.count == 1 else f"{self.count:,} files"
+        return f"{files} {self.why}, such as {shown(self.example)}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a picture folder: training pictures first, each split sorted by class and name.
+
+    Args:
+        root: the folder.
+        class_names: sorted.
+        paths: relative to the root.
+        labels: (N,) int64.
+        n_train: how many are training pictures.
+        state: digest of all that changes with a file: what a cache must match.
+        left_out: what is not read, by reason.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: Tensor
+    n_train: int
+    state: str
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """The classes without a test picture."""
+        counts = torch.bincount(self.labels[self.n_train :], minlength=len(self.class_names)).tolist()
+        return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths as they are opened."""
+        return tuple(str(self.root / path) for path in self.paths)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the headers of all pictures of a folder tell.
+
+    Args:
+        listing: the folder.
+        facts: (N,) records of width, height, peak, flags and fingerprint, see `Facts`.
+    """
+
+    listing: Listing
+    facts: NDArray[np.void]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the pictures are large: more than half of the training pictures are."""
+        train = self.facts[: self.listing.n_train]
+        return bool(np.median(np.maximum(train["width"], train["height"])) > SMALL_SIDE)
+
+    def side(self, image_size: int | None) -> int | None:
+        """Return the side that pictures are brought to; None leaves them as they are."""
+        if image_size is None and self.is_large:
+            return DEFAULT_IMAGE_SIZE
+        return image_size
+
+    def reading(self, background: tuple[int, int, int]) -> Reading:
+        """Return how the pixels are read: how many bits grey pictures use is decided by the training pictures."""
+        train = self.facts[: self.listing.n_train]
+        deep = train[_has(train, Flag.DEEP)]
+        if len(deep) == 0:
+            return Reading(background)
+        return Reading(background, bits=max(int(deep["peak"].max()).bit_length(), 8))
+
+    def shape(self, image_size: int | None) -> tuple[int, int]:
+        """Return (height, width) of the pictures as a network gets them.
+
+        Args:
+            image_size: as `side` takes it.
+
+        Raises:
+            DataError: if they should stay as they are and have several sizes, naming the first that differs from most.
+        """
+        side = self.side(image_size)
+        if side is not None:
+            return side, side
+        sizes = [(int(w), int(h)) for w, h in zip(self.facts["width"], self.facts["height"], strict=True)]
+        counted = Counter(sizes[: self.listing.n_train])
+        (common, _), *_ = counted.most_common(1)
+        for path, size in zip(self.listing.files, sizes, strict=True):
+            if size != common:
+                raise unequal(path, size, common)
+        return common[1], common[0]
+
+    def notes(self, reading: Reading) -> Iterator[str]:
+        """Yield a line for each thing about the folder that its owner may not know."""
+        for left_out in self.listing.left_out:
+            yield f"left out: {left_out}"
+        red, green, blue = reading.background
+        for flag, text in (
+            (Flag.TRANSPARENT, f"composited over data.background #{red:02x}{green:02x}{blue:02x}"),
+            (Flag.DEEP, f"the upper 8 of the {reading.bits} bits that the training pictures use are kept"),
+            (Flag.SEVERAL_FRAMES, "only the first is read"),
+        ):
+            having = _has(self.facts, flag)
+            if having.any():
+                files = self.listing.files
+                what = _FLAGS[flag]
+                pictures = "1 picture has" if having.sum() == 1 else f"{having.sum():,} pictures have"
+                yield f"{pictures} {what}, such as {shown(files[int(having.argmax())])}: {text}"
+        peaks = self.facts["peak"][self.listing.n_train :].astype(np.int64)
+        above = int((peaks >> reading.bits > 0).sum())
+        if above > 0:
+            pictures = "1 test picture has" if above == 1 else f"{above:,} test pictures have"
+            yield (
+                f"{pictures} values above the {reading.bits} bits of the training pictures, which "
+                "are cut off there"
+            )
+
+    def sizes(self) -> str:
+        """Return the range of the pictures' sizes for people."""
+        areas = self.facts["width"].astype(np.int64) * self.facts["height"]
+        ends = [self.facts[index] for index in (int(areas.argmin()), int(areas.argmax()))]
+        smallest, largest = (f"{end['width']}x{end['height']}" for end in ends)
+        return smallest if smallest == largest else f"{smallest} to {largest}"
+
+
+_FLAGS = {
+    Flag.TRANSPARENT: "transparency",
+    Flag.DEEP: "more than 8 bits per pixel",
+    Flag.SEVERAL_FRAMES: "several frames",
+}
+
+
+def survey_folder(
+    root: Path, *, cache_dir: Path, allow_left_out: bool, progress: Progress | None, keep: bool = True
+) -> Survey:
+    """List a picture folder and read the header of every picture.
+
+    Args:
+        root: the folder.
+        cache_dir: where the headers' facts are kept.
+        allow_left_out: whether more than `LEFT_OUT_SHARE` of a class may be left out.
+        progress: called with (pictures looked at, pictures in all).
+        keep: False writes nothing into the cache.
+
+    Raises:
+        DataError: if the folder, or any picture in it, cannot be used.
+    """
+    listing = list_folder(root, allow_left_out=allow_left_out)
+    state = f"{_FACTS_VERSION} {listing.state}"
+    file = cache_file(cache_dir, root, "facts")
+    cached = read_cache(file, state)
+    if cached is not None and cached.shape == (len(listing.paths), _FACTS.itemsize):
+        return Survey(listing, cached.reshape(-1).view(_FACTS))
+    facts = _inspect_all(listing.files, progress)
+    if keep:
+        write_cache(file, state, facts.view(np.uint8).reshape(len(facts), _FACTS.itemsize))
+    return Survey(listing, facts)
+
+
+def cache_file(cache_dir: Path, root: Path, kind: str, *settings: object) -> Path:
+    """Return the file that caches something of a folder under some settings."""
+    key = sha256(json.dumps([os.path.realpath(root), *settings]).encode())
+    return cache_dir / f"folder-{key[:16]}.{kind}"
+
+
+def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
+    """Find the classes and pictures of both splits.
+
+    Args:
+        root: the folder.
+        allow_left_out: whether more than `LEFT_OUT_SHARE` of a class may be left out.
+
+    Raises:
+        DataError: if it is no picture folder, or leaves out too much.
+    """
+    _check_text(root, str(root))
+    if not root.is_dir():
+        raise DataError(
+            f"data.root: {shown(root)} is no folder; name one that holds train/CLASS/* and test/CLASS/*"
+        )
+    train = root / "train"
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    for folder in (train, test):
+        if not folder.is_dir():
+            raise DataError(
+                f"data.root: {shown(folder)} is missing; pictures lie in train/CLASS/* and test/CLASS/*"
+                f"{_hint_of_nested(root)}"
+            )
+        _refuse_link_out(folder, root)
+    class_names = _class_names(train, test, root)
+    left_out = _LeftOuts(root, allow_left_out)
+    files: list[tuple[str, int, FileState]] = []
+    n_train = 0
+    for folder in (train, test):
+        n_before = len(files)
+        for label, class_name in enumerate(class_names):
+            found = _read_class(folder / class_name, root, left_out)
+            if not found and folder == train:
+                raise DataError(
+                    f"data.root: {shown(folder / class_name)} holds no picture; "
+                    f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class"
+                )
+            files += [(path, label, state) for path, state in found]
+        loose = [(entry.path, "outside the class folders") for entry in _entries(folder) if _is_loose(entry)]
+        left_out.add(folder, len(files) - n_before, loose)
+        n_train = n_train or len(files)
+    if len(files) == n_train:
+        raise DataError(f"data.root: {shown(test)} holds no picture; add pictures of the classes to test by")
+    return Listing(
+        root=root,
+        class_names=class_names,
+        paths=tuple(path for path, *_ in files),
+        labels=torch.tensor([label for _, label, _ in files], dtype=torch.int64),
+        n_train=n_train,
+        state=sha256(json.dumps([class_names, n_train, files]).encode()),
+        left_out=tuple(left_out.by_reason.values()),
+    )
+
+
+@dataclass
+class _LeftOuts:
+    """Counts what is left out, and refuses too much of a folder.
+
+    Args:
+        root: the picture folder.
+        allowed: whether nothing is too much.
+        by_reason: what was left out so far.
+    """
+
+    root: Path
+    allowed: bool
+    by_reason: dict[str, LeftOut] = field(default_factory=dict)
+
+    def add(self, folder: Path, n_read: int, files: Sequence[tuple[str, str]]) -> None:
+        """Count the (path, reason) of what is left out of a folder of which `n_read` pictures are read.
+
+        Raises:
+            DataError: if it is too much.
+        """
+        here: dict[str, LeftOut] = {}
+        for path, why in files:
+            for counted in (here, self.by_reason):
+                counted.setdefault(why, LeftOut(why, path)).count += 1
+        total = n_read + len(files)
+        if len(files) > LEFT_OUT_SHARE * total and not self.allowed:
+            reasons = "; ".join(map(str, here.values()))
+            raise DataError(
+                f"data.root: {len(files):,} of {total:,} files of {shown(folder)} would be left out ({reasons}); "
+                "move or convert them, or do without them by --set data.allow_left_out=true"
+            )
+
+
+def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str, FileState]]:
+    """List the pictures of a class, by name, as paths relative to the root."""
+    pictures: list[tuple[str, FileState]] = []
+    others: list[tuple[str, str]] = []
+    for entry in _entries(folder) if folder.is_dir() else []:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            _refuse_link_out(entry, root)
+            others += [(path, "in sub-folders") for path in _below(entry.path)]
+        elif suffix in PICTURE_SUFFIXES:
+            _refuse_link_out(entry, root)
+            pictures.append((f"{folder.parent.name}/{folder.name}/{entry.name}", _state(entry)))
+        elif suffix not in _COMPANIONS:
+            others.append((entry.path, f"with the suffix {shown(suffix)}" if suffix else "without a suffix"))
+    left_out.add(folder, len(pictures), others)
+    return pictures
+
+
+def _state(entry: os.DirEntry[str]) -> FileState:
+    try:
+        facts = entry.stat()
+        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would never end
+            raise OSError("no regular file")
+    except OSError as error:
+        raise unreadable(entry.path, reason(error)) from error
+    return FileState(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+
+
+def _is_loose(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry beside the class folders looks like a picture that was meant to be read."""
+    return not entry.is_dir() and os.path.splitext(entry.name)[1].lower() not in _COMPANIONS
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Yield the files anywhere in a folder that are no companions of pictures."""
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() not in _COMPANIONS:
+                yield os.path.join(where, name)
+
+
+def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
+    """Return the classes, sorted: the folders in `train`, of which `test` may lack some."""
+    class_names = _directories(train, root)
+    if len(class_names) < 2:
+        raise DataError(
+            f"data.root: {shown(train)} holds {len(class_names)} classes; it takes two, a folder for each"
+            f"{_hint_of_nested(train)}"
+        )
+    known: dict[str, Path] = {}
+    for folder in (train, test):
+        for name in _directories(folder, root) if folder == test else class_names:
+            form = unicodedata.normalize("NFC", name)
+            twin = known.setdefault(form, folder / name)
+            if twin.name != name:
+                raise DataError(
+                    f"data.root: {shown(twin)} and {shown(folder / name)} are names of one class with different code "
+                    f"points ({_code_points(twin.name, name)}); give both the same name"
+                )
+            if folder == test and name not in class_names:
+                raise DataError(
+                    f"data.root: {shown(test / name)} is a class that {shown(train)} lacks; add it there or remove "
+                    "it here"
+                )
+    return class_names
+
+
+def _code_points(first: str, second: str) -> str:
+    """Name the code points in which two names differ."""
+    start = next(i for i in range(len(first) + 1) if first[: i + 1] != second[: i + 1])
+    return " and ".join(
+        " ".join(f"U+{ord(c):04X}" for c in name[start : start + 3]) for name in (first, second)
+    )
+
+
+def _check_text(path: Path, name: str) -> None:
+    """Raise for a name that is not UTF-8: it could be written into no file of a run."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"data.root: the name of {shown(path)} is not UTF-8; rename the folder") from None
+
+
+def _hint_of_nested(folder: Path) -> str:
+    """Name the folder inside that looks like what was meant, as archives leave it: `photos/photos/train`."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in inside:
+        if (path / "train").is_dir():
+            return f" (set data.root={shown(path)}?)"
+        if len(inside) == 1 and path.name == folder.name:
+            return f" (move those in {shown(path)} one folder up?)"
+    return ""
+
+
+def _directories(folder: Path, root: Path) -> tuple[str, ...]:
+    """Name the folders in a folder, sorted."""
+    found = [entry for entry in _entries(folder) if entry.is_dir()]
+    for entry in found:
+        _refuse_link_out(entry, root)
+        _check_text(Path(entry.path), entry.name)
+    return tuple(entry.name for entry in found)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder by name, hidden entries left out."""
+    try:
+        with os.scandir(folder) as scan:
+            return sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(
+            f"data.root: {shown(folder)} cannot be listed ({reason(error)}); check its permissions"
+        ) from error
+
+
+def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
+    """Raise if the path is a link that leads out of the root.
+
+    A picture folder often comes from somebody else: it should show nothing but itself.
+    """
+    if not path.is_symlink():
+        return
+    inside, target = os.path.realpath(root), os.path.realpath(path)
+    if os.path.commonpath([inside, target]) != inside:
+        raise DataError(
+            f"data.root: {shown(path)} is a link that leads out of the folder, to {shown(target)}; "
+            "put a copy in its place, or set data.root to a folder that holds both"
+        )
+
+
+def _inspect_all(files: Sequence[str], progress: Progress | None) -> NDArray[np.void]:
+    """Read the headers of all pictures: (N,) records.
+
+    Raises:
+        DataError: naming the first broken picture, and how many there are.
+    """
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+    facts: list[NDArray[np.void]] = []
+    broken: list[Broken] = []
+    for chunk, (known, lost) in zip(
+        chunks, in_pool(_inspect_chunk, chunks, pool=len(files) >= POOL_FROM), strict=True
+    ):
+        facts.append(known)
+        broken += lost
+        if progress is not None:
+            progress((len(facts) - 1) * CHUNK + len(chunk), len(files))
+    if broken:
+        raise unreadable(broken[0].path, broken[0].why, more=len(broken) - 1)
+    return np.concatenate(facts)
+
+
+def _inspect_chunk(paths: Sequence[str]) -> tuple[NDArray[np.void], list[Broken]]:
+    found = [inspect_picture(path) for path in paths]
+    records = [
+        (*each[:4], np.frombuffer(each.fingerprint, np.uint8)) for each in found if isinstance(each, Facts)
+    ]
+    return np.array(records, dtype=_FACTS), [each for each in found if isinstance(each, Broken)]
+
+
+def _has(facts: NDArray[np.void], flag: Flag) -> NDArray[np.bool_]:
+    """Mark the pictures with a flag."""
+    return (facts["flags"] & int(flag)) > 0

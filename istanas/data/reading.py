@@ -1,0 +1,425 @@
+"""One picture file: what its header says, and its pixels as 8 bits per channel, upright and opaque."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from istanas.data.cache import reason
+from istanas.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE_SUFFIXES = frozenset(
+    {
+        *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm"),
+        *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+    }
+)
+
+# What Pillow may take a file for, whatever its suffix says: PostScript, say, would start another program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+CHUNK = 500  # pictures that a pool process reads at a time: some 50 ms of work, 1.5 MB of result
+POOL_FROM = 4 * CHUNK  # below this many pictures, starting processes costs more than it saves
+
+_BLOCK = 16 * 1024  # bytes of a sample of a large file
+_WHOLE = 4 * _BLOCK  # files up to this size are sampled whole
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION, _ORIENTATIONS, _SIDEWAYS = 0x0112, range(1, 9), (5, 6, 7, 8)
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the pixels of a file become 8 bits per channel; a trained network needs the same again.
+
+    Args:
+        background: (red, green, blue) in 0..255, over which transparent pictures are composited.
+        bits: number of bits that grey pictures with more than 8 bits use, in 8..16. The upper 8 of them are kept.
+    """
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    bits: int = 16
+
+
+PLAIN = Reading()
+"""How pictures without transparency and with 8 bits are read, whatever the settings."""
+
+
+class Flag(IntFlag):
+    """What a picture's header tells beside its size."""
+
+    TRANSPARENT = 1
+    DEEP = 2
+    SEVERAL_FRAMES = 4
+
+
+class Facts(NamedTuple):
+    """What is known of a picture file without (unless it is deep) decoding it.
+
+    Args:
+        width: in pixels, upright.
+        height: in pixels, upright.
+        peak: largest value of a grey picture with more than 8 bits; 0 of others.
+        flags: see `Flag`.
+        fingerprint: 8 bytes, a digest of the file's size and of samples of its content; all of it up to 64 KiB.
+    """
+
+    width: int
+    height: int
+    peak: int
+    flags: int
+    fingerprint: bytes
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A picture file that cannot be used, and why."""
+
+    path: str
+    why: str
+
+
+def inspect_picture(path: str) -> Facts | Broken:
+    """Read a picture's header and check that the file is whole and can be read without a loss.
+
+    A file that lacks its format's end mark is decoded: only the pixels can tell whether that does any harm.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its facts, or what is wrong with it.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            samples = _samples(file, size)
+            # A small file has been read already, which on a disk across the network costs more than all the rest.
+            with opened(io.BytesIO(samples[0]) if size <= _WHOLE else file) as picture:
+                return _facts(picture, samples, size)
+    except Exception as error:  # broken files raise anything: OSError, SyntaxError, struct.error ...
+        return Broken(path, reason(error))
+
+
+def _facts(picture: Image.Image, samples: Sequence[bytes], size: int) -> Facts:
+    _check_depth(picture)
+    flags, peak = Flag(0), 0
+    if picture.has_transparency_data:
+        flags |= Flag.TRANSPARENT
+    # The second picture of an MPO is the brightness or the depth of the first, as telephones store it in JPEG files.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        flags |= Flag.SEVERAL_FRAMES
+    width, height = picture.size
+    if _may_lie_sideways(picture, samples) and _orientation(picture) in _SIDEWAYS:
+        width, height = height, width
+    if _is_deep(picture):
+        flags |= Flag.DEEP
+        peak = int(np.asarray(picture).max())
+    elif not _seems_whole(picture, samples, size):
+        picture.load()
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for sample in samples:
+        digest.update(sample)
+    return Facts(width, height, peak, int(flags), digest.digest())
+
+
+def read_picture(path: str, reading: Reading = PLAIN) -> tuple[Image.Image, bool]:
+    """Decode a picture file to RGB, upright and opaque.
+
+    Args:
+        path: the file.
+        reading: how transparent and deep pixels are read.
+
+    Returns:
+        (the picture, whether it is grey).
+
+    Raises:
+        DataError: whatever is wrong with the file, Pillow's limit on decompression bombs included.
+
+    Example:
+        >>> read_picture("no.png")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        istanas.errors.DataError: data.root: no.png is no readable picture (No such file or directory); ...
+    """
+    from PIL import Image
+
+    try:
+        with opened(path) as picture:
+            _check_depth(picture)
+            deep, mode = _is_deep(picture), picture.mode
+            upright = _upright(picture)
+            if deep:
+                values = np.asarray(upright) >> (reading.bits - 8)
+                return Image.fromarray(np.minimum(values, 255).astype(np.uint8)).convert("RGB"), True
+            grey = mode in {"1", "L", "LA", "La"}
+            if upright.has_transparency_data:
+                return _composited(upright, reading), grey and len(set(reading.background)) == 1
+            return (upright if mode == "RGB" else upright.convert("RGB")), grey
+    except Exception as error:  # broken files raise anything: OSError, SyntaxError, struct.error ...
+        raise unreadable(path, reason(error)) from error
+
+
+@contextmanager
+def opened(source: str | BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture of at most as many pixels as Pillow takes for harmless: up to twice as many it only warns of."""
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(source, formats=_FORMATS)
+        except UnidentifiedImageError:  # whose message shows this program's objects
+            raise ValueError(f"its content is none of {', '.join(_FORMATS)}") from None
+    with picture:
+        yield picture
+
+
+def in_pool(
+    work: Callable[..., Result], chunks: Sequence[Sequence[str]], *arguments: object, pool: bool
+) -> Iterator[Result]:
+    """Yield `work(chunk, *arguments)` of the chunks in order, from a process for each core.
+
+    Args:
+        work: a function of a module.
+        chunks: of paths.
+        arguments: the same for every chunk.
+        pool: False does it in this process.
+
+    Raises:
+        DataError: if a process was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not pool or cores == 1:
+        yield from (work(chunk, *arguments) for chunk in chunks)
+        return
+    # Processes, because small pictures are mostly interpreter work, where threads only wait for one another.
+    executor = ProcessPoolExecutor(min(cores, len(chunks)))
+    try:
+        yield from executor.map(work, chunks, *([argument] * len(chunks) for argument in arguments))
+    except BrokenProcessPool as error:
+        raise DataError("data.root: a decoding process was killed; free some memory and try again") from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_pictures(
+    paths: Sequence[str], size: int | None, reading: Reading, progress: Progress | None
+) -> NDArray[np.uint8]:
+    """Decode all pictures to bytes.
+
+    Args:
+        paths: N files, at least one.
+        size: of the square that they are brought to; None keeps theirs, which must be equal.
+        reading: see `Reading`.
+        progress: called with (pictures decoded, N).
+
+    Returns:
+        (N, C, H, W): one channel if every picture is grey, else three.
+
+    Raises:
+        DataError: for a broken picture, or one of another size than the others.
+    """
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    images: NDArray[np.uint8] | None = None
+    all_grey, done = True, 0
+    for chunk, grey in in_pool(_decode_chunk, chunks, size, reading, pool=len(paths) >= POOL_FROM):
+        if images is None:
+            images = np.empty((len(paths), 3, *chunk.shape[1:3]), np.uint8)
+        if chunk.shape[1:3] != images.shape[2:]:
+            raise unequal(paths[done], _size(chunk.shape[1:]), _size(images.shape[2:]))
+        images[done : done + len(chunk)] = chunk.transpose(0, 3, 1, 2)
+        all_grey &= grey
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(paths))
+    assert images is not None
+    return np.ascontiguousarray(images[:, :1]) if all_grey else images
+
+
+def _decode_chunk(paths: Sequence[str], size: int | None, reading: Reading) -> tuple[NDArray[np.uint8], bool]:
+    """Decode pictures to (n, H, W, 3) bytes, size x size if given; and tell whether all were grey."""
+    from PIL import Image, ImageOps
+
+    arrays: list[NDArray[np.uint8]] = []
+    all_grey = True
+    for path in paths:
+        picture, grey = read_picture(path, reading)
+        all_grey &= grey
+        if size is not None and picture.size != (size, size):
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+        array = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
+        if arrays and array.shape != arrays[0].shape:
+            raise unequal(path, _size(array.shape), _size(arrays[0].shape))
+        arrays.append(array)
+    return np.stack(arrays), all_grey
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as it can be printed anywhere: what is not printable, or not UTF-8, is escaped.
+
+    Example:
+        >>> shown("caf\\udce9"), shown("café")
+        ('caf\\\\udce9', 'café')
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
+
+
+def unreadable(path: str, why: str, more: int = 0) -> DataError:
+    """Name the picture that cannot be used, and why.
+
+    Args:
+        path: of the picture.
+        why: it cannot be used.
+        more: how many others cannot be used either.
+    """
+    if more > 0:
+        others = "one other is not" if more == 1 else f"{more:,} others are not"
+        return DataError(
+            f"data.root: {shown(path)} is no readable picture ({why}), and {others} either; replace or delete them"
+        )
+    return DataError(f"data.root: {shown(path)} is no readable picture ({why}); replace or delete it")
+
+
+def unequal(path: str, size: tuple[int, int], others: tuple[int, int]) -> DataError:
+    """Name the picture whose size is not that of the others.
+
+    Args:
+        path: of the picture.
+        size: (width, height).
+        others: likewise.
+    """
+    return DataError(
+        f"data.root: {shown(path)} has {size[0]}x{size[1]} pixels, others have {others[0]}x{others[1]}; "
+        f"bring all to one size with --set data.image_size={max(others)}"
+    )
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    """(width, height) of an array (H, W, ...)."""
+    return shape[1], shape[0]
+
+
+def _samples(file: BinaryIO, size: int) -> list[bytes]:
+    """A small file's content; of a large one its start, its middle and its end."""
+    if size <= _WHOLE:
+        return [file.read()]
+    samples = []
+    for start in (0, (size - _BLOCK) // 2, size - _BLOCK):
+        file.seek(start)
+        samples.append(file.read(_BLOCK))
+    file.seek(0)
+    return samples
+
+
+def _seems_whole(picture: Image.Image, samples: Sequence[bytes], size: int) -> bool:
+    """Whether a file ends as its format does; of formats without such a mark, whether it is long enough."""
+    start, end = samples[0], samples[-1]
+    match picture.format:
+        case "JPEG" | "MPO":
+            return b"\xff\xd9" in end
+        case "PNG":
+            return b"IEND" in end
+        case "GIF":
+            return end.rstrip(b"\0").endswith(b";")
+        case "WEBP":
+            return size >= int.from_bytes(start[4:8], "little") + 8
+    tiles = _tiles(picture)
+    return all(tile.codec_name == "raw" and size >= _end(picture, tile) for tile in tiles) and len(tiles) > 0
+
+
+def _end(picture: Image.Image, tile: Any) -> int:
+    """The byte at which an uncompressed part of a picture ends, or a later one."""
+    left, top, right, bottom = tile.extents
+    bits = 1 if picture.mode == "1" else 8 * len(picture.getbands())
+    end: int = tile.offset + (right - left) * (bottom - top) * bits // 8
+    return end
+
+
+def _may_lie_sideways(picture: Image.Image, samples: Sequence[bytes]) -> bool:
+    """Whether the orientation is worth asking for.
+
+    Pillow turns TIFF pictures by itself, and their size with them. Of a PNG it decodes all pixels to answer.
+    """
+    if picture.format != "PNG":
+        return picture.format != "TIFF"
+    return any(mark in sample for mark in (b"eXIf", b"exif", b"xmp") for sample in (samples[0], samples[-1]))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1..8; 1 (upright) of a picture without one."""
+    try:
+        found: Any = picture.getexif().get(_ORIENTATION)
+    except Exception:  # metadata that programs have spoilt, which says nothing about the pixels
+        return 1
+    return int(found) if found in _ORIENTATIONS else 1
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """A copy of a picture as it is seen."""
+    from PIL import ImageOps
+
+    picture.load()  # which turns TIFF pictures already
+    copy, orientation = picture.copy(), _orientation(picture)
+    if orientation == 1:
+        return copy
+    # Of the metadata the orientation alone: Pillow writes the rest back, and fails on what is odd in it.
+    copy.info = {key: value for key, value in copy.info.items() if key == "transparency"}
+    copy.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(copy)
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether it is a grey picture with more than 8 bits; Pillow scales those of PGM files to 16 bits."""
+    return picture.mode in _DEEP_MODES or (picture.mode == "I" and picture.format == "PPM")
+
+
+def _check_depth(picture: Image.Image) -> None:
+    """Raise for pixels that Pillow would cut to 8 bits, or whose range is not known."""
+    if _is_deep(picture):
+        if "transparency" in picture.info:
+            raise ValueError("16 bits with a transparent value, scale it to 8 bits")
+        return
+    if picture.mode in {"I", "F"}:
+        raise ValueError(f"pixels of mode {picture.mode} have no fixed range, scale them to 8 or 16 bits")
+    if any(_bits(picture, tile.args) > 8 for tile in _tiles(picture)):
+        raise ValueError(
+            "colour or transparency with more than 8 bits per channel, scale them to 8, by the range that all use"
+        )
+
+
+def _bits(picture: Image.Image, arguments: Any) -> int:
+    """Bits per channel of a stored tile, more than 8 or not: Pillow's mode of the decoded picture does not say."""
+    if picture.format == "PPM":
+        return int(arguments[1]).bit_length() if isinstance(arguments, tuple) and len(arguments) > 1 else 8
+    raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""
+    return 16 if picture.format in {"PNG", "TIFF"} and ";16" in str(raw) else 8
+
+
+def _tiles(picture: Image.Image) -> Sequence[Any]:
+    """What of the file is which part of the picture, as Pillow is going to decode it."""
+    return getattr(picture, "tile", ())
+
+
+def _composited(picture: Image.Image, reading: Reading) -> Image.Image:
+    """Composite a picture with transparent parts over the background."""
+    from PIL import Image
+
+    background = Image.new("RGBA", picture.size, (*reading.background, 255))
+    return Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")

@@ -1,0 +1,541 @@
+"""Picture folders as people have them: what is read of them, and how; what is left out, refused or told."""
+
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from istanas.data import (
+    ArrayPictures,
+    FilePictures,
+    ImageDataset,
+    batches,
+    load_dataset,
+    pictures_digest,
+)
+from istanas.errors import DataError
+
+Load = Callable[..., ImageDataset]
+
+
+def save(path: Path, picture: np.ndarray | Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(path, **options)
+
+
+def grey(value: int, side: int = 8) -> np.ndarray:
+    return np.full((side, side), value, np.uint8)
+
+
+def write_folder(root: Path, make: Callable[[int], np.ndarray], suffix: str = ".png") -> Path:
+    """Two classes of two training pictures and one test picture each: `make` gets 0..5."""
+    number = 0
+    for split, count in (("train", 2), ("test", 1)):
+        for name in ("ant", "bee"):
+            for i in range(count):
+                save(root / split / name / f"{name}{i}{suffix}", make(number))
+                number += 1
+    return root
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load_from(root: Path, **options: object) -> ImageDataset:
+        return load_dataset("folder", root=root, cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+    return load_from
+
+
+def images(dataset: ImageDataset, split: str = "train") -> torch.Tensor:
+    pictures = getattr(dataset, split)
+    assert isinstance(pictures, ArrayPictures)
+    return pictures.images
+
+
+# ---------- the cache belongs to the files that were decoded
+
+
+def swap(first: Path, second: Path) -> None:
+    first.rename(first.with_name("kept"))
+    second.rename(first)
+    first.with_name("kept").rename(second)
+
+
+def overwrite(first: Path, second: Path) -> None:
+    """As an archive does that is unpacked once more, the files of which have changed places."""
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+
+
+@pytest.mark.parametrize("correct", [swap, overwrite])
+def test_corrected_labels_are_not_those_of_the_cache(
+    correct: Callable[[Path, Path], None], tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(40 * n), ".bmp")  # all of one size
+
+    def equal_times() -> None:
+        for file in root.rglob("*.bmp"):
+            os.utime(file, ns=(10**18, 10**18))
+
+    equal_times()
+    before = load(root)
+    assert images(before)[:, 0, 0, 0].tolist() == [0, 40, 80, 120]
+    correct(root / "train" / "ant" / "ant0.bmp", root / "train" / "bee" / "bee0.bmp")
+    equal_times()
+    after = load(root)
+    assert images(after)[:, 0, 0, 0].tolist() == [80, 40, 0, 120]
+    assert after.digest != before.digest
+    shutil.rmtree(tmp_path / "cache")
+    assert load(root).digest == after.digest
+
+
+# ---------- pixels as they are seen
+
+
+EXIF_FORMATS = {
+    ".jpg": {"quality": 100, "subsampling": 0},
+    ".png": {},
+    ".tif": {},
+    ".webp": {"lossless": True},
+}
+STORED = {  # EXIF's orientation -> how the upright picture lies in the file
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+def upright(side: int) -> np.ndarray:
+    """A picture, twice as high as wide, whose quarters differ."""
+    quarters = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 250]]], np.uint8)
+    return quarters.repeat(side, axis=0).repeat(side // 2, axis=1)
+
+
+@pytest.mark.parametrize("suffix", EXIF_FORMATS)
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("side", [16, 80], ids=["small", "large"])
+def test_pictures_are_read_upright(
+    side: int, orientation: int, suffix: str, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path, lambda n: upright(side), suffix)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = root / "train" / "ant" / f"ant0{suffix}"
+    stored = np.ascontiguousarray(STORED[orientation](upright(side)))
+    save(file, stored, exif=exif.tobytes(), **EXIF_FORMATS[suffix])
+    save(root / "train" / "ant" / f"ant1{suffix}", upright(side), **EXIF_FORMATS[suffix])
+    dataset = load(root)
+    first, second = (pictures_of(dataset, [index])[0].double() for index in (0, 1))
+    assert first.shape == second.shape
+    assert (first - second).abs().max() <= (24 if suffix == ".jpg" else 0)
+    assert f"{side}x{2 * side} pixels" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("orientation", [None, 0, 9, 65_535])
+def test_spoilt_metadata_do_no_harm(orientation: int | None, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path, lambda n: upright(16), ".jpg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 0
+    content = b"Exif\0\0no EXIF at all" if orientation is None else exif.tobytes()
+    save(root / "train" / "ant" / "ant0.jpg", upright(16), exif=content)
+    first, second = images(load(root))[:2]
+    assert torch.equal(first, second)
+
+
+def test_odd_metadata_beside_the_orientation_do_no_harm(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path, lambda n: upright(16), ".png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif[0x010F] = "maker"
+    content = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x63")  # a type that is none
+    assert content != exif.tobytes()
+    save(root / "train" / "ant" / "ant0.png", np.rot90(upright(16), 2), exif=content)
+    first, second = images(load(root))[:2]
+    assert torch.equal(first, second)
+
+
+def pictures_of(dataset: ImageDataset, indices: list[int], split: str = "train") -> torch.Tensor:
+    """Bytes of some pictures, as they are measured."""
+    loader = batches(
+        dataset, split, torch.tensor(indices), batch_size=8, augmentation=None, device=torch.device("cpu"),
+        seed=0, epoch=0, shuffle=False, dtype=torch.float64,
+    )  # fmt: skip
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
+    return torch.cat([(255 * (b.images * std + mean)).round() for b in loader]).byte()
+
+
+def shape_in_alpha(mode: str, side: int) -> Image.Image:
+    """Black all over, opaque in its left half."""
+    alpha = np.zeros((side, side), np.uint8)
+    alpha[:, : side // 2] = 255
+    colour = {"RGBA": "RGB", "LA": "L"}.get(mode, "P")
+    picture = Image.new(colour, (side, side), 0)
+    if colour == "P":
+        picture.putpalette([0, 0, 0, 9, 9, 9])
+        picture.putdata((alpha == 0).astype(np.uint8).ravel().tolist())
+        picture.info["transparency"] = 1
+    else:
+        picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "channels"),
+    [
+        ("RGBA", ".png", 3),
+        ("RGBA", ".webp", 3),
+        ("RGBA", ".tif", 3),
+        ("LA", ".png", 1),
+        ("P", ".png", 3),
+        ("P", ".gif", 3),
+    ],
+)
+@pytest.mark.parametrize("side", [16, 80], ids=["small", "large"])
+def test_transparent_pictures_are_composited_over_a_background(
+    side: int, mode: str, suffix: str, channels: int, tmp_path: Path, load: Load
+) -> None:
+    root = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            options = {"lossless": True} if suffix == ".webp" else {}
+            save(root / split / name / f"0{suffix}", shape_in_alpha(mode, side), **options)
+    dataset = load(root)
+    assert dataset.channels == (channels if side == 16 else 3)
+    (picture,) = pictures_of(dataset, [0])
+    size = picture.shape[2]
+    assert picture[:, :, : size // 3].max() == 0
+    assert picture[:, :, -size // 3 :].min() == 255
+    notes = [note for note in dataset.notes if "transparency" in note]
+    assert len(notes) == 1
+    assert "4 pictures have transparency" in notes[0]
+    assert notes[0].endswith("composited over data.background #ffffff")
+    red = load(root, background=(200, 0, 0))
+    assert pictures_of(red, [0])[0, :, 0, -1].tolist() == [200, 0, 0]
+    assert red.digest != dataset.digest
+    assert torch.equal(pictures_of(load(root), [0])[0], picture), "not from the cache of the other background"
+
+
+def test_opaque_pictures_with_an_alpha_channel_stay_as_they_are(tmp_path: Path, load: Load) -> None:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (8, 8, 4), dtype=np.uint8) for _ in range(6)]
+    for array in pixels:
+        array[..., 3] = 255
+    dataset = load(write_folder(tmp_path, lambda n: pixels[n]))
+    np.testing.assert_array_equal(images(dataset)[1], pixels[1][..., :3].transpose(2, 0, 1))
+
+
+# ---------- more than 8 bits
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize(
+    ("peak", "bits"),
+    [(255, 8), (200, 8), (20, 8), (256, 9), (4000, 12), (4095, 12), (40_000, 16), (65_535, 16)],
+)
+@pytest.mark.parametrize("side", [8, 80], ids=["small", "large"])
+def test_deep_grey_pictures_keep_the_upper_8_of_the_bits_they_use(
+    side: int, peak: int, bits: int, suffix: str, tmp_path: Path, load: Load
+) -> None:
+    values = np.linspace(0, peak, 6).round().astype(np.uint16)
+    root = write_folder(tmp_path / "pictures", lambda n: np.full((side, side), values[n]), suffix)
+    save(root / "train" / "bee" / f"bee1{suffix}", np.full((side, side), peak, np.uint16))
+    dataset = load(root)
+    used = [*values[:3], peak]
+    read = pictures_of(dataset, [0, 1, 2, 3])[:, 0, 0, 0].tolist()
+    assert read == [int(value) >> (bits - 8) for value in used]
+    assert dataset.reading.bits == bits
+    assert any(f"the upper 8 of the {bits} bits" in note for note in dataset.notes)
+    assert len({*read}) == 4
+
+
+def test_bits_are_decided_by_the_training_pictures(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: np.full((8, 8), 40 * n, np.uint16))
+    before = load(root)
+    save(root / "test" / "ant" / "ant0.png", np.full((8, 8), 60_000, np.uint16))
+    dataset = load(root)
+    assert (dataset.reading.bits, dataset.train_digest) == (8, before.train_digest)
+    assert images(dataset, "test")[:, 0, 0, 0].tolist() == [255, 200]
+    assert dataset.notes[-1].startswith("1 test picture has values above the 8 bits of the training pictures")
+
+
+def deep_png(channels: int) -> bytes:
+    """A PNG of 16 bits per channel, which Pillow opens as one of 8: 2 grey and alpha, 3 colour, 4 both."""
+    rows = np.full((8, 8, channels), 200, ">u2")
+    colour_type = {2: 4, 3: 2, 4: 6}[channels]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("9.png", deep_png(2), "more than 8 bits per channel"),
+        ("9.png", deep_png(3), "more than 8 bits per channel"),
+        ("9.png", deep_png(4), "more than 8 bits per channel"),
+        ("9.ppm", b"P6\n8 8\n4095\n" + bytes(8 * 8 * 6), "more than 8 bits per channel"),
+        ("9.tif", Image.new("F", (8, 8)), "pixels of mode F have no fixed range"),
+        ("9.tif", Image.new("I", (8, 8)), "pixels of mode I have no fixed range"),
+    ],
+    ids=["grey alpha png", "colour png", "colour alpha png", "ppm", "float", "32 bits"],
+)
+@pytest.mark.parametrize("size", [None, 80])
+def test_pixels_that_would_lose_values_are_refused(
+    size: int | None, name: str, content: bytes | Image.Image, why: str, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    file = root / "train" / "bee" / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save(file, content)
+    with pytest.raises(DataError, match=why) as caught:
+        load(root, image_size=size)
+    assert str(caught.value).startswith(f"data.root: {file} is no readable picture (")
+    assert "scale" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---------- what is left out
+
+
+def test_jfif_files_are_read(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n), ".jpg")
+    for file in [*root.glob("*/*/*.jpg")]:
+        file.rename(file.with_suffix(".jfif"))
+    dataset = load(root)
+    assert (len(dataset.train), len(dataset.test)) == (4, 2)
+
+
+def in_a_sub_folder(folder: Path) -> Path:
+    return folder / "more" / "even more" / "1.png"
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        (in_a_sub_folder, "in sub-folders"),
+        (lambda folder: folder / "1.heic", r"with the suffix \.heic"),
+        (lambda folder: folder / "1.AVIF", r"with the suffix \.avif"),
+        (lambda folder: folder / "all.zip", r"with the suffix \.zip"),
+        (lambda folder: folder / "picture", "without a suffix"),
+        (lambda folder: folder.parent / "1.png", "outside the class folders"),
+    ],
+    ids=["sub-folder", "heic", "avif", "archive", "no suffix", "no class"],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_left_out_stops_unless_it_is_allowed(
+    split: str, place: Callable[[Path], Path], why: str, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    file = place(root / split / "bee")
+    save(root / "other.png", grey(1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / "other.png", file)
+    message = rf"1 of \d files of .* would be left out \(1 file {why}, such as {re.escape(str(file))}\)"
+    with pytest.raises(DataError, match=message) as caught:
+        load(root)
+    assert str(caught.value).endswith("--set data.allow_left_out=true")
+    dataset = load(root, allow_left_out=True)
+    assert (len(dataset.train), len(dataset.test)) == (4, 2)
+    (note,) = dataset.notes[1:]
+    assert re.match(rf"left out: 1 file {why}, such as ", note)
+
+
+def test_a_hundredth_of_a_class_may_be_left_out_and_is_told(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    for i in range(97):
+        save(root / "train" / "bee" / f"more{i:02}.png", grey(i))
+    (root / "train" / "bee" / "1.heic").touch()
+    for name in ("notes.txt", "1.json", "Thumbs.db", ".hidden.heic"):
+        (root / "train" / "bee" / name).touch()
+    assert load(root).notes[1:] == (
+        f"left out: 1 file with the suffix .heic, such as {root}/train/bee/1.heic",
+    )
+    (root / "train" / "bee" / "2.heic").touch()
+    with pytest.raises(
+        DataError, match=r"2 of 101 files of .*bee would be left out \(2 files with the suffix"
+    ):
+        load(root)
+
+
+def test_only_the_first_frame_is_read_and_that_is_told(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(10 * n), ".gif")
+    frames = [Image.fromarray(grey(value)) for value in (50, 100)]
+    save(root / "train" / "ant" / "ant0.gif", frames[0], save_all=True, append_images=frames[1:])
+    dataset = load(root)
+    assert any("1 picture has several frames" in note for note in dataset.notes)
+    assert images(dataset)[0, :, 0, 0].unique().tolist() == [50]
+
+
+# ---------- small or large
+
+
+def test_one_large_picture_first_does_not_make_a_folder_large(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 16))
+    first = root / "train" / "ant" / "ant0.png"
+    save(first, grey(0, 80))
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(caught.value) == (
+        f"data.root: {first} has 80x80 pixels, others have 16x16; "
+        "bring all to one size with --set data.image_size=16"
+    )
+    dataset = load(root, image_size=16)
+    assert dataset.notes == (
+        "folder: 4 training and 2 test pictures of 2 classes, 16x16 to 80x80 pixels, grey, scaled and cropped to "
+        "16x16, kept in memory",
+    )
+    assert images(dataset).shape == (4, 1, 16, 16)
+
+
+def test_one_small_picture_first_does_not_make_a_folder_small(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 80))
+    save(root / "train" / "ant" / "ant0.png", grey(0, 16))
+    save(root / "train" / "bee" / "bee0.png", grey(0, 64))
+    save(root / "train" / "bee" / "bee2.png", grey(0, 96))
+    dataset = load(root)
+    assert isinstance(dataset.train, FilePictures)
+    assert dataset.notes == (
+        "folder: 5 training and 2 test pictures of 2 classes, 16x16 to 96x96 pixels, colour, scaled and cropped to "
+        "224x224, read from their files in every epoch",
+    )
+
+
+def test_every_data_set_is_described_in_one_line() -> None:
+    assert load_dataset("digits").notes == (
+        "digits: 1,438 training and 359 test pictures of 10 classes, 8x8 pixels, grey, kept in memory",
+    )
+
+
+# ---------- names
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    os.rename(os.fsencode(root / "train" / "bee"), os.fsencode(root / "train") + b"/caf\xe9")
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(caught.value) == (
+        f"data.root: the name of {root}/train/caf\\udce9 is not UTF-8; rename the folder"
+    )
+    odd = Path(os.fsdecode(os.fsencode(root) + b"\xe9"))
+    root.rename(odd)
+    with pytest.raises(DataError, match=r"the name of .*pictures\\udce9 is not UTF-8"):
+        load(odd)
+
+
+def test_pictures_may_have_names_that_are_not_utf8(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(40 * n, 80))
+    odd = root / "train" / "ant" / os.fsdecode(b"ant\xe9.png")
+    (root / "train" / "ant" / "ant0.png").rename(odd)
+    assert pictures_of(load(root), [1])[0, 0, 0, 0] == 0
+    odd.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"ant\\udce9\.png is no readable picture") as caught:
+        load(root)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_names_that_only_look_alike_are_told_by_their_code_points(
+    split: str, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (root / "train" / "ant").rename(root / "train" / composed)
+    (root / "test" / "ant").rename(root / "test" / composed)
+    (root / split / "bee").rename(root / split / decomposed)
+    with pytest.raises(DataError, match="names of one class with different code points") as caught:
+        load(root)
+    assert "U+00E9" in str(caught.value)
+    assert "U+0065 U+0301" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["123", "2024-01-01", "@eaDir", "[x]", "a b #1", "null"])
+def test_any_other_name_is_that_of_a_class(name: str, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / name, lambda n: grey(n))
+    for split in ("train", "test"):
+        (root / split / "ant").rename(root / split / name)
+    assert set(load(root).class_names) == {name, "bee"}
+
+
+def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: Load) -> None:
+    write_folder(tmp_path / "pictures" / "pictures", lambda n: grey(n))
+    with pytest.raises(DataError, match=rf"\(set data\.root={tmp_path}/pictures/pictures\?\)"):
+        load(tmp_path / "pictures")
+    inner = tmp_path / "pictures" / "pictures"
+    (inner / "train").rename(inner / "kept")
+    (inner / "train").mkdir()
+    (inner / "kept").rename(inner / "train" / "train")
+    with pytest.raises(DataError, match=r"holds 1 classes.*\(move those in .*train/train one folder up\?\)"):
+        load(inner)
+
+
+# ---------- broken files
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".ppm"])
+@pytest.mark.parametrize("keep", [0, 60, 0.6], ids=["empty", "header", "cut"])
+def test_a_broken_large_test_picture_is_found_at_the_start(
+    keep: float, suffix: str, tmp_path: Path, load: Load
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (80, 80, 3), dtype=np.uint8) for _ in range(6)]
+    root = write_folder(tmp_path / "pictures", lambda n: noise[n], suffix)
+    whole = load(root)
+    broken = root / "test" / "bee" / f"bee0{suffix}"
+    content = broken.read_bytes()
+    broken.write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(caught.value).startswith(f"data.root: {broken} is no readable picture (")
+    assert str(caught.value).endswith("; replace or delete it")
+    broken.unlink()
+    without = load(root)
+    assert without.train_digest == whole.train_digest
+    assert without.digest != whole.digest
+
+
+def test_all_broken_pictures_are_counted_and_progress_is_told(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 80))
+    seen: list[tuple[int, int]] = []
+    load(root, checking=lambda done, total: seen.append((done, total)))
+    load(root, checking=lambda done, total: seen.append((done, total)))
+    assert seen == [(6, 6)], "the second time it is known"
+    for name in ("ant", "bee"):
+        (root / "test" / name / f"{name}0.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"ant0\.png .*, and one other is not either; replace or delete them"):
+        load(root)
+
+
+def test_large_pictures_that_change_places_are_other_data(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(40 * n, 300), ".bmp")  # all of one size
+    before = load(root)
+    swap(root / "train" / "ant" / "ant0.bmp", root / "train" / "bee" / "bee0.bmp")
+    after = load(root)
+    assert before.digest != after.digest
+    assert before.train_digest != after.train_digest
+    everything = torch.arange(4)
+    assert pictures_digest(before.train, everything, "ab") != pictures_digest(after.train, everything, "ab")
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    assert load(copy).digest == after.digest
