@@ -73,10 +73,15 @@ def solve_convex(
     n_iter = np.zeros(A.shape[0], dtype=np.int64)
     for i in range(A.shape[0]):
         scale = float(np.linalg.norm(b[i]))
-        # From the critical l1 on the minimiser is 0, and far above it the solver fails.
-        if critical_l1(A[i], b[i]) > l1_weight:
-            code, n_iter[i] = _interior_point(A[i], b[i] / scale, l1_weight / scale, solver, max_iter)
-            z[i] = _polish(A[i], b[i], scale * code, l1_weight)
+        if scale > 0:
+            try:
+                code, n_iter[i] = _interior_point(A[i], b[i] / scale, l1_weight / scale, solver, max_iter)
+            except SolverError:
+                # Far above the critical l1 the solver fails, but the minimiser is 0.
+                if critical_l1(A[i], b[i]) > l1_weight:
+                    raise
+            else:
+                z[i] = _polish(A[i], b[i], scale * code, l1_weight)
     return Solved(z, n_iter)
 
 

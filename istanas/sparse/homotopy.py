@@ -86,14 +86,14 @@ class _Restricted(NamedTuple):
         A_S = A.swapaxes(1, 2)[rows, slots] * used[..., None]
         return cls(slots, used, A_S, _gram(A_S, used), rows)
 
-    def least_squares(self, b: Array) -> Array:
-        """z_S = G^-1 A_S^T b, on the slots (B, |S|)."""
-        return np.where(self.used, _solve(self.gram, matvec(self.A_S, b)), 0.0)
+    def least_squares(self, pull: Array) -> Array:
+        """z_S = G^-1 pull, pull = A_S^T b; all on the slots (B, |S|)."""
+        return np.where(self.used, _solve(self.gram, pull), 0.0)
 
-    def code(self, b: Array, l1_weight: float, signs: Array) -> Array:
-        """z_S of b and signs (B, |S|), both on the slots, see `on_support`."""
+    def code(self, b: Array, pull: Array, l1_weight: float, signs: Array) -> Array:
+        """z_S of b, pull = A_S^T b and signs, all but b on the slots (B, |S|); see `on_support`."""
         slope = l1_weight * signs
-        z_S = _solve(self.gram, matvec(self.A_S, b) - slope)
+        z_S = _solve(self.gram, pull - slope)
         z_S += _solve(self.gram, matvec(self.A_S, b - rmatvec(self.A_S, z_S)) - slope)
         return np.where(self.used, z_S, 0.0)
 
@@ -121,7 +121,8 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
         array([[0. , 1.5]])
     """
     on_S = _Restricted.to(A, signs != 0)
-    z_S = on_S.code(b, l1_weight, np.where(on_S.used, signs[on_S.rows, on_S.slots], 0.0))
+    signs_S = np.where(on_S.used, signs[on_S.rows, on_S.slots], 0.0)
+    z_S = on_S.code(b, matvec(on_S.A_S, b), l1_weight, signs_S)
     return on_S.to_candidates(z_S, A.shape[2])
 
 
@@ -145,10 +146,11 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
         (array([[0.5, 0. ]]), array([ True]))
     """
     on_S = _Restricted.to(A, supports)
-    z_S = on_S.least_squares(b)
+    pull = matvec(on_S.A_S, b)
+    z_S = on_S.least_squares(pull)
     for _ in range(2):
         signs = np.sign(z_S)
-        z_S = on_S.code(b, l1_weight, signs)
+        z_S = on_S.code(b, pull, l1_weight, signs)
         if np.array_equal(np.sign(z_S), signs):
             break
     z = on_S.to_candidates(z_S, A.shape[2])

@@ -257,13 +257,10 @@ def _certify(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult]:
     """One solver's codes, with their certificates."""
-    A, b, sizes, bs, members = problems
+    A, b, sizes, bs, _ = problems
     if len(sizes) == 0:
         return []
-    device = next(
-        (b.device for b in bs if isinstance(b, Tensor) and b.device.type == "cuda"), torch.device("cpu")
-    )
-    z, n_iter, reused = _solve(A, b, l1_weight, solver, tol, max_iter, members, device)
+    z, n_iter, reused = _solve(problems, l1_weight, solver, tol, max_iter)
 
     found = _certificates(A, b, z, l1_weight)
     figures = (found.gap, n_iter, found.holds(tol), objective(A, b, z, l1_weight), reused, found.decision_gap)
@@ -285,49 +282,39 @@ def _certificates(A: Array, b: Array, z: Array, l1_weight: float) -> Certificate
 
 
 def _solve(
-    A: Array,
-    b: Array,
-    l1_weight: float,
-    solver: str,
-    tol: float,
-    max_iter: int | None,
-    members: Members,
-    device: torch.device,
+    problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """Codes (B, n), steps (B,), and whether the given support held (B,); every node in units that float64 has."""
-    peak = np.abs(b).max(-1)
+    """Codes (B, n), steps (B,), and whether the given support held (B,); an extreme b in units of its own."""
+    peak = np.abs(problems.b).max(-1)
+    if ORDINARY[0] <= peak.min() and peak.max() <= ORDINARY[1]:
+        return _solve_in_units(problems, l1_weight, solver, tol, max_iter)
     extreme = (peak > 0) & ~((peak >= ORDINARY[0]) & (peak <= ORDINARY[1]))
-    if not extreme.any():
-        return _solve_ordinary(A, b, l1_weight, solver, tol, max_iter, members, device)
-    z, n_iter = np.zeros((A.shape[0], A.shape[2])), np.zeros(len(A), dtype=np.int64)
-    reused = np.zeros(len(A), dtype=np.bool_)
-    ordinary = [np.flatnonzero(~extreme)] if not extreme.all() else []
-    for nodes in [*ordinary, *np.flatnonzero(extreme)[:, None]]:
-        exponent = int(np.frexp(peak[nodes[0]])[1]) if extreme[nodes[0]] else 0
+    z, n_iter = np.zeros((len(peak), problems.A.shape[2])), np.zeros(len(peak), dtype=np.int64)
+    reused = np.zeros(len(peak), dtype=np.bool_)
+    if not extreme.all():
+        nodes = np.flatnonzero(~extreme)
+        part = problems.of(nodes.tolist())
+        z[nodes], n_iter[nodes], reused[nodes] = _solve_in_units(part, l1_weight, solver, tol, max_iter)
+    for node in np.flatnonzero(extreme).tolist():
+        part, exponent = problems.of([node]), int(np.frexp(peak[node])[1])
         with np.errstate(over="ignore"):
-            own_b, own_l1 = np.ldexp(b[nodes], -exponent), float(np.ldexp(l1_weight, -exponent))
-        if extreme[nodes[0]] and critical_l1(A[nodes], own_b).item() <= own_l1:
+            part = part._replace(b=np.ldexp(part.b, -exponent))
+            own_l1 = float(np.ldexp(l1_weight, -exponent))
+        if critical_l1(part.A, part.b).item() <= own_l1:
             continue  # the minimiser is 0, and l1 may be infinite in these units
-        own_members = None if members is None else members[nodes]
-        codes, n_iter[nodes], reused[nodes] = _solve_ordinary(
-            A[nodes], own_b, max(own_l1, _LEAST), solver, tol, max_iter, own_members, device
+        code, n_iter[[node]], reused[[node]] = _solve_in_units(
+            part, max(own_l1, _LEAST), solver, tol, max_iter
         )
         with np.errstate(over="ignore"):
-            z[nodes] = np.clip(np.ldexp(codes, exponent), -_LARGEST, _LARGEST)
+            z[node] = np.clip(np.ldexp(code[0], exponent), -_LARGEST, _LARGEST)
     return z, n_iter, reused
 
 
-def _solve_ordinary(
-    A: Array,
-    b: Array,
-    l1_weight: float,
-    solver: str,
-    tol: float,
-    max_iter: int | None,
-    members: Members,
-    device: torch.device,
+def _solve_in_units(
+    problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """What `_solve` returns."""
+    """What `_solve` returns, of b whose squares float64 has."""
+    A, b, _, given, members = problems
     reused = np.zeros(len(A), dtype=np.bool_)
     if solver == "homotopy":
         if members is None:
@@ -343,6 +330,8 @@ def _solve_ordinary(
             z[rest], n_iter[rest] = solve_path(A[rest], b[rest], l1_weight, max_iter)
         return z, n_iter, reused
     if solver in ("ista", "fista"):
+        cuda = (x.device for x in given if isinstance(x, Tensor) and x.device.type == "cuda")
+        device = next(cuda, torch.device("cpu"))
         tensors = torch.from_numpy(A).to(device), torch.from_numpy(b).to(device)
         found = iterate(*tensors, l1_weight, tol=tol, max_iter=max_iter, accelerate=solver == "fista")
         return found.z.cpu().numpy(), found.n_iter.cpu().numpy(), reused
