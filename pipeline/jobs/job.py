@@ -29,7 +29,8 @@ from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
-from pipeline.pictures import open_dataset
+from pipeline.fit import check_left_for_training
+from pipeline.pictures import check_fit, open_dataset
 from pipeline.progress import EpochBar
 from pipeline.report_page import REPORT_PAGE, write_report
 from pipeline.resources import count
@@ -474,7 +475,10 @@ def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> Image
     """The pictures, and the settings of the jobs to come checked against them and, in process, this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
-    return open_dataset(config, jobs, _decoding_progress(console))
+    dataset = open_dataset(config, (), _decoding_progress(console))
+    check_left_for_training(config, dataset, jobs)
+    check_fit(config, dataset, jobs)
+    return dataset
 
 
 def console_line(console: Console) -> Callable[[str], None]:
