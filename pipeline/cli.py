@@ -197,7 +197,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
         result = run_retrain(
             config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
         )
-    _finish(result, as_json, console, config)
+    _finish(result, as_json, console, config, kind="retrain")
 
 
 @cli.command(name="run")
@@ -784,17 +784,20 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json, markup=False)  # names and paths may hold brackets
 
 
-def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
-    """The short table at the end of a job, and where everything lies."""
+def _finish(
+    result: Mapping[str, Any], as_json: bool, console: Console, config: Config, *, kind: str = "search"
+) -> None:
+    """The short table at the end of a job, and where everything lies; `kind` is that of the run it validates."""
     from rich.table import Table
 
+    from pipeline import tables
+
     table = Table("figure", "value")
-    valid = "hold-out" if config.method == "one_stage" else "alpha half"
     for key, label, shown in (
         ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
         ("test_top5", "test top-5", lambda v: f"{100 * v:.2f} %"),
-        ("valid_top1", f"top-1 on the {valid}", lambda v: f"{100 * v:.2f} %"),
-        ("valid_top5", f"top-5 on the {valid}", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top1", "validation top-1", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top5", "validation top-5", lambda v: f"{100 * v:.2f} %"),
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
         ("seconds", "seconds", lambda v: f"{v:.1f}"),
@@ -802,6 +805,8 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
         if key in result:
             table.add_row(label, shown(result[key]))
     console.print(table)
+    if "valid_top1" in result:
+        console.print(tables.validation_note(kind, config.method), highlight=False)
     runs = [storage.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
     pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # to be opened: here
     where = [("report", str(page)) for page in pages]

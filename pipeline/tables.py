@@ -150,6 +150,28 @@ def _when(job: "Job") -> tuple[str, str]:
     return f"{datetime.fromtimestamp(job.started):%m-%d %H:%M}", duration(job.seconds)
 
 
+def validation_note(kind: str, method: str) -> str:
+    """Return on which pictures the validation accuracies of a run were measured, in one sentence.
+
+    Args:
+        kind: "search", "retrain" or "sweep".
+        method: of the search. A retraining has no alphas to train, whatever the method is.
+
+    Example:
+        >>> validation_note("retrain", "two_stage") == validation_note("search", "one_stage")
+        True
+    """
+    if method == "two_stage" and kind != "retrain":
+        return (
+            "Validation accuracy of a two-stage search is measured on the alpha half: the part of the training "
+            "pictures (search.alpha_fraction) that trains the alphas and not the weights."
+        )
+    return (
+        "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "
+        "that trains nothing."
+    )
+
+
 def percent(fraction: float) -> str:
     """A share for people.
 

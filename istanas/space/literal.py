@@ -17,6 +17,7 @@ from istanas.space.genotype import Genotype, Picks
 from istanas.space.topology import N_CELL_INPUTS
 
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
+_MOST_STATES = GENOTYPE_NODES + N_CELL_INPUTS
 _PICKS_OF_A_NODE = 2  # DARTS lists all picks of a cell in one row: each node has two
 _BEGINNING = re.compile(r"\s*([A-Za-z_]\w*\s*=\s*)?Genotype\s*\(", re.ASCII)
 
@@ -118,9 +119,9 @@ def _concat(cell: str, node: ast.expr) -> tuple[int, ...]:
         and 1 <= len(node.args) <= 2
     ):
         first, end = (0, *(_number(field, argument) for argument in node.args))[-2:]
-        if end - first > GENOTYPE_NODES + N_CELL_INPUTS:
+        if end - first > _MOST_STATES:
             raise GenotypeError(
-                f"genotype field {field!r} has more than {GENOTYPE_NODES + N_CELL_INPUTS} states: give those of its nodes"
+                f"genotype field {field!r} has more than {_MOST_STATES} states: give those of its nodes"
             )
         states: Sequence[int] = range(first, end)
     elif isinstance(node, ast.List | ast.Tuple):

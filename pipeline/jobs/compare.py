@@ -25,7 +25,7 @@ from pipeline.resources import count, threads_in_process
 from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
 from pipeline.rundir import atomic_write
 from pipeline.schema import Config
-from pipeline.tables import shown, shown_time, top_columns
+from pipeline.tables import shown, shown_time, top_columns, validation_note
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
@@ -217,7 +217,7 @@ def _notes(runs: Sequence[ReadRun]) -> list[str]:
     if len({run.dataset for run in runs}) > 1:
         notes.append("the runs are on different data sets: their accuracies can't be compared")
     if len({run.kind for run in runs}) > 1:
-        notes.append("valid: of a two-stage search on its alpha half, else on the hold-out")
+        notes += dict.fromkeys(validation_note(run.kind, run.method) for run in runs)
     unfinished = [f"{n} is {run.status}" for n, run in enumerate(runs, start=1) if run.status != "FINISHED"]
     if unfinished:
         notes.append(f"not finished: {', '.join(unfinished)}")

@@ -103,7 +103,7 @@ def test_figures_settings_environment_and_command_are_those_of_the_run(
     assert f"{kind}-{record.kind}" in text
     for key, label in (
         ("test_top1", "test top-1"),
-        ("valid_top1", "top-1 on the alpha half" if kind == "two_stage" else "top-1 on the hold-out"),
+        ("valid_top1", "validation top-1"),
     ):
         assert (f"{label} {100 * result[key]:.2f} %" in text) if key in result else (label not in text)
     assert f"parameters {result['params']:,} multiply-adds {result['macs']:,}" in text
