@@ -190,12 +190,19 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
-    from pipeline.references import genotype_to_train
+    from pipeline.references import genotype_to_train, origin_of
 
     cells, parent = genotype_to_train(genotype, config)
     with Runtime(config.runtime) as runtime:
         result = run_retrain(
-            config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
+            config,
+            cells,
+            name=name,
+            parent=parent,
+            origin=origin_of(genotype),
+            fresh=fresh,
+            console=console,
+            runtime=runtime,
         )
     _finish(result, as_json, console, config, kind="retrain")
 
@@ -331,7 +338,7 @@ def results(
         _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
     else:
-        console.print(table)
+        console.print(table, crop=False)
     if as_json:
         _print_json({"results": json.loads(frame.to_json(orient="records", date_format="iso"))})
 
@@ -700,7 +707,7 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
     console = _console(as_json)
     if job_id is None:
         found = server.jobs()
-        console.print(jobs_table(found) if found else "no jobs yet")
+        console.print(jobs_table(found) if found else "no jobs yet", crop=False)
         if as_json:
             _print_json({"jobs": [job.as_json() for job in found]})
         return

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
+from pipeline.outcome import outcome
 from pipeline.registry import CHAMPION, registered_name
 from pipeline.rundir import RunDir, RunRecord, contexts_of
 from pipeline.stored import readable
@@ -205,7 +206,7 @@ def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") ->
             f"--genotype {run.path}"
         )
     elif not has_network(record):
-        remedy = f"it is {record.status}: the command that began it goes on"
+        remedy = f"it is {outcome(record.status, record.tags)}: the command that began it goes on"
     elif not tracking.models:
         remedy = f"tracking.models is false: istanas sync {run.path} --set tracking.models=true"
     else:

@@ -14,6 +14,7 @@ from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
 from istanas.space import PUBLISHED, CellSpace, Genotype, genotype_from_text, random_genotype
 from pipeline import storage
+from pipeline.outcome import outcome
 from pipeline.redaction import without_secrets
 from pipeline.rundir import RECORD_FILE, RunDir
 from pipeline.schema import NEEDS_OP_BATCHNORM, Config
@@ -133,9 +134,20 @@ def resolve_genotype(
     record = run.read()
     if not found.is_file():
         raise ConfigError(
-            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
+            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)}); "
+            "finish its search first"
         )
     return read_genotype(found), _finder(run)
+
+
+def origin_of(ref: str) -> str | None:
+    """The reference of a genotype that no run has found: a random or a published cell; else None.
+
+    Example:
+        >>> origin_of("random:0"), origin_of("ISTA_twostage"), origin_of("runs/search")
+        ('random:0', 'ISTA_twostage', None)
+    """
+    return ref if ref in PUBLISHED or ref.startswith(_RANDOM) else None
 
 
 def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -17,15 +17,13 @@ from scipy import stats
 from istanas.errors import ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline import storage
+from pipeline.fitted import Column, FittedTable
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
 from pipeline.sweep_space import sweep_of, trial_config
 from pipeline.tables import shown, shown_time
 from pipeline.tracking import read_link
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TABLE_FILE = "trials.csv"
 PAGE_FILE = "sweep.html"
@@ -114,38 +112,41 @@ def _cell(value: Any) -> Any:
     return shown_value(value) if value is None or isinstance(value, list) else value
 
 
-def trials_table(frame: pd.DataFrame) -> Table:
+def trials_table(frame: pd.DataFrame) -> FittedTable:
     """The frame for people: settings, figures, and the reason of a failure; the frame has the rest.
 
     Args:
         frame: as `sweep_frame` gives it.
     """
-    from rich import box
-    from rich.table import Table
-
     keys = [name for name in frame.columns if name not in COLUMNS]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("trial", no_wrap=True)
-    for heading in ("state", *(key.rpartition(".")[2] for key in keys)):
-        table.add_column(heading, overflow="fold")
-    for heading in ("valid", "retrained", "params", "epochs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("genotype", no_wrap=True)
+    columns = [
+        Column("trial"),
+        Column("state", prose=True),
+        *(Column(key.rpartition(".")[2]) for key in keys),
+        *(
+            Column(heading, right=True, rank=rank)
+            for heading, rank in (("valid", 0), ("retrained", 1), ("params", 3), ("epochs", 4), ("time", 5))
+        ),
+        Column("genotype", rank=2),
+    ]
+    rows = []
     for row in frame.to_dict("records"):
         state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
         same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
-        table.add_row(
-            str(row["trial"]),
-            f"{state}{', on the front' if row['pareto'] else ''}",
-            *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
-            shown(row["valid_top1"], "{:.2%}"),
-            shown(row["retrained_top1"], "{:.2%}") + same,
-            shown(row["params"], "{:,}"),
-            shown(row["epochs"], "{}"),
-            shown_time(row["seconds"]),
-            shown(row["digest"], "{:.8}"),
+        rows.append(
+            [
+                str(row["trial"]),
+                f"{state}{', on the front' if row['pareto'] else ''}",
+                *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
+                shown(row["valid_top1"], "{:.2%}"),
+                shown(row["retrained_top1"], "{:.2%}") + same,
+                shown(row["params"], "{:,}"),
+                shown(row["epochs"], "{}"),
+                shown_time(row["seconds"]),
+                shown(row["digest"], "{:.8}"),
+            ]
         )
-    return table
+    return FittedTable(columns, rows)
 
 
 def kendall_tau(frame: pd.DataFrame) -> float | None:

@@ -30,6 +30,7 @@ from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
 from pipeline.fit import check_left_for_training
+from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pictures import check_fit, open_dataset
 from pipeline.progress import EpochBar
 from pipeline.report_page import REPORT_PAGE, write_report
@@ -147,7 +148,7 @@ class RunObserver:
         new = history[-1]
         self._run.append_metrics(new["epoch"], new["metrics"], new["timestamp_ms"])
         self._write_trajectory(history)
-        self._bar.line(self._describe(history))
+        self._bar.epoch_line(self._describe(history), new["epoch"])
         self._tracker.deliver()
         storage.push(self._run.path)
         if self._tell is not None:
@@ -249,7 +250,7 @@ def execute(
                 ended_ms=_now_ms(),
                 result=outcome.result,
                 artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
-                tags={**record.tags, **outcome.tags},
+                tags={**_with_outcome(record, "FINISHED").tags, **outcome.tags},
                 description=outcome.description,
             )
             page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
@@ -258,7 +259,9 @@ def execute(
             storage.push(run.path)
         except SystemExit:
             raise
-        except BaseException:
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            record = _with_outcome(record, INTERRUPTED if stopped else "FAILED")
             _close_failed(run, record, tracker, console_line(console))
             raise
         if not tracker.deliver():
@@ -269,6 +272,13 @@ def execute(
             )
         storage.push(run.path)  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
+
+
+def _with_outcome(record: RunRecord, word: str) -> RunRecord:
+    """A record that says what became of its run, where MLflow's own words do not, or did not before."""
+    if word != INTERRUPTED and OUTCOME_TAG not in record.tags:
+        return record
+    return dataclasses.replace(record, tags={**record.tags, OUTCOME_TAG: word})
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
@@ -442,7 +452,9 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
         Whether MLflow has all of them.
     """
     left = [run for run in runs if _status(run) == "RUNNING"]
-    delivered = [close(run.path, _without_models(config), "KILLED", {}, {}) for run in left]
+    delivered = [
+        close(run.path, _without_models(config), "KILLED", {OUTCOME_TAG: INTERRUPTED}, {}) for run in left
+    ]
     return all(delivered)
 
 
@@ -584,6 +596,7 @@ def _open_record(run: RunDir, spec: JobSpec, datasets: tuple[DatasetUse, ...] = 
         # Those that it was begun with: if others are there now, the worker refuses to go on.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
+        record = _with_outcome(record, "RUNNING")
     else:
         record = _new_record(spec, datasets)
     run.write(record)
