@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from istanas import __version__
-from istanas.errors import ConfigError, GenotypeError, IstanasError
+from istanas.errors import CheckpointError, ConfigError, GenotypeError, IstanasError
 from pipeline import storage
 from pipeline.interruption import INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
@@ -769,7 +769,22 @@ def _load(
     short = {"workers": workers, "address": address}
     overrides += tuple(f"runtime.{key}={json.dumps(v)}" for key, v in short.items() if v is not None)
     config = load(path, overrides)
-    return config, config.tracking.name or path.stem
+    return config, config.tracking.name or _name_of(path)
+
+
+def _name_of(path: Path) -> str:
+    """What runs of a configuration file are called: the file, or the run whose own configuration it is."""
+    from pipeline.rundir import RunDir
+
+    best = path.parent.name == "best"
+    run = RunDir(path.absolute().parent.parent if best else path.absolute().parent)
+    if path.name != "config.yaml" or not run.exists():
+        return path.stem
+    try:
+        name = run.read().name
+    except CheckpointError:  # the configuration is whole, and the name of a broken run is not needed
+        return path.stem
+    return f"{name}-best" if best else name
 
 
 def _write_csv(file: Path, text: str) -> None:

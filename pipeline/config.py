@@ -485,6 +485,11 @@ def _check_combinations(source: str, config: Config, overrides: Sequence[str]) -
             problems.append(
                 f"data.image_size is {config.data.image_size}: {config.data.name} takes at most {SMALL_SIDE}"
             )
+    called = config.tracking.name
+    if called is not None and (called in ("", ".", "..") or any(c in called for c in "/\\\0")):
+        problems.append(
+            f"tracking.name is {called!r:.60}: it names a folder in runtime.runs_dir, give a name without slashes"
+        )
     problems += _sweep_problems(config)
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")

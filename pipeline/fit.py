@@ -27,3 +27,27 @@ def check_left_for_training(config: Config, dataset: ImageDataset, jobs: Sequenc
             f"data.holdout is {config.data.holdout}: of {len(dataset.train)} pictures it leaves {left} for training, "
             "lower it"
         )
+
+
+def doubtful_settings(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[str]:
+    """Return what makes no sense though it works: setting, value, remedy of each."""
+    said = []
+    left, side = len(training_indices(config, dataset)), min(dataset.height, dataset.width)
+    space = config.space
+    if "search" in jobs and len(space.ops) <= 1 and space.sparsity > 1:
+        said.append(
+            f"space.ops has one operation and space.sparsity is {space.sparsity}: only the edges are searched, "
+            "give more operations"
+        )
+    if config.data.crop_padding > side // 2:
+        said.append(
+            f"data.crop_padding is {config.data.crop_padding} with pictures of {dataset.height}x{dataset.width}: "
+            f"most crops hold little or nothing of the picture, give at most {side // 2}"
+        )
+    for job in jobs:
+        batch = getattr(config, job).batch_size
+        if batch > left:
+            said.append(
+                f"{job}.batch_size is {batch}, above the {left} training pictures: an epoch is one step, lower it"
+            )
+    return said

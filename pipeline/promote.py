@@ -78,7 +78,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     """
     record = run.read()
     tracker = MLflowTracker(run, tracking_uri=tracking.uri, experiment=tracking.experiment)
-    name = registered_name(tracking.registered_model, record.dataset)
+    name = registered_name(tracking.registered_model, record)
     with readable(tracker.tracking_uri, what="used"):
         if tracker.run_id is None or not store_exists(tracker.tracking_uri):
             raise _no_version(run, record, tracking)

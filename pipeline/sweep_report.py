@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import pandas as pd
+from markupsafe import Markup
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
@@ -18,6 +19,7 @@ from istanas.errors import ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline import storage
 from pipeline.fitted import Column, FittedTable
+from pipeline.pages import render
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
@@ -28,6 +30,7 @@ from pipeline.tracking import read_link
 TABLE_FILE = "trials.csv"
 PAGE_FILE = "sweep.html"
 PLOTS = "plots"
+FEWEST_FOR_IMPORTANCES = 8  # finished trials: a forest that is fitted to fewer tells noise
 
 COLUMNS: dict[str, str] = {
     "trial": "Int64",
@@ -187,6 +190,12 @@ def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str],
         matplotlib.rc_context(),
     ):  # Optuna changes the style of all figures to come
         warnings.simplefilter("ignore")  # of an axis that has one value
+        finished = len(own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if finished < FEWEST_FOR_IMPORTANCES:
+            say(
+                f"importances: not drawn ({finished} finished trials; below {FEWEST_FOR_IMPORTANCES} they are chance, "
+                "run more)"
+            )
         for name, draw, draw_page in _plots(config, own):
             try:
                 axes, figure = draw(), draw_page()
@@ -206,9 +215,9 @@ def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str],
         files.append(f"{PLOTS}/freezing.png")
         atomic_write(folder / files[-1], _freezing_figure(config, frozen))
     if parts:
-        title = f"Sweep {own.study_name}"
-        head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
-        atomic_write(folder / PAGE_FILE, f"{head}<body><h1>{title}</h1>{''.join(parts)}</body></html>\n")
+        # Made by plotly: scripts, in which names are escaped as JSON.
+        page = render("sweep.html", title=f"Sweep {own.study_name}", parts=[Markup(part) for part in parts])
+        atomic_write(folder / PAGE_FILE, page)
         files.append(PAGE_FILE)
     return tuple(files)
 
@@ -254,10 +263,11 @@ def _plots(config: Config, own: Study) -> list[Plot]:
     # Optuna's own choice of an evaluator asks what makes values low.
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     figures: list[tuple[str, str, dict[str, Any]]] = [
-        ("importances", "plot_param_importances", {"evaluator": evaluator, **of_top1}),
         ("parallel_coordinates", "plot_parallel_coordinate", {"params": shared, **of_top1}),
         ("history", "plot_optimization_history", of_top1),
     ]
+    if len(done) >= FEWEST_FOR_IMPORTANCES:
+        figures.insert(0, ("importances", "plot_param_importances", {"evaluator": evaluator, **of_top1}))
     if len(objectives) in (2, 3):
         figures.append(("pareto_front", "plot_pareto_front", {"target_names": objectives}))
 

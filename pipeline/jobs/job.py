@@ -29,7 +29,7 @@ from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
-from pipeline.fit import check_left_for_training
+from pipeline.fit import check_left_for_training, doubtful_settings
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pictures import check_fit, open_dataset
 from pipeline.progress import EpochBar
@@ -490,6 +490,8 @@ def prepare_data(config: Config, jobs: Sequence[str], console: Console) -> Image
     dataset = open_dataset(config, (), _decoding_progress(console))
     check_left_for_training(config, dataset, jobs)
     check_fit(config, dataset, jobs)
+    for doubt in doubtful_settings(config, dataset, jobs):
+        console_line(console)(f"warning: {doubt}")
     return dataset
 
 

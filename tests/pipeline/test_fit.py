@@ -1,5 +1,7 @@
 """Settings against the pictures that they are for."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -15,3 +17,26 @@ def test_a_holdout_that_leaves_nothing_is_blamed(job: str) -> None:
         prepare_data(config, (job,), Console(quiet=True))
     assert str(caught.value).startswith("data.holdout is 0.9995: of 1438 pictures it leaves ")
     assert str(caught.value).endswith("for training, lower it")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["space.ops=[skip_connect]"], "space.ops has one operation and space.sparsity is 2"),
+        (["data.crop_padding=40"], "data.crop_padding is 40 with pictures of 8x8"),
+        (["search.batch_size=2000"], "search.batch_size is 2000, above the 1438 training pictures"),
+    ],
+)
+def test_settings_that_make_no_sense_are_warned_of(overrides: list[str], says: str) -> None:
+    out = io.StringIO()
+    prepare_data(load(None, overrides), ("search",), Console(file=out))
+    assert f"warning: {says}" in out.getvalue()
+    out = io.StringIO()
+    prepare_data(load(None), ("search",), Console(file=out))
+    assert "warning" not in out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", "."])
+def test_a_name_that_leaves_the_runs_folder_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.name is .*: it names a folder"):
+        load(None, [f"tracking.name={name}"])
