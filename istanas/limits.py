@@ -12,6 +12,7 @@ import stat
 KB, MB = 2**10, 2**20
 
 GENOTYPE_BYTES = 1 * MB
+GENOTYPE_TEXT_BYTES = 64 * 1024  # of a text form, whose syntax tree takes a hundred times as much memory
 GENOTYPE_NODES = 32
 """Nodes of a cell; a search has at most 16."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from istanas import __version__
-from istanas.errors import ConfigError, GenotypeError, IstanasError
+from istanas.errors import CheckpointError, ConfigError, GenotypeError, IstanasError
 from pipeline import storage
 from pipeline.interruption import INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
@@ -193,13 +193,21 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
+    from pipeline.references import origin_of
 
     cells, parent, config, name = _load_for_genotype(genotype, console, **settings)
     with Runtime(config.runtime) as runtime:
         result = run_retrain(
-            config, cells, name=name, parent=parent, fresh=fresh, console=console, runtime=runtime
+            config,
+            cells,
+            name=name,
+            parent=parent,
+            origin=origin_of(genotype),
+            fresh=fresh,
+            console=console,
+            runtime=runtime,
         )
-    _finish(result, as_json, console, config)
+    _finish(result, as_json, console, config, kind="retrain")
 
 
 @cli.command(name="run")
@@ -333,7 +341,7 @@ def results(
         _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
     else:
-        console.print(table)
+        console.print(table, crop=False)
     if as_json:
         _print_json({"results": json.loads(frame.to_json(orient="records", date_format="iso"))})
 
@@ -703,7 +711,7 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
     console = _console(as_json)
     if job_id is None:
         found = server.jobs()
-        console.print(jobs_table(found) if found else "no jobs yet")
+        console.print(jobs_table(found) if found else "no jobs yet", crop=False)
         if as_json:
             _print_json({"jobs": [job.as_json() for job in found]})
         return
@@ -803,7 +811,22 @@ def _load(
         raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
     path = default_file() if file is None else Path(file)
     config = load(path, _overrides(overrides, workers, address))
-    return config, config.tracking.name or path.stem
+    return config, config.tracking.name or _name_of(path)
+
+
+def _name_of(path: Path) -> str:
+    """What runs of a configuration file are called: the file, or the run whose own configuration it is."""
+    from pipeline.rundir import RunDir
+
+    best = path.parent.name == "best"
+    run = RunDir(path.absolute().parent.parent if best else path.absolute().parent)
+    if path.name != "config.yaml" or not run.exists():
+        return path.stem
+    try:
+        name = run.read().name
+    except CheckpointError:  # the configuration is whole, and the name of a broken run is not needed
+        return path.stem
+    return f"{name}-best" if best else name
 
 
 def _write_csv(file: Path, text: str) -> None:
@@ -825,17 +848,20 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json, markup=False)  # names and paths may hold brackets
 
 
-def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
-    """The short table at the end of a job, and where everything lies."""
+def _finish(
+    result: Mapping[str, Any], as_json: bool, console: Console, config: Config, *, kind: str = "search"
+) -> None:
+    """The short table at the end of a job, and where everything lies; `kind` is that of the run it validates."""
     from rich.table import Table
 
+    from pipeline import tables
+
     table = Table("figure", "value")
-    valid = "hold-out" if config.method == "one_stage" else "alpha half"
     for key, label, shown in (
         ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
         ("test_top5", "test top-5", lambda v: f"{100 * v:.2f} %"),
-        ("valid_top1", f"top-1 on the {valid}", lambda v: f"{100 * v:.2f} %"),
-        ("valid_top5", f"top-5 on the {valid}", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top1", "validation top-1", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top5", "validation top-5", lambda v: f"{100 * v:.2f} %"),
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
         ("seconds", "seconds", lambda v: f"{v:.1f}"),
@@ -843,6 +869,8 @@ def _finish(result: Mapping[str, Any], as_json: bool, console: Console, config: 
         if key in result:
             table.add_row(label, shown(result[key]))
     console.print(table)
+    if "valid_top1" in result:
+        console.print(tables.validation_note(kind, config.method), highlight=False)
     runs = [storage.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
     pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # to be opened: here
     where = [("report", str(page)) for page in pages]

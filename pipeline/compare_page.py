@@ -23,10 +23,10 @@ _DASHES = ("-", "--", ":", "-.")
 _PANELS = {
     "train/loss": "training loss",
     "train/top1": "training top-1, %",
-    "valid/top1": "valid top-1, %",
+    "valid/top1": "validation top-1, %",
     "test/top1": "test top-1, %",
     "train/top5": "training top-5, %",
-    "valid/top5": "valid top-5, %",
+    "valid/top5": "validation top-5, %",
     "test/top5": "test top-5, %",
 }
 

@@ -5,10 +5,12 @@ Unknown keys, wrong types and impossible combinations are `ConfigError`s that na
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import CollectionNode
 
 from istanas.errors import ConfigError
@@ -79,9 +82,12 @@ def load(
     """
     source = "command line" if path is None else str(path)
     tree = ({} if path is None else _read_yaml(Path(path))) | dict(sections or {})
+    of_file = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return _validated(tree, source, overrides)
+    _check_method(of_file, tree, source, overrides)
+    _check_sweep_section(of_file, source, overrides)
+    return _validated(tree, source, overrides, of_file)
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> Config:
@@ -164,7 +170,54 @@ def check_batch_sizes(config: Config, jobs: Sequence[str]) -> None:
             )
 
 
-def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Config:
+def _check_method(
+    of_file: dict[str, Any], tree: dict[str, Any], source: str, overrides: Sequence[str]
+) -> None:
+    """Refuse an override of the method where the file's own settings belong to another one."""
+    method = tree.get("method")
+    wanted = _CLASSES.get(method) if isinstance(method, str) else None
+    by = [override for override in overrides if override.partition("=")[0] == "method"]
+    section = of_file.get("search")
+    if not by or wanted is None or not isinstance(section, dict):
+        return
+    foreign = [
+        key for key in section if not _knows(wanted, ["search", key]) and known_methods(f"search.{key}")
+    ]
+    if foreign:
+        example = default_file().with_name(
+            "one_stage_digits.yaml" if method == "one_stage" else default_file().name
+        )
+        where = f"without --config the settings come from {source}, which" if _is_default(source) else source
+        raise ConfigError(
+            f"--set {by[-1]!r:.80}: {where} has search.{_printable(foreign[0])}, a setting of another method; give "
+            f"--config with a file for {method}, such as {example}"
+        )
+
+
+def _check_sweep_section(of_file: dict[str, Any], source: str, overrides: Sequence[str]) -> None:
+    """Refuse single settings of a sweep where nothing says what the sweep varies."""
+    keys = [override.partition("=")[0] for override in overrides]
+    if of_file.get("sweep") is not None or any(
+        f"{key}.".startswith("sweep.space.") or key == "sweep" for key in keys
+    ):
+        return
+    for key, override in zip(keys, overrides, strict=True):
+        if key.startswith("sweep."):
+            example = default_file().with_name("sweep_digits.yaml")
+            raise ConfigError(
+                f"--set {without_secrets(override)!r:.80}: {source} has no sweep section; give --config with a file "
+                f"that has one, such as {example}"
+            )
+
+
+def _is_default(source: str) -> bool:
+    return source == str(default_file())
+
+
+def _validated(
+    tree: dict[str, Any], source: str, overrides: Sequence[str], of_file: dict[str, Any] | None = None
+) -> Config:
+    """Validate a tree; `of_file` is what the file alone said, which tells the overrides that are to blame."""
     method = tree.get("method", "two_stage")
     schema = _CLASSES.get(method, TwoStageConfig) if isinstance(method, str) else TwoStageConfig
     try:
@@ -174,14 +227,15 @@ def _validated(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> C
             e for e in error.errors() if e["loc"] == ("method",)
         ] or error.errors()  # it decides the schema
         given = {override.partition("=")[0]: override for override in overrides}
-        lines = [_explain(source, e, given, schema) for e in errors[:CONFIG_ERRORS]]
+        lines = [
+            _explain(_blamed(source, e, given, of_file or {}), e, schema) for e in errors[:CONFIG_ERRORS]
+        ]
         if len(errors) > CONFIG_ERRORS:
             lines.append(f"{source}: {len(errors) - CONFIG_ERRORS} more mistakes like these")
         raise ConfigError("\n".join(lines)) from None
     if config.data.known_side is not None:
         config = with_stems(config, config.data.known_side)
-    # Which of file and overrides is to blame cannot be told from a combination.
-    _check_combinations(f"{source} with --set" if overrides else source, config)
+    _check_combinations(source, config, overrides)
     return config
 
 
@@ -314,13 +368,21 @@ def _size_of(node: Any, known: dict[int, int], depth: int = 0) -> int:
     return known[id(node)]
 
 
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong with a text, and where: ruamel's own message calls the text `<unicode string>`."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark, problem = error.problem_mark, error.problem or error.context or "cannot be read"
+        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = _load_yaml(read_at_most(path, CONFIG_BYTES, pipe=True).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), give an existing YAML file") from None
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -339,9 +401,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = _text(text) if _is_text(key) else _load_yaml(text)
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from None
     _set_value(tree, key, value, f"--set {override!r}")
 
 
@@ -407,12 +467,35 @@ def _set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     tree[last] = value
 
 
-def _explain(source: str, error: Any, given: dict[str, str], schema: type[Config]) -> str:
-    """One line for one of pydantic's errors; `given` maps the keys of --set to what was written."""
+def _blamed(source: str, error: Any, given: dict[str, str], of_file: dict[str, Any]) -> str:
+    """The override that one of pydantic's errors is due to, else the file.
+
+    Args:
+        source: the file.
+        error: one of pydantic's errors.
+        given: key of an override -> the override as it was written.
+        of_file: the file's own settings.
+    """
     path = ".".join(str(part) for part in error["loc"])
+    blamed = source
     for key, override in given.items():
-        if path == key or path.startswith(f"{key}."):
-            source = f"--set {without_secrets(override)!r:.80}"
+        # `serach.epochs=3` creates the section `serach`, at which the error lies.
+        created = key.startswith(f"{path}.") and not _stands_in(of_file, error["loc"])
+        if path == key or path.startswith(f"{key}.") or created:
+            blamed = f"--set {without_secrets(override)!r:.80}"
+    return blamed
+
+
+def _stands_in(tree: Any, location: Sequence[Any]) -> bool:
+    for part in location:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _explain(source: str, error: Any, schema: type[Config]) -> str:
+    """One line for one of pydantic's errors."""
     field = ".".join(
         _printable(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))
     )
@@ -467,11 +550,20 @@ def _knows(schema: type[Config], location: Sequence[Any]) -> bool:
     return key in _known_keys(schema, sections)
 
 
-def _check_combinations(source: str, config: Config) -> None:
+def _blamed_for_combination(source: str, problem: str, overrides: Sequence[str]) -> str:
+    """The overrides of the keys that a problem names; without any, file and overrides together."""
+    keys = set(re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", problem))
+    named = [override for override in overrides if override.partition("=")[0] in keys]
+    if named:
+        return " ".join(f"--set {without_secrets(override)!r:.80}" for override in named)
+    return f"{source} with --set" if overrides else source
+
+
+def _check_combinations(source: str, config: Config, overrides: Sequence[str]) -> None:
     try:
         config.space.cell_space()
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{_blamed_for_combination(source, str(error), overrides)}: {error}") from None
     problems = []
     for name in ("search", "retrain"):
         section = getattr(config, name)
@@ -499,6 +591,11 @@ def _check_combinations(source: str, config: Config) -> None:
     size = config.data.image_size
     if config.data.name != "folder" and size is not None and size > SMALL_SIDE:
         problems.append(f"data.image_size is {size}: {config.data.name} takes at most {SMALL_SIDE}")
+    called = config.tracking.name
+    if called is not None and (called in ("", ".", "..") or any(c in called for c in "/\\\0")):
+        problems.append(
+            f"tracking.name is {called!r:.60}: it names a folder in runtime.runs_dir, give a name without slashes"
+        )
     problems += _sweep_problems(config)
     if config.data.name == "folder" and config.data.root is None:
         problems.append("data.root is missing: name the picture folder, --set data.root=DIR")
@@ -507,7 +604,9 @@ def _check_combinations(source: str, config: Config) -> None:
             "runtime.precision is bf16 on runtime.device cpu: slower and unsafe there, choose fp32"
         )
     if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        raise ConfigError(
+            "\n".join(f"{_blamed_for_combination(source, p, overrides)}: {p}" for p in problems)
+        )
 
 
 def _sweep_problems(config: Config) -> list[str]:

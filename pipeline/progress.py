@@ -1,4 +1,7 @@
-"""What a person sees while a job runs: one bar with loss, accuracies and time left, and a line an epoch."""
+"""What a person sees while a job runs: one bar with loss, accuracies and time left, and a line an epoch.
+
+A log file has no bar: its lines say how far the job is, and a long epoch has a line every few minutes.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,15 @@ from rich.progress import (
 )
 
 from istanas.training import Metrics
+from pipeline.tables import duration
 
 # Figures are for eyes: reading them at every step would only cost time.
 SECONDS_BETWEEN_READINGS = 0.5
+SECONDS_BETWEEN_SIGNS = 120.0  # of life, in a log file
 
 
 class EpochBar:
-    """A bar over all steps of a job; on a pipe or a log file only the line an epoch.
+    """A bar over all steps of a job; in a pipe or a log file lines that say the same.
 
     Args:
         console: where to draw.
@@ -48,6 +53,8 @@ class EpochBar:
         )
         self._task = self._progress.add_task(label, total=None, figures="")
         self._read = 0.0
+        self._begun = self._said = time.monotonic()
+        self._before: int | None = None  # epochs that were done when this sitting began
 
     def __enter__(self) -> EpochBar:
         self._progress.start()
@@ -60,7 +67,10 @@ class EpochBar:
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """Move the bar; `epoch` from 0, `step` from 1; `read` gives the epoch's figures so far, if they are known."""
+        if self._before is None:
+            self._before = epoch
         if self._progress.disable:
+            self._sign_of_life(epoch, step, n_steps, read)
             return
         update: dict[str, object] = {}
         now = time.monotonic()
@@ -77,6 +87,34 @@ class EpochBar:
             **update,  # type: ignore[arg-type]
         )
 
+    def epoch_line(self, text: str, done: int) -> None:
+        """The line of an epoch that has ended, the number `done` of the job; in a log file with the time left."""
+        if self._before is None:
+            self._before = done - 1
+        if self._progress.disable:
+            first, newline, rest = text.partition("\n")
+            left = "" if done >= self._epochs else f", {self._left(done)} left"
+            text = f"{first} ({self._unit} {done}/{self._epochs}{left}){newline}{rest}"
+        self.line(text)
+
+    def _sign_of_life(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
+        """A line within a long epoch, for somebody who follows the log file."""
+        if time.monotonic() - self._said < SECONDS_BETWEEN_SIGNS or step == n_steps:
+            return
+        m = read()
+        figures = "" if m is None else f", loss {m.loss:.3f}, top-1 {100 * m.top1:.1f} %"
+        left = self._left(epoch + step / n_steps)
+        self.line(
+            f"{self._unit} {epoch + 1}/{self._epochs}: step {step} of {n_steps}{figures}, about {left} left"
+        )
+
+    def _left(self, done: float) -> str:
+        """The time that the rest will take, as the epochs of this sitting did."""
+        assert self._before is not None
+        seconds = (time.monotonic() - self._begun) / max(done - self._before, 1e-9) * (self._epochs - done)
+        return duration(seconds)
+
     def line(self, text: str) -> None:
         """One line that stays."""
+        self._said = time.monotonic()
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

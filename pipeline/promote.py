@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
+from pipeline.outcome import outcome
 from pipeline.registry import CHAMPION, registered_name
 from pipeline.rundir import RunDir, RunRecord, contexts_of
 from pipeline.stored import readable
@@ -77,7 +78,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     """
     record = run.read()
     tracker = MLflowTracker(run, tracking_uri=tracking.uri, experiment=tracking.experiment)
-    name = registered_name(tracking.registered_model, record.dataset)
+    name = registered_name(tracking.registered_model, record)
     with readable(tracker.tracking_uri, what="used"):
         if tracker.run_id is None or not store_exists(tracker.tracking_uri):
             raise _no_version(run, record, tracking)
@@ -205,7 +206,7 @@ def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") ->
             f"--genotype {run.path}"
         )
     elif not has_network(record):
-        remedy = f"it is {record.status}: the command that began it goes on"
+        remedy = f"it is {outcome(record.status, record.tags)}: the command that began it goes on"
     elif not tracking.models:
         remedy = f"tracking.models is false: istanas sync {run.path} --set tracking.models=true"
     else:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
-from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from istanas.space import PUBLISHED, CellSpace, Genotype, genotype_from_text, random_genotype
 from pipeline import storage
 from pipeline.config import load
+from pipeline.outcome import outcome
 from pipeline.redaction import without_secrets
 from pipeline.rundir import RECORD_FILE, RunDir
 from pipeline.schema import NEEDS_OP_BATCHNORM, Config
@@ -89,7 +90,7 @@ def resolve_genotype(
     """The genotype that a reference names, and the directory of the run that found it.
 
     Args:
-        ref: a JSON file, a published name, "random:SEED", or a RUN as in `resolve_run`.
+        ref: a file (JSON, or the text form of DARTS), a published name, "random:SEED", or a RUN as in `resolve_run`.
         space: the space that a random cell is drawn from.
         runs_dir: where runs are kept.
         tracking_uri: the MLflow store to ask for a run id.
@@ -113,6 +114,8 @@ def resolve_genotype(
     if ref.startswith(_RANDOM):
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
+    if file.suffix == ".json" and "://" not in ref and not file.exists():
+        raise ConfigError(f"genotype {ref!r}: no such file; give an existing one")
     if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
         # Of a run, which is fetched: a sweep has its best trial's twice.
         ref = ref.replace(f"/best/{GENOTYPE_FILE}", "", 1).replace(f"/{GENOTYPE_FILE}", "", 1)
@@ -124,15 +127,30 @@ def resolve_genotype(
     except ConfigError as error:
         if is_mlflow_id(ref):
             return _download_genotype(ref, tracking_uri), None
+        published = {name.lower(): name for name in PUBLISHED}
+        near = difflib.get_close_matches(ref.lower(), published, n=1, cutoff=0.7)
+        if near:
+            raise ConfigError(f"genotype {ref!r}: unknown, did you mean {published[near[0]]}?") from None
         hint = f"a genotype may also be a JSON file, {', '.join(PUBLISHED)}, or random:SEED"
         raise ConfigError(f"{error}; {hint}") from None
     found = run.path / GENOTYPE_FILE
     record = run.read()
     if not found.is_file():
         raise ConfigError(
-            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {record.status}); finish its search first"
+            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)}); "
+            "finish its search first"
         )
     return read_genotype(found), _finder(run)
+
+
+def origin_of(ref: str) -> str | None:
+    """The reference of a genotype that no run has found: a random or a published cell; else None.
+
+    Example:
+        >>> origin_of("random:0"), origin_of("ISTA_twostage"), origin_of("runs/search")
+        ('random:0', 'ISTA_twostage', None)
+    """
+    return ref if ref in PUBLISHED or ref.startswith(_RANDOM) else None
 
 
 def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
@@ -292,13 +310,13 @@ def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
     if found:
         paths = ", ".join(storage.shown(run.path) for run in found)
         raise ConfigError(f"run {ref!r}: means {len(found)} runs; give one of these directories: {paths}")
+    is_folder = ref and Path(ref).expanduser().is_dir()
+    unknown = f"run {ref!r}: {f'a folder without {RECORD_FILE}, ' if is_folder else ''}unknown"
     if not runs:
-        raise ConfigError(
-            f"run {ref!r}: unknown, there are no runs in {storage.shown(runs_dir)}; give a run directory"
-        )
+        raise ConfigError(f"{unknown}, there are no runs in {storage.shown(runs_dir)}; give a run directory")
     names = {run.path.name for run in runs} | {_name(run) for run in runs}
     near = difflib.get_close_matches(ref, sorted(names), n=3, cutoff=0.4) or sorted(names)[:3]
-    raise ConfigError(f"run {ref!r}: unknown in {storage.shown(runs_dir)}; nearest names: {', '.join(near)}")
+    raise ConfigError(f"{unknown} in {storage.shown(runs_dir)}; nearest names: {', '.join(near)}")
 
 
 def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None) -> RunDir:
@@ -346,9 +364,9 @@ def read_genotype(file: Path) -> Genotype:
         GenotypeError: it holds none; the message names the file.
     """
     try:
-        return Genotype.from_json(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
+        return genotype_from_text(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
     except UnicodeDecodeError:
-        raise GenotypeError(f"{file}: is no text; give a JSON file that holds a genotype") from None
+        raise GenotypeError(f"{file}: is no text; give a file that holds a genotype") from None
     except (GenotypeError, ValueError) as error:
         raise GenotypeError(f"{file}: {error}") from None
 

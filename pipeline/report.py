@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Unpack
 
+from pipeline.outcome import ORIGIN_TAG, outcome
 from pipeline.report_columns import (
     COLUMNS,
     EPOCHS_COLUMNS,
@@ -316,6 +317,8 @@ def _row(run: "Run") -> dict[str, Any]:
         "started": run.info.start_time,
         "parent_run_id": tags.get("mlflow.parentRunId"),
         "run_dir": tags.get("istanas.run_dir"),
+        "outcome": outcome(run.info.status, tags),
+        "origin": tags.get(ORIGIN_TAG),
     }
 
 

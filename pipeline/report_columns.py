@@ -18,9 +18,12 @@ COLUMNS: dict[str, str] = {
     "started": "datetime64[ms, UTC]",
     "parent_run_id": "string",
     "run_dir": "string",
+    "outcome": "string",
+    "origin": "string",
 }
 """Column -> pandas dtype: accuracies are fractions, top-5 NA with 10 classes or fewer, `genotype` is the digest,
-`seconds` the time worked."""
+`seconds` the time worked, `outcome` the status with INTERRUPTED and PRUNED told apart, which MLflow calls FAILED or
+KILLED, `origin` the random or published cell that a retraining trained, NA of other runs."""
 
 SEARCHES_COLUMNS: dict[str, str] = {
     "run_id": "string",

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from istanas.space import CELLS, Genotype
+from istanas.space import CELLS, Genotype, state_name
 from pipeline.pages import (
     BLUE,
     GREEN,
@@ -27,7 +27,7 @@ from pipeline.pages import (
 )
 from pipeline.resources import count
 from pipeline.rundir import MetricsLine, RunDir, RunRecord, atomic_write
-from pipeline.tables import duration, percent, shown, shown_time
+from pipeline.tables import duration, percent, shown, shown_time, validation_note
 
 REPORT_PAGE = "report.html"
 MOST_TRIALS = 50
@@ -68,6 +68,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
             )
             if (run.path / file).is_file()
         ],
+        "validation": validation_note(record.kind, record.method) if "valid_top1" in result else "",
         "tiles": list(_tiles(record, genotype, len(run.metrics()))),
         "cells": [(cell, _cell(run.path, cell, genotype)) for cell in CELLS],
         "digest": genotype.digest()[:12],
@@ -93,16 +94,14 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
 def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple[str, str]]:
     """The figures that stand at the top, the most important first."""
     result, sweep = record.result, record.kind == "sweep"
-    half = record.kind == "search" and record.method == "two_stage"
-    on_valid = f"on the {'alpha half' if half else 'hold-out'}"
     if sweep:
         yield "best trial", str(result["best_trial"])
     for key, name in (
         ("test_top1", "test top-1"),
         ("test_top5", "test top-5"),
         ("retrained_top1", "top-1 after retraining"),
-        ("valid_top1", "top-1 in search" if sweep else f"top-1 {on_valid}"),
-        ("valid_top5", f"top-5 {on_valid}"),
+        ("valid_top1", "top-1 in search" if sweep else "validation top-1"),
+        ("valid_top5", "validation top-5"),
     ):
         if key in result:
             yield name, percent(result[key])
@@ -125,7 +124,9 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
 
 
 def _cell(folder: Path, cell: str, genotype: Genotype) -> Markup:
-    nodes = (", ".join(f"{op} from {state}" for op, state in node) for node in genotype.picks(cell))
+    nodes = (
+        ", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in genotype.picks(cell)
+    )
     label = f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
     return _svg(folder / "cells" / f"{cell}.svg", cell, label)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
+from pipeline.outcome import outcome
 from pipeline.references import is_mlflow_id, read_genotype, resolve_run
 from pipeline.rundir import MetricsLine, RunDir
 from pipeline.storage import shown
@@ -44,6 +45,7 @@ class ReadRun:
     method: str
     dataset: str
     status: str
+    outcome: str
     run_dir: str | None
     mlflow_run_id: str | None
     settings: dict[str, str]
@@ -102,6 +104,7 @@ def _from_directory(run_dir: RunDir) -> ReadRun:
         method=record.method,
         dataset=record.dataset,
         status=record.status,
+        outcome=outcome(record.status, record.tags),
         run_dir=shown(run_dir.path),
         mlflow_run_id=None if link is None else link.run_id,
         settings={key: str(value) for key, value in record.params.items()},
@@ -135,6 +138,7 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
         method=tags.get("istanas.method", ""),
         dataset=tags.get("istanas.dataset", ""),
         status=run.info.status,
+        outcome=outcome(run.info.status, tags),
         run_dir=None,
         mlflow_run_id=run_id,
         settings=dict(run.data.params),

@@ -6,9 +6,9 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.resources import count
 from pipeline.schema import shown_value
-from pipeline.tables import duration, percent
+from pipeline.tables import duration, percent, validation_note
 
-_SPLITS = {"test": "test split", "valid": "hold-out"}
+_SPLITS = {"test": "test", "valid": "validation"}
 
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
@@ -21,10 +21,11 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
         genotype: what it found.
     """
     return _page(
-        f"{percent(result['valid_top1'])} on the alpha half: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
-        [*_tops(result, {"valid": "alpha half"}), *_common(result)],
+        f"{percent(result['valid_top1'])} validation top-1: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
+        [*_tops(result, {"valid": "validation"}), *_common(result)],
         genotype,
         again="istanas search --config config.yaml",
+        more=validation_note("search", "two_stage"),
     )
 
 
@@ -42,7 +43,15 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
         ],
         genotype,
         again="istanas search --config config.yaml",
-        more=_table(("node", "frozen after epoch", "reason"), nodes),
+        more="\n\n".join(
+            filter(
+                None,
+                [
+                    _table(("node", "frozen after epoch", "reason"), nodes),
+                    _note(result, "search", "one_stage"),
+                ],
+            )
+        ),
     )
 
 
@@ -53,6 +62,7 @@ def of_retraining(dataset: str, epochs: int, result: Mapping[str, Any], genotype
         [*_tops(result), *_common(result)],
         genotype,
         again="istanas retrain --genotype genotype.json --config config.yaml",
+        more=_note(result, "retrain", ""),
     )
 
 
@@ -110,8 +120,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _tops(result: Mapping[str, Any], splits: Mapping[str, str] = _SPLITS) -> list[tuple[str, str]]:
-    keys = [(f"{split}_top{k}", f"top-{k} on the {name}") for split, name in splits.items() for k in (1, 5)]
+    keys = [(f"{split}_top{k}", f"{name} top-{k}") for split, name in splits.items() for k in (1, 5)]
     return [(label, percent(result[key])) for key, label in keys if key in result]
+
+
+def _note(result: Mapping[str, Any], kind: str, method: str) -> str:
+    return validation_note(kind, method) if "valid_top1" in result else ""
 
 
 def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
@@ -129,5 +143,5 @@ def _headline(result: Mapping[str, Any]) -> str:
     measured = [
         (result[f"{split}_top1"], name) for split, name in _SPLITS.items() if f"{split}_top1" in result
     ]
-    tops = ", ".join(f"{percent(top)} on the {name}" for top, name in measured)
+    tops = ", ".join(f"{percent(top)} {name} top-1" for top, name in measured)
     return f"{tops}: " if tops else "Not tested: "

@@ -6,10 +6,11 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pandas as pd
+from markupsafe import Markup
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
@@ -17,6 +18,8 @@ from scipy import stats
 from istanas.errors import ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline import storage
+from pipeline.fitted import Column, FittedTable
+from pipeline.pages import render
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
@@ -24,12 +27,10 @@ from pipeline.sweep_space import sweep_of, trial_config
 from pipeline.tables import shown, shown_time
 from pipeline.tracking import read_link
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 TABLE_FILE = "trials.csv"
 PAGE_FILE = "sweep.html"
 PLOTS = "plots"
+FEWEST_FOR_IMPORTANCES = 8  # finished trials: a forest that is fitted to fewer tells noise
 
 COLUMNS: dict[str, str] = {
     "trial": "Int64",
@@ -114,38 +115,41 @@ def _cell(value: Any) -> Any:
     return shown_value(value) if value is None or isinstance(value, list) else value
 
 
-def trials_table(frame: pd.DataFrame) -> Table:
+def trials_table(frame: pd.DataFrame) -> FittedTable:
     """The frame for people: settings, figures, and the reason of a failure; the frame has the rest.
 
     Args:
         frame: as `sweep_frame` gives it.
     """
-    from rich import box
-    from rich.table import Table
-
     keys = [name for name in frame.columns if name not in COLUMNS]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("trial", no_wrap=True)
-    for heading in ("state", *(key.rpartition(".")[2] for key in keys)):
-        table.add_column(heading, overflow="fold")
-    for heading in ("valid", "retrained", "params", "epochs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("genotype", no_wrap=True)
+    columns = [
+        Column("trial"),
+        Column("state", prose=True),
+        *(Column(key.rpartition(".")[2]) for key in keys),
+        *(
+            Column(heading, right=True, rank=rank)
+            for heading, rank in (("valid", 0), ("retrained", 1), ("params", 3), ("epochs", 4), ("time", 5))
+        ),
+        Column("genotype", rank=2),
+    ]
+    rows = []
     for row in frame.to_dict("records"):
         state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
         same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
-        table.add_row(
-            str(row["trial"]),
-            f"{state}{', on the front' if row['pareto'] else ''}",
-            *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
-            shown(row["valid_top1"], "{:.2%}"),
-            shown(row["retrained_top1"], "{:.2%}") + same,
-            shown(row["params"], "{:,}"),
-            shown(row["epochs"], "{}"),
-            shown_time(row["seconds"]),
-            shown(row["digest"], "{:.8}"),
+        rows.append(
+            [
+                str(row["trial"]),
+                f"{state}{', on the front' if row['pareto'] else ''}",
+                *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
+                shown(row["valid_top1"], "{:.2%}"),
+                shown(row["retrained_top1"], "{:.2%}") + same,
+                shown(row["params"], "{:,}"),
+                shown(row["epochs"], "{}"),
+                shown_time(row["seconds"]),
+                shown(row["digest"], "{:.8}"),
+            ]
         )
-    return table
+    return FittedTable(columns, rows)
 
 
 def kendall_tau(frame: pd.DataFrame) -> float | None:
@@ -186,6 +190,12 @@ def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str],
         matplotlib.rc_context(),
     ):  # Optuna changes the style of all figures to come
         warnings.simplefilter("ignore")  # of an axis that has one value
+        finished = len(own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if finished < FEWEST_FOR_IMPORTANCES:
+            say(
+                f"importances: not drawn ({finished} finished trials; below {FEWEST_FOR_IMPORTANCES} they are chance, "
+                "run more)"
+            )
         for name, draw, draw_page in _plots(config, own):
             try:
                 axes, figure = draw(), draw_page()
@@ -205,9 +215,9 @@ def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str],
         files.append(f"{PLOTS}/freezing.png")
         atomic_write(folder / files[-1], _freezing_figure(config, frozen))
     if parts:
-        title = f"Sweep {own.study_name}"
-        head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
-        atomic_write(folder / PAGE_FILE, f"{head}<body><h1>{title}</h1>{''.join(parts)}</body></html>\n")
+        # Made by plotly: scripts, in which names are escaped as JSON.
+        page = render("sweep.html", title=f"Sweep {own.study_name}", parts=[Markup(part) for part in parts])
+        atomic_write(folder / PAGE_FILE, page)
         files.append(PAGE_FILE)
     return tuple(files)
 
@@ -253,10 +263,11 @@ def _plots(config: Config, own: Study) -> list[Plot]:
     # Optuna's own choice of an evaluator asks what makes values low.
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     figures: list[tuple[str, str, dict[str, Any]]] = [
-        ("importances", "plot_param_importances", {"evaluator": evaluator, **of_top1}),
         ("parallel_coordinates", "plot_parallel_coordinate", {"params": shared, **of_top1}),
         ("history", "plot_optimization_history", of_top1),
     ]
+    if len(done) >= FEWEST_FOR_IMPORTANCES:
+        figures.insert(0, ("importances", "plot_param_importances", {"evaluator": evaluator, **of_top1}))
     if len(objectives) in (2, 3):
         figures.append(("pareto_front", "plot_pareto_front", {"target_names": objectives}))
 

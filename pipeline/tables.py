@@ -1,8 +1,12 @@
 """Tables for the terminal: of the frames that `pipeline.report` makes, and of a cluster's jobs."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from pipeline.fitted import Column, FittedTable
+from pipeline.outcome import shown_outcome
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,11 +18,11 @@ WIDE = 120
 """Columns of a terminal from which on a table of results says more."""
 
 
-def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> "Table":
+def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> FittedTable:
     """The frame as a table; trials are set in under their sweep, retrainings under their search.
 
-    Valid and test are top-1, and a split has a column of top-5 if a run has one. A status is shown where a run is not
-    finished: a trial that was stopped early is KILLED. The frame has the rest.
+    Valid and test are top-1, and a split has a column of top-5 if a run has one. An outcome is shown where a run is
+    not finished, and a run's directory where several runs have its name. The frame has the rest.
 
     Args:
         frame: as `pipeline.report.results_frame` gives it.
@@ -26,26 +30,27 @@ def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no run
             column of top-5 is shown: of the test split if a run has it.
         none: what to say of a frame without rows.
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=None if len(frame) else none, box=box.SIMPLE_HEAD, padding=0 if width < WIDE else (0, 1)
-    )
-    table.add_column("run", overflow="fold")
-    table.add_column("genotype", no_wrap=True)
     tops = top_columns(key for key in frame.columns if frame[key].notna().any())
     if width < WIDE and "test_top5" in tops:
         tops.pop("valid_top5", None)
-    for heading in (*tops.values(), "params", "MACs", "time"):
-        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for heading in ("data", "method", "started") if width >= WIDE else ():
-        table.add_column(heading, no_wrap=True)
+    ranks = {"valid_top1": 3, "valid_top5": 6, "test_top1": 1, "test_top5": 5}
+    columns = [
+        Column("run"),
+        Column("genotype", rank=2),
+        *(Column(heading, right=True, rank=ranks[key]) for key, heading in tops.items()),
+        *(
+            Column(heading, right=True, rank=rank)
+            for heading, rank in (("params", 4), ("MACs", 8), ("time", 7))
+        ),
+        *(Column(heading, rank=9) for heading in ("data", "method", "started") if width >= WIDE),
+    ]
+    labels = _labels(frame)
     depths: dict[Any, int] = {}
+    rows = []
     for row in frame.to_dict("records"):
         depths[row["run_id"]] = depth = depths.get(row["parent_run_id"], -1) + 1
         cells = [
-            f"{'  ' * depth}{row['name']}" + ("" if row["status"] == "FINISHED" else f" ({row['status']})"),
+            f"{'  ' * depth}{labels[row['run_id']]}",
             shown(row["genotype"], "{:.8}"),
             *(shown(row[key], "{:.2%}") for key in tops),
             shown(row["params"], "{:,}"),
@@ -55,12 +60,42 @@ def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no run
         if width >= WIDE:
             started = f"{row['started'].to_pydatetime().astimezone():%Y-%m-%d %H:%M}"
             cells += [shown(row["dataset"], "{}"), shown(row["method"], "{}"), started]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return FittedTable(columns, rows, title=None if len(frame) else none)
 
 
-def weights_table(frame: "pd.DataFrame") -> "Table":
-    """The frame as a table that fits 80 columns: a search's weights, under them the retrained ones.
+def _labels(frame: "pd.DataFrame") -> dict[str, str]:
+    """Run id -> what a table calls it: its name, or its directory's where others have its name, and its outcome."""
+    import pandas as pd
+
+    rows = frame.to_dict("records")
+    names = Counter(row["name"] for row in rows)
+    folders = Counter(_folder(row) for row in rows)
+    labels = {}
+    for row in rows:
+        label, folder = str(row["name"]), _folder(row)
+        if names[row["name"]] > 1:
+            # A run that was started over has the directory of the one before.
+            label = folder if folder and folders[folder] == 1 else f"{folder or label} {row['run_id'][:8]}"
+        notes = [] if pd.isna(row["origin"]) else [row["origin"]]
+        if row["outcome"] != "FINISHED":
+            notes.append(shown_outcome(row["outcome"]))
+        labels[row["run_id"]] = f"{label} ({', '.join(notes)})" if notes else label
+    return labels
+
+
+def _folder(row: Mapping[Any, Any]) -> str:
+    """The last part of a run's directory, of a sweep's trial the last two; empty if it is not known."""
+    import pandas as pd
+
+    if pd.isna(row["run_dir"]):
+        return ""
+    parts = str(row["run_dir"]).rstrip("/").split("/")
+    return "/".join(parts[-2:] if parts[-1] == row["name"] else parts[-1:])
+
+
+def weights_table(frame: "pd.DataFrame") -> FittedTable:
+    """The frame as a table: a search's weights, under them the retrained ones.
 
     Test is top-1; points are per cent points that retraining gains. The frame has the rest.
 
@@ -73,16 +108,15 @@ def weights_table(frame: "pd.DataFrame") -> "Table":
         'no finished one-stage search yet'
     """
     import pandas as pd
-    from rich import box
-    from rich.table import Table
 
-    table = Table(
-        title=None if len(frame) else "no finished one-stage search yet", box=box.SIMPLE_HEAD, padding=0
-    )
-    table.add_column("one-stage weights\n  retrained", overflow="fold")
-    table.add_column("genotype", no_wrap=True)
-    for heading in ("test", "points", "params", "epochs", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = [
+        Column("one-stage weights\n  retrained"),
+        Column("genotype", rank=3),
+        *(
+            Column(heading, right=True, rank=rank)
+            for heading, rank in (("test", 0), ("points", 1), ("params", 2), ("epochs", 4), ("time", 5))
+        ),
+    ]
 
     def figures(row: dict[Any, Any], weights: str, points: str) -> list[str]:
         return [
@@ -93,31 +127,28 @@ def weights_table(frame: "pd.DataFrame") -> "Table":
             shown_time(row[f"{weights}_seconds"]),
         ]
 
+    rows = []
     above = None
     for row in frame.to_dict("records"):
         if row["run_id"] != above:
-            table.add_row(row["name"], shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", ""))
+            rows.append([row["name"], shown(row["genotype"], "{:.8}"), *figures(row, "one_stage", "")])
         above = row["run_id"]
         if pd.isna(row["retrain_run_id"]):
-            table.add_row("  not retrained yet")
+            rows.append(["  not retrained yet", *[""] * 6])
         else:
             points = shown(100 * row["difference"], "{:+.2f}")
-            table.add_row(f"  {row['retrain_name']}", "", *figures(row, "retrained", points))
-    return table
+            rows.append([f"  {row['retrain_name']}", "", *figures(row, "retrained", points)])
+    return FittedTable(columns, rows, title=None if len(frame) else "no finished one-stage search yet")
 
 
-def jobs_table(jobs: "Sequence[Job]") -> "Table":
-    """The jobs of a cluster; what does not fit of a command is cut off."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=True)
-    for heading in ("job", "status", "started", "took"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
-    for job in jobs:
-        table.add_row(job.id, _status(job), *_when(job), job.command)
-    return table
+def jobs_table(jobs: "Sequence[Job]") -> FittedTable:
+    """The jobs of a cluster; a long command is wrapped between words."""
+    columns = [
+        *(Column("job"), Column("status", rank=1), Column("started", rank=3), Column("took", rank=2)),
+        Column("command", prose=True, rank=4),
+    ]
+    rows = [[job.id, _status(job), *_when(job), job.command] for job in jobs]
+    return FittedTable(columns, rows, rest="--json has everything")
 
 
 def job_table(job: "Job") -> "Table":
@@ -148,6 +179,28 @@ def _when(job: "Job") -> tuple[str, str]:
     if job.started is None or job.seconds is None:
         return "", ""
     return f"{datetime.fromtimestamp(job.started):%m-%d %H:%M}", duration(job.seconds)
+
+
+def validation_note(kind: str, method: str) -> str:
+    """Return on which pictures the validation accuracies of a run were measured, in one sentence.
+
+    Args:
+        kind: "search", "retrain" or "sweep".
+        method: of the search. A retraining has no alphas to train, whatever the method is.
+
+    Example:
+        >>> validation_note("retrain", "two_stage") == validation_note("search", "one_stage")
+        True
+    """
+    if method == "two_stage" and kind != "retrain":
+        return (
+            "Validation accuracy of a two-stage search is measured on the alpha half: the part of the training "
+            "pictures (search.alpha_fraction) that trains the alphas and not the weights."
+        )
+    return (
+        "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "
+        "that trains nothing."
+    )
 
 
 def percent(fraction: float) -> str:

@@ -416,6 +416,7 @@ class MLflowTracker:
             "istanas.kind": record.kind,
             "istanas.method": record.method,
             "istanas.dataset": record.dataset,
+            **({"istanas.data_folder": registry.data_label(record)} if record.dataset == "folder" else {}),
             "istanas.key": record.key,
             "istanas.run_dir": shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
@@ -517,7 +518,7 @@ class MLflowTracker:
         self, client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[links.Kin]
     ) -> tuple[str, int] | None:
         """Name and version if the model was entered in the registry just now."""
-        name = registry.registered_name(self.registered_model, record.dataset)
+        name = registry.registered_name(self.registered_model, record)
         try:
             version, new = registry.register(client, name, model, record, kin)
         except Exception as error:  # a run that is in no registry is still worth having

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from istanas.draw import cell_svg, edge_widths
 from istanas.limits import TABLE_BYTES, read_at_most
-from istanas.space import CELLS, Genotype
+from istanas.space import CELLS, Genotype, state_name
 from istanas.space.primitives import SKIP
 from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
 from pipeline.references import read_genotype
@@ -29,7 +29,6 @@ from pipeline.tables import percent
 TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
 _ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # of the heat map, in units of its text's 11
-_STATES = ("c(k−2)", "c(k−1)")  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -138,18 +137,14 @@ def _draw(
 
 
 def _label(cell: str, picks: Sequence[Sequence[tuple[str, int]]]) -> str:
-    nodes = (", ".join(f"{op} from {_state(state)}" for op, state in node) for node in picks)
+    nodes = (", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in picks)
     return f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
-
-
-def _state(state: int) -> str:
-    return _STATES[state] if state < len(_STATES) else f"node {state - len(_STATES)}"
 
 
 def _row(node: _Node) -> list[Any]:
     """Whether it changed, and the texts of its row."""
     picks = zip(node.picks, node.edge_weights, strict=True)
-    keeps = ", ".join(f"{op} ← {_state(state)} ({weight:.2g})" for (op, state), weight in picks)
+    keeps = ", ".join(f"{op} ← {state_name(state)} ({weight:.2g})" for (op, state), weight in picks)
     figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
     figures.append("–" if math.isnan(node.margin) else f"{node.margin:.2g}")  # noqa: RUF001
     return [bool(node.changed), keeps, node.state.lower(), *figures]
@@ -235,7 +230,7 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
                 "top": top,
                 "height": _ROW * len(names),
                 "names": [
-                    (top + _ROW * i + 0.77 * _ROW, f"{op} ← {_state(state)}")
+                    (top + _ROW * i + 0.77 * _ROW, f"{op} ← {state_name(state)}")
                     for i, (op, state) in enumerate(names)
                 ],
                 "uri": data_uri(_picture(values / largest if largest > 0 else values, kept)),

@@ -32,8 +32,19 @@ def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None
     note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
     lines = [f"MLflow: {address} ({note})"]
     if newest_run is not None:
-        lines.append(f"newest run: {newest_run}")
+        lines += [f"table of runs: {table_of_runs(newest_run)}", f"newest run: {newest_run}"]
     print("\n".join(lines), flush=True)
+
+
+def table_of_runs(run_page: str) -> str:
+    """The table of an experiment's runs, from the page of one; MLflow's home page is about something else.
+
+    Example:
+        >>> table_of_runs("http://here/#/experiments/1/runs/ab?workflowType=machine_learning")
+        'http://here/#/experiments/1/runs?workflowType=machine_learning'
+    """
+    experiment, _, run = run_page.rpartition("/")
+    return experiment + run[len(run.partition("?")[0]) :]
 
 
 def newest_run(uri: str, address: str) -> str | None:

@@ -1,6 +1,15 @@
 """The search space: topology, candidate operations, genotypes and the published cells."""
 
-from istanas.space.genotype import CELLS, Genotype, Pick, Picks, genotype_from_supports, random_genotype
+from istanas.space.genotype import (
+    CELLS,
+    Genotype,
+    Pick,
+    Picks,
+    genotype_from_supports,
+    random_genotype,
+    state_name,
+)
+from istanas.space.literal import genotype_from_text
 from istanas.space.primitives import PRIMITIVES
 from istanas.space.published import PUBLISHED
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
@@ -15,5 +24,7 @@ __all__ = [
     "Pick",
     "Picks",
     "genotype_from_supports",
+    "genotype_from_text",
     "random_genotype",
+    "state_name",
 ]

@@ -137,7 +137,9 @@ class Genotype:
         lines = []
         for cell in CELLS:
             for i, node in enumerate(self.picks(cell)):
-                lines.append(f"{cell:6} node {i}: " + ", ".join(f"{op} <- {state}" for op, state in node))
+                lines.append(
+                    f"{cell:6} node {i}: " + ", ".join(f"{op} <- {state_name(state)}" for op, state in node)
+                )
         return "\n".join(lines)
 
 
@@ -214,6 +216,16 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
         raise GenotypeError(
             f"genotype field '{cell}_concat' is {states!r:.60}: give distinct states from {first} to {end - 1}"
         )
+
+
+def state_name(state: int) -> str:
+    """Return what people call a state: the outputs of the two cells before, or a node of this cell.
+
+    Example:
+        >>> state_name(0), state_name(1), state_name(2)
+        ('c(k-2)', 'c(k-1)', 'node 0')
+    """
+    return f"c(k-{N_CELL_INPUTS - state})" if state < N_CELL_INPUTS else f"node {state - N_CELL_INPUTS}"
 
 
 def _is_int(value: Any) -> bool:

@@ -18,14 +18,16 @@ from pipeline import storage
 from pipeline.compare_page import draw_curves, draw_whole, render_page
 from pipeline.config import load
 from pipeline.epochs import target_network
+from pipeline.fitted import Column, FittedTable
 from pipeline.jobs.job import console_line
 from pipeline.models import load_network
+from pipeline.outcome import shown_outcome
 from pipeline.pictures import load_pictures
 from pipeline.resources import count, threads_in_process
 from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
 from pipeline.rundir import atomic_write
 from pipeline.schema import Config
-from pipeline.tables import shown, shown_time, top_columns
+from pipeline.tables import shown, shown_time, top_columns, validation_note
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
@@ -44,6 +46,7 @@ class ComparedRun(TypedDict):
     method: str
     dataset: str
     status: str
+    outcome: str
     digest: str | None
     params: int | None
     macs: int | None
@@ -169,15 +172,13 @@ def print_comparison(result: CompareResult, console: Console) -> None:
 
     headings, rows = figures_table(result)
     shorter = headings.index("epochs")  # the page has the rest
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in headings[:shorter]:
-        left = heading in ("", "run")
-        table.add_column(
-            heading.replace(" ", "\n"), justify="left" if left else "right", no_wrap=not left, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*row[:shorter])
-    console.print(table)
+    ranks = {"": 0, "run": 0, "params": 1, "MACs": 4, "latency": 3}
+    columns = [
+        Column(heading, right=heading not in ("", "run"), rank=ranks.get(heading, 2))
+        for heading in headings[:shorter]
+    ]
+    table = FittedTable(columns, [row[:shorter] for row in rows], rest="the page and --json have everything")
+    console.print(table, crop=False)
     settings = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     settings.add_column("setting", no_wrap=True)
     for number in range(1, len(rows) + 1):
@@ -217,8 +218,12 @@ def _notes(runs: Sequence[ReadRun]) -> list[str]:
     if len({run.dataset for run in runs}) > 1:
         notes.append("the runs are on different data sets: their accuracies can't be compared")
     if len({run.kind for run in runs}) > 1:
-        notes.append("valid: of a two-stage search on its alpha half, else on the hold-out")
-    unfinished = [f"{n} is {run.status}" for n, run in enumerate(runs, start=1) if run.status != "FINISHED"]
+        notes += dict.fromkeys(validation_note(run.kind, run.method) for run in runs)
+    unfinished = [
+        f"{n} is {shown_outcome(run.outcome)}"
+        for n, run in enumerate(runs, start=1)
+        if run.status != "FINISHED"
+    ]
     if unfinished:
         notes.append(f"not finished: {', '.join(unfinished)}")
     return notes
@@ -234,6 +239,7 @@ def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> Compare
         "method": run.method,
         "dataset": run.dataset,
         "status": run.status,
+        "outcome": run.outcome,
         "digest": None if genotype is None else genotype.digest(),
         "params": _whole(run.last("target/params")),
         "macs": _whole(run.last("target/macs")),
@@ -291,7 +297,7 @@ def _latencies(networks: Sequence[Network | None]) -> list[tuple[float | None, s
 
 
 def _name(run: ComparedRun, *, several: bool) -> str:
-    status = "" if run["status"] == "FINISHED" else f" ({run['status']})"
+    status = "" if run["status"] == "FINISHED" else f" ({shown_outcome(run['outcome'])})"
     return f"{run['run']}{status}" + (f", {run['dataset']}" if several else "")
 
 

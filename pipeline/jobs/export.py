@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.export import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
 from pipeline.jobs.job import console_line, tracker_of
 from pipeline.models import WEIGHTS_FILE, load_network, read_card
+from pipeline.outcome import outcome
 from pipeline.rundir import MetricsLine, RunDir, RunRecord
 from pipeline.schema import Config
 
@@ -128,8 +129,8 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"run {storage.shown(run.path)}: is {record.status}, only a finished run has a network to export; let "
-            "it finish, or resume it with the command that began it"
+            f"run {storage.shown(run.path)}: is {outcome(record.status, record.tags)}, only a finished run has a "
+            "network to export; let it finish, or resume it with the command that began it"
         )
 
 

@@ -29,6 +29,8 @@ from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
+from pipeline.fit import check_left_for_training, doubtful_settings
+from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pictures import (
     are_gone,
     check_fit,
@@ -160,7 +162,7 @@ class RunObserver:
         new = history[-1]
         self._run.append_metrics(new["epoch"], new["metrics"], new["timestamp_ms"])
         self._write_trajectory(history)
-        self._bar.line(self._describe(history))
+        self._bar.epoch_line(self._describe(history), new["epoch"])
         self._tracker.deliver()
         storage.push(self._run.path)
         if self._tell is not None:
@@ -248,7 +250,7 @@ def execute(
             check_same_pictures(old, dataset, digest, used)
         lines = describe_pictures(spec.config, dataset, used, spec.networks)
         prepared = prepare(dataset)
-        tell_pictures(lines, console)
+        tell_pictures([*lines, *warnings_of(spec.config, dataset, spec.networks)], console)
         if fresh and run.exists():
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
@@ -271,7 +273,7 @@ def execute(
                 ended_ms=_now_ms(),
                 result=outcome.result,
                 artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
-                tags={**record.tags, **outcome.tags},
+                tags={**_with_outcome(record, "FINISHED").tags, **outcome.tags},
                 description="\n\n".join([outcome.description, *_missing_lines(record)]),
             )
             page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
@@ -280,7 +282,9 @@ def execute(
             storage.push(run.path)
         except SystemExit:
             raise
-        except BaseException:
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            record = _with_outcome(record, INTERRUPTED if stopped else "FAILED")
             _close_failed(run, record, tracker, console_line(console))
             raise
         if not tracker.deliver():
@@ -313,6 +317,13 @@ def _check_finished(
         console_line(console)(f"warning: the pictures of this result cannot be looked at any more: {error}")
         return
     check_same_pictures(record, dataset, data_digest(spec.config, dataset, spec.kind), datasets(dataset))
+
+
+def _with_outcome(record: RunRecord, word: str) -> RunRecord:
+    """A record that says what became of its run, where MLflow's own words do not, or did not before."""
+    if word != INTERRUPTED and OUTCOME_TAG not in record.tags:
+        return record
+    return dataclasses.replace(record, tags={**record.tags, OUTCOME_TAG: word})
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
@@ -486,7 +497,9 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
         Whether MLflow has all of them.
     """
     left = [run for run in runs if _status(run) == "RUNNING"]
-    delivered = [close(run.path, _without_models(config), "KILLED", {}, {}) for run in left]
+    delivered = [
+        close(run.path, _without_models(config), "KILLED", {OUTCOME_TAG: INTERRUPTED}, {}) for run in left
+    ]
     return all(delivered)
 
 
@@ -534,6 +547,7 @@ def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> No
     """Check the settings of the jobs to come against the pictures and, in process, this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
+    check_left_for_training(config, dataset, jobs)
     check_fit(config, dataset, jobs)
 
 
@@ -541,6 +555,11 @@ def tell_pictures(lines: Sequence[str], console: Console) -> None:
     """Write what people should know about the pictures, before any work."""
     for line in lines:
         console_line(console)(line if line.startswith("warning: ") else f"pictures: {line}")
+
+
+def warnings_of(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[str]:
+    """Lines for people about settings that make no sense with these pictures."""
+    return [f"warning: {doubt}" for doubt in doubtful_settings(config, dataset, jobs)]
 
 
 def console_line(console: Console) -> Callable[[str], None]:
@@ -653,6 +672,7 @@ def _open_record(
         # Those that it was begun with, which are the same: `check_same_pictures`.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
+        record = _with_outcome(record, "RUNNING")
     else:
         record = _new_record(spec, datasets)
     missing = "; ".join(f"{use.context}: {', '.join(use.missing)}" for use in record.datasets if use.missing)

@@ -24,7 +24,7 @@ from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
-from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures
+from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures, warnings_of
 from pipeline.pictures import (
     Batches,
     describe_pictures,
@@ -159,7 +159,8 @@ def run_profile(
     config = settled(config, console)
     dataset = load_data(config, console)
     check_data(config, dataset, (job,))
-    tell_pictures(describe_pictures(config, dataset, (), (job,)), console)
+    lines = (*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,)))
+    tell_pictures(lines, console)
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)

@@ -29,6 +29,7 @@ from pipeline.jobs.results import RetrainResult, accuracies
 from pipeline.jobs.search import describe_figures, write_genotype
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.outcome import ORIGIN_TAG
 from pipeline.pictures import datasets_used
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
@@ -43,6 +44,7 @@ def run_retrain(
     *,
     name: str,
     parent: str | None,
+    origin: str | None = None,
     fresh: bool,
     console: Console,
     runtime: Runtime,
@@ -55,6 +57,7 @@ def run_retrain(
         genotype: the cells.
         name: of the run.
         parent: run directory of the search that found it, or None.
+        origin: how the user named a random or published cell, or None.
         fresh: start over.
         console: for people.
         runtime: Ray, if there are workers.
@@ -72,7 +75,7 @@ def run_retrain(
         sections=SECTIONS,
         epochs=config.retrain.epochs,
         parent=parent,
-        tags={"istanas.genotype": genotype.digest()},
+        tags={"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})},
     )
 
     def prepare(dataset: ImageDataset) -> ImageDataset:

@@ -147,7 +147,7 @@ def describe_epoch(history: list[Record]) -> str:
     changes = int(m["recovery/support_changes"])
     return (
         f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
-        f"(alpha half {_describe_tops(m, 'valid')}), {changes} of {len(record['nodes'])} nodes changed, "
+        f"(validation {_describe_tops(m, 'valid')}), {changes} of {len(record['nodes'])} nodes changed, "
         f"{record['seconds']:.1f} s{_describe_fallbacks(record)}"
     )
 
@@ -176,7 +176,7 @@ def describe_figures(record: Record) -> str:
     """Return the number, loss and accuracies of an epoch of a one-stage search or a retraining, for people."""
     m = record["metrics"]
     text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
-    for split, word in (("valid", "hold-out"), ("test", "test")):
+    for split, word in (("valid", "validation"), ("test", "test")):
         if f"{split}/top1" in m:
             text += f", {word} {_describe_tops(m, split)}"
     return text

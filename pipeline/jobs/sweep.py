@@ -48,6 +48,7 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
+from pipeline.outcome import OUTCOME_TAG, PRUNED, TRIAL_TAG
 from pipeline.pictures import check_fit, datasets_used, settle_stems
 from pipeline.preflight import check_gpus, check_nodes
 from pipeline.resources import Node, WorkerRange, count, workers_that_fit
@@ -100,6 +101,7 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+OUTCOMES = {**STATUS, TrialState.PRUNED: PRUNED}
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
@@ -420,7 +422,7 @@ class _Trials:
 
     def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         path, config = self._open.pop(index)
-        tags = {"istanas.trial_state": state.name}
+        tags = {TRIAL_TAG: state.name, OUTCOME_TAG: OUTCOMES[state]}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
         if NODE in result:

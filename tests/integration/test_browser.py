@@ -158,7 +158,7 @@ def test_the_run_is_found_with_its_chart_cell_report_and_model(
     page.goto(f"{address}/#/experiments/1/runs/{result['mlflow_run_id']}?{TRAINING}")
     close_assistant(page)
     expect(page.get_by_text("digits (").first).to_be_visible()
-    expect(page.get_by_text("on the alpha half: two-stage search on digits").first).to_be_visible()
+    expect(page.get_by_text("validation top-1: two-stage search on digits").first).to_be_visible()
     page.get_by_text("Model metrics").click()
     page.get_by_placeholder("Search metric charts").fill("valid/top1")
     expect(page.get_by_text("top1", exact=True).first).to_be_visible()

@@ -653,6 +653,7 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     (path,) = (here / "runs").iterdir()
     stopped = RunDir(path)
     assert stopped.read().status == "FAILED"
+    assert stopped.read().tags["istanas.outcome"] == "INTERRUPTED"
     done = len(stopped.metrics())
     assert 2 <= done < 12
     resumed = in_process(here, *arguments, "--json")
@@ -662,6 +663,7 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     assert "resumed after epoch" in resumed.stderr
     assert f"epoch {done - 1}: loss" not in resumed.stderr
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
+    assert stopped.read().tags["istanas.outcome"] == "FINISHED"
 
 
 A_COMMAND = """

@@ -247,6 +247,53 @@ def test_a_wrong_override_is_refused_in_one_line(tmp_path: Path, override: str, 
     assert says in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "starts", "says"),
+    [
+        (["serach.epochs=3"], "--set 'serach.epochs=3': serach", "did you mean search?"),
+        (["serach.a.b=3"], "--set 'serach.a.b=3': serach", "did you mean search?"),
+        (["sweep.trials=2"], "--set 'sweep.trials=2': ", "has no sweep section; give --config"),
+        (["search.lr=1e-9"], "--set 'search.lr=1e-9': search.lr_min is 0.001", "lower it"),
+        (["space.sparsity=99"], "--set 'space.sparsity=99': space.sparsity is 99", "choose 1 to"),
+        (["method=one_stage"], "--set 'method=one_stage': ", "search.alpha_fraction, a setting of another"),
+        (["method=one_stage", "seed=2"], "--set 'method=one_stage': ", "one_stage_digits.yaml"),
+    ],
+)
+def test_the_override_is_blamed_not_the_file(
+    tmp_path: Path, overrides: list[str], starts: str, says: str
+) -> None:
+    (line,) = refusal(tmp_path, "search: {alpha_fraction: 0.4}", *overrides)
+    assert line.startswith(starts)
+    assert says in line
+
+
+def test_a_section_that_stands_in_the_file_is_the_files_mistake(tmp_path: Path) -> None:
+    (line,) = refusal(tmp_path, "serach: {lr: 1}", "serach.epochs=3")
+    assert line.startswith(f"{tmp_path / 'config.yaml'}: serach: unknown key")
+
+
+def test_the_shipped_file_is_called_that_when_none_is_given() -> None:
+    with pytest.raises(ConfigError, match="without --config the settings come from") as caught:
+        load(default_file(), ["method=one_stage"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "where"),
+    [
+        ("seed: 1\nsearch: [1", "seed=1", "line 2, column 11: expected ',' or ']'"),
+        ("a: 1\na: 2", "seed=1", 'line 2, column 1: found duplicate key "a"'),
+        ("a: \x07", "seed=1", "not valid YAML"),
+        ("seed: 1", "search.epochs=[1", "line 1, column 3: expected"),
+    ],
+)
+def test_a_yaml_error_says_where_it_is(tmp_path: Path, text: str, override: str, where: str) -> None:
+    (line,) = refusal(tmp_path, text, override)
+    assert where in line
+    assert "<unicode string>" not in line
+    assert "yaml.dev" not in line
+
+
 def test_a_seed_of_zero_is_a_seed(tmp_path: Path) -> None:
     config = load_text(tmp_path, "seed: 5", "seed=0")
     assert config.seed == 0
@@ -575,7 +622,10 @@ def test_a_refusal_shows_no_password(override: str) -> None:
         ("sweep_digits", [], "sweep", {}, "cadc31ffe1"),
         (
             "retrain_imagenet",
-            ["data.root=/data/imagenet", "retrain.schedule=linear"],  # the file's own schedule has changed since
+            [
+                "data.root=/data/imagenet",
+                "retrain.schedule=linear",
+            ],  # the file's own schedule has changed since
             "retrain",
             {"genotype": "g"},
             "6a26769e6f",

@@ -230,3 +230,44 @@ def test_a_one_stage_cell_is_retrained_with_its_batch_norms(runs_dir: Path, tmp_
     shutil.rmtree(search.path)  # as on another machine: the store's tags tell the method
     with pytest.raises(ConfigError, match="comes from a one-stage search"):
         genotype_to_train(str(tracker.run_id), without)
+
+
+@pytest.mark.parametrize(
+    ("ref", "says"),
+    [
+        ("nofile.json", "genotype 'nofile.json': no such file"),
+        ("a/b/none.json", "genotype 'a/b/none.json': no such file"),
+        ("ISTA_twostag", "did you mean ISTA_twostage?"),
+        ("ista_imagenet", "did you mean ISTA_ImageNet?"),
+        ("ISTA_onestgae", "did you mean ISTA_onestage?"),
+    ],
+)
+def test_a_genotype_that_is_not_there_is_called_that(ref: str, says: str, runs_dir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_called_that(runs_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a folder without run\.json, unknown in"):
+        run_named(str(tmp_path), runs_dir)
+
+
+DARTS = """Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1)],
+    normal_concat=range(2, 4),
+    reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0)], reduce_concat=[2, 3])
+"""
+
+
+@pytest.mark.parametrize("before", ["", "DARTS_V2 = ", "\n  genotype = "])
+def test_a_file_in_the_text_form_of_darts_is_a_genotype(before: str, tmp_path: Path) -> None:
+    file = tmp_path / "darts.txt"
+    file.write_text(before + DARTS)
+    found, run = resolve_genotype(str(file), space=CellSpace(), runs_dir=tmp_path, tracking_uri=NO_STORE)
+    assert run is None
+    assert found.normal == (
+        (("sep_conv_3x3", 1), ("sep_conv_3x3", 0)),
+        (("skip_connect", 0), ("sep_conv_3x3", 1)),
+    )
+    assert found.normal_concat == found.reduce_concat == (2, 3)

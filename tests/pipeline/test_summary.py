@@ -49,16 +49,19 @@ def test_figures_and_genotype_of_every_kind() -> None:
         assert ["multiply-adds", "1,400,000"] in rows(text)
         assert ["digest", f"`{GENOTYPE.digest()[:12]}`"] in rows(text)
         assert "--config config.yaml`" in text
-    assert ["top-1 on the alpha half", "97.50 %"] in rows(two)
+    assert ["validation top-1", "97.50 %"] in rows(two)
     assert "99.16" not in two
-    assert ["top-1 on the test split", "99.16 %"] in rows(one)
+    assert "measured on the alpha half: the part of the training pictures" in two
+    assert "measured on the hold-out: the part of the training pictures" in retrain
+    assert "skip_connect <- c(k-2), dil_conv_3x3 <- c(k-1)" in two
+    assert ["test top-1", "99.16 %"] in rows(one)
     assert ["normal 0", "3", "limit"] in rows(one)
-    first = "99.16 % on the test split, 97.50 % on the hold-out: retraining on digits, 1 epoch.\n"
+    first = "99.16 % test top-1, 97.50 % validation top-1: retraining on digits, 1 epoch.\n"
     assert retrain.startswith(first)
     assert sweep.startswith(
         "96.00 % by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
     )
-    assert ["top-1 on the test split", "99.16 %"] in rows(retrain)
+    assert ["test top-1", "99.16 %"] in rows(retrain)
     assert ["time of training", "1 min 23 s"] in rows(retrain)
     assert ["search.lr", "uniform 0 .. 1", "0.1"] in rows(sweep)
     assert ["Kendall's tau of the two, all trials", "not defined"] in rows(sweep)
@@ -68,22 +71,22 @@ def test_figures_and_genotype_of_every_kind() -> None:
 def test_a_split_that_was_not_measured_is_not_shown() -> None:
     result = {key: value for key, value in RESULT.items() if key != "test_top1"}
     text = summary.of_retraining("digits", 2, result, GENOTYPE)
-    assert "test split" not in text
-    assert ["top-1 on the hold-out", "97.50 %"] in rows(text)
+    assert "test top-1" not in text
+    assert ["validation top-1", "97.50 %"] in rows(text)
 
 
 def test_top5_is_shown_below_top1_where_it_was_measured() -> None:
     result = {**RESULT, "valid_top5": 0.99, "test_top5": 0.9987}
     retrain = summary.of_retraining("cifar100", 1, result, GENOTYPE)
     assert rows(retrain)[:4] == [
-        ["top-1 on the test split", "99.16 %"],
-        ["top-5 on the test split", "99.87 %"],
-        ["top-1 on the hold-out", "97.50 %"],
-        ["top-5 on the hold-out", "99.00 %"],
+        ["test top-1", "99.16 %"],
+        ["test top-5", "99.87 %"],
+        ["validation top-1", "97.50 %"],
+        ["validation top-5", "99.00 %"],
     ]
-    assert retrain.startswith("99.16 % on the test split, 97.50 % on the hold-out: retraining")
+    assert retrain.startswith("99.16 % test top-1, 97.50 % validation top-1: retraining")
     two = summary.of_two_stage_search("cifar100", 12, result, GENOTYPE)
-    assert rows(two)[:2] == [["top-1 on the alpha half", "97.50 %"], ["top-5 on the alpha half", "99.00 %"]]
+    assert rows(two)[:2] == [["validation top-1", "97.50 %"], ["validation top-5", "99.00 %"]]
     assert "top-5" not in summary.of_retraining("digits", 1, RESULT, GENOTYPE)
 
 

@@ -267,8 +267,20 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
     assert "0.9" not in describe_trial(0, own_trials(study)[0]).split(";")[0], "per cent for people"
 
 
+def test_importances_of_few_trials_are_not_drawn_and_it_is_said(tmp_path: Path) -> None:
+    config, study = ended_sweep(tmp_path, trials=8)  # one of which failed
+    said: list[str] = []
+    files = write_figures(tmp_path, config, own_study(study), said.append)
+    assert "plots/importances.png" not in files
+    assert "plots/history.png" in files
+    assert said == ["importances: not drawn (7 finished trials; below 8 they are chance, run more)"]
+    page = (tmp_path / "sweep.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    assert 'id="importances"' not in page
+
+
 def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path) -> None:
-    config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]")
+    config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]", trials=9)
     said: list[str] = []
     files = write_figures(tmp_path, config, own_study(study), said.append)
     assert said == []

@@ -128,14 +128,14 @@ def test_epochs_lines_and_metrics_say_top5(jobs: Jobs) -> None:
     searched = [
         found
         for line in lines
-        if (found := re.match(rf"epoch \d: loss [\d.]+, top-1 {TOPS} \(alpha half {TOPS}\), \d", line))
+        if (found := re.match(rf"epoch \d: loss [\d.]+, top-1 {TOPS} \(validation {TOPS}\), \d", line))
     ]
     retrained = [
         found
         for line in lines
         if (
             found := re.match(
-                rf"epoch \d: loss [\d.]+, top-1 {TOPS}, hold-out {TOPS}, test {TOPS}, [\d.]+ s", line
+                rf"epoch \d: loss [\d.]+, top-1 {TOPS}, validation {TOPS}, test {TOPS}, [\d.]+ s", line
             )
         )
     ]
@@ -155,7 +155,8 @@ def test_epochs_lines_and_metrics_say_top5(jobs: Jobs) -> None:
             assert first < fifth <= 1
     training = jobs.single.seen.splitlines()
     assert (
-        sum(re.match(rf"epoch 1: .*, hold-out {TOPS}, distance", line) is not None for line in training) == 1
+        sum(re.match(rf"epoch 1: .*, validation {TOPS}, distance", line) is not None for line in training)
+        == 1
     )
     assert sum(re.match(rf"epoch 2: .*, test {TOPS}, [\d.]+ s", line) is not None for line in training) == 1
 
@@ -186,9 +187,9 @@ def test_results_and_the_table_at_the_end_have_top5(jobs: Jobs) -> None:
     )
     one_stage = jobs.single.result
     assert (one_stage["valid_top5"], one_stage["test_top5"]) == (single["valid/top5"], single["test/top5"])
-    for job, half in ((jobs.many, "alpha half"), (jobs.single, "hold-out")):
+    for job in (jobs.many, jobs.single):
         assert row(job.seen, "test top-5") == f"test top-5 {100 * job.result['test_top5']:.2f} %"
-        label = f"top-5 on the {half}"
+        label = "validation top-5"
         assert row(job.seen, label) == f"{label} {100 * job.result['valid_top5']:.2f} %"
 
 
@@ -252,7 +253,8 @@ def test_the_report_has_top5(jobs: Jobs) -> None:
         page, result = Page(run.path / "report.html"), run.read().result
         page.check_loads_nothing()
         page.check_ids()
-        assert f"top-5 on the {half} {100 * result['valid_top5']:.2f} %" in page.text
+        assert f"measured on the {half}: the part" in page.text
+        assert f"validation top-5 {100 * result['valid_top5']:.2f} %" in page.text
         assert ("test top-5" in page.text) == ("test_top5" in result)
         assert "Loss, top-1 and top-5 over the epochs" in [svg["aria-label"] for svg in page.all("svg")]
         curves = page.source.partition('id="curves"')[2].partition("</figure>")[0]
@@ -265,8 +267,9 @@ def test_notes_in_mlflow_have_top5(jobs: Jobs) -> None:
         run = client.get_run(jobs.many.result[key])
         result = jobs.many.run("run_dir" if key == "mlflow_run_id" else "retrain_run_dir").read().result
         note = run.data.tags["mlflow.note.content"]
-        assert f"- top-5 on the {half}: {100 * result['valid_top5']:.2f} %\n" in note
-        assert ("- top-5 on the test split: " in note) == (key == "retrain_run_id")
+        assert f"measured on the {half}: the part" in note
+        assert f"- validation top-5: {100 * result['valid_top5']:.2f} %\n" in note
+        assert ("- test top-5: " in note) == (key == "retrain_run_id")
         assert (
             run.data.metrics["train/top5"]
             == jobs.many.metrics("run_dir" if half == "alpha half" else "retrain_run_dir")[-1]["train/top5"]

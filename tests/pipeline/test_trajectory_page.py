@@ -102,7 +102,7 @@ def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> No
             assert shown[3:] == [f"{row[name]:.2g}" for name in ("distance", "gap", "truncation", "margin")]
             for pick, weight in zip(row["picks"].split(), row["edge_weights"].split(), strict=True):
                 op, state = pick.split("<-")
-                name = ("c(k−2)", "c(k−1)", "node 0")[int(state)]  # noqa: RUF001
+                name = ("c(k-2)", "c(k-1)", "node 0")[int(state)]
                 assert f"{op} ← {name} ({float(weight):.2g})" in shown[1]
         n_cells += 2
     assert all(len(cells) == 1 for cells in keeps_of.values())  # one drawing, one cell

@@ -49,6 +49,9 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
             assert found, line + child.communicate()[1]
             assert int(found[1]) > taken
             page = f"#/experiments/{newest.info.experiment_id}/runs/{newest.info.run_id}?workflowType=machine_learning"
+            runs = page.partition("/runs/")[0]
+            table = f"table of runs: {found[0]}/{runs}/runs?workflowType=machine_learning\n"
+            assert child.stdout.readline() == table
             assert child.stdout.readline() == f"newest run: {found[0]}/{page}\n"
             with urllib.request.urlopen(found[0], timeout=30) as answer:
                 assert b"MLflow" in answer.read()

@@ -1,0 +1,119 @@
+"""A table that fits every terminal: fewer columns, then one block a row; names never break."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+_PROSE = 24  # columns that a wrapping text needs at least, unless its longest word is longer
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a `FittedTable`.
+
+    Args:
+        heading: a text; its lines may be broken at spaces if it is a number's.
+        right: whether it holds numbers.
+        rank: when it is left out for lack of room: the highest first, 0 never.
+        prose: whether its texts are sentences, which may be wrapped between words.
+    """
+
+    heading: str
+    right: bool = False
+    rank: int = 0
+    prose: bool = False
+
+    @property
+    def head(self) -> str:
+        """The heading as it stands in the table."""
+        return self.heading.replace(" ", "\n") if self.right else self.heading
+
+
+class FittedTable:
+    """Something to print: rows of texts under columns.
+
+    Print it with `console.print(table, crop=False)`, so that a name longer than the terminal stays whole.
+
+    Args:
+        columns, rows: the whole table.
+        title: above it, or None.
+        rest: where the columns are that are left out.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        rows: Sequence[Sequence[str]],
+        *,
+        title: str | None = None,
+        rest: str = "--csv and --json have everything",
+    ) -> None:
+        self.columns, self.rows, self.title, self._rest = tuple(columns), rows, title, rest
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        places = self.places(options.max_width)
+        if places is None:
+            if self.title:
+                yield Text(self.title)
+            for row in self.rows:
+                yield from (Text(line, no_wrap=True, overflow="ignore") for line in self._block(row))
+            return
+        yield self._table(places)
+        left = [column.heading.strip() for i, column in enumerate(self.columns) if i not in places]
+        if left and self.rows:
+            yield Text(f"left out for lack of room: {', '.join(left)}; {self._rest}")
+
+    def places(self, width: int) -> list[int] | None:
+        """The columns that fit into a width; None if not even those do that are never left out."""
+        places = list(range(len(self.columns)))
+        widths = [self._width(place) for place in places]
+        while sum(widths[place] for place in places) + len(places) + 1 > width:
+            last = max(places, key=lambda place: (self.columns[place].rank, place))
+            if self.columns[last].rank == 0:
+                return None
+            places.remove(last)
+        return places
+
+    def _width(self, place: int) -> int:
+        from rich.cells import cell_len
+
+        column = self.columns[place]
+        cells = [row[place] for row in self.rows]
+        lines = [line for text in (column.head, *cells) for line in text.split("\n")]
+        widest = max(map(cell_len, lines))
+        if column.prose:
+            words = max((cell_len(word) for text in cells for word in text.split()), default=0)
+            return min(widest, max(words, _PROSE))
+        return widest
+
+    def _table(self, places: Sequence[int]) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, padding=0)
+        for place in places:
+            column = self.columns[place]
+            table.add_column(
+                column.head,
+                justify="right" if column.right else "left",
+                no_wrap=not column.prose,
+                min_width=self._width(place),
+            )
+        for row in self.rows:
+            table.add_row(*(row[place] for place in places))
+        return table
+
+    def _block(self, row: Sequence[str]) -> Iterator[str]:
+        """A row as lines: its first column, then what else it has."""
+        yield row[0]
+        indent = " " * (len(row[0]) - len(row[0].lstrip()) + 2)
+        for column, text in zip(self.columns[1:], row[1:], strict=True):
+            if text:
+                yield f"{indent}{column.heading}: {text}"

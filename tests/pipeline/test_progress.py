@@ -1,0 +1,75 @@
+"""What a log file says while a job runs."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from istanas.training import Metrics
+from pipeline import progress
+from pipeline.progress import EpochBar
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(progress, "time", found)
+    return found
+
+
+def lines_of(out: io.StringIO) -> list[str]:
+    return out.getvalue().splitlines()
+
+
+def test_a_log_file_says_how_far_it_is_and_the_time_left(clock: Clock) -> None:
+    out = io.StringIO()
+    with EpochBar(Console(file=out, width=80), "search", 50) as bar:
+        for epoch in (1, 2, 3):
+            clock.now += 15
+            bar.epoch_line(f"epoch {epoch}: loss 1.000, 15.0 s\nmore", epoch)
+        clock.now += 47 * 15
+        bar.epoch_line("epoch 50: loss 1.000, 15.0 s", 50)
+    lines = lines_of(out)
+    assert lines[4] == "epoch 3: loss 1.000, 15.0 s (epoch 3/50, 11 min 45 s left)"
+    assert lines[5] == "more"
+    assert lines[-1] == "epoch 50: loss 1.000, 15.0 s (epoch 50/50)"
+
+
+def test_a_resumed_run_estimates_from_its_own_epochs(clock: Clock) -> None:
+    out = io.StringIO()
+    with EpochBar(Console(file=out, width=80), "search", 50) as bar:
+        clock.now += 60
+        bar.epoch_line("epoch 41: loss 1.000, 60.0 s", 41)
+    assert lines_of(out) == ["epoch 41: loss 1.000, 60.0 s (epoch 41/50, 9 min 0 s left)"]
+
+
+def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
+    out = io.StringIO()
+    with EpochBar(Console(file=out, width=200), "search", 2) as bar:
+        for step in range(1, 11):
+            clock.now += 50
+            bar.step(0, step, 10, lambda: Metrics(1.5, 0.25, 4, None))
+    lines = lines_of(out)
+    assert lines[0] == "epoch 1/2: step 3 of 10, loss 1.500, top-1 25.0 %, about 14 min 10 s left"
+    assert [line.partition(",")[0] for line in lines] == [f"epoch 1/2: step {n} of 10" for n in (3, 6, 9)]
+
+
+def test_a_terminal_has_the_bar_and_no_such_lines(clock: Clock) -> None:
+    out = io.StringIO()
+    with EpochBar(Console(file=out, width=80, force_terminal=True), "search", 2) as bar:
+        clock.now += 500
+        bar.step(0, 1, 2, lambda: None)
+        bar.epoch_line("epoch 1: loss 1.000", 1)
+    assert "epoch 1: loss 1.000" in out.getvalue()
+    assert "(epoch 1/2" not in out.getvalue()
+    assert "step 1 of 2" not in out.getvalue()
