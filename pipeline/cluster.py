@@ -27,7 +27,7 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
-from pipeline.interruption import uninterrupted, working_to_an_end
+from pipeline.interruption import children_deaf_to_hangups, uninterrupted, working_to_an_end
 from pipeline.leftovers import free_leftovers
 from pipeline.resources import (
     Node,
@@ -184,7 +184,7 @@ class Runtime:
             options |= {"address": self._address}
         _send_errors_to_log()
         try:
-            with uninterrupted():
+            with uninterrupted(), children_deaf_to_hangups():
                 ray.init(**options)
                 self._ours = True
                 if self._scratch is not None:
