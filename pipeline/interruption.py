@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells have them
 TERMINATED = 128 + signal.SIGTERM
@@ -33,11 +34,15 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     Where Python swallows a KeyboardInterrupt (in a `__del__`, in a callback), the same signal comes again a moment
     later.
 
+    A signal often reaches the whole process group. torch's DataLoader answers the death of a child with a RuntimeError
+    wherever this process is: after a signal was noted, children die without it, and the run is closed in peace.
+
     Args:
         leaving: after one was noted, the process is deaf to others until its end, which comes now.
     """
     noted: list[int] = []
     repeats: list[threading.Timer] = []
+    children: list[Any] = []  # who was told of their deaths
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield noted
         return
@@ -45,6 +50,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         noted.append(number)
         if len(noted) == 1:
+            children.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):
             os.write(2, STILL_CLOSING)  # the one way that is safe in the middle of anything
@@ -78,6 +84,8 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
             timer.cancel()
         for number in taken:
             signal.signal(number, signal.SIG_IGN if leaving and noted else before[number])
+        if children and not leaving:
+            signal.signal(signal.SIGCHLD, children[0])
         if leaving and noted:
             # An interrupt inside an exec of text (dataclasses, while they are imported) leaves a mark, by which
             # `python -m` dies of SIGINT at its very end, whatever the exit code. The next exec takes it away.

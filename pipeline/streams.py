@@ -14,7 +14,7 @@ READER_HAS_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 class _Outlet(io.FileIO):
     """A file descriptor that leads to the null device as soon as nobody reads it any more."""
 
-    def write(self, b: Any) -> int | None:
+    def write(self, b: Any, /) -> int:
         try:
             return super().write(b)
         except OSError as error:
