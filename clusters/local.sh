@@ -88,9 +88,11 @@ clear_state() { # what is not ours stays
 
 make_token() {
     if [ -n "${RAY_AUTH_TOKEN:-}" ]; then return; fi
-    local file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+    local file=${RAY_AUTH_TOKEN_PATH:-${HOME:-}/.ray/auth_token}
     if [ ! -s "$file" ]; then
-        mkdir -p "$(dirname "$file")"
+        if ! mkdir -p "$(dirname "$file")" 2>/dev/null || ! [ -w "$(dirname "$file")" ]; then
+            fail "token: $file can't be written: set RAY_AUTH_TOKEN_PATH to a file that can, and export it for istanas, too"
+        fi
         (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$file")
     fi
     if [ -O "$file" ]; then chmod 600 "$file"; fi # Ray itself leaves it readable for everybody

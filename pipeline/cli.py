@@ -24,6 +24,7 @@ import click
 from istanas import __version__
 from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline import storage
+from pipeline.home import ensure_usable_home
 from pipeline.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.redaction import without_secrets
@@ -111,6 +112,7 @@ def cli() -> None:
     """Architecture search as sparse coding: search a cell, retrain its network, browse the results in MLflow."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _show_warning
+    ensure_usable_home()
 
 
 def configured(command: Command) -> Command:

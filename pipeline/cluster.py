@@ -201,7 +201,7 @@ class Runtime:
             ) from error
         self._give_back(self._logs)
         token = _TOKEN_FILE.expanduser()
-        if token.is_file() and token.stat().st_uid == os.getuid():
+        if token.is_file() and token.stat().st_uid == os.getuid() and os.access(token, os.W_OK):
             token.chmod(0o600)  # Ray leaves it readable for everybody
 
     @property

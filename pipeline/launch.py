@@ -25,6 +25,7 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.epochs import Record
+from pipeline.home import ensure_usable_home
 from pipeline.leftovers import free
 from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.meeting import torch_config
@@ -433,6 +434,7 @@ def _worker_loop(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, its process group being set up."""
     from ray.train import get_context
 
+    ensure_usable_home()  # of this node
     context = get_context()
     job, config = settings["job"], settings["config"]
     reporter = _Reporter(settings["mailbox"], uuid.uuid4().hex, context.get_world_size())
