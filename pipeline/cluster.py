@@ -39,6 +39,7 @@ from pipeline.resources import (
     workers_that_fit,
 )
 from pipeline.schema import RuntimeSettings
+from pipeline.sockets import OF_RAY, short_temporary_folder
 from pipeline.worker import choose_compute
 
 LOG_FOLDER = "ray"  # in the run directory
@@ -169,8 +170,9 @@ class Runtime:
         _log_to(self._logs / "driver.log")
         options: dict[str, Any] = {"log_to_driver": False}
         if self._address is None:
-            # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
-            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
+            # Not in the run directory: Unix sockets lie in it, which do not work on every shared disk.
+            short = short_temporary_folder(OF_RAY)
+            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-", dir=short))
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
             # Where its processes look for their cluster, see below.
             os.environ["RAY_TMPDIR"] = str(self._scratch)

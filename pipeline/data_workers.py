@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from istanas.errors import IstanasError
+from pipeline.sockets import shorten_those_of_data_workers
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCH_NOT_SENT = 74  # exit code of a worker, EX_IOERR
@@ -37,6 +38,7 @@ def noticing_their_loss(workers: int) -> Iterator[None]:
     if workers == 0:
         yield
         return
+    shorten_those_of_data_workers()
     queue: Any = Queue  # workers are forked, and have what is set here
     before, queue._on_queue_feeder_error = queue._on_queue_feeder_error, staticmethod(_end_worker)
     try:
