@@ -749,13 +749,17 @@ def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]
     """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
     from pipeline.config import load
     from pipeline.references import resolve_run
+    from pipeline.tracking import store_of_run
 
     config, _ = _load(file, overrides)
     run = resolve_run(
         reference, runs_dir=storage.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
     if file is None and (run.path / "config.yaml").exists():
-        config = load(run.path / "config.yaml", overrides)
+        given, config = config.tracking.uri, load(run.path / "config.yaml", overrides)
+        if given is None:  # with --set: where the user says, whatever became of it
+            tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
+            config = config.model_copy(update={"tracking": tracking})
     return run, config
 
 
