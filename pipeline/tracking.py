@@ -26,6 +26,7 @@ from istanas.errors import CheckpointError
 from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline import links, registry
 from pipeline.interruption import uninterrupted
+from pipeline.probe import by_proxy
 from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
 from pipeline.storage import local, shown
@@ -388,8 +389,9 @@ class MLflowTracker:
     def _say_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
         _say_once(
-            f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}); everything "
-            f"stays in {shown(self.run_dir.path)}; {remedy} run: istanas sync {shown(self.run_dir.path)}",
+            f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}"
+            f"{by_proxy(self.tracking_uri)}); everything stays in {shown(self.run_dir.path)}; {remedy} run: "
+            f"istanas sync {shown(self.run_dir.path)}",
             about=f"unreachable {self.tracking_uri}",
         )
 
