@@ -40,6 +40,8 @@ if os.getpgrp() != os.getpid():
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
+# Ray notes the cluster's address there, and makes the folder only for a head that has no other one.
+pathlib.Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").mkdir(parents=True, exist_ok=True)
 state, (nodes, cpus, port, dashboard, client) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
 own = {"node_ip_address": "127.0.0.1", "num_cpus": cpus}
 own |= {"dashboard_agent_listen_port": None}  # any, so that two clusters do not want the same; without its agent a node takes no jobs

@@ -21,7 +21,7 @@ class Refuses(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(502)
 
-    do_POST = do_GET
+    do_POST = do_GET  # noqa: N815, the name is the library's
 
     def log_message(self, *_: object) -> None:
         pass
