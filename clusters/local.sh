@@ -40,6 +40,8 @@ if os.getpgrp() != os.getpid():
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
+# Ray notes the cluster's address there, and makes the folder only for a head that has no other one.
+pathlib.Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").mkdir(parents=True, exist_ok=True)
 state, (nodes, cpus, port, dashboard, client) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
 own = {"node_ip_address": "127.0.0.1", "num_cpus": cpus}
 own |= {"dashboard_agent_listen_port": None}  # any, so that two clusters do not want the same; without its agent a node takes no jobs
@@ -88,9 +90,11 @@ clear_state() { # what is not ours stays
 
 make_token() {
     if [ -n "${RAY_AUTH_TOKEN:-}" ]; then return; fi
-    local file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+    local file=${RAY_AUTH_TOKEN_PATH:-${HOME:-}/.ray/auth_token}
     if [ ! -s "$file" ]; then
-        mkdir -p "$(dirname "$file")"
+        if ! mkdir -p "$(dirname "$file")" 2>/dev/null || ! [ -w "$(dirname "$file")" ]; then
+            fail "token: $file can't be written: set RAY_AUTH_TOKEN_PATH to a file that can, and export it for istanas, too"
+        fi
         (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$file")
     fi
     if [ -O "$file" ]; then chmod 600 "$file"; fi # Ray itself leaves it readable for everybody

@@ -1,7 +1,8 @@
 """The command line `istanas`: arguments in, exit code out; the work is done elsewhere.
 
-Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 130 interrupted, 143 told to end (SIGTERM). Errors
-are one line each on stderr. Imports of torch and MLflow happen inside the commands, so that `--help` answers at once.
+Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 129 terminal closed (SIGHUP), 130 interrupted, 143
+told to end (SIGTERM). Errors are one line each on stderr. Imports of torch and MLflow happen inside the commands, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import click
 from istanas import __version__
 from istanas.errors import CheckpointError, ConfigError, GenotypeError, IstanasError
 from pipeline import storage
-from pipeline.interruption import INTERRUPTED, TERMINATED, signals_interrupt
+from pipeline.home import ensure_usable_home
+from pipeline.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.redaction import without_secrets
 from pipeline.rundir import is_full, is_out_of_memory
 from pipeline.stored import KINDS, METHODS
+from pipeline.streams import outlive_readers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +41,16 @@ if TYPE_CHECKING:
     from pipeline.schema import Config
 
 Command = Callable[..., Any]
+ENDS = {  # of a command that a signal has ended: what is said, and the exit code
+    signal.SIGINT: ("interrupted", INTERRUPTED),
+    signal.SIGTERM: ("told to end (SIGTERM)", TERMINATED),
+    signal.SIGHUP: ("the terminal was closed (SIGHUP)", HUNG_UP),
+}
 
 
 def main() -> None:
     """Entry point of the console script."""
+    outlive_readers()
     sys.exit(run(leaving=True))
 
 
@@ -57,12 +66,11 @@ def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
         with signals_interrupt(leaving=leaving) as signals:
             return _run(arguments)
     except (click.Abort, KeyboardInterrupt) as error:  # here, where a further signal is no longer answered
-        told_to_end = signals[:1] == [signal.SIGTERM]
-        what = "told to end (SIGTERM)" if told_to_end else "interrupted"
+        what, code = ENDS[signal.Signals(signals[0]) if signals else signal.SIGINT]
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `_interruptible`
         click.echo(f"{what}: {hint or 'the same command resumes'}", err=True)
-        return TERMINATED if told_to_end else INTERRUPTED
+        return code
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -105,6 +113,7 @@ def cli() -> None:
     """Architecture search as sparse coding: search a cell, retrain its network, browse the results in MLflow."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _show_warning
+    ensure_usable_home()
 
 
 def configured(command: Command) -> Command:
@@ -751,13 +760,17 @@ def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]
     """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
     from pipeline.config import load
     from pipeline.references import resolve_run
+    from pipeline.tracking import store_of_run
 
     config, _ = _load(file, overrides)
     run = resolve_run(
         reference, runs_dir=storage.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
     if file is None and (run.path / "config.yaml").exists():
-        config = load(run.path / "config.yaml", overrides)
+        given, config = config.tracking.uri, load(run.path / "config.yaml", overrides)
+        if given is None:  # with --set: where the user says, whatever became of it
+            tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
+            config = config.model_copy(update={"tracking": tracking})
     return run, config
 
 

@@ -27,7 +27,7 @@ import psutil
 
 from istanas.errors import IstanasError
 from istanas.training import Compute
-from pipeline.interruption import uninterrupted, working_to_an_end
+from pipeline.interruption import children_deaf_to_hangups, uninterrupted, working_to_an_end
 from pipeline.leftovers import free_leftovers
 from pipeline.resources import (
     Node,
@@ -39,6 +39,7 @@ from pipeline.resources import (
     workers_that_fit,
 )
 from pipeline.schema import RuntimeSettings
+from pipeline.sockets import OF_RAY, short_temporary_folder
 from pipeline.worker import choose_compute
 
 LOG_FOLDER = "ray"  # in the run directory
@@ -163,14 +164,15 @@ class Runtime:
         ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR) != "0"
 
         if not answers():
-            raise IstanasError(f"runtime.address is {self._address}: {NOT_RAY}")
+            raise IstanasError(f"{named(self._address)} {self._address}: {NOT_RAY}")
         self._logs = run_dir / LOG_FOLDER
         _collect_logs(self._logs)  # of a run that was killed
         _log_to(self._logs / "driver.log")
         options: dict[str, Any] = {"log_to_driver": False}
         if self._address is None:
-            # Unix sockets lie in it, whose paths must be short; and they do not work on every shared disk.
-            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-")).resolve()
+            # Not in the run directory: Unix sockets lie in it, which do not work on every shared disk.
+            short = short_temporary_folder(OF_RAY)
+            self._scratch = Path(tempfile.mkdtemp(prefix="istanas-", dir=short))
             (self._logs / "session").symlink_to(self._scratch)  # first, so that a kill leaves nothing unknown
             # Where its processes look for their cluster, see below.
             os.environ["RAY_TMPDIR"] = str(self._scratch)
@@ -184,7 +186,7 @@ class Runtime:
             options |= {"address": self._address}
         _send_errors_to_log()
         try:
-            with uninterrupted():
+            with uninterrupted(), children_deaf_to_hangups():
                 ray.init(**options)
                 self._ours = True
                 if self._scratch is not None:
@@ -194,15 +196,21 @@ class Runtime:
                     current.write_text(ray.get_runtime_context().gcs_address)
         except Exception as error:  # of any class, a mere Exception where a node takes too long to start
             raise IstanasError(
-                f"runtime.address is {self._address}: Ray does not answer there ({last_line(error)}), start it or "
+                f"{named(self._address)} {self._address}: Ray does not answer there ({last_line(error)}), start it or "
                 "correct the address"
                 if self._address
                 else f"Ray could not be started ({last_line(error)}), see {self._logs}"
             ) from error
         self._give_back(self._logs)
         token = _TOKEN_FILE.expanduser()
-        if token.is_file() and token.stat().st_uid == os.getuid():
+        if token.is_file() and token.stat().st_uid == os.getuid() and os.access(token, os.W_OK):
             token.chmod(0o600)  # Ray leaves it readable for everybody
+
+    @property
+    def address_from_environment(self) -> str | None:
+        """The cluster's address if nothing but the user's RAY_ADDRESS says that a job goes there."""
+        given = self._settings.address not in (None, "auto")
+        return self._address if not given and from_environment(self._address) else None
 
     @property
     def joined(self) -> bool:
@@ -385,6 +393,24 @@ def find_address(address: str | None) -> str | None:
     return None if address == "local" else address
 
 
+def from_environment(address: str | None) -> bool:
+    """Whether an address is that of RAY_ADDRESS; a job that was submitted has it from Ray, not from the user."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return bool(address) and address == os.environ.get("RAY_ADDRESS") and not submitted
+
+
+def named(address: str | None) -> str:
+    """What sets an address, as an error message begins.
+
+    Example:
+        >>> named("head:6379")
+        'runtime.address is'
+    """
+    if from_environment(address):
+        return "RAY_ADDRESS (unset it to start Ray on this machine) is"
+    return "runtime.address is"
+
+
 class _Lost(KeyboardInterrupt):
     """Of the cluster, in the main thread, whatever it is doing; no library takes it for an error of its own."""
 
@@ -469,7 +495,7 @@ def check_address(address: str) -> None:
         return
     if address.startswith(("http://", "https://")):
         raise IstanasError(
-            f"runtime.address is {address!r:.60}: that is the job server, for istanas submit; give HOST:PORT of the "
+            f"{named(address)} {address!r:.60}: that is the job server, for istanas submit; give HOST:PORT of the "
             "head node, ray://HOST:10001, or auto"
         )
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -477,7 +503,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
         raise IstanasError(
-            f"runtime.address is {address!r:.60}: nobody answers there ({error}), start the cluster or give "
+            f"{named(address)} {address!r:.60}: nobody answers there ({error}), start the cluster or give "
             "HOST:PORT of its head node (or auto)"
         ) from None
 

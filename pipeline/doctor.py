@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from istanas.errors import IstanasError
+from pipeline.probe import by_proxy
 from pipeline.resources import Node, count, parse_workers, threads_per_worker, usable_cores
 from pipeline.schema import DataSettings
 from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
@@ -101,14 +102,14 @@ def check_cluster(address: str) -> Check:
     Args:
         address: as `runtime.address`.
     """
-    from pipeline.cluster import NOT_RAY, ask_ray, check_address
+    from pipeline.cluster import NOT_RAY, ask_ray, check_address, named
 
     try:
         check_address(address)
     except IstanasError as error:
         return Check("cluster", "fail", str(error))
     if not ask_ray(address)():
-        return Check("cluster", "fail", f"runtime.address is {address}", NOT_RAY)
+        return Check("cluster", "fail", f"{named(address)} {address}", NOT_RAY)
     return Check("cluster", "ok", f"Ray answers at {address}; each worker gets cores / workers threads there")
 
 
@@ -151,7 +152,7 @@ def check_store(tracking_uri: str | None) -> Check:
         experiments = open_client(uri).search_experiments()
     except Exception as error:  # every store fails in its own way
         remedy = "start it, or set MLFLOW_TRACKING_URI; runs go on without it, `istanas sync` delivers them"
-        return Check(name, "fail", f"{shown}: {one_line(error, limit=120)}", remedy)
+        return Check(name, "fail", f"{shown}: {one_line(error, limit=120)}{by_proxy(uri)}", remedy)
     return Check(name, "ok", f"{shown} ({len(experiments)} experiments)")
 
 

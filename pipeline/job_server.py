@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.interruption import TERMINATED
+from pipeline.probe import by_proxy
 from pipeline.redaction import without_secrets
 from pipeline.tracking import one_line
 
@@ -257,7 +258,8 @@ class JobServer:
             known = False
         if not known:
             raise IstanasError(
-                f"--address {self.shown}: who answers there is no Ray job server (HTTP {answer.status_code}), {GIVE}"
+                f"--address {self.shown}: who answers there is no Ray job server (HTTP {answer.status_code}"
+                f"{by_proxy(self.address)}), {GIVE}"
             )
         return headers
 
@@ -276,7 +278,7 @@ class JobServer:
             if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
                 reason = f"who listens there does not speak {urlsplit(self.address).scheme.upper()}"
             raise IstanasError(
-                f"--address {self.shown}: no Ray job server answers there ({reason}), {GIVE}"
+                f"--address {self.shown}: no Ray job server answers there ({reason}{by_proxy(self.address)}), {GIVE}"
             ) from None
 
     @contextmanager

@@ -25,6 +25,7 @@ from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
 from pipeline.epochs import Record
+from pipeline.home import ensure_usable_home
 from pipeline.leftovers import free
 from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.meeting import torch_config
@@ -82,6 +83,10 @@ def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callab
     """
     if config.runtime.worker_range.maximum == 0:
         return
+    if runtime.address_from_environment is not None:
+        say(
+            f"RAY_ADDRESS is {runtime.address_from_environment}: the workers run there; unset it to start Ray here"
+        )
     runtime.start(run_dir)
     with runtime.noticing_a_clients_loss("pre-flight", run_dir):
         allotment = runtime.allot()
@@ -433,6 +438,7 @@ def _worker_loop(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, its process group being set up."""
     from ray.train import get_context
 
+    ensure_usable_home()  # of this node
     context = get_context()
     job, config = settings["job"], settings["config"]
     reporter = _Reporter(settings["mailbox"], uuid.uuid4().hex, context.get_world_size())

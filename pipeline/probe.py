@@ -235,15 +235,36 @@ def unreachable(uri: str) -> str:
         parts = urlsplit(uri)
         if parts.scheme in ("http", "https"):
             code = _health(f"{uri.rstrip('/')}/health")
-            return "" if code in ANSWERS else f"it answers with HTTP status {code}, as MLflow does not"
+            if code in ANSWERS:
+                return ""
+            return f"it answers with HTTP status {code}, as MLflow does not{by_proxy(uri)}"
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
         if parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=SECONDS_TO_CONNECT).close()
     except urllib.error.URLError as error:
-        return getattr(error.reason, "strerror", None) or str(error.reason)
+        return (getattr(error.reason, "strerror", None) or str(error.reason)) + by_proxy(uri)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return (getattr(error, "strerror", None) or str(error) or type(error).__name__) + by_proxy(uri)
     return ""
+
+
+def by_proxy(uri: str) -> str:
+    """Of a server that did not answer: whether a proxy of the environment was asked for it, and the remedy; or "".
+
+    Example:
+        >>> by_proxy("sqlite:///mlflow.db")
+        ''
+    """
+    try:
+        parts = urlsplit(uri)
+        host = parts.hostname or ""
+    except ValueError:  # half an IPv6 address
+        return ""
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if parts.scheme not in ("http", "https") or proxy is None or urllib.request.proxy_bypass(host):
+        return ""
+    shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without a password
+    return f"; the proxy {shown} ({parts.scheme.upper()}_PROXY) was asked for it, set NO_PROXY={host} to ask it itself"
 
 
 def _health(url: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
+from pipeline.probe import by_proxy
 from pipeline.tracking import one_line, open_client, public_uri, store_exists
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def readable(uri: str, *, what: str = "read") -> Iterator[None]:
         raise
     except Exception as error:  # every store fails in its own way
         raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be {what} ({one_line(error)}); "
+            f"MLflow store {public_uri(uri)}: can't be {what} ({one_line(error)}{by_proxy(uri)}); "
             "start it or set MLFLOW_TRACKING_URI"
         ) from None
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 from pydantic import TypeAdapter
@@ -25,6 +26,7 @@ from istanas.errors import CheckpointError
 from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline import links, registry
 from pipeline.interruption import uninterrupted
+from pipeline.probe import by_proxy
 from pipeline.redaction import without_secrets
 from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
 from pipeline.storage import local, shown
@@ -217,7 +219,52 @@ def open_client(uri: str) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
     with database_lock(uri):
         _check_not_locked(sqlite_file(uri))
+        follow_move(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+# Where MLflow's database has absolute addresses of files.
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def follow_move(uri: str) -> None:
+    """Correct the addresses of files in a SQLite store that was moved with the folder `mlartifacts` beside it.
+
+    Nothing is changed if the folder at an old address is still there, or none lies beside the store.
+    """
+    file, here = sqlite_file(uri), artifact_root(uri)
+    if file is None or here is None or not file.exists() or not (file.parent / "mlartifacts").is_dir():
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database, database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" not in tables:
+            return
+        places = [place for (place,) in database.execute("SELECT artifact_location FROM experiments")]
+        for old in {root for place in places if (root := _moved_root(place or "", here)) is not None}:
+            for table, column in _ADDRESSES:
+                if table in tables:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE substr({column}, 1, ?) = ?",
+                        (f"{here}/", len(old) + 2, len(old) + 1, f"{old}/"),
+                    )
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, old)
+            )
+
+
+def _moved_root(place: str, here: str) -> str | None:
+    """The `mlartifacts` folder of an experiment if it was elsewhere, and is no longer there."""
+    root, name, _ = f"{place}/".partition("/mlartifacts/")
+    if not name or not root.startswith("file://") or f"{root}/mlartifacts" == here:
+        return None
+    return None if Path(unquote(urlsplit(root).path), "mlartifacts").exists() else f"{root}/mlartifacts"
 
 
 def _check_not_locked(file: Path | None) -> None:
@@ -316,6 +363,9 @@ class MLflowTracker:
         """
         if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
             return False
+        if self._link is not None and _has_gone(self.tracking_uri):
+            self._say_gone()
+            return False
         try:
             # A `sync` beside a running training would otherwise open a second MLflow run.
             with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
@@ -339,9 +389,19 @@ class MLflowTracker:
     def _say_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
         _say_once(
-            f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}); everything "
-            f"stays in {shown(self.run_dir.path)}; {remedy} run: istanas sync {shown(self.run_dir.path)}",
+            f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}"
+            f"{by_proxy(self.tracking_uri)}); everything stays in {shown(self.run_dir.path)}; {remedy} run: "
+            f"istanas sync {shown(self.run_dir.path)}",
             about=f"unreachable {self.tracking_uri}",
+        )
+
+    def _say_gone(self) -> None:
+        file = sqlite_file(self.tracking_uri)
+        _say_once(
+            f"MLflow store {public_uri(self.tracking_uri)}: the folder has gone; everything stays in "
+            f"{shown(self.run_dir.path)}; if the store was moved, name it: istanas sync {shown(self.run_dir.path)} "
+            f"--set tracking.uri=sqlite:///FOLDER/{file.name if file else ''}",
+            about=f"gone {self.tracking_uri}",
         )
 
     def _deliver(self, client: "MlflowClient") -> Delivery:
@@ -541,8 +601,9 @@ class Link:
     artifacts: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of what was sent
 
     def write(self, run_dir: RunDir) -> None:
-        """Write it into the run directory, atomically."""
-        atomic_write(run_dir.path / LINK_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write it into the run directory, atomically; a store of the same project relative to it: both may move."""
+        written = dataclasses.asdict(self) | {"tracking_uri": _portable(self.tracking_uri, run_dir)}
+        atomic_write(run_dir.path / LINK_FILE, json.dumps(written, indent=2) + "\n")
 
 
 def read_link(run_dir: RunDir) -> Link | None:
@@ -553,9 +614,45 @@ def read_link(run_dir: RunDir) -> Link | None:
         True
     """
     try:
-        return TypeAdapter(Link).validate_json(read_at_most(run_dir.path / LINK_FILE, RECORD_BYTES))
+        link = TypeAdapter(Link).validate_json(read_at_most(run_dir.path / LINK_FILE, RECORD_BYTES))
     except (OSError, ValueError):
         return None
+    return dataclasses.replace(link, tracking_uri=_located(link.tracking_uri, run_dir))
+
+
+def _portable(uri: str, run_dir: RunDir) -> str:
+    """A store's URI, that of a SQLite file in a folder above the run directory relative to the latter."""
+    file, here = sqlite_file(uri), run_dir.path.absolute()
+    if file is None or not here.is_relative_to(file.parent):
+        return uri
+    return f"sqlite:///{os.path.relpath(file, here)}"
+
+
+def _located(uri: str, run_dir: RunDir) -> str:
+    """The inverse of `_portable`."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or Path(path).is_absolute():
+        return uri
+    return f"sqlite:///{os.path.normpath(run_dir.path.absolute() / path)}"
+
+
+def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
+    """The store that a run's own configuration names, or, if the project was moved, the one that the run is in.
+
+    Args:
+        run_dir: the run.
+        configured: `tracking.uri` in its config.yaml, in which paths are absolute.
+    """
+    link = read_link(run_dir)
+    if configured is None or link is None or not _has_gone(configured) or _has_gone(link.tracking_uri):
+        return configured
+    return link.tracking_uri
+
+
+def _has_gone(uri: str) -> bool:
+    """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is made again."""
+    file = sqlite_file(uri)
+    return file is not None and not file.parent.is_dir()
 
 
 def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> str:

@@ -21,6 +21,7 @@ from istanas.space import Genotype
 from pipeline import checkpoint, storage
 from pipeline.cluster import Runtime
 from pipeline.epochs import Record
+from pipeline.home import ensure_usable_home
 from pipeline.jobs.job import CHECKPOINTS
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
@@ -46,6 +47,7 @@ def run_trial(task: dict[str, Any]) -> None:
     """
     from ray import tune
 
+    ensure_usable_home()  # of this node
     if "warm_up" in task:
         _warm_up(task["warm_up"])
         tune.report({FINISHED: True})

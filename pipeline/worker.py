@@ -24,6 +24,7 @@ from istanas.space import Genotype
 from istanas.training import Compute, Metrics, Totals, derive_seed
 from pipeline import checkpoint
 from pipeline.checkpoint import Store
+from pipeline.data_workers import noticing_their_loss
 from pipeline.epochs import (
     EpochJob,
     OneStageJob,
@@ -208,7 +209,8 @@ def _run_epochs(
 
         start = time.perf_counter()
         n_rollbacks = rollbacks(history) + len(undone)
-        found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
+        with noticing_their_loss(config.runtime.data_workers):
+            found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
         seconds = time.perf_counter() - start
         if isinstance(found, str):
             _check_rollback(config.runtime, found, epoch, n_rollbacks)

@@ -23,6 +23,7 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
+from pipeline.data_workers import noticing_their_loss
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
 from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures, warnings_of
 from pipeline.pictures import (
@@ -173,14 +174,15 @@ def run_profile(
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
     device = compute.device
 
-    work.train(WARM_UP, lambda: None)
-    per_step = statistics.median(step_seconds(work.train, steps, device))
-    flops = count_flops(lambda: work.train(1, lambda: None))
-    work.measure()
-    per_picture = seconds_of(work.measure, device) / work.pictures_measured
-    dtype = compute.autocast_dtype or torch.float32
-    peak = peak_flops(device, dtype)
-    kinds, clock = time_by_kind(work.train, steps, device, target)
+    with noticing_their_loss(config.runtime.data_workers):
+        work.train(WARM_UP, lambda: None)
+        per_step = statistics.median(step_seconds(work.train, steps, device))
+        flops = count_flops(lambda: work.train(1, lambda: None))
+        work.measure()
+        per_picture = seconds_of(work.measure, device) / work.pictures_measured
+        dtype = compute.autocast_dtype or torch.float32
+        peak = peak_flops(device, dtype)
+        kinds, clock = time_by_kind(work.train, steps, device, target)
     # Warm already: building the search has recovered the first codes. A second try here would find this one's supports.
     per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {

@@ -638,8 +638,9 @@ def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
     [
         (signal.SIGINT, 130, "interrupted: the same command resumes"),
         (signal.SIGTERM, 143, "told to end (SIGTERM): the same command resumes"),
+        (signal.SIGHUP, 129, "the terminal was closed (SIGHUP): the same command resumes"),
     ],
-    ids=["ctrl-c", "sigterm"],
+    ids=["ctrl-c", "sigterm", "sighup"],
 )
 def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
     here: Path, number: signal.Signals, code: int, says: str
@@ -774,5 +775,6 @@ def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
 
 
 def unignore_sigint() -> Any:
-    """A test run in the background of a shell ignores Ctrl-C, and its children would too."""
+    """A test run in the background of a shell ignores Ctrl-C (of nohup: SIGHUP), and its children would too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

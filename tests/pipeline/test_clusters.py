@@ -1,10 +1,12 @@
 """The files in clusters/: valid by Ray's and KubeRay's schemas, linted, closed to the world, of the releases we pin."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ruamel.yaml import YAML
 
 import pipeline.config
 from pipeline.cli import cli
+from tests.ports import unused_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "clusters"
@@ -293,3 +296,31 @@ def test_on_kubernetes_token_and_mlflow_come_from_secrets_and_nobody_is_root(nam
         (container,) = pod["containers"]
         assert {"secretRef": {"name": "istanas-mlflow"}} in container["envFrom"]
         assert "env" not in container  # no secret in the file itself
+
+
+@pytest.mark.ray
+def test_local_nodes_start_where_ray_has_never_run(tmp_path: Path) -> None:
+    """Ray's default folder for temporary files does not exist there."""
+    names = ("LOCAL_PORT", "LOCAL_DASHBOARD_PORT", "LOCAL_CLIENT_PORT")
+    short = Path(tempfile.mkdtemp(prefix="l-", dir="/tmp"))
+    environment = {
+        **os.environ,
+        **{name: str(unused_port()) for name in names},
+        "LOCAL_STATE": str(short / "s"),
+        "LOCAL_CPUS": "1",
+        "RAY_TMPDIR": str(tmp_path / "new"),
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "PYTHON": sys.executable,
+    }
+
+    def local(*words: str) -> "subprocess.CompletedProcess[str]":
+        command = ["bash", str(FOLDER / "local.sh"), *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    try:
+        up = local("up", "1")
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert (tmp_path / "new" / "ray" / "ray_current_cluster").is_file()
+    finally:
+        local("down")
+        shutil.rmtree(short)

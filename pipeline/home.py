@@ -1,0 +1,92 @@
+"""A home for the libraries of a command where the user has none that can be written, as in many containers.
+
+Ray keeps its token in the home, we our cache, matplotlib and torch theirs; without one, some of them raise.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+
+from istanas.errors import IstanasError
+
+REMEDY = "set HOME to a folder that can be written"
+TOKEN = Path(".ray", "auth_token")  # in the home, where Ray looks and writes
+
+
+def ensure_usable_home() -> None:
+    """Set, for this process and those that it starts, variables that name folders which can be written.
+
+    A home that is there keeps its name, because files to be read may lie in it (licences, credentials).
+
+    Raises:
+        IstanasError: there is no such folder, not even for temporary files.
+    """
+    home = _home()
+    if home is None or not (home.exists() or _can_be_written(home)):
+        said = (
+            "HOME is not set, and this user has none" if home is None else f"HOME is {home}: no such folder"
+        )
+        os.environ["HOME"] = str(_substitute(said))
+        _warn(f"{said}; {os.environ['HOME']} is used, {REMEDY} to keep caches")
+        return
+    for name, default, place in (
+        ("XDG_CACHE_HOME", home / ".cache", "cache"),
+        ("MPLCONFIGDIR", home / ".config" / "matplotlib", "matplotlib"),
+    ):
+        if not os.environ.get(name) and not _can_be_written(default):
+            os.environ[name] = str(_substitute(f"{default}: can't be written") / place)
+            _warn(f"{default}: can't be written; {os.environ[name]} is used, set {name} to keep it elsewhere")
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        _ensure_token(home / TOKEN)
+
+
+def _ensure_token(token: Path) -> None:
+    """Name a file with a token for Ray, which itself writes none but into the home."""
+    if _can_be_read(token) if token.exists() else _can_be_written(token.parent):
+        return
+    file = _substitute(f"{token}: can't be written") / TOKEN.name
+    if not file.exists():
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as written:
+            written.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # neither in the environment nor among the system's users
+        return None
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself can."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _can_be_read(file: Path) -> bool:
+    return os.access(file, os.R_OK)
+
+
+def _substitute(said: str) -> Path:
+    """A folder of this user's among the temporary files, the same for all commands: they share its token."""
+    try:
+        folder = Path(tempfile.gettempdir(), f"istanas-home-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise IstanasError(f"{said}, nor can a temporary folder ({error}); {REMEDY}") from None
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    if not private:
+        raise IstanasError(f"{said}, and {folder} is not a private folder of this user; {REMEDY}")
+    return folder
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)

@@ -1,0 +1,46 @@
+"""Folders for Unix sockets, whose paths must be short: those of Ray, and those of data workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
+
+from istanas.errors import IstanasError
+
+LONGEST_PATH = 103 if sys.platform == "darwin" else 107  # bytes of a socket's
+# Below the folder for temporary files, at their longest.
+OF_RAY = "/istanas-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+OF_DATA_WORKERS = "/pymp-12345678/listener-12345678"
+
+
+def short_temporary_folder(below: str) -> Path:
+    """The folder for temporary files, or, if its path is too long for sockets, a shorter one of the system's.
+
+    Args:
+        below: what is added to the folder's path.
+
+    Raises:
+        IstanasError: there is none.
+    """
+    usual, most = tempfile.gettempdir(), LONGEST_PATH - len(below)
+    for name in (usual, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
+        folder = Path(name or usual).resolve()
+        if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise IstanasError(
+        f"TMPDIR is {usual}: too long for the paths of Unix sockets, and /tmp and /var/tmp can't be written; set "
+        f"TMPDIR to a folder whose path has at most {most} characters"
+    )
+
+
+def shorten_those_of_data_workers() -> None:
+    """Have torch's data workers, which send each batch through a socket, make it where its path is short enough."""
+    short = short_temporary_folder(OF_DATA_WORKERS)
+    usual, tempfile.tempdir = tempfile.tempdir, str(short)
+    try:
+        get_temp_dir()  # makes it, unless there is one; processes that are forked have the same
+    finally:
+        tempfile.tempdir = usual

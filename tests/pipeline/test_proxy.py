@@ -1,0 +1,70 @@
+"""A proxy in the environment that hides a local MLflow server, and a RAY_ADDRESS that sends jobs elsewhere."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from istanas.errors import ConfigError, IstanasError
+from pipeline import probe
+from pipeline.cluster import Runtime, check_address
+from pipeline.config import load
+from pipeline.doctor import check_store
+from pipeline.report import results_frame
+from tests.ports import unused_port
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A proxy that knows no way."""
+
+    def do_GET(self) -> None:
+        self.send_error(502)
+
+    do_POST = do_GET  # noqa: N815, the name is the library's
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The environment of a company: all goes through a proxy that does not reach this machine's servers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"http://127.0.0.1:{unused_port()}"
+    says = f"the proxy {proxy} (HTTP_PROXY) was asked for it, set NO_PROXY=127.0.0.1 to ask it itself"
+    check = check_store(store)
+    assert check.state == "fail"
+    assert says in check.message
+    assert says in probe.unreachable(store)
+    with pytest.raises(ConfigError) as caught:
+        results_frame(tracking_uri=store)
+    assert says in str(caught.value)
+    assert "secret" not in f"{check}{caught.value}"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert "proxy" not in probe.unreachable(store)
+    assert "proxy" not in check_store(store).message
+
+
+def test_ray_address_is_named_where_it_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{unused_port()}"
+    with pytest.raises(IstanasError, match=r"^runtime.address is '127.0.0.1:\d+': nobody answers there"):
+        check_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(IstanasError, match=r"^RAY_ADDRESS \(unset it to start Ray on this machine\) is '127"):
+        check_address(address)
+    assert Runtime(load(None, ["runtime.workers=1"]).runtime).address_from_environment == address
+    elsewhere = load(None, ["runtime.workers=1", "runtime.address=head:1"]).runtime
+    assert Runtime(elsewhere).address_from_environment is None

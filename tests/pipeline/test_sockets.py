@@ -1,0 +1,88 @@
+"""A TMPDIR that is too long for the paths of Unix sockets, as on macOS and in the scratch folders of schedulers."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from istanas.errors import IstanasError
+from pipeline.sockets import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, short_temporary_folder
+
+BATCHES = """
+import torch
+from torch.utils.data import DataLoader
+from pipeline.data_workers import noticing_their_loss
+
+with noticing_their_loss(1):
+    print(sum(batch.numel() for batch in DataLoader(torch.zeros(4, 3), batch_size=2, num_workers=1)))
+"""
+SESSION = """
+import sys
+from pathlib import Path
+from pipeline.cluster import Runtime
+from pipeline.config import load
+
+with Runtime(load(None, ["runtime.workers=1"]).runtime) as runtime:
+    runtime.start(Path("run"))
+    import ray
+    print(ray.get(ray.put("sent")))
+"""
+
+
+@pytest.fixture
+def long_folder(tmp_path: Path) -> Path:
+    """A folder in which no socket can be made."""
+    folder = tmp_path / ("x" * LONGEST_PATH)
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("below", [OF_RAY, OF_DATA_WORKERS], ids=["ray", "data workers"])
+@pytest.mark.parametrize("more", [0, 1], ids=["just fits", "too long"])
+def test_sockets_lie_where_their_paths_are_short_enough(
+    below: str, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as short:
+        folder = Path(short, "x" * (LONGEST_PATH - len(below) - len(short) - 1 + more))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        found = short_temporary_folder(below)
+        assert (found == folder) == (more == 0)
+        path = f"{found}{f'/{os.getpid()}'.ljust(len(below), 'x')}"
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(path)
+        os.unlink(path)
+
+
+def test_no_short_folder_is_one_line(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
+    monkeypatch.setattr("pipeline.sockets.LONGEST_PATH", len(OF_RAY) + 2)
+    with pytest.raises(IstanasError, match=r"^TMPDIR is .*: too long .* at most 2 characters$"):
+        short_temporary_folder(OF_RAY)
+
+
+def run(code: str, folder: Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
+    """Run some lines with a TMPDIR."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+def test_data_workers_send_batches_under_a_long_tmpdir(tmp_path: Path, long_folder: Path) -> None:
+    done = run(BATCHES, tmp_path, long_folder)
+    assert (done.stdout.strip(), done.returncode) == ("12", 0), done.stderr
+
+
+@pytest.mark.ray
+def test_ray_starts_under_a_long_tmpdir(tmp_path: Path, long_folder: Path) -> None:
+    done = run(SESSION, tmp_path, long_folder)
+    assert (done.stdout.strip(), done.returncode) == ("sent", 0), done.stderr
