@@ -145,11 +145,13 @@ def _interior_point(
             A_.value, b_.value, l1_.value = A, b, l1_weight
             problem.solve(solver=solver.upper(), **options)
         except Exception as error:  # of cvxpy, of its canonicalisation, of the solver
+            _problem.cache_clear()  # CVXPY keeps the solver, and one that broke down spoils later nodes
             reason = " ".join(str(error).split())
             raise SolverError(
                 f"solver is {solver!r} and it gave up ({reason}): choose solver 'homotopy'"
             ) from error
     if z_.value is None:
+        _problem.cache_clear()
         raise SolverError(f"solver is {solver!r} and ended {problem.status!r}: choose solver 'homotopy'")
     return np.asarray(z_.value, dtype=np.float64), int(problem.solver_stats.num_iters or 0)
 

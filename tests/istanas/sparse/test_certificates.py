@@ -23,6 +23,7 @@ from istanas.sparse import (
     recover_nodes,
     top_support,
 )
+from istanas.sparse.convex import _problem
 from istanas.sparse.lasso import estimated_gap
 
 TOL, L1 = 1e-9, 1e-5
@@ -297,3 +298,10 @@ def test_a_solver_that_breaks_down_says_so_in_one_line():
         with pytest.raises(SolverError, match="clarabel") as caught:
             recover(1e200 * A, b, L1, "clarabel")
     assert "\n" not in str(caught.value)
+
+
+def test_a_solver_that_broke_down_spoils_no_later_node():
+    A, b = np.random.default_rng(0).random((7, 14)), np.random.default_rng(1).standard_normal(7)
+    _problem.cache_clear()
+    assert recover(A, 1e-60 * b, L1, "clarabel").n_iter == 0  # gave up, and the minimiser is 0
+    assert recover(A, b, L1, "clarabel").converged
