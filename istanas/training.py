@@ -126,9 +126,8 @@ def learning_rate(
     - cosine: minimum + (base - minimum) (1 + cos(pi t)) / 2
     - linear: base + (minimum - base) t
     - linear_by_epoch: minimum + (base - minimum) f, one value for each whole epoch e = floor(epoch), counted from the
-      start of the run whatever the warm-up. f falls linearly as if the run had n = `TAIL_EPOCHS` epochs less,
-      f = (epochs - n - e) / (epochs - n); in the last n epochs it falls with a slope n times smaller,
-      f = (epochs - e) / (n (epochs - n)). In a run of fewer than 2 n epochs, n is half of its epochs.
+      start of the run whatever the warm-up. Let n = min(`TAIL_EPOCHS`, epochs // 2). Until n epochs remain,
+      f = (epochs - n - e) / (epochs - n); after that f = (epochs - e) / (n (epochs - n)).
 
     Before epoch W the rate is `base` times `warmup_factor`.
 
@@ -149,10 +148,12 @@ def learning_rate(
     Source:
         linear_by_epoch: the schedule of the published ImageNet retraining (Yang et al., ISTA-NAS, NeurIPS 2020).
     """
-    if epoch < warmup_epochs:
+    by_epoch = schedule == "linear_by_epoch"
+    done = int(epoch) if by_epoch else epoch
+    if done < warmup_epochs:
         return base * warmup_factor(epoch, warmup_epochs, schedule)
-    if schedule == "linear_by_epoch":
-        done, tail = int(epoch), min(TAIL_EPOCHS, epochs // 2)
+    if by_epoch:
+        tail = min(TAIL_EPOCHS, epochs // 2)
         rest = epochs - tail
         left = (rest - done) / rest if epochs - done > tail else (epochs - done) / (max(tail, 1) * rest)
         return minimum + (base - minimum) * left
@@ -178,10 +179,10 @@ def warmup_factor(epoch: float, warmup_epochs: float, schedule: str = "cosine") 
         >>> warmup_factor(2.5, 5), warmup_factor(2.5, 5, "linear_by_epoch"), warmup_factor(5, 5), warmup_factor(0, 0)
         (0.5, 0.6, 1.0, 1.0)
     """
-    if epoch >= warmup_epochs:
+    by_epoch = schedule == "linear_by_epoch"
+    if (int(epoch) if by_epoch else epoch) >= warmup_epochs:
         return 1.0
-    done = int(epoch) + 1 if schedule == "linear_by_epoch" else epoch
-    return min(done / warmup_epochs, 1.0)
+    return min((int(epoch) + 1 if by_epoch else epoch) / warmup_epochs, 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -7,9 +7,10 @@ run is found without MLflow.
 import difflib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
@@ -160,33 +161,48 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
         ConfigError: as `resolve_genotype`; or if the genotype comes from a one-stage search and `retrain.op_batchnorm`
             is false, which would build another network than the one that was searched.
     """
-    tracking_uri = config.tracking.uri
-    genotype, run = resolve_genotype(
-        ref,
-        space=config.space.cell_space(),
-        runs_dir=storage.local(config.runtime.runs_dir),
-        tracking_uri=tracking_uri,
-    )
-    if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, run, tracking_uri):
+    runs_dir, tracking_uri = storage.local(config.runtime.runs_dir), config.tracking.uri
+    space = config.space.cell_space()
+    genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
         raise ConfigError(f"genotype {ref}: {NEEDS_OP_BATCHNORM}")
-    return genotype, run
+    return genotype, finder
 
 
-def _from_one_stage(ref: str, genotype: Genotype, run: str | None, tracking_uri: str | None) -> bool:
-    """Whether a genotype comes from a one-stage search, as far as its reference tells."""
-    if genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
-        return True
-    if run is not None:
-        found = RunDir(storage.local(run))
-        return found.exists() and (found.read().kind, found.read().method) == ("search", "one_stage")
-    if not is_mlflow_id(ref):
+def _from_one_stage(
+    ref: str, genotype: Genotype, finder: str | None, runs_dir: Path, tracking_uri: str | None
+) -> bool:
+    """Whether a genotype comes from a one-stage search, as far as its reference tells.
+
+    The run that found it is asked first, then the run that is named, in its directory or in MLflow.
+    """
+    if origin_of(ref) is not None or genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
+        return genotype.digest() == PUBLISHED["ISTA_onestage"].digest()
+    folders = [] if finder is None else [storage.local(finder)]
+    file = Path(ref).expanduser()
+    if file.is_file():
+        folders += [file.parent, file.parent.parent]
+    else:
+        try:
+            folders.append(resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri).path)
+        except ConfigError:
+            if not is_mlflow_id(ref):  # else its directory is not here, and MLflow knows it
+                raise
+    for run in map(RunDir, folders):
+        if run.exists():
+            record = run.read()
+            return _is_one_stage(record.kind, record.method, record.params)
+    if file.is_file():
         return False
-    client = open_client(store_uri(tracking_uri))
-    tags = client.get_run(ref).data.tags
-    search = tags.get("istanas.search_run")  # of a retraining
-    if search is not None:
-        tags = client.get_run(search).data.tags
-    return (tags.get("istanas.kind"), tags.get("istanas.method")) == ("search", "one_stage")
+    data = open_client(store_uri(tracking_uri)).get_run(ref).data
+    return _is_one_stage(data.tags.get("istanas.kind"), data.tags.get("istanas.method"), data.params)
+
+
+def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any]) -> bool:
+    """Whether the cell of a run has the batch norms of a one-stage search; a retraining tells it by its own network."""
+    if kind == "retrain":
+        return str(params.get("retrain.op_batchnorm")) == "True"
+    return method == "one_stage"
 
 
 @dataclass(frozen=True)

@@ -265,11 +265,13 @@ def pack(submission: Submission, parcel: Parcel) -> list[str]:
 def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
     """The reference as it holds on the cluster."""
     from pipeline.references import genotype_to_train
+    from pipeline.rundir import RunDir
 
     path, runs = Path(reference).expanduser(), config.runtime.runs_dir
     shared = path.is_absolute() and not is_remote(runs)
     kept = shared and path.resolve().is_relative_to(local(runs).resolve())  # where the cluster's runs are
-    if reference in PUBLISHED or reference.startswith("random:") or path.is_file():
+    run_here = any(RunDir(folder).exists() for folder in (path, local(runs) / reference))
+    if reference in PUBLISHED or reference.startswith("random:") or path.is_file() or run_here:
         genotype_to_train(reference, config)  # refuses a bad one
     if path.is_file() and not kept:
         return parcel.add(path)

@@ -118,7 +118,7 @@ def compute_for(settings: RuntimeSettings) -> Compute:
 
 
 def set_float32_precision(compute: Compute) -> None:
-    """Let GPUs compute float32 products and convolutions in TF32 beside bf16 only: `precision: fp32` means float32.
+    """Allow TF32 only if the job computes in bf16; with `precision: fp32`, products and convolutions are float32.
 
     torch's own default rounds the operands of cuDNN's convolutions to TF32's 10 mantissa bits.
     """

@@ -52,10 +52,11 @@ class OneStageSettings(SearchSettings):
 
     Args:
         max_search_epochs: >= 1; nodes that are still active after them freeze.
-        train_epochs: >= 0; after the search. The learning rate is `lr` while searching, and falls from there to
-            `lr_min` over these.
+        train_epochs: >= 0, epochs that are trained after the search. The learning rate is `lr` while searching, and
+            falls from there to `lr_min` over these.
         schedule: how it falls, see `istanas.training.learning_rate`.
-        warmup_epochs: >= 0, first epochs of the search in which the learning rate rises to `lr`.
+        warmup_epochs: >= 0, first epochs in which the learning rate rises to `lr`; it continues into the training
+            if the search ends earlier.
         drop_path: in [0, 1), probability that rises linearly from 0 to this over the `train_epochs`.
         auxiliary_weight: >= 0, of the auxiliary head's loss.
         label_smoothing: in [0, 1), of the training loss.
@@ -185,7 +186,7 @@ class OneStageSearch(SearchState):
         """The weights' learning rate after `epoch` epochs in all, the finished share of the current one included."""
         s = self.settings
         warmup = warmup_factor(epoch, s.warmup_epochs, s.schedule)
-        # max: without training epochs there is no schedule to follow, and the rate stays.
+        # With train_epochs = 0 the rate stays at lr; max avoids a division by zero.
         falling = learning_rate(
             s.lr, s.lr_min, self.trained_epochs(epoch), max(s.train_epochs, 1), schedule=s.schedule
         )

@@ -9,6 +9,7 @@ Generators need no place here: all randomness of an epoch follows from (seed, pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -91,8 +92,7 @@ class NodeReport:
     magnitudes: list[float] = field(default_factory=list)
     solver: str = ""  # whose code it is; of a node that was not recovered, none
     fallback: bool = False  # whether the solver that was asked for had failed on it
-    # smallest kept |z| minus the largest |z| that competed and was not kept
-    margin: float | None = None
+    margin: float | None = None  # of the recovered code, see `support_margin`; None: nothing is left out
 
 
 @dataclass(frozen=True)
@@ -289,13 +289,14 @@ class SearchState:
         space = self.supernet.space
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()[cell][node].tolist()
+        margin = support_margin(code.sparse_code, space.sparsity, groups=space.edge_groups(node))
         return NodeReport(
             cell=cell,
             node=node,
             picks=[f"{space.ops[op]}<-{s}" for s, op in map(space.split, self.codes[cell][node].support)],
             edge_weights=edge_weights,
             truncation=float(truncation_error(code.sparse_code, list(code.support))),
-            margin=support_margin(code.sparse_code, space.sparsity, groups=space.edge_groups(node)),
+            margin=margin if math.isfinite(margin) else None,
             state=self.supernet.node_states[cell][node].name,
             **figures,
         )

@@ -154,7 +154,9 @@ def _residual(A: Array, b: Array, z: Array, largest: Array) -> tuple[Array, Arra
     n = A.shape[-1]
     bits = (53 - (n - 1).bit_length()) // 2
     cut = 2.0 ** (54 - bits)
-    flat = A.reshape(*A.shape[:-2], -1)  # one long axis broadcasts ten times faster than two short ones
+    flat = A.reshape(
+        *A.shape[:-2], A.shape[-2] * n
+    )  # one long axis broadcasts ten times faster than two short ones
     entry = np.abs(flat).max(-1)
     at_A, at_z = cut * entry[..., None], cut * largest[..., None]
     A_high, z_high = flat + at_A, z + at_z

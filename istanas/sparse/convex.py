@@ -143,7 +143,8 @@ def _interior_point(
         warnings.simplefilter("ignore")
         try:
             A_.value, b_.value, l1_.value = A, b, l1_weight
-            problem.solve(solver=solver.upper(), **options)
+            # Without warm start a code depends on its own problem alone, and a resumed search finds the same bits.
+            problem.solve(solver=solver.upper(), warm_start=False, **options)
         except Exception as error:  # of cvxpy, of its canonicalisation, of the solver
             _problem.cache_clear()  # CVXPY keeps the solver, and one that broke down spoils later nodes
             reason = " ".join(str(error).split())

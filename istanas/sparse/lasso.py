@@ -31,7 +31,7 @@ def as_float64(values: Any) -> Array:
         dtype('float64')
     """
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16
     return np.asarray(values, dtype=np.float64)
 
 
@@ -234,15 +234,18 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
 
 
 def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> float:
-    """How clear the choice of `top_support` is: the smallest |z| that it keeps minus the largest that it does not.
+    """Return how clear the choice of `top_support` is: by how much |z| must change before another candidate is kept.
+
+    The s-th largest |z| minus the next one. With groups, a kept candidate may be replaced by one of a group of which
+    none is kept, or by one of its own group: the smallest difference counts.
 
     Args:
         z: one code, (n,), array or tensor.
         sparsity: as in `top_support`.
-        groups: as in `top_support`; only the best of each group competes.
+        groups: as in `top_support`.
 
     Returns:
-        The difference, >= 0; if all that compete are kept, the smallest |z| of them.
+        The difference, >= 0; inf if nothing is left out that could be kept instead.
 
     Raises:
         ConfigError: as `top_support`.
@@ -250,13 +253,19 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
     Example:
         >>> support_margin([0.5, -3.0, 2.0], 2)
         1.5
-        >>> support_margin([0.5, -3.0, 2.0], 2, groups=[0, 1, 1])
+        >>> support_margin([5.0, 3.0, 2.5], 2, groups=[0, 1, 1])
         0.5
     """
     magnitude = np.abs(as_float64(z))
     order = _ranked(magnitude, sparsity, groups)
-    runner_up = magnitude[order[sparsity]] if sparsity < len(order) else 0.0
-    return float(magnitude[order[sparsity - 1]] - runner_up)
+    kept, left = order[:sparsity], order[sparsity:]
+    margins = [magnitude[kept[-1]] - magnitude[left[0]]] if len(left) else []
+    if groups is not None:
+        label = np.asarray(groups)
+        for winner in kept:
+            others = np.delete(magnitude, winner)[np.delete(label, winner) == label[winner]]
+            margins += [magnitude[winner] - others.max()] if len(others) else []
+    return float(min(margins, default=np.inf))
 
 
 def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray[Any] | None) -> Indices:

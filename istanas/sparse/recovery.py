@@ -44,7 +44,7 @@ class RecoveryResult:
             (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
         n_iter: the solver's steps: gradient steps, segments of the path (0: none was needed), or
             interior-point iterations.
-        converged: whether gap <= tol and decision_gap <= DECISION_TOL.
+        converged: whether gap <= tol and decision_gap <= DECISION_TOL, of the float64 code.
         objective: P(z).
         solver: its name.
         support_reused: whether the given support still held, so that no path was followed.
@@ -465,8 +465,12 @@ def _warn(results: Sequence[RecoveryResult], solver: str, tol: float) -> None:
     figures = [f"relative duality gap up to {max(relative):.3g}, tolerance {tol:.3g}"] if relative else []
     if decision:
         figures.append(f"gap up to {max(decision):.3g} of P(z), tolerance {DECISION_TOL:g}")
-    exact = "l1_weight is too small to be certified in float64, raise it, tol or max_iter"
-    remedy = exact if solver == "homotopy" else "raise max_iter or tol, or use solver 'homotopy'"
+    if solver != "homotopy":
+        remedy = "raise max_iter or tol, or use solver 'homotopy'"
+    elif decision:
+        remedy = "l1_weight is too small for b to be certified in float64, raise it"
+    else:
+        remedy = "raise tol or max_iter"
     warnings.warn(
         f"{solver} did not converge on {len(bad)} of {len(results)} nodes ({named}) after {n_iter} iterations:"
         f" {'; '.join(figures)}; {remedy}",

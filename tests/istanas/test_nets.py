@@ -16,7 +16,7 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
 from istanas.nets.cell import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.depthwise import depthwise_conv2d
-from istanas.nets.operations import FactorizedReduce, make_operation
+from istanas.nets.operations import FactorizedReduce, SepConv, make_operation
 from istanas.nets.target import drop_path
 from istanas.search.state import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, Genotype, Picks
@@ -845,3 +845,18 @@ def test_active_parts_are_the_networks_own_after_a_copy_or_a_change_of_type() ->
         for other in (copy.deepcopy(net), net.float(), to_channels_last(net)):
             assert len(names_of(other, other.active_parameters())) == n_parameters > 0  # type: ignore[operator]
             assert len(names_of(other, other.active_buffers())) == n_buffers > 0  # type: ignore[operator]
+
+
+def test_no_batch_norm_inside_the_operations_is_trained_at_first() -> None:
+    """At the published size of the one-stage search; 96,768 values stand in the middle of separable convolutions."""
+    net = Supernet(CellSpace(), 36, 20, 10, op_batchnorm=True)
+    codes = {
+        cell: [NodeCode(A, torch.zeros(A.shape[1]).double(), (0, 3)) for A in matrices]
+        for cell, matrices in draw_matrices(CellSpace(), 7, "uniform", 0).items()
+    }
+    net.install_codes(codes)
+    operations = [op for cell in net.cells for op in cell.ops.modules()]
+    norms = [op for op in operations if isinstance(op, nn.BatchNorm2d)]
+    middle = [op.op[3] for op in operations if isinstance(op, SepConv)]
+    assert not any(p.requires_grad for norm in norms for p in norm.parameters())
+    assert sum(p.numel() for norm in middle for p in norm.parameters()) == 96_768

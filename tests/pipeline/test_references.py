@@ -227,9 +227,21 @@ def test_a_one_stage_cell_is_retrained_with_its_batch_norms(runs_dir: Path, tmp_
     for ref in ("ISTA_twostage", "ISTA_ImageNet", "random:3", "digits-search", str(runs_dir / "digits-1111")):
         assert genotype_to_train(ref, without)[0] == genotype_to_train(ref, with_norms)[0]
 
-    shutil.rmtree(search.path)  # as on another machine: the store's tags tell the method
-    with pytest.raises(ConfigError, match="comes from a one-stage search"):
-        genotype_to_train(str(tracker.run_id), without)
+    lone = make_run(runs_dir / "lone", name="lone", kind="retrain", params={"retrain.op_batchnorm": True})
+    lone_tracker = MLflowTracker(lone, tracking_uri=uri, experiment="x")
+    assert lone_tracker.deliver()
+    orphan = make_run(runs_dir / "orphan", name="orphan", kind="sweep", method="one_stage")
+    orphan.write(dataclasses.replace(orphan.read(), result={"best_run_dir": str(tmp_path / "gone")}))
+    plain = make_run(runs_dir / "plain", name="plain", kind="retrain", params={"retrain.op_batchnorm": False})
+    assert genotype_to_train(plain.path.name, without)[0] == FOUND
+    for path in (search.path, lone.path):  # as on another machine: the store tells
+        shutil.rmtree(path)
+    for ref in (str(tracker.run_id), str(lone_tracker.run_id), "again", "orphan"):
+        if ref == "again":  # its search has gone, and its own network had no batch norms
+            assert genotype_to_train(ref, without)[0] == FOUND
+            continue
+        with pytest.raises(ConfigError, match="comes from a one-stage search"):
+            genotype_to_train(ref, without)
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def test_the_command_names_files_as_they_lie_in_the_parcel(here: Path, tmp_path:
 
     assert packed("../g.json") == ["a.yaml", "--genotype", ".submitted/0/g.json"]
     assert packed("sub/c.json") == ["a.yaml", "--genotype", "sub/c.json"]
-    for reference in ("ISTA_onestage", "random:3", "/shared/runs/x-search-1", "x-search"):
+    for reference in ("ISTA_ImageNet", "random:3", "/shared/runs/x-search-1", "x-search"):
         assert packed(reference) == ["a.yaml", "--genotype", reference]
     for runs in (tmp_path, f"file://{tmp_path}", f"{here}/.."):
         assert packed(str(tmp_path / "g.json"), f"runtime.runs_dir={runs}")[-1] == str(tmp_path / "g.json")

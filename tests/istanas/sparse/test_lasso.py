@@ -126,16 +126,19 @@ def test_no_support_of_what_is_no_code():
 
 def test_margin_is_between_the_last_kept_and_the_first_left_out():
     z = np.array([5.0, -4.0, 1.0, 2.0, 0.5, 0.125])
-    assert [support_margin(z, s) for s in range(1, 7)] == [1.0, 2.0, 1.0, 0.5, 0.375, 0.125]
+    assert [support_margin(z, s) for s in range(1, 7)] == [1.0, 2.0, 1.0, 0.5, 0.375, np.inf]
     assert support_margin(torch.tensor(z, requires_grad=True), 1) == 1.0
     assert support_margin([2.0, -2.0, 2.0], 2) == 0.0
     assert support_margin([0.0, 3.0, 0.0], 2) == 0.0
 
 
-def test_margin_of_groups_is_between_their_best():
-    z = np.array([5.0, 4.0, 1.0, 2.0, 0.5, 0.125])
+def test_margin_of_groups_is_of_the_nearest_exchange():
+    """With one of another group, or with the runner-up of a kept candidate's own group."""
+    z = np.array([5.0, 2.5, 1.0, 2.0, 0.5, 0.125])
     groups = [0, 0, 1, 1, 2, 2]
-    assert [support_margin(z, s, groups=groups) for s in (1, 2, 3)] == [3.0, 1.5, 0.5]
+    assert [support_margin(z, s, groups=groups) for s in (1, 2, 3)] == [2.5, 1.0, 0.375]
+    assert support_margin([5.0, 2.0, 0.5], 1, groups=[0, 1, 2]) == 3.0
+    assert support_margin([5.0, 2.0], 2, groups=[0, 1]) == np.inf
     with pytest.raises(ConfigError, match="sparsity is 4: choose 1 to 3"):
         support_margin(z, 4, groups=groups)
 
