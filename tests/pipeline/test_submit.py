@@ -383,6 +383,9 @@ def test_the_command_names_files_as_they_lie_in_the_parcel(here: Path, tmp_path:
             packed(reference)
     with pytest.raises(ConfigError, match="random:SEED"):
         packed("random:x")
+    with pytest.raises(ConfigError, match="comes from a one-stage search"):
+        packed("ISTA_onestage")  # refused here, before it queues
+    assert packed("ISTA_onestage", "retrain.op_batchnorm=true")[-1] == "ISTA_onestage"
     with pytest.raises(ConfigError, match="--genotype sub: a folder here, which the cluster does not see"):
         packed("sub")
 
