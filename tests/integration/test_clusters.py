@@ -356,9 +356,10 @@ def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: On
     lines = [
         line for line in on_one_node.lines if not line.startswith("waiting for ")
     ]  # Ray may take its time
-    versions, storage, begun, workers, first, second, table, *_ = lines
+    versions, storage, pictures, begun, workers, first, second, table, *_ = lines
     assert versions.startswith(f"pre-flight: versions: the same on {NODES} nodes (")
     assert storage == f"pre-flight: storage: {NODES} nodes and this process share {on_one_node.folder}/runs"
+    assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith("search: runs/ray-search-")
     assert workers.startswith("3 workers (cpu, gloo), each 1 thread")
     assert first.startswith("epoch 1: ")
@@ -466,16 +467,20 @@ def test_an_address_that_is_none_says_which_to_give(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    said = "RAY_ADDRESS is 127.0.0.1:1: the workers run there; unset it to start Ray here"
     for address, words in (
         (
             "http://127.0.0.1:8265",
-            "'http://127.0.0.1:8265': that is the job server, for istanas submit; give HOST",
+            "runtime.address is 'http://127.0.0.1:8265': that is the job server, for istanas submit; give HOST",
         ),
-        ("auto", "'127.0.0.1:1': nobody answers there"),
+        (
+            "auto",
+            "RAY_ADDRESS (unset it to start Ray on this machine) is '127.0.0.1:1': nobody answers there",
+        ),
     ):
         assert run(["search", "--workers", "1", "--address", address]) == 1
         out, err = capsys.readouterr()
         (line,) = err.splitlines()
-        assert out == ""
-        assert line.startswith(f"error: runtime.address is {words}")
+        assert out == ("" if address != "auto" else f"{said}\n")
+        assert line.startswith(f"error: {words}")
         assert not any(Path("runs").iterdir())
