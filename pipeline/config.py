@@ -177,11 +177,13 @@ def _check_method(
     method = tree.get("method")
     wanted = _CLASSES.get(method) if isinstance(method, str) else None
     by = [override for override in overrides if override.partition("=")[0] == "method"]
-    section = of_file.get("search")
-    if not by or wanted is None or not isinstance(section, dict):
+    section, left = of_file.get("search"), tree.get("search")
+    if not by or wanted is None or not isinstance(section, dict) or not isinstance(left, dict):
         return
-    foreign = [
-        key for key in section if not _knows(wanted, ["search", key]) and known_methods(f"search.{key}")
+    foreign = [  # what an override has not replaced
+        key
+        for key in section
+        if key in left and not _knows(wanted, ["search", key]) and known_methods(f"search.{key}")
     ]
     if foreign:
         example = default_file().with_name(

@@ -108,9 +108,10 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     # Through Ray's client, word for word as without: what Ray says to a client goes to the log.
-    versions, shared, begun, plan, *done = err.splitlines()[: 4 + TRIALS]
+    versions, shared, pictures, begun, plan, *done = err.splitlines()[: 5 + TRIALS]
     assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
     assert shared == f"pre-flight: storage: 2 nodes and this process share {PLACE} and {tmp_path}"
+    assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
     assert plan == "a trial has 1 core; 2 fit, 2 at once"
     assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]

@@ -245,7 +245,8 @@ def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster,
     agents = [p for p in family if "Agent" in title(p)]  # Ray's, which notice after a minute
     assert wait_for(lambda: not any(alive(p) for p in family if p not in agents), 30), "something outlives it"
     kill(agents)
-    first, place, epoch, *more = [line for line in command.lines if line]
+    pictures, first, place, epoch, *more = [line for line in command.lines if line]
+    assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert first.startswith("search: runs/ray-search-")
     assert re.match(r"2 workers \(cpu, gloo\), each 1 thread, \d+ cores? on this machine", place)
     assert epoch.startswith("epoch 1: ")
