@@ -55,7 +55,7 @@ def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: floa
     try:
         for line in process.stdout:
             in_phase = in_phase or line.startswith(f"{phase}: runs")
-            found = re.match(r"epoch (\d+): .* ([\d.]+) s$", line)
+            found = re.match(r"epoch (\d+): .* ([\d.]+) s(?: \(|$)", line)
             if in_phase and found:
                 seen, seconds = seen + 1, float(found[2])
             if in_phase and seen == new_epochs:
