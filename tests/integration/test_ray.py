@@ -339,7 +339,8 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert third.end() == 0, "\n".join(third.lines)
     # Ray may take its time to give back the places of the search.
     after = [line for line in third.lines[seen:] if not line.startswith("waiting for ")]
-    retrain, workers, one, two, table = after[:5]
+    pictures, retrain, workers, one, two, table = after[:6]
+    assert pictures.startswith("pictures: digits: ")
     assert retrain.startswith("retrain: runs/ray-retrain-")
     assert workers.startswith("2 workers (cpu, gloo)")
     assert one.startswith("epoch 1: ")
