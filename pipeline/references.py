@@ -178,24 +178,32 @@ def _from_one_stage(
     """
     if origin_of(ref) is not None or genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
         return genotype.digest() == PUBLISHED["ISTA_onestage"].digest()
-    folders = [] if finder is None else [storage.local(finder)]
-    file = Path(ref).expanduser()
-    if file.is_file():
-        folders += [file.parent, file.parent.parent]
-    else:
-        try:
-            folders.append(resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri).path)
-        except ConfigError:
-            if not is_mlflow_id(ref):  # else its directory is not here, and MLflow knows it
-                raise
-    for run in map(RunDir, folders):
+    for run in _runs_of_genotype(ref, finder, runs_dir, tracking_uri):
         if run.exists():
             record = run.read()
             return _is_one_stage(record.kind, record.method, record.params)
-    if file.is_file():
+    if not is_mlflow_id(ref):
         return False
     data = open_client(store_uri(tracking_uri)).get_run(ref).data
     return _is_one_stage(data.tags.get("istanas.kind"), data.tags.get("istanas.method"), data.params)
+
+
+def _runs_of_genotype(
+    ref: str, finder: str | None, runs_dir: Path, tracking_uri: str | None
+) -> Iterator[RunDir]:
+    """The run that found a genotype, then the one that is named; they may be gone."""
+    if finder is not None:
+        yield RunDir(storage.local(finder))
+    file = Path(ref).expanduser()
+    if file.is_file():
+        yield from (RunDir(file.parent), RunDir(file.parent.parent))
+        return
+    try:
+        run = ref.removesuffix(f"/{GENOTYPE_FILE}").removesuffix("/best")
+        yield resolve_run(run, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    except ConfigError:
+        if not is_mlflow_id(ref):  # else its directory is not here, and MLflow knows it
+            raise
 
 
 def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any]) -> bool:

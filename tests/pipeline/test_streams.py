@@ -134,6 +134,7 @@ def test_a_job_outlives_the_reader_of_its_output(here: Path, as_json: list[str])
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     reader = getattr(process, stream)
+    assert reader.readline().startswith("pictures: ")
     assert reader.readline().startswith("search: ")
     reader.close()
     setattr(process, stream, None)

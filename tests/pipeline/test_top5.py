@@ -158,7 +158,8 @@ def test_epochs_lines_and_metrics_say_top5(jobs: Jobs) -> None:
         sum(re.match(rf"epoch 1: .*, validation {TOPS}, distance", line) is not None for line in training)
         == 1
     )
-    assert sum(re.match(rf"epoch 2: .*, test {TOPS}, [\d.]+ s", line) is not None for line in training) == 1
+    # Between them comes the closing epoch of the search.
+    assert sum(re.match(rf"epoch 3: .*, test {TOPS}, [\d.]+ s", line) is not None for line in training) == 1
 
 
 def test_the_test_figure_is_that_of_the_network(jobs: Jobs) -> None:
@@ -290,7 +291,7 @@ def test_a_comparison_has_top5_where_a_run_has_it(jobs: Jobs, tmp_path: Path) ->
     assert first["test_top5"] == many["test_top5"]
     assert (second["valid_top5"], second["test_top5"]) == (None, None)
     lines = [" ".join(line.split()) for line in seen.splitlines()]
-    assert "run params MACs latency valid top-5 test top-5" in lines
+    assert "run params latency valid top-5 test top-5" in lines  # a narrow terminal, which leaves out the MACs
     assert f"{many['test_top5']:.2%}" in seen
     assert f">{many['test_top5']:.2%}<" in page
     for heading in ("valid top-5", "test top-5"):
