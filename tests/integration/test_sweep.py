@@ -75,7 +75,8 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 
 def sweep_directory(folder: Path) -> Path:
-    (path,) = (folder / "runs").glob("tiny-sweep-*")
+    # Runs of the best trial's configuration are named for the sweep, too.
+    (path,) = (path for path in (folder / "runs").glob("tiny-sweep-*") if "-best-" not in path.name)
     return path
 
 

@@ -291,7 +291,9 @@ def test_a_comparison_has_top5_where_a_run_has_it(jobs: Jobs, tmp_path: Path) ->
     assert first["test_top5"] == many["test_top5"]
     assert (second["valid_top5"], second["test_top5"]) == (None, None)
     lines = [" ".join(line.split()) for line in seen.splitlines()]
-    assert "run params latency valid top-5 test top-5" in lines  # a narrow terminal, which leaves out the MACs
+    assert (
+        "run params latency valid top-5 test top-5" in lines
+    )  # a narrow terminal, which leaves out the MACs
     assert f"{many['test_top5']:.2%}" in seen
     assert f">{many['test_top5']:.2%}<" in page
     for heading in ("valid top-5", "test top-5"):

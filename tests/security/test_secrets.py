@@ -170,7 +170,7 @@ def test_what_fails_because_of_an_address_shows_it_without_its_secrets(place: Pl
     place.run("sweep", *config, "--set", f"sweep.storage={storage}", "--set", "seed=3", code=1)
     place.run("sweep", *config, "--set", f"sweep.storage=nosuch://x:{secret}@h/db", "--set", "seed=4", code=1)
     place.run("search", *config, "--set", f"runtime.address=ray://planted:{secret}@127.0.0.1:1", code=2)
-    place.run("search", *config, "--set", f"tracking.uri=[{nowhere}]", code=2)
+    place.run("search", *config, "--set", f"tracking={{uri: [{nowhere}]}}", code=2)
     place.run("search", *config, "--set", f"runtime.runs_dir=s3://planted:{secret}@bucket/runs", code=2)
     place.run("search", "--config", f"http://planted:{secret}@127.0.0.1/tiny.yaml", code=2)
     place.run("draw", f"http://planted:{secret}@127.0.0.1/genotype.json", code=2)
