@@ -298,7 +298,7 @@ def test_a_comparison_has_top5_where_a_run_has_it(jobs: Jobs, tmp_path: Path) ->
     assert f">{many['test_top5']:.2%}<" in page
     for heading in ("valid top-5", "test top-5"):
         assert f">{heading}</th>" in page
-    for panel in ("training top-5, %", "valid top-5, %", "test top-5, %"):
+    for panel in ("training top-5, %", "validation top-5, %", "test top-5, %"):
         assert f">{panel}</text>" in page
 
     _, seen, page = compared(jobs, tmp_path, few["run_dir"], few["retrain_run_dir"])
