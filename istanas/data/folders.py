@@ -10,7 +10,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +53,10 @@ _COMPANIONS = frozenset(
         *(".toml", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml"),
     }
 )
+
+# One folder beside `train` is read, the first that there is of these. Others that usually hold pictures are reported.
+_TEST_SPLITS = ("test", "val")
+_OTHER_SPLITS = frozenset({*_TEST_SPLITS, "valid", "validation"})
 
 _FACTS_VERSION = 1
 _FACTS = np.dtype(
@@ -268,7 +272,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
             f"data.root: {shown(root)} is no folder; name one that holds train/CLASS/* and test/CLASS/*"
         )
     train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    test = next((root / name for name in _TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(
@@ -295,6 +299,10 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
         n_train = n_train or len(files)
     if len(files) == n_train:
         raise DataError(f"data.root: {shown(test)} holds no picture; add pictures of the classes to test by")
+    for entry in _entries(root):
+        if entry.is_dir(follow_symlinks=False) and entry.name in _OTHER_SPLITS - {test.name}:
+            why = f"of {entry.name}/, which is not read where there is {test.name}/"
+            left_out.count((path, why) for path in _below(entry.path))
     return Listing(
         root=root,
         class_names=class_names,
@@ -326,10 +334,8 @@ class _LeftOuts:
         Raises:
             DataError: if it is too much.
         """
-        here: dict[str, LeftOut] = {}
-        for path, why in files:
-            for counted in (here, self.by_reason):
-                counted.setdefault(why, LeftOut(why, path)).count += 1
+        here = _by_reason({}, files)
+        self.count(files)
         total = n_read + len(files)
         if len(files) > LEFT_OUT_SHARE * total and not self.allowed:
             reasons = "; ".join(map(str, here.values()))
@@ -337,6 +343,17 @@ class _LeftOuts:
                 f"data.root: {len(files):,} of {total:,} files of {shown(folder)} would be left out ({reasons}); "
                 "move or convert them, or do without them by --set data.allow_left_out=true"
             )
+
+    def count(self, files: Iterable[tuple[str, str]]) -> None:
+        """Count the (path, reason) of what is left out, however much it is."""
+        _by_reason(self.by_reason, files)
+
+
+def _by_reason(counted: dict[str, LeftOut], files: Iterable[tuple[str, str]]) -> dict[str, LeftOut]:
+    """Add the (path, reason) of files to what was counted before, and return it."""
+    for path, why in files:
+        counted.setdefault(why, LeftOut(why, path)).count += 1
+    return counted
 
 
 def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str, FileState]]:

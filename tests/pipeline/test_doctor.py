@@ -221,6 +221,13 @@ def test_what_a_job_would_only_tell_is_a_warning(pictures: Path) -> None:
     )
 
 
+def test_a_folder_val_beside_test_is_a_warning(pictures: Path) -> None:
+    shutil.copytree(pictures / "test", pictures / "val")
+    check = folder(pictures)
+    assert check.state == "warn"
+    assert "left out: 2 files of val/, which is not read where there is test/, such as " in check.message
+
+
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SCARCE_DISK_GB", 1e12)
     assert check_disk(tmp_path).state == "warn"

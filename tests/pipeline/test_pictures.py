@@ -301,3 +301,15 @@ def test_pictures_left_out_are_told_and_do_not_change_the_run(folder: Folder) ->
     dataset = load_pictures(folder.config("data.allow_left_out=true").data)
     assert "left out: 1 file with the suffix .heic" in dataset.notes[1]
     assert [use.pictures for use in datasets_used(folder.config(), dataset, "retrain")] == [16, 4]
+
+
+def test_a_folder_val_beside_test_is_told_by_a_job_and_in_its_report(folder: Folder) -> None:
+    run = folder.run("search")
+    folder.write("val", "ant", 3)
+    line = f"left out: 3 files of val/, which is not read where there is test/, such as {folder.root}/val/ant/0.png"
+    assert folder.run("search", "seed=1").path != run.path
+    assert f"pictures: {line}\n" in folder.seen
+    assert folder.run("search").path == run.path, "a run does not depend on pictures that it does not read"
+    again = folder.run("search", fresh=True)
+    assert line in again.read().pictures
+    assert "3 files of val/" in (again.path / "report.html").read_text()

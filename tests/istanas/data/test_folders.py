@@ -378,6 +378,30 @@ def test_a_hundredth_of_a_class_may_be_left_out_and_is_told(tmp_path: Path, load
         load(root)
 
 
+@pytest.mark.parametrize(
+    ("read", "ignored"), [("test", "val"), ("test", "valid"), ("test", "validation"), ("val", "valid")]
+)
+def test_a_second_split_for_testing_is_counted_and_does_not_stop_a_job(
+    read: str, ignored: str, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    shutil.copytree(root / "train", root / ignored)
+    (root / ignored / "labels.csv").touch()
+    (root / "test").rename(root / read)
+    dataset = load(root)
+    assert len(dataset.test) == 2
+    assert dataset.notes[1:] == (
+        f"left out: 4 files of {ignored}/, which is not read where there is {read}/, such as "
+        f"{root}/{ignored}/ant/ant0.png",
+    )
+
+
+def test_a_link_to_the_split_that_is_read_is_not_left_out(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    (root / "val").symlink_to("test")
+    assert len(load(root).notes) == 1
+
+
 def test_only_the_first_frame_is_read_and_that_is_told(tmp_path: Path, load: Load) -> None:
     root = write_folder(tmp_path / "pictures", lambda n: grey(10 * n), ".gif")
     frames = [Image.fromarray(grey(value)) for value in (50, 100)]
