@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from istanas.space import Genotype
     from pipeline.job_server import Job, JobServer
+    from pipeline.references import Origin
     from pipeline.rundir import RunDir
     from pipeline.schema import Config
 
@@ -795,6 +796,7 @@ def _load_for_genotype(
             for section in ("data", "tracking")
         }
         config = load(default_file(), _overrides(overrides, **short), sections)
+        _check_store_of(origin, config)
         name = config.tracking.name or origin.name
         root = f" in {config.data.root}" if config.data.root is not None else ""
         console.print(
@@ -804,6 +806,22 @@ def _load_for_genotype(
             soft_wrap=True,
         )
     return cells, parent, config, name
+
+
+def _check_store_of(origin: Origin, config: Config) -> None:
+    """Refuse a store that comes from another run's settings and whose folder is missing, as in a copied project.
+
+    Raises:
+        ConfigError: with the remedy. A new store in the old place would be found by nobody.
+    """
+    from pipeline.tracking import has_gone, public_uri
+
+    uri = config.tracking.uri
+    if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
+        raise ConfigError(
+            f"tracking.uri is {public_uri(uri)}, a setting of {origin.run}: the folder of this MLflow store no longer "
+            "exists; name a store with --set tracking.uri=URI"
+        )
 
 
 def _overrides(

@@ -28,11 +28,13 @@ from pipeline.tracking import (
     read_link,
     sqlite_file,
     store_exists,
+    store_of_run,
     store_uri,
 )
 
 GENOTYPE_FILE = "genotype.json"
 CONFIG_FILE = "config.yaml"
+BEST = "best"  # folder of a sweep: genotype and configuration of its best trial
 _RANDOM = "random:"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -117,9 +119,7 @@ def resolve_genotype(
     file = Path(ref).expanduser()
     if file.suffix == ".json" and "://" not in ref and not file.exists():
         raise ConfigError(f"genotype {ref!r}: no such file; give an existing one")
-    if "://" in ref and ref.partition("?")[0].endswith(f"/{GENOTYPE_FILE}"):
-        # Of a run, which is fetched: a sweep has its best trial's twice.
-        ref = ref.replace(f"/best/{GENOTYPE_FILE}", "", 1).replace(f"/{GENOTYPE_FILE}", "", 1)
+    ref = _without_file(ref)
     if file.is_file():
         genotype = read_genotype(file)
         return genotype, _writer(file, genotype)
@@ -142,6 +142,21 @@ def resolve_genotype(
             "finish its search first"
         )
     return read_genotype(found), _finder(run)
+
+
+def _without_file(ref: str) -> str:
+    """Return the address of the run whose genotype file is named, because a run is fetched as a whole.
+
+    A sweep has the genotype of its best trial twice. Every other reference is returned as it is.
+
+    Example:
+        >>> _without_file("s3://bucket/run/best/genotype.json?region=eu"), _without_file("runs/x/genotype.json")
+        ('s3://bucket/run?region=eu', 'runs/x/genotype.json')
+    """
+    address, mark, query = ref.partition("?")
+    if "://" not in ref:
+        return ref
+    return address.removesuffix(f"/{GENOTYPE_FILE}").removesuffix(f"/{BEST}") + mark + query
 
 
 def origin_of(ref: str) -> str | None:
@@ -199,8 +214,7 @@ def _runs_of_genotype(
         yield from (RunDir(file.parent), RunDir(file.parent.parent))
         return
     try:
-        run = ref.removesuffix(f"/{GENOTYPE_FILE}").removesuffix("/best")
-        yield resolve_run(run, runs_dir=runs_dir, tracking_uri=tracking_uri)
+        yield resolve_run(_without_file(ref), runs_dir=runs_dir, tracking_uri=tracking_uri)
     except ConfigError:
         if not is_mlflow_id(ref):  # else its directory is not here, and MLflow knows it
             raise
@@ -245,37 +259,39 @@ def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Ori
     if file.is_file():
         if _writer(file, read_genotype(file)) is None:
             return None
-        here = file.parent
-        run = RunDir(here if RunDir(here).exists() else here.parent)
-        return _origin(run, here / CONFIG_FILE)
-    if "://" in ref:
-        ref = ref.removesuffix(f"/{GENOTYPE_FILE}").removesuffix("/best")
+        return _origin(RunDir(file.parent if RunDir(file.parent).exists() else file.parent.parent))
+    ref = _without_file(ref)
     try:
         run = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
     except ConfigError:
         if not is_mlflow_id(ref):
             raise
         return _origin_in_mlflow(ref, tracking_uri)
-    best = run.path / "best" / CONFIG_FILE
-    return _origin(run, best if run.read().kind == "sweep" and best.is_file() else run.path / CONFIG_FILE)
+    return _origin(run)
 
 
-def _origin(run: RunDir, file: Path) -> Origin:
-    shown = storage.shown(run.path)
-    if not file.is_file():
-        raise ConfigError(
-            f"run {shown}: has no {file.name}, which says on which pictures to train: give --config"
-        )
-    record = run.read()
-    return Origin(shown, record.name.removesuffix(f"-{record.kind}"), load(file))
+def _config_of(kind: str | None) -> str:
+    """Return the file of a run that holds the settings of its genotype, relative to the run."""
+    return f"{BEST}/{CONFIG_FILE}" if kind == "sweep" else CONFIG_FILE
+
+
+def _origin(run: RunDir) -> Origin:
+    shown, record = storage.shown(run.path), run.read()
+    file = _config_of(record.kind)
+    if not (run.path / file).is_file():
+        raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
+    config = load(run.path / file)
+    config = _stored_in(config, store_of_run(run, config.tracking.uri))
+    return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
 
 
 def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
     client = open_client(store_uri(tracking_uri))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            name, tags = client.get_run(run_id).info.run_name, client.get_run(run_id).data.tags
-            config = load(client.download_artifacts(run_id, CONFIG_FILE, scratch))
+            found = client.get_run(run_id)
+            kind, name = found.data.tags.get("istanas.kind"), found.info.run_name or run_id
+            config = load(client.download_artifacts(run_id, _config_of(kind), scratch))
         except ConfigError:
             raise
         except Exception as error:  # no such file, no such server
@@ -283,7 +299,13 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
                 f"run {run_id}: no {CONFIG_FILE} in the MLflow store, which says on which pictures to train "
                 f"({one_line(error)}): give --config"
             ) from None
-    return Origin(run_id, (name or run_id).removesuffix(f"-{tags.get('istanas.kind')}"), config)
+    # The store that has the run, by the name that it has here: the run was tracked on another machine.
+    return Origin(run_id, name.removesuffix(f"-{kind}"), _stored_in(config, tracking_uri))
+
+
+def _stored_in(config: Config, tracking_uri: str | None) -> Config:
+    tracking = config.tracking.model_copy(update={"uri": tracking_uri})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def _finder(run: RunDir) -> str | None:

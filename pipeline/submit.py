@@ -258,6 +258,8 @@ def pack(submission: Submission, parcel: Parcel) -> list[str]:
     genotype = submission.options.get("genotype")
     if genotype is not None:
         name = _shipped_genotype(genotype, submission.config, parcel)
+        if given is None and name != genotype:
+            _check_settings_go_along(genotype, submission.config)
         arguments = _renamed(arguments, "--genotype", genotype, name)
     return arguments
 
@@ -287,6 +289,23 @@ def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
             "a run by its absolute path or its name"
         )
     return reference
+
+
+def _check_settings_go_along(genotype: str, config: Config) -> None:
+    """Refuse a run's file that is shipped without its run, whose settings a retraining without `--config` has.
+
+    Raises:
+        ConfigError: with the remedy. The cluster would train on the digits.
+    """
+    from pipeline.references import resolve_origin
+
+    runs_dir, tracking_uri = local(config.runtime.runs_dir), config.tracking.uri
+    origin = resolve_origin(genotype, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    if origin is not None:
+        raise ConfigError(
+            f"--genotype {genotype}: a file of {origin.run}, whose data and tracking settings the cluster does not "
+            "see; give --config with a file that has the settings of the retraining"
+        )
 
 
 def _renamed(arguments: Sequence[str], option: str, given: str, name: str) -> list[str]:

@@ -363,7 +363,7 @@ class MLflowTracker:
         """
         if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
             return False
-        if self._link is not None and _has_gone(self.tracking_uri):
+        if self._link is not None and has_gone(self.tracking_uri):
             self._say_gone()
             return False
         try:
@@ -644,12 +644,12 @@ def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
         configured: `tracking.uri` in its config.yaml, in which paths are absolute.
     """
     link = read_link(run_dir)
-    if configured is None or link is None or not _has_gone(configured) or _has_gone(link.tracking_uri):
+    if configured is None or link is None or not has_gone(configured) or has_gone(link.tracking_uri):
         return configured
     return link.tracking_uri
 
 
-def _has_gone(uri: str) -> bool:
+def has_gone(uri: str) -> bool:
     """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is made again."""
     file = sqlite_file(uri)
     return file is not None and not file.parent.is_dir()

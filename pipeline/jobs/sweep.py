@@ -51,6 +51,7 @@ from pipeline.launch import with_absolute_paths
 from pipeline.outcome import OUTCOME_TAG, PRUNED, TRIAL_TAG
 from pipeline.pictures import check_fit, datasets_used, settle_stems
 from pipeline.preflight import check_gpus, check_nodes
+from pipeline.references import BEST
 from pipeline.resources import Node, WorkerRange, count, workers_that_fit
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, atomic_write
 from pipeline.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
@@ -86,7 +87,6 @@ from pipeline.tracking import one_line, public_uri, store_uri
 from pipeline.trial import run_trial
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
-BEST = "best"
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 SECONDS_BEFORE_RAY = 15.0  # would end the process because the cluster's head is gone
 EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs")

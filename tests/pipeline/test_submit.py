@@ -17,6 +17,7 @@ from pipeline.config import load
 from pipeline.job_server import JobServer, job_address
 from pipeline.parcel import working_tree
 from pipeline.submit import Submission, _not_shipped, check, command_line, environment, pack
+from tests.pipeline.test_references import make_run
 
 Write = Callable[..., Path]
 HEAD = "http://head:8265"
@@ -388,6 +389,21 @@ def test_the_command_names_files_as_they_lie_in_the_parcel(here: Path, tmp_path:
     assert packed("ISTA_onestage", "retrain.op_batchnorm=true")[-1] == "ISTA_onestage"
     with pytest.raises(ConfigError, match="--genotype sub: a folder here, which the cluster does not see"):
         packed("sub")
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "runs"])
+def test_a_file_of_a_run_is_not_shipped_without_the_settings_of_the_run(folder: str, here: Path) -> None:
+    run_dir = make_run(here / folder / "mine-search-1").path
+    (run_dir / "config.yaml").write_text("data: {name: mnist}\n")
+    write(here, "a.yaml")
+    file = os.path.relpath(run_dir / "genotype.json", here)
+    with pytest.raises(ConfigError) as refusal:
+        pack(submission(job="retrain", options={"genotype": file}), working_tree(here))
+    assert str(refusal.value).startswith(f"--genotype {file}: a file of ")
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith("give --config with a file that has the settings of the retraining")
+    given = submission(job="retrain", options={"config": "a.yaml", "genotype": file})
+    assert pack(given, working_tree(here))[-1].endswith("genotype.json")
 
 
 def test_the_shell_gets_the_arguments_as_they_were_given() -> None:
