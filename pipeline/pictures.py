@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,16 @@ def settle_stems(config: Config, checking: Progress | None = None) -> Config:
     return with_stems(config, survey_of(data, checking).side(None) or SMALL_SIDE)
 
 
+def possible_stems(config: Config) -> Iterator[Config]:
+    """Yield the configuration with each stem that pictures of some size would put in the place of `auto`.
+
+    A run is found by one of them when its pictures can no longer be looked at.
+    """
+    for side in (SMALL_SIDE, SMALL_SIDE + 1):
+        with contextlib.suppress(ConfigError):  # a network that is too narrow for this stem has no run
+            yield with_stems(config, side)
+
+
 def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey:
     """What the headers of a picture folder tell.
 
@@ -184,34 +195,14 @@ def check_size(name: str, height: int, width: int) -> None:
         )
 
 
-def describe_pictures(
-    config: Config, dataset: ImageDataset, used: Sequence[DatasetUse], jobs: Sequence[str]
-) -> tuple[str, ...]:
-    """Lines for people about the pictures of a job: what there is, and what its owner may not know.
+def describe_pictures(dataset: ImageDataset, used: Sequence[DatasetUse]) -> tuple[str, ...]:
+    """Return lines for people about the pictures of a job: what there is, and what its owner may not know.
 
     Args:
-        config: the configuration.
         dataset: the data set.
         used: the parts of it that the job uses.
-        jobs: whose networks are built, "search" or "retrain".
     """
-    missing = filter(None, (use.describe_missing() for use in used))
-    return (*dataset.notes, *missing, *_unfit_stems(config, dataset, jobs))
-
-
-def _unfit_stems(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Iterator[str]:
-    """A line for each stem that was set, and is made for pictures of another size."""
-    side = max(dataset.height, dataset.width)
-    fitting = "cifar" if side <= SMALL_SIDE else "imagenet"
-    for job in jobs:
-        stem = getattr(config, job).stem
-        if stem == fitting:
-            continue
-        effect = "many times slower" if stem == "cifar" else "of little detail"
-        yield (
-            f"warning: {job}.stem is {stem}, which makes networks for pictures of {dataset.height}x{dataset.width} "
-            f"pixels {effect}; set {job}.stem={fitting}, or leave it out"
-        )
+    return (*dataset.notes, *filter(None, (use.describe_missing() for use in used)))
 
 
 def data_digest(config: Config, dataset: ImageDataset, job: str) -> str:

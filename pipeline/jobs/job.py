@@ -29,7 +29,7 @@ from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
-from pipeline.fit import check_left_for_training, doubtful_settings
+from pipeline.fit import check_left_for_training, warnings_of
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pictures import (
     are_gone,
@@ -38,6 +38,7 @@ from pipeline.pictures import (
     data_digest,
     describe_pictures,
     load_pictures,
+    possible_stems,
     settle_stems,
 )
 from pipeline.progress import EpochBar
@@ -99,11 +100,6 @@ class JobSpec:
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
     unit: str = "epoch"
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The sections whose stem its networks have; of a sweep, trials may have others."""
-        return () if self.kind == "sweep" else (self.kind,)
 
     @property
     def path(self) -> Path:
@@ -200,6 +196,7 @@ def execute(
     console: Console,
     datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
     tell: Callable[[list[Record]], None] | None = None,
+    warn: Callable[[ImageDataset], list[str]] | None = None,
     metrics_anew: Callable[[], list[MetricsLine]] | None = None,
     wait: float = 0,
 ) -> dict[str, Any]:
@@ -215,6 +212,7 @@ def execute(
         datasets: the parts of the pictures that the job uses.
         tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
             the run as it is, for others to close.
+        warn: lines about settings that make no sense with the pictures; None: about the job's own.
         metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
         wait: so many seconds for another process that works on the same run; -1: for ever.
 
@@ -244,13 +242,14 @@ def execute(
                 soft_wrap=True,
             )
             return _with_ids(run.read().result, run, tracker)
-        dataset = load_data(spec.config, console)
+        dataset = _load_for(run, spec, old, console)
         used, digest = datasets(dataset), data_digest(spec.config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        lines = describe_pictures(spec.config, dataset, used, spec.networks)
+        lines = describe_pictures(dataset, used)
         prepared = prepare(dataset)
-        tell_pictures([*lines, *warnings_of(spec.config, dataset, spec.networks)], console)
+        told = warnings_of(spec.config, dataset, (spec.kind,)) if warn is None else warn(dataset)
+        tell_pictures([*lines, *told], console)
         if fresh and run.exists():
             close_running([run, *_runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
@@ -295,6 +294,23 @@ def execute(
             )
         storage.push(run.path)  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
+
+
+def _load_for(run: RunDir, spec: JobSpec, old: RunRecord | None, console: Console) -> ImageDataset:
+    """Load the pictures of a job; `old` is the record of the run that resumes.
+
+    Raises:
+        DataError: if they are missing or broken.
+    """
+    try:
+        return load_data(spec.config, console)
+    except DataError as error:
+        if old is None or spec.config.data.name != "folder" or not are_gone(spec.config.data):
+            raise
+        what = str(error).partition("; ")[0]
+        raise DataError(
+            f"{what}; restore the folder to resume {storage.shown(run.path)}, or name another one for a new run"
+        ) from error
 
 
 def _check_finished(
@@ -543,6 +559,32 @@ def settled(config: Config, console: Console) -> Config:
     return settle_stems(config, _progress("checking", console))
 
 
+def settled_spec(config: Config, console: Console, describe: Callable[[Config], JobSpec]) -> JobSpec:
+    """Return the job with the stems that fit the pictures, which decide which run it is.
+
+    If the pictures cannot be looked at, it is the run that is already there: its result, and what to do about its
+    pictures, do not depend on how the stem was given.
+
+    Args:
+        config: the configuration.
+        console: for people.
+        describe: makes the job of a configuration whose stems are settled.
+
+    Raises:
+        DataError: if the pictures cannot be looked at, and not exactly one run is there that they may belong to.
+        ConfigError: if a network is too narrow for its stem.
+    """
+    try:
+        return describe(settled(config, console))
+    except DataError:
+        storage.fetch_records(storage.local(config.runtime.runs_dir))
+        possible = map(describe, possible_stems(config))
+        begun = [spec for spec in possible if RunDir(spec.path).exists()]
+        if len(begun) != 1:
+            raise
+        return begun[0]
+
+
 def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
     """Check the settings of the jobs to come against the pictures and, in process, this machine."""
     if config.runtime.worker_range.maximum == 0:
@@ -555,11 +597,6 @@ def tell_pictures(lines: Sequence[str], console: Console) -> None:
     """Write what people should know about the pictures, before any work."""
     for line in lines:
         console_line(console)(line if line.startswith("warning: ") else f"pictures: {line}")
-
-
-def warnings_of(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[str]:
-    """Lines for people about settings that make no sense with these pictures."""
-    return [f"warning: {doubt}" for doubt in doubtful_settings(config, dataset, jobs)]
 
 
 def console_line(console: Console) -> Callable[[str], None]:

@@ -25,7 +25,8 @@ from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.data_workers import noticing_their_loss
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
-from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures, warnings_of
+from pipeline.fit import warnings_of
+from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures
 from pipeline.pictures import (
     Batches,
     describe_pictures,
@@ -160,8 +161,7 @@ def run_profile(
     config = settled(config, console)
     dataset = load_data(config, console)
     check_data(config, dataset, (job,))
-    lines = (*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,)))
-    tell_pictures(lines, console)
+    tell_pictures([*describe_pictures(dataset, ()), *warnings_of(config, dataset, (job,))], console)
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)

@@ -23,7 +23,7 @@ from pipeline.jobs.job import (
     check_data,
     console_line,
     execute,
-    settled,
+    settled_spec,
 )
 from pipeline.jobs.results import RetrainResult, accuracies
 from pipeline.jobs.search import describe_figures, write_genotype
@@ -66,17 +66,21 @@ def run_retrain(
     Returns:
         See `RetrainResult`.
     """
-    config = settled(config, console)
-    spec = JobSpec(
-        kind="retrain",
-        name=f"{name}-retrain",
-        digits=run_hash(config, "retrain", genotype=genotype.to_json()),
-        config=config,
-        sections=SECTIONS,
-        epochs=config.retrain.epochs,
-        parent=parent,
-        tags={"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})},
-    )
+
+    def describe(config: Config) -> JobSpec:
+        return JobSpec(
+            kind="retrain",
+            name=f"{name}-retrain",
+            digits=run_hash(config, "retrain", genotype=genotype.to_json()),
+            config=config,
+            sections=SECTIONS,
+            epochs=config.retrain.epochs,
+            parent=parent,
+            tags={"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})},
+        )
+
+    spec = settled_spec(config, console, describe)
+    config = spec.config
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_data(config, dataset, ("retrain",))

@@ -35,7 +35,7 @@ from pipeline.jobs.job import (
     check_data,
     console_line,
     execute,
-    settled,
+    settled_spec,
     write_page,
 )
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
@@ -104,8 +104,8 @@ def run_search(
     Returns:
         See `SearchResult` and `OneStageResult`.
     """
-    config = settled(config, console)
-    spec = search_spec(config, name, parent=parent, tags=tags)
+    spec = settled_spec(config, console, lambda each: search_spec(each, name, parent=parent, tags=tags))
+    config = spec.config
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_solver(config.space.solver)

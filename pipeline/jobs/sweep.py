@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from istanas.training import Compute, derive_seed
 from pipeline import storage, summary
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line, noticing_its_loss
 from pipeline.config import known_methods, run_hash, to_yaml, with_settings
+from pipeline.fit import warnings_of_trials
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CONFIG_FILE,
@@ -43,7 +44,7 @@ from pipeline.jobs.job import (
     console_line,
     deliver_below,
     execute,
-    settled,
+    settled_spec,
 )
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
@@ -210,7 +211,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         IstanasError: if too many trials failed, or no trial fits; the same command goes on.
     """
     check_space(config)  # before the pictures are looked at, which may take a while
-    spec = sweep_spec(settled(config, console), name)
+    spec = settled_spec(config, console, lambda each: sweep_spec(each, name))
 
     def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
         check_sweep(config, dataset)
@@ -251,6 +252,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         spec,
         prepare,
         body,
+        warn=lambda dataset: warnings_of_space(config, dataset),
         metrics_anew=metrics_anew,
         describe=lambda _: "",
         fresh=fresh,
@@ -305,11 +307,38 @@ def check_sweep(config: Config, dataset: ImageDataset) -> None:
             "tracking.uri holds a password, which would go from process to process with every trial: set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address"
         )
-    jobs = ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
     # Of the sweep's own settings only what no key of the space replaces is a trial's.
     check_data(config.model_copy(update={"runtime": in_process}), dataset, ())
-    check_space_fits(config, dataset, jobs)
+    check_space_fits(config, dataset, _jobs_of_trials(config))
+
+
+def _jobs_of_trials(config: Config) -> tuple[str, ...]:
+    return ("search", "retrain") if sweep_of(config).objective == "retrained" else ("search",)
+
+
+def warnings_of_space(config: Config, dataset: ImageDataset) -> list[str]:
+    """Return a line for people about each setting of the sweep, or value of its space, that makes no sense.
+
+    Args:
+        config: of the sweep, which `check_sweep` accepts.
+        dataset: its pictures.
+    """
+    return warnings_of_trials(_named_trials(config), dataset, _jobs_of_trials(config), sweep_of(config).space)
+
+
+def _named_trials(config: Config) -> Iterator[Config]:
+    """Yield trials that together have every value that the space names, as far as the values fit together.
+
+    Pictures of another size are another data set, which its trial opens.
+    """
+    for settings in extreme_settings(config):
+        try:
+            trial = trial_config(config, settings)
+        except ConfigError:  # two bounds that do not fit together: such a trial fails, the others do not
+            continue
+        if trial.data.image_size == config.data.image_size:
+            yield trial
 
 
 def check_space_fits(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:

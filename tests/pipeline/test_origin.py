@@ -30,7 +30,7 @@ SWEEP = """
 sweep:
   trials: 1
   scheduler: none
-  space: {search.lr: {fixed: 0.05}, data.horizontal_flip: {fixed: false}}
+  space: {search.batch_size: {choice: [4, 7]}, data.horizontal_flip: {fixed: false}}
 """
 SHORT = (
     "--set=retrain={epochs: 1, batch_size: 4, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}",
@@ -151,25 +151,23 @@ def test_of_a_run_in_a_bucket(
     assert SAID + address in said
 
 
-@pytest.fixture
-def swept(project: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The result of a sweep of one trial, in which the space replaces a setting of the data."""
-    (project / "tiny.yaml").write_text(TINY.replace("flip: true", "flip: true, holdout: 0.25") + SWEEP)
-    return command(capsys, "sweep", "--config", "tiny.yaml")[0]
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_of_a_sweep_those_of_its_best_trial_on_all_training_pictures(
-    server: Server,
-    elsewhere: Elsewhere,
-    prefix: str,
-    swept: Any,
-    project: Path,
-    capsys: pytest.CaptureFixture[str],
+    server: Server, elsewhere: Elsewhere, prefix: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By its directory, its name, either of its genotype files, in MLflow alone and in a bucket."""
+    (project / "tiny.yaml").write_text(TINY.replace("flip: true", "flip: true, holdout: 0.25") + SWEEP)
+    swept, said = command(capsys, "sweep", "--config", "tiny.yaml")
+    warning = "warning: sweep.space: search.batch_size is 7: above the 6 pictures that train the weights"
+    assert said.count("warning: ") == said.count(warning) == 1
+    assert said.index(warning) < said.index("trial 0 done")
+    (project / "pictures").rename(project / "elsewhere")
+    again, said = command(capsys, "sweep", "--config", "tiny.yaml")
+    assert again == swept
+    assert "warning: the pictures of this result cannot be looked at any more" in said
+    (project / "elsewhere").rename(project / "pictures")
     sweep = Path(swept["run_dir"])
     for file in (
         file for file in sweep.rglob("*") if file.is_file() and "ray" not in file.relative_to(sweep).parts

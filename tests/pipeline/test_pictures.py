@@ -157,14 +157,62 @@ def test_a_search_takes_a_repaired_test_split(state: str, folder: Folder) -> Non
     assert folder.run("retrain", never).read().data_digest == digest
 
 
-def test_the_result_of_pictures_that_are_gone_is_told_with_a_warning(folder: Folder) -> None:
-    run = folder.run("retrain")
+EXPLICIT = ("search.stem=cifar", "retrain.stem=cifar")
+
+
+@pytest.mark.parametrize("stems", [(), EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", ["search", "retrain"])
+def test_the_result_of_pictures_that_are_gone_is_told_with_a_warning(
+    kind: str, stems: tuple[str, ...], folder: Folder
+) -> None:
+    run = folder.run(kind)
     folder.root.rename(folder.root.with_name("elsewhere"))
-    set_stems = ("search.stem=cifar", "retrain.stem=cifar")  # else the pictures would have to tell
-    assert folder.run("retrain", *set_stems).path == run.path
-    assert "warning: the pictures of this result cannot be looked at any more: data.root: " in folder.seen
+    assert folder.run(kind, *stems).path == run.path
+    (warning,) = (line for line in folder.seen.splitlines() if line.startswith("warning: "))
+    assert warning.startswith(
+        "warning: the pictures of this result cannot be looked at any more: data.root: "
+    )
+    assert "finished before" in folder.seen
     folder.root.mkdir()
     with pytest.raises(DataError, match="train is missing"):
+        folder.run(kind, *stems)
+
+
+@pytest.mark.parametrize("stems", [(), EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", ["search", "retrain"])
+def test_an_unfinished_run_names_the_folder_that_it_resumes_with(
+    kind: str, stems: tuple[str, ...], folder: Folder
+) -> None:
+    run = folder.run(kind)
+    unfinish(run)
+    record = run.read()
+    elsewhere = folder.root.with_name("elsewhere")
+    folder.root.rename(elsewhere)
+    with pytest.raises(DataError) as refusal:
+        folder.run(kind, *stems)
+    assert str(refusal.value) == (
+        f"data.root: {folder.root} is no folder; restore the folder to resume {run.path}, or name another one for a "
+        "new run"
+    )
+    assert run.read() == record
+    elsewhere.rename(folder.root)
+    assert folder.run(kind, *stems).read().status == "FINISHED"
+
+
+def test_a_folder_that_no_run_has_used_is_refused_in_one_line(folder: Folder) -> None:
+    with pytest.raises(DataError) as refusal:
+        folder.run("search", f"data.root={folder.root}/none")
+    assert str(refusal.value) == (
+        f"data.root: {folder.root}/none is no folder; name one that holds train/CLASS/* and test/CLASS/*"
+    )
+
+
+def test_runs_of_both_stems_are_not_mistaken_for_one_another(folder: Folder) -> None:
+    """The folder held small pictures once, and large ones later: which of the two is meant cannot be told."""
+    runs = {folder.run("retrain", f"retrain.stem={stem}").path for stem in ("cifar", "imagenet")}
+    assert len(runs) == 2
+    folder.root.rename(folder.root.with_name("elsewhere"))
+    with pytest.raises(DataError, match="is no folder"):
         folder.run("retrain")
 
 
@@ -280,14 +328,14 @@ def test_large_pictures_are_searched_and_retrained_with_their_stem(folder: Folde
 def test_a_stem_that_does_not_fit_is_warned_of(folder: Folder) -> None:
     assert folder.run("retrain", "retrain.stem=imagenet").read().params["retrain.stem"] == "imagenet"
     assert (
-        "warning: retrain.stem is imagenet, which makes networks for pictures of 8x8 pixels of little"
+        "warning: retrain.stem is imagenet: it makes networks for pictures of 8x8 pixels of little"
         in folder.seen
     )
     out = io.StringIO()
     config = folder.config("data.image_size=96", "search.stem=cifar", "search.batch_size=2")
     run_profile(config, genotype=None, steps=1, trace=None, console=Console(file=out, width=300))
     assert (
-        "warning: search.stem is cifar, which makes networks for pictures of 96x96 pixels many times"
+        "warning: search.stem is cifar: it makes networks for pictures of 96x96 pixels many times"
         in out.getvalue()
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline import storage
 from pipeline.rundir import RunDir
@@ -55,6 +56,35 @@ def test_compare_draw_results_and_promote_take_addresses(
     elsewhere()
     assert command("promote", runs[0])["moved"]
     assert {row["run_dir"] for row in command("results")["results"]} == set(runs)
+
+
+def test_a_result_in_a_bucket_outlives_its_pictures(
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stem auto the pictures decide which run it is; another machine finds it without them."""
+    pictures = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for shade, name in enumerate(("ant", "bee")):
+            (pictures / split / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("L", (8, 8), 200 * shade + number).save(pictures / split / name / f"{number}.png")
+    own = ("data.name=folder", f"data.root={pictures}", "search.max_pictures=null", "search.batch_size=2")
+    arguments = [
+        "search",
+        *tiny(tmp_path, f"s3://{BUCKET}/{prefix}"),
+        *(f"--set={each}" for each in own),
+        "--json",
+    ]
+    code, out, _ = istanas(*arguments, capsys=capsys)
+    assert code == 0
+    elsewhere()
+    shutil.rmtree(pictures)
+    code, again, err = istanas(*arguments, capsys=capsys)
+    assert (code, json.loads(again[-1])) == (0, json.loads(out[-1]))
+    assert [line.partition(": ")[2] for line in err if line.startswith("warning")] == [
+        f"the pictures of this result cannot be looked at any more: data.root: {pictures} is no folder; name one that "
+        "holds train/CLASS/* and test/CLASS/*"
+    ]
 
 
 def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
