@@ -22,7 +22,6 @@ TOP_LEVEL = {
     ".ci",
     ".gitignore",
     ".pre-commit-config.yaml",
-    ".readme",
     "docs",
     "CHANGELOG.md",
     "CITATION.cff",
@@ -293,14 +292,3 @@ def test_the_wheel_holds_the_two_packages_and_the_configurations(
     assert templates
     assert templates <= set(names)
     assert f"{info}/licenses/LICENSE" in names
-
-
-def test_the_readme_is_finished_and_its_links_lead_somewhere(repo_root: Path) -> None:
-    text = (repo_root / "README.md").read_text()
-    assert not re.search(r"@[A-Z_]+@|TODO", text)
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert len(links) >= 5
-    assert not [link for link in links if not (repo_root / link).exists()]
-    named = re.findall(r"`((?:istanas|pipeline|tune_configs)/[\w/.]+)`", text)
-    assert len(named) >= 10
-    assert not [name for name in named if not (repo_root / name).exists()]
