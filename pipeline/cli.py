@@ -434,6 +434,54 @@ def doctor(as_json: bool, **settings: Any) -> None:
     raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 
+@cli.command(name="config")
+@click.option(
+    "--describe",
+    is_flag=False,
+    flag_value="",
+    metavar="[KEY]",
+    help="Explain a key: type, range, default and meaning. A section, or the beginning of a key, lists its keys; "
+    "without KEY, all keys are listed.",
+)
+@click.option("--json-schema", "schema", is_flag=True, help="Write the JSON schema of the file, for editors.")
+@configured
+@json_option
+def config_command(
+    describe: str | None, schema: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Print the resolved configuration as YAML, or explain its keys.
+
+    The output is a valid configuration file: istanas config --config FILE --set search.epochs=10 > my.yaml. Passwords
+    in the addresses of stores are left out. The ranges of a sweep are checked by istanas sweep --dry-run.
+    """
+    alone = [
+        name for name, given in (("--describe", describe is not None), ("--json-schema", schema)) if given
+    ]
+    others = [name for name, given in (("--config", file), ("--set", overrides)) if given]
+    if alone and len(alone + others) > 1:
+        raise click.UsageError(f"{alone[0]} does not take {(alone + others)[1]}, leave one of them out")
+    from pipeline import config as configuration
+    from pipeline import describe as description
+
+    if describe is not None:
+        keys = description.describe(describe)
+        if as_json:
+            _print_json({"keys": [key.as_json() for key in keys]})
+        else:
+            click.echo(description.as_text(keys, min(shutil.get_terminal_size().columns, 120)))
+    elif schema:
+        click.echo(json.dumps(description.json_schema(), indent=None if as_json else 2))
+    else:
+        config, _ = _load(file, overrides)
+        public = configuration.without_passwords(config)
+        if public != config:
+            click.echo("warning: passwords in the addresses of stores are left out", err=True)
+        if as_json:
+            _print_json({"config": configuration.to_tree(public)})
+        else:
+            click.echo(configuration.to_yaml(public), nl=False)
+
+
 @cli.command()
 @click.option(
     "--job", type=click.Choice(["search", "retrain"]), help="search if not given; retrain with --genotype."

@@ -39,6 +39,7 @@ COMMANDS = (
     "doctor",
     "sweep",
     "sync",
+    "config",
     "profile",
     "promote",
     "compare",
