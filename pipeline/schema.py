@@ -14,6 +14,7 @@ from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline import storage
+from pipeline.choices import METHODS
 from pipeline.redaction import without_secrets
 from pipeline.resources import WorkerRange, parse_workers
 
@@ -652,4 +653,5 @@ class OneStageConfig(Config):
 SCHEMAS: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
 DEFAULT_METHOD = "two_stage"
 
+assert tuple(SCHEMAS) == METHODS, "every method has its schema"
 assert get_args(Primitive) == PRIMITIVES, "the schema's operations are those of istanas.space"
