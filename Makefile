@@ -1,6 +1,6 @@
 # make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench chaos fuzz audit lock lint format clean
+.PHONY: help quickstart test bench chaos fuzz audit lock lint docs format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +61,9 @@ lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict istanas
 	$(BIN)/mypy pipeline
+
+docs: $(INSTALLED) ## build the documentation into build/docs/index.html (half a minute); warnings are errors
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 format: $(INSTALLED) ## let ruff repair and format the code
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,8 @@
 """The command line `istanas`: arguments in, exit code out; the work is done elsewhere.
 
 Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 129 terminal closed (SIGHUP), 130 interrupted, 143
-told to end (SIGTERM). Errors are one line each on stderr. Imports of torch and MLflow happen inside the commands, so
-that `--help` answers at once.
+terminated (SIGTERM). Errors are one line each on stderr. Only what is cheap is imported at module level, because every
+completion in a shell imports this module; the commands import the rest.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from istanas import __version__
 from istanas.errors import CheckpointError, ConfigError, GenotypeError, IstanasError
-from pipeline import storage
+from pipeline.choices import DEFAULT_METRIC, KINDS, METHODS, METRICS
 from pipeline.home import ensure_usable_home
 from pipeline.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
-from pipeline.promote import DEFAULT_METRIC, METRICS
 from pipeline.redaction import without_secrets
-from pipeline.rundir import is_full, is_out_of_memory
-from pipeline.stored import KINDS, METHODS
 from pipeline.streams import outlive_readers
 
 if TYPE_CHECKING:
@@ -46,6 +44,14 @@ ENDS = {  # of a command that a signal has ended: what is said, and the exit cod
     signal.SIGINT: ("interrupted", INTERRUPTED),
     signal.SIGTERM: ("told to end (SIGTERM)", TERMINATED),
     signal.SIGHUP: ("the terminal was closed (SIGHUP)", HUNG_UP),
+}
+
+
+SECTIONS = {  # of `istanas --help`: every command belongs to one
+    "Search and train": ("search", "retrain", "run", "sweep"),
+    "Results": ("results", "compare", "ui", "draw", "export", "promote", "sync"),
+    "Cluster": ("submit", "jobs", "stop"),
+    "Tools": ("config", "doctor", "profile"),
 }
 
 
@@ -91,6 +97,8 @@ def _run(arguments: list[str] | None) -> int:
             click.echo(f"error: {_printable(line)}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
     except (MemoryError, RuntimeError) as error:
+        from pipeline.rundir import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         reason = f" ({_printable(str(error).splitlines()[0]):.200})" if str(error) else ""
@@ -98,6 +106,8 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: out of memory{reason}: {remedy}", err=True)
         return 1
     except OSError as error:  # a full disk, a folder that may not be written
+        from pipeline.rundir import is_full
+
         if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -108,27 +118,57 @@ def _run(arguments: list[str] | None) -> int:
         return 1
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Sections(click.Group):
+    """A group whose help lists the commands by task."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for heading, names in SECTIONS.items():
+            with formatter.section(heading):
+                limit = formatter.width - width - 6
+                lines = [(name, self.commands[name].get_short_help_str(limit)) for name in names]
+                formatter.write_dl([(f"{name:{width}}", line) for name, line in lines])
+
+
+def _complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a file."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def _complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a folder, such as a run directory."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Architecture search as sparse coding: search a cell, retrain its network, browse the results in MLflow."""
+    """Neural architecture search as sparse coding: find a network for your pictures, train it, track it in MLflow."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _show_warning
     ensure_usable_home()
 
 
 def configured(command: Command) -> Command:
-    """The options that every command with a configuration has."""
+    """Add the options of every command with a configuration."""
     command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override a setting; repeatable."
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY.PATH=VALUE",
+        help="Override a setting of the configuration; repeatable. istanas config --describe explains the keys.",
     )(command)
     return click.option(
-        "--config", "file", metavar="FILE", help="Configuration (YAML); handwritten digits if not given."
+        "--config",
+        "file",
+        metavar="FILE",
+        shell_complete=_complete_file,
+        help="Configuration file (YAML). Without it, the configuration of the handwritten digits is used.",
     )(command)
 
 
 class Workers(click.ParamType):
-    """A number of workers or a range of it."""
+    """A number of workers, or a range."""
 
     name = "workers"
 
@@ -142,40 +182,41 @@ class Workers(click.ParamType):
 
 
 def placed(command: Command) -> Command:
-    """The options that say where workers run: short for settings of `runtime`."""
+    """Add the options that say where workers run; they are short for settings of `runtime`."""
     command = click.option(
         "--address",
         metavar="ADDR",
-        help="Ray cluster to run them on: HOST:PORT of its head, auto (the one that this machine belongs to), or "
-        "ray://HOST:PORT from outside. RAY_ADDRESS if not given; else this machine.",
+        help="Ray cluster to run on: HOST:PORT of its head node, auto (the cluster that this machine belongs to), or "
+        "ray://HOST:PORT from outside. Without it, RAY_ADDRESS is used if it is set, and otherwise this machine.",
     )(command)
     return click.option(
         "--workers",
         type=Workers(),
         metavar="N|MIN:MAX",
-        help="Ray Train workers; MIN:MAX grows and shrinks with the cluster. 0: in this process, without Ray.",
+        help="Number of Ray Train workers; MIN:MAX lets the number follow the cluster. 0 runs the job in this process, "
+        "without Ray.",
     )(command)
 
 
 def job(command: Command) -> Command:
-    """The options that every job has."""
+    """Add the options of every job."""
     command = click.option(
-        "--fresh", is_flag=True, help="Start over, deleting what the run directory holds."
+        "--fresh", is_flag=True, help="Delete what the run directory holds, and start over."
     )(command)
     return configured(placed(json_option(command)))
 
 
 def json_option(command: Command) -> Command:
-    """--json: figures for programs."""
+    """Add --json, the output for programs."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="One JSON object as the last line on stdout."
+        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line on stdout."
     )(command)
 
 
 @cli.command()
 @job
 def search(as_json: bool, fresh: bool, **settings: Any) -> None:
-    """Search an architecture."""
+    """Search for an architecture."""
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster import Runtime
@@ -191,14 +232,15 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     "--genotype",
     required=True,
     metavar="FILE|NAME|RUN|random:SEED",
-    help="A genotype JSON file, a published cell (ISTA_twostage, ISTA_onestage, ISTA_ImageNet), a search "
-    "(run directory, MLflow run id or unique name), or a random cell of the same space.",
+    shell_complete=_complete_file,
+    help="Genotype to train: a JSON file, a published cell (ISTA_twostage, ISTA_onestage, ISTA_ImageNet), a search "
+    "(run directory, MLflow run id or unique name), or random:SEED for a random cell of the same space.",
 )
 @job
 def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
-    """Train the network of a genotype from scratch and measure it on the test split.
+    """Train the network of a genotype from scratch and test it.
 
-    Without --config, data and tracking settings are those of the run that found the genotype, if it is one of a run.
+    Without --config, the settings of data and tracking are those of the run that found the genotype, if a run found it.
     """
     console = _console(as_json)
     from pipeline.cluster import Runtime
@@ -223,7 +265,10 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
 @cli.command(name="run")
 @job
 def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
-    """Search, then retrain what was found; a one-stage search trains in the same run, and is exported."""
+    """Search, then retrain the result (one-stage: search and export).
+
+    A one-stage search trains its network in the same run; the network is then exported instead of being retrained.
+    """
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster import Runtime
@@ -236,17 +281,22 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
 
 @cli.command()
 @click.option(
-    "--dry-run", is_flag=True, help="Show the space, some settings and the resources; start nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Show the space, example settings and the resources, without starting a trial.",
 )
 @click.option(
     "--max-concurrent",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Trials at once; as many as fit if not given.",
+    help="Largest number of trials at once. Without it, as many run as fit.",
 )
 @job
 def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None, **settings: Any) -> None:
-    """Try many settings: Optuna chooses, Ray Tune places and stops, the best is kept."""
+    """Run many searches with different settings and keep the best.
+
+    Optuna chooses the settings; Ray Tune places the trials and stops unpromising ones early.
+    """
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster import Runtime
@@ -268,9 +318,13 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None,
 
 
 @cli.command()
-@click.argument("reference", metavar="FILE|NAME|RUN|random:SEED")
+@click.argument("reference", metavar="FILE|NAME|RUN|random:SEED", shell_complete=_complete_file)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("cells"), show_default=True, help="Folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("cells"),
+    show_default=True,
+    help="Folder of the figures.",
 )
 @configured
 @json_option
@@ -279,6 +333,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     config, _ = _load(file, overrides)
     console = _console(as_json)
     from istanas.draw import save_genotype_figures
+    from pipeline import storage
     from pipeline.references import resolve_genotype
 
     genotype, _ = resolve_genotype(
@@ -298,21 +353,30 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 
 
 @cli.command()
-@click.option("--kind", type=click.Choice(KINDS), help="Only such runs.")
-@click.option("--method", type=click.Choice(METHODS), help="Only runs of this method.")
-@click.option("--dataset", metavar="NAME", help="Only runs on this data set.")
+@click.option("--kind", type=click.Choice(KINDS), help="Show only runs of this kind.")
+@click.option("--method", type=click.Choice(METHODS), help="Show only runs of this method.")
+@click.option("--dataset", metavar="NAME", help="Show only runs on this data set.")
 @click.option(
     "--where",
     metavar="CONDITION",
-    help="Only runs that fulfil it, in MLflow's syntax: 'metrics.`test/top1` > 0.9 and params.seed = \"1\"'.",
+    help="Show only runs that fulfil a condition in MLflow's syntax: "
+    "'metrics.`test/top1` > 0.9 and params.seed = \"1\"'.",
 )
 @click.option(
-    "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file."
+    "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file (CSV)."
 )
 @click.option(
-    "--one-stage", is_flag=True, help="One-stage searches: their weights against the same cell retrained."
+    "--one-stage",
+    is_flag=True,
+    help="Compare the weights of one-stage searches with the same cells retrained from scratch.",
 )
-@click.option("--sweep", "sweep_run", metavar="RUN", help="The trials of a sweep, with every swept setting.")
+@click.option(
+    "--sweep",
+    "sweep_run",
+    metavar="RUN",
+    shell_complete=_complete_folder,
+    help="Show the trials of a sweep, with every swept setting.",
+)
 @configured
 @json_option
 def results(
@@ -324,9 +388,9 @@ def results(
     as_json: bool,
     **filters: str | None,
 ) -> None:
-    """Table of all sweeps, searches and retrainings in the MLflow store, or of one sweep's trials.
+    """Show all sweeps, searches and retrainings as a table.
 
-    A terminal of 120 columns shows more; --csv and --json have everything.
+    The runs are those of the MLflow store. A terminal of 120 columns shows more columns; --csv and --json have all.
     """
     _check_table(one_stage, sweep_run, filters)
     config, _ = _load(file, overrides)
@@ -368,19 +432,23 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
 
 
 @cli.command()
-@click.argument("references", metavar="RUN RUN...", nargs=-1)
+@click.argument("references", metavar="RUN RUN...", nargs=-1, shell_complete=_complete_folder)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("compare"), show_default=True, help="Folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("compare"),
+    show_default=True,
+    help="Folder of the page and the figure.",
 )
 @configured
 @json_option
 def compare(
     references: tuple[str, ...], out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Hold runs against each other: settings, curves, cells, parameters, MACs, latency, accuracy.
+    """Compare runs: settings, curves, cells, size, latency, accuracy.
 
-    Each RUN is a search or a retraining (run directory, MLflow run id or unique name). Writes compare.html, which
-    opens in any browser, and compare.png with the same. Latency is measured now, on this machine.
+    Each RUN is a search or a retraining (run directory, MLflow run id or unique name). The command writes compare.html,
+    which opens in any browser, and compare.png. The latency is measured by this command, on this machine.
     """
     if len(references) < 2:
         raise click.UsageError(f"RUN: {len(references)} given, name at least two runs to compare")
@@ -396,10 +464,10 @@ def compare(
 @cli.command()
 @configured
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, help="Port; the next free one if it is taken.")
+@click.option("--port", default=5000, show_default=True, help="Port; if it is in use, the next free one.")
 @json_option
 def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_json: bool) -> None:
-    """Open MLflow's pages on the local store; Ctrl-C ends it."""
+    """Serve MLflow's web pages for the local store; Ctrl-C stops it."""
     config, _ = _load(file, overrides)
     from pipeline.ui import announce_on_stdout, serve_ui
 
@@ -416,7 +484,10 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
 @placed
 @json_option
 def doctor(as_json: bool, **settings: Any) -> None:
-    """Check packages, GPUs, threads, MLflow store, MOSEK's licence, data folder: one line each, with the remedy."""
+    """Check packages, GPUs, threads, MLflow store, licence and data.
+
+    Each check prints one line, with the remedy if it fails. Exit code 0: no check failed.
+    """
     config, _ = _load(**settings)
     from pipeline.doctor import run_checks
 
@@ -435,27 +506,81 @@ def doctor(as_json: bool, **settings: Any) -> None:
     raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 
+@cli.command(name="config")
+@click.option(
+    "--describe",
+    is_flag=False,
+    flag_value="",
+    metavar="[KEY]",
+    help="Explain a key: type, range, default and meaning. A section, or the beginning of a key, lists its keys; "
+    "without KEY, all keys are listed.",
+)
+@click.option("--json-schema", "schema", is_flag=True, help="Write the JSON schema of the file, for editors.")
+@configured
+@json_option
+def config_command(
+    describe: str | None, schema: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Print the resolved configuration, or explain its keys.
+
+    The output is a valid configuration file: istanas config --config FILE --set search.epochs=10 > my.yaml. Passwords
+    in the addresses of stores are left out. The ranges of a sweep are checked by istanas sweep --dry-run.
+    """
+    alone = [
+        name for name, given in (("--describe", describe is not None), ("--json-schema", schema)) if given
+    ]
+    others = [name for name, given in (("--config", file), ("--set", overrides)) if given]
+    if alone and len(alone + others) > 1:
+        raise click.UsageError(f"{alone[0]} does not take {(alone + others)[1]}, leave one of them out")
+    from pipeline import config as configuration
+    from pipeline import describe as description
+
+    if describe is not None:
+        keys = description.describe(describe)
+        if as_json:
+            _print_json({"keys": [key.as_json() for key in keys]})
+        else:
+            click.echo(description.as_text(keys, min(shutil.get_terminal_size().columns, 120)))
+    elif schema:
+        click.echo(json.dumps(description.json_schema(), indent=None if as_json else 2))
+    else:
+        config, _ = _load(file, overrides)
+        public = configuration.without_passwords(config)
+        if public != config:
+            click.echo("warning: passwords in the addresses of stores are left out", err=True)
+        if as_json:
+            _print_json({"config": configuration.to_tree(public)})
+        else:
+            click.echo(configuration.to_yaml(public), nl=False)
+
+
 @cli.command()
 @click.option(
-    "--job", type=click.Choice(["search", "retrain"]), help="search if not given; retrain with --genotype."
+    "--job",
+    type=click.Choice(["search", "retrain"]),
+    help="Job to profile: search, or retrain with --genotype. [default: search]",
 )
 @click.option(
-    "--genotype", metavar="FILE|NAME|RUN|random:SEED", help="What to retrain, as `retrain` takes it."
+    "--genotype",
+    metavar="FILE|NAME|RUN|random:SEED",
+    shell_complete=_complete_file,
+    help="Genotype to retrain, as for istanas retrain.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps timed, and profiled."
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Number of steps to measure."
 )
 @click.option(
-    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of a step."
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of one step."
 )
 @configured
 @json_option
 def profile(
     job: str | None, genotype: str | None, steps: int, trace: Path | None, as_json: bool, **settings: Any
 ) -> None:
-    """Train a few steps: where the time goes, how near the machine's peak, how long the whole run will take.
+    """Measure some training steps and estimate the time of a whole run.
 
-    In this process, on the real pictures; nothing is kept.
+    The steps run in this process, on the real pictures, and their results are discarded. The report says where the time
+    goes, and which share of the machine's peak performance is reached.
     """
     if (job == "retrain" and genotype is None) or (job == "search" and genotype is not None):
         raise click.UsageError(
@@ -476,14 +601,14 @@ def profile(
 
 
 @cli.command()
-@click.argument("reference", metavar="RUN")
+@click.argument("reference", metavar="RUN", shell_complete=_complete_folder)
 @configured
 @json_option
 def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Write the trained network of a run as safetensors, torch.export program and ONNX, each compared with it.
+    """Export a trained network (safetensors, torch.export, ONNX).
 
-    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name); the files lie in
-    its folder `export`, and in MLflow.
+    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). Each file is loaded
+    again and compared with the network. The files are written to the folder export of the run, and to MLflow.
     """
     console = _console(as_json)
     from pipeline.jobs.export import run_export
@@ -495,12 +620,16 @@ def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json
 
 
 @cli.command()
-@click.argument("reference", metavar="RUN")
+@click.argument("reference", metavar="RUN", shell_complete=_complete_folder)
 @configured
 @json_option
 def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Deliver to MLflow what a run directory holds and the store lacks; nothing is doubled."""
+    """Send a run's missing records to MLflow; safe to run repeatedly.
+
+    RUN is a run directory, an MLflow run id or a unique name.
+    """
     console = _console(as_json)
+    from pipeline import storage
     from pipeline.tracking import MLflowTracker
 
     run_dir, config = _run_and_config(reference, file, overrides)
@@ -543,28 +672,30 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
 
 
 @cli.command()
-@click.argument("reference", metavar="RUN")
+@click.argument("reference", metavar="RUN", shell_complete=_complete_folder)
 @click.option(
     "--metric",
     type=click.Choice(METRICS),
     default=DEFAULT_METRIC,
     show_default=True,
-    help="By what to choose: top-1 and top-5 are better if higher, everything else if lower. test/... chooses by the "
-    "test split, which is no fair estimate of the champion any more.",
+    help="Metric to compare: top-1 and top-5 are better if higher, all others if lower. test/... chooses by the "
+    "test split, which is then no longer a fair estimate of the champion's accuracy.",
 )
-@click.option("--force", is_flag=True, help="Move the alias whatever the figures are.")
+@click.option("--force", is_flag=True, help="Move the alias regardless of the metric.")
 @configured
 @json_option
 def promote(
     reference: str, metric: str, force: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Make the network of a run the champion of its registered model, if it is better on the same pictures.
+    """Make a run's network the champion of its model, if it is better.
 
-    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). Without a champion
-    it becomes the champion. Exit code 0: it is the champion; 1: not better, nothing was changed; 2: the two can't be
-    compared, or RUN has no registered network.
+    RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). It is compared with
+    the champion of its registered model on the same pictures; if there is no champion, it becomes the champion. Exit
+    code 0: it is the champion; 1: it is not better, and nothing was changed; 2: the two cannot be compared, or RUN has
+    no registered network.
     """
     console = _console(as_json)
+    from pipeline import storage
     from pipeline.promote import promote as move_alias
 
     run, config = _run_and_config(reference, file, overrides)
@@ -581,21 +712,21 @@ def promote(
 
 
 class LongEnd(click.Command):
-    """Its usage says where another command begins."""
+    """A command whose usage line says where another command begins."""
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return ["[OPTIONS] -- COMMAND [ITS OPTIONS]"]
 
 
 def served(command: Command) -> Command:
-    """The option that says which cluster: by its dashboard, which has the job server."""
+    """Add the option that names the cluster by its dashboard, which contains the job server."""
     return click.option(
         "--address",
         metavar="URL",
         envvar="RAY_API_SERVER_ADDRESS",
         default="http://127.0.0.1:8265",
         show_default=True,
-        help="The cluster's dashboard, http://HOST:8265 (RAY_API_SERVER_ADDRESS if not given).",
+        help="The cluster's dashboard, http://HOST:8265. Without it, RAY_API_SERVER_ADDRESS is used if it is set.",
     )(command)
 
 
@@ -603,11 +734,14 @@ def served(command: Command) -> Command:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @served
 @click.option(
-    "--name", "job_id", metavar="ID", help="Name of the job, new on this cluster; made up if not given."
+    "--name",
+    "job_id",
+    metavar="ID",
+    help="Name of the job, unique on the cluster. Without it, a name is generated.",
 )
-@click.option("--no-wait", is_flag=True, help="Do not follow the job: exit code 0 once it is submitted.")
+@click.option("--no-wait", is_flag=True, help="Return with exit code 0 as soon as the job is submitted.")
 @click.option(
-    "--cluster-mlflow", is_flag=True, help="MLFLOW_TRACKING_URI is set on the cluster's nodes: send none."
+    "--cluster-mlflow", is_flag=True, help="Do not send MLFLOW_TRACKING_URI: use that of the cluster's nodes."
 )
 @json_option
 @click.pass_context
@@ -620,11 +754,12 @@ def submit(
     cluster_mlflow: bool,
     as_json: bool,
 ) -> None:
-    """Run search, retrain, run or sweep on a Ray cluster, as a job of its own.
+    """Submit search, retrain, run or sweep to a Ray cluster as a job.
 
-    Checks the command here, ships the working directory (no data, runs or well-known files of secrets, nothing that a
-    .gitignore or .rayignore in it names), shows the job's log and ends with its exit code; 143 if it was stopped.
-    Ctrl-C (130) lets the job run on. The same command, submitted again, resumes its run.
+    The command is checked on this machine first. The working directory is sent along, without data, runs, well-known
+    files of secrets, and the files that a .gitignore or .rayignore names. The job's log is shown, and the exit code is
+    that of the job; 143 if it was stopped. After Ctrl-C (exit code 130) the job continues. The same command, submitted
+    again, resumes its run.
     """
     from pipeline.submit import Submission
     from pipeline.submit import submit as submit_job
@@ -704,13 +839,13 @@ def _say(as_json: bool) -> Callable[[str], None]:
 @click.argument("job_id", metavar="[ID]", required=False)
 @served
 @click.option(
-    "--follow", is_flag=True, help="Show the job's log from its beginning, and end with its exit code."
+    "--follow", is_flag=True, help="Show the job's log from the beginning, and return the job's exit code."
 )
 @json_option
 def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
-    """List the jobs of a cluster, the newest first; or show one, or attach to it.
+    """List the jobs of a cluster, or show or follow one of them.
 
-    Ctrl-C (exit code 130) while following lets the job run on.
+    The newest job is listed first. After Ctrl-C (exit code 130) a followed job continues.
     """
     if follow and job_id is None:
         raise click.UsageError("--follow: say which job, istanas jobs ID --follow")
@@ -738,9 +873,9 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
 @served
 @json_option
 def stop(job_id: str, address: str, as_json: bool) -> None:
-    """Tell a job to end, and wait until it has; its run stays, and the same command resumes it.
+    """Stop a job of a cluster and wait until it has ended.
 
-    Exit code 0: it has ended.
+    Its run directory is kept, and the same command resumes the run. Exit code 0: the job has ended.
     """
     from pipeline.job_server import SECONDS_TO_STOP, JobServer
 
@@ -759,6 +894,7 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
 
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
+    from pipeline import storage
     from pipeline.config import load
     from pipeline.references import resolve_run
     from pipeline.tracking import store_of_run
@@ -779,6 +915,7 @@ def _load_for_genotype(
     reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | None
 ) -> tuple[Genotype, str | None, Config, str]:
     """What a retraining is of: genotype, directory of the run that found it, configuration and name of its runs."""
+    from pipeline import storage
     from pipeline.config import default_file, load
     from pipeline.references import genotype_to_train, resolve_origin
 
@@ -885,7 +1022,7 @@ def _finish(
     """The short table at the end of a job, and where everything lies; `kind` is that of the run it validates."""
     from rich.table import Table
 
-    from pipeline import tables
+    from pipeline import storage, tables
 
     table = Table("figure", "value")
     for key, label, shown in (
@@ -937,6 +1074,7 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     """The best trial, and what to type next."""
     from rich.table import Table
 
+    from pipeline import storage
     from pipeline.schema import shown_value
 
     table = Table("figure", "value")

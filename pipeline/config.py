@@ -31,14 +31,7 @@ from istanas.limits import (
     read_at_most,
 )
 from pipeline.redaction import without_secrets
-from pipeline.schema import (
-    Config,
-    OneStageConfig,
-    Parameter,
-    TwoStageConfig,
-)
-
-_CLASSES: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
+from pipeline.schema import DEFAULT_METHOD, SCHEMAS, Config, OneStageConfig, Parameter
 
 _HASHED = {
     "search": ("method", "seed", "data", "space", "search"),
@@ -130,7 +123,15 @@ def known_methods(key: str) -> list[str]:
         >>> known_methods("search.epochs"), known_methods("seed"), known_methods("search.epoch")
         (['two_stage'], ['two_stage', 'one_stage'], [])
     """
-    return [name for name, schema in _CLASSES.items() if _knows(schema, key.split("."))]
+    return [name for name, schema in SCHEMAS.items() if _knows(schema, key.split("."))]
+
+
+def section_of(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """Return the section that a key's annotation means, alone or beside None; None if the key is a value."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+            return part
+    return None
 
 
 def nearest_key(key: str) -> str:
@@ -142,9 +143,9 @@ def nearest_key(key: str) -> str:
     """
     known = {
         f"{name}.{field}"
-        for schema in _CLASSES.values()
+        for schema in SCHEMAS.values()
         for name, section in schema.model_fields.items()
-        if name != "sweep" and (model := _model_of(section.annotation)) is not None
+        if name != "sweep" and (model := section_of(section.annotation)) is not None
         for field in model.model_fields
     } | {"seed", "method"}
     return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
@@ -175,7 +176,7 @@ def _check_method(
 ) -> None:
     """Refuse an override of the method where the file's own settings belong to another one."""
     method = tree.get("method")
-    wanted = _CLASSES.get(method) if isinstance(method, str) else None
+    wanted = SCHEMAS.get(method) if isinstance(method, str) else None
     by = [override for override in overrides if override.partition("=")[0] == "method"]
     section, left = of_file.get("search"), tree.get("search")
     if not by or wanted is None or not isinstance(section, dict) or not isinstance(left, dict):
@@ -220,8 +221,8 @@ def _validated(
     tree: dict[str, Any], source: str, overrides: Sequence[str], of_file: dict[str, Any] | None = None
 ) -> Config:
     """Validate a tree; `of_file` is what the file alone said, which tells the overrides that are to blame."""
-    method = tree.get("method", "two_stage")
-    schema = _CLASSES.get(method, TwoStageConfig) if isinstance(method, str) else TwoStageConfig
+    method = tree.get("method", DEFAULT_METHOD)
+    schema = SCHEMAS.get(method if isinstance(method, str) else DEFAULT_METHOD, SCHEMAS[DEFAULT_METHOD])
     try:
         config = schema.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -276,8 +277,14 @@ def with_stems(config: Config, side: int) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML, defaults included; `load` reads it back to an equal one."""
+    """Return the whole configuration as YAML, defaults included; `load` reads it back to an equal one."""
     buffer = io.StringIO()
+    _yaml().dump(to_tree(config), buffer)
+    return buffer.getvalue()
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """Return the whole configuration as nested dictionaries of plain values, as in its file."""
     tree = config.model_dump(mode="json", by_alias=True)
     if config.sweep is None:
         del tree["sweep"]
@@ -290,8 +297,24 @@ def to_yaml(config: Config) -> str:
             key: p.model_dump(by_alias=True, exclude_unset=True) for key, p in config.sweep.space.items()
         }
         tree["sweep"]["space"] = space
-    _yaml().dump(tree, buffer)
-    return buffer.getvalue()
+    return tree
+
+
+def without_passwords(config: Config) -> Config:
+    """Return the configuration without the passwords in the addresses of its stores.
+
+    Example:
+        >>> config = load(None, ["tracking.uri=http://me:secret@host:5000"])
+        >>> without_passwords(config).tracking.uri
+        'http://host:5000'
+    """
+    if config.tracking.uri is not None:
+        tracking = config.tracking.model_copy(update={"uri": without_secrets(config.tracking.uri)})
+        config = config.model_copy(update={"tracking": tracking})
+    if config.sweep is not None and config.sweep.storage is not None:
+        sweep = config.sweep.model_copy(update={"storage": without_secrets(config.sweep.storage)})
+        config = config.model_copy(update={"sweep": sweep})
+    return config
 
 
 def run_hash(config: Config, job: str, **extra: str) -> str:
@@ -424,12 +447,12 @@ def _text(value: str) -> str | None:
 
 def _is_text(key: str) -> bool:
     """Whether "key.path" is one of text, and of nothing else."""
-    for schema in _CLASSES.values():
+    for schema in SCHEMAS.values():
         model: Any = schema
         *parents, last = key.split(".")
         for name in parents:
             field = model.model_fields.get(name) if model is not None else None
-            model = None if field is None else _model_of(field.annotation)
+            model = None if field is None else section_of(field.annotation)
         if model is not None and last in model.model_fields:
             return set(_types(model.model_fields[last].annotation)) - {type(None)} == {str}
     return False
@@ -505,11 +528,11 @@ def _explain(source: str, error: Any, schema: type[Config]) -> str:
         known = _known_keys(schema, error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        others = [name for name, other in _CLASSES.items() if other is not schema]
-        hint = next((f"it belongs to method: {m}" for m in others if _knows(_CLASSES[m], error["loc"])), hint)
+        others = [name for name, other in SCHEMAS.items() if other is not schema]
+        hint = next((f"it belongs to method: {m}" for m in others if _knows(SCHEMAS[m], error["loc"])), hint)
         return f"{source}: {field}: unknown key, {hint}"
     if error["loc"] == ("method",):
-        error = {**error, "msg": f"choose {' or '.join(_CLASSES)}"}
+        error = {**error, "msg": f"choose {' or '.join(SCHEMAS)}"}
     value = without_secrets(repr(error.get("input")))
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "string_type":
@@ -531,20 +554,12 @@ def _known_keys(schema: type[Config], location: Sequence[Any]) -> list[str]:
         else:
             field = model.model_fields.get(part)
             annotation = None if field is None else field.annotation
-            model = dict if get_origin(annotation) is dict else _model_of(annotation)
+            model = dict if get_origin(annotation) is dict else section_of(annotation)
         if model is None:
             return []
     if model is dict:
         return []
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _model_of(annotation: Any) -> type[pydantic.BaseModel] | None:
-    """The section that an annotation means, alone or beside None."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
-            return part
-    return None
 
 
 def _knows(schema: type[Config], location: Sequence[Any]) -> bool:

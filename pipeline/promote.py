@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
+from pipeline.choices import HIGHER
 from pipeline.outcome import outcome
 from pipeline.registry import CHAMPION, registered_name
 from pipeline.rundir import RunDir, RunRecord, contexts_of
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from pipeline.schema import TrackingSettings
-
-HIGHER = ("valid/top1", "test/top1", "valid/top5", "test/top5")
-LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")
-METRICS = (*HIGHER, *LOWER)
-DEFAULT_METRIC = "valid/top1"
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     Args:
         run: a run that left a network.
         tracking: the store, and the registered model's name.
-        metric: one of `METRICS`; top-1 and top-5 are better if higher, everything else if lower, and equal is not
-            better.
+        metric: one of `METRICS` of `pipeline.choices`; an equal value is not better.
         force: whatever the figures are.
 
     Returns:

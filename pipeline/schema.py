@@ -14,6 +14,7 @@ from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline import storage
+from pipeline.choices import METHODS
 from pipeline.redaction import without_secrets
 from pipeline.resources import WorkerRange, parse_workers
 
@@ -29,10 +30,28 @@ Primitive = Literal[
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Schedule = Literal["cosine", "linear", "linear_by_epoch"]  # of the learning rate, see `istanas.training`
+
+
+def _unit(name: str) -> Any:
+    """The unit of a number, which `istanas config --describe` and the reference show beside its range."""
+    return Field(json_schema_extra={UNIT: name})
+
+
+def _in_words(type_: str) -> Any:
+    """A type in words, where the JSON schema would say less."""
+    return Field(json_schema_extra={WORDS: type_})
+
+
+UNIT, WORDS = "x-unit", "x-type"  # of a key's JSON schema
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AbovePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Epochs = Annotated[Positive, _unit("epochs")]
+EpochsFromZero = Annotated[int, Field(ge=0), _unit("epochs")]
+WarmupEpochs = Annotated[NonNegative, _unit("epochs")]
+Pixels = Annotated[int, Field(ge=0), _unit("pixels")]
+BatchSize = Annotated[int, Field(ge=2), _unit("pictures")]
 
 
 def _checked_workers(value: Any) -> Any:
@@ -60,29 +79,46 @@ class _Section(BaseModel):
 
 
 class DataSettings(_Section):
-    """Which pictures, and how they are varied in training."""
+    """The pictures, and how they are varied during training."""
 
-    name: DatasetName = Field("digits", description="registered data set, or `folder` for a picture folder")
-    root: str | None = Field(
-        None, description="folder with the data (train/CLASS/*, test/CLASS/* for `folder`)"
+    name: DatasetName = Field(
+        "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
     )
-    download: bool = Field(False, description="let torchvision download the data set into data.root")
-    image_size: Annotated[int, Field(ge=8)] | None = Field(None, description="resize pictures to this side")
-    background: Annotated[str, pydantic.AfterValidator(_checked_colour)] = Field(
-        "#ffffff", description="colour that transparent pictures of a folder are composited over"
+    root: str | None = Field(
+        None,
+        description="Folder that holds the data. A picture folder has the form train/CLASS/*, test/CLASS/*; `digits` "
+        "needs none.",
+    )
+    download: bool = Field(False, description="Whether torchvision may download the data set into data.root.")
+    image_size: Annotated[int, Field(ge=8), _unit("pixels")] | None = Field(
+        None,
+        description="Side to which pictures are resized. null keeps small pictures as they are, and uses 224 for large "
+        "ones.",
+    )
+    background: Annotated[str, pydantic.AfterValidator(_checked_colour), _in_words("colour")] = Field(
+        "#ffffff",
+        description="Colour behind the transparent pictures of a folder: a name such as white, or #rrggbb.",
     )
     allow_left_out: bool = Field(
         False,
-        description="leave out more than a hundredth of a class: sub-folders, suffixes that are not read",
+        description="Whether a job may start although more than 1 % of a class's files cannot be read (sub-folders, "
+        "unsupported suffixes).",
     )
     cache_dir: str | None = Field(
-        None, description="where decoded pictures are cached (default ~/.cache/istanas)"
+        None, description="Folder of the cache of decoded pictures. null uses ~/.cache/istanas."
     )
-    holdout: Fraction = Field(0.0, description="stratified share of the training pictures kept for choosing")
-    crop_padding: Annotated[int, Field(ge=0)] = Field(
-        0, description="random crop after padding by so many pixels, of small pictures"
+    holdout: Fraction = Field(
+        0.0,
+        description="Fraction of the training pictures that is kept for choosing between networks, stratified by "
+        "class. Nothing is trained on it.",
     )
-    horizontal_flip: bool = Field(False, description="mirror half of the training pictures")
+    crop_padding: Pixels = Field(
+        0,
+        description="Padding on each side before the random crop of small training pictures. 0 disables the crop.",
+    )
+    horizontal_flip: bool = Field(
+        False, description="Whether each training picture is mirrored with probability 1/2."
+    )
 
     @property
     def known_side(self) -> int | None:
@@ -91,21 +127,38 @@ class DataSettings(_Section):
 
 
 class SpaceSettings(_Section):
-    """What a cell may be, and how its sparse code is measured and recovered."""
+    """The cells that a search may find, and how their sparse codes are measured and recovered."""
 
-    nodes: Annotated[int, Field(ge=1, le=16)] = 4
-    ops: list[Primitive] = Field(default_factory=lambda: list(get_args(Primitive)))
-    sparsity: Positive = Field(2, description="operations that a node keeps")
-    one_op_per_edge: bool = False
+    nodes: Annotated[int, Field(ge=1, le=16)] = Field(
+        4, description="Number of intermediate nodes of a cell."
+    )
+    ops: list[Primitive] = Field(
+        default_factory=lambda: list(get_args(Primitive)),
+        description="Candidate operations on each edge, each named once.",
+    )
+    sparsity: Positive = Field(2, description="Number of operations that each node keeps.")
+    one_op_per_edge: bool = Field(
+        False,
+        description="Whether the operations that a node keeps must lie on different edges. The published code does "
+        "not require it.",
+    )
     n_measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
-        7, description="m, length of the compressed alphas b"
+        7, description="Number of rows m of the measurement matrix A, and length of the compressed alphas b."
     )
-    matrix: Literal["uniform", "gaussian"] = "uniform"
+    matrix: Literal["uniform", "gaussian"] = Field(
+        "uniform",
+        description="Distribution of the entries of A: uniform in [0, 1), as published, or Gaussian with columns of "
+        "norm 1.",
+    )
     matrix_seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="seed of A; the run's seed if not given"
+        None, description="Seed of A. null uses the run's seed."
     )
-    l1_weight: AbovePositive = 1e-5
-    solver: Literal["homotopy", "ista", "fista", "clarabel", "mosek"] = "homotopy"
+    l1_weight: AbovePositive = Field(1e-5, description="Weight of the l1 norm in the LASSO problem.")
+    solver: Literal["homotopy", "ista", "fista", "clarabel", "mosek"] = Field(
+        "homotopy",
+        description="Solver of the LASSO problem. homotopy is exact; ista and fista are iterative; mosek requires a "
+        "licence.",
+    )
 
     def cell_space(self) -> CellSpace:
         """The space as the algorithms take it."""
@@ -113,26 +166,38 @@ class SpaceSettings(_Section):
 
 
 class SearchSettings(_Section):
-    """What the supernets of both methods have; the defaults of each are in its own class."""
+    """Settings of the supernet that both methods share; the defaults of each are in its own class."""
 
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    init_channels: Positive = 16
-    layers: Annotated[int, Field(ge=3)] = Field(8, description="fewer than 3 would hold no normal cell")
-    stem: Stem = Field("auto", description="cifar for pictures up to 64x64 pixels, imagenet for larger ones")
-    lr: AbovePositive = 0.1
-    lr_min: NonNegative = 0.001
-    momentum: Fraction = 0.9
-    weight_decay: NonNegative = 3e-4
-    grad_clip: AbovePositive | None = 5.0
-    arch_lr: AbovePositive = 6e-4
+    batch_size: BatchSize = Field(256, description="Pictures in a batch, over all workers together.")
+    init_channels: Positive = Field(16, description="Number of channels of the first cell.")
+    layers: Annotated[int, Field(ge=3)] = Field(
+        8, description="Number of cells. With fewer than 3 there would be no normal cell."
+    )
+    stem: Stem = Field(
+        "auto",
+        description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
+        "for larger ones.",
+    )
+    lr: AbovePositive = Field(0.1, description="Initial learning rate of the weights.")
+    lr_min: NonNegative = Field(0.001, description="Learning rate of the weights at the end.")
+    momentum: Fraction = Field(0.9, description="Momentum of SGD on the weights.")
+    weight_decay: NonNegative = Field(3e-4, description="Weight decay of the weights.")
+    grad_clip: AbovePositive | None = Field(
+        5.0,
+        description="Largest norm of the weights' gradient; longer ones are scaled down. null disables clipping.",
+    )
+    arch_lr: AbovePositive = Field(6e-4, description="Learning rate of Adam on the compressed alphas.")
     arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.5, 0.999]
+        default_factory=lambda: [0.5, 0.999], description="Betas of Adam on the compressed alphas."
     )
-    arch_weight_decay: NonNegative = 1e-3
-    max_pictures: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="search on a stratified part of so many training pictures"
+    arch_weight_decay: NonNegative = Field(1e-3, description="Weight decay of the compressed alphas.")
+    max_pictures: Annotated[int, Field(ge=2), _unit("pictures")] | None = Field(
+        None,
+        description="Largest number of training pictures to search on, chosen stratified by class. null uses all.",
     )
-    cutout: Annotated[int, Field(ge=0)] = 0
+    cutout: Pixels = Field(
+        0, description="Side of the square that is masked in each training picture. 0 disables it."
+    )
 
     @property
     def max_epochs(self) -> int:
@@ -146,14 +211,17 @@ class SearchSettings(_Section):
 
 
 class TwoStageSearchSettings(SearchSettings):
-    """The two-stage supernet and its training; defaults as published."""
+    """The two-stage supernet and its training. The defaults are the published settings."""
 
-    epochs: Positive = 50
+    epochs: Epochs = Field(50, description="Number of epochs of the search.")
     alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="share of the pictures for the alphas"
+        0.5,
+        description="Fraction of the training pictures that trains the compressed alphas; the rest trains the weights.",
     )
     termination_tol: NonNegative | None = Field(
-        None, description="stop when every code moves by at most this"
+        None,
+        description="The search stops early after an epoch in which every sparse code moved by at most this (Euclidean "
+        "distance). null disables early stopping.",
     )
 
     @property
@@ -163,35 +231,62 @@ class TwoStageSearchSettings(SearchSettings):
 
 
 class OneStageSearchSettings(SearchSettings):
-    """The one-stage supernet, which is the target network, and its training; defaults as published for CIFAR-10."""
+    """The one-stage supernet, which becomes the trained network. The defaults are published for CIFAR-10."""
 
-    max_search_epochs: Positive = Field(600, description="nodes still active after so many epochs freeze")
-    train_epochs: Annotated[int, Field(ge=0)] = Field(
-        600, description="after the search, which ends one epoch after the last node has frozen"
+    max_search_epochs: Epochs = Field(
+        600, description="Epochs after which the nodes that are still active freeze."
     )
-    batch_size: Annotated[int, Field(ge=2)] = 96
-    init_channels: Positive = 36
-    layers: Annotated[int, Field(ge=3)] = Field(20, description="fewer than 3 would hold no normal cell")
-    lr: AbovePositive = 0.025
-    lr_min: NonNegative = 0.001
-    schedule: Schedule = Field("cosine", description="how the learning rate falls in the training epochs")
-    warmup_epochs: NonNegative = Field(
-        0.0, description="first epochs of the search, in which the learning rate rises to lr"
+    train_epochs: EpochsFromZero = Field(
+        600,
+        description="Number of epochs of training after the search, which ends one epoch after the last node has "
+        "frozen.",
     )
-    arch_lr: AbovePositive = 3e-4
-    cutout: Annotated[int, Field(ge=0)] = 16
-    auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
-    drop_path: Fraction = Field(0.2, description="drop-path probability, rising from 0 to this in training")
-    label_smoothing: Fraction = 0.0
+    batch_size: BatchSize = Field(96, description="Pictures in a batch, over all workers together.")
+    init_channels: Positive = Field(36, description="Number of channels of the first cell.")
+    layers: Annotated[int, Field(ge=3)] = Field(
+        20, description="Number of cells. With fewer than 3 there would be no normal cell."
+    )
+    lr: AbovePositive = Field(0.025, description="Initial learning rate of the weights.")
+    lr_min: NonNegative = Field(0.001, description="Learning rate of the weights at the end.")
+    schedule: Schedule = Field(
+        "cosine",
+        description="How the learning rate falls during the training epochs. linear_by_epoch keeps one rate for each "
+        "epoch.",
+    )
+    warmup_epochs: WarmupEpochs = Field(
+        0.0, description="Epochs at the beginning of the search during which the learning rate rises to lr."
+    )
+    arch_lr: AbovePositive = Field(3e-4, description="Learning rate of Adam on the compressed alphas.")
+    cutout: Pixels = Field(
+        16, description="Side of the square that is masked in each training picture. 0 disables it."
+    )
+    auxiliary_weight: NonNegative = Field(
+        0.4, description="Weight of the auxiliary head's loss. 0 builds no auxiliary head."
+    )
+    drop_path: Fraction = Field(
+        0.2,
+        description="Drop-path probability at the end of training; it rises linearly from 0 in the training epochs.",
+    )
+    label_smoothing: Fraction = Field(0.0, description="Label smoothing of the loss. 0 disables it.")
     termination_tol: NonNegative = Field(
-        1e-3, description="a node freezes when its code moves by at most this"
+        1e-3,
+        description="A node freezes after an epoch in which its sparse code moved by at most this (Euclidean "
+        "distance).",
     )
-    max_params: Positive | None = Field(
-        3_700_000, description="largest architecture; auxiliary head left out"
+    max_params: Annotated[Positive, _unit("parameters")] | None = Field(
+        3_700_000,
+        description="Largest number of parameters of an architecture, without the auxiliary head; larger ones are "
+        "rejected. null disables the limit.",
     )
-    max_macs: Positive | None = Field(None, description="most multiply-adds of an architecture")
-    test_every: Annotated[int, Field(ge=0)] = Field(
-        1, description="measure the test split every so many training epochs, and after the last; 0: never"
+    max_macs: Annotated[Positive, _unit("multiply-adds")] | None = Field(
+        None,
+        description="Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the "
+        "limit.",
+    )
+    test_every: EpochsFromZero = Field(
+        1,
+        description="Interval at which the test split is measured during training, and after the last epoch. 0 "
+        "disables it.",
     )
 
     @property
@@ -207,32 +302,51 @@ class OneStageSearchSettings(SearchSettings):
 
 
 class RetrainSettings(_Section):
-    """Training of the found network from scratch; defaults as published for CIFAR-10."""
+    """Training of the found network from scratch. The defaults are published for CIFAR-10."""
 
-    epochs: Positive = 600
-    batch_size: Annotated[int, Field(ge=2)] = 96
-    init_channels: Positive = 36
-    layers: Positive = 20
-    stem: Stem = Field("auto", description="cifar for pictures up to 64x64 pixels, imagenet for larger ones")
-    lr: AbovePositive = 0.025
-    lr_min: NonNegative = 0.0
+    epochs: Epochs = Field(600, description="Number of epochs of the retraining.")
+    batch_size: BatchSize = Field(96, description="Pictures in a batch, over all workers together.")
+    init_channels: Positive = Field(36, description="Number of channels of the first cell.")
+    layers: Positive = Field(20, description="Number of cells.")
+    stem: Stem = Field(
+        "auto",
+        description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
+        "for larger ones.",
+    )
+    lr: AbovePositive = Field(0.025, description="Initial learning rate.")
+    lr_min: NonNegative = Field(0.0, description="Learning rate at the end.")
     schedule: Schedule = Field(
-        "cosine", description="linear_by_epoch: one rate an epoch, as in the published ImageNet retraining"
+        "cosine",
+        description="How the learning rate falls. linear_by_epoch keeps one rate for each epoch, as in the published "
+        "ImageNet retraining.",
     )
-    warmup_epochs: NonNegative = 0.0
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 3e-4
-    grad_clip: AbovePositive | None = 5.0
-    auxiliary_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss; 0: no head")
-    drop_path: Fraction = Field(0.2, description="drop-path probability, rising linearly from 0 to this")
-    label_smoothing: Fraction = 0.0
-    cutout: Annotated[int, Field(ge=0)] = 16
+    warmup_epochs: WarmupEpochs = Field(
+        0.0, description="Epochs at the beginning during which the learning rate rises to lr."
+    )
+    momentum: Fraction = Field(0.9, description="Momentum of SGD.")
+    nesterov: bool = Field(False, description="Whether SGD uses Nesterov momentum.")
+    weight_decay: NonNegative = Field(3e-4, description="Weight decay.")
+    grad_clip: AbovePositive | None = Field(
+        5.0, description="Largest norm of the gradient; longer ones are scaled down. null disables clipping."
+    )
+    auxiliary_weight: NonNegative = Field(
+        0.4, description="Weight of the auxiliary head's loss. 0 builds no auxiliary head."
+    )
+    drop_path: Fraction = Field(
+        0.2, description="Drop-path probability at the end; it rises linearly from 0 over the epochs."
+    )
+    label_smoothing: Fraction = Field(0.0, description="Label smoothing of the loss. 0 disables it.")
+    cutout: Pixels = Field(
+        16, description="Side of the square that is masked in each training picture. 0 disables it."
+    )
     op_batchnorm: bool = Field(
-        False, description="batch norm after pooling and identity (cells of a one-stage search)"
+        False,
+        description="Whether pooling and identity operations end in batch norm. Cells of a one-stage search require "
+        "it.",
     )
-    test_every: Annotated[int, Field(ge=0)] = Field(
-        1, description="measure the test split every so many epochs, and after the last; 0: never"
+    test_every: EpochsFromZero = Field(
+        1,
+        description="Interval at which the test split is measured, and after the last epoch. 0 disables it.",
     )
 
 
@@ -251,41 +365,61 @@ def _without_password(address: str) -> str:
 
 
 class RuntimeSettings(_Section):
-    """Where a job runs; never part of the configuration's hash."""
+    """Where and how a job runs. These keys are not part of the configuration's hash."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device to compute on. auto uses a GPU if there is one."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="auto: bf16 (and TF32) on GPUs, fp32 on CPUs; fp32: float32 throughout, as published",
+        description="Numerical precision. auto uses bf16 and TF32 on GPUs and float32 on CPUs; fp32 uses float32 "
+        "throughout, without TF32, as published.",
     )
-    threads: Positive | None = Field(None, description="of each worker; cores / workers if not given")
+    threads: Positive | None = Field(
+        None, description="CPU threads of each worker. null divides the cores among the workers."
+    )
     activation_checkpointing: bool = Field(
         False,
-        description="computes each cell again in the backward pass: about half the memory, more time, same bits",
+        description="Whether each cell is computed again in the backward pass. This takes about half the memory and "
+        "more time, and does not change the result.",
     )
-    data_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode large pictures")
-    workers: Annotated[int | str, BeforeValidator(_checked_workers)] = Field(
-        0, description="Ray Train workers, a number or MIN:MAX (elastic); 0: in this process, without Ray"
+    data_workers: Annotated[int, Field(ge=0), _unit("processes")] = Field(
+        0,
+        description="Processes of each worker that decode large pictures. 0 decodes them in the worker itself.",
+    )
+    workers: Annotated[
+        int | str, BeforeValidator(_checked_workers), _in_words("integer, at least 0, or MIN:MAX")
+    ] = Field(
+        0,
+        description="Ray Train workers: a number, or MIN:MAX for a number that follows the cluster. 0 runs the job in "
+        "this process, without Ray.",
     )
     address: Annotated[str, Field(min_length=1), pydantic.AfterValidator(_without_password)] | None = Field(
-        None, description="of a Ray cluster; RAY_ADDRESS if not given, else Ray is started on this machine"
+        None,
+        description="Address of a Ray cluster. null uses RAY_ADDRESS, and without it starts Ray on this machine.",
     )
-    wait_minutes: NonNegative = Field(10.0, description="how long to wait for a cluster's resources")
+    wait_minutes: Annotated[NonNegative, _unit("minutes")] = Field(
+        10.0, description="Longest time to wait for a cluster's resources."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        5, description="how often lost workers are replaced before the job fails"
+        5, description="Number of times that lost workers are replaced before the job fails."
     )
     on_nan: Literal["stop", "rollback"] = Field(
-        "stop", description="rollback: to the last good checkpoint, with half the learning rate from there on"
+        "stop",
+        description="What happens when training diverges. rollback returns to the last good checkpoint and continues "
+        "with half the learning rate of the weights.",
     )
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        3, description="how often a run is rolled back before it stops all the same"
+        3, description="Number of rollbacks after which a run that diverges again stops."
     )
     max_loss: AbovePositive | None = Field(
         1000.0,
-        description="an epoch's mean training loss above this counts as NaN; null: any finite one is fine",
+        description="Mean training loss of an epoch above which training counts as diverged. null accepts every finite "
+        "loss.",
     )
     runs_dir: Annotated[str, pydantic.AfterValidator(storage.checked_address)] = Field(
-        "runs", description="a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH"
+        "runs",
+        description="Where run directories are kept: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH.",
     )
 
     @property
@@ -295,19 +429,30 @@ class RuntimeSettings(_Section):
 
 
 class TrackingSettings(_Section):
-    """MLflow; never part of the configuration's hash."""
+    """Tracking in MLflow. These keys are not part of the configuration's hash."""
 
-    enabled: bool = True
-    uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if not given, else sqlite:///mlflow.db")
-    experiment: str = "istanas"
-    name: str | None = Field(None, description="name of the run; the configuration file's if not given")
-    models: bool = Field(True, description="log and register trained networks; trials of a sweep do not")
+    enabled: bool = Field(True, description="Whether the run is tracked in MLflow.")
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking URI. null uses MLFLOW_TRACKING_URI, and without it sqlite:///mlflow.db.",
+    )
+    experiment: str = Field("istanas", description="Name of the MLflow experiment.")
+    name: str | None = Field(
+        None, description="Name of the run. null uses the name of the configuration file."
+    )
+    models: bool = Field(
+        True,
+        description="Whether trained networks are logged and registered. The networks of a sweep's trials never are.",
+    )
     registered_model: Annotated[str, Field(min_length=1, pattern=r"^[^/:]*$")] | None = Field(
-        None, description="under which trained networks are registered; istanas-DATASET if not given"
+        None,
+        description="Name of the registered model of trained networks. null uses istanas-DATASET.",
     )
 
 
-Value = bool | int | float | str | list[bool | int | float | str] | None  # of a swept key
+Value = Annotated[  # of a swept key
+    bool | int | float | str | list[bool | int | float | str] | None, _in_words("plain value or list of them")
+]
 
 
 def shown_value(value: Any) -> str:
@@ -326,20 +471,22 @@ class Parameter(_Section):
     """One dimension of a sweep's space: exactly one of the five kinds, and when it applies."""
 
     uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="[low, high], both included"
+        None, description="Range [low, high] of a uniform distribution; both ends are included."
     )
     loguniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="[low, high], both included, even in the logarithm"
+        None,
+        description="Range [low, high] of a distribution that is uniform in the logarithm; both ends are included.",
     )
     int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
-        None, alias="int", description="[low, high], both included"
+        None, alias="int", description="Range [low, high] of whole numbers; both ends are included."
     )
     choice: Annotated[list[Value], Field(min_length=1)] | None = Field(
-        None, description="one of these values"
+        None, description="List of values to choose from."
     )
-    fixed: Value = Field(None, description="this value, in every trial; null is one")
+    fixed: Value = Field(None, description="Value of the key in every trial; null is a value, too.")
     when: dict[str, Value] = Field(
-        default_factory=dict, description="only in trials where these keys have these values"
+        default_factory=dict,
+        description="Keys and values that a trial must have for this dimension to apply.",
     )
 
     @pydantic.model_validator(mode="after")
@@ -405,57 +552,83 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
 
 
 class SweepSettings(_Section):
-    """Many runs with other settings: the space, who chooses in it, who stops early, what counts as good."""
+    """A sweep: the space of settings, who chooses in it, which trials stop early, and what counts as good."""
 
-    space: Annotated[dict[str, Parameter], Field(min_length=1)]
-    trials: Positive = Field(20, description="how many settings are tried, failed ones included")
+    space: Annotated[dict[str, Parameter], Field(min_length=1)] = Field(
+        description="Configuration keys that the sweep varies, each with one of the five kinds of range."
+    )
+    trials: Positive = Field(20, description="Number of trials, failed ones included.")
     objective: Literal["valid", "retrained"] = Field(
         "valid",
-        description="top-1: of the searched network on its validation pictures, or of the found cell after a "
-        "retraining, on the hold-out",
+        description="Accuracy that counts. valid is the validation accuracy of the searched network; retrained is that "
+        "of the found cell after a retraining, on the hold-out.",
     )
     objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
         default_factory=lambda: list[Objective](["top1"]),
-        description="several: a Pareto front",
+        description="Quantities to optimise. More than one gives a Pareto front.",
     )
-    searcher: Literal["tpe", "nsga2", "random"] = "tpe"
-    scheduler: Literal["asha", "none"] = "asha"
-    grace_epochs: Positive = Field(1, description="epochs that ASHA leaves every trial")
+    searcher: Literal["tpe", "nsga2", "random"] = Field(
+        "tpe",
+        description="Sampler that proposes settings: multivariate TPE, NSGA-II (for several objectives), or random.",
+    )
+    scheduler: Literal["asha", "none"] = Field(
+        "asha", description="Whether ASHA stops unpromising trials early. Several objectives require none."
+    )
+    grace_epochs: Epochs = Field(1, description="Number of epochs before ASHA may stop a trial.")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        3, description="ASHA lets about one in so many trials go on, at every rung"
+        3, description="At each rung, ASHA continues about one trial in this number."
     )
-    points: list[dict[str, Value]] = Field(default_factory=list, description="settings that are tried first")
+    points: list[dict[str, Value]] = Field(
+        default_factory=list, description="Settings to try first, each a mapping of keys to values."
+    )
     start_from: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="an earlier sweep's study, whose trials the searcher knows from the start"
+        None,
+        description="Study of an earlier sweep whose trials the sampler learns from: the name of that sweep's run "
+        "directory.",
     )
     storage: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="Optuna's database; sqlite in runtime.runs_dir if not given"
+        None, description="URL of Optuna's database. null uses SQLite in runtime.runs_dir."
     )
-    max_concurrent: Positive | None = Field(None, description="trials at once; as many as fit if not given")
-    cpus_per_trial: Positive = Field(1, description="and threads, of a trial in its own process")
-    gpus_per_trial: NonNegative | None = Field(
-        None, description="a fraction shares a GPU; 1 where there are GPUs if not given"
+    max_concurrent: Positive | None = Field(
+        None, description="Largest number of trials at once. null runs as many as fit."
+    )
+    cpus_per_trial: Annotated[Positive, _unit("cores")] = Field(
+        1, description="CPU cores, and threads, of a trial that runs in its own process."
+    )
+    gpus_per_trial: Annotated[NonNegative, _unit("GPUs")] | None = Field(
+        None,
+        description="GPUs of a trial; a fraction shares one. null uses 1 where there are GPUs.",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="failed trials after which the sweep stops"
+        3, description="Number of failed trials after which the sweep stops."
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        2, description="how often a trial whose process was lost goes on from its checkpoint"
+        2, description="Number of times that a trial whose process was lost resumes from its checkpoint."
     )
+
+
+METHOD = (
+    "Search method. two_stage searches a cell and retrains its network from scratch; one_stage searches and trains the "
+    "network in one run."
+)
 
 
 class Config(_Section):
     """A whole configuration: one of the classes below, by its method."""
 
     method: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Seed of everything that is random in a run."
+    )
     data: DataSettings = Field(default_factory=DataSettings)
     space: SpaceSettings = Field(default_factory=SpaceSettings)
     search: SearchSettings
     retrain: RetrainSettings = Field(default_factory=RetrainSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
-    sweep: SweepSettings | None = None
+    sweep: SweepSettings | None = Field(
+        None, description="Settings of `istanas sweep`; null if there is none."
+    )
 
     @property
     def matrix_seed(self) -> int:
@@ -466,15 +639,19 @@ class Config(_Section):
 class TwoStageConfig(Config):
     """Search, then train the found network from scratch."""
 
-    method: Literal["two_stage"] = "two_stage"
+    method: Literal["two_stage"] = Field("two_stage", description=METHOD)
     search: TwoStageSearchSettings = Field(default_factory=TwoStageSearchSettings)
 
 
 class OneStageConfig(Config):
     """Search and train the target network in one run."""
 
-    method: Literal["one_stage"] = "one_stage"
+    method: Literal["one_stage"] = Field("one_stage", description=METHOD)
     search: OneStageSearchSettings = Field(default_factory=OneStageSearchSettings)
 
 
+SCHEMAS: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
+DEFAULT_METHOD = "two_stage"
+
+assert tuple(SCHEMAS) == METHODS, "every method has its schema"
 assert get_args(Primitive) == PRIMITIVES, "the schema's operations are those of istanas.space"

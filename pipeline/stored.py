@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
+from pipeline.choices import KINDS, METHODS
 from pipeline.probe import by_proxy
 from pipeline.tracking import one_line, open_client, public_uri, store_exists
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-KINDS = ("sweep", "search", "retrain")
-METHODS = ("two_stage", "one_stage")
 WHERE_EXAMPLE = "metrics.`test/top1` > 0.9 and params.seed = '1'"
 _PAGE = 1000
 

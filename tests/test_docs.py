@@ -1,8 +1,11 @@
-"""The guide's pages: their links lead somewhere, and their commands name configurations, keys and cells that exist."""
+"""The guide's pages: their links resolve, their commands name what exists, and blocks marked runnable run."""
 
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rgl
 def commands(page: str) -> list[list[str]]:
     """The words of every `istanas` command in a page's shell blocks."""
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"```sh(?: runnable)?\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     # `istanas submit ... -- search ...` holds two commands.
     lines = [part for line in lines for part in line.replace(" -- ", "\nistanas ").splitlines()]
@@ -27,6 +30,16 @@ def commands(page: str) -> list[list[str]]:
         for line in lines
         if line.startswith("istanas ")
     ]
+
+
+def runnable_blocks(page: str) -> list[str]:
+    """The shell blocks of a page whose first line is ```sh runnable."""
+    return re.findall(
+        r"^```sh runnable\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+
+
+RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
 
 
 def options(words: list[str], name: str) -> list[str]:
@@ -81,3 +94,48 @@ def test_lines_are_short(page: str) -> None:
     """Tables aside, whose rows cannot be broken."""
     text = (ROOT / page).read_text().splitlines()
     assert [line for line in text if len(line) > 120 and not line.startswith("|")] == []
+
+
+def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run shell blocks one after the other in a folder that has `tune_configs`, with an own home and MLflow store."""
+    programs, home = folder / "bin", folder / "home"
+    programs.mkdir(parents=True)
+    home.mkdir()
+    program = programs / "istanas"
+    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli import main; main()'"
+    program.write_text(f'#!/bin/sh\n{python} "$@"\n')
+    program.chmod(0o755)
+    (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
+    search_path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "--norc", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=folder,
+        env={**os.environ, "PATH": search_path, "HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=290,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_runnable_blocks_run(page: str, tmp_path: Path) -> None:
+    """All of a page in one shell, in order, so that a block may use the files of an earlier one."""
+    done = run_blocks(runnable_blocks(page), tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_failing_block_is_noticed(tmp_path: Path) -> None:
+    """Also if a later command of the block, or the end of a pipe, succeeds."""
+    for number, block in enumerate(
+        ["istanas --no-such-option\ntrue", "istanas draw nothing | cat", "no-such-command"]
+    ):
+        assert run_blocks([block, "true"], tmp_path / str(number)).returncode != 0
+    assert run_blocks(["istanas --version"], tmp_path / "good").returncode == 0
+
+
+def test_the_pages_with_runnable_blocks() -> None:
+    assert {"docs/completion.md", "docs/reference/configuration.md"} <= set(RUNNABLE)

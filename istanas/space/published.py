@@ -46,3 +46,4 @@ PUBLISHED: dict[str, Genotype] = {
         ),
     ),
 }
+"""The published cells: `ISTA_twostage` and `ISTA_onestage` were found on CIFAR-10, `ISTA_ImageNet` on ImageNet."""

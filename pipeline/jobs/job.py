@@ -26,7 +26,7 @@ from istanas.space import CellSpace
 from istanas.training import Metrics
 from pipeline import checkpoint, storage
 from pipeline.cluster import LOG_FOLDER
-from pipeline.config import flat_params, to_yaml
+from pipeline.config import flat_params, to_yaml, without_passwords
 from pipeline.environment import write_environment
 from pipeline.epochs import Record
 from pipeline.fit import check_left_for_training, warnings_of
@@ -58,7 +58,7 @@ from pipeline.rundir import (
     new_key,
 )
 from pipeline.schema import Config
-from pipeline.tracking import Tracker, one_line, open_tracker, public_uri, store_uri
+from pipeline.tracking import Tracker, one_line, open_tracker, store_uri
 from pipeline.worker import compute_for
 
 _LOG = logging.getLogger(__name__)
@@ -685,14 +685,11 @@ def tracker_of(run: RunDir, config: Config) -> Tracker:
 
 
 def as_written(config: Config) -> Config:
-    """The configuration as it is written to files: addresses of stores without the passwords in them."""
-    if config.sweep is not None and config.sweep.storage is not None:
-        sweep = config.sweep.model_copy(update={"storage": public_uri(config.sweep.storage)})
-        config = config.model_copy(update={"sweep": sweep})
-    if config.tracking.uri is None:
-        return config
-    tracking = config.tracking.model_copy(update={"uri": public_uri(store_uri(config.tracking.uri))})
-    return config.model_copy(update={"tracking": tracking})
+    """Return the configuration as it is written to files: without passwords, and with the resolved tracking URI."""
+    if config.tracking.uri is not None:
+        tracking = config.tracking.model_copy(update={"uri": store_uri(config.tracking.uri)})
+        config = config.model_copy(update={"tracking": tracking})
+    return without_passwords(config)
 
 
 def _open_record(

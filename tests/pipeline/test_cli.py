@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ COMMANDS = (
     "doctor",
     "sweep",
     "sync",
+    "config",
     "profile",
     "promote",
     "compare",
@@ -124,13 +126,25 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
 
 
 def test_help_lists_the_commands(istanas: Command) -> None:
-    code, out, _ = istanas("--help")
-    assert code == 0
     assert tuple(sorted(COMMANDS)) == tuple(sorted(cli.commands))
-    assert all(f"\n  {command} " in out for command in COMMANDS)
     code, out, err = istanas()
     assert code == 2
     assert "Usage: istanas" in out + err
+
+
+def test_help_groups_the_commands_with_a_whole_line_each(
+    istanas: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns, no line is cut off or wrapped, and every command is in exactly one group."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = istanas("--help")
+    assert code == 0
+    groups = out.partition("Search and train:\n")[2]
+    assert [line for line in groups.splitlines() if line.endswith(":")] == ["Results:", "Cluster:", "Tools:"]
+    entries = [line for line in groups.splitlines() if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in entries) == sorted(COMMANDS)
+    assert all(re.fullmatch(r"  [a-z]+ +[A-Z].*[^.]\.", line) for line in entries), entries
+    assert max(map(len, entries)) <= 80
 
 
 def test_the_version_is_that_of_the_package(istanas: Command) -> None:

@@ -11,8 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from istanas.errors import ConfigError
+from pipeline.choices import METRICS
 from pipeline.cli import run as command_line
-from pipeline.promote import METRICS, Promotion, promote
+from pipeline.promote import Promotion, promote
 from pipeline.rundir import DatasetUse, RunDir
 from pipeline.schema import TrackingSettings
 from pipeline.tracking import MLflowTracker, open_client

@@ -1,0 +1,297 @@
+"""Describes the keys of a configuration: type, range, default and meaning, for the terminal, editors and the docs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+
+from istanas.errors import ConfigError
+from pipeline.config import section_of
+from pipeline.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
+
+ANY_KEY = "KEY"  # stands for the swept keys in `sweep.space.KEY.uniform`
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a key is under one method.
+
+    Args:
+        type: type, range and unit in words.
+        default: the default value; None also where `required`.
+        required: whether the key has no default.
+        meaning: what the key does.
+    """
+
+    type: str
+    default: Any
+    required: bool
+    meaning: str
+
+    @property
+    def shown_default(self) -> str:
+        """The default as YAML."""
+        return "none, the key is required" if self.required else as_yaml(self.default)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration.
+
+    Args:
+        path: the key with its sections, such as "search.epochs".
+        variants: method -> the key under that method; methods without the key are left out.
+    """
+
+    path: str
+    variants: Mapping[str, Variant]
+
+    @property
+    def only(self) -> str:
+        """The method that alone has the key, or an empty string."""
+        return "" if len(self.variants) == len(SCHEMAS) else " and ".join(self.variants)
+
+    def fact(self, name: str) -> list[tuple[str, str]]:
+        """Return an attribute of the variants as (methods, value), with methods empty where all agree.
+
+        Example:
+            >>> key, = describe("search.layers")
+            >>> key.fact("shown_default"), key.fact("type")
+            ([('two_stage', '8'), ('one_stage', '20')], [('', 'integer, at least 3')])
+        """
+        values: dict[str, list[str]] = {}
+        for method, variant in self.variants.items():
+            values.setdefault(getattr(variant, name), []).append(method)
+        if len(values) == 1:
+            return [("", next(iter(values)))]
+        return [(", ".join(methods), value) for value, methods in values.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """The key for programs."""
+        methods = {
+            method: {"type": v.type, "default": v.default, "required": v.required, "meaning": v.meaning}
+            for method, v in self.variants.items()
+        }
+        return {"key": self.path, "methods": methods}
+
+
+def all_keys() -> list[Key]:
+    """Return every key of every method, in the order of the schema."""
+    found: dict[str, dict[str, Variant]] = {}
+    for method, schema in SCHEMAS.items():
+        document = schema.model_json_schema()
+        for path, variant in _walk(schema, document, document["$defs"], ""):
+            found.setdefault(path, {})[method] = variant
+    methods = found["method"]
+    names = f"one of {', '.join(SCHEMAS)}"  # each schema allows its own only
+    found["method"] = {
+        method: Variant(names, DEFAULT_METHOD, False, variant.meaning) for method, variant in methods.items()
+    }
+    order = list(dict.fromkeys(path.partition(".")[0] for path in found))
+    paths = sorted(found, key=lambda path: order.index(path.partition(".")[0]))  # stable within a section
+    return [Key(path, found[path]) for path in paths]
+
+
+def sections() -> dict[str, str]:
+    """Return every section with its meaning.
+
+    Example:
+        >>> sections()["tracking"]
+        "Tracking in MLflow. These keys are not part of the configuration's hash."
+    """
+    found: dict[str, list[str]] = {}
+    for schema in SCHEMAS.values():
+        for path, model in _sections(schema, ""):
+            meanings = found.setdefault(path, [])
+            text = " ".join((model.__doc__ or "").split())
+            if text not in meanings:
+                meanings.append(text)
+    return {path: " ".join(meanings) for path, meanings in found.items()}
+
+
+def describe(prefix: str = "") -> list[Key]:
+    """Return the key of that name, or else the keys of the section, or else those that begin with the text.
+
+    Args:
+        prefix: a key, a section or the beginning of a key; empty for all keys.
+
+    Raises:
+        ConfigError: if no key fits; the message names the nearest one.
+
+    Example:
+        >>> [key.path for key in describe("search.lr")], [key.path for key in describe("search.warm")]
+        (['search.lr'], ['search.warmup_epochs'])
+    """
+    keys = all_keys()
+    exact = [key for key in keys if key.path == prefix]
+    inside = [key for key in keys if key.path.startswith(f"{prefix}.")]
+    found = exact + inside or [key for key in keys if key.path.startswith(prefix)]
+    if not found:
+        known = [key.path for key in keys] + list(sections())
+        nearest = difflib.get_close_matches(prefix, known, n=1, cutoff=0)[0]
+        raise ConfigError(f"--describe {prefix!r:.80}: unknown key, did you mean {nearest}?")
+    return found
+
+
+def as_text(keys: Sequence[Key], width: int) -> str:
+    """Return the keys as text for a terminal, one paragraph each.
+
+    Args:
+        keys: the keys.
+        width: columns of the terminal.
+    """
+    return "\n\n".join("\n".join(_lines(key, width)) for key in keys)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a configuration file, which editors use to complete and check."""
+    definitions: dict[str, Any] = {}
+    for schema in SCHEMAS.values():
+        document = schema.model_json_schema()
+        definitions |= document.pop("$defs") | {schema.__name__: document}
+    by_method: list[dict[str, Any]] = [
+        {
+            "if": {"properties": {"method": {"const": method}}, "required": ["method"]},
+            "then": {"$ref": f"#/$defs/{schema.__name__}"},
+        }
+        for method, schema in SCHEMAS.items()
+    ]
+    default = {
+        "if": {"not": {"required": ["method"]}},
+        "then": {"$ref": f"#/$defs/{SCHEMAS[DEFAULT_METHOD].__name__}"},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of istanas",
+        "type": "object",
+        "properties": {"method": {"enum": list(SCHEMAS)}},
+        "allOf": [*by_method, default],
+        "$defs": definitions,
+    }
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value as YAML in one line.
+
+    Example:
+        >>> as_yaml([True, "cosine", "#ffffff", None, 1e-5])
+        '[true, cosine, "#ffffff", null, 1e-05]'
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
+    return value if plain else json.dumps(value)
+
+
+def _walk(
+    model: type[pydantic.BaseModel], node: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Variant]]:
+    """Every key below a section, as (path, variant).
+
+    Args:
+        model: the section.
+        node: its JSON schema, which has the types in a form that is easy to read.
+        definitions: the JSON schemas that it refers to.
+        prefix: path of the section, with a dot at its end.
+    """
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        inner = section_of(field.annotation)
+        property_ = node["properties"][key]
+        is_mapping = "additionalProperties" in property_
+        if inner is None or is_mapping:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            yield (
+                prefix + key,
+                Variant(_type(property_), default, field.is_required(), field.description or ""),
+            )
+        if inner is not None:
+            below = f"{prefix}{key}.{ANY_KEY}." if is_mapping else f"{prefix}{key}."
+            yield from _walk(inner, definitions[inner.__name__], definitions, below)
+
+
+def _sections(model: type[pydantic.BaseModel], prefix: str) -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            yield prefix + name, inner
+            yield from _sections(inner, f"{prefix}{name}.")
+
+
+def _type(node: Mapping[str, Any]) -> str:
+    """The type of a JSON schema in words."""
+    if WORDS in node:
+        return str(node[WORDS])
+    if "anyOf" in node:
+        kinds = [_type(part) for part in node["anyOf"]]
+        comma = any("," in kind for kind in kinds) or len(kinds) > 2
+        return f"{', '.join(kinds[:-1])}{',' if comma else ''} or {kinds[-1]}"
+    if "const" in node:
+        return as_yaml(node["const"])
+    if "enum" in node:
+        return f"one of {', '.join(map(as_yaml, node['enum']))}"
+    if "$ref" in node:
+        return "range of values"  # a sweep's `Parameter`, the only one
+    kind = node["type"]
+    if kind == "array":
+        least, most = node.get("minItems"), node.get("maxItems")
+        count = "" if least is None else f"{least} " if least == most else f"at least {least} "
+        return f"list of {count}values, each {_with_article(_type(node['items']))}"
+    if kind == "object":
+        return f"mapping of keys to values, each {_with_article(_type(node['additionalProperties']))}"
+    words = {"boolean": "true or false", "string": "text", "null": "null"}.get(kind, kind)
+    pattern = f" that matches {node['pattern']}" if "pattern" in node else ""
+    unit = f" ({node[UNIT]})" if UNIT in node else ""
+    return f"{words}{pattern}{_range(node)}{unit}"
+
+
+def _with_article(words: str) -> str:
+    if words.startswith("one of "):
+        return words
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def _range(node: Mapping[str, Any]) -> str:
+    """The range of a number in words.
+
+    Example:
+        >>> _range({"minimum": 0, "exclusiveMaximum": 1}), _range({"exclusiveMinimum": 0}), _range({})
+        (' in [0, 1)', ', above 0', '')
+    """
+    bounds = {name: _number(value) for name, value in node.items() if name.lower().endswith("imum")}
+    low, above = bounds.get("minimum"), bounds.get("exclusiveMinimum")
+    high, below = bounds.get("maximum"), bounds.get("exclusiveMaximum")
+    if len(bounds) == 2:
+        left = f"[{low}" if low is not None else f"({above}"
+        return f" in {left}, {high}]" if high is not None else f" in {left}, {below})"
+    words = {"at least": low, "above": above, "at most": high, "below": below}
+    return "".join(f", {word} {value}" for word, value in words.items() if value is not None)
+
+
+def _number(value: float) -> str:
+    whole = int(value)
+    if whole >= 2**32 and whole & (whole - 1) == 0:
+        return f"2^{whole.bit_length() - 1}"
+    return f"{value:g}"
+
+
+def _lines(key: Key, width: int) -> Iterator[str]:
+    yield f"{key.path} (method {key.only} only)" if key.only else key.path
+    for label, name in (("", "meaning"), ("type", "type"), ("default", "shown_default")):
+        for methods, value in key.fact(name):
+            start = " ".join(word for word in (label, f"({methods})" if methods else "") if word)
+            yield from textwrap.wrap(
+                f"{start}: {value}" if start else value,
+                width,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
