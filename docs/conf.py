@@ -8,7 +8,7 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 from istanas import __version__  # noqa: E402
 
-project = "ISTANAS"
+project = "istanas"
 author = "The istanas maintainers"
 release = __version__
 
@@ -17,7 +17,7 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
-html_title = f"ISTANAS {__version__}"
+html_title = f"istanas {__version__}"
 smartquotes = False  # "--set" would become a dash
 default_role = "code"  # `name` in docstrings
 

@@ -86,7 +86,11 @@ def test_the_readme_is_a_front_page() -> None:
     """It links to every page of the guide."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
-    assert [page for page in PAGES if f"]({page})" not in text] == []
+    site = {
+        "docs/index.md",
+        *(page for page in PAGES if page.startswith("docs/reference/")),
+    }  # of `make docs` alone
+    assert [page for page in PAGES if page not in site and f"]({page})" not in text] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, "README.md"])
