@@ -5,9 +5,10 @@ run is found without MLflow.
 """
 
 import difflib
+import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,7 @@ def _origin(run: RunDir) -> Origin:
         raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
     config = load(run.path / file)
     config = _stored_in(config, store_of_run(run, config.tracking.uri))
+    config = _with_pictures_of(config, [use.source for use in record.datasets])
     return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
 
 
@@ -299,8 +301,26 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
                 f"run {run_id}: no {CONFIG_FILE} in the MLflow store, which says on which pictures to train "
                 f"({one_line(error)}): give --config"
             ) from None
+    sources = [json.loads(each.dataset.source).get("uri", "") for each in found.inputs.dataset_inputs]
+    config = _with_pictures_of(config, sources)
     # The store that has the run, by the name that it has here: the run was tracked on another machine.
     return Origin(run_id, name.removesuffix(f"-{kind}"), _stored_in(config, tracking_uri))
+
+
+def _with_pictures_of(config: Config, sources: Sequence[str]) -> Config:
+    """Return the configuration with the folder that a run has read, if it still exists.
+
+    A relative `data.root` starts at the working directory of the run, which may be another one than today's.
+
+    Args:
+        config: of the run.
+        sources: where the run has recorded that its pictures come from, as absolute paths.
+    """
+    root = config.data.root
+    if root is None or Path(root).expanduser().absolute() in map(Path, sources):
+        return config
+    there = next((source for source in sources if Path(source).is_dir()), root)
+    return config.model_copy(update={"data": config.data.model_copy(update={"root": there})})
 
 
 def _stored_in(config: Config, tracking_uri: str | None) -> Config:

@@ -197,3 +197,22 @@ def test_of_a_sweep_those_of_its_best_trial_on_all_training_pictures(
         data = load(run_dir.path / "config.yaml").data
         assert (data.root, data.holdout, data.horizontal_flip) == ("pictures", 0, False)
         assert run_dir.read().params["data.horizontal_flip"] is False
+
+
+@pytest.mark.parametrize("only_in_mlflow", [False, True])
+def test_a_relative_folder_of_pictures_starts_where_the_run_did(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only_in_mlflow: bool
+) -> None:
+    """Another project has a folder of the same name, with other pictures."""
+    found, _ = command(capsys, "search", "--config", "tiny.yaml")
+    other = project.parent / "other"
+    shutil.copytree(project / "pictures" / "train" / "ant", other / "pictures" / "train" / "cat")
+    reference = str(project / found["run_dir"])
+    if only_in_mlflow:
+        shutil.rmtree(reference)
+        reference = found["mlflow_run_id"]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/store/mlflow.db")
+    monkeypatch.chdir(other)
+    trained, said = command(capsys, "retrain", "--genotype", reference, *SHORT)
+    assert f"data (folder in {project / 'pictures'}) and tracking settings are those of" in said
+    assert RunDir(trained["run_dir"]).read().datasets[0].classes == 2
