@@ -282,7 +282,9 @@ def _origin(run: RunDir) -> Origin:
     if not (run.path / file).is_file():
         raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
     config = load(run.path / file)
-    config = _stored_in(config, store_of_run(run, config.tracking.uri))
+    uri = store_of_run(run, config.tracking.uri)
+    # A run's file holds no password; the environment may name the same store with one.
+    config = _stored_in(config, None if uri == public_uri(store_uri(None)) else uri)
     config = _with_pictures_of(config, [use.source for use in record.datasets])
     return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
 

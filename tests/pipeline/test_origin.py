@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.cli import run
 from pipeline.config import load
+from pipeline.references import resolve_origin
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests.pipeline import test_storage
@@ -216,3 +217,19 @@ def test_a_relative_folder_of_pictures_starts_where_the_run_did(
     trained, said = command(capsys, "retrain", "--genotype", reference, *SHORT)
     assert f"data (folder in {project / 'pictures'}) and tracking settings are those of" in said
     assert RunDir(trained["run_dir"]).read().datasets[0].classes == 2
+
+
+def test_the_environment_names_the_same_store_with_its_password(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run directories hold no passwords."""
+    found, _ = command(capsys, "search", "--config", "tiny.yaml")
+    file = project / found["run_dir"] / "config.yaml"
+    file.write_text(file.read_text().replace(f"sqlite:///{project}/store/mlflow.db", "http://host:5000"))
+    stores = []
+    for uri in ("http://me:secret@host:5000", "http://me:secret@other:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        origin = resolve_origin(found["run_dir"], runs_dir=project / "runs", tracking_uri=None)
+        assert origin is not None
+        stores.append(origin.config.tracking.uri)
+    assert stores == [None, "http://host:5000"]
