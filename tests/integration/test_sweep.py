@@ -25,6 +25,7 @@ from pipeline.rundir import RunDir
 from pipeline.study import STUDY_FILE
 from pipeline.sweep_report import COLUMNS, read_table
 from pipeline.tracking import open_client
+from tests.pipeline.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 
 TRIALS = 6
@@ -139,6 +140,32 @@ def runs_of(folder: Path) -> list[Any]:
     client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = whole
+    sweep, frame = sweep_directory(folder), table(folder)
+    done = frame[frame["state"] == "COMPLETE"]
+    reports = {f"{Path(run).name}/report.html" for run in [*done["run_dir"], *done["retrain_dir"]]}
+    for name, other in (("report.html", "sweep.html"), ("sweep.html", "report.html")):
+        page = Page(sweep / name)
+        assert len(page.trials) == TRIALS
+        assert set(page.files) == reports | {other, "trials.csv"}
+        assert all((sweep / file).is_file() for file in page.files)
+    client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
+    seen = set()
+    for each in runs_of(folder):
+        names = {file.path for file in client.list_artifacts(each.info.run_id)}
+        for name in names & {"report.html", "trajectory.html", "sweep.html"}:
+            page = Page(Path(client.download_artifacts(each.info.run_id, name, str(tmp_path))))
+            assert page.files == [], (name, each.info.run_name)
+            seen.add((each.data.tags["istanas.kind"], name))
+    assert seen == {
+        *((kind, "report.html") for kind in ("sweep", "search", "retrain")),
+        *(("sweep", "sweep.html"), ("search", "trajectory.html")),
+    }
 
 
 def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(whole: tuple[Path, Any]) -> None:
