@@ -16,6 +16,7 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline import storage, sweep_plots
 from pipeline.fitted import Column, FittedTable
+from pipeline.outcome import shown_outcome
 from pipeline.pages import REPORT_PAGE, render
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
@@ -225,7 +226,7 @@ def _report_of(folder: Path, run_dir: Any) -> str | None:
 
 def _state(row: Mapping[Any, Any]) -> str:
     """What became of a trial, for people."""
-    state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
+    state = shown_outcome(row["state"]).lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
     return f"{state}{', on the front' if row['pareto'] else ''}"
 
 

@@ -50,7 +50,7 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
-from pipeline.outcome import OUTCOME_TAG, PRUNED, TRIAL_TAG
+from pipeline.outcome import INTERRUPTED, OUTCOME_TAG, PRUNED, TRIAL_TAG
 from pipeline.pictures import check_fit, datasets_used, settle_stems
 from pipeline.preflight import check_gpus, check_nodes
 from pipeline.resources import Node, WorkerRange, count, workers_that_fit
@@ -446,10 +446,15 @@ class _Trials:
         """
         self._open.clear()
         try:
+            frame = sweep_frame(self._config, self._study)
+            running = frame["state"] == TrialState.RUNNING.name
+            if running.any():  # the study knows no other word for a trial that the same command resumes
+                frame.loc[running, "state"] = INTERRUPTED
+                write_table(self._run.path, frame)
             self._delivered &= close_below(self._run.path, self._config)
             if not self._delivered:
                 deliver_below(self._run.path, self._config)
-        except (OSError, IstanasError) as error:
+        except (OSError, IstanasError, OptunaError) as error:
             # A full disk, a storage that is away: it must not hide what else has failed.
             self._observer.note(
                 f"runs of trials are left RUNNING ({one_line(error)}), the same command mends that"

@@ -23,6 +23,7 @@ from pipeline.report_page import write_report
 from pipeline.rundir import RunDir, RunRecord
 from pipeline.sweep_report import page_table, sweep_frame, trials_table, write_figures, write_table
 from pipeline.tracking import MLflowTracker, open_client
+from pipeline.trajectory_page import write_trajectory_page
 from tests.pipeline.pages import Page
 from tests.pipeline.test_data_label import RECORD
 from tests.pipeline.test_sweep_job import ended_sweep
@@ -58,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
             }
             if kind == "retrain":
                 genotype = random_genotype(0, CellSpace(n_nodes=2))
-                result: Any = run_retrain(config, genotype, parent=None, **common)
+                result: Any = run_retrain(config, genotype, parent=None, origin="random:0", **common)
             else:
                 result = run_search(config, **common)
         found[kind] = RunDir(result["run_dir"])
@@ -122,6 +123,25 @@ def test_figures_settings_environment_and_command_are_those_of_the_run(
         measured = any(f"{split}/top1" in line.metrics for line in run.metrics())
         curves = page_of(run).source.partition('id="curves"')[2].partition("</figure>")[0]
         assert (f">{split}</text>" in curves) == measured
+
+
+def test_a_retraining_says_where_its_genotype_comes_from(runs: dict[str, RunDir]) -> None:
+    record = runs["retrain"].read()
+    assert record.tags["istanas.genotype_from"] == "random:0"
+    assert "- genotype from: `random:0`\n" in record.description
+    assert "Retraining on digits, genotype from random:0, ended" in page_of(runs["retrain"]).text
+
+
+def test_own_pictures_are_named_by_their_folder(copy: RunDir) -> None:
+    record = dataclasses.replace(
+        copy.read(), dataset="folder", params={**copy.read().params, "data.root": "/data/Pets"}, datasets=()
+    )
+    copy.write(record)
+    write_report(copy)
+    write_trajectory_page(copy)
+    assert f"Two-stage search on {record.data_label}, ended" in page_of(copy).text
+    assert f"Two-stage search on {record.data_label} " in Page(copy.path / "trajectory.html").text
+    assert record.data_label.startswith("data-pets-")
 
 
 def test_it_can_be_made_again_and_is_the_same(runs: dict[str, RunDir]) -> None:
