@@ -245,7 +245,6 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     console = _console(as_json)
     from pipeline.cluster import Runtime
     from pipeline.jobs.retrain import run_retrain
-    from pipeline.references import origin_of
 
     cells, parent, config, name = _load_for_genotype(genotype, console, **settings)
     with Runtime(config.runtime) as runtime:
@@ -254,7 +253,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
             cells,
             name=name,
             parent=parent,
-            origin=origin_of(genotype),
+            origin=Path(genotype).name if Path(genotype).is_file() else genotype,
             fresh=fresh,
             console=console,
             runtime=runtime,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 OUTCOME_TAG = "istanas.outcome"
-ORIGIN_TAG = "istanas.genotype_from"  # of a retraining: the random or published cell, as the user named it
+ORIGIN_TAG = "istanas.genotype_from"  # of a retraining: the run, the file, or the random or published cell
+FOLDER_TAG = "istanas.data_folder"  # what own pictures are called, all of which are the data set "folder"
 TRIAL_TAG = "istanas.trial_state"  # Optuna's word, of a trial of a sweep
 INTERRUPTED = "INTERRUPTED"  # by Ctrl-C or a signal, or its process is gone: the same command resumes it
 PRUNED = "PRUNED"  # a trial that was stopped early
@@ -29,6 +30,16 @@ def outcome(status: str, tags: Mapping[str, str]) -> str:
     if tags.get(TRIAL_TAG) == PRUNED:
         return PRUNED
     return INTERRUPTED if tags.get(OUTCOME_TAG) == INTERRUPTED else status
+
+
+def data_of(tags: Mapping[str, str]) -> str | None:
+    """Return what the data set of a run in MLflow is called: its name, own pictures by their folder.
+
+    Example:
+        >>> data_of({"istanas.dataset": "folder", "istanas.data_folder": "pets-cats-0a1b2c"})
+        'pets-cats-0a1b2c'
+    """
+    return tags.get(FOLDER_TAG, tags.get("istanas.dataset"))
 
 
 def shown_outcome(found: str) -> str:

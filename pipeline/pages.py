@@ -1,6 +1,7 @@
 """What all pages share: templates that escape, charts as SVG inside the page, figures written for people.
 
-A page is one file that loads nothing: it opens from a disk, and in MLflow's own viewer, which allows no request.
+A page is one file that loads nothing: it opens from a disk, and in MLflow's own viewer, which allows no request. That
+viewer does not open another file either, so MLflow receives pages without the links to files that they have on a disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+REPORT_PAGE = "report.html"
 BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # on the charts' white ground
 # Text stays text, and no random id makes two equal figures differ.
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "istanas"}
@@ -44,6 +46,23 @@ _STYLE: dict[Any, Any] = {
 def render(template: str, **values: Any) -> str:
     """A page from one of `pipeline/templates`; what is no `Markup` is escaped."""
     return _templates().get_template(template).render(**values)
+
+
+# As the template `links.html` writes it: a text of a page is escaped, and cannot look like it.
+_FILE_LINK = re.compile(r'<a data-file href="[^"]*">(.*?)</a>', re.DOTALL)
+
+
+def without_file_links(page: str) -> str:
+    """Return a page whose links to files are plain text.
+
+    Args:
+        page: as `render` gives it.
+
+    Example:
+        >>> without_file_links('<td><a data-file href="trials.csv">all</a> <a href="#top">up</a></td>')
+        '<td>all <a href="#top">up</a></td>'
+    """
+    return _FILE_LINK.sub(r"\1", page)
 
 
 @functools.cache

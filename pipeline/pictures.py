@@ -29,7 +29,7 @@ from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
 from pipeline.config import check_batch_sizes, with_stems
-from pipeline.rundir import DatasetUse, RunRecord
+from pipeline.rundir import DatasetUse, RunRecord, data_label
 from pipeline.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
 
 DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
@@ -343,7 +343,7 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
     )
     return tuple(
         DatasetUse(
-            name=dataset.name,
+            name=data_label(config.data.name, root),
             context=context,
             digest=pictures_digest(pictures, indices, dataset.class_names)[:DIGEST_LENGTH],
             source=source,

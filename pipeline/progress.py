@@ -35,9 +35,18 @@ class EpochBar:
         label: "search", "retrain" or "sweep".
         epochs: of the whole job.
         unit: what is counted, if not epochs.
+        clock: gives the time in seconds.
     """
 
-    def __init__(self, console: Console, label: str, epochs: int, unit: str = "epoch") -> None:
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        epochs: int,
+        unit: str = "epoch",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console, self._label, self._epochs, self._unit = console, label, epochs, unit
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -52,8 +61,9 @@ class EpochBar:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(label, total=None, figures="")
+        self._clock = clock
         self._read = 0.0
-        self._begun = self._said = time.monotonic()
+        self._begun = self._said = clock()
         self._before: int | None = None  # epochs that were done when this sitting began
 
     def __enter__(self) -> EpochBar:
@@ -73,7 +83,7 @@ class EpochBar:
             self._sign_of_life(epoch, step, n_steps, read)
             return
         update: dict[str, object] = {}
-        now = time.monotonic()
+        now = self._clock()
         if now - self._read > SECONDS_BETWEEN_READINGS:
             self._read = now
             if (m := read()) is not None:
@@ -87,19 +97,26 @@ class EpochBar:
             **update,  # type: ignore[arg-type]
         )
 
-    def epoch_line(self, text: str, done: int) -> None:
-        """The line of an epoch that has ended, the number `done` of the job; in a log file with the time left."""
+    def epoch_line(self, text: str, done: int, seconds_left: float | None = None) -> None:
+        """Write the line of an epoch or trial that has ended; in a log file with how far the job is.
+
+        Args:
+            text: the line, and below it others.
+            done: how many have ended.
+            seconds_left: that the rest will take; None: as the epochs of this sitting did.
+        """
         if self._before is None:
             self._before = done - 1
         if self._progress.disable:
             first, newline, rest = text.partition("\n")
-            left = "" if done >= self._epochs else f", {self._left(done)} left"
+            left = self._left(done) if seconds_left is None else f"about {duration(seconds_left)}"
+            left = "" if done >= self._epochs else f", {left} left"
             text = f"{first} ({self._unit} {done}/{self._epochs}{left}){newline}{rest}"
         self.line(text)
 
     def _sign_of_life(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """A line within a long epoch, for somebody who follows the log file."""
-        if time.monotonic() - self._said < SECONDS_BETWEEN_SIGNS or step == n_steps:
+        if self._clock() - self._said < SECONDS_BETWEEN_SIGNS or step == n_steps:
             return
         m = read()
         figures = "" if m is None else f", loss {m.loss:.3f}, top-1 {100 * m.top1:.1f} %"
@@ -111,10 +128,10 @@ class EpochBar:
     def _left(self, done: float) -> str:
         """The time that the rest will take, as the epochs of this sitting did."""
         assert self._before is not None
-        seconds = (time.monotonic() - self._begun) / max(done - self._before, 1e-9) * (self._epochs - done)
+        seconds = (self._clock() - self._begun) / max(done - self._before, 1e-9) * (self._epochs - done)
         return duration(seconds)
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        self._said = time.monotonic()
+        self._said = self._clock()
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

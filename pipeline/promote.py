@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
 from pipeline.choices import HIGHER
-from pipeline.outcome import outcome
+from pipeline.outcome import data_of, outcome
 from pipeline.registry import CHAMPION, registered_name
 from pipeline.rundir import RunDir, RunRecord, contexts_of
 from pipeline.stored import readable
@@ -147,7 +147,7 @@ def _comparable(metric: str, number: int, mine: _Figure, before: int, theirs: _F
         raise ConfigError(
             f"metric {metric}: the champion, version {before}, has none: name another --metric, or use --force"
         )
-    if mine.pictures is None or theirs.pictures is None or mine.pictures != theirs.pictures:
+    if mine.pictures is None or theirs.pictures is None or not _same(mine.pictures, theirs.pictures):
         raise ConfigError(
             f"metric {metric}: version {number} is measured on {_named(mine)}, the champion, version {before}, on "
             f"{_named(theirs)}: not to be compared; use the same data (and for valid the same seed and data.holdout), "
@@ -178,8 +178,13 @@ def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Fi
     }
     found = next((pictures[context] for context in contexts if context in pictures), None)
     if not contexts:
-        found = (run.data.tags.get("istanas.dataset", ""), None)
+        found = (data_of(run.data.tags) or "", None)
     return _Figure(run.data.metrics.get(metric), found)
+
+
+def _same(mine: tuple[str, str | None], theirs: tuple[str, str | None]) -> bool:
+    """Whether the pictures are the same; those of a folder that was moved have another name."""
+    return mine == theirs or (mine[1] is not None and mine[1] == theirs[1])
 
 
 def _version(client: "MlflowClient", run_id: str, name: str) -> "ModelVersion | None":

@@ -3,9 +3,7 @@
 Everything goes by an explicit client, and may be done again after a kill at any point: what is there stays.
 """
 
-import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,21 +54,7 @@ def registered_name(wanted: str | None, record: RunRecord) -> str:
         wanted: `tracking.registered_model`.
         record: of the run.
     """
-    return wanted if wanted is not None else f"istanas-{data_label(record)}"
-
-
-def data_label(record: RunRecord) -> str:
-    """What a run's data set is called: its name, own pictures by their folder.
-
-    Two folders whose last parts are the same are told apart by a digest of the whole path.
-    """
-    root = record.params.get("data.root")
-    if record.dataset != "folder" or not isinstance(root, str):
-        return record.dataset
-    source = record.datasets[0].source if record.datasets else str(Path(root).expanduser().absolute())
-    parts = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in Path(source).parts[-2:]]
-    digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:6]
-    return "-".join([*filter(None, parts), digest])
+    return wanted if wanted is not None else f"istanas-{record.data_label}"
 
 
 def log_model(

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pipeline.outcome import ORIGIN_TAG, outcome
+from pipeline.outcome import ORIGIN_TAG, data_of, outcome
 from pipeline.report_columns import (
     COLUMNS,
     EPOCHS_COLUMNS,
@@ -193,7 +193,7 @@ def genotypes_frame(
     for run in _newest_of_directory(load_runs(uri, experiment, filters)):
         tags = run.data.tags
         if run.info.status == "FINISHED" and tags["istanas.kind"] != "sweep" and "istanas.genotype" in tags:
-            families.setdefault((tags["istanas.genotype"], tags["istanas.dataset"]), []).append(run)
+            families.setdefault((tags["istanas.genotype"], data_of(tags) or ""), []).append(run)
     texts: dict[str, str | None] = {}
     if families:
         with readable(uri), tempfile.TemporaryDirectory() as scratch:
@@ -297,8 +297,12 @@ def _finished_retrainings(runs: "Iterable[Run]") -> "dict[str, list[Run]]":
 
 def _of_search(search: "Run", retrainings: "dict[str, list[Run]]") -> "list[Run]":
     """The retrainings of what a search found, on its data set."""
-    same = {name: search.data.tags.get(f"istanas.{name}") for name in ("genotype", "dataset")}
-    return [run for run in retrainings.get(search.info.run_id, []) if _has(run, **same)]
+    genotype, data = search.data.tags.get("istanas.genotype"), data_of(search.data.tags)
+    return [
+        run
+        for run in retrainings.get(search.info.run_id, [])
+        if _has(run, genotype=genotype) and data_of(run.data.tags) == data
+    ]
 
 
 def _row(run: "Run") -> dict[str, Any]:
@@ -309,7 +313,7 @@ def _row(run: "Run") -> dict[str, Any]:
         "name": run.info.run_name,
         "kind": tags.get("istanas.kind"),
         "method": tags.get("istanas.method"),
-        "dataset": tags.get("istanas.dataset"),
+        "dataset": data_of(tags),
         "status": run.info.status,
         "genotype": tags.get("istanas.genotype"),
         **numbers,

@@ -23,7 +23,8 @@ COLUMNS: dict[str, str] = {
 }
 """Column -> pandas dtype: accuracies are fractions, top-5 NA with 10 classes or fewer, `genotype` is the digest,
 `seconds` the time worked, `outcome` the status with INTERRUPTED and PRUNED told apart, which MLflow calls FAILED or
-KILLED, `origin` the random or published cell that a retraining trained, NA of other runs."""
+KILLED, `origin` where the cell that a retraining trained comes from: a run, a file, a random or a
+published cell; NA of other runs. `dataset` is the data set's name, of own pictures what their folder is called."""
 
 SEARCHES_COLUMNS: dict[str, str] = {
     "run_id": "string",

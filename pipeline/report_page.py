@@ -8,14 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from markupsafe import Markup
 
 from istanas.space import CELLS, Genotype, state_name
+from pipeline.outcome import ORIGIN_TAG
 from pipeline.pages import (
     BLUE,
     GREEN,
     ORANGE,
+    REPORT_PAGE,
     add_axes,
     chart,
     chart_svg,
@@ -27,10 +28,8 @@ from pipeline.pages import (
 )
 from pipeline.resources import count
 from pipeline.rundir import MetricsLine, RunDir, RunRecord, atomic_write
-from pipeline.tables import duration, percent, shown, shown_time, validation_note
+from pipeline.tables import duration, percent, validation_note
 
-REPORT_PAGE = "report.html"
-MOST_TRIALS = 50
 _KINDS = {"search": "search", "retrain": "retraining", "sweep": "sweep"}
 _SPLITS = {"train": (BLUE, "-"), "valid": (ORANGE, "--"), "test": (GREEN, "-.")}
 Rows = list[tuple[str, str]]
@@ -56,10 +55,12 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
     method = record.method.replace("_", "-")
     what = f"{method} search" if record.kind == "search" else _KINDS[record.kind]
     of = f" of {Path(record.parent).name}" if record.parent is not None else ""
+    if ORIGIN_TAG in record.tags:
+        of = f", genotype from {record.tags[ORIGIN_TAG]}"
     freezing = run.path / "freezing.svg"
     return {
         "title": record.name,
-        "subtitle": f"{what[0].upper()}{what[1:]} on {record.dataset}{of}, ended {_date(record.ended_ms)}",
+        "subtitle": f"{what[0].upper()}{what[1:]} on {record.data_label}{of}, ended {_date(record.ended_ms)}",
         "links": [
             (file, text)
             for file, text in (
@@ -202,6 +203,8 @@ def _environment(found: dict[str, Any]) -> Rows:
 
 
 def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
+    from pipeline.sweep_report import page_table, read_table
+
     spaces = {
         key.removeprefix("sweep.space."): value
         for key, value in record.params.items()
@@ -216,53 +219,11 @@ def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
         "retrain_best": shlex.join(
             ["istanas", "retrain", "--genotype", f"{best}/genotype.json", "--config", f"{best}/config.yaml"]
         ),
-        "trials": _trials(folder),
+        "trials": page_table(folder, read_table(folder)),
         "plots": [
             (file.stem.replace("_", " "), data_uri(file.read_bytes()))
             for file in sorted((folder / "plots").glob("*.png"))
         ],
-    }
-
-
-def _trials(folder: Path) -> dict[str, Any]:
-    """The table of a sweep's trials, the best first."""
-    from pipeline.sweep_report import COLUMNS, read_table
-
-    frame = read_table(folder)
-    keys = [name for name in frame.columns if name not in COLUMNS]
-    top1 = frame["retrained_top1"].fillna(frame["valid_top1"])
-    # Trials that were stopped early have been measured too early to be compared with the others.
-    order = pd.DataFrame({"done": frame["state"] == "COMPLETE", "top1": top1}).sort_values(
-        ["done", "top1"], ascending=False, kind="stable"
-    )
-    rows = []
-    for row in frame.loc[order.index].head(MOST_TRIALS).to_dict("records"):
-        state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
-        rows.append(
-            [
-                str(row["trial"]),
-                f"{state}{', on the front' if row['pareto'] else ''}",
-                *(shown(row[key], "{:.4g}" if isinstance(row[key], float) else "{}") for key in keys),
-                *("" if pd.isna(row[top]) else percent(row[top]) for top in ("valid_top1", "retrained_top1")),
-                shown(row["params"], "{:,}"),
-                shown(row["macs"], "{:,}"),
-                shown(row["epochs"], "{:,}"),
-                shown_time(row["seconds"]),
-                shown(row["digest"], "{:.8}"),
-            ]
-        )
-    left = (
-        f"The best {MOST_TRIALS} of {len(frame):,} trials; all" if len(frame) > MOST_TRIALS else "All figures"
-    )
-    first = 2 + len(keys)
-    return {
-        "headings": [
-            *("trial", "state", *(key.rpartition(".")[2] for key in keys)),
-            *("in search", "retrained", "parameters", "multiply-adds", "epochs", "time", "genotype"),
-        ],
-        "numbers": set(range(first, first + 6)),
-        "rows": rows,
-        "note": f"{left} stand in trials.csv.",
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
-from pipeline.outcome import outcome
+from pipeline.outcome import data_of, outcome
 from pipeline.references import is_mlflow_id, read_genotype, resolve_run
 from pipeline.rundir import MetricsLine, RunDir
 from pipeline.storage import shown
@@ -31,7 +31,8 @@ class ReadRun:
 
     Args:
         label: name of its directory, which tells runs of one name apart.
-        kind, method, dataset, status: as in its record.
+        kind, method, status: as in its record.
+        dataset: what its data set is called.
         run_dir: its directory here, or None.
         mlflow_run_id: None if it was never delivered.
         settings: "section.key" -> value as text, of the sections that it depends on.
@@ -102,7 +103,7 @@ def _from_directory(run_dir: RunDir) -> ReadRun:
         label=run_dir.path.resolve().name,
         kind=record.kind,
         method=record.method,
-        dataset=record.dataset,
+        dataset=record.data_label,
         status=record.status,
         outcome=outcome(record.status, record.tags),
         run_dir=shown(run_dir.path),
@@ -136,7 +137,7 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
         label=Path(tags.get("istanas.run_dir", run_id)).name,
         kind=tags["istanas.kind"],
         method=tags.get("istanas.method", ""),
-        dataset=tags.get("istanas.dataset", ""),
+        dataset=data_of(tags) or "",
         status=run.info.status,
         outcome=outcome(run.info.status, tags),
         run_dir=None,

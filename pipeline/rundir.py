@@ -7,9 +7,11 @@ keeps a second process out. A kill at any moment leaves at worst a torn last lin
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -31,6 +33,28 @@ METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".run.lock"
 OWNER_FILE = ".run.lock.owner"
+OWN_PICTURES = "folder"  # the `data.name` of pictures that are no data set with a name
+
+
+def data_label(name: str, root: str | None) -> str:
+    """Return what a data set is called: its name, own pictures by the last parts of their folder.
+
+    Two folders whose last parts are the same are told apart by a digest of the whole path.
+
+    Args:
+        name: `data.name`.
+        root: `data.root`, the folder.
+
+    Example:
+        >>> data_label("digits", None), data_label("folder", "/data/Pets/my cats")
+        ('digits', 'pets-my-cats-77d46f')
+    """
+    if name != OWN_PICTURES or root is None:
+        return name
+    source = str(Path(root).expanduser().absolute())
+    parts = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in Path(source).parts[-2:]]
+    digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:6]
+    return "-".join([*filter(None, parts), digest])
 
 
 @dataclass(frozen=True)
@@ -38,7 +62,7 @@ class DatasetUse:
     """Pictures that a run uses, and what for.
 
     Args:
-        name: of the data set.
+        name: of the data set, see `data_label`.
         context: "training", "alphas", "hold-out" or "test".
         digest: of these pictures and their labels (16 hexadecimal digits), the same on every machine.
         source: where they come from: a folder, or who ships them.
@@ -93,6 +117,14 @@ class RunRecord:
     datasets: tuple[DatasetUse, ...] = ()
     data_digest: str = ""
     pictures: tuple[str, ...] = ()
+
+    @property
+    def data_label(self) -> str:
+        """What the data set is called, see the function of this name."""
+        root = self.params.get("data.root")
+        if not isinstance(root, str):
+            return self.dataset
+        return data_label(self.dataset, self.datasets[0].source if self.datasets else root)
 
     def measured_on(self, metric: str) -> DatasetUse | None:
         """The pictures that a metric is measured on; None if it is measured on none, or they are not known.

@@ -1,11 +1,13 @@
 """Reads runs from the MLflow store: which ones, in which order; every failure is one line."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
 from pipeline.choices import KINDS, METHODS
+from pipeline.outcome import FOLDER_TAG
 from pipeline.probe import by_proxy
 from pipeline.tracking import one_line, open_client, public_uri, store_exists
 
@@ -14,13 +16,15 @@ if TYPE_CHECKING:
 
 WHERE_EXAMPLE = "metrics.`test/top1` > 0.9 and params.seed = '1'"
 _PAGE = 1000
+_FOLDER_LABEL = re.compile(r"([a-z0-9-]+-)?[0-9a-f]{6}")  # as `pipeline.rundir.data_label` makes it
 
 
 class Filters(TypedDict, total=False):
     """Which runs are meant: those that fulfil every condition; None is none.
 
     `kind` is "sweep", "search" or "retrain"; `method` that of the run's configuration, "two_stage" or "one_stage";
-    `dataset` the data set's name; `where` a condition of MLflow's own search, such as
+    `dataset` the data set's name, "folder" of all own pictures, or what one folder of them is called; `where` a
+    condition of MLflow's own search, such as
     ``metrics.`test/top1` > 0.9 and params.seed = '1'``.
     """
 
@@ -110,10 +114,14 @@ def _query(filters: Filters) -> str:
 
     known = {"kind": KINDS, "method": METHODS, "dataset": get_args(DatasetName)}
     wanted: dict[str, str] = {name: value for name in known if (value := filters.get(name)) is not None}  # type: ignore[misc]
+    folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
-        if value not in known[name]:
+        if value not in known[name] and not (name == "dataset" and folder):
             raise ConfigError(f"{name} {value!r}: unknown, choose {', '.join(known[name])}")
-    conditions = [f"tags.`istanas.{name}` = '{value}'" for name, value in wanted.items()]
+    conditions = [
+        f"tags.`{FOLDER_TAG if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
+        for name, value in wanted.items()
+    ]
     if "kind" not in wanted:
         conditions.append("tags.`istanas.kind` LIKE '%'")
     where = (filters.get("where") or "").strip()

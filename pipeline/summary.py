@@ -55,11 +55,13 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
     )
 
 
-def of_retraining(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
-    """Of a retraining; arguments as above."""
+def of_retraining(
+    dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype, origin: str | None = None
+) -> str:
+    """Of a retraining; arguments as above, and where the genotype comes from."""
     return _page(
         f"{_headline(result)}retraining on {dataset}, {count(epochs, 'epoch')}.",
-        [*_tops(result), *_common(result)],
+        [*_tops(result), *_common(result), *([("genotype from", f"`{origin}`")] if origin else [])],
         genotype,
         again="istanas retrain --genotype genotype.json --config config.yaml",
         more=_note(result, "retrain", ""),

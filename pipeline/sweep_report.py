@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pandas as pd
-from markupsafe import Markup
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from scipy import stats
 
-from istanas.errors import ConfigError
+from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
-from pipeline import storage
+from pipeline import storage, sweep_plots
 from pipeline.fitted import Column, FittedTable
-from pipeline.pages import render
+from pipeline.outcome import shown_outcome
+from pipeline.pages import REPORT_PAGE, render
+from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, shown_value
 from pipeline.study import FAILED, SETTINGS, own_study
-from pipeline.sweep_space import sweep_of, trial_config
-from pipeline.tables import shown, shown_time
+from pipeline.sweep_space import short_names, sweep_of
+from pipeline.tables import percent, shown, shown_time
 from pipeline.tracking import read_link
 
 TABLE_FILE = "trials.csv"
 PAGE_FILE = "sweep.html"
 PLOTS = "plots"
-FEWEST_FOR_IMPORTANCES = 8  # finished trials: a forest that is fitted to fewer tells noise
 
 COLUMNS: dict[str, str] = {
     "trial": "Int64",
@@ -55,8 +53,6 @@ COLUMNS: dict[str, str] = {
 and `seconds` those of the search, `retrain_seconds` of the retraining (0 if there was none to do), `reused` says that
 another trial had retrained the same cell, `frozen_epochs` after which epochs of a one-stage search its nodes froze,
 `reason` why it failed."""
-
-Plot = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, with matplotlib, with plotly
 
 
 def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
@@ -121,11 +117,11 @@ def trials_table(frame: pd.DataFrame) -> FittedTable:
     Args:
         frame: as `sweep_frame` gives it.
     """
-    keys = [name for name in frame.columns if name not in COLUMNS]
+    keys = short_names(name for name in frame.columns if name not in COLUMNS)
     columns = [
         Column("trial"),
         Column("state", prose=True),
-        *(Column(key.rpartition(".")[2]) for key in keys),
+        *(Column(name) for name in keys.values()),
         *(
             Column(heading, right=True, rank=rank)
             for heading, rank in (("valid", 0), ("retrained", 1), ("params", 3), ("epochs", 4), ("time", 5))
@@ -134,12 +130,11 @@ def trials_table(frame: pd.DataFrame) -> FittedTable:
     ]
     rows = []
     for row in frame.to_dict("records"):
-        state = row["state"].lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
         same = " (same)" if not pd.isna(row["reused"]) and row["reused"] else ""
         rows.append(
             [
                 str(row["trial"]),
-                f"{state}{', on the front' if row['pareto'] else ''}",
+                _state(row),
                 *(shown(row[key], "{:.3g}" if isinstance(row[key], float) else "{}") for key in keys),
                 shown(row["valid_top1"], "{:.2%}"),
                 shown(row["retrained_top1"], "{:.2%}") + same,
@@ -166,115 +161,108 @@ def write_table(folder: Path, frame: pd.DataFrame) -> None:
     atomic_write(folder / TABLE_FILE, frame.to_csv(index=False))
 
 
-def write_figures(folder: Path, config: Config, own: Study, say: Callable[[str], None]) -> tuple[str, ...]:
-    """Importances, parallel coordinates, history; the Pareto front of several objectives; when one-stage nodes froze.
+def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
+    """Everything that the template's table of trials shows: all of them, the best first.
+
+    Args:
+        folder: the sweep's run directory, in which the trials' own directories lie.
+        frame: as `sweep_frame` gives it.
+
+    Returns:
+        "headings", "numbers" (places of the columns that hold numbers) and "rows" of (text, file or None): the file,
+        relative to the folder, is the report of the trial's search or retraining. Only a finished run has a report.
+    """
+    keys = short_names(name for name in frame.columns if name not in COLUMNS)
+    top1 = frame["retrained_top1"].fillna(frame["valid_top1"])
+    # Trials that were stopped early have been measured too early to be compared with the others.
+    order = pd.DataFrame({"done": frame["state"] == "COMPLETE", "top1": top1}).sort_values(
+        ["done", "top1"], ascending=False, kind="stable"
+    )
+    rows: list[list[tuple[str, str | None]]] = []
+    for row in frame.loc[order.index].to_dict("records"):
+        retrained = "" if pd.isna(row["retrained_top1"]) else percent(row["retrained_top1"])
+        texts = [
+            *(shown(row[key], "{:.4g}" if isinstance(row[key], float) else "{}") for key in keys),
+            "" if pd.isna(row["valid_top1"]) else percent(row["valid_top1"]),
+        ]
+        figures = [
+            shown(row["params"], "{:,}"),
+            shown(row["macs"], "{:,}"),
+            shown(row["epochs"], "{:,}"),
+            shown_time(row["seconds"]),
+            shown(row["digest"], "{:.8}"),
+        ]
+        rows.append(
+            [
+                (str(row["trial"]), _report_of(folder, row["run_dir"])),
+                (_state(row), None),
+                *((text, None) for text in texts),
+                (retrained, _report_of(folder, row["retrain_dir"])),
+                *((text, None) for text in figures),
+            ]
+        )
+    first = 2 + len(keys)
+    return {
+        "headings": [
+            *("trial", "state", *keys.values()),
+            *("in search", "retrained", "parameters", "multiply-adds", "epochs", "time", "genotype"),
+        ],
+        "numbers": set(range(first, first + 6)),
+        "rows": rows,
+    }
+
+
+def _report_of(folder: Path, run_dir: Any) -> str | None:
+    """The report of a run in a sweep's directory, relative to that; None if it has none."""
+    if pd.isna(run_dir):
+        return None
+    run = RunDir(folder / str(run_dir).rstrip("/").rpartition("/")[2])
+    try:
+        # Not whether the file is here: of runs in a bucket, the report is where the run was computed.
+        return f"{run.path.name}/{REPORT_PAGE}" if REPORT_PAGE in run.read().artifacts else None
+    except CheckpointError:  # missing, or damaged: the table is worth having without the link
+        return None
+
+
+def _state(row: Mapping[Any, Any]) -> str:
+    """What became of a trial, for people."""
+    state = shown_outcome(row["state"]).lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
+    return f"{state}{', on the front' if row['pareto'] else ''}"
+
+
+def write_figures(
+    folder: Path, config: Config, own: Study, frame: pd.DataFrame, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """Write a sweep's figures as PNG, and a page with the interactive ones and the table of all trials.
 
     Args:
         folder: the sweep's run directory.
         config: of the sweep.
         own: its own trials, as `own_study` gives them.
-        say: told of figures that can't be drawn, with the reason.
+        frame: the same, as `sweep_frame` gives them.
+        say: told of figures that cannot be drawn, with the reason.
 
     Returns:
         The files, relative to the folder.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    files: list[str] = []
-    parts: list[str] = []
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context(),
-    ):  # Optuna changes the style of all figures to come
-        warnings.simplefilter("ignore")  # of an axis that has one value
-        finished = len(own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-        if finished < FEWEST_FOR_IMPORTANCES:
-            say(
-                f"importances: not drawn ({finished} finished trials; below {FEWEST_FOR_IMPORTANCES} they are chance, "
-                "run more)"
-            )
-        for name, draw, draw_page in _plots(config, own):
-            try:
-                axes, figure = draw(), draw_page()
-            except Exception as error:  # too few trials, all with the same value: libraries' own reasons
-                say(f"{name.replace('_', ' ')}: not drawn ({error})")
-                continue
-            buffer = io.BytesIO()
-            picture = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
-            picture.set_size_inches(9, 5)
-            picture.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-            pyplot.close(picture)
-            files.append(f"{PLOTS}/{name}.png")
-            atomic_write(folder / files[-1], buffer.getvalue())
-            parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, div_id=name))
-    frozen = [t for t in own.get_trials(deepcopy=False) if t.user_attrs.get("frozen_epochs")]
-    if frozen:
-        files.append(f"{PLOTS}/freezing.png")
-        atomic_write(folder / files[-1], _freezing_figure(config, frozen))
-    if parts:
-        # Made by plotly: scripts, in which names are escaped as JSON.
-        page = render("sweep.html", title=f"Sweep {own.study_name}", parts=[Markup(part) for part in parts])
-        atomic_write(folder / PAGE_FILE, page)
-        files.append(PAGE_FILE)
-    return tuple(files)
-
-
-def _freezing_figure(config: Config, trials: Sequence[FrozenTrial]) -> bytes:
-    """The initial learning rate of each trial against the epochs after which its nodes froze, as PNG."""
-    from matplotlib import pyplot
-
-    def rate(trial: FrozenTrial) -> float:
-        return trial_config(config, trial.user_attrs[SETTINGS]).search.lr
-
-    trials = sorted(trials, key=rate)
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for trial in trials:
-        epochs = trial.user_attrs["frozen_epochs"]
-        axes.plot([rate(trial)] * len(epochs), epochs, "o", color="#4878a8", alpha=0.5, markersize=6)
-    last = [max(trial.user_attrs["frozen_epochs"]) for trial in trials]
-    axes.plot([rate(trial) for trial in trials], last, "-", color="#c44e52", label="last node of a trial")
-    axes.set(
-        xscale="log", xlabel="initial learning rate (search.lr)", ylabel="epoch after which a node froze"
+    plots = sweep_plots.draw_plots(config, own, say)
+    pictures = {plot.name: plot.png for plot in plots}
+    freezing = sweep_plots.draw_freezing(config, own)
+    if freezing is not None:
+        pictures["freezing"] = freezing
+    for name, png in pictures.items():
+        atomic_write(folder / PLOTS / f"{name}.png", png)
+    page = render(
+        "sweep.html",
+        title=f"Sweep {own.study_name}",
+        subtitle=f"{count(len(frame), 'trial')}; objective {', '.join(sweep_of(config).objectives)}",
+        footer=folder.name,
+        report=REPORT_PAGE,
+        plots=plots,
+        trials=page_table(folder, frame),
     )
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _plots(config: Config, own: Study) -> list[Plot]:
-    from optuna import visualization as page
-    from optuna.visualization import matplotlib as picture
-
-    objectives = sweep_of(config).objectives
-    done = own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    shared = [key for key in sweep_of(config).space if done and all(key in t.params for t in done)]
-
-    def top1(trial: FrozenTrial) -> float:
-        return float(trial.values[objectives.index("top1")])
-
-    of_top1 = {"target": top1 if len(objectives) > 1 else None, "target_name": "top-1"}
-    # Optuna's own choice of an evaluator asks what makes values low.
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    figures: list[tuple[str, str, dict[str, Any]]] = [
-        ("parallel_coordinates", "plot_parallel_coordinate", {"params": shared, **of_top1}),
-        ("history", "plot_optimization_history", of_top1),
-    ]
-    if len(done) >= FEWEST_FOR_IMPORTANCES:
-        figures.insert(0, ("importances", "plot_param_importances", {"evaluator": evaluator, **of_top1}))
-    if len(objectives) in (2, 3):
-        figures.append(("pareto_front", "plot_pareto_front", {"target_names": objectives}))
-
-    def bound(module: Any, function: str, options: dict[str, Any]) -> Callable[[], Any]:
-        return lambda: getattr(module, function)(own, **options)
-
-    return [(name, bound(picture, function, o), bound(page, function, o)) for name, function, o in figures]
+    atomic_write(folder / PAGE_FILE, page)
+    return (*(f"{PLOTS}/{name}.png" for name in pictures), PAGE_FILE)
 
 
 def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:

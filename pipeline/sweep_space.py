@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import optuna
@@ -39,6 +40,21 @@ def sweep_of(config: Config) -> SweepSettings:
     if config.sweep is None:
         raise ConfigError("sweep is missing: give a configuration with a sweep, such as sweep_digits.yaml")
     return config.sweep
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return what each key is called in tables and figures: its last part, or the whole key where two share that.
+
+    Args:
+        keys: of a sweep's space.
+
+    Example:
+        >>> short_names(["search.lr", "retrain.lr", "space.sparsity"])
+        {'search.lr': 'search.lr', 'retrain.lr': 'retrain.lr', 'space.sparsity': 'sparsity'}
+    """
+    last = {key: key.rpartition(".")[2] for key in keys}
+    shared = Counter(last.values())
+    return {key: name if shared[name] == 1 else key for key, name in last.items()}
 
 
 def distribution(parameter: Parameter) -> BaseDistribution | None:

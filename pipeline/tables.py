@@ -77,7 +77,9 @@ def _labels(frame: "pd.DataFrame") -> dict[str, str]:
         if names[row["name"]] > 1:
             # A run that was started over has the directory of the one before.
             label = folder if folder and folders[folder] == 1 else f"{folder or label} {row['run_id'][:8]}"
-        notes = [] if pd.isna(row["origin"]) else [row["origin"]]
+        # Of a cell that a run has found, the table says so by its place below that run.
+        found = pd.notna(row["parent_run_id"])
+        notes = [] if pd.isna(row["origin"]) or found else [row["origin"]]
         if row["outcome"] != "FINISHED":
             notes.append(shown_outcome(row["outcome"]))
         labels[row["run_id"]] = f"{label} ({', '.join(notes)})" if notes else label

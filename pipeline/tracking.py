@@ -26,9 +26,11 @@ from istanas.errors import CheckpointError
 from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline import links, registry
 from pipeline.interruption import uninterrupted
+from pipeline.outcome import FOLDER_TAG
+from pipeline.pages import without_file_links
 from pipeline.probe import by_proxy
 from pipeline.redaction import without_secrets
-from pipeline.rundir import DatasetUse, RunDir, RunRecord, atomic_write
+from pipeline.rundir import OWN_PICTURES, DatasetUse, RunDir, RunRecord, atomic_write
 from pipeline.storage import local, shown
 
 if TYPE_CHECKING:
@@ -476,7 +478,7 @@ class MLflowTracker:
             "istanas.kind": record.kind,
             "istanas.method": record.method,
             "istanas.dataset": record.dataset,
-            **({"istanas.data_folder": registry.data_label(record)} if record.dataset == "folder" else {}),
+            **({FOLDER_TAG: record.data_label} if record.dataset == OWN_PICTURES else {}),
             "istanas.key": record.key,
             "istanas.run_dir": shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
@@ -550,11 +552,16 @@ class MLflowTracker:
             if not file.is_file() or not file.resolve().is_relative_to(self.run_dir.path.resolve()):
                 missing.append(name)
                 continue
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = file.read_bytes()
+            page = without_file_links(content.decode()) if file.suffix == ".html" else None
+            digest = hashlib.sha256(content if page is None else page.encode()).hexdigest()
             if sent.get(name) == digest:
                 continue
             folder = Path(name).parent.as_posix()
-            client.log_artifact(self._link.run_id, str(file), None if folder == "." else folder)
+            if page is not None:
+                client.log_text(self._link.run_id, page, name)
+            else:
+                client.log_artifact(self._link.run_id, str(file), None if folder == "." else folder)
             sent[name] = digest
             new.append(name)
         if new:

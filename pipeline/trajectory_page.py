@@ -75,7 +75,7 @@ def write_trajectory_page(run: RunDir) -> None:
     page = render(
         "trajectory.html",
         title=f"{record.name}: epoch by epoch",
-        subtitle=f"{record.method.replace('_', '-')} search on {record.dataset}".capitalize(),
+        subtitle=f"{record.method.replace('_', '-')} search on ".capitalize() + record.data_label,
         footer=run.path.name,
         first=epochs[0],
         last=epochs[-1],

@@ -31,6 +31,7 @@ from pipeline.environment import write_environment
 from pipeline.epochs import Record
 from pipeline.fit import check_left_for_training, warnings_of
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
+from pipeline.pages import REPORT_PAGE
 from pipeline.pictures import (
     are_gone,
     check_fit,
@@ -42,7 +43,7 @@ from pipeline.pictures import (
     settle_stems,
 )
 from pipeline.progress import EpochBar
-from pipeline.report_page import REPORT_PAGE, write_report
+from pipeline.report_page import write_report
 from pipeline.resources import count
 from pipeline.rundir import (
     ENVIRONMENT_FILE,
@@ -166,6 +167,10 @@ class RunObserver:
 
     def go_on(self) -> bool:
         return True
+
+    def trial_done(self, text: str, done: int, seconds_left: float) -> None:
+        """Write the line of a trial that has ended, the last of `done`, with the time that the others will take."""
+        self._bar.epoch_line(text, done, seconds_left)
 
     def deliver(self) -> None:
         """Bring MLflow up to date with what else was written to the run directory."""

@@ -44,6 +44,7 @@ from pipeline.profiling import (
     step_seconds,
     time_by_kind,
 )
+from pipeline.rundir import data_label
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 from pipeline.tables import duration
 from pipeline.worker import compute_for, describe_place
@@ -188,7 +189,7 @@ def run_profile(
     result: ProfileResult = {
         "job": job,
         "method": config.method,
-        "dataset": dataset.name,
+        "dataset": data_label(config.data.name, config.data.root),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.space import Genotype
-from pipeline import summary
+from pipeline import storage, summary
 from pipeline.cluster import Runtime
 from pipeline.config import run_hash
 from pipeline.epochs import Record
@@ -57,7 +57,7 @@ def run_retrain(
         genotype: the cells.
         name: of the run.
         parent: run directory of the search that found it, or None.
-        origin: how the user named a random or published cell, or None.
+        origin: where the genotype comes from if no run has found it: a file, a random or a published cell.
         fresh: start over.
         console: for people.
         runtime: Ray, if there are workers.
@@ -66,6 +66,7 @@ def run_retrain(
     Returns:
         See `RetrainResult`.
     """
+    origin = _run_name(parent) if parent is not None else origin
 
     def describe(config: Config) -> JobSpec:
         return JobSpec(
@@ -107,7 +108,7 @@ def run_retrain(
             result=result,
             artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
             tags={},
-            description=summary.of_retraining(dataset.name, len(history), result, genotype),
+            description=summary.of_retraining(run.read().data_label, len(history), result, genotype, origin),
         )
 
     result = execute(
@@ -121,6 +122,12 @@ def run_retrain(
         wait=wait,
     )
     return cast(RetrainResult, result)
+
+
+def _run_name(run_dir: str) -> str:
+    """The name of a run's directory; of a sweep's trial after the name of the sweep's."""
+    path = storage.local(run_dir)
+    return f"{path.parent.name}/{path.name}" if RunDir(path.parent).exists() else path.name
 
 
 def describe_epoch(history: list[Record]) -> str:

@@ -122,7 +122,7 @@ def run_search(
         history = run_job("search", config, dataset, folder, observer, runtime)
         if isinstance(config, OneStageConfig):
             return _finish_one_stage(run, history, dataset, config, observer.note)
-        return _finish_two_stage(run, history, dataset, observer.note)
+        return _finish_two_stage(run, history, observer.note)
 
     one_stage = isinstance(config, OneStageConfig)
     describe = describe_one_stage_epoch if one_stage else describe_epoch
@@ -209,9 +209,7 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_two_stage(
-    run: RunDir, history: list[Record], dataset: ImageDataset, say: Callable[[str], None]
-) -> Outcome:
+def _finish_two_stage(run: RunDir, history: list[Record], say: Callable[[str], None]) -> Outcome:
     genotype = _write_last_genotype(run, history)
     m = history[-1]["metrics"]
     result = {**_figures(genotype, history), **accuracies(m, "valid")}
@@ -219,7 +217,7 @@ def _finish_two_stage(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
         tags={"istanas.genotype": genotype.digest()},
-        description=summary.of_two_stage_search(dataset.name, len(history), result, genotype),
+        description=summary.of_two_stage_search(run.read().data_label, len(history), result, genotype),
     )
 
 
@@ -258,7 +256,7 @@ def _finish_one_stage(
             WEIGHTS_FILE,
         ),
         tags={"istanas.genotype": genotype.digest()},
-        description=summary.of_one_stage_search(dataset.name, result, genotype),
+        description=summary.of_one_stage_search(run.read().data_label, result, genotype),
     )
 
 

@@ -7,12 +7,14 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -49,7 +51,7 @@ from pipeline.jobs.job import (
 from pipeline.jobs.results import SweepResult
 from pipeline.jobs.search import check_solver, search_spec, write_genotype
 from pipeline.launch import with_absolute_paths
-from pipeline.outcome import OUTCOME_TAG, PRUNED, TRIAL_TAG
+from pipeline.outcome import INTERRUPTED, OUTCOME_TAG, PRUNED, TRIAL_TAG
 from pipeline.pictures import check_fit, datasets_used, settle_stems
 from pipeline.preflight import check_gpus, check_nodes
 from pipeline.references import BEST
@@ -405,6 +407,8 @@ class _Trials:
         self._config, self._plan, self._run, self._study = config, plan, run, study
         self._observer = observer
         self._open: dict[int, tuple[Path, Config]] = {}  # begun, and not ended
+        self._began: dict[int, float] = {}  # in this sitting, when
+        self._took: list[float] = []  # seconds of the trials of this sitting that have ended
         self._delivered = not own_trials(study)  # an earlier sitting may have found no store
 
     def go_on(self) -> None:
@@ -432,6 +436,7 @@ class _Trials:
         self._keep()  # else another sitting might draw other settings for a trial that was announced
         announce(spec)
         self._open[index] = spec.path, config
+        self._began[index] = time.monotonic()
         return {
             "config": config,
             "name": name,
@@ -451,6 +456,7 @@ class _Trials:
 
     def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         path, config = self._open.pop(index)
+        self._took.append(time.monotonic() - self._began.pop(index))
         tags = {TRIAL_TAG: state.name, OUTCOME_TAG: OUTCOMES[state]}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
@@ -469,10 +475,15 @@ class _Trials:
         """
         self._open.clear()
         try:
+            frame = sweep_frame(self._config, self._study)
+            running = frame["state"] == TrialState.RUNNING.name
+            if running.any():  # the study knows no other word for a trial that the same command resumes
+                frame.loc[running, "state"] = INTERRUPTED
+                write_table(self._run.path, frame)
             self._delivered &= close_below(self._run.path, self._config)
             if not self._delivered:
                 deliver_below(self._run.path, self._config)
-        except (OSError, IstanasError) as error:
+        except (OSError, IstanasError, OptunaError) as error:
             # A full disk, a storage that is away: it must not hide what else has failed.
             self._observer.note(
                 f"runs of trials are left RUNNING ({one_line(error)}), the same command mends that"
@@ -483,7 +494,12 @@ class _Trials:
         self._run.replace_metrics(_metrics_lines(self._config, done))
         self._show()
         self._keep()
-        self._observer.note(describe_trial(index, self._trial(index)))
+        left = sweep_of(self._config).trials - len(done)
+        self._observer.trial_done(
+            describe_trial(index, self._trial(index)),
+            len(done),
+            seconds_left(self._took, left, self._plan.at_once),
+        )
         self._observer.deliver()
 
     def _keep(self) -> None:
@@ -520,6 +536,21 @@ class _Trials:
                 "data": with_absolute_paths(config.data),
             }
         )
+
+
+def seconds_left(took: Sequence[float], left: int, at_once: int) -> float:
+    """Estimate how long the rest of a sweep takes: trials run in rounds, each as long as a trial took on average.
+
+    Args:
+        took: seconds of the trials that have ended, at least one.
+        left: how many have not ended.
+        at_once: how many run at once.
+
+    Example:
+        >>> seconds_left([50.0, 70.0], left=9, at_once=2)
+        300.0
+    """
+    return fmean(took) * math.ceil(left / at_once)
 
 
 def describe_trial(index: int, trial: FrozenTrial) -> str:
@@ -693,7 +724,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
         )
     frame = sweep_frame(config, study)
     write_table(run.path, frame)
-    figures = write_figures(run.path, config, own, observer.note)
+    figures = write_figures(run.path, config, own, frame, observer.note)
     attributes = best.user_attrs
     found = storage.local(attributes["run_dir"])
     storage.fetch_parts(found, lambda name: name == GENOTYPE_FILE)
@@ -736,7 +767,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
         ),
         tags={"istanas.genotype": genotype.digest()},
         description=summary.of_sweep(
-            config.data.name,
+            run.read().data_label,
             {key: str(parameter) for key, parameter in sweep.space.items()},
             result,
             genotype,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.cli import run
@@ -53,6 +56,33 @@ def result(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         assert run(["compare", result["run_dir"], result["retrain_run_dir"], "--out", "compare"]) == 0
         assert run(["promote", result["retrain_run_dir"]]) == 0
     return {**result, "folder": folder}
+
+
+SWEEP = """
+data: {name: digits, holdout: 0.2}
+space: {nodes: 1, ops: [skip_connect, sep_conv_3x3]}
+search: {epochs: 1, batch_size: 128, init_channels: 4, layers: 3, max_pictures: 200}
+runtime: {threads: 1, device: cpu}
+sweep:
+  trials: 9
+  scheduler: none
+  space:
+    search.lr: {loguniform: [0.002, 0.3]}
+    search.weight_decay: {loguniform: [0.0001, 0.01]}
+    space.n_measurements: {int: [4, 7]}
+    space.matrix: {choice: [uniform, gaussian]}
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a sweep with enough trials for every figure."""
+    folder, said = tmp_path_factory.mktemp("sweep"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        Path("tiny.yaml").write_text(SWEEP)
+        assert run(["sweep", "--config", "tiny.yaml", "--json"]) == 0
+    return folder / json.loads(said.getvalue().splitlines()[-1])["run_dir"]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +128,12 @@ def watch(page: Page) -> list[str]:
     return seen
 
 
+def share_of_white(page: Page) -> float:
+    """How much of a whole page is white or nearly so."""
+    picture = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
+    return float((picture.min(axis=2) > 200).mean())
+
+
 # ---------- our pages, from the disk
 def move_slider(page: Page) -> None:
     """The trajectory's slider shows another epoch's cells and figures, by keyboard."""
@@ -141,6 +177,42 @@ def test_reports_open_from_the_disk_without_network_or_complaint(
         assert not wider, f"the page runs over at {width} px"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) is (scheme == "dark")
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    assert (share_of_white(page) < 0.05) is (scheme == "dark")
+    assert seen == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
+    page: Page, sweep: Path, scheme: Any
+) -> None:
+    seen = watch(page)
+    page.emulate_media(color_scheme=scheme)
+    page.goto((sweep / "sweep.html").as_uri())
+    expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
+    assert page.locator("#trials tbody tr").count() == 9
+    assert (share_of_white(page) < 0.05) is (scheme == "dark")
+
+    # Names and figures of parallel coordinates: whole, level, apart from each other.
+    figure = page.locator("#parallel_coordinates")
+    names = figure.locator(".xtick text")
+    assert names.all_text_contents() == ["top-1", "lr", "matrix", "n_measurements", "weight_decay"]
+    assert not any("rotate" in (name.get_attribute("transform") or "") for name in names.all())
+    boxes = sorted(
+        (box["x"], box["x"] + box["width"]) for name in names.all() if (box := name.bounding_box())
+    )
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(boxes)), "names overlap"
+    ink = "rgb(230, 233, 238)" if scheme == "dark" else "rgb(29, 33, 41)"
+    texts = page.locator(".js-plotly-plot .main-svg text")
+    fills = texts.evaluate_all("texts => texts.map(text => getComputedStyle(text).fill)")
+    assert set(fills) == {ink}
+
+    for width in (1400, 800, 400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        assert not wider, f"the page runs over at {width} px"
+    page.locator("#trials tbody a").first.click()
+    expect(page.get_by_role("heading", name=re.compile("^trial-"))).to_be_visible()
     assert seen == []
 
 

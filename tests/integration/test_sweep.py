@@ -23,8 +23,9 @@ from pipeline.cli import run
 from pipeline.config import load
 from pipeline.rundir import RunDir
 from pipeline.study import STUDY_FILE
-from pipeline.sweep_report import COLUMNS, read_table
+from pipeline.sweep_report import COLUMNS, read_table, trials_table
 from pipeline.tracking import open_client
+from tests.pipeline.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 
 TRIALS = 6
@@ -141,6 +142,32 @@ def runs_of(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
 
+def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = whole
+    sweep, frame = sweep_directory(folder), table(folder)
+    done = frame[frame["state"] == "COMPLETE"]
+    reports = {f"{Path(run).name}/report.html" for run in [*done["run_dir"], *done["retrain_dir"]]}
+    for name, other in (("report.html", "sweep.html"), ("sweep.html", "report.html")):
+        page = Page(sweep / name)
+        assert len(page.trials) == TRIALS
+        assert set(page.files) == reports | {other, "trials.csv"}
+        assert all((sweep / file).is_file() for file in page.files)
+    client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
+    seen = set()
+    for each in runs_of(folder):
+        names = {file.path for file in client.list_artifacts(each.info.run_id)}
+        for name in names & {"report.html", "trajectory.html", "sweep.html"}:
+            page = Page(Path(client.download_artifacts(each.info.run_id, name, str(tmp_path))))
+            assert page.files == [], (name, each.info.run_name)
+            seen.add((each.data.tags["istanas.kind"], name))
+    assert seen == {
+        *((kind, "report.html") for kind in ("sweep", "search", "retrain")),
+        *(("sweep", "sweep.html"), ("search", "trajectory.html")),
+    }
+
+
 def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(whole: tuple[Path, Any]) -> None:
     folder, result = whole
     frame = table(folder)
@@ -163,6 +190,15 @@ def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(who
     finished = {run.info.run_id for run in trials if run.info.status == "FINISHED"}
     assert len(finished) == result["complete"]
     assert sum(run.info.status == "KILLED" for run in trials) == result["pruned"]
+    assert sum(run.data.tags["istanas.outcome"] == "PRUNED" for run in trials) == result["pruned"]
+    directories = {run.info.run_id: Path(run.data.tags["istanas.run_dir"]) for run in trials}
+    for cell in cells:  # which trial has found what they retrain, for people
+        trial = directories[cell.data.tags["mlflow.parentRunId"]]
+        origin = f"{trial.parent.name}/{trial.name}"
+        assert cell.data.tags["istanas.genotype_from"] == origin
+        assert f"- genotype from: `{origin}`" in cell.data.tags["mlflow.note.content"]
+        report = Page(Path(cell.data.tags["istanas.run_dir"]) / "report.html").text
+        assert f"Retraining on digits, genotype from {origin}, ended" in report
     assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= finished
     assert len(cells) == frame.loc[frame["state"] == "COMPLETE", "digest"].nunique()
     assert frame["reused"].fillna(False).sum() == result["complete"] - len(cells)
@@ -276,6 +312,20 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     for path in sweep_directory(tmp_path).glob("*/metrics.jsonl"):
         steps = [line.step for line in RunDir(path.parent).metrics()]
         assert steps == list(range(1, len(steps) + 1))
+
+
+def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_path: Path) -> None:
+    process = start(tmp_path, "--set", "sweep.trials=3", "--set", "search.epochs=40", stderr=subprocess.PIPE)
+    wait_for(lambda: bool(list(tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))), 120)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    frame = table(tmp_path)
+    assert list(frame["state"]) == ["INTERRUPTED"]
+    assert trials_table(frame).rows[0][1] == "interrupted, resumable"
+    found = {run.data.tags["istanas.kind"]: run.data.tags["istanas.outcome"] for run in runs_of(tmp_path)}
+    assert found == {"sweep": "INTERRUPTED", "search": "INTERRUPTED"}
 
 
 def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_the_sweep_goes_on(

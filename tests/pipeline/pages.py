@@ -43,6 +43,17 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     @property
+    def files(self) -> list[str]:
+        """The files that its links lead to, as they are written."""
+        return [link["href"] for link in self.all("a") if not link["href"].startswith("#")]
+
+    @property
+    def trials(self) -> list[list[str]]:
+        """The rows of the table of a sweep's trials, each with the sources of its cells."""
+        table = self.source.partition('id="trials"')[2].partition("</section>")[0]
+        return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+
+    @property
     def sections(self) -> list[str]:
         return [section["id"] for section in self.all("section")]
 
@@ -51,7 +62,7 @@ class Page(HTMLParser):
         for tag, attributes in self.tags:
             for name, value in attributes.items():
                 if name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
-                    beside = tag == "a" and re.fullmatch(r"\w+\.html", value)
+                    beside = tag == "a" and re.fullmatch(r"([\w-]+/)?[\w-]+\.(html|csv)", value)
                     assert value.startswith(("data:", "#")) or beside, (tag, name, value[:80])
                 assert not name.startswith("on"), (tag, name)
                 for address in re.findall(r"url\(([^)]*)\)", value):

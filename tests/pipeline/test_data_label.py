@@ -7,7 +7,9 @@ import pytest
 
 from pipeline import cli
 from pipeline.registry import registered_name
-from pipeline.rundir import RunDir, RunRecord
+from pipeline.report import genotypes_frame, results_frame
+from pipeline.rundir import DatasetUse, RunDir, RunRecord, data_label
+from pipeline.tracking import MLflowTracker, open_client
 
 RECORD = RunRecord(
     name="x",
@@ -42,6 +44,35 @@ def test_names_of_built_in_data_sets_and_given_names_stay() -> None:
     assert named(dataset="cifar10") == "istanas-cifar10"
     assert named(params={}) == "istanas-folder"
     assert registered_name("mine", RECORD) == "mine"
+
+
+def delivered(folder: Path, root: str) -> str:
+    """Deliver a finished retraining of the pictures in a folder; returns its MLflow run id."""
+    name = Path(root).name
+    run = RunDir(folder / name)
+    source = f"/data/{root}"
+    use = DatasetUse(data_label("folder", source), "test", 16 * "a", source, 10, 2, (1, 8, 8))
+    record = dataclasses.replace(
+        RECORD,
+        **{"name": name, "key": root, "datasets": (use,), "params": {"data.root": source}},
+        tags={"istanas.genotype": 64 * "a"},
+    )
+    run.write(record)
+    tracker = MLflowTracker(run, tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment="x", models=False)
+    assert tracker.deliver()
+    return str(tracker.run_id)
+
+
+def test_mlflow_and_the_frames_name_own_pictures_by_their_folder(tmp_path: Path) -> None:
+    uri, ids = f"sqlite:///{tmp_path}/mlflow.db", [delivered(tmp_path, root) for root in ("cats", "dogs")]
+    names = [data_label("folder", f"/data/{root}") for root in ("cats", "dogs")]
+    inputs = [open_client(uri).get_run(run_id).inputs.dataset_inputs for run_id in ids]
+    assert [each[0].dataset.name for each in inputs] == names
+    for frame in (results_frame(tracking_uri=uri), genotypes_frame(tracking_uri=uri)):
+        assert sorted(frame["dataset"]) == names
+    (one,) = results_frame(tracking_uri=uri, dataset=names[0])["name"]
+    assert one == "cats"
+    assert len(results_frame(tracking_uri=uri, dataset="folder")) == 2
 
 
 @pytest.mark.parametrize(

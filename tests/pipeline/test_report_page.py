@@ -18,11 +18,14 @@ from pipeline.environment import write_environment
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search, write_genotype
 from pipeline.jobs.sweep import SECTIONS
-from pipeline.pages import figure, inline_svg
-from pipeline.report_page import MOST_TRIALS, write_report
+from pipeline.pages import figure, inline_svg, without_file_links
+from pipeline.report_page import write_report
 from pipeline.rundir import RunDir, RunRecord
-from pipeline.sweep_report import sweep_frame, write_figures, write_table
+from pipeline.sweep_report import page_table, sweep_frame, trials_table, write_figures, write_table
+from pipeline.tracking import MLflowTracker, open_client
+from pipeline.trajectory_page import write_trajectory_page
 from tests.pipeline.pages import Page
+from tests.pipeline.test_data_label import RECORD
 from tests.pipeline.test_sweep_job import ended_sweep
 
 TINY = ["space.nodes=2", "runtime={threads: 1, device: cpu}", "tracking.enabled=false"]
@@ -56,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
             }
             if kind == "retrain":
                 genotype = random_genotype(0, CellSpace(n_nodes=2))
-                result: Any = run_retrain(config, genotype, parent=None, **common)
+                result: Any = run_retrain(config, genotype, parent=None, origin="random:0", **common)
             else:
                 result = run_search(config, **common)
         found[kind] = RunDir(result["run_dir"])
@@ -122,6 +125,25 @@ def test_figures_settings_environment_and_command_are_those_of_the_run(
         assert (f">{split}</text>" in curves) == measured
 
 
+def test_a_retraining_says_where_its_genotype_comes_from(runs: dict[str, RunDir]) -> None:
+    record = runs["retrain"].read()
+    assert record.tags["istanas.genotype_from"] == "random:0"
+    assert "- genotype from: `random:0`\n" in record.description
+    assert "Retraining on digits, genotype from random:0, ended" in page_of(runs["retrain"]).text
+
+
+def test_own_pictures_are_named_by_their_folder(copy: RunDir) -> None:
+    record = dataclasses.replace(
+        copy.read(), dataset="folder", params={**copy.read().params, "data.root": "/data/Pets"}, datasets=()
+    )
+    copy.write(record)
+    write_report(copy)
+    write_trajectory_page(copy)
+    assert f"Two-stage search on {record.data_label}, ended" in page_of(copy).text
+    assert f"Two-stage search on {record.data_label} " in Page(copy.path / "trajectory.html").text
+    assert record.data_label.startswith("data-pets-")
+
+
 def test_it_can_be_made_again_and_is_the_same(runs: dict[str, RunDir]) -> None:
     for run in runs.values():
         first = (run.path / "report.html").read_bytes()
@@ -168,8 +190,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = RunDir(folder / "made-up-sweep")
     run.path.mkdir()
     frame = sweep_frame(config, study)
+    frame["run_dir"] = [f"{run.path}/trial-{number:04d}" for number in range(60)]
     write_table(run.path, frame)
-    write_figures(run.path, config, study, lambda _: None)
+    for number, artifacts in ((2, ("report.html",)), (4, ())):
+        trial = dataclasses.replace(RECORD, artifacts=artifacts)
+        RunDir(run.path / f"trial-{number:04d}").write(trial)
+    write_figures(run.path, config, study, frame, lambda _: None)
     genotype = random_genotype(0, CellSpace())
     write_genotype(run.path, genotype)
     write_environment(run, "sweep")
@@ -197,7 +223,6 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
     page.check_loads_nothing()
     page.check_ids()
     assert sorted(page.sections) == sorted([*COMMON, "best", "trials", "plots"])
-    assert page.all("a") == []
     assert "Beside this page: interactive figures in sweep.html" in page.text
     text = page.text
     for words in (
@@ -207,19 +232,49 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
         "parameters 40,482",
         "time 1 min 28 s",
         "uniform 0.01 .. 0.1",
-        f"The best {MOST_TRIALS} of 60 trials; all stand in trials.csv.",
+        "The best trial stands first. All figures are in trials.csv",
     ):
         assert words in text, words
-    rows = page.source.partition('id="trials"')[2].partition("</section>")[0].split("<tr>")[1:]
-    assert len(rows) == MOST_TRIALS + 1
-    tops = [float(re.findall(r"([\d.]+) %", row)[1]) for row in rows[1:]]
+    tops = [float(re.findall(r"([\d.]+) %", row)[1]) for row in map(" ".join, page.trials[:-1])]
     assert tops == sorted(tops, reverse=True)  # the best first
-    assert "failed" not in "".join(rows)  # the last of all
+    assert page.trials[-1][1] == "failed: IstanasError: the loss is NaN"
     assert len(page.all("img")) == len(list((sweep.path / "plots").glob("*.png"))) >= 3
     # Optuna's figures have a style of their own; ours have not caught it.
     curves = page.source.partition('id="curves"')[2].partition("</figure>")[0]
     assert "#e5e5e5" not in curves
     assert "best top-1 so far, %" in curves
+
+
+@pytest.mark.parametrize("name", ["report.html", "sweep.html"])
+def test_both_pages_of_a_sweep_have_all_trials_and_link_to_the_reports_that_exist(
+    sweep: RunDir, name: str
+) -> None:
+    page = Page(sweep.path / name)
+    page.check_ids()
+    numbers = [re.sub("<[^>]*>", "", row[0]) for row in page.trials]
+    assert sorted(map(int, numbers)) == list(range(60))
+    other = {"report.html": "sweep.html", "sweep.html": "report.html"}[name]
+    assert sorted(page.files) == [other, "trial-0002/report.html", "trials.csv"]
+    assert [row[0] for row in page.trials if "href" in row[0]] == [
+        '<a data-file href="trial-0002/report.html">2</a>'
+    ]
+    assert Page(written(sweep, without_file_links(page.source))).files == []
+
+
+def written(run: RunDir, text: str) -> Path:
+    """A file with this text."""
+    file = run.path / "delivered.html"
+    file.write_text(text)
+    return file
+
+
+def test_keys_with_the_same_last_part_are_told_apart(tmp_path: Path) -> None:
+    space = "{search.lr: {uniform: [0.01, 0.1]}, retrain.lr: {uniform: [0.01, 0.1]}, space.sparsity: {int: [1, 2]}}"
+    config, study = ended_sweep(tmp_path, f"sweep={{trials: 9, scheduler: none, space: {space}}}", trials=9)
+    frame = sweep_frame(config, study)
+    headings = ["trial", "state", "search.lr", "retrain.lr", "sparsity"]
+    assert page_table(tmp_path, frame)["headings"][:5] == headings
+    assert [column.heading for column in trials_table(frame).columns[:5]] == headings
 
 
 def test_ids_of_one_picture_do_not_meet_those_of_another() -> None:
@@ -236,10 +291,23 @@ def test_ids_of_one_picture_do_not_meet_those_of_another() -> None:
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_pages_that_mlflow_shows_link_to_no_file(runs: dict[str, RunDir], kind: str) -> None:
+def test_pages_link_to_files_beside_them_and_mlflow_receives_them_without_links(
+    runs: dict[str, RunDir], kind: str, tmp_path: Path
+) -> None:
     """Its viewer of artifacts blocks a page that another one leads to."""
-    pages = [file for file in runs[kind].path.glob("*.html") if file.name != "sweep.html"]
-    assert pages
-    for file in pages:
-        links = [link["href"] for link in Page(file).all("a")]
-        assert [link for link in links if not link.startswith("#")] == []
+    run = runs[kind]
+    pages = sorted(run.path.glob("*.html"))
+    links = [link for page in pages for link in Page(page).files]
+    assert links == ([] if kind == "retrain" else ["trajectory.html", "report.html"])
+    assert all((run.path / link).is_file() for link in links)
+    tracker = MLflowTracker(run, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="x", models=False)
+    assert tracker.deliver()
+    assert tracker.last_delivery is not None
+    assert {page.name for page in pages} <= set(tracker.last_delivery.artifacts)
+    client = open_client(tracker.tracking_uri)
+    for page in pages:
+        delivered = Path(client.download_artifacts(str(tracker.run_id), page.name, str(tmp_path)))
+        assert Page(delivered).files == []
+        assert "".join(Page(delivered).texts) == "".join(Page(page).texts)
+    assert tracker.deliver()
+    assert tracker.last_delivery.artifacts == (), "what is there is not sent again"

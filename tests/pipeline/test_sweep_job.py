@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from istanas.data import load_dataset
@@ -22,6 +23,7 @@ from pipeline.resources import Node
 from pipeline.schema import Config
 from pipeline.searcher import StudySearcher
 from pipeline.study import open_study, own_study, own_trials
+from pipeline.sweep_plots import draw_plots
 from pipeline.sweep_report import (
     COLUMNS,
     kendall_tau,
@@ -270,7 +272,7 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
 def test_importances_of_few_trials_are_not_drawn_and_it_is_said(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, trials=8)  # one of which failed
     said: list[str] = []
-    files = write_figures(tmp_path, config, own_study(study), said.append)
+    files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert "plots/importances.png" not in files
     assert "plots/history.png" in files
     assert said == ["importances: not drawn (7 finished trials; below 8 they are chance, run more)"]
@@ -282,7 +284,7 @@ def test_importances_of_few_trials_are_not_drawn_and_it_is_said(tmp_path: Path) 
 def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]", trials=9)
     said: list[str] = []
-    files = write_figures(tmp_path, config, own_study(study), said.append)
+    files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert said == []
     assert files == (
         "plots/importances.png",
@@ -303,9 +305,52 @@ def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path)
     assert " src=" not in page.replace(" src=src", "")[:2000]
 
 
+@pytest.mark.parametrize("overrides", [[], ["sweep.objectives=[top1, params]"]])
+def test_the_labels_of_parallel_coordinates_can_be_read(tmp_path: Path, overrides: list[str]) -> None:
+    labels = ["top-1", "init_channels", "lr", "matrix", "weight_decay"]
+    space = (
+        "search.lr: {loguniform: [0.001, 0.3]}, search.weight_decay: {uniform: [0, 0.001]}, "
+        "search.init_channels: {int: [4, 9]}, space.matrix: {choice: [uniform, gaussian]}"
+    )
+    sweep = f"sweep={{trials: 9, scheduler: none, space: {{{space}}}}}"
+    config, study = ended_sweep(tmp_path, sweep, *overrides, trials=9)
+    (plot,) = (
+        p for p in draw_plots(config, own_study(study), pytest.fail) if p.name == "parallel_coordinates"
+    )
+    figure = figure_of(plot.html)
+    assert figure["layout"]["xaxis"]["ticktext"] == labels
+    assert figure["layout"]["xaxis"]["tickangle"] == 0
+    texts = [(labels[int(each["x"])], each["text"]) for each in figure["layout"]["annotations"]]
+    assert {text for label, text in texts if label == "matrix"} == {"uniform", "gaussian"}
+    assert all(text.isdigit() for label, text in texts if label == "init_channels")
+    assert all(len(text.replace("0.", "").lstrip("0")) <= 3 for label, text in texts if label == "lr")
+    assert plot.width >= 100 * len(labels)
+    width, height = Image.open(io.BytesIO(plot.png)).size
+    assert width / len(labels) > 150
+    assert height < 620, "level labels need little room below the axes"
+
+
+def figure_of(html: str) -> Any:
+    """Data and layout of a figure, as plotly writes them into a page."""
+    decoder, start = json.JSONDecoder(), html.rindex("Plotly.newPlot(")
+    data, end = decoder.raw_decode(html, html.index("[", start))
+    layout, _ = decoder.raw_decode(html, html.index("{", end))
+    return {"data": data, "layout": layout}
+
+
+def test_interactive_figures_bring_no_ground_of_their_own(tmp_path: Path) -> None:
+    config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]", trials=9)
+    plots = draw_plots(config, own_study(study), pytest.fail)
+    assert len(plots) == 4
+    for plot in plots:
+        layout = figure_of(plot.html)["layout"]
+        assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
+        assert "bgcolor" not in json.dumps(layout["template"])
+
+
 def test_a_figure_that_can_not_be_drawn_is_told(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, spread=0)
     said: list[str] = []
-    files = write_figures(tmp_path, config, own_study(study), said.append)
+    files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert any(line.startswith("importances: not drawn (") for line in said)
     assert "plots/history.png" in files
