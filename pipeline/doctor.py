@@ -139,10 +139,11 @@ def check_store(tracking_uri: str | None) -> Check:
     if file is not None and not file.exists():
         if os.access(file.parent, os.W_OK):
             return Check(name, "ok", f"{shown} (the first run creates it)")
+        why = "can't be written" if file.parent.exists() else "does not exist"
         return Check(
             name,
             "fail",
-            f"{shown}: {file.parent} can't be written",
+            f"{shown}: {file.parent} {why}",
             "work in another folder or set MLFLOW_TRACKING_URI",
         )
     try:

@@ -7,7 +7,7 @@ run is found without MLflow.
 import difflib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pipeline.tracking import (
     read_link,
     sqlite_file,
     store_exists,
+    store_of_run,
     store_uri,
 )
 
@@ -213,6 +214,42 @@ def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any
     return method == "one_stage"
 
 
+def run_of_config(file: Path) -> RunDir | None:
+    """The run whose own configuration a file is, or, in the folder `best`, that of a sweep's best trial; else None."""
+    folder = file.absolute().parent
+    run = RunDir(folder.parent if folder.name == "best" else folder)
+    return run if file.name == CONFIG_FILE and run.exists() else None
+
+
+def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration that a run has written; places in it that are gone are looked for where the run is now.
+
+    It names the MLflow store, and perhaps the runs' folder, absolutely. If the project was moved, these are found by
+    the run directory, unless they are overridden.
+
+    Args:
+        file: the configuration.
+        run: the run.
+        overrides: as `pipeline.config.load` takes them.
+
+    Raises:
+        ConfigError: as `pipeline.config.load`.
+    """
+    config, given = load(file, overrides), {override.partition("=")[0] for override in overrides}
+    if not given & {"tracking", "tracking.uri"}:
+        tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
+        config = config.model_copy(update={"tracking": tracking})
+    runs_dir = config.runtime.runs_dir
+    if (
+        not given & {"runtime", "runtime.runs_dir"}
+        and Path(runs_dir).is_absolute()
+        and not Path(runs_dir).exists()
+    ):
+        runtime = config.runtime.model_copy(update={"runs_dir": str(run.path.absolute().parent)})
+        config = config.model_copy(update={"runtime": runtime})
+    return config
+
+
 @dataclass(frozen=True)
 class Origin:
     """The run that a genotype comes from, as a retraining takes settings from it.
@@ -267,7 +304,7 @@ def _origin(run: RunDir, file: Path) -> Origin:
             f"run {shown}: has no {file.name}, which says on which pictures to train: give --config"
         )
     record = run.read()
-    return Origin(shown, record.name.removesuffix(f"-{record.kind}"), load(file))
+    return Origin(shown, record.name.removesuffix(f"-{record.kind}"), load_of_run(file, run))
 
 
 def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:

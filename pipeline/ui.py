@@ -16,7 +16,15 @@ from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.interruption import signals_interrupt
-from pipeline.tracking import artifact_root, one_line, open_client, public_uri, store_exists, store_uri
+from pipeline.tracking import (
+    artifact_root,
+    check_folder,
+    one_line,
+    open_client,
+    public_uri,
+    store_exists,
+    store_uri,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,10 +100,16 @@ def serve_ui(
         The exit code: 0 after Ctrl-C.
 
     Raises:
-        ConfigError: the port or the host can't be used.
+        ConfigError: the port or the host can't be used, or the store's folder does not exist.
         IstanasError: MLflow's server ended by itself.
     """
     uri = store_uri(tracking_uri)
+    try:
+        check_folder(uri)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"MLflow store {public_uri(uri)}: {one_line(error)}; correct tracking.uri or MLFLOW_TRACKING_URI"
+        ) from None
     if uri.startswith(("http://", "https://")):
         server_pages = public_uri(uri)  # a server shows its pages itself
         announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
