@@ -517,7 +517,7 @@ def test_a_matrix_of_any_scale_is_certified_or_refused_without_numpys_warnings(s
         warnings.simplefilter("ignore", RecoveryWarning)
         recover_nodes([scale * A], [b], L1, "homotopy", supports=supports)
         if scale > 1:
-            with pytest.raises(SolverError, match="^no solver recovers 0 "):
+            with pytest.raises(SolverError, match=r"^no solver recovers 0 "):
                 recover_certified([scale * A], [b], L1, supports=supports)
         else:
             assert recover_certified([scale * A], [b], L1, supports=supports)[0].converged
