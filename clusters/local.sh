@@ -24,6 +24,7 @@ DASHBOARD_PORT=${LOCAL_DASHBOARD_PORT:-8265}
 CLIENT_PORT=${LOCAL_CLIENT_PORT:-10001}
 SECONDS_TO_START=180
 SECONDS_TO_STOP=30
+VARIABLES= # what a user has to set beside RAY_AUTH_MODE
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
@@ -40,8 +41,6 @@ if os.getpgrp() != os.getpid():
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-# Ray notes the cluster's address there, and makes the folder only for a head that has no other one.
-pathlib.Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").mkdir(parents=True, exist_ok=True)
 state, (nodes, cpus, port, dashboard, client) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
 own = {"node_ip_address": "127.0.0.1", "num_cpus": cpus}
 own |= {"dashboard_agent_listen_port": None}  # any, so that two clusters do not want the same; without its agent a node takes no jobs
@@ -119,6 +118,7 @@ up() {
     mkdir -m 700 "$STATE" 2>/dev/null || fail "LOCAL_STATE is $STATE, which is there already: name a folder that is not"
     cd "$STATE"
     touch "$MARK"
+    make_folder_of_ray
     if ! start "$nodes" "$cpus"; then
         # On a busy machine a node may miss Ray's own limit of 30 seconds.
         if ! grep -q "timed out during startup" log || ! start "$nodes" "$cpus"; then
@@ -128,7 +128,19 @@ up() {
         fi
     fi
     cat ready
-    echo "next: export RAY_AUTH_MODE=token, and the commands at the top of clusters/local.sh"
+    echo "next: export RAY_AUTH_MODE=token$VARIABLES, and the commands at the top of clusters/local.sh"
+}
+
+# Ray writes the cluster's address for `--address auto` into its default folder, which it does not create for a head that has
+# another one. On a machine with several users, the folder or the file in it may belong to somebody else.
+make_folder_of_ray() {
+    local folder=${RAY_TMPDIR:-${TMPDIR:-/tmp}}/ray
+    local file=$folder/ray_current_cluster
+    if mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] && { [ ! -e "$file" ] || [ -w "$file" ]; }; then return; fi
+    mkdir -p "$STATE/ray"
+    export RAY_TMPDIR=$STATE
+    VARIABLES=" RAY_TMPDIR=$STATE"
+    echo "$folder can't be written (it may belong to another user): $STATE/ray is used; --address auto finds it by RAY_TMPDIR"
 }
 
 start() {

@@ -395,8 +395,16 @@ def results(
     config, _ = _load(file, overrides)
     console = _console(as_json)
     from pipeline import report, tables
+    from pipeline.tracking import public_uri, store_exists, store_uri
 
     store = {"tracking_uri": config.tracking.uri, "experiment": config.tracking.experiment}
+    if sweep_run is None and not store_exists(uri := store_uri(config.tracking.uri)):
+        console.print(
+            f"MLflow store {public_uri(uri)}: does not exist; if the runs are in another one, set tracking.uri or "
+            "MLFLOW_TRACKING_URI",
+            highlight=False,
+            soft_wrap=True,
+        )
     if sweep_run is not None:
         from pipeline.sweep_report import read_table, trials_table
 
@@ -894,19 +902,14 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
     from pipeline import storage
-    from pipeline.config import load
-    from pipeline.references import resolve_run
-    from pipeline.tracking import store_of_run
+    from pipeline.references import load_of_run, resolve_run
 
     config, _ = _load(file, overrides)
     run = resolve_run(
         reference, runs_dir=storage.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
     if file is None and (run.path / "config.yaml").exists():
-        given, config = config.tracking.uri, load(run.path / "config.yaml", overrides)
-        if given is None:  # with --set: where the user says, whatever became of it
-            tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
-            config = config.model_copy(update={"tracking": tracking})
+        config = load_of_run(run.path / "config.yaml", run, overrides)
     return run, config
 
 
@@ -973,27 +976,25 @@ def _load(
 ) -> tuple[Config, str]:
     """Configuration and the name of its runs."""
     from pipeline.config import default_file, load
+    from pipeline.references import load_of_run, run_of_config
 
     if file is not None and "://" in file:
         raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
     path = default_file() if file is None else Path(file)
-    config = load(path, _overrides(overrides, workers, address))
-    return config, config.tracking.name or _name_of(path)
+    given, run = _overrides(overrides, workers, address), run_of_config(path)
+    config = load(path, given) if run is None else load_of_run(path, run, given)
+    return config, config.tracking.name or _name_of(path, run)
 
 
-def _name_of(path: Path) -> str:
+def _name_of(path: Path, run: RunDir | None) -> str:
     """What runs of a configuration file are called: the file, or the run whose own configuration it is."""
-    from pipeline.rundir import RunDir
-
-    best = path.parent.name == "best"
-    run = RunDir(path.absolute().parent.parent if best else path.absolute().parent)
-    if path.name != "config.yaml" or not run.exists():
+    if run is None:
         return path.stem
     try:
         name = run.read().name
     except CheckpointError:  # the configuration is whole, and the name of a broken run is not needed
         return path.stem
-    return f"{name}-best" if best else name
+    return name if run.path == path.absolute().parent else f"{name}-best"
 
 
 def _write_csv(file: Path, text: str) -> None:

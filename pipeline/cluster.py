@@ -130,11 +130,12 @@ class Runtime:
             # What was refused has no run directory to collect logs in.
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def start(self, run_dir: Path, *, dashboard: bool = False) -> None:
+    def start(self, run_dir: Path, *, dashboard: bool = False, say: Say | None = None) -> None:
         """Start or join Ray, unless that has been done.
 
         Args:
             run_dir: of the job; Ray's logs go there.
+            say: told where the workers run if only RAY_ADDRESS in the environment says so.
             dashboard: with its server, on 127.0.0.1: Ray Train asks it who lives, to give back the places of
                 workers whose job was stopped from outside. It takes some seconds, and memory.
 
@@ -146,6 +147,10 @@ class Runtime:
             return
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             return
+        if say is not None and self.address_from_environment is not None:
+            say(
+                f"RAY_ADDRESS is {self.address_from_environment}: the workers run there; unset it to start Ray here"
+            )
         if self._address is None:
             check_machine(self._settings)
         else:
@@ -217,18 +222,19 @@ class Runtime:
         """Whether this command has joined a cluster, rather than started Ray here or found it running."""
         return self._ours and self._address is not None
 
-    def nodes(self, run_dir: Path) -> list[Node]:
+    def nodes(self, run_dir: Path, say: Say) -> list[Node]:
         """What there is: of the cluster, which is joined for it, or, without an address, of this machine.
 
         Args:
             run_dir: Ray's logs go there.
+            say: as `start` takes it.
 
         Raises:
             IstanasError: if the address does not answer.
         """
         if self._address is None:
             return [this_machine()]
-        self.start(run_dir)
+        self.start(run_dir, say=say)
         return cluster_nodes()
 
     def allot(self) -> Allotment:

@@ -5,14 +5,13 @@ import os
 import shutil
 import sys
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from istanas.errors import IstanasError
-from pipeline.probe import by_proxy
+from pipeline.probe import by_proxy, unreachable
 from pipeline.resources import Node, count, parse_workers, threads_per_worker, usable_cores
 from pipeline.schema import DataSettings
 from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
@@ -102,7 +101,7 @@ def check_cluster(address: str) -> Check:
     Args:
         address: as `runtime.address`.
     """
-    from pipeline.cluster import NOT_RAY, ask_ray, check_address, named
+    from pipeline.cluster import NOT_RAY, ask_ray, check_address, from_environment, named
 
     try:
         check_address(address)
@@ -110,7 +109,10 @@ def check_cluster(address: str) -> Check:
         return Check("cluster", "fail", str(error))
     if not ask_ray(address)():
         return Check("cluster", "fail", f"{named(address)} {address}", NOT_RAY)
-    return Check("cluster", "ok", f"Ray answers at {address}; each worker gets cores / workers threads there")
+    by = " (RAY_ADDRESS)" if from_environment(address) else ""
+    return Check(
+        "cluster", "ok", f"Ray answers at {address}{by}; each worker gets cores / workers threads there"
+    )
 
 
 def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:
@@ -139,19 +141,19 @@ def check_store(tracking_uri: str | None) -> Check:
     if file is not None and not file.exists():
         if os.access(file.parent, os.W_OK):
             return Check(name, "ok", f"{shown} (the first run creates it)")
+        why = "can't be written" if file.parent.exists() else "does not exist"
         return Check(
             name,
             "fail",
-            f"{shown}: {file.parent} can't be written",
+            f"{shown}: {file.parent} {why}",
             "work in another folder or set MLFLOW_TRACKING_URI",
         )
+    remedy = "start it, or set MLFLOW_TRACKING_URI; runs go on without it, `istanas sync` delivers them"
+    if why := unreachable(public_uri(uri)):  # MLflow's client would try again for a long time
+        return Check(name, "fail", f"{shown}: {why}", remedy)
     try:
-        if uri.startswith(("http://", "https://")):
-            # MLflow's client would try again for a long time.
-            urllib.request.urlopen(f"{public_uri(uri).rstrip('/')}/health", timeout=5).close()
         experiments = open_client(uri).search_experiments()
     except Exception as error:  # every store fails in its own way
-        remedy = "start it, or set MLFLOW_TRACKING_URI; runs go on without it, `istanas sync` delivers them"
         return Check(name, "fail", f"{shown}: {one_line(error, limit=120)}{by_proxy(uri)}", remedy)
     return Check(name, "ok", f"{shown} ({len(experiments)} experiments)")
 

@@ -83,11 +83,7 @@ def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callab
     """
     if config.runtime.worker_range.maximum == 0:
         return
-    if runtime.address_from_environment is not None:
-        say(
-            f"RAY_ADDRESS is {runtime.address_from_environment}: the workers run there; unset it to start Ray here"
-        )
-    runtime.start(run_dir)
+    runtime.start(run_dir, say=say)
     with runtime.noticing_a_clients_loss("pre-flight", run_dir):
         allotment = runtime.allot()
         if runtime.joined:

@@ -255,16 +255,34 @@ def by_proxy(uri: str) -> str:
         >>> by_proxy("sqlite:///mlflow.db")
         ''
     """
+    name, proxy = _proxy_of(uri)
+    if not proxy:
+        return ""
+    host = urlsplit(uri).hostname
+    shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without a password
+    excepted = next((name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)), None)
+    remedy = f"set NO_PROXY={host}" if excepted is None else f"add {host} to {excepted}"
+    return f"; the proxy {shown} ({name}) was asked for it, {remedy} to ask it itself"
+
+
+def _proxy_of(uri: str) -> tuple[str, str]:
+    """The variable that names the proxy which MLflow's client asks for a server, and the proxy; "" if there is none.
+
+    The client is built on requests, which also takes ALL_PROXY, as urllib does not.
+    """
     try:
         parts = urlsplit(uri)
         host = parts.hostname or ""
     except ValueError:  # half an IPv6 address
-        return ""
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if parts.scheme not in ("http", "https") or proxy is None or urllib.request.proxy_bypass(host):
-        return ""
-    shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without a password
-    return f"; the proxy {shown} ({parts.scheme.upper()}_PROXY) was asked for it, set NO_PROXY={host} to ask it itself"
+        return "", ""
+    if parts.scheme not in ("http", "https") or urllib.request.proxy_bypass(host):
+        return "", ""
+    proxies = urllib.request.getproxies()
+    for kind in (parts.scheme, "all"):
+        if proxies.get(kind):
+            names = (f"{kind}_proxy", f"{kind}_proxy".upper())
+            return next((n for n in names if os.environ.get(n)), "of the system's settings"), proxies[kind]
+    return "", ""
 
 
 def _health(url: str) -> int:
@@ -274,7 +292,12 @@ def _health(url: str) -> int:
         if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS") == "true":
             context = ssl._create_unverified_context()
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS_TO_CONNECT, context=context) as response:
+        _, proxy = _proxy_of(url)
+        handlers = [
+            urllib.request.ProxyHandler({urlsplit(url).scheme: proxy} if proxy else {}),
+            urllib.request.HTTPSHandler(context=context),
+        ]
+        with urllib.request.build_opener(*handlers).open(url, timeout=SECONDS_TO_CONNECT) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code

@@ -228,6 +228,42 @@ def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any
     return method == "one_stage"
 
 
+def run_of_config(file: Path) -> RunDir | None:
+    """The run whose own configuration a file is, or, in the folder `best`, that of a sweep's best trial; else None."""
+    folder = file.absolute().parent
+    run = RunDir(folder.parent if folder.name == "best" else folder)
+    return run if file.name == CONFIG_FILE and run.exists() else None
+
+
+def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration that a run has written; places in it that are gone are looked for where the run is now.
+
+    It names the MLflow store, and perhaps the runs' folder, absolutely. If the project was moved, these are found by
+    the run directory, unless they are overridden.
+
+    Args:
+        file: the configuration.
+        run: the run.
+        overrides: as `pipeline.config.load` takes them.
+
+    Raises:
+        ConfigError: as `pipeline.config.load`.
+    """
+    config, given = load(file, overrides), {override.partition("=")[0] for override in overrides}
+    if not given & {"tracking", "tracking.uri"}:
+        tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
+        config = config.model_copy(update={"tracking": tracking})
+    runs_dir = config.runtime.runs_dir
+    if (
+        not given & {"runtime", "runtime.runs_dir"}
+        and Path(runs_dir).is_absolute()
+        and not Path(runs_dir).exists()
+    ):
+        runtime = config.runtime.model_copy(update={"runs_dir": str(run.path.absolute().parent)})
+        config = config.model_copy(update={"runtime": runtime})
+    return config
+
+
 @dataclass(frozen=True)
 class Origin:
     """The run that a genotype comes from, as a retraining takes settings from it.
@@ -281,8 +317,8 @@ def _origin(run: RunDir) -> Origin:
     file = _config_of(record.kind)
     if not (run.path / file).is_file():
         raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
-    config = load(run.path / file)
-    uri = store_of_run(run, config.tracking.uri)
+    config = load_of_run(run.path / file, run)
+    uri = config.tracking.uri
     # A run's file holds no password; the environment may name the same store with one.
     config = _stored_in(config, None if uri == public_uri(store_uri(None)) else uri)
     config = _with_pictures_of(config, [use.source for use in record.datasets])

@@ -6,6 +6,7 @@ run ids: calling it after every epoch, after a crash, or a week later from anoth
 
 import contextlib
 import dataclasses
+import errno
 import getpass
 import hashlib
 import json
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 LINK_FILE = "mlflow.json"
+ARTIFACTS = "mlartifacts"  # the folder beside a SQLite store
 DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
 LOCK_SECONDS = 60.0
@@ -191,7 +193,7 @@ def artifact_root(uri: str) -> str | None:
         ('file:///data/mlartifacts', None)
     """
     file = sqlite_file(uri)
-    return None if file is None else (file.parent / "mlartifacts").as_uri()
+    return None if file is None else (file.parent / ARTIFACTS).as_uri()
 
 
 def open_client(uri: str) -> "MlflowClient":
@@ -219,6 +221,7 @@ def open_client(uri: str) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
+    check_folder(uri)
     with database_lock(uri):
         _check_not_locked(sqlite_file(uri))
         follow_move(uri)
@@ -236,37 +239,89 @@ _ADDRESSES = (
 
 
 def follow_move(uri: str) -> None:
-    """Correct the addresses of files in a SQLite store that was moved with the folder `mlartifacts` beside it.
+    """Correct the addresses of files in a SQLite store that was moved together with the files of its runs.
 
-    Nothing is changed if the folder at an old address is still there, or none lies beside the store.
+    A folder of artifacts may have any name. It is recognised beside the store by a run's id, which is a part of the
+    path. Nothing is changed if the folder at an old address still exists, or if no folder lies beside the store.
     """
-    file, here = sqlite_file(uri), artifact_root(uri)
-    if file is None or here is None or not file.exists() or not (file.parent / "mlartifacts").is_dir():
+    file = sqlite_file(uri)
+    if file is None or not file.exists():
         return
     with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiments" not in tables:
+        if not {"experiments", "runs"} <= tables:
             return
-        places = [place for (place,) in database.execute("SELECT artifact_location FROM experiments")]
-        for old in {root for place in places if (root := _moved_root(place or "", here)) is not None}:
+        moved: dict[str, str] = {}
+        for number, place in database.execute("SELECT experiment_id, artifact_location FROM experiments"):
+            if not place or _folder_of(place) is None or _is_folder(place):
+                continue
+            runs = database.execute(
+                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (number,)
+            )
+            found = (_moved_folder(run_id, address or "", file.parent) for run_id, address in runs)
+            moved.update(next(filter(None, found), _moved_before_its_first_file(place, file.parent)))
+        for old, new in moved.items():
             for table, column in _ADDRESSES:
                 if table in tables:
                     database.execute(
                         f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                        f"WHERE substr({column}, 1, ?) = ?",
-                        (f"{here}/", len(old) + 2, len(old) + 1, f"{old}/"),
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
                     )
-            database.execute(
-                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, old)
-            )
 
 
-def _moved_root(place: str, here: str) -> str | None:
-    """The `mlartifacts` folder of an experiment if it was elsewhere, and is no longer there."""
-    root, name, _ = f"{place}/".partition("/mlartifacts/")
-    if not name or not root.startswith("file://") or f"{root}/mlartifacts" == here:
-        return None
-    return None if Path(unquote(urlsplit(root).path), "mlartifacts").exists() else f"{root}/mlartifacts"
+def _folder_of(address: str) -> Path | None:
+    """The folder at an address of artifacts; None if it is not on this machine.
+
+    Example:
+        >>> str(_folder_of("file:///my%20data/mlartifacts")), str(_folder_of("/mlruns/1")), _folder_of("s3://b/1")
+        ('/my data/mlartifacts', '/mlruns/1', None)
+    """
+    if address.startswith("/"):
+        return Path(address)
+    return Path(unquote(urlsplit(address).path)) if address.startswith("file:///") else None
+
+
+def _is_folder(address: str) -> bool:
+    folder = _folder_of(address)
+    return folder is not None and folder.is_dir()
+
+
+def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
+    """The folder of artifacts that holds a run's files: {old address: new one} if it lies in `here` now."""
+    folder = _folder_of(address)
+    if folder is None or run_id not in folder.parts or folder.is_dir():
+        return {}
+    for depth in range(1, folder.parts.index(run_id) + 1):
+        if here.joinpath(*folder.parts[depth:]).is_dir():
+            # Of a run's folder that lies beside the store itself, it is the store's folder that has moved.
+            kept = folder.parts[depth : depth + 1] if folder.parts[depth] != run_id else ()
+            old, new = Path(*folder.parts[:depth], *kept), here.joinpath(*kept)
+            return {} if old.is_dir() else {_like(address, old): _like(address, new)}
+    return {}
+
+
+def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
+    """The same of an experiment without any files yet, for which we have named the folder beside the store."""
+    folder, new = _folder_of(place), here / ARTIFACTS
+    if folder is None or folder.name != ARTIFACTS or (folder.parent.is_dir() and not new.is_dir()):
+        return {}
+    return {place: _like(place, new)}
+
+
+def _like(address: str, folder: Path) -> str:
+    """The address of a folder, written as another address is."""
+    return str(folder) if address.startswith("/") else folder.as_uri()
+
+
+def check_folder(uri: str) -> None:
+    """Refuse a SQLite store in a folder that does not exist: its project was moved, or its name is misspelt.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it is not created.
+    """
+    if (file := sqlite_file(uri)) is not None and has_gone(uri):
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(file.parent))
 
 
 def _check_not_locked(file: Path | None) -> None:
@@ -365,7 +420,7 @@ class MLflowTracker:
         """
         if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
             return False
-        if self._link is not None and has_gone(self.tracking_uri):
+        if has_gone(self.tracking_uri):
             self._say_gone()
             return False
         try:
@@ -400,9 +455,9 @@ class MLflowTracker:
     def _say_gone(self) -> None:
         file = sqlite_file(self.tracking_uri)
         _say_once(
-            f"MLflow store {public_uri(self.tracking_uri)}: the folder has gone; everything stays in "
-            f"{shown(self.run_dir.path)}; if the store was moved, name it: istanas sync {shown(self.run_dir.path)} "
-            f"--set tracking.uri=sqlite:///FOLDER/{file.name if file else ''}",
+            f"MLflow store {public_uri(self.tracking_uri)}: its folder does not exist; everything stays in "
+            f"{shown(self.run_dir.path)}; create the folder, or name the store where it is now: istanas sync "
+            f"{shown(self.run_dir.path)} --set tracking.uri=sqlite:///FOLDER/{file.name if file else ''}",
             about=f"gone {self.tracking_uri}",
         )
 
@@ -543,6 +598,8 @@ class MLflowTracker:
 
     def _send_artifacts(self, client: "MlflowClient", record: RunRecord) -> tuple[Names, Names]:
         assert self._link is not None
+        if (store := sqlite_file(self.tracking_uri)) is not None:
+            _check_files_place(client, self._link.run_id, store.parent)
         sent = dict(self._link.artifacts)
         new: list[str] = []
         missing: list[str] = []
@@ -627,6 +684,31 @@ def read_link(run_dir: RunDir) -> Link | None:
     return dataclasses.replace(link, tracking_uri=_located(link.tracking_uri, run_dir))
 
 
+def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
+    """Refuse to write a run's files where a folder of artifacts was that is gone: MLflow would create it again.
+
+    Args:
+        client: of the store.
+        run_id: the run.
+        here: the folder of the store, in which any folder may be created.
+
+    Raises:
+        FileNotFoundError: the folder of the artifacts lies elsewhere, and the one above it does not exist.
+    """
+    run = client.get_run(run_id)
+    experiment = client.get_experiment(run.info.experiment_id)
+    folder = _folder_of(experiment.artifact_location or "")
+    if folder is None or folder.is_relative_to(here):
+        return
+    root = folder.parent if folder.name == experiment.experiment_id else folder  # MLflow's own form
+    if not root.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"the folder for files of experiment {experiment.name!r} has gone, move it beside the store",
+            str(root),
+        )
+
+
 def _portable(uri: str, run_dir: RunDir) -> str:
     """A store's URI, that of a SQLite file in a folder above the run directory relative to the latter."""
     file, here = sqlite_file(uri), run_dir.path.absolute()
@@ -657,9 +739,9 @@ def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
 
 
 def has_gone(uri: str) -> bool:
-    """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is made again."""
+    """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is created again."""
     file = sqlite_file(uri)
-    return file is not None and not file.parent.is_dir()
+    return file is not None and not file.parent.exists()
 
 
 def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> str:

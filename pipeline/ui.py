@@ -16,7 +16,16 @@ from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.interruption import signals_interrupt
-from pipeline.tracking import artifact_root, one_line, open_client, public_uri, store_exists, store_uri
+from pipeline.probe import by_proxy, unreachable
+from pipeline.tracking import (
+    artifact_root,
+    check_folder,
+    one_line,
+    open_client,
+    public_uri,
+    store_exists,
+    store_uri,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +71,10 @@ def newest_run(uri: str, address: str) -> str | None:
         found = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
     except Exception as error:  # every store fails in its own way, and the pages may want a password
         _LOG.warning(
-            "newest run: not known, MLflow store %s can't be read (%s)", public_uri(uri), one_line(error)
+            "newest run: not known, MLflow store %s can't be read (%s%s)",
+            public_uri(uri),
+            one_line(error),
+            by_proxy(uri),
         )
         return None
     if not found:
@@ -92,12 +104,22 @@ def serve_ui(
         The exit code: 0 after Ctrl-C.
 
     Raises:
-        ConfigError: the port or the host can't be used.
-        IstanasError: MLflow's server ended by itself.
+        ConfigError: the port or the host can't be used, or the store's folder does not exist.
+        IstanasError: MLflow's server ended by itself, or a server does not answer.
     """
     uri = store_uri(tracking_uri)
+    try:
+        check_folder(uri)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"MLflow store {public_uri(uri)}: {one_line(error)}; correct tracking.uri or MLFLOW_TRACKING_URI"
+        ) from None
     if uri.startswith(("http://", "https://")):
         server_pages = public_uri(uri)  # a server shows its pages itself
+        if why := unreachable(server_pages):
+            raise IstanasError(
+                f"MLflow store {server_pages}: does not answer ({why}); start it or correct its address"
+            )
         announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
         return 0
     port = free_port(host, port)
@@ -203,10 +225,13 @@ def _end(server: "subprocess.Popen[str]") -> None:
 
 def _wait_until_up(server: "subprocess.Popen[str]", address: str, log: IO[str]) -> None:
     deadline = time.monotonic() + START_SECONDS
+    own = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # no proxy leads to a child of this process
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise IstanasError(f"MLflow's server ended with code {server.returncode}: {_last_line(log)}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+        with contextlib.suppress(OSError), own.open(f"{address}/health", timeout=5):
             return
         time.sleep(0.2)
     raise IstanasError(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,9 +23,11 @@ class LocalCluster:
 
     Args:
         cpus: (logical) cores of each node.
+        prefix: of the command, such as one that takes rights away.
     """
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(self, cpus: int, prefix: Sequence[str] = ()) -> None:
+        self.prefix = prefix
         self.folder = Path(tempfile.mkdtemp(prefix="loc-", dir="/tmp"))  # short: sockets lie in it
         self.state, self.token_file = self.folder / "s", self.folder / "keys" / "auth_token"
         self.port, dashboard, client = free_ports(3)
@@ -47,7 +50,7 @@ class LocalCluster:
     def __call__(self, *arguments: str) -> tuple[int, str]:
         """Exit code and output of a call. It does not wait for what goes on in the background."""
         done = subprocess.run(
-            ["bash", SCRIPT, *arguments],
+            [*self.prefix, "bash", SCRIPT, *arguments],
             env=self.environment,
             cwd="/",
             stdin=subprocess.DEVNULL,

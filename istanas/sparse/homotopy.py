@@ -5,6 +5,9 @@ z_S(t) = G^-1 (A_S^T b - t sign_S), G = A_S^T A_S. A breakpoint is the next t at
 (its |A_j^T r| reaches t) or leaves it (its z_i reaches 0). All nodes of the batch take their own step at
 once.
 
+Squares of values beyond 1e154 overflow, which `errstate` keeps silent below: the optimality conditions of such a code
+do not hold, so that it is never certified, and a warning would say nothing more.
+
 What rounding or dependent columns spoil is seen by the optimality conditions, and mended node by node with a
 primal active-set method, which needs neither general position nor independent columns.
 
@@ -38,6 +41,7 @@ class Path(NamedTuple):
     n_iter: Indices
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None) -> Path:
     """The exact minimisers of a batch: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
 
@@ -126,6 +130,7 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
     return on_S.to_candidates(z_S, A.shape[2])
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
     """Whether earlier supports still are the right ones, by the optimality conditions of their closed form.
 
@@ -157,6 +162,7 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
     return z, kkt_holds(A, b, z, l1_weight)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def mend(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) -> tuple[Array, int]:
     """A minimiser of one node by a primal active-set method from any start; columns may depend on each other.
 

@@ -199,7 +199,8 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     holds = violation <= 1e-8 * l1_weight
     if holds.all():
         return holds
-    with np.errstate(over="ignore"):  # what overflows is cut at the most that is allowed
+    # What overflows is cut at the most that is allowed; of infinity times 0, which is no number, nothing holds.
+    with np.errstate(over="ignore", invalid="ignore"):
         columns = np.sqrt((A**2).sum(-2))
         terms = np.sqrt((b**2).sum(-1)) + (columns * np.abs(z)).sum(-1)
         rounding = 16.0 * _EPS * columns.max(-1) * terms

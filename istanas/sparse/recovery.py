@@ -191,13 +191,14 @@ def recover_certified(
         if not left:
             break
         parts = problems._replace(members=members).of(left)
+        tried = name if members is None else f"{name} from the last support"
         for node, found in zip(left, _tried(parts, l1_weight, name, tol, max_iter), strict=True):
             if isinstance(found, str):
-                failures[node].append(f"{name}: {found}")
+                failures[node].append(f"{tried}: {found}")
             elif found.converged:
                 results[node] = found
             else:
-                failures[node].append(f"{name}: {_missed(found, tol)}")
+                failures[node].append(f"{tried}: {_missed(found, tol)}")
     left = [node for node in failures if node not in results]
     if left:
         named = [str(node) if names is None else names[node] for node in left]

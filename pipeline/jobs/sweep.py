@@ -218,10 +218,11 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
     def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
         check_sweep(config, dataset)
         os.environ.update({**ENVIRONMENT, **os.environ})
-        runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1)
+        dashboard, say = config.runtime.worker_range.maximum > 1, console_line(console)
+        runtime.start(spec.path, dashboard=dashboard, say=say)
         with runtime.noticing_a_clients_loss("pre-flight", spec.path):
             if runtime.joined:
-                _prepare_cluster(config, runtime, console_line(console))
+                _prepare_cluster(config, runtime, say)
             plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
 
@@ -395,7 +396,7 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
     for settings in first_settings(config, samples):
         say(f"to begin with: {readable(settings)}")
     with tempfile.TemporaryDirectory() as logs:
-        plan = plan_trials(config, runtime.nodes(Path(logs)))
+        plan = plan_trials(config, runtime.nodes(Path(logs), say))
     say(str(plan))
     return plan
 

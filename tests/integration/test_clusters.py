@@ -25,6 +25,7 @@ import pytest
 from istanas.space import Genotype
 from pipeline.checkpoint import load_latest
 from pipeline.cli import run
+from pipeline.cluster import find_address
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests import machines as several
@@ -448,6 +449,30 @@ def test_down_ends_no_process_that_is_not_its_own_and_removes_no_folder_that_it_
         local.close()
 
 
+@pytest.mark.parametrize("locked", ["folder", "file"])
+def test_a_cluster_starts_where_rays_folder_is_somebody_elses(
+    locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.getuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root writes everywhere, and there is no setpriv to take that right away")
+    local = LocalCluster(CORES, ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else [])
+    default = local.folder / "tmp" / "ray"
+    default.mkdir(parents=True)
+    (default / "ray_current_cluster").write_text("127.0.0.1:1")  # where somebody else's Ray is
+    (default if locked == "folder" else default / "ray_current_cluster").chmod(0o555)
+    local.environment |= {"RAY_TMPDIR": str(default.parent)}
+    try:
+        code, said = local("up", "1")
+        assert code == 0, said
+        assert said.startswith(f"{default} can't be written (it may belong to another user): ")
+        assert f"next: export RAY_AUTH_MODE=token RAY_TMPDIR={local.state}, and " in said
+        monkeypatch.setenv("RAY_TMPDIR", str(local.state))
+        assert find_address("auto") == local.gcs
+    finally:
+        default.chmod(0o755)
+        local.close()
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     import socket
 
@@ -478,9 +503,11 @@ def test_an_address_that_is_none_says_which_to_give(
             "RAY_ADDRESS (unset it to start Ray on this machine) is '127.0.0.1:1': nobody answers there",
         ),
     ):
-        assert run(["search", "--workers", "1", "--address", address]) == 1
-        out, err = capsys.readouterr()
-        (line,) = err.splitlines()
-        assert out == ("" if address != "auto" else f"{said}\n")
-        assert line.startswith(f"error: {words}")
-        assert not any(Path("runs").iterdir())
+        sweep = ["sweep", "--config", str(ROOT / "tune_configs" / "sweep_digits.yaml"), "--address", address]
+        for command in (["search", "--workers", "1", "--address", address], sweep, [*sweep, "--dry-run"]):
+            assert run(command) == 1
+            out, err = capsys.readouterr()
+            (line,) = err.splitlines()
+            assert (said in out.splitlines()) == (address == "auto"), command
+            assert line.startswith(f"error: {words}")
+            assert not any(Path("runs").glob("*/*"))

@@ -1,17 +1,22 @@
 """A proxy in the environment that hides a local MLflow server, and a RAY_ADDRESS that sends jobs elsewhere."""
 
+import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline import probe
+from pipeline.cli import run
 from pipeline.cluster import Runtime, check_address
 from pipeline.config import load
 from pipeline.doctor import check_store
 from pipeline.report import results_frame
+from pipeline.ui import serve_ui
 from tests.ports import unused_port
 
 
@@ -27,24 +32,27 @@ class Refuses(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+VARIABLES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
+
+@pytest.fixture(params=VARIABLES)
+def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """The environment of a company: all goes through a proxy that does not reach this machine's servers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name in ("no_proxy", "NO_PROXY"):
+        for name in ("no_proxy", "NO_PROXY", *VARIABLES):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv(request.param, f"http://me:secret@127.0.0.1:{server.server_port}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        yield f"127.0.0.1:{server.server_port}"
+        yield f"127.0.0.1:{server.server_port} ({request.param})"
         server.shutdown()
 
 
 def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
-    proxy: str, monkeypatch: pytest.MonkeyPatch
+    proxy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
-    says = f"the proxy {proxy} (HTTP_PROXY) was asked for it, set NO_PROXY=127.0.0.1 to ask it itself"
+    says = f"the proxy {proxy} was asked for it, set NO_PROXY=127.0.0.1 to ask it itself"
     check = check_store(store)
     assert check.state == "fail"
     assert says in check.message
@@ -52,10 +60,37 @@ def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
     with pytest.raises(ConfigError) as caught:
         results_frame(tracking_uri=store)
     assert says in str(caught.value)
+    for command, code in (("results", 2), ("ui", 1), ("doctor", 1)):
+        assert run([command, "--set", f"tracking.uri={store}"]) == code
+        out, err = capsys.readouterr()
+        assert f"{out}{err}".count(says) == 1, command
+        assert "secret" not in f"{out}{err}"
     assert "secret" not in f"{check}{caught.value}"
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.parametrize("excepted", ["no_proxy", "NO_PROXY"])
+def test_a_server_that_is_excepted_is_asked_itself(
+    proxy: str, excepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"http://127.0.0.1:{unused_port()}"
+    monkeypatch.setenv(excepted, "example.org")
+    assert f"add 127.0.0.1 to {excepted} to ask it itself" in probe.unreachable(store)
+    monkeypatch.setenv(excepted, "example.org,127.0.0.1")
     assert "proxy" not in probe.unreachable(store)
     assert "proxy" not in check_store(store).message
+
+
+def test_pages_of_a_local_store_open_behind_a_proxy(proxy: str, tmp_path: Path, blank_database: Path) -> None:
+    """Their server is a child of the command, which no proxy leads to."""
+    store = f"sqlite:///{shutil.copy(blank_database, tmp_path)}"
+    told: list[str] = []
+
+    def announce(address: str, _store: str, _newest: str | None) -> None:
+        told.append(address)
+        signal.raise_signal(signal.SIGINT)
+
+    assert serve_ui(tracking_uri=store, port=unused_port(), announce=announce) == 0
+    assert told
 
 
 def test_ray_address_is_named_where_it_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

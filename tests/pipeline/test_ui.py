@@ -7,14 +7,16 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, IstanasError
 from pipeline.tracking import open_client
 from pipeline.ui import free_port, newest_run, serve_ui
 from tests.pipeline.test_cli import unignore_sigint
@@ -66,16 +68,39 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
         urllib.request.urlopen(found[0], timeout=5)
 
 
+class WantsAPassword(BaseHTTPRequestHandler):
+    """A server of MLflow's, with users."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET  # noqa: N815, the name is the library's
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 def test_a_server_that_runs_already_is_pointed_at(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with taken_port() as port:
-        pass
-    assert serve_ui(tracking_uri=f"http://me:secret@127.0.0.1:{port}") == 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), WantsAPassword) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        assert serve_ui(tracking_uri=f"http://me:secret@127.0.0.1:{port}") == 0
+        server.shutdown()
     out = capsys.readouterr().out
     assert out == f"MLflow: http://127.0.0.1:{port} (it runs already)\n"
     assert "newest run: not known" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_a_server_that_does_not_answer_is_an_error() -> None:
+    with taken_port() as port:
+        pass
+    with pytest.raises(
+        IstanasError, match=rf"^MLflow store http://127.0.0.1:{port}: does not answer \(Connection ref"
+    ):
+        serve_ui(tracking_uri=f"http://me:secret@127.0.0.1:{port}")
 
 
 def test_an_empty_store_has_no_newest_run(tmp_path: Path) -> None:

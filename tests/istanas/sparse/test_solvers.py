@@ -506,3 +506,26 @@ def test_a_converged_solver_is_asked_once_and_gives_the_same():
         ):
             np.testing.assert_array_equal(new.z, old.z)
             assert (new.gap, new.n_iter, new.support_reused) == (old.gap, old.n_iter, old.support_reused)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("supports", [None, [[0, 1]]], ids=["anew", "from a support"])
+def test_a_matrix_of_any_scale_is_certified_or_refused_without_numpys_warnings(scale, supports):
+    A, b = published(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", RecoveryWarning)
+        recover_nodes([scale * A], [b], L1, "homotopy", supports=supports)
+        if scale > 1:
+            with pytest.raises(SolverError, match=r"^no solver recovers 0 "):
+                recover_certified([scale * A], [b], L1, supports=supports)
+        else:
+            assert recover_certified([scale * A], [b], L1, supports=supports)[0].converged
+
+
+def test_the_error_names_every_attempt_once():
+    A, b = published(0)
+    with pytest.raises(SolverError) as caught:
+        recover_certified([A], [b], L1, tol=1e-300, supports=[[0, 1]])
+    assert str(caught.value).count("homotopy: gap ") == 1
+    assert "(homotopy from the last support: gap " in str(caught.value)
