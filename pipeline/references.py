@@ -339,7 +339,8 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
                 f"run {run_id}: no {CONFIG_FILE} in the MLflow store, which says on which pictures to train "
                 f"({one_line(error)}): give --config"
             ) from None
-    sources = [json.loads(each.dataset.source).get("uri", "") for each in found.inputs.dataset_inputs]
+    inputs = [] if found.inputs is None else found.inputs.dataset_inputs
+    sources = [json.loads(each.dataset.source).get("uri", "") for each in inputs]
     config = _with_pictures_of(config, sources)
     # The store that has the run, by the name that it has here: the run was tracked on another machine.
     return Origin(run_id, name.removesuffix(f"-{kind}"), _stored_in(config, tracking_uri))
