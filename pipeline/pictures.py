@@ -13,6 +13,7 @@ from istanas.data import (
     Augmentation,
     ImageDataset,
     Pictures,
+    Reading,
     Survey,
     batches,
     load_dataset,
@@ -131,8 +132,17 @@ def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: boo
     )
 
 
-def are_gone(data: DataSettings) -> bool:
-    """Whether the data, which could not be loaded, are no longer there, as opposed to changed."""
+def reading_of(data: DataSettings, survey: Survey) -> Reading:
+    """How the pixels of a picture folder are read.
+
+    Raises:
+        DataError: if the values of its two splits do not fit each other.
+    """
+    return survey.reading(_rgb(data.background))
+
+
+def data_folder_is_missing(data: DataSettings) -> bool:
+    """Whether data that could not be loaded are no longer there, as opposed to changed."""
     return data.name != "folder" or data.root is None or not Path(data.root).expanduser().exists()
 
 
@@ -196,7 +206,8 @@ def describe_pictures(
         jobs: whose networks are built, "search" or "retrain".
     """
     missing = filter(None, (use.describe_missing() for use in used))
-    return (*dataset.notes, *missing, *_unfit_stems(config, dataset, jobs))
+    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs)
+    return (*dataset.notes, *missing, *stems, *_unfit_stems(config, dataset, jobs))
 
 
 def _unfit_stems(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Iterator[str]:

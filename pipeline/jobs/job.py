@@ -32,10 +32,10 @@ from pipeline.epochs import Record
 from pipeline.fit import check_left_for_training, doubtful_settings
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pictures import (
-    are_gone,
     check_fit,
     check_same_pictures,
     data_digest,
+    data_folder_is_missing,
     describe_pictures,
     load_pictures,
     settle_stems,
@@ -312,7 +312,7 @@ def _check_finished(
     try:
         dataset = load_data(spec.config, console, download=False)
     except DataError as error:
-        if not are_gone(spec.config.data):
+        if not data_folder_is_missing(spec.config.data):
             raise
         console_line(console)(f"warning: the pictures of this result cannot be looked at any more: {error}")
         return
