@@ -616,7 +616,7 @@ def test_one_small_picture_first_does_not_make_a_folder_small(tmp_path: Path, lo
 def test_pictures_are_large_if_more_than_half_are(
     small: int, is_large: bool, tmp_path: Path, load: Load
 ) -> None:
-    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 80))
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 120))
     for number in range(small):
         save(root / "train" / "ant" / f"ant{number}.png", grey(0, 16))
     if is_large:
