@@ -188,29 +188,23 @@ def check_data(data: DataSettings) -> Check:
 def _check_data_set(data: DataSettings) -> Check:
     from pipeline.pictures import load_pictures
 
-    dataset = load_pictures(data, download=False)
-    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test pictures"
-    return Check("data", "ok", f"{data.name}: {counts}, {dataset.num_classes} classes")
+    return Check("data", "ok", "; ".join(load_pictures(data, download=False).notes))
 
 
 def _check_folder(data: DataSettings) -> Check:
-    from pipeline.pictures import check_size, survey_of
+    from pipeline.pictures import check_size, reading_of, survey_of
+    from pipeline.rundir import describe_missing
 
     survey = survey_of(data, keep=False)
     check_size(data.name, *survey.shape(data.image_size))
-    listing, n = survey.listing, survey.listing.n_train
-    message = (
-        f"folder {data.root}: {n:,} training and {len(listing.paths) - n:,} test pictures, "
-        f"{len(listing.class_names)} classes, {survey.sizes()} pixels"
-    )
-    remedies = []
+    lines, remedies = [*survey.notes(data.image_size, reading_of(data, survey))], []
+    listing = survey.listing
     if listing.untested:
-        message += f", no test pictures of {', '.join(listing.untested)}"
+        lines.append(describe_missing("test", listing.untested, len(listing.class_names)))
         remedies.append("add test pictures of every class")
     if listing.left_out:
-        message += f", left out: {', '.join(map(str, listing.left_out))}"
         remedies.append("move or convert what is left out, if it belongs to the data")
-    return Check("data", "warn" if remedies else "ok", message, "; ".join(remedies))
+    return Check("data", "warn" if remedies else "ok", "; ".join(lines), "; ".join(remedies))
 
 
 def check_disk(folder: Path) -> Check:

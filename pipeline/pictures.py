@@ -14,6 +14,7 @@ from istanas.data import (
     Augmentation,
     ImageDataset,
     Pictures,
+    Reading,
     Survey,
     batches,
     load_dataset,
@@ -142,8 +143,17 @@ def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: boo
     )
 
 
-def are_gone(data: DataSettings) -> bool:
-    """Whether the data, which could not be loaded, are no longer there, as opposed to changed."""
+def reading_of(data: DataSettings, survey: Survey) -> Reading:
+    """How the pixels of a picture folder are read.
+
+    Raises:
+        DataError: if the values of its two splits do not fit each other.
+    """
+    return survey.reading(_rgb(data.background))
+
+
+def data_folder_is_missing(data: DataSettings) -> bool:
+    """Whether data that could not be loaded are no longer there, as opposed to changed."""
     return data.name != "folder" or data.root is None or not Path(data.root).expanduser().exists()
 
 
@@ -195,14 +205,20 @@ def check_size(name: str, height: int, width: int) -> None:
         )
 
 
-def describe_pictures(dataset: ImageDataset, used: Sequence[DatasetUse]) -> tuple[str, ...]:
+def describe_pictures(
+    config: Config, dataset: ImageDataset, used: Sequence[DatasetUse], jobs: Sequence[str]
+) -> tuple[str, ...]:
     """Return lines for people about the pictures of a job: what there is, and what its owner may not know.
 
     Args:
+        config: the configuration.
         dataset: the data set.
         used: the parts of it that the job uses.
+        jobs: whose networks are built, "search" or "retrain".
     """
-    return (*dataset.notes, *filter(None, (use.describe_missing() for use in used)))
+    missing = filter(None, (use.describe_missing() for use in used))
+    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs)
+    return (*dataset.notes, *missing, *stems)
 
 
 def data_digest(config: Config, dataset: ImageDataset, job: str) -> str:

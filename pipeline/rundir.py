@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,15 @@ def data_label(name: str, root: str | None) -> str:
     return "-".join([*filter(None, parts), digest])
 
 
+# The parts of a data set, by context, in the words that people read.
+_PART = {
+    "training": "training part",
+    "alphas": "alpha half",
+    "hold-out": "hold-out part",
+    "test": "test split",
+}
+
+
 @dataclass(frozen=True)
 class DatasetUse:
     """Pictures that a run uses, and what for.
@@ -82,13 +91,26 @@ class DatasetUse:
 
     def describe_missing(self) -> str | None:
         """One line about the classes without pictures; None if there are none."""
-        if not self.missing:
-            return None
-        names = ", ".join(self.missing[:5]) + (", ..." if len(self.missing) > 5 else "")
-        return (
-            f"classes without a picture in the {self.context} part: {names}; what is measured on it is over "
-            f"{self.classes - len(self.missing)} of {self.classes} classes"
-        )
+        return describe_missing(self.context, self.missing, self.classes) if self.missing else None
+
+
+def describe_missing(context: str, missing: Sequence[str], classes: int) -> str:
+    """One line about the classes of which a part of a data set has no picture.
+
+    Args:
+        context: the part, see `DatasetUse`.
+        missing: names of these classes.
+        classes: how many there are in all.
+
+    Example:
+        >>> describe_missing("alphas", ["bee"], 3)
+        'the alpha half has no picture of bee; accuracies on it cover 2 of 3 classes'
+    """
+    names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return (
+        f"the {_PART[context]} has no picture of {names}; accuracies on it cover {classes - len(missing)} of "
+        f"{classes} classes"
+    )
 
 
 @dataclass(frozen=True)

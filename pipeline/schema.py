@@ -67,9 +67,11 @@ def _checked_colour(value: str) -> str:
         from PIL import ImageColor
 
         try:
-            red, green, blue = ImageColor.getrgb(value)[:3]
+            red, green, blue, *alpha = ImageColor.getrgb(value)
         except ValueError:
             raise ValueError("name a colour, such as white, or give one as #rrggbb") from None
+        if alpha:
+            raise ValueError("a background is opaque, give its colour without alpha, as #rrggbb")
         value = f"#{red:02x}{green:02x}{blue:02x}"
     return value
 

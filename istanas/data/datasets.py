@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from istanas.data.cache import default_cache_dir, read_cache, reason, sha256, write_cache
-from istanas.data.folders import Listing, Survey, cache_file, survey_folder
+from istanas.data.folders import Listing, Survey, cache_file, describe, survey_folder
 from istanas.data.reading import PLAIN, Progress, Reading, decode_pictures
 from istanas.errors import ConfigError, DataError
 from istanas.limits import SMALL_SIDE
@@ -30,8 +30,8 @@ from istanas.limits import SMALL_SIDE
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_CACHE_VERSION = 2
-FILES_VERSION = 2
+_CACHE_VERSION = 3
+FILES_VERSION = 3
 """Of the way in which large pictures are read: another one makes another data set of the same files."""
 
 
@@ -392,6 +392,8 @@ def _array_dataset(
                 f"data.root: the {split} split of {request.name} has labels {int(labels.min())}.."
                 f"{int(labels.max())} for {len(class_names)} classes; fetch it anew"
             )
+    size = f"{train.images.shape[3]}x{train.images.shape[2]}"
+    how = "kept in memory"
     if request.image_size is not None and request.name != "folder":
         if request.image_size > SMALL_SIDE:
             raise ConfigError(
@@ -402,6 +404,9 @@ def _array_dataset(
             ArrayPictures(_resize(pictures.images, request.image_size), pictures.labels)
             for pictures in (train, test)
         )
+        scaled = f"{request.image_size}x{request.image_size}"
+        if scaled != size:
+            how = f"scaled to {scaled}, {how}"
     mean, std = _channel_statistics(train.images)
     content = sha256(
         json.dumps([list(class_names), list(train.images.shape), list(test.images.shape)]).encode(),
@@ -421,7 +426,10 @@ def _array_dataset(
         content,
         pictures_digest(train, torch.arange(len(train)), class_names),
     )
-    return replace(dataset, notes=(_describe(dataset, f"{width}x{height}", "kept in memory"),))
+    line = describe(
+        request.name, len(train), len(test), len(class_names), size, is_grey=channels == 1, how=how
+    )
+    return replace(dataset, notes=(line,))
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -468,12 +476,7 @@ def _load_folder(request: _Request) -> ImageDataset:
         ArrayPictures(images[:n], listing.labels[:n]),
         ArrayPictures(images[n:], listing.labels[n:]),
     )
-    how = "as they are" if size is None else f"scaled and cropped to {size}x{size}"
-    return replace(
-        dataset,
-        reading=reading,
-        notes=(_describe(dataset, survey.sizes(), f"{how}, kept in memory"), *survey.notes(reading)),
-    )
+    return replace(dataset, reading=reading, notes=tuple(survey.notes(request.image_size, reading)))
 
 
 def _survey(request: _Request) -> Survey:
@@ -496,7 +499,7 @@ def _file_dataset(request: _Request, survey: Survey, size: int, reading: Reading
         for part in (slice(n), slice(n, None))
     )
     digests = [pictures_digest(part, torch.arange(len(part)), listing.class_names) for part in (train, test)]
-    dataset = ImageDataset(
+    return ImageDataset(
         name=request.name,
         class_names=listing.class_names,
         train=train,
@@ -509,9 +512,8 @@ def _file_dataset(request: _Request, survey: Survey, size: int, reading: Reading
         digest=sha256(json.dumps(digests).encode()),
         train_digest=digests[0],
         reading=reading,
+        notes=tuple(survey.notes(request.image_size, reading)),
     )
-    how = f"scaled and cropped to {size}x{size}, read from their files in every epoch"
-    return replace(dataset, notes=(_describe(dataset, survey.sizes(), how), *survey.notes(reading)))
 
 
 def _cached_pictures(request: _Request, listing: Listing, reading: Reading) -> NDArray[np.uint8]:
@@ -523,15 +525,6 @@ def _cached_pictures(request: _Request, listing: Listing, reading: Reading) -> N
         images = decode_pictures(listing.files, request.image_size, reading, request.progress)
         write_cache(file, state, images)
     return images
-
-
-def _describe(dataset: ImageDataset, sizes: str, how: str) -> str:
-    """Return one line about a data set: pictures, classes, sizes, and how they are brought to the network's."""
-    channels = "grey" if dataset.channels == 1 else "colour"
-    return (
-        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test pictures of "
-        f"{dataset.num_classes} classes, {sizes} pixels, {channels}, {how}"
-    )
 
 
 DATASETS: Mapping[str, Callable[[_Request], ImageDataset]] = {

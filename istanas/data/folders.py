@@ -45,8 +45,8 @@ DEFAULT_IMAGE_SIZE = 224
 LEFT_OUT_SHARE = 0.01
 """Share of a class's files that may be left out without being asked for."""
 
-# What lies beside pictures and is none. Any other suffix is one of a picture that cannot be read here, until somebody
-# says otherwise: raw pictures, HEIC, AVIF, archives and whatever comes next.
+# Files with these suffixes accompany pictures and are no pictures, so they are ignored. A file with any other suffix
+# may hold pictures that cannot be read here (HEIC, AVIF, raw files, archives), so it is counted and reported.
 _COMPANIONS = frozenset(
     {
         *(".cfg", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".py", ".sh"),
@@ -58,17 +58,23 @@ _COMPANIONS = frozenset(
 _TEST_SPLITS = ("test", "val")
 _OTHER_SPLITS = frozenset({*_TEST_SPLITS, "valid", "validation"})
 
-_FACTS_VERSION = 1
+_FACTS_VERSION = 2
 _FACTS = np.dtype(
-    [("width", "<u4"), ("height", "<u4"), ("peak", "<u2"), ("flags", "u1"), ("fingerprint", "u1", (8,))]
+    [
+        *(("width", "<u4"), ("height", "<u4"), ("peak", "<u2"), ("level", "<u2")),
+        *(("flags", "u1"), ("fingerprint", "u1", (8,))),
+    ]
 )
+
+BRIGHTEST_SHARE = 0.01
+"""Share of the training pictures, the brightest ones, that do not decide how many bits the pictures use."""
 
 
 class FileState(NamedTuple):
     """What tells a file from another one that takes its place.
 
-    The time of writing is not enough: archives bring equal times with them, and moving a file keeps its own. No
-    program sets the time of the last change of a file's entry, and a moved file keeps its inode.
+    The time of the last write is not enough: archives bring equal times with them, and a moved file keeps its own.
+    Programs cannot set the ctime, the time at which a file's entry was last changed, and a moved file keeps its inode.
     """
 
     size: int
@@ -93,8 +99,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         """Return the line for people."""
-        files = "1 file" if self.count == 1 else f"{self.count:,} files"
-        return f"{files} {self.why}, such as {shown(self.example)}"
+        return f"{count_of(self.count, 'file')} {self.why}, such as {shown(self.example)}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Survey:
 
     Args:
         listing: the folder.
-        facts: (N,) records of width, height, peak, flags and fingerprint, see `Facts`.
+        facts: (N,) records of width, height, peak, level, flags and fingerprint, see `Facts`.
     """
 
     listing: Listing
@@ -147,7 +152,7 @@ class Survey:
     def is_large(self) -> bool:
         """Whether the pictures are large: more than half of the training pictures are."""
         train = self.facts[: self.listing.n_train]
-        return bool(np.median(np.maximum(train["width"], train["height"])) > SMALL_SIDE)
+        return 2 * int((np.maximum(train["width"], train["height"]) > SMALL_SIDE).sum()) > len(train)
 
     def side(self, image_size: int | None) -> int | None:
         """Return the side that pictures are brought to; None leaves them as they are."""
@@ -156,12 +161,28 @@ class Survey:
         return image_size
 
     def reading(self, background: tuple[int, int, int]) -> Reading:
-        """Return how the pixels are read: how many bits grey pictures use is decided by the training pictures."""
-        train = self.facts[: self.listing.n_train]
-        deep = train[_has(train, Flag.DEEP)]
-        if len(deep) == 0:
-            return Reading(background)
-        return Reading(background, bits=max(int(deep["peak"].max()).bit_length(), 8))
+        """Return how the pixels are read: the training pictures decide how many bits grey pictures use.
+
+        Those are the bits that the levels (see `Facts`) of all but the brightest 1 % of the deep training pictures
+        stay within; 8 if no training picture is deep.
+
+        Raises:
+            DataError: if the levels of more than half of the deep test pictures are above that.
+        """
+        train, test = np.split(self.facts, [self.listing.n_train])
+        levels = np.sort(train["level"][_has(train, Flag.DEEP)])
+        decisive = len(levels) - 1 - int(BRIGHTEST_SHARE * len(levels))
+        bits = max(int(levels[decisive]).bit_length(), 8) if len(levels) > 0 else 8
+        deep = _has(test, Flag.DEEP)
+        above = deep & (test["level"] >= 1 << bits)
+        if 2 * int(above.sum()) > int(deep.sum()):
+            path = self.listing.files[self.listing.n_train + int(above.argmax())]
+            raise DataError(
+                f"data.root: {shown(path)} has values up to {test['peak'][int(above.argmax())]:,}, and "
+                f"{count_of(int(above.sum()), 'test picture')} in all above the {bits} bits "
+                f"(0 to {(1 << bits) - 1:,}) of the training pictures; scale both splits to one range"
+            )
+        return Reading(background, bits)
 
     def shape(self, image_size: int | None) -> tuple[int, int]:
         """Return (height, width) of the pictures as a network gets them.
@@ -183,30 +204,55 @@ class Survey:
                 raise unequal(path, size, common)
         return common[1], common[0]
 
-    def notes(self, reading: Reading) -> Iterator[str]:
-        """Yield a line for each thing about the folder that its owner may not know."""
-        for left_out in self.listing.left_out:
+    def notes(self, image_size: int | None, reading: Reading) -> Iterator[str]:
+        """Yield lines for people: what the folder holds, and each thing about it that its owner may not know."""
+        listing, side = self.listing, self.side(image_size)
+        how = "as they are" if side is None else f"scaled and cropped to {side}x{side}"
+        is_in_memory = side is None or side <= SMALL_SIDE
+        yield describe(
+            "folder",
+            listing.n_train,
+            len(listing.paths) - listing.n_train,
+            len(listing.class_names),
+            self.sizes(),
+            is_grey=self._is_grey(reading),
+            how=f"{how}, {'kept in memory' if is_in_memory else 'read from their files in every epoch'}",
+        )
+        for left_out in listing.left_out:
             yield f"left out: {left_out}"
         red, green, blue = reading.background
-        for flag, text in (
-            (Flag.TRANSPARENT, f"composited over data.background #{red:02x}{green:02x}{blue:02x}"),
-            (Flag.DEEP, f"the upper 8 of the {reading.bits} bits that the training pictures use are kept"),
-            (Flag.SEVERAL_FRAMES, "only the first is read"),
+        kept = (
+            "values 0 to 255 are kept as they are"
+            if reading.bits == 8
+            else f"the upper 8 of the {reading.bits} bits that the training pictures use are kept"
+        )
+        for flag, what, text in (
+            (
+                Flag.TRANSPARENT,
+                "transparency",
+                f"composited over data.background #{red:02x}{green:02x}{blue:02x}",
+            ),
+            (Flag.DEEP, "more than 8 bits per pixel", kept),
+            (Flag.SEVERAL_FRAMES, "several frames", "only the first is read"),
         ):
-            having = _has(self.facts, flag)
-            if having.any():
-                files = self.listing.files
-                what = _FLAGS[flag]
-                pictures = "1 picture has" if having.sum() == 1 else f"{having.sum():,} pictures have"
-                yield f"{pictures} {what}, such as {shown(files[int(having.argmax())])}: {text}"
-        peaks = self.facts["peak"][self.listing.n_train :].astype(np.int64)
-        above = int((peaks >> reading.bits > 0).sum())
-        if above > 0:
-            pictures = "1 test picture has" if above == 1 else f"{above:,} test pictures have"
-            yield (
-                f"{pictures} values above the {reading.bits} bits of the training pictures, which "
-                "are cut off there"
-            )
+            yield from self._those(_has(self.facts, flag), what, text)
+        largest = (1 << reading.bits) - 1
+        what = f"values above {largest:,}, the largest of {reading.bits} bits"
+        yield from self._those(self.facts["peak"] > largest, what, "such pixels become white")
+
+    def _those(self, mask: NDArray[np.bool_], what: str, text: str) -> Iterator[str]:
+        """Yield a line about the pictures that a mask marks, if there are any."""
+        if mask.any():
+            verb = "has" if mask.sum() == 1 else "have"
+            example = shown(self.listing.files[int(mask.argmax())])
+            yield f"{count_of(int(mask.sum()), 'picture')} {verb} {what}, such as {example}: {text}"
+
+    def _is_grey(self, reading: Reading) -> bool:
+        """Whether all pictures are grey as they are read."""
+        grey = _has(self.facts, Flag.GREY)
+        if len(set(reading.background)) > 1:
+            grey &= ~_has(self.facts, Flag.TRANSPARENT)
+        return bool(grey.all())
 
     def sizes(self) -> str:
         """Return the range of the pictures' sizes for people."""
@@ -216,11 +262,42 @@ class Survey:
         return smallest if smallest == largest else f"{smallest} to {largest}"
 
 
-_FLAGS = {
-    Flag.TRANSPARENT: "transparency",
-    Flag.DEEP: "more than 8 bits per pixel",
-    Flag.SEVERAL_FRAMES: "several frames",
-}
+def describe(
+    name: str, n_train: int, n_test: int, n_classes: int, sizes: str, *, is_grey: bool, how: str
+) -> str:
+    """Return one line about a data set.
+
+    Args:
+        name: of the data set.
+        n_train, n_test: numbers of pictures.
+        n_classes: number of classes.
+        sizes: of the pictures, as they are found.
+        is_grey: whether they all are.
+        how: they are brought to a network.
+
+    Example:
+        >>> describe("digits", 1438, 359, 10, "8x8", is_grey=True, how="kept in memory")
+        'digits: 1,438 training and 359 test pictures of 10 classes, 8x8 pixels, grey, kept in memory'
+    """
+    return (
+        f"{name}: {n_train:,} training and {n_test:,} test pictures of {n_classes} classes, {sizes} pixels, "
+        f"{'grey' if is_grey else 'colour'}, {how}"
+    )
+
+
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun.
+
+    Args:
+        number: how many.
+        noun: of one.
+        plural: of several; by default `noun` with an s.
+
+    Example:
+        >>> count_of(1, "picture"), count_of(2000, "picture"), count_of(0, "class", "classes")
+        ('1 picture', '2,000 pictures', '0 classes')
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def survey_folder(
@@ -380,7 +457,7 @@ def _state(entry: os.DirEntry[str]) -> FileState:
         if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would never end
             raise OSError("no regular file")
     except OSError as error:
-        raise unreadable(entry.path, reason(error)) from error
+        raise unreadable(Broken.by(entry.path, error)) from error
     return FileState(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
 
 
@@ -403,7 +480,8 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
     class_names = _directories(train, root)
     if len(class_names) < 2:
         raise DataError(
-            f"data.root: {shown(train)} holds {len(class_names)} classes; it takes two, a folder for each"
+            f"data.root: {shown(train)} holds {count_of(len(class_names), 'class', 'classes')}; "
+            "it takes two, a folder for each"
             f"{_hint_of_nested(train)}"
         )
     known: dict[str, Path] = {}
@@ -418,8 +496,8 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
                 )
             if folder == test and name not in class_names:
                 raise DataError(
-                    f"data.root: {shown(test / name)} is a class that {shown(train)} lacks; add it there or remove "
-                    "it here"
+                    f"data.root: {shown(test / name)} is a class without a folder in {shown(train)}; add one, or "
+                    "remove this one"
                 )
     return class_names
 
@@ -447,7 +525,7 @@ def _hint_of_nested(folder: Path) -> str:
         if (path / "train").is_dir():
             return f" (set data.root={shown(path)}?)"
         if len(inside) == 1 and path.name == folder.name:
-            return f" (move those in {shown(path)} one folder up?)"
+            return f" (did you mean to move the folders in {shown(path)} one level up?)"
     return ""
 
 
@@ -503,14 +581,14 @@ def _inspect_all(files: Sequence[str], progress: Progress | None) -> NDArray[np.
         if progress is not None:
             progress((len(facts) - 1) * CHUNK + len(chunk), len(files))
     if broken:
-        raise unreadable(broken[0].path, broken[0].why, more=len(broken) - 1)
+        raise unreadable(broken[0], more=len(broken) - 1)
     return np.concatenate(facts)
 
 
 def _inspect_chunk(paths: Sequence[str]) -> tuple[NDArray[np.void], list[Broken]]:
     found = [inspect_picture(path) for path in paths]
     records = [
-        (*each[:4], np.frombuffer(each.fingerprint, np.uint8)) for each in found if isinstance(each, Facts)
+        (*each[:5], np.frombuffer(each.fingerprint, np.uint8)) for each in found if isinstance(each, Facts)
     ]
     return np.array(records, dtype=_FACTS), [each for each in found if isinstance(each, Broken)]
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,9 +38,13 @@ CHUNK = 500  # pictures that a pool process reads at a time: some 50 ms of work,
 POOL_FROM = 4 * CHUNK  # below this many pictures, starting processes costs more than it saves
 
 _BLOCK = 16 * 1024  # bytes of a sample of a large file
-_WHOLE = 4 * _BLOCK  # files up to this size are sampled whole
+_WHOLE = 4 * _BLOCK  # files up to this size are read whole
+_PADDING = b"\0\r\n\t "  # what programs append to a file that is complete
+_HOLE = bytes(512)  # a sector of zeros, which compressed data hardly ever contain
+_STRAY_SHARE = 0.001  # of a picture's pixels, at least one: the brightest, such as a camera's hot pixels
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION, _ORIENTATIONS, _SIDEWAYS = 0x0112, range(1, 9), (5, 6, 7, 8)
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -51,7 +56,8 @@ class Reading:
 
     Args:
         background: (red, green, blue) in 0..255, over which transparent pictures are composited.
-        bits: number of bits that grey pictures with more than 8 bits use, in 8..16. The upper 8 of them are kept.
+        bits: 8..16. The values of grey pictures that are stored with more than 8 bits are taken for numbers of this
+            many bits: the upper 8 of these bits are kept, and larger values become 255.
     """
 
     background: tuple[int, int, int] = (255, 255, 255)
@@ -68,15 +74,17 @@ class Flag(IntFlag):
     TRANSPARENT = 1
     DEEP = 2
     SEVERAL_FRAMES = 4
+    GREY = 8
 
 
 class Facts(NamedTuple):
-    """What is known of a picture file without (unless it is deep) decoding it.
+    """What is known of a picture file before its pixels are used.
 
     Args:
         width: in pixels, upright.
         height: in pixels, upright.
         peak: largest value of a grey picture with more than 8 bits; 0 of others.
+        level: likewise, the largest value without the brightest 0.1 % of the pixels (at least one).
         flags: see `Flag`.
         fingerprint: 8 bytes, a digest of the file's size and of samples of its content; all of it up to 64 KiB.
     """
@@ -84,22 +92,37 @@ class Facts(NamedTuple):
     width: int
     height: int
     peak: int
+    level: int
     flags: int
     fingerprint: bytes
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A picture file that cannot be used, and why."""
+    """A picture file that cannot be used, why, and what to do; "" replaces or deletes it."""
 
     path: str
     why: str
+    remedy: str = ""
+
+    @classmethod
+    def by(cls, path: str, error: Exception) -> Broken:
+        """Return what an error says of a file; errors themselves cannot always be sent by a process."""
+        return cls(path, reason(error), error.remedy if isinstance(error, _UnfitError) else "")
+
+
+class _UnfitError(ValueError):
+    """Says why a complete picture cannot be used, and what to do about it."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(why)
+        self.remedy = remedy
 
 
 def inspect_picture(path: str) -> Facts | Broken:
-    """Read a picture's header and check that the file is whole and can be read without a loss.
+    """Read a picture's header and check that the file is complete and can be read without a loss.
 
-    A file that lacks its format's end mark is decoded: only the pixels can tell whether that does any harm.
+    Files of up to 64 KiB are decoded, and so are larger ones whose header and end leave a doubt.
 
     Args:
         path: the file.
@@ -112,32 +135,43 @@ def inspect_picture(path: str) -> Facts | Broken:
             size = os.fstat(file.fileno()).st_size
             samples = _samples(file, size)
             # A small file has been read already, which on a disk across the network costs more than all the rest.
-            with opened(io.BytesIO(samples[0]) if size <= _WHOLE else file) as picture:
-                return _facts(picture, samples, size)
+            source = io.BytesIO(samples[0]) if size <= _WHOLE else file
+            with opened(source) as picture:
+                return _facts(picture, source, samples, size)
     except Exception as error:  # broken files raise anything: OSError, SyntaxError, struct.error ...
-        return Broken(path, reason(error))
+        return Broken.by(path, error)
 
 
-def _facts(picture: Image.Image, samples: Sequence[bytes], size: int) -> Facts:
+def _facts(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size: int) -> Facts:
     _check_depth(picture)
-    flags, peak = Flag(0), 0
+    flags, peak, level = Flag(0), 0, 0
     if picture.has_transparency_data:
         flags |= Flag.TRANSPARENT
+    if _is_grey(picture):
+        flags |= Flag.GREY
     # The second picture of an MPO is the brightness or the depth of the first, as telephones store it in JPEG files.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         flags |= Flag.SEVERAL_FRAMES
     width, height = picture.size
     if _may_lie_sideways(picture, samples) and _orientation(picture) in _SIDEWAYS:
         width, height = height, width
+    surely_complete = _check_end(picture, file, samples, size)
     if _is_deep(picture):
         flags |= Flag.DEEP
-        peak = int(np.asarray(picture).max())
-    elif not _seems_whole(picture, samples, size):
+        peak, level = _peak_and_level(np.asarray(picture))
+    elif size <= _WHOLE or not surely_complete:
         picture.load()
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     for sample in samples:
         digest.update(sample)
-    return Facts(width, height, peak, int(flags), digest.digest())
+    return Facts(width, height, peak, level, int(flags), digest.digest())
+
+
+def _peak_and_level(values: NDArray[Any]) -> tuple[int, int]:
+    """The largest value of a picture, with and without its brightest pixels, see `Facts`."""
+    stray = min(max(1, int(_STRAY_SHARE * values.size)), values.size - 1)
+    place = values.size - 1 - stray
+    return int(values.max()), int(np.partition(values, place, axis=None)[place])
 
 
 def read_picture(path: str, reading: Reading = PLAIN) -> tuple[Image.Image, bool]:
@@ -161,34 +195,73 @@ def read_picture(path: str, reading: Reading = PLAIN) -> tuple[Image.Image, bool
     from PIL import Image
 
     try:
-        with opened(path) as picture:
+        with open(path, "rb") as file, opened(file) as picture:
             _check_depth(picture)
-            deep, mode = _is_deep(picture), picture.mode
+            deep, grey, mode = _is_deep(picture), _is_grey(picture), picture.mode
             upright = _upright(picture)
             if deep:
                 values = np.asarray(upright) >> (reading.bits - 8)
                 return Image.fromarray(np.minimum(values, 255).astype(np.uint8)).convert("RGB"), True
-            grey = mode in {"1", "L", "LA", "La"}
             if upright.has_transparency_data:
                 return _composited(upright, reading), grey and len(set(reading.background)) == 1
             return (upright if mode == "RGB" else upright.convert("RGB")), grey
     except Exception as error:  # broken files raise anything: OSError, SyntaxError, struct.error ...
-        raise unreadable(path, reason(error)) from error
+        raise unreadable(Broken.by(path, error)) from error
 
 
 @contextmanager
-def opened(source: str | BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture of at most as many pixels as Pillow takes for harmless: up to twice as many it only warns of."""
+def opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture of at most as many pixels as Pillow takes for harmless: up to twice as many it only warns of.
+
+    Args:
+        file: open, not a path. Pillow maps an uncompressed file that it has opened by its path into memory, and
+            shears the pixels of a TIFF that lies sideways.
+
+    Raises:
+        ValueError: if the file is empty or of no known format.
+        Exception: whatever else Pillow raises for broken files.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    if not file.read(1):
+        raise ValueError("the file is empty")
+    file.seek(0)
     with warnings.catch_warnings():
+        # What Pillow warns of are metadata that programs have spoilt, which says nothing about the pixels.
+        warnings.filterwarnings("ignore", module=r"PIL\b")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(source, formats=_FORMATS)
+            picture = Image.open(file, formats=_FORMATS)
         except UnidentifiedImageError:  # whose message shows this program's objects
             raise ValueError(f"its content is none of {', '.join(_FORMATS)}") from None
-    with picture:
-        yield picture
+        with picture:
+            _scale_transparent_value(picture)
+            yield _alpha_of_bmp(picture, file) or picture
+
+
+def _scale_transparent_value(picture: Image.Image) -> None:
+    """Bring the transparent value of a grey PNG of 2 or 4 bits to the 8 bits to which Pillow scales its pixels."""
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(picture))
+    if picture.format == "PNG" and factor is not None and "transparency" in picture.info:
+        picture.info["transparency"] *= factor
+
+
+def _alpha_of_bmp(picture: Image.Image, file: BinaryIO) -> Image.Image | None:
+    """The picture of a BMP file of 32 bits with its fourth channel; None if that holds nothing.
+
+    Such a file does not say whether its fourth byte is alpha, and Pillow drops it. As other programs do, it is taken
+    for alpha unless it is zero everywhere.
+    """
+    from PIL import Image
+
+    if picture.format != "BMP" or picture.info.get("compression") != 0 or _raw_mode(picture) != "BGRX":
+        return None
+    (tile,) = _tiles(picture)
+    file.seek(tile.offset)
+    _, stride, direction = tile.args
+    pixels = file.read(stride * picture.height)
+    whole = Image.frombytes("RGBA", picture.size, pixels, "raw", "BGRA", stride, direction)
+    return None if whole.getchannel("A").getextrema() in {(0, 0), (255, 255)} else whole
 
 
 def in_pool(
@@ -281,20 +354,20 @@ def shown(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
 
 
-def unreadable(path: str, why: str, more: int = 0) -> DataError:
-    """Name the picture that cannot be used, and why.
+def unreadable(broken: Broken, more: int = 0) -> DataError:
+    """Name the picture that cannot be used, why, and what to do.
 
     Args:
-        path: of the picture.
-        why: it cannot be used.
+        broken: the picture.
         more: how many others cannot be used either.
     """
+    others = ""
     if more > 0:
-        others = "one other is not" if more == 1 else f"{more:,} others are not"
-        return DataError(
-            f"data.root: {shown(path)} is no readable picture ({why}), and {others} either; replace or delete them"
-        )
-    return DataError(f"data.root: {shown(path)} is no readable picture ({why}); replace or delete it")
+        others = ", and " + ("one other is" if more == 1 else f"{more:,} others are") + " not either"
+    remedy = broken.remedy or f"replace or delete {'it' if more == 0 else 'them'}"
+    return DataError(
+        f"data.root: {shown(broken.path)} is no readable picture ({broken.why}){others}; {remedy}"
+    )
 
 
 def unequal(path: str, size: tuple[int, int], others: tuple[int, int]) -> DataError:
@@ -328,20 +401,74 @@ def _samples(file: BinaryIO, size: int) -> list[bytes]:
     return samples
 
 
-def _seems_whole(picture: Image.Image, samples: Sequence[bytes], size: int) -> bool:
-    """Whether a file ends as its format does; of formats without such a mark, whether it is long enough."""
-    start, end = samples[0], samples[-1]
+def _check_end(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size: int) -> bool:
+    """Check the end of a file, which is all that is looked at of most large ones.
+
+    Returns:
+        Whether the file is surely complete; if not, only decoding it can tell.
+
+    Raises:
+        ValueError: if the file is surely cut off or damaged, which decoders do not notice everywhere.
+    """
+    end = samples[-1]
+    has_hole = any(_HOLE in sample for sample in samples)
     match picture.format:
         case "JPEG" | "MPO":
-            return b"\xff\xd9" in end
+            # Cameras and telephones append data of their own, in which case the end must be searched for.
+            if not end.rstrip(_PADDING).endswith(b"\xff\xd9") and not _has_end_of_jpeg(_content(file)):
+                raise ValueError("it is cut off: a JPEG file ends with FF D9")
+            return True
         case "PNG":
-            return b"IEND" in end
-        case "GIF":
-            return end.rstrip(b"\0").endswith(b";")
+            if size <= _WHOLE or has_hole or b"IEND" not in end:
+                _check_png(_content(file))
+            return True
         case "WEBP":
-            return size >= int.from_bytes(start[4:8], "little") + 8
+            # Lossy pictures of one colour end with zeros, too, of at most a twelfth of the file.
+            zeros = len(end) - len(end.rstrip(b"\0"))
+            if size < int.from_bytes(samples[0][4:8], "little") + 8 or zeros > max(16, len(end) // 8):
+                raise ValueError("it is cut off: the end of the WebP file is missing")
+            return True
+        case "GIF":
+            return end.rstrip(b"\0").endswith(b";") and not has_hole
     tiles = _tiles(picture)
     return all(tile.codec_name == "raw" and size >= _end(picture, tile) for tile in tiles) and len(tiles) > 0
+
+
+def _content(file: BinaryIO) -> bytes:
+    """All bytes of a file, the position in which stays as it is: Pillow goes on reading from there."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    return content
+
+
+def _has_end_of_jpeg(content: bytes) -> bool:
+    """Whether the end mark follows the pixels: the thumbnail in the metadata before them has one of its own."""
+    position = 2
+    while content[position : position + 1] == b"\xff":
+        marker = content[position + 1 : position + 2]
+        if marker == b"\xda":  # start of scan: compressed pixels never contain FF D9
+            return content.find(b"\xff\xd9", position) >= 0
+        if marker == b"\xff":  # padding
+            position += 1
+        else:
+            position += 2 + int.from_bytes(content[position + 2 : position + 4])
+    return False
+
+
+def _check_png(content: bytes) -> None:
+    """Raise unless all chunks of a PNG file are there, and the checksums of those with pixels are right."""
+    start, view = 8, memoryview(content)
+    while (end := start + 12 + int.from_bytes(view[start : start + 4])) <= len(view):
+        kind = content[start + 4 : start + 8]
+        is_critical = not kind[0] & 0x20
+        if is_critical and zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end]):
+            raise ValueError("it is damaged: the checksum of a PNG chunk is wrong")
+        if kind == b"IEND":
+            return
+        start = end
+    raise ValueError("it is cut off: the last chunk of a PNG file is IEND")
 
 
 def _end(picture: Image.Image, tile: Any) -> int:
@@ -390,26 +517,53 @@ def _is_deep(picture: Image.Image) -> bool:
     return picture.mode in _DEEP_MODES or (picture.mode == "I" and picture.format == "PPM")
 
 
+def _is_grey(picture: Image.Image) -> bool:
+    """Whether the pixels are grey, apart from the background of transparent ones."""
+    return picture.mode in {"1", "L", "LA", "La"} or _is_deep(picture)
+
+
 def _check_depth(picture: Image.Image) -> None:
     """Raise for pixels that Pillow would cut to 8 bits, or whose range is not known."""
     if _is_deep(picture):
         if "transparency" in picture.info:
-            raise ValueError("16 bits with a transparent value, scale it to 8 bits")
+            raise _UnfitError("16 bits with a transparent value", "scale such pictures to 8 bits")
+        if picture.format == "TIFF" and _tag(picture, _PHOTOMETRIC) == 0:
+            raise _UnfitError("16 bits of which 0 is white", "store such pictures with 0 as black")
         return
     if picture.mode in {"I", "F"}:
-        raise ValueError(f"pixels of mode {picture.mode} have no fixed range, scale them to 8 or 16 bits")
-    if any(_bits(picture, tile.args) > 8 for tile in _tiles(picture)):
-        raise ValueError(
-            "colour or transparency with more than 8 bits per channel, scale them to 8, by the range that all use"
+        raise _UnfitError(
+            f"pixels of mode {picture.mode} have no fixed range", "scale such pictures to 8 or 16 bits"
+        )
+    if _bits(picture) > 8:
+        raise _UnfitError(
+            "colour or transparency with more than 8 bits per channel",
+            "scale such pictures to 8 bits, by the range that all use",
         )
 
 
-def _bits(picture: Image.Image, arguments: Any) -> int:
-    """Bits per channel of a stored tile, more than 8 or not: Pillow's mode of the decoded picture does not say."""
-    if picture.format == "PPM":
-        return int(arguments[1]).bit_length() if isinstance(arguments, tuple) and len(arguments) > 1 else 8
-    raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""
-    return 16 if picture.format in {"PNG", "TIFF"} and ";16" in str(raw) else 8
+def _bits(picture: Image.Image) -> int:
+    """Bits per channel as they are stored, more than 8 or not: Pillow's mode of the decoded picture does not say."""
+    match picture.format:
+        case "TIFF":
+            bits = _tag(picture, _BITS_PER_SAMPLE)
+            return max(bits) if isinstance(bits, tuple) else int(bits or 1)
+        case "PPM":
+            arguments = [tile.args for tile in _tiles(picture) if isinstance(tile.args, tuple)]
+            return max((int(largest).bit_length() for _, largest, *_ in arguments), default=8)
+        case "PNG":
+            return 16 if ";16" in _raw_mode(picture) else 8
+    return 8
+
+
+def _tag(picture: Any, tag: int) -> Any:
+    """The value of a tag of a TIFF file; None if it has none."""
+    return picture.tag_v2.get(tag)
+
+
+def _raw_mode(picture: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words; "" if that is not told."""
+    arguments = next((tile.args for tile in _tiles(picture)), None)
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
 
 
 def _tiles(picture: Image.Image) -> Sequence[Any]:

@@ -33,10 +33,10 @@ from pipeline.fit import check_left_for_training, warnings_of
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pages import REPORT_PAGE
 from pipeline.pictures import (
-    are_gone,
     check_fit,
     check_same_pictures,
     data_digest,
+    data_folder_is_missing,
     describe_pictures,
     load_pictures,
     possible_stems,
@@ -251,7 +251,8 @@ def execute(
         used, digest = datasets(dataset), data_digest(spec.config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        lines = describe_pictures(dataset, used)
+        networks = () if spec.kind == "sweep" else (spec.kind,)  # of a sweep, trials may have others
+        lines = describe_pictures(spec.config, dataset, used, networks)
         prepared = prepare(dataset)
         told = warnings_of(spec.config, dataset, (spec.kind,)) if warn is None else warn(dataset)
         tell_pictures([*lines, *told], console)
@@ -333,7 +334,7 @@ def _check_finished(
     try:
         dataset = load_data(spec.config, console, download=False)
     except DataError as error:
-        if not are_gone(spec.config.data):
+        if not data_folder_is_missing(spec.config.data):
             raise
         console_line(console)(f"warning: the pictures of this result cannot be looked at any more: {error}")
         return

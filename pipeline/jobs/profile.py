@@ -162,7 +162,9 @@ def run_profile(
     config = settled(config, console)
     dataset = load_data(config, console)
     check_data(config, dataset, (job,))
-    tell_pictures([*describe_pictures(dataset, ()), *warnings_of(config, dataset, (job,))], console)
+    tell_pictures(
+        [*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,))], console
+    )
     compute = compute_for(config.runtime)
     work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
     tell = console_line(console)

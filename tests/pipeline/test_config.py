@@ -646,6 +646,12 @@ def test_another_background_is_another_run() -> None:
     assert run_hash(before, "search") != run_hash(after, "search")
     with pytest.raises(ConfigError, match=r"data\.background: 'whitish' is refused: name a colour"):
         load(None, ["data.background=whitish"])
+    for colour in ("#ffffff00", "#fff0", "rgba(255, 255, 255, 0)", "#ffffffff"):
+        with pytest.raises(
+            ConfigError, match=r"data\.background: .*give its colour without alpha"
+        ) as refusal:
+            load(None, [f"data.background={colour}"])
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

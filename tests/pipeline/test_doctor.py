@@ -22,7 +22,7 @@ from pipeline.doctor import (
     check_store,
     run_checks,
 )
-from pipeline.pictures import open_dataset
+from pipeline.pictures import datasets_used, describe_pictures, load_pictures, open_dataset
 from pipeline.resources import count, usable_cores
 from pipeline.schema import DataSettings
 
@@ -140,14 +140,17 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_data(tmp_path: Path, pictures: Path) -> None:
-    assert check_data(settings()).message == "digits: 1,438 training and 359 test pictures, 10 classes"
+    for chosen in (settings(), settings("image_size=32")):
+        assert check_data(chosen).message == "; ".join(load_pictures(chosen).notes)
     absent = check_data(settings("name=cifar10", f"root={tmp_path}", "download=true"))
     assert (absent.state, "data.download=true" in absent.remedy) == ("fail", True)
     cache = tmp_path / "cache"
     good = folder(pictures, f"cache_dir={cache}")
-    message = f"folder {pictures}: 6 training and 2 test pictures, 2 classes, 8x8 pixels"
-    assert good == Check("data", "ok", message)
     assert not cache.exists(), "looking changes nothing"
+    line = (
+        "folder: 6 training and 2 test pictures of 2 classes, 8x8 pixels, grey, as they are, kept in memory"
+    )
+    assert good == Check("data", "ok", line)
     (pictures / "test").rename(pictures / "val")
     assert folder(pictures) == good
 
@@ -193,6 +196,8 @@ def too_small(pictures: Path) -> None:
         lambda root: (root / "train" / "cat" / "more.zip").touch(),
         lambda root: (root / "train" / "cat" / "1.png").write_text("no picture"),
         lambda root: Image.new("F", (8, 8)).save(root / "test" / "cat" / "9.tif"),
+        lambda root: Image.new("I;16", (8, 8), 4000).save(root / "test" / "cat" / "9.png"),
+        lambda root: (root / "train" / "cat" / "1.png").write_bytes(b""),
         lambda root: os.rename(root / "train" / "cat", os.fsencode(root) + b"/train/caf\xe9"),
         shutil.rmtree,
     ],
@@ -213,9 +218,26 @@ def test_a_folder_that_a_job_refuses_is_no_good(damage: Callable[[Path], object]
 def test_what_a_job_would_only_tell_is_a_warning(pictures: Path) -> None:
     (pictures / "test" / "dog" / "0.png").unlink()
     (pictures / "train" / "cat" / "1.heic").touch()
-    check = folder(pictures, "allow_left_out=true")
+    Image.new("I;16", (8, 8), 4000).save(pictures / "train" / "cat" / "1.png")
+    Image.new("LA", (8, 8)).save(pictures / "train" / "cat" / "2.png")
+    cache = f"cache_dir={pictures.parent / 'cache'}"
+    check = folder(pictures, "allow_left_out=true", cache)
     assert check.state == "warn"
-    assert "no test pictures of dog, left out: 1 file with the suffix .heic" in check.message
+    config = load(
+        None, ["data.name=folder", f"data.root={pictures}", "data.allow_left_out=true", f"data.{cache}"]
+    )
+    dataset = open_dataset(config, ())
+    used = datasets_used(config, dataset, "retrain")
+    assert check.message == "; ".join(describe_pictures(config, dataset, used, ()))
+    for words in (
+        "left out: 1 file with the suffix .heic",
+        "the upper 8 of the 12 bits",
+        "1 picture has transparency",
+    ):
+        assert words in check.message
+    assert check.message.endswith(
+        "; the test split has no picture of dog; accuracies on it cover 1 of 2 classes"
+    )
     assert check.remedy == (
         "add test pictures of every class; move or convert what is left out, if it belongs to the data"
     )

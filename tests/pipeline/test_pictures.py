@@ -238,7 +238,7 @@ def test_a_class_without_test_pictures_is_told_everywhere(folder: Folder, tmp_pa
     shutil.rmtree(folder.root / "test" / "bee")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     run = folder.run("retrain", "tracking.enabled=true", f"tracking.uri={store}", "tracking.models=false")
-    line = "classes without a picture in the test part: bee; what is measured on it is over 1 of 2 classes"
+    line = "the test split has no picture of bee; accuracies on it cover 1 of 2 classes"
     assert f"pictures: {line}\n" in folder.seen
     record = run.read()
     assert {use.context: use.missing for use in record.datasets} == {"training": (), "test": ("bee",)}
@@ -258,7 +258,7 @@ def test_a_class_that_the_alphas_lack_is_told(folder: Folder) -> None:
         file.unlink()
     run = folder.run("search", "search.alpha_fraction=0.3")
     assert (
-        "classes without a picture in the alphas part: bee; what is measured on it is over 1 of 2"
+        "pictures: the alpha half has no picture of bee; accuracies on it cover 1 of 2 classes\n"
         in folder.seen
     )
     assert run.read().tags["istanas.missing_classes"] == "alphas: bee"
@@ -270,7 +270,8 @@ def test_the_pictures_are_described_before_any_work(folder: Folder) -> None:
         "folder: 16 training and 4 test pictures of 2 classes, 8x8 pixels, grey, as they are, kept in memory"
     )
     assert folder.seen.index(f"pictures: {line}\n") < folder.seen.index("epoch 1")
-    assert run.read().pictures == (line,)
+    assert folder.seen.index("pictures: search.stem: cifar\n") < folder.seen.index("epoch 1")
+    assert run.read().pictures == (line, "search.stem: cifar")
     assert line in (run.path / "report.html").read_text()
 
 

@@ -387,9 +387,12 @@ def test_a_decompression_bomb_is_named_in_one_line(folder: Path, load: Callable[
         (lambda f: shutil.rmtree(f / "test"), r"test is missing"),
         (
             lambda f: list(map(shutil.rmtree, [f / "train" / c for c in CLASSES[1:]])),
-            r"train holds 1 classes",
+            r"train holds 1 class; ",
         ),
-        (lambda f: (f / "test" / "dog").mkdir(), r"dog is a class that .*train lacks"),
+        (
+            lambda f: (f / "test" / "dog").mkdir(),
+            r"dog is a class without a folder in .*train; add one, or remove this one",
+        ),
         (
             lambda f: [p.unlink() for p in (f / "train" / "bee").glob("?.png")],
             r"bee holds no picture; add some \(\.bmp",

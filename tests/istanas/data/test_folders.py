@@ -1,5 +1,6 @@
 """Picture folders as people have them: what is read of them, and how; what is left out, refused or told."""
 
+import io
 import os
 import re
 import shutil
@@ -26,17 +27,18 @@ from istanas.errors import DataError
 Load = Callable[..., ImageDataset]
 
 
-def save(path: Path, picture: np.ndarray | Image.Image, **options: object) -> None:
+def save(path: Path, picture: np.ndarray | Image.Image, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.save(path, **options)
+    return path
 
 
 def grey(value: int, side: int = 8) -> np.ndarray:
     return np.full((side, side), value, np.uint8)
 
 
-def write_folder(root: Path, make: Callable[[int], np.ndarray], suffix: str = ".png") -> Path:
+def write_folder(root: Path, make: Callable[[int], np.ndarray | Image.Image], suffix: str = ".png") -> Path:
     """Two classes of two training pictures and one test picture each: `make` gets 0..5."""
     number = 0
     for split, count in (("train", 2), ("test", 1)):
@@ -146,6 +148,31 @@ def test_pictures_are_read_upright(
     assert f"{side}x{2 * side} pixels" in dataset.notes[0]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I;16", "CMYK"])
+@pytest.mark.parametrize(
+    ("side", "orientation"), [*((16, orientation) for orientation in STORED), (80, 6), (80, 7)]
+)
+def test_uncompressed_tiff_files_are_read_upright(
+    side: int, orientation: int, mode: str, tmp_path: Path, load: Load
+) -> None:
+    def stored(pixels: np.ndarray) -> Image.Image:
+        colour = Image.fromarray(np.ascontiguousarray(pixels))
+        if mode == "I;16":
+            return Image.fromarray(np.asarray(colour.convert("L")).astype(np.uint16) * 257)
+        return colour.quantize(4) if mode == "P" else colour.convert(mode, dither=Image.Dither.NONE)
+
+    assert stored(upright(side)).mode == mode
+    root = write_folder(tmp_path / "pictures", lambda n: stored(upright(side)), ".tif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(root / "train" / "ant" / "ant0.tif", stored(STORED[orientation](upright(side))), exif=exif.tobytes())
+    for _ in ("decoded", "from the cache"):
+        dataset = load(root)
+        first, second = (pictures_of(dataset, [index])[0] for index in (0, 1))
+        assert torch.equal(first, second)
+        assert f"{side}x{2 * side} pixels" in dataset.notes[0]
+
+
 @pytest.mark.parametrize("orientation", [None, 0, 9, 65_535])
 def test_spoilt_metadata_do_no_harm(orientation: int | None, tmp_path: Path, load: Load) -> None:
     root = write_folder(tmp_path, lambda n: upright(16), ".jpg")
@@ -155,6 +182,18 @@ def test_spoilt_metadata_do_no_harm(orientation: int | None, tmp_path: Path, loa
     save(root / "train" / "ant" / "ant0.jpg", upright(16), exif=content)
     first, second = images(load(root))[:2]
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("side", [16, 80], ids=["small", "large"])
+def test_spoilt_metadata_are_not_warned_of(
+    side: int, tmp_path: Path, load: Load, recwarn: pytest.WarningsRecorder
+) -> None:
+    entry = struct.pack("<HHHII", 5, 0x0112, 3, 1, 1)  # of the five entries that it announces, one
+    content = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry
+    root = write_folder(tmp_path, lambda n: upright(side), ".jpg")
+    save(root / "train" / "ant" / "ant0.jpg", upright(side), exif=content)
+    pictures_of(load(root), [0])
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_odd_metadata_beside_the_orientation_do_no_harm(tmp_path: Path, load: Load) -> None:
@@ -200,6 +239,7 @@ def shape_in_alpha(mode: str, side: int) -> Image.Image:
         ("RGBA", ".png", 3),
         ("RGBA", ".webp", 3),
         ("RGBA", ".tif", 3),
+        ("RGBA", ".bmp", 3),
         ("LA", ".png", 1),
         ("P", ".png", 3),
         ("P", ".gif", 3),
@@ -228,6 +268,34 @@ def test_transparent_pictures_are_composited_over_a_background(
     assert pictures_of(red, [0])[0, :, 0, -1].tolist() == [200, 0, 0]
     assert red.digest != dataset.digest
     assert torch.equal(pictures_of(load(root), [0])[0], picture), "not from the cache of the other background"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("side", [16, 80], ids=["small", "large"])
+def test_the_transparent_value_of_a_grey_png_is_that_of_the_file(
+    side: int, bits: int, tmp_path: Path, load: Load
+) -> None:
+    """Black and, in the right half, the largest value, which is transparent."""
+    row = "0" * (bits * side // 2) + "1" * (bits * side // 2)
+    rows = (b"\0" + int(row, 2).to_bytes(bits * side // 8)) * side
+    content = png(struct.pack(">IIBBBBB", side, side, bits, 0, 0, 0, 0), rows, struct.pack(">H", 2**bits - 1))
+    root = write_folder(tmp_path / "pictures", lambda n: grey(0, side))
+    (root / "train" / "ant" / "ant0.png").write_bytes(content)
+    dataset = load(root, background=(200, 0, 0))
+    (picture,) = pictures_of(dataset, [0])
+    assert (picture[:, 0, 0].tolist(), picture[:, 0, -1].tolist()) == ([0, 0, 0], [200, 0, 0])
+    assert any("1 picture has transparency" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_bmp_files_of_32_bits_without_transparency_stay_as_they_are(
+    alpha: int, tmp_path: Path, load: Load
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = alpha
+    dataset = load(write_folder(tmp_path, lambda n: pixels[n], ".bmp"))
+    np.testing.assert_array_equal(images(dataset)[1], pixels[1][..., :3].transpose(2, 0, 1))
+    assert len(dataset.notes) == 1
 
 
 def test_opaque_pictures_with_an_alpha_channel_stay_as_they_are(tmp_path: Path, load: Load) -> None:
@@ -259,31 +327,130 @@ def test_deep_grey_pictures_keep_the_upper_8_of_the_bits_they_use(
     read = pictures_of(dataset, [0, 1, 2, 3])[:, 0, 0, 0].tolist()
     assert read == [int(value) >> (bits - 8) for value in used]
     assert dataset.reading.bits == bits
-    assert any(f"the upper 8 of the {bits} bits" in note for note in dataset.notes)
+    kept = "values 0 to 255 are kept as they are" if bits == 8 else f"the upper 8 of the {bits} bits"
+    assert [note for note in dataset.notes if kept in note] == [*dataset.notes[1:]]
     assert len({*read}) == 4
 
 
 def test_bits_are_decided_by_the_training_pictures(tmp_path: Path, load: Load) -> None:
     root = write_folder(tmp_path / "pictures", lambda n: np.full((8, 8), 40 * n, np.uint16))
     before = load(root)
-    save(root / "test" / "ant" / "ant0.png", np.full((8, 8), 60_000, np.uint16))
+    bright = save(root / "test" / "ant" / "ant0.png", np.full((8, 8), 60_000, np.uint16))
     dataset = load(root)
     assert (dataset.reading.bits, dataset.train_digest) == (8, before.train_digest)
     assert images(dataset, "test")[:, 0, 0, 0].tolist() == [255, 200]
-    assert dataset.notes[-1].startswith("1 test picture has values above the 8 bits of the training pictures")
+    assert dataset.notes[-1] == (
+        f"1 picture has values above 255, the largest of 8 bits, such as {bright}: such pixels become white"
+    )
+
+
+@pytest.mark.parametrize("side", [8, 80], ids=["small", "large"])
+@pytest.mark.parametrize("train_type", [np.uint8, np.uint16], ids=["8-bit files", "16-bit files"])
+def test_a_test_split_of_another_range_is_refused(
+    train_type: type, side: int, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: np.full((side, side), 40 * n, train_type))
+    for number, name in enumerate(("ant", "bee")):
+        save(root / "test" / name / f"{name}0.png", np.full((side, side), 100 * number, np.uint16))
+    dataset = load(root)
+    assert pictures_of(dataset, [0, 1], "test")[:, 0, 0, 0].tolist() == [0, 100]
+    assert any("values 0 to 255 are kept as they are" in note for note in dataset.notes)
+    for name in ("ant", "bee"):
+        save(root / "test" / name / f"{name}0.png", np.full((side, side), 4000, np.uint16))
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(caught.value) == (
+        f"data.root: {root}/test/ant/ant0.png has values up to 4,000, and 2 test pictures in all above the 8 bits "
+        "(0 to 255) of the training pictures; scale both splits to one range"
+    )
+
+
+def hot_pixel(path: Path) -> Path:
+    with Image.open(path) as picture:
+        pixels = np.array(picture)
+    pixels[0, 0] = 65_535
+    return save(path, pixels)
+
+
+@pytest.mark.parametrize("side", [8, 80], ids=["small", "large"])
+def test_hot_pixels_take_no_bits_from_the_others(side: int, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: np.full((side, side), 700 * n, np.uint16))
+    hot = hot_pixel(root / "train" / "ant" / "ant0.png")
+    hot_pixel(root / "train" / "bee" / "bee0.png")
+    hot_pixel(root / "test" / "ant" / "ant0.png")
+    dataset = load(root)
+    assert dataset.reading.bits == 12
+    assert pictures_of(dataset, [0, 1, 2, 3])[:, 0, -1, -1].tolist() == [0, 700 >> 4, 1400 >> 4, 2100 >> 4]
+    assert dataset.notes[-1] == (
+        f"3 pictures have values above 4,095, the largest of 12 bits, such as {hot}: such pixels become white"
+    )
+
+
+@pytest.mark.parametrize(("bright", "bits"), [(1, 12), (2, 16)])
+def test_a_hundredth_of_the_training_pictures_does_not_decide_the_bits(
+    bright: int, bits: int, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: np.full((8, 8), 700 * n, np.uint16))
+    for number in range(96):
+        value = 65_535 if number < bright else 4000
+        save(root / "train" / "ant" / f"more{number}.png", np.full((8, 8), value, np.uint16))
+    assert load(root).reading.bits == bits
+
+
+def tiff(pixels: np.ndarray, **tags: int) -> bytes:
+    """An uncompressed TIFF of (H, W, C) values of 8 or 16 bits: `planar` 2 stores C planes, `photometric` as given."""
+    height, width, channels = pixels.shape
+    bits = 8 * pixels.itemsize
+    planes = [pixels] if tags["planar"] == 1 else [pixels[..., i] for i in range(channels)]
+    strips = [np.ascontiguousarray(plane).tobytes() for plane in planes]
+    data, places = b"", []
+    for strip in strips:
+        places.append(8 + len(data))
+        data += strip
+
+    def stored(kind: str, values: list[int]) -> int:
+        """The values, or where they lie if there are several."""
+        nonlocal data
+        if len(values) == 1:
+            return values[0]
+        place = 8 + len(data)
+        data += struct.pack(f"<{len(values)}{kind}", *values)
+        return place
+
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, stored("H", [bits] * channels)),
+        (259, 3, 1, 1),
+        (262, 3, 1, tags["photometric"]),
+        (273, 4, len(strips), stored("I", places)),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, len(strips), stored("I", [len(strip) for strip in strips])),
+        (284, 3, 1, tags["planar"]),
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
 
 
 def deep_png(channels: int) -> bytes:
     """A PNG of 16 bits per channel, which Pillow opens as one of 8: 2 grey and alpha, 3 colour, 4 both."""
     rows = np.full((8, 8, channels), 200, ">u2")
     colour_type = {2: 4, 3: 2, 4: 6}[channels]
+    return png(
+        struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0),
+        b"".join(b"\0" + row.tobytes() for row in rows),
+    )
+
+
+def png(header: bytes, rows: bytes, transparent: bytes = b"", level: int = -1) -> bytes:
+    """A PNG of the given header and rows, each of which begins with its filter."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header) + (chunk(b"tRNS", transparent) if transparent else b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", zlib.compress(rows, level)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -292,11 +459,34 @@ def deep_png(channels: int) -> bytes:
         ("9.png", deep_png(2), "more than 8 bits per channel"),
         ("9.png", deep_png(3), "more than 8 bits per channel"),
         ("9.png", deep_png(4), "more than 8 bits per channel"),
+        (
+            "9.tif",
+            tiff(np.full((8, 8, 3), 20_000, np.uint16), planar=1, photometric=2),
+            "more than 8 bits per channel",
+        ),
+        (
+            "9.tif",
+            tiff(np.full((8, 8, 3), 20_000, np.uint16), planar=2, photometric=2),
+            "more than 8 bits per channel",
+        ),
+        (
+            "9.tif",
+            tiff(np.full((8, 8, 4), 20_000, np.uint16), planar=2, photometric=2),
+            "more than 8 bits per channel",
+        ),
+        (
+            "9.tif",
+            tiff(np.full((8, 8, 1), 200, np.uint16), planar=1, photometric=0),
+            "16 bits of which 0 is white",
+        ),
         ("9.ppm", b"P6\n8 8\n4095\n" + bytes(8 * 8 * 6), "more than 8 bits per channel"),
         ("9.tif", Image.new("F", (8, 8)), "pixels of mode F have no fixed range"),
         ("9.tif", Image.new("I", (8, 8)), "pixels of mode I have no fixed range"),
     ],
-    ids=["grey alpha png", "colour png", "colour alpha png", "ppm", "float", "32 bits"],
+    ids=[
+        *("grey alpha png", "colour png", "colour alpha png", "colour tiff", "colour tiff in planes"),
+        *("colour alpha tiff in planes", "inverted tiff", "ppm", "float", "32 bits"),
+    ],
 )
 @pytest.mark.parametrize("size", [None, 80])
 def test_pixels_that_would_lose_values_are_refused(
@@ -311,7 +501,8 @@ def test_pixels_that_would_lose_values_are_refused(
     with pytest.raises(DataError, match=why) as caught:
         load(root, image_size=size)
     assert str(caught.value).startswith(f"data.root: {file} is no readable picture (")
-    assert "scale" in str(caught.value)
+    assert re.search("; (scale|store) such pictures", str(caught.value))
+    assert "replace or delete" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -440,15 +631,40 @@ def test_one_small_picture_first_does_not_make_a_folder_small(tmp_path: Path, lo
     dataset = load(root)
     assert isinstance(dataset.train, FilePictures)
     assert dataset.notes == (
-        "folder: 5 training and 2 test pictures of 2 classes, 16x16 to 96x96 pixels, colour, scaled and cropped to "
+        "folder: 5 training and 2 test pictures of 2 classes, 16x16 to 96x96 pixels, grey, scaled and cropped to "
         "224x224, read from their files in every epoch",
     )
 
 
+@pytest.mark.parametrize(("small", "is_large"), [(1, True), (2, False)])
+def test_pictures_are_large_if_more_than_half_are(
+    small: int, is_large: bool, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 120))
+    for number in range(small):
+        save(root / "train" / "ant" / f"ant{number}.png", grey(0, 16))
+    if is_large:
+        assert isinstance(load(root).train, FilePictures)
+    else:
+        with pytest.raises(DataError, match="16x16"):
+            load(root)
+
+
+@pytest.mark.parametrize("side", [16, 80], ids=["small", "large"])
+def test_grey_pictures_are_called_grey(side: int, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, side))
+    save(root / "train" / "ant" / "ant0.png", shape_in_alpha("LA", side))
+    assert ", grey, " in load(root).notes[0]
+    assert ", colour, " in load(root, background=(200, 0, 0)).notes[0]
+    save(root / "train" / "ant" / "ant0.png", upright(side)[:side])
+    assert ", colour, " in load(root).notes[0]
+
+
 def test_every_data_set_is_described_in_one_line() -> None:
-    assert load_dataset("digits").notes == (
-        "digits: 1,438 training and 359 test pictures of 10 classes, 8x8 pixels, grey, kept in memory",
-    )
+    start = "digits: 1,438 training and 359 test pictures of 10 classes, 8x8 pixels, grey"
+    assert load_dataset("digits").notes == (f"{start}, kept in memory",)
+    assert load_dataset("digits", image_size=32).notes == (f"{start}, scaled to 32x32, kept in memory",)
+    assert load_dataset("digits", image_size=8).notes == (f"{start}, kept in memory",)
 
 
 # ---------- names
@@ -510,7 +726,10 @@ def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: L
     (inner / "train").rename(inner / "kept")
     (inner / "train").mkdir()
     (inner / "kept").rename(inner / "train" / "train")
-    with pytest.raises(DataError, match=r"holds 1 classes.*\(move those in .*train/train one folder up\?\)"):
+    with pytest.raises(
+        DataError,
+        match=r"holds 1 class; .*\(did you mean to move the folders in .*train/train one level up\?\)",
+    ):
         load(inner)
 
 
@@ -537,6 +756,118 @@ def test_a_broken_large_test_picture_is_found_at_the_start(
     without = load(root)
     assert without.train_digest == whole.train_digest
     assert without.digest != whole.digest
+
+
+def jpeg(pixels: np.ndarray, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def exif_with_thumbnail(pixels: np.ndarray) -> bytes:
+    """EXIF as cameras write it, with a small JPEG of the picture and its own end mark."""
+    thumbnail = jpeg(pixels[::4, ::4])
+    first = struct.pack("<HHHII", 1, 0x0112, 3, 1, 1)
+    second = struct.pack("<HHHIIHHII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(thumbnail))
+    start = b"II*\0" + struct.pack("<I", 8) + first + struct.pack("<I", 26) + second + bytes(4)
+    assert len(start) == 56
+    return b"Exif\0\0" + start + thumbnail
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+
+
+def noise_png(level: int = -1) -> bytes:
+    rows = b"".join(b"\0" + row.tobytes() for row in NOISE)
+    return png(struct.pack(">IIBBBBB", 300, 300, 8, 2, 0, 0, 0), rows, level=level)
+
+
+def webp(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "WEBP", quality=95)
+    return out.getvalue()
+
+
+def zeros_at_the_tail(content: bytes) -> bytes:
+    kept = 7 * len(content) // 10
+    return content[:kept] + bytes(len(content) - kept)
+
+
+def hole(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(2048) + content[middle + 2048 :]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: 7 * len(content) // 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("9.jpg", cut(jpeg(NOISE[:90, :90], exif=exif_with_thumbnail(NOISE[:90, :90])))),
+        ("9.jpg", cut(jpeg(NOISE, exif=exif_with_thumbnail(NOISE)))),
+        ("9.jpg", zeros_at_the_tail(jpeg(NOISE, exif=exif_with_thumbnail(NOISE)))),
+        (
+            "9.png",
+            hole(
+                png(
+                    struct.pack(">IIBBBBB", 90, 90, 8, 0, 0, 0, 0),
+                    b"".join(b"\0" + row.tobytes() for row in NOISE[:90, :90, 0]),
+                )
+            ),
+        ),
+        ("9.png", hole(noise_png())),
+        ("9.png", hole(noise_png(level=0))),
+        ("9.png", zeros_at_the_tail(noise_png())),
+        ("9.webp", zeros_at_the_tail(webp(NOISE[:90, :90]))),
+        ("9.webp", zeros_at_the_tail(webp(NOISE))),
+    ],
+    ids=[
+        *("small jpeg cut", "jpeg cut", "jpeg with zeros", "small png with a hole", "png with a hole"),
+        *("stored png with a hole", "png with zeros", "small webp with zeros", "webp with zeros"),
+    ],
+)
+def test_damage_that_decoders_may_not_notice_is_found(
+    name: str, content: bytes, tmp_path: Path, load: Load
+) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 80))
+    file = root / "test" / "bee" / name
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(caught.value).startswith(f"data.root: {file} is no readable picture (it is ")
+    assert str(caught.value).endswith("; replace or delete it")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("9.jpg", jpeg(NOISE) + bytes(5000)),
+        (
+            "9.jpg",
+            jpeg(NOISE, exif=exif_with_thumbnail(NOISE)) + b"SEFT" + bytes(70_000) + b"data of the camera",
+        ),
+        ("9.jpg", jpeg(np.full((900, 900, 3), 128, np.uint8), optimize=True)),
+        ("9.png", noise_png() + b"more"),
+        ("9.png", png(struct.pack(">IIBBBBB", 400, 400, 8, 0, 0, 0, 0), bytes(401 * 400), level=0)),
+        ("9.webp", webp(np.full((2000, 2000, 3), 128, np.uint8))),
+    ],
+    ids=["padded jpeg", "camera", "flat jpeg", "png and more", "black stored png", "flat webp"],
+)
+def test_complete_files_pass_whatever_follows(name: str, content: bytes, tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n, 80))
+    (root / "test" / "bee" / name).write_bytes(content)
+    assert len(load(root).test) == 3
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path, load: Load) -> None:
+    root = write_folder(tmp_path / "pictures", lambda n: grey(n))
+    (root / "test" / "bee" / "9.png").touch()
+    with pytest.raises(
+        DataError, match=r"9\.png is no readable picture \(the file is empty\); replace or delete it"
+    ):
+        load(root)
 
 
 def test_all_broken_pictures_are_counted_and_progress_is_told(tmp_path: Path, load: Load) -> None:
