@@ -311,7 +311,7 @@ def _load_for(run: RunDir, spec: JobSpec, old: RunRecord | None, console: Consol
     try:
         return load_data(spec.config, console)
     except DataError as error:
-        if old is None or spec.config.data.name != "folder" or not are_gone(spec.config.data):
+        if old is None or spec.config.data.name != "folder" or not data_folder_is_missing(spec.config.data):
             raise
         what = str(error).partition("; ")[0]
         raise DataError(
