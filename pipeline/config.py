@@ -531,6 +531,9 @@ def _explain(source: str, error: Any, schema: type[Config]) -> str:
         others = [name for name, other in SCHEMAS.items() if other is not schema]
         hint = next((f"it belongs to method: {m}" for m in others if _knows(SCHEMAS[m], error["loc"])), hint)
         return f"{source}: {field}: unknown key, {hint}"
+    if error["type"] in ("model_type", "dict_type"):
+        example = next(iter(_known_keys(schema, error["loc"])), "key")
+        error = {**error, "msg": f"a section, give its keys, such as {field}.{example}"}
     if error["loc"] == ("method",):
         error = {**error, "msg": f"choose {' or '.join(SCHEMAS)}"}
     value = without_secrets(repr(error.get("input")))

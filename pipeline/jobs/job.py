@@ -248,6 +248,7 @@ def execute(
             )
             return _with_ids(run.read().result, run, tracker)
         dataset = _load_for(run, spec, old, console)
+        check_left_for_training(spec.config, dataset, (spec.kind,))  # before the rest is divided into halves
         used, digest = datasets(dataset), data_digest(spec.config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from istanas.errors import ConfigError
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
-from pipeline.config import default_file, flat_params, load, run_hash, to_yaml, with_settings, with_stems
+from pipeline.config import (
+    default_file,
+    flat_params,
+    known_methods,
+    load,
+    run_hash,
+    to_yaml,
+    with_settings,
+    with_stems,
+)
 from pipeline.resources import WorkerRange
 from pipeline.schema import Config, OneStageConfig, TwoStageConfig
 
@@ -718,3 +727,12 @@ def test_text_that_is_not_utf8_is_refused_in_printable_words() -> None:
     with pytest.raises(ConfigError, match=r"--set data\.root: its value 'caf\\udce9' is not UTF-8") as caught:
         load(None, ["data.root=caf\udce9"])
     str(caught.value).encode()
+
+
+@pytest.mark.parametrize("key", ["search", "retrain", "data", "runtime"])
+def test_a_value_in_the_place_of_a_section_says_what_a_section_is(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"{key}=3"])
+    line = str(caught.value)
+    assert line.startswith(f"--set '{key}=3': {key}: 3 is refused: a section, give its keys, such as {key}.")
+    assert known_methods(line.rpartition(" ")[2])

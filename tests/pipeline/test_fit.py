@@ -1,10 +1,13 @@
 """Settings against the pictures that they are for."""
 
+from pathlib import Path
+
 import pytest
 
 from istanas.data import load_dataset
 from istanas.errors import ConfigError
-from pipeline.config import load
+from pipeline.cli import run
+from pipeline.config import default_file, load
 from pipeline.fit import warnings_of
 from pipeline.jobs.job import check_data
 from pipeline.jobs.sweep import warnings_of_space
@@ -20,6 +23,31 @@ def test_a_holdout_that_leaves_nothing_is_blamed(job: str) -> None:
 
 
 ONE_STAGE = ("method=one_stage", "search.cutout=0")
+
+
+@pytest.mark.parametrize("holdout", ["0.999", "0.9995"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["search"],
+        ["retrain", "--genotype", "random:0"],
+        ["run"],
+        ["sweep", "--config", str(default_file().with_name("sweep_digits.yaml"))],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_blames_the_holdout(
+    command: list[str],
+    holdout: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The halves of a search divide what it leaves, and must not be blamed."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*command, "--set", f"data.holdout={holdout}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: data.holdout is {holdout}: of 1438 pictures it leaves ")
 
 
 @pytest.mark.parametrize(
