@@ -5,6 +5,7 @@ Unknown keys, wrong types and impossible combinations are `ConfigError`s that na
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -434,14 +435,17 @@ def _text(value: str) -> str | None:
     """The value of a text key as it was written, whatever it means in YAML: paths hold anything.
 
     Example:
-        >>> _text("/data/my pics #1"), _text("2024-01-01"), _text("null"), _text("'null'")
-        ('/data/my pics #1', '2024-01-01', None, 'null')
+        >>> _text("/data/my pics #1"), _text("2024-01-01"), _text("~"), _text("null"), _text("'null'")
+        ('/data/my pics #1', '2024-01-01', '~', None, 'null')
+        >>> _text("'a' and 'b'")
+        "'a' and 'b'"
     """
-    if value in ("", "~", "null"):
+    if value in ("", "null"):
         return None
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        unquoted = _load_yaml(value)
-        return unquoted if isinstance(unquoted, str) else value
+        with contextlib.suppress(YAMLError):  # text that begins and ends with a quotation mark
+            unquoted = _load_yaml(value)
+            return unquoted if isinstance(unquoted, str) else value
     return value
 
 
@@ -612,9 +616,10 @@ def _check_combinations(source: str, config: Config, overrides: Sequence[str]) -
     if config.data.name != "folder" and size is not None and size > SMALL_SIDE:
         problems.append(f"data.image_size is {size}: {config.data.name} takes at most {SMALL_SIDE}")
     called = config.tracking.name
-    if called is not None and (called in ("", ".", "..") or any(c in called for c in "/\\\0")):
+    if called is not None and (called.strip() in ("", ".", "..") or any(c in called for c in "/\\\0")):
         problems.append(
-            f"tracking.name is {called!r:.60}: it names a folder in runtime.runs_dir, give a name without slashes"
+            f"tracking.name is {called!r:.60}: it names a folder in runtime.runs_dir, give one that is not blank and "
+            "has no slashes"
         )
     problems += _sweep_problems(config)
     if config.data.name == "folder" and config.data.root is None:

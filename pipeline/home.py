@@ -1,10 +1,12 @@
 """A home for the libraries of a command where the user has none that can be written, as in many containers.
 
-Ray keeps its token in the home, we our cache, matplotlib and torch theirs; without one, some of them raise.
+Ray's token and the caches of istanas, matplotlib and torch lie in the home folder; without one, some of these libraries
+fail.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -27,12 +29,12 @@ def ensure_usable_home() -> None:
         IstanasError: there is no such folder, not even for temporary files.
     """
     home = _home()
-    if home is None or not (home.exists() or _can_be_written(home)):
-        said = (
+    if home is None or not (_exists(home) or _can_be_written(home)):
+        problem = (
             "HOME is not set, and this user has none" if home is None else f"HOME is {home}: no such folder"
         )
-        os.environ["HOME"] = str(_substitute(said))
-        _warn(f"{said}; {os.environ['HOME']} is used, {REMEDY} to keep caches")
+        os.environ["HOME"] = str(_substitute(problem))
+        _warn(f"{problem}; {os.environ['HOME']} is used, {REMEDY} to keep caches")
         return
     for name, default, place in (
         ("XDG_CACHE_HOME", home / ".cache", "cache"),
@@ -46,13 +48,11 @@ def ensure_usable_home() -> None:
 
 
 def _ensure_token(token: Path) -> None:
-    """Name a file with a token for Ray, which itself writes none but into the home."""
-    if _can_be_read(token) if token.exists() else _can_be_written(token.parent):
+    """Name a file with a token for Ray, if Ray can't write one; Ray itself writes one only into the home folder."""
+    if _can_be_read(token) if _exists(token) else _can_be_written(token.parent):
         return
     file = _substitute(f"{token}: can't be written") / TOKEN.name
-    if not file.exists():
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as written:
-            written.write(secrets.token_hex(32))
+    _write_once(file, secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
 
 
@@ -63,9 +63,26 @@ def _home() -> Path | None:
         return None
 
 
+def _write_once(file: Path, text: str) -> None:
+    """Write a private file, unless it exists; commands that start at the same time read the same, whole text."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent) as written:
+        written.write(text)
+        written.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(written.name, file)
+
+
+def _exists(path: Path) -> bool:
+    """Whether this user sees a path; one below a folder that may not be entered does not exist for the user."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
 def _can_be_written(folder: Path) -> bool:
     """Whether files can be made in a folder, or the folder itself can."""
-    while not folder.exists() and folder != folder.parent:
+    while not _exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
@@ -74,17 +91,17 @@ def _can_be_read(file: Path) -> bool:
     return os.access(file, os.R_OK)
 
 
-def _substitute(said: str) -> Path:
+def _substitute(problem: str) -> Path:
     """A folder of this user's among the temporary files, the same for all commands: they share its token."""
     try:
         folder = Path(tempfile.gettempdir(), f"istanas-home-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise IstanasError(f"{said}, nor can a temporary folder ({error}); {REMEDY}") from None
+        raise IstanasError(f"{problem}, nor can a temporary folder ({error}); {REMEDY}") from None
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
     if not private:
-        raise IstanasError(f"{said}, and {folder} is not a private folder of this user; {REMEDY}")
+        raise IstanasError(f"{problem}, and {folder} is not a private folder of this user; {REMEDY}")
     return folder
 
 

@@ -262,27 +262,25 @@ def by_proxy(uri: str) -> str:
     shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without a password
     excepted = next((name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)), None)
     remedy = f"set NO_PROXY={host}" if excepted is None else f"add {host} to {excepted}"
-    return f"; the proxy {shown} ({name}) was asked for it, {remedy} to ask it itself"
+    return f"; the proxy {shown} ({name}) was asked for it, {remedy} to connect directly"
 
 
 def _proxy_of(uri: str) -> tuple[str, str]:
     """The variable that names the proxy which MLflow's client asks for a server, and the proxy; "" if there is none.
 
-    The client is built on requests, which also takes ALL_PROXY, as urllib does not.
+    The client is built on requests, whose rules differ from urllib's: it takes ALL_PROXY, and networks in NO_PROXY.
     """
+    from requests.utils import get_environ_proxies, select_proxy
+
     try:
-        parts = urlsplit(uri)
-        host = parts.hostname or ""
+        scheme = urlsplit(uri).scheme
+        proxy = select_proxy(uri, get_environ_proxies(uri)) if scheme in ("http", "https") else None
     except ValueError:  # half an IPv6 address
         return "", ""
-    if parts.scheme not in ("http", "https") or urllib.request.proxy_bypass(host):
+    if not proxy:
         return "", ""
-    proxies = urllib.request.getproxies()
-    for kind in (parts.scheme, "all"):
-        if proxies.get(kind):
-            names = (f"{kind}_proxy", f"{kind}_proxy".upper())
-            return next((n for n in names if os.environ.get(n)), "of the system's settings"), proxies[kind]
-    return "", ""
+    names = (name for kind in (f"{scheme}_proxy", "all_proxy") for name in (kind, kind.upper()))
+    return next((name for name in names if os.environ.get(name)), "of the system's settings"), proxy
 
 
 def _health(url: str) -> int:

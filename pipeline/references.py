@@ -34,6 +34,11 @@ from pipeline.tracking import (
 )
 
 GENOTYPE_FILE = "genotype.json"
+GENOTYPE_SUFFIXES = (
+    ".json",
+    ".txt",
+    ".py",
+)  # of files with a genotype; a missing one is not looked for as a run
 CONFIG_FILE = "config.yaml"
 BEST = "best"  # folder of a sweep: genotype and configuration of its best trial
 _RANDOM = "random:"
@@ -118,7 +123,7 @@ def resolve_genotype(
     if ref.startswith(_RANDOM):
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
-    if file.suffix == ".json" and "://" not in ref and not file.exists():
+    if file.suffix in GENOTYPE_SUFFIXES and "://" not in ref and not file.exists():
         raise ConfigError(f"genotype {ref!r}: no such file; give an existing one")
     ref = _without_file(ref)
     if file.is_file():

@@ -55,7 +55,10 @@ def _tolerant(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _lead_nowhere(descriptor: int) -> None:
+    """Connect a standard descriptor with the null device, in this process and in those that it starts."""
     null = os.open(os.devnull, os.O_RDWR)
-    if null != descriptor:
+    if null == descriptor:
+        os.set_inheritable(null, True)
+    else:
         os.dup2(null, descriptor)
         os.close(null)

@@ -19,7 +19,8 @@ from istanas.space.topology import N_CELL_INPUTS
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _MOST_STATES = GENOTYPE_NODES + N_CELL_INPUTS
 _PICKS_OF_A_NODE = 2  # DARTS lists all picks of a cell in one row: each node has two
-_BEGINNING = re.compile(r"\s*([A-Za-z_]\w*\s*=\s*)?Genotype\s*\(", re.ASCII)
+# Comments, a name, and a module before it, as in `# found\nDARTS_V2 = genotypes.Genotype(`.
+_BEGINNING = re.compile(r"(?:\s|#[^\n]*\n)*([A-Za-z_]\w*\s*=\s*)?([A-Za-z_]\w*\.)?Genotype\s*\(", re.ASCII)
 
 
 def genotype_from_text(text: str) -> Genotype:
@@ -36,6 +37,7 @@ def genotype_from_text(text: str) -> Genotype:
         >>> genotype_from_text(f"Genotype(normal={picks}, normal_concat=[2], reduce={picks}, reduce_concat=[2])").normal
         ((('skip_connect', 0), ('sep_conv_3x3', 1)),)
     """
+    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if _BEGINNING.match(text) is None:
         return Genotype.from_json(text)
     if len(text) > GENOTYPE_TEXT_BYTES:
@@ -57,18 +59,26 @@ def _only_call(text: str) -> ast.Call:
         statements = ast.parse(text.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise GenotypeError(f"genotype is no literal `Genotype(...)` ({reason}): give one genotype") from None
+        raise GenotypeError(
+            f"genotype is not a valid `Genotype(...)` ({reason}): give the text of one genotype"
+        ) from None
     statement = statements[0]
     call = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
     if len(statements) != 1 or not isinstance(call, ast.Call) or not _calls(call, "Genotype"):
         raise GenotypeError(
-            "genotype file has more than one `Genotype(...)`: give a file with that one alone"
+            "genotype file has something beside a `Genotype(...)`: give a file with one genotype and nothing else"
         )
     return call
 
 
 def _calls(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    """Whether a node is a call of a name, or of a name of a module."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+        return called.attr == name
+    return isinstance(called, ast.Name) and called.id == name
 
 
 def _arguments(call: ast.Call) -> dict[str, ast.expr]:

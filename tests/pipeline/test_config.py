@@ -68,7 +68,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("search: {epochs: true}", "search.epochs", "True", "valid integer"),
         ("search: {epochs: null}", "search.epochs", "None", "valid integer"),
         ("search: {epochs: 0}", "search.epochs", "0", "greater than or equal to 1"),
-        ("search: [1]", "search", "[1]", "dictionary"),
+        ("search: [1]", "search", "[1]", "a section, give its keys"),
         ("search: {lr: 0}", "search.lr", "0", "greater than 0"),
         ("search: {lr: .nan}", "search.lr", "nan", "finite number"),
         ("search: {lr: .inf}", "search.lr", "inf", "finite number"),
@@ -715,10 +715,12 @@ def test_text_is_taken_as_it_is_written(key: str, text: str, tmp_path: Path) -> 
 
 
 def test_text_may_be_nothing_or_in_quotes() -> None:
-    for nothing in ("", "null", "~"):
+    for nothing in ("", "null"):
         assert load(None, [f"data.root={nothing}"]).data.root is None
     for quoted in ("'a #b'", '"a #b"'):
         assert load(None, [f"data.root={quoted}"]).data.root == "a #b"
+    for written in ("~", "'a' and 'b'"):
+        assert load(None, [f"data.root={written}"]).data.root == written
     with pytest.raises(ConfigError, match=r"data\.root: 5 is refused: .*, put it in quotes"):
         load(None, ["data={root: 5}"])
 

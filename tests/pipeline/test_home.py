@@ -31,7 +31,7 @@ from ray._private.authentication import authentication_token_setup as ray_tokens
 ray_tokens.ensure_token_if_auth_enabled()
 print(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 """
-UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override"]  # root, else, writes everywhere
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root, else, writes everywhere
 # May read everything, the interpreter included, wherever it is.
 NOBODY = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
 NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
@@ -57,10 +57,11 @@ def substitute(folder: Path, user: int) -> Path:
     return folder / f"istanas-home-{user}"
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["read-only", "no such folder"])
-def test_rays_token_goes_where_it_can_be_written(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("there", [True, False], ids=["itself", "a folder in it"])
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "may not be entered"])
+def test_rays_token_goes_where_it_can_be_written(tmp_path: Path, there: bool, mode: int) -> None:
     locked = tmp_path / "locked"
-    locked.mkdir(mode=0o555)
+    locked.mkdir(mode=mode)
     done = as_user(["-c", TOKEN], tmp_path, locked if there else locked / "home", UNPRIVILEGED)
     assert done.returncode == 0, done.stderr
     token = Path(done.stdout.strip())
@@ -70,6 +71,19 @@ def test_rays_token_goes_where_it_can_be_written(tmp_path: Path, there: bool) ->
     again = as_user(["-c", TOKEN], tmp_path, locked if there else locked / "home", UNPRIVILEGED)
     assert again.stdout == done.stdout
     assert stat.S_IMODE(substitute(tmp_path, os.getuid()).stat().st_mode) == 0o700
+
+
+def test_commands_that_start_at_once_have_one_token(tmp_path: Path) -> None:
+    """No process reads a part of it, or one that another process replaces."""
+    code = "import sys; from pathlib import Path; from pipeline.home import _write_once\n"
+    code += "file = Path(sys.argv[1]); _write_once(file, sys.argv[2] * 32); print(file.read_text())"
+    for trial in range(5):
+        command = [sys.executable, "-c", code, str(tmp_path / f"token-{trial}")]
+        started = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "abc"]
+        read = {process.communicate(timeout=60)[0].strip() for process in started}
+        assert read <= {"a" * 32, "b" * 32, "c" * 32}
+        assert len(read) == 1
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_home_that_can_be_written_is_left_alone(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
     proxy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
-    says = f"the proxy {proxy} was asked for it, set NO_PROXY=127.0.0.1 to ask it itself"
+    says = f"the proxy {proxy} was asked for it, set NO_PROXY=127.0.0.1 to connect directly"
     check = check_store(store)
     assert check.state == "fail"
     assert says in check.message
@@ -74,9 +74,10 @@ def test_a_server_that_is_excepted_is_asked_itself(
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
     monkeypatch.setenv(excepted, "example.org")
-    assert f"add 127.0.0.1 to {excepted} to ask it itself" in probe.unreachable(store)
-    monkeypatch.setenv(excepted, "example.org,127.0.0.1")
-    assert "proxy" not in probe.unreachable(store)
+    assert f"add 127.0.0.1 to {excepted} to connect directly" in probe.unreachable(store)
+    for host in ("127.0.0.1", "127.0.0.0/8"):
+        monkeypatch.setenv(excepted, f"example.org,{host}")
+        assert "proxy" not in probe.unreachable(store)
     assert "proxy" not in check_store(store).message
 
 

@@ -171,7 +171,12 @@ def test_a_broken_pipe_changes_no_exit_code(here: Path, arguments: list[str], co
 def test_closed_streams_write_into_no_file(here: Path) -> None:
     """The first files that a process opens would get the numbers of its closed descriptors."""
     code = "import os; from pipeline.streams import outlive_readers; outlive_readers(); print('lost')\n"
-    code += "os.write(2, b'lost'); file = open('first', 'w'); assert file.fileno() > 2; file.write('kept')"
+    code += "os.write(2, b'lost'); file = open('first', 'w'); assert file.fileno() > 2; file.write('kept')\n"
+    code += (
+        'import subprocess, sys; child = \'print(open("second", "w").fileno(), file=open("number", "w"))\'\n'
+    )
+    code += "subprocess.run([sys.executable, '-c', child], check=True)"
     closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
     assert subprocess.run(closed, cwd=here, timeout=60).returncode == 0
     assert (here / "first").read_text() == "kept"
+    assert int((here / "number").read_text()) > 2
