@@ -178,6 +178,7 @@ POST_WITH_DELAY = """
 import asyncio, sys, ray
 from pipeline.launch import _Reporter
 from pipeline.mailbox import Mailbox
+from pipeline.record import Progress
 
 class Slow(Mailbox):
     async def post(self, token, kind, payload):
@@ -189,8 +190,8 @@ mailbox = ray.remote(Slow).options(num_cpus=0).remote(None)
 ray.get(mailbox.begin.remote("token", "places"))
 reporter = _Reporter(mailbox, "token", workers=1)
 reporter.note("where")
-reporter.resumed([], 1)
-reporter.finished([])
+reporter.resumed(Progress(), 1)
+reporter.finished(Progress())
 print(*(kind for kind, *_ in ray.get(mailbox.take.remote(1))))
 """
 LEFT = """

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -394,6 +395,14 @@ def test_records_that_version_0_1_did_not_write_are_one_line(tmp_path: Path) -> 
 SPACE = CellSpace(n_nodes=2)
 
 
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory where there is such a place: thousands of epochs would wait for a disk."""
+    place = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as folder:
+        yield Path(folder)
+
+
 class Run:
     """A run directory and the bookkeeping of a job: everything that an epoch does but train.
 
@@ -462,13 +471,13 @@ def plain_part(folder: Path, epoch: int) -> int:
 
 
 @pytest.mark.slow
-def test_an_epoch_costs_the_same_after_ten_epochs_and_after_two_thousand(tmp_path: Path) -> None:
+def test_an_epoch_costs_the_same_after_ten_epochs_and_after_two_thousand(memory: Path) -> None:
     """Record, log, checkpoint, metrics, tables and delivery to MLflow, in bytes that are read and written."""
     costs, sizes = {}, {}
     console = Console(file=io.StringIO())
     for done in (10, 2000):
         with EpochBar(console, "search", 3000, "epoch") as bar:
-            run = Run(tmp_path / str(done), done, bar)
+            run = Run(memory / str(done), done, bar)
             run.epoch()  # the tracker's connections are made, and the store is known
             each = []
             for _ in range(5):
@@ -477,7 +486,7 @@ def test_an_epoch_costs_the_same_after_ten_epochs_and_after_two_thousand(tmp_pat
                 each.append(cost)
             costs[done] = {name: min(cost[name] for cost in each) for name in ("rchar", "wchar")}
             sizes[done] = plain_part(run.folder, run.progress.epochs)
-            client = open_client(f"sqlite:///{tmp_path}/{done}/mlflow.db")
+            client = open_client(f"sqlite:///{memory}/{done}/mlflow.db")
             history = client.get_metric_history(str(run.tracker.run_id), "train/loss")
             assert [metric.step for metric in history] == list(range(1, done + 7)), "lost or doubled"
     print(f"bytes of an epoch {costs}, of a checkpoint's plain part {sizes}")
@@ -489,7 +498,7 @@ def test_an_epoch_costs_the_same_after_ten_epochs_and_after_two_thousand(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_of_five_thousand_epochs_resumes(tmp_path: Path) -> None:
+def test_a_run_of_five_thousand_epochs_resumes(memory: Path) -> None:
     """The log of 4,999 epochs is written as epochs are, behind the first one of a real search, which then goes on."""
     smallest = (
         "space.nodes=1",
@@ -500,8 +509,8 @@ def test_a_run_of_five_thousand_epochs_resumes(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path, *smallest, tell=stop)
-    (path,) = tmp_path.iterdir()
+        search(memory, *smallest, tell=stop)
+    (path,) = memory.iterdir()
     folder = path / "checkpoints"
     found, progress = load_latest(folder), load_progress(folder)
     assert found is not None
@@ -519,7 +528,7 @@ def test_a_run_of_five_thousand_epochs_resumes(tmp_path: Path) -> None:
     )
     assert plain_part(folder, 5000) < 200_000
 
-    result, seen = search(tmp_path, *smallest)
+    result, seen = search(memory, *smallest)
     assert "resumed after epoch 5000" in seen
     assert "epoch 5001: loss" in seen
     assert [line.step for line in RunDir(path).metrics()] == list(range(1, 5002))
@@ -531,6 +540,9 @@ def test_a_run_of_five_thousand_epochs_resumes(tmp_path: Path) -> None:
 
 
 # ---------- delivery from a byte on
+LATER = record_of(1).timestamp_ms + 1_000_000
+
+
 def test_metrics_that_were_replaced_are_looked_through_again(tmp_path: Path) -> None:
     """As an export adds figures to the last epoch, or a run resumes from an earlier one."""
     console = Console(file=io.StringIO())
@@ -550,7 +562,7 @@ def test_metrics_that_were_replaced_are_looked_through_again(tmp_path: Path) -> 
     assert (stored("export/onnx"), stored("train/loss")) == ([3], [1, 2, 3])
     run.run.replace_metrics(rest[:1])
     for step in (2, 3, 4):
-        run.run.append_metrics(step, {"train/loss": 0.5}, timestamp_ms=step)
+        run.run.append_metrics(step, {"train/loss": 0.5}, timestamp_ms=LATER + step)
     for tracker in (run.tracker, MLflowTracker(run.run, tracking_uri=uri, experiment="istanas")):
         assert tracker.deliver()
         assert stored("train/loss") == [1, 2, 3, 4]
@@ -564,7 +576,7 @@ def test_a_link_of_version_0_1_still_leads_to_its_run_and_doubles_nothing(tmp_pa
     link = json.loads(file.read_text())
     old = {key: link[key] for key in ("tracking_uri", "experiment", "run_id", "artifacts")}
     file.write_text(json.dumps(old))
-    run.run.append_metrics(4, {"train/loss": 0.5}, timestamp_ms=4)
+    run.run.append_metrics(4, {"train/loss": 0.5}, timestamp_ms=LATER)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = MLflowTracker(run.run, tracking_uri=uri, experiment="istanas")
     assert tracker.deliver()
