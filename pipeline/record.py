@@ -130,7 +130,7 @@ class EpochRecord:
         return self.search
 
 
-_RECORD = TypeAdapter(EpochRecord)
+_RECORD, _LOG_END = TypeAdapter(EpochRecord), TypeAdapter(LogEnd)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,16 +194,18 @@ class Progress:
             CheckpointError: if it was not made by `to_state`.
         """
         try:
-            last = None if state["last"] is None else EpochRecord.from_json(state["last"])
-            log = LogEnd(**state["log"])
+            plain = json.loads(json.dumps(state))  # no tensors, which a checkpoint may hold
+            last = None if plain["last"] is None else EpochRecord.from_json(plain["last"])
+            log = _LOG_END.validate_json(json.dumps(plain["log"]), strict=True)
             progress = cls(
-                last=last, seconds=float(state["seconds"]), rollbacks=int(state["rollbacks"]), log=log
+                last=last, seconds=float(plain["seconds"]), rollbacks=int(plain["rollbacks"]), log=log
             )
             if log.epochs != (0 if last is None else last.epoch) or log.offset < 0:
                 raise ValueError("its numbers do not fit together")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"the checkpoint holds no progress of a job ({type(error).__name__}: {error!s:.100}): --fresh "
+                f"the checkpoint holds no progress of a job ({type(error).__name__}: {reason:.100}): --fresh "
                 "starts over"
             ) from None
         return progress

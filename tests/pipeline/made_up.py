@@ -63,7 +63,9 @@ def record_of(epoch: int, space: CellSpace | None = None, *, one_stage: bool = F
     )
 
 
-def save_epoch(folder: Path, progress: Progress, record: EpochRecord | None = None, **state: Any) -> Progress:
+def save_epoch(
+    folder: Path, progress: Progress, record: EpochRecord | None = None, /, **state: Any
+) -> Progress:
     """Write an epoch's line and checkpoint as a worker does.
 
     Args:
