@@ -35,11 +35,17 @@ RECORD_BYTES = 8 * MB
 METRICS_BYTES = 32 * MB
 """Of metrics.jsonl: 600 epochs take one."""
 
+LOG_SEGMENT_BYTES = 32 * MB
+"""Of a segment of the log of epochs, which has the records of 100: those of a search with 16 nodes take five."""
+
 TABLE_BYTES = 64 * MB
 """Of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
 
 CHECKPOINT_PICKLE_BYTES = 32 * MB
-"""Of what is no tensor in a checkpoint; that of the published search has under one; 1,000 epochs of 16 nodes: 32."""
+"""Of what is no tensor in a checkpoint: under one in the published search, however many epochs are done.
+
+Checkpoints of version 0.1, which are still read, hold the records of all epochs: 1,000 of 16 nodes take 32.
+"""
 
 NETWORK_LAYERS = 1_000
 """Cells of a network that is loaded."""
@@ -54,12 +60,13 @@ MAX_SIDE = 4_096
 """Pixels of a side of the pictures that a loaded network is for."""
 
 
-def read_at_most(path: str | os.PathLike[str], limit: int, *, pipe: bool = False) -> bytes:
+def read_at_most(path: str | os.PathLike[str], limit: int, *, start: int = 0, pipe: bool = False) -> bytes:
     """The content of a file.
 
     Args:
         path: the file.
-        limit: bytes that it may have.
+        limit: bytes that it may have, from `start` on.
+        start: the byte from which it is read.
         pipe: it may be a pipe, such as a shell's `<(...)`, whose writer is waited for.
 
     Raises:
@@ -75,8 +82,10 @@ def read_at_most(path: str | os.PathLike[str], limit: int, *, pipe: bool = False
         raise ValueError("a pipe, not a file")
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        if status.st_size > limit:
+        if status.st_size > start + limit:
             raise ValueError(f"larger than {limit} bytes")
+        if start:
+            file.seek(start)
         # Not `limit` of a file, for so much would be set aside for it.
         data = file.read() if stat.S_ISREG(status.st_mode) else file.read(limit + 1)
     if len(data) > limit:

@@ -2,6 +2,9 @@
 
 An epoch is two files: `epoch-0003.pt` (tensors and plain containers only, loaded with `weights_only=True`) and
 `epoch-0003.json`, written after it, with its SHA-256. A checkpoint without a matching pair does not count.
+
+The records of all epochs are in the log beside the checkpoints (`pipeline.epoch_log`), which is written first: after a
+kill it may hold more than the newest checkpoint, never less.
 """
 
 from __future__ import annotations
@@ -12,22 +15,18 @@ import json
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
-from pipeline import storage
+from pipeline import epoch_log, storage
+from pipeline.epoch_log import BrokenCheckpointWarning
 from pipeline.rundir import atomic_write, is_out_of_memory
 
 KEEP = 2
-
-
-class BrokenCheckpointWarning(UserWarning):
-    """A checkpoint did not match its checksum and was passed over."""
 
 
 class Store(Protocol):
@@ -36,21 +35,15 @@ class Store(Protocol):
     def read(self) -> bytes | None:
         """The newest checkpoint, as `serialize` made it, or None."""
 
-    def write(self, epoch: int, data: bytes) -> None:
-        """Keep the checkpoint of an epoch; it is safe when this returns."""
+    def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
+        """Keep an epoch's line of the log and its checkpoint, see `write`; both are safe when this returns."""
 
 
-@dataclass(frozen=True)
-class FolderStore:
-    """A store in this process's reach."""
+class Checkpoint(NamedTuple):
+    """A checkpoint that is whole: as `serialize` made it, and what `deserialize` makes of that."""
 
-    folder: Path
-
-    def read(self) -> bytes | None:
-        return read_latest(self.folder)
-
-    def write(self, epoch: int, data: bytes) -> None:
-        write(self.folder, epoch, data)
+    data: bytes
+    state: dict[str, Any]
 
 
 def serialize(state: dict[str, Any]) -> bytes:
@@ -104,32 +97,33 @@ def _check_sizes(data: bytes) -> None:
                     raise ValueError("its pickle makes a bytearray")
 
 
-def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
-    """`serialize`, then `write`."""
-    write(folder, epoch, serialize(state))
+def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> None:
+    """Append an epoch's line to the log, then write its checkpoint and delete all but the last `KEEP` checkpoints.
 
-
-def load_latest(folder: Path) -> dict[str, Any] | None:
-    """`deserialize` of `read_latest`."""
-    data = read_latest(folder)
-    return None if data is None else deserialize(data)
-
-
-def write(folder: Path, epoch: int, data: bytes) -> None:
-    """Write the checkpoint of an epoch, then delete all but the last `KEEP`, and any of a later epoch.
-
-    A later one can only be broken: a run goes on from the newest that is whole.
-    If the run lies in a storage, the checkpoint does when this returns.
+    If the run lies in a storage, both do when this returns.
 
     Args:
         folder: where the run's checkpoints lie, in the run directory; created if need be.
-        epoch: epochs done, >= 0.
+        epoch: epochs done, >= 1.
         data: as `serialize` made it.
+        line, offset: of the log, see `epoch_log.append_line`.
 
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
-        IstanasError: if the storage does, see `pipeline.storage.push`.
+        CheckpointError: if the log has been damaged since it was read.
+        IstanasError: if the storage refuses, see `pipeline.storage.push`.
     """
+    # A run resumes from the newest checkpoint that is whole: one of this epoch or a later one is broken, and does not
+    # count any more when the log, which it vouches for, is replaced.
+    for manifest in _manifests(folder):
+        if _epoch(manifest) >= epoch:
+            manifest.unlink()
+    epoch_log.append_line(folder, epoch, line, offset)
+    write_state(folder, epoch, data)
+
+
+def write_state(folder: Path, epoch: int, data: bytes) -> None:
+    """Write the checkpoint of an epoch whose line the log has already; arguments and errors as of `write`."""
     file = folder / f"epoch-{epoch:04d}.pt"
     atomic_write(file, data)
     digest = hashlib.sha256(data).hexdigest()
@@ -148,7 +142,7 @@ def write(folder: Path, epoch: int, data: bytes) -> None:
     storage.push(folder.parent)
 
 
-def read_latest(folder: Path) -> bytes | None:
+def read_latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None before the first.
 
     Args:
@@ -164,7 +158,7 @@ def read_latest(folder: Path) -> bytes | None:
     manifests = _manifests(folder)
     for manifest in manifests:
         try:
-            data = _read(manifest)
+            found = _read(manifest)
         except (
             CheckpointError,
             OSError,
@@ -178,7 +172,7 @@ def read_latest(folder: Path) -> bytes | None:
             broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
             continue
         _warn(broken, "the one before is used")
-        return data
+        return found
     if not broken:
         return None
     if [_epoch(manifest) for manifest in manifests] == [1]:
@@ -190,7 +184,7 @@ def read_latest(folder: Path) -> bytes | None:
     )
 
 
-def _read(manifest: Path) -> bytes:
+def _read(manifest: Path) -> Checkpoint:
     expected = json.loads(read_at_most(manifest, RECORD_BYTES))
     file = manifest.with_suffix(".pt")
     if file.exists() and not file.is_file():  # but a pipe, which nobody fills
@@ -203,8 +197,7 @@ def _read(manifest: Path) -> bytes:
     if digest != expected["sha256"]:
         raise ValueError("its checksum does not match")
     data = file.read_bytes()
-    deserialize(data)
-    return data
+    return Checkpoint(data, deserialize(data))
 
 
 def _warn(broken: list[str], consequence: str) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -28,11 +27,17 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
+from pipeline.record import Progress, SearchRecord
 from pipeline.schema import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
 
-Record = dict[str, Any]
-# of one epoch: epoch, timestamp_ms, seconds, workers, metrics, and for a search nodes and genotypes
 Tell = Callable[[int, int, Totals], None]  # (steps done, steps of the epoch, totals so far)
+
+
+class Measured(NamedTuple):
+    """What an epoch leaves to be recorded: its metrics, and, of a search, what became of the nodes."""
+
+    metrics: dict[str, float]
+    search: SearchRecord | None = None
 
 
 class EpochJob(Protocol):
@@ -41,11 +46,11 @@ class EpochJob(Protocol):
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
 
-    def is_done(self, history: list[Record]) -> bool:
+    def is_done(self, progress: Progress) -> bool:
         """Whether no epoch is left."""
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
-        """Train epoch `epoch` (from 0) and measure: "metrics" and, of a search, what became of the nodes.
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
+        """Train epoch `epoch` (from 0) and measure.
 
         Raises:
             DivergedError: on every rank; the job is then of no more use, a new one goes on from a checkpoint.
@@ -69,10 +74,11 @@ class TwoStageJob:
     def load(self, saved: dict[str, Any]) -> None:
         self._search.load_state_dict(saved["search"])
 
-    def is_done(self, history: list[Record]) -> bool:
-        return self._search.epoch >= self._config.search.epochs or bool(history and history[-1]["converged"])
+    def is_done(self, progress: Progress) -> bool:
+        converged = progress.last is not None and progress.last.found().converged
+        return self._search.epoch >= self._config.search.epochs or converged
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
         search = self._search
         weight_batches = self._batches.training("weights", self._split.weights, epoch)
         n_steps = len(weight_batches)
@@ -107,14 +113,14 @@ class TwoStageJob:
             # Each step takes a weight batch and an alpha batch through the network.
             "images_per_second": 2 * train.count / seconds,
         }
-        return {
-            "metrics": metrics,
-            **({"start_nodes": search.first_recovery.to_rows()} if epoch == 0 else {}),
-            "nodes": recovery.to_rows(),
-            "trained_genotype": trained.to_json(),
-            "genotype": genotype.to_json(),
-            "converged": search.has_converged(recovery),
-        }
+        found = SearchRecord(
+            nodes=tuple(recovery.nodes),
+            trained_genotype=trained.to_json(),
+            genotype=genotype.to_json(),
+            start_nodes=tuple(search.first_recovery.nodes) if epoch == 0 else (),
+            converged=search.has_converged(recovery),
+        )
+        return Measured(metrics, found)
 
     def state(self) -> dict[str, Any]:
         return {"search": self._search.state_dict()}
@@ -134,10 +140,10 @@ class OneStageJob:
     def load(self, saved: dict[str, Any]) -> None:
         self._search.load_state_dict(saved["search"])
 
-    def is_done(self, history: list[Record]) -> bool:
+    def is_done(self, progress: Progress) -> bool:
         return self._search.is_done
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
         search = self._search
         searching = search.is_searching
         batches = self._batches.training("weights", self._indices, epoch)
@@ -165,16 +171,16 @@ class OneStageJob:
             s, done = self._config.search, search.epoch - search.search_epochs
             if is_tested(done, s.train_epochs, s.test_every):
                 metrics |= _named("test", self._test())
-        return {
-            "metrics": metrics,
-            **({"start_nodes": search.first_recovery.to_rows()} if epoch == 0 else {}),
-            "nodes": recovery.to_rows(),
-            "trained_genotype": trained.to_json(),
-            "genotype": genotype.to_json(),
-            "searching": searching,
-            "rejection": recovery.rejection,
-            "frozen": [asdict(freezing) for freezing in search.freezings],
-        }
+        found = SearchRecord(
+            nodes=tuple(recovery.nodes),
+            trained_genotype=trained.to_json(),
+            genotype=genotype.to_json(),
+            start_nodes=tuple(search.first_recovery.nodes) if epoch == 0 else (),
+            searching=searching,
+            rejection=recovery.rejection,
+            frozen=tuple(search.freezings),
+        )
+        return Measured(metrics, found)
 
     def _test(self) -> Metrics:
         """Test figures straight from the network that would be exported now."""
@@ -203,10 +209,10 @@ class RetrainJob:
         self._net.load_state_dict(saved["net"])
         self._optimizer.load_state_dict(saved["optimizer"])
 
-    def is_done(self, history: list[Record]) -> bool:
-        return len(history) >= self._config.retrain.epochs
+    def is_done(self, progress: Progress) -> bool:
+        return progress.epochs >= self._config.retrain.epochs
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Record:
+    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
         r, net = self._config.retrain, self._net
         net.drop_path_prob = r.drop_path * epoch / r.epochs
         batches = self._batches.training("retrain", self._indices, epoch)
@@ -233,7 +239,7 @@ class RetrainJob:
             metrics |= _named("valid", self._measure("train", self._holdout))
         if is_tested(epoch + 1, r.epochs, r.test_every):
             metrics |= _named("test", self._measure("test", None))
-        return {"metrics": metrics}
+        return Measured(metrics)
 
     def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
         return evaluate(self._net, self._batches.measuring(split, indices), self._compute, self._ranks)

@@ -24,18 +24,18 @@ from istanas.space import Genotype
 from istanas.training import Metrics
 from pipeline import checkpoint
 from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
-from pipeline.epochs import Record
 from pipeline.home import ensure_usable_home
 from pipeline.leftovers import free
 from pipeline.mailbox import OWN_KINDS, Mailbox
 from pipeline.meeting import torch_config
 from pipeline.pictures import open_dataset
 from pipeline.preflight import check_gpus, check_nodes
+from pipeline.record import FolderStore, Progress, load_latest
 from pipeline.schema import Config, DataSettings
 from pipeline.worker import Observer, retrain_worker, search_worker
 
 Job = Literal["search", "retrain"]
-WORKERS: dict[Job, Callable[..., list[Record]]] = {"search": search_worker, "retrain": retrain_worker}
+WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain": retrain_worker}
 
 SECONDS_BETWEEN_STEPS = 1.0  # that are told: each is a message, for which a worker's core works
 SECONDS_BETWEEN_LOOKS = 1.0  # whether workers have ended without a word; messages come at once
@@ -50,7 +50,7 @@ def run_job(
     observer: Observer,
     runtime: Runtime,
     genotype: Genotype | None = None,
-) -> list[Record]:
+) -> Progress:
     """Run a job's epochs to their end.
 
     Args:
@@ -63,14 +63,14 @@ def run_job(
         genotype: of a retraining.
 
     Returns:
-        One record an epoch.
+        The last epoch's record, and sums over all epochs.
 
     Raises:
         IstanasError: whatever stops the job; the same command goes on.
     """
     arguments = () if genotype is None else (genotype,)
     if config.runtime.worker_range.maximum == 0:
-        return WORKERS[job](config, dataset, checkpoint.FolderStore(folder), observer, *arguments)
+        return WORKERS[job](config, dataset, FolderStore(folder), observer, *arguments)
     with runtime.noticing_a_clients_loss(job, folder.parent):
         return _RayJob(job, config, folder, observer, runtime, arguments).run()
 
@@ -113,14 +113,14 @@ class _RayJob:
         self._job, self._config, self._folder, self._observer = job, config, folder, observer
         self._runtime, self._arguments = runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
-        self._history: list[Record] = []
+        self._progress = Progress()
         self._places = ""  # that the present workers have, as a reservation of Ray's
         self._stuck_at = float("inf")  # when the job counts as stuck, unless workers start before
         # Of Ray Train's controllers, and of elastic jobs' workers; of others', they keep count.
         self._failures_left = config.runtime.max_failures
         self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
 
-    def run(self) -> list[Record]:
+    def run(self) -> Progress:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -128,7 +128,9 @@ class _RayJob:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Mailbox)
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
-        self._mailbox = actor.remote(checkpoint.read_latest(self._folder))
+        newest = load_latest(self._folder)
+        self._mailbox = actor.remote(None if newest is None else newest.data)
+        del newest
         try:
             # Once, but for elastic jobs that grow or shrink, and controllers that are lost.
             while self._ended != "finished":
@@ -143,7 +145,7 @@ class _RayJob:
             if not self._runtime.lost:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.kill(self._mailbox)
-        return self._history
+        return self._progress
 
     def _run_group(self, allotment: Allotment) -> None:
         """One call of Ray Train's `fit`, and all that comes in meanwhile."""
@@ -242,8 +244,8 @@ class _RayJob:
             epoch, step, n_steps, metrics = payload
             self._observer.step(epoch, step, n_steps, lambda: metrics)
         elif kind == "checkpoint":
-            epoch, data, workers = payload
-            checkpoint.write(self._folder, epoch, data)
+            epoch, data, line, offset, workers = payload
+            checkpoint.write(self._folder, epoch, data, line, offset)
             grow = (
                 epoch < self._epochs
                 and workers < allotment.workers.maximum
@@ -251,10 +253,9 @@ class _RayJob:
             )
             ray.get(self._mailbox.kept.remote(epoch, not grow))
         elif kind == "epoch":
-            (self._history,) = payload
-            self._observer.epoch_done(self._history)
+            self._observer.epoch_done(*payload)
         elif kind in ("finished", "made room"):
-            (self._history,) = payload
+            (self._progress,) = payload
             self._ended = kind
         elif kind == "failed":
             (error,) = payload
@@ -384,17 +385,18 @@ class _Reporter:
         data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, group.id.hex()))
         return data
 
-    def write(self, epoch: int, data: bytes) -> None:
+    def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         import ray
 
         self._settle()
-        self._go_on = ray.get(self.mailbox.keep.remote(self.token, epoch, data, self.workers))
+        kept = self.mailbox.keep.remote(self.token, epoch, data, line, offset, self.workers)
+        self._go_on = ray.get(kept)
 
     def note(self, text: str) -> None:
         self._post("note", text)
 
-    def resumed(self, history: list[Record], workers: int) -> None:
-        self._post("resumed", history, workers)
+    def resumed(self, progress: Progress, workers: int) -> None:
+        self._post("resumed", progress, workers)
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         now = time.monotonic()
@@ -402,14 +404,14 @@ class _Reporter:
             self._told = now
             self._post("step", epoch, step, n_steps, read())
 
-    def epoch_done(self, history: list[Record]) -> None:
-        self._post("epoch", history)
+    def epoch_done(self, progress: Progress) -> None:
+        self._post("epoch", progress)
 
     def go_on(self) -> bool:
         return self._go_on
 
-    def finished(self, history: list[Record]) -> None:
-        self._post("finished" if self._go_on else "made room", history)
+    def finished(self, progress: Progress) -> None:
+        self._post("finished" if self._go_on else "made room", progress)
         self._settle()  # Ray Train ends this process as soon as it has nothing more to do
 
     def failed(self, error: IstanasError) -> None:
@@ -442,10 +444,10 @@ def _worker_loop(settings: dict[str, Any]) -> None:
         warnings.showwarning = lambda message, *_, **__: reporter.note(f"warning: {message}")
     try:
         dataset = open_dataset(config, (job,))
-        history = WORKERS[job](config, dataset, reporter, reporter, *settings["arguments"])
+        progress = WORKERS[job](config, dataset, reporter, reporter, *settings["arguments"])
     except IstanasError as error:
         # The same again would come of a restart: the user's process stops the job, other ranks may be waiting.
         reporter.failed(error)
         return
     if context.get_world_rank() == 0:
-        reporter.finished(history)
+        reporter.finished(progress)

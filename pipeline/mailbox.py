@@ -44,13 +44,13 @@ class Mailbox:
             self._events.pop()
         self._add(kind, payload)
 
-    async def keep(self, token: str, epoch: int, data: bytes, workers: int) -> bool:
-        """Wait until a checkpoint is on the disk; False: this group of workers is to end here."""
+    async def keep(self, token: str, epoch: int, data: bytes, line: bytes, offset: int, workers: int) -> bool:
+        """Wait until a checkpoint and its epoch's line are on the disk; False: this group of workers is to end here."""
         if token != self._token:
             return False
         self._newest = data
         answer = self._answers[token, epoch] = asyncio.get_running_loop().create_future()
-        self._add("checkpoint", epoch, data, workers)
+        self._add("checkpoint", epoch, data, line, offset, workers)
         return await answer
 
     # for the user's process

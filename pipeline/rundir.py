@@ -33,6 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".run.lock"
 OWNER_FILE = ".run.lock.owner"
+_DIGESTED_BYTES = 4096  # of metrics.jsonl, some lines
 OWN_PICTURES = "folder"  # the `data.name` of pictures that are no data set with a name
 
 
@@ -217,6 +218,71 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     _sync_directory(target.parent)
 
 
+def append(path: Path, data: bytes, *, at: int) -> None:
+    """Cut a file to some length and add to it; the data is on the disk when this returns.
+
+    Args:
+        path: the file; it and its directory are created if need be.
+        data: what to add.
+        at: bytes of the file that stay.
+
+    Raises:
+        OSError: the disk refuses; the first `at` bytes are then all that the file holds.
+        ValueError: the file has fewer than `at` bytes.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "lines"
+        >>> append(file, b"first, torn", at=0); append(file, b" and second", at=5)
+        >>> file.read_text()
+        'first and second'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    created = not path.exists()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < at:
+            raise ValueError(f"it has {size} bytes, not at least {at}")
+        os.ftruncate(stream.fileno(), at)
+        stream.seek(at)
+        try:
+            if (taken := stream.write(data)) < len(data):  # what a disk that fills up takes
+                stream.write(data[taken:])
+            os.fsync(stream.fileno())
+        except OSError as error:
+            os.ftruncate(stream.fileno(), at)
+            raise refused(error, path, len(data)) from error
+    if created:
+        _sync_directory(path.parent)
+
+
+def make_hold(path: Path, content: bytes) -> None:
+    """Make a file hold just this: one that merely goes on after it is cut, any other replaced atomically.
+
+    Args:
+        path: the file; it and its directory are created if need be.
+        content: the whole content.
+
+    Raises:
+        OSError: the disk refuses.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "lines"
+        >>> for before in (b"first, torn", b"other"):
+        ...     _ = file.write_bytes(before); make_hold(file, b"first"); print(file.read_text())
+        first
+        first
+    """
+    if path.is_file():
+        with open(path, "rb") as stream:
+            if stream.read(len(content)) == content:
+                if stream.read(1):
+                    os.truncate(path, len(content))
+                return
+    atomic_write(path, content)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether it is a disk, a quota or a limit on files that has no room left.
 
@@ -340,23 +406,13 @@ class RunDir:
             metrics: name -> value, e.g. `{"train/loss": 1.2}`.
             timestamp_ms: when they were measured, ms since the epoch.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / METRICS_FILE
-        created = not file.exists()
         values = {name: float(value) for name, value in metrics.items()}
-        line = _dump_line(MetricsLine(int(step), int(timestamp_ms), values))
-        with open(file, "a+b", buffering=0) as stream:
-            _cut_torn_line(stream.fileno(), file)
-            size = os.fstat(stream.fileno()).st_size
-            try:
-                if stream.write(line) < len(line):  # what a disk that fills up takes
-                    stream.write(line[os.fstat(stream.fileno()).st_size - size :])
-                os.fsync(stream.fileno())
-            except OSError as error:
-                os.ftruncate(stream.fileno(), size)
-                raise refused(error, file, len(line)) from error
-        if created:
-            _sync_directory(self.path)
+        append(
+            file,
+            _dump_line(MetricsLine(int(step), int(timestamp_ms), values)),
+            at=_end_of_whole_lines(file),
+        )
 
     def metrics(self) -> list[MetricsLine]:
         """All complete lines in the order written; a half-written last one is left out with a warning.
@@ -364,16 +420,46 @@ class RunDir:
         Raises:
             CheckpointError: a complete line is not what `append_metrics` writes.
         """
+        return self.metrics_from(0)[0]
+
+    def metrics_from(self, start: int) -> tuple[list[MetricsLine], int]:
+        """Return the complete lines from a byte on, as `metrics` does, and the byte at which they end.
+
+        Args:
+            start: where a line begins.
+
+        Raises:
+            CheckpointError: a complete line is not what `append_metrics` writes.
+        """
         file = self.path / METRICS_FILE
         try:
-            *complete, torn = read_at_most(file, METRICS_BYTES).split(b"\n")
+            *complete, torn = read_at_most(file, METRICS_BYTES, start=start).split(b"\n")
         except FileNotFoundError:
-            return []
+            return [], start
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}; restore it, or start over with --fresh") from None
         if torn:
             _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
-        return [_parse_line(line, file, number) for number, line in enumerate(complete, start=1)]
+        where = "line" if start == 0 else f"after byte {start}, line"
+        lines = [_parse_line(line, file, f"{where} {number}") for number, line in enumerate(complete, 1)]
+        return lines, start + sum(len(line) + 1 for line in complete)
+
+    def metrics_digest(self, end: int) -> str:
+        """Return a digest that changes if the metrics before a byte are not the same any more; "" if they are fewer.
+
+        The last lines before it are enough: they have the times at which they were measured.
+
+        Args:
+            end: the byte.
+        """
+        start = max(0, end - _DIGESTED_BYTES)
+        try:
+            with open(self.path / METRICS_FILE, "rb") as stream:
+                stream.seek(start)
+                data = stream.read(end - start)
+        except FileNotFoundError:
+            return ""
+        return hashlib.sha256(data).hexdigest() if len(data) == end - start else ""
 
     def ends_in_mid_line(self) -> bool:
         """Whether the last line of metrics is half-written."""
@@ -384,12 +470,12 @@ class RunDir:
         return data != b"" and not data.endswith(b"\n")
 
     def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
-        """Rewrite all metrics atomically (a resumed run drops what it will measure again).
+        """Replace all metrics atomically (a resumed run drops what it will measure again).
 
         Args:
             lines: what `metrics()` is to return from now on.
         """
-        atomic_write(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+        make_hold(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
 
     def environment(self) -> dict[str, Any]:
         """Where the run was computed, see `pipeline.environment`; empty if it has not begun, or is of an old version.
@@ -446,22 +532,24 @@ def _read_owner(file: Path) -> str:
         return "another process"
 
 
-def _cut_torn_line(descriptor: int, file: Path) -> None:
-    """Drop what a killed writer left behind the last newline: the next line must not grow out of it."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    keep = os.pread(descriptor, size, 0).rfind(b"\n") + 1
-    _LOG.warning("%s: dropped a half-written last line (the writer was killed)", file)
-    os.ftruncate(descriptor, keep)
+def _end_of_whole_lines(file: Path) -> int:
+    """Where the next line is written: a killed writer may have left half a line, out of which it must not grow."""
+    if not file.exists():
+        return 0
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size == 0 or os.pread(stream.fileno(), 1, size - 1) == b"\n":
+            return size
+        _LOG.warning("%s: dropped a half-written last line (the writer was killed)", file)
+        return os.pread(stream.fileno(), size, 0).rfind(b"\n") + 1
 
 
-def _parse_line(line: bytes, file: Path, number: int) -> MetricsLine:
+def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
     try:
         data = json.loads(line)
         metrics = {str(name): float(value) for name, value in data["metrics"].items()}
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: line {number} is not a line of metrics; the command of the run makes the file anew"
+            f"{file}: {where} is not a line of metrics; the command of the run makes the file anew"
         ) from None

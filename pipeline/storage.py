@@ -618,12 +618,11 @@ def _place_of_processes() -> str:
 def _place(name: str) -> int:
     """In which order objects are written; they are deleted in the opposite one.
 
-    A checkpoint before the checksum that makes it count, both before what is told of it, the record last.
+    A checkpoint and the log of its epochs before the checksum that makes it count, all of them before what is told of
+    it, the record last.
     """
-    if name.endswith(".pt"):
-        return 0
-    if posixpath.basename(posixpath.dirname(name)) == "checkpoints":
-        return 1
+    if name.startswith("checkpoints/"):
+        return 1 if name.endswith(".json") else 0
     return 3 if name == RECORD_FILE else 2
 
 

@@ -400,7 +400,7 @@ class MLflowTracker:
         self.tracking_uri = store_uri(tracking_uri, known=link.tracking_uri if link else None)
         self._link = link if link and link.tracking_uri == public_uri(self.tracking_uri) else None
         self._client: MlflowClient | None = None
-        self._held: set[tuple[str, int]] | None = None  # the (metric, step) pairs that the store has
+        self._is_known = False  # whether the store has no metrics beyond those that the link says were sent
         self._retry_at = 0.0
 
     @property
@@ -434,7 +434,7 @@ class MLflowTracker:
             raise
         except Exception as error:  # SQL, HTTP, S3, disk: stores fail in too many ways to list
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            self._client, self._held = None, None
+            self._client, self._is_known = None, False
             self._say_unreachable(error)
             return False
         return True
@@ -494,7 +494,7 @@ class MLflowTracker:
         run = self._known_run(client)
         if run is not None:
             return run, False
-        self._held = None
+        self._is_known = False
         experiment_id = _experiment_id(client, self.experiment, artifact_root(self.tracking_uri))
         # A crash between creating the run and noting its id leaves a run that only its key can find.
         found = client.search_runs([experiment_id], f"tags.`istanas.key` = '{record.key}'", max_results=1)
@@ -578,22 +578,32 @@ class MLflowTracker:
     def _send_metrics(self, client: "MlflowClient", run: "Run") -> int:
         from mlflow.entities import Metric
 
-        run_id = run.info.run_id
+        assert self._link is not None
+        run_id, sent, known = run.info.run_id, self._link.metrics_bytes, self._is_known
+        if sent and self.run_dir.metrics_digest(sent) != self._link.metrics_digest:
+            sent, known = 0, False  # they were replaced: a run was resumed, or an export has added to them
+        lines, end = self.run_dir.metrics_from(sent)
         values = {
             (name, line.step): Metric(name, value, line.timestamp_ms, line.step)
-            for line in self.run_dir.metrics()
+            for line in lines
             for name, value in line.metrics.items()
         }
-        if self._held is None:
+        held: set[tuple[str, int]] = set()
+        if not known:  # a process that was killed may have sent more than it has noted
             names = {name for name, _ in values} & set(run.data.metrics)
             history = (metric for name in names for metric in client.get_metric_history(run_id, name))
-            self._held = {(metric.key, metric.step) for metric in history}
+            held = {(metric.key, metric.step) for metric in history}
         # A value that is there stays: a resumed run measures some epochs again, and must not double them.
-        new = [key for key in values if key not in self._held]
+        new = [value for key, value in values.items() if key not in held]
         for start in range(0, len(new), CHUNK_METRICS):
-            chunk = new[start : start + CHUNK_METRICS]
-            client.log_batch(run_id, metrics=[values[key] for key in chunk], synchronous=True)
-            self._held.update(chunk)
+            client.log_batch(run_id, metrics=new[start : start + CHUNK_METRICS], synchronous=True)
+        self._is_known = True
+        link = dataclasses.replace(
+            self._link, metrics_bytes=end, metrics_digest=self.run_dir.metrics_digest(end)
+        )
+        if link != self._link:
+            self._link = link
+            link.write(self.run_dir)
         return len(new)
 
     def _send_artifacts(self, client: "MlflowClient", record: RunRecord) -> tuple[Names, Names]:
@@ -657,12 +667,14 @@ class MLflowTracker:
 
 @dataclass(frozen=True)
 class Link:
-    """`mlflow.json`: the store and the id under which a run is mirrored, and the files that were sent."""
+    """`mlflow.json`: the store and the id under which a run is mirrored, and what was sent."""
 
     tracking_uri: str
     experiment: str
     run_id: str
     artifacts: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of what was sent
+    metrics_bytes: int = 0  # of metrics.jsonl that were sent; a link of version 0.1 does not say
+    metrics_digest: str = ""  # of the last of them, see `RunDir.metrics_digest`
 
     def write(self, run_dir: RunDir) -> None:
         """Write it into the run directory, atomically; a store of the same project relative to it: both may move."""

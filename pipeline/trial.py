@@ -10,7 +10,6 @@ import importlib
 import logging
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,19 +17,18 @@ from rich.console import Console
 
 from istanas.errors import IstanasError
 from istanas.space import Genotype
-from pipeline import checkpoint, storage
+from pipeline import storage
 from pipeline.cluster import Runtime
-from pipeline.epochs import Record
 from pipeline.home import ensure_usable_home
 from pipeline.jobs.job import CHECKPOINTS
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.pictures import open_dataset
+from pipeline.record import Progress, load_progress, read_progress
 from pipeline.rundir import RunDir, is_full
 from pipeline.schema import Config
 from pipeline.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
 from pipeline.tracking import one_line, open_client, store_uri
-from pipeline.worker import rollbacks
 
 LOG_FILE = "trial.log"
 # That a trial waits for its run: its first process, on a node that was cut off, lives a minute more, till Ray ends it.
@@ -113,18 +111,18 @@ def failure(error: Exception) -> dict[str, Any]:
 def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:
     """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
-    told: list[int] = []
+    told = 0
     reached[NODE] = _here()
     console.print(f"on node {reached[NODE]}", highlight=False)
 
-    def tell(history: list[Record]) -> None:
+    def tell(progress: Progress) -> None:
         from ray import tune
 
-        for record in history[len(told) :]:
-            told.append(record["epoch"])
-            done = history[: record["epoch"]]
-            reached.update(_figures(done))
-            tune.report({EPOCH: record["epoch"], TOP1: record["metrics"][TOP1], **reached})
+        nonlocal told
+        if progress.epochs > told:
+            told = progress.epochs
+            reached.update(_figures(progress))
+            tune.report({EPOCH: told, TOP1: progress.newest.metrics[TOP1], **reached})
 
     with Runtime(config.runtime) as runtime:
         search = run_search(
@@ -138,9 +136,12 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tell=tell,
             wait=SECONDS_TO_LET_GO,
         )
-        history = _history(storage.local(search["run_dir"]))
-        tell(history)  # of a search that had finished before
-        figures = {**reached, **_figures(history)}
+        folder = storage.local(search["run_dir"]) / CHECKPOINTS
+        progress = load_progress(folder)
+        if told < progress.epochs:  # of a search that had finished before
+            for then in read_progress(folder, progress):
+                tell(then)
+        figures = {**reached, **_figures(progress)}
         top1 = figures["valid_top1"]
         if task["objective"] == "retrained":
             figures |= _retrained(config, search["genotype"], search["run_dir"], runtime, console)
@@ -181,22 +182,16 @@ def _here() -> str:
     return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
-def _history(run_dir: Path) -> list[Record]:
-    saved = checkpoint.load_latest(run_dir / CHECKPOINTS)
-    history: list[Record] = [] if saved is None else saved["history"]
-    return history
-
-
-def _figures(history: list[Record]) -> dict[str, Any]:
+def _figures(progress: Progress) -> dict[str, Any]:
     """What a search has reached."""
-    last = history[-1]
+    m, found = progress.newest.metrics, progress.newest.found()
     return {
-        "valid_top1": last["metrics"][TOP1],
-        "digest": Genotype.from_json(last["genotype"]).digest(),
-        "params": int(last["metrics"]["target/params"]),
-        "macs": int(last["metrics"]["target/macs"]),
-        "epochs": len(history),
-        "seconds": sum(record["seconds"] for record in history),
-        **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
-        **({"frozen_epochs": [f["epoch"] for f in last["frozen"]]} if "frozen" in last else {}),
+        "valid_top1": m[TOP1],
+        "digest": Genotype.from_json(found.genotype).digest(),
+        "params": int(m["target/params"]),
+        "macs": int(m["target/macs"]),
+        "epochs": progress.epochs,
+        "seconds": progress.seconds,
+        **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),
+        **({"frozen_epochs": [f.epoch for f in found.frozen]} if found.frozen is not None else {}),
     }

@@ -27,8 +27,8 @@ from pipeline.checkpoint import Store
 from pipeline.data_workers import noticing_their_loss
 from pipeline.epochs import (
     EpochJob,
+    Measured,
     OneStageJob,
-    Record,
     RetrainJob,
     TwoStageJob,
     build_one_stage,
@@ -36,6 +36,7 @@ from pipeline.epochs import (
     check_same_genotype,
 )
 from pipeline.pictures import check_same_data, data_digest
+from pipeline.record import EpochRecord, Progress, Rollback, load_latest
 from pipeline.resources import count, threads_in_process, usable_cores
 from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 
@@ -46,8 +47,8 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """Called with a line for people."""
 
-    def resumed(self, history: list[Record], workers: int) -> None:
-        """Called before the first epoch of `workers` workers, with the epochs of the checkpoint (none: a new run)."""
+    def resumed(self, progress: Progress, workers: int) -> None:
+        """Called before the first epoch of `workers` workers, with what the checkpoint says is done."""
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """Called after every training step (epochs from 0, steps from 1).
@@ -55,8 +56,8 @@ class Observer(Protocol):
         `read` gives the epoch's figures so far, or None where that would make the device wait: on a GPU.
         """
 
-    def epoch_done(self, history: list[Record]) -> None:
-        """Called after every epoch, its checkpoint written; the last record is the new one."""
+    def epoch_done(self, progress: Progress) -> None:
+        """Called after every epoch, its checkpoint written; the last record is the epoch's."""
 
     def go_on(self) -> bool:
         """Called after every epoch; False ends these workers' part of the job here, for others to go on."""
@@ -68,13 +69,13 @@ class Silent:
     def note(self, text: str) -> None:
         pass
 
-    def resumed(self, history: list[Record], workers: int) -> None:
+    def resumed(self, progress: Progress, workers: int) -> None:
         pass
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         pass
 
-    def epoch_done(self, history: list[Record]) -> None:
+    def epoch_done(self, progress: Progress) -> None:
         pass
 
     def go_on(self) -> bool:
@@ -135,7 +136,7 @@ def describe_place(compute: Compute, ranks: Ranks) -> str:
     return f"{count(ranks.size, 'worker')} ({compute.device.type}, {compute.backend}), each {threads}"
 
 
-def search_worker(config: Config, dataset: ImageDataset, store: Store, observer: Observer) -> list[Record]:
+def search_worker(config: Config, dataset: ImageDataset, store: Store, observer: Observer) -> Progress:
     """Run (or go on with) a search, with the other ranks of torch's process group if there is one.
 
     Args:
@@ -146,7 +147,7 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
         observer: told of every step and epoch; only rank 0's is.
 
     Returns:
-        One record an epoch; the last one's genotype is the result.
+        The last epoch's record, whose genotype is the result, and sums over all epochs.
     """
 
     def make(compute: Compute, ranks: Ranks) -> EpochJob:
@@ -161,7 +162,7 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
 
 def retrain_worker(
     config: Config, dataset: ImageDataset, store: Store, observer: Observer, genotype: Genotype
-) -> list[Record]:
+) -> Progress:
     """Train (or go on training) the network of a genotype from scratch, with the other ranks if there are any.
 
     Args:
@@ -172,7 +173,7 @@ def retrain_worker(
         genotype: the cells.
 
     Returns:
-        One record an epoch; the last one holds the test figures.
+        The last epoch's record, which has the test figures, and sums over all epochs.
     """
     return _run_epochs(
         lambda compute, ranks: RetrainJob(config, dataset, compute, ranks, genotype),
@@ -191,16 +192,16 @@ def _run_epochs(
     digest: str,
     store: Store,
     observer: Observer,
-) -> list[Record]:
+) -> Progress:
     compute = compute_for(config.runtime)
     ranks = Ranks.current(compute.device)
     observer = observer if ranks.is_first else Silent()
-    job, history = _begin(make, dataset, store, compute, ranks)
+    job, progress = _begin(make, dataset, store, compute, ranks)
     observer.note(describe_place(compute, ranks))
-    observer.resumed(history, ranks.size)
-    undone: list[dict[str, Any]] = []  # attempts at the next epoch that diverged
-    while not job.is_done(history):
-        epoch = len(history)
+    observer.resumed(progress, ranks.size)
+    undone: tuple[Rollback, ...] = ()  # attempts at the next epoch that diverged
+    while not job.is_done(progress):
+        epoch = progress.epochs
         _seed_epoch(config, epoch, ranks)
 
         def tell(step: int, n_steps: int, totals: Totals, epoch: int = epoch) -> None:
@@ -208,37 +209,38 @@ def _run_epochs(
             observer.step(epoch, step, n_steps, totals.metrics if on_cpu else lambda: None)
 
         start = time.perf_counter()
-        n_rollbacks = rollbacks(history) + len(undone)
+        n_rollbacks = progress.rollbacks + len(undone)
         with noticing_their_loss(config.runtime.data_workers):
             found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
         seconds = time.perf_counter() - start
         if isinstance(found, str):
             _check_rollback(config.runtime, found, epoch, n_rollbacks)
-            undone.append({"reason": found, "lr_factor": 0.5 ** (n_rollbacks + 1)})
+            undone = (*undone, Rollback(reason=found, lr_factor=0.5 ** (n_rollbacks + 1)))
             del job  # two networks may be too much for a GPU
-            job, history = _begin(make, dataset, store, compute, ranks)
+            job, progress = _begin(make, dataset, store, compute, ranks)
             observer.note(_describe_rollback(config.runtime, found, epoch, n_rollbacks + 1))
             continue
         if n_rollbacks > 0:
-            found["metrics"]["train/rollbacks"] = float(n_rollbacks)
-        history.append(
-            {
-                "epoch": epoch + 1,  # done, counted from 1 as people and MLflow's steps do
-                "timestamp_ms": int(time.time() * 1000),
-                "seconds": seconds,
-                "workers": ranks.size,
-                **({"rollbacks": undone} if undone else {}),
-                **found,
-            }
+            found.metrics["train/rollbacks"] = float(n_rollbacks)
+        record = EpochRecord(
+            epoch=epoch + 1,  # done, counted from 1 as people and MLflow's steps do
+            timestamp_ms=int(time.time() * 1000),
+            seconds=seconds,
+            workers=ranks.size,
+            metrics=found.metrics,
+            rollbacks=undone,
+            search=found.search,
         )
-        undone = []
+        offset = progress.log.offset
+        progress, line = progress.after(record)
+        undone = ()
         if ranks.is_first:
-            state = {**job.state(), "history": history, "data": digest}
-            store.write(epoch + 1, checkpoint.serialize(state))
-        observer.epoch_done(history)
+            state = {**job.state(), "progress": progress.to_state(), "data": digest}
+            store.write(epoch + 1, checkpoint.serialize(state), line, offset)
+        observer.epoch_done(progress)
         if not ranks.from_first(observer.go_on):
             break
-    return history
+    return progress
 
 
 def _begin(
@@ -247,24 +249,19 @@ def _begin(
     store: Store,
     compute: Compute,
     ranks: Ranks,
-) -> tuple[EpochJob, list[Record]]:
+) -> tuple[EpochJob, Progress]:
     """The job as the newest checkpoint left it, or as it starts."""
     job = make(compute, ranks)
     saved = _load(store, dataset, ranks)
     if saved is None:
-        return job, []
+        return job, Progress()
     return job, _restore(job, saved)
-
-
-def rollbacks(history: list[Record]) -> int:
-    """How often a run was rolled back: each time its learning rate was halved for good."""
-    return sum(len(record.get("rollbacks", ())) for record in history)
 
 
 def _attempt(
     job: EpochJob, epoch: int, tell: Callable[[int, int, Totals], None], lr_factor: float
-) -> Record | str:
-    """The epoch's record, or how it diverged, on every rank alike; the error itself would hold on to the network."""
+) -> Measured | str:
+    """What the epoch leaves, or how it diverged, on every rank alike; the error itself would hold on to the network."""
     try:
         return job.run_epoch(epoch, tell, lr_factor)
     except DivergedError as error:
@@ -323,12 +320,12 @@ def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path
 
 
 def _last(folder: Path, epochs: int) -> dict[str, Any]:
-    saved = checkpoint.load_latest(folder)
-    if saved is None or len(saved["history"]) != epochs:
+    found = load_latest(folder)
+    if found is None or Progress.from_state(found.state["progress"]).epochs != epochs:
         raise CheckpointError(
             f"{folder}: the last epoch's checkpoint is broken, the same command trains it again"
         )
-    return saved
+    return found.state
 
 
 def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] | None:
@@ -342,20 +339,15 @@ def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] |
     return saved
 
 
-def _restore(job: EpochJob, saved: dict[str, Any]) -> list[Record]:
-    """Have the job go on from a checkpoint; returns the epochs done.
+def _restore(job: EpochJob, saved: dict[str, Any]) -> Progress:
+    """Have the job go on from a checkpoint; returns what is done.
 
     Raises:
         CheckpointError: the checkpoint is whole, but not one that this program wrote for this job.
     """
     try:
         job.load(saved)
-        history = list(saved["history"])
-        if any(
-            {"epoch", "timestamp_ms", "seconds", "workers", "metrics"} - set(record) for record in history
-        ):
-            raise ValueError("its history has no such records")
-        return history
+        return Progress.from_state(saved["progress"])
     except (
         KeyError,
         TypeError,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -120,10 +120,6 @@ class RecoveryReport:
             "recovery/distance": max(n.distance for n in nodes),
             "recovery/support_changes": float(sum(n.changed for n in nodes)),
         }
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """One plain dict a node."""
-        return [asdict(node) for node in self.nodes]
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandas as pd
 from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.errors import CheckpointError, DataError, IstanasError
+from istanas.search import NodeReport
 from istanas.space import CellSpace
 from istanas.training import Metrics
-from pipeline import checkpoint, storage
+from pipeline import storage
 from pipeline.cluster import LOG_FOLDER
 from pipeline.config import flat_params, to_yaml, without_passwords
 from pipeline.environment import write_environment
-from pipeline.epochs import Record
 from pipeline.fit import check_left_for_training, warnings_of
 from pipeline.outcome import INTERRUPTED, OUTCOME_TAG
 from pipeline.pages import REPORT_PAGE
@@ -43,6 +42,7 @@ from pipeline.pictures import (
     settle_stems,
 )
 from pipeline.progress import EpochBar
+from pipeline.record import EpochRecord, Progress, load_progress, read_progress, read_records
 from pipeline.report_page import write_report
 from pipeline.resources import count
 from pipeline.rundir import (
@@ -55,7 +55,9 @@ from pipeline.rundir import (
     MetricsLine,
     RunDir,
     RunRecord,
+    append,
     atomic_write,
+    make_hold,
     new_key,
 )
 from pipeline.schema import Config
@@ -71,6 +73,19 @@ CONFIG_FILE = "config.yaml"
 GENOTYPE_FILE = "genotype.json"
 TRAJECTORY_FILE = "trajectory.csv"
 CODES_FILE = "codes.csv"
+TRAJECTORY_COLUMNS = (
+    "epoch",
+    "cell",
+    "node",
+    "picks",
+    "edge_weights",
+    "state",
+    "changed",
+    "distance",
+    "gap",
+    "truncation",
+    "margin",
+)
 CODES_COLUMNS = ("epoch", "cell", "node", "state", "op", "magnitude")
 CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
 
@@ -127,43 +142,51 @@ class RunObserver:
         tracker: Tracker,
         bar: EpochBar,
         space: CellSpace,
-        describe: Callable[[list[Record]], str],
-        tell: Callable[[list[Record]], None] | None = None,
+        describe: Callable[[EpochRecord], str],
+        tell: Callable[[Progress], None] | None = None,
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
-        self._space, self._tell = space, tell
+        self._tell, self._tables = tell, _SearchTables(run.path, space)
 
     def note(self, text: str) -> None:
         self._bar.line(text)
 
-    def resumed(self, history: list[Record], workers: int) -> None:
+    def resumed(self, progress: Progress, workers: int) -> None:
         # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
-        self._run.replace_metrics(metrics_lines(history))
+        lines = []
+        with self._tables.replaced() as add:
+            for record in self._records(progress):
+                lines.append(metrics_line(record))
+                add(record)
+        self._run.replace_metrics(lines)
         self._tracker.deliver()
-        if history:
-            self._write_trajectory(history)
-            self._bar.line(f"resumed after epoch {len(history)}")
-            before = history[-1]["workers"]
+        if progress.last is not None:
+            self._bar.line(f"resumed after epoch {progress.epochs}")
+            before = progress.last.workers
             if workers != before:
                 self._bar.line(
                     f"{count(workers, 'worker')} instead of {before}: the same global batch and schedule, but no "
                     "longer bit for bit the run that it would have been"
                 )
             if self._tell is not None:
-                self._tell(history)
+                for then in read_progress(self._run.path / CHECKPOINTS, progress):
+                    self._tell(then)
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self._bar.step(epoch, step, n_steps, read)
 
-    def epoch_done(self, history: list[Record]) -> None:
-        new = history[-1]
-        self._run.append_metrics(new["epoch"], new["metrics"], new["timestamp_ms"])
-        self._write_trajectory(history)
-        self._bar.epoch_line(self._describe(history), new["epoch"])
+    def epoch_done(self, progress: Progress) -> None:
+        new = progress.newest
+        self._run.append_metrics(new.epoch, new.metrics, new.timestamp_ms)
+        if not self._tables.append(new):
+            with self._tables.replaced() as add:
+                for record in self._records(progress):
+                    add(record)
+        self._bar.epoch_line(self._describe(new), new.epoch)
         self._tracker.deliver()
         storage.push(self._run.path)
         if self._tell is not None:
-            self._tell(history)
+            self._tell(progress)
 
     def go_on(self) -> bool:
         return True
@@ -176,14 +199,66 @@ class RunObserver:
         """Bring MLflow up to date with what else was written to the run directory."""
         self._tracker.deliver()
 
-    def _write_trajectory(self, history: list[Record]) -> None:
-        rows = trajectory_rows(history)
-        if rows:
-            atomic_write(self._run.path / TRAJECTORY_FILE, pd.DataFrame(rows).to_csv(index=False))
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerows([CODES_COLUMNS, *codes_rows(history, self._space)])
-            atomic_write(self._run.path / CODES_FILE, text.getvalue())
+    def _records(self, progress: Progress) -> Iterator[EpochRecord]:
+        return read_records(self._run.path / CHECKPOINTS, progress)
+
+
+class _SearchTables:
+    """`trajectory.csv` and `codes.csv` of a search, to which every epoch adds its rows.
+
+    Args:
+        folder: the run directory.
+        space: the cells of the search.
+    """
+
+    def __init__(self, folder: Path, space: CellSpace) -> None:
+        self._folder, self._space = folder, space
+        self._kept: KeptCodes = {}
+        self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0}
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[Callable[[EpochRecord], None]]:
+        """Yield what takes the record of each epoch done; afterwards the tables are what these epochs make them."""
+        contents = {name: io.BytesIO() for name in self._sizes}
+        self._kept, self._sizes = {}, dict.fromkeys(self._sizes, 0)
+
+        def add(record: EpochRecord) -> None:
+            for name, rows in self._rows(record).items():
+                self._sizes[name] += contents[name].write(rows)
+
+        yield add
+        for name, content in contents.items():
+            if self._sizes[name] == 0:
+                (self._folder / name).unlink(missing_ok=True)
+            else:
+                make_hold(self._folder / name, content.getvalue())
+
+    def append(self, record: EpochRecord) -> bool:
+        """Add the rows of the next epoch; False if a table is shorter than it was left: it has been damaged since."""
+        for name, rows in self._rows(record).items():
+            try:
+                append(self._folder / name, rows, at=self._sizes[name])
+            except ValueError:
+                return False
+            self._sizes[name] += len(rows)
+        return True
+
+    def _rows(self, record: EpochRecord) -> dict[str, bytes]:
+        """The rows of an epoch by table, with the head of the table before the first; none of what searches nothing."""
+        tables = {
+            TRAJECTORY_FILE: (TRAJECTORY_COLUMNS, list(trajectory_rows(record))),
+            CODES_FILE: (CODES_COLUMNS, list(codes_rows(record, self._space, self._kept))),
+        }
+        if not tables[TRAJECTORY_FILE][1]:
+            return {}
+        text = {}
+        for name, (columns, rows) in tables.items():
+            stream = io.StringIO()
+            csv.writer(stream, lineterminator="\n").writerows(
+                [columns, *rows] if self._sizes[name] == 0 else rows
+            )
+            text[name] = stream.getvalue().encode()
+        return text
 
 
 Prepared = TypeVar("Prepared")
@@ -196,11 +271,11 @@ def execute(
     prepare: Callable[[ImageDataset], Prepared],
     body: Callable[[RunDir, RunObserver, Prepared], Outcome],
     *,
-    describe: Callable[[list[Record]], str],
+    describe: Callable[[EpochRecord], str],
     fresh: bool,
     console: Console,
     datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
-    tell: Callable[[list[Record]], None] | None = None,
+    tell: Callable[[Progress], None] | None = None,
     warn: Callable[[ImageDataset], list[str]] | None = None,
     metrics_anew: Callable[[], list[MetricsLine]] | None = None,
     wait: float = 0,
@@ -211,11 +286,11 @@ def execute(
         spec: which job.
         prepare: checks and starts whatever the job needs for its pictures; what it refuses leaves nothing behind.
         body: runs the worker and writes the results.
-        describe: one line for an epoch, from the history.
+        describe: one line for an epoch.
         fresh: start over, deleting what the run directory holds.
         console: for people.
         datasets: the parts of the pictures that the job uses.
-        tell: called with all epochs so far, after each and when a run goes on; it may raise SystemExit to leave
+        tell: called after every epoch, and when a run resumes for each epoch done; it may raise SystemExit to leave
             the run as it is, for others to close.
         warn: lines about settings that make no sense with the pictures; None: about the job's own.
         metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
@@ -384,11 +459,10 @@ def _mend(
         if run.ends_in_mid_line() and run.read().status == "FINISHED":
             raise CheckpointError(f"{run.path / METRICS_FILE}: ends in mid-line; restore it, or use --fresh")
     except CheckpointError as error:
-        # Every line is in the newest checkpoint's history, too; a sweep that goes on makes its own from the study.
-        saved, lines = checkpoint.load_latest(run.path / CHECKPOINTS), list[MetricsLine]()
-        if saved is not None:
-            lines = metrics_lines(saved["history"])
-        elif run.read().status == "FINISHED":
+        # Every line is in the log, too; a sweep that resumes makes its own from the study.
+        folder = run.path / CHECKPOINTS
+        lines = [metrics_line(record) for record in read_records(folder, load_progress(folder))]
+        if not lines and run.read().status == "FINISHED":
             lines = _of_a_finished_run(metrics_anew, error)
         say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
         run.replace_metrics(lines)
@@ -413,9 +487,9 @@ def _mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) ->
         run.write(_new_record(spec))
 
 
-def metrics_lines(history: list[Record]) -> list[MetricsLine]:
-    """What a run's metrics are after these epochs."""
-    return [MetricsLine(r["epoch"], r["timestamp_ms"], r["metrics"]) for r in history]
+def metrics_line(record: EpochRecord) -> MetricsLine:
+    """The line of an epoch in a run's metrics."""
+    return MetricsLine(record.epoch, record.timestamp_ms, record.metrics)
 
 
 def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:
@@ -625,57 +699,57 @@ def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
     return progress
 
 
-def trajectory_rows(history: list[Record]) -> list[dict[str, Any]]:
-    """One row an epoch and node: what it keeps; epoch 0 is the start, before any training."""
-    rows = []
-    for epoch, nodes in _recoveries(history):
-        for node in nodes:
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "cell": node["cell"],
-                    "node": node["node"],
-                    "picks": " ".join(node["picks"]),
-                    "edge_weights": " ".join(f"{w:.6g}" for w in node["edge_weights"]),
-                    "state": node["state"],
-                    "changed": node["changed"],
-                    "distance": node["distance"],
-                    "gap": node["gap"],
-                    "truncation": node["truncation"],
-                    "margin": node.get("margin"),  # not recorded by earlier versions
-                }
-            )
-    return rows
-
-
-def codes_rows(history: list[Record], space: CellSpace) -> Iterator[tuple[int, str, int, int, str, str]]:
-    """Magnitudes of every node's sparse code: `CODES_COLUMNS` of each epoch, node and candidate.
-
-    Left out are epochs of checkpoints that were written before magnitudes were recorded.
+def trajectory_rows(record: EpochRecord) -> Iterator[tuple[Any, ...]]:
+    """One row a recovery and node: what it keeps, as `TRAJECTORY_COLUMNS`; epoch 0 is the start, before any training.
 
     Args:
-        history: of a search.
-        space: its cells.
+        record: of any job's epoch; there are no rows unless it searches.
     """
-    last: dict[tuple[str, int], list[float]] = {}
-    for epoch, nodes in _recoveries(history):
+    for epoch, nodes in _recoveries(record):
         for node in nodes:
-            place = node["cell"], node["node"]
-            # A node that is not recovered any more keeps the code that it froze with.
-            recovered = node.get("recovered", True)
-            last[place] = node.get("magnitudes", []) if recovered else last.get(place, [])
-            for candidate, magnitude in enumerate(last[place]):
+            yield (
+                epoch,
+                node.cell,
+                node.node,
+                " ".join(node.picks),
+                " ".join(f"{w:.6g}" for w in node.edge_weights),
+                node.state,
+                node.changed,
+                node.distance,
+                node.gap,
+                node.truncation,
+                node.margin,
+            )
+
+
+KeptCodes = dict[tuple[str, int], list[float]]  # (cell, node) -> magnitudes of its last recovered code
+
+
+def codes_rows(
+    record: EpochRecord, space: CellSpace, kept: KeptCodes
+) -> Iterator[tuple[int, str, int, int, str, str]]:
+    """Magnitudes of every node's sparse code: `CODES_COLUMNS` of each recovery, node and candidate.
+
+    Left out are epochs whose magnitudes were not recorded, by an early version.
+
+    Args:
+        record: of an epoch of a search.
+        space: its cells.
+        kept: what the epochs before have kept, updated here: a node that is not recovered any more keeps the code
+            that it froze with.
+    """
+    for epoch, nodes in _recoveries(record):
+        for node in nodes:
+            place = node.cell, node.node
+            if node.recovered:
+                kept[place] = node.magnitudes
+            for candidate, magnitude in enumerate(kept.get(place, ())):
                 state, op = space.split(candidate)
                 yield epoch, *place, state, space.ops[op], f"{magnitude:.6g}"
 
 
-def _recoveries(history: list[Record]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The nodes after every recovery of a search, the first of all before any training (epoch 0)."""
-    for record in history:
-        if "start_nodes" in record:
-            yield 0, record["start_nodes"]
-        if "nodes" in record and record.get("searching", True):
-            yield record["epoch"], record["nodes"]
+def _recoveries(record: EpochRecord) -> Iterator[tuple[int, tuple[NodeReport, ...]]]:
+    return iter(()) if record.search is None else record.search.recoveries(record.epoch)
 
 
 def tracker_of(run: RunDir, config: Config) -> Tracker:

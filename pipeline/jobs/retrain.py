@@ -11,7 +11,6 @@ from istanas.space import Genotype
 from pipeline import storage, summary
 from pipeline.cluster import Runtime
 from pipeline.config import run_hash
-from pipeline.epochs import Record
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
@@ -31,9 +30,10 @@ from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.outcome import ORIGIN_TAG
 from pipeline.pictures import datasets_used
+from pipeline.record import EpochRecord
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
-from pipeline.worker import rollbacks, trained_network
+from pipeline.worker import trained_network
 
 SECTIONS = ("data", "retrain")
 
@@ -91,24 +91,26 @@ def run_retrain(
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
         folder = run.path / CHECKPOINTS
-        history = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
+        progress = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
         net = trained_network(config, genotype, dataset, folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
-        m = history[-1]["metrics"]
+        m = progress.newest.metrics
         result: dict[str, Any] = {
             "digest": genotype.digest(),
             "genotype": genotype.to_dict(),
             **accuracies(m, "test", "valid"),
             "params": int(m["target/params"]),
             "macs": int(m["target/macs"]),
-            "seconds": sum(record["seconds"] for record in history),
-            **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
+            "seconds": progress.seconds,
+            **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),
         }
         return Outcome(
             result=result,
             artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
             tags={},
-            description=summary.of_retraining(run.read().data_label, len(history), result, genotype, origin),
+            description=summary.of_retraining(
+                run.read().data_label, progress.epochs, result, genotype, origin
+            ),
         )
 
     result = execute(
@@ -130,7 +132,6 @@ def _run_name(run_dir: str) -> str:
     return f"{path.parent.name}/{path.name}" if RunDir(path.parent).exists() else path.name
 
 
-def describe_epoch(history: list[Record]) -> str:
-    """One line for people about the last epoch."""
-    record = history[-1]
-    return f"{describe_figures(record)}, {record['seconds']:.1f} s"
+def describe_epoch(record: EpochRecord) -> str:
+    """One line for people about an epoch."""
+    return f"{describe_figures(record)}, {record.seconds:.1f} s"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,14 @@ from rich.console import Console
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure, save_genotype_figures
-from istanas.search import CLOSING_EPOCHS
+from istanas.search import CLOSING_EPOCHS, Freezing
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
 from pipeline import summary
 from pipeline.cluster import Runtime
 from pipeline.config import run_hash
-from pipeline.epochs import Record, build_one_stage
+from pipeline.epochs import build_one_stage
 from pipeline.jobs.job import (
     CELL_FIGURES,
     CHECKPOINTS,
@@ -42,11 +43,12 @@ from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.launch import prepare_workers, run_job
 from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
 from pipeline.pictures import datasets_used
+from pipeline.record import EpochRecord, Progress, SearchRecord, read_records
 from pipeline.resources import count
 from pipeline.rundir import RunDir, atomic_write
 from pipeline.schema import Config, OneStageConfig
 from pipeline.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
-from pipeline.worker import rollbacks, searched_network
+from pipeline.worker import searched_network
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
@@ -86,7 +88,7 @@ def run_search(
     jobs: tuple[str, ...] = ("search",),
     parent: str | None = None,
     tags: dict[str, str] | None = None,
-    tell: Callable[[list[Record]], None] | None = None,
+    tell: Callable[[Progress], None] | None = None,
     wait: float = 0,
 ) -> SearchResult | OneStageResult:
     """Search an architecture.
@@ -119,10 +121,10 @@ def run_search(
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         folder = run.path / CHECKPOINTS
-        history = run_job("search", config, dataset, folder, observer, runtime)
+        progress = run_job("search", config, dataset, folder, observer, runtime)
         if isinstance(config, OneStageConfig):
-            return _finish_one_stage(run, history, dataset, config, observer.note)
-        return _finish_two_stage(run, history, observer.note)
+            return _finish_one_stage(run, progress, dataset, config, observer.note)
+        return _finish_two_stage(run, progress, observer.note)
 
     one_stage = isinstance(config, OneStageConfig)
     describe = describe_one_stage_epoch if one_stage else describe_epoch
@@ -140,42 +142,41 @@ def run_search(
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 
 
-def describe_epoch(history: list[Record]) -> str:
-    """One line for people about the last epoch of a two-stage search."""
-    record = history[-1]
-    m = record["metrics"]
+def describe_epoch(record: EpochRecord) -> str:
+    """One line for people about an epoch of a two-stage search."""
+    m, found = record.metrics, record.found()
     changes = int(m["recovery/support_changes"])
     return (
-        f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
-        f"(validation {_describe_tops(m, 'valid')}), {changes} of {len(record['nodes'])} nodes changed, "
-        f"{record['seconds']:.1f} s{_describe_fallbacks(record)}"
+        f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
+        f"(validation {_describe_tops(m, 'valid')}), {changes} of {len(found.nodes)} nodes changed, "
+        f"{record.seconds:.1f} s{_describe_fallbacks(found)}"
     )
 
 
-def describe_one_stage_epoch(history: list[Record]) -> str:
-    """What to tell people about the last epoch of a one-stage search."""
-    record = history[-1]
-    m = record["metrics"]
+def describe_one_stage_epoch(record: EpochRecord) -> str:
+    """What to tell people about an epoch of a one-stage search."""
+    m, found = record.metrics, record.found()
+    frozen = found.frozen or ()
     text = describe_figures(record)
-    if record["searching"]:
+    if found.searching:
         text += (
             f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
-            f"{int(m['arch/frozen_nodes'])} of {len(record['nodes'])} frozen"
+            f"{int(m['arch/frozen_nodes'])} of {len(found.nodes)} frozen"
         )
-    text += f", {record['seconds']:.1f} s{_describe_fallbacks(record)}"
-    if record["rejection"] is not None:
-        text += f"\nrejected the new architecture, {record['rejection']}: the one before stays"
-    if record["searching"] and len(record["frozen"]) == len(record["nodes"]):
-        reasons = Counter(freezing["reason"] for freezing in record["frozen"])
+    text += f", {record.seconds:.1f} s{_describe_fallbacks(found)}"
+    if found.rejection is not None:
+        text += f"\nrejected the new architecture, {found.rejection}: the one before stays"
+    if found.searching and len(frozen) == len(found.nodes):
+        reasons = Counter(freezing.reason for freezing in frozen)
         how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
-        text += f"\narchitecture fixed after {count(record['epoch'], 'epoch')} ({how})"
+        text += f"\narchitecture fixed after {count(record.epoch, 'epoch')} ({how})"
     return text
 
 
-def describe_figures(record: Record) -> str:
+def describe_figures(record: EpochRecord) -> str:
     """Return the number, loss and accuracies of an epoch of a one-stage search or a retraining, for people."""
-    m = record["metrics"]
-    text = f"epoch {record['epoch']}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
+    m = record.metrics
+    text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     for split, word in (("valid", "validation"), ("test", "test")):
         if f"{split}/top1" in m:
             text += f", {word} {_describe_tops(m, split)}"
@@ -189,13 +190,13 @@ def _describe_tops(metrics: Mapping[str, float], split: str) -> str:
     return text if top5 is None else f"{text}, top-5 {100 * top5:.1f} %"
 
 
-def _describe_fallbacks(record: Record) -> str:
+def _describe_fallbacks(found: SearchRecord) -> str:
     """A line on the nodes that another solver recovered than the one that was asked for, if there are any."""
     by_solver: dict[str, list[str]] = {}
-    for node in (*record.get("start_nodes", ()), *record["nodes"]):
-        name = f"{node['cell']} node {node['node']}"
-        if node.get("fallback") and name not in by_solver.setdefault(node["solver"], []):
-            by_solver[node["solver"]].append(name)
+    for node in (*found.start_nodes, *found.nodes):
+        name = f"{node.cell} node {node.node}"
+        if node.fallback and name not in by_solver.setdefault(node.solver, []):
+            by_solver[node.solver].append(name)
     said = [f"{', '.join(names)} by {solver}" for solver, names in by_solver.items() if names]
     return f"\nspace.solver failed, recovered {'; '.join(said)}" if said else ""
 
@@ -209,39 +210,37 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_two_stage(run: RunDir, history: list[Record], say: Callable[[str], None]) -> Outcome:
-    genotype = _write_last_genotype(run, history)
-    m = history[-1]["metrics"]
-    result = {**_figures(genotype, history), **accuracies(m, "valid")}
+def _finish_two_stage(run: RunDir, progress: Progress, say: Callable[[str], None]) -> Outcome:
+    genotype = _write_last_genotype(run, progress.newest)
+    result = {**_figures(genotype, progress), **accuracies(progress.newest.metrics, "valid")}
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
         tags={"istanas.genotype": genotype.digest()},
-        description=summary.of_two_stage_search(run.read().data_label, len(history), result, genotype),
+        description=summary.of_two_stage_search(run.read().data_label, progress.epochs, result, genotype),
     )
 
 
 def _finish_one_stage(
     run: RunDir,
-    history: list[Record],
+    progress: Progress,
     dataset: ImageDataset,
     config: OneStageConfig,
     say: Callable[[str], None],
 ) -> Outcome:
-    net = searched_network(config, dataset, run.path / CHECKPOINTS, len(history))
-    genotype = _write_last_genotype(run, history)
+    net = searched_network(config, dataset, run.path / CHECKPOINTS, progress.epochs)
+    genotype = _write_last_genotype(run, progress.newest)
     save_network(run.path, net, genotype, config.search, dataset)
-    _draw_freezing(run, history, config)
-    last = history[-1]
-    m, frozen = last["metrics"], last["frozen"]
-    search_epochs = max(freezing["epoch"] for freezing in frozen) + CLOSING_EPOCHS
+    m, frozen = progress.newest.metrics, progress.newest.found().frozen or ()
+    _draw_freezing(run, progress, frozen, config)
+    search_epochs = max(freezing.epoch for freezing in frozen) + CLOSING_EPOCHS
     result = {
-        **_figures(genotype, history),
+        **_figures(genotype, progress),
         **accuracies(m, "test", "valid"),
         "search_epochs": search_epochs,
-        "train_epochs": len(history) - search_epochs,
+        "train_epochs": progress.epochs - search_epochs,
         "rejected": int(m["arch/rejected"]),
-        "frozen": frozen,
+        "frozen": [asdict(freezing) for freezing in frozen],
     }
     return Outcome(
         result=result,
@@ -260,34 +259,40 @@ def _finish_one_stage(
     )
 
 
-def _draw_freezing(run: RunDir, history: list[Record], config: OneStageConfig) -> None:
+def _draw_freezing(
+    run: RunDir, progress: Progress, frozen: Sequence[Freezing], config: OneStageConfig
+) -> None:
     """The picture of the nodes' distances over the epochs of the search."""
-    searched = [record for record in history if record["searching"]]
     distances: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for record in searched:
-        for node in record["nodes"]:
-            if node["recovered"]:
-                place = (node["cell"], node["node"])
-                distances.setdefault(place, []).append((record["epoch"], node["distance"]))
+    rejected = []
+    for record in read_records(run.path / CHECKPOINTS, progress):
+        found = record.found()
+        if not found.searching:
+            break
+        if found.rejection is not None:
+            rejected.append(record.epoch)
+        for node in found.nodes:
+            if node.recovered:
+                distances.setdefault((node.cell, node.node), []).append((record.epoch, node.distance))
     save_freezing_figure(
         run.path,
         distances,
         tolerance=config.search.termination_tol,
-        rejected=[record["epoch"] for record in searched if record["rejection"] is not None],
-        frozen={(f["cell"], f["node"]): (f["epoch"], f["reason"]) for f in history[-1]["frozen"]},
+        rejected=rejected,
+        frozen={(f.cell, f.node): (f.epoch, f.reason) for f in frozen},
     )
 
 
-def _figures(genotype: Genotype, history: list[Record]) -> dict[str, Any]:
+def _figures(genotype: Genotype, progress: Progress) -> dict[str, Any]:
     """The figures that every search has."""
-    m = history[-1]["metrics"]
+    m = progress.newest.metrics
     return {
         "digest": genotype.digest(),
         "genotype": genotype.to_dict(),
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),
-        "seconds": sum(record["seconds"] for record in history),
-        **({"rollbacks": rollbacks(history)} if rollbacks(history) else {}),
+        "seconds": progress.seconds,
+        **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),
     }
 
 
@@ -295,10 +300,10 @@ def _trajectory_page(run: RunDir, say: Callable[[str], None]) -> tuple[str, ...]
     return write_page(TRAJECTORY_PAGE, lambda: write_trajectory_page(run), say)
 
 
-def _write_last_genotype(run: RunDir, history: list[Record]) -> Genotype:
-    last = history[-1]
-    genotype = Genotype.from_json(last["genotype"])
-    weights = {cell: [n["edge_weights"] for n in last["nodes"] if n["cell"] == cell] for cell in CELLS}
+def _write_last_genotype(run: RunDir, last: EpochRecord) -> Genotype:
+    found = last.found()
+    genotype = Genotype.from_json(found.genotype)
+    weights = {cell: [n.edge_weights for n in found.nodes if n.cell == cell] for cell in CELLS}
     write_genotype(run.path, genotype, weights)
     return genotype
 

@@ -146,8 +146,7 @@ def _on_torchrun(folder: Path) -> list[dict[str, Any]]:
         ],
         folder,
     )
-    history: list[dict[str, Any]] = json.loads((folder / "history.json").read_text())
-    return history
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 def steady_rate(history: list[dict[str, Any]]) -> float:

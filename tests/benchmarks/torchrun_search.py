@@ -2,18 +2,17 @@
 
     torchrun --nproc-per-node 2 -m tests.benchmarks.torchrun_search CONFIG FOLDER
 
-Checkpoints go to FOLDER, as Ray's workers send theirs; the records of the epochs to FOLDER/history.json.
+Checkpoints go to FOLDER, as Ray's workers send theirs; the records of the epochs to FOLDER/history.jsonl.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.checkpoint import FolderStore
 from pipeline.config import load
 from pipeline.pictures import open_dataset
+from pipeline.record import FolderStore, read_records
 from pipeline.worker import Silent, search_worker
 
 
@@ -22,9 +21,10 @@ def main(config_file: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     config = load(config_file)
     dataset = open_dataset(config, ("search",))
-    history = search_worker(config, dataset, FolderStore(folder / "checkpoints"), Silent())
+    done = search_worker(config, dataset, FolderStore(folder / "checkpoints"), Silent())
     if dist.get_rank() == 0:
-        (folder / "history.json").write_text(json.dumps(history))
+        lines = [record.to_json() for record in read_records(folder / "checkpoints", done)]
+        (folder / "history.jsonl").write_text("\n".join(lines))
     dist.destroy_process_group()
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
 
-from pipeline.checkpoint import load_latest
 from pipeline.jobs.job import CONFIG_FILE
+from pipeline.record import load_latest, load_progress, read_records
 from pipeline.rundir import RunDir
 from pipeline.sweep_report import read_table
 from pipeline.tracking import open_client, read_link
@@ -74,8 +75,13 @@ def figures(run: Path) -> list[Any]:
 
 
 def bits(run: Path) -> Any:
-    """Weights, optimisers, codes and history of the newest checkpoint, without what the clock decides."""
-    return _plain(load_latest(run / "checkpoints"))
+    """Weights, optimisers and codes of the newest checkpoint and all records, without what the clock decides."""
+    folder = run / "checkpoints"
+    found = load_latest(folder)
+    if found is None:
+        return None
+    records = [asdict(record) for record in read_records(folder, load_progress(folder))]
+    return _plain({**found.state, "progress": records})
 
 
 def _plain(value: Any) -> Any:

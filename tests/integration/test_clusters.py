@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from istanas.space import Genotype
-from pipeline.checkpoint import load_latest
 from pipeline.cli import run
 from pipeline.cluster import find_address
+from pipeline.record import load_progress
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests import machines as several
@@ -219,9 +219,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     (path,) = runs.iterdir()
     stopped = RunDir(path)
     assert stopped.read().status == "FAILED"
-    saved = load_latest(path / "checkpoints")
-    assert saved is not None
-    done = len(saved["history"])
+    done = load_progress(path / "checkpoints").epochs
     assert 1 <= done < EPOCHS, "it had ended before it was stopped: more epochs are needed"
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
     assert (code, out) == (0, "digits: had ended before, STOPPED with exit code 143\n")

@@ -1,6 +1,7 @@
 """A search on Ray Train's workers: killed anywhere it ends as if it had not been; it waits, grows and stops as told."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,11 +18,11 @@ import psutil
 import pytest
 
 from istanas.space import Genotype
-from pipeline.checkpoint import FolderStore, load_latest
 from pipeline.cli import run
 from pipeline.config import load
 from pipeline.doctor import check_cluster
 from pipeline.pictures import open_dataset
+from pipeline.record import EpochRecord, FolderStore, load_latest, load_progress, read_records
 from pipeline.worker import Silent, retrain_worker, search_worker
 from tests.followed import Followed
 from tests.ranks import run_ranks
@@ -110,7 +111,8 @@ def decided(path: Path) -> Any:
     """All bits of a run that the clock does not decide: weights, optimisers, codes, figures, genotypes."""
     saved = load_latest(path / "checkpoints")
     assert saved is not None
-    for record in saved["history"]:
+    records = [dataclasses.asdict(record) for record in all_records(path / "checkpoints")]
+    for record in records:
         del record["timestamp_ms"], record["seconds"], record["metrics"]["images_per_second"]
 
     def plain(value: Any) -> Any:
@@ -120,7 +122,11 @@ def decided(path: Path) -> Any:
             return {str(k): plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return plain(saved)
+    return plain({**saved.state, "progress": records})
+
+
+def all_records(folder: Path) -> list[EpochRecord]:
+    return list(read_records(folder, load_progress(folder)))
 
 
 def run_without_ray() -> None:
@@ -129,8 +135,8 @@ def run_without_ray() -> None:
     config = load(folder / "ray.yaml")
     dataset = open_dataset(config, ("search", "retrain"))
     stores = {job: FolderStore(folder / job / "checkpoints") for job in ("search", "retrain")}
-    history = search_worker(config, dataset, stores["search"], Silent())
-    genotype = Genotype.from_json(history[-1]["genotype"])
+    done = search_worker(config, dataset, stores["search"], Silent())
+    genotype = Genotype.from_json(done.newest.found().genotype)
     retrain_worker(config, dataset, stores["retrain"], Silent(), genotype)
 
 
@@ -172,6 +178,7 @@ POST_WITH_DELAY = """
 import asyncio, sys, ray
 from pipeline.launch import _Reporter
 from pipeline.mailbox import Mailbox
+from pipeline.record import Progress
 
 class Slow(Mailbox):
     async def post(self, token, kind, payload):
@@ -183,8 +190,8 @@ mailbox = ray.remote(Slow).options(num_cpus=0).remote(None)
 ray.get(mailbox.begin.remote("token", "places"))
 reporter = _Reporter(mailbox, "token", workers=1)
 reporter.note("where")
-reporter.resumed([], 1)
-reporter.finished([])
+reporter.resumed(Progress(), 1)
+reporter.finished(Progress())
 print(*(kind for kind, *_ in ray.get(mailbox.take.remote(1))))
 """
 LEFT = """
@@ -302,9 +309,11 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and
     saved, unharmed = (load_latest(each / "checkpoints") for each in (path, reference / "search"))
     assert saved is not None
     assert unharmed is not None
-    numbers = [record["workers"] for record in saved["history"]]
+    numbers = [record.workers for record in all_records(path / "checkpoints")]
     assert re.fullmatch("2+1+2+1*", "".join(map(str, numbers))), numbers
-    rate, expected = (s["search"]["weight_optimizer"]["param_groups"][0]["lr"] for s in (saved, unharmed))
+    rate, expected = (
+        s.state["search"]["weight_optimizer"]["param_groups"][0]["lr"] for s in (saved, unharmed)
+    )
     assert rate == expected
 
 

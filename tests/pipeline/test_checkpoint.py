@@ -16,44 +16,50 @@ import torch
 
 from istanas.errors import CheckpointError
 from pipeline import checkpoint
-from pipeline.checkpoint import (
-    BrokenCheckpointWarning,
-    FolderStore,
-    deserialize,
-    load_latest,
-    read_latest,
-    save,
-    serialize,
-)
+from pipeline.checkpoint import BrokenCheckpointWarning, deserialize, read_latest, serialize
+from pipeline.record import FolderStore, Progress, read_records
+from tests.pipeline.made_up import record_of, save_epoch
 
 
 def state(epoch: int) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "weights": {"w": torch.arange(6.0).reshape(2, 3) * epoch, "n": torch.tensor(epoch)},
-        "history": [{"metrics": {"loss": 0.1 * epoch}, "picks": ["a", "b"], "none": None}],
+        "plain": [{"metrics": {"loss": 0.1 * epoch}, "picks": ["a", "b"], "none": None}],
         "pair": (1, 2.5, True),
     }
+
+
+LOG = {"epochs", "epochs-copy"}
+
+
+def save(folder: Path, *epochs: int) -> None:
+    """Write the checkpoints of some epochs, one after the other."""
+    progress = Progress()
+    for epoch in range(1, epochs[-1] + 1):
+        before, (progress, _) = progress, progress.after(record_of(epoch))
+        if epoch in epochs:
+            assert save_epoch(folder, before, **state(epoch)) == progress
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Checkpoints of two epochs."""
-    for epoch in (1, 2):
-        save(tmp_path / "run" / "checkpoints", epoch, state(epoch))
+    save(tmp_path / "run" / "checkpoints", 1, 2)
     return tmp_path / "run" / "checkpoints"
 
 
 def epoch_found(folder: Path) -> int | None:
-    found = load_latest(folder)
-    return None if found is None else found["epoch"]
+    found = read_latest(folder)
+    return None if found is None else found.state["epoch"]
 
 
 def test_what_was_saved_comes_back_bit_for_bit(folder: Path) -> None:
-    found = load_latest(folder)
-    assert found is not None
+    newest = read_latest(folder)
+    assert newest is not None
+    found = newest.state
     assert torch.equal(found["weights"]["w"], state(2)["weights"]["w"])
-    assert found["history"] == state(2)["history"]
+    assert found["plain"] == state(2)["plain"]
     assert found["pair"] == (1, 2.5, True)
 
 
@@ -65,20 +71,21 @@ def test_a_state_survives_the_way_over_bytes_bit_for_bit() -> None:
     }
 
 
-def test_a_folder_store_reads_the_very_bytes_that_were_written_and_load_latest_their_state(
-    tmp_path: Path,
-) -> None:
-    store = FolderStore(tmp_path / "checkpoints")
+def test_a_folder_store_reads_the_very_bytes_that_were_written(tmp_path: Path) -> None:
+    store, progress = FolderStore(tmp_path / "checkpoints"), Progress()
     assert store.read() is None
+    written = {}
     for epoch in (1, 2, 3):
-        data = serialize(state(epoch))
-        store.write(epoch, data)
-        assert store.read() == FolderStore(store.folder).read() == read_latest(store.folder) == data
+        before, (progress, line) = progress, progress.after(record_of(epoch))
+        written[epoch] = serialize({**state(epoch), "progress": progress.to_state()})
+        store.write(epoch, written[epoch], line, before.log.offset)
+        assert store.read() == FolderStore(store.folder).read() == written[epoch]
         assert epoch_found(store.folder) == epoch
-    assert {path.stem for path in store.folder.iterdir()} == {"epoch-0002", "epoch-0003"}
+        assert list(read_records(store.folder, progress)) == [record_of(n + 1) for n in range(epoch)]
+    assert {path.stem for path in store.folder.iterdir()} == {"epoch-0002", "epoch-0003", *LOG}
     flip_a_bit(store.folder / "epoch-0003.pt", 200)
     with pytest.warns(BrokenCheckpointWarning, match="epoch-0003"):
-        assert store.read() == serialize(state(2))
+        assert store.read() == written[2]
 
 
 def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
@@ -89,22 +96,22 @@ def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
 
 
 def test_there_is_none_before_the_first(tmp_path: Path) -> None:
-    assert load_latest(tmp_path) is None
-    assert load_latest(tmp_path / "absent") is None
+    assert read_latest(tmp_path) is None
+    assert read_latest(tmp_path / "absent") is None
 
 
 def test_the_last_two_are_kept(folder: Path) -> None:
-    for epoch in (3, 4):
-        save(folder, epoch, state(epoch))
+    save(folder, 1, 2, 3, 4)
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"epoch-000{n}.{kind}" for n in (3, 4) for kind in ("pt", "json")}
+    assert names == {f"epoch-000{n}.{kind}" for n in (3, 4) for kind in ("pt", "json")} | LOG
     assert epoch_found(folder) == 4
 
 
 def test_epochs_are_ordered_as_numbers(tmp_path: Path) -> None:
     for epoch in (9998, 9999, 10000):
-        save(tmp_path, epoch, {"epoch": epoch})
+        checkpoint.write_state(tmp_path, epoch, serialize({"epoch": epoch}))
     assert epoch_found(tmp_path) == 10000
+    assert {path.stem for path in tmp_path.iterdir()} == {"epoch-9999", "epoch-10000"}
 
 
 def test_the_manifest_holds_the_checksum(folder: Path) -> None:
@@ -173,7 +180,7 @@ def test_all_broken_is_an_error_that_names_them(folder: Path) -> None:
     for epoch in (1, 2):
         flip_a_bit(folder / f"epoch-000{epoch}.pt", 50)
     with pytest.raises(CheckpointError) as caught:
-        load_latest(folder)
+        read_latest(folder)
     line = str(caught.value)
     assert [n for n in (1, 2) if f"epoch-000{n}.pt is broken (its checksum does not match)" in line] == [1, 2]
     assert line.endswith(": no checkpoint is left, restore one from a copy, or start over with --fresh")
@@ -193,7 +200,7 @@ def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
     flip_a_bit(folder / "epoch-0002.pt", 50)
     with pytest.warns(BrokenCheckpointWarning):
         assert epoch_found(folder) == 1
-    save(folder, 2, state(2))
+    save(folder, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert epoch_found(folder) == 2
@@ -241,27 +248,29 @@ def test_a_failed_write_leaves_the_earlier_ones(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save(folder, 3, state(3))
+        save(folder, 3)
     monkeypatch.undo()
     assert epoch_found(folder) == 2
-    assert {path.stem for path in folder.iterdir()} == {"epoch-0001", "epoch-0002"}
+    assert {path.stem for path in folder.iterdir()} == {"epoch-0001", "epoch-0002", *LOG}
+    save(folder, 3)
+    assert epoch_found(folder) == 3
 
 
 def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) -> None:
     left = folder / ".epoch-0003.pt.4242.abcdef01.tmp"
     left.write_bytes(b"half a checkpoint")
     assert epoch_found(folder) == 2
-    save(folder, 3, state(3))
+    save(folder, 3)
     assert not left.exists()
     assert checkpoint.KEEP == 2
     assert {path.name for path in folder.glob("*.pt")} == {"epoch-0002.pt", "epoch-0003.pt"}
 
 
 def test_the_first_one_broken_means_to_begin_again(tmp_path: Path) -> None:
-    save(tmp_path, 1, state(1))
+    save(tmp_path, 1)
     (tmp_path / "epoch-0001.pt").write_bytes(b"")
     with pytest.warns(BrokenCheckpointWarning, match="there is none before, the run begins again"):
-        assert load_latest(tmp_path) is None
-    save(tmp_path, 1, state(1))
+        assert read_latest(tmp_path) is None
+    save(tmp_path, 1)
     assert epoch_found(tmp_path) == 1
-    assert {path.stem for path in tmp_path.iterdir()} == {"epoch-0001"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"epoch-0001", *LOG}

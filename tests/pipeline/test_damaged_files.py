@@ -11,8 +11,8 @@ import pytest
 from istanas.errors import CheckpointError
 from pipeline.checkpoint import BrokenCheckpointWarning
 from pipeline.config import load
-from pipeline.epochs import Record
 from pipeline.jobs.job import deliver_below
+from pipeline.record import Progress
 from pipeline.rundir import RunDir
 from pipeline.tracking import open_client
 from tests.pipeline.tiny_search import SETTINGS, decided, search
@@ -20,8 +20,8 @@ from tests.pipeline.tiny_search import SETTINGS, decided, search
 NAME = "tiny-search-*"
 
 
-def stop_after_two(history: list[Record]) -> None:
-    if len(history) == 2:
+def stop_after_two(progress: Progress) -> None:
+    if progress.epochs == 2:
         raise KeyboardInterrupt
 
 

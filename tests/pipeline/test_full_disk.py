@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from istanas.errors import IstanasError
-from pipeline import checkpoint
+from pipeline import checkpoint, epoch_log
 from pipeline.cli import run as istanas
 from pipeline.config import load
-from pipeline.epochs import Record
+from pipeline.epoch_log import COPIES, LogEnd
+from pipeline.record import Progress
 from pipeline.rundir import RunDir, atomic_write, is_full
 from pipeline.searcher import StudySearcher
 from pipeline.study import BLOCKED, FAILED, open_study, own_trials
@@ -81,37 +82,60 @@ def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
     assert [line.step for line in run.metrics()] == [1, 2]
 
 
-@pytest.mark.parametrize("pages", [0, 3, 4], ids=["nothing fits", "half fits", "all but the checksum fits"])
+@pytest.mark.parametrize(
+    ("pages", "refused"),
+    [
+        (0, "epochs/000001.jsonl"),
+        (1, "epochs-copy/000001.jsonl"),
+        (2, "epoch-0002.pt"),
+        (5, "epoch-0002.pt"),
+        (6, "epoch-0002.json"),
+    ],
+    ids=["nothing", "one copy of the log", "the log", "half of the checkpoint", "all but the checksum"],
+)
 def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_good(
-    disk: Path, pages: int
+    disk: Path, pages: int, refused: str
 ) -> None:
-    folder = disk / "run" / "checkpoints"
+    """What fits is what the parameter names; a line of the log takes a page, a checkpoint four."""
+    folder, end = disk / "run" / "checkpoints", LogEnd()
     old, new = (checkpoint.serialize({"epoch": epoch, "w": "x" * 3 * PAGE}) for epoch in (1, 2))
     assert 3 * PAGE < len(new) <= 4 * PAGE
-    checkpoint.write(folder, 1, old)
+    first, line = end.after("1" * (PAGE - 67))
+    assert len(line) == PAGE
+    checkpoint.write(folder, 1, old, line, 0)
+    second, line = first.after("2" * (PAGE - 66))
     filler = fill(disk, leave=pages)
     with pytest.raises(OSError, match=FULL_DISK) as caught:
-        checkpoint.write(folder, 2, new)
-    assert caught.value.filename == str(folder / ("epoch-0002.json" if pages == 4 else "epoch-0002.pt"))
-    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json"}
-    assert checkpoint.read_latest(folder) == old
+        checkpoint.write(folder, 2, new, line, first.offset)
+    assert caught.value.filename == str(folder / refused)
+    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
+
+    def newest() -> bytes | None:
+        found = checkpoint.read_latest(folder)
+        return None if found is None else found.data
+
+    assert newest() == old
+    assert len(list(epoch_log.read(folder, first))) == 1
     filler.unlink()
-    checkpoint.write(folder, 2, new)
-    assert checkpoint.read_latest(folder) == new
+    checkpoint.write(folder, 2, new, line, first.offset)
+    assert newest() == new
+    assert len(list(epoch_log.read(folder, second))) == 2
 
 
 def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     """So full that not even the record can say FAILED."""
 
-    def full_after_the_first(history: list[Record]) -> None:
-        if len(history) == 1:
+    def full_after_the_first(progress: Progress) -> None:
+        if progress.epochs == 1:
             fill(disk)
 
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         search(disk, tell=full_after_the_first)
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
-    assert caught.value.filename == str(path / "checkpoints" / "epoch-0002.pt")
-    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json"}
+    assert caught.value.filename in [
+        str(path / "checkpoints" / name) for name in ("epochs/000001.jsonl", "epoch-0002.pt")
+    ]
+    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
     assert not list(path.rglob("*.tmp"))
     (disk / "filler").unlink()
     found, seen = search(disk)
@@ -138,7 +162,7 @@ def test_the_command_says_in_one_line_what_to_free(
     ), line
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
     assert RunDir(path).read().status == "FAILED"
-    assert names(path / "checkpoints") == set()
+    assert names(path / "checkpoints") == set(COPIES)
 
 
 class Ends:

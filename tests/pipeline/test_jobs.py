@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,19 +18,31 @@ from PIL import Image
 from rich.console import Console
 
 from istanas.errors import CheckpointError, ConfigError, IstanasError
+from istanas.search import NodeReport
 from istanas.space import CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
 from pipeline import checkpoint
+from pipeline.checkpoint import serialize
 from pipeline.cluster import Runtime
 from pipeline.config import load, run_hash
-from pipeline.jobs.job import close_below, codes_rows, trajectory_rows, write_page
+from pipeline.jobs.job import (
+    TRAJECTORY_COLUMNS,
+    KeptCodes,
+    _SearchTables,
+    close_below,
+    codes_rows,
+    trajectory_rows,
+    write_page,
+)
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
 from pipeline.models import load_network
+from pipeline.record import Progress, load_latest, load_progress, read_records
 from pipeline.rundir import LOCK_FILE, RunDir, atomic_write, new_key
 from pipeline.schema import Config
 from pipeline.tracking import MLflowTracker, open_client
+from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
 
 TINY = [
     "space.nodes=2",
@@ -173,12 +186,14 @@ def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: J
     """Epochs of the older version are left out of codes.csv, and are pink in the page."""
     path = Path(job("search")["run_dir"])
     whole = pd.read_csv(path / "codes.csv")
-    saved = checkpoint.load_latest(path / "checkpoints")
-    assert saved is not None
-    first = saved["history"][0]
-    for node in (*first["start_nodes"], *first["nodes"]):
+    found = load_latest(path / "checkpoints")
+    assert found is not None
+    records = read_records(path / "checkpoints", load_progress(path / "checkpoints"))
+    history = [as_version_0_1(record) for record in records]
+    for node in (*history[0]["start_nodes"], *history[0]["nodes"]):
         del node["magnitudes"]
-    checkpoint.save(path / "checkpoints", 2, saved)
+    del found.state["progress"]
+    checkpoint.write_state(path / "checkpoints", 2, serialize({**found.state, "history": history}))
     record = json.loads((path / "run.json").read_text())
     record["status"] = "RUNNING"  # as a kill before the end would have left it
     (path / "run.json").write_text(json.dumps(record))
@@ -440,10 +455,11 @@ def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job
         (1, None),
         (2, "1 worker instead of 2: the same global batch and schedule, but no"),
     ):
-        saved = checkpoint.load_latest(folder)
-        assert saved is not None
-        saved["history"][-1]["workers"] = workers
-        checkpoint.save(folder, 2, saved)
+        found = load_latest(folder)
+        assert found is not None
+        first, last = read_records(folder, load_progress(folder))
+        before, _ = Progress().after(first)
+        save_epoch(folder, before, dataclasses.replace(last, workers=workers), **found.state)
         record = json.loads((path / "run.json").read_text())
         record["status"] = "RUNNING"  # as a kill before the end would have left it
         (path / "run.json").write_text(json.dumps(record))
@@ -454,61 +470,84 @@ def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job
 
 
 def test_rows_of_a_trajectory_start_before_any_training() -> None:
-    node = {
-        "cell": "normal",
-        "node": 0,
-        "picks": ["skip_connect<-0", "sep_conv_3x3<-1"],
-        "edge_weights": [0.123456789, -1.0],
-        "state": "ACTIVE",
-        "changed": False,
-        "distance": 0.0,
-        "gap": 1e-12,
-        "truncation": 0.5,
-        "margin": 0.25,
-    }
-    history = [
-        {"epoch": 1, "start_nodes": [node], "nodes": [{**node, "changed": True}]},
-        {"epoch": 2, "nodes": [node]},
-    ]
-    rows = trajectory_rows(history)
-    assert [(row["epoch"], row["changed"]) for row in rows] == [(0, False), (1, True), (2, False)]
-    assert rows[0]["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
-    assert rows[0]["edge_weights"] == "0.123457 -1"
-    assert [row["margin"] for row in rows] == [0.25] * 3
-    older = {name: value for name, value in node.items() if name != "margin"}
-    assert [row["margin"] for row in trajectory_rows([{"epoch": 2, "nodes": [older]}])] == [None]
-    assert trajectory_rows([{"epoch": 1, "metrics": {}}]) == []
-    still = {
-        "epoch": 2,
-        "nodes": [node],
-        "searching": False,
-    }  # the architecture of a one-stage search is fixed
-    assert trajectory_rows([still]) == []
+    first, second = record_of(1), record_of(2)
+    rows = [*trajectory_rows(first), *trajectory_rows(second)]
+    assert [(row[0], row[6]) for row in rows] == [*[(0, False)] * 2, *[(1, True)] * 2, *[(2, True)] * 2]
+    node = dataclasses.replace(
+        first.found().nodes[0],
+        picks=["skip_connect<-0", "sep_conv_3x3<-1"],
+        edge_weights=[0.123456789, -1.0],
+        margin=0.25,
+    )
+
+    def rows_of(**changes: Any) -> list[dict[str, Any]]:
+        record = dataclasses.replace(second, search=dataclasses.replace(second.found(), **changes))
+        return [dict(zip(TRAJECTORY_COLUMNS, row, strict=True)) for row in trajectory_rows(record)]
+
+    (row,) = rows_of(nodes=(node,))
+    assert row["picks"] == "skip_connect<-0 sep_conv_3x3<-1"
+    assert row["edge_weights"] == "0.123457 -1"
+    assert (row["margin"], rows_of()[0]["margin"]) == (0.25, None)
+    assert rows_of(searching=False) == []  # the architecture of a one-stage search is fixed
+    assert not list(trajectory_rows(dataclasses.replace(second, search=None)))
+
+
+def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
+    """Version 0.1 wrote the trajectory with pandas; the figures are the same text."""
+    space = CellSpace(n_nodes=2)
+    tables, records = _SearchTables(tmp_path, space), [record_of(epoch, space) for epoch in range(1, 31)]
+    draw = np.random.default_rng(0)
+    for number, record in enumerate(records):
+        figures = {
+            name: float(draw.normal() * 10.0 ** draw.integers(-20, 20)) for name in ("gap", "truncation")
+        }
+        margin = None if number % 3 == 0 else float(draw.normal())
+        nodes = tuple(dataclasses.replace(n, margin=margin, **figures) for n in record.found().nodes)
+        records[number] = dataclasses.replace(record, search=dataclasses.replace(record.found(), nodes=nodes))
+        assert tables.append(records[number])
+    rows = [row for record in records for row in trajectory_rows(record)]
+    assert (tmp_path / "trajectory.csv").read_text() == pd.DataFrame(rows, columns=TRAJECTORY_COLUMNS).to_csv(
+        index=False
+    )
+    written = {name: (tmp_path / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
+    with _SearchTables(tmp_path / "again", space).replaced() as add:
+        for record in records:
+            add(record)
+    assert {name: (tmp_path / "again" / name).read_bytes() for name in written} == written
+
+
+def test_a_table_that_was_cut_meanwhile_is_noticed(tmp_path: Path) -> None:
+    tables = _SearchTables(tmp_path, CellSpace(n_nodes=1))
+    assert tables.append(record_of(1))
+    (tmp_path / "codes.csv").unlink()
+    assert not tables.append(record_of(2))
 
 
 def test_a_node_that_froze_keeps_the_code_that_it_froze_with() -> None:
     space = CellSpace(n_nodes=1, ops=("skip_connect", "sep_conv_3x3"))
-    node = {"cell": "normal", "node": 0}
-    history = [
-        {
-            "epoch": 1,
-            "start_nodes": [{**node, "magnitudes": [0.0, 1.0, 0.0, 0.5]}],
-            "nodes": [{**node, "magnitudes": [0.25, 0.0, 1e-7, 0.0]}],
-        },
-        {"epoch": 2, "nodes": [{**node, "recovered": False, "magnitudes": []}]},
-        {"epoch": 3, "nodes": [{**node, "recovered": False, "magnitudes": []}], "searching": False},
-    ]
-    rows = list(codes_rows(history, space))
+    record = record_of(1, space)
+    node = record.found().nodes[0]
+
+    def rows_of(epoch: int, kept: KeptCodes, *nodes: NodeReport, **changes: Any) -> list[Any]:
+        found = dataclasses.replace(record.found(), nodes=nodes, **{"start_nodes": (), **changes})
+        return list(codes_rows(dataclasses.replace(record, epoch=epoch, search=found), space, kept))
+
+    kept: KeptCodes = {}
+    start = dataclasses.replace(node, magnitudes=[0.0, 1.0, 0.0, 0.5])
+    moved = dataclasses.replace(node, magnitudes=[0.25, 0.0, 1e-7, 0.0])
+    resting = dataclasses.replace(node, recovered=False, magnitudes=[])
+    rows = rows_of(1, kept, moved, start_nodes=(start,))
     assert rows[:4] == [
         (0, "normal", 0, 0, "skip_connect", "0"),
         (0, "normal", 0, 0, "sep_conv_3x3", "1"),
         (0, "normal", 0, 1, "skip_connect", "0"),
         (0, "normal", 0, 1, "sep_conv_3x3", "0.5"),
     ]
-    assert [row[-1] for row in rows[4:8]] == ["0.25", "0", "1e-07", "0"]
-    assert rows[8:] == [(2, *row[1:]) for row in rows[4:8]]
-    older = [{"epoch": 1, "nodes": [node]}, {"epoch": 2, "nodes": [{**node, "recovered": False}]}]
-    assert list(codes_rows(older, space)) == []
+    assert [row[-1] for row in rows[4:]] == ["0.25", "0", "1e-07", "0"]
+    assert rows_of(2, kept, resting) == [(2, *row[1:]) for row in rows[4:]]
+    assert rows_of(3, kept, resting, searching=False) == []
+    unknown = dataclasses.replace(node, magnitudes=[])  # an early version did not record them
+    assert rows_of(1, older := {}, unknown) == rows_of(2, older, resting) == []
 
 
 def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: Path) -> None:

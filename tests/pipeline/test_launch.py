@@ -33,10 +33,10 @@ def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
     async def talk() -> None:
         box = Mailbox(b"old")
         assert await box.begin("a", "places") == b"old"
-        keeping = asyncio.ensure_future(box.keep("a", 1, b"new", 2))
+        keeping = asyncio.ensure_future(box.keep("a", 1, b"new", b"line", 7, 2))
         await asyncio.sleep(0)
         assert not keeping.done()
-        assert await box.take(1) == [("started", "places"), ("checkpoint", 1, b"new", 2)]
+        assert await box.take(1) == [("started", "places"), ("checkpoint", 1, b"new", b"line", 7, 2)]
         await box.kept(1, True)
         assert await keeping
         assert await box.begin("b", "places") == b"new", "the next group starts from the newest"
@@ -51,7 +51,7 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
         await box.begin("new", "places")
         await box.take(1)
         await box.post("dead", "epoch", b"")
-        assert await box.keep("dead", 7, b"late", 2) is False
+        assert await box.keep("dead", 7, b"late", b"line", 7, 2) is False
         assert await box.begin("third", "places") is None
         await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
         assert await box.take(1) == [("started", "places"), ("lost", b"worker 0")]

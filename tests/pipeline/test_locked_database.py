@@ -13,7 +13,7 @@ from optuna.exceptions import StorageInternalError
 from pipeline import study as study_module
 from pipeline import tracking
 from pipeline.config import load
-from pipeline.epochs import Record
+from pipeline.record import Progress
 from pipeline.rundir import RunDir
 from pipeline.searcher import StudySearcher
 from pipeline.study import FINISHED, open_study, own_trials
@@ -40,8 +40,8 @@ def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
     open_client(uri)
     with locked(tmp_path / "mlflow.db") as other:
 
-        def release(history: list[Record]) -> None:
-            if len(history) == 2 and until != "the end":
+        def release(progress: Progress) -> None:
+            if progress.epochs == 2 and until != "the end":
                 other.execute("ROLLBACK")
 
         found, seen = search(tmp_path / "runs", *settings, tell=release)

@@ -16,17 +16,16 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import count_params
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import Genotype
-from pipeline.checkpoint import FolderStore, load_latest
 from pipeline.cluster import Runtime
 from pipeline.config import load
-from pipeline.epochs import Record
 from pipeline.jobs.search import run_search
 from pipeline.models import load_network
 from pipeline.pictures import holdout_indices, search_indices
+from pipeline.record import EpochRecord, FolderStore, load_progress
 from pipeline.rundir import RunDir
 from pipeline.schema import OneStageConfig
 from pipeline.worker import search_worker, searched_network
-from tests.pipeline.test_worker import Nobody, Watcher, weights_of, with_train
+from tests.pipeline.test_worker import Nobody, Watcher, all_records, decided, weights_of, with_train
 from tests.ranks import run_ranks
 
 TINY = [
@@ -57,34 +56,24 @@ def few() -> ImageDataset:
 
 def search(
     config: OneStageConfig, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
-) -> list[Record]:
-    return search_worker(config, dataset, FolderStore(folder), watcher or Watcher())
-
-
-def decided(history: list[Record]) -> list[Record]:
-    """The records without what the clock decides."""
-    keep = []
-    for record in history:
-        metrics = {name: v for name, v in record["metrics"].items() if name != "images_per_second"}
-        rest = {k: v for k, v in record.items() if k not in ("timestamp_ms", "seconds", "metrics")}
-        keep.append({**rest, "metrics": metrics})
-    return keep
+) -> list[EpochRecord]:
+    return all_records(folder, search_worker(config, dataset, FolderStore(folder), watcher or Watcher()))
 
 
 @pytest.fixture(scope="module")
-def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], str]:
+def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[EpochRecord], str]:
     """History and weights of a search that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
     history = search(tiny(), few, folder)
     return history, weights_of(searched_network(tiny(), few, folder, N_EPOCHS))
 
 
-def test_it_searches_then_trains(whole: tuple[list[Record], str]) -> None:
+def test_it_searches_then_trains(whole: tuple[list[EpochRecord], str]) -> None:
     history, _ = whole
-    assert [record["searching"] for record in history] == [True, True, False, False, False, False]
-    assert [record["metrics"]["arch/frozen_nodes"] for record in history][1:] == [4.0] * 5
-    assert len({record["genotype"] for record in history[1:]}) == 1, "a fixed architecture changed"
-    assert ["recovery/gap" in record["metrics"] for record in history] == [
+    assert [record.found().searching for record in history] == [True, True, False, False, False, False]
+    assert [record.metrics["arch/frozen_nodes"] for record in history][1:] == [4.0] * 5
+    assert len({record.found().genotype for record in history[1:]}) == 1, "a fixed architecture changed"
+    assert ["recovery/gap" in record.metrics for record in history] == [
         True,
         True,
         False,
@@ -93,14 +82,17 @@ def test_it_searches_then_trains(whole: tuple[list[Record], str]) -> None:
         False,
     ]
     # In training after every second epoch, and at the end; never while searching.
-    assert ["test/top1" in record["metrics"] for record in history] == [False] * 4 + [True, True]
-    assert {freezing["epoch"] for freezing in history[-1]["frozen"]} <= {1, 2}
-    assert {freezing["reason"] for freezing in history[-1]["frozen"]} <= {"tolerance", "limit"}
+    assert ["test/top1" in record.metrics for record in history] == [False] * 4 + [True, True]
+    frozen = history[-1].found().frozen
+    assert frozen is not None
+    assert len(frozen) == 4
+    assert {freezing.epoch for freezing in frozen} <= {1, 2}
+    assert {freezing.reason for freezing in frozen} <= {"tolerance", "limit"}
 
 
 @pytest.mark.parametrize("stop_at", [(0, 2), (1, 5), (2, 1), (3, 1), (4, 4)])
 def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
-    few: ImageDataset, tmp_path: Path, whole: tuple[list[Record], str], stop_at: tuple[int, int]
+    few: ImageDataset, tmp_path: Path, whole: tuple[list[EpochRecord], str], stop_at: tuple[int, int]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         search(tiny(), few, tmp_path, Watcher(stop_at=stop_at))
@@ -114,10 +106,10 @@ def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
     assert again.steps == [], "a finished job trained on"
 
 
-def on_a_rank(dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]) -> list[Record]:
+def on_a_rank(dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]) -> list[EpochRecord]:
     if torch.distributed.get_rank() > 0:
         nobody: Any = Nobody()
-        return search_worker(tiny(), dataset, nobody, nobody)
+        return [search_worker(tiny(), dataset, nobody, nobody).newest]
     return search(tiny(), dataset, folder, Watcher(leave_after=leave_after))
 
 
@@ -134,7 +126,8 @@ def test_on_two_ranks_with_a_stop_in_each_phase(few: ImageDataset, tmp_path: Pat
     )
     first, second, third, never = ([outcome.value for outcome in outcomes] for outcomes in parts)
     assert [len(outcomes[0]) for outcomes in (first, second, third)] == [1, 4, 6]
-    assert decided(third[0]) == decided(third[1]) == decided(never[0])
+    assert decided(third[0]) == decided(never[0])
+    assert decided(third[0][-1:]) == decided(third[1])
     nets = [weights_of(searched_network(tiny(), few, folder, N_EPOCHS)) for folder in (cut, straight)]
     assert nets[0] == nets[1]
 
@@ -146,8 +139,8 @@ def test_the_test_figures_are_those_of_the_absorbed_network(few: ImageDataset, t
     assert not net.training
     logits = net(normalize(few.test.images, few.mean, few.std))
     top1 = (logits.argmax(1) == few.test.labels).double().mean().item()
-    assert top1 == pytest.approx(history[-1]["metrics"]["test/top1"], abs=1e-12)
-    assert history[-1]["metrics"]["target/params"] == count_params(net)
+    assert top1 == pytest.approx(history[-1].metrics["test/top1"], abs=1e-12)
+    assert history[-1].metrics["target/params"] == count_params(net)
 
 
 def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tmp_path: Path) -> None:
@@ -166,7 +159,7 @@ def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tm
     for name, dataset in (("plain", few), ("other", other)):
         history = search(config, dataset, tmp_path / name)
         net = searched_network(config, dataset, tmp_path / name, 4)
-        results.append((weights_of(net), history[-1]["metrics"]))
+        results.append((weights_of(net), history[-1].metrics))
     assert results[0][0] == results[1][0]
     assert results[0][1]["valid/loss"] != results[1][1]["valid/loss"]
     assert results[0][1]["test/loss"] != results[1][1]["test/loss"]
@@ -176,7 +169,8 @@ def test_a_part_of_the_pictures(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
     search(tiny("search.max_pictures=100", "search.train_epochs=0"), few, tmp_path, watcher)
     assert watcher.counts == {0: 100, 1: 100, 2: 100}
-    assert "test/top1" in watcher.history[-1]["metrics"], "without training, the search's end is measured"
+    assert watcher.last is not None
+    assert "test/top1" in watcher.last.metrics, "without training, the search's end is measured"
     with pytest.raises(ConfigError, match=r"search\.max_pictures is 301, above the 300 there are: lower it"):
         search_indices(tiny("search.max_pictures=301"), few)
 
@@ -221,8 +215,6 @@ def test_what_a_search_leaves(tmp_path: Path) -> None:
         assert (path / name).stat().st_size > 0, name
     assert {"freezing.png", "freezing.svg", "model.safetensors", "network.json"} <= set(record.artifacts)
     net, _ = load_network(path)
-    saved = load_latest(path / "checkpoints")
-    assert saved is not None
     trained = searched_network(config, load_dataset("digits"), path / "checkpoints", N_EPOCHS).state_dict()
     for key, value in net.state_dict().items():  # the auxiliary head is not among the files
         assert torch.equal(value, trained[key]), key
@@ -240,7 +232,8 @@ def test_what_a_search_leaves(tmp_path: Path) -> None:
         row = f"| {freezing['cell']} {freezing['node']} | {freezing['epoch']} | {freezing['reason']} |"
         assert row in record.description
     assert Genotype.from_json((path / "genotype.json").read_text()).to_dict() == result["genotype"]
-    assert json.loads(saved["history"][-1]["genotype"]) == result["genotype"]
+    last = load_progress(path / "checkpoints").newest
+    assert json.loads(last.found().genotype) == result["genotype"]
     assert "architecture fixed after 2 epochs" in out.getvalue()
     epochs = {line.split(",")[0] for line in (path / "trajectory.csv").read_text().splitlines()[1:]}
     assert epochs == {"0", "1", "2"}, "the trajectory ends with the search"

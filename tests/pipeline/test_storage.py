@@ -24,13 +24,15 @@ from moto.server import ThreadedMotoServer
 from rich.console import Console
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import checkpoint, cli, storage
+from pipeline import cli, storage
 from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.jobs.search import run_search
+from pipeline.record import Progress, load_latest, load_progress, read_records
 from pipeline.rundir import RunDir
 from pipeline.study import BLOCKED
 from pipeline.trial import failure
+from tests.pipeline.made_up import save_epoch
 from tests.pipeline.test_jobs import TINY
 from tests.ports import unused_port
 
@@ -301,8 +303,10 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
             return
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of a checkpoint that is not whole
-            saved = checkpoint.load_latest(folder / "checkpoints")
-        epoch = 0 if saved is None else saved["epoch"]
+            progress = load_progress(folder / "checkpoints")
+            records = list(read_records(folder / "checkpoints", progress))
+        epoch = progress.epochs
+        assert [record.epoch for record in records] == list(range(1, epoch + 1)), "the log lacks an epoch"
         assert epoch in (counts, counts + 1)
         if "run.json" in there:
             assert json.loads(there["run.json"])["epoch"] <= len(there["metrics.jsonl"].splitlines()) <= epoch
@@ -318,8 +322,9 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
     with storage.held(path, print), monkeypatch.context() as patch:
         patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
         patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
+        progress = Progress()
         for epoch in (1, 2, 3):
-            checkpoint.save(path / "checkpoints", epoch, {"epoch": epoch})
+            progress = save_epoch(path / "checkpoints", progress)
             counts = epoch
             (path / "metrics.jsonl").write_text("line\n" * epoch)
             (path / "run.json").write_text(json.dumps({"epoch": epoch}))
@@ -379,10 +384,10 @@ def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
     assert result["genotype"] == undisturbed[0]["genotype"]
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
-    last = [checkpoint.load_latest(r.path / "checkpoints") for r in (run, undisturbed[1])]
+    last = [load_latest(r.path / "checkpoints") for r in (run, undisturbed[1])]
     assert last[0] is not None
     assert last[1] is not None
-    assert str(last[0]["search"]) == str(last[1]["search"])
+    assert str(last[0].state["search"]) == str(last[1].state["search"])
     assert server.objects(name) == files(run.path)
 
 
@@ -394,8 +399,8 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def away_for_a_while(history: list[Any]) -> None:
-        if len(history) == 1:
+    def away_for_a_while(progress: Progress) -> None:
+        if progress.epochs == 1:
             server.stop()
             threading.Timer(1.0, server.start).start()
 
@@ -432,7 +437,7 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     place = f"s3://{BUCKET}/{prefix}"
 
-    def away(history: list[Any]) -> None:
+    def away(progress: Progress) -> None:
         server.stop()
 
     try:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.record import Progress
 from pipeline.rundir import RunDir
 from tests.pipeline import test_storage
 from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
@@ -92,7 +93,7 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
 
-    def interrupt(history: list[Any]) -> None:
+    def interrupt(progress: Progress) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -103,7 +104,7 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
     assert storage.OWNER_OBJECT not in there
     elsewhere()
     told: list[int] = []
-    result = search(place, tell=lambda history: told.append(len(history)))
+    result = search(place, tell=lambda progress: told.append(progress.epochs))
     assert told[0] == 1  # it was not begun anew
     run = RunDir(storage.local(result["run_dir"]))
     assert [line.step for line in run.metrics()] == [1, 2]

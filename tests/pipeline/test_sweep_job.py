@@ -14,11 +14,11 @@ from rich.console import Console
 from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import CellSpace, random_genotype
-from pipeline.checkpoint import FolderStore
 from pipeline.cli import run
 from pipeline.config import load, to_yaml
 from pipeline.jobs.job import as_written
 from pipeline.jobs.sweep import check_sweep, describe_trial, max_epochs, plan_trials
+from pipeline.record import FolderStore
 from pipeline.resources import Node
 from pipeline.schema import Config
 from pipeline.searcher import StudySearcher
@@ -189,14 +189,14 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, method: str) -> None:
     )
     config = trial_config(base, {"search.lr": 0.05})
     dataset = dataclasses.replace(load_dataset("digits"), test=Unread())  # type: ignore[arg-type]
-    for history in (
+    for done in (
         search_worker(config, dataset, FolderStore(tmp_path / "s"), Silent()),
         retrain_worker(
             config, dataset, FolderStore(tmp_path / "r"), Silent(), random_genotype(0, CellSpace(n_nodes=1))
         ),
     ):
-        assert 0 <= history[-1]["metrics"]["valid/top1"] <= 1
-        assert not any(name.startswith("test/") for name in history[-1]["metrics"])
+        assert 0 <= done.newest.metrics["valid/top1"] <= 1
+        assert not any(name.startswith("test/") for name in done.newest.metrics)
 
 
 # ---------- the report

@@ -21,6 +21,7 @@ from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.jobs.job import announce, close, close_below
 from pipeline.jobs.search import run_search, search_spec
+from pipeline.record import Progress
 from pipeline.rundir import RunDir
 from pipeline.schema import Config
 from pipeline.study import keep_study, open_study
@@ -73,7 +74,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     assert record["status"] == "RUNNING"
     reached = {"valid_top1": 0.5}
 
-    def stop(history: list[Any]) -> None:
+    def stop(progress: Progress) -> None:
         """As Ray Tune does: the sweep's process closes the run, then the trial's report never returns."""
         assert storage.OWNER_OBJECT in in_bucket(server, address)
         with on(here):

@@ -17,10 +17,11 @@ from istanas.draw import edge_widths
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline.cluster import Runtime
 from pipeline.config import load
-from pipeline.jobs.job import codes_rows, trajectory_rows
+from pipeline.jobs.job import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
 from pipeline.jobs.search import run_search
 from pipeline.rundir import RunDir
 from pipeline.trajectory_page import write_trajectory_page
+from tests.pipeline.made_up import record_of
 from tests.pipeline.pages import Page
 
 TINY = [
@@ -181,38 +182,14 @@ def test_a_run_without_codes_has_a_page_that_says_so(copy: RunDir) -> None:
     assert "Not recorded: the run was made by an earlier version." in page.text
 
 
-def long_history(epochs: int, space: CellSpace) -> list[dict[str, Any]]:
-    """Made-up records in which every node keeps other operations in every epoch."""
-    draw = np.random.default_rng(0)
-
-    def nodes(epoch: int) -> list[dict[str, Any]]:
-        found = []
-        for cell in ("normal", "reduce"):
-            for node in range(space.n_nodes):
-                z = np.abs(draw.normal(size=space.n_candidates(node))) + 1e-6
-                picks = [space.split(int(i)) for i in np.argsort(-z)[:2]]
-                found.append(
-                    {
-                        **{"cell": cell, "node": node, "state": "ACTIVE", "changed": epoch > 0},
-                        "picks": [f"{space.ops[op]}<-{state}" for state, op in picks],
-                        "edge_weights": draw.normal(size=2).tolist(),
-                        **{"distance": float(epoch > 0), "gap": 0.0, "truncation": 0.1},
-                        "magnitudes": z.tolist(),
-                    }
-                )
-        return found
-
-    records = [{"epoch": e, "nodes": nodes(e)} for e in range(1, epochs + 1)]
-    return [{**records[0], "start_nodes": nodes(0)}, *records[1:]]
-
-
 @pytest.mark.slow
 def test_fifty_epochs_of_eight_nodes_stay_below_two_megabytes(copy: RunDir) -> None:
     space = CellSpace()
-    history = long_history(50, space)
-    pd.DataFrame(trajectory_rows(history)).to_csv(copy.path / "trajectory.csv", index=False)
-    columns = ["epoch", "cell", "node", "state", "op", "magnitude"]
-    pd.DataFrame(codes_rows(history, space), columns=columns).to_csv(copy.path / "codes.csv", index=False)
+    records = [record_of(epoch, space) for epoch in range(1, 51)]
+    rows = [row for record in records for row in trajectory_rows(record)]
+    pd.DataFrame(rows, columns=TRAJECTORY_COLUMNS).to_csv(copy.path / "trajectory.csv", index=False)
+    codes = [row for record in records for row in codes_rows(record, space, {})]
+    pd.DataFrame(codes, columns=CODES_COLUMNS).to_csv(copy.path / "codes.csv", index=False)
     four = [[["skip_connect", 0], ["skip_connect", 1]]] * 4
     genotype = {
         "version": 1,

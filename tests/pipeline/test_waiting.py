@@ -24,9 +24,9 @@ from istanas.search import OneStageSearch, TwoStageSearch
 from istanas.space import CellSpace, random_genotype
 from istanas.training import Metrics, Totals
 from pipeline import epochs, progress
-from pipeline.checkpoint import FolderStore
 from pipeline.config import load
 from pipeline.progress import EpochBar
+from pipeline.record import FolderStore, Progress
 from pipeline.worker import Silent, retrain_worker, search_worker
 
 ATEN = torch.ops.aten
@@ -145,7 +145,7 @@ class Guard(Silent):
             self.read.append(read())
         self._bar.step(epoch, step, n_steps, read if self._refusing is CudaRefusing else lambda: None)
 
-    def epoch_done(self, history: list[epochs.Record]) -> None:
+    def epoch_done(self, progress: Progress) -> None:
         self._warm = True
 
     def __enter__(self) -> "Guard":
@@ -177,10 +177,10 @@ def run_tiny(job: str, device: str, observer: Guard, folder: Path) -> None:
     with observer:
         if job == "retrain":
             genotype = random_genotype(1, CellSpace(n_nodes=2))
-            history = retrain_worker(config, digits, store, observer, genotype)
+            done = retrain_worker(config, digits, store, observer, genotype)
         else:
-            history = search_worker(config, digits, store, observer)
-    assert len(history) == (3 if job == "one-stage" else 2)
+            done = search_worker(config, digits, store, observer)
+    assert done.epochs == (3 if job == "one-stage" else 2)
     assert observer.guarded_steps >= 4
     # Training and validation in each epoch but the first; a retraining tests too.
     assert observer.passes == {"two-stage": 2, "one-stage": 4, "retrain": 3}[job]

@@ -17,11 +17,19 @@ from istanas.errors import CheckpointError, ConfigError, DivergedError, IstanasE
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
-from pipeline.checkpoint import BrokenCheckpointWarning, FolderStore, load_latest
+from pipeline.checkpoint import BrokenCheckpointWarning
 from pipeline.config import load
-from pipeline.epochs import Record, build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.epochs import build_one_stage, build_retraining, build_two_stage, network_cost
 from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
 from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
+from pipeline.record import (
+    EpochRecord,
+    FolderStore,
+    Progress,
+    load_latest,
+    load_progress,
+    read_records,
+)
 from pipeline.resources import count, usable_cores
 from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 from pipeline.worker import (
@@ -29,7 +37,6 @@ from pipeline.worker import (
     compute_for,
     describe_place,
     retrain_worker,
-    rollbacks,
     search_worker,
     set_float32_precision,
     trained_network,
@@ -73,7 +80,8 @@ class Watcher:
 
     def __init__(self, stop_at: tuple[int, int] | None = None, leave_after: tuple[int, ...] = ()) -> None:
         self.stop_at, self.leave_after = stop_at, leave_after
-        self.history: list[Record] = []
+        self.done: list[int] = []
+        self.last: EpochRecord | None = None
         self.notes: list[str] = []
         self.resumed_with: list[tuple[int, int]] = []
         self.steps: list[tuple[int, int, int]] = []
@@ -82,8 +90,8 @@ class Watcher:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def resumed(self, history: list[Record], workers: int) -> None:
-        self.resumed_with.append((len(history), workers))
+    def resumed(self, progress: Progress, workers: int) -> None:
+        self.resumed_with.append((progress.epochs, workers))
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self.steps.append((epoch, step, n_steps))
@@ -92,18 +100,19 @@ class Watcher:
         if (epoch, step) == self.stop_at:
             raise KeyboardInterrupt
 
-    def epoch_done(self, history: list[Record]) -> None:
-        self.history = list(history)
+    def epoch_done(self, progress: Progress) -> None:
+        self.done.append(progress.epochs)
+        self.last = progress.last
 
     def go_on(self) -> bool:
-        return len(self.history) not in self.leave_after
+        return self.done[-1] not in self.leave_after
 
 
 def search(
     config: Config, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
-) -> list[Record]:
-    """Run a search with its checkpoints in a folder."""
-    return search_worker(config, dataset, FolderStore(folder), watcher or Watcher())
+) -> list[EpochRecord]:
+    """Run a search with its checkpoints in a folder; returns the records of all its epochs."""
+    return all_records(folder, search_worker(config, dataset, FolderStore(folder), watcher or Watcher()))
 
 
 def retrain(
@@ -112,19 +121,31 @@ def retrain(
     folder: Path,
     watcher: Watcher | None = None,
     genotype: Genotype = GENOTYPE,
-) -> list[Record]:
-    """Run a retraining with its checkpoints in a folder."""
-    return retrain_worker(config, dataset, FolderStore(folder), watcher or Watcher(), genotype)
+) -> list[EpochRecord]:
+    """Run a retraining with its checkpoints in a folder; returns the records of all its epochs."""
+    done = retrain_worker(config, dataset, FolderStore(folder), watcher or Watcher(), genotype)
+    return all_records(folder, done)
 
 
-def decided(history: list[Record]) -> list[Record]:
+def all_records(folder: Path, progress: Progress) -> list[EpochRecord]:
+    """The records of all epochs, with which what the worker returns agrees."""
+    records = list(read_records(folder, progress))
+    assert progress.newest.to_json() == records[-1].to_json()  # as text, in which nan is nan
+    assert progress.epochs == len(records)
+    assert progress.seconds == sum(record.seconds for record in records)
+    assert progress.rollbacks == sum(len(record.rollbacks) for record in records)
+    return records
+
+
+def decided(history: list[EpochRecord]) -> list[EpochRecord]:
     """Records without what the clock decides."""
-    timed = ("timestamp_ms", "seconds")
     return [
-        {
-            **{key: value for key, value in record.items() if key not in timed},
-            "metrics": {k: v for k, v in record["metrics"].items() if k != "images_per_second"},
-        }
+        dataclasses.replace(
+            record,
+            timestamp_ms=0,
+            seconds=0.0,
+            metrics={k: v for k, v in record.metrics.items() if k != "images_per_second"},
+        )
         for record in history
     ]
 
@@ -231,7 +252,7 @@ def test_a_search_never_looks_at_the_test_split(few: ImageDataset, tmp_path: Pat
     history = search(tiny(), blind, tmp_path / "blind")
     seeing = search(tiny(), few, tmp_path / "seeing")
     assert decided(history) == decided(seeing)
-    assert not any(name.startswith("test/") for record in history for name in record["metrics"])
+    assert not any(name.startswith("test/") for record in history for name in record.metrics)
 
 
 def weights_of(net: torch.nn.Module) -> str:
@@ -249,7 +270,7 @@ def test_the_test_split_chooses_nothing_in_retraining(few: ImageDataset, tmp_pat
     for name, dataset in (("one", few), ("other", other)):
         history = retrain(tiny(), dataset, tmp_path / name)
         nets.append(weights_of(trained_network(tiny(), GENOTYPE, dataset, tmp_path / name)))
-        tops.append(history[-1]["metrics"]["test/top1"])
+        tops.append(history[-1].metrics["test/top1"])
     assert nets[0] == nets[1]
     assert tops[0] != tops[1]
 
@@ -261,7 +282,7 @@ def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path
     assert kept is not None
     assert isinstance(few.train, ArrayPictures)
 
-    def result(name: str, changed: torch.Tensor) -> tuple[Any, Record]:
+    def result(name: str, changed: torch.Tensor) -> tuple[Any, EpochRecord]:
         images = few.train.images.clone()  # type: ignore[union-attr]
         images[changed] = 255 - images[changed]
         dataset = with_train(few, images, few.train.labels)
@@ -278,7 +299,7 @@ def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path
     one_trained = training_indices(config, few)[:1]
     assert plain != result("trained", one_trained)[0], "a training picture has no influence"
     if job == "retrain":  # the hold-out is what is measured
-        assert plain_record["metrics"]["valid/loss"] != changed_record["metrics"]["valid/loss"]
+        assert plain_record.metrics["valid/loss"] != changed_record.metrics["valid/loss"]
 
 
 def test_retraining_takes_every_training_picture_once_an_epoch(few: ImageDataset, tmp_path: Path) -> None:
@@ -301,10 +322,10 @@ def test_a_last_batch_of_one_picture_is_left_out_because_batch_norm_needs_two(
 def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny()
     history = search(config, few, tmp_path)
-    assert [record["workers"] for record in history] == [1, 1]
-    assert [record["epoch"] for record in history] == [1, 2]
+    assert [record.workers for record in history] == [1, 1]
+    assert [record.epoch for record in history] == [1, 2]
     for record in history:
-        assert record["metrics"].keys() == {
+        assert record.metrics.keys() == {
             "train/loss",
             "train/top1",
             "valid/loss",
@@ -320,15 +341,15 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
             "target/macs",
             "images_per_second",
         }
-        assert 0 <= record["metrics"]["train/top1"] <= 1
-        assert record["metrics"]["recovery/gap"] <= 1e-9
-        assert [(n["cell"], n["node"]) for n in record["nodes"]] == [
+        assert 0 <= record.metrics["train/top1"] <= 1
+        assert record.metrics["recovery/gap"] <= 1e-9
+        assert [(n.cell, n.node) for n in record.found().nodes] == [
             (cell, node) for cell in ("normal", "reduce") for node in (0, 1)
         ]
     # What an epoch trains is what the recovery before it has found.
-    assert history[1]["trained_genotype"] == history[0]["genotype"]
-    cost = network_cost(config.retrain, few, Genotype.from_json(history[-1]["genotype"]))
-    m = history[-1]["metrics"]
+    assert history[1].found().trained_genotype == history[0].found().genotype
+    cost = network_cost(config.retrain, few, Genotype.from_json(history[-1].found().genotype))
+    m = history[-1].metrics
     assert (m["target/params"], m["target/macs"]) == (cost.params, cost.macs)
 
 
@@ -343,18 +364,20 @@ def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said
     # A one-stage search ends with an epoch after which nothing is recovered.
     other = search(tiny(*common, "space.solver=mosek"), few, tmp_path / "other")[:2]
     asked = search(tiny(*common), few, tmp_path / "asked")[:2]
-    assert [record["metrics"].pop("recovery/fallbacks") for record in other] == [4.0, 4.0]
+    assert [record.metrics.pop("recovery/fallbacks") for record in other] == [4.0, 4.0]
     for one, two in zip(decided(other), decided(asked), strict=True):
-        nodes = [*one.pop("start_nodes", []), *one.pop("nodes")]
-        wanted = [*two.pop("start_nodes", []), *two.pop("nodes")]
-        assert nodes == [{**node, "fallback": True} for node in wanted]
-        assert {node["solver"] for node in nodes} == {"homotopy"}
-        assert not any(node["fallback"] for node in wanted)
-        assert one == two
+        nodes = [*one.found().start_nodes, *one.found().nodes]
+        wanted = [*two.found().start_nodes, *two.found().nodes]
+        assert nodes == [dataclasses.replace(node, fallback=True) for node in wanted]
+        assert {node.solver for node in nodes} == {"homotopy"}
+        assert not any(node.fallback for node in wanted)
+        without = [dataclasses.replace(each.found(), nodes=(), start_nodes=()) for each in (one, two)]
+        assert without[0] == without[1]
+        assert one.metrics == two.metrics
     describe = {"two_stage": describe_epoch, "one_stage": describe_one_stage_epoch}[method]
     line = "space.solver failed, recovered normal node 0, normal node 1, reduce node 0, reduce node 1 by homotopy"
-    assert line in describe(other).splitlines()
-    assert "space.solver" not in describe(asked)
+    assert line in describe(other[-1]).splitlines()
+    assert "space.solver" not in describe(asked[-1])
 
 
 def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
@@ -362,15 +385,15 @@ def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
 ) -> None:
     config = tiny("retrain.epochs=3", "retrain.test_every=2")
     history = retrain(config, few, tmp_path)
-    assert [record["workers"] for record in history] == [1, 1, 1]
-    assert ["test/top1" in record["metrics"] for record in history] == [False, True, True]
+    assert [record.workers for record in history] == [1, 1, 1]
+    assert ["test/top1" in record.metrics for record in history] == [False, True, True]
 
 
 def test_a_search_stops_when_the_codes_no_longer_move(few: ImageDataset, tmp_path: Path) -> None:
     still = tiny("search.epochs=4", "search.arch_lr=1e-9", "search.termination_tol=1e-3")
     history = search(still, few, tmp_path / "still")
     assert len(history) == 1
-    assert history[-1]["converged"]
+    assert history[-1].found().converged
     watcher = Watcher()
     assert decided(search(still, few, tmp_path / "still", watcher)) == decided(history)
     assert watcher.steps == [], "a converged search was trained on"
@@ -386,13 +409,13 @@ def moving(job: str) -> Config:
 
 def result_of(
     job: str, dataset: ImageDataset, folder: Path, watcher: Watcher
-) -> tuple[list[Record], Genotype | str]:
+) -> tuple[list[EpochRecord], Genotype | str]:
     """Run a job that moves to its end: its history without times, what it found."""
     config = moving(job)
     if job == "search":
         history = search(config, dataset, folder, watcher)
-        assert sum(r["metrics"]["recovery/support_changes"] for r in history) > 0, "no change to be lost"
-        return decided(history), history[-1]["genotype"]
+        assert sum(r.metrics["recovery/support_changes"] for r in history) > 0, "no change to be lost"
+        return decided(history), history[-1].found().genotype
     history = retrain(config, dataset, folder, watcher)
     return decided(history), weights_of(trained_network(config, GENOTYPE, dataset, folder))
 
@@ -448,28 +471,30 @@ class Memory:
 
     def __init__(self) -> None:
         self.kept: dict[int, bytes] = {}
+        self.log = b""
 
     def read(self) -> bytes | None:
         return self.kept[max(self.kept)] if self.kept else None
 
-    def write(self, epoch: int, data: bytes) -> None:
+    def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         self.kept[epoch] = data
+        self.log = self.log[:offset] + line
 
 
 def test_a_checkpoint_is_kept_before_anybody_hears_of_its_epoch(few: ImageDataset) -> None:
     store = Memory()
 
     class Listener(Watcher):
-        def epoch_done(self, history: list[Record]) -> None:
-            super().epoch_done(history)
-            assert max(store.kept) == len(history)
+        def epoch_done(self, progress: Progress) -> None:
+            super().epoch_done(progress)
+            assert max(store.kept) == len(store.log.splitlines()) == progress.epochs
 
     for start in (
         lambda: search_worker(tiny(), few, store, Listener()),
         lambda: retrain_worker(tiny(), few, store, Listener(), GENOTYPE),
     ):
         store.kept.clear()
-        assert len(start()) == len(store.kept) == 2
+        assert start().epochs == len(store.kept) == 2
 
 
 # ---------- on several ranks
@@ -483,13 +508,15 @@ class Nobody:
         return fail
 
 
-def on_a_rank(job: str, dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]) -> list[Record]:
+def on_a_rank(
+    job: str, dataset: ImageDataset, folder: Path, leave_after: tuple[int, ...]
+) -> list[EpochRecord]:
+    """The records of all epochs on the first rank, and the last one on another."""
     if torch.distributed.get_rank() > 0:
         nobody: Any = Nobody()
         arguments = () if job == "search" else (GENOTYPE,)
-        return (search_worker if job == "search" else retrain_worker)(  # type: ignore[operator,no-any-return]
-            tiny(), dataset, nobody, nobody, *arguments
-        )
+        worker: Any = search_worker if job == "search" else retrain_worker
+        return [worker(tiny(), dataset, nobody, nobody, *arguments).newest]
     watcher = Watcher(leave_after=leave_after)
     history = (search if job == "search" else retrain)(tiny(), dataset, folder, watcher)
     assert [workers for _, workers in watcher.resumed_with] == [2]
@@ -503,12 +530,12 @@ def test_rank_0_keeps_reports_and_decides_for_all(few: ImageDataset, tmp_path: P
     parts = run_ranks([partial(on_a_rank, job, few, tmp_path / job, (1,)) for job in jobs], 2)
     for job, done, (first, second) in zip(jobs, (1, 2, 1, 2), parts, strict=True):
         together = first.value
-        assert decided(second.value) == decided(together)
-        assert [record["workers"] for record in together] == [2] * done
+        assert decided(second.value) == decided(together[-1:])
+        assert [record.workers for record in together] == [2] * done
         if done == 2:
             alone = (search if job == "search" else retrain)(tiny(f"{job}.epochs=3"), few, tmp_path / job)
             assert alone[:2] == together
-            assert [record["workers"] for record in alone] == [2, 2, 1]
+            assert [record.workers for record in alone] == [2, 2, 1]
 
 
 # ---------- the trained network
@@ -519,7 +546,7 @@ def test_the_trained_network_has_the_figures_that_were_measured(few: ImageDatase
     assert isinstance(few.test, ArrayPictures)
     logits = net(normalize(few.test.images, few.mean, few.std))
     top1 = (logits.argmax(1) == few.test.labels).double().mean().item()
-    assert top1 == pytest.approx(history[-1]["metrics"]["test/top1"], abs=1e-12)
+    assert top1 == pytest.approx(history[-1].metrics["test/top1"], abs=1e-12)
 
 
 def test_a_network_that_is_not_trained_to_the_end_is_not_given_out(few: ImageDataset, tmp_path: Path) -> None:
@@ -598,16 +625,22 @@ def diverging(job: str, *overrides: str) -> Config:
 
 def run_diverging(
     job: str, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None, *overrides: str
-) -> list[Record]:
+) -> list[EpochRecord]:
     config = diverging(job, *(overrides or ("runtime.on_nan=rollback", "runtime.max_rollbacks=9")))
     return (retrain if job == "retrain" else search)(config, dataset, folder, watcher)
 
 
+def exact(history: list[EpochRecord]) -> list[str]:
+    """What is decided in each epoch, as text: a diverged run has figures that are nan."""
+    return [record.to_json() for record in decided(history)]
+
+
 def newest(folder: Path) -> list[Any]:
     """All that is in the newest checkpoint but for what the clock decides, tensors as bytes."""
-    saved = load_latest(folder)
-    assert saved is not None
-    return flat({**saved, "history": decided(saved["history"])})
+    found = load_latest(folder)
+    assert found is not None
+    records = decided(list(read_records(folder, load_progress(folder))))
+    return flat({**found.state, "progress": [dataclasses.asdict(record) for record in records]})
 
 
 def flat(tree: Any) -> list[Any]:
@@ -634,30 +667,29 @@ def test_a_diverged_run_stops_and_the_same_command_with_rollback_goes_on(
     )
     assert last in line
     assert "the same command with --set runtime.on_nan=rollback goes on" in line
-    saved = load_latest(tmp_path / "stopped")
-    assert (0 if saved is None else len(saved["history"])) == epoch
+    assert load_progress(tmp_path / "stopped").epochs == epoch
 
     watcher = Watcher()
     history = run_diverging(job, few, tmp_path / "whole", watcher)
     told = [note for note in watcher.notes if "rolled back" in note]
-    assert 1 <= len(told) == rollbacks(history) <= 9
+    assert 1 <= len(told) == sum(len(record.rollbacks) for record in history) <= 9
     to = f"to the end of epoch {epoch}" if epoch else "to the start"
     assert f"{to}, with half the learning rate (0.5 of what is set; rollback 1 of 9)" in told[0]
-    assert [record["epoch"] for record in history] == list(range(1, len(history) + 1)), "an epoch is doubled"
-    after = [record["metrics"].get("train/rollbacks") for record in history]
+    assert [record.epoch for record in history] == list(range(1, len(history) + 1)), "an epoch is doubled"
+    after = [record.metrics.get("train/rollbacks") for record in history]
     assert after[:epoch] == [None] * epoch
-    assert after[epoch] == len(history[epoch]["rollbacks"]) > 0
-    assert [undone["lr_factor"] for undone in history[epoch]["rollbacks"]] == [
-        0.5 ** (n + 1) for n in range(len(history[epoch]["rollbacks"]))
+    assert after[epoch] == len(history[epoch].rollbacks) > 0
+    assert [undone.lr_factor for undone in history[epoch].rollbacks] == [
+        0.5 ** (n + 1) for n in range(len(history[epoch].rollbacks))
     ]
 
     # The stopped run goes on, and so does one that is stopped in an attempt after the rollback, bit for bit.
-    assert flat(decided(run_diverging(job, few, tmp_path / "stopped"))) == flat(decided(history))
+    assert exact(run_diverging(job, few, tmp_path / "stopped")) == exact(history)
     assert newest(tmp_path / "stopped") == newest(tmp_path / "whole")
     for stop_at in ((epoch, 1), (len(history) - 1, 2)):
         with pytest.raises(KeyboardInterrupt):
             run_diverging(job, few, tmp_path / f"{stop_at}", StopsAfterRollback(stop_at))
-        assert flat(decided(run_diverging(job, few, tmp_path / f"{stop_at}"))) == flat(decided(history))
+        assert exact(run_diverging(job, few, tmp_path / f"{stop_at}")) == exact(history)
         assert newest(tmp_path / f"{stop_at}") == newest(tmp_path / "whole")
 
 
@@ -681,11 +713,11 @@ def test_a_run_is_rolled_back_so_often_and_then_stops(few: ImageDataset, tmp_pat
     assert not list(tmp_path.glob("epoch-*"))
 
 
-def roll_back_on_a_rank(dataset: ImageDataset, folder: Path) -> tuple[list[Record], list[str]]:
+def roll_back_on_a_rank(dataset: ImageDataset, folder: Path) -> tuple[list[EpochRecord], list[str]]:
     if torch.distributed.get_rank() > 0:
         nobody: Any = Nobody()
         config = diverging("search", "runtime.on_nan=rollback")
-        return search_worker(config, dataset, nobody, nobody), []
+        return [search_worker(config, dataset, nobody, nobody).newest], []
     watcher = Watcher()
     return run_diverging("search", dataset, folder, watcher), watcher.notes
 
@@ -694,8 +726,12 @@ def roll_back_on_a_rank(dataset: ImageDataset, folder: Path) -> tuple[list[Recor
 def test_ranks_roll_back_together(few: ImageDataset, tmp_path: Path) -> None:
     ((first, second),) = run_ranks([partial(roll_back_on_a_rank, few, tmp_path)], 2)
     history, notes = first.value
-    assert decided(second.value[0]) == decided(history)
-    assert rollbacks(history) == sum("rolled back to the end of epoch" in note for note in notes) > 0
+    assert decided(second.value[0]) == decided(history[-1:])
+    assert (
+        sum(len(record.rollbacks) for record in history)
+        == sum("rolled back to the end of epoch" in note for note in notes)
+        > 0
+    )
 
 
 # ---------- device, precision, threads
@@ -785,7 +821,7 @@ def test_the_same_loop_runs_on_a_gpu(few: ImageDataset, tmp_path: Path, job: str
         pytest.skip("needs a CUDA device, none is usable here")
     watcher = Watcher()
     history = (search if job == "search" else retrain)(tiny("runtime.device=cuda"), few, tmp_path, watcher)
-    losses = [record["metrics"]["train/loss"] for record in history]
+    losses = [record.metrics["train/loss"] for record in history]
     assert losses
     assert all(math.isfinite(loss) for loss in losses)
     assert any("cuda" in text for text in watcher.notes)

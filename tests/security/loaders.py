@@ -21,8 +21,11 @@ import torch
 
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
-from pipeline import checkpoint, config, sweep_space
+from pipeline import checkpoint, config, epoch_log, sweep_space
+from pipeline.epoch_log import LogEnd
+from pipeline.record import Progress, load_latest, load_progress, read_records
 from pipeline.rundir import RunDir
+from tests.pipeline.made_up import as_version_0_1, record_of
 
 # ---------- junk
 _NUMBERS = [
@@ -209,17 +212,30 @@ def _sweep(folder: Path, data: bytes) -> None:
 
 def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
     content, manifest = data
+    for left in folder.glob("epoch-*.*"):  # of an input of version 0.1, which was converted
+        left.unlink()
     (folder / "epoch-0001.pt").write_bytes(content)
     if manifest is None:
         manifest = as_json({"sha256": hashlib.sha256(content).hexdigest()})
     (folder / "epoch-0001.json").write_bytes(manifest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", checkpoint.BrokenCheckpointWarning)
-        passed_over = checkpoint.read_latest(folder) is None
+        passed_over = load_latest(folder) is None
+        if not passed_over:
+            load_progress(folder)
     state = checkpoint.deserialize(content)  # refused in the same words, but that a checksum may be wrong
     assert isinstance(state, dict)
     if passed_over:
         raise IstanasError("its checksum does not match")
+
+
+def _log(folder: Path, copies: tuple[bytes, bytes]) -> None:
+    for name, data in zip(epoch_log.COPIES, copies, strict=True):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "000001.jsonl").write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", checkpoint.BrokenCheckpointWarning)
+        assert list(read_records(folder, _LOGGED)) == _RECORDS, "a record was changed, and accepted"
 
 
 def _metrics(folder: Path, data: tuple[bytes, bytes, bytes]) -> None:
@@ -259,10 +275,22 @@ def _saved(state: Any) -> bytes:
 
 _STATE = {
     "net": {"w": torch.arange(4.0), "n": torch.tensor(3), "h": torch.zeros(2, 2, dtype=torch.float16)},
-    "history": [{"epoch": 1, "metrics": {"train/loss": 0.5}, "picks": ["a", None], "pair": (1, True)}],
     "data": "0123",
 }
-_SAVED = _saved(_STATE)
+_RECORDS = [record_of(epoch) for epoch in (1, 2, 3)]
+
+
+def _logged() -> tuple[Progress, bytes]:
+    progress, log = Progress(), b""
+    for record in _RECORDS:
+        progress, line = progress.after(record)
+        log += line
+    return progress, log
+
+
+_LOGGED, _LOG = _logged()
+_SAVED = _saved({**_STATE, "progress": _LOGGED.to_state()})
+_OLD_HISTORY = [as_version_0_1(record) for record in _RECORDS]
 _GENOTYPES = [genotype.to_dict() for genotype in PUBLISHED.values()] + [
     Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),)).to_dict()
 ]
@@ -376,12 +404,28 @@ def _checkpoint_input(random: Random) -> tuple[bytes, bytes | None]:
     """The second is the manifest; None: one that fits."""
     how = random.random()
     if how < 0.4:
-        content = _saved(changed(random, _STATE))
+        progress: Any = {"progress": _LOGGED.to_state()}
+        if how < 0.2:
+            progress = {"history": _OLD_HISTORY}
+        content = _saved(changed(random, {**_STATE, **progress}))
     elif how < 0.8:
         content = _zipped(damaged(random, _pickle_of(_SAVED)))
     else:
         content = damaged(random, _SAVED) if how < 0.95 else random.randbytes(random.randrange(60))
     return content, mixed(random, [{"sha256": "0"}], as_json) if random.random() < 0.2 else None
+
+
+def _log_input(random: Random) -> tuple[bytes, bytes]:
+    """Two copies; mostly one of them is whole."""
+    other = _LOG if random.random() < 0.3 else b""
+    if random.random() < 0.5:
+        return damaged(random, _LOG), other
+    lines = [mixed(random, [json.loads(record.to_json())], as_json) for record in _RECORDS]
+    end, log = LogEnd(), b""
+    for line in lines:  # whose checksums are right
+        end, whole = end.after(line.decode(errors="replace").replace("\n", " "))
+        log += whole
+    return log, other
 
 
 def _metrics_input(random: Random) -> tuple[bytes, bytes, bytes]:
@@ -404,6 +448,7 @@ LOADERS = (
         ("no checkpoint (File is not a zip file", "no checkpoint (Bad"),
     ),
     Loader("sweep", _sweep_input, _sweep, ("fuzz.yaml: not valid YAML",)),
+    Loader("log", _log_input, _log, ("epochs/000001.jsonl is damaged (it ends",)),
     Loader("metrics", _metrics_input, _metrics, ("run.json: not JSON", "environment.json: not JSON")),
 )
 

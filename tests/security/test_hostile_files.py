@@ -439,7 +439,8 @@ def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: 
 def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
     run = run_of(folder, "search")
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
-    for state in ({}, {"weights": torch.ones(4)}, {**whole, "search": {}}, {**whole, "history": 7}):
+    others = {"search": {}, "progress": 7, "history": 7}
+    for state in ({}, {"weights": torch.ones(4)}, *({**whole, name: junk} for name, junk in others.items())):
         unfinished(run, serialize(state))
         assert_refused(confined(["search", "--config", "tiny.yaml"], folder), 1, "fresh")
 
