@@ -19,7 +19,7 @@ from istanas.space.topology import N_CELL_INPUTS
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _MOST_STATES = GENOTYPE_NODES + N_CELL_INPUTS
 _PICKS_OF_A_NODE = 2  # DARTS lists all picks of a cell in one row: each node has two
-_BEGINNING = re.compile(r"\s*([A-Za-z_]\w*\s*=\s*)?Genotype\s*\(", re.ASCII)
+_BEGINNING = re.compile(r"(?:\s|#[^\n]*\n)*([A-Za-z_]\w*\s*=\s*)?Genotype\s*\(", re.ASCII)
 
 
 def genotype_from_text(text: str) -> Genotype:
