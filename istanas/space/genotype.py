@@ -114,7 +114,7 @@ class Genotype:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise GenotypeError(
-                f"genotype is not JSON ({error}): give the file that a search wrote"
+                f"genotype is not JSON ({error}): give the file that a search wrote, or one `Genotype(...)` alone"
             ) from None
         return cls.from_dict(data)
 

@@ -272,10 +272,28 @@ DARTS = """Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_con
 """
 
 
-@pytest.mark.parametrize("before", ["", "DARTS_V2 = ", "\n  genotype = "])
-def test_a_file_in_the_text_form_of_darts_is_a_genotype(before: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "before",
+    ["import os\nos.mkdir('evaluated')\n", "from collections import namedtuple\n", "print = "],
+    ids=["import and call", "import", "an assignment"],
+)
+def test_a_file_of_python_is_refused_unevaluated(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "darts.py"
+    file.write_text(f"{before}{DARTS}\n{DARTS}")
+    with pytest.raises(GenotypeError, match=r"alone$") as caught:
+        resolve_genotype(str(file), space=CellSpace(), runs_dir=tmp_path, tracking_uri=NO_STORE)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("before", ["", "DARTS_V2 = ", "\n  genotype = ", "# found by DARTS\n\nDARTS = "])
+@pytest.mark.parametrize("after", ["", "  # 97.24 %\n"])
+def test_a_file_in_the_text_form_of_darts_is_a_genotype(before: str, after: str, tmp_path: Path) -> None:
     file = tmp_path / "darts.txt"
-    file.write_text(before + DARTS)
+    file.write_text(before + DARTS + after)
     found, run = resolve_genotype(str(file), space=CellSpace(), runs_dir=tmp_path, tracking_uri=NO_STORE)
     assert run is None
     assert found.normal == (
