@@ -66,7 +66,7 @@ def _only_call(text: str) -> ast.Call:
     call = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
     if len(statements) != 1 or not isinstance(call, ast.Call) or not _calls(call, "Genotype"):
         raise GenotypeError(
-            "genotype file has something beside a `Genotype(...)`: give a file with one genotype and nothing else"
+            "genotype file has something beside a `Genotype(...)`: give a file with one genotype alone"
         )
     return call
 
