@@ -68,15 +68,24 @@ def _write_once(file: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=file.parent) as written:
         written.write(text)
         written.flush()
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(written.name, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            with contextlib.suppress(FileExistsError), open(file, "x", opener=_private) as plain:
+                plain.write(text)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _exists(path: Path) -> bool:
-    """Whether this user sees a path; one below a folder that may not be entered does not exist for the user."""
+    """Whether this user sees a path: not below a folder that may not be entered, or on a file system that has gone."""
     try:
         return path.exists()
-    except PermissionError:
+    except OSError:
         return False
 
 

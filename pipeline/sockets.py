@@ -20,7 +20,7 @@ def short_temporary_folder(below: str) -> Path:
     """The folder for temporary files, or, if its path is too long for sockets, a shorter one of the system's.
 
     Args:
-        below: what is added to the folder's path.
+        below: the longest path of a socket, relative to the folder.
 
     Raises:
         IstanasError: there is none.
@@ -31,8 +31,8 @@ def short_temporary_folder(below: str) -> Path:
         if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise IstanasError(
-        f"TMPDIR is {usual}: too long for the paths of Unix sockets, and /tmp and /var/tmp can't be written; set "
-        f"TMPDIR to a folder whose path has at most {most} characters"
+        f"TMPDIR is {usual}: too long for the paths of Unix sockets, and /tmp, /var/tmp and XDG_RUNTIME_DIR can't be "
+        f"written; set TMPDIR to a folder whose path has at most {most} characters"
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import sys
 from typing import Any, TextIO
-
-READER_HAS_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
 
 class _Outlet(io.FileIO):
@@ -18,10 +17,17 @@ class _Outlet(io.FileIO):
         try:
             return super().write(b)
         except OSError as error:
-            if error.errno not in READER_HAS_GONE:
+            if not _reader_has_gone(error, self.fileno()):
                 raise
             _lead_nowhere(self.fileno())  # what other code writes there, too
             return memoryview(b).nbytes
+
+
+def _reader_has_gone(error: OSError, descriptor: int) -> bool:
+    """Whether a write failed because a pipe or a terminal was closed; a failing disk has the error of a terminal."""
+    return error.errno == errno.EPIPE or (
+        error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
+    )
 
 
 def outlive_readers() -> None:

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,9 +131,9 @@ class Listing:
         counts = torch.bincount(self.labels[self.n_train :], minlength=len(self.class_names)).tolist()
         return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
 
-    @property
+    @cached_property
     def files(self) -> tuple[str, ...]:
-        """The paths as they are opened."""
+        """The paths as they are opened; made once, as there may be millions."""
         return tuple(str(self.root / path) for path in self.paths)
 
 
@@ -485,6 +486,7 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
             f"{_hint_of_nested(train)}"
         )
     known: dict[str, Path] = {}
+    trained = set(class_names)
     for folder in (train, test):
         for name in _directories(folder, root) if folder == test else class_names:
             form = unicodedata.normalize("NFC", name)
@@ -494,7 +496,7 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
                     f"data.root: {shown(twin)} and {shown(folder / name)} are names of one class with different code "
                     f"points ({_code_points(twin.name, name)}); give both the same name"
                 )
-            if folder == test and name not in class_names:
+            if folder == test and name not in trained:
                 raise DataError(
                     f"data.root: {shown(test / name)} is a class without a folder in {shown(train)}; add one, or "
                     "remove this one"
@@ -520,7 +522,7 @@ def _check_text(path: Path, name: str) -> None:
 
 def _hint_of_nested(folder: Path) -> str:
     """Name the folder inside that looks like what was meant, as archives leave it: `photos/photos/train`."""
-    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    inside = [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
     for path in inside:
         if (path / "train").is_dir():
             return f" (set data.root={shown(path)}?)"

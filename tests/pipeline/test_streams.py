@@ -1,5 +1,6 @@
 """Commands whose terminal is closed, or whose output nobody reads any more."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.rundir import RunDir
+from pipeline.streams import _reader_has_gone
 
 TINY = """
 space: {nodes: 2}
@@ -166,6 +168,17 @@ def test_a_broken_pipe_changes_no_exit_code(here: Path, arguments: list[str], co
     assert done.returncode == code
     assert "Traceback" not in (done.stdout or "") + (done.stderr or "")
     assert "Broken pipe" not in (done.stdout or "") + (done.stderr or "")
+
+
+def test_a_failing_disk_is_no_reader_that_has_gone(here: Path) -> None:
+    """A terminal that was closed and a disk that fails have the same error."""
+    terminal, other_end = pty.openpty()
+    with open(here / "out.txt", "w") as file:
+        found = [_reader_has_gone(OSError(errno.EIO, "EIO"), end) for end in (other_end, file.fileno())]
+        assert found == [True, False]
+        assert _reader_has_gone(OSError(errno.EPIPE, "EPIPE"), file.fileno())
+    os.close(terminal)
+    os.close(other_end)
 
 
 def test_closed_streams_write_into_no_file(here: Path) -> None:
