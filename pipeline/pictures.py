@@ -30,7 +30,7 @@ from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
 from pipeline.config import check_batch_sizes, with_stems
-from pipeline.rundir import DatasetUse, RunRecord, data_label
+from pipeline.rundir import OWN_PICTURES, DatasetUse, RunRecord, data_label
 from pipeline.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
 
 DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
@@ -217,7 +217,8 @@ def describe_pictures(
         jobs: whose networks are built, "search" or "retrain".
     """
     missing = filter(None, (use.describe_missing() for use in used))
-    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs)
+    # Of data sets with a name, everybody knows the size.
+    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs if config.data.name == OWN_PICTURES)
     return (*dataset.notes, *missing, *stems)
 
 

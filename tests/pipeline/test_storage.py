@@ -337,8 +337,8 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
         shutil.rmtree(path / "checkpoints")
         storage.push(path)
     assert (
-        looks == 3 * 4 + 2 + 1 + 6
-    )  # checkpoint and checksum, metrics, record; one old pair; end; all deleted
+        looks == 3 * 6 + 2 + 1 + 8
+    )  # two copies of the log, checkpoint and checksum, metrics, record; one old pair; end; all deleted
     assert not server.objects(f"{prefix}/run")
 
 
