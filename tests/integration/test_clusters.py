@@ -456,7 +456,8 @@ def test_a_cluster_starts_where_rays_folder_is_somebody_elses(
     local = LocalCluster(CORES, ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else [])
     default = local.folder / "tmp" / "ray"
     default.mkdir(parents=True)
-    (default / "ray_current_cluster").write_text("127.0.0.1:1")  # where somebody else's Ray is
+    if locked == "file":
+        (default / "ray_current_cluster").write_text("127.0.0.1:1")  # where somebody else's Ray is
     (default if locked == "folder" else default / "ray_current_cluster").chmod(0o555)
     local.environment |= {"RAY_TMPDIR": str(default.parent)}
     try:

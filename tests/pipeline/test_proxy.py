@@ -1,7 +1,6 @@
 """A proxy in the environment that hides a local MLflow server, and a RAY_ADDRESS that sends jobs elsewhere."""
 
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,7 +87,7 @@ def test_pages_of_a_local_store_open_behind_a_proxy(proxy: str, tmp_path: Path, 
 
     def announce(address: str, _store: str, _newest: str | None) -> None:
         told.append(address)
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # as Ctrl-C does
 
     assert serve_ui(tracking_uri=store, port=unused_port(), announce=announce) == 0
     assert told
