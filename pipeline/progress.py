@@ -75,6 +75,10 @@ class EpochBar:
     ) -> None:
         self._progress.stop()
 
+    def begin(self, done: int) -> None:
+        """Start the estimate of the time left, when the job is set up and `done` epochs have been done."""
+        self._before, self._begun = done, self._clock()
+
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """Move the bar; `epoch` from 0, `step` from 1; `read` gives the epoch's figures so far, if they are known."""
         if self._before is None:

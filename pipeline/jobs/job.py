@@ -171,6 +171,7 @@ class RunObserver:
             if self._tell is not None:
                 for then in read_progress(self._run.path / CHECKPOINTS, progress):
                     self._tell(then)
+        self._bar.begin(progress.epochs)
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         self._bar.step(epoch, step, n_steps, read)

@@ -51,6 +51,17 @@ def test_a_resumed_run_estimates_from_its_own_epochs(clock: Clock) -> None:
     assert lines_of(out) == ["epoch 41: loss 1.000, 60.0 s (epoch 41/50, 9 min 0 s left)"]
 
 
+def test_the_start_of_workers_does_not_count_as_training(clock: Clock) -> None:
+    """Ray may take longer to start than an epoch takes."""
+    out = io.StringIO()
+    with EpochBar(Console(file=out, width=80), "search", 3, clock=clock) as bar:
+        clock.now += 600
+        bar.begin(0)
+        clock.now += 10
+        bar.epoch_line("epoch 1: loss 1.000, 10.0 s", 1)
+    assert lines_of(out) == ["epoch 1: loss 1.000, 10.0 s (epoch 1/3, 20.0 s left)"]
+
+
 def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
     out = io.StringIO()
     with EpochBar(Console(file=out, width=200), "search", 2, clock=clock) as bar:
