@@ -319,7 +319,9 @@ def out_of_reach(error: OSError, path: Path) -> CheckpointError:
         run/epoch-0001.pt: cannot be read (Permission denied); make it readable and run the same command again
     """
     reason = error.strerror or str(error)
-    return CheckpointError(f"{path}: cannot be read ({reason}); make it readable and run the same command again")
+    return CheckpointError(
+        f"{path}: cannot be read ({reason}); make it readable and run the same command again"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
