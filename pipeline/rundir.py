@@ -586,5 +586,5 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: {where} is not a line of metrics; the command of the run makes the file anew"
+            f"{file}: {where} is not a line of metrics; the command of the run restores the file"
         ) from None
