@@ -15,12 +15,11 @@ from pipeline import checkpoint, epoch_log
 from pipeline.cli import run as istanas
 from pipeline.config import load
 from pipeline.epoch_log import COPIES, LogEnd
-from pipeline.record import Progress, load_progress, read_records
+from pipeline.record import Progress
 from pipeline.rundir import RunDir, atomic_write, is_full
 from pipeline.searcher import StudySearcher
 from pipeline.study import BLOCKED, FAILED, open_study, own_trials
 from pipeline.trial import failure
-from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
 from tests.pipeline.tiny_search import SETTINGS, decided, search
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -121,24 +120,6 @@ def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_
     checkpoint.write(folder, 2, new, line, first.offset)
     assert newest() == new
     assert len(list(epoch_log.read(folder, second))) == 2
-
-
-@pytest.mark.parametrize("pages", [0, 1, 2, 3, 4, 5])
-def test_a_checkpoint_of_version_0_1_survives_a_disk_that_has_no_room_for_its_new_form(
-    disk: Path, pages: int
-) -> None:
-    folder = disk / "run" / "checkpoints"
-    state = {"history": [as_version_0_1(record_of(1)), as_version_0_1(record_of(2))], "net": "x" * 3 * PAGE}
-    checkpoint.write_state(folder, 2, checkpoint.serialize(state))
-    before = {path.name: path.read_bytes() for path in folder.glob("epoch-*.*")}
-    filler = fill(disk, leave=pages)
-    with pytest.raises(OSError, match=FULL_DISK):
-        save_epoch(folder, load_progress(folder), net="x" * 3 * PAGE)
-    assert not (folder / "epoch-0003.json").exists()
-    assert {name: (folder / name).read_bytes() for name in before} == before
-    filler.unlink()
-    progress = save_epoch(folder, load_progress(folder))
-    assert [record.epoch for record in read_records(folder, progress)] == [1, 2, 3]
 
 
 def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
