@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically, checksummed, the last two kept; a broken one is passed over.
+"""Checkpoints of a run: written atomically, checksummed, the last two kept; damaged ones are skipped.
 
 An epoch is two files: `epoch-0003.pt` (tensors and plain containers only, loaded with `weights_only=True`) and
 `epoch-0003.json`, written after it, with its SHA-256. A checkpoint without a matching pair does not count.
@@ -12,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
+import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,10 +26,11 @@ import torch
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline import epoch_log, storage
-from pipeline.epoch_log import BrokenCheckpointWarning
-from pipeline.rundir import atomic_write, is_out_of_memory
+from pipeline.epoch_log import BrokenCheckpointWarning, LogError
+from pipeline.rundir import atomic_write, is_absent, is_out_of_memory, out_of_reach, sync_directory
 
 KEEP = 2
+_MANIFEST = re.compile(r"epoch-([0-9]+)\.json")
 
 
 class Store(Protocol):
@@ -110,14 +114,16 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
 
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
-        CheckpointError: if the log has been damaged since it was read.
+        CheckpointError: if both copies of the log have been damaged since they were read.
         IstanasError: if the storage refuses, see `pipeline.storage.push`.
     """
-    # A run resumes from the newest checkpoint that is whole: one of this epoch or a later one is broken, and does not
-    # count any more when the log, which it vouches for, is replaced.
-    for manifest in _manifests(folder):
-        if _epoch(manifest) >= epoch:
-            manifest.unlink()
+    # A run resumes from the newest checkpoint that is whole and matches the log, so those of this epoch and of later
+    # ones were skipped. They must not count any more, even after a power cut, once the log is overwritten.
+    skipped = [manifest for manifest in _manifests(folder) if _epoch(manifest) >= epoch]
+    for manifest in skipped:
+        manifest.unlink()
+    if skipped:
+        sync_directory(folder)
     epoch_log.append_line(folder, epoch, line, offset)
     write_state(folder, epoch, data)
 
@@ -142,21 +148,27 @@ def write_state(folder: Path, epoch: int, data: bytes) -> None:
     storage.push(folder.parent)
 
 
-def read_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None before the first.
+def read_latest(
+    folder: Path, prepare: Callable[[Checkpoint], Checkpoint] = lambda found: found
+) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None before the first.
 
     Args:
         folder: where the run's checkpoints lie; may be missing.
+        prepare: returns a whole checkpoint as the caller needs it. If it raises a `LogError`, the checkpoint before is
+            tried.
 
     Raises:
-        CheckpointError: if more than one epoch is lost: there are checkpoints, and none is whole.
+        CheckpointError: if there are checkpoints and none can be used, so that more than one epoch is lost; or if a
+            file cannot be read now, though it may be whole; or raised by `prepare`.
 
     Warns:
-        BrokenCheckpointWarning: for every newer one that is not.
+        BrokenCheckpointWarning: for every newer checkpoint that was skipped.
     """
-    broken: list[str] = []
+    skipped: list[str] = []
     manifests = _manifests(folder)
     for manifest in manifests:
+        file = manifest.with_suffix(".pt")
         try:
             found = _read(manifest)
         except (
@@ -168,19 +180,26 @@ def read_latest(folder: Path) -> Checkpoint | None:
             AttributeError,
             RecursionError,
         ) as error:  # not a MemoryError: the checkpoint may be whole
+            if isinstance(error, OSError) and not is_absent(error):
+                raise out_of_reach(error, Path(error.filename or file)) from error
             reason = " ".join(str(error).split())  # torch's errors have many lines
-            broken.append(f"checkpoint {manifest.with_suffix('.pt')} is broken ({reason:.200})")
+            skipped.append(f"checkpoint {file} is broken ({reason:.200})")
             continue
-        _warn(broken, "the one before is used")
+        try:
+            found = prepare(found)
+        except LogError as error:
+            skipped.append(f"checkpoint {file} does not match the log of epochs ({error})")
+            continue
+        _warn(skipped, "the one before is used")
         return found
-    if not broken:
+    if not skipped:
         return None
     if [_epoch(manifest) for manifest in manifests] == [1]:
-        _warn(broken, "there is none before, the run begins again")
+        _warn(skipped, "there is none before, the run begins again")
         return None
-    # Days of work may be lost: that is not for us to pass over.
+    # Days of work may be lost, so the user must decide.
     raise CheckpointError(
-        f"{'; '.join(broken)}: no checkpoint is left, restore one from a copy, or start over with --fresh"
+        f"{'; '.join(skipped)}: no checkpoint is left, restore one from a copy, or start over with --fresh"
     )
 
 
@@ -200,22 +219,20 @@ def _read(manifest: Path) -> Checkpoint:
     return Checkpoint(data, deserialize(data))
 
 
-def _warn(broken: list[str], consequence: str) -> None:
-    for text in broken:
+def _warn(skipped: list[str], consequence: str) -> None:
+    for text in skipped:
         warnings.warn(f"{text}: {consequence}", BrokenCheckpointWarning, stacklevel=3)
 
 
 def _manifests(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(
-        (
-            p
-            for p in folder.glob("epoch-*.json")
-            if p.stem.isascii() and p.stem.removeprefix("epoch-").isdigit()
-        ),
-        key=_epoch,
-        reverse=True,
-    )
+    try:
+        names = os.listdir(folder)  # `Path.glob` finds nothing in a folder without read permission
+    except OSError as error:
+        if is_absent(error):
+            return []
+        raise out_of_reach(error, folder) from error
+    return sorted((folder / name for name in names if _MANIFEST.fullmatch(name)), key=_epoch, reverse=True)
 
 
 def _epoch(path: Path) -> int:

@@ -3,13 +3,14 @@
 The log lies beside the checkpoints, in two copies: the folders `epochs` and `epochs-copy`. Each copy consists of
 segments of `SEGMENT` lines, so that a bucket, which takes whole files, receives a bounded part of it after an epoch.
 A line is a SHA-256 digest, a space and the record of the epoch as JSON. The digest covers the digest of the line
-before it and the record; a segment begins with the digest at which it goes on. A checkpoint holds the last digest, and
-with it vouches for every line: a damaged segment is noticed, and replaced from the other copy.
+before it and the record; a segment starts with the digest of the previous segment's last line. A checkpoint holds the
+last digest, which authenticates every earlier line: a damaged segment is noticed, and replaced from the other copy.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,14 +18,20 @@ from pathlib import Path
 
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
-from pipeline.rundir import append, atomic_write
+from pipeline.rundir import append, atomic_write, is_absent, make_hold, out_of_reach
 
 SEGMENT = 100
 COPIES = ("epochs", "epochs-copy")
+LINE_BYTES = LOG_SEGMENT_BYTES // SEGMENT
+"""Of a line, so that no segment is larger than what is read."""
 
 
 class BrokenCheckpointWarning(UserWarning):
     """A checkpoint or a segment of the log did not match its checksum, and another file was used."""
+
+
+class LogError(CheckpointError):
+    """No copy of the log has the lines that a checkpoint needs."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,22 @@ class LogEnd:
     offset: int = 0
 
     def after(self, text: str) -> tuple[LogEnd, bytes]:
-        """Return the end of the log after one more line, and that line, with what a segment begins with.
+        """Return the end of the log after one more line, and that line, with what a segment starts with.
 
         Args:
             text: the record, in one line.
+
+        Raises:
+            CheckpointError: if the line has more than `LINE_BYTES`.
         """
         digest = _chained(self.digest, text)
         start = f"{self.digest}\n" if self.epochs % SEGMENT == 0 else ""
         line = f"{start}{digest} {text}\n".encode()
+        if len(line) > LINE_BYTES:
+            raise CheckpointError(
+                f"the record of epoch {self.epochs + 1} has {len(line)} bytes, more than the {LINE_BYTES} that fit "
+                "into the log: search fewer nodes or operations"
+            )
         epochs = self.epochs + 1
         offset = 0 if epochs % SEGMENT == 0 else self.offset + len(line)
         return LogEnd(epochs, digest, offset), line
@@ -62,6 +77,8 @@ class LogEnd:
 
 def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
     """Write the line of an epoch to both copies; whatever a log held from this epoch on is removed.
+
+    A copy that has become shorter since it was verified is restored from the other.
 
     Args:
         folder: of the checkpoints.
@@ -71,23 +88,40 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
 
     Raises:
         OSError: if the disk refuses; the lines before this one are then untouched.
-        CheckpointError: if a copy is shorter than it was when it was last verified.
+        CheckpointError: if both copies are damaged.
+
+    Warns:
+        BrokenCheckpointWarning: for a copy that was restored.
     """
-    for copy in COPIES:
-        segment = (epoch - 1) // SEGMENT
-        file = _file(folder, copy, segment)
+    segment = (epoch - 1) // SEGMENT
+    files = [_file(folder, copy, segment) for copy in COPIES]
+    for file, other in zip(files, reversed(files), strict=True):
         try:
             append(file, line, at=offset)
         except ValueError as error:
-            raise CheckpointError(
-                f"{file}: {error}, something else has changed it; the same command restores it"
-            ) from None
-        while (later := _file(folder, copy, segment := segment + 1)).exists():
+            try:
+                whole = read_at_most(other, LOG_SEGMENT_BYTES)[:offset] + line
+                end, _, _ = line.decode().partition(" ")
+                _verify(whole.splitlines(keepends=True), segment * SEGMENT, epoch - segment * SEGMENT, end)
+            except (OSError, ValueError) as reason:
+                if isinstance(reason, OSError) and not is_absent(reason):
+                    raise
+                raise CheckpointError(
+                    f"{file}: {error}, and {other} is damaged ({reason}); run the same command again, which resumes "
+                    "from the newest checkpoint that matches the log"
+                ) from None
+            atomic_write(file, whole)
+            _warn_of_damage(file, str(error))
+    for copy in COPIES:
+        for number in itertools.count(segment + 1):
+            later = _file(folder, copy, number)
+            if not later.exists():
+                break
             later.unlink()
 
 
 def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
-    """Replace the whole log.
+    """Make both copies of the log hold just these records; a copy that does so already is not written.
 
     Args:
         folder: of the checkpoints.
@@ -104,38 +138,49 @@ def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
         segments[-1].append(line)
     for copy in COPIES:
         for number, lines in enumerate(segments):
-            atomic_write(_file(folder, copy, number), b"".join(lines))
+            make_hold(_file(folder, copy, number), b"".join(lines))
     return end
 
 
 def read(folder: Path, end: LogEnd) -> Iterator[str]:
-    """Yield the records of all epochs up to an end of the log, verified; what lies behind it is not looked at.
+    """Yield the records of all epochs up to an end of the log, verified as by `verify`; later lines are ignored.
 
-    A segment that is damaged in one copy is replaced from the other.
+    Arguments, errors and warnings are those of `verify`; errors are raised before any record is returned.
+    """
+    verify(folder, end)
+    for number, count in enumerate(_counts(end)):
+        lines = read_at_most(_file(folder, COPIES[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
+        for line in lines[1 : count + 1]:
+            yield line.partition(" ")[2]
+
+
+def verify(folder: Path, end: LogEnd) -> None:
+    """Check the log up to an end, and replace a segment that is damaged in one copy from the other copy.
 
     Args:
         folder: of the checkpoints.
         end: as the checkpoint holds it.
 
     Raises:
-        CheckpointError: if both copies of a segment are damaged, or do not belong to this end; before any record.
+        LogError: if both copies of a segment are damaged, or do not belong to this end.
+        CheckpointError: if a segment cannot be read now, though it may be whole.
 
     Warns:
         BrokenCheckpointWarning: for every segment that was replaced.
     """
-    counts = [min(SEGMENT, end.epochs - first) for first in range(0, end.epochs, SEGMENT)]
     digest = end.digest
-    # From the end, which the checkpoint vouches for, to the start.
-    for number, count in reversed(list(enumerate(counts))):
-        digest = _mend_segment(folder, number, count, digest)
-    for number, count in enumerate(counts):
-        lines = read_at_most(_file(folder, COPIES[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
-        for line in lines[1 : count + 1]:
-            yield line.partition(" ")[2]
+    # From the end, whose digest the checkpoint holds, to the start.
+    for number, count in reversed(list(enumerate(_counts(end)))):
+        digest = _restore_segment(folder, number, count, digest)
 
 
-def _mend_segment(folder: Path, number: int, count: int, digest: str) -> str:
-    """Replace a damaged copy of a segment; returns the digest with which the segment before it must end."""
+def _counts(end: LogEnd) -> list[int]:
+    """The number of lines of each segment."""
+    return [min(SEGMENT, end.epochs - first) for first in range(0, end.epochs, SEGMENT)]
+
+
+def _restore_segment(folder: Path, number: int, count: int, digest: str) -> str:
+    """Replace a damaged copy of a segment; return the digest with which the segment before it must end."""
     whole: bytes | None = None
     before = ""
     damaged: dict[Path, str] = {}
@@ -143,26 +188,31 @@ def _mend_segment(folder: Path, number: int, count: int, digest: str) -> str:
         try:
             lines = read_at_most(file, LOG_SEGMENT_BYTES).splitlines(keepends=True)[: count + 1]
             before = _verify(lines, number * SEGMENT, count, digest)
-        except (OSError, ValueError) as error:
-            damaged[file] = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        except OSError as error:
+            if not is_absent(error):
+                raise out_of_reach(error, file) from error
+            damaged[file] = error.strerror or str(error)
+        except ValueError as error:
+            damaged[file] = str(error)
         else:
             whole = b"".join(lines)
     if whole is None:
         told = "; ".join(f"{file} is damaged ({reason})" for file, reason in damaged.items())
-        raise CheckpointError(
-            f"{told}: the epochs before the checkpoint are lost, restore one of the two from a copy, or start over "
-            "with --fresh"
-        )
+        raise LogError(f"{told}: restore one of the two from a copy")
     for file, reason in damaged.items():
         atomic_write(file, whole)
-        warnings.warn(
-            f"{file} was damaged ({reason}): replaced from its copy", BrokenCheckpointWarning, stacklevel=4
-        )
+        _warn_of_damage(file, reason)
     return before
 
 
+def _warn_of_damage(file: Path, reason: str) -> None:
+    warnings.warn(
+        f"{file} was damaged ({reason}): replaced from its copy", BrokenCheckpointWarning, stacklevel=3
+    )
+
+
 def _verify(lines: list[bytes], first: int, count: int, expected: str) -> str:
-    """Check a segment that is to end with a digest; returns the one with which it goes on from the one before."""
+    """Check that a segment ends with a digest; return the one with which the segment before it must end."""
     if len(lines) <= count:
         raise ValueError(f"it ends after line {first + max(len(lines) - 1, 0)}")
     before = digest = lines[0].decode().removesuffix("\n")
@@ -172,7 +222,7 @@ def _verify(lines: list[bytes], first: int, count: int, expected: str) -> str:
         if told != digest or not text.endswith("\n"):
             raise ValueError(f"line {number} does not match its checksum")
     if digest != expected or (first == 0 and before != ""):
-        raise ValueError("it is not of this run's last checkpoint")
+        raise ValueError("it does not match the checkpoint's digest")
     return before
 
 

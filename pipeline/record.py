@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,19 @@ class EpochRecord:
         """Return the record in one line, every number exact."""
         return json.dumps(asdict(self))
 
+    def normalized(self) -> EpochRecord:
+        """Return the record as `from_json` accepts it: an integer where a float belongs becomes a float.
+
+        Raises:
+            CheckpointError: if a value has another type than its field.
+
+        Example:
+            >>> record = EpochRecord(epoch=1, timestamp_ms=1000, seconds=2, workers=1, metrics={"train/loss": 3})
+            >>> record.normalized().metrics
+            {'train/loss': 3.0}
+        """
+        return _parse_record(self.to_json())
+
     @classmethod
     def from_json(cls, text: str) -> EpochRecord:
         """Return the record that `to_json` wrote.
@@ -105,13 +119,7 @@ class EpochRecord:
             Traceback (most recent call last):
             istanas.errors.CheckpointError: not the record of an epoch (epoch: Field required)
         """
-        try:
-            record = _RECORD.validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            reason = f"{where:.60}: {first['msg']}" if where else first["msg"]
-            raise CheckpointError(f"not the record of an epoch ({reason:.200})") from None
+        record = _parse_record(text)
         # The reader above tolerates unknown keys and missing ones that have a default.
         if record.to_json() != text:
             raise CheckpointError(
@@ -131,6 +139,16 @@ class EpochRecord:
 
 
 _RECORD, _LOG_END = TypeAdapter(EpochRecord), TypeAdapter(LogEnd)
+
+
+def _parse_record(text: str) -> EpochRecord:
+    try:
+        return _RECORD.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where:.60}: {first['msg']}" if where else first["msg"]
+        raise CheckpointError(f"not the record of an epoch ({reason:.200})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +184,15 @@ class Progress:
         return self.last
 
     def after(self, record: EpochRecord) -> tuple[Progress, bytes]:
-        """Return the progress after one more epoch, and the epoch's line in the log."""
+        """Return the progress after one more epoch, and the epoch's line in the log.
+
+        Args:
+            record: of the epoch.
+
+        Raises:
+            CheckpointError: if the record has a value of a wrong type, or is too large for the log.
+        """
+        record = record.normalized()
         log, line = self.log.after(record.to_json())
         progress = Progress(
             last=record,
@@ -188,7 +214,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Return what `to_state` made plain.
+        """Rebuild the progress from `to_state`'s output.
 
         Raises:
             CheckpointError: if it was not made by `to_state`.
@@ -243,33 +269,33 @@ def read_progress(folder: Path, progress: Progress) -> Iterator[Progress]:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None before the first; one of version 0.1 is converted.
+    """Return the newest checkpoint that is whole and matches the log, or None before the first.
 
-    Version 0.1 kept the records of all epochs in each of its checkpoints. They become the log, and the checkpoint is
-    written anew without them.
+    Version 0.1 kept the records of all epochs in each of its checkpoints. Such a checkpoint is converted in memory, and
+    its records are written to the log. Its file stays as it is: the next epoch writes a checkpoint of the new form.
 
     Args:
         folder: of the checkpoints; may be missing.
 
     Raises:
-        CheckpointError: see `checkpoint.read_latest`; or its records are not those of version 0.1.
+        CheckpointError: see `checkpoint.read_latest`; or it is a checkpoint of something else than a job's epochs.
+        OSError: if the log of a run of version 0.1 cannot be written; its checkpoints are then untouched.
 
     Warns:
-        BrokenCheckpointWarning: see `checkpoint.read_latest`.
+        BrokenCheckpointWarning: see `checkpoint.read_latest` and `epoch_log.verify`.
     """
-    found = checkpoint.read_latest(folder)
-    return found if found is None or "history" not in found.state else _convert(folder, found.state)
+    return checkpoint.read_latest(folder, functools.partial(_with_log, folder))
 
 
 def load_progress(folder: Path) -> Progress:
     """Return how far the job is whose checkpoints lie in a folder; arguments and errors as of `load_latest`."""
     found = load_latest(folder)
-    return Progress() if found is None else Progress.from_state(found.state.get("progress", {}))
+    return Progress() if found is None else Progress.from_state(found.state["progress"])
 
 
 @dataclass(frozen=True)
 class FolderStore:
-    """A store in this process's reach."""
+    """Checkpoint store in a local folder."""
 
     folder: Path
 
@@ -279,6 +305,18 @@ class FolderStore:
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         checkpoint.write(self.folder, epoch, data, line, offset)
+
+
+def _with_log(folder: Path, found: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that is known to match the log."""
+    if "history" in found.state:
+        return _convert(folder, found.state)
+    try:
+        progress = Progress.from_state(found.state.get("progress", {}))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    epoch_log.verify(folder, progress.log)
+    return found
 
 
 def _convert(folder: Path, saved: dict[str, Any]) -> Checkpoint:
@@ -305,9 +343,7 @@ def _convert(folder: Path, saved: dict[str, Any]) -> Checkpoint:
         ) from None
     epoch_log.rewrite(folder, (record.to_json() for record in records))
     state["progress"] = progress.to_state()
-    data = checkpoint.serialize(state)
-    checkpoint.write_state(folder, progress.epochs, data)
-    return Checkpoint(data, state)
+    return Checkpoint(checkpoint.serialize(state), state)
 
 
 def _of_version_0_1(found: Mapping[str, Any]) -> EpochRecord:
@@ -329,10 +365,9 @@ def _of_version_0_1(found: Mapping[str, Any]) -> EpochRecord:
             rejection=found.get("rejection"),
             frozen=None if frozen is None else tuple(Freezing(**each) for each in frozen),
         )
-    record = EpochRecord(
+    return EpochRecord(
         **{name: found[name] for name in ("epoch", "timestamp_ms", "seconds", "workers")},
-        metrics={name: float(value) for name, value in found["metrics"].items()},
+        metrics=found["metrics"],
         rollbacks=tuple(Rollback(**each) for each in found.get("rollbacks", ())),
         search=search,
-    )
-    return EpochRecord.from_json(record.to_json())  # which checks the types
+    ).normalized()

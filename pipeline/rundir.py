@@ -48,7 +48,7 @@ def data_label(name: str, root: str | None) -> str:
 
     Example:
         >>> data_label("digits", None), data_label("folder", "/data/Pets/my cats")
-        ('digits', 'pets-my-cats-77d46f')
+        ('digits', 'pets-my-cats-be8e75')
     """
     if name != OWN_PICTURES or root is None:
         return name
@@ -215,7 +215,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise refused(error, target, len(content)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def append(path: Path, data: bytes, *, at: int) -> None:
@@ -245,15 +245,16 @@ def append(path: Path, data: bytes, *, at: int) -> None:
             raise ValueError(f"it has {size} bytes, not at least {at}")
         os.ftruncate(stream.fileno(), at)
         stream.seek(at)
+        left = memoryview(data)
         try:
-            if (taken := stream.write(data)) < len(data):  # what a disk that fills up takes
-                stream.write(data[taken:])
+            while left:  # A write may take only a part of the data, for example when a disk fills up.
+                left = left[stream.write(left) :]
             os.fsync(stream.fileno())
         except OSError as error:
             os.ftruncate(stream.fileno(), at)
             raise refused(error, path, len(data)) from error
     if created:
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def make_hold(path: Path, content: bytes) -> None:
@@ -293,6 +294,36 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_absent(error: BaseException) -> bool:
+    """Return whether an error of reading a file means that there is no such file, not that it is out of reach.
+
+    Only an absent or damaged file may be replaced. A file without read permission, or on a disk or a network
+    that fails now, may be whole.
+
+    Example:
+        >>> is_absent(FileNotFoundError()), is_absent(PermissionError()), is_absent(OSError(errno.EIO, "I/O"))
+        (True, False, False)
+    """
+    return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+
+
+def out_of_reach(error: OSError, path: Path) -> CheckpointError:
+    """Return the error for a file of a run that cannot be read now, in one line.
+
+    Args:
+        error: of reading the file; not one for which `is_absent` holds.
+        path: of the file.
+
+    Example:
+        >>> print(out_of_reach(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
+        run/epoch-0001.pt: cannot be read (Permission denied); make it readable and run the same command again
+    """
+    reason = error.strerror or str(error)
+    return CheckpointError(
+        f"{path}: cannot be read ({reason}); make it readable and run the same command again"
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine, or its GPU, has no memory left; torch says so of either only in words.
 
@@ -322,8 +353,12 @@ def refused(error: OSError, path: Path, needed: int) -> OSError:
     return OSError(f"{path}: {error}") if text is None else OSError(error.errno, text, str(path))
 
 
-def _sync_directory(directory: Path) -> None:
-    # Without this the rename itself can be lost in a power cut. Not every system can open a directory.
+def sync_directory(directory: Path) -> None:
+    """Make created, renamed and deleted files of a folder survive a power cut.
+
+    Args:
+        directory: the folder. Where the system cannot open a folder, nothing is done.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -551,5 +586,5 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: {where} is not a line of metrics; the command of the run makes the file anew"
+            f"{file}: {where} is not a line of metrics; the command of the run restores the file"
         ) from None

@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; p
 SECONDS_BETWEEN_BEATS = 20.0  # of a run's owner
 SECONDS_TO_BEAT = 60.0  # after which an owner that was not heard of counts as gone
 SECONDS_TO_SETTLE = 1.0  # in which two that take a run at the same moment are seen by each other
+_MANIFEST = re.compile(r"checkpoints/epoch-[0-9]+\.json")
 RUN_FOLDER = re.compile(r".+-(search|retrain)-[0-9a-f]{10}")  # in a sweep's run directory: runs of their own
 
 Say = Callable[[str], None]
@@ -489,17 +490,16 @@ class _Mirror:
             )
         here = self._here()
         gone = sorted(self._there.keys() - here.keys(), key=_place, reverse=True)
-        if RECORD_FILE in gone:  # started over: no moment at which there is an old record and a new file
-            for name in gone:
-                self.delete(name)
+        # Started over: at no moment is there an old record and a new file.
+        first = gone if RECORD_FILE in gone else self._outdated_manifests(here)
+        for name in first:
+            self._forget(name)
         changed = sorted((n for n, stamp in here.items() if self._there.get(n) != stamp), key=_place)
         for name in changed:
             self.put(name, (self.path / name).read_bytes())
-        if RECORD_FILE not in gone:
-            for name in gone:
-                self.delete(name)
         for name in gone:
-            del self._there[name]
+            if name in self._there:
+                self._forget(name)
         # Not all of them: a sweep has many trials.
         for folder in sorted({posixpath.dirname(name) for name in changed}):
             self._there |= {name: stamp for name, stamp in self._look(folder).items() if _is_mirrored(name)}
@@ -507,6 +507,22 @@ class _Mirror:
         for name in changed:
             if after.get(name) == here[name] and name in self._there:
                 self._stamp(name)
+
+    def _forget(self, name: str) -> None:
+        self.delete(name)
+        del self._there[name]
+
+    def _outdated_manifests(self, here: Mapping[str, _Stamp]) -> Sequence[str]:
+        """Names of the checksums of epochs that are done again, or were abandoned.
+
+        They are deleted before anything is sent: the log that their checkpoints match is about to be overwritten.
+        """
+        newest = max(map(_epoch, filter(_MANIFEST.fullmatch, here)), default=0)
+        return [
+            name
+            for name, stamp in self._there.items()
+            if _MANIFEST.fullmatch(name) and _epoch(name) >= newest and here.get(name) != stamp
+        ]
 
     def _stamp(self, name: str) -> None:
         os.utime(self.path / name, ns=(self._there[name].changed,) * 2)
@@ -615,15 +631,21 @@ def _place_of_processes() -> str:
         return ""
 
 
-def _place(name: str) -> int:
-    """In which order objects are written; they are deleted in the opposite one.
+def _epoch(manifest: str) -> int:
+    return int(manifest.removeprefix("checkpoints/epoch-").removesuffix(".json"))
 
-    A checkpoint and the log of its epochs before the checksum that makes it count, all of them before what is told of
-    it, the record last.
+
+def _place(name: str) -> int:
+    """Return the rank in which objects are written; they are deleted in the opposite order.
+
+    The log of epochs comes first, then a checkpoint of them, then the checksum that makes it count, then what is told
+    of it, and the record last.
     """
-    if name.startswith("checkpoints/"):
-        return 1 if name.endswith(".json") else 0
-    return 3 if name == RECORD_FILE else 2
+    if not name.startswith("checkpoints/"):
+        return 4 if name == RECORD_FILE else 3
+    if _MANIFEST.fullmatch(name):
+        return 2
+    return 1 if name.endswith(".pt") else 0
 
 
 def _is_mirrored(name: str) -> bool:

@@ -8,8 +8,9 @@ observer second, so that whatever an observer has seen can be told again after a
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -300,9 +301,10 @@ def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, f
         CheckpointError: if the last epoch's checkpoint is not there or not whole.
     """
     saved = _last(folder, config.retrain.epochs)
-    check_same_genotype(saved, genotype)
     net = build_target(config, genotype, dataset)
-    net.load_state_dict(saved["net"])
+    with _of_this_job():
+        check_same_genotype(saved, genotype)
+        net.load_state_dict(saved["net"])
     return net.eval()
 
 
@@ -315,7 +317,8 @@ def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path
     """
     saved = _last(folder, epochs)
     search = build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
-    search.load_state_dict(saved["search"])
+    with _of_this_job():
+        search.load_state_dict(saved["search"])
     return absorb_into_batchnorm(search.supernet)
 
 
@@ -345,9 +348,16 @@ def _restore(job: EpochJob, saved: dict[str, Any]) -> Progress:
     Raises:
         CheckpointError: the checkpoint is whole, but not one that this program wrote for this job.
     """
-    try:
+    with _of_this_job():
         job.load(saved)
         return Progress.from_state(saved["progress"])
+
+
+@contextlib.contextmanager
+def _of_this_job() -> Iterator[None]:
+    """Turn what a whole checkpoint of another job, or of another program, makes fail into one line."""
+    try:
+        yield
     except (
         KeyError,
         TypeError,

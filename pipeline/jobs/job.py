@@ -10,9 +10,10 @@ import csv
 import dataclasses
 import io
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,10 +155,13 @@ class RunObserver:
     def resumed(self, progress: Progress, workers: int) -> None:
         # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
         lines = []
-        with self._tables.replaced() as add:
+
+        def records() -> Iterator[EpochRecord]:
             for record in self._records(progress):
                 lines.append(metrics_line(record))
-                add(record)
+                yield record
+
+        self._restore_tables(records())
         self._run.replace_metrics(lines)
         self._tracker.deliver()
         if progress.last is not None:
@@ -180,9 +184,7 @@ class RunObserver:
         new = progress.newest
         self._run.append_metrics(new.epoch, new.metrics, new.timestamp_ms)
         if not self._tables.append(new):
-            with self._tables.replaced() as add:
-                for record in self._records(progress):
-                    add(record)
+            self._restore_tables(self._records(progress))
         self._bar.epoch_line(self._describe(new), new.epoch)
         self._tracker.deliver()
         storage.push(self._run.path)
@@ -199,6 +201,10 @@ class RunObserver:
     def deliver(self) -> None:
         """Bring MLflow up to date with what else was written to the run directory."""
         self._tracker.deliver()
+
+    def _restore_tables(self, records: Iterable[EpochRecord]) -> None:
+        for file in self._tables.replace(records):
+            self._bar.line(_restored(file))
 
     def _records(self, progress: Progress) -> Iterator[EpochRecord]:
         return read_records(self._run.path / CHECKPOINTS, progress)
@@ -217,22 +223,36 @@ class _SearchTables:
         self._kept: KeptCodes = {}
         self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0}
 
-    @contextlib.contextmanager
-    def replaced(self) -> Iterator[Callable[[EpochRecord], None]]:
-        """Yield what takes the record of each epoch done; afterwards the tables are what these epochs make them."""
-        contents = {name: io.BytesIO() for name in self._sizes}
-        self._kept, self._sizes = {}, dict.fromkeys(self._sizes, 0)
+    def replace(self, records: Iterable[EpochRecord], *, finished: bool = False) -> list[Path]:
+        """Make the tables what the records of all epochs done make them.
 
-        def add(record: EpochRecord) -> None:
+        Args:
+            records: of the epochs, from the first.
+            finished: whether no other epoch was begun. Else a kill may have left rows of a later epoch in a table, or
+                only a part of the last epoch's rows.
+
+        Returns:
+            The tables that no kill has left as they were: they had been damaged.
+        """
+        contents = {name: io.BytesIO() for name in self._sizes}
+        before_last = dict(self._sizes)
+        self._kept, self._sizes = {}, dict.fromkeys(self._sizes, 0)
+        for record in records:
+            before_last = dict(self._sizes)
             for name, rows in self._rows(record).items():
                 self._sizes[name] += contents[name].write(rows)
-
-        yield add
+        damaged = []
         for name, content in contents.items():
-            if self._sizes[name] == 0:
-                (self._folder / name).unlink(missing_ok=True)
-            else:
-                make_hold(self._folder / name, content.getvalue())
+            file, new = self._folder / name, content.getvalue()
+            if not new:
+                file.unlink(missing_ok=True)
+                continue
+            old = file.read_bytes() if file.is_file() else b""
+            torn = len(old) >= before_last[name] and new.startswith(old)
+            if old != new and (finished or not (torn or old.startswith(new))):
+                damaged.append(file)
+            make_hold(file, new)
+        return damaged
 
     def append(self, record: EpochRecord) -> bool:
         """Add the rows of the next epoch; False if a table is shorter than it was left: it has been damaged since."""
@@ -260,6 +280,10 @@ class _SearchTables:
             )
             text[name] = stream.getvalue().encode()
         return text
+
+
+def _restored(file: Path) -> str:
+    return f"warning: {file}: it was damaged: restored from the log of epochs"
 
 
 Prepared = TypeVar("Prepared")
@@ -441,32 +465,57 @@ def _mend(
     say: Callable[[str], None],
     metrics_anew: Callable[[], list[MetricsLine]] | None = None,
 ) -> None:
-    """Make anew those damaged files of a run that its checkpoints and its configuration can replace."""
+    """Restore those damaged files of a run that its checkpoints and its configuration can replace."""
     try:
         run.read()
     except CheckpointError as error:
-        say(f"warning: {error.args[0].partition('; ')[0]}: made anew, the old one is {RECORD_FILE}.damaged")
+        say(f"warning: {_what(error)}: replaced, the damaged file is {RECORD_FILE}.damaged")
         # A copy: without a record, whatever is here would count as nothing.
         shutil.copyfile(run.path / RECORD_FILE, run.path / f"{RECORD_FILE}.damaged")
         run.write(_new_record(spec))
+    finished = run.read().status == "FINISHED"
     try:
         run.environment()
     except CheckpointError as error:
-        say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
-        (run.path / ENVIRONMENT_FILE).unlink()
+        damaged = f"{ENVIRONMENT_FILE}.damaged"
+        # Where a finished run was computed, nothing else says. One that resumes writes where it is computed now.
+        done = "set aside as" if finished else "replaced, the damaged file is"
+        say(f"warning: {_what(error)}: {done} {damaged}")
+        os.replace(run.path / ENVIRONMENT_FILE, run.path / damaged)
     try:
         run.metrics()
         # A run that goes on writes its last line again, one that has finished does not.
-        if run.ends_in_mid_line() and run.read().status == "FINISHED":
+        if run.ends_in_mid_line() and finished:
             raise CheckpointError(f"{run.path / METRICS_FILE}: ends in mid-line; restore it, or use --fresh")
     except CheckpointError as error:
         # Every line is in the log, too; a sweep that resumes makes its own from the study.
         folder = run.path / CHECKPOINTS
         lines = [metrics_line(record) for record in read_records(folder, load_progress(folder))]
-        if not lines and run.read().status == "FINISHED":
+        if not lines and finished:
             lines = _of_a_finished_run(metrics_anew, error)
-        say(f"warning: {error.args[0].partition('; ')[0]}: made anew")
+        say(f"warning: {_what(error)}: restored")
         run.replace_metrics(lines)
+    if finished and spec.kind == "search":
+        _restore_tables(run, spec, say)
+
+
+def _what(error: CheckpointError) -> str:
+    """Return what is wrong with a file, without the remedy."""
+    return str(error).partition("; ")[0]
+
+
+def _restore_tables(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
+    """Restore the damaged tables of a finished search; an unfinished one does so when it resumes."""
+    folder, lines = run.path / CHECKPOINTS, run.metrics()
+    try:
+        progress = load_progress(folder)
+        if progress.epochs != (lines[-1].step if lines else 0):
+            return  # The checkpoints were deleted, or the last one is damaged, which has been said.
+        tables = _SearchTables(run.path, spec.config.space.cell_space())
+        for file in tables.replace(read_records(folder, progress), finished=True):
+            say(_restored(file))
+    except CheckpointError as error:  # The result of a finished run does not depend on its checkpoints.
+        say(f"warning: {error}")
 
 
 def _of_a_finished_run(
@@ -484,7 +533,7 @@ def _mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) ->
     """Make the record anew where there are checkpoints without one, unless a --fresh was killed that deletes them."""
     checkpoints = any((run.path / CHECKPOINTS).glob("epoch-*.pt"))
     if checkpoints and not run.exists() and not (run.path / CLEARING_FILE).exists():
-        say(f"warning: {run.path / RECORD_FILE}: missing, though there are checkpoints: made anew")
+        say(f"warning: {run.path / RECORD_FILE}: missing, though there are checkpoints: restored")
         run.write(_new_record(spec))
 
 

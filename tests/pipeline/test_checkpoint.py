@@ -1,13 +1,16 @@
-"""Checkpoints: whole or not there; whatever is broken is passed over, and nothing in a file is executed."""
+"""Checkpoints: whole or not there; damaged ones are skipped, and nothing in a file is executed."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
+import resource
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from istanas.errors import CheckpointError
 from pipeline import checkpoint
 from pipeline.checkpoint import BrokenCheckpointWarning, deserialize, read_latest, serialize
-from pipeline.record import FolderStore, Progress, read_records
+from pipeline.record import FolderStore, Progress, load_latest, read_records
 from tests.pipeline.made_up import record_of, save_epoch
 
 
@@ -204,6 +207,85 @@ def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert epoch_found(folder) == 2
+
+
+@contextlib.contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let this process open no more files (EMFILE)."""
+    lowest_free = os.open("/", os.O_RDONLY)
+    os.close(lowest_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """Be a user without rights; root, as which containers run, may read everything."""
+    mine = os.geteuid()
+    os.seteuid(65534 if mine == 0 else mine)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("epoch-0002.pt", 0), ("epoch-0002.json", 0), ("epochs/000001.jsonl", 0), (".", 0o300)],
+)
+def test_a_file_without_read_permission_does_not_count_as_broken(public: Path, name: str, mode: int) -> None:
+    """The next epoch would delete a broken checkpoint, and this one may be whole."""
+    save(public / "checkpoints", 1, 2)
+    before = (public / "checkpoints" / name).stat().st_mode
+    (public / "checkpoints" / name).chmod(mode)
+    with nobody(), pytest.raises(CheckpointError) as caught:
+        load_latest(public / "checkpoints")
+    (public / "checkpoints" / name).chmod(before)
+    assert str(caught.value) == (
+        f"{public / 'checkpoints' / name}: cannot be read (Permission denied); make it readable and run the same "
+        "command again"
+    )
+    found = load_latest(public / "checkpoints")
+    assert found is not None
+    assert found.state["epoch"] == 2
+
+
+def test_a_process_with_too_many_open_files_does_not_take_a_run_for_a_new_one(folder: Path) -> None:
+    with no_more_files(), pytest.raises(CheckpointError, match="Too many open files") as caught:
+        epoch_found(folder)
+    assert str(caught.value).startswith(f"{folder}: cannot be read")
+    assert epoch_found(folder) == 2
+
+
+def test_later_checkpoints_are_gone_for_good_before_the_log_is_overwritten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a checkpoint whose log is that of other epochs."""
+    flip_a_bit(folder / "epoch-0002.pt", 50)
+    fsync, synced = os.fsync, []
+
+    def noting(descriptor: int) -> None:
+        synced.append(
+            (Path(os.readlink(f"/proc/self/fd/{descriptor}")), (folder / "epoch-0002.json").exists())
+        )
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    save(folder, 2)
+    monkeypatch.undo()
+    assert synced[:2] == [(folder, False), (folder / "epochs" / "000001.jsonl", False)]
 
 
 class Bomb:

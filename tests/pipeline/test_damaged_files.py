@@ -1,4 +1,4 @@
-"""Files of a run that something has damaged: noticed, made anew where that can be, and never passed over in silence."""
+"""Files of a run that something has damaged: noticed, restored where that can be, and never ignored in silence."""
 
 import os
 import shutil
@@ -57,6 +57,10 @@ def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def cut_the_last_line(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 20)
+
+
 def garbage_in_the_middle(file: Path) -> None:
     first, second, *_ = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(first + b"\x00\xff{]\n" + second)
@@ -67,22 +71,39 @@ def half_a_line_in_the_middle(file: Path) -> None:
     file.write_bytes(first[: len(first) // 2] + b"\n" + second)
 
 
+DAMAGED_TABLE = ": it was damaged: restored from the log of epochs"
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
         ("metrics.jsonl", cut, None),  # as a kill leaves it
-        ("metrics.jsonl", garbage_in_the_middle, "metrics.jsonl: line 2 is not a line of metrics: made anew"),
+        ("metrics.jsonl", garbage_in_the_middle, "metrics.jsonl: line 2 is not a line of metrics: restored"),
         (
             "metrics.jsonl",
             half_a_line_in_the_middle,
-            "metrics.jsonl: line 1 is not a line of metrics: made anew",
+            "metrics.jsonl: line 1 is not a line of metrics: restored",
         ),
         ("metrics.jsonl", Path.unlink, None),
-        ("run.json", cut, ": made anew, the old one is run.json.damaged"),
-        ("environment.json", cut, ": made anew"),
-        ("trajectory.csv", cut, None),
+        ("run.json", cut, ": replaced, the damaged file is run.json.damaged"),
+        ("environment.json", cut, ": replaced, the damaged file is environment.json.damaged"),
+        ("trajectory.csv", cut, DAMAGED_TABLE),
+        ("trajectory.csv", cut_the_last_line, None),  # as a kill leaves it
+        ("trajectory.csv", Path.unlink, DAMAGED_TABLE),
+        ("codes.csv", garbage_in_the_middle, DAMAGED_TABLE),
     ],
-    ids=["metrics cut", "garbage", "half a line", "no metrics", "record", "environment", "trajectory"],
+    ids=[
+        "metrics cut",
+        "garbage",
+        "half a line",
+        "no metrics",
+        "record",
+        "environment",
+        "trajectory cut",
+        "trajectory torn",
+        "no trajectory",
+        "codes",
+    ],
 )
 def test_a_run_with_a_damaged_file_goes_on_and_ends_as_if_it_were_whole(
     stopped: Path, undisturbed: Path, name: str, damage: Callable[[Path], object], says: str | None
@@ -112,7 +133,7 @@ def test_a_record_that_is_gone_does_not_take_the_checkpoints_with_it(
 ) -> None:
     (stopped / "run.json").unlink()
     _, seen = search(stopped.parent)
-    assert f"warning: {stopped / 'run.json'}: missing, though there are checkpoints: made anew" in seen
+    assert f"warning: {stopped / 'run.json'}: missing, though there are checkpoints: restored" in seen
     assert "resumed after epoch 2" in seen
     assert decided(stopped) == decided(undisturbed)
 
@@ -128,10 +149,6 @@ def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_fr
     client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs(["1"])
     assert run.data.tags["istanas.run_dir"] == str(other)
-
-
-def cut_the_last_line(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 20)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +167,78 @@ def test_a_finished_run_with_damaged_metrics_has_them_again(
     damage(path / "metrics.jsonl")
     _, seen = search(path.parent)
     assert "finished before" in seen
-    assert f"metrics.jsonl: {says}: made anew" in seen
+    assert f"metrics.jsonl: {says}: restored" in seen
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_record_that_is_made_anew_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
+def one_wrong_digit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def finished(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run: its run directory."""
+    shutil.copytree(undisturbed.parent, tmp_path / "runs")
+    (path,) = (tmp_path / "runs").glob(NAME)
+    return path
+
+
+def warnings_in(seen: str) -> list[str]:
+    return [line for line in seen.splitlines() if line.startswith("warning: ")]
+
+
+@pytest.mark.parametrize("name", ["trajectory.csv", "codes.csv"])
+@pytest.mark.parametrize("damage", [cut, cut_the_last_line, one_wrong_digit, Path.unlink])
+def test_a_finished_run_with_a_damaged_table_has_it_again(
+    finished: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    before = (finished / name).read_bytes()
+    damage(finished / name)
+    _, seen = search(finished.parent)
+    assert "finished before" in seen
+    assert warnings_in(seen) == [f"warning: {finished / name}{DAMAGED_TABLE}"]
+    assert (finished / name).read_bytes() == before
+    _, seen = search(finished.parent)
+    assert warnings_in(seen) == []
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "all broken"])
+def test_the_tables_of_a_finished_run_stay_where_its_checkpoints_cannot_tell_what_they_were(
+    finished: Path, lost: str
+) -> None:
+    folder = finished / "checkpoints"
+    before = {name: (finished / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
+    if lost == "checkpoints":
+        shutil.rmtree(folder)
+    for file in folder.glob("epoch-*.pt"):
+        if lost == "all broken" or file.name == "epoch-0003.pt":
+            cut(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BrokenCheckpointWarning)
+        found, seen = search(finished.parent)
+    assert "finished before" in seen
+    assert found["run_dir"] == str(finished)
+    assert {name: (finished / name).read_bytes() for name in before} == before
+    assert ["no checkpoint is left" in line for line in warnings_in(seen)] == [True] * (lost == "all broken")
+
+
+def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finished: Path) -> None:
+    """Today's environment is not the one in which the run was computed."""
+    cut(finished / "environment.json")
+    damaged = (finished / "environment.json").read_bytes()
+    _, seen = search(finished.parent)
+    assert "finished before" in seen
+    (line,) = warnings_in(seen)
+    assert line.startswith(f"warning: {finished / 'environment.json'}: not JSON")
+    assert line.endswith(": set aside as environment.json.damaged")
+    assert (finished / "environment.json.damaged").read_bytes() == damaged
+    _, seen = search(finished.parent)
+    assert warnings_in(seen) == []
+
+
+def test_a_record_that_is_restored_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "runs", *tracked(tmp_path), tell=stop_after_two)
     (path,) = (tmp_path / "runs").glob(NAME)

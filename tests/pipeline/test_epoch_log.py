@@ -19,16 +19,18 @@ import pytest
 from rich.console import Console
 
 from istanas.errors import CheckpointError
+from istanas.limits import LOG_SEGMENT_BYTES
 from istanas.space import CellSpace
 from pipeline import checkpoint
 from pipeline.checkpoint import BrokenCheckpointWarning, serialize
-from pipeline.epoch_log import COPIES, SEGMENT, LogEnd, append_line
+from pipeline.epoch_log import COPIES, LINE_BYTES, SEGMENT, LogEnd, append_line
 from pipeline.jobs.job import RunObserver
 from pipeline.progress import EpochBar
 from pipeline.record import (
     EpochRecord,
     FolderStore,
     Progress,
+    Rollback,
     load_latest,
     load_progress,
     read_progress,
@@ -90,6 +92,44 @@ def test_any_other_text_is_refused_in_one_line(change: Callable[[Any], Any]) -> 
     with pytest.raises(CheckpointError, match=r"^not the record of an epoch") as caught:
         EpochRecord.from_json(json.dumps(found))
     assert "\n" not in str(caught.value)
+
+
+def test_integers_among_the_figures_of_a_record_are_floats_when_it_is_read_back(tmp_path: Path) -> None:
+    """Else no checkpoint of the run could be read."""
+    record = record_of(1)
+    (node, *others) = record.found().nodes
+    node = dataclasses.replace(node, gap=0, margin=1, edge_weights=[1, 2])
+    found = dataclasses.replace(record.found(), nodes=(node, *others))
+    save_epoch(
+        tmp_path,
+        Progress(),
+        dataclasses.replace(
+            record,
+            seconds=2,
+            metrics={"arch/frozen_nodes": 3},
+            search=found,
+            rollbacks=(Rollback(reason="nan", lr_factor=1),),
+        ),
+    )
+    (read,) = read_records(tmp_path, load_progress(tmp_path))
+    again = read.found().nodes[0]
+    for value in (
+        read.seconds,
+        read.metrics["arch/frozen_nodes"],
+        read.rollbacks[0].lr_factor,
+        again.gap,
+        again.margin,
+        *again.edge_weights,
+    ):
+        assert type(value) is float
+    assert (read.seconds, read.metrics["arch/frozen_nodes"], again.margin) == (2, 3, 1)
+
+
+def test_a_record_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_path: Path) -> None:
+    wrong: Any = {"valid/top1": "0.5"}
+    with pytest.raises(CheckpointError, match=r"not the record of an epoch \(metrics.valid/top1"):
+        save_epoch(tmp_path, Progress(), dataclasses.replace(record_of(1), metrics=wrong))
+    assert not list(tmp_path.iterdir())
 
 
 # ---------- the log
@@ -181,7 +221,7 @@ def test_a_damaged_segment_is_replaced_from_its_copy(
 def test_a_segment_that_is_damaged_in_both_copies_is_one_line(folder: Path) -> None:
     for copy in COPIES:
         flip(folder / copy / NAMES[1])
-    with pytest.raises(CheckpointError, match=r"lost, restore one of the two .* --fresh$") as caught:
+    with pytest.raises(CheckpointError, match=r"restore one of the two .* --fresh$") as caught:
         list(read_records(folder, load_progress(folder)))
     line = str(caught.value)
     assert all(f"{folder / copy / NAMES[1]} is damaged (line 1" in line for copy in COPIES)
@@ -194,6 +234,26 @@ def test_different_segments_may_be_damaged_in_the_two_copies(folder: Path) -> No
     with pytest.warns(BrokenCheckpointWarning):
         assert len(list(read_records(folder, load_progress(folder)))) == 203
     assert epochs_in(folder) == list(range(1, 204))
+
+
+def test_a_checkpoint_whose_lines_are_in_neither_copy_of_the_log_gives_way_to_the_one_before(
+    folder: Path,
+) -> None:
+    """As in a copy of a run that was made while an epoch ended: the log first, the checkpoints after it."""
+    older = {copy: (folder / copy / NAMES[2]).read_bytes() for copy in COPIES}
+    save_epoch(folder, load_progress(folder))
+    for copy in COPIES:
+        (folder / copy / NAMES[2]).write_bytes(older[copy])
+    with pytest.warns(BrokenCheckpointWarning) as told:
+        progress = load_progress(folder)
+    (line,) = (str(each.message) for each in told)
+    assert "epoch-0204.pt does not match the log of epochs" in line
+    assert all(f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in COPIES)
+    assert line.endswith(": the one before is used")
+    assert "\n" not in line
+    assert [record.epoch for record in read_records(folder, progress)] == list(range(1, 204))
+    save_epoch(folder, progress)
+    assert epochs_in(folder) == list(range(1, 205))
 
 
 def test_what_a_kill_leaves_behind_the_checkpoint_is_not_read_and_written_anew(folder: Path) -> None:
@@ -266,13 +326,55 @@ def test_at_whatever_write_a_process_is_killed_the_log_has_the_epochs_of_the_che
         assert epochs_in(copy) == list(range(1, done + 3))
 
 
-def test_a_log_that_shrank_while_the_run_was_on_is_one_line(folder: Path) -> None:
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_of_the_log_that_becomes_shorter_during_a_run_is_restored_from_the_other(
+    folder: Path, damage: Callable[[Path], object], copy: str
+) -> None:
     progress = load_progress(folder)
-    cut(folder / "epochs-copy" / NAMES[2])
-    with pytest.raises(CheckpointError, match="something else has changed it; the same command restores it"):
+    damage(folder / copy / NAMES[2])
+    with pytest.warns(
+        BrokenCheckpointWarning, match=f"{copy}/{NAMES[2]} was damaged .*: replaced from"
+    ) as told:
         save_epoch(folder, progress)
-    with pytest.warns(BrokenCheckpointWarning, match="replaced from its copy"):
-        assert len(list(read_records(folder, load_progress(folder)))) == 203
+    assert len(told) == 1
+    assert epochs_in(folder) == list(range(1, 205))
+
+
+@pytest.mark.parametrize("other", [cut, flip, Path.unlink])
+def test_a_log_that_is_damaged_in_both_copies_during_a_run_is_one_line(
+    folder: Path, other: Callable[[Path], object]
+) -> None:
+    progress = load_progress(folder)
+    cut(folder / "epochs" / NAMES[2])
+    other(folder / "epochs-copy" / NAMES[2])
+    with pytest.raises(
+        CheckpointError, match=r"damaged .* run the same command again, which resumes"
+    ) as caught:
+        save_epoch(folder, progress)
+    assert "\n" not in str(caught.value)
+    assert str(folder / "epochs" / NAMES[2]) in str(caught.value)
+
+
+def test_a_segment_has_room_for_the_largest_records(folder: Path) -> None:
+    """Of the largest search space that a configuration may have."""
+    largest = record_of(1, CellSpace(n_nodes=16))
+    end, lines = LogEnd(), 0
+    for _ in range(SEGMENT):
+        end, line = end.after(largest.to_json())
+        lines += len(line)
+    assert lines < LOG_SEGMENT_BYTES
+
+
+def test_a_record_that_could_make_a_segment_too_large_to_be_read_is_refused_when_it_is_written(
+    tmp_path: Path,
+) -> None:
+    _, longest = LogEnd().after("x" * (LINE_BYTES - 67))
+    assert len(longest) == LINE_BYTES
+    assert SEGMENT * LINE_BYTES <= LOG_SEGMENT_BYTES
+    with pytest.raises(CheckpointError, match=r"the record of epoch 1 has .* bytes, more than") as caught:
+        LogEnd().after("x" * LINE_BYTES)
+    assert "\n" not in str(caught.value)
 
 
 # ---------- a run with a damaged log
@@ -324,9 +426,7 @@ def test_a_run_without_its_log_does_not_resume_and_keeps_its_files(stopped: Path
     before = {name: (stopped / name).read_bytes() for name in ("metrics.jsonl", "trajectory.csv")}
     for copy in COPIES:
         (stopped / "checkpoints" / copy / NAMES[0]).unlink()
-    with pytest.raises(
-        CheckpointError, match="the epochs before the checkpoint are lost, restore one"
-    ) as caught:
+    with pytest.raises(CheckpointError, match="no checkpoint is left, restore one from a copy") as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert {name: (stopped / name).read_bytes() for name in before} == before
@@ -365,20 +465,56 @@ def test_a_run_of_version_0_1_resumes_and_ends_as_if_it_were_of_this_one(
 
 
 @pytest.mark.parametrize("one_stage", [True, False])
-def test_the_records_of_version_0_1_become_the_log_once(tmp_path: Path, one_stage: bool) -> None:
+def test_the_records_of_version_0_1_become_the_log_and_its_checkpoints_stay(
+    tmp_path: Path, one_stage: bool
+) -> None:
     progress = Progress()
     for epoch in range(1, 104):
         progress = save_epoch(tmp_path, progress, record_of(epoch, one_stage=one_stage), net=epoch)
     make_version_0_1(tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("epoch-*.*")}
     assert load_progress(tmp_path) == progress
     assert list(read_records(tmp_path, progress))[2] == record_of(3, one_stage=one_stage)
-    found = checkpoint.read_latest(tmp_path)
+    found = load_latest(tmp_path)
     assert found is not None
     assert "history" not in found.state
+    assert checkpoint.deserialize(found.data)["progress"] == found.state["progress"]
     assert found.state["net"] == 103
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("epoch-*.*")} == old
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
     load_progress(tmp_path)
-    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))] == times, "converted again"
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))] == times, "written again"
+    save_epoch(tmp_path, progress, record_of(104, one_stage=one_stage))
+    newest = checkpoint.read_latest(tmp_path)
+    assert newest is not None
+    assert "history" not in newest.state
+    assert epochs_in(tmp_path) == list(range(1, 105))
+
+
+def test_at_whatever_write_a_process_is_killed_a_run_of_version_0_1_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Progress()
+    for _ in range(2):
+        progress = save_epoch(tmp_path / "old", progress)
+    make_version_0_1(tmp_path / "old")
+    (tmp_path / "old" / "epoch-0001.json").unlink()
+    (tmp_path / "old" / "epoch-0001.pt").unlink()
+
+    def resume(folder: Path) -> None:
+        save_epoch(folder, load_progress(folder))
+
+    shutil.copytree(tmp_path / "old", tmp_path / "whole")
+    with killed_at(10**6, monkeypatch) as calls:
+        resume(tmp_path / "whole")
+    for call in range(1, len(calls) + 1):
+        folder = tmp_path / str(call)
+        shutil.copytree(tmp_path / "old", folder)
+        with killed_at(call, monkeypatch):
+            resume(folder)
+        assert epochs_in(folder) in ([1, 2], [1, 2, 3])
+        resume(folder)
+        assert epochs_in(folder) in ([1, 2, 3], [1, 2, 3, 4])
 
 
 def test_records_that_version_0_1_did_not_write_are_one_line(tmp_path: Path) -> None:

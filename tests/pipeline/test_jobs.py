@@ -378,7 +378,7 @@ def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -
         (path / "run.json").write_text("{")
         job("search", fresh=fresh)
         assert RunDir(path).read().status == "FINISHED"
-        assert ("made anew, the old one is run.json.damaged" in job.seen) == (not fresh)
+        assert ("replaced, the damaged file is run.json.damaged" in job.seen) == (not fresh)
         assert ("epoch 1: loss" in job.seen) == fresh
 
 
@@ -510,9 +510,9 @@ def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
         index=False
     )
     written = {name: (tmp_path / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
-    with _SearchTables(tmp_path / "again", space).replaced() as add:
-        for record in records:
-            add(record)
+    assert _SearchTables(tmp_path, space).replace(records, finished=True) == []
+    assert _SearchTables(tmp_path / "again", space).replace(records[:1]) == []
+    _SearchTables(tmp_path / "again", space).replace(records)
     assert {name: (tmp_path / "again" / name).read_bytes() for name in written} == written
 
 

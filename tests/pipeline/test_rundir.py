@@ -1,6 +1,7 @@
 """The run directory: atomic records, metrics that survive a kill, one process at a time."""
 
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from istanas.errors import CheckpointError, ConfigError
-from pipeline.rundir import DatasetUse, MetricsLine, RunDir, RunRecord, atomic_write, new_key
+from pipeline import rundir
+from pipeline.rundir import DatasetUse, MetricsLine, RunDir, RunRecord, append, atomic_write, new_key
 
 RECORD = RunRecord(
     name="digits_quickstart-search",
@@ -204,3 +207,22 @@ def test_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         pass
     with RunDir(tmp_path).lock():
         pass
+
+
+class OneByteAtATime(io.FileIO):
+    """A file of a system that never writes more than one byte at once, which POSIX permits."""
+
+    def write(self, data: Any, /) -> int:
+        return super().write(memoryview(data)[:1])
+
+
+def test_append_writes_all_of_the_data_when_every_write_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "lines"
+    monkeypatch.setattr(
+        rundir, "open", lambda descriptor, mode, buffering: OneByteAtATime(descriptor, mode), raising=False
+    )
+    append(file, b"first line\n", at=0)
+    append(file, b"second line\n", at=len(b"first line\n"))
+    assert file.read_bytes() == b"first line\nsecond line\n"

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline import cli, storage
+from pipeline.checkpoint import BrokenCheckpointWarning
 from pipeline.cluster import Runtime
 from pipeline.config import load
 from pipeline.jobs.search import run_search
@@ -32,7 +33,7 @@ from pipeline.record import Progress, load_latest, load_progress, read_records
 from pipeline.rundir import RunDir
 from pipeline.study import BLOCKED
 from pipeline.trial import failure
-from tests.pipeline.made_up import save_epoch
+from tests.pipeline.made_up import record_of, save_epoch
 from tests.pipeline.test_jobs import TINY
 from tests.ports import unused_port
 
@@ -336,10 +337,51 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
         (path / "metrics.jsonl").unlink()
         shutil.rmtree(path / "checkpoints")
         storage.push(path)
-    assert (
-        looks == 3 * 6 + 2 + 1 + 8
-    )  # two copies of the log, checkpoint and checksum, metrics, record; one old pair; end; all deleted
+    # Checkpoint, checksum and both copies of the log, metrics, record; one old pair; end; all deleted.
+    assert looks == 3 * 6 + 2 + 1 + 8
     assert not server.objects(f"{prefix}/run")
+
+
+def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoint_that_the_log_matches(
+    server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epoch 3 is lost on this machine only, and done again with other figures: its log replaces the old one."""
+    path = storage.local(f"s3://{BUCKET}/{prefix}/run")
+    folder, seen = path / "checkpoints", list[int]()
+
+    def look() -> None:
+        copy = tmp_path / f"look-{len(seen)}"
+        for name, data in server.objects(f"{prefix}/run").items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a checkpoint that is damaged, or that the log does not match
+            progress = load_progress(copy / "checkpoints")
+        seen.append(progress.epochs)
+        assert len(list(read_records(copy / "checkpoints", progress))) == progress.epochs
+
+    def watched(work: Any) -> Any:
+        def watch(self: Any, name: str, *data: Any) -> None:
+            work(self, name, *data)
+            if name != storage.OWNER_OBJECT:
+                look()
+
+        return watch
+
+    with storage.held(path, print):
+        progress = Progress()
+        for _ in range(2):
+            progress = save_epoch(folder, progress)
+        save_epoch(folder, progress)
+        (folder / "epoch-0003.pt").write_bytes(b"")
+        with pytest.warns(BrokenCheckpointWarning, match="epoch-0003"):
+            assert load_progress(folder) == progress
+        with monkeypatch.context() as patch:
+            patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
+            patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
+            save_epoch(folder, progress, dataclasses.replace(record_of(3), workers=7))
+    assert seen[0] == 2
+    assert seen[-1] == 3
 
 
 def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:

@@ -17,6 +17,7 @@ from istanas.errors import CheckpointError, ConfigError, DivergedError, IstanasE
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
+from pipeline import checkpoint
 from pipeline.checkpoint import BrokenCheckpointWarning
 from pipeline.config import load
 from pipeline.epochs import build_one_stage, build_retraining, build_two_stage, network_cost
@@ -573,6 +574,37 @@ def test_checkpoints_of_another_job_or_genotype_are_refused(few: ImageDataset, t
     other = random_genotype(2, CellSpace(n_nodes=2))
     with pytest.raises(CheckpointError, match="not of this genotype's retraining, use --fresh"):
         retrain(config, few, tmp_path, genotype=other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.clear(),
+        lambda state: state.pop("progress"),
+        lambda state: state.update(progress=7),
+        lambda state: state.pop("genotype"),
+        lambda state: state.pop("net"),
+        lambda state: state.update(net={}),
+    ],
+)
+def test_a_whole_checkpoint_that_is_not_of_the_job_is_one_line(
+    few: ImageDataset, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    config = tiny("retrain.epochs=1")
+    retrain(config, few, tmp_path)
+    found = load_latest(tmp_path)
+    assert found is not None
+    change(found.state)
+    checkpoint.write_state(tmp_path, 1, checkpoint.serialize(found.state))
+    for use in (
+        lambda: trained_network(config, GENOTYPE, few, tmp_path),
+        lambda: retrain(config, few, tmp_path),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"holds no progress of a job|is none of this job|is not of this"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])

@@ -212,8 +212,6 @@ def _sweep(folder: Path, data: bytes) -> None:
 
 def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
     content, manifest = data
-    for left in folder.glob("epoch-*.*"):  # of an input of version 0.1, which was converted
-        left.unlink()
     (folder / "epoch-0001.pt").write_bytes(content)
     if manifest is None:
         manifest = as_json({"sha256": hashlib.sha256(content).hexdigest()})
