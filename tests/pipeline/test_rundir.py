@@ -1,5 +1,6 @@
 """The run directory: atomic records, metrics that survive a kill, one process at a time."""
 
+import builtins
 import dataclasses
 import io
 import json
@@ -15,7 +16,6 @@ from typing import Any
 import pytest
 
 from istanas.errors import CheckpointError, ConfigError
-from pipeline import rundir
 from pipeline.rundir import DatasetUse, MetricsLine, RunDir, RunRecord, append, atomic_write, new_key
 
 RECORD = RunRecord(
@@ -220,9 +220,8 @@ def test_append_writes_all_of_the_data_when_every_write_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "lines"
-    monkeypatch.setattr(
-        rundir, "open", lambda descriptor, mode, buffering: OneByteAtATime(descriptor, mode), raising=False
-    )
-    append(file, b"first line\n", at=0)
-    append(file, b"second line\n", at=len(b"first line\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", lambda descriptor, mode, buffering: OneByteAtATime(descriptor, mode))
+        append(file, b"first line\n", at=0)
+        append(file, b"second line\n", at=len(b"first line\n"))
     assert file.read_bytes() == b"first line\nsecond line\n"
