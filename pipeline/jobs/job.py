@@ -283,6 +283,7 @@ class _SearchTables:
 
 
 def _restored(file: Path) -> str:
+    """Return the warning for a table that was damaged."""
     return f"warning: {file}: it was damaged: restored from the log of epochs"
 
 
