@@ -29,7 +29,7 @@ TAIL_EPOCHS = 5  # of linear_by_epoch
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how precisely to compute; made by `pipeline.worker.compute_for`."""
+    """Where and how precisely to compute; made by `pipeline.training.compute.compute_for`."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None

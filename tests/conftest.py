@@ -65,7 +65,7 @@ def golden_dir(shared_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database without a run, to be copied: making one takes seconds."""
-    from pipeline.tracking import open_client
+    from pipeline.tracking.store import open_client
 
     file = tmp_path_factory.mktemp("blank") / "mlflow.db"
     open_client(f"sqlite:///{file}").search_experiments()

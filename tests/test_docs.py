@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import cli
-from pipeline.config import load
-from pipeline.references import genotype_to_train
+from pipeline.cli.commands import cli
+from pipeline.config.load import load
+from pipeline.tracking.references import genotype_to_train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -106,7 +106,7 @@ def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[
     programs.mkdir(parents=True)
     home.mkdir()
     program = programs / "istanas"
-    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli import main; main()'"
+    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli.commands import main; main()'"
     program.write_text(f'#!/bin/sh\n{python} "$@"\n')
     program.chmod(0o755)
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")

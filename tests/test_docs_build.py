@@ -17,8 +17,8 @@ import istanas.measure
 import istanas.nets
 import istanas.space
 import istanas.sparse
-from pipeline.cli import cli
-from pipeline.describe import all_keys
+from pipeline.cli.commands import cli
+from pipeline.config.describe import all_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {

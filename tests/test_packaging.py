@@ -284,11 +284,11 @@ def test_the_wheel_holds_the_two_packages_and_the_configurations(
     assert {name for name in names if name.startswith("tune_configs/")} == configurations
     expected = {str(path) for path in files if path.parts[0] in PACKAGES and path.suffix == ".py"}
     assert {name for name in names if name.endswith(".py")} == expected
-    templates = {str(path) for path in files if path.parts[:2] == ("pipeline", "templates")}
+    templates = {str(path) for path in files if path.parts[:3] == ("pipeline", "report", "templates")}
     assert templates
-    assert {name for name in names if name.startswith("pipeline/templates/")} == templates
+    assert {name for name in names if name.startswith("pipeline/report/templates/")} == templates
     assert "istanas/py.typed" in names
-    templates = {str(path) for path in files if path.parts[:2] == ("pipeline", "templates")}
+    templates = {str(path) for path in files if path.parts[:3] == ("pipeline", "report", "templates")}
     assert templates
     assert templates <= set(names)
     assert f"{info}/licenses/LICENSE" in names

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from istanas import limits
-from pipeline.submit import STORE
+from pipeline.cluster.submit import STORE
 
 PORTS = r"(?:--port[= ]|--dashboard-port=|--ray-client-server-port=|containerPort: |PORT:-|http://[\w.]+:|port=)(\d{4,5})\b"
 

@@ -12,8 +12,8 @@ import click
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline.cli import SECTIONS, cli
-from pipeline.describe import Key, all_keys, sections
+from pipeline.cli.commands import SECTIONS, cli
+from pipeline.config.describe import Key, all_keys, sections
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

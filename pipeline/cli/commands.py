@@ -24,20 +24,20 @@ from click.shell_completion import CompletionItem
 
 from istanas import __version__
 from istanas.errors import CheckpointError, ConfigError, GenotypeError, IstanasError
-from pipeline.choices import DEFAULT_METRIC, KINDS, METHODS, METRICS
-from pipeline.home import ensure_usable_home
-from pipeline.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
-from pipeline.redaction import without_secrets
-from pipeline.streams import outlive_readers
+from pipeline.base.home_folder import ensure_usable_home
+from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
+from pipeline.base.redaction import without_secrets
+from pipeline.cli.streams import outlive_readers
+from pipeline.config.choices import DEFAULT_METRIC, KINDS, METHODS, METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from istanas.space import Genotype
-    from pipeline.job_server import Job, JobServer
-    from pipeline.references import Origin
-    from pipeline.rundir import RunDir
-    from pipeline.schema import Config
+    from pipeline.cluster.job_server import Job, JobServer
+    from pipeline.config.schema import Config
+    from pipeline.runs.directory import RunDir
+    from pipeline.tracking.references import Origin
 
 Command = Callable[..., Any]
 ENDS = {  # of a command that a signal has ended: what is said, and the exit code
@@ -45,7 +45,6 @@ ENDS = {  # of a command that a signal has ended: what is said, and the exit cod
     signal.SIGTERM: ("told to end (SIGTERM)", TERMINATED),
     signal.SIGHUP: ("the terminal was closed (SIGHUP)", HUNG_UP),
 }
-
 
 SECTIONS = {  # of `istanas --help`: every command belongs to one
     "Search and train": ("search", "retrain", "run", "sweep"),
@@ -97,7 +96,7 @@ def _run(arguments: list[str] | None) -> int:
             click.echo(f"error: {_printable(line)}", err=True)
         return 2 if isinstance(error, ConfigError | GenotypeError) else 1
     except (MemoryError, RuntimeError) as error:
-        from pipeline.rundir import is_out_of_memory
+        from pipeline.base.files import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -106,7 +105,7 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: out of memory{reason}: {remedy}", err=True)
         return 1
     except OSError as error:  # a full disk, a folder that may not be written
-        from pipeline.rundir import is_full
+        from pipeline.base.files import is_full
 
         if error.strerror is None:  # not the system's word but a mistake of ours: its traceback is needed
             raise
@@ -173,7 +172,7 @@ class Workers(click.ParamType):
     name = "workers"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from pipeline.resources import parse_workers
+        from pipeline.config.workers import parse_workers
 
         try:
             return str(parse_workers(value))
@@ -219,7 +218,7 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     """Search for an architecture."""
     config, name = _load(**settings)
     console = _console(as_json)
-    from pipeline.cluster import Runtime
+    from pipeline.cluster.ray_runtime import Runtime
     from pipeline.jobs.search import run_search
 
     with Runtime(config.runtime) as runtime:
@@ -243,7 +242,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     Without --config, the settings of data and tracking are those of the run that found the genotype, if a run found it.
     """
     console = _console(as_json)
-    from pipeline.cluster import Runtime
+    from pipeline.cluster.ray_runtime import Runtime
     from pipeline.jobs.retrain import run_retrain
 
     cells, parent, config, name = _load_for_genotype(genotype, console, **settings)
@@ -270,7 +269,7 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     """
     config, name = _load(**settings)
     console = _console(as_json)
-    from pipeline.cluster import Runtime
+    from pipeline.cluster.ray_runtime import Runtime
     from pipeline.jobs.run import run_whole
 
     with Runtime(config.runtime) as runtime:
@@ -298,9 +297,9 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None,
     """
     config, name = _load(**settings)
     console = _console(as_json)
-    from pipeline.cluster import Runtime
-    from pipeline.jobs.sweep import print_dry_run, run_sweep
-    from pipeline.sweep_space import sweep_of
+    from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.sweep.job import print_dry_run, run_sweep
+    from pipeline.sweep.space import sweep_of
 
     if max_concurrent is not None:
         wanted = sweep_of(config).model_copy(update={"max_concurrent": max_concurrent})
@@ -332,13 +331,13 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     config, _ = _load(file, overrides)
     console = _console(as_json)
     from istanas.draw import save_genotype_figures
-    from pipeline import storage
-    from pipeline.references import resolve_genotype
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import resolve_genotype
 
     genotype, _ = resolve_genotype(
         reference,
         space=config.space.cell_space(),
-        runs_dir=storage.local(config.runtime.runs_dir),
+        runs_dir=bucket.local(config.runtime.runs_dir),
         tracking_uri=config.tracking.uri,
     )
     files = save_genotype_figures(genotype, out)
@@ -394,8 +393,9 @@ def results(
     _check_table(one_stage, sweep_run, filters)
     config, _ = _load(file, overrides)
     console = _console(as_json)
-    from pipeline import report, tables
-    from pipeline.tracking import public_uri, store_exists, store_uri
+    from pipeline import report
+    from pipeline.report import terminal
+    from pipeline.tracking.store import public_uri, store_exists, store_uri
 
     store = {"tracking_uri": config.tracking.uri, "experiment": config.tracking.experiment}
     if sweep_run is None and not store_exists(uri := store_uri(config.tracking.uri)):
@@ -406,18 +406,18 @@ def results(
             soft_wrap=True,
         )
     if sweep_run is not None:
-        from pipeline.sweep_report import read_table, trials_table
+        from pipeline.report.trials import read_table, trials_table
 
         run, _ = _run_and_config(sweep_run, file, overrides)
         frame = read_table(run.path)
         table = trials_table(frame)
     elif one_stage:
         frame = report.weights_frame(**store, dataset=filters["dataset"])
-        table = tables.weights_table(frame)
+        table = terminal.weights_table(frame)
     else:
         frame = report.results_frame(**store, **filters)
         none = "no run fits the filters" if any(filters.values()) else "no runs yet"
-        table = tables.results_table(frame, width=console.width, none=none)
+        table = terminal.results_table(frame, width=console.width, none=none)
     if csv_file is not None:
         _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
@@ -476,7 +476,7 @@ def compare(
 def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_json: bool) -> None:
     """Serve MLflow's web pages for the local store; Ctrl-C stops it."""
     config, _ = _load(file, overrides)
-    from pipeline.ui import announce_on_stdout, serve_ui
+    from pipeline.tracking.ui import announce_on_stdout, serve_ui
 
     def as_object(address: str, store: str, newest_run: str | None) -> None:
         _print_json({"url": address, "store": store, "newest_run": newest_run})
@@ -496,7 +496,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
     Each check prints one line, with the remedy if it fails. Exit code 0: no check failed.
     """
     config, _ = _load(**settings)
-    from pipeline.doctor import run_checks
+    from pipeline.cli.doctor import run_checks
 
     checks = run_checks(
         tracking_uri=config.tracking.uri,
@@ -539,8 +539,8 @@ def config_command(
     others = [name for name, given in (("--config", file), ("--set", overrides)) if given]
     if alone and len(alone + others) > 1:
         raise click.UsageError(f"{alone[0]} does not take {(alone + others)[1]}, leave one of them out")
-    from pipeline import config as configuration
-    from pipeline import describe as description
+    from pipeline.config import describe as description
+    from pipeline.config import load as configuration
 
     if describe is not None:
         keys = description.describe(describe)
@@ -636,8 +636,8 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     RUN is a run directory, an MLflow run id or a unique name.
     """
     console = _console(as_json)
-    from pipeline import storage
-    from pipeline.tracking import MLflowTracker
+    from pipeline.runs import bucket
+    from pipeline.tracking.tracker import MLflowTracker
 
     run_dir, config = _run_and_config(reference, file, overrides)
     t = config.tracking
@@ -650,12 +650,12 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     )
     if not tracker.deliver():
         raise IstanasError(
-            f"sync: {storage.shown(run_dir.path)} could not be delivered, start the store and try again"
+            f"sync: {bucket.shown(run_dir.path)} could not be delivered, start the store and try again"
         )
     sent = tracker.last_delivery
     assert sent is not None
     if run_dir.read().kind == "sweep":
-        from pipeline.jobs.job import deliver_below
+        from pipeline.jobs.closing import deliver_below
 
         if not deliver_below(run_dir.path, config):
             raise IstanasError(f"sync: not all trials of {run_dir.path} could be delivered, try again")
@@ -664,7 +664,7 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         f"{len(sent.artifacts)} files"
     )
     console.print(
-        f"{storage.shown(run_dir.path)}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
+        f"{bucket.shown(run_dir.path)}: sent {counts}{', the model' if sent.model else ''} to {sent.tracking_uri}, "
         f"MLflow run {sent.run_id}",
         highlight=False,
         soft_wrap=True,
@@ -675,7 +675,7 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     for name in sent.missing:
         console.print(f"not there any more: {run_dir.path / name}", highlight=False, soft_wrap=True)
     if as_json:
-        _print_json({"run_dir": storage.shown(run_dir.path), "mlflow_run_id": tracker.run_id})
+        _print_json({"run_dir": bucket.shown(run_dir.path), "mlflow_run_id": tracker.run_id})
 
 
 @cli.command()
@@ -702,8 +702,8 @@ def promote(
     no registered network.
     """
     console = _console(as_json)
-    from pipeline import storage
-    from pipeline.promote import promote as move_alias
+    from pipeline.runs import bucket
+    from pipeline.tracking.promote import promote as move_alias
 
     run, config = _run_and_config(reference, file, overrides)
     done = move_alias(run, config.tracking, metric=metric, force=force)
@@ -713,7 +713,7 @@ def promote(
     if done.moved and done.before is not None:
         console.print(f"the champion before was version {done.before}", highlight=False, soft_wrap=True)
     if as_json:
-        _print_json({"run_dir": storage.shown(run.path), **asdict(done)})
+        _print_json({"run_dir": bucket.shown(run.path), **asdict(done)})
     if not done.champion:
         raise click.exceptions.Exit(1)
 
@@ -768,14 +768,18 @@ def submit(
     that of the job; 143 if it was stopped. After Ctrl-C (exit code 130) the job continues. The same command, submitted
     again, resumes its run.
     """
-    from pipeline.submit import Submission
-    from pipeline.submit import submit as submit_job
+    from pipeline.cluster.submit import Submission
+    from pipeline.cluster.submit import submit as submit_job
 
     job, options, config, name = _parse(context, command)
     say = _say(as_json)
     submission = Submission(job, command, options, config, name, cluster_mlflow)
     listed = f"{_program()} jobs --address {without_secrets(address)}"
     with _interruptible(f"whether the job was submitted already, say: {listed}"):
+        if job == "sweep" and not options.get("dry_run"):
+            from pipeline.sweep.space import check_space
+
+            check_space(config)
         server, started = submit_job(submission, address, job_id, say)
     say(f"submitted {started} to {server.shown}, whose pages show it too")
     if no_wait:
@@ -788,7 +792,7 @@ def submit(
 
 def _parse(context: click.Context, command: tuple[str, ...]) -> tuple[str, dict[str, Any], Config, str]:
     """Another command, parsed as if it ran here: its name, its options, its configuration and the runs' name."""
-    from pipeline.submit import JOBS
+    from pipeline.cluster.submit import JOBS
 
     first, *rest = command
     inner = cli.get_command(context, first) if first in JOBS else None
@@ -856,8 +860,8 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
     """
     if follow and job_id is None:
         raise click.UsageError("--follow: say which job, istanas jobs ID --follow")
-    from pipeline.job_server import JobServer
-    from pipeline.tables import job_table, jobs_table
+    from pipeline.cluster.job_server import JobServer
+    from pipeline.cluster.job_tables import job_table, jobs_table
 
     server = JobServer(address)
     console = _console(as_json)
@@ -884,7 +888,7 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
 
     Its run directory is kept, and the same command resumes the run. Exit code 0: the job has ended.
     """
-    from pipeline.job_server import SECONDS_TO_STOP, JobServer
+    from pipeline.cluster.job_server import SECONDS_TO_STOP, JobServer
 
     server, say = JobServer(address), _say(as_json)
     if server.job(job_id).exit_code is None:
@@ -901,12 +905,12 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
 
 def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """A run, and the configuration that says which store it belongs in: the given file, else its own; with --set."""
-    from pipeline import storage
-    from pipeline.references import load_of_run, resolve_run
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import load_of_run, resolve_run
 
     config, _ = _load(file, overrides)
     run = resolve_run(
-        reference, runs_dir=storage.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
     if file is None and (run.path / "config.yaml").exists():
         config = load_of_run(run.path / "config.yaml", run, overrides)
@@ -917,13 +921,13 @@ def _load_for_genotype(
     reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | None
 ) -> tuple[Genotype, str | None, Config, str]:
     """What a retraining is of: genotype, directory of the run that found it, configuration and name of its runs."""
-    from pipeline import storage
-    from pipeline.config import default_file, load
-    from pipeline.references import genotype_to_train, resolve_origin
+    from pipeline.config.load import default_file, load
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import genotype_to_train, resolve_origin
 
     config, name = _load(file, overrides, **short)
     cells, parent = genotype_to_train(reference, config)
-    runs_dir = storage.local(config.runtime.runs_dir)
+    runs_dir = bucket.local(config.runtime.runs_dir)
     origin = (
         resolve_origin(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
         if file is None
@@ -953,7 +957,7 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     Raises:
         ConfigError: with the remedy. A new store in the old place would be found by nobody.
     """
-    from pipeline.tracking import has_gone, public_uri
+    from pipeline.tracking.store import has_gone, public_uri
 
     uri = config.tracking.uri
     if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
@@ -975,8 +979,8 @@ def _load(
     file: str | None, overrides: tuple[str, ...], workers: str | None = None, address: str | None = None
 ) -> tuple[Config, str]:
     """Configuration and the name of its runs."""
-    from pipeline.config import default_file, load
-    from pipeline.references import load_of_run, run_of_config
+    from pipeline.config.load import default_file, load
+    from pipeline.tracking.references import load_of_run, run_of_config
 
     if file is not None and "://" in file:
         raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
@@ -999,7 +1003,7 @@ def _name_of(path: Path, run: RunDir | None) -> str:
 
 def _write_csv(file: Path, text: str) -> None:
     """Write a table: a file whole or not at all, a pipe or device as it is."""
-    from pipeline.rundir import atomic_write
+    from pipeline.base.files import atomic_write
 
     if file.is_dir():
         raise ConfigError(f"--csv {file}: a folder, name a file")
@@ -1022,7 +1026,8 @@ def _finish(
     """The short table at the end of a job, and where everything lies; `kind` is that of the run it validates."""
     from rich.table import Table
 
-    from pipeline import storage, tables
+    from pipeline.report import terminal
+    from pipeline.runs import bucket
 
     table = Table("figure", "value")
     for key, label, shown in (
@@ -1038,16 +1043,16 @@ def _finish(
             table.add_row(label, shown(result[key]))
     console.print(table)
     if "valid_top1" in result:
-        console.print(tables.validation_note(kind, config.method), highlight=False)
-    runs = [storage.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
+        console.print(terminal.validation_note(kind, config.method), highlight=False)
+    runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
     pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # to be opened: here
     where = [("report", str(page)) for page in pages]
     where += [
-        (label, storage.shown(runs[0] / n))
+        (label, bucket.shown(runs[0] / n))
         for label, n in (("genotype", "genotype.json"), ("cell pictures", "cells"))
     ]
     if (runs[-1] / "model.safetensors").exists():
-        where.append(("network", storage.shown(runs[-1] / "model.safetensors")))
+        where.append(("network", bucket.shown(runs[-1] / "model.safetensors")))
     for label, path in where:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
     _say_where(console, config)
@@ -1059,7 +1064,7 @@ def _say_where(console: Console, config: Config) -> None:
     """The MLflow store, and the commands that show it."""
     if not config.tracking.enabled:
         return
-    from pipeline.tracking import public_uri, store_uri
+    from pipeline.tracking.store import public_uri, store_uri
 
     store = f" --set tracking.uri={public_uri(config.tracking.uri)}" if config.tracking.uri else ""
     for line in (
@@ -1074,8 +1079,8 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     """The best trial, and what to type next."""
     from rich.table import Table
 
-    from pipeline import storage
-    from pipeline.schema import shown_value
+    from pipeline.base.text import shown_value
+    from pipeline.runs import bucket
 
     table = Table("figure", "value")
     table.add_row("best trial", str(result["best_trial"]))
@@ -1095,12 +1100,12 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     ended = f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed"
     table.add_row("trials", ended)
     console.print(table)
-    here, program = storage.local(result["run_dir"]), _program()  # files to be opened, or named as such
+    here, program = bucket.local(result["run_dir"]), _program()  # files to be opened, or named as such
     best = here / "best"
     for label, text in (
         ("report", here / "report.html"),
-        ("all trials", storage.shown(here / "trials.csv")),
-        ("best", storage.shown(best)),
+        ("all trials", bucket.shown(here / "trials.csv")),
+        ("best", bucket.shown(best)),
         ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
@@ -1133,7 +1138,3 @@ def _printable(line: str) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     for line in str(message).splitlines():
         click.echo(f"warning: {_printable(line)}", err=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from istanas.errors import IstanasError
-from pipeline.probe import by_proxy, unreachable
-from pipeline.resources import Node, count, parse_workers, threads_per_worker, usable_cores
-from pipeline.schema import DataSettings
-from pipeline.tracking import one_line, open_client, public_uri, sqlite_file, store_uri
+from pipeline.base.addresses import sqlite_file
+from pipeline.base.servers import by_proxy, unreachable
+from pipeline.base.text import count, one_line
+from pipeline.config.schema import DataSettings
+from pipeline.config.workers import Node, parse_workers, threads_per_worker, usable_cores
+from pipeline.tracking.store import open_client, public_uri, store_uri
 
 State = Literal["ok", "warn", "fail"]
 
@@ -44,7 +46,7 @@ def run_checks(
     """Look at everything that a run needs; nothing is downloaded or changed.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store_uri`.
+        tracking_uri: see `pipeline.tracking.store.store_uri`.
         data: the settings of the data set.
         workers, threads: see `check_threads`.
         address: of a Ray cluster, whose cores the workers then get.
@@ -53,7 +55,7 @@ def run_checks(
         One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
         the data, disk space; with an address, for the cluster instead of cores and threads.
     """
-    from pipeline.cluster import find_address
+    from pipeline.cluster.address import find_address
 
     cluster = find_address(address)
     return [
@@ -101,7 +103,7 @@ def check_cluster(address: str) -> Check:
     Args:
         address: as `runtime.address`.
     """
-    from pipeline.cluster import NOT_RAY, ask_ray, check_address, from_environment, named
+    from pipeline.cluster.address import NOT_RAY, ask_ray, check_address, from_environment, named
 
     try:
         check_address(address)
@@ -186,14 +188,14 @@ def check_data(data: DataSettings) -> Check:
 
 
 def _check_data_set(data: DataSettings) -> Check:
-    from pipeline.pictures import load_pictures
+    from pipeline.training.pictures import load_pictures
 
     return Check("data", "ok", "; ".join(load_pictures(data, download=False).notes))
 
 
 def _check_folder(data: DataSettings) -> Check:
-    from pipeline.pictures import check_size, reading_of, survey_of
-    from pipeline.rundir import describe_missing
+    from pipeline.runs.record import describe_missing
+    from pipeline.training.pictures import check_size, reading_of, survey_of
 
     survey = survey_of(data, keep=False)
     check_size(data.name, *survey.shape(data.image_size))
@@ -222,7 +224,7 @@ def _requirements() -> list[str]:
     try:
         found = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        file = Path(__file__).resolve().parents[2] / "pyproject.toml"
         if not file.is_file():
             return []
         found = tomllib.loads(file.read_text())["project"]["dependencies"]

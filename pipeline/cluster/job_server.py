@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.interruption import TERMINATED
-from pipeline.probe import by_proxy
-from pipeline.redaction import without_secrets
-from pipeline.tracking import one_line
+from pipeline.base.interruption import TERMINATED
+from pipeline.base.redaction import without_secrets
+from pipeline.base.servers import by_proxy
+from pipeline.base.text import one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # Ray's own, and that of a forwarded port
 PROGRAM = "python -m pipeline.cli"

@@ -22,17 +22,21 @@ from istanas.data import ImageDataset
 from istanas.errors import IstanasError
 from istanas.space import Genotype
 from istanas.training import Metrics
-from pipeline import checkpoint
-from pipeline.cluster import LOG_FOLDER, Allotment, Runtime, cluster_nodes, last_line
-from pipeline.home import ensure_usable_home
-from pipeline.leftovers import free
-from pipeline.mailbox import OWN_KINDS, Mailbox
-from pipeline.meeting import torch_config
-from pipeline.pictures import open_dataset
-from pipeline.preflight import check_gpus, check_nodes
-from pipeline.record import FolderStore, Progress, load_latest
-from pipeline.schema import Config, DataSettings
-from pipeline.worker import Observer, retrain_worker, search_worker
+from pipeline.base.home_folder import ensure_usable_home
+from pipeline.base.text import last_line
+from pipeline.cluster.allotment import Allotment, cluster_nodes
+from pipeline.cluster.mailbox import OWN_KINDS, Mailbox
+from pipeline.cluster.preflight import check_gpus, check_nodes
+from pipeline.cluster.process_group import torch_config
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.cluster.reservations import free
+from pipeline.config.schema import Config, DataSettings
+from pipeline.runs import checkpoint
+from pipeline.runs.layout import LOG_FOLDER
+from pipeline.training.epoch_record import FolderStore, Progress, load_latest
+from pipeline.training.loop import retrain_worker, search_worker
+from pipeline.training.observer import Observer
+from pipeline.training.pictures import open_dataset
 
 Job = Literal["search", "retrain"]
 WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain": retrain_worker}

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from istanas.errors import IstanasError
-from pipeline import probe
-from pipeline.probe import Answer, Question
-from pipeline.resources import count
-from pipeline.schema import Config, DataSettings
-from pipeline.storage import is_remote, local
-from pipeline.tracking import public_uri, sqlite_file, store_uri
+from pipeline.base.addresses import is_remote, sqlite_file
+from pipeline.base.servers import unreachable
+from pipeline.base.text import count
+from pipeline.cluster import probe
+from pipeline.cluster.probe import Answer, Question
+from pipeline.config.schema import Config, DataSettings
+from pipeline.runs.bucket import local
+from pipeline.tracking.store import public_uri, store_uri
 
 # For a node: it may have to start a process, and to fetch the files of a submitted job.
 SECONDS_TO_ANSWER = 60.0
@@ -337,7 +339,7 @@ def _check_data(
 
 
 def _check_store_from_here(store: str) -> None:
-    reason = probe.unreachable(public_uri(store))
+    reason = unreachable(public_uri(store))
     if reason:
         raise IstanasError(
             f"pre-flight: tracking: {public_uri(store)} is not reached from here ({reason}); {_STORE}"

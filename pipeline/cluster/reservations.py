@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from istanas.limits import RECORD_BYTES, read_at_most
-from pipeline.rundir import atomic_write
+from pipeline.base.files import atomic_write
 
 JOBS_FILE = "jobs.json"  # [[session of the cluster, Ray's job id], ...]
 

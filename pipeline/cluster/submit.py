@@ -19,13 +19,14 @@ from urllib.parse import urlsplit
 
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
-from pipeline.config import check_batch_sizes
-from pipeline.job_server import ID, PROGRAM, JobServer, Write, is_loopback
-from pipeline.parcel import Parcel, megabytes, working_tree
-from pipeline.redaction import without_secrets
-from pipeline.schema import Config, OneStageConfig
-from pipeline.storage import is_remote, local
-from pipeline.tracking import public_uri
+from pipeline.base.addresses import is_remote
+from pipeline.base.redaction import without_secrets
+from pipeline.cluster.job_server import ID, PROGRAM, JobServer, Write, is_loopback
+from pipeline.cluster.working_tree import Parcel, megabytes, working_tree
+from pipeline.config.load import check_batch_sizes
+from pipeline.config.schema import Config, OneStageConfig
+from pipeline.runs.bucket import local
+from pipeline.tracking.store import public_uri
 
 JOBS = ("search", "retrain", "run", "sweep")  # what can be submitted
 STORE = "MLFLOW_TRACKING_URI"
@@ -111,11 +112,7 @@ def check(submission: Submission, address: str) -> None:
     config = submission.config
     if submission.options.get("dry_run"):
         raise ConfigError("--dry-run: starts nothing, run it here: the same command without submit")
-    if submission.job == "sweep":
-        from pipeline.sweep_space import check_space
-
-        check_space(config)
-    else:
+    if submission.job != "sweep":  # whose space the command line has checked, see `check_space`
         both = submission.job == "run" and not isinstance(config, OneStageConfig)
         first = "retrain" if submission.job == "retrain" else "search"
         check_batch_sizes(config, ("search", "retrain") if both else (first,))
@@ -266,8 +263,8 @@ def pack(submission: Submission, parcel: Parcel) -> list[str]:
 
 def _shipped_genotype(reference: str, config: Config, parcel: Parcel) -> str:
     """The reference as it holds on the cluster."""
-    from pipeline.references import genotype_to_train
-    from pipeline.rundir import RunDir
+    from pipeline.runs.directory import RunDir
+    from pipeline.tracking.references import genotype_to_train
 
     path, runs = Path(reference).expanduser(), config.runtime.runs_dir
     shared = path.is_absolute() and not is_remote(runs)
@@ -297,7 +294,7 @@ def _check_settings_go_along(genotype: str, config: Config) -> None:
     Raises:
         ConfigError: with the remedy. The cluster would train on the digits.
     """
-    from pipeline.references import resolve_origin
+    from pipeline.tracking.references import resolve_origin
 
     runs_dir, tracking_uri = local(config.runtime.runs_dir), config.tracking.uri
     origin = resolve_origin(genotype, runs_dir=runs_dir, tracking_uri=tracking_uri)

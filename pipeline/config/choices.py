@@ -4,7 +4,7 @@ KINDS = ("sweep", "search", "retrain")
 """Kinds of runs, the outer ones first."""
 
 METHODS = ("two_stage", "one_stage")
-"""Search methods; each has its schema in `pipeline.schema`."""
+"""Search methods; each has its schema in `pipeline.config.schema`."""
 
 HIGHER = ("valid/top1", "test/top1", "valid/top5", "test/top5")
 LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")

@@ -13,8 +13,8 @@ from typing import Any
 import pydantic
 
 from istanas.errors import ConfigError
-from pipeline.config import section_of
-from pipeline.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
+from pipeline.config.load import section_of
+from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
 
 ANY_KEY = "KEY"  # stands for the swept keys in `sweep.space.KEY.uniform`
 

@@ -23,16 +23,9 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import CollectionNode
 
 from istanas.errors import ConfigError
-from istanas.limits import (
-    CONFIG_BYTES,
-    CONFIG_DEPTH,
-    CONFIG_ERRORS,
-    CONFIG_VALUES,
-    SMALL_SIDE,
-    read_at_most,
-)
-from pipeline.redaction import without_secrets
-from pipeline.schema import DEFAULT_METHOD, SCHEMAS, Config, OneStageConfig, Parameter
+from istanas.limits import CONFIG_BYTES, CONFIG_DEPTH, CONFIG_ERRORS, CONFIG_VALUES, SMALL_SIDE, read_at_most
+from pipeline.base.redaction import without_secrets
+from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, Config, OneStageConfig, Parameter
 
 _HASHED = {
     "search": ("method", "seed", "data", "space", "search"),
@@ -55,7 +48,7 @@ _NOT_HASHED_SWEEP = (
 
 def default_file() -> Path:
     """The configuration that job commands use when none is named: the digits that scikit-learn ships."""
-    return Path(__file__).resolve().parent.parent / "tune_configs" / "digits_quickstart.yaml"
+    return Path(__file__).resolve().parents[2] / "tune_configs" / "digits_quickstart.yaml"
 
 
 def load(

@@ -1,4 +1,4 @@
-"""The schema of a configuration: every section and key with type, range and default; `config` reads and checks it."""
+"""The schema of a configuration: every section and key with its type, range and default."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import PRIMITIVES, CellSpace
-from pipeline import storage
-from pipeline.choices import METHODS
-from pipeline.redaction import without_secrets
-from pipeline.resources import WorkerRange, parse_workers
+from pipeline.base.addresses import checked_address
+from pipeline.base.redaction import without_secrets
+from pipeline.base.text import shown_value
+from pipeline.config.choices import METHODS
+from pipeline.config.workers import WorkerRange, parse_workers
 
 Primitive = Literal[
     "max_pool_3x3",
@@ -419,7 +420,7 @@ class RuntimeSettings(_Section):
         description="Mean training loss of an epoch above which training counts as diverged. null accepts every finite "
         "loss.",
     )
-    runs_dir: Annotated[str, pydantic.AfterValidator(storage.checked_address)] = Field(
+    runs_dir: Annotated[str, pydantic.AfterValidator(checked_address)] = Field(
         "runs",
         description="Where run directories are kept: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH.",
     )
@@ -455,18 +456,6 @@ class TrackingSettings(_Section):
 Value = Annotated[  # of a swept key
     bool | int | float | str | list[bool | int | float | str] | None, _in_words("plain value or list of them")
 ]
-
-
-def shown_value(value: Any) -> str:
-    """A swept key's value for people, as YAML has it.
-
-    Example:
-        >>> shown_value(None), shown_value(["skip_connect", "sep_conv_3x3"]), shown_value(0.5)
-        ('null', '[skip_connect, sep_conv_3x3]', '0.5')
-    """
-    if isinstance(value, list):
-        return f"[{', '.join(map(shown_value, value))}]"
-    return "null" if value is None else str(value)
 
 
 class Parameter(_Section):
@@ -655,5 +644,8 @@ class OneStageConfig(Config):
 SCHEMAS: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
 DEFAULT_METHOD = "two_stage"
 
+
 assert tuple(SCHEMAS) == METHODS, "every method has its schema"
+
+
 assert get_args(Primitive) == PRIMITIVES, "the schema's operations are those of istanas.space"

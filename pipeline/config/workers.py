@@ -1,4 +1,4 @@
-"""How many workers, and how many threads each: cores of this machine, nodes of a cluster. No Ray, no torch."""
+"""Numbers of workers and threads for the cores of this machine or a cluster. Imports no Ray and no torch."""
 
 from __future__ import annotations
 
@@ -107,13 +107,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> count(1, "worker"), count(2, "thread")
-        ('1 worker', '2 threads')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

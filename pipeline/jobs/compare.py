@@ -14,20 +14,22 @@ from rich.console import Console
 from istanas.errors import ConfigError, IstanasError
 from istanas.measure import measure_latency
 from istanas.nets import TargetNet
-from pipeline import storage
-from pipeline.compare_page import draw_curves, draw_whole, render_page
-from pipeline.config import load
-from pipeline.epochs import target_network
-from pipeline.fitted import Column, FittedTable
-from pipeline.jobs.job import console_line
-from pipeline.models import load_network
-from pipeline.outcome import shown_outcome
-from pipeline.pictures import load_pictures
-from pipeline.resources import count, threads_in_process
-from pipeline.run_reader import CONFIG_FILE, ReadRun, read_run
-from pipeline.rundir import atomic_write
-from pipeline.schema import Config
-from pipeline.tables import shown, shown_time, top_columns, validation_note
+from pipeline.base.files import atomic_write
+from pipeline.base.fitted_table import Column, FittedTable
+from pipeline.base.text import count
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.config.workers import threads_in_process
+from pipeline.jobs.lifecycle import console_line
+from pipeline.report.compare_page import draw_curves, draw_whole, render_page
+from pipeline.report.run_reader import ReadRun, read_run
+from pipeline.report.terminal import shown, shown_time, top_columns, validation_note
+from pipeline.runs import bucket
+from pipeline.runs.layout import CONFIG_FILE
+from pipeline.runs.network_files import load_network
+from pipeline.runs.outcome import shown_outcome
+from pipeline.training.build import target_network
+from pipeline.training.pictures import load_pictures
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
@@ -90,7 +92,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
         runs = [
             read_run(
                 ref,
-                runs_dir=storage.local(config.runtime.runs_dir),
+                runs_dir=bucket.local(config.runtime.runs_dir),
                 tracking_uri=config.tracking.uri,
                 scratch=Path(scratch),
             )

@@ -14,13 +14,15 @@ from rich.console import Console
 
 from istanas.errors import ConfigError
 from istanas.space import Genotype
-from pipeline import storage
-from pipeline.export import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
-from pipeline.jobs.job import console_line, tracker_of
-from pipeline.models import WEIGHTS_FILE, load_network, read_card
-from pipeline.outcome import outcome
-from pipeline.rundir import MetricsLine, RunDir, RunRecord
-from pipeline.schema import Config
+from pipeline.config.schema import Config
+from pipeline.jobs.closing import tracker_of
+from pipeline.jobs.export_formats import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
+from pipeline.jobs.lifecycle import console_line
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import WEIGHTS_FILE, load_network, read_card
+from pipeline.runs.outcome import outcome
+from pipeline.runs.record import MetricsLine, RunRecord
 
 EXPORT_FOLDER = "export"
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
@@ -47,8 +49,8 @@ def run_export(config: Config, run_dir: str | Path, *, console: Console, again: 
     Returns:
         As `export_network` does.
     """
-    run, say = RunDir(storage.local(str(run_dir))), console_line(console)
-    with storage.held(run.path, say):
+    run, say = RunDir(bucket.local(str(run_dir))), console_line(console)
+    with bucket.held(run.path, say):
         return _export(config, run, say, again)
 
 
@@ -57,13 +59,13 @@ def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool
     if before is None:
         result = export_network(run, say=say)
     else:
-        say(f"export: done before, see {storage.shown(run.path / EXPORT_FOLDER)}")
+        say(f"export: done before, see {bucket.shown(run.path / EXPORT_FOLDER)}")
         digest = Genotype.from_json(read_card(run.path).genotype).digest()
-        result = ExportResult(run_dir=storage.shown(run.path), digest=digest, exports=before)
+        result = ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=before)
     tracker = tracker_of(run, config)
     if not tracker.deliver():
-        say(f"not in MLflow yet: deliver it with istanas sync {storage.shown(run.path)}")
-    storage.push(run.path)
+        say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
+    bucket.push(run.path)
     return {**result, "mlflow_run_id": tracker.run_id}
 
 
@@ -83,7 +85,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
     Raises:
         ConfigError: if the run is not finished, is a two-stage search, or is in use by another process.
         CheckpointError: if there is no run, or its network is missing or broken.
-        IstanasError: as `pipeline.export.export_formats` raises it; what was exported before stays as it is.
+        IstanasError: as `jobs.export_formats.export_formats` raises it; what was exported before stays as it is.
 
     Example:
         >>> result = export_network(RunDir("runs/digits-retrain-0123abcd"), say=print)  # doctest: +SKIP
@@ -113,7 +115,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
         for line in describe_exports(run, exports):
             say(line)
     digest = Genotype.from_json(card.genotype).digest()
-    return ExportResult(run_dir=storage.shown(run.path), digest=digest, exports=exports)
+    return ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=exports)
 
 
 def check_exportable(run: RunDir, record: RunRecord) -> None:
@@ -124,12 +126,12 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
     """
     if record.kind == "search" and record.method == "two_stage":
         raise ConfigError(
-            f"run {storage.shown(run.path)}: a two-stage search has no trained network, give its retraining, or "
-            f"retrain it first: istanas retrain --genotype {storage.shown(run.path)}"
+            f"run {bucket.shown(run.path)}: a two-stage search has no trained network, give its retraining, or "
+            f"retrain it first: istanas retrain --genotype {bucket.shown(run.path)}"
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"run {storage.shown(run.path)}: is {outcome(record.status, record.tags)}, only a finished run has a "
+            f"run {bucket.shown(run.path)}: is {outcome(record.status, record.tags)}, only a finished run has a "
             "network to export; let it finish, or resume it with the command that began it"
         )
 
@@ -143,7 +145,7 @@ def describe_exports(run: RunDir, exports: Mapping[str, ExportedFormat]) -> list
         ['onnx: r/export/model.onnx, 0.25 MB, largest difference 1e-06']
     """
     return [
-        f"{name}: {storage.shown(run.path / e['file'])}, {e['bytes'] / 1e6:.2f} MB, "
+        f"{name}: {bucket.shown(run.path / e['file'])}, {e['bytes'] / 1e6:.2f} MB, "
         f"largest difference {e['difference']:.2g}"
         for name, e in exports.items()
     ]

@@ -2,7 +2,7 @@
 
 | format | file | load it with |
 |---|---|---|
-| safetensors | model.safetensors, network.json, genotype.json | `pipeline.models.load_network(FOLDER)` |
+| safetensors | model.safetensors, network.json, genotype.json | `pipeline.runs.network_files.load_network(FOLDER)` |
 | program | model.pt2 | `torch.export.load(FILE).module()`, torch alone |
 | onnx | model.onnx | any ONNX runtime: input "pictures", output "logits", both with a free first axis "batch" |
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from istanas.errors import IstanasError
 from istanas.nets import TargetNet
 from istanas.space import Genotype
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
-from pipeline.references import GENOTYPE_FILE
-from pipeline.rundir import atomic_write
+from pipeline.base.files import atomic_write
+from pipeline.runs.layout import GENOTYPE_FILE
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
 
 PROGRAM_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
@@ -53,8 +53,8 @@ def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str,
     """Write a network in every format, load each again from the disk, and compare it with the network.
 
     Args:
-        net: in eval mode, on the CPU, as `pipeline.models.load_network` gives it.
-        card: how it was built, as `pipeline.models.read_card` gives it.
+        net: in eval mode, on the CPU, as `pipeline.runs.network_files.load_network` gives it.
+        card: how it was built, as `pipeline.runs.network_files.read_card` gives it.
         folder: created if need be.
 
     Returns:
@@ -65,7 +65,7 @@ def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str,
             than `TOLERANCE` of the largest logit.
 
     Example:
-        >>> from pipeline.models import read_card
+        >>> from pipeline.runs.network_files import read_card
         >>> net, _ = load_network("runs/digits-retrain-0123abcd")  # doctest: +SKIP
         >>> card = read_card("runs/digits-retrain-0123abcd")  # doctest: +SKIP
         >>> export_formats(net, card, Path("formats"))["onnx"]  # doctest: +SKIP

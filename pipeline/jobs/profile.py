@@ -23,11 +23,15 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
-from pipeline.data_workers import noticing_their_loss
-from pipeline.epochs import build_one_stage, build_retraining, build_two_stage
-from pipeline.fit import warnings_of
-from pipeline.jobs.job import check_data, console_line, load_data, settled, tell_pictures
-from pipeline.pictures import (
+from pipeline.base.text import duration
+from pipeline.config.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.jobs.lifecycle import check_data, console_line, load_data, settled, tell_pictures
+from pipeline.runs.record import data_label
+from pipeline.training.build import build_one_stage, build_retraining, build_two_stage
+from pipeline.training.compute import compute_for, describe_place
+from pipeline.training.data_checks import warnings_of
+from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.pictures import (
     Batches,
     describe_pictures,
     holdout_indices,
@@ -35,7 +39,7 @@ from pipeline.pictures import (
     search_split,
     training_indices,
 )
-from pipeline.profiling import (
+from pipeline.training.profiling import (
     Train,
     as_data,
     count_flops,
@@ -44,10 +48,6 @@ from pipeline.profiling import (
     step_seconds,
     time_by_kind,
 )
-from pipeline.rundir import data_label
-from pipeline.schema import Config, OneStageConfig, TwoStageConfig
-from pipeline.tables import duration
-from pipeline.worker import compute_for, describe_place
 
 WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen
 
@@ -86,7 +86,7 @@ class Work:
     """A job's parts, ready to be measured.
 
     Args:
-        train: see `pipeline.profiling.Train`.
+        train: see `pipeline.training.profiling.Train`.
         pictures_per_step: through the network, forward and backward.
         measure: evaluates one batch of training pictures.
         pictures_measured: in that batch.
@@ -134,7 +134,7 @@ class ProfileResult(TypedDict):
     peak_flops_per_second: float
     peak_share: float
     clock: str  # whose time the kinds have: cpu or cuda
-    kinds: list[dict[str, Any]]  # see `pipeline.profiling.KindTime`
+    kinds: list[dict[str, Any]]  # see `pipeline.training.profiling.KindTime`
     projection: ProjectionResult
     trace: NotRequired[str]
 

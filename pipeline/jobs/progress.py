@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from istanas.training import Metrics
-from pipeline.tables import duration
+from pipeline.base.text import duration
 
 # Figures are for eyes: reading them at every step would only cost time.
 SECONDS_BETWEEN_READINGS = 0.5

@@ -8,32 +8,25 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.space import Genotype
-from pipeline import storage, summary
-from pipeline.cluster import Runtime
-from pipeline.config import run_hash
-from pipeline.jobs.job import (
-    CELL_FIGURES,
-    CHECKPOINTS,
-    CONFIG_FILE,
-    GENOTYPE_FILE,
-    JobSpec,
-    Outcome,
-    RunObserver,
-    check_data,
-    console_line,
-    execute,
-    settled_spec,
-)
+from pipeline.cluster.launch import prepare_workers, run_job
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import run_hash
+from pipeline.config.schema import Config
+from pipeline.jobs.lifecycle import Outcome, check_data, console_line, execute, settled_spec
+from pipeline.jobs.observer import RunObserver
+from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import RetrainResult, accuracies
-from pipeline.jobs.search import describe_figures, write_genotype
-from pipeline.launch import prepare_workers, run_job
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
-from pipeline.outcome import ORIGIN_TAG
-from pipeline.pictures import datasets_used
-from pipeline.record import EpochRecord
-from pipeline.rundir import RunDir
-from pipeline.schema import Config
-from pipeline.worker import trained_network
+from pipeline.jobs.search import describe_figures
+from pipeline.report import mlflow_note
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.runs.genotype_file import write_genotype
+from pipeline.runs.layout import CELL_FIGURES, CHECKPOINTS, CONFIG_FILE, GENOTYPE_FILE
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.outcome import ORIGIN_TAG
+from pipeline.training.epoch_record import EpochRecord
+from pipeline.training.loop import trained_network
+from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "retrain")
 
@@ -108,7 +101,7 @@ def run_retrain(
             result=result,
             artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
             tags={},
-            description=summary.of_retraining(
+            description=mlflow_note.of_retraining(
                 run.read().data_label, progress.epochs, result, genotype, origin
             ),
         )
@@ -128,7 +121,7 @@ def run_retrain(
 
 def _run_name(run_dir: str) -> str:
     """The name of a run's directory; of a sweep's trial after the name of the sweep's."""
-    path = storage.local(run_dir)
+    path = bucket.local(run_dir)
     return f"{path.parent.name}/{path.name}" if RunDir(path.parent).exists() else path.name
 
 

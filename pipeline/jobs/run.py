@@ -7,12 +7,12 @@ from typing import cast
 from rich.console import Console
 
 from istanas.space import Genotype
-from pipeline.cluster import Runtime
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.schema import Config, OneStageConfig
 from pipeline.jobs.export import run_export
 from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
-from pipeline.schema import Config, OneStageConfig
 
 
 def run_whole(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,41 +13,37 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
-from istanas.draw import save_freezing_figure, save_genotype_figures
+from istanas.draw import save_freezing_figure
 from istanas.search import CLOSING_EPOCHS, Freezing
 from istanas.space import CELLS, Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
-from pipeline import summary
-from pipeline.cluster import Runtime
-from pipeline.config import run_hash
-from pipeline.epochs import build_one_stage
-from pipeline.jobs.job import (
+from pipeline.base.text import count
+from pipeline.cluster.launch import prepare_workers, run_job
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import run_hash
+from pipeline.config.schema import Config, OneStageConfig
+from pipeline.jobs.lifecycle import Outcome, check_data, console_line, execute, settled_spec, write_page
+from pipeline.jobs.observer import RunObserver
+from pipeline.jobs.opening import JobSpec
+from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
+from pipeline.report import mlflow_note
+from pipeline.report.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
+from pipeline.runs.directory import RunDir
+from pipeline.runs.genotype_file import write_genotype
+from pipeline.runs.layout import (
     CELL_FIGURES,
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
     GENOTYPE_FILE,
     TRAJECTORY_FILE,
-    JobSpec,
-    Outcome,
-    RunObserver,
-    check_data,
-    console_line,
-    execute,
-    settled_spec,
-    write_page,
 )
-from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
-from pipeline.launch import prepare_workers, run_job
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, save_network
-from pipeline.pictures import datasets_used
-from pipeline.record import EpochRecord, Progress, SearchRecord, read_records
-from pipeline.resources import count
-from pipeline.rundir import RunDir, atomic_write
-from pipeline.schema import Config, OneStageConfig
-from pipeline.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
-from pipeline.worker import searched_network
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.training.build import build_one_stage
+from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
+from pipeline.training.loop import searched_network
+from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search")
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")
@@ -217,7 +212,7 @@ def _finish_two_stage(run: RunDir, progress: Progress, say: Callable[[str], None
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
         tags={"istanas.genotype": genotype.digest()},
-        description=summary.of_two_stage_search(run.read().data_label, progress.epochs, result, genotype),
+        description=mlflow_note.of_two_stage_search(run.read().data_label, progress.epochs, result, genotype),
     )
 
 
@@ -255,7 +250,7 @@ def _finish_one_stage(
             WEIGHTS_FILE,
         ),
         tags={"istanas.genotype": genotype.digest()},
-        description=summary.of_one_stage_search(run.read().data_label, result, genotype),
+        description=mlflow_note.of_one_stage_search(run.read().data_label, result, genotype),
     )
 
 
@@ -306,14 +301,3 @@ def _write_last_genotype(run: RunDir, last: EpochRecord) -> Genotype:
     weights = {cell: [n.edge_weights for n in found.nodes if n.cell == cell] for cell in CELLS}
     write_genotype(run.path, genotype, weights)
     return genotype
-
-
-def write_genotype(
-    folder: Path, genotype: Genotype, weights: dict[str, list[list[float]]] | None = None
-) -> None:
-    """genotype.json and the four cell figures."""
-    atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
-    weights = weights or {}
-    save_genotype_figures(
-        genotype, folder / "cells", weights_normal=weights.get("normal"), weights_reduce=weights.get("reduce")
-    )

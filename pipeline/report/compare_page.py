@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from istanas.draw import draw_cell
 from istanas.space import CELLS, Genotype
-from pipeline.pages import chart_svg, render
-from pipeline.run_reader import ReadRun
+from pipeline.report.html import chart_svg, render
+from pipeline.report.run_reader import ReadRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

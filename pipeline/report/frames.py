@@ -1,11 +1,4 @@
-"""What was run, for programs: typed pandas frames from the MLflow store.
-
-One frame for each question: `results_frame` (everything), `searches_frame`, `epochs_frame`, `genotypes_frame`,
-`sweeps_frame`, `weights_frame` (one-stage weights against retrained ones). All take `tracking_uri=` and
-`experiment=`, and most the conditions of `Filters`; accuracies are fractions, times aware (UTC), what is missing
-is NA, and a store without such runs gives an empty frame of the same types. `pipeline.sweep_report.read_table` has
-the trials of one sweep, `pipeline.tables` prints.
-"""
+"""The pandas frames that `pipeline.report` exports, read from the MLflow store."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,19 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pipeline.outcome import ORIGIN_TAG, data_of, outcome
-from pipeline.report_columns import (
-    COLUMNS,
-    EPOCHS_COLUMNS,
-    EPOCHS_KEYS,
-    GENOTYPES_COLUMNS,
-    METRICS,
-    SEARCHES_COLUMNS,
-    SWEEPS_COLUMNS,
-    WEIGHTS_COLUMNS,
-)
-from pipeline.stored import Filters, load_runs, readable
-from pipeline.tracking import open_client, store_uri
+from pipeline.runs.layout import GENOTYPE_FILE
+from pipeline.runs.outcome import ORIGIN_TAG, data_of, outcome
+from pipeline.tracking.queries import Filters, load_runs, readable
+from pipeline.tracking.store import open_client, store_uri
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +34,160 @@ __all__ = [
     "weights_frame",
 ]
 
+COLUMNS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "kind": "string",
+    "method": "string",
+    "dataset": "string",
+    "status": "string",
+    "genotype": "string",
+    "test_top1": "Float64",
+    "test_top5": "Float64",
+    "valid_top1": "Float64",
+    "valid_top5": "Float64",
+    "params": "Int64",
+    "macs": "Int64",
+    "seconds": "Float64",
+    "started": "datetime64[ms, UTC]",
+    "parent_run_id": "string",
+    "run_dir": "string",
+    "outcome": "string",
+    "origin": "string",
+}
+"""Column -> pandas dtype: accuracies are fractions, top-5 NA with 10 classes or fewer, `genotype` is the digest,
+`seconds` the time worked, `outcome` the status with INTERRUPTED and PRUNED told apart, which MLflow calls FAILED or
+KILLED, `origin` where the cell that a retraining trained comes from: a run, a file, a random or a
+published cell; NA of other runs. `dataset` is the data set's name, of own pictures what their folder is called."""
+
+SEARCHES_COLUMNS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "method": "string",
+    "dataset": "string",
+    "status": "string",
+    "seed": "Int64",
+    "genotype": "string",
+    "valid_top1": "Float64",
+    "valid_top5": "Float64",
+    "test_top1": "Float64",
+    "test_top5": "Float64",
+    "retrainings": "Int64",
+    "retrain_run_id": "string",
+    "retrained_valid_top1": "Float64",
+    "retrained_valid_top5": "Float64",
+    "retrained_test_top1": "Float64",
+    "retrained_test_top5": "Float64",
+    "params": "Int64",
+    "macs": "Int64",
+    "seconds": "Float64",
+    "started": "datetime64[ms, UTC]",
+    "parent_run_id": "string",
+    "run_dir": "string",
+}
+"""Column -> pandas dtype of `searches_frame`: `valid_*` and `test_*` are the search's own (test of a one-stage
+search only), `retrainings` counts the finished ones of what it found, `retrain_run_id` is the newest of them and
+`retrained_*` are its accuracies, `parent_run_id` is the sweep's; top-5 is NA with 10 classes or fewer."""
+
+METRICS = (
+    "train/loss",
+    "train/top1",
+    "train/top5",
+    "train/rollbacks",
+    "valid/loss",
+    "valid/top1",
+    "valid/top5",
+    "test/loss",
+    "test/top1",
+    "test/top5",
+    "recovery/gap",
+    "recovery/truncation",
+    "recovery/margin",
+    "recovery/distance",
+    "recovery/support_changes",
+    "recovery/fallbacks",
+    "arch/skip_ratio",
+    "arch/frozen_nodes",
+    "arch/rejected",
+    "target/params",
+    "target/macs",
+    "images_per_second",
+)
+"""What is measured in an epoch, as MLflow calls it; each kind of run has some of it."""
+
+EPOCHS_KEYS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "kind": "string",
+    "method": "string",
+    "dataset": "string",
+    "epoch": "Int64",
+}
+EPOCHS_COLUMNS: dict[str, str] = {**EPOCHS_KEYS, **dict.fromkeys(METRICS, "Float64")}
+"""Column -> pandas dtype of `epochs_frame`: epochs count from 1; a metric that was not measured is NA."""
+
+GENOTYPES_COLUMNS: dict[str, str] = {
+    "genotype": "string",
+    "dataset": "string",
+    "searches": "Int64",
+    "found_by": "string",
+    "retrainings": "Int64",
+    "best_retrained_test_top1": "Float64",
+    "mean_retrained_test_top1": "Float64",
+    "best_retrained_valid_top1": "Float64",
+    "params": "Int64",
+    "macs": "Int64",
+    "genotype_json": "string",
+}
+"""Column -> pandas dtype of `genotypes_frame`: `genotype` is the digest, `found_by` the run ids of the `searches` that
+ended with it, with spaces between; the best of several retrainings flatters, the mean does not; `params` and `macs`
+are those of the newest retraining, else search; `genotype_json` is what `Genotype.from_json` reads, NA where the store
+has no such artifact."""
+
+SWEEPS_COLUMNS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "method": "string",
+    "dataset": "string",
+    "status": "string",
+    "searcher": "string",
+    "scheduler": "string",
+    "objective": "string",
+    "objectives": "string",
+    "space": "string",
+    "trials": "Int64",
+    "complete": "Int64",
+    "pruned": "Int64",
+    "failed": "Int64",
+    "best_top1": "Float64",
+    "genotype": "string",
+    "seconds": "Float64",
+    "started": "datetime64[ms, UTC]",
+    "run_dir": "string",
+}
+"""Column -> pandas dtype of `sweeps_frame`: `trials` are planned, the next three have ended; `best_top1` is of the
+objective, "valid" or "retrained" (on the hold-out); `objectives` and the swept keys in `space` have commas between."""
+
+WEIGHTS_COLUMNS: dict[str, str] = {
+    "run_id": "string",
+    "name": "string",
+    "dataset": "string",
+    "genotype": "string",
+    "one_stage_top1": "Float64",
+    "one_stage_params": "Int64",
+    "one_stage_epochs": "Int64",
+    "one_stage_seconds": "Float64",
+    "retrain_run_id": "string",
+    "retrain_name": "string",
+    "retrained_top1": "Float64",
+    "retrained_params": "Int64",
+    "retrained_epochs": "Int64",
+    "retrained_seconds": "Float64",
+    "difference": "Float64",
+}
+"""Column -> pandas dtype of `weights_frame`: top-1 are fractions of the test split, `difference` is what
+retraining gains, epochs and seconds of a search hold its training too."""
+
 _NUMBERS = {
     "test_top1": "test/top1",
     "test_top5": "test/top5",
@@ -59,7 +197,6 @@ _NUMBERS = {
     "macs": "target/macs",
 }
 _SPACE = "sweep.space."
-_GENOTYPE_FILE = "genotype.json"
 _REQUESTS_AT_ONCE = 8
 
 
@@ -71,7 +208,7 @@ def results_frame(
     `test_top1` of a one-stage search is that of its own weights; a two-stage search has none.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store_uri`.
+        tracking_uri: see `pipeline.tracking.store.store_uri`.
         experiment: only this experiment; None means all of them.
         filters: which runs, see `Filters`; one whose parent is left out heads a family.
 
@@ -209,7 +346,7 @@ def genotypes_frame(
 def sweeps_frame(
     *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
 ) -> "pd.DataFrame":
-    """One row for every sweep, newest first; `pipeline.sweep_report.read_table(run_dir)` has the trials of one.
+    """One row for every sweep, newest first; `pipeline.report.trials.read_table(run_dir)` has the trials of one.
 
     Args:
         tracking_uri, experiment, filters: as in `results_frame`; of kind "sweep" all are.
@@ -239,7 +376,7 @@ def weights_frame(
     retraining that was started over, the newest counts), or one row without figures of a retraining.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store_uri`.
+        tracking_uri: see `pipeline.tracking.store.store_uri`.
         experiment: only this experiment; None means all of them.
         dataset: only this data set.
 
@@ -367,11 +504,11 @@ def _genotype_row(digest: str, text: str | None, runs: "list[Run]") -> dict[str,
 def _genotype_text(client: "MlflowClient", run: "Run", scratch: str) -> str | None:
     """The artifact of a finished run; None if it is not there any more."""
     run_id = run.info.run_id
-    if _GENOTYPE_FILE not in {file.path for file in client.list_artifacts(run_id)}:
+    if GENOTYPE_FILE not in {file.path for file in client.list_artifacts(run_id)}:
         return None
     folder = Path(scratch) / run_id
     folder.mkdir(exist_ok=True)
-    return Path(client.download_artifacts(run_id, _GENOTYPE_FILE, str(folder))).read_text().strip()
+    return Path(client.download_artifacts(run_id, GENOTYPE_FILE, str(folder))).read_text().strip()
 
 
 def _sweep_row(sweep: "Run") -> dict[str, Any]:

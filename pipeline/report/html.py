@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup, escape
 
-from pipeline.tables import duration, percent
+from pipeline.base.text import duration, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,31 +44,14 @@ _STYLE: dict[Any, Any] = {
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of `pipeline/templates`; what is no `Markup` is escaped."""
+    """A page from one of `pipeline/report/templates`; what is no `Markup` is escaped."""
     return _templates().get_template(template).render(**values)
-
-
-# As the template `links.html` writes it: a text of a page is escaped, and cannot look like it.
-_FILE_LINK = re.compile(r'<a data-file href="[^"]*">(.*?)</a>', re.DOTALL)
-
-
-def without_file_links(page: str) -> str:
-    """Return a page whose links to files are plain text.
-
-    Args:
-        page: as `render` gives it.
-
-    Example:
-        >>> without_file_links('<td><a data-file href="trials.csv">all</a> <a href="#top">up</a></td>')
-        '<td>all <a href="#top">up</a></td>'
-    """
-    return _FILE_LINK.sub(r"\1", page)
 
 
 @functools.cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"),
+        loader=jinja2.PackageLoader("pipeline.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from istanas.space import Genotype
-from pipeline.resources import count
-from pipeline.schema import shown_value
-from pipeline.tables import duration, percent, validation_note
+from pipeline.base.text import count, duration, percent, shown_value
+from pipeline.report.terminal import validation_note
 
 _SPLITS = {"test": "test", "valid": "validation"}
 

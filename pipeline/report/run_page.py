@@ -11,8 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from istanas.space import CELLS, Genotype, state_name
-from pipeline.outcome import ORIGIN_TAG
-from pipeline.pages import (
+from pipeline.base.files import atomic_write
+from pipeline.base.text import count, duration, percent
+from pipeline.report.html import (
     BLUE,
     GREEN,
     ORANGE,
@@ -26,9 +27,10 @@ from pipeline.pages import (
     inline_svg,
     render,
 )
-from pipeline.resources import count
-from pipeline.rundir import MetricsLine, RunDir, RunRecord, atomic_write
-from pipeline.tables import duration, percent, validation_note
+from pipeline.report.terminal import validation_note
+from pipeline.runs.directory import RunDir
+from pipeline.runs.outcome import ORIGIN_TAG
+from pipeline.runs.record import MetricsLine, RunRecord
 
 _KINDS = {"search": "search", "retrain": "retraining", "sweep": "sweep"}
 _SPLITS = {"train": (BLUE, "-"), "valid": (ORANGE, "--"), "test": (GREEN, "-.")}
@@ -203,7 +205,7 @@ def _environment(found: dict[str, Any]) -> Rows:
 
 
 def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
-    from pipeline.sweep_report import page_table, read_table
+    from pipeline.report.trials import page_table, read_table
 
     spaces = {
         key.removeprefix("sweep.space."): value

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 
 from istanas.errors import ConfigError
 from istanas.space import Genotype
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE
-from pipeline.outcome import data_of, outcome
-from pipeline.references import is_mlflow_id, read_genotype, resolve_run
-from pipeline.rundir import MetricsLine, RunDir
-from pipeline.storage import shown
-from pipeline.stored import readable
-from pipeline.tracking import open_client, read_link, store_exists, store_uri
+from pipeline.runs.bucket import shown
+from pipeline.runs.directory import RunDir
+from pipeline.runs.genotype_file import read_genotype
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
+from pipeline.runs.mlflow_link import read_link
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE
+from pipeline.runs.outcome import data_of, outcome
+from pipeline.runs.record import MetricsLine
+from pipeline.tracking.queries import readable
+from pipeline.tracking.references import is_mlflow_id, resolve_run
+from pipeline.tracking.store import open_client, store_exists, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-CONFIG_FILE = "config.yaml"
-GENOTYPE_FILE = "genotype.json"
 _FILES = (CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGHTS_FILE)
 
 
@@ -81,7 +83,7 @@ def read_run(ref: str, *, runs_dir: Path, tracking_uri: str | None, scratch: Pat
     Args:
         ref: a run directory, an MLflow run id or a unique name.
         runs_dir: where runs are kept.
-        tracking_uri: see `pipeline.tracking.store_uri`.
+        tracking_uri: see `pipeline.tracking.store.store_uri`.
         scratch: a folder for what comes from the store; must live as long as the result is used.
 
     Raises:

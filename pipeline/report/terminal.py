@@ -1,18 +1,15 @@
-"""Tables for the terminal: of the frames that `pipeline.report` makes, and of a cluster's jobs."""
+"""Terminal tables of the frames that `pipeline.report` makes."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.fitted import Column, FittedTable
-from pipeline.outcome import shown_outcome
+from pipeline.base.fitted_table import Column, FittedTable
+from pipeline.base.text import duration
+from pipeline.runs.outcome import shown_outcome
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
-
-    from pipeline.job_server import Job
 
 WIDE = 120
 """Columns of a terminal from which on a table of results says more."""
@@ -143,46 +140,6 @@ def weights_table(frame: "pd.DataFrame") -> FittedTable:
     return FittedTable(columns, rows, title=None if len(frame) else "no finished one-stage search yet")
 
 
-def jobs_table(jobs: "Sequence[Job]") -> FittedTable:
-    """The jobs of a cluster; a long command is wrapped between words."""
-    columns = [
-        *(Column("job"), Column("status", rank=1), Column("started", rank=3), Column("took", rank=2)),
-        Column("command", prose=True, rank=4),
-    ]
-    rows = [[job.id, _status(job), *_when(job), job.command] for job in jobs]
-    return FittedTable(columns, rows, rest="--json has everything")
-
-
-def job_table(job: "Job") -> "Table":
-    """All about one job of a cluster."""
-    from rich.table import Table
-
-    table = Table("figure", "value")
-    started, took = _when(job)
-    rows = {
-        "job": job.id,
-        "status": _status(job),
-        "started": started,
-        "took": took,
-        "command": job.command,
-        "reason": job.message,
-    }
-    for figure, value in rows.items():
-        if value:
-            table.add_row(figure, value)
-    return table
-
-
-def _status(job: "Job") -> str:
-    return f"{job.status} ({job.exit_code})" if job.exit_code else job.status
-
-
-def _when(job: "Job") -> tuple[str, str]:
-    if job.started is None or job.seconds is None:
-        return "", ""
-    return f"{datetime.fromtimestamp(job.started):%m-%d %H:%M}", duration(job.seconds)
-
-
 def validation_note(kind: str, method: str) -> str:
     """Return on which pictures the validation accuracies of a run were measured, in one sentence.
 
@@ -203,31 +160,6 @@ def validation_note(kind: str, method: str) -> str:
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "
         "that trains nothing."
     )
-
-
-def percent(fraction: float) -> str:
-    """A share for people.
-
-    Example:
-        >>> percent(0.98607)
-        '98.61 %'
-    """
-    return f"{100 * fraction:.2f} %"
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-        >>> duration(7.31), duration(83), duration(3 * 3600 + 125)
-        ('7.3 s', '1 min 23 s', '3 h 2 min')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def top_columns(measured: Iterable[str]) -> dict[str, str]:

@@ -20,11 +20,11 @@ from istanas.draw import cell_svg, edge_widths
 from istanas.limits import TABLE_BYTES, read_at_most
 from istanas.space import CELLS, Genotype, state_name
 from istanas.space.primitives import SKIP
-from pipeline.pages import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
-from pipeline.references import read_genotype
-from pipeline.resources import count
-from pipeline.rundir import RunDir, atomic_write
-from pipeline.tables import percent
+from pipeline.base.files import atomic_write
+from pipeline.base.text import count, percent
+from pipeline.report.html import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
+from pipeline.runs.directory import RunDir
+from pipeline.runs.genotype_file import read_genotype
 
 TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}

@@ -28,23 +28,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import psutil
 import tenacity
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.redaction import without_secrets
-from pipeline.rundir import RECORD_FILE, RunDir, atomic_write
+from pipeline.base.addresses import CREDENTIALS, is_remote, joined_address, names_in
+from pipeline.base.files import atomic_write
+from pipeline.base.redaction import without_secrets
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import LINK_FILE, RECORD_FILE
 
 _LOG = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs")
-CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account",
-}
-LINK_FILE = "mlflow.json"
 OWNER_OBJECT = ".owner.json"
 OWNER_LENGTH = 512
 NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and temporaries
@@ -64,60 +61,6 @@ class AwayError(IstanasError):
     """A storage that can't be used, for want of network, rights or room."""
 
 
-# ---------- addresses and paths
-def checked_address(text: str) -> str:
-    """A place for run directories, as `runtime.runs_dir` takes it.
-
-    Raises:
-        ValueError: it is no folder and no address of a known kind, or holds what belongs into the environment.
-
-    Example:
-        >>> checked_address("runs"), checked_address("s3://bucket/runs/")
-        ('runs', 's3://bucket/runs')
-    """
-    scheme, separator, _ = text.partition("://")
-    if not separator:
-        if text.startswith(tuple(f"{known}:" for known in (*SCHEMES, "file"))):
-            raise ValueError("write two slashes after the colon of an address")
-        return text
-    url = urlsplit(text)
-    if scheme == "file":
-        if url.netloc or not url.path:
-            raise ValueError("write file:///PATH, with three slashes")
-        return text
-    if scheme not in SCHEMES:
-        raise ValueError("give a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH")
-    if without_secrets(text) != text:
-        raise ValueError(
-            f"no passwords or keys in an address, set them in the environment: {CREDENTIALS[scheme]}"
-        )
-    parts = _parts(url)
-    if not url.netloc or any(part in ("", ".", "..") or "/" in part for part in parts) or url.fragment:
-        raise ValueError(f"write {scheme}://BUCKET/PREFIX")
-    return _address(url.scheme, [url.netloc, *parts], url.query)
-
-
-def _parts(url: SplitResult) -> list[str]:
-    """The names in an address, as they are: there, what means something in addresses is written with a per cent."""
-    path = url.path.strip("/")
-    return [unquote(part) for part in path.split("/")] if path else []
-
-
-def _address(scheme: str, names: Sequence[str], query: str) -> str:
-    """The opposite of `_parts`; the first name is the bucket."""
-    return f"{scheme}://{'/'.join(map(quote, names))}{'?' if query else ''}{query}"
-
-
-def is_remote(text: str) -> bool:
-    """Whether an address is one of a storage that is not worked on directly.
-
-    Example:
-        >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")
-        (True, False, False)
-    """
-    return text.partition("://")[0] in SCHEMES and "://" in text
-
-
 def local(address: str) -> Path:
     """Where an address is worked on: a folder is itself, for a storage it is the copy. Nothing is read or made.
 
@@ -131,7 +74,7 @@ def local(address: str) -> Path:
         return Path(address)
     url = urlsplit(address)
     query = base64.urlsafe_b64encode(url.query.encode()).decode().rstrip("=")
-    return _copies().joinpath(f"{url.scheme}-{query}", url.netloc, *_parts(url))
+    return _copies().joinpath(f"{url.scheme}-{query}", url.netloc, *names_in(url))
 
 
 def shown(path: Path) -> str:
@@ -147,7 +90,7 @@ def shown(path: Path) -> str:
         return str(path)
     scheme, _, encoded = first.partition("-")
     query = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
-    return _address(scheme, parts, query)
+    return joined_address(scheme, parts, query)
 
 
 def _copies() -> Path:
@@ -676,8 +619,8 @@ def _file_system(address: str) -> tuple[Any, str]:
     if url.scheme == "s3" and "allow_delayed_open" not in query:  # a small object is one request, else three
         query = "&".join(filter(None, [query, "allow_delayed_open=true"]))
     try:
-        system, _ = FileSystem.from_uri(_address(url.scheme, [url.netloc], query))
-        return system, "/".join([url.netloc, *_parts(url)])
+        system, _ = FileSystem.from_uri(joined_address(url.scheme, [url.netloc], query))
+        return system, "/".join([url.netloc, *names_in(url)])
     except (ValueError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ConfigError(
             f"runtime.runs_dir: {address}: {' '.join(str(error).split()):.200}; correct the address"

@@ -3,7 +3,7 @@
 An epoch is two files: `epoch-0003.pt` (tensors and plain containers only, loaded with `weights_only=True`) and
 `epoch-0003.json`, written after it, with its SHA-256. A checkpoint without a matching pair does not count.
 
-The records of all epochs are in the log beside the checkpoints (`pipeline.epoch_log`), which is written first: after a
+The records of all epochs are in the log beside the checkpoints (`runs.epoch_log`), which is written first: after a
 kill it may hold more than the newest checkpoint, never less.
 """
 
@@ -25,9 +25,10 @@ import torch
 
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
-from pipeline import epoch_log, storage
-from pipeline.epoch_log import BrokenCheckpointWarning, LogError
-from pipeline.rundir import atomic_write, is_absent, is_out_of_memory, out_of_reach, sync_directory
+from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
+from pipeline.runs import bucket, epoch_log
+from pipeline.runs.directory import is_absent, out_of_reach
+from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError
 
 KEEP = 2
 _MANIFEST = re.compile(r"epoch-([0-9]+)\.json")
@@ -115,7 +116,7 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
         CheckpointError: if both copies of the log have been damaged since they were read.
-        IstanasError: if the storage refuses, see `pipeline.storage.push`.
+        IstanasError: if the storage refuses, see `pipeline.runs.bucket.push`.
     """
     # A run resumes from the newest checkpoint that is whole and matches the log, so those of this epoch and of later
     # ones were skipped. They must not count any more, even after a power cut, once the log is overwritten.
@@ -145,7 +146,7 @@ def write_state(folder: Path, epoch: int, data: bytes) -> None:
             path.unlink()
     for path in folder.glob(".epoch-*.tmp"):  # a writer that was killed; the run's lock keeps others out
         path.unlink()
-    storage.push(folder.parent)
+    bucket.push(folder.parent)
 
 
 def read_latest(

@@ -21,9 +21,11 @@ import psutil
 import torch
 
 import istanas
-from pipeline.redaction import without_secrets
-from pipeline.resources import usable_cores
-from pipeline.rundir import ENVIRONMENT_FILE, RunDir, atomic_write
+from pipeline.base.files import atomic_write
+from pipeline.base.redaction import without_secrets
+from pipeline.config.workers import usable_cores
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import ENVIRONMENT_FILE
 
 _PACKAGES = (
     "torch",
@@ -82,7 +84,7 @@ def reproducing_command(folder: Path, kind: str) -> str:
         folder, kind: see `collect_environment`.
     """
     program = Path(sys.argv[0])
-    if program.stem == "istanas" or program.parts[-2:] == ("pipeline", "cli.py"):
+    if program.stem == "istanas" or program.parts[-3:] == ("pipeline", "cli", "__main__.py"):
         typed = [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv[1:]]
         return shlex.join(["istanas", *map(without_secrets, typed)])
     genotype = ["--genotype", str(folder / "genotype.json")] if kind == "retrain" else []

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
-from pipeline.rundir import append, atomic_write, is_absent, make_hold, out_of_reach
+from pipeline.base.files import append, atomic_write
+from pipeline.runs.directory import is_absent, make_hold, out_of_reach
 
 SEGMENT = 100
 COPIES = ("epochs", "epochs-copy")

@@ -16,8 +16,8 @@ from istanas.errors import CheckpointError, IstanasError
 from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, WEIGHTS_HEADER_BYTES, read_at_most
 from istanas.nets import TargetNet
 from istanas.space import Genotype
-from pipeline.rundir import atomic_write
-from pipeline.schema import RetrainSettings, SearchSettings
+from pipeline.base.files import atomic_write
+from pipeline.config.schema import RetrainSettings, SearchSettings
 
 WEIGHTS_FILE = "model.safetensors"
 NETWORK_FILE = "network.json"

@@ -18,9 +18,10 @@ from optuna.distributions import IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.schema import Config
-from pipeline.study import SETTINGS
-from pipeline.sweep_space import short_names, sweep_of, trial_config
+from pipeline.base.text import short_names
+from pipeline.config.schema import Config
+from pipeline.sweep.space import sweep_of, trial_config
+from pipeline.sweep.study import SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

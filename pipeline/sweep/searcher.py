@@ -20,9 +20,10 @@ from ray.tune.search import Searcher
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
-from pipeline.cluster import last_line
-from pipeline.schema import OBJECTIVES, Config
-from pipeline.study import (
+from pipeline.base.text import last_line, one_line
+from pipeline.config.schema import OBJECTIVES, Config
+from pipeline.sweep.space import Settings, suggest, sweep_of
+from pipeline.sweep.study import (
     BLOCKED,
     EPOCH,
     FAILED,
@@ -36,8 +37,6 @@ from pipeline.study import (
     n_failed,
     own_trials,
 )
-from pipeline.sweep_space import Settings, suggest, sweep_of
-from pipeline.tracking import one_line
 
 
 def first_settings(config: Config, number: int) -> list[Settings]:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from istanas.errors import ConfigError
-from pipeline.config import known_methods, nearest_key, value_at, with_settings
-from pipeline.schema import NEEDS_OP_BATCHNORM, Config, Parameter, SweepSettings, shown_value
+from pipeline.base.text import shown_value
+from pipeline.config.load import known_methods, nearest_key, value_at, with_settings
+from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config, Parameter, SweepSettings
 
 Settings = dict[str, Any]  # "key.path" -> value, of one trial
 N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
 
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for every study
+
 
 # What says where a trial runs or what it is judged on: trials that differ in it could not be compared.
 _NOT_SWEPT = (
@@ -40,21 +37,6 @@ def sweep_of(config: Config) -> SweepSettings:
     if config.sweep is None:
         raise ConfigError("sweep is missing: give a configuration with a sweep, such as sweep_digits.yaml")
     return config.sweep
-
-
-def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return what each key is called in tables and figures: its last part, or the whole key where two share that.
-
-    Args:
-        keys: of a sweep's space.
-
-    Example:
-        >>> short_names(["search.lr", "retrain.lr", "space.sparsity"])
-        {'search.lr': 'search.lr', 'retrain.lr': 'retrain.lr', 'space.sparsity': 'sparsity'}
-    """
-    last = {key: key.rpartition(".")[2] for key in keys}
-    shared = Counter(last.values())
-    return {key: name if shared[name] == 1 else key for key, name in last.items()}
 
 
 def distribution(parameter: Parameter) -> BaseDistribution | None:

@@ -18,11 +18,13 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.rundir import RunDir
-from pipeline.schema import OBJECTIVES, Config, SweepSettings
-from pipeline.storage import fetch_parts, is_remote, local, named, shown
-from pipeline.sweep_space import distribution, encoded, settings_of_point, sweep_of
-from pipeline.tracking import database_lock, one_line, public_uri
+from pipeline.base.addresses import is_remote
+from pipeline.base.text import one_line
+from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
+from pipeline.runs.bucket import fetch_parts, local, named, shown
+from pipeline.runs.directory import RunDir
+from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
+from pipeline.tracking.store import database_lock, public_uri
 
 STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch

@@ -17,18 +17,20 @@ from rich.console import Console
 
 from istanas.errors import IstanasError
 from istanas.space import Genotype
-from pipeline import storage
-from pipeline.cluster import Runtime
-from pipeline.home import ensure_usable_home
-from pipeline.jobs.job import CHECKPOINTS
+from pipeline.base.files import is_full
+from pipeline.base.home_folder import ensure_usable_home
+from pipeline.base.text import one_line
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.schema import Config
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
-from pipeline.pictures import open_dataset
-from pipeline.record import Progress, load_progress, read_progress
-from pipeline.rundir import RunDir, is_full
-from pipeline.schema import Config
-from pipeline.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
-from pipeline.tracking import one_line, open_client, store_uri
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import CHECKPOINTS
+from pipeline.sweep.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
+from pipeline.tracking.store import open_client, store_uri
+from pipeline.training.epoch_record import Progress, load_progress, read_progress
+from pipeline.training.pictures import open_dataset
 
 LOG_FILE = "trial.log"
 # That a trial waits for its run: its first process, on a node that was cut off, lives a minute more, till Ray ends it.
@@ -50,16 +52,16 @@ def run_trial(task: dict[str, Any]) -> None:
         _warm_up(task["warm_up"])
         tune.report({FINISHED: True})
         return
-    path, said = storage.local(task["run_dir"]), list[str]()
+    path, said = bucket.local(task["run_dir"]), list[str]()
     try:
         # Here already, for the log is one of its files.
         with (
-            storage.held(path, said.append, wait=SECONDS_TO_LET_GO),
+            bucket.held(path, said.append, wait=SECONDS_TO_LET_GO),
             open(path / LOG_FILE, "a", buffering=1) as log,
         ):
             log.writelines(f"{line}\n" for line in said)
             last = _logged_run(task, log)
-            storage.push(path, once=True)
+            bucket.push(path, once=True)
     except (OSError, IstanasError) as error:  # no log, a full disk, a storage that is away
         last = failure(error)
     if torch.cuda.is_available():
@@ -100,7 +102,7 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """How a trial has failed: by itself, or because nothing can be written any more, which is no fault of its."""
-    if isinstance(error, storage.AwayError):
+    if isinstance(error, bucket.AwayError):
         return {BLOCKED: str(error)}
     if is_full(error):
         remedy = "free space there (old runs, their ray folders, mlartifacts), the same command resumes"
@@ -136,7 +138,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tell=tell,
             wait=SECONDS_TO_LET_GO,
         )
-        folder = storage.local(search["run_dir"]) / CHECKPOINTS
+        folder = bucket.local(search["run_dir"]) / CHECKPOINTS
         progress = load_progress(folder)
         if told < progress.epochs:  # of a search that had finished before
             for then in read_progress(folder, progress):
@@ -164,7 +166,7 @@ def _retrained(
         runtime=runtime,
         wait=-1,
     )
-    reused = RunDir(storage.local(result["run_dir"])).read().parent != search_dir
+    reused = RunDir(bucket.local(result["run_dir"])).read().parent != search_dir
     return {
         "retrained_top1": result["valid_top1"],
         "params": result["params"],

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.links import DESCRIPTION, Kin, lineage_tags, with_links
-from pipeline.rundir import RunDir, RunRecord
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import RunRecord
+from pipeline.tracking.lineage import DESCRIPTION, Kin, lineage_tags, with_links
 
 if TYPE_CHECKING:
     import torch

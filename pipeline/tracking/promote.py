@@ -4,24 +4,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
-from pipeline.choices import HIGHER
-from pipeline.outcome import data_of, outcome
-from pipeline.registry import CHAMPION, registered_name
-from pipeline.rundir import RunDir, RunRecord, contexts_of
-from pipeline.stored import readable
-from pipeline.tracking import (
-    MLflowTracker,
-    database_lock,
-    has_network,
-    open_client,
-    store_exists,
-)
+from pipeline.config.choices import HIGHER
+from pipeline.runs.directory import RunDir
+from pipeline.runs.outcome import data_of, outcome
+from pipeline.runs.record import RunRecord, contexts_of
+from pipeline.tracking.model_registry import CHAMPION, registered_name
+from pipeline.tracking.queries import readable
+from pipeline.tracking.store import database_lock, open_client, store_exists
+from pipeline.tracking.tracker import MLflowTracker, has_network
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from pipeline.schema import TrackingSettings
+    from pipeline.config.schema import TrackingSettings
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
     Args:
         run: a run that left a network.
         tracking: the store, and the registered model's name.
-        metric: one of `METRICS` of `pipeline.choices`; an equal value is not better.
+        metric: one of `METRICS` of `pipeline.config.choices`; an equal value is not better.
         force: whatever the figures are.
 
     Returns:

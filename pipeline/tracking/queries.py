@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
-from pipeline.choices import KINDS, METHODS
-from pipeline.outcome import FOLDER_TAG
-from pipeline.probe import by_proxy
-from pipeline.tracking import one_line, open_client, public_uri, store_exists
+from pipeline.base.servers import by_proxy
+from pipeline.base.text import one_line
+from pipeline.config.choices import KINDS, METHODS
+from pipeline.runs.outcome import FOLDER_TAG
+from pipeline.tracking.store import open_client, public_uri, store_exists
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 WHERE_EXAMPLE = "metrics.`test/top1` > 0.9 and params.seed = '1'"
 _PAGE = 1000
-_FOLDER_LABEL = re.compile(r"([a-z0-9-]+-)?[0-9a-f]{6}")  # as `pipeline.rundir.data_label` makes it
+_FOLDER_LABEL = re.compile(r"([a-z0-9-]+-)?[0-9a-f]{6}")  # as `pipeline.runs.record.data_label` makes it
 
 
 class Filters(TypedDict, total=False):
@@ -38,7 +39,7 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
     """Sweeps, searches and retrainings, in the order of `family_order`; none where there is no store yet.
 
     Args:
-        uri: as `pipeline.tracking.store_uri` gives it.
+        uri: as `pipeline.tracking.store.store_uri` gives it.
         experiment: only this experiment; None means all of them.
         filters: which runs.
 
@@ -110,7 +111,7 @@ def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
 
 def _query(filters: Filters) -> str:
     """The filters as one condition of MLflow's search."""
-    from pipeline.schema import DatasetName
+    from pipeline.config.schema import DatasetName
 
     known = {"kind": KINDS, "method": METHODS, "dataset": get_args(DatasetName)}
     wanted: dict[str, str] = {name: value for name in known if (value := filters.get(name)) is not None}  # type: ignore[misc]

@@ -14,32 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
-from istanas.limits import GENOTYPE_BYTES, read_at_most
-from istanas.space import PUBLISHED, CellSpace, Genotype, genotype_from_text, random_genotype
-from pipeline import storage
-from pipeline.config import load
-from pipeline.outcome import outcome
-from pipeline.redaction import without_secrets
-from pipeline.rundir import RECORD_FILE, RunDir
-from pipeline.schema import NEEDS_OP_BATCHNORM, Config
-from pipeline.tracking import (
-    one_line,
-    open_client,
-    public_uri,
-    read_link,
-    sqlite_file,
-    store_exists,
-    store_of_run,
-    store_uri,
-)
+from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from pipeline.base.addresses import checked_address, sqlite_file
+from pipeline.base.redaction import without_secrets
+from pipeline.base.text import one_line
+from pipeline.config.load import load
+from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.runs.genotype_file import read_genotype
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
+from pipeline.runs.mlflow_link import read_link
+from pipeline.runs.outcome import outcome
+from pipeline.tracking.store import open_client, public_uri, store_exists, store_uri
+from pipeline.tracking.tracker import store_of_run
 
-GENOTYPE_FILE = "genotype.json"
 GENOTYPE_SUFFIXES = (
     ".json",
     ".txt",
     ".py",
 )  # of files with a genotype; a missing one is not looked for as a run
-CONFIG_FILE = "config.yaml"
 BEST = "best"  # folder of a sweep: genotype and configuration of its best trial
 _RANDOM = "random:"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
@@ -52,7 +46,7 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
         ref: a run directory or its address, an MLflow run id, or a name: of a directory in `runs_dir`, or of a
             run's record.
         runs_dir: where runs are kept, e.g. `runs`.
-        tracking_uri: the MLflow store to ask for a run id, see `pipeline.tracking.store_uri`.
+        tracking_uri: the MLflow store to ask for a run id, see `pipeline.tracking.store.store_uri`.
 
     Returns:
         A run directory with a record; of one that lies in a storage a copy that is up to date.
@@ -65,17 +59,17 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
     given = RunDir(Path(ref).expanduser())
     if ref and given.exists():
         return given
-    storage.fetch_records(runs_dir)
+    bucket.fetch_records(runs_dir)
     runs = list(_runs(runs_dir))
     by_id = is_mlflow_id(ref)
     run = _run_of_mlflow_id(ref, runs, tracking_uri) if by_id else _run_of_name(ref, runs, runs_dir)
-    return RunDir(storage.fetch(storage.shown(run.path)))
+    return RunDir(bucket.fetch(bucket.shown(run.path)))
 
 
 def _run_at(address: str) -> RunDir:
     """The run at an address; without the file in it that may be named."""
     try:
-        run = RunDir(storage.fetch(storage.checked_address(address)))
+        run = RunDir(bucket.fetch(checked_address(address)))
     except ValueError as error:
         raise ConfigError(f"run {without_secrets(address)}: {error}") from None
     if not run.exists():
@@ -144,7 +138,7 @@ def resolve_genotype(
     record = run.read()
     if not found.is_file():
         raise ConfigError(
-            f"run {storage.shown(run.path)}: has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)}); "
+            f"run {bucket.shown(run.path)}: has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)}); "
             "finish its search first"
         )
     return read_genotype(found), _finder(run)
@@ -182,7 +176,7 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
         ConfigError: as `resolve_genotype`; or if the genotype comes from a one-stage search and `retrain.op_batchnorm`
             is false, which would build another network than the one that was searched.
     """
-    runs_dir, tracking_uri = storage.local(config.runtime.runs_dir), config.tracking.uri
+    runs_dir, tracking_uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
     space = config.space.cell_space()
     genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
@@ -214,7 +208,7 @@ def _runs_of_genotype(
 ) -> Iterator[RunDir]:
     """The run that found a genotype, then the one that is named; they may be gone."""
     if finder is not None:
-        yield RunDir(storage.local(finder))
+        yield RunDir(bucket.local(finder))
     file = Path(ref).expanduser()
     if file.is_file():
         yield from (RunDir(file.parent), RunDir(file.parent.parent))
@@ -249,10 +243,10 @@ def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Confi
     Args:
         file: the configuration.
         run: the run.
-        overrides: as `pipeline.config.load` takes them.
+        overrides: as `pipeline.config.load.load` takes them.
 
     Raises:
-        ConfigError: as `pipeline.config.load`.
+        ConfigError: as `pipeline.config.load.load`.
     """
     config, given = load(file, overrides), {override.partition("=")[0] for override in overrides}
     if not given & {"tracking", "tracking.uri"}:
@@ -318,7 +312,7 @@ def _config_of(kind: str | None) -> str:
 
 
 def _origin(run: RunDir) -> Origin:
-    shown, record = storage.shown(run.path), run.read()
+    shown, record = bucket.shown(run.path), run.read()
     file = _config_of(record.kind)
     if not (run.path / file).is_file():
         raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
@@ -378,12 +372,12 @@ def _finder(run: RunDir) -> str | None:
     if record.kind == "retrain":  # what is retrained once more belongs to the same search
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
-        best = storage.local(record.result["best_run_dir"])
-        storage.fetch_records(run.path)
+        best = bucket.local(record.result["best_run_dir"])
+        bucket.fetch_records(run.path)
         # Run directories may have been moved together.
         trial = next((path for path in (best, run.path / best.name) if RunDir(path).exists()), run.path)
-        return storage.shown(trial)
-    return storage.shown(run.path)
+        return bucket.shown(trial)
+    return bucket.shown(run.path)
 
 
 def _writer(file: Path, genotype: Genotype) -> str | None:
@@ -418,15 +412,15 @@ def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
     if len(found) == 1:
         return found[0]
     if found:
-        paths = ", ".join(storage.shown(run.path) for run in found)
+        paths = ", ".join(bucket.shown(run.path) for run in found)
         raise ConfigError(f"run {ref!r}: means {len(found)} runs; give one of these directories: {paths}")
     is_folder = ref and Path(ref).expanduser().is_dir()
     unknown = f"run {ref!r}: {f'a folder without {RECORD_FILE}, ' if is_folder else ''}unknown"
     if not runs:
-        raise ConfigError(f"{unknown}, there are no runs in {storage.shown(runs_dir)}; give a run directory")
+        raise ConfigError(f"{unknown}, there are no runs in {bucket.shown(runs_dir)}; give a run directory")
     names = {run.path.name for run in runs} | {_name(run) for run in runs}
     near = difflib.get_close_matches(ref, sorted(names), n=3, cutoff=0.4) or sorted(names)[:3]
-    raise ConfigError(f"{unknown} in {storage.shown(runs_dir)}; nearest names: {', '.join(near)}")
+    raise ConfigError(f"{unknown} in {bucket.shown(runs_dir)}; nearest names: {', '.join(near)}")
 
 
 def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None) -> RunDir:
@@ -443,7 +437,7 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
     except Exception as error:  # no such run or no such server, each store in its own words
         raise ConfigError(f"{unknown} ({one_line(error)}); check the id or give a run directory") from None
     address = tags.get("istanas.run_dir", "")
-    run = RunDir(storage.fetch(address))
+    run = RunDir(bucket.fetch(address))
     if not tags.get("istanas.run_dir") or not run.exists() or run.read().key != tags.get("istanas.key"):
         raise ConfigError(f"run {run_id}: its run directory {address} is not here; copy it and give its path")
     return run
@@ -465,20 +459,6 @@ def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
                 f"({one_line(error)}); check the id or give a genotype file"
             ) from None
         return read_genotype(Path(path))
-
-
-def read_genotype(file: Path) -> Genotype:
-    """The genotype in a file.
-
-    Raises:
-        GenotypeError: it holds none; the message names the file.
-    """
-    try:
-        return genotype_from_text(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
-    except UnicodeDecodeError:
-        raise GenotypeError(f"{file}: is no text; give a file that holds a genotype") from None
-    except (GenotypeError, ValueError) as error:
-        raise GenotypeError(f"{file}: {error}") from None
 
 
 def _seed(ref: str) -> int:

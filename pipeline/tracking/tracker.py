@@ -11,28 +11,35 @@ import getpass
 import hashlib
 import json
 import logging
-import os
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
-from pydantic import TypeAdapter
 
 from istanas.errors import CheckpointError
-from istanas.limits import RECORD_BYTES, read_at_most
-from pipeline import links, registry
-from pipeline.interruption import uninterrupted
-from pipeline.outcome import FOLDER_TAG
-from pipeline.pages import without_file_links
-from pipeline.probe import by_proxy
-from pipeline.redaction import without_secrets
-from pipeline.rundir import OWN_PICTURES, DatasetUse, RunDir, RunRecord, atomic_write
-from pipeline.storage import local, shown
+from pipeline.base.addresses import sqlite_file
+from pipeline.base.interruption import uninterrupted
+from pipeline.base.page_links import without_file_links
+from pipeline.base.servers import by_proxy
+from pipeline.base.text import one_line
+from pipeline.runs.bucket import local, shown
+from pipeline.runs.directory import RunDir
+from pipeline.runs.mlflow_link import Link, read_link
+from pipeline.runs.outcome import FOLDER_TAG
+from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
+from pipeline.tracking import lineage, model_registry
+from pipeline.tracking.store import (
+    LOCK_SECONDS,
+    artifact_root,
+    folder_of,
+    has_gone,
+    open_client,
+    public_uri,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,12 +47,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-LINK_FILE = "mlflow.json"
-ARTIFACTS = "mlartifacts"  # the folder beside a SQLite store
 DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
-LOCK_SECONDS = 60.0
-SECONDS_FOR_A_LOCK = 10.0  # that another program may hold on a SQLite file
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
 
 Names = tuple[str, ...]
@@ -134,239 +137,6 @@ def open_tracker(
     )
 
 
-def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
-    """The MLflow store to use: the argument, else `MLFLOW_TRACKING_URI`, else `known`, else `sqlite:///mlflow.db`.
-
-    Args:
-        tracking_uri: an MLflow tracking URI, or None.
-        known: the store that a run is already in, if any.
-
-    Returns:
-        The URI, that of a SQLite file with its absolute path.
-
-    Example:
-        >>> store_uri("http://host:5000"), store_uri("sqlite:////data/mlflow.db")
-        ('http://host:5000', 'sqlite:////data/mlflow.db')
-    """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or known or "sqlite:///mlflow.db"
-    file = sqlite_file(uri)
-    return uri if file is None else f"sqlite:///{file}"
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite store's file; None for every other store.
-
-    Example:
-        >>> str(sqlite_file("sqlite:////data/mlflow.db")), sqlite_file("http://host:5000")
-        ('/data/mlflow.db', None)
-    """
-    path = uri.removeprefix("sqlite:///")
-    return None if path == uri else Path(path).absolute()
-
-
-def store_exists(uri: str) -> bool:
-    """False of a SQLite store without its file, which opening it would create; of a server only asking it tells.
-
-    Example:
-        >>> store_exists("sqlite:////nowhere/mlflow.db"), store_exists("http://host:5000")
-        (False, True)
-    """
-    file = sqlite_file(uri)
-    return file is None or file.exists()
-
-
-def public_uri(uri: str) -> str:
-    """A URI without the user name and password that it may hold, fit for files and messages.
-
-    Example:
-        >>> public_uri("postgresql://me:secret@host/db")
-        'postgresql://host/db'
-    """
-    return without_secrets(uri)
-
-
-def artifact_root(uri: str) -> str | None:
-    """Where a new experiment keeps its files: `mlartifacts` beside a SQLite file; None: the server decides.
-
-    Example:
-        >>> artifact_root("sqlite:////data/mlflow.db"), artifact_root("http://host:5000")
-        ('file:///data/mlartifacts', None)
-    """
-    file = sqlite_file(uri)
-    return None if file is None else (file.parent / ARTIFACTS).as_uri()
-
-
-def open_client(uri: str) -> "MlflowClient":
-    """A client of one store, quiet on stdout and stderr, that does not wait long for a dead server.
-
-    Args:
-        uri: as `store_uri` gives it.
-
-    Raises:
-        ImportError: MLflow is not installed.
-        Exception: whatever the store raises if it can't be opened.
-    """
-    defaults = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
-    check_folder(uri)
-    with database_lock(uri):
-        _check_not_locked(sqlite_file(uri))
-        follow_move(uri)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-# Where MLflow's database has absolute addresses of files.
-_ADDRESSES = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
-
-
-def follow_move(uri: str) -> None:
-    """Correct the addresses of files in a SQLite store that was moved together with the files of its runs.
-
-    A folder of artifacts may have any name. It is recognised beside the store by a run's id, which is a part of the
-    path. Nothing is changed if the folder at an old address still exists, or if no folder lies beside the store.
-    """
-    file = sqlite_file(uri)
-    if file is None or not file.exists():
-        return
-    with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database, database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"experiments", "runs"} <= tables:
-            return
-        moved: dict[str, str] = {}
-        for number, place in database.execute("SELECT experiment_id, artifact_location FROM experiments"):
-            if not place or _folder_of(place) is None or _is_folder(place):
-                continue
-            runs = database.execute(
-                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (number,)
-            )
-            found = (_moved_folder(run_id, address or "", file.parent) for run_id, address in runs)
-            moved.update(next(filter(None, found), _moved_before_its_first_file(place, file.parent)))
-        for old, new in moved.items():
-            for table, column in _ADDRESSES:
-                if table in tables:
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
-                    )
-
-
-def _folder_of(address: str) -> Path | None:
-    """The folder at an address of artifacts; None if it is not on this machine.
-
-    Example:
-        >>> str(_folder_of("file:///my%20data/mlartifacts")), str(_folder_of("/mlruns/1")), _folder_of("s3://b/1")
-        ('/my data/mlartifacts', '/mlruns/1', None)
-    """
-    if address.startswith("/"):
-        return Path(address)
-    return Path(unquote(urlsplit(address).path)) if address.startswith("file:///") else None
-
-
-def _is_folder(address: str) -> bool:
-    folder = _folder_of(address)
-    return folder is not None and folder.is_dir()
-
-
-def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
-    """The folder of artifacts that holds a run's files: {old address: new one} if it lies in `here` now."""
-    folder = _folder_of(address)
-    if folder is None or run_id not in folder.parts or folder.is_dir():
-        return {}
-    for depth in range(1, folder.parts.index(run_id) + 1):
-        if here.joinpath(*folder.parts[depth:]).is_dir():
-            # Of a run's folder that lies beside the store itself, it is the store's folder that has moved.
-            kept = folder.parts[depth : depth + 1] if folder.parts[depth] != run_id else ()
-            old, new = Path(*folder.parts[:depth], *kept), here.joinpath(*kept)
-            return {} if old.is_dir() else {_like(address, old): _like(address, new)}
-    return {}
-
-
-def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
-    """The same of an experiment without any files yet, for which we have named the folder beside the store."""
-    folder, new = _folder_of(place), here / ARTIFACTS
-    if folder is None or folder.name != ARTIFACTS or (folder.parent.is_dir() and not new.is_dir()):
-        return {}
-    return {place: _like(place, new)}
-
-
-def _like(address: str, folder: Path) -> str:
-    """The address of a folder, written as another address is."""
-    return str(folder) if address.startswith("/") else folder.as_uri()
-
-
-def check_folder(uri: str) -> None:
-    """Refuse a SQLite store in a folder that does not exist: its project was moved, or its name is misspelt.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and it is not created.
-    """
-    if (file := sqlite_file(uri)) is not None and has_gone(uri):
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(file.parent))
-
-
-def _check_not_locked(file: Path | None) -> None:
-    """Refuse a database that another program has locked: MLflow would go on trying for minutes, and say so each time.
-
-    Raises:
-        sqlite3.OperationalError: "database is locked".
-    """
-    if file is not None and file.exists():
-        with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database:
-            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-
-
-@contextlib.contextmanager
-def database_lock(uri: str) -> Iterator[None]:
-    """Tables are made when a SQLite store is first opened; two processes doing that at once spoil it."""
-    file = sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
-        yield
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """An error as one readable line without passwords: what the system said, if that was at the bottom of it.
-
-    Args:
-        error: the error; the errors that led to it are looked at too.
-        limit: characters after which a text is cut, >= 1.
-
-    Example:
-        >>> one_line(ValueError("no\\n  route to http://me:secret@host"))
-        'ValueError: no route to http://host'
-    """
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            file = f": {link.filename}" if isinstance(link.filename, str) else ""
-            return f"{type(link).__name__}: {link.strerror}{file}"
-        link = link.__cause__ or link.__context__
-    text = without_secrets(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"
-
-
 class MLflowTracker:
     """Mirrors one run directory into one MLflow store.
 
@@ -378,7 +148,7 @@ class MLflowTracker:
         registered_model: name in the model registry under which a trained network gets a version; None means
             `istanas-` and the data set's name.
         load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
-            `pipeline.models.load_network`.
+            `pipeline.runs.network_files.load_network`.
     """
 
     def __init__(
@@ -389,7 +159,7 @@ class MLflowTracker:
         experiment: str,
         models: bool = True,
         registered_model: str | None = None,
-        load_network: registry.NetworkLoader | None = None,
+        load_network: model_registry.NetworkLoader | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
@@ -465,8 +235,8 @@ class MLflowTracker:
         record = self.run_dir.read()
         run, created = self._find_or_create(client, record)
         run_id = run.info.run_id
-        parent_id = run.data.tags.get(links.PARENT) or self._parent_id(client, record.parent)
-        kin = links.ancestors(client, parent_id)
+        parent_id = run.data.tags.get(lineage.PARENT) or self._parent_id(client, record.parent)
+        kin = lineage.ancestors(client, parent_id)
         done = Delivery(
             run_id=run_id,
             tracking_uri=public_uri(self.tracking_uri),
@@ -485,7 +255,7 @@ class MLflowTracker:
         model, new = self._send_model(client, run) if wanted else (None, False)
         registered = None
         if model is not None:
-            registered = self._register(client, model, record, (links.kin_of(client.get_run(run_id)), *kin))
+            registered = self._register(client, model, record, (lineage.kin_of(client.get_run(run_id)), *kin))
         if (run.info.status, run.info.end_time) != (record.status, record.ended_ms):
             client.set_terminated(run_id, status=record.status, end_time=record.ended_ms)
         return dataclasses.replace(done, artifacts=sent, missing=missing, model=new, registered=registered)
@@ -525,7 +295,7 @@ class MLflowTracker:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _send_tags(
-        self, client: "MlflowClient", run: "Run", record: RunRecord, kin: Sequence[links.Kin]
+        self, client: "MlflowClient", run: "Run", record: RunRecord, kin: Sequence[lineage.Kin]
     ) -> int:
         from mlflow.entities import RunTag
 
@@ -538,12 +308,12 @@ class MLflowTracker:
             "istanas.run_dir": shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
             **record.tags,
-            **links.lineage_tags(kin),
+            **lineage.lineage_tags(kin),
         }
         if kin:
-            wanted[links.PARENT] = kin[0].run_id
+            wanted[lineage.PARENT] = kin[0].run_id
         if record.description:
-            wanted[links.DESCRIPTION] = links.with_links(
+            wanted[lineage.DESCRIPTION] = lineage.with_links(
                 record.description, kin, run.info.run_id, record.artifacts
             )
         if isinstance(record.result.get("seconds"), int | float):
@@ -639,8 +409,10 @@ class MLflowTracker:
     def _send_model(self, client: "MlflowClient", run: "Run") -> "tuple[LoggedModel | None, bool]":
         """The run's logged model, and whether it was logged just now; None if the network can't be loaded."""
         try:
-            return registry.log_model(client, run, self.run_dir, self._load_network or _default_loader())
-        except registry.UnusableNetworkError as error:  # a run without its model is still worth having
+            return model_registry.log_model(
+                client, run, self.run_dir, self._load_network or _default_loader()
+            )
+        except model_registry.UnusableNetworkError as error:  # a run without its model is still worth having
             _say_once(
                 f"MLflow model of {self.run_dir.path}: left out ({one_line(error.reason)}); the weights stay in "
                 f"the run directory; to try again run: istanas sync {self.run_dir.path}",
@@ -649,12 +421,12 @@ class MLflowTracker:
             return None, False
 
     def _register(
-        self, client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[links.Kin]
+        self, client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[lineage.Kin]
     ) -> tuple[str, int] | None:
         """Name and version if the model was entered in the registry just now."""
-        name = registry.registered_name(self.registered_model, record)
+        name = model_registry.registered_name(self.registered_model, record)
         try:
-            version, new = registry.register(client, name, model, record, kin)
+            version, new = model_registry.register(client, name, model, record, kin)
         except Exception as error:  # a run that is in no registry is still worth having
             _say_once(
                 f"MLflow registered model {name!r}: {shown(self.run_dir.path)} is not entered ({one_line(error)}); set "
@@ -663,37 +435,6 @@ class MLflowTracker:
             )
             return None
         return (name, version) if new else None
-
-
-@dataclass(frozen=True)
-class Link:
-    """`mlflow.json`: the store and the id under which a run is mirrored, and what was sent."""
-
-    tracking_uri: str
-    experiment: str
-    run_id: str
-    artifacts: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of what was sent
-    metrics_bytes: int = 0  # of metrics.jsonl that were sent; a link of version 0.1 does not say
-    metrics_digest: str = ""  # of the last of them, see `RunDir.metrics_digest`
-
-    def write(self, run_dir: RunDir) -> None:
-        """Write it into the run directory, atomically; a store of the same project relative to it: both may move."""
-        written = dataclasses.asdict(self) | {"tracking_uri": _portable(self.tracking_uri, run_dir)}
-        atomic_write(run_dir.path / LINK_FILE, json.dumps(written, indent=2) + "\n")
-
-
-def read_link(run_dir: RunDir) -> Link | None:
-    """The run directory's `mlflow.json`, or None: without it the run is found again by its key.
-
-    Example:
-        >>> read_link(RunDir("nowhere")) is None
-        True
-    """
-    try:
-        link = TypeAdapter(Link).validate_json(read_at_most(run_dir.path / LINK_FILE, RECORD_BYTES))
-    except (OSError, ValueError):
-        return None
-    return dataclasses.replace(link, tracking_uri=_located(link.tracking_uri, run_dir))
 
 
 def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
@@ -709,7 +450,7 @@ def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
     """
     run = client.get_run(run_id)
     experiment = client.get_experiment(run.info.experiment_id)
-    folder = _folder_of(experiment.artifact_location or "")
+    folder = folder_of(experiment.artifact_location or "")
     if folder is None or folder.is_relative_to(here):
         return
     root = folder.parent if folder.name == experiment.experiment_id else folder  # MLflow's own form
@@ -719,22 +460,6 @@ def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
             f"the folder for files of experiment {experiment.name!r} has gone, move it beside the store",
             str(root),
         )
-
-
-def _portable(uri: str, run_dir: RunDir) -> str:
-    """A store's URI, that of a SQLite file in a folder above the run directory relative to the latter."""
-    file, here = sqlite_file(uri), run_dir.path.absolute()
-    if file is None or not here.is_relative_to(file.parent):
-        return uri
-    return f"sqlite:///{os.path.relpath(file, here)}"
-
-
-def _located(uri: str, run_dir: RunDir) -> str:
-    """The inverse of `_portable`."""
-    path = uri.removeprefix("sqlite:///")
-    if path == uri or Path(path).is_absolute():
-        return uri
-    return f"sqlite:///{os.path.normpath(run_dir.path.absolute() / path)}"
 
 
 def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
@@ -748,12 +473,6 @@ def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
     if configured is None or link is None or not has_gone(configured) or has_gone(link.tracking_uri):
         return configured
     return link.tracking_uri
-
-
-def has_gone(uri: str) -> bool:
-    """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is created again."""
-    file = sqlite_file(uri)
-    return file is not None and not file.parent.exists()
 
 
 def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> str:
@@ -847,8 +566,8 @@ def has_network(record: RunRecord) -> bool:
     return trains and record.status == "FINISHED"
 
 
-def _default_loader() -> registry.NetworkLoader:
-    from pipeline.models import load_network
+def _default_loader() -> model_registry.NetworkLoader:
+    from pipeline.runs.network_files import load_network
 
     return load_network
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.interruption import signals_interrupt
-from pipeline.probe import by_proxy, unreachable
-from pipeline.tracking import (
+from pipeline.base.interruption import signals_interrupt
+from pipeline.base.servers import by_proxy, unreachable
+from pipeline.base.text import one_line
+from pipeline.tracking.store import (
     artifact_root,
     check_folder,
-    one_line,
     open_client,
     public_uri,
     store_exists,
@@ -31,7 +31,6 @@ _LOG = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
-
 
 Announce = Callable[[str, str, str | None], None]  # (address, store, address of the newest run's page)
 
@@ -60,7 +59,7 @@ def newest_run(uri: str, address: str) -> str | None:
     """The page of the run that was begun last, whichever experiment it is in; None if there is none, or no answer.
 
     Args:
-        uri: the store, as `pipeline.tracking.store_uri` gives it; a SQLite file that does not exist is not made.
+        uri: the store, as `pipeline.tracking.store.store_uri` gives it; a SQLite file that does not exist is not made.
         address: where its pages are.
     """
     if not store_exists(uri):
@@ -94,7 +93,7 @@ def serve_ui(
     """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
 
     Args:
-        tracking_uri: see `pipeline.tracking.store_uri`; of a server, whose interface runs already, only the
+        tracking_uri: see `pipeline.tracking.store.store_uri`; of a server, whose interface runs already, only the
             address is printed.
         host: the interface to listen on; the default is reachable from this machine only.
         port: the port to try first, 1..65535; the next free one is taken if it is in use.
@@ -220,6 +219,7 @@ def _end(server: "subprocess.Popen[str]") -> None:
             os.killpg(server.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(STOP_SECONDS)
+
     # SIGKILL is always sent: it ends children that outlived the leader, and does nothing to an empty group.
 
 

@@ -1,6 +1,6 @@
 """Checks of settings against the pictures that they are for: what can't work, and what makes no sense.
 
-`pipeline.pictures.check_fit` refuses what the parts of a data set can't give; this looks at their sizes.
+`pipeline.training.pictures.check_fit` refuses what the parts of a data set can't give; this looks at their sizes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Container, Iterable, Sequence
 from istanas.data import ImageDataset
 from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
-from pipeline.pictures import search_indices, search_split, training_indices
-from pipeline.schema import Config, TwoStageConfig
+from pipeline.config.schema import Config, TwoStageConfig
+from pipeline.training.pictures import search_indices, search_split, training_indices
 
 FEWEST = 2  # pictures of a batch, which batch norm needs, and of a search's two halves
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from istanas.errors import IstanasError
-from pipeline.sockets import shorten_those_of_data_workers
+from pipeline.base.socket_paths import shorten_those_of_data_workers
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCH_NOT_SENT = 74  # exit code of a worker, EX_IOERR

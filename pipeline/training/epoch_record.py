@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from istanas.errors import CheckpointError
 from istanas.search import Freezing, NodeReport
-from pipeline import checkpoint, epoch_log
-from pipeline.checkpoint import Checkpoint
-from pipeline.epoch_log import LogEnd
+from pipeline.runs import checkpoint, epoch_log
+from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.epoch_log import LogEnd
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What one epoch of each kind of job does, and what a checkpoint holds of it; `pipeline.worker` runs the epochs."""
+"""What one epoch of each kind of job does, and what its checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ import torch
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError, ConfigError
-from istanas.measure import Cost, target_cost
-from istanas.nets import Supernet, TargetNet, absorb_into_batchnorm, to_channels_last
-from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
+from istanas.errors import CheckpointError
+from istanas.measure import Cost
+from istanas.nets import absorb_into_batchnorm, to_channels_last
 from istanas.space import Genotype
 from istanas.training import (
     Compute,
     Metrics,
     Totals,
     check_finite,
-    derive_seed,
     evaluate,
     learning_rate,
     train_target_epoch,
 )
-from pipeline.pictures import Batches, holdout_indices, search_indices, search_split, training_indices
-from pipeline.record import Progress, SearchRecord
-from pipeline.schema import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
+from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, TwoStageConfig
+from pipeline.training.build import build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.training.epoch_record import Progress, SearchRecord
+from pipeline.training.pictures import (
+    Batches,
+    holdout_indices,
+    search_indices,
+    search_split,
+    training_indices,
+)
 
 Tell = Callable[[int, int, Totals], None]  # (steps done, steps of the epoch, totals so far)
 
@@ -253,101 +258,6 @@ class RetrainJob:
         }
 
 
-def build_two_stage(
-    config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
-) -> TwoStageSearch:
-    """The search at its start."""
-    supernet = _build_supernet(config, dataset, compute, auxiliary=False)
-    settings = TwoStageSettings(
-        **_common_settings(config),
-        epochs=config.search.epochs,
-        termination_tol=config.search.termination_tol,
-    )
-    return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
-
-
-def build_one_stage(
-    config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
-) -> OneStageSearch:
-    """The search at its start.
-
-    Raises:
-        ConfigError: if no architecture keeps `search.max_params` and `search.max_macs`.
-    """
-    s = config.search
-    supernet = _build_supernet(config, dataset, compute, auxiliary=s.auxiliary_weight > 0)
-    settings = OneStageSettings(
-        **_common_settings(config),
-        max_search_epochs=s.max_search_epochs,
-        train_epochs=s.train_epochs,
-        schedule=s.schedule,
-        warmup_epochs=s.warmup_epochs,
-        drop_path=s.drop_path,
-        auxiliary_weight=s.auxiliary_weight,
-        label_smoothing=s.label_smoothing,
-        termination_tol=s.termination_tol,
-        max_params=s.max_params,
-        max_macs=s.max_macs,
-    )
-    try:
-        return OneStageSearch(
-            supernet,
-            settings,
-            compute,
-            config.seed,
-            lambda genotype: network_cost(config.search, dataset, genotype),
-            ranks,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"search: {error}") from None
-
-
-def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:
-    """The network that a retraining trains, freshly initialised."""
-    r = config.retrain
-    torch.manual_seed(derive_seed(config.seed, "init"))
-    return target_network(r, genotype, dataset, auxiliary=r.auxiliary_weight > 0)
-
-
-def target_network(
-    sizes: SearchSettings | RetrainSettings,
-    genotype: Genotype,
-    dataset: ImageDataset,
-    *,
-    auxiliary: bool = False,
-) -> TargetNet:
-    """A genotype's network under a one-stage search's or a retraining's settings."""
-    return TargetNet(
-        genotype,
-        sizes.init_channels,
-        sizes.layers,
-        dataset.num_classes,
-        stem=sizes.stem,
-        auxiliary=auxiliary,
-        op_batchnorm=sizes.op_batchnorm,
-        in_channels=dataset.channels,
-    )
-
-
-def build_retraining(
-    config: Config, genotype: Genotype, dataset: ImageDataset, compute: Compute
-) -> tuple[TargetNet, torch.optim.SGD]:
-    """The network of `build_target` on its device, as it is trained, and its optimiser."""
-    r = config.retrain
-    net = build_target(config, genotype, dataset)
-    net.activation_checkpointing = config.runtime.activation_checkpointing
-    to_channels_last(net.to(compute.device))
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        r.lr,
-        momentum=r.momentum,
-        weight_decay=r.weight_decay,
-        nesterov=r.nesterov,
-        fused=compute.device.type == "cuda",
-    )
-    return net, optimizer
-
-
 def retraining_rate(r: RetrainSettings, epoch: float) -> float:
     """The learning rate of a retraining after `epoch` epochs, the finished share of the current one included."""
     return learning_rate(r.lr, r.lr_min, epoch, r.epochs, schedule=r.schedule, warmup_epochs=r.warmup_epochs)
@@ -371,58 +281,6 @@ def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:
     """
     if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
         raise CheckpointError("the checkpoint is not of this genotype's retraining, use --fresh")
-
-
-def network_cost(sizes: SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype) -> Cost:
-    """Parameters and multiply-adds of a genotype's network under a one-stage search's or a retraining's settings."""
-    return target_cost(
-        genotype,
-        init_channels=sizes.init_channels,
-        layers=sizes.layers,
-        num_classes=dataset.num_classes,
-        shape=(dataset.channels, dataset.height, dataset.width),
-        stem=sizes.stem,
-        op_batchnorm=sizes.op_batchnorm,
-    )
-
-
-def _build_supernet(config: Config, dataset: ImageDataset, compute: Compute, *, auxiliary: bool) -> Supernet:
-    s, space = config.search, config.space
-    torch.manual_seed(derive_seed(config.seed, "init"))
-    supernet = Supernet(
-        space.cell_space(),
-        s.init_channels,
-        s.layers,
-        dataset.num_classes,
-        n_measurements=space.n_measurements,
-        stem=s.stem,
-        in_channels=dataset.channels,
-        op_batchnorm=s.op_batchnorm,
-        auxiliary=auxiliary,
-    )
-    supernet.activation_checkpointing = config.runtime.activation_checkpointing
-    to_channels_last(supernet.to(compute.device))
-    return supernet
-
-
-def _common_settings(config: Config) -> dict[str, Any]:
-    """What the settings of both algorithms have."""
-    s, space = config.search, config.space
-    return {
-        "lr": s.lr,
-        "lr_min": s.lr_min,
-        "momentum": s.momentum,
-        "weight_decay": s.weight_decay,
-        "grad_clip": s.grad_clip,
-        "arch_lr": s.arch_lr,
-        "arch_betas": (s.arch_betas[0], s.arch_betas[1]),
-        "arch_weight_decay": s.arch_weight_decay,
-        "n_measurements": space.n_measurements,
-        "matrix": space.matrix,
-        "matrix_seed": config.matrix_seed,
-        "l1_weight": space.l1_weight,
-        "solver": space.solver,
-    }
 
 
 def _check_finite(config: Config, train: Metrics, net: torch.nn.Module, epoch: int, ranks: Ranks) -> None:

@@ -1,6 +1,6 @@
-"""What runs on every worker: device, backend and precision (one function), data, the epochs of a job, resume.
+"""The training loop that runs on every worker: data, the epochs of a job, checkpoints and resuming.
 
-The same functions run in the user's process and on Ray Train's workers (`pipeline.launch`); how many train
+The same functions run in the user's process and on Ray Train's workers (`pipeline.cluster.launch`); how many train
 together they learn from torch's process group. A worker knows no Ray, no MLflow and no console: rank 0 gives
 checkpoints to a `Store` and tells an `Observer` what happened. The order after each epoch is checkpoint first,
 observer second, so that whatever an observer has seen can be told again after a kill.
@@ -12,129 +12,33 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError, ConfigError, DivergedError
+from istanas.errors import CheckpointError, DivergedError
 from istanas.nets import TargetNet, absorb_into_batchnorm
 from istanas.space import Genotype
-from istanas.training import Compute, Metrics, Totals, derive_seed
-from pipeline import checkpoint
-from pipeline.checkpoint import Store
-from pipeline.data_workers import noticing_their_loss
-from pipeline.epochs import (
+from istanas.training import Compute, Totals, derive_seed
+from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import Store
+from pipeline.training.build import build_one_stage, build_target
+from pipeline.training.compute import compute_for, describe_place
+from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.epoch_record import EpochRecord, Progress, Rollback, load_latest
+from pipeline.training.epochs import (
     EpochJob,
     Measured,
     OneStageJob,
     RetrainJob,
     TwoStageJob,
-    build_one_stage,
-    build_target,
     check_same_genotype,
 )
-from pipeline.pictures import check_same_data, data_digest
-from pipeline.record import EpochRecord, Progress, Rollback, load_latest
-from pipeline.resources import count, threads_in_process, usable_cores
-from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
-
-
-class Observer(Protocol):
-    """Who wants to know how a job goes."""
-
-    def note(self, text: str) -> None:
-        """Called with a line for people."""
-
-    def resumed(self, progress: Progress, workers: int) -> None:
-        """Called before the first epoch of `workers` workers, with what the checkpoint says is done."""
-
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        """Called after every training step (epochs from 0, steps from 1).
-
-        `read` gives the epoch's figures so far, or None where that would make the device wait: on a GPU.
-        """
-
-    def epoch_done(self, progress: Progress) -> None:
-        """Called after every epoch, its checkpoint written; the last record is the epoch's."""
-
-    def go_on(self) -> bool:
-        """Called after every epoch; False ends these workers' part of the job here, for others to go on."""
-
-
-class Silent:
-    """The observer of every rank but the first."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def resumed(self, progress: Progress, workers: int) -> None:
-        pass
-
-    def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        pass
-
-    def epoch_done(self, progress: Progress) -> None:
-        pass
-
-    def go_on(self) -> bool:
-        return True
-
-
-def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:
-    """Decide device, precision and (as `Compute.backend`) how workers talk: the only place that does.
-
-    Args:
-        settings: what is asked for.
-        gpus: how many GPUs the job may use, here or on a cluster.
-
-    Raises:
-        ConfigError: if what is asked for can't be.
-    """
-    if settings.device == "cuda" and gpus == 0:
-        raise ConfigError(
-            "runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`"
-        )
-    device = torch.device("cuda" if gpus > 0 and settings.device != "cpu" else "cpu")
-    if device.type == "cpu":
-        if settings.precision == "bf16":
-            raise ConfigError("runtime.precision is bf16, and there is no GPU here: choose fp32 or auto")
-        return Compute(device)
-    return Compute(device, None if settings.precision == "fp32" else torch.bfloat16)
-
-
-def compute_for(settings: RuntimeSettings) -> Compute:
-    """`choose_compute` for this process, which is then set up for it.
-
-    Raises:
-        ConfigError: if what is asked for can't be.
-    """
-    compute = choose_compute(settings, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    torch.set_num_threads(threads_in_process(settings.threads))
-    if compute.device.type == "cuda":
-        set_float32_precision(compute)
-        torch.backends.cudnn.benchmark = True
-    return compute
-
-
-def set_float32_precision(compute: Compute) -> None:
-    """Allow TF32 only if the job computes in bf16; with `precision: fp32`, products and convolutions are float32.
-
-    torch's own default rounds the operands of cuDNN's convolutions to TF32's 10 mantissa bits.
-    """
-    tf32 = compute.autocast_dtype is not None
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
-def describe_place(compute: Compute, ranks: Ranks) -> str:
-    """One line for people: who computes, on what, with how many threads."""
-    threads = f"{count(torch.get_num_threads(), 'thread')}, {count(usable_cores(), 'core')} on this machine"
-    if not dist.is_initialized():
-        return f"in this process, {compute.device.type}, {threads}"
-    return f"{count(ranks.size, 'worker')} ({compute.device.type}, {compute.backend}), each {threads}"
+from pipeline.training.observer import Observer, Silent
+from pipeline.training.pictures import check_same_data, data_digest
 
 
 def search_worker(config: Config, dataset: ImageDataset, store: Store, observer: Observer) -> Progress:

@@ -29,9 +29,9 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
-from pipeline.config import check_batch_sizes, with_stems
-from pipeline.rundir import OWN_PICTURES, DatasetUse, RunRecord, data_label
-from pipeline.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
+from pipeline.config.load import check_batch_sizes, with_stems
+from pipeline.config.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
+from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
 
 DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
 

@@ -22,7 +22,7 @@ from istanas.data import Augmentation, augment
 from istanas.search.state import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
-from pipeline.profiling import count_flops
+from pipeline.training.profiling import count_flops
 from tests.benchmarks import harness, multiprocess, reference
 from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.memory import peaks as measure_peaks

@@ -19,10 +19,10 @@ from istanas.search.state import draw_matrices
 from istanas.space import CELLS, CellSpace, genotype_from_supports
 from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
 from istanas.training import Compute, Totals, cross_entropy, derive_seed, evaluate, set_learning_rate
-from pipeline.config import load
-from pipeline.epochs import build_two_stage
-from pipeline.pictures import Batches, open_dataset, search_split
-from pipeline.schema import TwoStageConfig
+from pipeline.config.load import load
+from pipeline.config.schema import TwoStageConfig
+from pipeline.training.build import build_two_stage
+from pipeline.training.pictures import Batches, open_dataset, search_split
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 4, 60

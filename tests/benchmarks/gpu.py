@@ -19,11 +19,11 @@ from istanas.data import ArrayPictures, Batch, ImageDataset
 from istanas.distributed import Ranks
 from istanas.search import TwoStageSearch
 from istanas.training import Compute
-from pipeline.config import load
-from pipeline.epochs import build_two_stage
-from pipeline.pictures import Batches, SearchSplit, search_split
-from pipeline.schema import TwoStageConfig
-from pipeline.worker import compute_for
+from pipeline.config.load import load
+from pipeline.config.schema import TwoStageConfig
+from pipeline.training.build import build_two_stage
+from pipeline.training.compute import compute_for
+from pipeline.training.pictures import Batches, SearchSplit, search_split
 
 # Of the published run; an epoch has so many pictures for the weights, and as many for the alphas.
 EPOCHS, PICTURES = 50, 25_000

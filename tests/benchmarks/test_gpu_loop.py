@@ -9,9 +9,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from istanas.training import Compute
-from pipeline.config import load
-from pipeline.schema import TwoStageConfig
-from pipeline.worker import compute_for
+from pipeline.config.load import load
+from pipeline.config.schema import TwoStageConfig
+from pipeline.training.compute import compute_for
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu import Loop, Speed, measure, published, random_pictures
 

@@ -21,7 +21,7 @@ PROGRAMS = {
     "istanas --help": ["-m", "pipeline.cli", "--help"],
     "completion": [
         "-c",
-        "import os; from pipeline.cli import main\n"
+        "import os; from pipeline.cli.commands import main\n"
         "os.environ['_ISTANAS_COMPLETE'] = 'bash_complete'\n"
         "os.environ |= {'COMP_WORDS': 'istanas promote --metric v', 'COMP_CWORD': '3'}\n"
         "main()",

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.config import load
-from pipeline.pictures import open_dataset
-from pipeline.record import FolderStore, read_records
-from pipeline.worker import Silent, search_worker
+from pipeline.config.load import load
+from pipeline.training.epoch_record import FolderStore, read_records
+from pipeline.training.loop import search_worker
+from pipeline.training.observer import Silent
+from pipeline.training.pictures import open_dataset
 
 
 def main(config_file: str, folder: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 from ruamel.yaml import YAML
 
-from pipeline.jobs.job import CONFIG_FILE
-from pipeline.record import load_latest, load_progress, read_records
-from pipeline.rundir import RunDir
-from pipeline.sweep_report import read_table
-from pipeline.tracking import open_client, read_link
+from pipeline.report.trials import read_table
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import CONFIG_FILE
+from pipeline.runs.mlflow_link import read_link
+from pipeline.tracking.store import open_client
+from pipeline.training.epoch_record import load_latest, load_progress, read_records
 from tests.chaos.victims import Case
 from tests.ray_cluster import title
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.rundir import RunDir
+from pipeline.runs.directory import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
 from tests.chaos.victims import Case, Sitting

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pipeline.cli import run
-from pipeline.rundir import RunDir
+from pipeline.cli.commands import run
+from pipeline.runs.directory import RunDir
 
 RUN = [
     *("run", "--json", "--set", "runtime.threads=1", "--set", "data.holdout=0.2", "--set", "search.epochs=4"),

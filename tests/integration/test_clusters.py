@@ -23,11 +23,11 @@ import psutil
 import pytest
 
 from istanas.space import Genotype
-from pipeline.cli import run
-from pipeline.cluster import find_address
-from pipeline.record import load_progress
-from pipeline.rundir import RunDir
-from pipeline.tracking import open_client
+from pipeline.cli.commands import run
+from pipeline.cluster.address import find_address
+from pipeline.runs.directory import RunDir
+from pipeline.tracking.store import open_client
+from pipeline.training.epoch_record import load_progress
 from tests import machines as several
 from tests.followed import Followed
 from tests.integration.test_ray import CONFIG, decided, run_directory

@@ -15,15 +15,15 @@ import pytest
 import ray.tune  # noqa: F401 -- as a sweep does, long before it knows whether the cluster is on 127.0.0.1 only
 
 from istanas.errors import IstanasError
-from pipeline import storage
-from pipeline.cli import run
-from pipeline.cluster import Runtime
-from pipeline.config import load
-from pipeline.preflight import alive_nodes, check_nodes
-from pipeline.references import resolve_genotype
-from pipeline.schema import Config
-from pipeline.sweep_report import COLUMNS
-from pipeline.tracking import open_client
+from pipeline.cli.commands import run
+from pipeline.cluster.preflight import alive_nodes, check_nodes
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.report.trials import COLUMNS
+from pipeline.runs import bucket as storage
+from pipeline.tracking.references import resolve_genotype
+from pipeline.tracking.store import open_client
 from tests import namespaces
 from tests.integration.test_sweep import CONFIG
 from tests.pipeline import test_storage
@@ -311,7 +311,7 @@ print(answer["code"], answer["versions"]["no-such-package"])
 def test_a_node_without_this_project_can_be_asked(tmp_path: Path, repo_root: Path) -> None:
     from ray import cloudpickle
 
-    from pipeline import probe
+    from pipeline.cluster import probe
 
     cloudpickle.register_pickle_by_value(probe)
     try:

@@ -15,10 +15,10 @@ import torch
 
 from istanas.data import ArrayPictures, load_dataset, normalize
 from istanas.space import Genotype
-from pipeline.config import load
-from pipeline.models import load_network
-from pipeline.rundir import RunDir
-from pipeline.tracking import open_client
+from pipeline.config.load import load
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import load_network
+from pipeline.tracking.store import open_client
 
 pytestmark = pytest.mark.slow
 

@@ -18,12 +18,13 @@ import psutil
 import pytest
 
 from istanas.space import Genotype
-from pipeline.cli import run
-from pipeline.config import load
-from pipeline.doctor import check_cluster
-from pipeline.pictures import open_dataset
-from pipeline.record import EpochRecord, FolderStore, load_latest, load_progress, read_records
-from pipeline.worker import Silent, retrain_worker, search_worker
+from pipeline.cli.commands import run
+from pipeline.cli.doctor import check_cluster
+from pipeline.config.load import load
+from pipeline.training.epoch_record import EpochRecord, FolderStore, load_latest, load_progress, read_records
+from pipeline.training.loop import retrain_worker, search_worker
+from pipeline.training.observer import Silent
+from pipeline.training.pictures import open_dataset
 from tests.followed import Followed
 from tests.ranks import run_ranks
 from tests.ray_cluster import ENVIRONMENT, RayCluster, kill, listening, title
@@ -176,9 +177,9 @@ sys.stdin.read()
 """
 POST_WITH_DELAY = """
 import asyncio, sys, ray
-from pipeline.launch import _Reporter
-from pipeline.mailbox import Mailbox
-from pipeline.record import Progress
+from pipeline.cluster.launch import _Reporter
+from pipeline.cluster.mailbox import Mailbox
+from pipeline.training.epoch_record import Progress
 
 class Slow(Mailbox):
     async def post(self, token, kind, payload):

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from istanas.errors import ConfigError
-from pipeline.cli import run
-from pipeline.config import load
-from pipeline.rundir import RunDir
-from pipeline.study import STUDY_FILE
-from pipeline.sweep_report import COLUMNS, read_table, trials_table
-from pipeline.tracking import open_client
+from pipeline.cli.commands import run
+from pipeline.config.load import load
+from pipeline.report.trials import COLUMNS, read_table, trials_table
+from pipeline.runs.directory import RunDir
+from pipeline.sweep.study import STUDY_FILE
+from pipeline.tracking.store import open_client
 from tests.pipeline.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 

@@ -11,15 +11,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import pipeline.config
-import pipeline.schema
 from istanas.data import load_dataset
 from istanas.errors import ConfigError
-from pipeline.cli import cli
-from pipeline.epochs import network_cost, retraining_rate
-from pipeline.references import genotype_to_train
-from pipeline.sweep_space import check_space
-from pipeline.worker import choose_compute
+from pipeline.cli.commands import cli
+from pipeline.config.load import default_file, load
+from pipeline.config.schema import OneStageConfig, RuntimeSettings
+from pipeline.sweep.space import check_space
+from pipeline.tracking.references import genotype_to_train
+from pipeline.training.build import network_cost
+from pipeline.training.compute import choose_compute
+from pipeline.training.epochs import retraining_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tune_configs").rglob("*.y*ml"))
@@ -135,7 +136,7 @@ def test_there_are_as_many_as_we_know() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_it_is_valid_and_opens_with_its_own_launch_command(file: str) -> None:
     text = (ROOT / file).read_text()
-    config = pipeline.config.load(ROOT / file)
+    config = load(ROOT / file)
     comment = "\n".join(re.match(r"(#.*\n)+", text).group().splitlines())  # type: ignore[union-attr]
     commands = re.findall(r"^#\s+istanas (\w+) (.*)$", comment, flags=re.MULTILINE)
     assert len(commands) >= 2, "a launch command and one with an override"
@@ -147,13 +148,13 @@ def test_it_is_valid_and_opens_with_its_own_launch_command(file: str) -> None:
         check_space(config)
     overrides = re.findall(r"--set (\S+=\S+)", comment)
     assert overrides
-    changed = pipeline.config.load(ROOT / file, overrides)
+    changed = load(ROOT / file, overrides)
     assert changed != config
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_settings_are_as_published(name: str) -> None:
-    config = pipeline.config.load(ROOT / "tune_configs" / f"{name}.yaml").model_dump()
+    config = load(ROOT / "tune_configs" / f"{name}.yaml").model_dump()
     for section, wanted in PUBLISHED[name].items():
         if isinstance(wanted, dict):
             assert {key: config[section][key] for key in wanted} == wanted
@@ -164,14 +165,14 @@ def test_the_published_settings_are_as_published(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_compute_in_float32(name: str) -> None:
     """On a GPU too, where other configurations compute in bf16 and TF32."""
-    config = pipeline.config.load(ROOT / "tune_configs" / f"{name}.yaml")
+    config = load(ROOT / "tune_configs" / f"{name}.yaml")
     assert choose_compute(config.runtime, gpus=1).autocast_dtype is None
-    assert choose_compute(pipeline.schema.RuntimeSettings(), gpus=1).autocast_dtype is torch.bfloat16
+    assert choose_compute(RuntimeSettings(), gpus=1).autocast_dtype is torch.bfloat16
 
 
 def test_learning_rates_of_the_published_imagenet_retraining() -> None:
     """All 250 epochs, against the published rule: base 0.5, warm-up of 5 epochs, small rates in the last 5."""
-    r = pipeline.config.load(ROOT / "tune_configs" / "retrain_imagenet.yaml").retrain
+    r = load(ROOT / "tune_configs" / "retrain_imagenet.yaml").retrain
     rates = [retraining_rate(r, epoch) for epoch in range(r.epochs)]
     warm = [0.1, 0.2, 0.3, 0.4, 0.5]
     falling = [0.5 * (245 - epoch) / 245 for epoch in range(5, 245)]
@@ -191,41 +192,41 @@ def test_learning_rates_of_the_published_imagenet_retraining() -> None:
     ],
 )
 def test_the_published_cells_are_built_at_their_published_size(file: str, cell: str, params: int) -> None:
-    config = pipeline.config.load(ROOT / "tune_configs" / f"{file}.yaml")
+    config = load(ROOT / "tune_configs" / f"{file}.yaml")
     genotype, _ = genotype_to_train(cell, config)
     cifar10 = dataclasses.replace(load_dataset("digits"), channels=3, height=32, width=32)
     assert network_cost(config.retrain, cifar10, genotype).params == params
 
 
 def test_a_one_stage_cell_needs_the_setting_of_its_batch_norms() -> None:
-    config = pipeline.config.load(ROOT / "tune_configs" / "retrain_cifar10.yaml")
+    config = load(ROOT / "tune_configs" / "retrain_cifar10.yaml")
     with pytest.raises(ConfigError, match=r"comes from a one-stage search.*set retrain\.op_batchnorm=true$"):
         genotype_to_train("ISTA_onestage", config)
 
 
 def test_the_quickstart_searches_at_least_ten_epochs_and_retrains_on_the_digits() -> None:
-    config = pipeline.config.load(pipeline.config.default_file())
+    config = load(default_file())
     assert config.data.name == "digits"
     assert config.search.epochs >= 10
 
 
 def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retrains_on_all() -> None:
-    config = pipeline.config.load(ROOT / "tune_configs" / "cifar10_small_cpu.yaml")
+    config = load(ROOT / "tune_configs" / "cifar10_small_cpu.yaml")
     assert config.search.epochs >= 5
     assert config.search.max_pictures is None or config.search.max_pictures >= 20_000
     assert config.data.holdout == 0
 
 
 def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
-    configs = [pipeline.config.load(ROOT / file) for file in FILES]
-    one_stage = [config for config in configs if isinstance(config, pipeline.schema.OneStageConfig)]
+    configs = [load(ROOT / file) for file in FILES]
+    one_stage = [config for config in configs if isinstance(config, OneStageConfig)]
     assert len(one_stage) == 6
     assert {config.search.termination_tol for config in one_stage} == {1e-3}
 
 
 def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
-    published = pipeline.config.load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
-    assert pipeline.config.load(None, ["method=one_stage"]).search == published
+    published = load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
+    assert load(None, ["method=one_stage"]).search == published
 
 
 @pytest.mark.slow

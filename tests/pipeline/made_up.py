@@ -8,8 +8,8 @@ import numpy as np
 
 from istanas.search import Freezing, NodeReport
 from istanas.space import CellSpace, random_genotype
-from pipeline.checkpoint import serialize
-from pipeline.record import EpochRecord, FolderStore, Progress, Rollback, SearchRecord
+from pipeline.runs.checkpoint import serialize
+from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, Rollback, SearchRecord
 
 
 def record_of(epoch: int, space: CellSpace | None = None, *, one_stage: bool = False) -> EpochRecord:

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from istanas.errors import CheckpointError
-from pipeline import checkpoint
-from pipeline.checkpoint import BrokenCheckpointWarning, deserialize, read_latest, serialize
-from pipeline.record import FolderStore, Progress, load_latest, read_records
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import deserialize, read_latest, serialize
+from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.training.epoch_record import FolderStore, Progress, load_latest, read_records
 from tests.pipeline.made_up import record_of, save_epoch
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
-from pipeline.cli import cli, run
-from pipeline.config import load, run_hash
-from pipeline.interruption import STILL_CLOSING
-from pipeline.rundir import RunDir
+from pipeline.base.interruption import STILL_CLOSING
+from pipeline.cli.commands import cli, run
+from pipeline.config.load import load, run_hash
+from pipeline.runs.directory import RunDir
 
 TINY = """
 space: {nodes: 2}
@@ -614,7 +614,7 @@ def test_a_process_has_the_same_codes_and_streams_and_finds_the_default_from_any
 
 def test_help_imports_neither_torch_nor_mlflow(here: Path) -> None:
     code = (
-        "import sys; from pipeline.cli import run; assert run(['run', '--help']) == 0;"
+        "import sys; from pipeline.cli.commands import run; assert run(['run', '--help']) == 0;"
         "print([m for m in ('torch', 'mlflow', 'ray', 'cvxpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
@@ -623,7 +623,7 @@ def test_help_imports_neither_torch_nor_mlflow(here: Path) -> None:
 
 def test_a_search_in_process_imports_no_ray(here: Path) -> None:
     code = (
-        "import sys; from pipeline.cli import run; assert run(['search', '--config', 'tiny.yaml']) == 0;"
+        "import sys; from pipeline.cli.commands import run; assert run(['search', '--config', 'tiny.yaml']) == 0;"
         "print([m for m in sys.modules if m.partition('.')[0] == 'ray'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
@@ -683,7 +683,7 @@ def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
 
 A_COMMAND = """
 import signal, time
-from pipeline import cli
+from pipeline.cli import commands as cli
 
 class Finalised:
     def __del__(self):
@@ -756,7 +756,7 @@ def test_the_second_of_two_identical_commands_names_the_first_and_changes_nothin
 
 HOLD = """
 import time
-from pipeline.rundir import RunDir
+from pipeline.runs.directory import RunDir
 with RunDir("{path}").lock():
     print("held", flush=True)
     time.sleep(600)

@@ -17,8 +17,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
-import pipeline.config
-from pipeline.cli import cli
+import pipeline.config.load
+from pipeline.cli.commands import cli
 from tests.ports import unused_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_a_command_that_is_shown_is_one_that_we_have(name: str, words: list[str]
     assert not rest or job[0] in ("jobs", "stop")
     if "file" in options:
         overrides = [o.replace("$PWD", "/here") for o in options.get("overrides", [])]
-        config = pipeline.config.load(ROOT / options["file"], overrides)
+        config = pipeline.config.load.load(ROOT / options["file"], overrides)
         if job is not words:  # jobs are submitted to where this folder is not
             assert Path(config.runtime.runs_dir).is_absolute()
             assert "workers" in options

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from istanas.errors import ConfigError
 from istanas.space import CellSpace, Genotype, random_genotype
-from pipeline.cluster import Runtime
-from pipeline.compare_page import Curves, render_page
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.schema import Config
 from pipeline.jobs.compare import (
     TRAINED,
     UNTRAINED,
@@ -27,9 +27,10 @@ from pipeline.jobs.compare import (
 )
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
-from pipeline.run_reader import ReadRun, read_run
-from pipeline.rundir import MetricsLine, RunDir
-from pipeline.schema import Config
+from pipeline.report.compare_page import Curves, render_page
+from pipeline.report.run_reader import ReadRun, read_run
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import MetricsLine
 
 pytestmark = pytest.mark.slow  # the runs take their time
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.choices import METRICS
-from pipeline.cli import cli
+from pipeline.cli.commands import cli
+from pipeline.config.choices import METRICS
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -23,7 +23,7 @@ def program(tmp_path: Path) -> Path:
     folder.mkdir()
     script = folder / "istanas"
     script.write_text(
-        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c 'from pipeline.cli import main; main()' \"$@\"\n"
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c 'from pipeline.cli.commands import main; main()' \"$@\"\n"
     )
     script.chmod(0o755)
     return folder

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from istanas.errors import ConfigError
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
-from pipeline.config import (
+from pipeline.config.load import (
     default_file,
     flat_params,
     known_methods,
@@ -20,8 +20,8 @@ from pipeline.config import (
     with_settings,
     with_stems,
 )
-from pipeline.resources import WorkerRange
-from pipeline.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.config.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.config.workers import WorkerRange
 
 
 def load_text(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import CheckpointError
-from pipeline.checkpoint import BrokenCheckpointWarning
-from pipeline.config import load
-from pipeline.jobs.job import deliver_below
-from pipeline.record import Progress
-from pipeline.rundir import RunDir
-from pipeline.tracking import open_client
+from pipeline.config.load import load
+from pipeline.jobs.closing import deliver_below
+from pipeline.runs.directory import RunDir
+from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.tracking.store import open_client
+from pipeline.training.epoch_record import Progress
 from tests.pipeline.tiny_search import SETTINGS, decided, search
 
 NAME = "tiny-search-*"

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.registry import registered_name
+from pipeline.cli import commands as cli
 from pipeline.report import genotypes_frame, results_frame
-from pipeline.rundir import DatasetUse, RunDir, RunRecord, data_label
-from pipeline.tracking import MLflowTracker, open_client
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import DatasetUse, RunRecord, data_label
+from pipeline.tracking.model_registry import registered_name
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
 
 RECORD = RunRecord(
     name="x",

@@ -15,9 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from istanas.errors import IstanasError
-from pipeline.data_workers import noticing_their_loss
-from pipeline.interruption import signals_interrupt
-from pipeline.rundir import RunDir
+from pipeline.base.interruption import signals_interrupt
+from pipeline.runs.directory import RunDir
+from pipeline.training.data_workers import noticing_their_loss
 
 BIG = """
 data: {name: folder, root: pictures}

@@ -12,10 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from istanas.space import PRIMITIVES
-from pipeline.cli import run
-from pipeline.config import load, to_tree
-from pipeline.describe import all_keys, describe, json_schema, sections
-from pipeline.schema import SCHEMAS
+from pipeline.cli.commands import run
+from pipeline.config.describe import all_keys, describe, json_schema, sections
+from pipeline.config.load import load, to_tree
+from pipeline.config.schema import SCHEMAS
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
@@ -100,7 +100,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 
 def test_it_loads_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
     code = (
-        "import sys; from pipeline.cli import run\n"
+        "import sys; from pipeline.cli.commands import run\n"
         "assert run(['config', '--describe']) == run(['config']) == 0\n"
         "print([m for m in ('torch', 'mlflow', 'ray', 'optuna', 'cvxpy') if m in sys.modules])"
     )

@@ -11,9 +11,9 @@ from PIL import Image
 
 from istanas.errors import IstanasError
 from istanas.sparse import mosek_licence
-from pipeline import doctor
-from pipeline.config import load
-from pipeline.doctor import (
+from pipeline.base.text import count
+from pipeline.cli import doctor
+from pipeline.cli.doctor import (
     Check,
     check_data,
     check_disk,
@@ -22,9 +22,10 @@ from pipeline.doctor import (
     check_store,
     run_checks,
 )
-from pipeline.pictures import datasets_used, describe_pictures, load_pictures, open_dataset
-from pipeline.resources import count, usable_cores
-from pipeline.schema import DataSettings
+from pipeline.config.load import load
+from pipeline.config.schema import DataSettings
+from pipeline.config.workers import usable_cores
+from pipeline.training.pictures import datasets_used, describe_pictures, load_pictures, open_dataset
 
 DIGITS = DataSettings()
 

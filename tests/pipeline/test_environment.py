@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import istanas
-from pipeline import environment
-from pipeline.environment import git_state, reproducing_command, without_secrets, write_environment
-from pipeline.rundir import RunDir, RunRecord
-from pipeline.tracking import MLflowTracker, open_client
+from pipeline.base.redaction import without_secrets
+from pipeline.runs import environment
+from pipeline.runs.directory import RunDir
+from pipeline.runs.environment import git_state, reproducing_command, write_environment
+from pipeline.runs.record import RunRecord
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
 
 
 def read(run: RunDir) -> dict:
@@ -60,7 +63,7 @@ def test_no_environment_variable_and_no_password_is_written(
     )
 
 
-@pytest.mark.parametrize("program", ["/opt/env/bin/istanas", "/src/pipeline/cli.py"])
+@pytest.mark.parametrize("program", ["/opt/env/bin/istanas", "/src/pipeline/cli/__main__.py"])
 def test_the_command_is_the_one_that_was_typed(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program, "run", "--config", "my file.yaml", "--set", "seed=1"])
     assert reproducing_command(Path("r"), "search") == "istanas run --config 'my file.yaml' --set seed=1"

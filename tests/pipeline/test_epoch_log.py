@@ -21,12 +21,17 @@ from rich.console import Console
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES
 from istanas.space import CellSpace
-from pipeline import checkpoint
-from pipeline.checkpoint import BrokenCheckpointWarning, serialize
-from pipeline.epoch_log import COPIES, LINE_BYTES, SEGMENT, LogEnd, append_line
-from pipeline.jobs.job import RunObserver
-from pipeline.progress import EpochBar
-from pipeline.record import (
+from pipeline.jobs.observer import RunObserver
+from pipeline.jobs.progress import EpochBar
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import serialize
+from pipeline.runs.directory import RunDir
+from pipeline.runs.epoch_log import COPIES, LINE_BYTES, SEGMENT, BrokenCheckpointWarning, LogEnd, append_line
+from pipeline.runs.mlflow_link import read_link
+from pipeline.runs.record import RunRecord
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker, Tracker
+from pipeline.training.epoch_record import (
     EpochRecord,
     FolderStore,
     Progress,
@@ -36,8 +41,6 @@ from pipeline.record import (
     read_progress,
     read_records,
 )
-from pipeline.rundir import RunDir, RunRecord
-from pipeline.tracking import MLflowTracker, Tracker, open_client, read_link
 from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
 from tests.pipeline.tiny_search import decided, search
 

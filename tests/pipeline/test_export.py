@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, Genotype
-from pipeline.config import load
-from pipeline.export import (
+from pipeline.config.load import load
+from pipeline.jobs.export import (
+    EXPORT_ARTIFACTS,
+    check_exportable,
+    export_network,
+    exported_before,
+    replacing,
+    run_export,
+)
+from pipeline.jobs.export_formats import (
     EXPORTED_FILES,
     ONNX_FILE,
     ONNX_PACKAGES,
@@ -33,16 +41,9 @@ from pipeline.export import (
     random_batches,
     run_model,
 )
-from pipeline.jobs.export import (
-    EXPORT_ARTIFACTS,
-    check_exportable,
-    export_network,
-    exported_before,
-    replacing,
-    run_export,
-)
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
-from pipeline.rundir import RunDir, RunRecord
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
+from pipeline.runs.record import RunRecord
 
 # Node 1 is dead, the other inputs are never read and so the last cell but one is dead too: only strided dilated
 # convolutions, a strided identity and the blocks around them are left.

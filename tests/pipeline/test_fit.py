@@ -6,11 +6,11 @@ import pytest
 
 from istanas.data import load_dataset
 from istanas.errors import ConfigError
-from pipeline.cli import run
-from pipeline.config import default_file, load
-from pipeline.fit import warnings_of
-from pipeline.jobs.job import check_data
-from pipeline.jobs.sweep import warnings_of_space
+from pipeline.cli.commands import run
+from pipeline.config.load import default_file, load
+from pipeline.jobs.lifecycle import check_data
+from pipeline.sweep.job import warnings_of_space
+from pipeline.training.data_checks import warnings_of
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])

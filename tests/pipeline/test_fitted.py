@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pipeline.fitted import Column, FittedTable
-from pipeline.report_columns import COLUMNS
-from pipeline.sweep_report import COLUMNS as TRIAL_COLUMNS
-from pipeline.sweep_report import trials_table
-from pipeline.tables import results_table
+from pipeline.base.fitted_table import Column, FittedTable
+from pipeline.report.frames import COLUMNS
+from pipeline.report.terminal import results_table
+from pipeline.report.trials import COLUMNS as TRIAL_COLUMNS
+from pipeline.report.trials import trials_table
 
 NAME = "digits_quickstart-a-long-name-retrain"
 

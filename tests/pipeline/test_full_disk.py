@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from istanas.errors import IstanasError
-from pipeline import checkpoint, epoch_log
-from pipeline.cli import run as istanas
-from pipeline.config import load
-from pipeline.epoch_log import COPIES, LogEnd
-from pipeline.record import Progress
-from pipeline.rundir import RunDir, atomic_write, is_full
-from pipeline.searcher import StudySearcher
-from pipeline.study import BLOCKED, FAILED, open_study, own_trials
-from pipeline.trial import failure
+from pipeline.base.files import atomic_write, is_full
+from pipeline.cli.commands import run as istanas
+from pipeline.config.load import load
+from pipeline.runs import checkpoint, epoch_log
+from pipeline.runs.directory import RunDir
+from pipeline.runs.epoch_log import COPIES, LogEnd
+from pipeline.sweep.searcher import StudySearcher
+from pipeline.sweep.study import BLOCKED, FAILED, open_study, own_trials
+from pipeline.sweep.trial import failure
+from pipeline.training.epoch_record import Progress
 from tests.pipeline.tiny_search import SETTINGS, decided, search
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rundir import RunDir
+from pipeline.runs.directory import RunDir
 
 TINY = """
 space: {nodes: 2}
@@ -21,7 +21,7 @@ tracking: {enabled: false}
 TOKEN = """
 import os, warnings
 from pathlib import Path
-from pipeline.home import ensure_usable_home
+from pipeline.base.home_folder import ensure_usable_home
 
 warnings.simplefilter("always")
 ensure_usable_home()
@@ -75,7 +75,7 @@ def test_rays_token_goes_where_it_can_be_written(tmp_path: Path, there: bool, mo
 
 def test_commands_that_start_at_once_have_one_token(tmp_path: Path) -> None:
     """No process reads a part of it, or one that another process replaces."""
-    code = "import sys; from pathlib import Path; from pipeline.home import _write_once\n"
+    code = "import sys; from pathlib import Path; from pipeline.base.home_folder import _write_once\n"
     code += "file = Path(sys.argv[1]); _write_once(file, sys.argv[2] * 32); print(file.read_text())"
     for trial in range(5):
         command = [sys.executable, "-c", code, str(tmp_path / f"token-{trial}")]

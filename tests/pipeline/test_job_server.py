@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import run
-from pipeline.job_server import ASKS_FOR_TOKEN
+from pipeline.cli.commands import run
+from pipeline.cluster.job_server import ASKS_FOR_TOKEN
 
 Answer = tuple[int, str]
 UNAUTHORIZED = (401, f"Unauthorized: {ASKS_FOR_TOKEN}")

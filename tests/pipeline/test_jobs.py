@@ -21,27 +21,31 @@ from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.search import NodeReport
 from istanas.space import CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
-from pipeline import checkpoint
-from pipeline.checkpoint import serialize
-from pipeline.cluster import Runtime
-from pipeline.config import load, run_hash
-from pipeline.jobs.job import (
-    TRAJECTORY_COLUMNS,
-    KeptCodes,
-    _SearchTables,
-    close_below,
-    codes_rows,
-    trajectory_rows,
-    write_page,
-)
+from pipeline.base.files import atomic_write
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load, run_hash
+from pipeline.config.schema import Config
+from pipeline.jobs.closing import close_below
+from pipeline.jobs.lifecycle import write_page
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
-from pipeline.models import load_network
-from pipeline.record import Progress, load_latest, load_progress, read_records
-from pipeline.rundir import LOCK_FILE, RunDir, atomic_write, new_key
-from pipeline.schema import Config
-from pipeline.tracking import MLflowTracker, open_client
+from pipeline.jobs.search_tables import (
+    TRAJECTORY_COLUMNS,
+    KeptCodes,
+    SearchTables,
+    codes_rows,
+    trajectory_rows,
+)
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import serialize
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import LOCK_FILE
+from pipeline.runs.network_files import load_network
+from pipeline.runs.record import new_key
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
+from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
 
 TINY = [
@@ -495,7 +499,7 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
 def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
     """Version 0.1 wrote the trajectory with pandas; the figures are the same text."""
     space = CellSpace(n_nodes=2)
-    tables, records = _SearchTables(tmp_path, space), [record_of(epoch, space) for epoch in range(1, 31)]
+    tables, records = SearchTables(tmp_path, space), [record_of(epoch, space) for epoch in range(1, 31)]
     draw = np.random.default_rng(0)
     for number, record in enumerate(records):
         figures = {
@@ -510,14 +514,14 @@ def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
         index=False
     )
     written = {name: (tmp_path / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
-    assert _SearchTables(tmp_path, space).replace(records, finished=True) == []
-    assert _SearchTables(tmp_path / "again", space).replace(records[:1]) == []
-    _SearchTables(tmp_path / "again", space).replace(records)
+    assert SearchTables(tmp_path, space).replace(records, finished=True) == []
+    assert SearchTables(tmp_path / "again", space).replace(records[:1]) == []
+    SearchTables(tmp_path / "again", space).replace(records)
     assert {name: (tmp_path / "again" / name).read_bytes() for name in written} == written
 
 
 def test_a_table_that_was_cut_meanwhile_is_noticed(tmp_path: Path) -> None:
-    tables = _SearchTables(tmp_path, CellSpace(n_nodes=1))
+    tables = SearchTables(tmp_path, CellSpace(n_nodes=1))
     assert tables.append(record_of(1))
     (tmp_path / "codes.csv").unlink()
     assert not tables.append(record_of(2))

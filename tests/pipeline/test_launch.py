@@ -16,15 +16,19 @@ import pytest
 import torch
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import cluster
-from pipeline.cluster import Runtime, allotment, check_address, check_machine, last_line
-from pipeline.config import load
-from pipeline.doctor import check_cluster
-from pipeline.interruption import signals_interrupt, uninterrupted
-from pipeline.launch import _on_workers, _RayJob
-from pipeline.mailbox import Mailbox
-from pipeline.resources import Node, usable_cores
-from pipeline.worker import Silent
+from pipeline.base.interruption import signals_interrupt, uninterrupted
+from pipeline.base.text import last_line
+from pipeline.cli.doctor import check_cluster
+from pipeline.cluster import address as cluster_address
+from pipeline.cluster import loss, ray_runtime
+from pipeline.cluster.address import check_address
+from pipeline.cluster.allotment import allotment, check_machine
+from pipeline.cluster.launch import _on_workers, _RayJob
+from pipeline.cluster.mailbox import Mailbox
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.workers import Node, usable_cores
+from pipeline.training.observer import Silent
 from tests.ports import unused_port
 
 
@@ -167,14 +171,14 @@ def test_an_elastic_job_needs_room_for_its_least_number_only() -> None:
 
 @pytest.mark.slow
 def test_who_listens_and_is_no_ray_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_TO_ANSWER", 8.0)
+    monkeypatch.setattr(cluster_address, "SECONDS_TO_ANSWER", 8.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         check_address(address)  # somebody is there
         start = time.monotonic()
         check = check_cluster(address)
         assert time.monotonic() - start < 15
-    assert (check.state, check.remedy) == ("fail", cluster.NOT_RAY)
+    assert (check.state, check.remedy) == ("fail", cluster_address.NOT_RAY)
     assert check_cluster("127.0.0.1:1").state == "fail"
 
 
@@ -225,9 +229,9 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 STUCK = """
 import signal, time
 from pathlib import Path
-from pipeline import cluster
-cluster.SECONDS_TO_UNWIND = 0.5
-with cluster.noticing_its_loss("sweep", Path("logs"), "127.0.0.1:{port}", 0.1):
+from pipeline.cluster import loss
+loss.SECONDS_TO_UNWIND = 0.5
+with loss.noticing_its_loss("sweep", Path("logs"), "127.0.0.1:{port}", 0.1):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # as a call into a library that hears of nothing
     time.sleep(60)
 """
@@ -237,14 +241,14 @@ def test_the_loss_of_the_head_interrupts_what_waits_for_it() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with socket.create_server(("127.0.0.1", 0)) as head:
         port = head.getsockname()[1]
-        with cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1):
+        with loss.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1):
             time.sleep(1.5)  # it lives
     began = time.monotonic()
     with (
         pytest.raises(
             IstanasError, match=f"^sweep: Ray was lost .no answer from 127.0.0.1:{port} for 0 s., see "
         ),
-        cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1),
+        loss.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{port}", 0.1),
     ):
         time.sleep(30)
     assert time.monotonic() - began < 10
@@ -254,8 +258,8 @@ def test_the_loss_of_the_head_interrupts_what_waits_for_it() -> None:
 def test_what_must_not_be_interrupted_is_brought_to_its_end_before_the_loss_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_TO_UNWIND", 0.2)
-    monkeypatch.setattr(cluster, "_die", lambda words: died.append(words))
+    monkeypatch.setattr(loss, "SECONDS_TO_UNWIND", 0.2)
+    monkeypatch.setattr(loss, "_die", lambda words: died.append(words))
     died: list[str] = []
     ended: list[bool] = []
 
@@ -267,7 +271,7 @@ def test_what_must_not_be_interrupted_is_brought_to_its_end_before_the_loss_is_t
 
     with (
         pytest.raises(IstanasError, match=r"^sweep: Ray was lost "),
-        cluster.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{unused_port()}", 0.1),
+        loss.noticing_its_loss("sweep", Path("logs"), f"127.0.0.1:{unused_port()}", 0.1),
     ):
         deliver()
     assert ended
@@ -292,7 +296,7 @@ def runtime_at(address: str) -> Runtime:
 def test_a_client_that_waits_for_a_cluster_that_is_gone_is_told_before_it_calls_there_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_OF_A_CLIENT", 0.1)
+    monkeypatch.setattr(ray_runtime, "SECONDS_OF_A_CLIENT", 0.1)
     address = f"127.0.0.1:{unused_port()}"
     runtime, lost = runtime_at(f"ray://{address}"), list[bool]()
 

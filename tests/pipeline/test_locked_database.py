@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from optuna.exceptions import StorageInternalError
 
-from pipeline import study as study_module
-from pipeline import tracking
-from pipeline.config import load
-from pipeline.record import Progress
-from pipeline.rundir import RunDir
-from pipeline.searcher import StudySearcher
-from pipeline.study import FINISHED, open_study, own_trials
-from pipeline.tracking import open_client
+from pipeline.config.load import load
+from pipeline.runs.directory import RunDir
+from pipeline.sweep import study as study_module
+from pipeline.sweep.searcher import StudySearcher
+from pipeline.sweep.study import FINISHED, open_study, own_trials
+from pipeline.tracking import store as tracking_store
+from pipeline.tracking import tracker
+from pipeline.tracking.store import open_client
+from pipeline.training.epoch_record import Progress
 from tests.pipeline.tiny_search import SETTINGS, search
 
 
@@ -33,8 +34,8 @@ def locked(file: Path) -> Iterator[sqlite3.Connection]:
 def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
     tmp_path: Path, until: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "SECONDS_FOR_A_LOCK", 0.5)
-    monkeypatch.setattr(tracking, "_said", set())
+    monkeypatch.setattr(tracking_store, "SECONDS_FOR_A_LOCK", 0.5)
+    monkeypatch.setattr(tracker, "_said", set())
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     settings = ["tracking.enabled=true", f"tracking.uri={uri}"]
     open_client(uri)

@@ -12,10 +12,10 @@ from istanas.data import ImageDataset, load_dataset
 from istanas.errors import CheckpointError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, CellSpace, random_genotype
-from pipeline.config import load
-from pipeline.epochs import build_target
-from pipeline.models import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
-from pipeline.schema import Config
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
+from pipeline.training.build import build_target
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
 

@@ -11,11 +11,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.cli import run
-from pipeline.references import load_of_run, resolve_origin
-from pipeline.rundir import RunDir
-from pipeline.tracking import open_client, read_link
+from pipeline.cli.commands import run
+from pipeline.runs.directory import RunDir
+from pipeline.runs.mlflow_link import read_link
+from pipeline.tracking import tracker
+from pipeline.tracking.references import load_of_run, resolve_origin
+from pipeline.tracking.store import open_client
 
 TINY = """
 space: {nodes: 2}
@@ -180,7 +181,7 @@ def test_no_command_creates_the_folder_of_a_store(
         ("draw", "0" * 32): (2, f"the MLflow store {gone} does not exist"),
     }
     for command, (code, said) in commands.items():
-        tracking._said.clear()
+        tracker._said.clear()
         caplog.clear()
         assert run([*command, *setting]) == code, command
         out, err = capfd.readouterr()

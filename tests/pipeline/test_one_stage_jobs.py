@@ -16,15 +16,15 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import count_params
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import Genotype
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.schema import OneStageConfig
 from pipeline.jobs.search import run_search
-from pipeline.models import load_network
-from pipeline.pictures import holdout_indices, search_indices
-from pipeline.record import EpochRecord, FolderStore, load_progress
-from pipeline.rundir import RunDir
-from pipeline.schema import OneStageConfig
-from pipeline.worker import search_worker, searched_network
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import load_network
+from pipeline.training.epoch_record import EpochRecord, FolderStore, load_progress
+from pipeline.training.loop import search_worker, searched_network
+from pipeline.training.pictures import holdout_indices, search_indices
 from tests.pipeline.test_worker import Nobody, Watcher, all_records, decided, weights_of, with_train
 from tests.ranks import run_ranks
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.cli import run
-from pipeline.config import load
-from pipeline.references import resolve_origin
-from pipeline.rundir import RunDir
-from pipeline.tracking import open_client
+from pipeline.cli.commands import run
+from pipeline.config.load import load
+from pipeline.runs.directory import RunDir
+from pipeline.tracking.references import resolve_origin
+from pipeline.tracking.store import open_client
 from tests.pipeline import test_storage
 from tests.pipeline.test_storage import BUCKET, Elsewhere, Server
 

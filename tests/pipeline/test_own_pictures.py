@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli import run
-from pipeline.tracking import open_client
+from pipeline.cli.commands import run
+from pipeline.tracking.store import open_client
 
 TINY = """
 data: {name: folder, root: pictures, cache_dir: cache}

@@ -13,16 +13,16 @@ from rich.console import Console
 
 from istanas.errors import CheckpointError, DataError, IstanasError
 from istanas.space import CellSpace, random_genotype
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.schema import Config
 from pipeline.jobs.profile import run_profile
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
-from pipeline.models import load_network, read_card
-from pipeline.pictures import datasets_used, load_pictures, settle_stems
-from pipeline.rundir import RunDir
-from pipeline.schema import Config
-from pipeline.tracking import open_client
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import load_network, read_card
+from pipeline.tracking.store import open_client
+from pipeline.training.pictures import datasets_used, load_pictures, settle_stems
 
 TINY = [
     "space.nodes=1",

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import preflight, probe
-from pipeline.cluster import allotment, find_address
-from pipeline.config import load
-from pipeline.preflight import ClusterNode, check_gpus, data_place, make_question
-from pipeline.probe import Answer
-from pipeline.resources import Node
-from pipeline.schema import RuntimeSettings
+from pipeline.cluster import preflight, probe
+from pipeline.cluster.address import find_address
+from pipeline.cluster.allotment import allotment
+from pipeline.cluster.preflight import ClusterNode, check_gpus, data_place, make_question
+from pipeline.cluster.probe import Answer
+from pipeline.config.load import load
+from pipeline.config.schema import RuntimeSettings
+from pipeline.config.workers import Node
 
 NODES = [ClusterNode("1" * 56, "10.0.0.1"), ClusterNode("2" * 56, "10.0.0.2")]
 HERE = Answer({"Python": "3.11", "torch": "2.14.1"}, "aabbccdd", data="11223344")
@@ -56,7 +57,7 @@ def test_other_pictures_on_a_node_are_named(tmp_path: Path) -> None:
 def test_our_files_are_known_by_their_content(tmp_path: Path, repo_root: Path) -> None:
     for package in probe.OURS:
         shutil.copytree(repo_root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-c", "from pipeline.probe import code_digest; print(code_digest())"]
+    command = [sys.executable, "-c", "from pipeline.cluster.probe import code_digest; print(code_digest())"]
 
     def digest() -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

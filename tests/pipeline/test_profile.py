@@ -20,12 +20,12 @@ from istanas.nets import TargetNet
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.space import PUBLISHED
 from istanas.training import Compute
-from pipeline import profiling
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.jobs import profile as profile_job
 from pipeline.jobs.profile import make_work
-from pipeline.pictures import open_dataset
-from pipeline.profiling import count_flops, kind_of, step_seconds, time_by_kind
+from pipeline.training import profiling
+from pipeline.training.pictures import open_dataset
+from pipeline.training.profiling import count_flops, kind_of, step_seconds, time_by_kind
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[2] / "tune_configs"
@@ -334,7 +334,7 @@ def test_every_step_has_its_own_seconds() -> None:
 def test_batches_are_full_and_never_end() -> None:
     config = load(CONFIGS / "digits_quickstart.yaml", ["search.batch_size=300"])
     dataset = open_dataset(config, ["search"])
-    from pipeline.pictures import Batches, search_split
+    from pipeline.training.pictures import Batches, search_split
 
     batches = Batches(config, dataset, Compute(CPU), profile_job.Ranks(), 300, 0)
     stream = profile_job._endless(batches, "weights", search_split(config, dataset).weights, 300)

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from istanas.training import Metrics
-from pipeline.jobs.sweep import seconds_left
-from pipeline.progress import EpochBar
+from pipeline.jobs.progress import EpochBar
+from pipeline.sweep.bookkeeping import seconds_left
 
 
 class Clock:

@@ -11,12 +11,14 @@ import pytest
 from mlflow import MlflowClient
 
 from istanas.errors import ConfigError
-from pipeline.choices import METRICS
-from pipeline.cli import run as command_line
-from pipeline.promote import Promotion, promote
-from pipeline.rundir import DatasetUse, RunDir
-from pipeline.schema import TrackingSettings
-from pipeline.tracking import MLflowTracker, open_client
+from pipeline.cli.commands import run as command_line
+from pipeline.config.choices import METRICS
+from pipeline.config.schema import TrackingSettings
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import DatasetUse
+from pipeline.tracking.promote import Promotion, promote
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
 from tests.pipeline.test_tracking import end_run, make_run, save_small_network, small_network
 
 Trained = Callable[..., RunDir]

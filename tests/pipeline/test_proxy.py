@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import probe
-from pipeline.cli import run
-from pipeline.cluster import Runtime, check_address
-from pipeline.config import load
-from pipeline.doctor import check_store
+from pipeline.base.servers import unreachable
+from pipeline.cli.commands import run
+from pipeline.cli.doctor import check_store
+from pipeline.cluster.address import check_address
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 from pipeline.report import results_frame
-from pipeline.ui import serve_ui
+from pipeline.tracking.ui import serve_ui
 from tests.ports import unused_port
 
 
@@ -55,7 +56,7 @@ def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
     check = check_store(store)
     assert check.state == "fail"
     assert says in check.message
-    assert says in probe.unreachable(store)
+    assert says in unreachable(store)
     with pytest.raises(ConfigError) as caught:
         results_frame(tracking_uri=store)
     assert says in str(caught.value)
@@ -73,10 +74,10 @@ def test_a_server_that_is_excepted_is_asked_itself(
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
     monkeypatch.setenv(excepted, "example.org")
-    assert f"add 127.0.0.1 to {excepted} to connect directly" in probe.unreachable(store)
+    assert f"add 127.0.0.1 to {excepted} to connect directly" in unreachable(store)
     for host in ("127.0.0.1", "127.0.0.0/8"):
         monkeypatch.setenv(excepted, f"example.org,{host}")
-        assert "proxy" not in probe.unreachable(store)
+        assert "proxy" not in unreachable(store)
     assert "proxy" not in check_store(store).message
 
 

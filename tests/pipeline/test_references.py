@@ -8,10 +8,11 @@ import pytest
 
 from istanas.errors import ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, random_genotype
-from pipeline.config import load
-from pipeline.references import genotype_to_train, resolve_genotype, resolve_run
-from pipeline.rundir import RunDir, RunRecord, new_key
-from pipeline.tracking import MLflowTracker
+from pipeline.config.load import load
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import RunRecord, new_key
+from pipeline.tracking.references import genotype_to_train, resolve_genotype, resolve_run
+from pipeline.tracking.tracker import MLflowTracker
 
 RECORD = RunRecord(
     name="digits-search",

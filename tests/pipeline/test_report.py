@@ -13,12 +13,6 @@ from rich.console import Console
 from istanas.errors import ConfigError
 from istanas.space import CellSpace, Genotype, random_genotype
 from pipeline.report import (
-    COLUMNS,
-    EPOCHS_COLUMNS,
-    GENOTYPES_COLUMNS,
-    SEARCHES_COLUMNS,
-    SWEEPS_COLUMNS,
-    WEIGHTS_COLUMNS,
     epochs_frame,
     genotypes_frame,
     results_frame,
@@ -26,9 +20,19 @@ from pipeline.report import (
     sweeps_frame,
     weights_frame,
 )
-from pipeline.rundir import RunDir, RunRecord
-from pipeline.tables import results_table, weights_table
-from pipeline.tracking import MLflowTracker, open_client
+from pipeline.report.frames import (
+    COLUMNS,
+    EPOCHS_COLUMNS,
+    GENOTYPES_COLUMNS,
+    SEARCHES_COLUMNS,
+    SWEEPS_COLUMNS,
+    WEIGHTS_COLUMNS,
+)
+from pipeline.report.terminal import results_table, weights_table
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import RunRecord
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
 
 RECORD = RunRecord(
     name="",

@@ -12,18 +12,23 @@ import pytest
 from rich.console import Console
 
 from istanas.space import CellSpace, random_genotype
-from pipeline.cluster import Runtime
-from pipeline.config import flat_params, load, to_yaml
-from pipeline.environment import write_environment
+from pipeline.base.page_links import without_file_links
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import flat_params, load, to_yaml
 from pipeline.jobs.retrain import run_retrain
-from pipeline.jobs.search import run_search, write_genotype
-from pipeline.jobs.sweep import SECTIONS
-from pipeline.pages import figure, inline_svg, without_file_links
-from pipeline.report_page import write_report
-from pipeline.rundir import RunDir, RunRecord
-from pipeline.sweep_report import page_table, sweep_frame, trials_table, write_figures, write_table
-from pipeline.tracking import MLflowTracker, open_client
-from pipeline.trajectory_page import write_trajectory_page
+from pipeline.jobs.search import run_search
+from pipeline.report.html import figure, inline_svg
+from pipeline.report.run_page import write_report
+from pipeline.report.trajectory_page import write_trajectory_page
+from pipeline.report.trials import page_table, trials_table, write_table
+from pipeline.runs.directory import RunDir
+from pipeline.runs.environment import write_environment
+from pipeline.runs.genotype_file import write_genotype
+from pipeline.runs.record import RunRecord
+from pipeline.sweep.job import SECTIONS
+from pipeline.sweep.report import sweep_frame, write_figures
+from pipeline.tracking.store import open_client
+from pipeline.tracking.tracker import MLflowTracker
 from tests.pipeline.pages import Page
 from tests.pipeline.test_data_label import RECORD
 from tests.pipeline.test_sweep_job import ended_sweep

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
-from pipeline.resources import (
+from pipeline.base.text import count
+from pipeline.config.workers import (
     Node,
     WorkerRange,
-    count,
     largest,
     parse_workers,
     threads_in_process,

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from istanas.errors import CheckpointError, ConfigError
-from pipeline.rundir import DatasetUse, MetricsLine, RunDir, RunRecord, append, atomic_write, new_key
+from pipeline.base.files import append, atomic_write
+from pipeline.runs.directory import RunDir
+from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord, new_key
 
 RECORD = RunRecord(
     name="digits_quickstart-search",
@@ -165,7 +167,7 @@ def test_killed_writer_never_leaves_a_broken_record(tmp_path: Path) -> None:
     RunDir(tmp_path).write(RECORD)
     script = f"""
         import dataclasses
-        from pipeline.rundir import RunDir
+        from pipeline.runs.directory import RunDir
         run = RunDir({str(tmp_path)!r})
         record = run.read()
         print("go", flush=True)
@@ -188,7 +190,7 @@ def test_killed_writer_never_leaves_a_broken_record(tmp_path: Path) -> None:
 def test_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     script = f"""
         import sys
-        from pipeline.rundir import RunDir
+        from pipeline.runs.directory import RunDir
         with RunDir({str(tmp_path)!r}).lock():
             print("held", flush=True)
             sys.stdin.read()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import IstanasError
-from pipeline.sockets import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, short_temporary_folder
+from pipeline.base.socket_paths import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, short_temporary_folder
 
 BATCHES = """
 import torch
 from torch.utils.data import DataLoader
-from pipeline.data_workers import noticing_their_loss
+from pipeline.training.data_workers import noticing_their_loss
 
 with noticing_their_loss(1):
     print(sum(batch.numel() for batch in DataLoader(torch.zeros(4, 3), batch_size=2, num_workers=1)))
@@ -23,8 +23,8 @@ with noticing_their_loss(1):
 SESSION = """
 import sys
 from pathlib import Path
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 
 with Runtime(load(None, ["runtime.workers=1"]).runtime) as runtime:
     runtime.start(Path("run"))
@@ -60,7 +60,7 @@ def test_sockets_lie_where_their_paths_are_short_enough(
 
 def test_no_short_folder_is_one_line(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
-    monkeypatch.setattr("pipeline.sockets.LONGEST_PATH", len(OF_RAY) + 2)
+    monkeypatch.setattr("pipeline.base.socket_paths.LONGEST_PATH", len(OF_RAY) + 2)
     with pytest.raises(IstanasError, match=r"^TMPDIR is .*: too long .* at most 2 characters$"):
         short_temporary_folder(OF_RAY)
 

@@ -24,15 +24,17 @@ from moto.server import ThreadedMotoServer
 from rich.console import Console
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import cli, storage
-from pipeline.checkpoint import BrokenCheckpointWarning
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.base.addresses import checked_address
+from pipeline.cli import commands as cli
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 from pipeline.jobs.search import run_search
-from pipeline.record import Progress, load_latest, load_progress, read_records
-from pipeline.rundir import RunDir
-from pipeline.study import BLOCKED
-from pipeline.trial import failure
+from pipeline.runs import bucket as storage
+from pipeline.runs.directory import RunDir
+from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.sweep.study import BLOCKED
+from pipeline.sweep.trial import failure
+from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.made_up import record_of, save_epoch
 from tests.pipeline.test_jobs import TINY
 from tests.ports import unused_port
@@ -211,7 +213,7 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
     code, out, err = istanas("sync", run_dir, store, "--set=tracking.enabled=true", "--json", capsys=capsys)
     assert code == 0, err
     assert json.loads(out[-1])["run_dir"] == run_dir
-    from pipeline.tracking import open_client
+    from pipeline.tracking.store import open_client
 
     tags = (
         open_client(f"sqlite:///{tmp_path}/mlflow.db").get_run(json.loads(out[-1])["mlflow_run_id"]).data.tags
@@ -229,13 +231,13 @@ def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> No
     assert storage.local(storage.shown(first)) == first
     assert storage._file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
     assert storage._file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
-    assert storage.checked_address(storage.shown(first)) == storage.shown(first)
+    assert checked_address(storage.shown(first)) == storage.shown(first)
 
 
 @pytest.mark.parametrize("address", ["s3:/b/x", "file:/x", "s3://b/%2e%2e/x", "s3://b/a%2fb", "s3://b/x//y"])
 def test_an_address_with_a_slip_is_no_folder(address: str) -> None:
     with pytest.raises(ValueError, match="write"):
-        storage.checked_address(address)
+        checked_address(address)
 
 
 def test_started_over_the_storage_holds_the_new_run_only(
@@ -462,7 +464,7 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
     assert server.objects(result["run_dir"].removeprefix(f"s3://{BUCKET}/")) == files(run.path)
-    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.storage"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.bucket"]
     assert len(said) == 2
     assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
     assert "is back" in said[1]

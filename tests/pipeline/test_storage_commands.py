@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import storage
-from pipeline.record import Progress
-from pipeline.rundir import RunDir
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.training.epoch_record import Progress
 from tests.pipeline import test_storage
 from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
 
@@ -101,12 +101,12 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
     (name,) = {key.partition("/")[0] for key in server.objects(prefix)}
     there = server.objects(f"{prefix}/{name}")
     assert json.loads(there["run.json"])["status"] == "FAILED"
-    assert storage.OWNER_OBJECT not in there
+    assert bucket.OWNER_OBJECT not in there
     elsewhere()
     told: list[int] = []
     result = search(place, tell=lambda progress: told.append(progress.epochs))
     assert told[0] == 1  # it was not begun anew
-    run = RunDir(storage.local(result["run_dir"]))
+    run = RunDir(bucket.local(result["run_dir"]))
     assert [line.step for line in run.metrics()] == [1, 2]
     assert len(comparable(run)) == 2
     assert json.loads(server.objects(f"{prefix}/{name}")["run.json"])["status"] == "FINISHED"

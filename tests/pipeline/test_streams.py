@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rundir import RunDir
-from pipeline.streams import _reader_has_gone
+from pipeline.cli.streams import _reader_has_gone
+from pipeline.runs.directory import RunDir
 
 TINY = """
 space: {nodes: 2}
@@ -92,8 +92,8 @@ def test_under_nohup_a_closed_terminal_is_ignored(here: Path) -> None:
 HANG_UP = """
 import os, signal
 from pathlib import Path
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 
 heard = []
 signal.signal(signal.SIGHUP, lambda number, _: heard.append(number))
@@ -182,7 +182,7 @@ def test_a_failing_disk_is_no_reader_that_has_gone(here: Path) -> None:
 
 def test_closed_streams_write_into_no_file(here: Path) -> None:
     """The first files that a process opens would get the numbers of its closed descriptors."""
-    code = "import os; from pipeline.streams import outlive_readers; outlive_readers(); print('lost')\n"
+    code = "import os; from pipeline.cli.streams import outlive_readers; outlive_readers(); print('lost')\n"
     code += "os.write(2, b'lost'); file = open('first', 'w'); assert file.fileno() > 2; file.write('kept')\n"
     code += (
         'import subprocess, sys; child = \'print(open("second", "w").fileno(), file=open("number", "w"))\'\n'

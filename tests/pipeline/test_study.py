@@ -11,11 +11,11 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.config import load
-from pipeline.schema import Config
-from pipeline.searcher import StudySearcher, make_scheduler
-from pipeline.study import best_trial, n_failed, open_study, own_study, own_trials, storage_uri
-from pipeline.sweep_space import Settings
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.sweep.searcher import StudySearcher, make_scheduler
+from pipeline.sweep.space import Settings
+from pipeline.sweep.study import best_trial, n_failed, open_study, own_study, own_trials, storage_uri
 
 SWEEP = """
 sweep:

@@ -11,12 +11,12 @@ import pytest
 
 from istanas.errors import ConfigError
 from istanas.space import PUBLISHED
-from pipeline import parcel as parcels
-from pipeline.cli import run
-from pipeline.config import load
-from pipeline.job_server import JobServer, job_address
-from pipeline.parcel import working_tree
-from pipeline.submit import Submission, _not_shipped, check, command_line, environment, pack
+from pipeline.cli.commands import run
+from pipeline.cluster import working_tree as parcels
+from pipeline.cluster.job_server import JobServer, job_address
+from pipeline.cluster.submit import Submission, _not_shipped, check, command_line, environment, pack
+from pipeline.cluster.working_tree import working_tree
+from pipeline.config.load import load
 from tests.pipeline.test_references import make_run
 
 Write = Callable[..., Path]
@@ -102,8 +102,6 @@ def test_each_job_is_checked_for_what_it_trains() -> None:
     assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="run")[0].startswith(
         "retrain.batch_size is 3"
     )
-    (line,) = refused(*GOOD, *NO_STORE, job="sweep")
-    assert line.startswith("sweep is missing")
     space = [
         "data.holdout=0.1",
         "sweep={space: {search.lr: {uniform: [0.1, 0.2]}}, storage: 'sqlite:///study.db'}",
@@ -123,6 +121,8 @@ def test_a_sweep_that_would_fail_or_start_nothing_is_refused(
     assert line.endswith("(--set runtime.runs_dir=/SHARED/runs) or s3://BUCKET/PREFIX")
     assert run(["submit", "--address", "127.0.0.1:1", "--", "sweep", "--dry-run"]) == 2
     assert "error: --dry-run: starts nothing, run it here" in capsys.readouterr().err
+    assert run(["submit", "--address", "127.0.0.1:1", "--", "sweep", "--set", "runtime.workers=2"]) == 2
+    assert "error: sweep is missing" in capsys.readouterr().err
 
 
 def test_half_an_address_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from istanas.space import PUBLISHED
-from pipeline import summary
-from pipeline.links import Kin, with_links
+from pipeline.report import mlflow_note
+from pipeline.tracking.lineage import Kin, with_links
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
 RESULT: dict[str, Any] = {
@@ -39,10 +39,10 @@ def rows(text: str) -> list[list[str]]:
 def test_figures_and_genotype_of_every_kind() -> None:
     frozen = [{"cell": "normal", "node": 0, "epoch": 3, "reason": "limit"}]
     one_stage = {**RESULT, "frozen": frozen, "search_epochs": 3, "train_epochs": 5, "rejected": 0}
-    two = summary.of_two_stage_search("digits", 12, RESULT, GENOTYPE)
-    one = summary.of_one_stage_search("digits", one_stage, GENOTYPE)
-    retrain = summary.of_retraining("digits", 1, RESULT, GENOTYPE)
-    sweep = summary.of_sweep("digits", {"search.lr": "uniform 0 .. 1"}, SWEEP, GENOTYPE, ["trials.csv"])
+    two = mlflow_note.of_two_stage_search("digits", 12, RESULT, GENOTYPE)
+    one = mlflow_note.of_one_stage_search("digits", one_stage, GENOTYPE)
+    retrain = mlflow_note.of_retraining("digits", 1, RESULT, GENOTYPE)
+    sweep = mlflow_note.of_sweep("digits", {"search.lr": "uniform 0 .. 1"}, SWEEP, GENOTYPE, ["trials.csv"])
     for text in (two, one, retrain, sweep):
         assert f"\n\n```\n{GENOTYPE}\n```\n\n" in text
         assert ["parameters", "40,482"] in rows(text)
@@ -70,14 +70,14 @@ def test_figures_and_genotype_of_every_kind() -> None:
 
 def test_a_split_that_was_not_measured_is_not_shown() -> None:
     result = {key: value for key, value in RESULT.items() if key != "test_top1"}
-    text = summary.of_retraining("digits", 2, result, GENOTYPE)
+    text = mlflow_note.of_retraining("digits", 2, result, GENOTYPE)
     assert "test top-1" not in text
     assert ["validation top-1", "97.50 %"] in rows(text)
 
 
 def test_top5_is_shown_below_top1_where_it_was_measured() -> None:
     result = {**RESULT, "valid_top5": 0.99, "test_top5": 0.9987}
-    retrain = summary.of_retraining("cifar100", 1, result, GENOTYPE)
+    retrain = mlflow_note.of_retraining("cifar100", 1, result, GENOTYPE)
     assert rows(retrain)[:4] == [
         ["test top-1", "99.16 %"],
         ["test top-5", "99.87 %"],
@@ -85,13 +85,13 @@ def test_top5_is_shown_below_top1_where_it_was_measured() -> None:
         ["validation top-5", "99.00 %"],
     ]
     assert retrain.startswith("99.16 % test top-1, 97.50 % validation top-1: retraining")
-    two = summary.of_two_stage_search("cifar100", 12, result, GENOTYPE)
+    two = mlflow_note.of_two_stage_search("cifar100", 12, result, GENOTYPE)
     assert rows(two)[:2] == [["validation top-1", "97.50 %"], ["validation top-5", "99.00 %"]]
-    assert "top-5" not in summary.of_retraining("digits", 1, RESULT, GENOTYPE)
+    assert "top-5" not in mlflow_note.of_retraining("digits", 1, RESULT, GENOTYPE)
 
 
 def test_a_bar_in_a_setting_does_not_break_the_table() -> None:
-    text = summary.of_sweep("digits", {"data.root": "choice a|b"}, SWEEP, GENOTYPE, [])
+    text = mlflow_note.of_sweep("digits", {"data.root": "choice a|b"}, SWEEP, GENOTYPE, [])
     assert ["data.root", "choice a\\|b", ""] in rows(text)
 
 

@@ -14,27 +14,24 @@ from rich.console import Console
 from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import CellSpace, random_genotype
-from pipeline.cli import run
-from pipeline.config import load, to_yaml
-from pipeline.jobs.job import as_written
-from pipeline.jobs.sweep import check_sweep, describe_trial, max_epochs, plan_trials
-from pipeline.record import FolderStore
-from pipeline.resources import Node
-from pipeline.schema import Config
-from pipeline.searcher import StudySearcher
-from pipeline.study import open_study, own_study, own_trials
-from pipeline.sweep_plots import draw_plots
-from pipeline.sweep_report import (
-    COLUMNS,
-    kendall_tau,
-    read_table,
-    sweep_frame,
-    trials_table,
-    write_figures,
-    write_table,
-)
-from pipeline.sweep_space import trial_config
-from pipeline.worker import Silent, retrain_worker, search_worker
+from pipeline.cli.commands import run
+from pipeline.config.load import load, to_yaml
+from pipeline.config.schema import Config
+from pipeline.config.workers import Node
+from pipeline.jobs.opening import as_written
+from pipeline.report.trials import COLUMNS, kendall_tau, read_table, trials_table, write_table
+from pipeline.sweep.bookkeeping import describe_trial
+from pipeline.sweep.check import check_sweep
+from pipeline.sweep.figures import draw_plots
+from pipeline.sweep.plan import plan_trials
+from pipeline.sweep.report import sweep_frame, write_figures
+from pipeline.sweep.searcher import StudySearcher
+from pipeline.sweep.space import trial_config
+from pipeline.sweep.study import open_study, own_study, own_trials
+from pipeline.sweep.tune import max_epochs
+from pipeline.training.epoch_record import FolderStore
+from pipeline.training.loop import retrain_worker, search_worker
+from pipeline.training.observer import Silent
 from tests.pipeline.test_study import Ends
 
 SWEEP = "sweep={space: {search.lr: {uniform: [0.01, 0.1]}}}"

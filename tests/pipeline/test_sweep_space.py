@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from istanas.errors import ConfigError
-from pipeline.config import load, run_hash, to_yaml
-from pipeline.schema import OneStageConfig
-from pipeline.sweep_space import (
+from pipeline.config.load import load, run_hash, to_yaml
+from pipeline.config.schema import OneStageConfig
+from pipeline.sweep.space import (
     check_space,
     random_settings,
     readable,

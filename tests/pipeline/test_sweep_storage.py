@@ -16,16 +16,17 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline import storage
-from pipeline.cluster import Runtime
-from pipeline.config import load
-from pipeline.jobs.job import announce, close, close_below
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.jobs.closing import close, close_below
+from pipeline.jobs.lifecycle import announce
 from pipeline.jobs.search import run_search, search_spec
-from pipeline.record import Progress
-from pipeline.rundir import RunDir
-from pipeline.schema import Config
-from pipeline.study import keep_study, open_study
-from pipeline.tracking import open_client
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.sweep.study import keep_study, open_study
+from pipeline.tracking.store import open_client
+from pipeline.training.epoch_record import Progress
 from tests.pipeline import test_storage
 from tests.pipeline.test_jobs import TINY
 from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable
@@ -68,7 +69,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     shutil.copy(blank_database, tmp_path)
     config = trial(f"s3://{BUCKET}/{prefix}", tmp_path)
     spec = search_spec(config, "trial-0000")
-    address, here = storage.shown(spec.path), elsewhere()
+    address, here = bucket.shown(spec.path), elsewhere()
     run_id = announce(search_spec(config, "trial-0000"))  # anew: a machine's path of it is its own
     record = json.loads(in_bucket(server, address)["run.json"])
     assert record["status"] == "RUNNING"
@@ -76,9 +77,9 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
 
     def stop(progress: Progress) -> None:
         """As Ray Tune does: the sweep's process closes the run, then the trial's report never returns."""
-        assert storage.OWNER_OBJECT in in_bucket(server, address)
+        assert bucket.OWNER_OBJECT in in_bucket(server, address)
         with on(here):
-            path = storage.local(address)
+            path = bucket.local(address)
             assert close(path, config, "KILLED", {"istanas.trial_state": "PRUNED"}, reached)
             assert len(RunDir(path).metrics()) == 1
             assert not (path / "checkpoints").exists()  # what nobody here needs
@@ -88,7 +89,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     with pytest.raises(SystemExit):
         search(config, tell=stop)
     there = in_bucket(server, address)
-    assert storage.OWNER_OBJECT not in there
+    assert bucket.OWNER_OBJECT not in there
     record = json.loads(there["run.json"])
     assert (record["status"], record["result"]) == ("KILLED", reached)
     assert "checkpoints/epoch-0001.json" in there
@@ -103,18 +104,18 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     result = search(config)
     elsewhere()
     assert announce(search_spec(config, "trial-0000")) == run_id
-    assert close(storage.local(address), config, "FINISHED", {"istanas.trial_state": "COMPLETE"}, {})
+    assert close(bucket.local(address), config, "FINISHED", {"istanas.trial_state": "COMPLETE"}, {})
     record = json.loads(in_bucket(server, address)["run.json"])
     assert (record["status"], record["tags"]["istanas.trial_state"]) == ("FINISHED", "COMPLETE")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.data.tags["istanas.trial_state"]) == ("FINISHED", "COMPLETE")
-    storage.fetch(address)
+    bucket.fetch(address)
     undisturbed = config.model_copy(
         update={"runtime": config.runtime.model_copy(update={"runs_dir": str(tmp_path / "folder")})}
     )
     assert search(undisturbed)["genotype"] == result["genotype"]
     (folder,) = (tmp_path / "folder").iterdir()
-    assert comparable(RunDir(storage.local(address))) == comparable(RunDir(folder))
+    assert comparable(RunDir(bucket.local(address))) == comparable(RunDir(folder))
 
 
 def test_what_a_sweep_leaves_running_is_closed_though_it_ran_elsewhere(
@@ -123,7 +124,7 @@ def test_what_a_sweep_leaves_running_is_closed_though_it_ran_elsewhere(
     config = load(None, [*TINY, f"runtime.runs_dir=s3://{BUCKET}/{prefix}/{SWEEP}"])
     announce(search_spec(config, "trial-0000"))
     elsewhere()
-    folder = storage.local(config.runtime.runs_dir)
+    folder = bucket.local(config.runtime.runs_dir)
     assert close_below(folder, config)
     (record,) = (
         json.loads(data)
@@ -139,48 +140,48 @@ def test_a_sweeps_run_directory_and_its_trials_do_not_touch_each_other(
     address = f"s3://{BUCKET}/{prefix}/{SWEEP}"
     names = [f"{name}-{kind}-0123456789" for name, kind in (("trial-0000", "search"), ("cell", "retrain"))]
 
-    path = storage.local(address)
-    with storage.held(path, print):
+    path = bucket.local(address)
+    with bucket.held(path, print):
         (path / "run.json").write_text("{}")
         (path / "best").mkdir()
         (path / "best" / "genotype.json").write_text("{}")
         for name in names:  # one on this machine, one on another
-            trial = storage.local(f"{address}/{name}")
-            with storage.held(trial, print):
+            trial = bucket.local(f"{address}/{name}")
+            with bucket.held(trial, print):
                 (trial / "run.json").write_text("{}")
-                storage.push(path)
+                bucket.push(path)
                 assert f"{name}/run.json" not in in_bucket(server, address)
-                storage.push(trial)
+                bucket.push(trial)
             cache = elsewhere()
     with on(cache):
-        copy = storage.fetch(address)
+        copy = bucket.fetch(address)
         assert {file.name for file in copy.iterdir() if not file.name.startswith(".")} == {"run.json", "best"}
-        storage.fetch_records(copy.parent)
+        bucket.fetch_records(copy.parent)
         assert {file.parent.name for file in copy.parent.glob("**/run.json")} == {SWEEP, *names}
-        with storage.held(copy, print):
+        with bucket.held(copy, print):
             shutil.rmtree(copy / names[0])  # as on a machine that has not seen it
-            storage.push(copy)
+            bucket.push(copy)
             assert {f"{name}/run.json" for name in names} < in_bucket(server, address).keys()
             # Started over, nothing is left of either.
             (copy / "run.json").unlink()
-            storage.push_cleared(copy)
-            assert in_bucket(server, address).keys() == {"best/genotype.json", storage.OWNER_OBJECT}
+            bucket.push_cleared(copy)
+            assert in_bucket(server, address).keys() == {"best/genotype.json", bucket.OWNER_OBJECT}
 
 
 def test_of_many_that_want_one_run_each_waits_for_the_others(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As trials of several nodes do that have found the same cell."""
-    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
+    monkeypatch.setattr(bucket, "SECONDS_TO_SETTLE", 0.5)
     mirrors = []
     for _ in range(3):
         elsewhere()
-        mirrors.append(storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run")))
+        mirrors.append(bucket._Mirror(bucket.local(f"s3://{BUCKET}/{prefix}/run")))
     together = threading.Barrier(3)
     inside: list[int] = []
     seen: list[int] = []
 
-    def work(mirror: storage._Mirror) -> None:
+    def work(mirror: bucket._Mirror) -> None:
         together.wait()
         mirror.take(lambda line: None, -1)
         inside.append(1)
@@ -203,20 +204,20 @@ def test_of_many_that_want_one_run_each_waits_for_the_others(
 def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_from_one_that_is_silent(
     server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
+    monkeypatch.setattr(bucket, "SECONDS_BETWEEN_BEATS", 0.05)
     address = f"s3://{BUCKET}/{prefix}/run"
-    mirror = storage._Mirror(storage.local(address))
+    mirror = bucket._Mirror(bucket.local(address))
     mirror._me = dataclasses.replace(mirror._me, host="a node that is cut off")
     mirror._write_owner(mirror._me)
     ended = threading.Event()
     heart = threading.Thread(target=mirror.beat, args=(ended,))
     heart.start()
     elsewhere()
-    path, said, began = storage.local(address), list[str](), time.monotonic()
+    path, said, began = bucket.local(address), list[str](), time.monotonic()
     try:
         with (
             pytest.raises(ConfigError, match=r"in use by process .* on a node that is cut off"),
-            storage.held(path, said.append, wait=1.0),
+            bucket.held(path, said.append, wait=1.0),
         ):
             pytest.fail("two owners")
         assert time.monotonic() - began >= 1.0
@@ -224,11 +225,11 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
         ended.set()
         heart.join()
     assert len(said) == 1
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.5)
+    monkeypatch.setattr(bucket, "SECONDS_TO_BEAT", 0.5)
     path.mkdir(parents=True)
     (path / "run.json").write_text("of this machine only")
     mirror.put("run.json", b"as it was left")
-    with storage.held(path, said.append, wait=1.0):
+    with bucket.held(path, said.append, wait=1.0):
         assert (path / "run.json").read_text() == "as it was left"
         # The node comes back, and is told so before it writes anything.
         with pytest.raises(IstanasError, match="was taken over by process"):
@@ -236,7 +237,7 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
 
 
 def sitting(config: Config, *, fresh: bool = False) -> optuna.Study:
-    run_dir = storage.local(config.runtime.runs_dir) / SWEEP
+    run_dir = bucket.local(config.runtime.runs_dir) / SWEEP
     return open_study(config, SWEEP, fresh=fresh, run_dir=run_dir)
 
 
@@ -250,9 +251,9 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
         return [(t.number, t.state, t.params, t.values, t.user_attrs) for t in study.get_trials()]
 
     def run_dir() -> Path:
-        return storage.local(f"{place}/{SWEEP}")
+        return bucket.local(f"{place}/{SWEEP}")
 
-    with storage.held(run_dir(), print):
+    with bucket.held(run_dir(), print):
         study = sitting(config)
         (run_dir() / "run.json").write_text("{}")
         trial = study.ask()
@@ -260,16 +261,16 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
         study.tell(trial, 0.5)
         trial = study.ask()
         keep_study(config, run_dir())
-        storage.push(run_dir())
+        bucket.push(run_dir())
         sent = contents(study)
         study.tell(trial, 0.9)  # and here the process is killed
     for _ in range(2):  # on this machine, and on one with an empty disk
-        with storage.held(run_dir(), print):
+        with bucket.held(run_dir(), print):
             again = sitting(config)
             assert contents(again) == sent
             assert again.user_attrs["run_dir"] == f"{place}/{SWEEP}"
         elsewhere()
-    with storage.held(run_dir(), print):
+    with bucket.held(run_dir(), print):
         assert not contents(sitting(config, fresh=True))
         assert contents(sitting(config)) == sent  # until the new one is sent
     assert server.objects(f"{prefix}/{SWEEP}").keys() == {"run.json", "optuna.db"}

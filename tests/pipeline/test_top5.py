@@ -17,14 +17,14 @@ from rich.console import Console
 
 from istanas.data import ArrayPictures, load_dataset, normalize
 from istanas.training import Metrics
-from pipeline.cli import run as command_line
-from pipeline.models import load_network
-from pipeline.progress import EpochBar
+from pipeline.cli.commands import run as command_line
+from pipeline.jobs.progress import EpochBar
 from pipeline.report import epochs_frame, results_frame, searches_frame
-from pipeline.report_page import write_report
-from pipeline.rundir import RunDir
-from pipeline.tables import results_table
-from pipeline.tracking import open_client
+from pipeline.report.run_page import write_report
+from pipeline.report.terminal import results_table
+from pipeline.runs.directory import RunDir
+from pipeline.runs.network_files import load_network
+from pipeline.tracking.store import open_client
 from tests.pipeline.pages import Page
 
 pytestmark = pytest.mark.slow  # the runs take their time

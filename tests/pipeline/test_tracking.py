@@ -18,19 +18,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset
 
 from istanas.errors import CheckpointError
-from pipeline import tracking
-from pipeline.interruption import signals_interrupt
-from pipeline.rundir import DatasetUse, RunDir, RunRecord, new_key
-from pipeline.tracking import (
-    MLflowTracker,
-    NullTracker,
-    artifact_root,
-    open_client,
-    open_tracker,
-    public_uri,
-    read_link,
-    store_uri,
-)
+from pipeline.base.interruption import signals_interrupt
+from pipeline.runs.directory import RunDir
+from pipeline.runs.mlflow_link import read_link
+from pipeline.runs.record import DatasetUse, RunRecord, new_key
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking.store import artifact_root, open_client, public_uri, store_uri
+from pipeline.tracking.tracker import MLflowTracker, NullTracker, open_tracker
 from tests.mlflow_server import server
 from tests.ports import unused_port
 
@@ -782,8 +776,8 @@ def test_absent_mlflow_does_not_stop_a_run(tmp_path: Path) -> None:
     script = f"""
         import sys
         sys.modules["mlflow"] = None  # as if it were not installed
-        from pipeline.rundir import RunDir
-        from pipeline.tracking import MLflowTracker
+        from pipeline.runs.directory import RunDir
+        from pipeline.tracking.tracker import MLflowTracker
         tracker = MLflowTracker(RunDir({str(run.path)!r}), tracking_uri=None, experiment="x")
         sys.exit(0 if [tracker.deliver(), tracker.deliver()] == [False, False] else 3)
     """
@@ -799,8 +793,8 @@ def test_two_processes_deliver_one_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", epochs=5)
     uri = f"sqlite:///{tmp_path}/fresh.db"
     script = f"""
-        from pipeline.rundir import RunDir
-        from pipeline.tracking import MLflowTracker
+        from pipeline.runs.directory import RunDir
+        from pipeline.tracking.tracker import MLflowTracker
         assert MLflowTracker(RunDir({str(run.path)!r}), tracking_uri={uri!r}, experiment="x").deliver()
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

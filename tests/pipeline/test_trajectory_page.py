@@ -15,12 +15,12 @@ from rich.console import Console
 
 from istanas.draw import edge_widths
 from istanas.space import PRIMITIVES, CellSpace
-from pipeline.cluster import Runtime
-from pipeline.config import load
-from pipeline.jobs.job import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 from pipeline.jobs.search import run_search
-from pipeline.rundir import RunDir
-from pipeline.trajectory_page import write_trajectory_page
+from pipeline.jobs.search_tables import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
+from pipeline.report.trajectory_page import write_trajectory_page
+from pipeline.runs.directory import RunDir
 from tests.pipeline.made_up import record_of
 from tests.pipeline.pages import Page
 

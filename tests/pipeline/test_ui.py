@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from istanas.errors import ConfigError, IstanasError
-from pipeline.tracking import open_client
-from pipeline.ui import free_port, newest_run, serve_ui
+from pipeline.tracking.store import open_client
+from pipeline.tracking.ui import free_port, newest_run, serve_ui
 from tests.pipeline.test_cli import unignore_sigint
 
 
@@ -37,7 +37,7 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
     client.create_run(experiment, start_time=1000)
     script = f"""
         import sys
-        from pipeline.ui import serve_ui
+        from pipeline.tracking.ui import serve_ui
         sys.exit(serve_ui(tracking_uri="sqlite:///{tmp_path}/mlflow.db", port=int(sys.argv[1])))
     """
     with taken_port() as taken:

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from istanas.space import PUBLISHED
-from pipeline import cli
-from pipeline.config import load
-from pipeline.tables import validation_note
+from pipeline.cli import commands as cli
+from pipeline.config.load import load
+from pipeline.report.terminal import validation_note
 
 
 @pytest.mark.parametrize(

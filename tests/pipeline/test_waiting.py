@@ -23,11 +23,13 @@ from istanas.data import load_dataset
 from istanas.search import OneStageSearch, TwoStageSearch
 from istanas.space import CellSpace, random_genotype
 from istanas.training import Metrics, Totals
-from pipeline import epochs, progress
-from pipeline.config import load
-from pipeline.progress import EpochBar
-from pipeline.record import FolderStore, Progress
-from pipeline.worker import Silent, retrain_worker, search_worker
+from pipeline.config.load import load
+from pipeline.jobs import progress
+from pipeline.jobs.progress import EpochBar
+from pipeline.training import epochs
+from pipeline.training.epoch_record import FolderStore, Progress
+from pipeline.training.loop import retrain_worker, search_worker
+from pipeline.training.observer import Silent
 
 ATEN = torch.ops.aten
 READ_BY_THE_HOST = {

@@ -17,13 +17,16 @@ from istanas.errors import CheckpointError, ConfigError, DivergedError, IstanasE
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
-from pipeline import checkpoint
-from pipeline.checkpoint import BrokenCheckpointWarning
-from pipeline.config import load
-from pipeline.epochs import build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.base.text import count
+from pipeline.config.load import load
+from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
+from pipeline.config.workers import usable_cores
 from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
-from pipeline.pictures import holdout_indices, open_dataset, search_split, training_indices
-from pipeline.record import (
+from pipeline.runs import checkpoint
+from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.training.build import build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.training.compute import choose_compute, compute_for, describe_place, set_float32_precision
+from pipeline.training.epoch_record import (
     EpochRecord,
     FolderStore,
     Progress,
@@ -31,17 +34,8 @@ from pipeline.record import (
     load_progress,
     read_records,
 )
-from pipeline.resources import count, usable_cores
-from pipeline.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
-from pipeline.worker import (
-    choose_compute,
-    compute_for,
-    describe_place,
-    retrain_worker,
-    search_worker,
-    set_float32_precision,
-    trained_network,
-)
+from pipeline.training.loop import retrain_worker, search_worker, trained_network
+from pipeline.training.pictures import holdout_indices, open_dataset, search_split, training_indices
 from tests.ranks import run_ranks
 
 TINY = [

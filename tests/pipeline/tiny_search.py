@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.cluster import Runtime
-from pipeline.config import load
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
 from pipeline.jobs.search import run_search
-from pipeline.rundir import RunDir
+from pipeline.runs.directory import RunDir
 
 SETTINGS = [
     "space.nodes=2",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import cli
+from pipeline.cli import commands as cli
 
 PAGE = resource.getpagesize()
 MEGABYTES = 400  # that a command may take beyond what the test's process has, whatever the file

@@ -21,10 +21,12 @@ import torch
 
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
-from pipeline import checkpoint, config, epoch_log, sweep_space
-from pipeline.epoch_log import LogEnd
-from pipeline.record import Progress, load_latest, load_progress, read_records
-from pipeline.rundir import RunDir
+from pipeline.config import load as config
+from pipeline.runs import checkpoint, epoch_log
+from pipeline.runs.directory import RunDir
+from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
+from pipeline.sweep import space as sweep_space
+from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.made_up import as_version_0_1, record_of
 
 # ---------- junk
@@ -217,7 +219,7 @@ def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
         manifest = as_json({"sha256": hashlib.sha256(content).hexdigest()})
     (folder / "epoch-0001.json").write_bytes(manifest)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", checkpoint.BrokenCheckpointWarning)
+        warnings.simplefilter("ignore", BrokenCheckpointWarning)
         passed_over = load_latest(folder) is None
         if not passed_over:
             load_progress(folder)
@@ -232,7 +234,7 @@ def _log(folder: Path, copies: tuple[bytes, bytes]) -> None:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "000001.jsonl").write_bytes(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", checkpoint.BrokenCheckpointWarning)
+        warnings.simplefilter("ignore", BrokenCheckpointWarning)
         assert list(read_records(folder, _LOGGED)) == _RECORDS, "a record was changed, and accepted"
 
 

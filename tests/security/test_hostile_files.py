@@ -21,11 +21,11 @@ import pipeline.jobs.compare
 import pipeline.jobs.export
 import pipeline.jobs.retrain
 import pipeline.jobs.search
-import pipeline.promote  # noqa: F401
+import pipeline.tracking.promote  # noqa: F401
 from istanas.limits import GENOTYPE_BYTES
 from istanas.space import PUBLISHED
-from pipeline import cli
-from pipeline.checkpoint import serialize
+from pipeline.cli import commands as cli
+from pipeline.runs.checkpoint import serialize
 from tests.security.confined import MEGABYTES, SECONDS, Outcome, confined, confined_call
 
 CONFIG = """

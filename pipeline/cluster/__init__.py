@@ -1,0 +1,1 @@
+"""Ray: the runtime, allotment, launching of workers, pre-flight checks and job submission."""

@@ -1,0 +1,1 @@
+"""The configuration: its schema, how files and overrides are read, and numbers of workers and threads."""

@@ -1,0 +1,1 @@
+"""Sweeps: search space, Optuna study, Ray Tune, trials and figures."""
