@@ -22,7 +22,7 @@ from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
 from tests.chaos.victims import Case, Sitting
 from tests.mlflow_server import server
 from tests.namespaces import refusal
-from tests.pipeline.test_storage import BUCKET, bucket, keys_of_the_bucket
+from tests.pipeline.runs.test_bucket import BUCKET, bucket, keys_of_the_bucket
 from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 

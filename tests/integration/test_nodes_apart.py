@@ -26,8 +26,8 @@ from pipeline.tracking.references import resolve_genotype
 from pipeline.tracking.store import open_client
 from tests import namespaces
 from tests.integration.test_sweep import CONFIG
-from tests.pipeline import test_storage
-from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
+from tests.pipeline.runs import test_bucket as test_storage
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
 from tests.ports import unused_port
 from tests.ray_cluster import CLIENTS, ENVIRONMENT, PROGRAM, RayCluster, client_of
 

@@ -15,8 +15,8 @@ from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.tracking.references import resolve_origin
 from pipeline.tracking.store import open_client
-from tests.pipeline import test_storage
-from tests.pipeline.test_storage import BUCKET, Elsewhere, Server
+from tests.pipeline.runs import test_bucket as test_storage
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 

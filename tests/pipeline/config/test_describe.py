@@ -19,7 +19,7 @@ from pipeline.config.schema import SCHEMAS
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
-CONFIGURATIONS = sorted((Path(__file__).parents[2] / "tune_configs").glob("*.yaml"))
+CONFIGURATIONS = sorted((Path(__file__).parents[3] / "tune_configs").glob("*.yaml"))
 
 
 @pytest.fixture

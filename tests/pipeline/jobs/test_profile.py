@@ -28,7 +28,7 @@ from pipeline.training.pictures import open_dataset
 from pipeline.training.profiling import count_flops, kind_of, step_seconds, time_by_kind
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).resolve().parents[2] / "tune_configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "tune_configs"
 RETRAIN = ("--genotype", "ISTA_twostage", "--set", "retrain.auxiliary_weight=0")
 # What is known of the digits: 1438 training pictures (a two-stage search halves them), 359 test pictures.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
-from tests.pipeline.tiny_search import SETTINGS, decided, search
+from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search
 
 NAME = "tiny-search-*"
 

@@ -32,7 +32,7 @@ from pipeline.sweep.tune import max_epochs
 from pipeline.training.epoch_record import FolderStore
 from pipeline.training.loop import retrain_worker, search_worker
 from pipeline.training.observer import Silent
-from tests.pipeline.test_study import Ends
+from tests.pipeline.sweep.test_study import Ends
 
 SWEEP = "sweep={space: {search.lr: {uniform: [0.01, 0.1]}}}"
 
@@ -87,7 +87,7 @@ def test_a_dry_run_shows_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    digits = Path(__file__).resolve().parents[2] / "tune_configs" / "sweep_digits.yaml"
+    digits = Path(__file__).resolve().parents[3] / "tune_configs" / "sweep_digits.yaml"
     arguments = ["sweep", "--config", str(digits), "--dry-run", "--max-concurrent", "1", "--json"]
     assert run(arguments) == 0
     out, err = capsys.readouterr()

@@ -19,7 +19,7 @@ from pipeline.tracking import store as tracking_store
 from pipeline.tracking import tracker
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
-from tests.pipeline.tiny_search import SETTINGS, search
+from tests.pipeline.jobs.tiny_search import SETTINGS, search
 
 
 @contextlib.contextmanager

@@ -27,9 +27,9 @@ from pipeline.runs.directory import RunDir
 from pipeline.sweep.study import keep_study, open_study
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
-from tests.pipeline import test_storage
-from tests.pipeline.test_jobs import TINY
-from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable
+from tests.pipeline.jobs.test_lifecycle import TINY
+from tests.pipeline.runs import test_bucket as test_storage
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 on_other_hosts = test_storage.on_other_hosts

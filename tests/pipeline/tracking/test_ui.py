@@ -19,7 +19,7 @@ import pytest
 from istanas.errors import ConfigError, IstanasError
 from pipeline.tracking.store import open_client
 from pipeline.tracking.ui import free_port, newest_run, serve_ui
-from tests.pipeline.test_cli import unignore_sigint
+from tests.pipeline.cli.test_commands import unignore_sigint
 
 
 @contextlib.contextmanager

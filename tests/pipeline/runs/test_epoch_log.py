@@ -41,8 +41,8 @@ from pipeline.training.epoch_record import (
     read_progress,
     read_records,
 )
-from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
-from tests.pipeline.tiny_search import decided, search
+from tests.pipeline.jobs.tiny_search import decided, search
+from tests.pipeline.training.made_up import as_version_0_1, record_of, save_epoch
 
 NAMES = ("000001.jsonl", "000101.jsonl", "000201.jsonl")
 

@@ -25,7 +25,7 @@ from pipeline.report.terminal import results_table
 from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
 from pipeline.tracking.store import open_client
-from tests.pipeline.pages import Page
+from tests.pipeline.report.pages import Page
 
 pytestmark = pytest.mark.slow  # the runs take their time
 

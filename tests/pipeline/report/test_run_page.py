@@ -29,9 +29,9 @@ from pipeline.sweep.job import SECTIONS
 from pipeline.sweep.report import sweep_frame, write_figures
 from pipeline.tracking.store import open_client
 from pipeline.tracking.tracker import MLflowTracker
-from tests.pipeline.pages import Page
-from tests.pipeline.test_data_label import RECORD
-from tests.pipeline.test_sweep_job import ended_sweep
+from tests.pipeline.report.pages import Page
+from tests.pipeline.sweep.test_job import ended_sweep
+from tests.pipeline.tracking.test_data_label import RECORD
 
 TINY = ["space.nodes=2", "runtime={threads: 1, device: cpu}", "tracking.enabled=false"]
 SIZE = "batch_size: 256, init_channels: 2, layers: 3, auxiliary_weight: 0, cutout: 0"

@@ -22,7 +22,7 @@ from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import deserialize, read_latest, serialize
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest, read_records
-from tests.pipeline.made_up import record_of, save_epoch
+from tests.pipeline.training.made_up import record_of, save_epoch
 
 
 def state(epoch: int) -> dict[str, Any]:

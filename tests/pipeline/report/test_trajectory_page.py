@@ -21,8 +21,8 @@ from pipeline.jobs.search import run_search
 from pipeline.jobs.search_tables import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
 from pipeline.report.trajectory_page import write_trajectory_page
 from pipeline.runs.directory import RunDir
-from tests.pipeline.made_up import record_of
-from tests.pipeline.pages import Page
+from tests.pipeline.report.pages import Page
+from tests.pipeline.training.made_up import record_of
 
 TINY = [
     "space.nodes=2",

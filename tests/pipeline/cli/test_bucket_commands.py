@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.training.epoch_record import Progress
-from tests.pipeline import test_storage
-from tests.pipeline.test_storage import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
+from tests.pipeline.runs import test_bucket as test_storage
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 

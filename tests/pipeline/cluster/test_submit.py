@@ -17,7 +17,7 @@ from pipeline.cluster.job_server import JobServer, job_address
 from pipeline.cluster.submit import Submission, _not_shipped, check, command_line, environment, pack
 from pipeline.cluster.working_tree import working_tree
 from pipeline.config.load import load
-from tests.pipeline.test_references import make_run
+from tests.pipeline.tracking.test_references import make_run
 
 Write = Callable[..., Path]
 HEAD = "http://head:8265"

@@ -35,8 +35,8 @@ from pipeline.runs.epoch_log import BrokenCheckpointWarning
 from pipeline.sweep.study import BLOCKED
 from pipeline.sweep.trial import failure
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
-from tests.pipeline.made_up import record_of, save_epoch
-from tests.pipeline.test_jobs import TINY
+from tests.pipeline.jobs.test_lifecycle import TINY
+from tests.pipeline.training.made_up import record_of, save_epoch
 from tests.ports import unused_port
 
 BUCKET = "bucket"

@@ -46,7 +46,7 @@ from pipeline.runs.record import new_key
 from pipeline.tracking.store import open_client
 from pipeline.tracking.tracker import MLflowTracker
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
-from tests.pipeline.made_up import as_version_0_1, record_of, save_epoch
+from tests.pipeline.training.made_up import as_version_0_1, record_of, save_epoch
 
 TINY = [
     "space.nodes=2",

@@ -21,7 +21,7 @@ from pipeline.sweep.searcher import StudySearcher
 from pipeline.sweep.study import BLOCKED, FAILED, open_study, own_trials
 from pipeline.sweep.trial import failure
 from pipeline.training.epoch_record import Progress
-from tests.pipeline.tiny_search import SETTINGS, decided, search
+from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FULL_DISK = r"No space left on device \(\d+\.\d\d MB are needed, \d+\.\d\d MB are free\)"

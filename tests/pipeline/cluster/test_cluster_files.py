@@ -21,7 +21,7 @@ import pipeline.config.load
 from pipeline.cli.commands import cli
 from tests.ports import unused_port
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "clusters"
 LAUNCHER = ("aws", "gcp", "own_machines")
 CLOUDS = ("aws", "gcp")
