@@ -56,11 +56,12 @@ lock: $(INSTALLED) ## write requirements.lock anew, after a change of dependenci
 		--generate-hashes --no-header --no-annotate -c constraints.txt --extra dev pyproject.toml >> requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-lint: $(INSTALLED) ## ruff (check and format) and mypy (strict on istanas)
+lint: $(INSTALLED) ## ruff (check and format), mypy (strict on istanas) and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict istanas
 	$(BIN)/mypy pipeline
+	$(BIN)/lint-imports --no-cache
 
 docs: $(INSTALLED) ## build the documentation into build/docs/index.html (half a minute); warnings are errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
