@@ -6,7 +6,6 @@ What would only show hours later, on a machine that nobody looks at, stops the j
 from __future__ import annotations
 
 import contextlib
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from istanas.errors import IstanasError
+from pipeline.base import servers
 from pipeline.base.addresses import is_remote, sqlite_file
 from pipeline.base.servers import unreachable
 from pipeline.base.text import count
@@ -24,6 +24,8 @@ from pipeline.config.schema import Config, DataSettings
 from pipeline.runs.bucket import local
 from pipeline.tracking.store import public_uri, store_uri
 
+# The modules of what a node is asked, sent as code: a node without this project must be able to say so.
+SENT_AS_CODE = (probe, servers)
 # For a node: it may have to start a process, and to fetch the files of a submitted job.
 SECONDS_TO_ANSWER = 60.0
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "scipy", "cvxpy", "scikit-learn", "pydantic", "optuna")
@@ -201,7 +203,8 @@ def _ask(
     from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    register_pickle_by_value(sys.modules[probe.__name__])  # a node without this project is to say so
+    for module in SENT_AS_CODE:
+        register_pickle_by_value(module)
     try:
         task: Any = ray.remote(num_cpus=0, max_retries=0)(probe.examine)
         asked = [
@@ -211,7 +214,8 @@ def _ask(
             for node, mark in zip(nodes, marks, strict=True)
         ]
     finally:
-        unregister_pickle_by_value(sys.modules[probe.__name__])
+        for module in SENT_AS_CODE:
+            unregister_pickle_by_value(module)
     done, late = ray.wait(asked, num_returns=len(asked), timeout=seconds)
     for reference in late:
         with contextlib.suppress(ray.exceptions.RayError):

@@ -311,13 +311,16 @@ print(answer["code"], answer["versions"]["no-such-package"])
 def test_a_node_without_this_project_can_be_asked(tmp_path: Path, repo_root: Path) -> None:
     from ray import cloudpickle
 
-    from pipeline.cluster import probe
+    from pipeline.cluster.preflight import SENT_AS_CODE
+    from pipeline.cluster.probe import examine
 
-    cloudpickle.register_pickle_by_value(probe)
+    for module in SENT_AS_CODE:
+        cloudpickle.register_pickle_by_value(module)
     try:
-        code = cloudpickle.dumps(probe.examine)
+        code = cloudpickle.dumps(examine)
     finally:
-        cloudpickle.unregister_pickle_by_value(probe)
+        for module in SENT_AS_CODE:
+            cloudpickle.unregister_pickle_by_value(module)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THIS_PROJECT, str(repo_root)],
