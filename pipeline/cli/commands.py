@@ -398,13 +398,6 @@ def results(
     from pipeline.tracking.store import public_uri, store_exists, store_uri
 
     store = {"tracking_uri": config.tracking.uri, "experiment": config.tracking.experiment}
-    if sweep_run is None and not store_exists(uri := store_uri(config.tracking.uri)):
-        console.print(
-            f"MLflow store {public_uri(uri)}: does not exist; if the runs are in another one, set tracking.uri or "
-            "MLFLOW_TRACKING_URI",
-            highlight=False,
-            soft_wrap=True,
-        )
     if sweep_run is not None:
         from pipeline.report.trials import read_table, trials_table
 
@@ -418,6 +411,13 @@ def results(
         frame = report.results_frame(**store, **filters)
         none = "no run fits the filters" if any(filters.values()) else "no runs yet"
         table = terminal.results_table(frame, width=console.width, none=none)
+    if sweep_run is None and not store_exists(uri := store_uri(config.tracking.uri)):
+        console.print(
+            f"MLflow store {public_uri(uri)}: does not exist; if the runs are in another one, set tracking.uri or "
+            "MLFLOW_TRACKING_URI",
+            highlight=False,
+            soft_wrap=True,
+        )
     if csv_file is not None:
         _write_csv(csv_file, frame.to_csv(index=False))
         console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)

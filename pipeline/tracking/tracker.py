@@ -170,7 +170,8 @@ class MLflowTracker:
         self.tracking_uri = store_uri(tracking_uri, known=link.tracking_uri if link else None)
         self._link = link if link and link.tracking_uri == public_uri(self.tracking_uri) else None
         self._client: MlflowClient | None = None
-        self._is_known = False  # whether the store has no metrics beyond those that the link says were sent
+        self._is_known = False  # whether `_held` was read from the store
+        self._held: set[tuple[str, int]] = set()  # metrics (name, step) that the store had when it was read
         self._retry_at = 0.0
 
     @property
@@ -358,13 +359,13 @@ class MLflowTracker:
             for line in lines
             for name, value in line.metrics.items()
         }
-        held: set[tuple[str, int]] = set()
-        if not known:  # a process that was killed may have sent more than it has noted
-            names = {name for name, _ in values} & set(run.data.metrics)
-            history = (metric for name in names for metric in client.get_metric_history(run_id, name))
-            held = {(metric.key, metric.step) for metric in history}
+        if (
+            not known
+        ):  # a process that was killed may have sent more than it has noted, or than the file now holds
+            history = (m for name in run.data.metrics for m in client.get_metric_history(run_id, name))
+            self._held = {(metric.key, metric.step) for metric in history}
         # A value that is there stays: a resumed run measures some epochs again, and must not double them.
-        new = [value for key, value in values.items() if key not in held]
+        new = [value for key, value in values.items() if key not in self._held]
         for start in range(0, len(new), CHUNK_METRICS):
             client.log_batch(run_id, metrics=new[start : start + CHUNK_METRICS], synchronous=True)
         self._is_known = True
