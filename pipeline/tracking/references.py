@@ -318,8 +318,9 @@ def _origin(run: RunDir) -> Origin:
         raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
     config = load_of_run(run.path / file, run)
     uri = config.tracking.uri
+    default = store_uri(None)
     # A run's file holds no password; the environment may name the same store with one.
-    config = _stored_in(config, None if uri == public_uri(store_uri(None)) else uri)
+    config = _stored_in(config, None if default != uri == public_uri(default) else uri)
     config = _with_pictures_of(config, [use.source for use in record.datasets])
     return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
 
