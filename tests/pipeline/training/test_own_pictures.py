@@ -183,7 +183,7 @@ def test_a_class_without_test_pictures_is_told_in_the_job_the_report_and_mlflow(
         "tracking.models=false",
     )
     done = istanas(*RETRAIN, *tracked)
-    line = "classes without a picture in the test part: bee"
+    line = "the test split has no picture of bee"
     assert line in done.said
     assert line in (done.run_dir / "report.html").read_text()
     tags = open_client(store).get_run(done.result["mlflow_run_id"]).data.tags
@@ -194,10 +194,10 @@ def test_a_class_without_test_pictures_is_told_in_the_job_the_report_and_mlflow(
 def test_a_class_that_a_half_of_a_search_lacks_is_told(istanas: Command) -> None:
     for number in range(1, 8):
         Path(f"pictures/train/bee/{number}.bmp").unlink()
-    for fraction, part in (("0.3", "alphas"), ("0.7", "training")):
+    for fraction, part in (("0.3", "alpha half"), ("0.7", "training part")):
         done = istanas("search", "--set", f"search.alpha_fraction={fraction}")
-        assert f"classes without a picture in the {part} part: bee" in done.said
-        assert f"in the {part} part: bee" in (done.run_dir / "report.html").read_text()
+        assert f"the {part} has no picture of bee" in done.said
+        assert f"the {part} has no picture of bee" in (done.run_dir / "report.html").read_text()
 
 
 # ---------- sizes and stems
