@@ -64,6 +64,7 @@ def is_absent(error: BaseException) -> bool:
     that fails now, may be whole.
 
     Example:
+        >>> import errno
         >>> is_absent(FileNotFoundError()), is_absent(PermissionError()), is_absent(OSError(errno.EIO, "I/O"))
         (True, False, False)
     """
@@ -78,6 +79,7 @@ def out_of_reach(error: OSError, path: Path) -> CheckpointError:
         path: of the file.
 
     Example:
+        >>> import errno
         >>> print(out_of_reach(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
         run/epoch-0001.pt: cannot be read (Permission denied); make it readable and run the same command again
     """

@@ -152,7 +152,7 @@ def folder_of(address: str) -> Path | None:
     """The folder at an address of artifacts; None if it is not on this machine.
 
     Example:
-        >>> str(_folder_of("file:///my%20data/mlartifacts")), str(_folder_of("/mlruns/1")), _folder_of("s3://b/1")
+        >>> str(folder_of("file:///my%20data/mlartifacts")), str(folder_of("/mlruns/1")), folder_of("s3://b/1")
         ('/my data/mlartifacts', '/mlruns/1', None)
     """
     if address.startswith("/"):
