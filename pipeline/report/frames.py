@@ -17,23 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = [
-    "COLUMNS",
-    "EPOCHS_COLUMNS",
-    "GENOTYPES_COLUMNS",
-    "METRICS",
-    "SEARCHES_COLUMNS",
-    "SWEEPS_COLUMNS",
-    "WEIGHTS_COLUMNS",
-    "Filters",
-    "epochs_frame",
-    "genotypes_frame",
-    "results_frame",
-    "searches_frame",
-    "sweeps_frame",
-    "weights_frame",
-]
-
 COLUMNS: dict[str, str] = {
     "run_id": "string",
     "name": "string",

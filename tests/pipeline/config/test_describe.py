@@ -189,9 +189,9 @@ def test_the_explanation_for_programs(istanas: Command) -> None:
 # ---------- the schema for editors
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_the_schema_accepts_every_configuration_of_the_project(file: Path) -> None:
-    jsonschema.Draft202012Validator(json_schema()).validate(
-        YAML(typ="safe", pure=True).load(file.read_text())
-    )
+    tree = YAML(typ="safe", pure=True).load(file.read_text())
+    errors = [error.message for error in jsonschema.Draft202012Validator(json_schema()).iter_errors(tree)]
+    assert errors == []
 
 
 @pytest.mark.parametrize(
