@@ -14,15 +14,15 @@ from pipeline.jobs.closing import deliver_below
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
 from pipeline.tracking.store import open_client
-from pipeline.training.epoch_record import Progress
-from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search
+from tests.pipeline.jobs.tiny_search import (
+    SETTINGS,
+    decided,
+    search,
+    search_stopped_after_two,
+    stop_after_two,
+)
 
 NAME = "tiny-search-*"
-
-
-def stop_after_two(progress: Progress) -> None:
-    if progress.epochs == 2:
-        raise KeyboardInterrupt
 
 
 def tracked(folder: Path) -> list[str]:
@@ -39,10 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one that was stopped after two."""
-    folder = tmp_path_factory.mktemp("stopped")
-    with pytest.raises(KeyboardInterrupt):
-        search(folder, tell=stop_after_two)
-    return folder
+    return search_stopped_after_two(tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture

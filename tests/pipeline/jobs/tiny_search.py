@@ -4,12 +4,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.jobs.search import run_search
 from pipeline.runs.directory import RunDir
+from pipeline.training.epoch_record import Progress
 
 SETTINGS = [
     "space.nodes=2",
@@ -28,6 +30,18 @@ def search(
         console = Console(file=out, width=200)
         found = run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell)
     return dict(found), out.getvalue()
+
+
+def stop_after_two(progress: Progress) -> None:
+    if progress.epochs == 2:
+        raise KeyboardInterrupt
+
+
+def search_stopped_after_two(folder: Path) -> Path:
+    """Run a search that is interrupted after two of its three epochs; return the folder."""
+    with pytest.raises(KeyboardInterrupt):
+        search(folder, tell=stop_after_two)
+    return folder
 
 
 def decided(run_dir: Path) -> list[dict[str, float]]:

@@ -41,7 +41,7 @@ from pipeline.training.epoch_record import (
     read_progress,
     read_records,
 )
-from tests.pipeline.jobs.tiny_search import decided, search
+from tests.pipeline.jobs.tiny_search import decided, search, search_stopped_after_two
 from tests.pipeline.training.made_up import as_version_0_1, record_of, save_epoch
 
 NAMES = ("000001.jsonl", "000101.jsonl", "000201.jsonl")
@@ -381,11 +381,6 @@ def test_a_record_that_could_make_a_segment_too_large_to_be_read_is_refused_when
 
 
 # ---------- a run with a damaged log
-def stop_after_two(progress: Progress) -> None:
-    if progress.epochs == 2:
-        raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found, _ = search(tmp_path_factory.mktemp("undisturbed"))
@@ -394,10 +389,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    with pytest.raises(KeyboardInterrupt):
-        search(folder, tell=stop_after_two)
-    return folder
+    return search_stopped_after_two(tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture
