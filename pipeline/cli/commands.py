@@ -219,10 +219,11 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
     from pipeline.jobs.search import run_search
 
     with Runtime(config.runtime) as runtime:
-        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
+        result = run_search(JobContext(config, name, console, runtime, fresh))
     _finish(result, as_json, console, config)
 
 
@@ -243,20 +244,14 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     """
     console = _console(as_json)
     from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
     from pipeline.jobs.retrain import run_retrain
 
     cells, parent, config, name = _load_for_genotype(genotype, console, **settings)
     with Runtime(config.runtime) as runtime:
-        result = run_retrain(
-            config,
-            cells,
-            name=name,
-            parent=parent,
-            origin=Path(genotype).name if Path(genotype).is_file() else genotype,
-            fresh=fresh,
-            console=console,
-            runtime=runtime,
-        )
+        context = JobContext(config, name, console, runtime, fresh, parent=parent)
+        origin = Path(genotype).name if Path(genotype).is_file() else genotype
+        result = run_retrain(context, cells, origin=origin)
     _finish(result, as_json, console, config, kind="retrain")
 
 
@@ -270,10 +265,11 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
     from pipeline.jobs.run import run_whole
 
     with Runtime(config.runtime) as runtime:
-        result = run_whole(config, name=name, fresh=fresh, console=console, runtime=runtime)
+        result = run_whole(JobContext(config, name, console, runtime, fresh))
     _finish(result, as_json, console, config)
 
 
@@ -298,6 +294,7 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None,
     config, name = _load(**settings)
     console = _console(as_json)
     from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
     from pipeline.sweep.job import print_dry_run, run_sweep
     from pipeline.sweep.space import sweep_of
 
@@ -311,7 +308,7 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, max_concurrent: int | None,
             if as_json:
                 _print_json(asdict(plan))
             return
-        result = run_sweep(config, name=name, fresh=fresh, console=console, runtime=runtime)
+        result = run_sweep(JobContext(config, name, console, runtime, fresh))
     _finish_sweep(result, as_json, console, config)
 
 

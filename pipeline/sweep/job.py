@@ -28,7 +28,8 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import run_hash, to_yaml, with_settings
 from pipeline.config.schema import Config
 from pipeline.config.workers import WorkerRange
-from pipeline.jobs.lifecycle import Outcome, console_line, execute, settled_spec
+from pipeline.jobs.context import JobContext, say_to
+from pipeline.jobs.lifecycle import JobSteps, Outcome, execute, settled_spec
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, as_written
 from pipeline.jobs.results import SweepResult
@@ -91,15 +92,11 @@ def sweep_spec(config: Config, name: str) -> JobSpec:
     )
 
 
-def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runtime: Runtime) -> SweepResult:
+def run_sweep(context: JobContext) -> SweepResult:
     """Try many settings and keep the best.
 
     Args:
-        config: with a `sweep` section.
-        name: of the run.
-        fresh: start over, study included.
-        console: for people.
-        runtime: Ray.
+        context: What every job needs; its configuration has a `sweep` section. `fresh` also deletes the study.
 
     Returns:
         See `SweepResult`.
@@ -108,21 +105,22 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         ConfigError: if the space does not fit the schema.
         IstanasError: if too many trials failed, or no trial fits; the same command goes on.
     """
+    config, runtime = context.config, context.runtime
     check_space(config)  # before the pictures are looked at, which may take a while
-    spec = settled_spec(config, console, lambda each: sweep_spec(each, name))
+    spec = settled_spec(config, context.console, lambda each: sweep_spec(each, context.name))
 
     def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
         check_sweep(config, dataset)
         os.environ.update({**ENVIRONMENT, **os.environ})
-        dashboard, say = config.runtime.worker_range.maximum > 1, console_line(console)
+        dashboard, say = config.runtime.worker_range.maximum > 1, context.say
         runtime.start(spec.path, dashboard=dashboard, say=say)
         with runtime.noticing_a_clients_loss("pre-flight", spec.path):
             if runtime.joined:
                 _prepare_cluster(config, runtime, say)
             plan = plan_trials(config, cluster_nodes())
-        return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
+        return plan, open_study(config, spec.path.name, fresh=context.fresh, run_dir=spec.path)
 
-    def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
+    def run(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
         plan, study = prepared
         observer.note(str(plan))
         trials = Trials(config, plan, run, study, observer)
@@ -141,24 +139,21 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
             trials.leave()
         return outcome
 
-    def metrics_anew() -> list[MetricsLine]:
+    def rebuild_metrics() -> list[MetricsLine]:
         done = [t for t in own_trials(ended_study(config, spec.path.name)) if t.state.is_finished()]
         if len(done) < sweep_of(config).trials:
             raise IstanasError("the study lacks trials")
         return metrics_of_trials(config, done)
 
-    result = execute(
-        spec,
-        prepare,
-        body,
-        warn=lambda dataset: warnings_of_space(config, dataset),
-        metrics_anew=metrics_anew,
-        describe=lambda _: "",
-        fresh=fresh,
-        console=console,
+    steps = JobSteps(
         datasets=lambda dataset: _datasets(config, dataset),
+        prepare=prepare,
+        warn=lambda dataset: warnings_of_space(config, dataset),
+        run=run,
+        describe=lambda _: "",
+        rebuild_metrics=rebuild_metrics,
     )
-    return cast(SweepResult, result)
+    return cast(SweepResult, execute(context, spec, steps))
 
 
 def _prepare_cluster(config: Config, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -226,7 +221,7 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
     for key, parameter in sweep.space.items():
         table.add_row(key, str(parameter))
     console.print(table)
-    say = console_line(console)
+    say = say_to(console)
     stopping = f"asha (grace {sweep.grace_epochs}, factor {sweep.reduction_factor})"
     say(
         f"{count(sweep.trials, 'trial')}, objective {sweep.objective} ({', '.join(sweep.objectives)}), searcher "

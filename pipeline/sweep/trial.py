@@ -22,6 +22,7 @@ from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.text import one_line
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.schema import Config
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.runs import bucket
@@ -113,59 +114,52 @@ def failure(error: Exception) -> dict[str, Any]:
 def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:
     """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
-    told = 0
+    reported = 0
     reached[NODE] = _here()
     console.print(f"on node {reached[NODE]}", highlight=False)
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         from ray import tune
 
-        nonlocal told
-        if progress.epochs > told:
-            told = progress.epochs
+        nonlocal reported
+        if progress.epochs > reported:
+            reported = progress.epochs
             reached.update(_figures(progress))
-            tune.report({EPOCH: told, TOP1: progress.newest.metrics[TOP1], **reached})
+            tune.report({EPOCH: reported, TOP1: progress.newest.metrics[TOP1], **reached})
 
     with Runtime(config.runtime) as runtime:
-        search = run_search(
+        context = JobContext(
             config,
-            name=task["name"],
-            fresh=False,
-            console=console,
-            runtime=runtime,
+            task["name"],
+            console,
+            runtime,
             parent=task["parent"],
             tags=task["tags"],
-            tell=tell,
+            on_epoch=report,
             wait=SECONDS_TO_LET_GO,
         )
+        search = run_search(context)
         folder = bucket.local(search["run_dir"]) / CHECKPOINTS
         progress = load_progress(folder)
-        if told < progress.epochs:  # of a search that had finished before
-            for then in read_progress(folder, progress):
-                tell(then)
+        if reported < progress.epochs:  # the search had finished before
+            for earlier in read_progress(folder, progress):
+                report(earlier)
         figures = {**reached, **_figures(progress)}
         top1 = figures["valid_top1"]
         if task["objective"] == "retrained":
-            figures |= _retrained(config, search["genotype"], search["run_dir"], runtime, console)
+            figures |= _retrained(context, search["genotype"], search["run_dir"])
             top1 = figures["retrained_top1"]
     values = {"top1": top1, "params": figures["params"], "macs": figures["macs"]}
     return {**figures, **{f"objective/{name}": float(values[name]) for name in task["objectives"]}}
 
 
-def _retrained(
-    config: Config, genotype: dict[str, Any], search_dir: str, runtime: Runtime, console: Console
-) -> dict[str, Any]:
-    """Retrain the found network, or take the figures of the trial that has found it before."""
-    result = run_retrain(
-        config,
-        Genotype.from_dict(genotype).canonical(),  # equal digests share a run directory
-        name=RETRAINED_NAME,
-        parent=search_dir,
-        fresh=False,
-        console=console,
-        runtime=runtime,
-        wait=-1,
+def _retrained(context: JobContext, genotype: dict[str, Any], search_dir: str) -> dict[str, Any]:
+    """Retrain the found network, or return the figures of an earlier trial that found the same one."""
+    retraining = JobContext(
+        context.config, RETRAINED_NAME, context.console, context.runtime, parent=search_dir, wait=-1
     )
+    # Canonical, so that genotypes of equal digest share a run directory.
+    result = run_retrain(retraining, Genotype.from_dict(genotype).canonical())
     reused = RunDir(bucket.local(result["run_dir"])).read().parent != search_dir
     return {
         "retrained_top1": result["valid_top1"],

@@ -249,7 +249,7 @@ def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
     assert run(["sweep", "--config", "tiny.yaml", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == result
-    assert "finished before" in err
+    assert "already finished" in err
 
 
 def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple[Path, Any]) -> None:

@@ -292,7 +292,7 @@ def test_a_finished_run_prints_its_result_and_exits_0_without_training_again(
     assert code == 0
     assert json.loads(out) == first
     assert "epoch" not in err
-    assert err.count("finished before") == 2
+    assert err.count("already finished") == 2
     assert {p: p.stat().st_mtime_ns for p in files} == files
 
 
@@ -302,7 +302,7 @@ def test_a_finished_run_is_found_whatever_the_workers_and_needs_none(istanas: Co
         code, out, err = istanas("search", "--config", "tiny.yaml", *place, "--json")
         assert code == 0
         assert json.loads(out) == first
-        assert "finished before" in err
+        assert "already finished" in err
 
 
 def test_fresh_trains_again(istanas: Command) -> None:
@@ -310,7 +310,7 @@ def test_fresh_trains_again(istanas: Command) -> None:
     code, out, _ = istanas("search", "--config", "tiny.yaml", "--fresh")
     assert code == 0
     assert "epoch 2: loss" in out
-    assert "finished before" not in out
+    assert "already finished" not in out
 
 
 def test_a_random_cell_is_retrained_as_a_baseline(istanas: Command, here: Path) -> None:

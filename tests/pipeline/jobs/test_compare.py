@@ -25,6 +25,7 @@ from pipeline.jobs.compare import (
     print_comparison,
     run_compare,
 )
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
 from pipeline.report.compare_page import Curves, render_page
@@ -70,7 +71,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         config = config_of(folder, *settings)
         console = Console(file=io.StringIO())
         with Runtime(config.runtime) as runtime:
-            results[name] = job(config, name=name, fresh=False, console=console, runtime=runtime)  # type: ignore[operator]
+            results[name] = job(JobContext(config, name, console, runtime))  # type: ignore[operator]
     return results
 
 

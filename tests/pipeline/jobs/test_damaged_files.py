@@ -68,7 +68,7 @@ def half_a_line_in_the_middle(file: Path) -> None:
     file.write_bytes(first[: len(first) // 2] + b"\n" + second)
 
 
-DAMAGED_TABLE = ": it was damaged: restored from the log of epochs"
+DAMAGED_TABLE = ": damaged: restored from the epoch log"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_finished_run_with_damaged_metrics_has_them_again(
     before = (path / "metrics.jsonl").read_bytes()
     damage(path / "metrics.jsonl")
     _, seen = search(path.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert f"metrics.jsonl: {says}: restored" in seen
     assert (path / "metrics.jsonl").read_bytes() == before
 
@@ -194,7 +194,7 @@ def test_a_finished_run_with_a_damaged_table_has_it_again(
     before = (finished / name).read_bytes()
     damage(finished / name)
     _, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert warnings_in(seen) == [f"warning: {finished / name}{DAMAGED_TABLE}"]
     assert (finished / name).read_bytes() == before
     _, seen = search(finished.parent)
@@ -215,7 +215,7 @@ def test_the_tables_of_a_finished_run_stay_where_its_checkpoints_cannot_tell_wha
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BrokenCheckpointWarning)
         found, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert found["run_dir"] == str(finished)
     assert {name: (finished / name).read_bytes() for name in before} == before
     assert ["no checkpoint is left" in line for line in warnings_in(seen)] == [True] * (lost == "all broken")
@@ -226,7 +226,7 @@ def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finis
     cut(finished / "environment.json")
     damaged = (finished / "environment.json").read_bytes()
     _, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     (line,) = warnings_in(seen)
     assert line.startswith(f"warning: {finished / 'environment.json'}: not JSON")
     assert line.endswith(": set aside as environment.json.damaged")
@@ -237,7 +237,7 @@ def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finis
 
 def test_a_record_that_is_restored_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "runs", *tracked(tmp_path), tell=stop_after_two)
+        search(tmp_path / "runs", *tracked(tmp_path), on_epoch=stop_after_two)
     (path,) = (tmp_path / "runs").glob(NAME)
     cut(path / "run.json")
     found, _ = search(tmp_path / "runs", *tracked(tmp_path))

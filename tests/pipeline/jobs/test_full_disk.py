@@ -131,7 +131,7 @@ def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Pa
             fill(disk)
 
     with pytest.raises(OSError, match=FULL_DISK) as caught:
-        search(disk, tell=full_after_the_first)
+        search(disk, on_epoch=full_after_the_first)
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
     assert caught.value.filename in [
         str(path / "checkpoints" / name) for name in ("epochs/000001.jsonl", "epoch-0002.pt")

@@ -26,6 +26,7 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load, run_hash
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close_below
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import write_page
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
@@ -70,16 +71,12 @@ class Job:
 
     def __call__(self, kind: str, *overrides: str, fresh: bool = False) -> dict[str, Any]:
         out = io.StringIO()
-        common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=200)}
         config = self.config(*overrides)
         try:
             with Runtime(config.runtime) as runtime:
-                common["runtime"] = runtime
-                if kind == "search":
-                    return run_search(config, **common)
-                if kind == "run":
-                    return run_whole(config, **common)
-                return run_retrain(config, GENOTYPE, parent=None, **common)
+                context = JobContext(config, "tiny", Console(file=out, width=200), runtime, fresh)
+                jobs: Any = {"search": run_search, "run": run_whole}
+                return run_retrain(context, GENOTYPE) if kind == "retrain" else jobs[kind](context)
         finally:
             self.seen = out.getvalue()
 
@@ -140,7 +137,7 @@ def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
     with Runtime(job.config().runtime) as runtime:
-        run_search(job.config(), name="tiny", fresh=False, console=console, runtime=runtime)
+        run_search(JobContext(job.config(), "tiny", console, runtime))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert re.search(r"search epoch \d/2 .* \d+/4 .*loss \d+\.\d+  top-1 [\d.]+ % .* left +[\d:-]+", shown), (
         shown
@@ -275,7 +272,7 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
     before = snapshot(path)
     assert job("search") == first
     assert snapshot(path) == before
-    assert "finished before" in job.seen
+    assert "already finished" in job.seen
     assert "epoch" not in job.seen
 
 
@@ -457,7 +454,7 @@ def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job
     folder = path / "checkpoints"
     for workers, says in (
         (1, None),
-        (2, "1 worker instead of 2: the same global batch and schedule, but no"),
+        (2, "1 worker instead of 2: the global batch and the schedule stay the same, but"),
     ):
         found = load_latest(folder)
         assert found is not None

@@ -19,6 +19,7 @@ from istanas.space import Genotype
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import OneStageConfig
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
@@ -205,9 +206,7 @@ def test_what_a_search_leaves(tmp_path: Path) -> None:
     config = tiny(f"runtime.runs_dir={tmp_path}", "search.max_pictures=200")
     out = io.StringIO()
     with Runtime(config.runtime) as runtime:
-        result: Any = run_search(
-            config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
-        )
+        result: Any = run_search(JobContext(config, "tiny", Console(file=out, width=200), runtime))
     path = Path(result["run_dir"])
     record = RunDir(path).read()
     assert (record.status, record.kind, record.method) == ("FINISHED", "search", "one_stage")
@@ -252,9 +251,7 @@ def test_a_rejected_architecture_is_said_counted_and_noted(tmp_path: Path) -> No
 
     def run(config: OneStageConfig) -> Any:
         with Runtime(config.runtime) as runtime:
-            return run_search(
-                config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
-            )
+            return run_search(JobContext(config, "tiny", Console(file=out, width=200), runtime))
 
     run(unlimited)
     lines = RunDir(next((tmp_path / "a").iterdir())).metrics()

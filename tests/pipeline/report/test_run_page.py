@@ -15,6 +15,7 @@ from istanas.space import CellSpace, random_genotype
 from pipeline.base.page_links import without_file_links
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import flat_params, load, to_yaml
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.report.html import figure, inline_svg
@@ -56,17 +57,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     for kind, overrides in JOBS.items():
         config = load(None, [*TINY, *overrides, f"runtime.runs_dir={folder}"])
         with Runtime(config.runtime) as runtime:
-            common: Any = {
-                "name": kind,
-                "fresh": False,
-                "console": Console(file=io.StringIO()),
-                "runtime": runtime,
-            }
+            context = JobContext(config, kind, Console(file=io.StringIO()), runtime)
             if kind == "retrain":
                 genotype = random_genotype(0, CellSpace(n_nodes=2))
-                result: Any = run_retrain(config, genotype, parent=None, origin="random:0", **common)
+                result: Any = run_retrain(context, genotype, origin="random:0")
             else:
-                result = run_search(config, **common)
+                result = run_search(context)
         found[kind] = RunDir(result["run_dir"])
     return found
 

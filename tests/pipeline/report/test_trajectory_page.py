@@ -17,6 +17,7 @@ from istanas.draw import edge_widths
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.jobs.search_tables import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
 from pipeline.report.trajectory_page import write_trajectory_page
@@ -38,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     config = load(None, [*TINY, f"runtime.runs_dir={tmp_path_factory.mktemp('runs')}"])
     with Runtime(config.runtime) as runtime:
         console = Console(file=io.StringIO())
-        result = run_search(config, name="tiny", fresh=False, console=console, runtime=runtime)
+        result = run_search(JobContext(config, "tiny", console, runtime))
     return RunDir(result["run_dir"])
 
 

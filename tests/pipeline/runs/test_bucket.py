@@ -28,6 +28,7 @@ from pipeline.base.addresses import checked_address
 from pipeline.cli import commands as cli
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.runs import bucket as storage
 from pipeline.runs.directory import RunDir
@@ -132,7 +133,7 @@ def search(runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False
     config = load(None, [*TINY, f"runtime.runs_dir={runs_dir}", *overrides])
     console = Console(file=io.StringIO(), width=200)
     with Runtime(config.runtime) as runtime:
-        return dict(run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell))
+        return dict(run_search(JobContext(config, "tiny", console, runtime, fresh, on_epoch=tell)))
 
 
 def tiny(folder: Path, place: str) -> list[str]:
@@ -206,7 +207,7 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
         assert retrained["run_dir"].startswith(f"{place}/tiny-retrain-")
         record = json.loads(server.objects(retrained["run_dir"].removeprefix(f"s3://{BUCKET}/"))["run.json"])
         assert (record["status"], record["parent"]) == ("FINISHED", run_dir)
-    assert any("finished before" in line for line in err)  # the second and third time it was there already
+    assert any("already finished" in line for line in err)  # the second and third time it was there already
 
     elsewhere()
     store = f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db"

@@ -20,6 +20,7 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close, close_below
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import announce
 from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket
@@ -58,9 +59,7 @@ def trial(place: str, store: Path) -> Config:
 def search(config: Config, tell: Any = None) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=200)
     with Runtime(config.runtime) as runtime:
-        return dict(
-            run_search(config, name="trial-0000", fresh=False, console=console, runtime=runtime, tell=tell)
-        )
+        return dict(run_search(JobContext(config, "trial-0000", console, runtime, on_epoch=tell)))
 
 
 def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can_go_on_anywhere(
