@@ -152,7 +152,7 @@ def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_fr
     ("damage", "says"),
     [
         (garbage_in_the_middle, "line 2 is not a line of metrics"),
-        (cut_the_last_line, "ends in mid-line"),
+        (cut_the_last_line, "ends in the middle of a line"),
     ],
 )
 def test_a_finished_run_with_damaged_metrics_has_them_again(

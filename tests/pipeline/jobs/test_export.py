@@ -280,7 +280,7 @@ def test_a_run_is_exported_quietly_and_once(
     console = Console(file=io.StringIO(), width=500)
     config = load(None, ["tracking.enabled=false"])
     assert run_export(config, run.path, console=console)["exports"] == exports
-    assert "done before" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "already done" in console.file.getvalue()  # type: ignore[attr-defined]
     assert files(run.path) == again
     net, _ = load_network(run.path)
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_weights_that_are_not_numbers_are_refused_and_the_export_before_stays(tm
     (run.path / "export").mkdir()
     (run.path / "export" / ONNX_FILE).write_text("of another day")
     before = files(run.path)
-    with pytest.raises(IstanasError, match=r"^export: the network's logits .* not finite, retrain it$"):
+    with pytest.raises(IstanasError, match=r"^export: the network's logits .* not finite; retrain it$"):
         export_network(run)
     assert files(run.path) == before
 

@@ -183,7 +183,7 @@ def test_a_trace_takes_no_pipes_place(istanas: Command, tmp_path: Path) -> None:
     for name in ("pipe", "link"):
         code, out, err = istanas(*RETRAIN, "--trace", name)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert f"trace: {name} can't be written" in err
+        assert f"trace: {name} cannot be written" in err
     assert (tmp_path / "pipe").is_fifo()
 
 
