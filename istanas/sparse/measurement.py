@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from istanas.errors import ConfigError
+from istanas.settings import Matrix
 from istanas.sparse.lasso import as_float64, top_support
 
-MATRIX_KINDS = ("uniform", "gaussian")
+MATRIX_KINDS = get_args(Matrix)
 
 
 def measurement_matrix(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from istanas.errors import SolverError
+from istanas.settings import Solver
 from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate
 from istanas.sparse.convex import solve_convex
 from istanas.sparse.homotopy import solve_path, try_supports
 from istanas.sparse.ista import iterate
 from istanas.sparse.lasso import ORDINARY, Array, Indices, as_float64, critical_l1, objective
 
-SOLVERS = ("ista", "fista", "homotopy", "clarabel", "mosek")
+SOLVERS: tuple[str, ...] = get_args(Solver)
 FALLBACKS = ("homotopy", "clarabel", "fista")  # in this order, where the solver that was asked for fails
 PATIENCE = 300_000  # steps of FISTA as the last resort
 # What a solver that gives up raises; what makes no problem is refused before.
