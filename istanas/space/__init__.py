@@ -1,4 +1,4 @@
-"""The search space: topology, candidate operations, genotypes and the published cells."""
+"""The search space: the topology of a cell, candidate operations, genotypes and the published cells."""
 
 from istanas.space.genotype import (
     CELLS,
