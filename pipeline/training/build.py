@@ -50,7 +50,7 @@ def build_one_stage(
             ranks,
         )
     except ConfigError as error:
-        raise ConfigError(f"search: {error}") from None
+        raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
 
 
 def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:

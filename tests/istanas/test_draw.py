@@ -117,7 +117,7 @@ def test_every_pick_and_every_concatenated_state_is_an_edge_of_its_colour() -> N
     assert len(colours) == 4
 
 
-def test_known_operations_have_colours_of_their_kind_and_unknown_ones_a_fallback() -> None:
+def test_operations_have_the_colours_of_their_kinds_or_a_fallback() -> None:
     assert {colour_of(op) for op in OPS} == set(COLOURS.values())
     assert colour_of("fused_conv_7x7") == OTHER_COLOUR
     assert OTHER_COLOUR not in COLOURS.values()
@@ -141,9 +141,9 @@ def test_no_weights_or_weights_of_zero_draw_edges_of_equal_width(weights: list[l
 @pytest.mark.parametrize(
     ("picks", "concat", "weights", "words"),
     [
-        ([[("skip_connect", 2)]], [2], None, "node 0: skip_connect reads state 2"),
+        ([[("skip_connect", 2)]], [2], None, "picks: skip_connect of node 0 reads state 2"),
         ([[("skip_connect", -1)]], [2], None, "state -1"),
-        ([[("skip_connect", 0)]], [3], None, "concat: state 3"),
+        ([[("skip_connect", 0)]], [3], None, "concat: no state 3"),
         ([[("skip_connect", 0)]], [2], [[1.0, 2.0]], "weights: "),
         ([[("skip_connect", 0)]], [2], [[float("nan")]], "weights: "),
     ],
@@ -218,9 +218,8 @@ def test_every_colour_stands_out_from_the_ground_that_it_is_on() -> None:
 
 @pytest.mark.parametrize("cell", ["normal", "reduce"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparent(
-    name: str, cell: str, tmp_path: Path
-) -> None:
+def test_figures_are_readable_and_opaque(name: str, cell: str, tmp_path: Path) -> None:
+    """The smallest text is readable at a width of 800 pixels."""
     svg, png = (
         save_genotype_figures(PUBLISHED[name], tmp_path)[:2]
         if cell == "normal"
@@ -318,7 +317,7 @@ def test_every_node_is_a_line_of_its_distances_on_a_logarithmic_axis() -> None:
     assert list(found["tolerance"].get_ydata()) == [1e-3, 1e-3]
 
 
-def test_marks_tell_when_and_why_a_node_froze_and_which_epochs_were_rejected() -> None:
+def test_marks_show_when_and_why_nodes_froze_and_rejected_epochs() -> None:
     figure = draw_freezing(DISTANCES, tolerance=1e-3, rejected=[1, 2], frozen=FROZEN)
     marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert [(*line.get_xdata(), *line.get_ydata(), line.get_marker()) for line in marks] == [

@@ -510,7 +510,7 @@ def test_a_converged_solver_is_asked_once_and_gives_the_same():
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 @pytest.mark.parametrize("supports", [None, [[0, 1]]], ids=["anew", "from a support"])
-def test_a_matrix_of_any_scale_is_certified_or_refused_without_numpys_warnings(scale, supports):
+def test_a_matrix_of_any_scale_is_certified_or_refused_without_warnings(scale, supports):
     A, b = published(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
