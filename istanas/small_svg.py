@@ -19,7 +19,7 @@ from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Transform
 
-_POINTS = 72  # Of an inch.
+_POINTS = 72  # Points in an inch.
 _COMMANDS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
 _SUBSCRIPT = re.compile(r"\$(\w+)_\{(.+)\}\$")
 

@@ -23,9 +23,8 @@ TOP5_ABOVE = 10
 """Top-5 is measured if there are more classes than this."""
 
 BatchLike = Batch | tuple[Tensor, Tensor]  # The third field of `Batch`, the weight, is optional.
-Observer = Callable[
-    [int, "Totals"], None
-]  # Called with the completed steps of the epoch and the totals so far.
+# Called with the completed steps of the epoch and the totals so far.
+Observer = Callable[[int, "Totals"], None]
 
 SCHEDULES = get_args(Schedule)  # See `learning_rate`.
 TAIL_EPOCHS = 5  # Last epochs of the schedule linear_by_epoch.

@@ -192,9 +192,7 @@ class SearchState:
         """Recover new codes of these nodes from their b, on rank 0 for all ranks."""
         space = self.supernet.space
         before = [self.codes[cell][node] if self.codes else None for cell, node in places]
-        results = self.ranks.from_first(
-            lambda: self._solve(places, before)
-        )  # All ranks raise its SolverError.
+        results = self.ranks.from_first(lambda: self._solve(places, before))
         recovered = []
         for (cell, node), old, result in zip(places, before, results, strict=True):
             z = torch.as_tensor(result.z)
