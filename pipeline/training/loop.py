@@ -118,9 +118,10 @@ def _run_epochs(
         with noticing_their_loss(config.runtime.data_workers):
             found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
         seconds = time.perf_counter() - start
-        if isinstance(found, str):
+        if isinstance(found, DivergedError):
             _check_rollback(config.runtime, found, epoch, n_rollbacks)
-            undone = (*undone, Rollback(reason=found, lr_factor=0.5 ** (n_rollbacks + 1)))
+            reason = f"{found.problem}, {found.remedy}"
+            undone = (*undone, Rollback(reason=reason, lr_factor=0.5 ** (n_rollbacks + 1)))
             del job  # two networks may be too much for a GPU
             job, progress = _begin(make, dataset, store, compute, ranks)
             observer.note(_describe_rollback(config.runtime, found, epoch, n_rollbacks + 1))
@@ -165,15 +166,15 @@ def _begin(
 
 def _attempt(
     job: EpochJob, epoch: int, tell: Callable[[int, int, Totals], None], lr_factor: float
-) -> Measured | str:
-    """What the epoch leaves, or how it diverged, on every rank alike; the error itself would hold on to the network."""
+) -> Measured | DivergedError:
+    """Return what the epoch measured, or the error of its divergence, on every rank alike."""
     try:
         return job.run_epoch(epoch, tell, lr_factor)
     except DivergedError as error:
-        return str(error)
+        return error.with_traceback(None)  # Its traceback would keep the network in memory.
 
 
-def _check_rollback(settings: RuntimeSettings, reason: str, epoch: int, before: int) -> None:
+def _check_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int, before: int) -> None:
     """Stop a diverged run that is not to be rolled back, or was so too often.
 
     Raises:
@@ -187,13 +188,13 @@ def _check_rollback(settings: RuntimeSettings, reason: str, epoch: int, before: 
     else:
         where = "from there" if epoch else "at the start"
         remedy = f"the same command with --set runtime.on_nan=rollback goes on {where} with half of it"
-    raise DivergedError(f"{reason}; {last}: {remedy}")
+    raise DivergedError(f"{error.problem}, {error.remedy}; {last}: {remedy}")
 
 
-def _describe_rollback(settings: RuntimeSettings, reason: str, epoch: int, number: int) -> str:
+def _describe_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int, number: int) -> str:
     to = f"the end of epoch {epoch}" if epoch else "the start"
     return (
-        f"{reason.partition(', lower')[0]}: rolled back to {to}, with half the learning rate "
+        f"{error.problem}: rolled back to {to}, with half the learning rate "
         f"({0.5**number:g} of what is set; rollback {number} of {settings.max_rollbacks})"
     )
 

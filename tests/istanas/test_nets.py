@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
-from istanas.nets.cell import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.depthwise import depthwise_conv2d
 from istanas.nets.operations import FactorizedReduce, SepConv, make_operation
+from istanas.nets.skeleton import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.target import drop_path
 from istanas.search.state import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, Genotype, Picks
@@ -164,12 +164,12 @@ def test_any_depth(layers: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"init_channels": 0}, "init_channels, layers are 0, 3"),
-        ({"layers": 0}, "init_channels, layers are 2, 0"),
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"in_channels": 0}, "in_channels is 0"),
-        ({"stem": "mnist"}, "stem is 'mnist': choose cifar or imagenet"),
-        ({"stem": "imagenet", "init_channels": 1}, "init_channels is 1: the imagenet stem"),
+        ({"init_channels": 0}, "init_channels: 0 is too small"),
+        ({"layers": 0}, "layers: 0 is too small"),
+        ({"num_classes": 0}, "num_classes: 0 is too small"),
+        ({"in_channels": 0}, "in_channels: 0 is too small"),
+        ({"stem": "mnist"}, "stem: unknown stem 'mnist'; choose cifar or imagenet"),
+        ({"stem": "imagenet", "init_channels": 1}, "init_channels: 1 is too small for the imagenet stem"),
     ],
 )
 def test_networks_refuse(change: dict[str, Any], message: str) -> None:
@@ -180,12 +180,12 @@ def test_networks_refuse(change: dict[str, Any], message: str) -> None:
 
 
 def test_supernet_refuses_measurements_codes_and_forward_out_of_place() -> None:
-    with pytest.raises(ConfigError, match="n_measurements is 0"):
+    with pytest.raises(ConfigError, match="n_measurements: 0 is too small"):
         Supernet(CellSpace(), 2, 2, 10, n_measurements=0)
     net = Supernet(CellSpace(), 2, 2, 10)
     with pytest.raises(ConfigError, match="install_codes"):
         net(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ConfigError, match="normal cell has 0 codes: its 4 nodes"):
+    with pytest.raises(ConfigError, match="codes: 0 codes for the 4 nodes of the normal cell"):
         net.install_codes({"normal": [], "reduce": []})
 
 
@@ -216,7 +216,7 @@ def test_pictures_of_any_size_from_8x8(shape: tuple[int, int, int], stem: str, t
 def test_smaller_pictures_are_refused(size: tuple[int, int]) -> None:
     x = torch.zeros(2, 3, *size)
     for net in (TargetNet(TWO_STAGE, 2, 2, 10), supernet().float()):
-        with pytest.raises(ConfigError, match=f"pictures are {size[0]}x{size[1]}: .*8x8.*data.image_size"):
+        with pytest.raises(ConfigError, match=f"pictures of {size[0]}x{size[1]} .*8x8; .*data.image_size"):
             net(x)
 
 
@@ -335,10 +335,10 @@ def test_loading_is_strict_and_all_or_nothing() -> None:
     state = published_layout(TargetNet(TWO_STAGE, 4, 2, 10))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     wrong = {
-        r"lacks classifier.bias \(1 such": {k: v for k, v in state.items() if k != "classifier.bias"},
-        r"unexpected cells.9.x \(1 such": state | {"cells.9.x": torch.zeros(1)},
-        r"another shape for classifier.weight \(1 such": state | {"classifier.weight": torch.zeros(10, 7)},
-        "lacks stem.stem.0.weight": {},
+        r"classifier.bias is missing \(1 such": {k: v for k, v in state.items() if k != "classifier.bias"},
+        r"cells.9.x is unexpected \(1 such": state | {"cells.9.x": torch.zeros(1)},
+        r"classifier.weight is of another shape \(1 such": state | {"classifier.weight": torch.zeros(10, 7)},
+        "stem.stem.0.weight is missing": {},
     }
     for message, bad in wrong.items():
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -761,7 +761,7 @@ def test_a_normal_cell_that_never_reads_its_first_input() -> None:
     assert net.active_alphas() == net.alphas()
 
 
-def test_a_normal_cell_that_never_reads_its_second_input_kills_every_reduction() -> None:
+def test_normal_cells_without_second_input_kill_every_reduction() -> None:
     """Six cells: the last reads cell 3, that one cell 1, and that one the second stem."""
     for stem in ("cifar", "imagenet"):
         net = check_supernet({"normal": ON_FIRST, "reduce": ON_BOTH}, 6, stem=stem)
@@ -839,7 +839,7 @@ def test_of_the_whole_space_only_the_active_part_is_trained(sparsity: int) -> No
     assert len(net.active_parameters()) < len(net.weights())
 
 
-def test_active_parts_are_the_networks_own_after_a_copy_or_a_change_of_type() -> None:
+def test_active_parts_are_the_networks_own_after_copy_or_change_of_type() -> None:
     for net in (TargetNet(TWO_STAGE, 2, 3, 10, auxiliary=True), supernet(SUPPORTS)):
         n_parameters, n_buffers = len(net.active_parameters()), len(net.active_buffers())
         for other in (copy.deepcopy(net), net.float(), to_channels_last(net)):

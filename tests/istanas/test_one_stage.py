@@ -139,7 +139,7 @@ def by_hand(search: OneStageSearch, one: Batch) -> tuple[list[Tensor | None], li
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
-def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam_of_the_same_gradient(
+def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam(
     grad_clip: float | None,
 ) -> None:
     """Two steps by the formulas: momentum, decay, bias correction; alphas are not clipped."""
@@ -178,7 +178,7 @@ def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam_of_the_same_gradient(
     assert len(momentum) == len(search.supernet.active_parameters())
 
 
-def test_the_auxiliary_heads_loss_counts_in_the_gradient_and_not_in_the_figures() -> None:
+def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_metrics() -> None:
     figures, norms = [], []
     for weight in (0.0, 0.4):
         search = make_search(change(auxiliary_weight=weight, grad_clip=None), auxiliary=True)
@@ -703,7 +703,8 @@ def firsts(n_rejected: int, seed: int = 0) -> tuple[OneStageSearch, Size]:
     return make_search(size=size, seed=seed, space=space), size
 
 
-def test_a_first_proposal_above_the_limit_is_drawn_again_the_same_way_every_time() -> None:
+def test_a_first_architecture_above_the_limit_is_drawn_again() -> None:
+    """The redraws are the same every time."""
     starts = {}
     for n in (0, 1, 2, MAX_REDRAWS):
         (search, size), (twin, _) = firsts(n), firsts(n)
@@ -727,8 +728,8 @@ def test_a_limit_that_no_start_keeps_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         make_search(size=size, space=CellSpace(n_nodes=1, sparsity=1))
     assert str(caught.value) == (
-        "11 parameters are above max_params = 10: nor do 100 other random first architectures keep the limits, "
-        "raise them or lower init_channels or layers"
+        "max_params: 11 parameters are above max_params = 10, and 100 other random first architectures exceed the "
+        "limits, too; raise it, or lower init_channels or layers"
     )
     assert len(size.asked) == 1 + MAX_REDRAWS == 101
     assert len(set(size.asked)) > 10
@@ -786,7 +787,8 @@ def test_reports_of_active_frozen_and_just_frozen_nodes() -> None:
         assert n.picks == [f"{space.ops[op]}<-{state}" for state, op in picks]
 
 
-def test_a_rejected_report_tells_what_is_kept_and_how_sure_the_proposal_was() -> None:
+def test_the_report_of_a_rejection() -> None:
+    """It has the kept operations and the certificates of the rejected codes."""
     size = Size()
     search = make_search(change(max_search_epochs=9), size=size)
     before = search.first_recovery
@@ -805,7 +807,7 @@ def test_a_rejected_report_tells_what_is_kept_and_how_sure_the_proposal_was() ->
     assert report.metrics()["recovery/support_changes"] == 0.0
 
 
-def test_epoch_metrics_are_means_over_the_pictures_and_validation_changes_nothing() -> None:
+def test_metrics_are_means_over_pictures_and_validation_changes_nothing() -> None:
     search = make_search()
     metrics = search.train_epoch([batch(0), batch(1, n=2)], 2)
     assert metrics.count == 6
@@ -920,9 +922,9 @@ def test_a_resumed_search_is_bit_identical(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"kind": "two_stage"}, "holds 'two_stage' version 2: this job needs 'one_stage' version 2"),
-        ({"version": 1}, "holds 'one_stage' version 1: this job needs"),
-        ({"kind": None}, "holds None"),
+        ({"kind": "two_stage"}, "'two_stage' version 2 is not 'one_stage' version 2"),
+        ({"version": 1}, "checkpoint: 'one_stage' version 1 is not"),
+        ({"kind": None}, "checkpoint: None version"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused_untouched(other: dict[str, Any], message: str) -> None:
@@ -938,7 +940,7 @@ def test_the_two_searches_refuse_each_others_checkpoints() -> None:
     one = make_search()
     two = TwoStageSearch(Supernet(SMALL, 2, 3, 5, in_channels=1), TwoStageSettings(), CPU, 0)
     for search, state in ((one, two.state_dict()), (two, one.state_dict())):
-        with pytest.raises(CheckpointError, match=f"this job needs '{search.kind}'"):
+        with pytest.raises(CheckpointError, match=f" is not '{search.kind}' version 2, which this job needs"):
             search.load_state_dict(state)
 
 

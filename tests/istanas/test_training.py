@@ -213,7 +213,9 @@ def test_evaluate_in_low_precision_keeps_the_loss_in_float32() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_diverged_epoch_is_refused(loss: float) -> None:
-    with pytest.raises(IstanasError, match=f"training loss is {loss} in epoch 3: .*learning rate") as caught:
+    with pytest.raises(
+        IstanasError, match=f"training loss is {loss} in epoch 3: .*; lower the learning rate"
+    ) as caught:
         check_finite(Metrics(loss, 0.1, 10), [torch.zeros(1)], 3)
     assert "\n" not in str(caught.value)
 
@@ -243,7 +245,7 @@ def test_clipping_scales_the_joint_norm() -> None:
     torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.0, 0.8]), rtol=1e-5, atol=0)
 
 
-def test_without_gradients_restores_after_an_error_and_leaves_what_was_frozen() -> None:
+def test_without_gradients_restores_after_errors_and_keeps_frozen_ones() -> None:
     trained, frozen = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
     with without_gradients([trained, frozen]):
         assert not (trained * 2).requires_grad

@@ -187,7 +187,7 @@ def test_alpha_step_touches_no_weight() -> None:
     assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in gradients.items())
 
 
-def test_a_batchs_weight_scales_the_gradients_of_both_steps_and_not_the_figures() -> None:
+def test_a_batchs_weight_scales_both_gradients_and_not_the_metrics() -> None:
     gradients, figures = [], []
     for weight in (1.0, 0.25):
         search = make_search(dataclasses.replace(FAST, grad_clip=None), dtype=torch.float64)
@@ -297,7 +297,7 @@ def test_endless_goes_round() -> None:
 
 
 def test_alpha_half_without_batches_is_an_error_not_a_hang() -> None:
-    with pytest.raises(DataError, match="alpha half has 0 batches"):
+    with pytest.raises(DataError, match="alpha half has 0 batches; give"):
         make_search().train_epoch(batches(0), list, n_steps=3)
 
 
@@ -544,9 +544,9 @@ def test_codes_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "one_stage"}, "holds 'one_stage' version 2: this job needs 'two_stage' version 2"),
-        ({"kind": None}, "holds None"),
-        ({"version": 1}, "holds 'two_stage' version 1"),
+        ({"kind": "one_stage"}, "'one_stage' version 2 is not 'two_stage' version 2"),
+        ({"kind": None}, "checkpoint: None version"),
+        ({"version": 1}, "checkpoint: 'two_stage' version 1"),
     ],
 )
 def test_state_of_another_kind_is_refused_untouched(change: dict[str, Any], message: str) -> None:
@@ -560,7 +560,7 @@ def test_state_of_another_kind_is_refused_untouched(change: dict[str, Any], mess
 
 
 def test_search_refuses_a_matrix_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match="'bernoulli': choose from uniform, gaussian"):
+    with pytest.raises(ConfigError, match="unknown matrix 'bernoulli'; choose from uniform, gaussian"):
         make_search(dataclasses.replace(FAST, matrix="bernoulli"))
 
 
