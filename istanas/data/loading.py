@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from istanas.data.augment import Augmentation, augment, cutout, normalize, send
-from istanas.data.datasets import ArrayPictures, FilePictures, ImageDataset, Pictures
+from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError
 
@@ -173,7 +173,7 @@ def batches(
         DataError: an index outside the split; while iterating, a broken picture.
 
     Example:
-        >>> from istanas.data.datasets import load_dataset
+        >>> from istanas.data import load_dataset
         >>> loader = batches(load_dataset("digits"), "test", None, batch_size=100, augmentation=None,
         ...                  device=torch.device("cpu"), seed=0, epoch=0, shuffle=False)
         >>> len(loader), loader.n_pictures, next(iter(loader)).images.shape
@@ -266,7 +266,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         images: list[Tensor] = []
         for index in self.parts[i].tolist():
             try:
-                picture, _ = read_picture(self.pictures.paths[index], self.pictures.reading)
+                picture, _ = read_picture(self.pictures.paths[index], self.pictures.decode_settings)
             except DataError as error:
                 return error
             # A picture's draws follow from its index, not from its place among the workers or ranks.

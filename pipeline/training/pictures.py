@@ -12,9 +12,9 @@ import torch
 
 from istanas.data import (
     Augmentation,
+    DecodeSettings,
     ImageDataset,
     Pictures,
-    Reading,
     Survey,
     batches,
     load_dataset,
@@ -143,13 +143,13 @@ def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: boo
     )
 
 
-def reading_of(data: DataSettings, survey: Survey) -> Reading:
+def decode_settings_of(data: DataSettings, survey: Survey) -> DecodeSettings:
     """How the pixels of a picture folder are read.
 
     Raises:
         DataError: if the values of its two splits do not fit each other.
     """
-    return survey.reading(_rgb(data.background))
+    return survey.decode_settings(_rgb(data.background))
 
 
 def data_folder_is_missing(data: DataSettings) -> bool:

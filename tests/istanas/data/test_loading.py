@@ -309,7 +309,7 @@ def test_a_large_picture_that_breaks_later_is_named_in_one_line(tmp_path: Path, 
     broken.write_text("no picture")
     with pytest.raises(DataError) as caught:
         list(loader_of(dataset, batch_size=2, workers=workers))
-    assert str(caught.value).startswith(f"data.root: {broken} is no readable picture (")
+    assert str(caught.value).startswith(f"data.root: {broken} is not a readable picture (")
     assert "\n" not in str(caught.value)
 
 

@@ -279,7 +279,7 @@ def test_a_broken_large_test_picture_stops_a_job_before_any_work(job: str, istan
     large()
     break_one()
     refused = istanas(*JOBS[job], "--set", "retrain.batch_size=2", "--set", "search.batch_size=2")
-    assert "pictures/test/bee/1.bmp is no readable picture" in refused.error
+    assert "pictures/test/bee/1.bmp is not a readable picture" in refused.error
     assert "epoch" not in refused.said
 
 
@@ -314,7 +314,7 @@ def test_doctor_names_a_broken_large_test_picture(istanas: Command) -> None:
     break_one()
     looked = istanas("doctor")
     assert looked.code == 1
-    assert "pictures/test/bee/1.bmp is no readable picture" in looked.said
+    assert "pictures/test/bee/1.bmp is not a readable picture" in looked.said
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])

@@ -191,8 +191,8 @@ def test_an_unfinished_run_names_the_folder_that_it_resumes_with(
     with pytest.raises(DataError) as refusal:
         folder.run(kind, *stems)
     assert str(refusal.value) == (
-        f"data.root: {folder.root} is no folder; restore the folder to resume {run.path}, or name another one for a "
-        "new run"
+        f"data.root: no such folder: {folder.root}; restore the folder to resume {run.path}, or name another one for "
+        "a new run"
     )
     assert run.read() == record
     elsewhere.rename(folder.root)
@@ -203,7 +203,8 @@ def test_a_folder_that_no_run_has_used_is_refused_in_one_line(folder: Folder) ->
     with pytest.raises(DataError) as refusal:
         folder.run("search", f"data.root={folder.root}/none")
     assert str(refusal.value) == (
-        f"data.root: {folder.root}/none is no folder; name one that holds train/CLASS/* and test/CLASS/*"
+        f"data.root: no such folder: {folder.root}/none; "
+        "set data.root to a folder with train/CLASS/* and test/CLASS/*"
     )
 
 
@@ -212,7 +213,7 @@ def test_runs_of_both_stems_are_not_mistaken_for_one_another(folder: Folder) -> 
     runs = {folder.run("retrain", f"retrain.stem={stem}").path for stem in ("cifar", "imagenet")}
     assert len(runs) == 2
     folder.root.rename(folder.root.with_name("elsewhere"))
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="no such folder"):
         folder.run("retrain")
 
 
@@ -229,7 +230,7 @@ def test_a_broken_test_picture_stops_a_job_before_any_work(side: int, kind: str,
         file.unlink()
     broken = folder.root / "test" / "bee" / "1.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"test/bee/1\.png is no readable picture"):
+    with pytest.raises(DataError, match=r"test/bee/1\.png is not a readable picture"):
         folder.run(kind)
     assert "epoch" not in folder.seen
 
@@ -355,7 +356,7 @@ def test_pictures_left_out_are_told_and_do_not_change_the_run(folder: Folder) ->
 def test_a_folder_val_beside_test_is_told_by_a_job_and_in_its_report(folder: Folder) -> None:
     run = folder.run("search")
     folder.write("val", "ant", 3)
-    line = f"left out: 3 files of val/, which is not read where there is test/, such as {folder.root}/val/ant/0.png"
+    line = f"left out: 3 files in val/, which is ignored because test/ exists, such as {folder.root}/val/ant/0.png"
     assert folder.run("search", "seed=1").path != run.path
     assert f"pictures: {line}\n" in folder.seen
     assert folder.run("search").path == run.path, "a run does not depend on pictures that it does not read"
