@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import DivergedError
 from istanas.nets import TargetNet
+from istanas.seeds import derive_seed as derive_seed  # callers import it from here, too
 
 TOP5_ABOVE = 10
 """Top-5 is measured if there are more classes than this."""
@@ -94,20 +94,6 @@ class Totals:
         if n == 0:
             return Metrics(math.nan, math.nan, 0)
         return Metrics(loss / n, correct / n, n, correct5 / n if top5_count else None)
-
-
-def derive_seed(seed: int, *stream: str | int) -> int:
-    """An independent seed for a named purpose: the first 63 bits of SHA-256 over (seed, stream).
-
-    All randomness of an epoch follows from (seed, purpose, epoch), so that a resumed run needs no saved
-    generator to go on as if it had never stopped.
-
-    Example:
-        >>> derive_seed(0, "augment", 3) == derive_seed(0, "augment", 3) != derive_seed(0, "augment", 4)
-        True
-    """
-    text = "/".join(str(part) for part in (seed, *stream))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def learning_rate(
@@ -266,8 +252,8 @@ def check_finite(
         bound = f", above max_loss = {max_loss:g}"
     if bound or not math.isfinite(loss):
         raise DivergedError(
-            f"training loss is {loss:.6g} in epoch {epoch}{bound}: the run diverged, lower the learning rate (lr) "
-            "or grad_clip"
+            f"training loss is {loss:.6g} in epoch {epoch}{bound}: the run diverged",
+            remedy="lower the learning rate (lr) or grad_clip",
         )
 
 

@@ -6,7 +6,6 @@ and are normalised on the device. Either way a loader can be iterated over again
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from istanas.data.augment import Augmentation, augment, cutout, normalize, send
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError
+from istanas.seeds import seed_from_text
 
 _on_device: WeakKeyDictionary[ArrayPictures, dict[torch.device, ArrayPictures]] = WeakKeyDictionary()
 
@@ -193,7 +193,7 @@ def batches(
             f"batch_size: {batch_size} is too small for {world_size} workers; use {world_size} or more"
         )
     if shuffle:
-        generator = torch.Generator().manual_seed(_derived_seed("order", seed, epoch))
+        generator = torch.Generator().manual_seed(_batch_seed("order", seed, epoch))
         order = order[torch.randperm(order.numel(), generator=generator)]
     wholes = _global_batches(order, batch_size, world_size, drop_last)
     parts = tuple(whole[rank::world_size] for whole in wholes)
@@ -208,8 +208,8 @@ def batches(
         augmentation=augmentation,
         device=device,
         dtype=dtype,
-        seed=_derived_seed("picture", seed, epoch),
-        rank_seed=_derived_seed("augment", seed, epoch, rank),
+        seed=_batch_seed("picture", seed, epoch),
+        rank_seed=_batch_seed("augment", seed, epoch, rank),
         workers=workers,
     )
 
@@ -231,9 +231,12 @@ def _global_batches(order: Tensor, batch_size: int, world_size: int, drop_last: 
     return [order[start:end] for start, end in zip(starts, [*starts[1:], n], strict=True)]
 
 
-def _derived_seed(*parts: object) -> int:
-    """Mix some values into a seed of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+def _batch_seed(*parts: object) -> int:
+    """Return a seed for a part of a batch's randomness.
+
+    It differs from `derive_seed` in how the parts become a text. With the latter, every run would have other batches.
+    """
+    return seed_from_text(repr(parts))
 
 
 def _moved(pictures: ArrayPictures, device: torch.device) -> ArrayPictures:
@@ -270,7 +273,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
             except DataError as error:
                 return error
             # A picture's draws follow from its index, not from its place among the workers or ranks.
-            with _global_generator_at(_derived_seed(self.seed, index)):
+            with _global_generator_at(_batch_seed(self.seed, index)):
                 images.append(transform(picture))
         return torch.stack(images), self.pictures.labels[self.parts[i]]
 

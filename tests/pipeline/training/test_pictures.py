@@ -330,14 +330,14 @@ def test_large_pictures_are_searched_and_retrained_with_their_stem(folder: Folde
 def test_a_stem_that_does_not_fit_is_warned_of(folder: Folder) -> None:
     assert folder.run("retrain", "retrain.stem=imagenet").read().params["retrain.stem"] == "imagenet"
     assert (
-        "warning: retrain.stem is imagenet: it makes networks for pictures of 8x8 pixels of little"
+        "warning: retrain.stem is imagenet: a network with it loses most details for pictures of 8x8 pixels"
         in folder.seen
     )
     out = io.StringIO()
     config = folder.config("data.image_size=96", "search.stem=cifar", "search.batch_size=2")
     run_profile(config, genotype=None, steps=1, trace=None, console=Console(file=out, width=300))
     assert (
-        "warning: search.stem is cifar: it makes networks for pictures of 96x96 pixels many times"
+        "warning: search.stem is cifar: a network with it is many times slower for pictures of 96x96 pixels"
         in out.getvalue()
     )
 
@@ -362,4 +362,4 @@ def test_a_folder_val_beside_test_is_told_by_a_job_and_in_its_report(folder: Fol
     assert folder.run("search").path == run.path, "a run does not depend on pictures that it does not read"
     again = folder.run("search", fresh=True)
     assert line in again.read().pictures
-    assert "3 files of val/" in (again.path / "report.html").read_text()
+    assert "3 files in val/" in (again.path / "report.html").read_text()
