@@ -298,7 +298,7 @@ def test_a_part_has_a_digest_of_its_own_pictures(folder: Path, load: Callable[..
     assert swapped != digests(8)[0], "what the labels mean counts too"
 
 
-def test_a_grey_folder_has_one_channel_and_one_colour_picture_makes_it_three(
+def test_one_colour_picture_gives_a_grey_folder_three_channels(
     folder: Path, load: Callable[..., ImageDataset]
 ) -> None:
     for i, path in enumerate(sorted(folder.glob("*/*/[0-9].png"))):
@@ -554,7 +554,7 @@ def test_a_broken_cache_is_made_anew_with_a_warning(
     whole = file.read_bytes()
     assert damage(whole) != whole
     file.write_bytes(damage(whole))
-    with pytest.warns(UserWarning, match=r"broken cache \(.*\); it is made anew"):
+    with pytest.warns(UserWarning, match=r"damaged cache \(.*\); it will be recreated"):
         again = load(folder)
     assert again.digest == first.digest
     assert file.read_bytes() == whole

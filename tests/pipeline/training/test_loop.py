@@ -164,7 +164,7 @@ def class_counts(dataset: ImageDataset, indices: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("holdout", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize("max_pictures", [None, 500])
 @pytest.mark.parametrize("alpha_fraction", [0.5, 0.3])
-def test_the_parts_of_a_search_are_disjoint_stratified_and_leave_the_holdout_alone(
+def test_splits_of_a_search_are_disjoint_and_stratified(
     digits: ImageDataset, holdout: float, max_pictures: int | None, alpha_fraction: float
 ) -> None:
     limit = "null" if max_pictures is None else max_pictures
@@ -323,9 +323,7 @@ def test_retraining_takes_every_training_picture_once_an_epoch(few: ImageDataset
     assert watcher.steps == [(epoch, step, 5) for epoch in (0, 1) for step in range(1, 6)]
 
 
-def test_a_last_batch_of_one_picture_is_left_out_because_batch_norm_needs_two(
-    few: ImageDataset, tmp_path: Path
-) -> None:
+def test_a_last_batch_of_one_picture_is_left_out(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
     config = tiny("retrain.batch_size=299", "retrain.epochs=1")
     retrain(config, few, tmp_path, watcher)
@@ -368,7 +366,7 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
 
 
 @pytest.mark.parametrize("method", ["two_stage", "one_stage"])
-def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said(
+def test_another_solver_recovers_nodes_that_the_first_failed_on(
     few: ImageDataset, tmp_path: Path, method: str
 ) -> None:
     sizes = {"two_stage": "epochs: 2", "one_stage": "max_search_epochs: 2, train_epochs: 0"}[method]
@@ -394,7 +392,7 @@ def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said
     assert "space.solver" not in describe(asked[-1])
 
 
-def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
+def test_retraining_measures_the_test_split_at_intervals_and_at_the_end(
     few: ImageDataset, tmp_path: Path
 ) -> None:
     config = tiny("retrain.epochs=3", "retrain.test_every=2")
@@ -456,7 +454,7 @@ def test_a_job_stopped_in_an_epoch_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
-def test_a_job_that_is_told_not_to_go_on_ends_with_the_epoch_and_goes_on_as_if_it_had_not(
+def test_a_job_that_stops_after_an_epoch_resumes_as_if_it_had_not(
     few: ImageDataset, whole: dict[str, Any], tmp_path: Path, job: str
 ) -> None:
     for done in (1, 2):
@@ -624,14 +622,14 @@ def test_a_whole_checkpoint_that_is_not_of_the_job_is_one_line(
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
-def test_a_job_does_not_go_on_with_other_pictures(few: ImageDataset, tmp_path: Path, job: str) -> None:
+def test_a_job_does_not_resume_with_other_pictures(few: ImageDataset, tmp_path: Path, job: str) -> None:
     start = search if job == "search" else retrain
     start(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
     with pytest.raises(CheckpointError, match="data set digits has changed since the checkpoint of this run"):
         start(tiny(), dataclasses.replace(few, digest="other", train_digest="other"), tmp_path)
 
 
-def test_a_two_stage_search_goes_on_with_other_test_pictures(few: ImageDataset, tmp_path: Path) -> None:
+def test_a_two_stage_search_resumes_with_other_test_pictures(few: ImageDataset, tmp_path: Path) -> None:
     repaired = dataclasses.replace(few, digest="other")
     for start, folder in ((search, tmp_path / "search"), (retrain, tmp_path / "retrain")):
         folder.mkdir()
@@ -842,7 +840,7 @@ def test_what_needs_a_gpu_is_refused_without_one(override: str, gpus: int, says:
     assert "\n" not in str(caught.value)
 
 
-def test_this_process_computes_on_what_is_here_with_the_threads_that_are_set() -> None:
+def test_compute_for_sets_up_this_process() -> None:
     before = torch.get_num_threads()
     try:
         compute = compute_for(tiny("runtime.device=auto", "runtime.threads=2").runtime)

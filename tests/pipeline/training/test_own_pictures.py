@@ -169,9 +169,7 @@ def test_pictures_in_a_sub_folder_stop_a_job(job: str, istanas: Command) -> None
     )
 
 
-def test_a_class_without_test_pictures_is_told_in_the_job_the_report_and_mlflow(
-    istanas: Command, tmp_path: Path
-) -> None:
+def test_a_class_without_test_pictures_is_reported_everywhere(istanas: Command, tmp_path: Path) -> None:
     shutil.rmtree("pictures/test/bee")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     tracked = (
