@@ -18,8 +18,7 @@ from istanas.data.folders import describe
 from istanas.data.image_dataset import ArrayPictures, ImageDataset, pictures_digest
 from istanas.data.request import DatasetRequest
 from istanas.data.splits import stratified_split
-from istanas.errors import ConfigError, DataError
-from istanas.limits import SMALL_SIDE
+from istanas.errors import DataError
 
 TORCHVISION = {
     "cifar10": "CIFAR10",
@@ -34,7 +33,6 @@ TORCHVISION = {
 
 def load_digits(request: DatasetRequest) -> ImageDataset:
     """Load scikit-learn's 1,797 handwritten digits; the test split is the same fifth for every seed."""
-    check_array_size(request.name, request.image_size)
     # Only the data file is read, because importing scikit-learn takes a second in every worker and trial.
     file = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = np.loadtxt(str(file), delimiter=",")  # 64 grey values in 0..16, then the digit
@@ -53,7 +51,6 @@ def load_digits(request: DatasetRequest) -> ImageDataset:
 
 def load_torchvision(request: DatasetRequest) -> ImageDataset:
     """Load one of torchvision's data sets from its files."""
-    check_array_size(request.name, request.image_size)
     root = request.cache_dir / "downloads" if request.root is None else request.root
     splits: list[ArrayPictures] = []
     for train in (True, False):
@@ -92,24 +89,6 @@ def _open_torchvision(request: DatasetRequest, root: Path, train: bool) -> Any:
             field="data.root",
             remedy="set data.root to its folder, or download it with --set data.download=true",
         ) from error
-
-
-def check_array_size(name: str, image_size: int | None) -> None:
-    """Check that pictures of a data set other than a folder, which are kept in memory, stay small.
-
-    Args:
-        name: The data set.
-        image_size: Side in pixels to which they are scaled; None keeps their size.
-
-    Raises:
-        ConfigError: If it is too large.
-    """
-    if image_size is not None and image_size > SMALL_SIDE:
-        raise ConfigError(
-            f"{image_size} is too large for {name}, which is kept in memory",
-            field="data.image_size",
-            remedy=f"use at most {SMALL_SIDE}, or a picture folder (data.name=folder)",
-        )
 
 
 def array_dataset(

@@ -18,7 +18,6 @@ from istanas.data.folders import Listing, Survey, cache_file, survey_folder
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, pictures_digest
 from istanas.data.reading import DecodeSettings, decode_pictures
 from istanas.data.request import DatasetRequest
-from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,10 +47,7 @@ def load_folder(request: DatasetRequest) -> ImageDataset:
 
 
 def _survey(request: DatasetRequest) -> Survey:
-    if request.root is None:
-        raise ConfigError(
-            "not set", field="data.root", remedy="name the picture folder with --set data.root=DIR"
-        )
+    assert request.root is not None, "checked by `load_dataset`"
     return survey_folder(
         request.root,
         cache_dir=request.cache_dir,

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from istanas.checks import check_dataset_arguments
 from istanas.data.arrays import TORCHVISION, load_digits, load_torchvision
 from istanas.data.cache import default_cache_dir
 from istanas.data.folder_dataset import load_folder
@@ -69,10 +70,7 @@ def load_dataset(
             field="data.name",
             remedy=f"choose one of {', '.join(DATASETS)}",
         )
-    if image_size is not None and image_size < 1:
-        raise ConfigError(
-            f"{image_size} is too small", field="data.image_size", remedy="use 1 or more pixels"
-        )
+    check_dataset_arguments(name, has_root=root is not None, image_size=image_size)
     request = DatasetRequest(
         name=name,
         root=None if root is None else Path(root).expanduser(),
