@@ -413,7 +413,7 @@ def test_a_trained_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(fo
         (retrained / "model.safetensors").unlink()
     sparse(retrained / "trials.csv")
     table = ["results", "--sweep", str(retrained)]
-    assert_refused(confined(table, folder), 2, "trials.csv: no table of trials (larger")
+    assert_refused(confined(table, folder), 2, "trials.csv: not a valid table of trials (larger")
 
 
 def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_sweep_that_would_fail_or_start_nothing_is_refused(
     assert run(["submit", "--address", "127.0.0.1:1", "--", "sweep", "--dry-run"]) == 2
     assert "error: --dry-run: starts nothing, run it here" in capsys.readouterr().err
     assert run(["submit", "--address", "127.0.0.1:1", "--", "sweep", "--set", "runtime.workers=2"]) == 2
-    assert "error: sweep is missing" in capsys.readouterr().err
+    assert "error: sweep: no such section" in capsys.readouterr().err
 
 
 def test_half_an_address_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
