@@ -107,10 +107,12 @@ def _substitute(problem: str) -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise IstanasError(f"{problem}, nor can a temporary folder ({error}); {REMEDY}") from None
+        raise IstanasError(
+            f"{problem}, and no temporary folder can be created ({error})", remedy=REMEDY
+        ) from None
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
     if not private:
-        raise IstanasError(f"{problem}, and {folder} is not a private folder of this user; {REMEDY}")
+        raise IstanasError(f"{problem}, and {folder} is not a private folder of this user", remedy=REMEDY)
     return folder
 
 

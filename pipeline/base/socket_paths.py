@@ -31,8 +31,9 @@ def short_temporary_folder(below: str) -> Path:
         if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise IstanasError(
-        f"TMPDIR is {usual}: too long for the paths of Unix sockets, and /tmp, /var/tmp and XDG_RUNTIME_DIR can't be "
-        f"written; set TMPDIR to a folder whose path has at most {most} characters"
+        f"{usual} is too long for the paths of Unix sockets, and /tmp, /var/tmp and XDG_RUNTIME_DIR cannot be written",
+        field="TMPDIR",
+        remedy=f"set TMPDIR to a folder whose path has at most {most} characters",
     )
 
 

@@ -177,7 +177,7 @@ class Workers(click.ParamType):
         try:
             return str(parse_workers(value))
         except ConfigError as error:
-            self.fail(str(error).removeprefix("workers: "), param, ctx)
+            self.fail(f"{error.problem}; {error.remedy}", param, ctx)
 
 
 def placed(command: Command) -> Command:
@@ -650,7 +650,9 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
     )
     if not tracker.deliver():
         raise IstanasError(
-            f"sync: {bucket.shown(run_dir.path)} could not be delivered, start the store and try again"
+            "could not be delivered to MLflow",
+            field=bucket.shown(run_dir.path),
+            remedy="start the store and try again",
         )
     sent = tracker.last_delivery
     assert sent is not None
@@ -658,7 +660,11 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         from pipeline.jobs.closing import deliver_below
 
         if not deliver_below(run_dir.path, config):
-            raise IstanasError(f"sync: not all trials of {run_dir.path} could be delivered, try again")
+            raise IstanasError(
+                "not all trials could be delivered to MLflow",
+                field=bucket.shown(run_dir.path),
+                remedy="try again",
+            )
     counts = (
         f"{sent.metrics} metrics, {sent.params} parameters, {sent.tags} tags, {sent.datasets} data sets, "
         f"{len(sent.artifacts)} files"
@@ -962,8 +968,9 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     uri = config.tracking.uri
     if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
         raise ConfigError(
-            f"tracking.uri is {public_uri(uri)}, a setting of {origin.run}: the folder of this MLflow store no longer "
-            "exists; name a store with --set tracking.uri=URI"
+            f"the folder of {public_uri(uri)}, a setting of {origin.run}, no longer exists",
+            field="tracking.uri",
+            remedy="name a store with --set tracking.uri=URI",
         )
 
 
@@ -983,7 +990,11 @@ def _load(
     from pipeline.tracking.references import load_of_run, run_of_config
 
     if file is not None and "://" in file:
-        raise ConfigError(f"--config {without_secrets(file)!r:.80}: an address; give a file on this machine")
+        raise ConfigError(
+            "an address",
+            field=f"--config {without_secrets(file)!r:.80}",
+            remedy="give a file on this machine",
+        )
     path = default_file() if file is None else Path(file)
     given, run = _overrides(overrides, workers, address), run_of_config(path)
     config = load(path, given) if run is None else load_of_run(path, run, given)
@@ -1006,7 +1017,7 @@ def _write_csv(file: Path, text: str) -> None:
     from pipeline.base.files import atomic_write
 
     if file.is_dir():
-        raise ConfigError(f"--csv {file}: a folder, name a file")
+        raise ConfigError("a folder", field=f"--csv {file}", remedy="name a file")
     if file.exists() and not file.is_file():
         file.write_text(text)
     else:

@@ -21,7 +21,6 @@ from pipeline.tracking.store import open_client, public_uri, store_uri
 State = Literal["ok", "warn", "fail"]
 
 NEEDED_PYTHON = (3, 11)
-SCARCE_DISK_GB = 5.0
 _DISTRIBUTION = "istanas"
 
 
@@ -183,8 +182,8 @@ def check_data(data: DataSettings) -> Check:
     try:
         return _check_folder(data) if data.name == "folder" else _check_data_set(data)
     except IstanasError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        return Check("data", "fail", message or remedy, remedy if message else "set data.name and data.root")
+        message = ": ".join(part for part in (error.source, error.field, error.problem) if part is not None)
+        return Check("data", "fail", message, error.remedy or "set data.name and data.root")
 
 
 def _check_data_set(data: DataSettings) -> Check:
@@ -209,13 +208,17 @@ def _check_folder(data: DataSettings) -> Check:
     return Check("data", "warn" if remedies else "ok", "; ".join(lines), "; ".join(remedies))
 
 
-def check_disk(folder: Path) -> Check:
-    """Space for checkpoints, decoded pictures and MLflow's files."""
+def check_disk(folder: Path, *, enough_gb: float = 5.0) -> Check:
+    """Check the disk space for checkpoints, decoded pictures and MLflow's files.
+
+    Args:
+        folder: A folder on the disk.
+        enough_gb: Free space in GB that suffices for most runs.
+    """
     free = shutil.disk_usage(folder).free / 1e9
     message = f"{free:.1f} GB free in {folder}"
-    if free < SCARCE_DISK_GB:
-        remedy = f"make room: {SCARCE_DISK_GB:.0f} GB are enough for most runs"
-        return Check("disk", "warn", message, remedy)
+    if free < enough_gb:
+        return Check("disk", "warn", message, f"free some space: {enough_gb:.0f} GB are enough for most runs")
     return Check("disk", "ok", message)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 
 from istanas.errors import ConfigError
-from pipeline.config.load import section_of
+from pipeline.config.keys import section_of
 from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
 
 ANY_KEY = "KEY"  # stands for the swept keys in `sweep.space.KEY.uniform`
@@ -136,7 +136,9 @@ def describe(prefix: str = "") -> list[Key]:
     if not found:
         known = [key.path for key in keys] + list(sections())
         nearest = difflib.get_close_matches(prefix, known, n=1, cutoff=0)[0]
-        raise ConfigError(f"--describe {prefix!r:.80}: unknown key, did you mean {nearest}?")
+        raise ConfigError(
+            "unknown key", field=f"--describe {prefix!r:.80}", remedy=f"did you mean {nearest}?"
+        )
     return found
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
@@ -55,11 +56,20 @@ Pixels = Annotated[int, Field(ge=0), _unit("pixels")]
 BatchSize = Annotated[int, Field(ge=2), _unit("pictures")]
 
 
+def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a validator for a function that raises ConfigError: pydantic takes only ValueError, which carries it."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return check(value)
+        except ConfigError as error:
+            raise ValueError(error) from None
+
+    return validate
+
+
 def _checked_workers(value: Any) -> Any:
-    try:
-        parse_workers(value)
-    except ConfigError as error:
-        raise ValueError(str(error).partition(" is none, ")[2]) from None
+    parse_workers(value)
     return value
 
 
@@ -70,11 +80,27 @@ def _checked_colour(value: str) -> str:
         try:
             red, green, blue, *alpha = ImageColor.getrgb(value)
         except ValueError:
-            raise ValueError("name a colour, such as white, or give one as #rrggbb") from None
+            raise ConfigError(
+                f"{value!r:.40} is not a colour",
+                remedy="name a colour, such as white, or give one as #rrggbb",
+            ) from None
         if alpha:
-            raise ValueError("a background is opaque, give its colour without alpha, as #rrggbb")
+            raise ConfigError(
+                f"{value!r:.40} has an alpha channel, and a background is opaque",
+                remedy="give its colour as #rrggbb",
+            )
         value = f"#{red:02x}{green:02x}{blue:02x}"
     return value
+
+
+def _without_password(address: str) -> str:
+    shown = without_secrets(address)
+    if shown != address:
+        raise ConfigError(
+            f"{shown!r:.60} contains a password",
+            remedy="leave it out: Ray's token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token",
+        )
+    return address
 
 
 class _Section(BaseModel):
@@ -98,7 +124,7 @@ class DataSettings(_Section):
         description="Side to which pictures are resized. null keeps small pictures as they are, and uses 224 for large "
         "ones.",
     )
-    background: Annotated[str, pydantic.AfterValidator(_checked_colour), _in_words("colour")] = Field(
+    background: Annotated[str, AfterValidator(_checked(_checked_colour)), _in_words("colour")] = Field(
         "#ffffff",
         description="Colour behind the transparent pictures of a folder: a name such as white, or #rrggbb.",
     )
@@ -353,20 +379,6 @@ class RetrainSettings(_Section):
     )
 
 
-NEEDS_OP_BATCHNORM = (
-    "comes from a one-stage search, whose network has batch norm after pooling and identity, and retrain.op_batchnorm "
-    "is false: set retrain.op_batchnorm=true"
-)  # of a cell that is to be retrained
-
-
-def _without_password(address: str) -> str:
-    if without_secrets(address) != address:
-        raise ValueError(
-            "no password belongs in it; Ray's token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        )
-    return address
-
-
 class RuntimeSettings(_Section):
     """Where and how a job runs. These keys are not part of the configuration's hash."""
 
@@ -391,13 +403,13 @@ class RuntimeSettings(_Section):
         description="Processes of each worker that decode large pictures. 0 decodes them in the worker itself.",
     )
     workers: Annotated[
-        int | str, BeforeValidator(_checked_workers), _in_words("integer, at least 0, or MIN:MAX")
+        int | str, BeforeValidator(_checked(_checked_workers)), _in_words("integer, at least 0, or MIN:MAX")
     ] = Field(
         0,
         description="Ray Train workers: a number, or MIN:MAX for a number that follows the cluster. 0 runs the job in "
         "this process, without Ray.",
     )
-    address: Annotated[str, Field(min_length=1), pydantic.AfterValidator(_without_password)] | None = Field(
+    address: Annotated[str, Field(min_length=1), AfterValidator(_checked(_without_password))] | None = Field(
         None,
         description="Address of a Ray cluster. null uses RAY_ADDRESS, and without it starts Ray on this machine.",
     )
@@ -420,7 +432,7 @@ class RuntimeSettings(_Section):
         description="Mean training loss of an epoch above which training counts as diverged. null accepts every finite "
         "loss.",
     )
-    runs_dir: Annotated[str, pydantic.AfterValidator(checked_address)] = Field(
+    runs_dir: Annotated[str, AfterValidator(_checked(checked_address))] = Field(
         "runs",
         description="Where run directories are kept: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH.",
     )
@@ -482,19 +494,28 @@ class Parameter(_Section):
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> Parameter:
-        kinds = ", ".join(PARAMETER_KINDS)
+        try:
+            self._check()
+        except ConfigError as error:
+            raise ValueError(error) from None
+        return self
+
+    def _check(self) -> None:
         given = self._given
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {kinds}, not {len(given)}")
+            found = f"{' and '.join(given)} are given" if given else "no kind of range is given"
+            raise ConfigError(found, remedy=f"give exactly one of {', '.join(PARAMETER_KINDS)}")
         if self.kind in ("uniform", "loguniform", "int"):
             low, high = self.value
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"{self.kind}: give [low, high] with low below high")
+                raise ConfigError(
+                    f"{self.kind}: [{low}, {high}] is not a range",
+                    remedy="give [low, high] with low below high",
+                )
             if self.kind == "loguniform" and low <= 0:
-                raise ValueError("loguniform: low must be above 0")
+                raise ConfigError(f"loguniform: {low} has no logarithm", remedy="give a low end above 0")
         if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
-            raise ValueError("choice: a value stands in it twice")
-        return self
+            raise ConfigError("choice: a value is given twice", remedy="give each value once")
 
     @property
     def _given(self) -> list[str]:

@@ -42,7 +42,11 @@ def parse_workers(value: int | str) -> WorkerRange:
         high = low if found[2] is None else int(found[2])
         if low == high or 1 <= low < high:
             return WorkerRange(low, high)
-    raise ConfigError(f"workers: {str(value)!r:.40} is none, give a number or MIN:MAX, such as 2 or 1:4")
+    raise ConfigError(
+        f"{value!r:.40} is not a number of workers",
+        field="workers",
+        remedy="give a number or MIN:MAX, such as 2 or 1:4",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from istanas.errors import ConfigError
 from pipeline.base.text import shown_value
-from pipeline.config.load import known_methods, nearest_key, value_at, with_settings
+from pipeline.config.errors import fields_of, mistakes_of, one_error
+from pipeline.config.keys import known_methods, nearest_key, value_at
+from pipeline.config.load import with_settings
 from pipeline.config.schema import Config, Parameter, SweepSettings
 
 Settings = dict[str, Any]  # "key.path" -> value, of one trial
@@ -152,7 +154,7 @@ def check_space(config: Config) -> None:
     for number, point in enumerate(sweep.points):
         errors += [error.in_source(f"sweep.points.{number}") for error in _point_errors(config, point)]
     if errors:
-        raise errors[0] if len(errors) == 1 else ConfigError("\n".join(map(str, errors)))
+        raise one_error(errors)
     from istanas.training import derive_seed  # imports torch, which a table of trials can do without
 
     for number in range(N_CHECKED):
@@ -233,10 +235,17 @@ def _parameter_errors(
         others = [name for name in sweep_of(config).space if name != key and name not in base]
         for value in values_of(parameter):
             try:
-                with_settings(config, {**base, key: value}, "value")
+                with_settings(config, {**base, key: value}, field)
             except ConfigError as error:
-                if key in str(error) and not any(name in str(error) for name in others):
-                    yield ConfigError(str(error).splitlines()[0].removeprefix("value: "), field=field)
+                for mistake in mistakes_of(error):
+                    if _concerns(mistake, key) and not any(_concerns(mistake, name) for name in others):
+                        yield mistake
+                        break
+
+
+def _concerns(mistake: ConfigError, key: str) -> bool:
+    """Return whether a mistake is about a key, or about a part of its value."""
+    return any(field == key or field.startswith(f"{key}.") for field in fields_of(mistake))
 
 
 def _condition_errors(

@@ -16,7 +16,7 @@ from optuna.study import Study
 from istanas.errors import IstanasError
 from pipeline.base.text import last_line
 from pipeline.cluster.loss import noticing_its_loss
-from pipeline.config.load import known_methods
+from pipeline.config.keys import known_methods
 from pipeline.config.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.jobs.observer import RunObserver
 from pipeline.runs.layout import LOG_FOLDER

@@ -29,7 +29,8 @@ from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.training import Compute, derive_seed
-from pipeline.config.load import check_batch_sizes, with_stems
+from pipeline.config.combinations import check_batch_sizes
+from pipeline.config.load import with_stems
 from pipeline.config.schema import Config, DataSettings, OneStageConfig, TwoStageConfig
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
 

@@ -76,12 +76,12 @@ def refused(*settings: str, address: str = HEAD, job: str = "search", cluster: b
         # The configuration itself refuses a password in an address.
         (
             [*GOOD, "runtime.address='ray://me:pw@h:1'"],
-            ["--set \"runtime.address='ray://h:1'\": runtime.address: 'ray://h:1' is refused"],
+            ["--set \"runtime.address='ray://h:1'\": runtime.address: 'ray://h:1' contains a password"],
         ),
         (["runtime.workers=2", "runtime.runs_dir=file:///shared/runs"], []),
         (
             [*GOOD, "search.batch_size=3"],
-            ["search.batch_size is 3, of all workers together: 2 need at least"],
+            ["search.batch_size: 3 is too small for 2 workers; use at least"],
         ),
         ([*GOOD, "retrain.batch_size=3"], []),
     ],
