@@ -654,7 +654,7 @@ def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
     ("number", "code", "says"),
     [
         (signal.SIGINT, 130, "interrupted: the same command resumes"),
-        (signal.SIGTERM, 143, "told to end (SIGTERM): the same command resumes"),
+        (signal.SIGTERM, 143, "terminated (SIGTERM): the same command resumes"),
         (signal.SIGHUP, 129, "the terminal was closed (SIGHUP): the same command resumes"),
     ],
     ids=["ctrl-c", "sigterm", "sighup"],

@@ -242,7 +242,7 @@ def test_what_a_job_would_only_tell_is_a_warning(pictures: Path) -> None:
         "; the test split has no picture of dog; accuracies on it cover 1 of 2 classes"
     )
     assert check.remedy == (
-        "add test pictures of every class; move or convert what is left out, if it belongs to the data"
+        "add test pictures of every class; move or convert the files that are left out, if they belong to the data"
     )
 
 

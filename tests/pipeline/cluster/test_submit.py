@@ -97,11 +97,9 @@ def test_what_would_be_lost_or_not_found_is_refused_with_the_remedy(
 
 def test_each_job_is_checked_for_what_it_trains() -> None:
     assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="retrain")[0].startswith(
-        "retrain.batch_size is 3"
+        "retrain.batch_size: 3"
     )
-    assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="run")[0].startswith(
-        "retrain.batch_size is 3"
-    )
+    assert refused(*GOOD, *NO_STORE, "retrain.batch_size=3", job="run")[0].startswith("retrain.batch_size: 3")
     space = [
         "data.holdout=0.1",
         "sweep={space: {search.lr: {uniform: [0.1, 0.2]}}, storage: 'sqlite:///study.db'}",
@@ -187,7 +185,7 @@ def test_a_password_is_neither_sent_nor_said(monkeypatch: pytest.MonkeyPatch) ->
         (["serch"], "COMMAND: 'serch' can't be submitted, choose search, retrain, run, sweep"),
         (["ui"], "COMMAND: 'ui' can't be submitted"),
         (["search", "--bogus"], "No such option '--bogus'. See: istanas search --help"),
-        (["search", "--workers", "4:1"], "'4:1' is none"),
+        (["search", "--workers", "4:1"], "'4:1' is not a number"),
         (["search", "--set", "search.epoch=3"], "did you mean epochs?"),
         (["search", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (["retrain", "--workers", "1"], "--genotype"),

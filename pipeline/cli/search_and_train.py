@@ -1,0 +1,123 @@
+"""The commands that search and train: search, retrain, run and sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli.options import complete_file, job_options
+from pipeline.cli.output import console_for, print_json, show_result, show_sweep_result
+from pipeline.cli.settings import load_config, load_for_genotype
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.config.schema import Config
+
+
+@click.command()
+@job_options
+def search(as_json: bool, fresh: bool, **settings: Any) -> None:
+    """Search for an architecture."""
+    config, name = load_config(**settings)
+    from pipeline.jobs.search import run_search
+
+    with _surroundings(config, as_json) as (console, runtime):
+        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
+    show_result(result, as_json, console, config)
+
+
+@click.command()
+@click.option(
+    "--genotype",
+    required=True,
+    metavar="FILE|NAME|RUN|random:SEED",
+    shell_complete=complete_file,
+    help="Genotype to train: a JSON file, a published cell (ISTA_twostage, ISTA_onestage, ISTA_ImageNet), a search "
+    "(run directory, MLflow run id or unique name), or random:SEED for a random cell of the same space.",
+)
+@job_options
+def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
+    """Train the network of a genotype from scratch and test it.
+
+    Without --config, the settings of data and tracking are those of the run that found the genotype, if a run found it.
+    """
+    cells, parent, config, name = load_for_genotype(genotype, console_for(as_json), **settings)
+    from pipeline.jobs.retrain import run_retrain
+
+    with _surroundings(config, as_json) as (console, runtime):
+        result = run_retrain(
+            config,
+            cells,
+            name=name,
+            parent=parent,
+            origin=Path(genotype).name if Path(genotype).is_file() else genotype,
+            fresh=fresh,
+            console=console,
+            runtime=runtime,
+        )
+    show_result(result, as_json, console, config, kind="retrain")
+
+
+@click.command(name="run")
+@job_options
+def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
+    """Search, then retrain the result (one-stage: search and export).
+
+    A one-stage search trains its network in the same run; the network is then exported instead of being retrained.
+    """
+    config, name = load_config(**settings)
+    from pipeline.jobs.run import run_whole
+
+    with _surroundings(config, as_json) as (console, runtime):
+        result = run_whole(config, name=name, fresh=fresh, console=console, runtime=runtime)
+    show_result(result, as_json, console, config)
+
+
+@click.command()
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the space, example settings and the resources, without starting a trial.",
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Largest number of trials at once. Without it, as many run as fit.",
+)
+@job_options
+def sweep(as_json: bool, fresh: bool, dry_run: bool, **settings: Any) -> None:
+    """Run many searches with different settings and keep the best.
+
+    Optuna chooses the settings; Ray Tune places the trials and stops unpromising ones early.
+    """
+    config, name = load_config(**settings)
+    from pipeline.sweep.job import print_dry_run, run_sweep
+
+    with _surroundings(config, as_json) as (console, runtime):
+        if dry_run:
+            plan = print_dry_run(config, console, runtime)
+            if as_json:
+                print_json(asdict(plan))
+            return
+        result = run_sweep(config, name=name, fresh=fresh, console=console, runtime=runtime)
+    show_sweep_result(result, as_json, console, config)
+
+
+@contextmanager
+def _surroundings(config: Config, as_json: bool) -> Iterator[tuple[Console, Runtime]]:
+    """Provide the console on which a job prints, and Ray's runtime, which is shut down at the end."""
+    from pipeline.cluster.ray_runtime import Runtime
+
+    with Runtime(config.runtime) as runtime:
+        yield console_for(as_json), runtime
+
+
+COMMANDS = (search, retrain, run_command, sweep)
