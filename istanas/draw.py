@@ -35,7 +35,7 @@ OTHER_COLOUR = "#8a1c7c"
 CONCAT_COLOUR = "#6f7682"
 _INK, _NODE_FILL, _END_FILL = "#222222", "#fdf3d1", "#e4ecf4"
 
-# Inches. The axes are in inches too, so that a shape looks as it was computed.
+# Inches, as are the coordinates of a figure, so that a shape looks as it was computed.
 _TITLE = 0.4
 _SMALLEST_PAGE = (8.0, 4.2)
 _LAYER, _NAME = 1.75, 0.33  # width that a layer takes, height that a name takes
@@ -50,6 +50,7 @@ _FROZEN_BY: dict[str, dict[str, Any]] = {
     "tolerance": {"marker": "o"},
     "limit": {"marker": "s", "markerfacecolor": "white"},
 }
+_PICK = "pick"  # label of the lines of the picks
 _LEAST_DISTANCE = 1e-6  # that a logarithmic axis needs to end at
 
 
@@ -96,61 +97,11 @@ def draw_cell(
 
     Example:
         >>> figure = draw_cell([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], title="normal")
-        >>> sorted(text.get_text() for text in figure.axes[0].texts)
-        ['$c_{k-1}$', '$c_{k-2}$', 'concat', 'node 0', 'sep_conv_3x3', 'skip_connect']
+        >>> sorted(text.get_text() for text in figure.texts)
+        ['$c_{k-1}$', '$c_{k-2}$', 'concat', 'node 0', 'normal', 'sep_conv_3x3', 'skip_connect']
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
     edges = _edges(picks, concat, weights)
-    places, page = _places(edges, len(picks))
-    bends, stops = _route(edges, places, page)
-    width, height = page[0], page[1] + _TITLE
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(0, height))
-    axes.set_axis_off()
-    font = FontProperties(family=_FONT_FAMILY, size=_FONT_SIZE)
-    figure.suptitle(title, y=1 - _TITLE / 2 / height, va="center", fontproperties=font)
-
-    def write(place: Array, text: str, colour: str, **options: Any) -> None:
-        style = {"ha": "center", "va": "center", "fontproperties": font, "color": colour, **options}
-        axes.text(place[0], place[1], text, **style)
-
-    half = np.array(_NODE_SIZE) / 2
-    names = ["$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(len(picks))), "concat"]
-    fills = [_END_FILL, _END_FILL, *(_NODE_FILL for _ in picks), _END_FILL]
-    boxes = []
-    for place, name, fill in zip(places, names, fills, strict=True):
-        corner = (place[0] - half[0], place[1] - half[1])
-        shape = "round,pad=0,rounding_size=0.1"
-        box = FancyBboxPatch(corner, *_NODE_SIZE, boxstyle=shape, facecolor=fill, edgecolor=_INK, zorder=3)
-        boxes.append(axes.add_patch(box))
-        write(place, name, _INK, zorder=4)
-
-    for edge, bend, stop in zip(edges, bends, stops, strict=True):
-        colour = CONCAT_COLOUR if edge.op is None else colour_of(edge.op)
-        arrow = FancyArrowPatch(
-            tuple(places[edge.source]),
-            tuple(places[edge.target]),
-            connectionstyle=f"arc3,rad={bend}",
-            arrowstyle="-|>",
-            mutation_scale=11,
-            patchA=boxes[edge.source],
-            patchB=boxes[edge.target],
-            linewidth=edge.width,
-            color=colour,
-            zorder=1,
-        )
-        axes.add_patch(arrow)
-        if edge.op is not None:
-            place = _curve(places[edge.source], places[edge.target], bend, stop)
-            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-            write(place, edge.op, colour, bbox=ground, zorder=2)
-    return figure
+    return _figure(edges, len(picks), title)
 
 
 def cell_svg(
@@ -160,79 +111,86 @@ def cell_svg(
     label: str,
     weights: Sequence[Sequence[float]] | None = None,
 ) -> str:
-    """The graph of `draw_cell` as one small `<svg>` element for a page, drawn for a white ground.
+    """Draw the graph of `draw_cell` as one small `<svg>` element for a page with a white background.
 
     It has no title, no id and no style sheet. The lines of the picks have class "pick", in the order of the picks: a
     page may give them other widths (`edge_widths`), and so show the same cell with other weights.
 
     Args:
-        picks, concat, weights: as `draw_cell` takes them.
-        label: what a screen reader says.
+        picks: As `draw_cell` takes them.
+        concat: As `draw_cell` takes it.
+        label: Text for screen readers.
+        weights: As `draw_cell` takes them.
 
     Raises:
-        GenotypeError: as `draw_cell`.
+        GenotypeError: As `draw_cell`.
 
     Example:
         >>> cell_svg([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], label="normal cell").count('class="pick"')
         2
     """
-    from xml.etree import ElementTree as ET
+    from istanas.small_svg import figure_svg
 
-    edges = _edges(picks, concat, weights)
-    places, page = _places(edges, len(picks))
-    bends, stops = _route(edges, places, page)
-    height = page[1]
-
-    def put(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
-        element = ET.SubElement(parent, tag, {k.replace("_", "-"): v for k, v in attributes.items()})
-        element.text = text
-        return element
-
-    def points(xy: Array) -> list[str]:
-        """Inches from below to points from above, as text."""
-        return [f"{72 * x:.1f} {72 * (height - y):.1f}" for x, y in xy.reshape(-1, 2)]
-
-    def write(place: Array, text: str, colour: str, *, ground: Array, **style: str) -> ET.Element:
-        """A text in the middle of a box."""
-        x, y = points(place + ground * (-0.5, 0.5))[0].split()
-        size = {"width": f"{72 * ground[0]:.1f}", "height": f"{72 * ground[1]:.1f}"}
-        put(svg, "rect", x=x, y=y, **{"fill": "#ffffff", **size, **style})
-        x, y = points(place)[0].split()
-        return put(svg, "text", text, x=x, y=y, dy="3.5", fill=colour)
-
-    svg = ET.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {72 * page[0]:.0f} {72 * height:.0f}",
-            "role": "img",
-            "aria-label": label,
-            "font-family": f"{_FONT_FAMILY}, Verdana, sans-serif",
-            "font-size": f"{_FONT_SIZE:g}",
-            "text-anchor": "middle",
-        },
+    figure = _figure(_edges(picks, concat, weights), len(picks), title=None)
+    figure.patch.set_visible(False)
+    for artist in figure.artists:
+        if artist.get_label() == _PICK:
+            artist.set_gid(_PICK)
+    font = f"{_FONT_FAMILY}, Verdana, sans-serif"
+    return figure_svg(
+        figure, {"role": "img", "aria-label": label, "font-family": font, "font-size": f"{_FONT_SIZE:g}"}
     )
-    lines = put(svg, "g", fill="none")
-    for edge, bend in zip(edges, bends, strict=True):
-        colour = CONCAT_COLOUR if edge.op is None else colour_of(edge.op)
-        start, control, end, head = _arrow(places[edge.source], places[edge.target], bend)
-        way = points(np.array([start, control, end]))
-        pick = {} if edge.op is None else {"class": "pick"}
-        path = f"M{way[0]}Q{way[1]} {way[2]}"
-        put(lines, "path", d=path, stroke=colour, stroke_width=f"{edge.width:.2f}", **pick)
-        put(lines, "path", d=f"M{'L'.join(points(head))}Z", fill=colour)
+
+
+def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
+    """The figure of a cell; with a title, even an empty one, there is room for it above the graph."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import FancyBboxPatch, Patch, PathPatch, Polygon
+    from matplotlib.path import Path as Line
+
+    places, page = _places(edges, n_nodes)
+    bends, stops = _route(edges, places, page)
+    width, height = page[0], page[1] + (0.0 if title is None else _TITLE)
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    # Without axes, whose making takes as long as all else: coordinates are inches.
+    inches: Any = figure.dpi_scale_trans
+    font = FontProperties(family=_FONT_FAMILY, size=_FONT_SIZE)
+    if title is not None:
+        figure.suptitle(title, y=1 - _TITLE / 2 / height, va="center", fontproperties=font)
+
+    def write(place: Array, text: str, colour: str, **options: Any) -> None:
+        style = {"ha": "center", "va": "center", "fontproperties": font, "color": colour, **options}
+        figure.text(place[0], place[1], text, transform=inches, **style)
+
+    def draw(patch: Patch) -> None:
+        patch.set_transform(inches)
+        figure.add_artist(patch)
+
+    half = np.array(_NODE_SIZE) / 2
+    names = ["$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(n_nodes)), "concat"]
+    fills = [_END_FILL, _END_FILL, *(_NODE_FILL for _ in range(n_nodes)), _END_FILL]
+    for place, name, fill in zip(places, names, fills, strict=True):
+        corner = (place[0] - half[0], place[1] - half[1])
+        shape = "round,pad=0,rounding_size=0.1"
+        draw(FancyBboxPatch(corner, *_NODE_SIZE, boxstyle=shape, facecolor=fill, edgecolor=_INK, zorder=3))
+        write(place, name, _INK, zorder=4)
+
     for edge, bend, stop in zip(edges, bends, stops, strict=True):
+        colour = CONCAT_COLOUR if edge.op is None else colour_of(edge.op)
+        *line, head = _arrow(places[edge.source], places[edge.target], bend)
+        curve = Line(line, [Line.MOVETO, Line.CURVE3, Line.CURVE3])
+        label = "" if edge.op is None else _PICK
+        draw(PathPatch(curve, fill=False, linewidth=edge.width, edgecolor=colour, label=label, zorder=1))
+        draw(Polygon(head, facecolor=colour, linewidth=0, zorder=1))
         if edge.op is not None:
             place = _curve(places[edge.source], places[edge.target], bend, stop)
-            write(place, edge.op, colour_of(edge.op), ground=np.array(_text_size(edge.op)) + 0.04)
-    for state, place in enumerate(places):
-        inner = 2 <= state < len(places) - 1
-        style = {"fill": _NODE_FILL if inner else _END_FILL, "stroke": _INK, "rx": "7"}
-        name = "c" if state < 2 else f"node {state - 2}" if inner else "concat"
-        text = write(place, name, _INK, ground=np.array(_NODE_SIZE), **style)
-        if state < 2:
-            put(text, "tspan", f"k\N{MINUS SIGN}{2 - state}", dy="2.5", font_size="8")
-    return ET.tostring(svg, encoding="unicode")
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            write(place, edge.op, colour, bbox=ground, zorder=2)
+    return figure
 
 
 def edge_widths(weights: Sequence[Sequence[float]]) -> list[list[float]]:

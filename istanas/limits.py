@@ -56,6 +56,9 @@ WEIGHTS_HEADER_BYTES = 8 * MB
 SMALL_SIDE = 64
 """Pixels of a side up to which pictures are small: decoded once, kept in memory, and given the stem of CIFAR-10."""
 
+MIN_IMAGE_SIZE = 8
+"""Pixels of a side below which the networks accept no pictures."""
+
 MAX_SIDE = 4_096
 """Pixels of a side of the pictures that a loaded network is for."""
 

@@ -13,8 +13,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from istanas.nets.cell import STEM_MULTIPLIER, cell_places, live_places, live_states
 from istanas.nets.depthwise import DepthwiseConv2d
+from istanas.nets.skeleton import STEM_MULTIPLIER, cell_places, live_places, live_states
 from istanas.space import CELLS, N_CELL_INPUTS, Genotype
 
 _AUXILIARY = "auxiliary_head"

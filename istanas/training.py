@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import DivergedError
 from istanas.nets import TargetNet
+from istanas.settings import Schedule
 
 TOP5_ABOVE = 10
 """Top-5 is measured if there are more classes than this."""
@@ -23,7 +25,7 @@ TOP5_ABOVE = 10
 BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
 Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
 
-SCHEDULES = ("cosine", "linear", "linear_by_epoch")  # see `learning_rate`
+SCHEDULES = get_args(Schedule)  # see `learning_rate`
 TAIL_EPOCHS = 5  # of linear_by_epoch
 
 

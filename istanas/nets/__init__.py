@@ -1,7 +1,8 @@
 """The two networks: `Supernet` in search, `TargetNet` for a found genotype; and the way from one to the other."""
 
+from istanas.limits import MIN_IMAGE_SIZE
 from istanas.nets.absorb import absorb_into_batchnorm
-from istanas.nets.cell import MIN_IMAGE_SIZE, to_channels_last
+from istanas.nets.skeleton import to_channels_last
 from istanas.nets.supernet import NodeCode, NodeState, Supernet
 from istanas.nets.target import TargetNet
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
-from istanas.nets.cell import (
+from istanas.nets.operations import make_operation
+from istanas.nets.phases import SharedReads
+from istanas.nets.skeleton import (
     AuxiliaryHead,
     CellNetwork,
     CellPlace,
@@ -28,8 +30,6 @@ from istanas.nets.cell import (
     live_states,
     make_preprocess,
 )
-from istanas.nets.operations import make_operation
-from istanas.nets.phases import SharedReads
 from istanas.nets.target import apply_operation, drop_path, sum_terms
 from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
 

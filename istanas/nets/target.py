@@ -8,7 +8,16 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from istanas.nets.cell import (
+from istanas.nets.operations import (
+    DilConv,
+    FactorizedReduce,
+    NormalizedPool,
+    RectifiedBlock,
+    dense_gradient,
+    make_operation,
+)
+from istanas.nets.phases import SharedReads
+from istanas.nets.skeleton import (
     AuxiliaryHead,
     CellNetwork,
     CellPlace,
@@ -20,15 +29,6 @@ from istanas.nets.cell import (
     live_states,
     make_preprocess,
 )
-from istanas.nets.operations import (
-    DilConv,
-    FactorizedReduce,
-    NormalizedPool,
-    RectifiedBlock,
-    dense_gradient,
-    make_operation,
-)
-from istanas.nets.phases import SharedReads
 from istanas.space import N_CELL_INPUTS, Genotype
 
 

@@ -1,8 +1,9 @@
 """The search algorithms, as steps and epochs over any batches."""
 
-from istanas.search.one_stage import CLOSING_EPOCHS, Freezing, OneStageSearch, OneStageSettings
+from istanas.search.one_stage import Freezing, OneStageSearch
 from istanas.search.state import NodeReport, RecoveryReport
-from istanas.search.two_stage import TwoStageSearch, TwoStageSettings
+from istanas.search.two_stage import TwoStageSearch
+from istanas.settings import CLOSING_EPOCHS, OneStageSettings, SearchSettings, TwoStageSettings
 
 __all__ = [
     "CLOSING_EPOCHS",
@@ -11,6 +12,7 @@ __all__ = [
     "OneStageSearch",
     "OneStageSettings",
     "RecoveryReport",
+    "SearchSettings",
     "TwoStageSearch",
     "TwoStageSettings",
 ]

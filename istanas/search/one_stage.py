@@ -22,9 +22,9 @@ from istanas.search.state import (
     Place,
     Recovered,
     RecoveryReport,
-    SearchSettings,
     SearchState,
 )
+from istanas.settings import CLOSING_EPOCHS, OneStageSettings
 from istanas.space import CELLS, Genotype, genotype_from_supports
 from istanas.training import (
     BatchLike,
@@ -41,42 +41,6 @@ from istanas.training import (
 )
 
 MAX_REDRAWS = 100  # of b, for a first architecture within the limits
-# Epochs of the search after the last node has frozen. The published loop notices the end of its search only after it
-# has trained the next epoch, under the search's learning rate and without drop path.
-CLOSING_EPOCHS = 1
-
-
-@dataclass(frozen=True)
-class OneStageSettings(SearchSettings):
-    """Hyperparameters of a one-stage search; the defaults are the published ones.
-
-    Args:
-        max_search_epochs: >= 1; nodes that are still active after them freeze.
-        train_epochs: >= 0, epochs that are trained after the search. The learning rate is `lr` while searching, and
-            falls from there to `lr_min` over these.
-        schedule: how it falls, see `istanas.training.learning_rate`.
-        warmup_epochs: >= 0, first epochs in which the learning rate rises to `lr`; it continues into the training
-            if the search ends earlier.
-        drop_path: in [0, 1), probability that rises linearly from 0 to this over the `train_epochs`.
-        auxiliary_weight: >= 0, of the auxiliary head's loss.
-        label_smoothing: in [0, 1), of the training loss.
-        termination_tol: a node freezes when its code moves by at most this, >= 0.
-        max_params, max_macs: largest cost of an architecture that is accepted; None: any.
-    """
-
-    max_search_epochs: int = 600
-    train_epochs: int = 600
-    lr: float = 0.025
-    lr_min: float = 0.001
-    schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    arch_lr: float = 3e-4
-    drop_path: float = 0.2
-    auxiliary_weight: float = 0.4
-    label_smoothing: float = 0.0
-    termination_tol: float = 1e-3
-    max_params: int | None = 3_700_000
-    max_macs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError
 from istanas.nets import NodeCode, NodeState, Supernet
+from istanas.settings import SearchSettings
 from istanas.space import CELLS, CellSpace
 from istanas.sparse import (
     RecoveryResult,
@@ -36,37 +37,6 @@ Codes = dict[str, list[NodeCode]]
 States = dict[str, list[NodeState]]
 Place = tuple[str, int]  # (cell, node)
 STATE_VERSION = 2
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """Hyperparameters that both searches have.
-
-    Args:
-        lr, lr_min: > 0 and >= 0, of SGD on the weights.
-        momentum, weight_decay: of SGD.
-        grad_clip: largest joint norm of the weights' gradients. (The published code takes the norm over
-            weights and alphas together; here the alphas are not clipped.)
-        arch_lr, arch_betas, arch_weight_decay: of Adam on the compressed alphas.
-        n_measurements, matrix, matrix_seed: of the measurement matrices; see `draw_matrices`.
-        alphas_scale: deviation of the first compressed alphas.
-        l1_weight, solver: of the recovery.
-    """
-
-    lr: float = 0.1
-    lr_min: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    grad_clip: float | None = 5.0
-    arch_lr: float = 6e-4
-    arch_betas: tuple[float, float] = (0.5, 0.999)
-    arch_weight_decay: float = 1e-3
-    n_measurements: int = 7
-    matrix: str = "uniform"
-    matrix_seed: int = 0
-    alphas_scale: float = 1e-3
-    l1_weight: float = 1e-5
-    solver: str = "homotopy"
 
 
 @dataclass(frozen=True)

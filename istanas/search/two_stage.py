@@ -6,7 +6,6 @@ No I/O: the caller brings batches and stores what comes back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import DataError
 from istanas.nets import Supernet
-from istanas.search.state import RecoveryReport, SearchSettings, SearchState
+from istanas.search.state import RecoveryReport, SearchState
+from istanas.settings import TwoStageSettings
 from istanas.training import (
     BatchLike,
     Compute,
@@ -29,19 +29,6 @@ from istanas.training import (
     set_learning_rate,
     without_gradients,
 )
-
-
-@dataclass(frozen=True)
-class TwoStageSettings(SearchSettings):
-    """Hyperparameters of a two-stage search; the defaults are the published ones.
-
-    Args:
-        epochs: >= 1; the weights' learning rate falls from `lr` to `lr_min` over them (cosine, step by step).
-        termination_tol: stop early when every code moves by at most this in an epoch; None: never.
-    """
-
-    epochs: int = 50
-    termination_tol: float | None = None
 
 
 class TwoStageSearch(SearchState):

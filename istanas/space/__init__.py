@@ -1,4 +1,4 @@
-"""The search space: topology, candidate operations, genotypes and the published cells."""
+"""The search space: the topology of a cell, candidate operations, genotypes and the published cells."""
 
 from istanas.space.genotype import (
     CELLS,
@@ -10,7 +10,7 @@ from istanas.space.genotype import (
     state_name,
 )
 from istanas.space.literal import genotype_from_text
-from istanas.space.primitives import PRIMITIVES
+from istanas.space.primitives import PRIMITIVES, Primitive
 from istanas.space.published import PUBLISHED
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
@@ -23,6 +23,7 @@ __all__ = [
     "Genotype",
     "Pick",
     "Picks",
+    "Primitive",
     "genotype_from_supports",
     "genotype_from_text",
     "random_genotype",

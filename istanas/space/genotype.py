@@ -1,7 +1,7 @@
-"""A found architecture: for each node of the two cells the operations that it keeps, and its JSON form.
+"""Genotypes: the operations that each node of the two cells keeps, and their JSON form.
 
-The stored order of a node's picks matters (trained weights follow it); the digest ignores it, because two
-genotypes whose picks are merely listed differently are the same network.
+The stored order of a node's picks matters, because trained weights follow it. The digest ignores it, because two
+genotypes that differ only in this order describe the same network.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class Genotype:
     """The two cells of a network.
 
     Args:
-        normal, reduce: per node its picks (operation, state); states 0 and 1 are the two previous cells,
-            2 + i is node i. Every node has at least one pick.
-        normal_concat, reduce_concat: the states whose concatenation is the cell's output.
+        normal: For each node of the normal cell its picks (operation, state), at least one. States 0 and 1 are the
+            outputs of the two previous cells, state 2 + i is node i.
+        reduce: The same for the reduction cell.
+        normal_concat: States that the normal cell's output concatenates, each in 0 .. nodes + 1. Empty: all nodes.
+        reduce_concat: The same for the reduction cell, each in 2 .. nodes + 1.
 
     Raises:
-        GenotypeError: for an unknown operation, a state that does not come before its node, a repeated
-            or empty concatenation, or more nodes or picks than `istanas.limits` allows.
+        GenotypeError: If an operation is unknown, a state does not precede its node, a concatenation repeats a state
+            or has an invalid one, or there are more nodes or picks than `istanas.limits` allows.
 
     Example:
         >>> g = Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),))
@@ -59,15 +61,15 @@ class Genotype:
             _check_cell(cell, picks, getattr(self, f"{cell}_concat"))
 
     def picks(self, cell: str) -> Picks:
-        """Picks of the cell named "normal" or "reduce"."""
+        """Return the picks of the "normal" or "reduce" cell."""
         return self.normal if cell == "normal" else self.reduce
 
     def concat(self, cell: str) -> tuple[int, ...]:
-        """Concatenated states of the cell named "normal" or "reduce"."""
+        """Return the concatenated states of the "normal" or "reduce" cell."""
         return self.normal_concat if cell == "normal" else self.reduce_concat
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object as Python lists and dicts."""
+        """Return the JSON object as Python lists and dicts."""
         return {
             "version": VERSION,
             "normal": [[list(pick) for pick in node] for node in self.normal],
@@ -77,22 +79,30 @@ class Genotype:
         }
 
     def to_json(self) -> str:
-        """One line of JSON; `from_json` is its inverse."""
+        """Return one line of JSON, the inverse of `from_json`."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Any) -> Genotype:
-        """A genotype from a parsed JSON object, every field checked."""
+        """Return the genotype in a parsed JSON object.
+
+        Raises:
+            GenotypeError: If a field is missing, unknown or invalid.
+        """
         if not isinstance(data, dict):
             raise GenotypeError(
-                f"genotype is a JSON {type(data).__name__}: an object with version, normal, reduce is needed"
+                f"a JSON {type(data).__name__}, not an object",
+                field="genotype",
+                remedy="give an object with version, normal and reduce",
             )
         version = data.get("version")
         if not _is_int(version) or version != VERSION:
-            raise GenotypeError(f"genotype version is {version!r:.60}: this program reads version {VERSION}")
+            raise GenotypeError(
+                f"unknown version {version!r:.60}", field="genotype.version", remedy=f"use version {VERSION}"
+            )
         unknown = sorted(set(data) - {"version", "normal", "reduce", "normal_concat", "reduce_concat"})
         if unknown:
-            raise GenotypeError(f"genotype has an unknown field {unknown[0]!r:.60}: remove it")
+            raise GenotypeError(f"unknown field {unknown[0]!r:.60}", field="genotype", remedy="remove it")
         cells: dict[str, Any] = {}
         for cell in CELLS:
             cells[cell] = _parse_picks(cell, data.get(cell))
@@ -101,35 +111,39 @@ class Genotype:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Genotype:
-        """A genotype from its JSON text.
+        """Return the genotype in a JSON text.
 
         Raises:
-            GenotypeError: if the text is no JSON or no genotype.
+            GenotypeError: If the text is not JSON or not a genotype.
         """
         if len(text) > GENOTYPE_BYTES:
             raise GenotypeError(
-                f"genotype is larger than {GENOTYPE_BYTES} bytes: give the file that a search wrote"
+                f"larger than {GENOTYPE_BYTES} bytes",
+                field="genotype",
+                remedy="give the file that a search wrote",
             )
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise GenotypeError(
-                f"genotype is not JSON ({error}): give the file that a search wrote, or one `Genotype(...)` alone"
+                f"not JSON ({error})",
+                field="genotype",
+                remedy="give the file that a search wrote, or a file with one `Genotype(...)`",
             ) from None
         return cls.from_dict(data)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the canonical JSON, each node's picks sorted: equal networks have equal digests."""
+        """Return the SHA-256 digest (hex) of the canonical JSON, which is equal for equal networks."""
         text = json.dumps(self.canonical().to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def canonical(self) -> Genotype:
-        """The same network with each node's picks sorted: equal for all genotypes of one digest."""
+        """Return the same network with each node's picks sorted; it is equal for all genotypes of one digest."""
         normal, reduce = (tuple(tuple(sorted(node)) for node in self.picks(cell)) for cell in CELLS)
         return replace(self, normal=normal, reduce=reduce)
 
     def skip_ratio(self) -> float:
-        """Share of skip connections among all picks of both cells, in [0, 1]."""
+        """Return the fraction of skip connections among all picks of both cells, in [0, 1]."""
         ops = [op for cell in CELLS for node in self.picks(cell) for op, _ in node]
         return ops.count(SKIP) / len(ops)
 
@@ -144,11 +158,11 @@ class Genotype:
 
 
 def genotype_from_supports(space: CellSpace, supports: Mapping[str, Sequence[Sequence[int]]]) -> Genotype:
-    """The genotype whose picks are the candidates that each node's sparse code keeps.
+    """Return the genotype whose picks are the candidates that each node's sparse code keeps.
 
     Args:
-        space: the cell space that gives candidates their meaning.
-        supports: for "normal" and "reduce", per node the kept candidates (flat indices).
+        space: The cell space that defines the candidates.
+        supports: For "normal" and "reduce", the kept candidates of each node (indices into its sparse code).
 
     Example:
         >>> space = CellSpace(n_nodes=1, sparsity=1)
@@ -164,13 +178,13 @@ def genotype_from_supports(space: CellSpace, supports: Mapping[str, Sequence[Seq
 
 
 def random_genotype(seed: int, space: CellSpace) -> Genotype:
-    """A cell drawn uniformly from the same space: the honest baseline of a search.
+    """Draw a genotype uniformly from a space: the random baseline of a search.
 
     Each node keeps `space.sparsity` distinct candidates (on distinct edges with `one_op_per_edge`).
 
     Args:
-        seed: any integer >= 0; equal seeds give equal genotypes.
-        space: the space to draw from.
+        seed: An integer >= 0; equal seeds give equal genotypes.
+        space: The space to draw from.
 
     Example:
         >>> random_genotype(0, CellSpace()) == random_genotype(0, CellSpace())
@@ -190,36 +204,46 @@ def random_genotype(seed: int, space: CellSpace) -> Genotype:
 
 
 def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
+    field = f"genotype.{cell}"
     if not picks:
-        raise GenotypeError(f"genotype field {cell!r} has no node: give at least one")
+        raise GenotypeError("no nodes", field=field, remedy="give at least one")
     n_picks = sum(map(len, picks))
     if len(picks) > GENOTYPE_NODES or n_picks > GENOTYPE_PICKS:
         raise GenotypeError(
-            f"genotype field {cell!r} has {len(picks)} nodes with {n_picks} inputs: give at most {GENOTYPE_NODES} "
-            f"with {GENOTYPE_PICKS} inputs together"
+            f"{len(picks)} nodes with {n_picks} inputs are too many",
+            field=field,
+            remedy=f"use at most {GENOTYPE_NODES} nodes with {GENOTYPE_PICKS} inputs in total",
         )
     for i, node in enumerate(picks):
         if not node:
-            raise GenotypeError(f"genotype field {cell!r}, node {i} has no input: give at least one")
-        where = f"genotype field {cell!r}, node {i}"
+            raise GenotypeError(f"node {i} has no input", field=field, remedy="give at least one")
         last = i + N_CELL_INPUTS - 1
         for op, state in node:
             if op not in PRIMITIVES:
-                known = ", ".join(PRIMITIVES)
-                raise GenotypeError(f"{where}: unknown operation {op!r:.60}, choose from {known}")
+                raise GenotypeError(
+                    f"node {i} has the unknown operation {op!r:.60}",
+                    field=field,
+                    remedy=f"choose from {', '.join(PRIMITIVES)}",
+                )
             if not _is_int(state) or not 0 <= state <= last:
-                raise GenotypeError(f"{where}: state {state!r:.60} is out of range, choose 0 to {last}")
+                raise GenotypeError(
+                    f"state {state!r:.60} of node {i} is out of range",
+                    field=field,
+                    remedy=f"choose 0 to {last}",
+                )
     states = list(concat)
-    # A reduction cell's inputs are twice as large as its nodes: they cannot be concatenated with them.
+    # The inputs of a reduction cell are twice as large as its nodes, so they cannot be concatenated with nodes.
     first, end = N_CELL_INPUTS if cell == "reduce" else 0, len(picks) + N_CELL_INPUTS
     if len(set(states)) != len(states) or not all(_is_int(s) and first <= s < end for s in states):
         raise GenotypeError(
-            f"genotype field '{cell}_concat' is {states!r:.60}: give distinct states from {first} to {end - 1}"
+            f"{states!r:.60} has a repeated or invalid state",
+            field=f"{field}_concat",
+            remedy=f"give distinct states from {first} to {end - 1}",
         )
 
 
 def state_name(state: int) -> str:
-    """Return what people call a state: the outputs of the two cells before, or a node of this cell.
+    """Return the name of a state: an output of one of the two previous cells, or a node of this cell.
 
     Example:
         >>> state_name(0), state_name(1), state_name(2)
@@ -234,14 +258,18 @@ def _is_int(value: Any) -> bool:
 
 def _parse_picks(cell: str, value: Any) -> Picks:
     if not isinstance(value, list) or not all(isinstance(node, list) for node in value):
-        raise GenotypeError(f"genotype field {cell!r} is not a list of nodes: give [[[op, state], ...], ...]")
+        raise GenotypeError(
+            "not a list of nodes", field=f"genotype.{cell}", remedy="give [[[op, state], ...], ...]"
+        )
     for i, node in enumerate(value):
         for pick in node:
             if not (
                 isinstance(pick, list) and len(pick) == 2 and isinstance(pick[0], str) and _is_int(pick[1])
             ):
                 raise GenotypeError(
-                    f"genotype field {cell!r}, node {i}: {pick!r:.60} is not [operation, state]"
+                    f"{pick!r:.60} of node {i} is not a pick",
+                    field=f"genotype.{cell}",
+                    remedy="give [operation, state]",
                 )
     return tuple(tuple((op, state) for op, state in node) for node in value)
 
@@ -249,6 +277,8 @@ def _parse_picks(cell: str, value: Any) -> Picks:
 def _parse_concat(cell: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(_is_int(state) for state in value):
         raise GenotypeError(
-            f"genotype field '{cell}_concat' is {value!r:.60}: give a non-empty list of states"
+            f"{value!r:.60} is not a list of states",
+            field=f"genotype.{cell}_concat",
+            remedy="give a non-empty list of states",
         )
     return tuple(value)

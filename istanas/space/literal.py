@@ -1,7 +1,7 @@
-"""A genotype in the text form of DARTS, `Genotype(normal=[('skip_connect', 0), ...], ...)`: parsed, never evaluated.
+"""Parser of the text form of DARTS, `Genotype(normal=[('skip_connect', 0), ...], ...)`, which is never evaluated.
 
-The text becomes Python's syntax tree, of which only literals and two calls by name are read: `Genotype` outside,
-`range` of whole numbers for a concatenation.
+Python parses the text to a syntax tree. Only literals and two calls are accepted in it: `Genotype(...)` as the whole
+text, and `range(...)` of integers for a concatenation.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from istanas.limits import GENOTYPE_NODES, GENOTYPE_PICKS, GENOTYPE_TEXT_BYTES
 from istanas.space.genotype import Genotype, Picks
 from istanas.space.topology import N_CELL_INPUTS
 
+_PICKS_FORM = "give [('operation', state), ...]"
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _MOST_STATES = GENOTYPE_NODES + N_CELL_INPUTS
-_PICKS_OF_A_NODE = 2  # DARTS lists all picks of a cell in one row: each node has two
-# Comments, a name, and a module before it, as in `# found\nDARTS_V2 = genotypes.Genotype(`.
+_PICKS_OF_A_NODE = 2  # DARTS lists the picks of all nodes of a cell in one row, two for each node.
+# A text may begin with comments, a name and a module, as in `# found\nDARTS_V2 = genotypes.Genotype(`.
 _BEGINNING = re.compile(r"(?:\s|#[^\n]*\n)*([A-Za-z_]\w*\s*=\s*)?([A-Za-z_]\w*\.)?Genotype\s*\(", re.ASCII)
 
 
@@ -30,19 +31,21 @@ def genotype_from_text(text: str) -> Genotype:
         text: JSON as `Genotype.to_json` writes it, or `Genotype(...)`, or `NAME = Genotype(...)`.
 
     Raises:
-        GenotypeError: it holds no genotype.
+        GenotypeError: If the text is not a genotype.
 
     Example:
         >>> picks = "[('skip_connect', 0), ('sep_conv_3x3', 1)]"
         >>> genotype_from_text(f"Genotype(normal={picks}, normal_concat=[2], reduce={picks}, reduce_concat=[2])").normal
         ((('skip_connect', 0), ('sep_conv_3x3', 1)),)
     """
-    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
+    text = text.removeprefix("\ufeff")  # Some editors begin a UTF-8 file with this mark.
     if _BEGINNING.match(text) is None:
         return Genotype.from_json(text)
     if len(text) > GENOTYPE_TEXT_BYTES:
         raise GenotypeError(
-            f"genotype is larger than {GENOTYPE_TEXT_BYTES} bytes: give the file of one genotype"
+            f"larger than {GENOTYPE_TEXT_BYTES} bytes",
+            field="genotype",
+            remedy="give the file of one genotype",
         )
     call = _only_call(text)
     given = _arguments(call)
@@ -54,25 +57,29 @@ def genotype_from_text(text: str) -> Genotype:
 
 
 def _only_call(text: str) -> ast.Call:
-    """The call of Genotype that a text consists of, perhaps assigned to a name."""
+    """Return the call of `Genotype` that is the whole text, whether or not it is assigned to a name."""
     try:
         statements = ast.parse(text.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise GenotypeError(
-            f"genotype is not a valid `Genotype(...)` ({reason}): give the text of one genotype"
+            f"not a valid `Genotype(...)` ({reason})",
+            field="genotype",
+            remedy="give the text of one genotype",
         ) from None
     statement = statements[0]
     call = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
     if len(statements) != 1 or not isinstance(call, ast.Call) or not _calls(call, "Genotype"):
         raise GenotypeError(
-            "genotype file has something beside a `Genotype(...)`: give a file with one genotype alone"
+            "the text has more than one `Genotype(...)`",
+            field="genotype",
+            remedy="give a file with one genotype and nothing else",
         )
     return call
 
 
 def _calls(node: ast.expr, name: str) -> bool:
-    """Whether a node is a call of a name, or of a name of a module."""
+    """Return whether a node calls `name` or `MODULE.name`."""
     if not isinstance(node, ast.Call):
         return False
     called = node.func
@@ -82,30 +89,32 @@ def _calls(node: ast.expr, name: str) -> bool:
 
 
 def _arguments(call: ast.Call) -> dict[str, ast.expr]:
-    """Field -> what was written for it; every field exactly once."""
+    """Return the expression of each field. Every field must be given exactly once."""
+    remedy = f"give {', '.join(_FIELDS)}, each once"
     if len(call.args) > len(_FIELDS):
-        raise GenotypeError(f"genotype has {len(call.args)} values: give {', '.join(_FIELDS)}")
+        raise GenotypeError(f"{len(call.args)} values are too many", field="genotype", remedy=remedy)
     given = dict(zip(_FIELDS, call.args, strict=False))
     for keyword in call.keywords:
         if keyword.arg not in _FIELDS or keyword.arg in given:
             raise GenotypeError(
-                f"genotype field {keyword.arg!r:.60} is unknown or given twice: give {', '.join(_FIELDS)}"
+                f"field {keyword.arg!r:.60} is unknown or given twice", field="genotype", remedy=remedy
             )
         given[keyword.arg] = keyword.value
     for name in _FIELDS:
         if name not in given:
-            raise GenotypeError(f"genotype field {name!r} is missing: give {', '.join(_FIELDS)}")
+            raise GenotypeError("missing", field=f"genotype.{name}", remedy=remedy)
     return given
 
 
 def _picks(cell: str, node: ast.expr) -> Picks:
-    """The picks of a cell, two for each node."""
+    """Return the picks of a cell, two for each node."""
     if not isinstance(node, ast.List | ast.Tuple):
-        raise _refused(cell, "no list of ('operation', state)", node)
+        raise _invalid(cell, "not a list of picks", _PICKS_FORM, node)
     if len(node.elts) > GENOTYPE_PICKS or len(node.elts) % _PICKS_OF_A_NODE:
         raise GenotypeError(
-            f"genotype field {cell!r} has {len(node.elts)} inputs: give {_PICKS_OF_A_NODE} for each node, at most "
-            f"{GENOTYPE_PICKS}"
+            f"{len(node.elts)} inputs are odd or too many",
+            field=f"genotype.{cell}",
+            remedy=f"give {_PICKS_OF_A_NODE} for each node, at most {GENOTYPE_PICKS} in total",
         )
     picks = [_pick(cell, element) for element in node.elts]
     return tuple(tuple(picks[i : i + _PICKS_OF_A_NODE]) for i in range(0, len(picks), _PICKS_OF_A_NODE))
@@ -116,11 +125,14 @@ def _pick(cell: str, node: ast.expr) -> tuple[str, int]:
         op, state = node.elts
         if isinstance(op, ast.Constant) and isinstance(op.value, str):
             return op.value, _number(cell, state)
-    raise _refused(cell, "no list of ('operation', state)", node)
+    raise _invalid(cell, "not a list of picks", _PICKS_FORM, node)
 
 
 def _concat(cell: str, node: ast.expr) -> tuple[int, ...]:
-    """The states of a concatenation: a list of numbers, or a range that is short enough to be one."""
+    """Return the states of a concatenation, which is a list of integers or a range.
+
+    The length of a range is checked before it is expanded.
+    """
     field = f"{cell}_concat"
     if (
         isinstance(node, ast.Call)
@@ -131,25 +143,28 @@ def _concat(cell: str, node: ast.expr) -> tuple[int, ...]:
         first, end = (0, *(_number(field, argument) for argument in node.args))[-2:]
         if end - first > _MOST_STATES:
             raise GenotypeError(
-                f"genotype field {field!r} has more than {_MOST_STATES} states: give those of its nodes"
+                f"more than {_MOST_STATES} states",
+                field=f"genotype.{field}",
+                remedy="give those of its nodes",
             )
         states: Sequence[int] = range(first, end)
     elif isinstance(node, ast.List | ast.Tuple):
         states = [_number(field, element) for element in node.elts]
     else:
-        raise _refused(field, "neither a list of states nor range(...)", node)
+        raise _invalid(field, "neither a list of states nor a range", "give [2, 3] or range(2, 4)", node)
     if len(states) == 0:
-        raise GenotypeError(f"genotype field {field!r} is empty: give the states of the cell's output")
+        raise GenotypeError(
+            "no states", field=f"genotype.{field}", remedy="give the states of the cell's output"
+        )
     return tuple(states)
 
 
 def _number(field: str, node: ast.expr) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
-    raise _refused(field, "no whole number", node)
+    raise _invalid(field, "not an integer", "write the number as digits", node)
 
 
-def _refused(field: str, what: str, node: ast.expr) -> GenotypeError:
-    return GenotypeError(
-        f"genotype field {field!r} is {what}: line {node.lineno}, column {node.col_offset + 1}"
-    )
+def _invalid(field: str, what: str, remedy: str, node: ast.expr) -> GenotypeError:
+    where = f"line {node.lineno}, column {node.col_offset + 1}"
+    return GenotypeError(f"{what} ({where})", field=f"genotype.{field}", remedy=remedy)

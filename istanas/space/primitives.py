@@ -1,6 +1,8 @@
-"""Names of the candidate operations, in the order of the published code (columns of every sparse code)."""
+"""Names of the candidate operations. Their order is that of the published code, and of every sparse code."""
 
-PRIMITIVES: tuple[str, ...] = (
+from typing import Literal, get_args
+
+Primitive = Literal[
     "max_pool_3x3",
     "avg_pool_3x3",
     "skip_connect",
@@ -8,6 +10,8 @@ PRIMITIVES: tuple[str, ...] = (
     "sep_conv_5x5",
     "dil_conv_3x3",
     "dil_conv_5x5",
-)
+]
+
+PRIMITIVES: tuple[Primitive, ...] = get_args(Primitive)
 
 SKIP = "skip_connect"

@@ -1,8 +1,8 @@
-"""The shape of a cell's search space: the only place with (node, edge, op) <-> flat index arithmetic.
+"""The topology of a cell's search space, and all arithmetic between (node, edge, operation) and flat indices.
 
-States 0 and 1 are the outputs of the two previous cells, state 2 + i is node i. Node i may read every
-state before it, so it owns i + 2 edges. Edges are counted over the whole cell: node 0's first, and so on.
-The candidates of one node are its (edge, op) pairs, row by row: candidate = state * n_ops + op.
+States 0 and 1 are the outputs of the two previous cells, state 2 + i is node i. Node i may read every state before it,
+so it has i + 2 incoming edges. Edges are numbered over the whole cell, those of node 0 first. The candidates of a node
+are its (edge, operation) pairs, row by row: candidate = state * n_ops + op.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ N_CELL_INPUTS = 2
 
 @dataclass(frozen=True)
 class CellSpace:
-    """What a cell may be: its nodes, its candidate operations, and how many of them a node keeps.
+    """The search space of a cell: its nodes, its candidate operations, and how many of them a node keeps.
 
     Args:
-        n_nodes: intermediate nodes of a cell, >= 1.
-        ops: names of the candidate operations, a non-empty part of `PRIMITIVES` without repetition.
-        sparsity: operations that a node keeps, 1 .. candidates of node 0 (with `one_op_per_edge`: 1 .. 2).
-        one_op_per_edge: whether two picks of a node may not share an edge (the published code lets them).
+        n_nodes: Number of intermediate nodes, >= 1.
+        ops: Names of the candidate operations, at least one of `PRIMITIVES`, without repetition.
+        sparsity: Number of operations that a node keeps, 1 .. candidates of node 0 (with `one_op_per_edge`: 1 .. 2).
+        one_op_per_edge: Whether the picks of a node must lie on different edges. The published code does not require
+            it.
 
     Raises:
-        ConfigError: if a field is out of range.
+        ConfigError: If a field is out of range.
 
     Example:
         >>> space = CellSpace()
@@ -71,42 +72,46 @@ class CellSpace:
 
     @property
     def n_ops(self) -> int:
-        """Candidate operations on an edge."""
+        """Number of candidate operations on an edge."""
         return len(self.ops)
 
     @property
     def n_edges(self) -> int:
-        """Edges of a whole cell: sum over the nodes of (node + 2)."""
+        """Number of edges of a cell: the sum of (node + 2) over its nodes."""
         return self.first_edge(self.n_nodes)
 
     def n_node_edges(self, node: int) -> int:
-        """Edges that end in `node`: one from every state before it."""
+        """Return the number of edges that end in `node`: one from every state before it."""
         return node + N_CELL_INPUTS
 
     def n_candidates(self, node: int) -> int:
-        """Candidates (edge, op) of `node`, the length of its sparse code."""
+        """Return the number of candidates (edge, operation) of `node`, which is the length of its sparse code."""
         return self.n_node_edges(node) * self.n_ops
 
     def first_edge(self, node: int) -> int:
-        """Index, over the whole cell, of the first edge that ends in `node`."""
+        """Return the index, in the cell, of the first edge that ends in `node`."""
         return node * N_CELL_INPUTS + node * (node - 1) // 2
 
     def edge(self, node: int, state: int) -> int:
-        """Index, over the whole cell, of the edge from `state` to `node`."""
+        """Return the index, in the cell, of the edge from `state` to `node`."""
         return self.first_edge(node) + state
 
     def candidate(self, node: int, state: int, op: int) -> int:
-        """Position of (edge from `state`, `op`) in the sparse code of `node`."""
+        """Return the index of (edge from `state`, `op`) in the sparse code of `node`.
+
+        Raises:
+            IndexError: If `node` has no such candidate.
+        """
         if not 0 <= state < self.n_node_edges(node) or not 0 <= op < self.n_ops:
             raise IndexError(f"node {node} has no candidate (state {state}, op {op})")
         return state * self.n_ops + op
 
     def split(self, candidate: int) -> tuple[int, int]:
-        """Inverse of `candidate`: (state, op)."""
+        """Return (state, op) of a candidate, the inverse of `candidate`."""
         return divmod(candidate, self.n_ops)
 
     def edge_groups(self, node: int) -> npt.NDArray[np.int64] | None:
-        """The edge of every candidate of `node` where picks may not share one, else None."""
+        """Return the edge of every candidate of `node` if picks may not share an edge, else `None`."""
         if not self.one_op_per_edge:
             return None
         return np.repeat(np.arange(self.n_node_edges(node)), self.n_ops)

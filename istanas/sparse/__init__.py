@@ -1,4 +1,4 @@
-"""Sparse coding: compressed parameters to the code of every node, and back to edge weights."""
+"""Sparse coding: recovery of every node's code from its compressed parameters, and its edge weights."""
 
 from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate, duality_gap
 from istanas.sparse.convex import mosek_licence

@@ -1,6 +1,6 @@
-"""How far a code can be from the minimum, rounding included, and which code counts as certified.
+"""Certificates: upper bounds, rounding included, of the distance of a code's objective from the minimum.
 
-Everything here is stateless and broadcasts over leading batch dimensions.
+All functions are stateless and broadcast over leading batch dimensions.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ import numpy.typing as npt
 from istanas.sparse.lasso import ORDINARY, Array, as_float64, matvec, rmatvec
 
 DECISION_TOL = 1e-5
-"""The gap that a certified code may have, in units of P(z).
+"""Largest gap of a certified code, in units of P(z).
 
-A gap in units of 1/2 ||b||^2 says nothing of the code where P(z) is a tiny part of that. Measured on uniform A
-(7 x 14 to 7 x 35), l1 = 1e-5 and FISTA stopped at a gap of eps P(z): the two largest entries were not those of the
-minimiser in 252 of 22,260 codes for eps = 1e-3, in 19 of 21,770 for 1e-4, and in none of 21,634 for 1e-5. Rounding z
-to float64 alone leaves a gap of up to 1e-10 ||b|| P(z), so 1e-5 certifies exact codes up to ||b|| of about 1e5.
+Where P(z) is a tiny part of 1/2 ||b||^2, a gap in units of the latter does not bound the error of the code. This was
+measured with uniform A (7 x 14 to 7 x 35), l1 = 1e-5, and FISTA stopped at a gap of eps P(z): the two largest entries
+differed from those of the minimiser in 252 of 22,260 codes for eps = 1e-3, in 19 of 21,770 for 1e-4, and in none of
+21,634 for 1e-5. Rounding z to float64 leaves a gap of up to 1e-10 ||b|| P(z), so 1e-5 certifies exact codes up to ||b||
+of about 1e5.
 """
 
 _UNIT = 2.0**-53
-_SMALLEST = 5e-324  # the smallest number above 0: in place of a divisor that is 0, it makes 0 / 0 a 0
+_SMALLEST = 5e-324  # The smallest positive number. It replaces a divisor of 0, so that 0 / 0 is 0.
 
 
 class Certificate(NamedTuple):
-    """What `certificate` returns, both of shape (...): bounds of P(z) - min P, >= 0, that include rounding."""
+    """Upper bounds of P(z) - min P, rounding included, as `certificate` returns them.
 
-    gap: Any  # in units of P(0) = 1/2 ||b||^2
-    decision_gap: Any  # in units of P(z)
+    Args:
+        gap: The bound in units of P(0) = 1/2 ||b||^2, >= 0, of shape (...).
+        decision_gap: The bound in units of P(z), >= 0, of shape (...).
+    """
+
+    gap: Any
+    decision_gap: Any
 
     def holds(self, tol: float) -> npt.NDArray[np.bool_]:
-        """Whether the code counts as certified: gap <= tol and decision_gap <= DECISION_TOL.
+        """Return whether the codes are certified: gap <= tol and decision_gap <= DECISION_TOL, of shape (...).
 
         Example:
             >>> bool(Certificate(1e-10, 0.5).holds(1e-9))
@@ -43,7 +49,7 @@ class Certificate(NamedTuple):
 
 
 def certificate(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Certificate:
-    """The duality gap of a code, see `duality_gap`, in units of P(0) and of P(z).
+    """Return the duality gap of a code in units of P(0) and of P(z), see `duality_gap`.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -52,7 +58,7 @@ def certificate(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Certificate:
         l1_weight: l1 > 0.
 
     Returns:
-        Both gaps; 0 where b and z are 0.
+        Both gaps, of shape (...); 0 where b and z are 0.
 
     Example:
         >>> certificate([[1.0]], [1.0], [0.5], l1_weight=0.5).holds(1e-9).item()  # the minimiser is 1 - 0.5
@@ -64,30 +70,29 @@ def certificate(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Certificate:
 
 
 def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bool = True) -> Any:
-    """An upper bound of P(z) - min P: the duality gap P(z) - D(theta), with an allowance for rounding.
+    """Return an upper bound of P(z) - min P: the duality gap P(z) - D(theta), with an allowance for rounding.
 
     theta = s r, s = min(1, l1 / ||A^T r||_inf), r = b - A z, D = 1/2 ||b||^2 - 1/2 ||b - theta||^2. The gap is
-    computed as 1/2 (1 - s)^2 ||r||^2 + sum_i (l1 |z_i| - s z_i A_i^T r). This is the same number as a sum of terms
-    that are never negative: P and D agree in many digits, and their difference would keep none of them.
+    computed as 1/2 (1 - s)^2 ||r||^2 + sum_i (l1 |z_i| - s z_i A_i^T r), a sum of terms that are never negative. The
+    difference P - D has the same value, but loses all digits to cancellation.
 
     The allowance, with u = 2^-53, alpha = max |A_ij| and zeta = max |z_i|: A z is computed in two parts, the leading
     one exactly, so that r has an error of at most 3 u |r_i| + e, e = n (2n + 6) 2^(1 - q) u alpha zeta, where q is
     about 23. Then A_i^T r is known to within d = sqrt(m) alpha ((m + 5) u ||r|| + sqrt(m) e), and with M =
     max(||A^T r||_inf, l1) and d' = d + 16 u M, s to within d' s / M. The gap is computed with the smallest s and
     raised by 4 d' ||z||_1 and by 4 (m + n + 16) u of itself, which covers the worst s and A^T r and the rounding of
-    every term. Where d' exceeds M / 5 the gap is inf. Extreme b are taken in units of the power of two at max |b|, so
-    that nothing overflows before its value does; what underflow may take from numbers below 1e-300 of max |b| is not
-    counted.
+    every term. Where d' exceeds M / 5 the gap is inf. Extreme b are scaled by the power of two at max |b|, so that no
+    intermediate value overflows before the result does. The underflow of values below 1e-300 max |b| is not bounded.
 
     Args:
         A: measurement matrices, (..., m, n).
         b: compressed parameters, (..., m).
         z: codes, (..., n).
         l1_weight: l1 > 0.
-        relative: whether to divide by P(0) = 1/2 ||b||^2 (for b = 0 the quotient is 0 if the gap is, else inf).
+        relative: whether to divide by P(0) = 1/2 ||b||^2. For b = 0 the quotient is 0 if the gap is 0, else inf.
 
     Returns:
-        The gap, >= 0, float64 of shape (...): no less than the gap in exact arithmetic; inf where the numbers leave
+        The gap, >= 0, float64 of shape (...). It is at least the gap in exact arithmetic, and inf where values leave
         the range of float64.
 
     Example:
@@ -100,12 +105,12 @@ def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bo
         return certificate(A, b, z, l1_weight).gap
     with np.errstate(all="ignore"):
         gap, _, _, exponent = _bound(A, b, z, l1_weight)
-        # What is rounded to a subnormal number, or to 0, is rounded up.
+        # A positive gap that underflows is rounded up, so that it stays an upper bound.
         return np.ldexp(gap, 2 * exponent) + _SMALLEST * (gap > 0)
 
 
 class _Bound(NamedTuple):
-    """In units of 2^exponent: gap / energy and gap / primal are upper bounds, as gap is, of the exact ones."""
+    """Quantities in units of 2^exponent. gap, gap / energy and gap / primal are upper bounds of the exact values."""
 
     gap: Array
     energy: Array
@@ -118,7 +123,8 @@ def _bound(A: Any, b: Any, z: Any, l1_weight: float) -> _Bound:
     peak = np.abs(b).max(-1)
     if ORDINARY[0] <= peak.min(initial=1.0) and peak.max(initial=1.0) <= ORDINARY[1]:
         return _bound_in_units(A, b, z, l1_weight, 0)
-    # l1 stays a normal number and no factor is infinite; a b that then is too large makes the gap infinite.
+    # The exponent is limited so that l1 stays a normal number and no factor is infinite. If b is then still too large,
+    # the gap is infinite.
     own = math.frexp(l1_weight)[1]
     exponent = np.minimum(np.maximum(np.frexp(peak)[1], max(own, 0) - 1000), min(own, 0) + 960)
     factor = np.ldexp(1.0, -exponent)
@@ -147,16 +153,15 @@ def _bound_in_units(A: Array, b: Array, z: Array, l1: Any, exponent: Any) -> _Bo
 
 
 def _residual(A: Array, b: Array, z: Array, largest: Array) -> tuple[Array, Array, Array]:
-    """r = b - A z to nearly full precision, rest with |dr| <= 3 u |r| + rest, and the largest |entry| of A.
+    """Return r = b - A z to nearly full precision, rest with |dr| <= 3 u |r| + rest, and the largest |entry| of A.
 
-    A and z are split at a bit where the product of the leading parts is exact, in whatever order it is summed.
+    A and z are split at a bit for which the product of the leading parts is exact in any order of summation.
     """
     n = A.shape[-1]
     bits = (53 - (n - 1).bit_length()) // 2
     cut = 2.0 ** (54 - bits)
-    flat = A.reshape(
-        *A.shape[:-2], A.shape[-2] * n
-    )  # one long axis broadcasts ten times faster than two short ones
+    # One long axis broadcasts ten times faster than two short ones.
+    flat = A.reshape(*A.shape[:-2], A.shape[-2] * n)
     entry = np.abs(flat).max(-1)
     at_A, at_z = cut * entry[..., None], cut * largest[..., None]
     A_high, z_high = flat + at_A, z + at_z

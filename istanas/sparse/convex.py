@@ -1,7 +1,7 @@
 """The LASSO as a convex program: CVXPY with CLARABEL (needs no licence) or MOSEK (needs one).
 
-CVXPY and MOSEK are imported inside the functions: `istanas` itself must start without them. The solver is
-always named, as CVXPY left to choose takes MOSEK, licence or not.
+CVXPY and MOSEK are imported inside the functions, because `istanas` must work without them. The solver is always
+passed by name, because CVXPY would choose MOSEK even without a licence.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
 }
-# Interior points leave every entry a little off 0: the supports to try are the entries above these shares of
-# ||z||.
+# Interior-point methods leave every entry slightly off 0. The supports to try are the entries above these fractions
+# of ||z||.
 _CUTS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 class Solved(NamedTuple):
-    """What `solve_convex` returns: codes z (B, n) and the interior-point iterations, n_iter (B,)."""
+    """The codes z (B, n) and the numbers of interior-point iterations (B,) of `solve_convex`."""
 
     z: Array
     n_iter: Indices
@@ -41,24 +41,23 @@ class Solved(NamedTuple):
 def solve_convex(
     A: Array, b: Array, l1_weight: float, solver: str = "clarabel", max_iter: int | None = None
 ) -> Solved:
-    """Minimise 1/2 ||A z - b||^2 + l1 ||z||_1 node by node, then put exact numbers on the support found.
+    """Minimise 1/2 ||A z - b||^2 + l1 ||z||_1 node by node, then compute the code on the support in closed form.
 
-    A node is solved in units of ||b||, so that the solver's absolute tolerances mean the same for every
-    scale. The closed form on the support replaces the solver's own numbers where it has the smaller duality
-    gap.
+    Each node is solved in units of ||b||, so that the solver's absolute tolerances do not depend on its scale. The
+    closed form replaces the solver's code where it has the smaller duality gap.
 
     Args:
         A: measurement matrices, float64 (B, m, n).
         b: compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
         solver: "clarabel" or "mosek".
-        max_iter: bound on the interior-point iterations; default: the solver's own.
+        max_iter: bound on the interior-point iterations, >= 1; `None` uses the solver's own.
 
     Returns:
-        The codes and the iterations.
+        The codes and the numbers of iterations.
 
     Raises:
-        SolverError: if MOSEK has no licence, or the solver gives up.
+        SolverError: if MOSEK has no licence, or the solver fails.
 
     Example:
         >>> solve_convex(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5).z.round(9)
@@ -66,8 +65,10 @@ def solve_convex(
     """
     if solver == "mosek" and (reason := _licence_error()) is not None:
         raise SolverError(
-            f"solver is 'mosek' but MOSEK has no usable licence ({reason}): put the file at ~/mosek/mosek.lic"
-            " or name it in MOSEKLM_LICENSE_FILE, or choose solver 'homotopy' or 'clarabel', which need none"
+            f"MOSEK has no usable licence ({reason})",
+            field="solver",
+            remedy="put the licence at ~/mosek/mosek.lic or set MOSEKLM_LICENSE_FILE to it, or choose 'homotopy' or "
+            "'clarabel', which need none",
         )
     z = np.zeros((A.shape[0], A.shape[2]))
     n_iter = np.zeros(A.shape[0], dtype=np.int64)
@@ -77,7 +78,7 @@ def solve_convex(
             try:
                 code, n_iter[i] = _interior_point(A[i], b[i] / scale, l1_weight / scale, solver, max_iter)
             except SolverError:
-                # Far above the critical l1 the solver fails, but the minimiser is 0.
+                # Far above the critical l1 the solver may fail. The minimiser is 0 there.
                 if critical_l1(A[i], b[i]) > l1_weight:
                     raise
             else:
@@ -86,10 +87,10 @@ def solve_convex(
 
 
 def mosek_licence() -> str | None:
-    """What MOSEK says of its licence, asked once a process: a few words if it may run, None if not.
+    """Return whether MOSEK has a usable licence. The licence is checked once a process.
 
     Returns:
-        "usable (MOSEK x.y.z)", or None without the package, without a licence or with an expired one.
+        "usable (MOSEK x.y.z)", or `None` without the package or without a valid licence.
 
     Example:
         >>> mosek_licence() is None or "usable" in mosek_licence()
@@ -104,7 +105,7 @@ def mosek_licence() -> str | None:
 
 @cache
 def _licence_error() -> str | None:
-    """Why MOSEK cannot run, in a few words, or None. Cached: a dead licence host takes seconds to answer."""
+    """Return why MOSEK cannot run, or `None`. Cached, because an unreachable licence server takes seconds."""
     try:
         import mosek
     except ImportError:
@@ -119,10 +120,10 @@ def _licence_error() -> str | None:
 
 @lru_cache(maxsize=64)
 def _problem(m: int, n: int) -> Any:
-    """The parametrised problem of a shape: compiling it takes longer than solving it."""
+    """Return the parametrised problem of a shape. Cached, because compiling it takes longer than solving it."""
     import cvxpy
 
-    cp: Any = cvxpy  # its type information names no atoms
+    cp: Any = cvxpy  # Its type information lacks the atoms.
     A, b, l1 = cp.Parameter((m, n)), cp.Parameter(m), cp.Parameter(nonneg=True)
     z = cp.Variable(n)
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ z - b) + l1 * cp.norm1(z)))
@@ -139,29 +140,33 @@ def _interior_point(
     if max_iter is not None and solver == "mosek":
         options["mosek_params"] = {**options["mosek_params"], "MSK_IPAR_INTPNT_MAX_ITERATIONS": max_iter}
     with warnings.catch_warnings():
-        # "Solution may be inaccurate": the duality gap is the judge of that.
+        # CVXPY warns that a solution may be inaccurate. The duality gap decides that here.
         warnings.simplefilter("ignore")
         try:
             A_.value, b_.value, l1_.value = A, b, l1_weight
-            # Without warm start a code depends on its own problem alone, and a resumed search finds the same bits.
+            # Without a warm start a code depends only on its own problem, so that a resumed search is bit-identical.
             problem.solve(solver=solver.upper(), warm_start=False, **options)
-        except Exception as error:  # of cvxpy, of its canonicalisation, of the solver
-            _problem.cache_clear()  # CVXPY keeps the solver, and one that broke down spoils later nodes
+        except (
+            Exception
+        ) as error:  # CVXPY, its canonicalisation and the solvers raise errors of many classes.
+            _problem.cache_clear()  # CVXPY reuses its solver object, and a failed one breaks later nodes.
             reason = " ".join(str(error).split())
             raise SolverError(
-                f"solver is {solver!r} and it gave up ({reason}): choose solver 'homotopy'"
+                f"{solver!r} failed ({reason})", field="solver", remedy="choose 'homotopy'"
             ) from error
     if z_.value is None:
         _problem.cache_clear()
-        raise SolverError(f"solver is {solver!r} and ended {problem.status!r}: choose solver 'homotopy'")
+        raise SolverError(
+            f"{solver!r} ended with the status {problem.status!r}", field="solver", remedy="choose 'homotopy'"
+        )
     return np.asarray(z_.value, dtype=np.float64), int(problem.solver_stats.num_iters or 0)
 
 
 def _polish(A: Array, b: Array, z: Array, l1_weight: float) -> Array:
-    """The best, by duality gap, of z and the closed forms on the supports that its larger entries may be."""
+    """Return the code of smallest duality gap among z, 0, and the closed forms on the supports of `_CUTS`."""
     size = np.linalg.norm(z)
     signs = np.stack([np.where(np.abs(z) > cut * size, np.sign(z), 0).astype(np.int8) for cut in _CUTS])
-    # More columns than measurements, or dependent ones, have no closed form: the gap sorts those out.
+    # Supports with dependent columns have no closed form. Their codes have a large gap and are not chosen.
     closed = on_support(
         np.broadcast_to(A, (len(_CUTS), *A.shape)),
         np.broadcast_to(b, (len(_CUTS), *b.shape)),

@@ -1,20 +1,17 @@
-"""Exact LASSO, batched: follow the minimiser from the critical l1, where it is 0, down to the l1 wanted.
+"""Exact, batched LASSO solver: follow the minimiser from the critical l1, where it is 0, down to the requested l1.
 
-Between two breakpoints the support S and its signs stay, and the minimiser is a straight line in the penalty:
-z_S(t) = G^-1 (A_S^T b - t sign_S), G = A_S^T A_S. A breakpoint is the next t at which a candidate joins S
-(its |A_j^T r| reaches t) or leaves it (its z_i reaches 0). All nodes of the batch take their own step at
-once.
+Between two breakpoints the support S and its signs are constant, and the minimiser is linear in the penalty:
+z_S(t) = G^-1 (A_S^T b - t sign_S), G = A_S^T A_S. A breakpoint is the next t at which a candidate joins S (its
+|A_j^T r| reaches t) or leaves it (its z_i reaches 0). In each iteration, every node of the batch takes its own step.
 
-Squares of values beyond 1e154 overflow, which `errstate` keeps silent below: the optimality conditions of such a code
-do not hold, so that it is never certified, and a warning would say nothing more.
+Squares of values beyond 1e154 overflow. `errstate` silences numpy's warnings of it, because the optimality conditions
+of such a code do not hold, so that it is never certified.
 
-What rounding or dependent columns spoil is seen by the optimality conditions, and mended node by node with a
-primal active-set method, which needs neither general position nor independent columns.
+Rounding and dependent columns can lead to a wrong support. The optimality conditions detect this, and a primal
+active-set method, which requires neither general position nor independent columns, then repairs the node's code.
 
-Source: Osborne, Presnell, Turlach, A new approach to variable selection, IMA J. Numer. Anal. 2000; Efron et
-    al.,
-Least angle regression, Annals of Statistics 2004; Lawson, Hanson, Solving least squares problems, 1974
-(mending).
+Source: Osborne, Presnell, Turlach, A new approach to variable selection, IMA J. Numer. Anal. 2000; Efron et al., Least
+angle regression, Annals of Statistics 2004; Lawson, Hanson, Solving least squares problems, 1974 (active set).
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ import numpy.typing as npt
 
 from istanas.sparse.lasso import Array, Indices, estimated_gap, kkt_holds, matvec, objective, rmatvec
 
-# A candidate whose |A_j^T r| falls as fast as the penalty never meets it: columns equal to, or within the
-# span of, those of S do so up to rounding.
+# A candidate whose |A_j^T r| falls as fast as the penalty never reaches it. Up to rounding, this is the case for
+# columns in the span of those of S.
 _PARALLEL = 1e-9
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -35,7 +32,7 @@ Signs: TypeAlias = npt.NDArray[np.int8]
 
 
 class Path(NamedTuple):
-    """What `solve_path` returns: codes z (B, n) and the line segments of each path, n_iter (B,)."""
+    """The codes z (B, n) and the numbers of line segments of the paths (B,) of `solve_path`."""
 
     z: Array
     n_iter: Indices
@@ -43,16 +40,16 @@ class Path(NamedTuple):
 
 @np.errstate(over="ignore", invalid="ignore")
 def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None) -> Path:
-    """The exact minimisers of a batch: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
+    """Return the exact minimisers of a batch: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
 
     Args:
         A: measurement matrices, float64 (B, m, n); columns of zeros (padding) are never chosen.
         b: compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        max_iter: bound on the segments of a path, and on the steps of its mending; default 20 (m + n).
+        max_iter: bound on the segments of a path, and on the active-set steps; `None` uses 20 (m + n).
 
     Returns:
-        The codes and the steps taken.
+        The codes and the numbers of steps.
 
     Example:
         >>> solve_path(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5).z
@@ -63,20 +60,20 @@ def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None
     signs, n_iter = _follow(A, b, l1_weight, limit)
     z = on_support(A, b, l1_weight, signs)
     for i in np.flatnonzero(~kkt_holds(A, b, z, l1_weight)):
-        mended, steps = mend(A[i], b[i], l1_weight, z[i], limit)
+        repaired, steps = active_set(A[i], b[i], l1_weight, z[i], limit)
         n_iter[i] += steps
-        better = estimated_gap(A[i], b[i], mended, l1_weight) < estimated_gap(A[i], b[i], z[i], l1_weight)
-        if better or kkt_holds(A[i], b[i], mended, l1_weight):
-            z[i] = mended
+        better = estimated_gap(A[i], b[i], repaired, l1_weight) < estimated_gap(A[i], b[i], z[i], l1_weight)
+        if better or kkt_holds(A[i], b[i], repaired, l1_weight):
+            z[i] = repaired
     return Path(z, n_iter)
 
 
 class _Restricted(NamedTuple):
-    """Problems restricted to supports: what does not depend on the signs."""
+    """The quantities of problems restricted to supports S that do not depend on the signs."""
 
-    slots: Indices  # members of S first, in rising order; the slots after them are masked
+    slots: Indices  # The members of S in rising order, then masked slots.
     used: Mask
-    A_S: Array  # transposed: (B, |S|, m)
+    A_S: Array  # Transposed: (B, |S|, m).
     gram: Array
     rows: Indices
 
@@ -91,25 +88,25 @@ class _Restricted(NamedTuple):
         return cls(slots, used, A_S, _gram(A_S, used), rows)
 
     def least_squares(self, pull: Array) -> Array:
-        """z_S = G^-1 pull, pull = A_S^T b; all on the slots (B, |S|)."""
+        """Return z_S = G^-1 pull, where pull = A_S^T b; both are (B, |S|), in slots."""
         return np.where(self.used, _solve(self.gram, pull), 0.0)
 
     def code(self, b: Array, pull: Array, l1_weight: float, signs: Array) -> Array:
-        """z_S of b, pull = A_S^T b and signs, all but b on the slots (B, |S|); see `on_support`."""
+        """Return z_S (B, |S|), see `on_support`; pull = A_S^T b and the signs are (B, |S|), in slots."""
         slope = l1_weight * signs
         z_S = _solve(self.gram, pull - slope)
         z_S += _solve(self.gram, matvec(self.A_S, b - rmatvec(self.A_S, z_S)) - slope)
         return np.where(self.used, z_S, 0.0)
 
     def to_candidates(self, z_S: Array, n: int) -> Array:
-        """z (B, n) of z_S: slots that are not used hold candidates outside S, whose code stays 0."""
+        """Return z (B, n) of z_S. Unused slots name candidates outside of S, whose code is 0."""
         z = np.zeros((len(z_S), n))
         z[self.rows, self.slots] = z_S
         return z
 
 
 def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
-    """The code in closed form on a support with given signs: z_S = G^-1 (A_S^T b - l1 sign_S), refined once.
+    """Return the code in closed form on a support with given signs: z_S = G^-1 (A_S^T b - l1 sign_S), refined once.
 
     Args:
         A: measurement matrices, float64 (B, m, n).
@@ -132,18 +129,18 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
 
 @np.errstate(over="ignore", invalid="ignore")
 def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
-    """Whether earlier supports still are the right ones, by the optimality conditions of their closed form.
+    """Return the codes in closed form on given supports, and whether they satisfy the optimality conditions.
 
-    The signs are those of the least-squares fit on S, then of the code itself.
+    The signs are those of the least-squares fit on S, then those of the code itself.
 
     Args:
         A: measurement matrices, float64 (B, m, n).
         b: compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        supports: membership of every candidate, (B, n).
+        supports: whether each candidate is in the support, (B, n).
 
     Returns:
-        z (B, n) and whether it is the minimiser (B,).
+        z (B, n), and whether it is the minimiser (B,).
 
     Example:
         >>> z, right = try_supports(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5, np.array([[True, False]]))
@@ -163,25 +160,25 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def mend(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) -> tuple[Array, int]:
-    """A minimiser of one node by a primal active-set method from any start; columns may depend on each other.
+def active_set(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) -> tuple[Array, int]:
+    """Return a minimiser of one node by a primal active-set method. Columns may be dependent.
 
-    Each step lowers P on the signed support: a Newton step where the Gram matrix allows it, else along its
-    null space; both stop where a coefficient reaches 0, which then leaves. When P is minimal on the support,
-    the candidate of largest |A_j^T r| joins.
+    Each step lowers P on the signed support: a Newton step if the Gram matrix is regular, else a step in its null
+    space. A step ends where a coefficient reaches 0, which then leaves the support. When P is minimal on the support,
+    the candidate of largest |A_j^T r| joins it.
 
     Args:
         A: measurement matrix, float64 (m, n).
         b: compressed parameters, float64 (m,).
         l1_weight: l1 > 0.
-        z: where to start, (n,).
+        z: start, (n,).
         max_iter: bound on the steps.
 
     Returns:
-        The last z (best known: P never rises) and the steps taken.
+        The last z, which is the best because P never rises, and the number of steps.
 
     Example:
-        >>> z, steps = mend(np.array([[1.0, 1.0]]), np.array([1.0]), 0.5, np.zeros(2), 10)
+        >>> z, steps = active_set(np.array([[1.0, 1.0]]), np.array([1.0]), 0.5, np.zeros(2), 10)
         >>> float(z.sum()), kkt_holds([[1.0, 1.0]], [1.0], z, 0.5).item()
         (0.5, True)
     """
@@ -218,25 +215,25 @@ def mend(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) -> tuple
 
 
 def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs, Indices]:
-    """Signs of the minimisers' supports, (B, n), and the segments passed, (B,)."""
+    """Return the signs of the minimisers (B, n), 0 outside of their supports, and the numbers of segments (B,)."""
     batch, m, n = A.shape
     signs = np.zeros((batch, n), dtype=np.int8)
     n_iter = np.zeros(batch, dtype=np.int64)
     correlation = rmatvec(A, b)
     first = np.abs(correlation).argmax(-1)
     penalty = np.abs(correlation[np.arange(batch), first])
-    # The nodes still under way: all state below is theirs.
+    # From here on, all arrays are those of the nodes whose path is not complete.
     nodes = np.flatnonzero(penalty > l1_weight)
     A, b, penalty, first = A[nodes], b[nodes], penalty[nodes], first[nodes]
     columns = np.ascontiguousarray(A.swapaxes(1, 2))
     width = min(m, n)
-    # Members of S in the order of joining; what stands behind the first `count` is rubbish.
+    # The first `count` slots of a node are the members of S in the order of joining; the others are unused.
     slots = np.zeros((len(nodes), width), dtype=np.int64)
     slots[:, 0] = first
     count = np.ones(len(nodes), dtype=np.int64)
     state = np.zeros((len(nodes), n), dtype=np.int8)
     state[np.arange(len(nodes)), first] = np.sign(correlation[nodes, first])
-    # The candidate that just left (-1: none) sits exactly on the bound that it must not seem to meet again.
+    # A candidate that has just left S (-1: none) lies exactly on the bound. It must not join again at this step.
     left, left_sign = np.full(len(nodes), -1), np.zeros(len(nodes))
 
     for _ in range(max_iter):
@@ -260,7 +257,7 @@ def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs,
         joiner, leaver = join.argmin(-1), leave.argmin(-1)
         join_step, leave_step, last_step = join[row, joiner], leave[row, leaver], penalty - l1_weight
         step = np.minimum(join_step, leave_step)
-        on = step < last_step  # not so for a NaN, which the optimality conditions will notice
+        on = step < last_step  # False for a NaN, which the optimality conditions detect later.
         leaves = on & (leave_step <= join_step)
         joins = on & ~leaves
         penalty -= np.where(on, step, last_step)
@@ -287,7 +284,7 @@ def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs,
 
 
 class _Segment(NamedTuple):
-    """A straight piece of the paths at its upper end: values, and their change as the penalty falls by 1."""
+    """A segment of the paths: the values at its upper end, and their change as the penalty falls by 1."""
 
     code: Array
     grows: Array
@@ -305,7 +302,7 @@ def _segment(A: Array, b: Array, A_S: Array, sign_S: Array, used: Mask, penalty:
 
 
 def _steps_to_bounds(segment: _Segment, penalty: Array) -> tuple[Array, Array]:
-    """By how much the penalty falls until A_j^T r meets it, and until -A_j^T r does; inf for never."""
+    """Return by how much the penalty falls until A_j^T r reaches it, and until -A_j^T r does; inf if never."""
     above = np.maximum(penalty[:, None] - segment.correlation, 0.0)
     below = np.maximum(penalty[:, None] + segment.correlation, 0.0)
     up, down = 1.0 - segment.falls, 1.0 + segment.falls
@@ -317,14 +314,14 @@ def _steps_to_bounds(segment: _Segment, penalty: Array) -> tuple[Array, Array]:
 
 
 def _steps_to_zero(segment: _Segment, sign_S: Array) -> Array:
-    """By how much the penalty falls until a member of S reaches 0; inf for never."""
+    """Return by how much the penalty falls until a member of S reaches 0; inf if never."""
     shrinks = -sign_S * segment.grows
     size = np.maximum(sign_S * segment.code, 0.0)
     return np.divide(size, shrinks, out=np.full_like(size, np.inf), where=shrinks > 0)
 
 
 def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
-    """A direction that lowers P, and its longest useful step: Newton's (1), or in the null space (inf)."""
+    """Return a direction that lowers P and its longest step: 1 for Newton's, inf in the null space."""
     _, singular, right = np.linalg.svd(A_S, full_matrices=False)
     rank = int((singular > 1e-10 * singular[0]).sum())
     basis = right[:rank]
@@ -335,9 +332,9 @@ def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
 
 
 def _gram(A_S: Array, used: Mask) -> Array:
-    """A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
+    """Return A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
     gram = A_S @ A_S.swapaxes(1, 2)
-    diagonals = np.einsum("bkk->bk", gram)  # a view
+    diagonals = np.einsum("bkk->bk", gram)  # A view: the next line changes `gram`.
     diagonals += ~used
     return gram
 
@@ -348,7 +345,8 @@ def _solve(gram: Array, right: Array) -> Array:
     try:
         solution = np.linalg.solve(gram, columns)
     except np.linalg.LinAlgError:
-        # One singular matrix stops the batch: a ridge of the size of rounding lets it through to the mending.
+        # numpy fails for the whole batch if one matrix is singular. A ridge of the size of rounding avoids that; the
+        # active-set method repairs the node.
         k = gram.shape[-1]
         ridge = np.finfo(np.float64).eps * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(k)
         solution = np.linalg.solve(gram + ridge + np.finfo(np.float64).tiny * np.eye(k), columns)

@@ -1,8 +1,7 @@
 """ISTA and FISTA, batched over nodes: the published solver and its accelerated form.
 
-Both converge slowly on the published problem (uniform A, l1 = 1e-5; see `homotopy` for an exact answer), so
-they stop on the certificate and never on the size of a step, which is small long before the answer
-is right.
+Both converge slowly on the published problem (uniform A, l1 = 1e-5; `homotopy` is exact). They stop when the code is
+certified, and not when a step is small, because steps are small long before the code is accurate.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ _CHECK_EVERY = 50
 
 
 class Iterate(NamedTuple):
-    """What `iterate` returns: codes z (B, n) and the iterations of each node, n_iter (B,)."""
+    """The codes z (B, n) and the numbers of iterations (B,) of `iterate`."""
 
     z: Tensor
     n_iter: Tensor
 
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """The proximal map of threshold ||.||_1: sign(x) max(|x| - threshold, 0).
+    """Return the proximal map of threshold ||.||_1: sign(x) max(|x| - threshold, 0).
 
     Args:
         x: any shape.
@@ -52,21 +51,21 @@ def iterate(
     max_iter: int | None = None,
     accelerate: bool = False,
 ) -> Iterate:
-    """Proximal gradient steps, z <- soft_threshold(y - A^T (A y - b) / L, l1 / L), L = ||A||_2^2.
+    """Run proximal gradient steps, z <- soft_threshold(y - A^T (A y - b) / L, l1 / L), L = ||A||_2^2.
 
-    ISTA: y = z. FISTA: y = z + (t' - 1) / t (z - z_before), t' the t before, t = (1 + sqrt(1 + 4 t'^2)) / 2,
-    and t starts again at 1 for a node whose last step went against its momentum.
+    ISTA: y = z. FISTA: y = z + (t' - 1) / t (z - z'), t = (1 + sqrt(1 + 4 t'^2)) / 2, where a prime marks the previous
+    value; t restarts at 1 for a node whose last step was against its momentum.
 
     Args:
         A: measurement matrices, float64 (B, m, n).
         b: compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        tol: a node stops when its certificate, looked at every 50 iterations, holds for this relative duality gap.
-        max_iter: bound on the iterations; default 10,000 (ISTA), 30,000 (FISTA).
-        accelerate: FISTA instead of ISTA.
+        tol: relative duality gap to reach, > 0. The certificate of a node is checked every 50 iterations.
+        max_iter: bound on the iterations; `None` uses 10,000 (ISTA) or 30,000 (FISTA).
+        accelerate: whether to use FISTA instead of ISTA.
 
     Returns:
-        The codes and each node's iterations; the caller judges convergence by the certificate.
+        The codes and the numbers of iterations. The caller checks convergence by the certificates.
 
     Example:
         >>> iterate(torch.eye(2)[None].double(), torch.tensor([[1.0, 0.25]]).double(), 0.5).z
@@ -76,7 +75,7 @@ def iterate(
     """
     limit = (FISTA_MAX_ITER if accelerate else ISTA_MAX_ITER) if max_iter is None else max_iter
     lipschitz = torch.linalg.matrix_norm(A, ord=2).square()
-    # A node of zero columns has gradient 0: any step will do.
+    # A matrix of zeros has gradient 0, so that any step size is valid.
     step = (1.0 / torch.where(lipschitz > 0, lipschitz, 1.0))[:, None]
     z_out = torch.zeros(A.shape[0], A.shape[2], dtype=A.dtype, device=A.device)
     iterations = torch.zeros(A.shape[0], dtype=torch.int64, device=A.device)
@@ -114,7 +113,7 @@ def iterate(
 
 
 def _certified(A: Tensor, b: Tensor, z: Tensor, l1_weight: float, tol: float) -> npt.NDArray[np.bool_]:
-    """Whether each code is certified; only of those near enough the certificate is computed."""
+    """Return whether each code is certified. The certificate is computed only where the estimated gap is small."""
     matrices, vectors, codes = as_float64(A), as_float64(b), as_float64(z)
     done = np.asarray(estimated_gap(matrices, vectors, codes, l1_weight) <= tol)
     near = np.flatnonzero(done)

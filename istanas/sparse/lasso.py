@@ -1,6 +1,6 @@
 """The LASSO, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1: objective, dual point, optimality, top-s support, margin.
 
-Everything here is float64 numpy, stateless, and broadcasts over leading batch dimensions.
+All functions are stateless, compute in float64 numpy, and broadcast over leading batch dimensions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from istanas.errors import ConfigError, SolverError
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
-# Of max |b|: outside, squares may under- or overflow, and problems are solved in units of their own b.
+# Range of max |b|. Outside of it squares may under- or overflow, so that problems are solved in units of their b.
 ORDINARY = (1e-75, 1e75)
 _EPS = float(np.finfo(np.float64).eps)
 
 
 def as_float64(values: Any) -> Array:
-    """A float64 numpy array of any array, tensor (any device, with or without gradient) or nested sequence.
+    """Convert an array, a tensor (on any device, with or without gradient) or a nested sequence to float64 numpy.
 
     Args:
         values: numbers of any kind and shape.
@@ -31,12 +31,12 @@ def as_float64(values: Any) -> Array:
         dtype('float64')
     """
     if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16
+        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16.
     return np.asarray(values, dtype=np.float64)
 
 
 def matvec(A: Array, x: Array) -> Array:
-    """A x, over leading batch dimensions: (..., m, n) times (..., n) gives (..., m).
+    """Return A x, (..., m), of A (..., m, n) and x (..., n).
 
     Example:
         >>> matvec(np.eye(2), np.array([1.0, 2.0]))
@@ -46,7 +46,7 @@ def matvec(A: Array, x: Array) -> Array:
 
 
 def rmatvec(A: Array, r: Array) -> Array:
-    """A^T r, over leading batch dimensions: (..., m, n) and (..., m) give (..., n).
+    """Return A^T r, (..., n), of A (..., m, n) and r (..., m).
 
     Example:
         >>> rmatvec(np.array([[1.0, 2.0]]), np.array([3.0]))
@@ -56,7 +56,7 @@ def rmatvec(A: Array, r: Array) -> Array:
 
 
 def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
-    """The LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, divided by neither m nor n.
+    """Return the LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, divided by neither m nor n.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -75,13 +75,13 @@ def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     """
     A, b, z = as_float64(A), as_float64(b), as_float64(z)
     with np.errstate(over="ignore"):
-        # Halved before the square, nothing overflows that half the sum does not.
+        # Halving before squaring avoids an overflow where the result is finite.
         half = 0.5 * (b - matvec(A, z))
         return 2.0 * (half**2).sum(-1) + l1_weight * np.abs(z).sum(-1)
 
 
 def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
-    """A feasible point of the dual: theta = r min(1, l1 / ||A^T r||_inf), r = b - A z.
+    """Return a feasible point of the dual: theta = r min(1, l1 / ||A^T r||_inf), r = b - A z.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -106,9 +106,9 @@ def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
 
 
 def estimated_gap(A: Array, b: Array, z: Array, l1_weight: float = 1e-5) -> Any:
-    """The relative duality gap as float64 has it: the formula of `duality_gap` without its allowance for rounding.
+    """Return the relative duality gap in float64: the formula of `duality_gap` without its allowance for rounding.
 
-    For choosing between codes and for looking often; it certifies nothing.
+    It is faster, and serves to compare codes. It is not a certificate.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -133,7 +133,7 @@ def estimated_gap(A: Array, b: Array, z: Array, l1_weight: float = 1e-5) -> Any:
 
 
 def critical_l1(A: Any, b: Any) -> Any:
-    """The smallest l1 whose minimiser is zero: ||A^T b||_inf.
+    """Return the smallest l1 whose minimiser is zero: ||A^T b||_inf.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -151,9 +151,10 @@ def critical_l1(A: Any, b: Any) -> Any:
 
 
 def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
-    """By how much z misses the optimality conditions, in units of A^T r, r = b - A z.
+    """Return the violation of the optimality conditions by z.
 
-    max over i of |A_i^T r - l1 sign(z_i)| where z_i != 0, and of max(0, |A_i^T r| - l1) where z_i = 0.
+    With r = b - A z, this is the maximum over i of |A_i^T r - l1 sign(z_i)| where z_i != 0, and of
+    max(0, |A_i^T r| - l1) where z_i = 0.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -176,10 +177,10 @@ def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
 
 
 def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
-    """Whether z is the minimiser as far as float64 can tell.
+    """Return whether z satisfies the optimality conditions up to rounding in float64.
 
-    The violation may be 1e-8 l1 or, if more, what rounding leaves in A^T (b - A z), but never above 1e-2 l1:
-    rounding explains everything where a singular system made z huge.
+    `kkt_violation` may be at most 1e-8 l1 or, if larger, the rounding error of A^T (b - A z), but never above 1e-2 l1:
+    where a singular system made z huge, the bound on the rounding error would allow any violation.
 
     Args:
         A: measurement matrices, (..., m, n).
@@ -199,7 +200,7 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     holds = violation <= 1e-8 * l1_weight
     if holds.all():
         return holds
-    # What overflows is cut at the most that is allowed; of infinity times 0, which is no number, nothing holds.
+    # An overflow is limited by the 1e-2 l1 below; a NaN (inf times 0) compares as False.
     with np.errstate(over="ignore", invalid="ignore"):
         columns = np.sqrt((A**2).sum(-2))
         terms = np.sqrt((b**2).sum(-1)) + (columns * np.abs(z)).sum(-1)
@@ -209,21 +210,21 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
 
 
 def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> Indices:
-    """The `sparsity` entries of largest |z|, of equal ones those of lower index.
+    """Return the indices of the `sparsity` largest |z|; of equal entries, those of lower index come first.
 
-    A code with fewer nonzeros than `sparsity` still gives `sparsity` indices (a node of the network needs
-    that many operations): the zeros of lowest index fill up.
+    If z has fewer nonzeros, zeros of lowest index are added, because a node of the network needs `sparsity` operations.
 
     Args:
         z: one code, (n,), array or tensor.
-        sparsity: how many to keep, 1 .. n, or 1 .. number of groups.
-        groups: the group (edge) of every candidate, (n,); if given, only the best of each group competes.
+        sparsity: number of entries to keep, 1 .. n, or 1 .. number of groups.
+        groups: the group (edge) of every candidate, (n,). If given, at most one entry of each group is kept.
 
     Returns:
         The indices in rising order, int64 of shape (sparsity,).
 
     Raises:
         ConfigError: if `sparsity` is out of range or `groups` is not of length n.
+        SolverError: if z is not one code of finite numbers.
 
     Example:
         >>> top_support([0.1, -3.0, 2.0], 2).tolist()
@@ -235,10 +236,10 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
 
 
 def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> float:
-    """Return how clear the choice of `top_support` is: by how much |z| must change before another candidate is kept.
+    """Return the margin of `top_support`: by how much entries of |z| must change before another candidate is kept.
 
-    The s-th largest |z| minus the next one. With groups, a kept candidate may be replaced by one of a group of which
-    none is kept, or by one of its own group: the smallest difference counts.
+    This is the s-th largest |z| minus the next one. With groups, a kept candidate may be replaced by one of a group of
+    which none is kept, or by one of its own group; the margin is the smallest of these differences.
 
     Args:
         z: one code, (n,), array or tensor.
@@ -246,7 +247,7 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
         groups: as in `top_support`.
 
     Returns:
-        The difference, >= 0; inf if nothing is left out that could be kept instead.
+        The margin, >= 0; inf if no other candidate could be kept.
 
     Raises:
         ConfigError: as `top_support`.
@@ -270,30 +271,34 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
 
 
 def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray[Any] | None) -> Indices:
-    """All that compete, in falling |z|."""
+    """Return the candidates that can be kept, in the order of falling |z|."""
     if magnitude.ndim != 1:
-        raise SolverError(f"z has shape {magnitude.shape}: give one code of shape (n,)")
+        raise SolverError(f"shape {magnitude.shape}", field="z", remedy="give one code of shape (n,)")
     if not np.isfinite(magnitude).all():
-        raise SolverError(
-            "z holds a NaN or an infinity: it has no largest entries; recover it from finite A and b"
-        )
+        raise SolverError("NaN or infinite entries", field="z", remedy="recover the code from finite A and b")
     order = np.argsort(-magnitude, kind="stable")
     if groups is not None:
         label = np.asarray(groups)
         if label.shape != magnitude.shape:
             raise ConfigError(
-                f"groups has shape {label.shape}: give one group for each of {len(magnitude)} candidates"
+                f"shape {label.shape}",
+                field="groups",
+                remedy=f"give one group for each of the {len(magnitude)} candidates",
             )
-        # np.unique's first occurrence in falling |z| is the best candidate of each group.
+        # The first occurrence of a group in the order of falling |z| is its best candidate.
         order = order[np.sort(np.unique(label[order], return_index=True)[1])]
     if not 1 <= sparsity <= len(order):
-        what = "candidates of the node" if groups is None else "edges of the node (one operation per edge)"
-        raise ConfigError(f"sparsity is {sparsity}: choose 1 to {len(order)}, the number of {what}")
+        what = "candidates" if groups is None else "edges, each with one operation"
+        raise ConfigError(
+            f"{sparsity} cannot be chosen among the node's {len(order)} {what}",
+            field="sparsity",
+            remedy=f"choose 1 to {len(order)}",
+        )
     return order.astype(np.int64)
 
 
 def truncation_error(z: Any, support: Any) -> float:
-    """What keeping only `support` throws away: ||z - z_S||_2.
+    """Return the norm of the entries outside of the support: ||z - z_S||_2.
 
     Args:
         z: one code, (n,), array or tensor.

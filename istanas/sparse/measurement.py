@@ -1,9 +1,9 @@
-"""Measurement matrices, and the way back from a sparse code to the weights on a node's edges."""
+"""Measurement matrices, initial compressed parameters, and the edge weights of a sparse code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,27 +11,29 @@ import torch
 from torch import Tensor
 
 from istanas.errors import ConfigError
+from istanas.settings import Matrix
 from istanas.sparse.lasso import as_float64, top_support
 
-MATRIX_KINDS = ("uniform", "gaussian")
+MATRIX_KINDS = get_args(Matrix)
 
 
 def measurement_matrix(
     kind: str, n_measurements: int, n_candidates: int, seed: int | torch.Generator
 ) -> Tensor:
-    """A random measurement matrix: "uniform", in [0, 1), as published; "gaussian", N(0, 1), unit columns.
+    """Draw a random measurement matrix.
 
     Args:
-        kind: "uniform" or "gaussian".
-        n_measurements: rows m >= 1; m >= n is allowed.
-        n_candidates: columns n >= 1.
-        seed: a seed >= 0, or a CPU generator to go on with (one generator for the nodes of a cell, in order).
+        kind: "uniform" draws entries in [0, 1), as published; "gaussian" draws them from N(0, 1) and scales the columns
+            to norm 1.
+        n_measurements: number of rows m, >= 1; m >= n is allowed.
+        n_candidates: number of columns n, >= 1.
+        seed: a seed >= 0, or a CPU generator to continue with (one generator for the nodes of a cell, in order).
 
     Returns:
         A, float64 of shape (m, n), the same on every machine.
 
     Raises:
-        ConfigError: if the kind is unknown or a size is below 1.
+        ConfigError: if `kind` is unknown, a size is below 1, or the seed is negative.
 
     Example:
         >>> A = measurement_matrix("gaussian", 7, 14, seed=0)
@@ -42,54 +44,60 @@ def measurement_matrix(
     """
     for name, size in (("n_measurements", n_measurements), ("n_candidates", n_candidates)):
         if size < 1:
-            raise ConfigError(f"{name} is {size}: a measurement matrix needs at least 1")
+            raise ConfigError(f"{size} is too small", field=name, remedy="choose at least 1")
     generator, shape = _generator(seed), (n_measurements, n_candidates)
     if kind == "uniform":
         return torch.rand(shape, generator=generator, dtype=torch.float64)
     if kind == "gaussian":
         normal = torch.randn(shape, generator=generator, dtype=torch.float64)
         return torch.nn.functional.normalize(normal, dim=0)
-    raise ConfigError(f"measurement matrix is {kind!r}: choose from {', '.join(MATRIX_KINDS)}")
+    raise ConfigError(
+        f"unknown matrix {kind!r}", field="kind", remedy=f"choose from {', '.join(MATRIX_KINDS)}"
+    )
 
 
 def initial_compressed_alphas(
     n_measurements: int, seed: int | torch.Generator, scale: float = 1e-3
 ) -> Tensor:
-    """The compressed parameters of one node before training: b ~ scale N(0, 1).
+    """Draw the initial compressed parameters of one node: b ~ scale N(0, 1).
 
     Args:
-        n_measurements: m >= 1.
-        seed: a seed >= 0, or a CPU generator to go on with (one generator for all nodes, in order).
+        n_measurements: length m, >= 1.
+        seed: a seed >= 0, or a CPU generator to continue with (one generator for all nodes, in order).
         scale: standard deviation, > 0.
 
     Returns:
         b, float64 of shape (m,); the network casts it to its own type.
 
     Raises:
-        ConfigError: if `n_measurements` is below 1 or `scale` is not positive.
+        ConfigError: if `n_measurements` is below 1, `scale` is not positive, or the seed is negative.
 
     Example:
         >>> initial_compressed_alphas(7, seed=0).shape
         torch.Size([7])
     """
     if n_measurements < 1:
-        raise ConfigError(f"n_measurements is {n_measurements}: a node needs at least 1")
+        raise ConfigError(
+            f"{n_measurements} is too small", field="n_measurements", remedy="choose at least 1"
+        )
     if not scale > 0:
         raise ConfigError(
-            f"scale is {scale}: compressed alphas that start at 0 have no code; choose above 0, as 1e-3"
+            f"{scale} is not positive, and compressed parameters of 0 have the code 0",
+            field="scale",
+            remedy="choose a positive number, such as 1e-3",
         )
     return scale * torch.randn(n_measurements, generator=_generator(seed), dtype=torch.float64)
 
 
 def gram_bias(A: Any, z: Any) -> Any:
-    """What the measurement adds to A^T b beside the code itself: (A^T A - I) z.
+    """Return the part of A^T A z beside the code itself: (A^T A - I) z.
 
     Args:
         A: measurement matrix, (m, n), array or tensor.
-        z: code, (n,), array or tensor; usually cut to its support.
+        z: code, (n,), array or tensor; usually truncated to its support.
 
     Returns:
-        (n,), a float64 tensor if z is a tensor, else a float64 array.
+        The bias, (n,): a float64 tensor if z is a tensor, else a float64 array.
 
     Example:
         >>> gram_bias([[1.0, 1.0]], [2.0, 0.0])
@@ -113,18 +121,18 @@ def edge_weights(
     support: Sequence[int] | npt.NDArray[Any] | Tensor | None = None,
     groups: Sequence[int] | npt.NDArray[Any] | None = None,
 ) -> Any:
-    """The weights of a node's candidates: alpha = A^T b - (A^T A - I) z_S on S, 0 elsewhere.
+    """Return the weights of a node's candidates: alpha = A^T b - (A^T A - I) z_S on S, 0 elsewhere.
 
-    z is a constant here: d alpha_S / d b = A_S^T. With S all of a minimiser's support, alpha_S = z_S + l1
-    sign(z_S).
+    z is treated as a constant: d alpha_S / d b = A_S^T. If z is a minimiser and S its support, then
+    alpha_S = z_S + l1 sign(z_S).
 
     Args:
         A: measurement matrix, (m, n), array or tensor.
         b: compressed parameters, (m,), array or tensor.
         z: code, (n,), array or tensor.
-        sparsity: S = `top_support(z, sparsity, groups=groups)`.
-        support: S itself, instead of `sparsity`. With neither, S is where z is not 0.
-        groups: see `top_support`.
+        sparsity: if given, S = `top_support(z, sparsity, groups=groups)`.
+        support: S itself, instead of `sparsity`. With neither, S is the set of the nonzeros of z.
+        groups: as in `top_support`.
 
     Returns:
         alpha, (n,), of the kind, dtype and device of b; differentiable in b if b is a tensor.
@@ -139,7 +147,9 @@ def edge_weights(
     Source: Yang et al., ISTA-NAS, NeurIPS 2020.
     """
     if sparsity is not None and support is not None:
-        raise ConfigError(f"sparsity is {sparsity} and support is given too: give one of them")
+        raise ConfigError(
+            f"{sparsity} is given together with support", field="sparsity", remedy="give one of the two"
+        )
     if sparsity is not None:
         support = top_support(z, sparsity, groups=groups)
     elif support is None:
@@ -155,14 +165,14 @@ def edge_weights(
 
 def _edge_weights(A: Tensor, b: Tensor, z: Tensor, support: Tensor) -> Tensor:
     A, z, S = A.to(b.device, torch.float64), z.to(b.device, torch.float64), support.to(b.device, torch.int64)
-    # Only the columns of S matter: alpha_S = z_S + A_S^T (b - A_S z_S).
+    # On S the formula needs only the columns of S: alpha_S = z_S + A_S^T (b - A_S z_S).
     A_S, z_S = A[:, S], z[S]
     alpha_S = z_S + A_S.T @ (b.double() - A_S @ z_S)
     return torch.zeros(A.shape[1], dtype=torch.float64, device=b.device).scatter(0, S, alpha_S).to(b.dtype)
 
 
 def _tensor(values: Any) -> Tensor:
-    # A copy of what is no tensor yet: torch warns of arrays that are read-only, and jobs do hold such.
+    # Arrays are copied, because torch warns of read-only ones, which jobs do pass.
     return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
@@ -170,5 +180,5 @@ def _generator(seed: int | torch.Generator) -> torch.Generator:
     if isinstance(seed, torch.Generator):
         return seed
     if seed < 0:
-        raise ConfigError(f"seed is {seed}: choose an integer of at least 0")
+        raise ConfigError(f"{seed} is negative", field="seed", remedy="choose an integer of at least 0")
     return torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Compressed parameters to sparse codes: one entry for all solvers, and a certificate on every result."""
+"""Recovery of sparse codes from compressed parameters: one interface to all solvers, and certified results."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from istanas.errors import SolverError
+from istanas.settings import Solver
 from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate
 from istanas.sparse.convex import solve_convex
 from istanas.sparse.homotopy import solve_path, try_supports
 from istanas.sparse.ista import iterate
 from istanas.sparse.lasso import ORDINARY, Array, Indices, as_float64, critical_l1, objective
 
-SOLVERS = ("ista", "fista", "homotopy", "clarabel", "mosek")
-FALLBACKS = ("homotopy", "clarabel", "fista")  # in this order, where the solver that was asked for fails
-PATIENCE = 300_000  # steps of FISTA as the last resort
-# What a solver that gives up raises; what makes no problem is refused before.
-_GIVEN_UP = (SolverError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)
-_LEAST, _LARGEST = 5e-324, float(np.finfo(np.float64).max)  # numbers above 0
-_CHUNK = 128  # nodes whose matrices stay in the cache while they are certified
+SOLVERS: tuple[str, ...] = get_args(Solver)
+FALLBACKS = ("homotopy", "clarabel", "fista")  # Tried in this order after the requested solver.
+FALLBACK_FISTA_ITER = 300_000  # Iterations of FISTA as the last fallback.
+# Errors of a solver that fails. Invalid arguments are rejected before.
+_SOLVER_FAILURES = (SolverError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)
+_LEAST, _LARGEST = 5e-324, float(np.finfo(np.float64).max)  # The smallest and the largest positive number.
+_CHUNK = 128  # Nodes certified at a time: their matrices fit into the processor's cache.
 
 Members: TypeAlias = npt.NDArray[np.bool_] | None
 
 
 class RecoveryWarning(UserWarning):
-    """Some nodes' codes are not certified to the tolerance; the message holds the figures."""
+    """Warns that the codes of some nodes are not certified to the tolerance, with the gaps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +43,13 @@ class RecoveryResult:
         z: the code, (n,), of the kind, dtype and device of b.
         gap: an upper bound, rounding included, of the relative duality gap of the float64 code,
             (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
-        n_iter: the solver's steps: gradient steps, segments of the path (0: none was needed), or
-            interior-point iterations.
+        n_iter: the solver's steps, >= 0: gradient steps, segments of the path, or interior-point iterations.
         converged: whether gap <= tol and decision_gap <= DECISION_TOL, of the float64 code.
         objective: P(z).
-        solver: its name.
-        support_reused: whether the given support still held, so that no path was followed.
-        decision_gap: the same bound in units of P(z), which is what the choice of the largest entries depends on;
-            NaN if it was not computed.
+        solver: name of the solver that found the code.
+        support_reused: whether the given support was still right, so that no path was followed.
+        decision_gap: the same bound in units of P(z), on which the choice of the largest entries depends; NaN if it was
+            not computed.
     """
 
     z: Any
@@ -63,7 +63,7 @@ class RecoveryResult:
 
     @property
     def support(self) -> Indices:
-        """Indices of the nonzeros of z, rising: what to hand to the next `recover` as `support`."""
+        """The indices of the nonzeros of z in rising order, for the `support` of the next `recover`."""
         return np.flatnonzero(as_float64(self.z)).astype(np.int64)
 
 
@@ -77,27 +77,26 @@ def recover(
     max_iter: int | None = None,
     support: Sequence[int] | npt.NDArray[Any] | None = None,
 ) -> RecoveryResult:
-    """The sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
+    """Recover the sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
 
     Args:
         A: measurement matrix, (m, n), array or tensor; m >= n is allowed.
         b: compressed parameters, (m,), array or tensor.
         l1_weight: l1 > 0.
-        solver: "homotopy" (exact), "clarabel", "mosek" (licence), "ista", "fista" (approximate).
-        tol: relative duality gap to reach.
-        max_iter: bound on the solver's steps; default: the solver's own.
-        support: the nonzeros of an earlier code (`RecoveryResult.support`), kept if still right; homotopy
-            only.
+        solver: "homotopy" (exact), "clarabel", "mosek" (requires a licence), "ista" or "fista" (approximate).
+        tol: relative duality gap to reach, > 0.
+        max_iter: bound on the solver's steps, >= 1; `None` uses the solver's own.
+        support: the nonzeros of an earlier code (`RecoveryResult.support`), which are tried first; only for "homotopy".
 
     Returns:
-        The code and its certificate. Where columns are equal or dependent the minimiser need not be unique;
-        any of them may come.
+        The code and its certificate. If columns are dependent the minimiser need not be unique; any of them may be
+        returned.
 
     Raises:
-        SolverError: if A, b, l1_weight, solver, tol or support make no problem, or the solver cannot run.
+        SolverError: if an argument is invalid, or the solver cannot run.
 
     Warns:
-        RecoveryWarning: if the gap stays above tol, or above `DECISION_TOL` P(z).
+        RecoveryWarning: if the gap stays above `tol`, or above `DECISION_TOL` P(z).
 
     Example:
         >>> result = recover(np.eye(2), np.array([1.0, 0.25]), l1_weight=0.5)
@@ -119,7 +118,7 @@ def recover_nodes(
     max_iter: int | None = None,
     supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
 ) -> list[RecoveryResult]:
-    """`recover` for many nodes at once; nodes may differ in size, and do not influence each other.
+    """Recover the codes of many nodes at once. Nodes may differ in size, and do not influence each other.
 
     Args:
         As: measurement matrices, each (m, n).
@@ -128,16 +127,16 @@ def recover_nodes(
         solver: as in `recover`.
         tol: as in `recover`.
         max_iter: as in `recover`.
-        supports: for every node an earlier support or None.
+        supports: for every node an earlier support or `None`.
 
     Returns:
         One result a node, in order.
 
     Raises:
-        SolverError: as `recover`, naming the node.
+        SolverError: as `recover`; the message names the node.
 
     Warns:
-        RecoveryWarning: once, with the figures of all nodes that did not converge.
+        RecoveryWarning: once, with the gaps of all nodes that did not converge.
 
     Example:
         >>> results = recover_nodes([np.eye(2), np.eye(1)], [np.ones(2), np.zeros(1)], l1_weight=0.5)
@@ -158,19 +157,24 @@ def recover_certified(
     supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[RecoveryResult]:
-    """`recover_nodes` whose every code is certified: a node that a solver fails on goes to the next solver.
+    """Recover certified codes of many nodes. Nodes on which a solver fails are passed to the next solver.
 
-    First comes `solver`, then, for the nodes that are left, "homotopy", "clarabel", and "fista" with many steps.
+    The solvers are `solver`, then those of `FALLBACKS`, the last one with many steps.
 
     Args:
-        As, bs, l1_weight, solver, tol, supports: as in `recover_nodes`.
-        names: of the nodes, for the error; default: their numbers.
+        As: as in `recover_nodes`.
+        bs: as in `recover_nodes`.
+        l1_weight: as in `recover`.
+        solver: as in `recover`.
+        tol: as in `recover`.
+        supports: as in `recover_nodes`.
+        names: names of the nodes for the error message; `None` uses their numbers.
 
     Returns:
-        One result a node, in order, `converged` all; `solver` says whose code it is.
+        One result a node, in order, all converged; their `solver` is the one that succeeded.
 
     Raises:
-        SolverError: as `recover_nodes`; or if no solver's code is certified on a node, with the gap of each.
+        SolverError: as `recover_nodes`; or if no solver certifies a node, with the gap of each.
 
     Example:
         >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
@@ -179,11 +183,11 @@ def recover_certified(
     problems = _checked(list(As), list(bs), l1_weight, solver, tol, None, supports)
     stages: list[tuple[str, int | None, Members]] = [(solver, None, problems.members)]
     for name in FALLBACKS:
-        # The same again only where it can end otherwise: without a support, or with more steps.
+        # The requested solver is repeated only where the result can differ: without a support, or with more steps.
         if name == "homotopy" and supports is not None:
             stages += [(name, None, problems.members), (name, None, None)][solver == name :]
         elif name != solver or name == "fista":
-            stages.append((name, PATIENCE if name == "fista" else None, None))
+            stages.append((name, FALLBACK_FISTA_ITER if name == "fista" else None, None))
     results: dict[int, RecoveryResult] = {}
     failures: dict[int, list[str]] = {node: [] for node in range(len(As))}
     for name, max_iter, members in stages:
@@ -203,23 +207,25 @@ def recover_certified(
     if left:
         named = [str(node) if names is None else names[node] for node in left]
         raise SolverError(
-            f"no solver recovers {', '.join(named[:8])}{', ...' if left[8:] else ''} to a relative duality gap of "
-            f"{tol:g} ({'; '.join(failures[left[0]])}): raise l1_weight, which is {l1_weight:g}, or lower arch_lr"
+            f"with {l1_weight:g} no solver recovers {', '.join(named[:8])}{', ...' if left[8:] else ''} to a relative "
+            f"duality gap of {tol:g} ({'; '.join(failures[left[0]])})",
+            field="l1_weight",
+            remedy="raise it, or lower arch_lr",
         )
     return [results[node] for node in failures]
 
 
 class _Problems(NamedTuple):
-    """Problems that were checked, as one batch."""
+    """A batch of checked problems."""
 
     A: Array
     b: Array
     sizes: list[int]
-    given: list[Any]  # the vectors b as they came
-    members: Members  # of the given supports, if any
+    given: list[Any]  # The vectors b as the caller passed them.
+    members: Members  # Whether each candidate is in the given support.
 
     def of(self, nodes: list[int]) -> _Problems:
-        """Some of them."""
+        """Return the problems of these nodes."""
         if len(nodes) == len(self.sizes):
             return self
         return _Problems(
@@ -234,10 +240,10 @@ class _Problems(NamedTuple):
 def _tried(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult | str]:
-    """One solver's results, or why it gave up on a node: that of one takes no other's."""
+    """Return one solver's results, or why it failed on a node. A failure does not affect the other nodes."""
     try:
         return [*_certify(problems, l1_weight, solver, tol, max_iter)]
-    except _GIVEN_UP as error:
+    except _SOLVER_FAILURES as error:
         if len(problems.sizes) == 1:
             return [" ".join(str(error).split())[:200]]
     single = [problems.of([node]) for node in range(len(problems.sizes))]
@@ -247,7 +253,7 @@ def _tried(
 def _warned_of(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult]:
-    """One solver's results, with a warning of those that did not converge."""
+    """Return one solver's results, and warn if some did not converge."""
     results = _certify(problems, l1_weight, solver, tol, max_iter)
     if not all(result.converged for result in results):
         _warn(results, solver, tol)
@@ -257,7 +263,7 @@ def _warned_of(
 def _certify(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult]:
-    """One solver's codes, with their certificates."""
+    """Return one solver's codes with their certificates."""
     A, b, sizes, bs, _ = problems
     if len(sizes) == 0:
         return []
@@ -274,7 +280,7 @@ def _certify(
 
 
 def _certificates(A: Array, b: Array, z: Array, l1_weight: float) -> Certificate:
-    """Of a batch, a part at a time: the temporaries of thousands of nodes at once cost more than the arithmetic."""
+    """Return the certificates of a batch, computed in parts: for thousands of nodes, temporary arrays are slow."""
     if len(A) <= _CHUNK:
         return certificate(A, b, z, l1_weight)
     parts = [slice(start, start + _CHUNK) for start in range(0, len(A), _CHUNK)]
@@ -285,7 +291,7 @@ def _certificates(A: Array, b: Array, z: Array, l1_weight: float) -> Certificate
 def _solve(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """Codes (B, n), steps (B,), and whether the given support held (B,); an extreme b in units of its own."""
+    """Return codes (B, n), steps (B,), and whether the given support was right (B,). Extreme b are scaled."""
     peak = np.abs(problems.b).max(-1)
     if ORDINARY[0] <= peak.min() and peak.max() <= ORDINARY[1]:
         return _solve_in_units(problems, l1_weight, solver, tol, max_iter)
@@ -302,7 +308,7 @@ def _solve(
             part = part._replace(b=np.ldexp(part.b, -exponent))
             own_l1 = float(np.ldexp(l1_weight, -exponent))
         if critical_l1(part.A, part.b).item() <= own_l1:
-            continue  # the minimiser is 0, and l1 may be infinite in these units
+            continue  # The minimiser is 0. In these units l1 may be infinite.
         code, n_iter[[node]], reused[[node]] = _solve_in_units(
             part, max(own_l1, _LEAST), solver, tol, max_iter
         )
@@ -314,7 +320,7 @@ def _solve(
 def _solve_in_units(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """What `_solve` returns, of b whose squares float64 has."""
+    """Do the work of `_solve` for b whose squares are in the range of float64."""
     A, b, _, given, members = problems
     reused = np.zeros(len(A), dtype=np.bool_)
     if solver == "homotopy":
@@ -348,10 +354,10 @@ def _checked(
     max_iter: int | None,
     supports: Any,
 ) -> _Problems:
-    """Refuse what makes no problem.
+    """Check the arguments and return the problems as a batch.
 
     Raises:
-        SolverError: with the node, if it is one's.
+        SolverError: if an argument is invalid; the message names the node if there are several.
     """
     _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
     if len(As) == 0:
@@ -359,7 +365,7 @@ def _checked(
     matrices, vectors = [as_float64(A) for A in As], [as_float64(b) for b in bs]
     for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
         if A.ndim != 2 or 0 in A.shape or b.shape != A.shape[:1]:
-            _refuse_shapes(A, b, _named(node, len(As)))
+            raise _wrong_shape(A, b, _of_node(node, len(As)))
     sizes = [A.shape[1] for A in matrices]
     A, b = _pad(matrices, vectors)
     _check_finite(A, b)
@@ -376,47 +382,69 @@ def _check_arguments(
     supports: Any,
 ) -> None:
     if solver not in SOLVERS:
-        raise SolverError(f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
+        raise SolverError(
+            f"unknown solver {solver!r}", field="solver", remedy=f"choose from {', '.join(SOLVERS)}"
+        )
     if not (l1_weight > 0 and np.isfinite(l1_weight)):
-        raise SolverError(f"l1_weight is {l1_weight}: choose a finite number above 0, as 1e-5")
+        raise SolverError(
+            f"{l1_weight} is not a finite positive number",
+            field="l1_weight",
+            remedy="choose one, such as 1e-5",
+        )
     if not tol > 0:
-        raise SolverError(f"tol is {tol}: choose a relative duality gap above 0, as 1e-9")
+        raise SolverError(
+            f"{tol} is not positive", field="tol", remedy="choose a relative duality gap, such as 1e-9"
+        )
     if max_iter is not None and max_iter < 1:
-        raise SolverError(f"max_iter is {max_iter}: choose at least 1, or None for the solver's own bound")
+        raise SolverError(
+            f"{max_iter} is too small",
+            field="max_iter",
+            remedy="choose at least 1, or None for the solver's own bound",
+        )
     if len(As) != len(bs):
-        raise SolverError(f"bs has {len(bs)} entries for {len(As)} matrices: give one b for each A")
+        raise SolverError(
+            f"{len(bs)} entries for {len(As)} matrices", field="bs", remedy="give one b for each A"
+        )
     if supports is not None and len(supports) != len(As):
         raise SolverError(
-            f"supports has {len(supports)} entries for {len(As)} nodes: give a support or None for each"
+            f"{len(supports)} entries for {len(As)} nodes",
+            field="supports",
+            remedy="give a support or None for each",
         )
 
 
-def _named(node: int, n_nodes: int) -> str:
-    return "" if n_nodes == 1 else f"node {node}: "
+def _of_node(node: int, n_nodes: int) -> str:
+    return "" if n_nodes == 1 else f" of node {node}"
 
 
-def _refuse_shapes(A: Array, b: Array, node: str) -> NoReturn:
+def _wrong_shape(A: Array, b: Array, of_node: str) -> SolverError:
     if A.ndim != 2 or 0 in A.shape:
-        raise SolverError(
-            f"{node}A has shape {A.shape}: give a matrix (n_measurements, n_candidates), both at least 1"
+        return SolverError(
+            f"shape {A.shape}{of_node}",
+            field="A",
+            remedy="give a matrix (n_measurements, n_candidates), both at least 1",
         )
-    raise SolverError(f"{node}b has shape {b.shape} but A has shape {A.shape}: b needs shape {A.shape[:1]}")
+    return SolverError(
+        f"shape {b.shape}{of_node} does not fit A of shape {A.shape}", field="b", remedy=f"use {A.shape[:1]}"
+    )
 
 
 def _check_finite(A: Array, b: Array) -> None:
-    """All nodes at once, padded: asking each of thousands would take longer than solving some."""
+    """Check all nodes at once: checking thousands one by one would take longer than solving some of them."""
     for name, values in (("A", A), ("b", b)):
         finite = np.isfinite(values)
         if not finite.all():
             first = tuple(np.argwhere(~finite)[0])
+            of_node = _of_node(int(first[0]), len(values))
             raise SolverError(
-                f"{_named(int(first[0]), len(values))}{name} holds {values[first]}: recovery needs finite numbers; "
-                "did the training diverge?"
+                f"an entry{of_node} is {values[first]}",
+                field=name,
+                remedy="give finite numbers; if they come from training, check whether it diverged",
             )
 
 
 def _pad(matrices: list[Array], vectors: list[Array]) -> tuple[Array, Array]:
-    """One batch of unequal problems: columns and rows of zeros change no minimiser and are never chosen."""
+    """Return problems of unequal sizes as one batch, padded by zeros, which do not change the minimisers."""
     m, n = max(A.shape[0] for A in matrices), max(A.shape[1] for A in matrices)
     batch_A, batch_b = np.zeros((len(matrices), m, n)), np.zeros((len(matrices), m))
     for i, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
@@ -433,10 +461,14 @@ def _memberships(supports: Any, sizes: list[int], width: int) -> npt.NDArray[np.
     nodes = np.repeat(np.arange(len(sizes)), [len(support) for support in given])
     indices = np.concatenate(given).astype(np.int64)
     outside = (indices < 0) | (indices >= np.asarray(sizes)[nodes])
-    if outside.any():  # asked of all nodes at once, as in `_check_finite`
+    if outside.any():  # All nodes are checked at once, as in `_check_finite`.
         node = int(nodes[outside.argmax()])
         wrong = indices[nodes == node].tolist()
-        raise SolverError(f"node {node}: support is {wrong}: choose indices of 0 to {sizes[node] - 1}")
+        raise SolverError(
+            f"{wrong}{_of_node(node, len(sizes))} has an index out of range",
+            field="support",
+            remedy=f"choose indices from 0 to {sizes[node] - 1}",
+        )
     members[nodes, indices] = True
     return members
 
@@ -451,7 +483,7 @@ def _like(b: Any, z: Array) -> Any:
 
 
 def _missed(result: RecoveryResult, tol: float) -> str:
-    """The figure of a result that is not certified, by which it is not."""
+    """Return the gap that is above its tolerance, in words."""
     if result.gap <= tol:
         return f"gap {result.decision_gap:.2g} of P(z), above {DECISION_TOL:g}"
     return f"gap {result.gap:.2g}"
@@ -469,7 +501,7 @@ def _warn(results: Sequence[RecoveryResult], solver: str, tol: float) -> None:
     if solver != "homotopy":
         remedy = "raise max_iter or tol, or use solver 'homotopy'"
     elif decision:
-        remedy = "l1_weight is too small for b to be certified in float64, raise it"
+        remedy = "raise l1_weight, which is too small to certify codes of this b in float64"
     else:
         remedy = "raise tol or max_iter"
     warnings.warn(

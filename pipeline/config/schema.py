@@ -6,32 +6,23 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from istanas.errors import ConfigError
-from istanas.limits import SMALL_SIDE
-from istanas.space import PRIMITIVES, CellSpace
+from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
+from istanas.settings import CLOSING_EPOCHS, Matrix, OneStageSettings, Schedule, Solver, TwoStageSettings
+from istanas.space import PRIMITIVES, CellSpace, Primitive
 from pipeline.base.addresses import checked_address
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
 from pipeline.config.choices import METHODS
 from pipeline.config.workers import WorkerRange, parse_workers
 
-Primitive = Literal[
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-]
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
 Stem = Literal["auto", "cifar", "imagenet"]
-Schedule = Literal["cosine", "linear", "linear_by_epoch"]  # of the learning rate, see `istanas.training`
 
 
 def _unit(name: str) -> Any:
@@ -119,7 +110,7 @@ class DataSettings(_Section):
         "needs none.",
     )
     download: bool = Field(False, description="Whether torchvision may download the data set into data.root.")
-    image_size: Annotated[int, Field(ge=8), _unit("pixels")] | None = Field(
+    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE), _unit("pixels")] | None = Field(
         None,
         description="Side to which pictures are resized. null keeps small pictures as they are, and uses 224 for large "
         "ones.",
@@ -159,32 +150,35 @@ class SpaceSettings(_Section):
     """The cells that a search may find, and how their sparse codes are measured and recovered."""
 
     nodes: Annotated[int, Field(ge=1, le=16)] = Field(
-        4, description="Number of intermediate nodes of a cell."
+        CellSpace.n_nodes, description="Number of intermediate nodes of a cell."
     )
     ops: list[Primitive] = Field(
-        default_factory=lambda: list(get_args(Primitive)),
+        default_factory=lambda: list(PRIMITIVES),
         description="Candidate operations on each edge, each named once.",
     )
-    sparsity: Positive = Field(2, description="Number of operations that each node keeps.")
+    sparsity: Positive = Field(CellSpace.sparsity, description="Number of operations that each node keeps.")
     one_op_per_edge: bool = Field(
-        False,
+        CellSpace.one_op_per_edge,
         description="Whether the operations that a node keeps must lie on different edges. The published code does "
         "not require it.",
     )
     n_measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
-        7, description="Number of rows m of the measurement matrix A, and length of the compressed alphas b."
+        TwoStageSettings.n_measurements,
+        description="Number of rows m of the measurement matrix A, and length of the compressed alphas b.",
     )
-    matrix: Literal["uniform", "gaussian"] = Field(
-        "uniform",
+    matrix: Matrix = Field(
+        TwoStageSettings.matrix,
         description="Distribution of the entries of A: uniform in [0, 1), as published, or Gaussian with columns of "
         "norm 1.",
     )
     matrix_seed: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Seed of A. null uses the run's seed."
     )
-    l1_weight: AbovePositive = Field(1e-5, description="Weight of the l1 norm in the LASSO problem.")
-    solver: Literal["homotopy", "ista", "fista", "clarabel", "mosek"] = Field(
-        "homotopy",
+    l1_weight: AbovePositive = Field(
+        TwoStageSettings.l1_weight, description="Weight of the l1 norm in the LASSO problem."
+    )
+    solver: Solver = Field(
+        TwoStageSettings.solver,
         description="Solver of the LASSO problem. homotopy is exact; ista and fista are iterative; mosek requires a "
         "licence.",
     )
@@ -207,19 +201,28 @@ class SearchSettings(_Section):
         description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
         "for larger ones.",
     )
-    lr: AbovePositive = Field(0.1, description="Initial learning rate of the weights.")
-    lr_min: NonNegative = Field(0.001, description="Learning rate of the weights at the end.")
-    momentum: Fraction = Field(0.9, description="Momentum of SGD on the weights.")
-    weight_decay: NonNegative = Field(3e-4, description="Weight decay of the weights.")
+    lr: AbovePositive = Field(TwoStageSettings.lr, description="Initial learning rate of the weights.")
+    lr_min: NonNegative = Field(
+        TwoStageSettings.lr_min, description="Learning rate of the weights at the end."
+    )
+    momentum: Fraction = Field(TwoStageSettings.momentum, description="Momentum of SGD on the weights.")
+    weight_decay: NonNegative = Field(
+        TwoStageSettings.weight_decay, description="Weight decay of the weights."
+    )
     grad_clip: AbovePositive | None = Field(
-        5.0,
+        TwoStageSettings.grad_clip,
         description="Largest norm of the weights' gradient; longer ones are scaled down. null disables clipping.",
     )
-    arch_lr: AbovePositive = Field(6e-4, description="Learning rate of Adam on the compressed alphas.")
-    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.5, 0.999], description="Betas of Adam on the compressed alphas."
+    arch_lr: AbovePositive = Field(
+        TwoStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
     )
-    arch_weight_decay: NonNegative = Field(1e-3, description="Weight decay of the compressed alphas.")
+    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: list(TwoStageSettings.arch_betas),
+        description="Betas of Adam on the compressed alphas.",
+    )
+    arch_weight_decay: NonNegative = Field(
+        TwoStageSettings.arch_weight_decay, description="Weight decay of the compressed alphas."
+    )
     max_pictures: Annotated[int, Field(ge=2), _unit("pictures")] | None = Field(
         None,
         description="Largest number of training pictures to search on, chosen stratified by class. null uses all.",
@@ -242,13 +245,13 @@ class SearchSettings(_Section):
 class TwoStageSearchSettings(SearchSettings):
     """The two-stage supernet and its training. The defaults are the published settings."""
 
-    epochs: Epochs = Field(50, description="Number of epochs of the search.")
+    epochs: Epochs = Field(TwoStageSettings.epochs, description="Number of epochs of the search.")
     alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5,
         description="Fraction of the training pictures that trains the compressed alphas; the rest trains the weights.",
     )
     termination_tol: NonNegative | None = Field(
-        None,
+        TwoStageSettings.termination_tol,
         description="The search stops early after an epoch in which every sparse code moved by at most this (Euclidean "
         "distance). null disables early stopping.",
     )
@@ -263,10 +266,11 @@ class OneStageSearchSettings(SearchSettings):
     """The one-stage supernet, which becomes the trained network. The defaults are published for CIFAR-10."""
 
     max_search_epochs: Epochs = Field(
-        600, description="Epochs after which the nodes that are still active freeze."
+        OneStageSettings.max_search_epochs,
+        description="Epochs after which the nodes that are still active freeze.",
     )
     train_epochs: EpochsFromZero = Field(
-        600,
+        OneStageSettings.train_epochs,
         description="Number of epochs of training after the search, which ends one epoch after the last node has "
         "frozen.",
     )
@@ -275,40 +279,48 @@ class OneStageSearchSettings(SearchSettings):
     layers: Annotated[int, Field(ge=3)] = Field(
         20, description="Number of cells. With fewer than 3 there would be no normal cell."
     )
-    lr: AbovePositive = Field(0.025, description="Initial learning rate of the weights.")
-    lr_min: NonNegative = Field(0.001, description="Learning rate of the weights at the end.")
+    lr: AbovePositive = Field(OneStageSettings.lr, description="Initial learning rate of the weights.")
+    lr_min: NonNegative = Field(
+        OneStageSettings.lr_min, description="Learning rate of the weights at the end."
+    )
     schedule: Schedule = Field(
-        "cosine",
+        OneStageSettings.schedule,
         description="How the learning rate falls during the training epochs. linear_by_epoch keeps one rate for each "
         "epoch.",
     )
     warmup_epochs: WarmupEpochs = Field(
-        0.0, description="Epochs at the beginning of the search during which the learning rate rises to lr."
+        OneStageSettings.warmup_epochs,
+        description="Epochs at the beginning of the search during which the learning rate rises to lr.",
     )
-    arch_lr: AbovePositive = Field(3e-4, description="Learning rate of Adam on the compressed alphas.")
+    arch_lr: AbovePositive = Field(
+        OneStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
+    )
     cutout: Pixels = Field(
         16, description="Side of the square that is masked in each training picture. 0 disables it."
     )
     auxiliary_weight: NonNegative = Field(
-        0.4, description="Weight of the auxiliary head's loss. 0 builds no auxiliary head."
+        OneStageSettings.auxiliary_weight,
+        description="Weight of the auxiliary head's loss. 0 builds no auxiliary head.",
     )
     drop_path: Fraction = Field(
-        0.2,
+        OneStageSettings.drop_path,
         description="Drop-path probability at the end of training; it rises linearly from 0 in the training epochs.",
     )
-    label_smoothing: Fraction = Field(0.0, description="Label smoothing of the loss. 0 disables it.")
+    label_smoothing: Fraction = Field(
+        OneStageSettings.label_smoothing, description="Label smoothing of the loss. 0 disables it."
+    )
     termination_tol: NonNegative = Field(
-        1e-3,
+        OneStageSettings.termination_tol,
         description="A node freezes after an epoch in which its sparse code moved by at most this (Euclidean "
         "distance).",
     )
     max_params: Annotated[Positive, _unit("parameters")] | None = Field(
-        3_700_000,
+        OneStageSettings.max_params,
         description="Largest number of parameters of an architecture, without the auxiliary head; larger ones are "
         "rejected. null disables the limit.",
     )
     max_macs: Annotated[Positive, _unit("multiply-adds")] | None = Field(
-        None,
+        OneStageSettings.max_macs,
         description="Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the "
         "limit.",
     )
@@ -321,8 +333,7 @@ class OneStageSearchSettings(SearchSettings):
     @property
     def max_epochs(self) -> int:
         """The most epochs that a search may take."""
-        # Between the two comes one closing epoch: istanas.search.CLOSING_EPOCHS, whose import loads torch.
-        return self.max_search_epochs + 1 + self.train_epochs
+        return self.max_search_epochs + CLOSING_EPOCHS + self.train_epochs
 
     @property
     def op_batchnorm(self) -> bool:
@@ -667,6 +678,3 @@ DEFAULT_METHOD = "two_stage"
 
 
 assert tuple(SCHEMAS) == METHODS, "every method has its schema"
-
-
-assert get_args(Primitive) == PRIMITIVES, "the schema's operations are those of istanas.space"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,10 +12,13 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.measure import Cost, target_cost
 from istanas.nets import Supernet, TargetNet, to_channels_last
-from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
+from istanas.search import OneStageSearch, OneStageSettings, SearchSettings, TwoStageSearch, TwoStageSettings
 from istanas.space import Genotype
 from istanas.training import Compute, derive_seed
-from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, SearchSettings, TwoStageConfig
+from pipeline.config import schema
+from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, TwoStageConfig
+
+Settings = TypeVar("Settings", bound=SearchSettings)
 
 
 def build_two_stage(
@@ -22,11 +26,7 @@ def build_two_stage(
 ) -> TwoStageSearch:
     """The search at its start."""
     supernet = _build_supernet(config, dataset, compute, auxiliary=False)
-    settings = TwoStageSettings(
-        **_common_settings(config),
-        epochs=config.search.epochs,
-        termination_tol=config.search.termination_tol,
-    )
+    settings = settings_of(config, TwoStageSettings)
     return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
 
 
@@ -38,21 +38,8 @@ def build_one_stage(
     Raises:
         ConfigError: if no architecture keeps `search.max_params` and `search.max_macs`.
     """
-    s = config.search
-    supernet = _build_supernet(config, dataset, compute, auxiliary=s.auxiliary_weight > 0)
-    settings = OneStageSettings(
-        **_common_settings(config),
-        max_search_epochs=s.max_search_epochs,
-        train_epochs=s.train_epochs,
-        schedule=s.schedule,
-        warmup_epochs=s.warmup_epochs,
-        drop_path=s.drop_path,
-        auxiliary_weight=s.auxiliary_weight,
-        label_smoothing=s.label_smoothing,
-        termination_tol=s.termination_tol,
-        max_params=s.max_params,
-        max_macs=s.max_macs,
-    )
+    supernet = _build_supernet(config, dataset, compute, auxiliary=config.search.auxiliary_weight > 0)
+    settings = settings_of(config, OneStageSettings)
     try:
         return OneStageSearch(
             supernet,
@@ -74,7 +61,7 @@ def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> T
 
 
 def target_network(
-    sizes: SearchSettings | RetrainSettings,
+    sizes: schema.SearchSettings | RetrainSettings,
     genotype: Genotype,
     dataset: ImageDataset,
     *,
@@ -112,7 +99,9 @@ def build_retraining(
     return net, optimizer
 
 
-def network_cost(sizes: SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype) -> Cost:
+def network_cost(
+    sizes: schema.SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype
+) -> Cost:
     """Parameters and multiply-adds of a genotype's network under a one-stage search's or a retraining's settings."""
     return target_cost(
         genotype,
@@ -144,21 +133,16 @@ def _build_supernet(config: Config, dataset: ImageDataset, compute: Compute, *, 
     return supernet
 
 
-def _common_settings(config: Config) -> dict[str, Any]:
-    """What the settings of both algorithms have."""
-    s, space = config.search, config.space
-    return {
-        "lr": s.lr,
-        "lr_min": s.lr_min,
-        "momentum": s.momentum,
-        "weight_decay": s.weight_decay,
-        "grad_clip": s.grad_clip,
-        "arch_lr": s.arch_lr,
-        "arch_betas": (s.arch_betas[0], s.arch_betas[1]),
-        "arch_weight_decay": s.arch_weight_decay,
-        "n_measurements": space.n_measurements,
-        "matrix": space.matrix,
-        "matrix_seed": config.matrix_seed,
-        "l1_weight": space.l1_weight,
-        "solver": space.solver,
-    }
+def settings_of(config: Config, kind: type[Settings]) -> Settings:
+    """Return the settings of a search algorithm.
+
+    Each field takes the value of the configuration's key of the same name, in `search` or `space`. The seed of the
+    matrices is a property of the whole configuration. A field without a key keeps its default.
+    """
+    values: dict[str, Any] = {"matrix_seed": config.matrix_seed}
+    for name in {field.name for field in fields(kind)} - values.keys():
+        for section in (config.search, config.space):
+            if name in type(section).model_fields:
+                value = getattr(section, name)
+                values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -8,11 +8,12 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -51,16 +52,16 @@ def random_picks(seed: int, n_nodes: int = 4, sparsity: int = 2) -> Picks:
     return tuple(tuple(draw.sample(candidates, sparsity)) for candidates in edges)
 
 
-def arrows(figure: Figure) -> list[FancyArrowPatch]:
-    return [patch for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)]
+def edge_lines(figure: Figure) -> list[PathPatch]:
+    return [patch for patch in figure.artists if isinstance(patch, PathPatch)]
 
 
 def names_and_boxes(figure: Figure) -> tuple[dict[str, list[Bbox]], list[Bbox]]:
     """Extents in pixels of the operations' names, and of the states' boxes."""
     figure.canvas.draw()
-    boxes = [p.get_window_extent() for p in figure.axes[0].patches if isinstance(p, FancyBboxPatch)]
+    boxes = [p.get_window_extent() for p in figure.artists if isinstance(p, FancyBboxPatch)]
     names: dict[str, list[Bbox]] = {}
-    for text in figure.axes[0].texts:
+    for text in figure.texts:
         if text.get_bbox_patch() is not None:  # states' names have no ground of their own
             names.setdefault(text.get_text(), []).append(text.get_window_extent())
     return names, boxes
@@ -102,8 +103,8 @@ def test_names_overlap_neither_each_other_nor_a_box_nor_the_border(picks: Picks)
 def test_two_ops_on_one_edge_are_two_curves() -> None:
     figure = draw_cell(TWO_ON_AN_EDGE, [3])
     figure.canvas.draw()
-    first, second = arrows(figure)[:2]
-    middles = [arrow.get_path().interpolated(10).vertices[10] for arrow in (first, second)]
+    first, second = edge_lines(figure)[:2]
+    middles = [line.get_path().interpolated(10).vertices[10] for line in (first, second)]
     assert abs(middles[0] - middles[1]).max() > 0.1
     labels, _ = names_and_boxes(figure)
     assert set(labels) == {"sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3", "skip_connect"}
@@ -111,7 +112,7 @@ def test_two_ops_on_one_edge_are_two_curves() -> None:
 
 def test_every_pick_and_every_concatenated_state_is_an_edge_of_its_colour() -> None:
     picks = ((("sep_conv_3x3", 0), ("mystery", 1)), (("max_pool_3x3", 1),))
-    colours = [to_hex(arrow.get_edgecolor()) for arrow in arrows(draw_cell(picks, [3]))]
+    colours = [to_hex(line.get_edgecolor()) for line in edge_lines(draw_cell(picks, [3]))]
     assert colours[:3] == [COLOURS["sep_conv"], OTHER_COLOUR, COLOURS["pool"]]
     assert len(colours) == 4
 
@@ -125,7 +126,7 @@ def test_known_operations_have_colours_of_their_kind_and_unknown_ones_a_fallback
 def test_the_wider_edge_is_the_one_of_greater_weight_whatever_its_sign() -> None:
     picks = ((("sep_conv_3x3", 0), ("skip_connect", 1)),)
     small, large = (
-        arrow.get_linewidth() for arrow in arrows(draw_cell(picks, [2], weights=[[0.1, -2.0]]))[:2]
+        line.get_linewidth() for line in edge_lines(draw_cell(picks, [2], weights=[[0.1, -2.0]]))[:2]
     )
     assert small < large
 
@@ -133,7 +134,7 @@ def test_the_wider_edge_is_the_one_of_greater_weight_whatever_its_sign() -> None
 @pytest.mark.parametrize("weights", [None, [], [[0.0, 0.0]]])
 def test_no_weights_or_weights_of_zero_draw_edges_of_equal_width(weights: list[list[float]] | None) -> None:
     picks = ((("sep_conv_3x3", 0), ("skip_connect", 1)),)
-    first, second = (arrow.get_linewidth() for arrow in arrows(draw_cell(picks, [2], weights=weights))[:2])
+    first, second = (line.get_linewidth() for line in edge_lines(draw_cell(picks, [2], weights=weights))[:2])
     assert first == second > 0
 
 
@@ -154,7 +155,7 @@ def test_what_cannot_be_drawn_is_one_clear_line(picks, concat, weights, words) -
 
 
 def test_a_node_without_inputs_or_outputs_is_drawn() -> None:
-    names = {text.get_text() for text in draw_cell([[], [("skip_connect", 0)], []], [3]).axes[0].texts}
+    names = {text.get_text() for text in draw_cell([[], [("skip_connect", 0)], []], [3]).texts}
     assert {"node 0", "node 1", "node 2"} <= names
 
 
@@ -202,12 +203,15 @@ def test_every_colour_stands_out_from_the_ground_that_it_is_on() -> None:
     assert contrast("white", "black") == pytest.approx(21)
     figure = draw_cell(random_picks(0), range(2, 6), title="cell")
     assert to_rgba(figure.get_facecolor()) == (1, 1, 1, 1)  # of its own, whatever the page's colour is
-    boxes = {patch.get_facecolor() for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)}
-    for text in figure.axes[0].texts:
+    boxes = {patch.get_facecolor() for patch in figure.artists if isinstance(patch, FancyBboxPatch)}
+    for text in figure.texts:
         ground = text.get_bbox_patch()
         grounds = boxes if ground is None else {ground.get_facecolor()}
         assert all(contrast(text.get_color(), colour) >= 4.5 for colour in grounds), text.get_text()
-    assert {to_hex(arrow.get_edgecolor()) for arrow in arrows(figure)} <= {*COLOURS.values(), CONCAT_COLOUR}
+    assert {to_hex(line.get_edgecolor()) for line in edge_lines(figure)} <= {
+        *COLOURS.values(),
+        CONCAT_COLOUR,
+    }
     for colour in (*COLOURS.values(), OTHER_COLOUR, CONCAT_COLOUR):
         assert contrast(colour, "white") >= 4.5, colour
 
@@ -238,6 +242,11 @@ def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparen
     assert "fill: #ffffff" in ground.get("style", "")
 
 
+def points_of(path: ET.Element) -> np.ndarray:
+    """All points of a path, control points included, (n, 2)."""
+    return np.array(re.findall(r"-?[\d.]+", path.get("d", "")), dtype=float).reshape(-1, 2)
+
+
 @pytest.mark.parametrize("picks", [CELLS[0].values[0], CELLS[-1].values[0], random_picks(1, n_nodes=6)])
 def test_the_small_drawing_has_the_edges_names_and_boxes_of_the_large_one(picks: Picks) -> None:
     concat = range(2, len(picks) + 2)
@@ -254,23 +263,18 @@ def test_the_small_drawing_has_the_edges_names_and_boxes_of_the_large_one(picks:
     assert texts == expected + Counter(["ck\N{MINUS SIGN}2", "ck\N{MINUS SIGN}1"])
 
     # Lines begin in a box's middle, under it; heads end at the border of the box that they point at.
-    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("stroke")]
+    paths = list(root.iter(f"{SVG}path"))
+    curves = [points_of(path) for path in paths if path.get("fill") == "none"]
+    heads = [points_of(path) for path in paths if path.get("fill") in {*COLOURS.values(), CONCAT_COLOUR}]
+    boxes = [points_of(path) for path in paths if path.get("fill") != "none" and path.get("stroke")]
     assert len(boxes) == len(picks) + 3
-    centres = [
-        [float(box.get(k, "")) + float(box.get(s, "")) / 2 for k, s in (("x", "width"), ("y", "height"))]
-        for box in boxes
-    ]
-    half = [float(boxes[0].get(side, "")) / 2 for side in ("width", "height")]
-    paths = [[float(v) for v in re.findall(r"-?[\d.]+", p.get("d", ""))] for p in root.iter(f"{SVG}path")]
+    centres = [(box.min(0) + box.max(0)) / 2 for box in boxes]
+    half = np.ptp(boxes[0], axis=0) / 2
     pairs = [(state, node + 2) for node, inputs in enumerate(picks) for _, state in inputs]
     pairs += [(state, len(picks) + 2) for state in concat]
-    for (source, target), line, head in zip(pairs, paths[::2], paths[1::2], strict=True):
-        assert line[:2] == pytest.approx(centres[source], abs=0.11)
-        away = [
-            abs(tip - centre) / size
-            for tip, centre, size in zip(head[2:4], centres[target], half, strict=True)
-        ]
-        assert max(away) == pytest.approx(1, abs=0.06)
+    for (source, target), curve, head in zip(pairs, curves, heads, strict=True):
+        assert curve[0] == pytest.approx(centres[source], abs=0.11)
+        assert max(abs(head[1] - centres[target]) / half) == pytest.approx(1, abs=0.06)
 
 
 def test_widths_of_a_small_drawing_follow_its_weights() -> None:

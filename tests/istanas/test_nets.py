@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
-from istanas.nets.cell import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.depthwise import depthwise_conv2d
 from istanas.nets.operations import FactorizedReduce, SepConv, make_operation
+from istanas.nets.skeleton import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.target import drop_path
 from istanas.search.state import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, Genotype, Picks

@@ -249,44 +249,54 @@ def test_the_genotype_that_is_edited_below_is_good() -> None:
     assert Genotype.from_dict(edited()).normal == ((("skip_connect", 0),),)
 
 
-BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"normal": [[["none", 0]]]}, "'normal', node 0: unknown operation 'none', choose from max_pool_3x3"),
-    ({"reduce": [[["__import__('os')", 0]]]}, "'reduce', node 0: unknown operation"),
-    ({"normal": [[["skip_connect", 2]]]}, "'normal', node 0: state 2 is out of range, choose 0 to 1"),
-    ({"normal": [[["skip_connect", -1]]]}, "'normal', node 0: state -1 is out of range"),
-    ({"normal": [[["skip_connect", True]]]}, "'normal', node 0: .*True"),
-    ({"normal": [[["skip_connect", 1.0]]]}, r"'normal', node 0: .*1\.0"),
-    ({"normal": [[["skip_connect", "0"]]]}, "'normal', node 0: "),
-    ({"normal": [[["skip_connect"]]]}, "'normal', node 0: "),
-    ({"normal": [[["skip_connect", 0, 1]]]}, "'normal', node 0: "),
-    ({"normal": [["skip_connect", 0]]}, "'normal', node 0: 'skip_connect' is not"),
-    ({"normal": [[[0, "skip_connect"]]]}, "'normal', node 0: "),
-    ({"normal": []}, "'normal' has no node"),
-    ({"normal": [[]]}, "'normal', node 0 has no input"),
-    ({"normal": None}, "'normal' is not a list"),
-    ({"reduce": {"0": []}}, "'reduce' is not a list"),
-    ({"normal_concat": []}, r"'normal_concat' is \[\]"),
-    ({"normal_concat": [3]}, r"'normal_concat' is \[3\]: .*0 to 2"),
-    ({"normal_concat": [2, 2]}, r"'normal_concat' is \[2, 2\]: give distinct"),
-    ({"normal_concat": [True]}, r"'normal_concat' is \[True\]"),
-    ({"normal_concat": [2.0]}, r"'normal_concat' is \[2.0\]"),
-    ({"reduce_concat": "2"}, "'reduce_concat' is '2'"),
-    ({"reduce_concat": [1, 2]}, r"'reduce_concat' is \[1, 2\]: .*from 2 to 2"),
-    ({"version": 2}, "version is 2: this program reads version 1"),
-    ({"version": 0}, "version is 0"),
-    ({"version": "1"}, "version is '1'"),
-    ({"version": True}, "version is True"),
-    ({"version": 1.0}, "version is 1.0"),
-    ({"version": None}, "version is None"),
-    ({"extra": 1}, "unknown field 'extra'"),
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    (
+        {"normal": [[["none", 0]]]},
+        "normal",
+        "node 0 has the unknown operation 'none'; choose from max_pool_3x3",
+    ),
+    ({"reduce": [[["__import__('os')", 0]]]}, "reduce", "node 0 has the unknown operation"),
+    ({"normal": [[["skip_connect", 2]]]}, "normal", "state 2 of node 0 is out of range; choose 0 to 1"),
+    ({"normal": [[["skip_connect", -1]]]}, "normal", "state -1 of node 0 is out of range"),
+    ({"normal": [[["skip_connect", True]]]}, "normal", "True.* of node 0"),
+    ({"normal": [[["skip_connect", 1.0]]]}, "normal", r"1\.0.* of node 0"),
+    ({"normal": [[["skip_connect", "0"]]]}, "normal", "of node 0"),
+    ({"normal": [[["skip_connect"]]]}, "normal", "of node 0"),
+    ({"normal": [[["skip_connect", 0, 1]]]}, "normal", "of node 0"),
+    ({"normal": [["skip_connect", 0]]}, "normal", "'skip_connect' of node 0 is not a pick"),
+    ({"normal": [[[0, "skip_connect"]]]}, "normal", "of node 0"),
+    ({"normal": []}, "normal", "no nodes"),
+    ({"normal": [[]]}, "normal", "node 0 has no input"),
+    ({"normal": None}, "normal", "not a list of nodes"),
+    ({"reduce": {"0": []}}, "reduce", "not a list of nodes"),
+    ({"normal_concat": []}, "normal_concat", r"\[\] is not a list of states"),
+    ({"normal_concat": [3]}, "normal_concat", r"\[3\] .*from 0 to 2"),
+    ({"normal_concat": [2, 2]}, "normal_concat", r"\[2, 2\] has a repeated or invalid state; give distinct"),
+    ({"normal_concat": [True]}, "normal_concat", r"\[True\] is not"),
+    ({"normal_concat": [2.0]}, "normal_concat", r"\[2.0\] is not"),
+    ({"reduce_concat": "2"}, "reduce_concat", "'2' is not"),
+    ({"reduce_concat": [1, 2]}, "reduce_concat", r"\[1, 2\] .*from 2 to 2"),
+    ({"version": 2}, "version", "unknown version 2; use version 1"),
+    ({"version": 0}, "version", "unknown version 0"),
+    ({"version": "1"}, "version", "unknown version '1'"),
+    ({"version": True}, "version", "unknown version True"),
+    ({"version": 1.0}, "version", "unknown version 1.0"),
+    ({"version": None}, "version", "unknown version None"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
-def test_bad_field_is_named_in_one_line(fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("fields", "field", "message"), BAD_FIELDS)
+def test_bad_field_is_named_in_one_line(fields: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(GenotypeError, match=message) as caught:
         Genotype.from_json(json.dumps(edited(**fields)))
     assert "\n" not in str(caught.value)
+    assert caught.value.field == f"genotype.{field}"
+    assert caught.value.remedy
+
+
+def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(GenotypeError, match=r"^genotype: unknown field 'extra'; remove it$"):
+        Genotype.from_json(json.dumps(edited(extra=1)))
 
 
 @pytest.mark.parametrize("field", ["version", "normal", "normal_concat", "reduce", "reduce_concat"])

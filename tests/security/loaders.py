@@ -439,7 +439,7 @@ def _metrics_input(random: Random) -> tuple[bytes, bytes, bytes]:
 
 
 LOADERS = (
-    Loader("genotype", _genotype_input, _genotype, ("genotype is not JSON",)),
+    Loader("genotype", _genotype_input, _genotype, ("genotype: not JSON",)),
     Loader("configuration", _config_input, _config, ("fuzz.yaml: not valid YAML",)),
     Loader(
         "checkpoint",

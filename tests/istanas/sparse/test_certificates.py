@@ -188,7 +188,7 @@ def test_a_small_gap_of_a_large_b_does_not_certify_the_decision():
 
 
 def test_the_figure_that_failed_is_named_when_no_solver_is_left(monkeypatch):
-    monkeypatch.setattr("istanas.sparse.recovery.PATIENCE", 100)
+    monkeypatch.setattr("istanas.sparse.recovery.FALLBACK_FISTA_ITER", 100)
     A, b = np.random.default_rng(0).random((7, 14)), 1e9 * np.ones(7)
     with pytest.raises(
         SolverError, match=r"homotopy: gap \S+ of P\(z\), above 1e-05; clarabel: gap "

@@ -106,10 +106,10 @@ def test_groups_admit_their_best_only():
 @pytest.mark.parametrize(
     ("sparsity", "groups", "message"),
     [
-        (0, None, "sparsity is 0: choose 1 to 4"),
-        (5, None, "sparsity is 5: choose 1 to 4"),
-        (3, [0, 0, 1, 1], "sparsity is 3: choose 1 to 2"),
-        (1, [0, 1], r"groups has shape \(2,\)"),
+        (0, None, "sparsity: 0 .*; choose 1 to 4"),
+        (5, None, "sparsity: 5 .*; choose 1 to 4"),
+        (3, [0, 0, 1, 1], "sparsity: 3 .* edges.*; choose 1 to 2"),
+        (1, [0, 1], r"groups: shape \(2,\)"),
     ],
 )
 def test_impossible_supports_are_named(sparsity, groups, message):
@@ -139,7 +139,7 @@ def test_margin_of_groups_is_of_the_nearest_exchange():
     assert [support_margin(z, s, groups=groups) for s in (1, 2, 3)] == [2.5, 1.0, 0.375]
     assert support_margin([5.0, 2.0, 0.5], 1, groups=[0, 1, 2]) == 3.0
     assert support_margin([5.0, 2.0], 2, groups=[0, 1]) == np.inf
-    with pytest.raises(ConfigError, match="sparsity is 4: choose 1 to 3"):
+    with pytest.raises(ConfigError, match=r"sparsity: 4 .*; choose 1 to 3"):
         support_margin(z, 4, groups=groups)
 
 

@@ -58,14 +58,17 @@ def test_initial_alphas_have_their_scale():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: measurement_matrix("fourier", 7, 14, 0), "measurement matrix is 'fourier': choose from"),
-        (lambda: measurement_matrix("uniform", 0, 14, 0), "n_measurements is 0"),
-        (lambda: measurement_matrix("uniform", 7, 0, 0), "n_candidates is 0"),
-        (lambda: measurement_matrix("uniform", 7, 14, -1), "seed is -1"),
-        (lambda: initial_compressed_alphas(0, 0), "n_measurements is 0"),
-        (lambda: initial_compressed_alphas(7, 0, scale=0.0), r"scale is 0\.0"),
-        (lambda: edge_weights(np.eye(2), np.ones(2), np.ones(2), 1, support=[0]), "sparsity is 1"),
-        (lambda: edge_weights(np.eye(2), np.ones(2), np.ones(2), 3), "sparsity is 3"),
+        (lambda: measurement_matrix("fourier", 7, 14, 0), "kind: unknown matrix 'fourier'; choose from"),
+        (lambda: measurement_matrix("uniform", 0, 14, 0), "n_measurements: 0 is too small"),
+        (lambda: measurement_matrix("uniform", 7, 0, 0), "n_candidates: 0 is too small"),
+        (lambda: measurement_matrix("uniform", 7, 14, -1), "seed: -1 is negative"),
+        (lambda: initial_compressed_alphas(0, 0), "n_measurements: 0 is too small"),
+        (lambda: initial_compressed_alphas(7, 0, scale=0.0), r"scale: 0\.0 is not positive"),
+        (
+            lambda: edge_weights(np.eye(2), np.ones(2), np.ones(2), 1, support=[0]),
+            "sparsity: 1 is given together with support",
+        ),
+        (lambda: edge_weights(np.eye(2), np.ones(2), np.ones(2), 3), "sparsity: 3 cannot be chosen"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from istanas.errors import CheckpointError, ConfigError
+from istanas.limits import MIN_IMAGE_SIZE
 from istanas.nets.operations import FactorizedReduce, ReLUConvBN
 from istanas.space import N_CELL_INPUTS
 
-MIN_IMAGE_SIZE = 8
 STEM_MULTIPLIER = 3
 
 Preprocess: TypeAlias = ReLUConvBN | FactorizedReduce
