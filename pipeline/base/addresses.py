@@ -1,4 +1,4 @@
-"""Addresses of storage and of databases: which kinds there are, and how they are written."""
+"""Addresses of storage and of databases."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def checked_address(text: str) -> str:
 
 
 def names_in(url: SplitResult) -> list[str]:
-    """The names in an address, as they are: there, what means something in addresses is written with a per cent."""
+    """Return the names in an address, with per cent encoding removed."""
     path = url.path.strip("/")
     return [unquote(part) for part in path.split("/")] if path else []
 
 
 def joined_address(scheme: str, names: Sequence[str], query: str) -> str:
-    """The opposite of `names_in`; the first name is the bucket."""
+    """Return the address of these names, which is the inverse of `names_in`. The first name is the bucket."""
     return f"{scheme}://{'/'.join(map(quote, names))}{'?' if query else ''}{query}"
 
 
 def is_remote(text: str) -> bool:
-    """Whether an address is one of a storage that is not worked on directly.
+    """Return whether an address names object storage, of which runs have a local copy.
 
     Example:
         >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")
@@ -74,7 +74,7 @@ def is_remote(text: str) -> bool:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite store's file; None for every other store.
+    """Return the absolute path of a SQLite store's file; None for any other store.
 
     Example:
         >>> str(sqlite_file("sqlite:////data/mlflow.db")), sqlite_file("http://host:5000")

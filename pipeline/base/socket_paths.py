@@ -1,4 +1,4 @@
-"""Folders for Unix sockets, whose paths must be short: those of Ray, and those of data workers."""
+"""Folders for the Unix sockets of Ray and of data workers, whose paths must be short."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 from istanas.errors import IstanasError
 
-LONGEST_PATH = 103 if sys.platform == "darwin" else 107  # bytes of a socket's
-# Below the folder for temporary files, at their longest.
+LONGEST_PATH = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path
+# Longest paths below the folder for temporary files.
 OF_RAY = "/istanas-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 OF_DATA_WORKERS = "/pymp-12345678/listener-12345678"
 
 
 def short_temporary_folder(below: str) -> Path:
-    """The folder for temporary files, or, if its path is too long for sockets, a shorter one of the system's.
+    """Return the folder for temporary files or, if its path is too long for sockets, a shorter one of the system.
 
     Args:
-        below: the longest path of a socket, relative to the folder.
+        below: Longest path of a socket, relative to the folder.
 
     Raises:
-        IstanasError: there is none.
+        IstanasError: No writable folder has a short enough path.
     """
     usual, most = tempfile.gettempdir(), LONGEST_PATH - len(below)
     for name in (usual, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
@@ -37,11 +37,11 @@ def short_temporary_folder(below: str) -> Path:
     )
 
 
-def shorten_those_of_data_workers() -> None:
-    """Have torch's data workers, which send each batch through a socket, make it where its path is short enough."""
+def shorten_data_worker_sockets() -> None:
+    """Place the sockets through which torch's data workers send batches in a folder with a short path."""
     short = short_temporary_folder(OF_DATA_WORKERS)
     usual, tempfile.tempdir = tempfile.tempdir, str(short)
     try:
-        get_temp_dir()  # makes it, unless there is one; processes that are forked have the same
+        get_temp_dir()  # creates the folder if necessary; forked processes inherit it
     finally:
         tempfile.tempdir = usual

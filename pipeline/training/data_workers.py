@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from istanas.errors import IstanasError
-from pipeline.base.socket_paths import shorten_those_of_data_workers
+from pipeline.base.socket_paths import shorten_data_worker_sockets
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCH_NOT_SENT = 74  # exit code of a worker, EX_IOERR
@@ -38,7 +38,7 @@ def noticing_their_loss(workers: int) -> Iterator[None]:
     if workers == 0:
         yield
         return
-    shorten_those_of_data_workers()
+    shorten_data_worker_sockets()
     queue: Any = Queue  # workers are forked, and have what is set here
     before, queue._on_queue_feeder_error = queue._on_queue_feeder_error, staticmethod(_end_worker)
     try:

@@ -106,7 +106,10 @@ def cell(nodes: int, picks: int) -> str:
 GENOTYPES: dict[str, tuple[str, str]] = {
     "a million edges": (cell(1, 1_000_000), f"larger than {GENOTYPE_BYTES} bytes"),
     "a million nodes": (cell(1_000_000, 1), f"larger than {GENOTYPE_BYTES} bytes"),
-    "edges that fit into the file": (cell(1, 40_000), "genotype.normal: 1 nodes with 40000 inputs are too many"),
+    "edges that fit into the file": (
+        cell(1, 40_000),
+        "genotype.normal: 1 nodes with 40000 inputs are too many",
+    ),
     "nodes that fit into the file": (cell(33, 1), "genotype.normal: 33 nodes with 33 inputs are too many"),
     "lists in lists": ("[" * 500_000, "not JSON"),
     "a number without end": (json.dumps(GOOD).replace("0]", "9" * 100_000 + "]", 1), "not JSON"),
