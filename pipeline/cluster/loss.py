@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from istanas.errors import IstanasError
-from pipeline.base.interruption import working_to_an_end
+from pipeline.base.interruption import signals_deferred
 
 SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
 GOES_ON = "the same command goes on, on another cluster, too"
@@ -60,7 +60,7 @@ def noticing_its_loss(
             if time.monotonic() - heard > seconds:
                 signal.pthread_kill(main, signal.SIGUSR1)
                 end = time.monotonic() + SECONDS_TO_FINISH
-                while working_to_an_end.is_set() and time.monotonic() < end:
+                while signals_deferred.is_set() and time.monotonic() < end:
                     if ended.wait(0.1):
                         return
                 if not ended.wait(SECONDS_TO_UNWIND):

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from istanas.errors import IstanasError
-from pipeline.base.interruption import children_deaf_to_hangups, uninterrupted
+from pipeline.base.interruption import children_ignore_hangups, uninterrupted
 from pipeline.base.socket_paths import OF_RAY, short_temporary_folder
 from pipeline.base.text import last_line
 from pipeline.cluster.address import (
@@ -164,7 +164,7 @@ class Runtime:
             options |= {"address": self._address}
         send_errors_to_log()
         try:
-            with uninterrupted(), children_deaf_to_hangups():
+            with uninterrupted(), children_ignore_hangups():
                 ray.init(**options)
                 self._ours = True
                 if self._scratch is not None:

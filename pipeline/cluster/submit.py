@@ -23,7 +23,7 @@ from pipeline.base.addresses import is_remote
 from pipeline.base.redaction import without_secrets
 from pipeline.cluster.job_server import ID, PROGRAM, JobServer, Write, is_loopback
 from pipeline.cluster.working_tree import Parcel, megabytes, working_tree
-from pipeline.config.load import check_batch_sizes
+from pipeline.config.combinations import check_batch_sizes
 from pipeline.config.schema import Config, OneStageConfig
 from pipeline.runs.bucket import local
 from pipeline.tracking.store import public_uri

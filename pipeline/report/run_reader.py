@@ -127,7 +127,11 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
         raise unresolved from None
     tags = run.data.tags
     if "istanas.kind" not in tags:
-        raise ConfigError(f"run {run_id}: in the MLflow store, but not one of istanas; see istanas results")
+        raise ConfigError(
+            "in the MLflow store, but not a run of istanas",
+            field=f"run {run_id}",
+            remedy="choose one that istanas results lists",
+        )
     folder = scratch / run_id
     folder.mkdir(exist_ok=True)
     with readable(uri):

@@ -57,7 +57,9 @@ def read_table(folder: Path) -> pd.DataFrame:
     file = folder / TABLE_FILE
     if not file.is_file():
         raise ConfigError(
-            f"sweep {bucket.shown(folder)}: has no {TABLE_FILE}, name a sweep that has begun a trial"
+            f"no {TABLE_FILE} in this run",
+            field=f"sweep {bucket.shown(folder)}",
+            remedy="name a sweep that has started a trial",
         )
     try:
         text = io.BytesIO(read_at_most(file, TABLE_BYTES))
@@ -65,7 +67,9 @@ def read_table(folder: Path) -> pd.DataFrame:
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{bucket.shown(file)}: no table of trials ({reason:.100}); the sweep's command makes it anew"
+            f"not a valid table of trials ({reason:.100})",
+            field=bucket.shown(file),
+            remedy="run the sweep's command again to recreate it",
         ) from None
 
 

@@ -43,8 +43,9 @@ def check_sweep(config: Config, dataset: ImageDataset) -> None:
         check_solver(solver)
     if config.tracking.uri is not None and public_uri(config.tracking.uri) != config.tracking.uri:
         raise ConfigError(
-            "tracking.uri holds a password, which would go from process to process with every trial: set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address"
+            "contains a password, which would be sent to the process of every trial",
+            field="tracking.uri",
+            remedy="remove it from the address, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
     in_process = config.runtime.model_copy(update={"workers": 0, "address": None})
     # Of the sweep's own settings only what no key of the space replaces is a trial's.
@@ -80,4 +81,4 @@ def check_space_fits(config: Config, dataset: ImageDataset, jobs: Sequence[str])
         try:
             check_fit(trial.model_copy(update={"runtime": in_process}), dataset, jobs)
         except ConfigError as error:
-            raise ConfigError(f"sweep.space allows {readable(settings)}: {error}") from None
+            raise error.in_source(f"sweep.space allows {readable(settings)}") from None

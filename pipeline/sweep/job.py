@@ -132,8 +132,9 @@ def run_sweep(context: JobContext) -> SweepResult:
         except OptunaError as error:
             database = public_uri(storage_uri(config, spec.path.name))
             raise IstanasError(
-                f"sweep.storage is {database}: failed ({one_line(error.__cause__ or error)}); "
-                "when it is well again, the same command goes on"
+                f"the database {database} failed ({one_line(error.__cause__ or error)})",
+                field="sweep.storage",
+                remedy="restore the database, then run the same command again to resume",
             ) from error
         finally:
             trials.leave()
@@ -142,7 +143,9 @@ def run_sweep(context: JobContext) -> SweepResult:
     def rebuild_metrics() -> list[MetricsLine]:
         done = [t for t in own_trials(ended_study(config, spec.path.name)) if t.state.is_finished()]
         if len(done) < sweep_of(config).trials:
-            raise IstanasError("the study lacks trials")
+            raise IstanasError(
+                f"the study {spec.path.name} has {count(len(done), 'finished trial')} of {sweep_of(config).trials}"
+            )
         return metrics_of_trials(config, done)
 
     steps = JobSteps(
@@ -241,15 +244,18 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
     if n_failed(study) > sweep.max_failures:
         first = next(t for t in trials if t.state == TrialState.FAIL)
         raise IstanasError(
-            f"sweep: {count(n_failed(study), 'trial')} failed, above sweep.max_failures = {sweep.max_failures} "
-            f"(the first: {first.user_attrs.get(FAILED)}); the same command goes on with a higher one"
+            f"{count(n_failed(study), 'trial')} failed, more than {sweep.max_failures} (the first: "
+            f"{first.user_attrs.get(FAILED)})",
+            field="sweep.max_failures",
+            remedy="run the same command with a higher value to resume",
         )
     own = own_study(study)
     best = best_trial(own)
     if best is None:
         raise IstanasError(
-            f"sweep: no trial has finished, all failed or were stopped: see {run.path / TABLE_FILE}, change the space, "
-            "or set sweep.scheduler=none"
+            "no trial has finished: all failed or were stopped early",
+            field="sweep",
+            remedy=f"see {run.path / TABLE_FILE}, change the space, or set sweep.scheduler=none",
         )
     frame = sweep_frame(config, study)
     write_table(run.path, frame)

@@ -30,11 +30,14 @@ class Plan:
     fit: int
     at_once: int
 
-    def __str__(self) -> str:
+    @property
+    def share(self) -> str:
+        """The resources of one trial, in words."""
         each = count(self.cpus, "core") + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        if self.workers:
-            each = f"{count(self.workers, 'worker')} of {each}"
-        return f"a trial has {each}; {self.fit} fit, {self.at_once} at once"
+        return f"{count(self.workers, 'worker')} of {each}" if self.workers else each
+
+    def __str__(self) -> str:
+        return f"a trial has {self.share}; {self.fit} fit, {self.at_once} at once"
 
 
 def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
@@ -47,8 +50,8 @@ def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
     if plan.fit == 0:
         cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
         raise IstanasError(
-            f"no trial fits: {str(plan).partition(';')[0]}, there are {count(cpus, 'core')} and {count(gpus, 'GPU')}: "
-            "lower --workers, sweep.cpus_per_trial or sweep.gpus_per_trial, or name a cluster with --address"
+            f"no trial fits: a trial needs {plan.share}, and there are {count(cpus, 'core')} and {count(gpus, 'GPU')}",
+            remedy="lower --workers, sweep.cpus_per_trial or sweep.gpus_per_trial, or name a cluster with --address",
         )
     return plan
 

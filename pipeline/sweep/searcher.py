@@ -223,9 +223,8 @@ class StudySearcher(Searcher):
     def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
         values = None
         if BLOCKED in result:  # the study is not told, so that the trial goes on with the next sitting
-            raise IstanasError(
-                f"sweep: trial {trial.number - self._first} could not go on: {result[BLOCKED]}"
-            )
+            number = trial.number - self._first
+            raise IstanasError(f"trial {number} cannot continue: {result[BLOCKED]}", field="sweep")
         if lost is not None:
             result[FAILED] = (
                 f"its process was lost more than {self._sweep.max_restarts} times (sweep.max_restarts): {lost}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -11,8 +11,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from istanas.errors import ConfigError
 from pipeline.base.text import shown_value
-from pipeline.config.load import known_methods, nearest_key, value_at, with_settings
-from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config, Parameter, SweepSettings
+from pipeline.config.errors import fields_of, mistakes_of, one_error
+from pipeline.config.keys import known_methods, nearest_key, value_at
+from pipeline.config.load import with_settings
+from pipeline.config.schema import Config, Parameter, SweepSettings
 
 Settings = dict[str, Any]  # "key.path" -> value, of one trial
 N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
@@ -35,7 +37,11 @@ def sweep_of(config: Config) -> SweepSettings:
         ConfigError: if there is none.
     """
     if config.sweep is None:
-        raise ConfigError("sweep is missing: give a configuration with a sweep, such as sweep_digits.yaml")
+        raise ConfigError(
+            "no such section",
+            field="sweep",
+            remedy="give a configuration with a sweep section, such as sweep_digits.yaml",
+        )
     return config.sweep
 
 
@@ -119,9 +125,19 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
     if trial.method == "one_stage":
         update["search"] = trial.search.model_copy(update={"test_every": 0})
         if trial.data.holdout == 0:
-            raise ConfigError(f"{source}: data.holdout is 0: a one-stage trial is judged on it, set 0.1")
+            raise ConfigError(
+                "0, but one-stage trials are compared by their accuracy on the hold-out",
+                field="data.holdout",
+                remedy="set data.holdout=0.1",
+                source=source,
+            )
         if sweep_of(config).objective == "retrained" and not trial.retrain.op_batchnorm:
-            raise ConfigError(f"{source}: the cell that it retrains {NEEDS_OP_BATCHNORM}")
+            raise ConfigError(
+                "false, but cells of a one-stage search have batch norm after pooling and identity operations",
+                field="retrain.op_batchnorm",
+                remedy="set retrain.op_batchnorm=true",
+                source=source,
+            )
     return trial.model_copy(update=update)
 
 
@@ -132,15 +148,13 @@ def check_space(config: Config) -> None:
         ConfigError: one line per mistake.
     """
     sweep = sweep_of(config)
-    problems = []
-    seen: list[str] = []
-    for key, parameter in sweep.space.items():
-        problems += [f"sweep.space.{key}: {problem}" for problem in _problems(config, key, parameter, seen)]
-        seen.append(key)
+    errors: list[ConfigError] = []
+    for place, (key, parameter) in enumerate(sweep.space.items()):
+        errors += _parameter_errors(config, key, parameter, list(sweep.space)[:place])
     for number, point in enumerate(sweep.points):
-        problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(config, point)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+        errors += [error.in_source(f"sweep.points.{number}") for error in _point_errors(config, point)]
+    if errors:
+        raise one_error(errors)
     from istanas.training import derive_seed  # imports torch, which a table of trials can do without
 
     for number in range(N_CHECKED):
@@ -186,31 +200,31 @@ def readable(settings: Settings) -> str:
     )
 
 
-def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]) -> Iterator[str]:
-    methods = known_methods(key)
+def _parameter_errors(
+    config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
+) -> Iterator[ConfigError]:
+    """Yield what is wrong with one key of the space; `earlier` are the keys above it."""
+    field, methods = f"sweep.space.{key}", known_methods(key)
     if not methods:
-        yield f"unknown key, did you mean {nearest_key(key)}?"
+        yield ConfigError("unknown key", field=field, remedy=f"did you mean {nearest_key(key)}?")
         return
     if any(key == name or key.startswith(f"{name}.") for name in _NOT_SWEPT):
-        yield "can't be swept: it says where a trial runs or what it is judged on, set it outside the space"
+        yield ConfigError(
+            "cannot be swept, because it decides where a trial runs or how it is evaluated",
+            field=field,
+            remedy="set it outside the space",
+        )
         return
-    for name, wanted in parameter.when.items():
-        if name in sweep_of(config).space and name not in earlier:
-            yield f"when: {name} stands below it, move it up"
-        elif not known_methods(name):
-            yield f"when: unknown key {name}, did you mean {nearest_key(name)}?"
-        elif name in sweep_of(config).space and not _in_range(sweep_of(config).space[name], wanted):
-            yield f"when: {name} is never {wanted!r}, see its values"
+    yield from _condition_errors(config, key, parameter, earlier)
     possible = methods_of(config)
     if "method" in parameter.when and parameter.when["method"] in possible:
         possible = [str(parameter.when["method"])]
     if missing := [method for method in possible if method not in methods]:
-        yield (
-            f"belongs to method: {methods[0]}, and trials may be {missing[0]}: "
-            f"add when: {{method: {methods[0]}}}"
-            if methods[0] in methods_of(config)
-            else f"belongs to method: {methods[0]}, and no trial is: leave it out or set the method"
-        )
+        if methods[0] in methods_of(config):
+            problem, remedy = f"trials may be {missing[0]}", f"add when: {{method: {methods[0]}}}"
+        else:
+            problem, remedy = "no trial has this method", "leave it out or set the method"
+        yield ConfigError(f"belongs to method: {methods[0]}, but {problem}", field=field, remedy=remedy)
         return
     # Each value by itself; what does not fit together with other swept keys, or a method, the random settings tell.
     if len(possible) == 1:
@@ -221,10 +235,32 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
         others = [name for name in sweep_of(config).space if name != key and name not in base]
         for value in values_of(parameter):
             try:
-                with_settings(config, {**base, key: value}, "value")
+                with_settings(config, {**base, key: value}, field)
             except ConfigError as error:
-                if key in str(error) and not any(name in str(error) for name in others):
-                    yield str(error).splitlines()[0].removeprefix("value: ")
+                for mistake in mistakes_of(error):
+                    if _concerns(mistake, key) and not any(_concerns(mistake, name) for name in others):
+                        yield mistake
+                        break
+
+
+def _concerns(mistake: ConfigError, key: str) -> bool:
+    """Return whether a mistake is about a key, or about a part of its value."""
+    return any(field == key or field.startswith(f"{key}.") for field in fields_of(mistake))
+
+
+def _condition_errors(
+    config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
+) -> Iterator[ConfigError]:
+    """Yield what is wrong with the conditions of one key of the space."""
+    field, space = f"sweep.space.{key}.when", sweep_of(config).space
+    for name, wanted in parameter.when.items():
+        if name in space and name not in earlier:
+            yield ConfigError(f"{name} is listed below {key}", field=field, remedy=f"move {name} above {key}")
+        elif not known_methods(name):
+            yield ConfigError(f"unknown key {name}", field=field, remedy=f"did you mean {nearest_key(name)}?")
+        elif name in space and not _in_range(space[name], wanted):
+            remedy = f"choose a value that sweep.space.{name} allows"
+            yield ConfigError(f"{name} is never {wanted!r}", field=field, remedy=remedy)
 
 
 def methods_of(config: Config) -> list[str]:
@@ -233,20 +269,23 @@ def methods_of(config: Config) -> list[str]:
     return [config.method] if parameter is None else list(values_of(parameter))
 
 
-def _point_problems(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
-    sweep = sweep_of(config)
-    sound = True
+def _point_errors(config: Config, point: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield what is wrong with one of `sweep.points`."""
+    space = sweep_of(config).space
+    valid = True
     for key, value in point.items():
-        if key not in sweep.space:
-            sound = False
-            yield f"{key} is not in sweep.space, add it there or leave it out"
-        elif not _in_range(sweep.space[key], value):
-            sound = False
-            yield f"{key} is {value!r}, outside {sweep.space[key]}"
-    # What a point leaves open is drawn: a condition on it must stand in the point.
-    for key in set(point) - set(settings_of_point(config, point)) if sound else ():
-        wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in sweep.space[key].when.items())
-        yield f"{key} has a condition that does not hold in this point, add {wanted}"
+        if key not in space:
+            valid = False
+            yield ConfigError("not in sweep.space", field=key, remedy="add it there or leave it out")
+        elif not _in_range(space[key], value):
+            valid = False
+            yield ConfigError(
+                f"{value!r} is outside {space[key]}", field=key, remedy="choose a value that the space allows"
+            )
+    # Keys that a point leaves open are sampled, so a condition on such a key may not hold.
+    for key in set(point) - set(settings_of_point(config, point)) if valid else ():
+        wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in space[key].when.items())
+        yield ConfigError("its condition does not hold in this point", field=key, remedy=f"add {wanted}")
 
 
 def _in_range(parameter: Parameter, value: Any) -> bool:

@@ -140,8 +140,9 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         raise
     except Exception as error:  # every database fails in its own way
         raise IstanasError(
-            f"sweep.storage is {public_uri(uri)}: can't be used ({one_line(error)}), start it, install its driver, or "
-            "correct the address"
+            f"cannot use the database {public_uri(uri)} ({one_line(error)})",
+            field="sweep.storage",
+            remedy="start the database, install its driver, or correct the address",
         ) from None
     enqueue_points(config, study)
     return study
@@ -159,8 +160,9 @@ def _check_home(study: Study, home: str) -> None:
     other = study.user_attrs.get(HOME, "")
     if other != home:
         raise ConfigError(
-            f"sweep.storage has a study {study.study_name} that belongs to {other or 'no directory'}: go on there, set "
-            "tracking.name for another sweep, or --fresh, which deletes it"
+            f"the study {study.study_name} in this database belongs to {other or 'no run directory'}",
+            field="sweep.storage",
+            remedy="resume the sweep there, set tracking.name for another sweep, or delete the study with --fresh",
         )
 
 
@@ -172,13 +174,17 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
     if _is_kept(config):
         study = _kept_study(config, sweep.start_from)
     elif sweep.start_from not in known:
-        names = ", ".join(known) or "none"
-        raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: no such study, there are: {names}")
+        remedy = f"choose one of: {', '.join(known)}" if known else "leave it out: the database has no study"
+        raise ConfigError(f"no such study: {sweep.start_from!r}", field="sweep.start_from", remedy=remedy)
     else:
         study = optuna.load_study(study_name=sweep.start_from, storage=storage)
     same = [d.name for d in study.directions] == [OBJECTIVES[o].upper() for o in sweep.objectives]
     if not same or study.user_attrs.get(MEANING, _meaning(sweep)) != _meaning(sweep):
-        raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: it has other objectives, leave it out")
+        raise ConfigError(
+            f"the study {sweep.start_from!r} has other objectives",
+            field="sweep.start_from",
+            remedy="leave it out, or name a study with the same objectives",
+        )
     done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     space = {key: d for key, parameter in sweep.space.items() if (d := distribution(parameter)) is not None}
     fitting = []
@@ -209,8 +215,9 @@ def _kept_study(config: Config, name: str) -> Study:
         fetch_parts(run_dir, lambda file: file == STUDY_FILE)
     if not is_name or not (run_dir / STUDY_FILE).is_file():
         raise ConfigError(
-            f"sweep.start_from is {name!r}: no such study, name the run directory of a sweep in "
-            f"{shown(local(config.runtime.runs_dir))}"
+            f"no such study: {name!r}",
+            field="sweep.start_from",
+            remedy=f"name the run directory of a sweep in {shown(local(config.runtime.runs_dir))}",
         )
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copyfile(run_dir / STUDY_FILE, Path(folder) / STUDY_FILE)
@@ -232,11 +239,13 @@ def ended_study(config: Config, name: str) -> Study:
     uri = storage_uri(config, name)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).is_file():
-        raise IstanasError(f"{file}: missing")
+        raise IstanasError("no such file", field=file)
     try:
         return optuna.load_study(study_name=name, storage=uri)
     except Exception as error:  # every database fails in its own way
-        raise IstanasError(f"{public_uri(uri)}: can't be used ({one_line(error)})") from None
+        raise IstanasError(
+            f"cannot use the database {public_uri(uri)} ({one_line(error)})", field="sweep.storage"
+        ) from None
 
 
 def _meaning(sweep: SweepSettings) -> list[str]:

@@ -106,8 +106,10 @@ def failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, bucket.AwayError):
         return {BLOCKED: str(error)}
     if is_full(error):
-        remedy = "free space there (old runs, their ray folders, mlartifacts), the same command resumes"
-        return {BLOCKED: f"{one_line(error)}: {remedy}"}
+        remedy = (
+            "free space there (old runs, their ray folders, mlartifacts), then run the same command again"
+        )
+        return {BLOCKED: str(IstanasError(one_line(error), remedy=remedy))}
     return {FAILED: one_line(error)}
 
 

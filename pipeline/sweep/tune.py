@@ -16,7 +16,7 @@ from optuna.study import Study
 from istanas.errors import IstanasError
 from pipeline.base.text import last_line
 from pipeline.cluster.loss import noticing_its_loss
-from pipeline.config.load import known_methods
+from pipeline.config.keys import known_methods
 from pipeline.config.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.jobs.observer import RunObserver
 from pipeline.runs.layout import LOG_FOLDER
@@ -84,14 +84,18 @@ def run_tune(
             tuner.fit()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise IstanasError(
-            f"sweep: Ray Tune could not go on ({last_line(error)}), see {folder / LOG_FOLDER}; the same command does"
+            f"Ray Tune failed ({last_line(error)})",
+            field="sweep",
+            remedy=f"see the logs in {folder / LOG_FOLDER}, and run the same command again to resume",
         ) from error
     shutil.rmtree(files / sitting, ignore_errors=True)
     if searcher.error is not None:
         if isinstance(searcher.error, IstanasError | OptunaError | OSError):
             raise searcher.error
         raise IstanasError(
-            f"sweep: could not go on ({last_line(searcher.error)}); the same command does"
+            f"failed ({last_line(searcher.error)})",
+            field="sweep",
+            remedy="run the same command again to resume",
         ) from searcher.error
 
 

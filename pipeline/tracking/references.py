@@ -16,10 +16,9 @@ from typing import Any
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.addresses import checked_address, sqlite_file
-from pipeline.base.redaction import without_secrets
 from pipeline.base.text import one_line
 from pipeline.config.load import load
-from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config
+from pipeline.config.schema import Config
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
@@ -69,9 +68,10 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
 def _run_at(address: str) -> RunDir:
     """The run at an address; without the file in it that may be named."""
     try:
-        run = RunDir(bucket.fetch(checked_address(address)))
-    except ValueError as error:
-        raise ConfigError(f"run {without_secrets(address)}: {error}") from None
+        checked = checked_address(address)
+    except ConfigError as error:
+        raise error.in_source("run") from None
+    run = RunDir(bucket.fetch(checked))
     if not run.exists():
         raise ConfigError(f"run {address}: there is no run, give the address of one")
     return run
@@ -180,7 +180,12 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
     space = config.space.cell_space()
     genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
-        raise ConfigError(f"genotype {ref}: {NEEDS_OP_BATCHNORM}")
+        raise ConfigError(
+            f"false, but genotype {ref} comes from a one-stage search, whose network has batch norm after pooling and "
+            "identity operations",
+            field="retrain.op_batchnorm",
+            remedy="set retrain.op_batchnorm=true",
+        )
     return genotype, finder
 
 

@@ -214,7 +214,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     assert out.splitlines()[-1] == "digits: stopped; submitted again, the same command resumes"
     assert attached.end() == 143
     log = "\n".join(attached.lines)
-    assert "told to end (SIGTERM): the same command resumes" in log
+    assert "terminated (SIGTERM): the same command resumes" in log
     assert "Traceback" not in log
     (path,) = runs.iterdir()
     stopped = RunDir(path)
@@ -222,7 +222,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     done = load_progress(path / "checkpoints").epochs
     assert 1 <= done < EPOCHS, "it had ended before it was stopped: more epochs are needed"
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
-    assert (code, out) == (0, "digits: had ended before, STOPPED with exit code 143\n")
+    assert (code, out) == (0, "digits: had already ended, STOPPED with exit code 143\n")
 
     taken = command("submit", *at, "--name", "digits", "--", *search, capsys=capsys)
     assert taken[0] == 2

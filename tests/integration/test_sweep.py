@@ -385,7 +385,7 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)
-    assert "search.batch_size is 3, of all workers together: 2 need at least 4" in frame["reason"][3]
+    assert "search.batch_size: 3 is too small for 2 workers; use at least 4" in frame["reason"][3]
     statuses = [run.info.status for run in runs_of(tmp_path)]
     assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
     logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]

@@ -113,7 +113,7 @@ def test_a_folder_of_somebody_elses_is_no_home(tmp_path: Path) -> None:
     assert line.startswith(
         f"error: HOME is {tmp_path}/locked/home: no such folder, and {tmp_path}/istanas-home-"
     )
-    assert line.endswith("set HOME to a folder that can be written")
+    assert line.endswith("set HOME to a writable folder")
 
 
 def test_a_user_without_home_and_name_runs_a_job(tmp_path: Path) -> None:

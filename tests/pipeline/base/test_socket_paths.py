@@ -61,7 +61,7 @@ def test_sockets_lie_where_their_paths_are_short_enough(
 def test_no_short_folder_is_one_line(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
     monkeypatch.setattr("pipeline.base.socket_paths.LONGEST_PATH", len(OF_RAY) + 2)
-    with pytest.raises(IstanasError, match=r"^TMPDIR is .*: too long .* at most 2 characters$"):
+    with pytest.raises(IstanasError, match=r"^TMPDIR: .* is too long .*; .* at most 2 characters$"):
         short_temporary_folder(OF_RAY)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.streams import _reader_has_gone
+from pipeline.cli.streams import _is_closed
 from pipeline.runs.directory import RunDir
 
 TINY = """
@@ -173,16 +173,16 @@ def test_a_failing_disk_is_no_reader_that_has_gone(here: Path) -> None:
     """A terminal that was closed and a disk that fails have the same error."""
     terminal, other_end = pty.openpty()
     with open(here / "out.txt", "w") as file:
-        found = [_reader_has_gone(OSError(errno.EIO, "EIO"), end) for end in (other_end, file.fileno())]
+        found = [_is_closed(OSError(errno.EIO, "EIO"), end) for end in (other_end, file.fileno())]
         assert found == [True, False]
-        assert _reader_has_gone(OSError(errno.EPIPE, "EPIPE"), file.fileno())
+        assert _is_closed(OSError(errno.EPIPE, "EPIPE"), file.fileno())
     os.close(terminal)
     os.close(other_end)
 
 
 def test_closed_streams_write_into_no_file(here: Path) -> None:
     """The first files that a process opens would get the numbers of its closed descriptors."""
-    code = "import os; from pipeline.cli.streams import outlive_readers; outlive_readers(); print('lost')\n"
+    code = "import os; from pipeline.cli.streams import ignore_closed_readers; ignore_closed_readers(); print('lost')\n"
     code += "os.write(2, b'lost'); file = open('first', 'w'); assert file.fileno() > 2; file.write('kept')\n"
     code += (
         'import subprocess, sys; child = \'print(open("second", "w").fileno(), file=open("number", "w"))\'\n'

@@ -180,7 +180,7 @@ def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
 
 @pytest.mark.parametrize(
     ("number", "code", "what"),
-    [(signal.SIGTERM, 143, "told to end (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
+    [(signal.SIGTERM, 143, "terminated (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_who_leaves_a_job_is_told_how_to_attach_again(
     ray: Server, capsys: pytest.CaptureFixture[str], number: int, code: int, what: str
@@ -198,6 +198,6 @@ def test_who_leaves_a_job_is_told_how_to_attach_again(
     assert run(["jobs", "digits", "--follow", "--address", ray.address]) == code
     thread.join()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"{what}: detached, digits runs on. Attach again: ")
+    assert line.startswith(f"{what}: detached, digits continues. Attach again: ")
     for hint in ("jobs digits --follow", "stop digits"):
         assert f"{hint} --address {ray.address}" in line

@@ -82,8 +82,8 @@ def test_a_password_is_left_out_with_a_warning(istanas: Command) -> None:
     [
         (["--set", "search.epoch=3"], "did you mean epochs?"),
         (["--config", "nowhere.yaml"], "cannot be read"),
-        (["--describe", "search.epochz"], "unknown key, did you mean search.epochs?"),
-        (["--describe", "serach"], "unknown key, did you mean search?"),
+        (["--describe", "search.epochz"], "unknown key; did you mean search.epochs?"),
+        (["--describe", "serach"], "unknown key; did you mean search?"),
         (["--describe", "seed", "--set", "seed=1"], "--describe does not take --set"),
         (["--json-schema", "--config", "a.yaml"], "--json-schema does not take --config"),
         (["--json-schema", "--describe", "seed"], "--describe does not take --json-schema"),

@@ -45,14 +45,15 @@ def test_a_number_and_a_range_are_read_and_print_as_they_were_written(low: int, 
 )
 def test_anything_else_is_refused_in_one_short_line(written: int | str) -> None:
     with pytest.raises(
-        ConfigError, match=r"^workers: .* is none, give a number or MIN:MAX, such as 2 or 1:4$"
+        ConfigError,
+        match=r"^workers: .* is not a number of workers; give a number or MIN:MAX, such as 2 or 1:4$",
     ) as caught:
         parse_workers(written)
-    assert repr(str(written)) in str(caught.value)
+    assert repr(written) in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         parse_workers("x\n" * 1000)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 120
+    assert len(str(caught.value)) < 130
 
 
 # ---------- what fits

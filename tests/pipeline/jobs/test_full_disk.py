@@ -188,7 +188,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     searcher.on_trial_complete("a", {BLOCKED: "OSError: No space left on device: /data/x: free space there"})
     assert isinstance(searcher.error, IstanasError)
     assert str(searcher.error) == (
-        "sweep: trial 0 could not go on: OSError: No space left on device: /data/x: free space there"
+        "sweep: trial 0 cannot continue: OSError: No space left on device: /data/x: free space there"
     )
     (trial,) = own_trials(study)
     assert trial.state.name == "RUNNING"
@@ -203,6 +203,6 @@ def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:
         atomic_write(disk / "x", bytes(PAGE))
     (told,) = failure(caught.value).items()
     assert told[0] == BLOCKED
-    assert told[1].startswith(f"OSError: {caught.value.strerror}: {disk}/x: free space there (")
+    assert told[1].startswith(f"OSError: {caught.value.strerror}: {disk}/x; free space there (")
     assert failure(IstanasError("no use")) == {FAILED: "IstanasError: no use"}
     assert failure(PermissionError(13, "Permission denied")) == {FAILED: "PermissionError: Permission denied"}

@@ -283,7 +283,9 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     ]
     for unknown in ("nothing", "../x", "."):
         bad = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.start_from={unknown}"])
-        with pytest.raises(ConfigError, match=f"no such study, name the run directory of a sweep in {place}"):
+        with pytest.raises(
+            ConfigError, match=f"no such study: {unknown!r}; name the run directory of a sweep in {place}"
+        ):
             open_study(bad, "bad", fresh=False)
 
     # With a database of its own it is there, and nowhere else.

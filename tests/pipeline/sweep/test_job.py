@@ -68,12 +68,12 @@ def test_the_machines_are_divided_among_trials(overrides: list[str], nodes: list
     [
         (
             ["sweep.cpus_per_trial=4"],
-            "no trial fits: a trial has 4 cores, there are 2 cores and 0 GPUs: lower",
+            "no trial fits: a trial needs 4 cores, and there are 2 cores and 0 GPUs; lower",
         ),
-        (["runtime.workers=3"], "no trial fits: a trial has 3 workers of 1 core, there are 2 cores"),
+        (["runtime.workers=3"], "no trial fits: a trial needs 3 workers of 1 core, and there are 2 cores"),
         (
             ["runtime.device=cuda"],
-            "no trial fits: a trial has 1 core and 1 GPU, there are 2 cores and 0 GPUs",
+            "no trial fits: a trial needs 1 core and 1 GPU, and there are 2 cores and 0 GPUs",
         ),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_dry_run_shows_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
     for arguments in (["sweep"], ["sweep", "--dry-run"], ["sweep", "--max-concurrent", "2"]):
         assert run(arguments) == 2
-        assert "sweep is missing: give a configuration with a sweep" in capsys.readouterr().err
+        assert "sweep: no such section; give a configuration with a sweep" in capsys.readouterr().err
 
 
 def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
     assert set(frame["space.ops"]) == {"[skip_connect, sep_conv_3x3]", "[skip_connect]"}
     config, study = ended_sweep(tmp_path)
     frame = sweep_frame(config, study)
-    with pytest.raises(ConfigError, match=r"has no trials\.csv, name a sweep"):
+    with pytest.raises(ConfigError, match=r"no trials\.csv in this run; name a sweep"):
         read_table(tmp_path / "nowhere")
 
     console = Console(width=170, file=io.StringIO(), record=True)

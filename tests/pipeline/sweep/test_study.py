@@ -242,13 +242,13 @@ def test_an_earlier_sweep_teaches_a_later_one_and_is_not_counted(tmp_path: Path)
     fewer = narrow.model_copy(update={"sweep": narrow.sweep.model_copy(update={"space": space})})  # type: ignore[union-attr]
     assert all("start_from" not in t.user_attrs for t in open_study(fewer, "fewer", fresh=False).get_trials())
 
-    with pytest.raises(ConfigError, match="'earlier': it has other objectives, leave it out"):
+    with pytest.raises(ConfigError, match="the study 'earlier' has other objectives; leave it out"):
         open_study(
             config_of(tmp_path, "sweep.start_from=earlier", "sweep.objective=retrained", "data.holdout=0.1"),
             "y",
             fresh=False,
         )
-    with pytest.raises(ConfigError, match="'unknown': no such study, there are: earlier, later, fewer"):
+    with pytest.raises(ConfigError, match="no such study: 'unknown'; choose one of: earlier, later, fewer"):
         open_study(config_of(tmp_path, "sweep.start_from=unknown"), "x", fresh=False)
 
 
@@ -277,7 +277,7 @@ def test_a_database_that_can_not_be_used_is_one_line_without_its_password(tmp_pa
     config = config_of(tmp_path, "sweep.storage=nosuch://me:secret@host/x")
     with pytest.raises(IstanasError) as caught:
         open_study(config, "s", fresh=False)
-    assert str(caught.value).startswith("sweep.storage is nosuch://host/x: can't be used")
+    assert str(caught.value).startswith("sweep.storage: cannot use the database nosuch://host/x (")
     assert "secret" not in str(caught.value)
 
 
@@ -306,7 +306,7 @@ def test_a_study_belongs_to_one_run_directory(tmp_path: Path) -> None:
     open_study(config, "s", fresh=False, run_dir=tmp_path / "here")
     assert open_study(config, "s", fresh=False, run_dir=tmp_path / "here").get_trials() == []
     with pytest.raises(
-        ConfigError, match=r"a study s that belongs to .*here: go on there, set tracking\.name"
+        ConfigError, match=r"the study s in this database belongs to .*here; resume the sweep there"
     ):
         open_study(config, "s", fresh=False, run_dir=tmp_path / "there")
     open_study(config, "s", fresh=True, run_dir=tmp_path / "there")

@@ -126,8 +126,8 @@ def test_of_a_run_in_a_project_that_was_moved(
     done = retrain(apart)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"error: tracking.uri is sqlite:///{project}/store/mlflow.db, a setting of {apart['run_dir']}: the folder of "
-        "this MLflow store no longer exists; name a store with --set tracking.uri=URI"
+        f"error: tracking.uri: the folder of sqlite:///{project}/store/mlflow.db, a setting of {apart['run_dir']}, no "
+        "longer exists; name a store with --set tracking.uri=URI"
     )
     assert retrain(apart, "--set=tracking.uri=sqlite:///store/mlflow.db").returncode == 0
     assert not project.exists()

@@ -202,8 +202,8 @@ def test_the_command(
     code, out, err = command("first", "--metric", "test/top1")
     assert (code, err) == (1, "")
     assert out == (
-        "istanas-digits version 1 stays behind, version 2 is the champion: test/top1 0.75 against 0.875 of version 2: "
-        "not better\n"
+        "istanas-digits version 1 is not promoted, version 2 is the champion: test/top1 0.75 against 0.875 of version "
+        "2: not better\n"
     )
     code, out, err = command("first")
     assert (code, out) == (2, "")
