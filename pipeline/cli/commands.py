@@ -29,6 +29,15 @@ from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals
 from pipeline.base.redaction import without_secrets
 from pipeline.cli.streams import outlive_readers
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METHODS, METRICS
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELLS_FOLDER,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    REPORT_PAGE,
+    TRIALS_TABLE,
+    WEIGHTS_FILE,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -912,8 +921,8 @@ def _run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]
     run = resolve_run(
         reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
-    if file is None and (run.path / "config.yaml").exists():
-        config = load_of_run(run.path / "config.yaml", run, overrides)
+    if file is None and (run.path / CONFIG_FILE).exists():
+        config = load_of_run(run.path / CONFIG_FILE, run, overrides)
     return run, config
 
 
@@ -1045,14 +1054,14 @@ def _finish(
     if "valid_top1" in result:
         console.print(terminal.validation_note(kind, config.method), highlight=False)
     runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
-    pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # to be opened: here
+    pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # to be opened: here
     where = [("report", str(page)) for page in pages]
     where += [
         (label, bucket.shown(runs[0] / n))
-        for label, n in (("genotype", "genotype.json"), ("cell pictures", "cells"))
+        for label, n in (("genotype", GENOTYPE_FILE), ("cell pictures", CELLS_FOLDER))
     ]
-    if (runs[-1] / "model.safetensors").exists():
-        where.append(("network", bucket.shown(runs[-1] / "model.safetensors")))
+    if (runs[-1] / WEIGHTS_FILE).exists():
+        where.append(("network", bucket.shown(runs[-1] / WEIGHTS_FILE)))
     for label, path in where:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
     _say_where(console, config)
@@ -1101,12 +1110,12 @@ def _finish_sweep(result: Mapping[str, Any], as_json: bool, console: Console, co
     table.add_row("trials", ended)
     console.print(table)
     here, program = bucket.local(result["run_dir"]), _program()  # files to be opened, or named as such
-    best = here / "best"
+    best = here / BEST_FOLDER
     for label, text in (
-        ("report", here / "report.html"),
-        ("all trials", bucket.shown(here / "trials.csv")),
+        ("report", here / REPORT_PAGE),
+        ("all trials", bucket.shown(here / TRIALS_TABLE)),
         ("best", bucket.shown(best)),
-        ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),
+        ("retrain it", f"{program} retrain --genotype {best}/{GENOTYPE_FILE} --config {best}/{CONFIG_FILE}"),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
     _say_where(console, config)

@@ -20,11 +20,11 @@ from pipeline.jobs.export_formats import EXPORTED_FILES, FORMAT_FILES, ExportedF
 from pipeline.jobs.lifecycle import console_line
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.network_files import WEIGHTS_FILE, load_network, read_card
+from pipeline.runs.layout import EXPORT_FOLDER, WEIGHTS_FILE
+from pipeline.runs.network_files import load_network, read_card
 from pipeline.runs.outcome import outcome
 from pipeline.runs.record import MetricsLine, RunRecord
 
-EXPORT_FOLDER = "export"
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
 
 

@@ -35,12 +35,11 @@ from pipeline.jobs.opening import (
     with_outcome,
 )
 from pipeline.jobs.progress import EpochBar
-from pipeline.report.html import REPORT_PAGE
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.environment import write_environment
-from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE
+from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE, REPORT_PAGE
 from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord
 from pipeline.tracking.tracker import Tracker

@@ -21,8 +21,15 @@ from pipeline.report import mlflow_note
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
-from pipeline.runs.layout import CELL_FIGURES, CHECKPOINTS, CONFIG_FILE, GENOTYPE_FILE
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.layout import (
+    CELL_FIGURES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    NETWORK_FILE,
+    WEIGHTS_FILE,
+)
+from pipeline.runs.network_files import save_network
 from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.training.epoch_record import EpochRecord
 from pipeline.training.loop import trained_network

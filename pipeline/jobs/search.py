@@ -28,7 +28,7 @@ from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.report import mlflow_note
-from pipeline.report.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
+from pipeline.report.trajectory_page import write_trajectory_page
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
@@ -36,17 +36,20 @@ from pipeline.runs.layout import (
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
+    FREEZING_FIGURES,
     GENOTYPE_FILE,
+    NETWORK_FILE,
     TRAJECTORY_FILE,
+    TRAJECTORY_PAGE,
+    WEIGHTS_FILE,
 )
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.network_files import save_network
 from pipeline.training.build import build_one_stage
 from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search")
-FREEZING_FIGURES = ("freezing.svg", "freezing.png")
 TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE)
 
 

@@ -38,20 +38,17 @@ from pipeline.base.addresses import CREDENTIALS, is_remote, joined_address, name
 from pipeline.base.files import atomic_write
 from pipeline.base.redaction import without_secrets
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import LINK_FILE, RECORD_FILE
+from pipeline.runs.layout import LINK_FILE, LOG_FOLDER, OWNER_OBJECT, RECORD_FILE, RUN_FOLDER
 
 _LOG = logging.getLogger(__name__)
 
-OWNER_OBJECT = ".owner.json"
 OWNER_LENGTH = 512
-NOT_MIRRORED = "ray"  # Ray's logs; and names with a dot in front are locks and temporaries
 
 RETRY_SECONDS = 300.0  # that a running job waits for a storage that has gone; pyarrow tries for some seconds
 SECONDS_BETWEEN_BEATS = 20.0  # of a run's owner
 SECONDS_TO_BEAT = 60.0  # after which an owner that was not heard of counts as gone
 SECONDS_TO_SETTLE = 1.0  # in which two that take a run at the same moment are seen by each other
 _MANIFEST = re.compile(r"checkpoints/epoch-[0-9]+\.json")
-RUN_FOLDER = re.compile(r".+-(search|retrain)-[0-9a-f]{10}")  # in a sweep's run directory: runs of their own
 
 Say = Callable[[str], None]
 Wanted = Callable[[str], bool]  # of a file, by its name in the run directory
@@ -593,7 +590,7 @@ def _place(name: str) -> int:
 
 def _is_mirrored(name: str) -> bool:
     parts = name.split("/")
-    hidden = parts[0] == NOT_MIRRORED or any(part.startswith(".") for part in parts)
+    hidden = parts[0] == LOG_FOLDER or any(part.startswith(".") for part in parts)
     return not hidden and not _is_of_another_run(name)
 
 

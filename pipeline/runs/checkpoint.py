@@ -14,7 +14,6 @@ import io
 import json
 import os
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -29,9 +28,9 @@ from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
 from pipeline.runs import bucket, epoch_log
 from pipeline.runs.directory import is_absent, out_of_reach
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError
+from pipeline.runs.layout import CHECKPOINT_MANIFEST, checkpoint_file
 
 KEEP = 2
-_MANIFEST = re.compile(r"epoch-([0-9]+)\.json")
 
 
 class Store(Protocol):
@@ -131,7 +130,7 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
 
 def write_state(folder: Path, epoch: int, data: bytes) -> None:
     """Write the checkpoint of an epoch whose line the log has already; arguments and errors as of `write`."""
-    file = folder / f"epoch-{epoch:04d}.pt"
+    file = folder / checkpoint_file(epoch)
     atomic_write(file, data)
     digest = hashlib.sha256(data).hexdigest()
     manifest = {"epoch": epoch, "file": file.name, "sha256": digest, "bytes": len(data)}
@@ -233,7 +232,9 @@ def _manifests(folder: Path) -> list[Path]:
         if is_absent(error):
             return []
         raise out_of_reach(error, folder) from error
-    return sorted((folder / name for name in names if _MANIFEST.fullmatch(name)), key=_epoch, reverse=True)
+    return sorted(
+        (folder / name for name in names if CHECKPOINT_MANIFEST.fullmatch(name)), key=_epoch, reverse=True
+    )
 
 
 def _epoch(path: Path) -> int:

@@ -25,7 +25,7 @@ from pipeline.base.files import atomic_write
 from pipeline.base.redaction import without_secrets
 from pipeline.config.workers import usable_cores
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import ENVIRONMENT_FILE
+from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, GENOTYPE_FILE
 
 _PACKAGES = (
     "torch",
@@ -87,8 +87,8 @@ def reproducing_command(folder: Path, kind: str) -> str:
     if program.stem == "istanas" or program.parts[-3:] == ("pipeline", "cli", "__main__.py"):
         typed = [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv[1:]]
         return shlex.join(["istanas", *map(without_secrets, typed)])
-    genotype = ["--genotype", str(folder / "genotype.json")] if kind == "retrain" else []
-    return shlex.join(["istanas", kind, *genotype, "--config", str(folder / "config.yaml")])
+    genotype = ["--genotype", str(folder / GENOTYPE_FILE)] if kind == "retrain" else []
+    return shlex.join(["istanas", kind, *genotype, "--config", str(folder / CONFIG_FILE)])
 
 
 @functools.cache

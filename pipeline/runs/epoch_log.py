@@ -20,9 +20,9 @@ from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
 from pipeline.base.files import append, atomic_write
 from pipeline.runs.directory import is_absent, make_hold, out_of_reach
+from pipeline.runs.layout import EPOCH_LOGS
 
 SEGMENT = 100
-COPIES = ("epochs", "epochs-copy")
 LINE_BYTES = LOG_SEGMENT_BYTES // SEGMENT
 """Of a line, so that no segment is larger than what is read."""
 
@@ -95,7 +95,7 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
         BrokenCheckpointWarning: for a copy that was restored.
     """
     segment = (epoch - 1) // SEGMENT
-    files = [_file(folder, copy, segment) for copy in COPIES]
+    files = [_file(folder, copy, segment) for copy in EPOCH_LOGS]
     for file, other in zip(files, reversed(files), strict=True):
         try:
             append(file, line, at=offset)
@@ -113,7 +113,7 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
                 ) from None
             atomic_write(file, whole)
             _warn_of_damage(file, str(error))
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         for number in itertools.count(segment + 1):
             later = _file(folder, copy, number)
             if not later.exists():
@@ -137,7 +137,7 @@ def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
             segments.append([])
         end, line = end.after(text)
         segments[-1].append(line)
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         for number, lines in enumerate(segments):
             make_hold(_file(folder, copy, number), b"".join(lines))
     return end
@@ -150,7 +150,7 @@ def read(folder: Path, end: LogEnd) -> Iterator[str]:
     """
     verify(folder, end)
     for number, count in enumerate(_counts(end)):
-        lines = read_at_most(_file(folder, COPIES[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
+        lines = read_at_most(_file(folder, EPOCH_LOGS[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
         for line in lines[1 : count + 1]:
             yield line.partition(" ")[2]
 
@@ -185,7 +185,7 @@ def _restore_segment(folder: Path, number: int, count: int, digest: str) -> str:
     whole: bytes | None = None
     before = ""
     damaged: dict[Path, str] = {}
-    for file in (_file(folder, copy, number) for copy in COPIES):
+    for file in (_file(folder, copy, number) for copy in EPOCH_LOGS):
         try:
             lines = read_at_most(file, LOG_SEGMENT_BYTES).splitlines(keepends=True)[: count + 1]
             before = _verify(lines, number * SEGMENT, count, digest)

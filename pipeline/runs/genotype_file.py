@@ -9,7 +9,7 @@ from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
 from istanas.space import Genotype, genotype_from_text
 from pipeline.base.files import atomic_write
-from pipeline.runs.layout import GENOTYPE_FILE
+from pipeline.runs.layout import CELLS_FOLDER, GENOTYPE_FILE
 
 
 def read_genotype(file: Path) -> Genotype:
@@ -33,5 +33,8 @@ def write_genotype(
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
     weights = weights or {}
     save_genotype_figures(
-        genotype, folder / "cells", weights_normal=weights.get("normal"), weights_reduce=weights.get("reduce")
+        genotype,
+        folder / CELLS_FOLDER,
+        weights_normal=weights.get("normal"),
+        weights_reduce=weights.get("reduce"),
     )

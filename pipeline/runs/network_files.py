@@ -18,9 +18,7 @@ from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import RetrainSettings, SearchSettings
-
-WEIGHTS_FILE = "model.safetensors"
-NETWORK_FILE = "network.json"
+from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)

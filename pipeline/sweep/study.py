@@ -23,10 +23,10 @@ from pipeline.base.text import one_line
 from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import STUDY_FILE
 from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
-STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
 BLOCKED = "blocked"  # instead of either: a full disk, a storage that is away; the whole sweep waits for them

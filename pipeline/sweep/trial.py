@@ -26,13 +26,12 @@ from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import CHECKPOINTS
+from pipeline.runs.layout import CHECKPOINTS, TRIAL_LOG
 from pipeline.sweep.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
 from pipeline.tracking.store import open_client, store_uri
 from pipeline.training.epoch_record import Progress, load_progress, read_progress
 from pipeline.training.pictures import open_dataset
 
-LOG_FILE = "trial.log"
 # That a trial waits for its run: its first process, on a node that was cut off, lives a minute more, till Ray ends it.
 SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
@@ -57,7 +56,7 @@ def run_trial(task: dict[str, Any]) -> None:
         # Here already, for the log is one of its files.
         with (
             bucket.held(path, said.append, wait=SECONDS_TO_LET_GO),
-            open(path / LOG_FILE, "a", buffering=1) as log,
+            open(path / TRIAL_LOG, "a", buffering=1) as log,
         ):
             log.writelines(f"{line}\n" for line in said)
             last = _logged_run(task, log)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from pipeline.runs.layout import CELL_FIGURES
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -13,7 +15,7 @@ PARENT = "mlflow.parentRunId"
 DESCRIPTION = "mlflow.note.content"
 LENGTH = 5000  # characters: the model registry's columns are no wider
 # As SVG, because MLflow's pages show a picture in its own size, and a PNG's pixels are many.
-PICTURES = {"cells/normal.svg": "normal cell", "cells/reduce.svg": "reduction cell"}
+PICTURES = {CELL_FIGURES[0]: "normal cell", CELL_FIGURES[2]: "reduction cell"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
-from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
+from pipeline.runs.layout import BEST_FOLDER, CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.outcome import outcome
 from pipeline.tracking.store import open_client, public_uri, store_exists, store_uri
@@ -34,7 +34,6 @@ GENOTYPE_SUFFIXES = (
     ".txt",
     ".py",
 )  # of files with a genotype; a missing one is not looked for as a run
-BEST = "best"  # folder of a sweep: genotype and configuration of its best trial
 _RANDOM = "random:"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -156,7 +155,7 @@ def _without_file(ref: str) -> str:
     address, mark, query = ref.partition("?")
     if "://" not in ref:
         return ref
-    return address.removesuffix(f"/{GENOTYPE_FILE}").removesuffix(f"/{BEST}") + mark + query
+    return address.removesuffix(f"/{GENOTYPE_FILE}").removesuffix(f"/{BEST_FOLDER}") + mark + query
 
 
 def origin_of(ref: str) -> str | None:
@@ -230,7 +229,7 @@ def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any
 def run_of_config(file: Path) -> RunDir | None:
     """The run whose own configuration a file is, or, in the folder `best`, that of a sweep's best trial; else None."""
     folder = file.absolute().parent
-    run = RunDir(folder.parent if folder.name == "best" else folder)
+    run = RunDir(folder.parent if folder.name == BEST_FOLDER else folder)
     return run if file.name == CONFIG_FILE and run.exists() else None
 
 
@@ -308,7 +307,7 @@ def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Ori
 
 def _config_of(kind: str | None) -> str:
     """Return the file of a run that holds the settings of its genotype, relative to the run."""
-    return f"{BEST}/{CONFIG_FILE}" if kind == "sweep" else CONFIG_FILE
+    return f"{BEST_FOLDER}/{CONFIG_FILE}" if kind == "sweep" else CONFIG_FILE
 
 
 def _origin(run: RunDir) -> Origin:

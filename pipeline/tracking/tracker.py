@@ -27,6 +27,7 @@ from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
 from pipeline.runs.bucket import local, shown
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import DELIVERY_LOCK
 from pipeline.runs.mlflow_link import Link, read_link
 from pipeline.runs.outcome import FOLDER_TAG
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
 
