@@ -49,8 +49,8 @@ def run_export(config: Config, run_dir: str | Path, *, console: Console, again: 
     Returns:
         As `export_network` does.
     """
-    run, say = RunDir(bucket.local(str(run_dir))), console_line(console)
-    with bucket.held(run.path, say):
+    say = console_line(console)
+    with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
         return _export(config, run, say, again)
 
 
@@ -65,7 +65,7 @@ def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool
     tracker = tracker_of(run, config)
     if not tracker.deliver():
         say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
-    bucket.push(run.path)
+    run.push()
     return {**result, "mlflow_run_id": tracker.run_id}
 
 

@@ -88,6 +88,7 @@ def execute(
     warn: Callable[[ImageDataset], list[str]] | None = None,
     metrics_anew: Callable[[], list[MetricsLine]] | None = None,
     wait: float = 0,
+    run: RunDir | None = None,
 ) -> dict[str, Any]:
     """Run a job to its end, or go on with it, or return the result of a finished one.
 
@@ -104,6 +105,7 @@ def execute(
         warn: lines about settings that make no sense with the pictures; None: about the job's own.
         metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
         wait: so many seconds for another process that works on the same run; -1: for ever.
+        run: the run directory, if the caller has acquired it.
 
     Returns:
         The figures of `--json`.
@@ -113,8 +115,8 @@ def execute(
         IstanasError: whatever `prepare` and `body` raise; after the latter the record says FAILED, and the same
             command resumes.
     """
-    run = RunDir(spec.path)
-    with _locked(run, console, wait=wait):
+    run = run if run is not None and run.path == spec.path else RunDir(spec.path)
+    with _locked(run, console, wait=wait) as run:
         if not fresh:
             mend_lost_record(run, spec, console_line(console))
         if not fresh and run.exists():
@@ -124,7 +126,7 @@ def execute(
             _check_finished(spec, old, datasets, console)
             tracker = tracker_of(run, spec.config)
             tracker.deliver()  # in case the store was down when it finished
-            bucket.push(run.path)
+            run.push()
             console.print(
                 f"{spec.kind}: finished before, see {bucket.shown(run.path)}; --fresh starts over",
                 highlight=False,
@@ -145,12 +147,12 @@ def execute(
             close_running([run, *runs_below(run.path)], spec.config)
         if fresh or not run.exists():  # without a record: what a --fresh that was killed left
             clear(run.path)
-            bucket.push_cleared(run.path)
+            run.push_cleared()
         tracker = tracker_of(run, spec.config)
         record = open_record(run, spec, used, digest, lines)
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
-        bucket.push(run.path)  # with the key by which its MLflow run is found again
+        run.push()  # with the key by which its MLflow run is found again
         tracker.deliver()
         console.print(f"{spec.kind}: {bucket.shown(run.path)}", highlight=False, soft_wrap=True)
         space = spec.config.space.cell_space()
@@ -169,7 +171,7 @@ def execute(
             page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
             final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
             run.write(final)
-            bucket.push(run.path)
+            run.push()
         except SystemExit:
             raise
         except BaseException as error:
@@ -183,7 +185,7 @@ def execute(
                 highlight=False,
                 soft_wrap=True,
             )
-        bucket.push(run.path)  # what the tracker noted
+        run.push()  # what the tracker noted
         return _with_ids(outcome.result, run, tracker)
 
 
@@ -231,7 +233,7 @@ def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callabl
     try:
         run.write(dataclasses.replace(record, status="FAILED", ended_ms=now_ms()))
         tracker.deliver()
-        bucket.push(run.path, once=True)
+        run.push(once=True)
     except (OSError, IstanasError) as error:
         say(f"{bucket.shown(run.path)}: still says RUNNING ({one_line(error)}), the same command mends that")
 
@@ -251,12 +253,12 @@ def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) 
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir, console: Console, *, wait: float = 0) -> Iterator[None]:
-    """Hold the run directory; what was refused before any work leaves no empty run behind."""
+def _locked(run: RunDir, console: Console, *, wait: float = 0) -> Iterator[RunDir]:
+    """Lock and acquire the run directory; what was refused before any work leaves no empty run behind."""
     with run.lock(wait=wait):
         try:
-            with bucket.held(run.path, console_line(console), wait=wait):
-                yield
+            with bucket.acquired(run, console_line(console), wait=wait) as mirrored:
+                yield mirrored
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= NOT_THE_RUNS:
                 shutil.rmtree(run.path)

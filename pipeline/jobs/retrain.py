@@ -31,7 +31,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.network_files import save_network
 from pipeline.runs.outcome import ORIGIN_TAG
-from pipeline.training.epoch_record import EpochRecord
+from pipeline.training.epoch_record import EpochRecord, FolderStore
 from pipeline.training.loop import trained_network
 from pipeline.training.pictures import datasets_used
 
@@ -90,9 +90,9 @@ def run_retrain(
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
-        folder = run.path / CHECKPOINTS
-        progress = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
-        net = trained_network(config, genotype, dataset, folder)
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("retrain", config, dataset, store, observer, runtime, genotype)
+        net = trained_network(config, genotype, dataset, store.folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
         m = progress.newest.metrics
         result: dict[str, Any] = {

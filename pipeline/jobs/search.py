@@ -45,7 +45,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.network_files import save_network
 from pipeline.training.build import build_one_stage
-from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
+from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
 
@@ -88,6 +88,7 @@ def run_search(
     tags: dict[str, str] | None = None,
     tell: Callable[[Progress], None] | None = None,
     wait: float = 0,
+    run: RunDir | None = None,
 ) -> SearchResult | OneStageResult:
     """Search an architecture.
 
@@ -99,7 +100,7 @@ def run_search(
         runtime: Ray, if there are workers.
         jobs: whose settings to check against the data before any work; `run` adds "retrain".
         parent, tags: see `search_spec`.
-        tell, wait: see `execute`.
+        tell, wait, run: see `execute`.
 
     Returns:
         See `SearchResult` and `OneStageResult`.
@@ -118,8 +119,8 @@ def run_search(
         return dataset
 
     def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
-        folder = run.path / CHECKPOINTS
-        progress = run_job("search", config, dataset, folder, observer, runtime)
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("search", config, dataset, store, observer, runtime)
         if isinstance(config, OneStageConfig):
             return _finish_one_stage(run, progress, dataset, config, observer.note)
         return _finish_two_stage(run, progress, observer.note)
@@ -136,6 +137,7 @@ def run_search(
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
         tell=tell,
         wait=wait,
+        run=run,
     )
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 

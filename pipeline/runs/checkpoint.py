@@ -25,7 +25,7 @@ import torch
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
-from pipeline.runs import bucket, epoch_log
+from pipeline.runs import epoch_log
 from pipeline.runs.directory import is_absent, out_of_reach
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError
 from pipeline.runs.layout import CHECKPOINT_MANIFEST, checkpoint_file
@@ -104,8 +104,6 @@ def _check_sizes(data: bytes) -> None:
 def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> None:
     """Append an epoch's line to the log, then write its checkpoint and delete all but the last `KEEP` checkpoints.
 
-    If the run lies in a storage, both do when this returns.
-
     Args:
         folder: where the run's checkpoints lie, in the run directory; created if need be.
         epoch: epochs done, >= 1.
@@ -115,7 +113,6 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
     Raises:
         OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
         CheckpointError: if both copies of the log have been damaged since they were read.
-        IstanasError: if the storage refuses, see `pipeline.runs.bucket.push`.
     """
     # A run resumes from the newest checkpoint that is whole and matches the log, so those of this epoch and of later
     # ones were skipped. They must not count any more, even after a power cut, once the log is overwritten.
@@ -145,7 +142,6 @@ def write_state(folder: Path, epoch: int, data: bytes) -> None:
             path.unlink()
     for path in folder.glob(".epoch-*.tmp"):  # a writer that was killed; the run's lock keeps others out
         path.unlink()
-    bucket.push(folder.parent)
 
 
 def read_latest(

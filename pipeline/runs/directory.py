@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +24,9 @@ from istanas.limits import METRICS_BYTES, RECORD_BYTES, read_at_most
 from pipeline.base.files import append, atomic_write
 from pipeline.runs.layout import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE, RECORD_FILE
 from pipeline.runs.record import MetricsLine, RunRecord, new_key
+
+if TYPE_CHECKING:
+    from pipeline.runs.mirror import Mirror
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,6 +99,10 @@ def _dump_line(line: MetricsLine) -> bytes:
 class RunDir:
     """One run's directory: its record, its metrics and its lock.
 
+    Args:
+        path: The directory; it need not exist.
+        mirror: Of a run in a storage that this process has acquired, see `runs.bucket.acquired`.
+
     Example:
         >>> import tempfile
         >>> run = RunDir(tempfile.mkdtemp())
@@ -106,11 +113,21 @@ class RunDir:
         False
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], mirror: "Mirror | None" = None) -> None:
+        self.path, self.mirror = Path(path), mirror
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
+
+    def push(self, *, once: bool = False) -> None:
+        """Send what has changed to the storage, if the run is mirrored there; see `Mirror.push`."""
+        if self.mirror is not None:
+            self.mirror.push(once=once)
+
+    def push_cleared(self) -> None:
+        """`push` of a run directory that was cleared to start over: the runs in it are deleted in the storage, too."""
+        if self.mirror is not None:
+            self.mirror.push_cleared()
 
     def exists(self) -> bool:
         """Whether a run was ever begun here (there is a `run.json`)."""

@@ -55,12 +55,12 @@ def run_trial(task: dict[str, Any]) -> None:
     try:
         # Here already, for the log is one of its files.
         with (
-            bucket.held(path, said.append, wait=SECONDS_TO_LET_GO),
+            bucket.acquired(RunDir(path), said.append, wait=SECONDS_TO_LET_GO) as run,
             open(path / TRIAL_LOG, "a", buffering=1) as log,
         ):
             log.writelines(f"{line}\n" for line in said)
-            last = _logged_run(task, log)
-            bucket.push(path, once=True)
+            last = _logged_run(task, log, run)
+            run.push(once=True)
     except (OSError, IstanasError) as error:  # no log, a full disk, a storage that is away
         last = failure(error)
     if torch.cuda.is_available():
@@ -77,7 +77,7 @@ def _warm_up(config: Config) -> None:
         open_client(store_uri(config.tracking.uri))
 
 
-def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
+def _logged_run(task: dict[str, Any], log: TextIO, run: RunDir) -> dict[str, Any]:
     """The trial's last report, everything that is said on the way being in the log."""
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
@@ -89,7 +89,7 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
     shown, warnings.showwarning = warnings.showwarning, warn
     try:
-        return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached)}
+        return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached, run)}
     except Exception as error:  # whatever it is, the sweep goes on and says so
         with contextlib.suppress(OSError):  # on a full disk
             log.write(traceback.format_exc())
@@ -101,7 +101,7 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """How a trial has failed: by itself, or because nothing can be written any more, which is no fault of its."""
-    if isinstance(error, bucket.AwayError):
+    if isinstance(error, bucket.StorageError):
         return {BLOCKED: str(error)}
     if is_full(error):
         remedy = "free space there (old runs, their ray folders, mlartifacts), the same command resumes"
@@ -109,7 +109,7 @@ def failure(error: Exception) -> dict[str, Any]:
     return {FAILED: one_line(error)}
 
 
-def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:
+def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
     told = 0
@@ -136,6 +136,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tags=task["tags"],
             tell=tell,
             wait=SECONDS_TO_LET_GO,
+            run=run,
         )
         folder = bucket.local(search["run_dir"]) / CHECKPOINTS
         progress = load_progress(folder)
