@@ -39,7 +39,7 @@ _PACKAGES = (
     "matplotlib",
     "pandas",
 )
-_CHECKOUT = Path(istanas.__file__).resolve().parent.parent
+CHECKOUT = Path(istanas.__file__).resolve().parent.parent
 
 
 def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
@@ -92,20 +92,23 @@ def reproducing_command(folder: Path, kind: str) -> str:
 
 
 @functools.cache
-def git_state() -> dict[str, Any] | None:
+def git_state(checkout: Path = CHECKOUT) -> dict[str, Any] | None:
     """Commit of the git checkout that istanas runs from, and whether its files differ from it; None outside of one."""
-    if not (_CHECKOUT / ".git").exists():  # it is installed, maybe below somebody else's checkout
+    if not (checkout / ".git").exists():  # it is installed, maybe below somebody else's checkout
         return None
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = (
+        _git(checkout, "rev-parse", "HEAD"),
+        _git(checkout, "status", "--porcelain", "--untracked-files=no"),
+    )
     return None if commit is None or changes is None else {"commit": commit, "dirty": changes != ""}
 
 
-def _git(*arguments: str) -> str | None:
+def _git(checkout: Path, *arguments: str) -> str | None:
     """What a git command prints about our checkout; None if there is no git, or it refuses."""
     elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(_CHECKOUT), *arguments],
+            ["git", "-C", str(checkout), *arguments],
             env=elsewhere,
             capture_output=True,
             text=True,

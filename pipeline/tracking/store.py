@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "mlartifacts"  # the folder beside a SQLite store
 LOCK_SECONDS = 60.0
-SECONDS_FOR_A_LOCK = 10.0  # that another program may hold on a SQLite file
 
 
 def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
@@ -74,11 +73,12 @@ def artifact_root(uri: str) -> str | None:
     return None if file is None else (file.parent / ARTIFACTS).as_uri()
 
 
-def open_client(uri: str) -> "MlflowClient":
+def open_client(uri: str, *, lock_seconds: float = 10.0) -> "MlflowClient":
     """A client of one store, quiet on stdout and stderr, that does not wait long for a dead server.
 
     Args:
         uri: as `store_uri` gives it.
+        lock_seconds: how long another program may lock a SQLite file.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -101,8 +101,8 @@ def open_client(uri: str) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
     check_folder(uri)
     with database_lock(uri):
-        _check_not_locked(sqlite_file(uri))
-        follow_move(uri)
+        _check_not_locked(sqlite_file(uri), lock_seconds)
+        follow_move(uri, lock_seconds=lock_seconds)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -116,7 +116,7 @@ _ADDRESSES = (
 )
 
 
-def follow_move(uri: str) -> None:
+def follow_move(uri: str, *, lock_seconds: float) -> None:
     """Correct the addresses of files in a SQLite store that was moved together with the files of its runs.
 
     A folder of artifacts may have any name. It is recognised beside the store by a run's id, which is a part of the
@@ -125,7 +125,7 @@ def follow_move(uri: str) -> None:
     file = sqlite_file(uri)
     if file is None or not file.exists():
         return
-    with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database, database:
+    with contextlib.closing(sqlite3.connect(file, timeout=lock_seconds)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not {"experiments", "runs"} <= tables:
             return
@@ -202,14 +202,14 @@ def check_folder(uri: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(file.parent))
 
 
-def _check_not_locked(file: Path | None) -> None:
+def _check_not_locked(file: Path | None, lock_seconds: float) -> None:
     """Refuse a database that another program has locked: MLflow would go on trying for minutes, and say so each time.
 
     Raises:
         sqlite3.OperationalError: "database is locked".
     """
     if file is not None and file.exists():
-        with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database:
+        with contextlib.closing(sqlite3.connect(file, timeout=lock_seconds)) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 

@@ -10,7 +10,6 @@ import errno
 import getpass
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pipeline.runs.mlflow_link import Link, read_link
 from pipeline.runs.outcome import FOLDER_TAG
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
 from pipeline.tracking import lineage, model_registry
+from pipeline.tracking.notices import OF_THIS_PROCESS, Notices
 from pipeline.tracking.store import (
     LOCK_SECONDS,
     artifact_root,
@@ -46,14 +46,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
 
-_LOG = logging.getLogger(__name__)
-
 RETRY_SECONDS = 60.0
 CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
 
 Names = tuple[str, ...]
-
-_said: set[str] = set()  # what this process has already told the user
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,7 @@ class MLflowTracker:
             `istanas-` and the data set's name.
         load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
             `pipeline.runs.network_files.load_network`.
+        notices: warnings that were given already.
     """
 
     def __init__(
@@ -160,18 +157,21 @@ class MLflowTracker:
         models: bool = True,
         registered_model: str | None = None,
         load_network: model_registry.NetworkLoader | None = None,
+        notices: Notices = OF_THIS_PROCESS,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
         self.models, self.registered_model = models, registered_model
         self.last_delivery: Delivery | None = None
-        self._load_network = load_network
+        self._load_network, self._notices = load_network, notices
         link = read_link(run_dir)
         self.tracking_uri = store_uri(tracking_uri, known=link.tracking_uri if link else None)
         self._link = link if link and link.tracking_uri == public_uri(self.tracking_uri) else None
         self._client: MlflowClient | None = None
-        self._is_known = False  # whether `_held` was read from the store
-        self._held: set[tuple[str, int]] = set()  # metrics (name, step) that the store had when it was read
+        self._is_known = False  # whether `_in_store` was read from the store
+        self._in_store: set[tuple[str, int]] = (
+            set()
+        )  # metrics (name, step) that the store had when it was read
         self._retry_at = 0.0
 
     @property
@@ -216,7 +216,7 @@ class MLflowTracker:
 
     def _say_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
-        _say_once(
+        self._notices.warn_once(
             f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}"
             f"{by_proxy(self.tracking_uri)}); everything stays in {shown(self.run_dir.path)}; {remedy} run: "
             f"istanas sync {shown(self.run_dir.path)}",
@@ -225,7 +225,7 @@ class MLflowTracker:
 
     def _say_gone(self) -> None:
         file = sqlite_file(self.tracking_uri)
-        _say_once(
+        self._notices.warn_once(
             f"MLflow store {public_uri(self.tracking_uri)}: its folder does not exist; everything stays in "
             f"{shown(self.run_dir.path)}; create the folder, or name the store where it is now: istanas sync "
             f"{shown(self.run_dir.path)} --set tracking.uri=sqlite:///FOLDER/{file.name if file else ''}",
@@ -337,13 +337,16 @@ class MLflowTracker:
             directory,
             tracking_uri=self.tracking_uri,
             experiment=self.experiment,
+            notices=self._notices,
             models=False,  # its configuration may want none, or another name: that is left to its own delivery
         )
         try:
             with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
                 return tracker._deliver(client).run_id
         except CheckpointError as error:  # a search that was damaged since must not stop its retraining
-            _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
+            self._notices.warn_once(
+                f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}"
+            )
             return None
 
     def _send_metrics(self, client: "MlflowClient", run: "Run") -> int:
@@ -363,9 +366,9 @@ class MLflowTracker:
             not known
         ):  # a process that was killed may have sent more than it has noted, or than the file now holds
             history = (m for name in run.data.metrics for m in client.get_metric_history(run_id, name))
-            self._held = {(metric.key, metric.step) for metric in history}
+            self._in_store = {(metric.key, metric.step) for metric in history}
         # A value that is there stays: a resumed run measures some epochs again, and must not double them.
-        new = [value for key, value in values.items() if key not in self._held]
+        new = [value for key, value in values.items() if key not in self._in_store]
         for start in range(0, len(new), CHUNK_METRICS):
             client.log_batch(run_id, metrics=new[start : start + CHUNK_METRICS], synchronous=True)
         self._is_known = True
@@ -414,7 +417,7 @@ class MLflowTracker:
                 client, run, self.run_dir, self._load_network or _default_loader()
             )
         except model_registry.UnusableNetworkError as error:  # a run without its model is still worth having
-            _say_once(
+            self._notices.warn_once(
                 f"MLflow model of {self.run_dir.path}: left out ({one_line(error.reason)}); the weights stay in "
                 f"the run directory; to try again run: istanas sync {self.run_dir.path}",
                 about=f"model {self.run_dir.path}",
@@ -429,7 +432,7 @@ class MLflowTracker:
         try:
             version, new = model_registry.register(client, name, model, record, kin)
         except Exception as error:  # a run that is in no registry is still worth having
-            _say_once(
+            self._notices.warn_once(
                 f"MLflow registered model {name!r}: {shown(self.run_dir.path)} is not entered ({one_line(error)}); set "
                 f"tracking.registered_model or try again with: istanas sync {shown(self.run_dir.path)}",
                 about=f"registry {self.run_dir.path}",
@@ -571,9 +574,3 @@ def _default_loader() -> model_registry.NetworkLoader:
     from pipeline.runs.network_files import load_network
 
     return load_network
-
-
-def _say_once(message: str, *, about: str) -> None:
-    if about not in _said:
-        _said.add(about)
-        _LOG.warning(message)
