@@ -426,7 +426,7 @@ def test_a_run_without_its_log_does_not_resume_and_keeps_its_files(stopped: Path
     before = {name: (stopped / name).read_bytes() for name in ("metrics.jsonl", "trajectory.csv")}
     for copy in EPOCH_LOGS:
         (stopped / "checkpoints" / copy / NAMES[0]).unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint is left, restore one from a copy") as caught:
+    with pytest.raises(CheckpointError, match="no checkpoint is left; restore one from a copy") as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert {name: (stopped / name).read_bytes() for name in before} == before
