@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from istanas.errors import CheckpointError, ConfigError
 from pipeline.base.redaction import without_secrets
+from pipeline.runs.layout import CONFIG_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,8 +65,8 @@ def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...])
     run = resolve_run(
         reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
-    if file is None and (run.path / "config.yaml").exists():
-        config = load_of_run(run.path / "config.yaml", run, overrides)
+    if file is None and (run.path / CONFIG_FILE).exists():
+        config = load_of_run(run.path / CONFIG_FILE, run, overrides)
     return run, config
 
 

@@ -31,7 +31,6 @@ from pipeline.cluster.process_group import torch_config
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.cluster.reservations import free
 from pipeline.config.schema import Config, DataSettings
-from pipeline.runs import checkpoint
 from pipeline.runs.layout import LOG_FOLDER
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest
 from pipeline.training.loop import retrain_worker, search_worker
@@ -50,7 +49,7 @@ def run_job(
     job: Job,
     config: Config,
     dataset: ImageDataset,
-    folder: Path,
+    store: FolderStore,
     observer: Observer,
     runtime: Runtime,
     genotype: Genotype | None = None,
@@ -61,7 +60,7 @@ def run_job(
         job: which.
         config: the whole configuration; `runtime.workers` says where.
         dataset: as `open_dataset` gives it; Ray's workers open their own.
-        folder: of the checkpoints.
+        store: of the run's checkpoints.
         observer: told of every step and epoch, in this process.
         runtime: Ray, started by `prepare_workers` if there are workers.
         genotype: of a retraining.
@@ -74,9 +73,9 @@ def run_job(
     """
     arguments = () if genotype is None else (genotype,)
     if config.runtime.worker_range.maximum == 0:
-        return WORKERS[job](config, dataset, FolderStore(folder), observer, *arguments)
-    with runtime.noticing_a_clients_loss(job, folder.parent):
-        return _RayJob(job, config, folder, observer, runtime, arguments).run()
+        return WORKERS[job](config, dataset, store, observer, *arguments)
+    with runtime.noticing_a_clients_loss(job, store.folder.parent):
+        return _RayJob(job, config, store, observer, runtime, arguments).run()
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -109,13 +108,13 @@ class _RayJob:
         self,
         job: Job,
         config: Config,
-        folder: Path,
+        store: FolderStore,
         observer: Observer,
         runtime: Runtime,
         arguments: tuple[Any, ...],
     ) -> None:
-        self._job, self._config, self._folder, self._observer = job, config, folder, observer
-        self._runtime, self._arguments = runtime, arguments
+        self._job, self._config, self._store, self._observer = job, config, store, observer
+        self._folder, self._runtime, self._arguments = store.folder, runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._progress = Progress()
         self._places = ""  # that the present workers have, as a reservation of Ray's
@@ -249,7 +248,7 @@ class _RayJob:
             self._observer.step(epoch, step, n_steps, lambda: metrics)
         elif kind == "checkpoint":
             epoch, data, line, offset, workers = payload
-            checkpoint.write(self._folder, epoch, data, line, offset)
+            self._store.write(epoch, data, line, offset)
             grow = (
                 epoch < self._epochs
                 and workers < allotment.workers.maximum

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.schema import Config
+from pipeline.runs.directory import RunDir
 from pipeline.training.epoch_record import Progress
 
 
@@ -27,6 +28,7 @@ class JobContext:
         on_epoch: Called after every epoch, and for every finished epoch when a run resumes. It may raise SystemExit to
             leave the run unclosed; the caller then closes it.
         wait: Seconds to wait for another process that uses the run directory; -1 waits without a limit.
+        run: The run directory, if the caller has acquired it already.
     """
 
     config: Config
@@ -38,6 +40,7 @@ class JobContext:
     tags: Mapping[str, str] = field(default_factory=dict)
     on_epoch: Callable[[Progress], None] | None = None
     wait: float = 0.0
+    run: RunDir | None = None
 
     def say(self, text: str) -> None:
         """Write a line for the user."""

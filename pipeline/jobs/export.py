@@ -20,11 +20,11 @@ from pipeline.jobs.context import say_to
 from pipeline.jobs.export_formats import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.network_files import WEIGHTS_FILE, load_network, read_card
+from pipeline.runs.layout import EXPORT_FOLDER, WEIGHTS_FILE
+from pipeline.runs.network_files import load_network, read_card
 from pipeline.runs.outcome import outcome
 from pipeline.runs.record import MetricsLine, RunRecord
 
-EXPORT_FOLDER = "export"
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
 
 
@@ -49,8 +49,8 @@ def run_export(config: Config, run_dir: str | Path, *, console: Console, again: 
     Returns:
         The result of `export_network`.
     """
-    run, say = RunDir(bucket.local(str(run_dir))), say_to(console)
-    with bucket.held(run.path, say):
+    say = say_to(console)
+    with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
         return _export(config, run, say, again)
 
 
@@ -65,7 +65,7 @@ def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool
     tracker = tracker_of(run, config)
     if not tracker.deliver():
         say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
-    bucket.push(run.path)
+    run.push()
     return {**result, "mlflow_run_id": tracker.run_id}
 
 

@@ -24,11 +24,9 @@ from istanas.errors import IstanasError
 from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
-from pipeline.runs.layout import GENOTYPE_FILE
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
+from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import NetworkCard, load_network, write_network
 
-PROGRAM_FILE = "model.pt2"
-ONNX_FILE = "model.onnx"
 FORMAT_FILES = {"safetensors": WEIGHTS_FILE, "program": PROGRAM_FILE, "onnx": ONNX_FILE}
 EXPORTED_FILES = (WEIGHTS_FILE, NETWORK_FILE, GENOTYPE_FILE, PROGRAM_FILE, ONNX_FILE)
 ONNX_INPUT, ONNX_OUTPUT, BATCH_AXIS = "pictures", "logits", "batch"

@@ -37,12 +37,11 @@ from pipeline.jobs.opening import (
     with_outcome,
 )
 from pipeline.jobs.progress import EpochBar
-from pipeline.report.html import REPORT_PAGE
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.environment import write_environment
-from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE
+from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE, REPORT_PAGE
 from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord
 from pipeline.tracking.tracker import Tracker
@@ -122,8 +121,8 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         CheckpointError: The pictures are not those that the run was started with.
         IstanasError: Whatever `steps` raise. If `run` raises it, the record says FAILED, and the same command resumes.
     """
-    run, config = RunDir(spec.path), spec.config
-    with _locked(run, context):
+    config = spec.config
+    with _locked(spec, context) as run:
         old = None if context.fresh else _repaired_record(run, spec, steps, context)
         if old is not None and old.status == "FINISHED":
             return _finished_result(run, old, spec, steps, context)
@@ -143,7 +142,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         record = open_record(run, spec, used, digest, pictures)
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(config)))
-        bucket.push(run.path)  # with the key by which the MLflow run is found again
+        run.push()  # with the key by which the MLflow run is found again
         tracker.deliver()
         context.say(f"{spec.kind}: {bucket.shown(run.path)}")
         return _run_and_close(run, record, tracker, spec, steps, prepared, context)
@@ -167,7 +166,7 @@ def _finished_result(
     _check_finished(spec, record, steps.datasets, context)
     tracker = tracker_of(run, spec.config)
     tracker.deliver()  # MLflow may have been unreachable when the run finished
-    bucket.push(run.path)
+    run.push()
     context.say(f"{spec.kind}: already finished, see {bucket.shown(run.path)}; --fresh starts over")
     return _with_ids(record.result, run, tracker)
 
@@ -178,7 +177,7 @@ def _clear_old_run(run: RunDir, context: JobContext) -> None:
         close_running([run, *runs_below(run.path)], context.config)
     if context.fresh or not run.exists():
         clear(run.path)
-        bucket.push_cleared(run.path)
+        run.push_cleared()
 
 
 def _run_and_close(
@@ -208,7 +207,7 @@ def _run_and_close(
         page = write_page(REPORT_PAGE, lambda: write_report(run, final), context.say)
         final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
         run.write(final)
-        bucket.push(run.path)
+        run.push()
     except SystemExit:
         raise
     except BaseException as error:
@@ -217,7 +216,7 @@ def _run_and_close(
         raise
     if not tracker.deliver():
         context.say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
-    bucket.push(run.path)  # with what the tracker has delivered
+    run.push()  # with what the tracker has delivered
     return _with_ids(outcome.result, run, tracker)
 
 
@@ -266,7 +265,7 @@ def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callabl
     try:
         run.write(dataclasses.replace(record, status="FAILED", ended_ms=now_ms()))
         tracker.deliver()
-        bucket.push(run.path, once=True)
+        run.push(once=True)
     except (OSError, IstanasError) as error:
         say(f"{bucket.shown(run.path)}: still says RUNNING ({one_line(error)}); the same command corrects it")
 
@@ -286,12 +285,14 @@ def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) 
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir, context: JobContext) -> Iterator[None]:
-    """Lock the run directory; remove it afterwards if the job was refused before it wrote a record."""
+def _locked(spec: JobSpec, context: JobContext) -> Iterator[RunDir]:
+    """Lock and acquire the run directory; remove it afterwards if the job was refused before it wrote a record."""
+    acquired = context.run is not None and context.run.path == spec.path
+    run = context.run if context.run is not None and acquired else RunDir(spec.path)
     with run.lock(wait=context.wait):
         try:
-            with bucket.held(run.path, context.say, wait=context.wait):
-                yield
+            with bucket.acquired(run, context.say, wait=context.wait) as mirrored:
+                yield mirrored
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= NOT_THE_RUNS:
                 shutil.rmtree(run.path)

@@ -10,7 +10,6 @@ from pipeline.base.text import count
 from pipeline.jobs.opening import metrics_line
 from pipeline.jobs.progress import EpochBar
 from pipeline.jobs.search_tables import SearchTables, restored
-from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CHECKPOINTS
 from pipeline.tracking.tracker import Tracker
@@ -79,7 +78,7 @@ class RunObserver:
             self._restore_tables(self._records(progress))
         self._bar.epoch_line(self._describe(new), new.epoch)
         self._tracker.deliver()
-        bucket.push(self._run.path)
+        self._run.push()
         if self._on_epoch is not None:
             self._on_epoch(progress)
 

@@ -19,6 +19,7 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import (
     CHECKPOINTS,
+    CLEARING_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     LOCK_FILE,
@@ -69,7 +70,6 @@ class JobSpec:
         return bucket.local(self.config.runtime.runs_dir) / f"{self.name}-{self.digits}"
 
 
-CLEARING_FILE = ".clearing"  # exists while --fresh deletes the old run
 NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # entries that exist before a run starts
 
 

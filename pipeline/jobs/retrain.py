@@ -19,8 +19,15 @@ from pipeline.report import mlflow_note
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
-from pipeline.runs.layout import CELL_FIGURES, CHECKPOINTS, CONFIG_FILE, GENOTYPE_FILE
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.layout import (
+    CELL_FIGURES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    NETWORK_FILE,
+    WEIGHTS_FILE,
+)
+from pipeline.runs.network_files import save_network
 from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.training.epoch_record import EpochRecord
 from pipeline.training.loop import trained_network
@@ -66,9 +73,9 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
 
     def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
-        folder = run.path / CHECKPOINTS
-        progress = run_job("retrain", config, dataset, folder, observer, context.runtime, genotype)
-        net = trained_network(config, genotype, dataset, folder)
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("retrain", config, dataset, store, observer, context.runtime, genotype)
+        net = trained_network(config, genotype, dataset, store.folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
         m = progress.newest.metrics
         result: dict[str, Any] = {

@@ -35,7 +35,7 @@ from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.report import mlflow_note
-from pipeline.report.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
+from pipeline.report.trajectory_page import write_trajectory_page
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
@@ -43,17 +43,20 @@ from pipeline.runs.layout import (
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
+    FREEZING_FIGURES,
     GENOTYPE_FILE,
+    NETWORK_FILE,
     TRAJECTORY_FILE,
+    TRAJECTORY_PAGE,
+    WEIGHTS_FILE,
 )
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.network_files import save_network
 from pipeline.training.build import build_one_stage
 from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search")
-FREEZING_FIGURES = ("freezing.svg", "freezing.png")
 TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE)
 
 
@@ -106,8 +109,8 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         return dataset
 
     def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
-        folder = run.path / CHECKPOINTS
-        progress = run_job("search", config, dataset, folder, observer, context.runtime)
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("search", config, dataset, store, observer, context.runtime)
         if isinstance(config, OneStageConfig):
             return _finish_one_stage(run, progress, dataset, config, observer.note)
         return _finish_two_stage(run, progress, observer.note)

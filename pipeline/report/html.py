@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REPORT_PAGE = "report.html"
 BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # on the charts' white ground
 # Text stays text, and no random id makes two equal figures differ.
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "istanas"}

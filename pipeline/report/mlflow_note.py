@@ -6,6 +6,7 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.base.text import count, duration, percent, shown_value
 from pipeline.report.terminal import validation_note
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 
 _SPLITS = {"test": "test", "valid": "validation"}
 
@@ -23,7 +24,7 @@ def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], ge
         f"{percent(result['valid_top1'])} validation top-1: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result, {"valid": "validation"}), *_common(result)],
         genotype,
-        again="istanas search --config config.yaml",
+        again=f"istanas search --config {CONFIG_FILE}",
         more=validation_note("search", "two_stage"),
     )
 
@@ -41,7 +42,7 @@ def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genot
             ("architectures rejected by the limits", str(result["rejected"])),
         ],
         genotype,
-        again="istanas search --config config.yaml",
+        again=f"istanas search --config {CONFIG_FILE}",
         more="\n\n".join(
             filter(
                 None,
@@ -62,7 +63,7 @@ def of_retraining(
         f"{_headline(result)}retraining on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result), *_common(result), *([("genotype from", f"`{origin}`")] if origin else [])],
         genotype,
-        again="istanas retrain --genotype genotype.json --config config.yaml",
+        again=f"istanas retrain --genotype {GENOTYPE_FILE} --config {CONFIG_FILE}",
         more=_note(result, "retrain", ""),
     )
 
@@ -97,7 +98,7 @@ def of_sweep(
         f"{count(result['epochs'], 'epoch')}.",
         [*rows, *_common(result, time="time of all searches")],
         genotype,
-        again="istanas sweep --config config.yaml",
+        again=f"istanas sweep --config {CONFIG_FILE}",
         more=f"{_table(('key', 'space', 'best'), settings)}\n\nAll trials: {where}.",
     )
 

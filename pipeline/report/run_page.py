@@ -17,7 +17,6 @@ from pipeline.report.html import (
     BLUE,
     GREEN,
     ORANGE,
-    REPORT_PAGE,
     add_axes,
     chart,
     chart_svg,
@@ -29,6 +28,17 @@ from pipeline.report.html import (
 )
 from pipeline.report.terminal import validation_note
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELLS_FOLDER,
+    CONFIG_FILE,
+    FREEZING_FIGURES,
+    GENOTYPE_FILE,
+    PLOTS_FOLDER,
+    REPORT_PAGE,
+    SWEEP_PAGE,
+    TRAJECTORY_PAGE,
+)
 from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.runs.record import MetricsLine, RunRecord
 
@@ -59,15 +69,15 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
     of = f" of {Path(record.parent).name}" if record.parent is not None else ""
     if ORIGIN_TAG in record.tags:
         of = f", genotype from {record.tags[ORIGIN_TAG]}"
-    freezing = run.path / "freezing.svg"
+    freezing = run.path / FREEZING_FIGURES[0]
     return {
         "title": record.name,
         "subtitle": f"{what[0].upper()}{what[1:]} on {record.data_label}{of}, ended {_date(record.ended_ms)}",
         "links": [
             (file, text)
             for file, text in (
-                ("trajectory.html", "the search, epoch by epoch"),
-                ("sweep.html", "interactive figures"),
+                (TRAJECTORY_PAGE, "the search, epoch by epoch"),
+                (SWEEP_PAGE, "interactive figures"),
             )
             if (run.path / file).is_file()
         ],
@@ -83,7 +93,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "frozen": sorted(result.get("frozen", []), key=lambda f: (f["cell"], f["node"])),
         "pictures": record.pictures,
         "settings": _settings(record),
-        "configuration": (run.path / "config.yaml").read_text(),
+        "configuration": (run.path / CONFIG_FILE).read_text(),
         "environment": _environment(environment),
         "command": environment.get("command", "not known"),
         "footer": f"{run.path.name}, begun {_date(record.started_ms)}",
@@ -131,7 +141,7 @@ def _cell(folder: Path, cell: str, genotype: Genotype) -> Markup:
         ", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in genotype.picks(cell)
     )
     label = f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
-    return _svg(folder / "cells" / f"{cell}.svg", cell, label)
+    return _svg(folder / CELLS_FOLDER / f"{cell}.svg", cell, label)
 
 
 def _svg(file: Path, name: str, label: str) -> Markup:
@@ -212,19 +222,26 @@ def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
         for key, value in record.params.items()
         if key.startswith("sweep.space.")
     }
-    best = folder / "best"
+    best = folder / BEST_FOLDER
     return {
         "best": [
             (key, figure(record.result["settings"][key]) if key in record.result["settings"] else "", space)
             for key, space in spaces.items()
         ],
         "retrain_best": shlex.join(
-            ["istanas", "retrain", "--genotype", f"{best}/genotype.json", "--config", f"{best}/config.yaml"]
+            [
+                "istanas",
+                "retrain",
+                "--genotype",
+                f"{best}/{GENOTYPE_FILE}",
+                "--config",
+                f"{best}/{CONFIG_FILE}",
+            ]
         ),
         "trials": page_table(folder, read_table(folder)),
         "plots": [
             (file.stem.replace("_", " "), data_uri(file.read_bytes()))
-            for file in sorted((folder / "plots").glob("*.png"))
+            for file in sorted((folder / PLOTS_FOLDER).glob("*.png"))
         ],
     }
 

@@ -11,9 +11,8 @@ from istanas.space import Genotype
 from pipeline.runs.bucket import shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
-from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGHTS_FILE
 from pipeline.runs.mlflow_link import read_link
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE
 from pipeline.runs.outcome import data_of, outcome
 from pipeline.runs.record import MetricsLine
 from pipeline.tracking.queries import readable

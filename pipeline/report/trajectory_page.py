@@ -25,8 +25,8 @@ from pipeline.base.text import count, percent
 from pipeline.report.html import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
+from pipeline.runs.layout import CODES_FILE, GENOTYPE_FILE, TRAJECTORY_FILE, TRAJECTORY_PAGE
 
-TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
 _ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # of the heat map, in units of its text's 11
 
@@ -60,8 +60,8 @@ def write_trajectory_page(run: RunDir) -> None:
         CheckpointError: if the record is broken.
     """
     record = run.read()
-    genotype = read_genotype(run.path / "genotype.json")
-    table = _read(_frame(run.path / "trajectory.csv"))
+    genotype = read_genotype(run.path / GENOTYPE_FILE)
+    table = _read(_frame(run.path / TRAJECTORY_FILE))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]
     cells, cells_at, widths = _draw(genotype, table, epochs)
@@ -208,7 +208,7 @@ def _frame(file: Path) -> pd.DataFrame:
 
 def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
     """The heat maps of both cells as a template needs them; none if no code was recorded."""
-    frame = _frame(run.path / "codes.csv") if (run.path / "codes.csv").is_file() else pd.DataFrame()
+    frame = _frame(run.path / CODES_FILE) if (run.path / CODES_FILE).is_file() else pd.DataFrame()
     return [] if frame.empty else [_map(frame[frame["cell"] == cell], cell, table, epochs) for cell in CELLS]
 
 

@@ -15,13 +15,11 @@ from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline.base.files import atomic_write
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import percent, short_names
-from pipeline.report.html import REPORT_PAGE
 from pipeline.report.terminal import shown, shown_time
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import REPORT_PAGE, TRIALS_TABLE
 from pipeline.runs.outcome import shown_outcome
-
-TABLE_FILE = "trials.csv"
 
 COLUMNS: dict[str, str] = {
     "trial": "Int64",
@@ -54,10 +52,10 @@ def read_table(folder: Path) -> pd.DataFrame:
     Raises:
         ConfigError: if the run is no sweep, or has begun no trial.
     """
-    file = folder / TABLE_FILE
+    file = folder / TRIALS_TABLE
     if not file.is_file():
         raise ConfigError(
-            f"no {TABLE_FILE} in this run",
+            f"no {TRIALS_TABLE} in this run",
             field=f"sweep {bucket.shown(folder)}",
             remedy="name a sweep that has started a trial",
         )
@@ -132,7 +130,7 @@ def kendall_tau(frame: pd.DataFrame) -> float | None:
 
 def write_table(folder: Path, frame: pd.DataFrame) -> None:
     """The table as a file."""
-    atomic_write(folder / TABLE_FILE, frame.to_csv(index=False))
+    atomic_write(folder / TRIALS_TABLE, frame.to_csv(index=False))
 
 
 def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:

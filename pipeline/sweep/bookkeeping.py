@@ -144,7 +144,7 @@ class Trials:
     def _keep(self) -> None:
         """Have the study in the storage, if the run lies in one, before anybody is told what it holds."""
         keep_study(self._config, self._run.path)
-        bucket.push(self._run.path)
+        self._run.push()
 
     def _show(self) -> None:
         write_table(self._run.path, sweep_frame(self._config, self._study))

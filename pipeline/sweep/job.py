@@ -34,16 +34,23 @@ from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, as_written
 from pipeline.jobs.results import SweepResult
 from pipeline.report import mlflow_note
-from pipeline.report.trials import TABLE_FILE, kendall_tau, write_table
+from pipeline.report.trials import kendall_tau, write_table
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
-from pipeline.runs.layout import CELL_FIGURES, CONFIG_FILE, GENOTYPE_FILE
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELL_FIGURES,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    SWEEP_PAGE,
+    TRIALS_TABLE,
+)
 from pipeline.runs.record import DatasetUse, MetricsLine
 from pipeline.sweep.bookkeeping import Trials, metrics_of_trials
 from pipeline.sweep.check import check_sweep, jobs_of_trials
 from pipeline.sweep.plan import Plan, divide, plan_trials
-from pipeline.sweep.report import PAGE_FILE, sweep_frame, write_figures
+from pipeline.sweep.report import sweep_frame, write_figures
 from pipeline.sweep.searcher import first_settings
 from pipeline.sweep.space import Settings, check_space, extreme_settings, readable, sweep_of, trial_config
 from pipeline.sweep.study import (
@@ -57,7 +64,6 @@ from pipeline.sweep.study import (
     storage_uri,
 )
 from pipeline.sweep.tune import run_tune
-from pipeline.tracking.references import BEST
 from pipeline.tracking.store import public_uri
 from pipeline.training.data_checks import warnings_of_trials
 from pipeline.training.pictures import datasets_used, settle_stems
@@ -255,7 +261,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
         raise IstanasError(
             "no trial has finished: all failed or were stopped early",
             field="sweep",
-            remedy=f"see {run.path / TABLE_FILE}, change the space, or set sweep.scheduler=none",
+            remedy=f"see {run.path / TRIALS_TABLE}, change the space, or set sweep.scheduler=none",
         )
     frame = sweep_frame(config, study)
     write_table(run.path, frame)
@@ -264,7 +270,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
     found = bucket.local(attributes["run_dir"])
     bucket.fetch_parts(found, lambda name: name == GENOTYPE_FILE)
     genotype = Genotype.from_json((found / GENOTYPE_FILE).read_text())
-    _write_best(config, run.path / BEST, attributes["settings"], genotype)
+    _write_best(config, run.path / BEST_FOLDER, attributes["settings"], genotype)
     write_genotype(run.path, genotype)  # so that the sweep itself can be named as a genotype
     result: dict[str, Any] = {
         "best_trial": best.number,
@@ -295,10 +301,10 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
             CONFIG_FILE,
             GENOTYPE_FILE,
             *CELL_FIGURES,
-            TABLE_FILE,
+            TRIALS_TABLE,
             *figures,
-            f"{BEST}/{CONFIG_FILE}",
-            f"{BEST}/{GENOTYPE_FILE}",
+            f"{BEST_FOLDER}/{CONFIG_FILE}",
+            f"{BEST_FOLDER}/{GENOTYPE_FILE}",
         ),
         tags={"istanas.genotype": genotype.digest()},
         description=mlflow_note.of_sweep(
@@ -306,7 +312,7 @@ def _finish(config: Config, run: RunDir, study: Study, observer: RunObserver) ->
             {key: str(parameter) for key, parameter in sweep.space.items()},
             result,
             genotype,
-            files=(TABLE_FILE, *(file for file in figures if file == PAGE_FILE)),
+            files=(TRIALS_TABLE, *(file for file in figures if file == SWEEP_PAGE)),
         ),
     )
 

@@ -13,17 +13,15 @@ from optuna.trial import FrozenTrial
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, shown_value
 from pipeline.config.schema import Config
-from pipeline.report.html import REPORT_PAGE, render
+from pipeline.report.html import render
 from pipeline.report.trials import COLUMNS, page_table, typed
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.sweep import figures as sweep_plots
 from pipeline.sweep.space import sweep_of
 from pipeline.sweep.study import FAILED, SETTINGS, own_study
-
-PAGE_FILE = "sweep.html"
-PLOTS = "plots"
 
 
 def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
@@ -70,7 +68,7 @@ def write_figures(
     if freezing is not None:
         pictures["freezing"] = freezing
     for name, png in pictures.items():
-        atomic_write(folder / PLOTS / f"{name}.png", png)
+        atomic_write(folder / PLOTS_FOLDER / f"{name}.png", png)
     page = render(
         "sweep.html",
         title=f"Sweep {own.study_name}",
@@ -80,8 +78,8 @@ def write_figures(
         plots=plots,
         trials=page_table(folder, frame),
     )
-    atomic_write(folder / PAGE_FILE, page)
-    return (*(f"{PLOTS}/{name}.png" for name in pictures), PAGE_FILE)
+    atomic_write(folder / SWEEP_PAGE, page)
+    return (*(f"{PLOTS_FOLDER}/{name}.png" for name in pictures), SWEEP_PAGE)
 
 
 def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:

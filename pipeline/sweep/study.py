@@ -23,10 +23,10 @@ from pipeline.base.text import one_line
 from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import STUDY_FILE
 from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
-STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
 FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
 BLOCKED = "blocked"  # instead of either: a full disk, a storage that is away; the whole sweep waits for them
@@ -52,7 +52,6 @@ FIGURES = (
     WARNED,
     FAILED,
 )
-SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold
 
 
 def storage_uri(config: Config, name: str) -> str:
@@ -96,7 +95,9 @@ def _restore(database: Path, run_dir: Path) -> None:
         shutil.copyfile(run_dir / STUDY_FILE, database)
 
 
-def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None = None) -> Study:
+def open_study(
+    config: Config, name: str, *, fresh: bool, run_dir: Path | None = None, lock_seconds: float = 60
+) -> Study:
     """The study of a sweep, made if it is not there, with the points that are to be tried first.
 
     Args:
@@ -104,6 +105,7 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         name: of the study.
         fresh: forget an earlier one.
         run_dir: the sweep's run directory, which a study belongs to.
+        lock_seconds: how long another writer may lock a SQLite file.
 
     Raises:
         IstanasError: if the database can't be used.
@@ -115,7 +117,7 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     if _is_kept(config) and run_dir is not None:
         _restore(Path(uri.removeprefix("sqlite:///")), run_dir)
-    options = {"connect_args": {"timeout": SECONDS_FOR_A_LOCK}} if uri.startswith("sqlite:") else None
+    options = {"connect_args": {"timeout": lock_seconds}} if uri.startswith("sqlite:") else None
     try:
         with database_lock(uri):
             storage = RDBStorage(uri, engine_kwargs=options)

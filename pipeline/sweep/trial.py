@@ -27,13 +27,12 @@ from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import CHECKPOINTS
+from pipeline.runs.layout import CHECKPOINTS, TRIAL_LOG
 from pipeline.sweep.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
 from pipeline.tracking.store import open_client, store_uri
 from pipeline.training.epoch_record import Progress, load_progress, read_progress
 from pipeline.training.pictures import open_dataset
 
-LOG_FILE = "trial.log"
 # That a trial waits for its run: its first process, on a node that was cut off, lives a minute more, till Ray ends it.
 SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # of all retrainings of a sweep: trials share them
@@ -57,12 +56,12 @@ def run_trial(task: dict[str, Any]) -> None:
     try:
         # Here already, for the log is one of its files.
         with (
-            bucket.held(path, said.append, wait=SECONDS_TO_LET_GO),
-            open(path / LOG_FILE, "a", buffering=1) as log,
+            bucket.acquired(RunDir(path), said.append, wait=SECONDS_TO_LET_GO) as run,
+            open(path / TRIAL_LOG, "a", buffering=1) as log,
         ):
             log.writelines(f"{line}\n" for line in said)
-            last = _logged_run(task, log)
-            bucket.push(path, once=True)
+            last = _logged_run(task, log, run)
+            run.push(once=True)
     except (OSError, IstanasError) as error:  # no log, a full disk, a storage that is away
         last = failure(error)
     if torch.cuda.is_available():
@@ -79,7 +78,7 @@ def _warm_up(config: Config) -> None:
         open_client(store_uri(config.tracking.uri))
 
 
-def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
+def _logged_run(task: dict[str, Any], log: TextIO, run: RunDir) -> dict[str, Any]:
     """The trial's last report, everything that is said on the way being in the log."""
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
@@ -91,7 +90,7 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
     shown, warnings.showwarning = warnings.showwarning, warn
     try:
-        return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached)}
+        return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached, run)}
     except Exception as error:  # whatever it is, the sweep goes on and says so
         with contextlib.suppress(OSError):  # on a full disk
             log.write(traceback.format_exc())
@@ -103,7 +102,7 @@ def _logged_run(task: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """How a trial has failed: by itself, or because nothing can be written any more, which is no fault of its."""
-    if isinstance(error, bucket.AwayError):
+    if isinstance(error, bucket.StorageError):
         return {BLOCKED: str(error)}
     if is_full(error):
         remedy = (
@@ -113,7 +112,7 @@ def failure(error: Exception) -> dict[str, Any]:
     return {FAILED: one_line(error)}
 
 
-def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dict[str, Any]:
+def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """The whole trial; `reached` is kept up to date with what it has got so far."""
     config: Config = task["config"]
     reported = 0
@@ -139,6 +138,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any]) -> dic
             tags=task["tags"],
             on_epoch=report,
             wait=SECONDS_TO_LET_GO,
+            run=run,
         )
         search = run_search(context)
         folder = bucket.local(search["run_dir"]) / CHECKPOINTS

@@ -22,6 +22,7 @@ from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.report.trials import COLUMNS
 from pipeline.runs import bucket as storage
+from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.tracking.references import resolve_genotype
 from pipeline.tracking.store import open_client
 from tests import namespaces
@@ -123,7 +124,7 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     assert (result["best_trial"], result["digest"]) == (best, frame["digest"][best])
     left = {"optuna.db", "trials.csv", "sweep.html", "report.html", "best/genotype.json", "metrics.jsonl"}
     assert left <= there.keys()
-    assert not [name for name in there if name.endswith(storage.OWNER_OBJECT)]
+    assert not [name for name in there if name.endswith(OWNER_OBJECT)]
 
     client = open_client(store)
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")

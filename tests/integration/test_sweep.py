@@ -23,7 +23,7 @@ from pipeline.cli.commands import run
 from pipeline.config.load import load
 from pipeline.report.trials import COLUMNS, read_table, trials_table
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.study import STUDY_FILE
+from pipeline.runs.layout import STUDY_FILE
 from pipeline.tracking.store import open_client
 from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title

@@ -22,9 +22,10 @@ import torch
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
 from pipeline.config import load as config
-from pipeline.runs import checkpoint, epoch_log
+from pipeline.runs import checkpoint
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweep import space as sweep_space
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.training.made_up import as_version_0_1, record_of
@@ -230,7 +231,7 @@ def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
 
 
 def _log(folder: Path, copies: tuple[bytes, bytes]) -> None:
-    for name, data in zip(epoch_log.COPIES, copies, strict=True):
+    for name, data in zip(EPOCH_LOGS, copies, strict=True):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "000001.jsonl").write_bytes(data)
     with warnings.catch_warnings():

@@ -169,7 +169,7 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["compare", "one", "two"], "run 'one': unknown"),
         (["results", "--kind", "trial"], "--kind"),
         (["results", "--method", "darts"], "--method"),
-        (["results", "--dataset", "cifar"], "dataset 'cifar': unknown, choose digits, cifar10"),
+        (["results", "--dataset", "cifar"], "dataset 'cifar': unknown; choose digits, cifar10"),
         (["results", "--sweep", "x", "--where", "a"], "--where: --sweep has all trials of one run"),
         (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),
         (["results", "--one-stage", "--sweep", "x"], "two tables, give one of them"),
@@ -404,7 +404,7 @@ def test_without_a_file_a_retraining_is_on_the_pictures_of_its_run(istanas: Comm
     code, _, err = istanas("retrain", "--genotype", "copy")
     assert (code, error_lines(err)) == (
         2,
-        ["error: run copy: has no config.yaml, which says on which pictures to train: give --config"],
+        ["error: run copy: has no config.yaml, which says on which pictures to train; give --config"],
     )
 
 

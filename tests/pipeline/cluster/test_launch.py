@@ -28,6 +28,7 @@ from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.workers import Node, usable_cores
+from pipeline.training.epoch_record import FolderStore
 from pipeline.training.observer import Silent
 from tests.ports import unused_port
 
@@ -140,7 +141,9 @@ def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) ->
 
     said: list[str] = []
     config = load(None, ["runtime.workers='1:2'", "runtime.max_failures=1"])
-    job = _RayJob("search", config, tmp_path / "checkpoints", Notes(), Runtime(config.runtime), ())
+    job = _RayJob(
+        "search", config, FolderStore(tmp_path / "checkpoints"), Notes(), Runtime(config.runtime), ()
+    )
     timeout = ControllerError(RuntimeError("The worker group startup timed out after 5.0 seconds. Potential"))
     taken = RayActorError(preempted=True)
     job._stuck_at = time.monotonic() + 60  # nothing has started yet

@@ -261,7 +261,7 @@ def test_where_no_checkpoint_is_left_the_user_decides(stopped: Path, undisturbed
         cut(stopped / "checkpoints" / f"epoch-000{epoch}.pt")
     before = RunDir(stopped).metrics()
     with pytest.raises(
-        CheckpointError, match="no checkpoint is left, restore one from a copy, or start"
+        CheckpointError, match="no checkpoint is left; restore one from a copy, or start"
     ) as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)

@@ -31,9 +31,7 @@ from pipeline.jobs.export import (
 )
 from pipeline.jobs.export_formats import (
     EXPORTED_FILES,
-    ONNX_FILE,
     ONNX_PACKAGES,
-    PROGRAM_FILE,
     TOLERANCE,
     ExportedFormat,
     check_difference,
@@ -42,7 +40,8 @@ from pipeline.jobs.export_formats import (
     run_model,
 )
 from pipeline.runs.directory import RunDir
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
+from pipeline.runs.layout import NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import NetworkCard, load_network, write_network
 from pipeline.runs.record import RunRecord
 
 # Node 1 is dead, the other inputs are never read and so the last cell but one is dead too: only strided dilated

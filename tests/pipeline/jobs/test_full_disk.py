@@ -16,7 +16,8 @@ from pipeline.cli.commands import run as istanas
 from pipeline.config.load import load
 from pipeline.runs import checkpoint, epoch_log
 from pipeline.runs.directory import RunDir
-from pipeline.runs.epoch_log import COPIES, LogEnd
+from pipeline.runs.epoch_log import LogEnd
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweep.searcher import StudySearcher
 from pipeline.sweep.study import BLOCKED, FAILED, open_study, own_trials
 from pipeline.sweep.trial import failure
@@ -109,7 +110,7 @@ def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         checkpoint.write(folder, 2, new, line, first.offset)
     assert caught.value.filename == str(folder / refused)
-    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
+    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json", *EPOCH_LOGS}
 
     def newest() -> bytes | None:
         found = checkpoint.read_latest(folder)
@@ -136,7 +137,7 @@ def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Pa
     assert caught.value.filename in [
         str(path / "checkpoints" / name) for name in ("epochs/000001.jsonl", "epoch-0002.pt")
     ]
-    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
+    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json", *EPOCH_LOGS}
     assert not list(path.rglob("*.tmp"))
     (disk / "filler").unlink()
     found, seen = search(disk)
@@ -163,7 +164,7 @@ def test_the_command_says_in_one_line_what_to_free(
     ), line
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
     assert RunDir(path).read().status == "FAILED"
-    assert names(path / "checkpoints") == set(COPIES)
+    assert names(path / "checkpoints") == set(EPOCH_LOGS)
 
 
 class Ends:

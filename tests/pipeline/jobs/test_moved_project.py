@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from pipeline.cli.commands import run
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
-from pipeline.tracking import tracker
+from pipeline.tracking.notices import OF_THIS_PROCESS
 from pipeline.tracking.references import load_of_run, resolve_origin
 from pipeline.tracking.store import open_client
 
@@ -181,7 +181,7 @@ def test_no_command_creates_the_folder_of_a_store(
         ("draw", "0" * 32): (2, f"the MLflow store {gone} does not exist"),
     }
     for command, (code, said) in commands.items():
-        tracker._said.clear()
+        OF_THIS_PROCESS.clear()
         caplog.clear()
         assert run([*command, *setting]) == code, command
         out, err = capfd.readouterr()

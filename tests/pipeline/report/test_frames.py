@@ -290,11 +290,11 @@ def test_a_condition_that_mlflow_refuses_is_one_line_with_its_reason(store: str,
 
 def test_a_filter_that_cannot_be_is_refused(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(ConfigError, match="dataset 'cifar': unknown, choose digits, cifar10"):
+    with pytest.raises(ConfigError, match="dataset 'cifar': unknown; choose digits, cifar10"):
         results_frame(tracking_uri=uri, dataset="cifar")
-    with pytest.raises(ConfigError, match="kind 'trial': unknown, choose sweep, search, retrain"):
+    with pytest.raises(ConfigError, match="kind 'trial': unknown; choose sweep, search, retrain"):
         epochs_frame(tracking_uri=uri, kind="trial")
-    with pytest.raises(ConfigError, match="method 'darts': unknown, choose two_stage, one_stage"):
+    with pytest.raises(ConfigError, match="method 'darts': unknown; choose two_stage, one_stage"):
         searches_frame(tracking_uri=uri, method="darts")
 
 

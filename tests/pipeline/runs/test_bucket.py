@@ -29,18 +29,25 @@ from pipeline.cli import commands as cli
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.jobs.context import JobContext
-from pipeline.jobs.search import run_search
+from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket as storage
+from pipeline.runs import copies
+from pipeline.runs.bucket import Timing
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.runs.layout import OWNER_OBJECT
+from pipeline.runs.lease import Owner
+from pipeline.runs.mirror import Mirror
+from pipeline.runs.objects import Objects, file_system
 from pipeline.sweep.study import BLOCKED
 from pipeline.sweep.trial import failure
-from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
+from pipeline.training.epoch_record import FolderStore, Progress, load_latest, load_progress, read_records
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.training.made_up import record_of, save_epoch
 from tests.ports import unused_port
 
 BUCKET = "bucket"
+NO_COMPETITOR = Timing(settle=0.05)
 NOT_REPEATED = {"images_per_second"}
 
 
@@ -112,15 +119,13 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
-    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.05)  # nobody competes, or a test says so
     return Elsewhere(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def on_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners can't look up each other's processes, and show soon that they live."""
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
-    monkeypatch.setattr(storage._Owner, "is_dead", False)
+    """Owners can't look up each other's processes."""
+    monkeypatch.setattr(Owner, "is_dead", False)
 
 
 @pytest.fixture
@@ -129,11 +134,17 @@ def prefix(request: pytest.FixtureRequest) -> str:
     return f"runs/{request.node.name}"
 
 
-def search(runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False) -> dict[str, Any]:
+def acquired(path: Path, timing: Timing = NO_COMPETITOR) -> contextlib.AbstractContextManager[RunDir]:
+    return storage.acquired(RunDir(path), print, timing=timing)
+
+
+def search(
+    runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False, timing: Timing = NO_COMPETITOR
+) -> dict[str, Any]:
     config = load(None, [*TINY, f"runtime.runs_dir={runs_dir}", *overrides])
     console = Console(file=io.StringIO(), width=200)
-    with Runtime(config.runtime) as runtime:
-        return dict(run_search(JobContext(config, "tiny", console, runtime, fresh, on_epoch=tell)))
+    with Runtime(config.runtime) as runtime, acquired(search_spec(config, "tiny").path, timing) as run:
+        return dict(run_search(JobContext(config, "tiny", console, runtime, fresh, on_epoch=tell, run=run)))
 
 
 def tiny(folder: Path, place: str) -> list[str]:
@@ -194,8 +205,8 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
     assert there.keys() == files(undisturbed[1].path).keys()
     assert result["genotype"] == undisturbed[0]["genotype"]
     assert comparable(RunDir(here)) == comparable(undisturbed[1])
-    assert storage._copies().stat().st_mode & 0o077 == 0
-    assert here.is_relative_to(storage._copies())
+    assert copies.root().stat().st_mode & 0o077 == 0
+    assert here.is_relative_to(copies.root())
 
     elsewhere()
     common = [*tiny(tmp_path, place), "--json"]
@@ -230,8 +241,8 @@ def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> No
     root = "s3://bucket/runs?region=eu-west-1"
     first, second = (storage.local(root) / f"{name}-{digits}" for digits in ("0123abcd", "9999ffff"))
     assert storage.local(storage.shown(first)) == first
-    assert storage._file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
-    assert storage._file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
+    assert file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
+    assert file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
     assert checked_address(storage.shown(first)) == storage.shown(first)
 
 
@@ -317,29 +328,30 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
 
     def watched(work: Any) -> Any:
         def watch(self: Any, name: str, *data: Any) -> None:
-            if name != storage.OWNER_OBJECT:
+            if name != OWNER_OBJECT:
                 look()
             work(self, name, *data)
 
         return watch
 
-    with storage.held(path, print), monkeypatch.context() as patch:
-        patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
-        patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
+    with acquired(path) as run, monkeypatch.context() as patch:
+        store = FolderStore(path / "checkpoints", run.push)
+        patch.setattr(Objects, "put", watched(Objects.put))
+        patch.setattr(Objects, "delete", watched(Objects.delete))
         progress = Progress()
         for epoch in (1, 2, 3):
-            progress = save_epoch(path / "checkpoints", progress)
+            progress = save_epoch(store, progress)
             counts = epoch
             (path / "metrics.jsonl").write_text("line\n" * epoch)
             (path / "run.json").write_text(json.dumps({"epoch": epoch}))
-            storage.push(path)
+            run.push()
         look()
         n_files, starting_over = len(files(path)), True
-        assert server.objects(f"{prefix}/run").keys() - {storage.OWNER_OBJECT} == files(path).keys()
+        assert server.objects(f"{prefix}/run").keys() - {OWNER_OBJECT} == files(path).keys()
         (path / "run.json").unlink()
         (path / "metrics.jsonl").unlink()
         shutil.rmtree(path / "checkpoints")
-        storage.push(path)
+        run.push()
     # Checkpoint, checksum and both copies of the log, metrics, record; one old pair; end; all deleted.
     assert looks == 3 * 6 + 2 + 1 + 8
     assert not server.objects(f"{prefix}/run")
@@ -366,30 +378,30 @@ def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoi
     def watched(work: Any) -> Any:
         def watch(self: Any, name: str, *data: Any) -> None:
             work(self, name, *data)
-            if name != storage.OWNER_OBJECT:
+            if name != OWNER_OBJECT:
                 look()
 
         return watch
 
-    with storage.held(path, print):
-        progress = Progress()
+    with acquired(path) as run:
+        progress, store = Progress(), FolderStore(folder, run.push)
         for _ in range(2):
-            progress = save_epoch(folder, progress)
-        save_epoch(folder, progress)
+            progress = save_epoch(store, progress)
+        save_epoch(store, progress)
         (folder / "epoch-0003.pt").write_bytes(b"")
         with pytest.warns(BrokenCheckpointWarning, match="epoch-0003"):
             assert load_progress(folder) == progress
         with monkeypatch.context() as patch:
-            patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
-            patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
-            save_epoch(folder, progress, dataclasses.replace(record_of(3), workers=7))
+            patch.setattr(Objects, "put", watched(Objects.put))
+            patch.setattr(Objects, "delete", watched(Objects.delete))
+            save_epoch(store, progress, dataclasses.replace(record_of(3), workers=7))
     assert seen[0] == 2
     assert seen[-1] == 3
 
 
 def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
-    mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
-    stream = mirror._fs.open_output_stream(f"{mirror._base}/big")
+    objects = Objects(f"s3://{BUCKET}/{prefix}/run")
+    stream = objects._fs.open_output_stream(f"{objects._base}/big")
     stream.write(bytes(20_000_000))  # more than one part
     assert not server.objects(f"{prefix}/run")
     stream.close()
@@ -450,25 +462,25 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
             threading.Timer(1.0, server.start).start()
 
     failed = 0
-    get = storage._Mirror.get
+    get = Objects.get
 
-    def get_twice(self: storage._Mirror, name: str) -> bytes:
+    def get_twice(self: Objects, name: str) -> bytes:
         nonlocal failed
         failed += 1
         if failed == 6:  # pyarrow has given up
             raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
         return get(self, name)
 
-    monkeypatch.setattr(storage._Mirror, "get", get_twice)
+    monkeypatch.setattr(Objects, "get", get_twice)
     result = search(f"s3://{BUCKET}/{prefix}", tell=away_for_a_while)
     assert result["genotype"] == undisturbed[0]["genotype"]
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
     assert server.objects(result["run_dir"].removeprefix(f"s3://{BUCKET}/")) == files(run.path)
-    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.bucket"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.objects"]
     assert len(said) == 2
     assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
-    assert "is back" in said[1]
+    assert "can be reached again" in said[1]
 
 
 @pytest.mark.slow  # pyarrow tries for six seconds
@@ -477,26 +489,23 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
     elsewhere: Elsewhere,
     prefix: str,
     undisturbed: tuple[dict[str, Any], RunDir],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     place = f"s3://{BUCKET}/{prefix}"
 
     def away(progress: Progress) -> None:
         server.stop()
 
     try:
-        with pytest.raises(storage.AwayError) as caught:
-            search(place, tell=away)
+        with pytest.raises(storage.StorageError) as caught:
+            search(place, tell=away, timing=Timing(retry=0.0, settle=0.05))
     finally:
         server.start()
     assert failure(caught.value) == {BLOCKED: str(caught.value)}  # of a trial: it is not failed for good
     assert str(caught.value).startswith(f"runtime.runs_dir: {place}/tiny-search-")
     assert "check network and endpoint" in str(caught.value)
-    assert "then the same command goes on" in str(caught.value)
+    assert "then run the same command again" in str(caught.value)
     elsewhere()
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.0)
-    result = search(place)
+    result = search(place, timing=Timing(silence=0.0, settle=0.05))
     assert result["genotype"] == undisturbed[0]["genotype"]
     assert comparable(RunDir(storage.local(result["run_dir"]))) == comparable(undisturbed[1])
 
@@ -505,9 +514,9 @@ def test_a_second_machine_is_refused_while_the_first_lives(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
-    first = storage.local(address)
+    first, timing = storage.local(address), Timing(between_beats=0.1, settle=0.05)
     said: list[str] = []
-    with storage.held(first, said.append):
+    with storage.acquired(RunDir(first), said.append, timing=timing) as run:
         assert not said
         elsewhere()
         second = storage.local(address)
@@ -515,46 +524,46 @@ def test_a_second_machine_is_refused_while_the_first_lives(
             pytest.raises(
                 ConfigError, match=rf"in use by process {os.getpid()} on .*; wait until it ends or stop"
             ),
-            storage.held(second, said.append),
+            storage.acquired(RunDir(second), said.append, timing=timing),
         ):
             pytest.fail("two owners")
         assert "waiting" in said[0]
         assert len(said) == 1
-        # One that was not heard of for long is taken over from, and told so before it writes again.
-        mirror = storage._Mirror(second)
-        taken = dataclasses.replace(mirror._me, host="second")
-        while mirror._owner() != taken:  # a beat that is on its way may come after it
-            mirror._write_owner(taken)
+        # An owner that was silent for too long loses the run, and learns that before it writes again.
+        lease = Mirror(second, timing).lease
+        taken = dataclasses.replace(lease.me, host="second")
+        while lease.read() != taken:  # a renewal that is on its way may come after it
+            lease.write(taken)
             time.sleep(0.5)
         (first / "run.json").write_text("{}")
         with pytest.raises(IstanasError, match=r"was taken over by process .* on second"):
-            storage.push(first)
+            run.push()
     assert "run.json" not in server.objects(f"{prefix}/run")
 
 
 def test_of_two_that_start_at_the_same_moment_one_is_refused(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
+    timing = Timing(between_beats=0.1, settle=0.5)
     together, ended = threading.Barrier(2), threading.Event()
-    owners: list[storage._Mirror] = []
+    owners: list[Mirror] = []
     refused: list[str] = []
 
-    def start(mirror: storage._Mirror) -> None:
+    def start(mirror: Mirror) -> None:
         together.wait()
         try:
-            mirror.take(lambda line: None)
+            mirror.lease.acquire(lambda line: None)
         except ConfigError as error:
             refused.append(str(error))
             ended.set()
         else:
             owners.append(mirror)
-            mirror.beat(ended)
+            mirror.lease.renew(ended)
 
     threads = []
     for _ in range(2):
         elsewhere()
-        mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
+        mirror = Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"), timing)
         threads.append(threading.Thread(target=start, args=(mirror,), daemon=True))
         threads[-1].start()
     for thread in threads:
@@ -568,36 +577,34 @@ def test_an_owner_lives_while_it_fetches(
     server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a large run that takes longer than others wait for a beat."""
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
     path = storage.local(f"s3://{BUCKET}/{prefix}/run")
-    storage._Mirror(path).put("run.json", b"{}")
-    pull = storage._Mirror.pull
+    Objects(storage.shown(path)).put("run.json", b"{}")
+    pull = Mirror.pull
 
-    def slow_pull(self: storage._Mirror) -> None:
+    def slow_pull(self: Mirror) -> None:
         end = time.monotonic() + 30
-        while json.loads(server.objects(f"{prefix}/run")[storage.OWNER_OBJECT])["beats"] < 2:
+        while json.loads(server.objects(f"{prefix}/run")[OWNER_OBJECT])["beats"] < 2:
             assert time.monotonic() < end, "its heart does not beat"
             time.sleep(0.01)
         pull(self)
 
-    monkeypatch.setattr(storage._Mirror, "pull", slow_pull)
-    with storage.held(path, print):
+    monkeypatch.setattr(Mirror, "pull", slow_pull)
+    with acquired(path, Timing(between_beats=0.05, settle=0.05)):
         assert (path / "run.json").read_text() == "{}"
 
 
 def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.2)
-    address = f"s3://{BUCKET}/{prefix}/run"
-    gone = storage._Mirror(storage.local(address))
-    gone._write_owner(dataclasses.replace(gone._me, host="elsewhere"))
+    run, timing = RunDir(storage.local(f"s3://{BUCKET}/{prefix}/run")), Timing(silence=0.2, settle=0.05)
+    lease = Mirror(run.path, timing).lease
+    lease.write(dataclasses.replace(lease.me, host="elsewhere"))
     said: list[str] = []
-    with storage.held(gone.path, said.append):
+    with storage.acquired(run, said.append, timing=timing):
         pass
     assert len(said) == 1
-    gone._write_owner(dataclasses.replace(gone._me, started=0.0))  # a process of this machine, long gone
-    with storage.held(gone.path, said.append):
+    lease.write(dataclasses.replace(lease.me, started=0.0))  # a process of this machine, long gone
+    with storage.acquired(run, said.append, timing=timing):
         pass
     assert len(said) == 1
     assert not server.objects(f"{prefix}/run")

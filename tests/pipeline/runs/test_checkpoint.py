@@ -187,7 +187,7 @@ def test_all_broken_is_an_error_that_names_them(folder: Path) -> None:
         read_latest(folder)
     line = str(caught.value)
     assert [n for n in (1, 2) if f"epoch-000{n}.pt is broken (its checksum does not match)" in line] == [1, 2]
-    assert line.endswith(": no checkpoint is left, restore one from a copy, or start over with --fresh")
+    assert line.endswith(": no checkpoint is left; restore one from a copy, or start over with --fresh")
     assert "\n" not in line
 
 

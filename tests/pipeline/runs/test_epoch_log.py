@@ -26,7 +26,8 @@ from pipeline.jobs.progress import EpochBar
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import serialize
 from pipeline.runs.directory import RunDir
-from pipeline.runs.epoch_log import COPIES, LINE_BYTES, SEGMENT, BrokenCheckpointWarning, LogEnd, append_line
+from pipeline.runs.epoch_log import LINE_BYTES, SEGMENT, BrokenCheckpointWarning, LogEnd, append_line
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.record import RunRecord
 from pipeline.tracking.store import open_client
@@ -206,7 +207,7 @@ def pipe(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink, of_another_run, huge, pipe])
 def test_a_damaged_segment_is_replaced_from_its_copy(
     folder: Path, damage: Callable[[Path], object], copy: str, name: str
@@ -222,12 +223,12 @@ def test_a_damaged_segment_is_replaced_from_its_copy(
 
 
 def test_a_segment_that_is_damaged_in_both_copies_is_one_line(folder: Path) -> None:
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         flip(folder / copy / NAMES[1])
     with pytest.raises(CheckpointError, match=r"restore one of the two .* --fresh$") as caught:
         list(read_records(folder, load_progress(folder)))
     line = str(caught.value)
-    assert all(f"{folder / copy / NAMES[1]} is damaged (line 1" in line for copy in COPIES)
+    assert all(f"{folder / copy / NAMES[1]} is damaged (line 1" in line for copy in EPOCH_LOGS)
     assert "\n" not in line
 
 
@@ -243,15 +244,17 @@ def test_a_checkpoint_whose_lines_are_in_neither_copy_of_the_log_gives_way_to_th
     folder: Path,
 ) -> None:
     """As in a copy of a run that was made while an epoch ended: the log first, the checkpoints after it."""
-    older = {copy: (folder / copy / NAMES[2]).read_bytes() for copy in COPIES}
+    older = {copy: (folder / copy / NAMES[2]).read_bytes() for copy in EPOCH_LOGS}
     save_epoch(folder, load_progress(folder))
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         (folder / copy / NAMES[2]).write_bytes(older[copy])
     with pytest.warns(BrokenCheckpointWarning) as told:
         progress = load_progress(folder)
     (line,) = (str(each.message) for each in told)
     assert "epoch-0204.pt does not match the log of epochs" in line
-    assert all(f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in COPIES)
+    assert all(
+        f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in EPOCH_LOGS
+    )
     assert line.endswith(": the one before is used")
     assert "\n" not in line
     assert [record.epoch for record in read_records(folder, progress)] == list(range(1, 204))
@@ -268,7 +271,7 @@ def test_what_a_kill_leaves_behind_the_checkpoint_is_not_read_and_written_anew(f
     assert epochs_in(folder) == list(range(1, 204))
     save_epoch(folder, progress)
     assert epochs_in(folder) == list(range(1, 205))
-    copies = [(folder / copy / NAMES[2]).read_bytes() for copy in COPIES]
+    copies = [(folder / copy / NAMES[2]).read_bytes() for copy in EPOCH_LOGS]
     assert copies[0] == copies[1]
 
 
@@ -281,7 +284,9 @@ def test_a_run_that_resumes_from_an_earlier_epoch_cuts_the_log(folder: Path, bac
     assert list(read_records(folder, load_progress(folder)))[-1] == again
     assert load_progress(folder) == progress
     n_segments = -(-(back + 1) // SEGMENT)
-    assert [{p.name for p in (folder / copy).iterdir()} for copy in COPIES] == [set(NAMES[:n_segments])] * 2
+    assert [{p.name for p in (folder / copy).iterdir()} for copy in EPOCH_LOGS] == [
+        set(NAMES[:n_segments])
+    ] * 2
 
 
 class Killed(BaseException):
@@ -330,7 +335,7 @@ def test_at_whatever_write_a_process_is_killed_the_log_has_the_epochs_of_the_che
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
 def test_a_copy_of_the_log_that_becomes_shorter_during_a_run_is_restored_from_the_other(
     folder: Path, damage: Callable[[Path], object], copy: str
 ) -> None:
@@ -406,7 +411,7 @@ def check_as_undisturbed(path: Path, undisturbed: Path) -> None:
     assert epochs_in(path / "checkpoints") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
 def test_a_run_with_a_damaged_copy_of_its_log_resumes_and_ends_as_if_it_were_whole(
     stopped: Path, undisturbed: Path, copy: str
 ) -> None:
@@ -419,9 +424,9 @@ def test_a_run_with_a_damaged_copy_of_its_log_resumes_and_ends_as_if_it_were_who
 
 def test_a_run_without_its_log_does_not_resume_and_keeps_its_files(stopped: Path) -> None:
     before = {name: (stopped / name).read_bytes() for name in ("metrics.jsonl", "trajectory.csv")}
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         (stopped / "checkpoints" / copy / NAMES[0]).unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint is left, restore one from a copy") as caught:
+    with pytest.raises(CheckpointError, match="no checkpoint is left; restore one from a copy") as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert {name: (stopped / name).read_bytes() for name in before} == before
@@ -444,7 +449,7 @@ def make_version_0_1(folder: Path) -> None:
     found = load_latest(folder)
     assert found is not None
     history = [as_version_0_1(record) for record in read_records(folder, load_progress(folder))]
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         shutil.rmtree(folder / copy)
     state = {key: value for key, value in found.state.items() if key != "progress"}
     checkpoint.write_state(folder, len(history), serialize({**state, "history": history}))

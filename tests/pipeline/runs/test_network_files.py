@@ -14,7 +14,8 @@ from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, CellSpace, random_genotype
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
+from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import load_network, save_network
 from pipeline.training.build import build_target
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]

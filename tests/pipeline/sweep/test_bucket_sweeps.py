@@ -24,13 +24,17 @@ from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import announce
 from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket
+from pipeline.runs.bucket import Timing
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import OWNER_OBJECT
+from pipeline.runs.lease import Lease
+from pipeline.runs.mirror import Mirror
 from pipeline.sweep.study import keep_study, open_study
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.runs import test_bucket as test_storage
-from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, acquired, comparable
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 on_other_hosts = test_storage.on_other_hosts
@@ -76,7 +80,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
 
     def stop(progress: Progress) -> None:
         """As Ray Tune does: the sweep's process closes the run, then the trial's report never returns."""
-        assert bucket.OWNER_OBJECT in in_bucket(server, address)
+        assert OWNER_OBJECT in in_bucket(server, address)
         with on(here):
             path = bucket.local(address)
             assert close(path, config, "KILLED", {"istanas.trial_state": "PRUNED"}, reached)
@@ -88,7 +92,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     with pytest.raises(SystemExit):
         search(config, tell=stop)
     there = in_bucket(server, address)
-    assert bucket.OWNER_OBJECT not in there
+    assert OWNER_OBJECT not in there
     record = json.loads(there["run.json"])
     assert (record["status"], record["result"]) == ("KILLED", reached)
     assert "checkpoints/epoch-0001.json" in there
@@ -140,57 +144,57 @@ def test_a_sweeps_run_directory_and_its_trials_do_not_touch_each_other(
     names = [f"{name}-{kind}-0123456789" for name, kind in (("trial-0000", "search"), ("cell", "retrain"))]
 
     path = bucket.local(address)
-    with bucket.held(path, print):
+    with acquired(path) as sweep:
         (path / "run.json").write_text("{}")
         (path / "best").mkdir()
         (path / "best" / "genotype.json").write_text("{}")
         for name in names:  # one on this machine, one on another
             trial = bucket.local(f"{address}/{name}")
-            with bucket.held(trial, print):
+            with acquired(trial) as run:
                 (trial / "run.json").write_text("{}")
-                bucket.push(path)
+                sweep.push()
                 assert f"{name}/run.json" not in in_bucket(server, address)
-                bucket.push(trial)
+                run.push()
             cache = elsewhere()
     with on(cache):
         copy = bucket.fetch(address)
         assert {file.name for file in copy.iterdir() if not file.name.startswith(".")} == {"run.json", "best"}
         bucket.fetch_records(copy.parent)
         assert {file.parent.name for file in copy.parent.glob("**/run.json")} == {SWEEP, *names}
-        with bucket.held(copy, print):
+        with acquired(copy) as sweep:
             shutil.rmtree(copy / names[0])  # as on a machine that has not seen it
-            bucket.push(copy)
+            sweep.push()
             assert {f"{name}/run.json" for name in names} < in_bucket(server, address).keys()
             # Started over, nothing is left of either.
             (copy / "run.json").unlink()
-            bucket.push_cleared(copy)
-            assert in_bucket(server, address).keys() == {"best/genotype.json", bucket.OWNER_OBJECT}
+            sweep.push_cleared()
+            assert in_bucket(server, address).keys() == {"best/genotype.json", OWNER_OBJECT}
 
 
 def test_of_many_that_want_one_run_each_waits_for_the_others(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     """As trials of several nodes do that have found the same cell."""
-    monkeypatch.setattr(bucket, "SECONDS_TO_SETTLE", 0.5)
-    mirrors = []
+    timing = Timing(between_beats=0.1, settle=0.5)
+    leases = []
     for _ in range(3):
         elsewhere()
-        mirrors.append(bucket._Mirror(bucket.local(f"s3://{BUCKET}/{prefix}/run")))
+        leases.append(Mirror(bucket.local(f"s3://{BUCKET}/{prefix}/run"), timing).lease)
     together = threading.Barrier(3)
     inside: list[int] = []
     seen: list[int] = []
 
-    def work(mirror: bucket._Mirror) -> None:
+    def work(lease: Lease) -> None:
         together.wait()
-        mirror.take(lambda line: None, -1)
+        lease.acquire(lambda line: None, -1)
         inside.append(1)
         seen.append(len(inside))
         time.sleep(0.3)
         seen.append(len(inside))
         inside.pop()
-        mirror.leave()
+        lease.release()
 
-    threads = [threading.Thread(target=work, args=(mirror,)) for mirror in mirrors]
+    threads = [threading.Thread(target=work, args=(lease,)) for lease in leases]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -201,22 +205,23 @@ def test_of_many_that_want_one_run_each_waits_for_the_others(
 
 
 def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_from_one_that_is_silent(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
-    monkeypatch.setattr(bucket, "SECONDS_BETWEEN_BEATS", 0.05)
+    timing = Timing(between_beats=0.05, settle=0.05)
     address = f"s3://{BUCKET}/{prefix}/run"
-    mirror = bucket._Mirror(bucket.local(address))
-    mirror._me = dataclasses.replace(mirror._me, host="a node that is cut off")
-    mirror._write_owner(mirror._me)
+    mirror = Mirror(bucket.local(address), timing)
+    lease = mirror.lease
+    lease.me = dataclasses.replace(lease.me, host="a node that is cut off")
+    lease.write(lease.me)
     ended = threading.Event()
-    heart = threading.Thread(target=mirror.beat, args=(ended,))
+    heart = threading.Thread(target=lease.renew, args=(ended,))
     heart.start()
     elsewhere()
     path, said, began = bucket.local(address), list[str](), time.monotonic()
     try:
         with (
             pytest.raises(ConfigError, match=r"in use by process .* on a node that is cut off"),
-            bucket.held(path, said.append, wait=1.0),
+            bucket.acquired(RunDir(path), said.append, wait=1.0, timing=timing),
         ):
             pytest.fail("two owners")
         assert time.monotonic() - began >= 1.0
@@ -224,11 +229,11 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
         ended.set()
         heart.join()
     assert len(said) == 1
-    monkeypatch.setattr(bucket, "SECONDS_TO_BEAT", 0.5)
+    timing = dataclasses.replace(timing, silence=0.5)
     path.mkdir(parents=True)
     (path / "run.json").write_text("of this machine only")
-    mirror.put("run.json", b"as it was left")
-    with bucket.held(path, said.append, wait=1.0):
+    mirror.objects.put("run.json", b"as it was left")
+    with bucket.acquired(RunDir(path), said.append, wait=1.0, timing=timing):
         assert (path / "run.json").read_text() == "as it was left"
         # The node comes back, and is told so before it writes anything.
         with pytest.raises(IstanasError, match="was taken over by process"):
@@ -252,7 +257,7 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     def run_dir() -> Path:
         return bucket.local(f"{place}/{SWEEP}")
 
-    with bucket.held(run_dir(), print):
+    with acquired(run_dir()) as sweep:
         study = sitting(config)
         (run_dir() / "run.json").write_text("{}")
         trial = study.ask()
@@ -260,16 +265,16 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
         study.tell(trial, 0.5)
         trial = study.ask()
         keep_study(config, run_dir())
-        bucket.push(run_dir())
+        sweep.push()
         sent = contents(study)
         study.tell(trial, 0.9)  # and here the process is killed
     for _ in range(2):  # on this machine, and on one with an empty disk
-        with bucket.held(run_dir(), print):
+        with acquired(run_dir()):
             again = sitting(config)
             assert contents(again) == sent
             assert again.user_attrs["run_dir"] == f"{place}/{SWEEP}"
         elsewhere()
-    with bucket.held(run_dir(), print):
+    with acquired(run_dir()):
         assert not contents(sitting(config, fresh=True))
         assert contents(sitting(config)) == sent  # until the new one is sent
     assert server.objects(f"{prefix}/{SWEEP}").keys() == {"run.json", "optuna.db"}

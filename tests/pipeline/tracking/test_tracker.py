@@ -22,7 +22,9 @@ from pipeline.base.interruption import signals_interrupt
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.record import DatasetUse, RunRecord, new_key
+from pipeline.tracking import notices
 from pipeline.tracking import tracker as tracking
+from pipeline.tracking.notices import Notices
 from pipeline.tracking.store import artifact_root, open_client, public_uri, store_uri
 from pipeline.tracking.tracker import MLflowTracker, NullTracker, open_tracker
 from tests.mlflow_server import server
@@ -62,11 +64,6 @@ def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str
     return f"sqlite:///{shutil.copy(blank_database, tmp_path_factory.mktemp('store'))}"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_said", set())
-
-
 def make_run(path: Path, epochs: int = 2, **changes: object) -> RunDir:
     run = RunDir(path)
     run.write(dataclasses.replace(RECORD, **{"key": new_key(), **changes}))  # type: ignore[arg-type]
@@ -88,7 +85,7 @@ def end_run(run: RunDir, status: str = "FINISHED", **changes: object) -> None:
 
 
 def tracker_of(run: RunDir, store: str) -> MLflowTracker:
-    return MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT)
+    return MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT, notices=Notices())
 
 
 def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, int, float]]:
@@ -701,7 +698,7 @@ def test_a_registry_that_refuses_costs_only_the_version(
     sent = delivered(registering(run, store, "no/such:name"))
     assert (sent.model, sent.registered) == (True, None)
     assert delivered(registering(run, store, "no/such:name")).registered is None
-    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == tracking.__name__]
+    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == notices.__name__]
     assert "'no/such:name'" in said
     assert f"istanas sync {run.path}" in said
     assert "\n" not in said
