@@ -29,7 +29,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.network_files import save_network
 from pipeline.runs.outcome import ORIGIN_TAG
-from pipeline.training.epoch_record import EpochRecord
+from pipeline.training.epoch_record import EpochRecord, FolderStore
 from pipeline.training.loop import trained_network
 from pipeline.training.pictures import datasets_used
 

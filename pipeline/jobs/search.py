@@ -52,7 +52,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.network_files import save_network
 from pipeline.training.build import build_one_stage
-from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
+from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
 

@@ -60,7 +60,7 @@ def is_copy(path: Path) -> bool:
 
 def root() -> Path:
     """Return the folder of all local copies, in the user's cache folder."""
-    from istanas.data.datasets import default_cache_dir  # imports torch, which most commands can do without
+    from istanas.data.cache import default_cache_dir  # imports torch, which most commands can do without
 
     return default_cache_dir() / "storage"
 
