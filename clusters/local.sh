@@ -10,10 +10,10 @@
 #   fetch   nothing to fetch: the runs lie in runs/, see `istanas results` and `istanas ui`
 #   down    clusters/local.sh down                                          also: clusters/local.sh status
 #
-# Without the job server: istanas search --workers 3 --address 127.0.0.1:6379   (or auto, or ray://127.0.0.1:10001)
+# Without the job server: istanas search --workers 3 --address 127.0.0.1:6379   (or auto)
 #
 # The token is that of RAY_AUTH_TOKEN, else in the file $RAY_AUTH_TOKEN_PATH, else in ~/.ray/auth_token (made if absent, mode 600).
-# Other ports: LOCAL_PORT, LOCAL_DASHBOARD_PORT, LOCAL_CLIENT_PORT. What runs is remembered in the folder LOCAL_STATE. The nodes
+# Other ports: LOCAL_PORT, LOCAL_DASHBOARD_PORT. What runs is remembered in the folder LOCAL_STATE. The nodes
 # have no GPUs: a machine with several of them needs no cluster, `istanas search --workers N` uses them all.
 set -euo pipefail
 
@@ -21,7 +21,6 @@ STATE=${LOCAL_STATE:-/tmp/istanas-local-$(id -u)} # short: Unix sockets lie in i
 MARK=.istanas-local
 PORT=${LOCAL_PORT:-6379}
 DASHBOARD_PORT=${LOCAL_DASHBOARD_PORT:-8265}
-CLIENT_PORT=${LOCAL_CLIENT_PORT:-10001}
 SECONDS_TO_START=180
 SECONDS_TO_STOP=30
 VARIABLES= # what a user has to set beside RAY_AUTH_MODE
@@ -41,12 +40,11 @@ if os.getpgrp() != os.getpid():
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-state, (nodes, cpus, port, dashboard, client) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
+state, (nodes, cpus, port, dashboard) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
 own = {"node_ip_address": "127.0.0.1", "num_cpus": cpus}
 own |= {"dashboard_agent_listen_port": None}  # any, so that two clusters do not want the same; without its agent a node takes no jobs
 head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
-head |= {"gcs_server_port": port, "ray_client_server_port": client}
-head |= {"node_name": "node1", "temp_dir": str(state / "1")}
+head |= {"gcs_server_port": port, "node_name": "node1", "temp_dir": str(state / "1")}
 cluster = Cluster(initialize_head=True, head_node_args={**own, **head})
 try:
     for number in range(2, nodes + 1):
@@ -110,8 +108,8 @@ up() {
         return
     fi
     "$PYTHON" -c 'import ray.cluster_utils' 2>/dev/null || fail "PYTHON is $PYTHON, which has no Ray: make .venv, or name another"
-    for port in "$PORT" "$DASHBOARD_PORT" "$CLIENT_PORT"; do
-        free "$port" || fail "port $port of 127.0.0.1 is taken: set LOCAL_PORT, LOCAL_DASHBOARD_PORT or LOCAL_CLIENT_PORT"
+    for port in "$PORT" "$DASHBOARD_PORT"; do
+        free "$port" || fail "port $port of 127.0.0.1 is taken: set LOCAL_PORT or LOCAL_DASHBOARD_PORT"
     done
     make_token
     clear_state # of one that was killed
@@ -145,9 +143,9 @@ make_folder_of_ray() {
 
 start() {
     local pid i
-    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 GRPC_ENABLE_FORK_SUPPORT=0 \
+    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 \
         MLFLOW_DISABLE_TELEMETRY=true PATH="$(dirname "$PYTHON"):$PATH" \
-        "$PYTHON" -c "$HOLDER" "$STATE" "$1" "$2" "$PORT" "$DASHBOARD_PORT" "$CLIENT_PORT" >log 2>&1 </dev/null &
+        "$PYTHON" -c "$HOLDER" "$STATE" "$1" "$2" "$PORT" "$DASHBOARD_PORT" >log 2>&1 </dev/null &
     pid=$!
     echo "$pid" >pid
     for ((i = 0; i < 5 * SECONDS_TO_START; i++)); do

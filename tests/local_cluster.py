@@ -13,7 +13,7 @@ import psutil
 
 from tests.followed import Followed, has_signal
 from tests.ports import free_ports
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, ROOT, arguments
+from tests.ray_cluster import ENVIRONMENT, ROOT, arguments
 
 SCRIPT = str(ROOT / "clusters" / "local.sh")
 
@@ -30,16 +30,13 @@ class LocalCluster:
         self.prefix = prefix
         self.folder = Path(tempfile.mkdtemp(prefix="loc-", dir="/tmp"))  # short: sockets lie in it
         self.state, self.token_file = self.folder / "s", self.folder / "keys" / "auth_token"
-        self.port, dashboard, client = free_ports(3)
+        self.port, dashboard = free_ports(2)
         self.gcs, self.address = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{dashboard}"
-        self.client = f"ray://127.0.0.1:{client}"
         self.environment = {
             **ENVIRONMENT,
-            **CLIENTS,
             "LOCAL_STATE": str(self.state),
             "LOCAL_PORT": str(self.port),
             "LOCAL_DASHBOARD_PORT": str(dashboard),
-            "LOCAL_CLIENT_PORT": str(client),
             "LOCAL_CPUS": str(cpus),
             "PYTHON": sys.executable,
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),

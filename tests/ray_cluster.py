@@ -7,14 +7,11 @@ of that node), "lost" (whether that node has given itself up), "end". Each is an
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +38,6 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "5",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
-# Of a cluster that listens for mere clients (ray://).
-CLIENTS = {
-    # A busy machine takes its time to start the process that serves a client,
-    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
-    # and forked while gRPC's threads were busy with another one, it sometimes hung before it had begun.
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
-}
 
 
 class RayCluster:
@@ -55,13 +45,12 @@ class RayCluster:
 
     Args:
         cpus: of the head node.
-        client_port: where it also listens for mere clients (ray://); 0: it does not.
         environment: of all its processes, beside `ENVIRONMENT`.
     """
 
-    def __init__(self, cpus: int, client_port: int = 0, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, cpus: int, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(cpus), str(client_port)],
+            [sys.executable, __file__, str(cpus)],
             env={**ENVIRONMENT, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -157,23 +146,6 @@ def listening(process: psutil.Process) -> set[str]:
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-@contextlib.contextmanager
-def client_of(servers: Callable[[], list[psutil.Process]]) -> Iterator[None]:
-    """Inside, a client (ray://) is started; the end waits until the cluster has one server more, that listens.
-
-    One at a time on this machine: a cluster gives such a server the first port above 23000 that is free just then, and
-    gRPC lets two of them share one; a client may then be served by somebody else's cluster.
-    """
-    with (Path(tempfile.gettempdir()) / f"istanas-tests-ray-client-{os.getuid()}").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = set(servers())
-        yield
-        end = time.monotonic() + 120
-        while not any(listening(server) for server in set(servers()) - before):
-            assert time.monotonic() < end, "the cluster has no server for the client"
-            time.sleep(0.2)
-
-
 class _Apart:
     """While it names a folder, processes that are started see an empty one of their own in its place.
 
@@ -196,13 +168,10 @@ class _Apart:
             os._exit(1)
 
 
-def _serve(cpus: int, client_port: int) -> None:
+def _serve(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": cpus, "include_dashboard": False}
-    if client_port:
-        head["ray_client_server_port"] = client_port
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     print(f"ANSWER {cluster.address}", flush=True)
     nodes, apart = [], _Apart()
     for line in sys.stdin:  # up to "end", or the end of a test process that was killed
@@ -234,4 +203,4 @@ def _raylet(node: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+    _serve(int(sys.argv[1]))

@@ -29,7 +29,7 @@ from pipeline.cluster.mailbox import OWN_KINDS, Mailbox
 from pipeline.cluster.preflight import check_gpus, check_nodes
 from pipeline.cluster.process_group import torch_config
 from pipeline.cluster.ray_runtime import Runtime
-from pipeline.cluster.reservations import free
+from pipeline.cluster.reservations import release
 from pipeline.config.schema import Config, DataSettings
 from pipeline.runs import checkpoint
 from pipeline.runs.layout import LOG_FOLDER
@@ -75,8 +75,7 @@ def run_job(
     arguments = () if genotype is None else (genotype,)
     if config.runtime.worker_range.maximum == 0:
         return WORKERS[job](config, dataset, FolderStore(folder), observer, *arguments)
-    with runtime.noticing_a_clients_loss(job, folder.parent):
-        return _RayJob(job, config, folder, observer, runtime, arguments).run()
+    return _RayJob(job, config, folder, observer, runtime, arguments).run()
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -88,17 +87,16 @@ def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callab
     if config.runtime.worker_range.maximum == 0:
         return
     runtime.start(run_dir, say=say)
-    with runtime.noticing_a_clients_loss("pre-flight", run_dir):
-        allotment = runtime.allot()
-        if runtime.joined:
-            first = not runtime.examined
-            check_nodes(config, say, trials=False, known=runtime.examined)
-            if first and allotment.gpu:
-                there = sum(node.gpus for node in cluster_nodes())
-                check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
-        runtime.wait(allotment, say)
-        if runtime.joined:  # nodes that came meanwhile
-            check_nodes(config, say, trials=False, known=runtime.examined)
+    allotment = runtime.allot()
+    if runtime.joined:
+        first = not runtime.examined
+        check_nodes(config, say, trials=False, known=runtime.examined)
+        if first and allotment.gpu:
+            there = sum(node.gpus for node in cluster_nodes())
+            check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
+    runtime.wait(allotment, say)
+    if runtime.joined:  # nodes that were added meanwhile
+        check_nodes(config, say, trials=False, known=runtime.examined)
 
 
 # ---------- in the user's process
@@ -146,9 +144,8 @@ class _RayJob:
                 "command goes on from the last checkpoint"
             ) from error
         finally:
-            if not self._runtime.lost:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(self._mailbox)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._mailbox)
         return self._progress
 
     def _run_group(self, allotment: Allotment) -> None:
@@ -186,7 +183,7 @@ class _RayJob:
                 f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
             )
             if self._places:  # its workers are gone with it, but Ray keeps their places for them
-                free(self._places)
+                release(self._places)
         elif allotment.workers.elastic and self._may_go_on(fit.error):
             return
         elif fit.error is not None:

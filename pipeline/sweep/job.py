@@ -109,6 +109,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         IstanasError: if too many trials failed, or no trial fits; the same command goes on.
     """
     check_space(config)  # before the pictures are looked at, which may take a while
+    runtime.check_address()
     spec = settled_spec(config, console, lambda each: sweep_spec(each, name))
 
     def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
@@ -116,10 +117,9 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         os.environ.update({**ENVIRONMENT, **os.environ})
         dashboard, say = config.runtime.worker_range.maximum > 1, console_line(console)
         runtime.start(spec.path, dashboard=dashboard, say=say)
-        with runtime.noticing_a_clients_loss("pre-flight", spec.path):
-            if runtime.joined:
-                _prepare_cluster(config, runtime, say)
-            plan = plan_trials(config, cluster_nodes())
+        if runtime.joined:
+            _prepare_cluster(config, runtime, say)
+        plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=fresh, run_dir=spec.path)
 
     def body(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
@@ -128,8 +128,7 @@ def run_sweep(config: Config, *, name: str, fresh: bool, console: Console, runti
         trials = Trials(config, plan, run, study, observer)
         try:
             trials.go_on()
-            with runtime.noticing_a_clients_loss("sweep", run.path):
-                run_tune(config, plan, run.path, study, trials, observer)
+            run_tune(config, plan, run.path, study, trials, observer)
             outcome = _finish(config, run, study, observer)
         except OptunaError as error:
             database = public_uri(storage_uri(config, spec.path.name))
@@ -221,6 +220,7 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
     from rich.table import Table
 
     check_space(config)
+    runtime.check_address()
     sweep = sweep_of(config)
     table = Table("key", "values")
     for key, parameter in sweep.space.items():

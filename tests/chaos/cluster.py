@@ -15,8 +15,7 @@ from typing import IO
 import psutil
 
 from tests.namespaces import Network, address
-from tests.ports import unused_port
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, RayCluster, title
+from tests.ray_cluster import ENVIRONMENT, RayCluster, title
 
 # A node is given up after some three seconds of silence.
 IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
@@ -43,13 +42,9 @@ class OneMachine:
 
     def start(self) -> None:
         """Again, after `kill`."""
-        self._cluster = self._make()
+        self._cluster = RayCluster(1, IMPATIENT)
         self._cluster.add(1)
-
-    def _make(self) -> RayCluster:
-        cluster = RayCluster(1, environment=IMPATIENT)
-        self.address = cluster.address
-        return cluster
+        self.address = self._cluster.address
 
     def named(self, part: str) -> list[psutil.Process]:
         """The processes whose title has a part like that, on all nodes."""
@@ -78,15 +73,6 @@ class OneMachine:
 
     def close(self) -> None:
         self._cluster.close()
-
-
-class ForClients(OneMachine):
-    """All on 127.0.0.1, and commands are mere clients of it."""
-
-    def _make(self) -> RayCluster:
-        port = unused_port()
-        self.address = f"ray://127.0.0.1:{port}"
-        return RayCluster(1, port, {**IMPATIENT, **CLIENTS})
 
 
 class TwoMachines:

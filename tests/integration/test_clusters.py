@@ -1,6 +1,6 @@
-"""`clusters/local.sh`, and jobs on its cluster: submitted, left, stopped and resumed, or of a mere client (ray://).
+"""`clusters/local.sh`, and jobs on its cluster: submitted, detached, stopped and resumed, or started by HOST:PORT.
 
-What runs on one node of it, three workers, is what a job on three machines is compared with.
+A job of three workers on one node is compared with the same job on three machines.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from tests.integration.test_ray import CONFIG, decided, run_directory
 from tests.local_cluster import LocalCluster, halt_after_an_epoch, wake_when_told_to_end
 from tests.machines import JOB_SERVER, STORE
 from tests.namespaces import refusal
-from tests.ray_cluster import PROGRAM, ROOT, client_of, listening, title
+from tests.ray_cluster import PROGRAM, ROOT, listening, title
 
 NODES, CORES = 2, 3
 JOIN = """
@@ -314,10 +314,10 @@ def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(
         assert "jobs are submitted to the head's dashboard, give http://HOST:8265" in said
 
 
-# ---------- a job of a mere client, and the same on three machines
+# ---------- a job at HOST:PORT, and the same on three machines
 @dataclass(frozen=True)
 class OnOneNode:
-    """A search of three workers, started by a mere client (ray://): what it printed, and where they worked."""
+    """A search of three workers, started by HOST:PORT: its output, and the nodes of its workers."""
 
     folder: Path
     lines: list[str]
@@ -328,15 +328,14 @@ class OnOneNode:
 def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> OnOneNode:
     folder = tmp_path_factory.mktemp("one")
     (folder / "ray.yaml").write_text(CONFIG)
-    with client_of(lambda: [p for p in local.processes() if "specific-server" in title(p)]):
-        process = subprocess.Popen(
-            [*PROGRAM, *SEARCH, *SMALL, "--address", local.client],
-            cwd=folder,
-            env=local.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    process = subprocess.Popen(
+        [*PROGRAM, *SEARCH, *SMALL, "--address", local.gcs],
+        cwd=folder,
+        env=local.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     workers: dict[int, int] = {}
     while process.poll() is None:
         for each in local.processes():
@@ -350,8 +349,8 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
     return OnOneNode(folder, out.splitlines(), set(workers.values()))
 
 
-def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: OnOneNode) -> None:
-    """What Ray says to a client goes to the log. Its sweeps, and "auto" up to the pre-flight: test_nodes_apart."""
+def test_a_job_at_an_address_prints_its_checks_and_logs_what_ray_says(on_one_node: OnOneNode) -> None:
+    """Sweeps, and "auto" up to the pre-flight checks, are in test_nodes_apart.py."""
     lines = [
         line for line in on_one_node.lines if not line.startswith("waiting for ")
     ]  # Ray may take its time
@@ -406,7 +405,7 @@ def test_a_stranger_starts_no_job(
     monkeypatch.chdir(tmp_path)
     assert run(["search", "--workers", "1", "--address", local.gcs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: runtime.address is {local.gcs}: ")
+    assert line.startswith(f"error: runtime.address: the process at {local.gcs} ")
     assert "token" in line
     assert not list((tmp_path / "runs").iterdir())
 
@@ -495,11 +494,11 @@ def test_an_address_that_is_none_says_which_to_give(
     for address, words in (
         (
             "http://127.0.0.1:8265",
-            "runtime.address is 'http://127.0.0.1:8265': that is the job server, for istanas submit; give HOST",
+            "runtime.address: 'http://127.0.0.1:8265' is the job server, for istanas submit; give HOST:PORT",
         ),
         (
             "auto",
-            "RAY_ADDRESS (unset it to start Ray on this machine) is '127.0.0.1:1': nobody answers there",
+            "RAY_ADDRESS: no process listens at '127.0.0.1:1' (",
         ),
     ):
         sweep = ["sweep", "--config", str(ROOT / "tune_configs" / "sweep_digits.yaml"), "--address", address]

@@ -28,8 +28,7 @@ from tests import namespaces
 from tests.integration.test_sweep import CONFIG
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
-from tests.ports import unused_port
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, PROGRAM, RayCluster, client_of
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
 
 server, elsewhere = test_storage.server, test_storage.elsewhere
 
@@ -59,16 +58,11 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client_port() -> int:
-    return unused_port()
-
-
-@pytest.fixture(scope="module")
-def cluster(apart: Path, client_port: int, server: Server) -> Iterator[RayCluster]:
+def cluster(apart: Path, server: Server) -> Iterator[RayCluster]:
     """Two nodes of one core, which have the bucket's keys in their environment."""
     before = set(os.environ)
     own = {"HOME": str(apart), "XDG_CACHE_HOME": str(apart / "cache")}
-    cluster = RayCluster(1, client_port, {**CLIENTS, **keys_of_the_bucket(), **own})
+    cluster = RayCluster(1, {**keys_of_the_bucket(), **own})
     try:
         cluster.add(1, apart)
         yield cluster
@@ -81,40 +75,37 @@ def cluster(apart: Path, client_port: int, server: Server) -> Iterator[RayCluste
 # ---------- a sweep, which does not need this process to have joined
 def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_that_never_saw_it(
     cluster: RayCluster,
-    client_port: int,
     server: Server,
     elsewhere: Elsewhere,
     tmp_path: Path,
     blank_database: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    client_disk, database = tmp_path / "client", tmp_path / "mlflow.db"
-    client_disk.mkdir()
-    (client_disk / "tiny.yaml").write_text(CONFIG)
+    own_disk, database = tmp_path / "own", tmp_path / "mlflow.db"
+    own_disk.mkdir()
+    (own_disk / "tiny.yaml").write_text(CONFIG)
     database.write_bytes(blank_database.read_bytes())
     store = f"sqlite:///{database}"  # stands for a server: it is not on the disk of anybody
-    at = ("--address", f"ray://127.0.0.1:{client_port}")
+    at = ("--address", cluster.address)
     settings = [f"--set={each}" for each in (*SETTINGS, f"tracking.uri={store}")]
     command = [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *at, *settings]
-    with client_of(lambda: cluster.named("specific-server")):
-        process = subprocess.Popen(
-            command,
-            cwd=client_disk,
-            env={**ENVIRONMENT, **keys_of_the_bucket(), "XDG_CACHE_HOME": str(client_disk / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    # Through Ray's client, word for word as without: what Ray says to a client goes to the log.
-    versions, shared, pictures, begun, plan, *done = err.splitlines()[: 5 + TRIALS]
+    done = subprocess.run(
+        command,
+        cwd=own_disk,
+        env={**ENVIRONMENT, **keys_of_the_bucket(), "XDG_CACHE_HOME": str(own_disk / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
+    versions, shared, pictures, begun, plan, *ended = err.splitlines()[: 5 + TRIALS]
     assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
     assert shared == f"pre-flight: storage: 2 nodes and this process share {PLACE} and {tmp_path}"
     assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
     assert plan == "a trial has 1 core; 2 fit, 2 at once"
-    assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]
+    assert sorted(line[: len("trial 0 done")] for line in ended) == ["trial 0 done", "trial 1 done"]
     result, there = json.loads(out), server.objects(begun.removeprefix(f"sweep: s3://{BUCKET}/"))
     assert result["run_dir"] == begun.removeprefix("sweep: ")
     assert (result["complete"], result["failed"]) == (TRIALS, 0)

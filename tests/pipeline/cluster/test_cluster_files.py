@@ -301,7 +301,7 @@ def test_on_kubernetes_token_and_mlflow_come_from_secrets_and_nobody_is_root(nam
 @pytest.mark.ray
 def test_local_nodes_start_where_ray_has_never_run(tmp_path: Path) -> None:
     """Ray's default folder for temporary files does not exist there."""
-    names = ("LOCAL_PORT", "LOCAL_DASHBOARD_PORT", "LOCAL_CLIENT_PORT")
+    names = ("LOCAL_PORT", "LOCAL_DASHBOARD_PORT")
     short = Path(tempfile.mkdtemp(prefix="l-", dir="/tmp"))
     environment = {
         **os.environ,

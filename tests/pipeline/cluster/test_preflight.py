@@ -151,6 +151,6 @@ def test_auto_is_what_the_machine_has_written_down(tmp_path: Path, monkeypatch: 
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
     assert find_address("auto") == "10.0.0.1:6379"
     assert find_address(None) is None
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    assert find_address("auto") == find_address(None) == "ray://head:10001"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert find_address("auto") == find_address(None) == "head:6379"
     assert find_address("other:1") == "other:1"
