@@ -227,7 +227,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     taken = command("submit", *at, "--name", "digits", "--", *search, capsys=capsys)
     assert taken[0] == 2
     assert taken[2][-1].startswith(
-        f"error: --name digits: {local.address} has had a job of this name, choose"
+        f"error: --name: an earlier job at {local.address} has the name digits; choose"
     )
     failing = follow("submit", *at, "--json", "--", *(word.replace("tiny", "nowhere") for word in search))
     second = follow("submit", *at, "--json", "--", *search)
@@ -282,36 +282,43 @@ def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(
         (only,) = err
         return code, only
 
-    at = f"error: --address {local.address}: the cluster "
     assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
     code, said = line(local.address, "unknown")
     assert (code, said) == (
         2,
-        f"error: job 'unknown': unknown at {local.address}, istanas jobs lists those that there are",
+        f"error: ID: no job 'unknown' at {local.address}; list the jobs: istanas jobs --address {local.address}",
     )
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 32)
     code, said = line(local.address)
-    assert (code, said[: len(at) + 33]) == (1, f"{at}refuses the token of RAY_AUTH_TOK")
+    rejected = (
+        f"error: RAY_AUTH_TOKEN: the cluster at {local.address} rejects this token; give the cluster's own"
+    )
+    assert (code, said[: len(rejected)]) == (1, rejected)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (Path.home() / ".ray" / "auth_token").unlink()
     code, said = line(local.address)
-    assert (code, said[: len(at) + 15]) == (1, f"{at}wants its token")
+    missing = f"error: --address: the cluster at {local.address} requires its token; give the token by RAY_AUTH_TOKEN"
+    assert (code, said[: len(missing)]) == (1, missing)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(local.token_file))
     assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
 
     code, said = line(local.gcs)
     assert code == 1
     assert said.startswith(
-        f"error: --address http://{local.gcs}: no Ray job server answers there (who listens there does not speak "
-        "HTTP), give the address of the head's dashboard, such as http://127.0.0.1:8265"
+        f"error: --address: no Ray job server answers at http://{local.gcs} (the process that listens there does not "
+        "speak HTTP); give the address of the head's dashboard, such as http://127.0.0.1:8265"
     )
     code, said = line("127.0.0.1:1")
     assert code == 1
-    assert "no Ray job server answers there (ConnectionRefusedError: Connection refused)" in said
+    assert (
+        "no Ray job server answers at http://127.0.0.1:1 (ConnectionRefusedError: Connection refused)" in said
+    )
     for address in (f"ray://{local.gcs}", "auto", "http://", "127.0.0.1:port"):
         code, said = line(address)
         assert code == 2
-        assert "jobs are submitted to the head's dashboard, give http://HOST:8265" in said
+        assert (
+            "is not the address of a dashboard, which contains the job server; give http://HOST:8265" in said
+        )
 
 
 # ---------- a job at HOST:PORT, and the same on three machines

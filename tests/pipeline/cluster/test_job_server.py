@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.commands import run
-from pipeline.cluster.job_server import ASKS_FOR_TOKEN
+from pipeline.cluster.job_server import TOKEN_MISSING
 
 Answer = tuple[int, str]
-UNAUTHORIZED = (401, f"Unauthorized: {ASKS_FOR_TOKEN}")
+UNAUTHORIZED = (401, f"Unauthorized: {TOKEN_MISSING}")
 
 
 class Server:
@@ -86,7 +86,7 @@ def test_what_is_no_token_is_not_shown(
 ) -> None:
     server.needs_token = True
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    wrong = "holds no token (one line of ASCII)"
+    wrong = "not a token, which is one line of ASCII; set RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
     assert says("jobs") == (2, f"error: RAY_AUTH_TOKEN: {wrong}")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     file = tmp_path / "token"
@@ -103,7 +103,7 @@ def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
     for answer in ((401, "Unauthorized"), (403, "Forbidden"), (302, f"{server.address}/elsewhere")):
         server.answers = {"/api/version": answer, "/elsewhere": UNAUTHORIZED}
         code, line = says("jobs")
-        assert (code, f"no Ray job server (HTTP {answer[0]})" in line) == (1, True), line
+        assert (code, f"is no Ray job server (HTTP {answer[0]})" in line) == (1, True), line
     assert server.asked == [("/api/version", None)] * 3
     server.answers = {"/api/version": (307, f"{server.address}/elsewhere"), "/elsewhere": (200, "{}")}
     server.needs_token = True
@@ -114,7 +114,7 @@ def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
 def test_ray_asks_for_a_token_in_these_words() -> None:
     from ray._private.authentication import http_token_authentication
 
-    assert ASKS_FOR_TOKEN in Path(http_token_authentication.__file__).read_text()
+    assert TOKEN_MISSING in Path(http_token_authentication.__file__).read_text()
 
 
 def test_tokens_that_are_switched_off_are_named(
@@ -125,7 +125,10 @@ def test_tokens_that_are_switched_off_are_named(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     code, line = says("jobs")
     assert code == 1
-    assert "wants its token, and RAY_AUTH_MODE is disabled: set it to token" in line
+    assert line == (
+        f"error: RAY_AUTH_MODE: 'disabled', but the cluster at {server.address} requires its token; set it to token, "
+        "or unset it"
+    )
     assert [token for _, token in server.asked] == [None]
 
 
@@ -148,8 +151,7 @@ def test_a_name_that_no_job_can_have_is_refused(ray: Server, says: Says, command
     code, line = says(command, job_id)
     assert code == 2
     assert line == (
-        f"error: job {job_id!r}: no job has such a name, istanas jobs --address {ray.address} lists those that "
-        "there are"
+        f"error: ID: no job {job_id!r} at {ray.address}; list the jobs: istanas jobs --address {ray.address}"
     )
 
 
@@ -158,7 +160,7 @@ def test_an_answer_of_another_kind_is_one_line(ray: Server, says: Says, answer: 
     ray.answers["/api/jobs/digits"] = (200, answer)
     code, line = says("jobs", "digits")
     assert code == 1
-    assert line.startswith(f"error: {ray.address}: an answer that is not of Ray's job server (")
+    assert line.startswith(f"error: {ray.address} does not answer as Ray's job server does (")
 
 
 def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
@@ -174,7 +176,7 @@ def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
     ray.answers["/api/jobs/digits/logs"] = (500, "no such file")
     assert run(asked) == 3
     out = capsys.readouterr().out
-    assert f"the rest of the log can't be read: {ray.address}: " in out
+    assert f"the rest of the log cannot be read: {ray.address}: " in out
     assert out.endswith("\ndigits: FAILED, exit code 3; submitted again, the same command resumes\n")
 
 
