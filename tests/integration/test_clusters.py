@@ -388,7 +388,7 @@ def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_sh
         listed = machines.user("results", "--json")
     lines = done.stdout.splitlines()
     assert any(line.startswith("3 workers (cpu, gloo), each 1 thread") for line in lines), done.stdout
-    assert f"pre-flight: tracking: {STORE} is reached from here and 3 nodes" in lines
+    assert f"pre-flight: tracking: {STORE} is reachable from here and 3 nodes" in lines
     assert [line.partition(":")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2"]
 
     assert len(on_one_node.raylets) == 1, "on both nodes"

@@ -1,4 +1,4 @@
-"""Two nodes that share no disk: what the pre-flight lets pass and what it stops; and a sweep through a bucket."""
+"""Two nodes that share no disk: passed and failed pre-flight checks, and a sweep that stores its runs in a bucket."""
 
 import io
 import json
@@ -154,7 +154,7 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     assert parent_dir == trial_dir  # of a retraining of the sweep's best
 
 
-# ---------- the pre-flight
+# ---------- the pre-flight checks
 @pytest.fixture(scope="module")
 def joined(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This process has joined the cluster."""
@@ -216,7 +216,7 @@ def test_a_command_is_refused_before_it_queues_and_leaves_nothing(
     assert out == ""
     (line,) = err.splitlines()
     assert re.match(
-        rf"error: pre-flight: storage: runtime.runs_dir: {apart}/runs is not shared with node 127.0.0.1 \(\w{{8}}\) "
+        rf"error: pre-flight: runtime.runs_dir: {apart}/runs is not shared with node 127.0.0.1 \(\w{{8}}\) "
         r"\(No such file or directory\); .* choose a folder that all nodes share",
         line,
     )
@@ -256,13 +256,13 @@ def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
     )
     assert not server.objects("marks"), "marks were left"
     nowhere = config_of(Path("unused"), f"runtime.runs_dir=s3://nowhere/runs?{query}")
-    assert "can't be written from here" in refusal(nowhere)
+    assert "cannot be written from this machine" in refusal(nowhere)
 
 
 def test_data_that_a_node_lacks_or_has_otherwise_is_named(joined: None, tmp_path: Path, apart: Path) -> None:
     picture_folder(apart / "pictures")
     config = config_of(tmp_path, "data.name=folder", f"data.root={apart}/pictures")
-    assert f"{apart}/pictures holds no such pictures on node {blind_node()}" in refusal(config)
+    assert f"{apart}/pictures contains no such pictures on node {blind_node()}" in refusal(config)
 
 
 def test_trials_must_reach_the_store_from_every_node(joined: None, tmp_path: Path, apart: Path) -> None:
@@ -272,7 +272,7 @@ def test_trials_must_reach_the_store_from_every_node(joined: None, tmp_path: Pat
     assert f"tracking.uri: the folder {apart} is not shared with node {blind_node()}" in line
     nowhere = config_of(tmp_path, "tracking.enabled=true", "tracking.uri=http://me:secret@127.0.0.1:1")
     line = refusal(nowhere)
-    assert "tracking: http://127.0.0.1:1 is not reached from here (Connection refused)" in line
+    assert "tracking.uri: http://127.0.0.1:1 is not reachable from this machine (Connection refused)" in line
     assert "secret" not in line
 
 

@@ -1,4 +1,4 @@
-"""What the pre-flight asks, and what it makes of the answers; tests/integration/test_nodes_apart.py asks real nodes."""
+"""The questions of the pre-flight checks and the evaluation of answers; test_nodes_apart.py asks real nodes."""
 
 import os
 import shutil
@@ -26,14 +26,14 @@ HERE = Answer({"Python": "3.11", "torch": "2.14.1"}, "aabbccdd", data="11223344"
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (replace(HERE, code=None), "10.0.0.2 does not have this project; install it there"),
+        (replace(HERE, code=None), "node 10.0.0.2: this project is not installed there; install it"),
         (
             replace(HERE, code="ffff0000"),
-            "10.0.0.2 has other source files of this project (digest ffff0000, here",
+            "node 10.0.0.2: the source files of this project differ there (digest ffff0000, here",
         ),
         (
             replace(HERE, versions={"Python": "3.11", "torch": "none"}),
-            "10.0.0.2 has torch none (here 2.14.1); install the same releases there",
+            "node 10.0.0.2: other releases are installed there: torch none (here 2.14.1); install the same releases",
         ),
     ],
 )
@@ -49,7 +49,7 @@ def test_other_pictures_on_a_node_are_named(tmp_path: Path) -> None:
     config = load(None, ("data.name=folder", f"data.root={tmp_path}"))
     question = make_question(config, None)
     with pytest.raises(
-        IstanasError, match=r"holds other files on node 10\.0\.0\.2 than here; copy them anew"
+        IstanasError, match=r"contains other files on node 10\.0\.0\.2 than here; copy them again"
     ):
         preflight._check_data(NODES, [HERE, replace(HERE, data="55667788")], HERE, question)
 
@@ -72,11 +72,9 @@ def test_our_files_are_known_by_their_content(tmp_path: Path, repo_root: Path) -
     assert digest() != probe.code_digest()
 
 
-def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def digest() -> str:
-        return probe.listing_digest(str(tmp_path), ("train", "one.mat"))
+def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(tmp_path: Path) -> None:
+    def digest(most_files: int = probe.MOST_FILES) -> str:
+        return probe.listing_digest(str(tmp_path), ("train", "one.mat"), most_files)
 
     assert digest() == ""
     for name in ("train/a/1.png", "train/b/1.png", "one.mat"):
@@ -91,10 +89,9 @@ def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(
     (tmp_path / "train/c").mkdir()
     seen.append(digest())
     assert len(set(seen)) == 4
-    monkeypatch.setattr(probe, "MOST_FILES", 1)
-    before = digest()
-    (tmp_path / "train/b/2.png").write_text("beyond what is looked at")
-    assert digest() == before
+    before = digest(most_files=1)
+    (tmp_path / "train/b/2.png").write_text("after the first file")
+    assert digest(most_files=1) == before
 
 
 def test_where_the_pictures_must_lie(tmp_path: Path) -> None:
@@ -133,8 +130,8 @@ def test_gpus_are_there_or_waited_for() -> None:
     check_gpus(2, 4, 10, lines.append)
     check_gpus(2, 0, 10, lines.append)
     assert lines == [
-        "pre-flight: GPUs: 2 asked for, 4 there",
-        "pre-flight: GPUs: 2 asked for, 0 there: waits for a node with the rest, at most 10 minutes "
+        "pre-flight: GPUs: 2 requested, 4 present",
+        "pre-flight: GPUs: 2 requested, 0 present: waiting for nodes with the others, at most 10 minutes "
         "(runtime.wait_minutes)",
     ]
     wanted = RuntimeSettings(device="cuda", workers=2)
