@@ -183,16 +183,17 @@ def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) ->
     taken = RayActorError(preempted=True)
     job._stuck_at = time.monotonic() + 60  # nothing has started yet
     for _ in range(3):
-        assert job._may_go_on(timeout)
-        assert job._may_go_on(WorkerGroupError("lost", {0: ValueError(), 1: taken}))
+        assert job._may_continue(timeout)
+        assert job._may_continue(WorkerGroupError("lost", {0: ValueError(), 1: taken}))
     assert said == 3 * [
-        "the workers ended, or did not start (The worker group startup timed out after 5.0 seconds): again"
+        "the workers ended, or did not start (The worker group startup timed out after 5.0 seconds): starting them "
+        "again"
     ]
     job._stuck_at = float("inf")
-    assert not job._may_go_on(OSError())
-    assert job._may_go_on(WorkerGroupError("lost", {0: ValueError()}))
-    assert not job._may_go_on(timeout)
-    assert not job._may_go_on(WorkerGroupError("lost", {0: ValueError()}))
+    assert not job._may_continue(OSError())
+    assert job._may_continue(WorkerGroupError("lost", {0: ValueError()}))
+    assert not job._may_continue(timeout)
+    assert not job._may_continue(WorkerGroupError("lost", {0: ValueError()}))
 
 
 def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
