@@ -132,7 +132,7 @@ def test_a_second_up_starts_nothing(local: LocalCluster) -> None:
     code, said = local("up", "3")
     assert code == 0
     assert said.startswith(
-        f"runs already, process {(local.state / 'pid').read_text().strip()}: {NODES} nodes"
+        f"already running, process {(local.state / 'pid').read_text().strip()}: {NODES} nodes"
     )
     assert before <= {p.pid for p in local.processes()}
     assert local("status")[0] == 0
@@ -421,12 +421,12 @@ def test_a_stranger_starts_no_job(
 def test_down_ends_all_of_it(local: LocalCluster) -> None:
     family = local.processes()
     assert any("raylet" in title(p) for p in family)
-    assert local("down") == (0, "ended\n")
+    assert local("down") == (0, "stopped\n")
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not local.state.exists()
-    assert local("status") == (1, "nothing runs\n")
-    assert local("down") == (0, "nothing runs\n")
+    assert local("status") == (1, "not running\n")
+    assert local("down") == (0, "not running\n")
 
 
 # ---------- without a cluster
@@ -438,14 +438,14 @@ def test_down_ends_no_process_that_is_not_its_own_and_removes_no_folder_that_it_
         (local.state / "pid").write_text(
             str(bystander.pid)
         )  # as one that was killed leaves it, the number now somebody else's
-        assert local("down") == (0, "nothing runs\n")
+        assert local("down") == (0, "not running\n")
         assert bystander.poll() is None
         assert (local.state / "pid").exists()
         code, said = local("up")
         assert code == 1
         assert (
             said
-            == f"error: LOCAL_STATE is {local.state}, which is there already: name a folder that is not\n"
+            == f"error: LOCAL_STATE: {local.state} exists already; name a new folder\n"
         )
     finally:
         bystander.kill()
@@ -486,7 +486,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         with socket.create_server(("127.0.0.1", local.port)):
             code, said = local("up")
         assert code == 1
-        assert said.startswith(f"error: port {local.port} of 127.0.0.1 is taken")
+        assert said.startswith(f"error: port {local.port} of 127.0.0.1 is in use; set")
         assert not local.state.exists()
     finally:
         os.rmdir(local.folder)

@@ -71,4 +71,4 @@ def test_without_a_command_it_says_how(tmp_path: Path) -> None:
         ["bash", str(script)], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "error: no command: sbatch clusters/slurm.sbatch search --config FILE ...\n"
+    assert done.stderr == "error: no command; give one: sbatch clusters/slurm.sbatch search --config FILE ...\n"
