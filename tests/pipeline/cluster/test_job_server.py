@@ -1,4 +1,4 @@
-"""What of the job server's client needs no cluster: how it treats servers of other kinds, tokens and endings."""
+"""The job server's client without a cluster: other kinds of servers, tokens, and the end of jobs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ UNAUTHORIZED = (401, f"Unauthorized: {TOKEN_MISSING}")
 
 
 class Server:
-    """An HTTP server with the answers that a test gives it; it notes what it was asked, and with which token."""
+    """An HTTP server with the answers of a test, which records the requests and their tokens."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -66,7 +66,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def says(server: Server, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A command for the server: its exit code and its only line on stderr."""
+    """A function that runs a command for the server, and returns its exit code and its only line on stderr."""
 
     def said(*arguments: str) -> tuple[int, str]:
         code = run([*arguments, "--address", server.address])
@@ -81,7 +81,7 @@ Says = Callable[..., tuple[int, str]]
 
 # ---------- tokens
 @pytest.mark.parametrize("token", ["SECRETabc\nSECRETdef", "SECRETabc def", "SECRET\u20ac", "SECRET\xe9"])
-def test_what_is_no_token_is_not_shown(
+def test_an_invalid_token_is_rejected_and_not_shown(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str
 ) -> None:
     server.needs_token = True
@@ -96,7 +96,7 @@ def test_what_is_no_token_is_not_shown(
         assert says("jobs") == (2, f"error: RAY_AUTH_TOKEN_PATH ({file}): {wrong}")
 
 
-def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
+def test_a_token_is_sent_only_to_a_server_that_requests_it_in_rays_words(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "SECRET")
@@ -111,13 +111,13 @@ def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
     assert server.asked[3:] == [("/api/version", None), ("/api/version", "Bearer SECRET")]
 
 
-def test_ray_asks_for_a_token_in_these_words() -> None:
+def test_ray_requests_a_token_in_these_words() -> None:
     from ray._private.authentication import http_token_authentication
 
     assert TOKEN_MISSING in Path(http_token_authentication.__file__).read_text()
 
 
-def test_tokens_that_are_switched_off_are_named(
+def test_a_required_token_that_is_turned_off_is_reported(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.needs_token = True
@@ -147,7 +147,7 @@ def ray(server: Server) -> Server:
 
 @pytest.mark.parametrize("job_id", ["", "../version", "a/b", "a?b"])
 @pytest.mark.parametrize("command", ["jobs", "stop"])
-def test_a_name_that_no_job_can_have_is_refused(ray: Server, says: Says, command: str, job_id: str) -> None:
+def test_an_impossible_name_of_a_job_is_rejected(ray: Server, says: Says, command: str, job_id: str) -> None:
     code, line = says(command, job_id)
     assert code == 2
     assert line == (
@@ -156,16 +156,14 @@ def test_a_name_that_no_job_can_have_is_refused(ray: Server, says: Says, command
 
 
 @pytest.mark.parametrize("answer", ["[1]", "{}", "null", "<html>", '{"status": "BOGUS"}', '{"status": null}'])
-def test_an_answer_of_another_kind_is_one_line(ray: Server, says: Says, answer: str) -> None:
+def test_an_answer_of_another_kind_is_a_one_line_error(ray: Server, says: Says, answer: str) -> None:
     ray.answers["/api/jobs/digits"] = (200, answer)
     code, line = says("jobs", "digits")
     assert code == 1
     assert line.startswith(f"error: {ray.address} does not answer as Ray's job server does (")
 
 
-def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
-    ray: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_end_of_a_job_is_noticed_without_its_log(ray: Server, capsys: pytest.CaptureFixture[str]) -> None:
     log = "epoch 1\nepoch 2\n"
     ray.answers["/api/jobs/digits"] = (200, details("SUCCEEDED", 0))
     ray.answers["/api/jobs/digits/logs"] = (200, json.dumps({"logs": log}))
@@ -184,15 +182,16 @@ def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
     ("number", "code", "what"),
     [(signal.SIGTERM, 143, "told to end (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_who_leaves_a_job_is_told_how_to_attach_again(
+def test_detaching_from_a_job_prints_how_to_attach_again(
     ray: Server, capsys: pytest.CaptureFixture[str], number: int, code: int, what: str
 ) -> None:
     ray.answers["/api/jobs/digits"] = (200, details("RUNNING"))
 
     def interrupt() -> None:
-        while ("/api/jobs/digits/logs/tail", None) not in ray.asked:
+        while (
+            ray.asked.count(("/api/jobs/digits/logs/tail", None)) < 2
+        ):  # The second request is made by the loop.
             time.sleep(0.01)
-        time.sleep(0.2)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt, daemon=True)

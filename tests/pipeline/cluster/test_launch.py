@@ -1,4 +1,4 @@
-"""What lies between workers and the user's process, without Ray (with it: tests/integration/test_ray.py)."""
+"""The connection between workers and the user's process, without Ray (with Ray: tests/integration/test_ray.py)."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ SWEEP = Path(__file__).resolve().parents[3] / "tune_configs" / "sweep_digits.yam
 
 
 # ---------- the mailbox
-def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
+def test_a_checkpoint_is_kept_after_the_users_process_has_confirmed_it() -> None:
     async def talk() -> None:
         box = Mailbox(b"old")
         assert await box.begin("a", "places") == b"old"
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_kept_only_when_the_users_process_says_so() -> None:
     asyncio.run(talk())
 
 
-def test_a_dead_group_is_no_longer_listened_to() -> None:
+def test_messages_of_a_dead_group_are_ignored() -> None:
     async def talk() -> None:
         box = Mailbox(None)
         await box.begin("dead", "places")
@@ -59,13 +59,13 @@ def test_a_dead_group_is_no_longer_listened_to() -> None:
         await box.post("dead", "epoch", b"")
         assert await box.keep("dead", 7, b"late", b"line", 7, 2) is False
         assert await box.begin("third", "places") is None
-        await box.post(None, "lost", b"worker 0")  # the controller speaks for no group
+        await box.post(None, "lost", b"worker 0")  # The controller belongs to no group.
         assert await box.take(1) == [("started", "places"), ("lost", b"worker 0")]
 
     asyncio.run(talk())
 
 
-def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_than_asked() -> None:
+def test_only_the_last_step_is_kept_and_waiting_has_a_time_limit() -> None:
     async def talk() -> None:
         box = Mailbox(None)
         await box.begin("a", "places")
@@ -78,7 +78,7 @@ def test_of_the_steps_only_the_last_is_kept_and_nothing_is_waited_for_longer_tha
     asyncio.run(talk())
 
 
-# ---------- who gets what
+# ---------- resources and addresses
 def test_device_backend_and_threads_are_chosen_once_for_all_workers() -> None:
     auto = load(None, ["runtime.workers=4"]).runtime
     cpu = allotment(auto, [Node(8), Node(8)])
@@ -90,7 +90,7 @@ def test_device_backend_and_threads_are_chosen_once_for_all_workers() -> None:
         allotment(load(None, ["runtime.workers=4", "runtime.device=cuda"]).runtime, [Node(8)])
 
 
-def test_workers_are_told_what_was_decided_and_absolute_paths() -> None:
+def test_workers_receive_the_chosen_resources_and_absolute_paths() -> None:
     config = load(None, ["runtime.workers=2", "data.root=pictures"])
     sent = _on_workers(config, allotment(config.runtime, [Node(2)]))
     assert (sent.runtime.device, sent.runtime.threads) == ("cpu", 1)
@@ -118,7 +118,7 @@ def test_a_machine_holds_two_workers_a_core_unless_threads_are_set() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999999"])
-def test_an_address_where_nobody_listens_is_one_clear_line(address: str) -> None:
+def test_an_address_without_a_listener_is_a_one_line_error(address: str) -> None:
     with pytest.raises(IstanasError, match=r"no process listens at ") as caught:
         check_address(address)
     assert "\n" not in str(caught.value)
@@ -162,13 +162,13 @@ def test_a_job_without_workers_ignores_the_address_of_ray_client(monkeypatch: py
     assert not Runtime(load(None).runtime).joined
 
 
-def test_the_last_line_of_an_error_is_what_happened() -> None:
+def test_the_last_line_of_an_error_is_its_cause() -> None:
     assert last_line(RuntimeError("Traceback:\n  File x\nValueError: no\n")) == "ValueError: no"
     assert last_line(RuntimeError()) == "RuntimeError"
 
 
-def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) -> None:
-    """Starts that fail and machines that are taken away are no failures of its own."""
+def test_an_elastic_job_continues_after_a_limited_number_of_losses(tmp_path: Path) -> None:
+    """Failed starts and preempted machines do not count as failures of the job."""
     from ray.exceptions import RayActorError
     from ray.train import ControllerError, WorkerGroupError
 
@@ -181,7 +181,7 @@ def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) ->
     job = _RayJob("search", config, tmp_path / "checkpoints", Notes(), Runtime(config.runtime), ())
     timeout = ControllerError(RuntimeError("The worker group startup timed out after 5.0 seconds. Potential"))
     taken = RayActorError(preempted=True)
-    job._stuck_at = time.monotonic() + 60  # nothing has started yet
+    job._stuck_at = time.monotonic() + 60  # No worker has started yet.
     for _ in range(3):
         assert job._may_continue(timeout)
         assert job._may_continue(WorkerGroupError("lost", {0: ValueError(), 1: taken}))
@@ -196,12 +196,12 @@ def test_an_elastic_job_goes_on_after_losses_but_not_for_ever(tmp_path: Path) ->
     assert not job._may_continue(WorkerGroupError("lost", {0: ValueError()}))
 
 
-def test_a_runtime_that_nobody_needs_starts_nothing() -> None:
+def test_an_unused_runtime_starts_nothing() -> None:
     with Runtime(load(None).runtime) as runtime:
         assert not runtime._connected
 
 
-def test_an_elastic_job_needs_room_for_its_least_number_only() -> None:
+def test_an_elastic_job_needs_room_for_its_minimum_only() -> None:
     check_machine(load(None, ["runtime.workers='1:64'"]).runtime)
     too_many = 2 * usable_cores() + 1
     with pytest.raises(IstanasError, match="this machine is too small"):
@@ -209,10 +209,10 @@ def test_an_elastic_job_needs_room_for_its_least_number_only() -> None:
 
 
 @pytest.mark.slow
-def test_who_listens_and_is_no_ray_is_not_taken_for_one() -> None:
+def test_another_kind_of_server_is_not_taken_for_ray() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        check_address(address)  # somebody is there
+        check_address(address)  # A process listens there.
         start = time.monotonic()
         with pytest.raises(
             IstanasError, match="does not answer as Ray does, or requires a token; give HOST:PORT"
@@ -223,7 +223,7 @@ def test_who_listens_and_is_no_ray_is_not_taken_for_one() -> None:
     assert (check.state, check.message[:50]) == ("fail", "runtime.address: no process listens at '127.0.0.1:")
 
 
-def test_ctrl_c_in_what_must_not_be_interrupted_comes_after_it() -> None:
+def test_ctrl_c_is_delivered_after_uninterruptible_work() -> None:
     before = signal.getsignal(signal.SIGINT)
     done = []
 
@@ -232,23 +232,23 @@ def test_ctrl_c_in_what_must_not_be_interrupted_comes_after_it() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             assert wait_until(lambda: bool(interrupted))
             done.append(True)
-            raise OSError("which is not what it ends with")
+            raise OSError("hidden by the interruption")
 
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done
     assert signal.getsignal(signal.SIGINT) is before
-    with ThreadPoolExecutor(1) as pool:  # where no handler can be set
+    with ThreadPoolExecutor(1) as pool:  # No handler can be set in another thread.
         assert pool.submit(lambda: list(uninterrupted().__enter__())).result() == []
 
 
-def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_does() -> None:
+def test_sigterm_is_delivered_after_uninterruptible_work_despite_ray() -> None:
     def work() -> None:
         with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
             assert wait_until(lambda: bool(interrupted))
             assert not ended
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts one of its own there
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets its own handler.
 
     with signals_interrupt() as ended:
         handler = signal.getsignal(signal.SIGTERM)
@@ -256,7 +256,7 @@ def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_doe
             work()
         assert signal.getsignal(signal.SIGTERM) is handler
         assert ended == [signal.SIGTERM]
-        signal.raise_signal(signal.SIGTERM)  # must not interrupt the closing
+        signal.raise_signal(signal.SIGTERM)  # It must not interrupt the cleanup.
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
@@ -266,7 +266,7 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-# ---------- a cluster whose head goes away
+# ---------- a lost cluster
 STUCK = """
 import signal, time
 from pathlib import Path
@@ -277,7 +277,7 @@ with watch_cluster("sweep", Path("logs"), "127.0.0.1:{port}", 0.1, seconds_to_un
 """
 
 
-def test_the_loss_of_the_head_interrupts_what_waits_for_it() -> None:
+def test_the_loss_of_the_head_interrupts_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with socket.create_server(("127.0.0.1", 0)) as head:
         port = head.getsockname()[1]
@@ -317,7 +317,7 @@ def test_uninterruptible_work_finishes_before_a_loss_is_reported(monkeypatch: py
     assert not exits
 
 
-def test_where_nothing_can_be_interrupted_the_process_ends_with_the_same_words() -> None:
+def test_a_process_that_cannot_be_interrupted_exits_with_the_same_error() -> None:
     command = [sys.executable, "-c", STUCK.format(port=unused_port())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
