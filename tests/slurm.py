@@ -183,6 +183,5 @@ def _write_conf(folder: Path) -> None:
     for made in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / made).mkdir()
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, head=NODES["n1"], nodes=nodes))
-    (folder / "cgroup.conf").write_text(
-        "CgroupPlugin=cgroup/v1\n"
-    )  # No control groups are used, but Slurm has to load a plugin.
+    # No control groups are used, but Slurm has to load a plugin.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -59,9 +59,8 @@ def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: boo
     gpu = compute.device.type == "cuda"
     threads = settings.threads
     if threads is None:
-        missing = gpu and all(
-            node.gpus == 0 for node in nodes
-        )  # Nodes that do not exist yet: request one core.
+        # For nodes that do not exist yet, request one core.
+        missing = gpu and all(node.gpus == 0 for node in nodes)
         threads = 1 if missing else threads_per_worker(nodes, workers.maximum, gpu)
     return Allotment(workers, threads, compute)
 

@@ -44,7 +44,7 @@ WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain
 SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
 SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive at once
 SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
-RESUMES = "the same command resumes from the last checkpoint"
+RESUMES = "run it again: the same command resumes from the last checkpoint"
 
 
 def run_job(
@@ -179,9 +179,8 @@ class _RayJob:
             self._observer.note(
                 f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
             )
-            if (
-                self._reservation
-            ):  # The workers end with their controller, but Ray keeps their resources reserved.
+            # The workers end with their controller, but Ray keeps their resources reserved.
+            if self._reservation:
                 release(self._reservation)
         elif allotment.workers.elastic and self._may_continue(fit.error):
             return

@@ -145,13 +145,11 @@ class Runtime:
             # Every port of a Ray that is started here listens on 127.0.0.1 only, and a cluster that does so is found
             # there; otherwise Ray takes 127.0.0.1 for the machine's outer address.
             os.environ.update({**LOOPBACK_ONLY, **os.environ})
-        os.environ.setdefault(
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
-        )  # how soon the end of workers is noticed
+        # The end of workers is noticed within this time.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-        wait_for_answer = ask_ray(
-            self._address
-        )  # The import of Ray takes seconds, in which the answer comes.
+        # The import of Ray takes seconds, in which the answer arrives.
+        wait_for_answer = ask_ray(self._address)
         import ray
         from ray._private import ray_constants
 

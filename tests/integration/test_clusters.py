@@ -433,9 +433,8 @@ def test_down_leaves_foreign_processes_and_folders_alone() -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         local.state.mkdir()
-        (local.state / "pid").write_text(
-            str(bystander.pid)
-        )  # A killed cluster leaves the file, and its number now belongs to another process.
+        # A killed cluster leaves the file, and its number now belongs to another process.
+        (local.state / "pid").write_text(str(bystander.pid))
         assert local("down") == (0, "not running\n")
         assert bystander.poll() is None
         assert (local.state / "pid").exists()

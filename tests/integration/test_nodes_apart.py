@@ -278,9 +278,8 @@ def test_a_node_that_hangs_is_reported(cluster: RayCluster, joined: None, tmp_pa
     name = blind_node()
     cluster.halt()
     try:
-        line = refusal(
-            config_of(tmp_path), seconds=2
-        )  # The other node may not answer within this time, either.
+        # The other node may not answer within this time, either.
+        line = refusal(config_of(tmp_path), seconds=2)
     finally:
         cluster.wake()
     assert re.match(rf"pre-flight: nodes? .*{re.escape(name)}.*: no answer within 2 s", line)

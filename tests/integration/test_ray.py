@@ -211,7 +211,7 @@ def on_cluster(cluster: RayCluster, code: str, *arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def core_of_somebody_else(cluster: RayCluster) -> Iterator[None]:
+def core_of_another_job(cluster: RayCluster) -> Iterator[None]:
     """Inside, another job, without Ray Train, holds a core."""
     command = [sys.executable, "-c", HOLD, cluster.address]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -283,7 +283,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
     shutil.copytree(folder / "runs", copy / "runs", symlinks=True)
     (run_directory(copy) / "ray" / "session").unlink()  # The other run collects these logs.
     cluster.add(1)
-    with core_of_somebody_else(cluster):
+    with core_of_another_job(cluster):
         command = Command(copy, "--workers", "1:3", "--address", cluster.address)
         assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # as many as there was room for
         cluster.add(1)

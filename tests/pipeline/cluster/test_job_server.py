@@ -188,9 +188,8 @@ def test_detaching_from_a_job_prints_how_to_attach_again(
     ray.answers["/api/jobs/digits"] = (200, details("RUNNING"))
 
     def interrupt() -> None:
-        while (
-            ray.asked.count(("/api/jobs/digits/logs/tail", None)) < 2
-        ):  # The second request is made by the loop.
+        # The second request shows that the loop runs.
+        while ray.asked.count(("/api/jobs/digits/logs/tail", None)) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 

@@ -110,9 +110,8 @@ def test_each_job_is_checked_for_its_own_sections() -> None:
         "data.holdout=0.1",
         "sweep={space: {search.lr: {uniform: [0.1, 0.2]}}, storage: 'sqlite:///study.db'}",
     ]
-    (line,) = rejections(
-        "runtime.runs_dir=/shared", *NO_STORE, *space, job="sweep"
-    )  # The trials of a sweep are its workers.
+    # A sweep needs no workers, because its trials are the workers.
+    (line,) = rejections("runtime.runs_dir=/shared", *NO_STORE, *space, job="sweep")
     assert line.startswith("sweep.storage: sqlite:///study.db would be deleted with the job's")
 
 
