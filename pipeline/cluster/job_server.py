@@ -1,8 +1,9 @@
 """Ray's job server at an address: submit, list, follow and stop jobs, with one-line errors.
 
-Jobs are handled by Ray's own `JobSubmissionClient`. Only the first request and the search for the token are ours,
-because the client has no time limit (against a server that accepts and stays silent it waits for ever), sends a token
-to any server that answers, follows redirects with it, and reads one only if RAY_AUTH_MODE is set.
+Jobs are handled by Ray's own `JobSubmissionClient`. Only the first request and the search for the token are ours (as
+measured with Ray 2.60): the client has no time limit and waits for ever for a server that accepts connections but does
+not answer; it sends the token to any server; and it finds the token only if RAY_AUTH_MODE was set before Ray was
+imported, without checking that a header can hold it.
 """
 
 from __future__ import annotations
@@ -254,50 +255,35 @@ class JobServer:
         if answer.status_code == 401 and TOKEN_MISSING in answer.text:
             problem = f"the cluster at {self.shown} requires its token"
             if _tokens_are_off():
-                mode = os.environ["RAY_AUTH_MODE"]
-                raise IstanasError(
-                    f"{mode!r}, but {problem}", field="RAY_AUTH_MODE", remedy="set it to token, or unset it"
-                )
+                problem = f"{os.environ['RAY_AUTH_MODE']!r}, but {problem}"
+                raise IstanasError(problem, field="RAY_AUTH_MODE", remedy="set it to token, or unset it")
             raise IstanasError(problem, field="--address", remedy=f"give the token by {TOKEN_SOURCES}")
         if answer.status_code == 403 and headers:
-            raise IstanasError(
-                f"the cluster at {self.shown} rejects this token",
-                field=source,
-                remedy=f"give the cluster's own token by {TOKEN_SOURCES}",
-            )
+            problem = f"the cluster at {self.shown} rejects this token"
+            raise IstanasError(problem, field=source, remedy=f"give the cluster's own by {TOKEN_SOURCES}")
         try:
             known = answer.status_code == 200 and "ray_version" in answer.json()
         except (TypeError, ValueError):
             known = False
         if not known:
-            raise IstanasError(
-                f"the server at {self.shown} is no Ray job server (HTTP {answer.status_code}{by_proxy(self.address)})",
-                field="--address",
-                remedy=GIVE_DASHBOARD,
-            )
+            raise self._no_job_server(f"HTTP {answer.status_code}")
         return headers
 
     def _request_version(self, headers: dict[str, str]) -> Any:
         import requests
 
-        try:
-            return requests.get(
-                f"{self.address}/api/version",
-                headers=headers,
-                timeout=SECONDS_TO_ANSWER,
-                allow_redirects=False,  # Another server must not receive the token.
-            )
+        url = f"{self.address}/api/version"
+        try:  # Another server must not receive the token by a redirect.
+            return requests.get(url, headers=headers, timeout=SECONDS_TO_ANSWER, allow_redirects=False)
         except requests.RequestException as error:
             reason = one_line(error)
             if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
-                reason = (
-                    f"the process that listens there does not speak {urlsplit(self.address).scheme.upper()}"
-                )
-            raise IstanasError(
-                f"no Ray job server answers at {self.shown} ({reason}{by_proxy(self.address)})",
-                field="--address",
-                remedy=GIVE_DASHBOARD,
-            ) from None
+                reason = f"the process that listens there does not speak {urlsplit(url).scheme.upper()}"
+            raise self._no_job_server(reason) from None
+
+    def _no_job_server(self, reason: str) -> IstanasError:
+        problem = f"no Ray job server answers at {self.shown} ({reason}{by_proxy(self.address)})"
+        return IstanasError(problem, field="--address", remedy=GIVE_DASHBOARD)
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:

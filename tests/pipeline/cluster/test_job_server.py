@@ -103,7 +103,10 @@ def test_a_token_is_sent_only_to_a_server_that_requests_it_in_rays_words(
     for answer in ((401, "Unauthorized"), (403, "Forbidden"), (302, f"{server.address}/elsewhere")):
         server.answers = {"/api/version": answer, "/elsewhere": UNAUTHORIZED}
         code, line = says("jobs")
-        assert (code, f"is no Ray job server (HTTP {answer[0]})" in line) == (1, True), line
+        assert (code, f"no Ray job server answers at {server.address} (HTTP {answer[0]})" in line) == (
+            1,
+            True,
+        ), line
     assert server.asked == [("/api/version", None)] * 3
     server.answers = {"/api/version": (307, f"{server.address}/elsewhere"), "/elsewhere": (200, "{}")}
     server.needs_token = True
