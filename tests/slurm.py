@@ -1,6 +1,6 @@
-"""Slurm with two nodes on this machine: real daemons, each node a machine of a private network, with its own host name.
+"""Slurm with two nodes on this machine: real daemons, with a network namespace and a host name for each node.
 
-Needs root, slurm-wlm, munge and iproute2 (Debian's packages).
+It requires root and the Debian packages slurm-wlm, munge and iproute2.
 """
 
 import os
@@ -48,7 +48,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def lacking() -> str | None:
-    """Why Slurm can't run here, or None."""
+    """Return the reason why Slurm cannot run here, or None."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
@@ -57,7 +57,7 @@ def lacking() -> str | None:
 
 
 class Slurm:
-    """The two nodes, while `running` lasts."""
+    """The two nodes, inside `running`."""
 
     def __init__(self, folder: Path, network: Network) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Slurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def ask(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """What a command on the first node prints."""
+        """Run a command on the first node, and return its stdout."""
         done = subprocess.run(
             self._on("n1", *command),
             cwd=cwd,
@@ -86,7 +86,7 @@ class Slurm:
         self._wait_until_idle()
 
     def end(self) -> None:
-        """End the daemons and whatever runs on the nodes: everything there is ours."""
+        """Kill the daemons and all processes in the namespaces of the nodes."""
         for machine in self._machines.values():
             for _ in range(50):
                 listed = subprocess.run(
@@ -103,7 +103,7 @@ class Slurm:
             daemon.wait()
 
     def logs(self) -> str:
-        """The end of every daemon's log, for a test that fails."""
+        """Return the end of each daemon's log, for the message of a failed test."""
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
@@ -139,7 +139,7 @@ class Slurm:
         while time.monotonic() < end:
             try:
                 answer = self.ask("sinfo", "--noheader", "--format=%D %t")
-            except (AssertionError, subprocess.TimeoutExpired) as error:  # not up yet
+            except (AssertionError, subprocess.TimeoutExpired) as error:  # not started yet
                 answer = str(error)
             if answer.strip() == f"{len(NODES)} idle":
                 return
@@ -149,7 +149,7 @@ class Slurm:
 
 @contextmanager
 def running() -> Iterator[Slurm]:
-    """Two idle nodes; afterwards nothing is left of them."""
+    """Start two idle nodes, and remove everything afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         with Network(len(NODES)) as network:
@@ -167,7 +167,7 @@ def _munge(folder: Path) -> list[str]:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    folder.chmod(0o755)  # else munge finds its socket unreachable
+    folder.chmod(0o755)  # Otherwise munge rejects the folder of its socket.
     files = {
         "socket": "munge.socket",
         "pid-file": "munge.pid",
@@ -183,4 +183,5 @@ def _write_conf(folder: Path) -> None:
     for made in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / made).mkdir()
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, head=NODES["n1"], nodes=nodes))
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # none is asked for, but one must load
+    # No control groups are used, but Slurm has to load a plugin.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -109,14 +109,14 @@ def check_cluster(address: str) -> Check:
     Args:
         address: An address as in `runtime.address`.
     """
-    from pipeline.cluster.address import NOT_RAY, ask_ray, check_address, from_environment, named
+    from pipeline.cluster.address import ask_ray, check_address, from_environment
 
     try:
         check_address(address)
+        wait_for_answer = ask_ray(address)
+        wait_for_answer()
     except IstanasError as error:
-        return Check("cluster", "fail", str(error))
-    if not ask_ray(address)():
-        return Check("cluster", "fail", f"{named(address)} {address}", NOT_RAY)
+        return Check("cluster", "fail", f"{error.field}: {error.problem}", error.remedy or "")
     by = " (RAY_ADDRESS)" if from_environment(address) else ""
     return Check(
         "cluster", "ok", f"Ray answers at {address}{by}; each worker gets cores / workers threads there"

@@ -113,6 +113,7 @@ def run_sweep(context: JobContext) -> SweepResult:
     """
     config, runtime = context.config, context.runtime
     check_space(config)  # before the pictures are looked at, which may take a while
+    runtime.check_address()
     spec = settled_spec(config, context.console, lambda each: sweep_spec(each, context.name))
 
     def prepare(dataset: ImageDataset) -> tuple[Plan, Study]:
@@ -120,10 +121,9 @@ def run_sweep(context: JobContext) -> SweepResult:
         os.environ.update({**ENVIRONMENT, **os.environ})
         dashboard, say = config.runtime.worker_range.maximum > 1, context.say
         runtime.start(spec.path, dashboard=dashboard, say=say)
-        with runtime.noticing_a_clients_loss("pre-flight", spec.path):
-            if runtime.joined:
-                _prepare_cluster(config, runtime, say)
-            plan = plan_trials(config, cluster_nodes())
+        if runtime.joined:
+            _prepare_cluster(config, runtime, say)
+        plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=context.fresh, run_dir=spec.path)
 
     def run(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
@@ -132,8 +132,7 @@ def run_sweep(context: JobContext) -> SweepResult:
         trials = Trials(config, plan, run, study, observer)
         try:
             trials.go_on()
-            with runtime.noticing_a_clients_loss("sweep", run.path):
-                run_tune(config, plan, run.path, study, trials, observer)
+            run_tune(config, plan, run.path, study, trials, observer)
             outcome = _finish(config, run, study, observer)
         except OptunaError as error:
             database = public_uri(storage_uri(config, spec.path.name))
@@ -225,6 +224,7 @@ def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: i
     from rich.table import Table
 
     check_space(config)
+    runtime.check_address()
     sweep = sweep_of(config)
     table = Table("key", "values")
     for key, parameter in sweep.space.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import uuid
@@ -15,7 +14,7 @@ from optuna.study import Study
 
 from istanas.errors import IstanasError
 from pipeline.base.text import last_line
-from pipeline.cluster.loss import noticing_its_loss
+from pipeline.cluster.loss import watch_cluster
 from pipeline.config.keys import known_methods
 from pipeline.config.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.jobs.observer import RunObserver
@@ -60,9 +59,9 @@ def run_tune(
     files = (folder / LOG_FOLDER / "tune").resolve()
     shutil.rmtree(files, ignore_errors=True)  # of sittings that were interrupted
     sitting = f"sitting-{uuid.uuid4().hex[:8]}"
-    tuner = _tuner(
-        files,
-        trainable=tune.with_resources(run_trial, resources),
+    _keep_aws_keys_out_of_logs()
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=make_scheduler(config, study, max_epochs(config)),
@@ -80,7 +79,7 @@ def run_tune(
         ),
     )
     try:
-        with _noticing_the_loss_of_ray(folder / LOG_FOLDER):
+        with _watch_cluster(folder / LOG_FOLDER):
             tuner.fit()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise IstanasError(
@@ -99,40 +98,26 @@ def run_tune(
         ) from searcher.error
 
 
-def _noticing_the_loss_of_ray(logs: Path) -> AbstractContextManager[None]:
+def _watch_cluster(logs: Path) -> AbstractContextManager[None]:
     import ray
 
-    if ray.util.client.ray.is_connected():  # which `Runtime` watches
-        return contextlib.nullcontext()
-    # By then Ray ends the process itself: a head that comes back in time is waited for as long as may be.
+    # A head that comes back is waited for as long as possible: until shortly before Ray itself ends the process.
     patience = float(os.environ.get(RAYS_PATIENCE, "60"))
     seconds = max(5.0, patience - SECONDS_BEFORE_RAY)
-    return noticing_its_loss("sweep", logs, ray.get_runtime_context().gcs_address, seconds)
+    return watch_cluster("sweep", logs, ray.get_runtime_context().gcs_address, seconds)
 
 
-def _tuner(files: Path, **options: Any) -> Any:
-    """Ray Tune, controlled from this process, whether it is a node of the cluster or a mere client (ray://).
+def _keep_aws_keys_out_of_logs() -> None:
+    """Stop Ray from writing AWS's keys into its logs, through which it would send them to trials.
 
-    Of a client, Ray would move searcher and all to the head node; but study, runs and terminal are worked on here.
+    Trials have the keys of their node: a Ray that is started here inherits the environment of this process, and on a
+    cluster the pre-flight checks ask each node.
     """
-    import ray
-    from ray import tune
     from ray.tune.execution import class_cache
 
-    # Ray would write AWS's keys into its logs, by which it sends them to trials. These have those of their node: a
-    # Ray that is started here hands on this process's, and on a cluster the pre-flight asks each node.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
     }
-    if not ray.util.client.ray.is_connected():
-        return tune.Tuner(**options)
-    from ray.train._internal import storage as of_ray
-    from ray.tune.impl.tuner_internal import TunerInternal
-
-    of_ray._get_ray_train_session_dir = lambda: str(
-        files
-    )  # Ray looks for its own on a node, which this is not
-    return TunerInternal(**options, _tuner_kwargs={"_remote": False})
 
 
 def max_epochs(config: Config) -> int:

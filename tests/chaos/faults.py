@@ -18,7 +18,7 @@ import psutil
 
 from pipeline.runs.directory import RunDir
 from tests.chaos.checks import check_nothing_lives
-from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
+from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.chaos.victims import Case, Sitting
 from tests.mlflow_server import server
 from tests.namespaces import refusal
@@ -440,7 +440,6 @@ FAULTS = {
         ),
         Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, place=OneMachine, workers=2),
-        Fault("a mere client loses its cluster, another comes", kill_head, place=ForClients, workers=2),
         Fault("SIGKILL of the command, and its disk lost (runs in a bucket)", lose_machine),
         Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
         Fault(

@@ -17,7 +17,6 @@ import pytest
 
 from tests.chaos import report
 from tests.chaos.checks import check_as_undisturbed, check_cluster_is_left, check_nothing_lives
-from tests.chaos.cluster import ForClients
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.victims import JOBS, Case, Job
 
@@ -29,8 +28,7 @@ CASES = [
         fault,
         job,
         id=f"{fault.name}-{job}",
-        # They have one undisturbed run in common; clients come one at a time, see `client_of`.
-        marks=pytest.mark.xdist_group("clients" if fault.place is ForClients else f"{job}-{fault.workers}"),
+        marks=pytest.mark.xdist_group(f"{job}-{fault.workers}"),  # They have one undisturbed run in common.
     )
     for fault in FAULTS.values()
     for job in fault.jobs
