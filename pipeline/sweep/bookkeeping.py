@@ -30,7 +30,7 @@ from pipeline.runs.record import MetricsLine
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.report import sweep_frame
 from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
-from pipeline.sweep.study import FAILED, NODE, WARNED, first_number, keep_study, own_trials
+from pipeline.sweep.study import FAILED, NODE, WARNED, first_number, own_trials, save_study
 from pipeline.tracking.store import public_uri, store_uri
 from pipeline.training.pictures import settle_stems
 
@@ -143,7 +143,7 @@ class Trials:
 
     def _keep(self) -> None:
         """Have the study in the storage, if the run lies in one, before anybody is told what it holds."""
-        keep_study(self._config, self._run.path)
+        save_study(self._config, self._run.path)
         bucket.push(self._run.path)
 
     def _show(self) -> None:

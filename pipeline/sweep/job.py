@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from istanas.data import ImageDataset
-from istanas.errors import ConfigError, IstanasError
+from istanas.errors import IstanasError
 from istanas.space import Genotype
 from istanas.training import Compute
 from pipeline.base.files import atomic_write
@@ -40,11 +40,11 @@ from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import CELL_FIGURES, CONFIG_FILE, GENOTYPE_FILE
 from pipeline.runs.record import DatasetUse, MetricsLine
 from pipeline.sweep.bookkeeping import Trials, metrics_of_trials
-from pipeline.sweep.check import check_sweep, jobs_of_trials
+from pipeline.sweep.check import check_sweep, warnings_of_space
 from pipeline.sweep.plan import Plan, divide, plan_trials
 from pipeline.sweep.report import PAGE_FILE, sweep_frame, write_figures
 from pipeline.sweep.searcher import first_settings
-from pipeline.sweep.space import Settings, check_space, extreme_settings, readable, sweep_of, trial_config
+from pipeline.sweep.space import Settings, check_space, readable, sweep_of
 from pipeline.sweep.study import (
     FAILED,
     best_trial,
@@ -58,7 +58,6 @@ from pipeline.sweep.study import (
 from pipeline.sweep.tune import run_tune
 from pipeline.tracking.references import BEST
 from pipeline.tracking.store import public_uri
-from pipeline.training.data_checks import warnings_of_trials
 from pipeline.training.pictures import datasets_used, settle_stems
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
@@ -186,30 +185,6 @@ def _datasets(config: Config, dataset: ImageDataset) -> tuple[DatasetUse, ...]:
     if any(key == "seed" or key.startswith("data.") for key in sweep_of(config).space):
         return ()
     return datasets_used(config, dataset, "sweep")
-
-
-def warnings_of_space(config: Config, dataset: ImageDataset) -> list[str]:
-    """Return a line for people about each setting of the sweep, or value of its space, that makes no sense.
-
-    Args:
-        config: of the sweep, which `check_sweep` accepts.
-        dataset: its pictures.
-    """
-    return warnings_of_trials(_named_trials(config), dataset, jobs_of_trials(config), sweep_of(config).space)
-
-
-def _named_trials(config: Config) -> Iterator[Config]:
-    """Yield trials that together have every value that the space names, as far as the values fit together.
-
-    Pictures of another size are another data set, which its trial opens.
-    """
-    for settings in extreme_settings(config):
-        try:
-            trial = trial_config(config, settings)
-        except ConfigError:  # two bounds that do not fit together: such a trial fails, the others do not
-            continue
-        if trial.data.image_size == config.data.image_size:
-            yield trial
 
 
 def print_dry_run(config: Config, console: Console, runtime: Runtime, samples: int = 5) -> Plan:

@@ -24,7 +24,7 @@ from pipeline.jobs.lifecycle import announce
 from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.study import keep_study, open_study
+from pipeline.sweep.study import open_study, save_study
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.test_lifecycle import TINY
@@ -260,7 +260,7 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
         trial.suggest_float("search.lr", 0.01, 0.3, log=True)
         study.tell(trial, 0.5)
         trial = study.ask()
-        keep_study(config, run_dir())
+        save_study(config, run_dir())
         bucket.push(run_dir())
         sent = contents(study)
         study.tell(trial, 0.9)  # and here the process is killed
@@ -294,6 +294,6 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     database = f"sqlite:///{tmp_path}/study.db"
     own = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.storage={database}"])
     sitting(own)
-    keep_study(own, run_dir())
+    save_study(own, run_dir())
     assert optuna.get_all_study_names(database) == [SWEEP]
     assert not (run_dir() / "optuna.db").exists()

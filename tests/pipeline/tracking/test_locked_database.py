@@ -12,7 +12,6 @@ from optuna.exceptions import StorageInternalError
 
 from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
-from pipeline.sweep import study as study_module
 from pipeline.sweep.searcher import StudySearcher
 from pipeline.sweep.study import FINISHED, open_study, own_trials
 from pipeline.tracking import store as tracking_store
@@ -77,14 +76,11 @@ class Ends:
         pass
 
 
-def test_a_sweep_stops_at_a_locked_study_and_loses_no_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study_module, "SECONDS_FOR_A_LOCK", 0.5)
+def test_a_sweep_stops_at_a_locked_study_and_loses_no_trial(tmp_path: Path) -> None:
     sweep = json.dumps({"trials": 3, "space": {"search.lr": {"uniform": [0.01, 0.1]}}})
     config = load(None, [*SETTINGS, f"runtime.runs_dir={tmp_path}", f"sweep={sweep}"])
     done = {FINISHED: True, "objective/top1": 0.5, "valid_top1": 0.5}
-    searcher = StudySearcher(config, open_study(config, "locked", fresh=False), Ends())
+    searcher = StudySearcher(config, open_study(config, "locked", fresh=False, lock_seconds=0.5), Ends())
     searcher.suggest("a")
     with locked(tmp_path / "optuna.db"):
         searcher.on_trial_complete("a", dict(done))
