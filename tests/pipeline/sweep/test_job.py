@@ -92,9 +92,10 @@ def test_a_dry_run_shows_and_starts_nothing(
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["at_once"] == 1
-    assert sum(line.startswith("to begin with: ") for line in err.splitlines()) == 5
+    assert sum(line.startswith("sampled settings: ") for line in err.splitlines()) == 5
     assert (
-        "to begin with: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1" in err
+        "sampled settings: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1"
+        in err
     )
     assert "loguniform 0.01 .. 0.3" in err
     assert "12 trials, objective retrained (top1), searcher tpe, scheduler asha (grace 1, factor 3)" in err
@@ -272,7 +273,7 @@ def test_importances_of_few_trials_are_not_drawn_and_it_is_said(tmp_path: Path) 
     files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert "plots/importances.png" not in files
     assert "plots/history.png" in files
-    assert said == ["importances: not drawn (7 finished trials; below 8 they are chance, run more)"]
+    assert said == ["importances: not drawn (only 7 finished trials; fewer than 8 give noise)"]
     page = (tmp_path / "sweep.html").read_text()
     assert "prefers-color-scheme: dark" in page
     assert 'id="importances"' not in page

@@ -45,16 +45,16 @@ class Ends:
         if self._calls == self._dies_at:
             raise Killed
 
-    def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
         self._live_or_die()
         self.begun.append((index, settings))
         return {"index": index, "settings": settings}
 
-    def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         self._live_or_die()
         self.over.append((index, state))
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         self._live_or_die()
 
 
@@ -314,10 +314,10 @@ def test_a_study_belongs_to_one_run_directory(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_fit_together_are_a_failed_trial_and_the_sweep_goes_on(tmp_path: Path) -> None:
     class Refusing(Ends):
-        def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+        def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
             if index == 1:
                 raise ConfigError("trial: search.lr_min is above search.lr")
-            return super().begins(index, settings)
+            return super().trial_started(index, settings)
 
     ends = Refusing()
     study = sit(config_of(tmp_path, trials=3), ends)
