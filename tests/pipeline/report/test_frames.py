@@ -20,7 +20,7 @@ from pipeline.report import (
     sweeps_frame,
     weights_frame,
 )
-from pipeline.report.frames import (
+from pipeline.report.columns import (
     COLUMNS,
     EPOCHS_COLUMNS,
     GENOTYPES_COLUMNS,

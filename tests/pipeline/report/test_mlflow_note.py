@@ -62,9 +62,9 @@ def test_figures_and_genotype_of_every_kind() -> None:
         "96.00 % by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
     )
     assert ["test top-1", "99.16 %"] in rows(retrain)
-    assert ["time of training", "1 min 23 s"] in rows(retrain)
+    assert ["time", "1 min 23 s"] in rows(retrain)
     assert ["search.lr", "uniform 0 .. 1", "0.1"] in rows(sweep)
-    assert ["Kendall's tau of the two, all trials", "not defined"] in rows(sweep)
+    assert ["Kendall's tau between search and retraining", "not defined"] in rows(sweep)
     assert "All trials: `trials.csv`." in sweep
 
 

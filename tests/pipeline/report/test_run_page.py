@@ -90,7 +90,7 @@ def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], ki
     extra = ["pictures", *(["frozen"] if kind == "one_stage" else [])]
     assert sorted(page.sections) == sorted(COMMON + extra)
     assert "report.html" in run.read().artifacts
-    assert ("the search, epoch by epoch in trajectory.html" in page.text) == (kind != "retrain")
+    assert ("See also: trajectory.html (the search, epoch by epoch)" in page.text) == (kind != "retrain")
     assert page.all("script") == []
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert [label.partition(":")[0] for label in labels[:3]] == [
@@ -184,7 +184,7 @@ def test_a_run_that_was_begun_elsewhere_says_so(copy: RunDir) -> None:
     file.write_text(json.dumps({**environment, "cores": environment["cores"] + 1}))
     write_environment(copy, "search")
     write_report(copy)
-    assert "1 environment before, in environment.json" in page_of(copy).text
+    assert "earlier environments 1, in environment.json" in page_of(copy).text
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
     page.check_loads_nothing()
     page.check_ids()
     assert sorted(page.sections) == sorted([*COMMON, "best", "trials", "plots"])
-    assert "Beside this page: interactive figures in sweep.html" in page.text
+    assert "See also: sweep.html (interactive figures)" in page.text
     text = page.text
     for words in (
         "top-1 after retraining 95.61 %",
@@ -237,7 +237,7 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
         "parameters 40,482",
         "time 1 min 28 s",
         "uniform 0.01 .. 0.1",
-        "The best trial stands first. All figures are in trials.csv",
+        "Finished trials come first, the best at the top. All columns are in trials.csv",
     ):
         assert words in text, words
     tops = [float(re.findall(r"([\d.]+) %", row)[1]) for row in map(" ".join, page.trials[:-1])]
