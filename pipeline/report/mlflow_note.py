@@ -92,7 +92,7 @@ def of_sweep(
     settings = [(key, text, shown_value(best[key]) if key in best else "") for key, text in space.items()]
     shown_in = ", ".join(f"`{file}`" for file in files)
     return _page(
-        f"{rows[-1][1]} by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
+        f"{rows[-1][1]} top-1 by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
         f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed; "
         f"{count(result['epochs'], 'epoch')}.",
         [*rows, *_common(result, time="time of all searches")],

@@ -128,8 +128,8 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
         yield "epochs of training", figure(result["train_epochs"])
         yield "rejected by limits", figure(result["rejected"])
     else:
-        yield "epochs", figure(result.get("epochs", epochs))
-    yield "time", duration(result["seconds"])
+        yield "epochs of all searches" if sweep else "epochs", figure(result.get("epochs", epochs))
+    yield "time of all searches" if sweep else "time", duration(result["seconds"])
 
 
 def _cell(folder: Path, cell: str, genotype: Genotype) -> Markup:

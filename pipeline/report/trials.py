@@ -183,7 +183,7 @@ def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "headings": [
             *("trial", "state", *keys.values()),
-            *("in search", "retrained", "parameters", "multiply-adds", "epochs", "time", "genotype"),
+            *("search top-1", "retrained top-1", "parameters", "multiply-adds", "epochs", "time", "genotype"),
         ],
         "numbers": set(range(first, first + 6)),
         "rows": rows,

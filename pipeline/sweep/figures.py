@@ -7,6 +7,7 @@ and on dark pages; the page's style sheet colours their texts.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,14 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
         axes, figure = figures(function, **options)
         return _png(_on_white(axes)), _transparent(figure), 0
 
+    def history() -> tuple[bytes, Any, int]:
+        from matplotlib.ticker import MaxNLocator
+
+        axes, figure = figures("plot_optimization_history", **of_top1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # Numbers of trials have no fractions.
+        figure.update_xaxes(dtick=math.ceil(sweep_of(config).trials / 10))
+        return _png(_on_white(axes)), _transparent(figure), 0
+
     def parallel() -> tuple[bytes, Any, int]:
         axes, figure = figures("plot_parallel_coordinate", params=shared, **of_top1)
         labels = [TOP1, *shared]
@@ -167,7 +176,7 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         yield "importances", lambda: plain("plot_param_importances", evaluator=evaluator, **of_top1)
     yield "parallel_coordinates", parallel
-    yield "history", lambda: plain("plot_optimization_history", **of_top1)
+    yield "history", history
     if len(objectives) in (2, 3):
         yield "pareto_front", lambda: plain("plot_pareto_front", target_names=objectives)
 
@@ -248,8 +257,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
         >>> _log_ticks(0.002, 0.3)
         [0.002, 0.01, 0.1, 0.3]
     """
-    import math
-
     first, last = math.log10(low), math.log10(high)
     room = 0.07 * (last - first)
     powers = range(math.ceil(first), math.floor(last) + 1)

@@ -37,7 +37,7 @@ class Plan:
         return f"{count(self.workers, 'worker')} of {each}" if self.workers else each
 
     def __str__(self) -> str:
-        return f"a trial has {self.share}; {self.fit} fit, {self.at_once} at once"
+        return f"each trial has {self.share}; {count(self.fit, 'trial')} fit, at most {self.at_once} at once"
 
 
 def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:

@@ -73,15 +73,20 @@ def write_figures(
         atomic_write(folder / PLOTS / f"{name}.png", png)
     page = render(
         "sweep.html",
-        title=f"Sweep {own.study_name}",
-        subtitle=f"{count(len(frame), 'trial')}; objective {', '.join(sweep_of(config).objectives)}",
-        footer=folder.name,
+        title=own.study_name,
+        subtitle=f"Sweep with {count(len(frame), 'trial')}, {_objectives(config)}",
+        footer=f"Run directory {folder.name}",
         report=REPORT_PAGE,
         plots=plots,
         trials=page_table(folder, frame),
     )
     atomic_write(folder / PAGE_FILE, page)
     return (*(f"{PLOTS}/{name}.png" for name in pictures), PAGE_FILE)
+
+
+def _objectives(config: Config) -> str:
+    names = sweep_of(config).objectives
+    return f"{'objective' if len(names) == 1 else 'objectives'}: {', '.join(names)}"
 
 
 def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:

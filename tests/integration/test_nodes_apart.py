@@ -113,7 +113,7 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     assert shared == f"pre-flight: storage: 2 nodes and this process share {PLACE} and {tmp_path}"
     assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
-    assert plan == "a trial has 1 core; 2 fit, 2 at once"
+    assert plan == "each trial has 1 core; 2 trials fit, at most 2 at once"
     assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]
     result, there = json.loads(out), server.objects(begun.removeprefix(f"sweep: s3://{BUCKET}/"))
     assert result["run_dir"] == begun.removeprefix("sweep: ")

@@ -59,7 +59,7 @@ def test_figures_and_genotype_of_every_kind() -> None:
     first = "99.16 % test top-1, 97.50 % validation top-1: retraining on digits, 1 epoch.\n"
     assert retrain.startswith(first)
     assert sweep.startswith(
-        "96.00 % by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
+        "96.00 % top-1 by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
     )
     assert ["test top-1", "99.16 %"] in rows(retrain)
     assert ["time", "1 min 23 s"] in rows(retrain)

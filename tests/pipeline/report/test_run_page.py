@@ -235,7 +235,7 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
         "Kendall's tau -1.00",
         "59 done, 0 stopped, 1 failed",
         "parameters 40,482",
-        "time 1 min 28 s",
+        "time of all searches 1 min 28 s",
         "uniform 0.01 .. 0.1",
         "Finished trials come first, the best at the top. All columns are in trials.csv",
     ):
