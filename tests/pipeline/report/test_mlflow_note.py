@@ -1,4 +1,4 @@
-"""What MLflow's pages say: whole Markdown, whatever the names, and no longer than the store takes."""
+"""Descriptions in MLflow: valid Markdown whatever the names, and no longer than the store allows."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ SWEEP = {
 
 
 def rows(text: str) -> list[list[str]]:
-    """The figures, and the cells of all tables."""
+    """Return the listed figures, and the cells of all tables."""
     figures = [line[2:].split(": ") for line in text.splitlines() if line.startswith("- ")]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return figures + [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
@@ -95,7 +95,7 @@ def test_a_bar_in_a_setting_does_not_break_the_table() -> None:
     assert ["data.root", "choice a\\|b", ""] in rows(text)
 
 
-def test_too_long_a_description_keeps_its_links_and_closes_its_code() -> None:
+def test_a_truncated_description_keeps_its_links_and_closes_its_code() -> None:
     long = "Title.\n\n```\n" + "sep_conv_3x3 <- 0\n" * 500 + "```"
     text = with_links(long, [Kin("search", "s", "1", "ab")], "cd", ["cells/normal.png", "cells/reduce.svg"])
     assert 4900 < len(text) <= 5000

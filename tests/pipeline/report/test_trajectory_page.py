@@ -1,4 +1,4 @@
-"""The page of a search, epoch by epoch: what it holds is what the run directory says."""
+"""The page of a search, epoch by epoch, shows the tables of the run directory."""
 
 import dataclasses
 import io
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 @pytest.fixture
 def copy(run: RunDir, tmp_path: Path) -> RunDir:
-    """The same search, to be changed."""
+    """A copy of the search."""
     return RunDir(shutil.copytree(run.path, tmp_path / "copy"))
 
 
@@ -75,7 +75,7 @@ def test_the_slider_has_the_epochs_and_a_label(run: RunDir) -> None:
     assert page.all("output")[0]["aria-live"] == "polite"
     data = data_of(page)
     assert {len(data[name]) for name in ("cells", "widths", "summaries", "rows")} == {4}
-    assert data["summaries"][3] in page.text  # without the script it shows the last epoch
+    assert data["summaries"][3] in page.text  # Without the script, the page shows the last epoch.
 
 
 def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> None:
@@ -166,7 +166,7 @@ def test_hostile_names_are_text(copy: RunDir) -> None:
     assert "<img src=x>" in page.text.lower()
 
 
-def test_it_can_be_made_again_and_is_the_same(run: RunDir) -> None:
+def test_a_page_written_again_is_identical(run: RunDir) -> None:
     file = run.path / "trajectory.html"
     first = file.read_bytes()
     file.unlink()
