@@ -118,9 +118,8 @@ class TrialRuns:
         try:
             frame = sweep_frame(self._config, self._study)
             running = frame["state"] == TrialState.RUNNING.name
-            if (
-                running.any()
-            ):  # An interrupted trial stays RUNNING in the study, which has no other state for it.
+            # An interrupted trial stays RUNNING in the study, which has no other state for it.
+            if running.any():
                 frame.loc[running, "state"] = INTERRUPTED
                 write_table(self._run.path, frame)
             self._delivered &= close_below(self._run.path, self._config)

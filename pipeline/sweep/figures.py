@@ -238,9 +238,7 @@ def _label_picture(axes: Axes, labels: Sequence[str], whole: set[str]) -> None:
         if axis.get_yscale() == "log":
             axis.yaxis.set_major_locator(FixedLocator(_log_ticks(*axis.get_ylim())))
             axis.yaxis.set_minor_locator(NullLocator())
-        elif not isinstance(
-            axis.yaxis.get_major_locator(), FixedLocator
-        ):  # An axis of choices has fixed names.
+        elif not isinstance(axis.yaxis.get_major_locator(), FixedLocator):  # Choices have fixed ticks.
             axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=label in whole))
         else:
             continue

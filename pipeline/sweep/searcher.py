@@ -180,9 +180,7 @@ class StudySearcher(Searcher):
             trial.set_user_attr(SETTINGS, settings)
             try:
                 task = self._listener.trial_started(index, settings)
-            except (
-                ConfigError
-            ) as error:  # a combination of settings that the checks before the start did not draw
+            except ConfigError as error:  # an invalid combination that `check_space` has not sampled
                 trial.set_user_attr(FAILED, one_line(error))
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 self._listener.study_updated(index)
