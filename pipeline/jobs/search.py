@@ -28,8 +28,7 @@ from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.report import mlflow_note
-from pipeline.report.html import TRAJECTORY_PAGE
-from pipeline.report.trajectory_page import write_trajectory_page
+from pipeline.report.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (

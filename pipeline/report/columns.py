@@ -171,3 +171,6 @@ WEIGHTS_COLUMNS: dict[str, str] = {
 - Top-1 accuracies are fractions, measured on the test split; `difference` is the gain of retraining.
 - Epochs and seconds of a one-stage search include its training phase.
 """
+
+SPACE_PREFIX = "sweep.space."
+"""Prefix of the parameters of a run that describe the space of a sweep."""

@@ -13,10 +13,10 @@ from pipeline.report.columns import (
     GENOTYPES_COLUMNS,
     METRICS,
     SEARCHES_COLUMNS,
+    SPACE_PREFIX,
     SWEEPS_COLUMNS,
     WEIGHTS_COLUMNS,
 )
-from pipeline.report.html import SPACE_PREFIX
 from pipeline.runs.layout import GENOTYPE_FILE
 from pipeline.runs.outcome import ORIGIN_TAG, data_of, outcome
 from pipeline.tracking.queries import Filters, load_runs, readable

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REPORT_PAGE, TRAJECTORY_PAGE = "report.html", "trajectory.html"
-SPACE_PREFIX = "sweep.space."  # of a record's parameters that describe the space of a sweep
+REPORT_PAGE = "report.html"
 BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # visible on the white background of charts
 # Text is not converted to paths, and ids are not random: equal figures give equal SVG.
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "istanas"}

@@ -13,13 +13,12 @@ from markupsafe import Markup
 from istanas.space import CELLS, Genotype
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration, percent
+from pipeline.report.columns import SPACE_PREFIX
 from pipeline.report.html import (
     BLUE,
     GREEN,
     ORANGE,
     REPORT_PAGE,
-    SPACE_PREFIX,
-    TRAJECTORY_PAGE,
     add_axes,
     cell_label,
     chart,
@@ -64,7 +63,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "links": [
             (file, text)
             for file, text in (
-                (TRAJECTORY_PAGE, "the search, epoch by epoch"),
+                ("trajectory.html", "the search, epoch by epoch"),
                 ("sweep.html", "interactive figures"),
             )
             if (run.path / file).is_file()

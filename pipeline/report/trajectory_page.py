@@ -26,7 +26,6 @@ from pipeline.report.html import (
     BLUE,
     ORANGE,
     REPORT_PAGE,
-    TRAJECTORY_PAGE,
     add_axes,
     cell_label,
     chart,
@@ -39,6 +38,7 @@ from pipeline.report.html import (
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
 
+TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
 _ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # sizes in the heat map, whose font size is 11
 
