@@ -31,7 +31,7 @@ STUDY_FILE = "optuna.db"
 EPOCH, TOP1 = "epoch", "valid/top1"  # after each epoch
 FINISHED, FAILED = "finished", "failed"  # in the last report; FAILED holds the reason
 BLOCKED = (
-    "blocked"  # instead of FINISHED or FAILED: a full disk or an unreachable storage, which stops the sweep
+    "blocked"  # instead of FINISHED and FAILED, if a full disk or an unreachable storage stops the sweep
 )
 WARNED = "warned"  # the warnings of the trial
 NODE = "node"  # the cluster node, in every report
