@@ -29,10 +29,9 @@ from pipeline.sweep.searcher import StudySearcher, make_scheduler
 from pipeline.sweep.space import methods_of, sweep_of, values_of
 from pipeline.sweep.trial import run_trial
 
-RECONNECT_TIMEOUT = (
-    "RAY_gcs_rpc_server_reconnect_timeout_s"  # seconds after which Ray ends a process without a head
-)
-SECONDS_BEFORE_RAY = 15.0  # how long before that time a sweep reports the loss of the head itself
+# Ray ends a process this many seconds after the loss of the cluster's head; a sweep reports the loss shortly before.
+RECONNECT_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+SECONDS_BEFORE_RAY = 15.0
 EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
 
 

@@ -145,7 +145,7 @@ def test_a_sweep_and_its_trials_do_not_change_each_others_files(
         (path / "run.json").write_text("{}")
         (path / "best").mkdir()
         (path / "best" / "genotype.json").write_text("{}")
-        for name in names:  # The same machine runs both trials.
+        for name in names:  # The first one is on this machine, the second on another.
             trial = bucket.local(f"{address}/{name}")
             with bucket.held(trial, print):
                 (trial / "run.json").write_text("{}")
