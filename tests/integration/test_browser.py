@@ -245,7 +245,7 @@ def test_the_run_is_found_with_its_chart_cell_report_and_model(
     assert picture.evaluate("image => image.naturalWidth") >= 800
     page.get_by_text("report.html").first.click()
     frame = page.frame_locator("iframe").last
-    expect(frame.get_by_text("Final figures").first).to_be_visible()
+    expect(frame.get_by_text("Results").first).to_be_visible()
     page.get_by_text("trajectory.html").first.click()
     slider = page.frame_locator("iframe").last.get_by_role("slider")
     slider.press("Home")

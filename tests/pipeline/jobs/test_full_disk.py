@@ -170,13 +170,13 @@ def test_the_command_says_in_one_line_what_to_free(
 class Ends:
     """Somebody who is told what becomes of trials, and has nothing to do."""
 
-    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
         raise AssertionError("the trial has not ended")
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         raise AssertionError("the study was told")
 
 

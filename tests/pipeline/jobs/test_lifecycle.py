@@ -202,7 +202,7 @@ def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: J
     pd.testing.assert_frame_equal(
         pd.read_csv(path / "codes.csv"), whole[whole["epoch"] == 2].reset_index(drop=True)
     )
-    assert "pink epochs that were not recorded" in (path / "trajectory.html").read_text()
+    assert "epochs that were not recorded are pink" in (path / "trajectory.html").read_text()
 
 
 def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:

@@ -65,13 +65,13 @@ def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
 class Ends:
     """Somebody who is told what becomes of trials, and has nothing to do."""
 
-    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
         pass
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         pass
 
 
