@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -21,15 +22,23 @@ def server(folder: Path, port: int) -> Iterator[None]:
     with open(folder / "server.log", "a") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert child.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            time.sleep(0.1)
+        wait_until(
+            lambda: _answers(port),
+            120,
+            "MLflow's server",
+            alive=lambda: child.poll() is None,
+            state=(folder / "server.log").read_text,
+            interval=0.1,
+        )
         yield
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True

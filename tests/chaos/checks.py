@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import load_latest, load_progress, read_records
 from tests.chaos.victims import Case
 from tests.ray_cluster import title
+from tests.waiting import wait_until
 
 SAME_FILES = (CONFIG_FILE, "genotype.json", "trajectory.csv", "codes.csv", "model.safetensors")
 CLOCKS = {"seconds", "images_per_second", "timestamp_ms", "retrain_seconds"}
@@ -138,18 +138,21 @@ def check_cluster_is_left(case: Case, seconds: float = 30) -> None:
     if case.cluster is None:
         return
     kinds = ("RayTrainWorker", "TrainController", "ray::ImplicitFunc", "ray::Mailbox")
-    end = time.monotonic() + seconds
-    while alive := [title(p) for kind in kinds for p in case.cluster.named(kind)]:
-        assert time.monotonic() < end, f"left on the cluster: {alive}"
-        time.sleep(0.1)
+    named = case.cluster.named
+
+    def alive() -> list[str]:
+        return [title(process) for kind in kinds for process in named(kind)]
+
+    wait_until(lambda: not alive(), seconds, "the job's processes on the cluster to end", state=alive)
 
 
 def check_nothing_lives(case: Case, seconds: float = 20) -> None:
     """No process of the case is left, but agents of Ray's, which notice the end of a killed driver after a minute."""
-    end = time.monotonic() + seconds
-    while alive := [title(p) for p in case.processes() if not is_agent(p)]:
-        assert time.monotonic() < end, f"left behind: {alive}"
-        time.sleep(0.1)
+
+    def alive() -> list[str]:
+        return [title(process) for process in case.processes() if not is_agent(process)]
+
+    wait_until(lambda: not alive(), seconds, "the case's processes to end", state=alive, interval=0.1)
 
 
 def is_agent(process: psutil.Process) -> bool:

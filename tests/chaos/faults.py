@@ -85,7 +85,7 @@ def kill_driver(case: Case, times: int) -> None:
 
 def terminate(case: Case, times: int) -> None:
     def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens)
+        sitting.wait(sitting.listens, "its signal handlers")
         sitting.process.terminate()
 
     end_each_time(case, times, strike, 143)
@@ -94,7 +94,7 @@ def terminate(case: Case, times: int) -> None:
 
 def interrupt_twice(case: Case, times: int) -> None:
     def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens)
+        sitting.wait(sitting.listens, "its signal handlers")
         os.killpg(sitting.process.pid, signal.SIGINT)
         time.sleep(case.draw.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):  # it was quick
@@ -109,7 +109,8 @@ def run_twice(case: Case, times: int) -> None:
     for left in range(times, 0, -1):
         case.moment(first, left)
         first.process.send_signal(signal.SIGSTOP)
-        first.wait(lambda: psutil.Process(first.process.pid).status() == psutil.STATUS_STOPPED)
+        halted = psutil.Process(first.process.pid)
+        first.wait(lambda halted=halted: halted.status() == psutil.STATUS_STOPPED, "its halt")  # type: ignore[misc]
         before = snapshot(case.run)
         second = case.start()
         assert second.end() == 2, second.words
@@ -199,7 +200,7 @@ def lose_machine(case: Case, times: int) -> None:
         done = 0
         for left in range(times, 0, -1):
             sitting = case.start(*where)
-            sitting.wait(lambda done=done: case.epochs_done() >= done)  # type: ignore[misc]  # fetched
+            sitting.wait(lambda done=done: case.epochs_done() >= done, "the files of the bucket")  # type: ignore[misc]
             case.moment(sitting, left, going=False)
             sitting.process.kill()
             sitting.end()

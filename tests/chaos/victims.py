@@ -18,6 +18,7 @@ import psutil
 from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.followed import has_signal
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, kill
+from tests.waiting import wait_until
 
 CELL = (
     '{"version": 1, "normal": [[["sep_conv_3x3", 0], ["skip_connect", 1]], [["max_pool_3x3", 2], ["dil_conv_3x3", 0]]],'
@@ -144,7 +145,9 @@ class Case:
         spare = self.job.epochs - done - 1 - left
         more = self.draw.randint(int(going), max(int(going), spare // left))
         seconds = self.draw.uniform(0, 0.6)
-        sitting.wait(lambda: self.began() and self.epochs_done() >= done + more)
+        sitting.wait(
+            lambda: self.began() and self.epochs_done() >= done + more, f"{more} more epochs after {done}"
+        )
         time.sleep(seconds)
         assert sitting.alive, f"it had ended before the strike:\n{sitting.words}"
         self.strikes.append(f"after epoch {self.epochs_done()}, {seconds:.2f} s")
@@ -218,13 +221,10 @@ class Sitting:
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in list(self.lines))
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 180) -> None:
-        """Until something comes to pass, which it must while the command runs."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.alive, f"it has ended before:\n{self.words}"
-            assert time.monotonic() < end, f"it does not come to pass:\n{self.words}"
-            time.sleep(0.02)
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+        """Wait until the condition is true; fail if the command ends before."""
+        alive, words = (lambda: self.alive), (lambda: self.words)
+        wait_until(condition, seconds, what, alive=alive, state=words, interval=0.02)
 
     def end(self, seconds: float = 600) -> int:
         """Wait for its end."""

@@ -27,6 +27,7 @@ from pipeline.sweep.study import STUDY_FILE
 from pipeline.tracking.store import open_client
 from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
+from tests.waiting import wait_until
 
 TRIALS = 6
 TRIAL = "ray::ImplicitFunc"  # how Ray Tune calls the process of a trial
@@ -88,13 +89,6 @@ def table(folder: Path) -> pd.DataFrame:
         return pd.DataFrame({"state": []})
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come to pass"
-        time.sleep(0.05)
-
-
 def decided(folder: Path) -> list[dict[str, Any]]:
     """What of the trials' table the clock and the place do not decide."""
     clocks = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
@@ -109,10 +103,14 @@ def n_ended(folder: Path) -> int:
     return len([state for state in states if state != "RUNNING"]) if states else -1
 
 
+def first_log(folder: Path) -> str:
+    return "".join(file.read_text() for file in folder.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
+
+
 def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
     """SIGKILL so many seconds after something has come to pass; its trials end by themselves, as their locks do."""
-    wait_for(ready, 120)
-    time.sleep(seconds)
+    wait_until(ready, 120, "the trials that end before the kill")
+    time.sleep(seconds)  # the random moment
     others = psutil.Process(process.pid).children(recursive=True)
     assert process.poll() is None, "it had ended before it was killed: more trials are needed"
     process.kill()
@@ -284,7 +282,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     # Then Ctrl-C, as a terminal sends it.
     process = start(tmp_path, stderr=subprocess.PIPE)
     family = psutil.Process(process.pid).children
-    wait_for(lambda: bool(running_trials(process)), 120)
+    wait_until(lambda: running_trials(process), 120, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     others = family(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -296,7 +294,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     assert parent.info.status == "FAILED"
     # Then a trial's own process.
     process = start(tmp_path, stderr=subprocess.PIPE)
-    wait_for(lambda: bool(running_trials(process)), 120)
+    wait_until(lambda: running_trials(process), 120, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     for each in running_trials(process):
         os.kill(each.pid, signal.SIGKILL)
@@ -316,8 +314,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
 
 def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_path: Path) -> None:
     process = start(tmp_path, "--set", "sweep.trials=3", "--set", "search.epochs=40", stderr=subprocess.PIPE)
-    wait_for(lambda: bool(list(tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))), 120)
-    time.sleep(2)
+    wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130
@@ -337,8 +334,8 @@ def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_th
         *("--set", "sweep.max_restarts=0"),
         stderr=subprocess.PIPE,
     )
-    # Not while its process is only warmed up.
-    wait_for(lambda: bool(list(tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))), 120)
+    # A process that is only warmed up has no trial to lose.
+    wait_until(lambda: first_log(tmp_path), 120, "the first trial's log")
     for each in running_trials(process):
         os.kill(each.pid, signal.SIGKILL)
     finish(process)
@@ -366,22 +363,18 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
         *("--set", f"sweep.points=[{', '.join(points)}]"),
         stderr=subprocess.PIPE,
     )
-
-    def first_log() -> str:
-        return "".join(file.read_text() for file in tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
-
     other = RayCluster(1)  # another Ray of this machine is not taken for the sweep's
     try:
         # Found before the moment comes: two epochs take half a second.
-        wait_for(lambda: "2 workers (cpu" in first_log(), 120)
+        wait_until(lambda: "2 workers (cpu" in first_log(tmp_path), 120, "the first trial's workers")
         family = psutil.Process(process.pid).children(recursive=True)
         worker = next(p for p in family if "RayTrainWorker" in title(p))
-        wait_for(lambda: "epoch 1:" in first_log(), 120)
+        wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
         worker.kill()
         result = finish(process)
     finally:
         other.close()
-    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log())
+    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log(tmp_path))
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)

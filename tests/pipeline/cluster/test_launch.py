@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from pipeline.config.load import load
 from pipeline.config.workers import Node, usable_cores
 from pipeline.training.observer import Silent
 from tests.ports import unused_port
+from tests.waiting import wait_until
 
 
 # ---------- the mailbox
@@ -189,7 +189,7 @@ def test_ctrl_c_in_what_must_not_be_interrupted_comes_after_it() -> None:
     def work() -> None:
         with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGINT)
-            assert wait_until(lambda: bool(interrupted))
+            wait_until(lambda: interrupted, 5, "the signal", interval=0.01)
             done.append(True)
             raise OSError("which is not what it ends with")
 
@@ -205,7 +205,7 @@ def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_doe
     def work() -> None:
         with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert wait_until(lambda: bool(interrupted))
+            wait_until(lambda: interrupted, 5, "the signal", interval=0.01)
             assert not ended
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts one of its own there
 
@@ -216,13 +216,6 @@ def test_sigterm_in_what_must_not_be_interrupted_comes_after_it_whatever_ray_doe
         assert signal.getsignal(signal.SIGTERM) is handler
         assert ended == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)  # must not interrupt the closing
-
-
-def wait_until(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 5
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 # ---------- a cluster whose head goes away
@@ -265,7 +258,7 @@ def test_what_must_not_be_interrupted_is_brought_to_its_end_before_the_loss_is_t
 
     def deliver() -> None:
         with uninterrupted() as noted:
-            assert wait_until(lambda: bool(noted))
+            wait_until(lambda: noted, 5, "the loss", interval=0.01)
             time.sleep(1)
             ended.append(True)
 
