@@ -8,7 +8,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,17 +247,19 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, works: Mapping[str, Callable[[], Row | list[Row]]] = WORKS
+) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--only", choices=WORKS, help="this one; then no file is written without --json")
+    parser.add_argument("--only", choices=works, help="this one; then no file is written without --json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="instead of bench.json")
     options = parser.parse_args(arguments)
     path = Path("bench.json") if options.json is None and options.only is None else options.json
     torch.set_num_threads(1)
     start = time.perf_counter()
     rows: list[Row] = []
-    for name in WORKS if options.only is None else [options.only]:
-        done = WORKS[name]()
+    for name in works if options.only is None else [options.only]:
+        done = works[name]()
         rows += [done] if isinstance(done, Row) else done
         print(f"{time.perf_counter() - start:5.0f} s: {name}", flush=True)
     harness.write(rows, time.perf_counter() - start, path)

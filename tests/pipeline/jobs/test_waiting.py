@@ -24,7 +24,6 @@ from istanas.search import OneStageSearch, TwoStageSearch
 from istanas.space import CellSpace, random_genotype
 from istanas.training import Metrics, Totals
 from pipeline.config.load import load
-from pipeline.jobs import progress
 from pipeline.jobs.progress import EpochBar
 from pipeline.training import epochs
 from pipeline.training.epoch_record import FolderStore, Progress
@@ -116,8 +115,8 @@ class Guard(Silent):
         self.guarded_steps = self.passes = self.readings = 0
         self.read: list[Metrics | None] = []
         self._warm, self._refusing, self._inside = False, refusing, ExitStack()
-        monkeypatch.setattr(progress, "SECONDS_BETWEEN_READINGS", 0.0)
-        self._bar = EpochBar(Console(file=io.StringIO(), force_terminal=True), job, 2)
+        console = Console(file=io.StringIO(), force_terminal=True)
+        self._bar = EpochBar(console, job, 2, seconds_between_readings=0.0)
         for owner, name in PASSES[job]:
             monkeypatch.setattr(owner, name, self._guarded(getattr(owner, name)))
         monkeypatch.setattr(Totals, "metrics", self._counted(Totals.metrics))
