@@ -165,7 +165,7 @@ def test_the_constraints_pin_each_dependency_within_its_range(repo_root: Path, p
         assert requirement.specifier.contains(pinned[normal_name(requirement.name)]), text
 
 
-def test_the_lock_has_the_releases_of_the_constraints_with_the_hashes_of_their_files(
+def test_the_lock_has_the_constraints_releases_with_their_files_hashes(
     repo_root: Path, project: dict
 ) -> None:
     lines = (repo_root / "constraints.txt").read_text().splitlines()

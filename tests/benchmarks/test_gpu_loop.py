@@ -91,7 +91,7 @@ def test_without_a_gpu_the_program_says_so_in_one_line(capsys: pytest.CaptureFix
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
-def test_measured_on_a_gpu_in_bf16_with_fused_optimisers_and_the_pictures_there() -> None:
+def test_a_gpu_measures_bf16_fused_optimisers_and_pictures_on_the_device() -> None:
     loop, compute = tiny("cuda")
     assert compute.autocast_dtype is torch.bfloat16
     assert torch.get_float32_matmul_precision() == "high"

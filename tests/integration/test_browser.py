@@ -252,7 +252,7 @@ def test_the_run_is_found_with_its_chart_cell_report_and_model(
     expect(page.frame_locator("iframe").last.get_by_text(re.compile(r"Epoch 0 of 4")).first).to_be_visible()
 
 
-def test_from_the_registered_model_one_clicks_to_its_retraining_and_its_search(
+def test_the_registered_model_links_to_its_retraining_and_its_search(
     page: Page, address: str, result: dict[str, Any]
 ) -> None:
     page.goto(f"{address}/#/models/istanas-digits")

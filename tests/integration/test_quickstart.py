@@ -276,7 +276,7 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["digest"] != result["digest"]
 
 
-def test_one_stage_digits_are_searched_trained_exported_and_registered_in_one_run(
+def test_one_stage_digits_search_train_export_and_register_in_one_run(
     tmp_path: Path, repo_root: Path
 ) -> None:
     file = repo_root / "tune_configs" / "one_stage_digits.yaml"

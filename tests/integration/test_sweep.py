@@ -140,9 +140,10 @@ def runs_of(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
 
-def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
+def test_sweep_pages_link_to_runs_on_disk_and_to_no_file_in_mlflow(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
+    """Pages in MLflow are looked at where the files of the run directory are not."""
     folder, _ = whole
     sweep, frame = sweep_directory(folder), table(folder)
     done = frame[frame["state"] == "COMPLETE"]
@@ -166,7 +167,7 @@ def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
     }
 
 
-def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(whole: tuple[Path, Any]) -> None:
+def test_a_sweep_is_one_tree_in_mlflow_without_a_test_metric(whole: tuple[Path, Any]) -> None:
     folder, result = whole
     frame = table(folder)
     assert list(frame["trial"]) == list(range(TRIALS))
@@ -271,7 +272,7 @@ def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple
     assert (metrics.parent / "run.json").read_bytes() == record
 
 
-def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
+def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
@@ -325,9 +326,8 @@ def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_pat
     assert found == {"sweep": "INTERRUPTED", "search": "INTERRUPTED"}
 
 
-def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_the_sweep_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_trial_that_loses_its_process_too_often_fails_alone(tmp_path: Path) -> None:
+    """Its row has Ray's reason, and the sweep continues with the next trial."""
     process = start(
         tmp_path,
         *("--set", "sweep.trials=2", "--set", "sweep.objective=valid"),
@@ -347,8 +347,11 @@ def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_th
     )
 
 
-def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_behind(tmp_path: Path) -> None:
-    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers."""
+def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path) -> None:
+    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers.
+
+    Each trial releases its cores for the next one, whichever way it ends.
+    """
     points = [
         "{search.lr: 0.2, search.batch_size: 64}",
         "{search.lr: 0.002, search.batch_size: 64}",

@@ -204,13 +204,14 @@ def test_a_one_stage_cell_needs_the_setting_of_its_batch_norms() -> None:
         genotype_to_train("ISTA_onestage", config)
 
 
-def test_the_quickstart_searches_at_least_ten_epochs_and_retrains_on_the_digits() -> None:
+def test_the_quickstart_searches_the_digits_for_at_least_ten_epochs() -> None:
     config = load(default_file())
     assert config.data.name == "digits"
     assert config.search.epochs >= 10
 
 
-def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retrains_on_all() -> None:
+def test_the_small_cifar10_run_has_its_minimum_of_epochs_and_pictures() -> None:
+    """Five epochs of search over 20,000 pictures, and a retraining on all pictures."""
     config = load(ROOT / "tune_configs" / "cifar10_small_cpu.yaml")
     assert config.search.epochs >= 5
     assert config.search.max_pictures is None or config.search.max_pictures >= 20_000

@@ -404,7 +404,7 @@ def test_a_checkpoint_that_is_a_pipe_or_larger_than_memory_is_passed_over(
     assert f"({says}" in broken
 
 
-def test_a_trained_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Path) -> None:
+def test_a_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Path) -> None:
     retrained = run_of(folder, "retrain")
     for harm, says in ((pipe, "a pipe, not a file"), (sparse, "larger")):
         harm(retrained / "model.safetensors")
@@ -507,7 +507,7 @@ def test_names_of_files_do_not_command_the_terminal(pictures: Path) -> None:
     assert_refused(outcome, 1, r"train/\x1b[2Jcat holds no picture")
 
 
-def test_a_data_set_of_pickles_is_not_unpickled_unless_it_is_the_published_one(tmp_path: Path) -> None:
+def test_a_data_set_of_pickles_is_unpickled_only_if_it_is_published(tmp_path: Path) -> None:
     raw = tmp_path / "data" / "cifar-10-batches-py"
     raw.mkdir(parents=True)
     for name in (

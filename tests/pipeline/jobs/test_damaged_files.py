@@ -135,9 +135,7 @@ def test_a_record_that_is_gone_does_not_take_the_checkpoints_with_it(
     assert decided(stopped) == decided(undisturbed)
 
 
-def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_from_mlflow(
-    stopped: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_record_below_a_sweep_keeps_no_other_run_from_mlflow(stopped: Path, tmp_path: Path) -> None:
     other = stopped.parent / "other"
     shutil.copytree(stopped, other)
     cut(stopped / "run.json")
@@ -202,9 +200,7 @@ def test_a_finished_run_with_a_damaged_table_has_it_again(
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "newest", "all broken"])
-def test_the_tables_of_a_finished_run_stay_where_its_checkpoints_cannot_tell_what_they_were(
-    finished: Path, lost: str
-) -> None:
+def test_tables_of_a_finished_run_stay_if_no_checkpoint_can_restore_them(finished: Path, lost: str) -> None:
     folder = finished / "checkpoints"
     before = {name: (finished / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
     if lost == "checkpoints":

@@ -289,7 +289,7 @@ def test_a_run_is_exported_quietly_and_once(
     assert exported_before(run) is None
 
 
-def test_weights_that_are_not_numbers_are_refused_and_the_export_before_stays(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused_and_the_old_export_stays(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     net, card = network(SMALL)
     nn.init.constant_(net.classifier.bias, float("nan"))

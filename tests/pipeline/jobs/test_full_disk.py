@@ -94,7 +94,7 @@ def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
     ],
     ids=["nothing", "one copy of the log", "the log", "half of the checkpoint", "all but the checksum"],
 )
-def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_good(
+def test_a_checkpoint_without_room_leaves_nothing_and_the_last_one_is_good(
     disk: Path, pages: int, refused: str
 ) -> None:
     """What fits is what the parameter names; a line of the log takes a page, a checkpoint four."""

@@ -169,7 +169,7 @@ def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job
     assert [set(text.split()) for text in picks["2"]] == last
 
 
-def test_codes_have_every_candidate_of_every_epoch_and_the_kept_ones_are_the_largest(job: Job) -> None:
+def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job) -> None:
     path = Path(job("search")["run_dir"])
     codes = pd.read_csv(path / "codes.csv")
     assert list(codes.columns) == ["epoch", "cell", "node", "state", "op", "magnitude"]
@@ -451,7 +451,7 @@ def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
         assert "resumed after epoch 2" in job.seen
 
 
-def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job: Job) -> None:
+def test_resuming_with_another_number_of_workers_says_what_is_lost(job: Job) -> None:
     path = Path(job("search")["run_dir"])
     assert re.search(r"^in this process, cpu, 1 thread, \d+ cores? on this machine$", job.seen, re.MULTILINE)
     folder = path / "checkpoints"
@@ -566,9 +566,7 @@ def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: P
     )
 
 
-def test_what_was_killed_is_closed_in_mlflow_before_a_fresh_start_deletes_it(
-    job: Job, tmp_path: Path
-) -> None:
+def test_a_fresh_start_closes_the_killed_run_in_mlflow_before_deleting_it(job: Job, tmp_path: Path) -> None:
     tracked = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     run = RunDir(Path(job("search", *tracked)["run_dir"]))
     below = RunDir(run.path / "trial-0000")  # as those of a sweep

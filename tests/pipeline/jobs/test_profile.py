@@ -241,7 +241,7 @@ def test_only_gradients_that_are_asked_for_count(of_image: bool, of_weight: bool
     assert counted == forward * (1 + of_image + of_weight)
 
 
-def test_the_peak_has_two_operations_a_multiply_add_and_is_that_of_the_best_try(
+def test_the_peak_counts_two_operations_a_multiply_add_in_the_best_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock on which a FLOP takes a nanosecond, or two or three where the machine is busy."""

@@ -101,7 +101,7 @@ def test_a_log_file_says_how_far_a_sweep_is_and_the_time_left(clock: Clock) -> N
     ("took", "left", "at_once", "seconds"),
     [([60], 11, 1, 660), ([60], 11, 2, 360), ([30, 90], 3, 4, 60), ([60], 0, 2, 0)],
 )
-def test_the_time_left_of_a_sweep_follows_from_its_trials_and_how_many_run_at_once(
+def test_the_time_left_of_a_sweep_counts_trials_that_run_at_once(
     took: list[float], left: int, at_once: int, seconds: float
 ) -> None:
     assert seconds_left(took, left, at_once) == seconds
