@@ -1,4 +1,4 @@
-"""A cluster of several machines, each a network namespace of its own, as a user starts, asks and uses it."""
+"""A Ray cluster of several machines, each one a network namespace, started as a user starts it."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ STORE = f"http://{address(1)}:5000"
 START_NODE = [
     sys.executable,
     *("-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"),
-    "--include-log-monitor=false",  # a process a machine, for words that nobody here listens to
+    "--include-log-monitor=false",  # one process less on each machine; its messages are not read here
 ]
 START_HEAD = [
     *START_NODE,
@@ -56,14 +56,14 @@ wait_until(ready, 120, f"{number} nodes and MLflow's server", interval=0.2)
 
 @dataclass(frozen=True)
 class Machines:
-    """A Ray node with one core on each, head and MLflow's server on the first; and where the user sits."""
+    """Machines with a Ray node of one core each; the first has the head and MLflow's server."""
 
     network: Network
     folder: Path
     environment: dict[str, str]
 
     def ask(self, token: str) -> str:
-        """What the dashboard says to somebody where the user sits: nothing, once all is there."""
+        """Ask the dashboard from the user's machine; return "" once everything runs, or an error."""
         number = len(self.network.machines)
         what = [f"{JOB_SERVER}/nodes?view=summary", f"{STORE}/health", token, str(number)]
         command = [sys.executable, "-S", "-c", ASK, *what]
@@ -71,7 +71,7 @@ class Machines:
         return str(process.communicate(timeout=150)[1]).strip()
 
     def user(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """What the user types, far from the cluster."""
+        """Run an `istanas` command on the user's machine, which is outside of the cluster."""
         process = self.network.start(
             self.network.user,
             [*PROGRAM, *arguments],
@@ -86,13 +86,13 @@ class Machines:
 
 @contextlib.contextmanager
 def running(number: int, folder: Path) -> Iterator[Machines]:
-    """So many machines, for a while.
+    """Start the machines, and stop them at the end.
 
     Args:
-        number: of them.
-        folder: on the disk that they share: where the user works, and MLflow's server has mlflow.db and artifacts.
+        number: How many machines there are.
+        folder: The user's folder on the shared disk, also for MLflow's mlflow.db and artifacts.
     """
-    short = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))  # sockets lie in it
+    short = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))  # short, since it holds sockets
     token = short / "token"
     token.write_text(secrets.token_hex(16))
     token.chmod(0o600)
@@ -144,7 +144,7 @@ def _store_options(folder: Path) -> list[str]:
 
 
 def _wait_for_head(network: Network) -> None:
-    """Until the first machine's GCS listens, as a user who starts the next node would."""
+    """Wait for the first machine's GCS, which must listen before another node is started."""
     probe = f"import socket; socket.create_connection(('{address(1)}', 6379), 2)"
     command = [sys.executable, "-S", "-c", probe]
 

@@ -1,4 +1,4 @@
-"""MLflow's own server, on 127.0.0.1."""
+"""An MLflow server on 127.0.0.1."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tests.waiting import wait_until
 
 @contextlib.contextmanager
 def server(folder: Path, port: int) -> Iterator[None]:
-    """MLflow's server on 127.0.0.1; killed at the end, as by a power cut."""
+    """Start an MLflow server on 127.0.0.1, and kill it with SIGKILL at the end."""
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]

@@ -1,6 +1,6 @@
-"""Every fault strikes every job at random moments; afterwards all is as if nothing had happened.
+"""Every fault hits every job at random moments; afterwards, results must be those of an undisturbed run.
 
-`make chaos` runs all of it, and writes the table in tests/README.md; the tests run some faults, once, on one job each.
+`make chaos` runs all cases and writes the table in tests/README.md; `make test` runs some faults once, on one job each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = [
         fault,
         job,
         id=f"{fault.name}-{job}",
-        # They have one undisturbed run in common; clients come one at a time, see `client_of`.
+        # The cases of a group share one undisturbed run; clients start one at a time, see `client_of`.
         marks=pytest.mark.xdist_group("clients" if fault.place is ForClients else f"{job}-{fault.workers}"),
     )
     for fault in FAULTS.values()
@@ -44,7 +44,7 @@ Undisturbed = Callable[[Fault, Job], Case]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Undisturbed:
-    """Runs a job that nobody disturbs, once for each number of workers and kind of settings."""
+    """Runs a job without a fault, once for each combination of settings."""
     done: dict[tuple[str, ...], Case] = {}
 
     def run(fault: Fault, job: Job) -> Case:
