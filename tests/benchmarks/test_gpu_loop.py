@@ -1,4 +1,4 @@
-"""The GPU benchmark's loop on tiny pictures, on the CPU; and on a GPU where there is one."""
+"""The GPU benchmark's loop on tiny pictures, on the CPU and, if there is one, on a GPU."""
 
 import math
 from pathlib import Path

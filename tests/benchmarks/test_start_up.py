@@ -1,6 +1,6 @@
 """Start-up costs: `import istanas` with its packages beyond torch, the command line's help, and shell completion.
 
-CPU time of fresh processes, the least of several tries: other work on the machine can only raise it.
+The figure is the smallest CPU time of several fresh processes, since other work on the machine can only raise it.
 """
 
 import resource

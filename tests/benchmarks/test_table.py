@@ -1,4 +1,4 @@
-"""`make bench` itself: what it is asked for, its exit codes, where it writes; and bytes, which no noise can touch."""
+"""Arguments, exit codes and files of `make bench`; and its all-reduced bytes, a figure without noise."""
 
 import json
 from collections.abc import Callable
