@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.cli.commands import run
+from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
 from pipeline.tracking import tracker
@@ -25,30 +27,58 @@ runtime: {threads: 1, device: cpu}
 """
 
 
+NAMED = ["--set", "tracking.uri=sqlite:///mlflow.db"]
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, blank_database: Path
+) -> Callable[[Sequence[str]], Path]:
+    """Retrains with some settings in a project `old`, once for all tests, and returns where it was moved to."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def retrained(settings: Sequence[str]) -> Path:
+        if tuple(settings) not in done:
+            old = tmp_path_factory.mktemp("project") / "old"
+            old.mkdir()
+            (old / "tiny.yaml").write_text(TINY)
+            shutil.copy(blank_database, old / "mlflow.db")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(old)
+                assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", *settings]) == 0
+            done[tuple(settings)] = old.rename(old.with_name("moved"))
+        return done[tuple(settings)]
+
+    return retrained
+
+
 @pytest.fixture
 def moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, blank_database: Path
+    project: Callable[[Sequence[str]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> RunDir:
-    """A retraining in the project `new`, which was `old` when it ran."""
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "tiny.yaml").write_text(TINY)
-    shutil.copy(blank_database, tmp_path / "old" / "mlflow.db")
-    monkeypatch.chdir(tmp_path / "old")
-    settings = getattr(request, "param", [])
-    assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", *settings]) == 0
-    (tmp_path / "old").rename(tmp_path / "new")
+    """A retraining in the project `new`, which was `old`, in another folder, when it ran."""
+    shutil.copytree(project(getattr(request, "param", [])), tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
     (path,) = Path("runs").iterdir()
     return RunDir(path)
 
 
-@pytest.mark.parametrize(
-    "moved", [["--set", "tracking.uri=sqlite:///mlflow.db"]], ids=["named"], indirect=True
-)
+def old_project(moved: RunDir) -> Path:
+    """The project's folder when it ran, from the store that its configuration names."""
+    uri = load(moved.path / "config.yaml").tracking.uri
+    assert uri is not None
+    return Path(uri.removeprefix("sqlite:///")).parent
+
+
+@pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
 def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
+    old = old_project(moved)
     command = [sys.executable, "-m", "pipeline.cli", "export", str(moved.path)]
     assert subprocess.run(command, timeout=300).returncode == 0  # MLflow remembers folders within a process
-    assert not (tmp_path / "old").exists()
+    assert (old.name, old.exists()) == ("old", False)
     link = read_link(moved)
     assert link is not None
     assert link.tracking_uri == f"sqlite:///{tmp_path}/new/mlflow.db"
@@ -79,21 +109,18 @@ def test_a_store_that_has_gone_is_said(
     assert run(["sync", str(moved.path), "--set", "tracking.uri=sqlite:///mlflow.db"]) == 0
 
 
-NAMED = ["--set", "tracking.uri=sqlite:///mlflow.db"]
-
-
 @pytest.mark.parametrize("best", [False, True], ids=["of the run", "of a sweep's best trial"])
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, tmp_path: Path, best: bool) -> None:
+def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, best: bool) -> None:
     """It names store and runs' folder by their old absolute paths."""
-    file = moved.path / "config.yaml"
-    file.write_text(file.read_text().replace("runs_dir: runs", f"runs_dir: {tmp_path}/old/runs"))
-    assert f"{tmp_path}/old/mlflow.db" in file.read_text()
+    file, old = moved.path / "config.yaml", old_project(moved)
+    file.write_text(file.read_text().replace("runs_dir: runs", f"runs_dir: {old}/runs"))
+    assert f"{old}/mlflow.db" in file.read_text()
     if best:
         (moved.path / "best").mkdir()
         file = file.rename(moved.path / "best" / file.name)
     assert run(["retrain", "--genotype", "random:1", "--config", str(file)]) == 0
-    assert not (tmp_path / "old").exists()
+    assert not old.exists()
     assert len(list(Path("runs").iterdir())) == 2
     assert len(open_client("sqlite:///mlflow.db").search_runs(["1"])) == 2
 
