@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: a whole one, one that is killed again and again, and one whose trials have workers."""
+"""Sweeps as a user runs them: an undisturbed one, a killed one, and one whose trials have workers."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 from tests.waiting import wait_until
 
 TRIALS = 6
-TRIAL = "ray::ImplicitFunc"  # how Ray Tune calls the process of a trial
+TRIAL = "ray::ImplicitFunc"  # title of a trial's process in Ray Tune
 CONFIG = f"""
 data: {{name: digits, holdout: 0.2}}
 space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
@@ -68,7 +68,7 @@ def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> su
 
 
 def finish(process: subprocess.Popen[str]) -> Any:
-    """The one JSON object on stdout."""
+    """Wait for the command, and return the JSON object on its stdout."""
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     print(err)  # shown if the test fails
@@ -77,7 +77,7 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 
 def sweep_directory(folder: Path) -> Path:
-    # Runs of the best trial's configuration are named for the sweep, too.
+    # Runs of the best trial's configuration also have the sweep's name.
     (path,) = (path for path in (folder / "runs").glob("tiny-sweep-*") if "-best-" not in path.name)
     return path
 
@@ -90,7 +90,7 @@ def table(folder: Path) -> pd.DataFrame:
 
 
 def decided(folder: Path) -> list[dict[str, Any]]:
-    """What of the trials' table the clock and the place do not decide."""
+    """Return the trials' table without times, folders and MLflow's run ids."""
     clocks = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
     frame = table(folder).drop(columns=clocks)
     rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records"))
@@ -98,7 +98,7 @@ def decided(folder: Path) -> list[dict[str, Any]]:
 
 
 def n_ended(folder: Path) -> int:
-    """How many trials have ended; -1 before the first has begun."""
+    """Return the number of trials that have ended; -1 before the first one has begun."""
     states = list(table(folder)["state"])
     return len([state for state in states if state != "RUNNING"]) if states else -1
 
@@ -108,7 +108,7 @@ def first_log(folder: Path) -> str:
 
 
 def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
-    """SIGKILL so many seconds after something has come to pass; its trials end by themselves, as their locks do."""
+    """Kill the command some seconds after a condition; its trials must end by themselves and release their locks."""
     wait_until(ready, 120, "the trials that end before the kill")
     time.sleep(seconds)  # the random moment
     others = psutil.Process(process.pid).children(recursive=True)
@@ -118,7 +118,7 @@ def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], secon
     trials = [p for p in others if TRIAL in title(p)]
     _, alive = psutil.wait_procs(trials, timeout=20)
     assert not alive, "trials outlive their driver"
-    for each in others:  # agents of Ray's, which take their time
+    for each in others:  # Ray's agents, which end later
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
 
@@ -129,7 +129,7 @@ def running_trials(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A sweep that nobody disturbs: its folder and what it printed."""
+    """An undisturbed sweep: its folder and its result."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, finish(start(folder, stderr=subprocess.PIPE))
 
@@ -143,7 +143,7 @@ def runs_of(folder: Path) -> list[Any]:
 def test_sweep_pages_link_to_runs_on_disk_and_to_no_file_in_mlflow(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """Pages in MLflow are looked at where the files of the run directory are not."""
+    """MLflow's copies of the pages are read without the run directory, where links to files would be broken."""
     folder, _ = whole
     sweep, frame = sweep_directory(folder), table(folder)
     done = frame[frame["state"] == "COMPLETE"]
@@ -191,7 +191,7 @@ def test_a_sweep_is_one_tree_in_mlflow_without_a_test_metric(whole: tuple[Path, 
     assert sum(run.info.status == "KILLED" for run in trials) == result["pruned"]
     assert sum(run.data.tags["istanas.outcome"] == "PRUNED" for run in trials) == result["pruned"]
     directories = {run.info.run_id: Path(run.data.tags["istanas.run_dir"]) for run in trials}
-    for cell in cells:  # which trial has found what they retrain, for people
+    for cell in cells:  # they name the trial whose genotype they retrain
         trial = directories[cell.data.tags["mlflow.parentRunId"]]
         origin = f"{trial.parent.name}/{trial.name}"
         assert cell.data.tags["istanas.genotype_from"] == origin
@@ -213,7 +213,7 @@ def test_a_sweep_is_one_tree_in_mlflow_without_a_test_metric(whole: tuple[Path, 
     client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert names >= {"config.yaml", "trials.csv", "sweep.html", "report.html", "plots", "best"}
-    assert not client.search_registered_models(), "cells of a sweep are no candidates"
+    assert not client.search_registered_models(), "networks of a sweep are not registered as candidates"
 
 
 def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
@@ -251,7 +251,7 @@ def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
     assert "finished before" in err
 
 
-def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple[Path, Any]) -> None:
+def test_a_finished_sweep_restores_damaged_metrics(whole: tuple[Path, Any]) -> None:
     folder, result = whole
     metrics = sweep_directory(folder) / "metrics.jsonl"
     before = metrics.read_bytes()
@@ -306,7 +306,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     for key in ("best_trial", "settings", "digest", "objective_top1", "kendall_tau", "epochs", "params"):
         assert result[key] == undisturbed[key]
     runs = runs_of(tmp_path)
-    assert len(runs) == len(runs_of(folder)), "runs were doubled or lost"
+    assert len(runs) == len(runs_of(folder)), "runs were duplicated or lost"
     assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
     for path in sweep_directory(tmp_path).glob("*/metrics.jsonl"):
         steps = [line.step for line in RunDir(path.parent).metrics()]
@@ -366,9 +366,9 @@ def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path
         *("--set", f"sweep.points=[{', '.join(points)}]"),
         stderr=subprocess.PIPE,
     )
-    other = RayCluster(1)  # another Ray of this machine is not taken for the sweep's
+    other = RayCluster(1)  # the sweep must not use another Ray cluster of this machine
     try:
-        # Found before the moment comes: two epochs take half a second.
+        # The worker is looked up before the first epoch ends, since two epochs take half a second.
         wait_until(lambda: "2 workers (cpu" in first_log(tmp_path), 120, "the first trial's workers")
         family = psutil.Process(process.pid).children(recursive=True)
         worker = next(p for p in family if "RayTrainWorker" in title(p))
@@ -389,7 +389,7 @@ def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path
 
 
 def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Path) -> None:
-    """Even one whose trials share no split, because the seed is swept; the test split is read by none of them."""
+    """Also if the trials share no split, because the seed is swept; changes of the unread test split are allowed."""
     for split in ("train", "test"):
         for shade, name in enumerate(("ant", "bee")):
             for number in range(16):
