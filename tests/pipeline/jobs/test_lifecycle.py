@@ -89,6 +89,22 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path / "runs")
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs' folder of a finished search."""
+    folder = tmp_path_factory.mktemp("searched") / "runs"
+    Job(folder)("search")
+    return folder
+
+
+@pytest.fixture
+def finished(searched: Path, job: Job) -> Path:
+    """A copy of the finished search in the job's folder: its run directory."""
+    shutil.copytree(searched, job.folder)
+    (path,) = job.folder.iterdir()
+    return path
+
+
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     """All files with content and time of change, but for the lock."""
     return {
@@ -148,8 +164,8 @@ def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     assert "epoch 2: loss" in shown
 
 
-def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(finished: Path) -> None:
+    path = finished
     with (path / "trajectory.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["epoch"], row["cell"], row["node"]) for row in rows] == [
@@ -169,15 +185,14 @@ def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job
     assert [set(text.split()) for text in picks["2"]] == last
 
 
-def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
-    codes = pd.read_csv(path / "codes.csv")
+def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job, finished: Path) -> None:
+    codes = pd.read_csv(finished / "codes.csv")
     assert list(codes.columns) == ["epoch", "cell", "node", "state", "op", "magnitude"]
     space = job.config().space.cell_space()
     candidates = [(state, op) for node in (0, 1) for state in range(node + 2) for op in space.ops]
     assert [*zip(codes["state"], codes["op"], strict=True)] == 6 * candidates  # three recoveries, two cells
     assert (codes["magnitude"] >= 0).all()
-    trajectory = pd.read_csv(path / "trajectory.csv")
+    trajectory = pd.read_csv(finished / "trajectory.csv")
     for place, rows in codes.groupby(["epoch", "cell", "node"]):
         kept = set(rows.nlargest(2, "magnitude")[["op", "state"]].itertuples(index=False, name=None))
         (row,) = trajectory[(trajectory[["epoch", "cell", "node"]] == list(place)).all(axis=1)].to_dict(
@@ -186,9 +201,9 @@ def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job
         assert kept == {(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())}
 
 
-def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: Job) -> None:
+def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: Job, finished: Path) -> None:
     """Epochs of the older version are left out of codes.csv, and are pink in the page."""
-    path = Path(job("search")["run_dir"])
+    path = finished
     whole = pd.read_csv(path / "codes.csv")
     found = load_latest(path / "checkpoints")
     assert found is not None
@@ -279,6 +294,7 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
     assert "epoch" not in job.seen
 
 
+@pytest.mark.usefixtures("finished")
 def test_settings_of_runtime_and_tracking_find_the_same_run(job: Job) -> None:
     first = job("search")
     again = job("search", "runtime.device=cpu", "runtime.precision=fp32", "tracking.experiment=other")
@@ -286,9 +302,8 @@ def test_settings_of_runtime_and_tracking_find_the_same_run(job: Job) -> None:
     assert job("search", "seed=1")["run_dir"] != first["run_dir"]
 
 
-def test_fresh_starts_over(job: Job) -> None:
-    first = job("search")
-    path = Path(first["run_dir"])
+def test_fresh_starts_over(job: Job, finished: Path) -> None:
+    first, path = job("search"), finished
     key, started = RunDir(path).read().key, RunDir(path).read().started_ms
     (path / "checkpoints" / "strange").mkdir()
     (path / "left.txt").write_text("of another time")
@@ -311,8 +326,8 @@ def test_fresh_starts_over(job: Job) -> None:
     assert len(RunDir(path).metrics()) == 2
 
 
-def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_a_failed_job_says_so_in_its_record_and_resumes_later(job: Job, finished: Path) -> None:
+    path = finished
     first = (path / "genotype.json").read_bytes()
     record = json.loads((path / "run.json").read_text())
     record["status"] = "RUNNING"  # as a kill before the end would have left it
@@ -376,8 +391,8 @@ def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path
     assert snapshot(path) == before
 
 
-def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job, finished: Path) -> None:
+    path = finished
     for fresh in (False, True):
         (path / "run.json").write_text("{")
         job("search", fresh=fresh)
@@ -386,11 +401,10 @@ def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -
         assert ("epoch 1: loss" in job.seen) == fresh
 
 
-def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:
-    """A mark comes first, then the record goes: with the mark, checkpoints are leftovers, no run to go on with."""
-    path = Path(job("search")["run_dir"])
-    (path / ".clearing").touch()
-    (path / "run.json").unlink()
+def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job, finished: Path) -> None:
+    """A mark is written before the record is deleted: with the mark, checkpoints are leftovers and not resumed."""
+    (finished / ".clearing").touch()
+    (finished / "run.json").unlink()
     job("search")
     assert "epoch 1: loss" in job.seen
     assert "resumed" not in job.seen
@@ -433,10 +447,9 @@ def test_a_second_process_is_kept_out(job: Job) -> None:
     assert not RunDir(path).exists()
 
 
-def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
+def test_metrics_follow_the_checkpoint_when_a_run_resumes(job: Job, finished: Path) -> None:
     """Lines that the last checkpoint does not know are measured again, lines that were lost come back."""
-    result = job("search")
-    run = RunDir(result["run_dir"])
+    result, run = job("search"), RunDir(finished)
     whole = run.metrics()
     for lines in (whole[:1], [*whole, whole[-1]._replace(step=3)]):
         record = json.loads((run.path / "run.json").read_text())
@@ -451,10 +464,8 @@ def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
         assert "resumed after epoch 2" in job.seen
 
 
-def test_resuming_with_another_number_of_workers_says_what_is_lost(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
-    assert re.search(r"^in this process, cpu, 1 thread, \d+ cores? on this machine$", job.seen, re.MULTILINE)
-    folder = path / "checkpoints"
+def test_resuming_with_another_number_of_workers_says_what_is_lost(job: Job, finished: Path) -> None:
+    path, folder = finished, finished / "checkpoints"
     for workers, says in (
         (1, None),
         (2, "1 worker instead of 2: the same global batch and schedule, but no"),
@@ -471,6 +482,8 @@ def test_resuming_with_another_number_of_workers_says_what_is_lost(job: Job) -> 
         assert "resumed after epoch 2" in job.seen
         assert ("bit for bit" in job.seen) == (says is not None)
         assert says is None or says in job.seen
+    place = r"^in this process, cpu, 1 thread, \d+ cores? on this machine$"
+    assert re.search(place, job.seen, re.MULTILINE)
 
 
 def test_rows_of_a_trajectory_start_before_any_training() -> None:
