@@ -1,4 +1,4 @@
-"""A thousand nearly right inputs for each loader: whatever is refused is refused in clean words."""
+"""A thousand nearly valid inputs for each loader, which refuses invalid ones with a one-line error."""
 
 from collections.abc import Callable
 
@@ -16,5 +16,5 @@ def test_only_clean_errors_come_out(loader: Loader, record_property: Callable[[s
     assert counts.inputs >= BATCH
     refused = counts.inputs - counts.accepted
     assert counts.accepted >= BATCH / 20
-    assert refused - counts.malformed >= BATCH / 5, "many get past the first check"
+    assert refused - counts.malformed >= BATCH / 5, "too few inputs pass the first check"
     assert counts.slowest < 10

@@ -1,4 +1,4 @@
-"""Files made to do harm, at every command that reads them: one line each, little memory and time, nothing executed."""
+"""Hostile files at every command that reads them: a one-line error, little memory and time, and no code is run."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-# What the commands import, once and for all cases.
+# The commands import these, once for all cases.
 import pipeline.jobs.compare
 import pipeline.jobs.export
 import pipeline.jobs.retrain
@@ -36,14 +36,14 @@ runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
 GOOD = PUBLISHED["ISTA_twostage"].to_dict()
-HUGE = 2**36  # bytes that a sparse file pretends to have
+HUGE = 2**36  # apparent bytes of a sparse file
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="confined by fork")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a search and its retraining, finished."""
+    """A folder with a finished search and its finished retraining."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(runs: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
+    """A copy of it that a test may damage."""
     return shutil.copytree(runs, tmp_path / "copy")
 
 
@@ -64,7 +64,7 @@ def run_of(folder: Path, job: str) -> Path:
 
 
 def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
-    """It ended in one line that has the words, and took little."""
+    """Check that a command ended with a one-line error that has the words, and took little memory and time."""
     assert outcome.code == code, outcome
     (line,) = outcome.errors
     assert line.startswith("error: ")
@@ -75,7 +75,7 @@ def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -85,7 +85,7 @@ class Bomb:
 
 
 def sparse(path: Path) -> None:
-    """A file that pretends to have 64 GB."""
+    """Create a sparse file of 64 GB."""
     with open(path, "wb") as file:
         file.truncate(HUGE)
 
@@ -158,7 +158,7 @@ def test_the_largest_cell_that_is_allowed_is_still_read_and_digested(tmp_path: P
 
 # ---------- configurations
 def laughs(last: str) -> str:
-    """Nine times nine times nine ... the same, by aliases."""
+    """Return YAML whose aliases expand exponentially."""
     lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     return "\n".join(["a0: &a0 [ha]", *lines, last])
 
@@ -194,7 +194,7 @@ def test_a_configuration_is_refused_before_it_costs_anything(name: str, tmp_path
     text, word = CONFIGS[name]
     (tmp_path / "c.yaml").write_text(text)
     assert_refused(confined(["search", "--config", "c.yaml"], tmp_path), 2, "c.yaml", word)
-    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "nothing was executed or begun"
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "code was run or a run was started"
 
 
 def test_thousands_of_mistakes_are_told_as_a_few(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_weights_are_no_pickle(folder: Path) -> None:
 
 # ---------- checkpoints
 def deflated(state: dict[str, Any]) -> bytes:
-    """The same archive, compressed, with a part of zeros that are 512 MB when they are read."""
+    """Return the same archive, compressed, with a member that expands to 512 MB of zeros."""
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(serialize(state))) as plain,
@@ -330,7 +330,7 @@ def deflated(state: dict[str, Any]) -> bytes:
 
 
 def with_pickle(code: bytes) -> bytes:
-    """A checkpoint whose pickle is this."""
+    """Return a checkpoint with this pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(serialize({}))) as plain, zipfile.ZipFile(buffer, "w") as changed:
         for member in plain.infolist():
@@ -340,7 +340,7 @@ def with_pickle(code: bytes) -> bytes:
     return buffer.getvalue()
 
 
-# What `bytearray(10**12)` is in a pickle.
+# The pickle of `bytearray(10**12)`.
 TERABYTE = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85R."
 CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a call": (lambda folder: serialize({"net": Bomb(folder / "executed")}), "not plain data"),
@@ -352,7 +352,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 def unfinished(run: Path, data: bytes) -> None:
-    """Have the run look as if it had been stopped after a first epoch that left this checkpoint."""
+    """Change a run into one that was stopped after its first epoch, with this checkpoint."""
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "RUNNING"}))
     (run / "checkpoints" / "epoch-0001.pt").write_bytes(data)
@@ -376,7 +376,7 @@ def test_a_checkpoint_that_does_harm_is_passed_over_with_a_line(name: str, folde
 
 
 def pipe(file: Path) -> None:
-    """In the place of a file: whoever opens it waits for somebody who writes."""
+    """Replace a file by a pipe, whose reader waits for a writer."""
     file.unlink(missing_ok=True)
     os.mkfifo(file)
 
@@ -424,7 +424,7 @@ def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:
 
 
 def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: Path) -> None:
-    """Checkpoints are the one kind of archive that is read; none is ever unpacked."""
+    """Checkpoints are the only archives that are read, and they are never unpacked."""
     run = run_of(folder, "search")
     archive = io.BytesIO((run / "checkpoints" / "epoch-0001.pt").read_bytes())
     with zipfile.ZipFile(archive, "a") as changed:
@@ -447,7 +447,7 @@ def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
 
 # ---------- pictures
 def png(width: int, height: int) -> bytes:
-    """A picture of one black-and-white row after the other, as small as can be."""
+    """Return a black picture of one bit per pixel, as small as possible."""
 
     def part(kind: bytes, content: bytes) -> bytes:
         return (
@@ -473,9 +473,9 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-# Pillow only warns of the first; the others it refuses by itself.
+# Pillow only warns of the first size, and refuses the others.
 @pytest.mark.parametrize("side", [10_000, 14_000, 60_000])
-@pytest.mark.parametrize("name", ["0.png", "1.png"])  # the one that is looked at first, and another
+@pytest.mark.parametrize("name", ["0.png", "1.png"])  # the picture that is read first, and another one
 def test_a_decompression_bomb_is_one_line(side: int, name: str, pictures: Path) -> None:
     (pictures / "train" / "ant" / name).write_bytes(
         png(side, side)
@@ -496,7 +496,7 @@ def test_nothing_outside_of_a_picture_folder_is_shown(place: str, pictures: Path
     shutil.copytree(pictures, outside)
     shutil.move(pictures / place, pictures.parent / "away") if (pictures / place).exists() else None
     target = outside / (place if "9.png" not in place else "train/ant/0.png")
-    (pictures / place).symlink_to(os.path.relpath(target, (pictures / place).parent))  # by way of ..
+    (pictures / place).symlink_to(os.path.relpath(target, (pictures / place).parent))  # through ".."
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
     assert_refused(outcome, 1, f"pictures/{place} is a link that leads out of the folder")
 
