@@ -20,6 +20,7 @@ from istanas.nets import TargetNet
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.space import PUBLISHED
 from istanas.training import Compute
+from pipeline.cli.commands import run
 from pipeline.config.load import load
 from pipeline.jobs import profile as profile_job
 from pipeline.jobs.profile import make_work
@@ -30,7 +31,7 @@ from pipeline.training.profiling import count_flops, kind_of, step_seconds, time
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[3] / "tune_configs"
 RETRAIN = ("--genotype", "ISTA_twostage", "--set", "retrain.auxiliary_weight=0")
-# What is known of the digits: 1438 training pictures (a two-stage search halves them), 359 test pictures.
+# The digits have 1438 training pictures (halved by a two-stage search) and 359 test pictures.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "two-stage": (
         ("--config", str(CONFIGS / "digits_quickstart.yaml")),
@@ -86,13 +87,25 @@ Command = Callable[..., Outcome]
 def istanas(tmp_path: Path) -> Command:
     """Runs a command line in an empty folder: (exit code, stdout, stderr).
 
-    In a process of its own, since what the profiler's library says depends on what was profiled before.
+    In its own process, since the messages of the profiler's library depend on what was profiled before.
     """
     command_line = [sys.executable, "-m", "pipeline.cli", "profile"]
 
     def command(*arguments: str) -> Outcome:
         done = subprocess.run([*command_line, *arguments], cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
+
+    return command
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line that profiles nothing, in this process: a new one takes seconds to import torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> Outcome:
+        code = run(["profile", *arguments])
+        return code, *capfd.readouterr()
 
     return command
 
@@ -169,19 +182,19 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
     ],
 )
-def test_bad_input_is_one_line(istanas: Command, arguments: list[str], code: int, says: str) -> None:
-    outcome, out, err = istanas(*arguments)
+def test_bad_input_is_one_line(refused: Command, arguments: list[str], code: int, says: str) -> None:
+    outcome, out, err = refused(*arguments)
     assert (outcome, out) == (code, "")
     assert says in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
 
 
-def test_a_trace_takes_no_pipes_place(istanas: Command, tmp_path: Path) -> None:
+def test_a_trace_takes_no_pipes_place(refused: Command, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
-        code, out, err = istanas(*RETRAIN, "--trace", name)
+        code, out, err = refused(*RETRAIN, "--trace", name)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert f"trace: {name} can't be written" in err
     assert (tmp_path / "pipe").is_fifo()
@@ -202,10 +215,10 @@ def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) 
         assert len(list(tmp_path.rglob("*"))) == 3, "nothing else is left"
 
 
-def test_no_gpu_is_said_before_any_step(istanas: Command) -> None:
+def test_no_gpu_is_said_before_any_step(refused: Command) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU: there is one here")
-    code, _, err = istanas("--set", "runtime.device=cuda")
+    code, _, err = refused("--set", "runtime.device=cuda")
     assert code == 2
     assert "runtime.device is cuda" in err
 
