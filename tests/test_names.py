@@ -1,4 +1,4 @@
-"""Names of tests are short enough to be read in a report; a docstring has the rest."""
+"""Names of tests, which must be short enough for a report; a docstring adds what does not fit."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SECURITY.md: its ports are those of the files in clusters/, its limits those of the code, its names exist."""
+"""SECURITY.md has the ports of the files in clusters/, the limits of the code, and names that exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of a run that something has damaged: noticed, restored where that can be, and never ignored in silence."""
+"""Damaged files of a run are noticed, and restored if possible; no damage is ignored silently."""
 
 import os
 import shutil
@@ -38,13 +38,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one that was stopped after two."""
+    """The folder of a search that was stopped after two epochs."""
     return search_stopped_after_two(tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture
 def stopped(original: Path, tmp_path: Path) -> Path:
-    """A copy of it: its run directory."""
+    """The run directory in a copy of that folder."""
     shutil.copytree(original, tmp_path / "runs")
     (path,) = (tmp_path / "runs").glob(NAME)
     return path
@@ -174,7 +174,7 @@ def one_wrong_digit(file: Path) -> None:
 
 @pytest.fixture
 def finished(undisturbed: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run: its run directory."""
+    """The run directory in a copy of a finished run's folder."""
     shutil.copytree(undisturbed.parent, tmp_path / "runs")
     (path,) = (tmp_path / "runs").glob(NAME)
     return path
@@ -218,7 +218,7 @@ def test_tables_of_a_finished_run_stay_if_no_checkpoint_can_restore_them(finishe
 
 
 def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finished: Path) -> None:
-    """Today's environment is not the one in which the run was computed."""
+    """It is not written again, since the present environment may differ from that of the run."""
     cut(finished / "environment.json")
     damaged = (finished / "environment.json").read_bytes()
     _, seen = search(finished.parent)
@@ -262,7 +262,7 @@ def test_where_no_checkpoint_is_left_the_user_decides(stopped: Path, undisturbed
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert all(f"epoch-000{epoch}.pt is broken" in str(caught.value) for epoch in (1, 2))
-    assert RunDir(stopped).metrics() == before, "nothing is lost that could be looked at"
+    assert RunDir(stopped).metrics() == before, "the metrics are kept for the user"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, seen = search(stopped.parent, fresh=True)

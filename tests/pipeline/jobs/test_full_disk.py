@@ -1,4 +1,4 @@
-"""A disk that fills up: what lay on it stays good, nothing half-written does, and the line says what to free."""
+"""A full disk: existing files stay valid, no partial file remains, and the error says what to delete."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Take all of a disk's room but for some pages."""
+    """Fill a disk except for some pages, and return the file that fills it."""
     filler = disk / "filler"
     stat = os.statvfs(disk)
     with open(filler, "wb", buffering=0) as file:
@@ -97,7 +97,7 @@ def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
 def test_a_checkpoint_without_room_leaves_nothing_and_the_last_one_is_good(
     disk: Path, pages: int, refused: str
 ) -> None:
-    """What fits is what the parameter names; a line of the log takes a page, a checkpoint four."""
+    """The parameter's name says what still fits; a line of the log takes one page, a checkpoint four."""
     folder, end = disk / "run" / "checkpoints", LogEnd()
     old, new = (checkpoint.serialize({"epoch": epoch, "w": "x" * 3 * PAGE}) for epoch in (1, 2))
     assert 3 * PAGE < len(new) <= 4 * PAGE
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_room_leaves_nothing_and_the_last_one_is_good(
 
 
 def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
-    """So full that not even the record can say FAILED."""
+    """The disk is so full that not even the record's status FAILED can be written."""
 
     def full_after_the_first(progress: Progress) -> None:
         if progress.epochs == 1:
@@ -167,7 +167,7 @@ def test_the_command_says_in_one_line_what_to_free(
 
 
 class Ends:
-    """Somebody who is told what becomes of trials, and has nothing to do."""
+    """A listener of trials for a sweep whose trial does not end."""
 
     def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
@@ -194,7 +194,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     assert trial.state.name == "RUNNING"
     next_sitting = StudySearcher(config, study, Ends())
     next_sitting.suggest("b")
-    assert len(own_trials(study)) == 1, "another trial in the place of the one that had no room"
+    assert len(own_trials(study)) == 1, "another trial was started in place of the blocked one"
 
 
 def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:

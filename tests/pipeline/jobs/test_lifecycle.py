@@ -1,4 +1,4 @@
-"""Jobs: what a run directory holds at the end, after a failure, after `--fresh`, and beside a second process."""
+"""The life cycle of jobs: the run directory after success, failure and `--fresh`, and with a second process."""
 
 import csv
 import dataclasses
@@ -59,7 +59,7 @@ GENOTYPE = random_genotype(0, CellSpace(n_nodes=2))
 
 
 class Job:
-    """Runs jobs in one folder and keeps what people would see."""
+    """Runs jobs in one folder and keeps their terminal output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs' folder of a finished search."""
+    """A folder of runs with a finished search."""
     folder = tmp_path_factory.mktemp("searched") / "runs"
     Job(folder)("search")
     return folder
@@ -99,14 +99,14 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finished(searched: Path, job: Job) -> Path:
-    """A copy of the finished search in the job's folder: its run directory."""
+    """The run directory of the finished search, copied into the job's folder."""
     shutil.copytree(searched, job.folder)
     (path,) = job.folder.iterdir()
     return path
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All files with content and time of change, but for the lock."""
+    """Return all files except the lock, with content and modification time."""
     return {
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
         for p in folder.rglob("*")
@@ -332,7 +332,7 @@ def test_a_failed_job_says_so_in_its_record_and_resumes_later(job: Job, finished
     record = json.loads((path / "run.json").read_text())
     record["status"] = "RUNNING"  # as a kill before the end would have left it
     (path / "run.json").write_text(json.dumps(record))
-    # A file stands where the checkpoints belong: a mistake of the user's that is then mended.
+    # A file is in the place of the folder of checkpoints, and is then removed.
     shutil.rmtree(path / "checkpoints")
     (path / "checkpoints").write_text("")
     with pytest.raises(OSError, match="checkpoints"):
@@ -358,7 +358,7 @@ def test_a_failed_job_says_so_in_its_record_and_resumes_later(job: Job, finished
         ("search", "space.solver=mosek"),
         ("retrain", "data={name: folder, root: nowhere}"),
         ("retrain", "retrain.cutout=9"),
-        # Seen before Ray is started.
+        # Refused before Ray is started.
         ("search", "runtime.workers=33"),
         ("retrain", "runtime.workers='1:129'"),
     ],
@@ -448,7 +448,7 @@ def test_a_second_process_is_kept_out(job: Job) -> None:
 
 
 def test_metrics_follow_the_checkpoint_when_a_run_resumes(job: Job, finished: Path) -> None:
-    """Lines that the last checkpoint does not know are measured again, lines that were lost come back."""
+    """Lines after the last checkpoint are measured again, lost lines are restored."""
     result, run = job("search"), RunDir(finished)
     whole = run.metrics()
     for lines in (whole[:1], [*whole, whole[-1]._replace(step=3)]):
@@ -510,7 +510,7 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
 
 
 def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
-    """Version 0.1 wrote the trajectory with pandas; the figures are the same text."""
+    """Version 0.1 wrote the trajectory with pandas; the text of the figures must be the same."""
     space = CellSpace(n_nodes=2)
     tables, records = SearchTables(tmp_path, space), [record_of(epoch, space) for epoch in range(1, 31)]
     draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A project folder that was moved: its store and the store's files are found where they are now."""
+"""A moved project folder: its store and the store's files are found in the new place."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ NAMED = ["--set", "tracking.uri=sqlite:///mlflow.db"]
 def project(
     tmp_path_factory: pytest.TempPathFactory, blank_database: Path
 ) -> Callable[[Sequence[str]], Path]:
-    """Retrains with some settings in a project `old`, once for all tests, and returns where it was moved to."""
+    """Retrains with some settings in a project `old`, once for all tests, and returns the moved project."""
     done: dict[tuple[str, ...], Path] = {}
 
     def retrained(settings: Sequence[str]) -> Path:
@@ -59,7 +59,7 @@ def moved(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> RunDir:
-    """A retraining in the project `new`, which was `old`, in another folder, when it ran."""
+    """A retraining in the project `new`, which ran when the project was `old` in another folder."""
     shutil.copytree(project(getattr(request, "param", [])), tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
     (path,) = Path("runs").iterdir()
@@ -67,7 +67,7 @@ def moved(
 
 
 def old_project(moved: RunDir) -> Path:
-    """The project's folder when it ran, from the store that its configuration names."""
+    """Return the project's old folder, from the store in the run's configuration."""
     uri = load(moved.path / "config.yaml").tracking.uri
     assert uri is not None
     return Path(uri.removeprefix("sqlite:///")).parent
@@ -77,7 +77,9 @@ def old_project(moved: RunDir) -> Path:
 def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
     old = old_project(moved)
     command = [sys.executable, "-m", "pipeline.cli", "export", str(moved.path)]
-    assert subprocess.run(command, timeout=300).returncode == 0  # MLflow remembers folders within a process
+    assert (
+        subprocess.run(command, timeout=300).returncode == 0
+    )  # a process of its own, since MLflow caches folders
     assert (old.name, old.exists()) == ("old", False)
     link = read_link(moved)
     assert link is not None
@@ -112,7 +114,7 @@ def test_a_store_that_has_gone_is_said(
 @pytest.mark.parametrize("best", [False, True], ids=["of the run", "of a sweep's best trial"])
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
 def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, best: bool) -> None:
-    """It names store and runs' folder by their old absolute paths."""
+    """It has the old absolute paths of the store and of the runs' folder."""
     file, old = moved.path / "config.yaml", old_project(moved)
     file.write_text(file.read_text().replace("runs_dir: runs", f"runs_dir: {old}/runs"))
     assert f"{old}/mlflow.db" in file.read_text()
@@ -127,7 +129,7 @@ def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, best: bo
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
 def test_a_genotypes_run_is_trained_into_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
-    """Without --config, tracking settings are those of the run that found the genotype."""
+    """Without --config, the tracking settings are those of the genotype's run."""
     record = dataclasses.replace(moved.read(), kind="search", name="tiny-search")
     moved.write(record)
     origin = resolve_origin(str(moved.path), runs_dir=Path("runs"), tracking_uri=None)
@@ -143,7 +145,7 @@ def test_a_setting_of_the_user_comes_before_the_store_that_moved(moved: RunDir) 
 
 # ---------- folders of artifacts
 def make_store(folder: Path, location: str, blank_database: Path) -> MlflowClient:
-    """A store in a folder, with one run of the experiment `mine` that has a file."""
+    """Create a store in a folder, with one run of the experiment `mine` that has a file."""
     folder.mkdir(parents=True)
     shutil.copy(blank_database, folder / "mlflow.db")
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")

@@ -1,4 +1,4 @@
-"""`istanas profile`: shares of all the time, FLOPs that can be counted by hand, a projection that is its formula."""
+"""`istanas profile`: shares of the time, FLOPs counted by hand, and the formula of the projection."""
 
 import itertools
 import json
@@ -203,7 +203,7 @@ def test_a_trace_takes_no_pipes_place(refused: Command, tmp_path: Path) -> None:
 def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "link").symlink_to("traces/step.json")
-    for _ in range(2):  # to a file that is not there yet, and to one that is
+    for _ in range(2):  # to a missing file, and to an existing one
         settings = ("retrain.layers=1", "runtime.workers=2")
         code, out, err = istanas(
             *RETRAIN, *(a for s in settings for a in ("--set", s)), "--steps", "1", "--trace", "link"
@@ -257,7 +257,7 @@ def test_only_gradients_that_are_asked_for_count(of_image: bool, of_weight: bool
 def test_the_peak_counts_two_operations_a_multiply_add_in_the_best_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a clock on which a FLOP takes a nanosecond, or two or three where the machine is busy."""
+    """The clock of the test gives one nanosecond per FLOP, or two or three, as on a busy machine."""
     busy = itertools.cycle([3.0, 1.0, 2.0])
     monkeypatch.setattr(profiling, "seconds_of", lambda call, device: next(busy) * count_flops(call) / 1e9)
     assert profiling.peak_flops(CPU, torch.float32) == pytest.approx(1e9)
@@ -291,7 +291,7 @@ def test_kind_of_an_operation(name: str, shapes: list[list[int]], kind: str | No
 
 
 def test_calls_are_those_of_the_network() -> None:
-    """Every convolution of the network runs once forward and once backward in a step, whatever it calls in turn."""
+    """Every convolution is counted once forward and once backward in a step, whatever operators it calls."""
     config = load(CONFIGS / "digits_quickstart.yaml", [RETRAIN[-1], "retrain.layers=2"])
     work = make_work(config, open_dataset(config, ["retrain"]), Compute(CPU), PUBLISHED["ISTA_onestage"])
     net = TargetNet(PUBLISHED["ISTA_onestage"], 8, 2, 10, in_channels=1)
@@ -312,7 +312,7 @@ def test_calls_are_those_of_the_network() -> None:
 
 
 def test_what_an_operation_calls_belongs_to_it() -> None:
-    """A step of nothing but pooling inside the data range is all data; without the range, all pooling."""
+    """A step of pooling inside the data range counts as data; without the range, as pooling."""
     images = torch.randn(4, 8, 64, 64)
 
     def make() -> Any:

@@ -1,4 +1,4 @@
-"""What a log file says while a job runs."""
+"""A job's lines in a log file."""
 
 import io
 
@@ -11,7 +11,7 @@ from pipeline.sweep.bookkeeping import seconds_left
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
