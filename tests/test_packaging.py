@@ -121,7 +121,7 @@ def test_istanas_imports_no_heavy_library_before_it_is_needed(imported_by_istana
     assert not imported_by_istanas & {"matplotlib", "torchvision", "sklearn", "pandas"}
 
 
-def test_the_version_stands_in_one_place(repo_root: Path, project: dict) -> None:
+def test_the_version_is_the_same_everywhere(repo_root: Path, project: dict) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", istanas.__version__)
     assert "version" in project["dynamic"]
     assert YAML(typ="safe").load(repo_root / "CITATION.cff")["version"] == istanas.__version__

@@ -73,7 +73,7 @@ def case_folder(tmp_path: Path, blank_database: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("fault", "job"), CASES)
-def test_it_ends_as_if_nothing_had_happened(
+def test_a_job_with_faults_equals_an_undisturbed_one(
     fault: Fault, job: str, undisturbed: Undisturbed, case_folder: Path
 ) -> None:
     refused = fault.needs()

@@ -164,7 +164,7 @@ def test_the_trajectory_opens_from_the_disk_and_its_slider_moves_the_cell(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["run_dir", "retrain_run_dir", "compare"])
-def test_reports_open_from_the_disk_without_network_or_complaint(
+def test_reports_open_from_the_disk_without_network_or_errors(
     page: Page, result: dict[str, Any], name: str, scheme: Any
 ) -> None:
     seen = watch(page)

@@ -89,7 +89,7 @@ def client(quickstart: dict[str, Any]) -> Any:
     return MlflowClient(tracking_uri=f"sqlite:///{quickstart['folder'] / 'mlflow.db'}")
 
 
-def test_it_is_quick_and_right(quickstart: dict[str, Any]) -> None:
+def test_it_is_fast_and_accurate(quickstart: dict[str, Any]) -> None:
     assert quickstart["seconds"] < 180
     assert quickstart["result"]["test_top1"] >= 0.96
     assert quickstart["config"].search.epochs >= 10

@@ -216,7 +216,7 @@ def test_a_sweep_is_one_tree_in_mlflow_without_a_test_metric(whole: tuple[Path, 
     assert not client.search_registered_models(), "networks of a sweep are not registered as candidates"
 
 
-def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
+def test_the_best_trial_can_be_retrained_and_the_table_exported(
     whole: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, result = whole

@@ -128,7 +128,7 @@ PUBLISHED = {
 }
 
 
-def test_there_are_as_many_as_we_know() -> None:
+def test_the_number_of_files() -> None:
     """The number is explicit, so that a file which is not found fails the test."""
     assert len(FILES) == 14
 

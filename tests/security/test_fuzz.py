@@ -10,7 +10,9 @@ from tests.security.loaders import LOADERS, Loader
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
-def test_only_clean_errors_come_out(loader: Loader, record_property: Callable[[str, object], None]) -> None:
+def test_invalid_inputs_give_one_line_errors_only(
+    loader: Loader, record_property: Callable[[str, object], None]
+) -> None:
     counts = fuzz(loader, 0)
     record_property("fuzz", f"{loader.name}: {counts}")  # for the end of the log, see conftest.py
     assert counts.inputs >= BATCH

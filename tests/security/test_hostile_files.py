@@ -120,7 +120,7 @@ GENOTYPES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", GENOTYPES)
-def test_a_genotype_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
+def test_a_hostile_genotype_is_refused_with_little_memory_and_time(name: str, tmp_path: Path) -> None:
     text, word = GENOTYPES[name]
     (tmp_path / "g.json").write_text(text)
     assert_refused(confined(["draw", "g.json"], tmp_path), 2, "g.json: ", word)
@@ -140,7 +140,7 @@ def test_a_genotype_of_64_gigabytes_is_not_read(folder: Path) -> None:
     assert_refused(confined(for_compare, folder), 2, "larger than")
 
 
-def test_the_largest_cell_that_is_allowed_is_still_read_and_digested(tmp_path: Path) -> None:
+def test_the_largest_allowed_cell_is_read_and_has_a_digest(tmp_path: Path) -> None:
     from istanas.space import Genotype
 
     picks = [[["sep_conv_5x5", 1]] * 8] * 32
@@ -190,14 +190,14 @@ CONFIGS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
+def test_a_hostile_configuration_is_refused_with_little_memory_and_time(name: str, tmp_path: Path) -> None:
     text, word = CONFIGS[name]
     (tmp_path / "c.yaml").write_text(text)
     assert_refused(confined(["search", "--config", "c.yaml"], tmp_path), 2, "c.yaml", word)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "code was run or a run was started"
 
 
-def test_thousands_of_mistakes_are_told_as_a_few(tmp_path: Path) -> None:
+def test_thousands_of_mistakes_are_reported_as_a_few(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(f"key{i}: 1" for i in range(2_000)))
     outcome = confined(["search", "--config", "c.yaml"], tmp_path)
     assert (outcome.code, len(outcome.errors)) == (2, 21)
@@ -208,7 +208,7 @@ def test_thousands_of_mistakes_are_told_as_a_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["ui"], ["results"], ["sweep"], ["draw", "ISTA_twostage"], ["doctor"]], ids=" ".join
 )
-def test_every_command_reads_configurations_with_the_same_care(command: list[str], tmp_path: Path) -> None:
+def test_every_command_refuses_a_hostile_configuration(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(laughs("seed: 1"))
     assert_refused(confined([*command, "--config", "c.yaml"], tmp_path), 2, "more than 5000 keys and values")
 
@@ -224,7 +224,7 @@ def test_a_configuration_of_64_gigabytes_is_not_read(folder: Path) -> None:
     assert confined(["search", "--config", "/dev/zero"], folder).code == 2
 
 
-def test_values_on_the_command_line_are_read_with_the_same_care(tmp_path: Path) -> None:
+def test_hostile_values_on_the_command_line_are_refused(tmp_path: Path) -> None:
     for value in ("seed=!!python/object/apply:os.mkdir [executed]", "seed=&a [*a]", "seed=" + "[" * 50_000):
         assert_refused(confined(["search", "--set", value], tmp_path), 2, "--set")
     assert_refused(confined(["search", "--set", "a." * 40_000 + "a=1"], tmp_path), 2, "--set", "names")
@@ -252,7 +252,7 @@ def reading(command: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_that_is_none_is_one_line(name: str, folder: Path) -> None:
+def test_an_invalid_record_is_a_one_line_error(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "run.json"
     file.write_text(RECORDS[name](json.loads(file.read_text())))
     for command in READERS:
@@ -277,7 +277,7 @@ def test_a_record_or_metrics_of_64_gigabytes_are_not_read(folder: Path) -> None:
     ],
     ids=["endless", "deep", "large", "number"],
 )
-def test_metrics_that_are_none_are_one_line(line: str, folder: Path) -> None:
+def test_invalid_metrics_are_a_one_line_error(line: str, folder: Path) -> None:
     (run_of(folder, "retrain") / "metrics.jsonl").write_text(line + "\n")
     assert_refused(
         confined(reading("compare", folder), folder), 1, "metrics.jsonl: line 1 is not a line of metrics"
@@ -296,13 +296,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_that_promises_more_than_its_weights_is_not_built(name: str, folder: Path) -> None:
+def test_a_network_larger_than_its_weights_is_not_built(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "network.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NETWORKS[name]}))
     assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
 
 
-def test_weights_are_no_pickle(folder: Path) -> None:
+def test_weights_are_never_unpickled(folder: Path) -> None:
     weights = run_of(folder, "retrain") / "model.safetensors"
     bomb = pickle.dumps(Bomb(folder / "executed"))
     for content in (bomb, struct.pack("<Q", 10**12) + b"{}", struct.pack("<Q", 10**7) + b" " * 10**7, b""):
@@ -361,7 +361,7 @@ def unfinished(run: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_does_harm_is_passed_over_with_a_line(name: str, folder: Path) -> None:
+def test_a_hostile_checkpoint_is_skipped_with_a_warning(name: str, folder: Path) -> None:
     make, word = CHECKPOINTS[name]
     run = run_of(folder, "search")
     unfinished(run, make(folder))
@@ -390,7 +390,7 @@ def pipe(file: Path) -> None:
         ("epoch-0001.json", sparse, "larger than "),
     ],
 )
-def test_a_checkpoint_that_is_a_pipe_or_larger_than_memory_is_passed_over(
+def test_a_checkpoint_that_is_a_pipe_or_exceeds_the_memory_is_skipped(
     name: str, harm: Callable[[Path], None], says: str, folder: Path
 ) -> None:
     run = run_of(folder, "search")
@@ -416,14 +416,14 @@ def test_a_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Pa
     assert_refused(confined(table, folder), 2, "trials.csv: no table of trials (larger")
 
 
-def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:
+def test_a_job_that_exceeds_the_memory_is_a_one_line_error(folder: Path) -> None:
     outcome = confined(["search", "--config", "tiny.yaml", "--set", "search.init_channels=4096"], folder)
     assert outcome.code == 1
     assert outcome.errors[-1].startswith("error: out of memory ("), outcome
     assert "Traceback" not in "".join(outcome.errors)
 
 
-def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: Path) -> None:
+def test_an_archive_with_names_outside_of_it_writes_no_file(folder: Path) -> None:
     """Checkpoints are the only archives that are read, and they are never unpacked."""
     run = run_of(folder, "search")
     archive = io.BytesIO((run / "checkpoints" / "epoch-0001.pt").read_bytes())
@@ -436,7 +436,7 @@ def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: 
     assert not [path for path in folder.parent.rglob("*") if path.suffix == ".evil"]
 
 
-def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
+def test_a_checkpoint_of_another_program_is_a_one_line_error(folder: Path) -> None:
     run = run_of(folder, "search")
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
     others = {"search": {}, "progress": 7, "history": 7}
@@ -476,7 +476,7 @@ def pictures(tmp_path: Path) -> Path:
 # Pillow only warns of the first size, and refuses the others.
 @pytest.mark.parametrize("side", [10_000, 14_000, 60_000])
 @pytest.mark.parametrize("name", ["0.png", "1.png"])  # the picture that is read first, and another one
-def test_a_decompression_bomb_is_one_line(side: int, name: str, pictures: Path) -> None:
+def test_a_decompression_bomb_is_a_one_line_error(side: int, name: str, pictures: Path) -> None:
     (pictures / "train" / "ant" / name).write_bytes(
         png(side, side)
         if side < 60_000
@@ -501,7 +501,7 @@ def test_nothing_outside_of_a_picture_folder_is_shown(place: str, pictures: Path
     assert_refused(outcome, 1, f"pictures/{place} is a link that leads out of the folder")
 
 
-def test_names_of_files_do_not_command_the_terminal(pictures: Path) -> None:
+def test_file_names_with_control_characters_are_escaped(pictures: Path) -> None:
     (pictures / "train" / "\x1b[2Jcat").mkdir()
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
     assert_refused(outcome, 1, r"train/\x1b[2Jcat holds no picture")

@@ -157,7 +157,7 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     assert not place.found()
 
 
-def test_what_fails_because_of_an_address_shows_it_without_its_secrets(place: Place) -> None:
+def test_errors_show_an_address_without_its_secrets(place: Place) -> None:
     secret = quote(SECRETS["failing"], safe="")
     nowhere = f"http://planted:{secret}@127.0.0.1:{unused_port()}"
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}

@@ -226,7 +226,7 @@ def test_what_cannot_be_compared_is_refused(
     assert not list(tmp_path.glob("compare.*"))
 
 
-def test_what_a_run_has_not_got_is_left_empty_and_said(
+def test_missing_parts_of_a_run_are_empty_and_have_a_note(
     folder: Path, runs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The runs: one that has just begun, one with a damaged network, one with pictures on another machine."""
@@ -264,7 +264,7 @@ def test_what_a_run_has_not_got_is_left_empty_and_said(
     assert "no genotype yet" in (tmp_path / "compare.html").read_text()
 
 
-def test_a_name_is_text_on_the_page() -> None:
+def test_a_name_is_escaped_on_the_page() -> None:
     name = "<script>alert('x')</script>"
     rows = [["1", name, "", "", "", "", "", "", ""]]
     page = render_page(
@@ -274,7 +274,7 @@ def test_a_name_is_text_on_the_page() -> None:
     assert page.count(html.escape(name, quote=False).replace("'", "&#39;")) == 4
 
 
-def test_lines_of_one_epoch_are_one(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
+def test_lines_of_one_epoch_are_merged(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """An export appends its figures as another line of the last epoch."""
     run = RunDir(shutil.copytree(runs["single"]["run_dir"], tmp_path / "run"))
     run.append_metrics(4, {"export/onnx_difference": 0.0}, 1)

@@ -360,14 +360,14 @@ def test_a_two_stage_search_has_no_network(tmp_path: Path, status: str) -> None:
     check_exportable(run, record())  # its retraining, of the same method, is exportable
 
 
-def test_a_folder_that_is_no_run_is_not_made_one(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run\.json: missing"):
         export_network(RunDir(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("name", [NETWORK_FILE, WEIGHTS_FILE])
-def test_a_broken_network_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_broken_network_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run")
     (run.path / name).write_bytes(b"{}")
     before = files(run.path)

@@ -55,7 +55,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_file_that_finds_no_room_stays_what_it_was(disk: Path) -> None:
+def test_a_file_is_unchanged_if_its_replacement_has_no_room(disk: Path) -> None:
     file = disk / "run.json"
     atomic_write(file, "old")
     fill(disk, leave=2)
@@ -68,7 +68,7 @@ def test_a_file_that_finds_no_room_stays_what_it_was(disk: Path) -> None:
     assert names(disk) == {"run.json", "filler"}
 
 
-def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
+def test_a_line_of_metrics_without_room_is_not_written_in_part(disk: Path) -> None:
     run = RunDir(disk / "run")
     run.append_metrics(1, {"train/loss": 2.5}, timestamp_ms=1000)
     before = run.metrics()
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_room_leaves_nothing_and_the_last_one_is_good(
     assert len(list(epoch_log.read(folder, second))) == 2
 
 
-def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
+def test_a_search_fails_with_a_full_disk_and_resumes_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     """The disk is so full that not even the record's status FAILED can be written."""
 
     def full_after_the_first(progress: Progress) -> None:
@@ -197,7 +197,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     assert len(own_trials(study)) == 1, "another trial was started in place of the blocked one"
 
 
-def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:
+def test_a_trial_distinguishes_a_full_disk_from_its_own_failure(disk: Path) -> None:
     fill(disk)
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         atomic_write(disk / "x", bytes(PAGE))

@@ -164,7 +164,7 @@ def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     assert "epoch 2: loss" in shown
 
 
-def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(finished: Path) -> None:
+def test_the_trajectory_has_every_node_of_every_epoch_and_of_the_start(finished: Path) -> None:
     path = finished
     with (path / "trajectory.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -201,7 +201,7 @@ def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job
         assert kept == {(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())}
 
 
-def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: Job, finished: Path) -> None:
+def test_a_search_resumes_from_an_old_checkpoint_without_codes(job: Job, finished: Path) -> None:
     """Epochs of the older version are left out of codes.csv, and are pink in the page."""
     path = finished
     whole = pd.read_csv(path / "codes.csv")
@@ -295,7 +295,7 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
 
 
 @pytest.mark.usefixtures("finished")
-def test_settings_of_runtime_and_tracking_find_the_same_run(job: Job) -> None:
+def test_settings_of_runtime_and_tracking_belong_to_the_same_run(job: Job) -> None:
     first = job("search")
     again = job("search", "runtime.device=cpu", "runtime.precision=fp32", "tracking.experiment=other")
     assert again == first
@@ -363,7 +363,7 @@ def test_a_failed_job_says_so_in_its_record_and_resumes_later(job: Job, finished
         ("retrain", "runtime.workers='1:129'"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
+def test_invalid_settings_are_refused_before_any_work_and_leave_nothing(
     job: Job, kind: str, override: str
 ) -> None:
     if "mosek" in override and mosek_licence() is not None:
@@ -374,7 +374,7 @@ def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
     assert not job.folder.exists() or list(job.folder.iterdir()) == []
 
 
-def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path) -> None:
+def test_a_refused_fresh_start_deletes_nothing(job: Job, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     for split in ("train", "test"):
         for label, name in enumerate(("dark", "light")):
@@ -391,7 +391,7 @@ def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path
     assert snapshot(path) == before
 
 
-def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job, finished: Path) -> None:
+def test_a_damaged_record_is_replaced_with_and_without_a_fresh_start(job: Job, finished: Path) -> None:
     path = finished
     for fresh in (False, True):
         (path / "run.json").write_text("{")
@@ -410,7 +410,7 @@ def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job, finished
     assert "resumed" not in job.seen
 
 
-def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_changed_pictures(job: Job, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
 
     def write(brightness: int) -> None:
@@ -436,7 +436,7 @@ def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> N
     )
 
 
-def test_a_second_process_is_kept_out(job: Job) -> None:
+def test_a_second_process_is_refused(job: Job) -> None:
     path = job.folder / f"tiny-search-{run_hash(job.config(), 'search')}"
     path.mkdir(parents=True)
     with (
@@ -533,7 +533,7 @@ def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
     assert {name: (tmp_path / "again" / name).read_bytes() for name in written} == written
 
 
-def test_a_table_that_was_cut_meanwhile_is_noticed(tmp_path: Path) -> None:
+def test_a_table_that_was_truncated_meanwhile_is_noticed(tmp_path: Path) -> None:
     tables = SearchTables(tmp_path, CellSpace(n_nodes=1))
     assert tables.append(record_of(1))
     (tmp_path / "codes.csv").unlink()
@@ -567,7 +567,7 @@ def test_a_node_that_froze_keeps_the_code_that_it_froze_with() -> None:
     assert rows_of(1, older := {}, unknown) == rows_of(2, older, resting) == []
 
 
-def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: Path) -> None:
+def test_a_page_that_can_not_be_written_is_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "there").mkdir()
     page = write_page("report.html", lambda: atomic_write(tmp_path / "there", "<html>"), said.append)

@@ -74,7 +74,7 @@ def old_project(moved: RunDir) -> Path:
 
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
+def test_export_after_a_move_delivers_to_the_moved_store(moved: RunDir, tmp_path: Path) -> None:
     old = old_project(moved)
     command = [sys.executable, "-m", "pipeline.cli", "export", str(moved.path)]
     assert (
@@ -96,9 +96,7 @@ def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp
 
 
 @pytest.mark.parametrize("moved", [[]], ids=["default"], indirect=True)
-def test_a_store_that_has_gone_is_said(
-    moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_store_is_reported(moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gone = f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
     file = moved.path / "mlflow.json"
     link = read_link(moved)
@@ -128,7 +126,7 @@ def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, best: bo
 
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_genotypes_run_is_trained_into_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
+def test_a_genotype_of_a_moved_run_is_retrained_into_the_moved_store(moved: RunDir, tmp_path: Path) -> None:
     """Without --config, the tracking settings are those of the genotype's run."""
     record = dataclasses.replace(moved.read(), kind="search", name="tiny-search")
     moved.write(record)
@@ -138,7 +136,7 @@ def test_a_genotypes_run_is_trained_into_the_store_that_moved(moved: RunDir, tmp
 
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_setting_of_the_user_comes_before_the_store_that_moved(moved: RunDir) -> None:
+def test_a_users_setting_overrides_the_moved_store(moved: RunDir) -> None:
     config = load_of_run(moved.path / "config.yaml", moved, ["tracking.uri=sqlite:////other/mlflow.db"])
     assert config.tracking.uri == "sqlite:////other/mlflow.db"
 
@@ -178,7 +176,7 @@ def test_a_copied_store_keeps_the_files_of_the_original(tmp_path: Path, blank_da
     assert client.get_experiment("1").artifact_location == f"{tmp_path}/old/files"
 
 
-def test_files_are_not_written_where_a_folder_of_artifacts_has_gone(
+def test_no_files_are_written_to_a_missing_folder_of_artifacts(
     moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, blank_database: Path
 ) -> None:
     """The folder was neither in the project nor moved with it."""

@@ -182,7 +182,7 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
     ],
 )
-def test_bad_input_is_one_line(refused: Command, arguments: list[str], code: int, says: str) -> None:
+def test_bad_input_is_a_one_line_error(refused: Command, arguments: list[str], code: int, says: str) -> None:
     outcome, out, err = refused(*arguments)
     assert (outcome, out) == (code, "")
     assert says in err
@@ -190,7 +190,7 @@ def test_bad_input_is_one_line(refused: Command, arguments: list[str], code: int
     assert len(err.splitlines()) == 1
 
 
-def test_a_trace_takes_no_pipes_place(refused: Command, tmp_path: Path) -> None:
+def test_a_trace_does_not_replace_a_pipe(refused: Command, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
@@ -200,7 +200,7 @@ def test_a_trace_takes_no_pipes_place(refused: Command, tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) -> None:
+def test_a_trace_follows_a_link_and_keeps_it(istanas: Command, tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "link").symlink_to("traces/step.json")
     for _ in range(2):  # to a missing file, and to an existing one
@@ -215,7 +215,7 @@ def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) 
         assert len(list(tmp_path.rglob("*"))) == 3, "nothing else is left"
 
 
-def test_no_gpu_is_said_before_any_step(refused: Command) -> None:
+def test_a_missing_gpu_is_reported_before_any_step(refused: Command) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU: there is one here")
     code, _, err = refused("--set", "runtime.device=cuda")
@@ -290,7 +290,7 @@ def test_kind_of_an_operation(name: str, shapes: list[list[int]], kind: str | No
     assert kind_of(name, shapes) == kind
 
 
-def test_calls_are_those_of_the_network() -> None:
+def test_counted_calls_are_those_of_the_network() -> None:
     """Every convolution is counted once forward and once backward in a step, whatever operators it calls."""
     config = load(CONFIGS / "digits_quickstart.yaml", [RETRAIN[-1], "retrain.layers=2"])
     work = make_work(config, open_dataset(config, ["retrain"]), Compute(CPU), PUBLISHED["ISTA_onestage"])
@@ -311,7 +311,7 @@ def test_calls_are_those_of_the_network() -> None:
     assert calls["data and augmentation"] == 1
 
 
-def test_what_an_operation_calls_belongs_to_it() -> None:
+def test_the_time_of_inner_calls_belongs_to_the_outer_operation() -> None:
     """A step of pooling inside the data range counts as data; without the range, as pooling."""
     images = torch.randn(4, 8, 64, 64)
 

@@ -62,7 +62,7 @@ def test_the_start_of_workers_does_not_count_as_training(clock: Clock) -> None:
     assert lines_of(out) == ["epoch 1: loss 1.000, 10.0 s (epoch 1/3, 20.0 s left)"]
 
 
-def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
+def test_a_long_epoch_writes_lines_of_progress(clock: Clock) -> None:
     out = io.StringIO()
     with EpochBar(Console(file=out, width=200), "search", 2, clock=clock) as bar:
         for step in range(1, 11):
@@ -73,7 +73,7 @@ def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
     assert [line.partition(",")[0] for line in lines] == [f"epoch 1/2: step {n} of 10" for n in (3, 6, 9)]
 
 
-def test_a_terminal_has_the_bar_and_no_such_lines(clock: Clock) -> None:
+def test_a_terminal_has_the_bar_instead_of_lines_of_progress(clock: Clock) -> None:
     out = io.StringIO()
     with EpochBar(Console(file=out, width=80, force_terminal=True), "search", 2, clock=clock) as bar:
         clock.now += 500

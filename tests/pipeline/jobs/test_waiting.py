@@ -192,7 +192,7 @@ def run_tiny(job: str, device: str, observer: Guard, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("job", PASSES)
-def test_no_pass_reads_what_a_gpu_would_have_to_finish_first(
+def test_no_pass_reads_a_value_that_a_gpu_would_still_compute(
     monkeypatch: pytest.MonkeyPatch, job: str, tmp_path: Path
 ) -> None:
     observer = Guard(monkeypatch, job, Refusing)
@@ -244,7 +244,7 @@ def test_counting_top5_reads_nothing() -> None:
         lambda x: x.cpu(),
     ],
 )
-def test_what_would_wait_is_refused(read: Callable[[Tensor], object]) -> None:
+def test_an_operation_that_would_wait_is_refused(read: Callable[[Tensor], object]) -> None:
     x = torch.ones(1)
     with Refusing(), pytest.raises(AssertionError, match="would wait for a GPU"):
         read(x)
