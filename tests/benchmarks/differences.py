@@ -69,7 +69,7 @@ def two_stage(root: Path) -> None:
     search = build_two_stage(config, dataset, compute, ranks)
     batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
     alphas = search.supernet.alphas()
-    measured = split.alphas[::5]  # has every class, since the halves are in the folder's order
+    measured = split.alphas[::5]  # the halves are in the order of the folder: every class
     clip, steps = config.search.grad_clip or math.inf, []
     entries: list[float] = []  # median |gradient| of the entries of all b
     for epoch in range(EPOCHS):

@@ -96,7 +96,7 @@ class Loop:
         self.batches = Batches(config, dataset, compute, ranks, self.batch_size, config.search.cutout)
 
     def train(self, n_steps: int | None = None) -> int:
-        """Run an epoch's first steps (None: all with a full batch), and return their number of pictures."""
+        """An epoch's first steps (None: all with a full batch); returns how many pictures they took."""
         epoch = self.search.epoch
         batches: Iterable[Batch] = self.batches.training("weights", self.split.weights, epoch)
         steps = len(self.split.weights) // self.batch_size if n_steps is None else n_steps
@@ -108,7 +108,7 @@ class Loop:
         return 2 * metrics.count
 
     def validate(self) -> int:
-        """Validate on the alpha half, and return its number of pictures."""
+        """The alpha half; returns how many pictures it has."""
         return self.search.validate(self.batches.measuring("train", self.split.alphas)).count
 
     def synchronize(self) -> None:

@@ -29,7 +29,7 @@ CASES = [
         fault,
         job,
         id=f"{fault.name}-{job}",
-        # The cases of a group share one undisturbed run; clients start one at a time, see `client_of`.
+        # They have one undisturbed run in common; clients come one at a time, see `client_of`.
         marks=pytest.mark.xdist_group("clients" if fault.place is ForClients else f"{job}-{fault.workers}"),
     )
     for fault in FAULTS.values()

@@ -13,7 +13,6 @@ import pytest
 
 from pipeline.cli.commands import run
 from pipeline.cluster.job_server import ASKS_FOR_TOKEN
-from tests.waiting import wait_until
 
 Answer = tuple[int, str]
 UNAUTHORIZED = (401, f"Unauthorized: {ASKS_FOR_TOKEN}")
@@ -189,9 +188,8 @@ def test_who_leaves_a_job_is_told_how_to_attach_again(
     ray.answers["/api/jobs/digits"] = (200, details("RUNNING"))
 
     def interrupt() -> None:
-        wait_until(
-            lambda: ("/api/jobs/digits/logs/tail", None) in ray.asked, 30, "the follower", interval=0.01
-        )
+        while ("/api/jobs/digits/logs/tail", None) not in ray.asked:
+            time.sleep(0.01)
         time.sleep(0.2)
         os.kill(os.getpid(), number)
 
