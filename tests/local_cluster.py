@@ -14,6 +14,7 @@ import psutil
 from tests.followed import Followed, has_signal
 from tests.ports import free_ports
 from tests.ray_cluster import ENVIRONMENT, ROOT, arguments
+from tests.waiting import poll, wait_until
 
 SCRIPT = str(ROOT / "clusters" / "local.sh")
 
@@ -72,14 +73,17 @@ class LocalCluster:
 
 def halt_after_an_epoch(local: LocalCluster, job: str, client: Followed) -> psutil.Process:
     """Halt a job's command after its first epoch, so that it is certainly still running."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 240  # of all waits together
     logs = local.state / "1" / "session_latest" / "logs"
 
     def wait_for(words: str) -> None:
-        while not any(words in file.read_text() for file in logs.glob(f"job-driver-{job}.log")):
-            assert time.monotonic() < end, f"{words!r} is not in the log"
-            assert client.process.poll() is None, client.end()
-            time.sleep(0.01)
+        wait_until(
+            lambda: any(words in file.read_text() for file in logs.glob(f"job-driver-{job}.log")),
+            end - time.monotonic(),
+            f"{words!r} in the job's log",
+            alive=lambda: client.process.poll() is None,
+            interval=0.01,
+        )
 
     wait_for("search: ")  # The process is found first, because the epochs that follow take a second.
     (command,) = [process for process in local.processes() if "search" in arguments(process)]
@@ -90,7 +94,5 @@ def halt_after_an_epoch(local: LocalCluster, job: str, client: Followed) -> psut
 
 def resume_when_terminated(process: psutil.Process) -> None:
     """Resume a halted process when it has received SIGTERM, which it then handles first."""
-    end = time.monotonic() + 60
-    while not has_signal(process.pid, "ShdPnd", signal.SIGTERM) and time.monotonic() < end:
-        time.sleep(0.01)
+    poll(lambda: has_signal(process.pid, "ShdPnd", signal.SIGTERM), 60, interval=0.01)
     process.resume()

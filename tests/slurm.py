@@ -9,12 +9,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.namespaces import Network, address, refusal
+from tests.waiting import poll, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 NODES = {f"n{number}": address(number) for number in (1, 2)}
@@ -88,16 +88,7 @@ class Slurm:
     def end(self) -> None:
         """Kill the daemons and all processes in the namespaces of the nodes."""
         for machine in self._machines.values():
-            for _ in range(50):
-                listed = subprocess.run(
-                    ["ip", "netns", "pids", machine], capture_output=True, text=True, check=False
-                )
-                if not listed.stdout.split():
-                    break
-                for pid in map(int, listed.stdout.split()):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.1)
+            poll(lambda machine=machine: _kill_all(machine) == 0, 5, interval=0.1)  # type: ignore[misc]
         for daemon in self._daemons:
             daemon.kill()
             daemon.wait()
@@ -134,17 +125,19 @@ class Slurm:
             )
 
     def _wait_until_idle(self) -> None:
-        end = time.monotonic() + 60
-        answer = ""
-        while time.monotonic() < end:
+        def nodes() -> str:
             try:
-                answer = self.ask("sinfo", "--noheader", "--format=%D %t")
-            except (AssertionError, subprocess.TimeoutExpired) as error:  # not started yet
-                answer = str(error)
-            if answer.strip() == f"{len(NODES)} idle":
-                return
-            time.sleep(0.3)
-        raise AssertionError(f"Slurm did not start: {answer}\n{self.logs()}")
+                return self.ask("sinfo", "--noheader", "--format=%D %t").strip()
+            except (AssertionError, subprocess.TimeoutExpired) as error:  # not up yet
+                return str(error)
+
+        wait_until(
+            lambda: nodes() == f"{len(NODES)} idle",
+            60,
+            "Slurm's nodes",
+            state=lambda: f"{nodes()}\n{self.logs()}",
+            interval=0.3,
+        )
 
 
 @contextmanager
@@ -161,6 +154,15 @@ def running() -> Iterator[Slurm]:
                 slurm.end()
     finally:
         shutil.rmtree(folder)
+
+
+def _kill_all(machine: str) -> int:
+    listed = subprocess.run(["ip", "netns", "pids", machine], capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in listed.stdout.split()]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(pids)
 
 
 def _munge(folder: Path) -> list[str]:

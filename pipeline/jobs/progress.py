@@ -37,6 +37,7 @@ class EpochBar:
         epochs: Number of epochs, or trials, of the whole job.
         unit: What is counted.
         clock: Returns the time in seconds.
+        seconds_between_readings: Shortest time between two readings of the figures in the bar.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EpochBar:
         unit: str = "epoch",
         *,
         clock: Callable[[], float] = time.monotonic,
+        seconds_between_readings: float = SECONDS_BETWEEN_READINGS,
     ) -> None:
         self._console, self._label, self._epochs, self._unit = console, label, epochs, unit
         self._progress = Progress(
@@ -62,7 +64,7 @@ class EpochBar:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(label, total=None, figures="")
-        self._clock = clock
+        self._clock, self._seconds_between_readings = clock, seconds_between_readings
         self._read = 0.0
         self._begun = self._said = clock()
         self._before: int | None = None  # epochs that were done when this process started
@@ -89,7 +91,7 @@ class EpochBar:
             return
         update: dict[str, object] = {}
         now = self._clock()
-        if now - self._read > SECONDS_BETWEEN_READINGS:
+        if now - self._read > self._seconds_between_readings:
             self._read = now
             if (m := read()) is not None:
                 top5 = "" if m.top5 is None else f"  top-5 {100 * m.top5:.1f} %"

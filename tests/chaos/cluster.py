@@ -16,6 +16,7 @@ import psutil
 
 from tests.namespaces import Network, address
 from tests.ray_cluster import ENVIRONMENT, RayCluster, title
+from tests.waiting import poll, wait_until
 
 # A node counts as lost after about three seconds of silence.
 IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
@@ -23,11 +24,12 @@ IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_th
 IMPATIENT_COMMAND = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
 SECONDS_TO_GIVE_UP = 5.0  # Time in which a node that has returned notices that it counts as lost.
 COUNT_NODES = """
-import sys, time, ray
+import sys, ray
+from tests.waiting import wait_until
 ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
-while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
-    time.sleep(0.2)
-print(alive)
+def alive():
+    return sum(node["Alive"] for node in ray.nodes())
+print(wait_until(lambda: n if (n := alive()) >= int(sys.argv[2]) else 0, 100, "the nodes", interval=0.2))
 """
 
 
@@ -64,12 +66,8 @@ class OneMachine:
         self._cluster.halt()
         time.sleep(seconds)
         self._cluster.wake()
-        end = time.monotonic() + SECONDS_TO_GIVE_UP
-        while time.monotonic() < end:
-            if self._cluster.has_lost_a_node():
-                self._cluster.add(1)
-                return
-            time.sleep(0.2)
+        if poll(self._cluster.has_lost_a_node, SECONDS_TO_GIVE_UP, interval=0.2):
+            self._cluster.add(1)
 
     def close(self) -> None:
         self._cluster.close()
@@ -118,12 +116,13 @@ class TwoMachines:
 
     def _wait_for_head(self) -> None:
         probe = f"import socket; socket.create_connection(('{address(1)}', 6379), 2)"
-        end = time.monotonic() + 60
-        while self._network.start(
-            self._network.user, [sys.executable, "-c", probe], stderr=subprocess.DEVNULL
-        ).wait():
-            assert time.monotonic() < end, "the head node does not start"
-            time.sleep(0.2)
+        command = [sys.executable, "-c", probe]
+
+        def listens() -> bool:
+            probing = self._network.start(self._network.user, command, stderr=subprocess.DEVNULL)
+            return probing.wait() == 0
+
+        wait_until(listens, 60, "the head node", interval=0.2)
 
     def _count_nodes(self, at_least: int) -> int:
         """Return the number of nodes that are alive, after waiting for a minimum."""

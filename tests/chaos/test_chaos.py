@@ -1,6 +1,6 @@
-"""Every fault strikes every job at random moments; afterwards all is as if nothing had happened.
+"""Every fault hits every job at random moments; afterwards, results must be those of an undisturbed run.
 
-`make chaos` runs all of it, and writes the table in tests/README.md; the tests run some faults, once, on one job each.
+`make chaos` runs all cases and writes the table in tests/README.md; `make test` runs some faults once, on one job each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Undisturbed = Callable[[Fault, Job], Case]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Undisturbed:
-    """Runs a job that nobody disturbs, once for each number of workers and kind of settings."""
+    """Runs a job without a fault, once for each combination of settings."""
     done: dict[tuple[str, ...], Case] = {}
 
     def run(fault: Fault, job: Job) -> Case:
@@ -71,7 +71,7 @@ def case_folder(tmp_path: Path, blank_database: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("fault", "job"), CASES)
-def test_it_ends_as_if_nothing_had_happened(
+def test_a_job_with_faults_equals_an_undisturbed_one(
     fault: Fault, job: str, undisturbed: Undisturbed, case_folder: Path
 ) -> None:
     refused = fault.needs()

@@ -106,7 +106,7 @@ def test_a_sweep_on_both_nodes_is_complete_and_readable_on_another_machine(
     assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
     assert plan == "each trial has 1 core; 2 trials fit, at most 2 at once"
-    assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]
+    assert sorted(line[: len("trial 0 done")] for line in ended) == ["trial 0 done", "trial 1 done"]
     result, there = json.loads(out), server.objects(begun.removeprefix(f"sweep: s3://{BUCKET}/"))
     assert result["run_dir"] == begun.removeprefix("sweep: ")
     assert (result["complete"], result["failed"]) == (TRIALS, 0)

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from pipeline.config.workers import Node, usable_cores
 from pipeline.training.epoch_record import FolderStore
 from pipeline.training.observer import Silent
 from tests.ports import unused_port
+from tests.waiting import wait_until
 
 SWEEP = Path(__file__).resolve().parents[3] / "tune_configs" / "sweep_digits.yaml"
 
@@ -233,7 +233,7 @@ def test_ctrl_c_is_delivered_after_uninterruptible_work() -> None:
     def work() -> None:
         with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGINT)
-            assert wait_until(lambda: bool(interrupted))
+            wait_until(lambda: interrupted, 5, "the signal", interval=0.01)
             done.append(True)
             raise OSError("hidden by the interruption")
 
@@ -249,7 +249,7 @@ def test_sigterm_is_delivered_after_uninterruptible_work_despite_ray() -> None:
     def work() -> None:
         with uninterrupted() as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert wait_until(lambda: bool(interrupted))
+            wait_until(lambda: interrupted, 5, "the signal", interval=0.01)
             assert not ended
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets its own handler.
 
@@ -260,13 +260,6 @@ def test_sigterm_is_delivered_after_uninterruptible_work_despite_ray() -> None:
         assert signal.getsignal(signal.SIGTERM) is handler
         assert ended == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)  # It must not interrupt the cleanup.
-
-
-def wait_until(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 5
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 # ---------- a lost cluster
@@ -307,7 +300,7 @@ def test_uninterruptible_work_finishes_before_a_loss_is_reported(monkeypatch: py
 
     def deliver() -> None:
         with uninterrupted() as signals:
-            assert wait_until(lambda: bool(signals))
+            wait_until(lambda: signals, 5, "the loss", interval=0.01)
             time.sleep(1)  # much longer than the process may take to unwind
             finished.append(True)
 

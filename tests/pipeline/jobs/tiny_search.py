@@ -1,4 +1,4 @@
-"""A search of seconds in a folder, for tests of what befalls its files."""
+"""A search of seconds, for tests of its files."""
 
 import io
 from pathlib import Path
@@ -39,7 +39,7 @@ def stop_after_two(progress: Progress) -> None:
 
 
 def search_stopped_after_two(folder: Path) -> Path:
-    """Run a search that is interrupted after two of its three epochs; return the folder."""
+    """Run a search that is interrupted after two of its three epochs, and return the folder."""
     with pytest.raises(KeyboardInterrupt):
         search(folder, on_epoch=stop_after_two)
     return folder

@@ -45,6 +45,7 @@ from pipeline.training.epoch_record import FolderStore, Progress, load_latest, l
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.training.made_up import record_of, save_epoch
 from tests.ports import unused_port
+from tests.waiting import wait_until
 
 BUCKET = "bucket"
 NO_COMPETITOR = Timing(settle=0.05)
@@ -426,11 +427,13 @@ def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
         stdout=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 120
-        while "checkpoints/epoch-0001.json" not in server.objects(name):
-            assert killed.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_until(
+            lambda: "checkpoints/epoch-0001.json" in server.objects(name),
+            120,
+            "the first epoch's checkpoint in the bucket",
+            alive=lambda: killed.poll() is None,
+            interval=0.01,
+        )
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
@@ -582,10 +585,10 @@ def test_an_owner_lives_while_it_fetches(
     pull = Mirror.pull
 
     def slow_pull(self: Mirror) -> None:
-        end = time.monotonic() + 30
-        while json.loads(server.objects(f"{prefix}/run")[OWNER_OBJECT])["beats"] < 2:
-            assert time.monotonic() < end, "its heart does not beat"
-            time.sleep(0.01)
+        def beats() -> int:
+            return int(json.loads(server.objects(f"{prefix}/run")[OWNER_OBJECT])["beats"])
+
+        wait_until(lambda: beats() >= 2, 30, "the owner's second beat", interval=0.01)
         pull(self)
 
     monkeypatch.setattr(Mirror, "pull", slow_pull)
