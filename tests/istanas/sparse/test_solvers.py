@@ -358,7 +358,7 @@ def test_a_path_cut_short_is_not_called_converged():
     assert not result.converged
 
 
-def test_mending_alone_finds_the_minimum():
+def test_the_active_set_method_alone_finds_the_minimum():
     from istanas.sparse.homotopy import active_set
 
     A, b = published(6)
