@@ -27,6 +27,10 @@ class Cost:
     Args:
         params: Number of parameters, >= 0.
         macs: Multiply-adds of the forward pass of one picture, >= 0.
+
+    Example:
+        >>> Cost(1, 2) + Cost(3, 4)
+        Cost(params=4, macs=6)
     """
 
     params: int

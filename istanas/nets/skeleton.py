@@ -396,5 +396,16 @@ def _own_key(key: str, stem: str) -> str:
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
-    """Move 4-d parameters to channels-last memory, which makes training steps on CPUs 1.6 to 1.8 times faster."""
+    """Move 4-d parameters to channels-last memory, which makes training steps on CPUs 1.6 to 1.8 times faster.
+
+    Args:
+        module: Any module. It is changed in place.
+
+    Returns:
+        The module.
+
+    Example:
+        >>> to_channels_last(nn.Conv2d(4, 4, 3)).weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
     return module.to(memory_format=torch.channels_last)
