@@ -966,10 +966,15 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     Raises:
         ConfigError: with the remedy. A new store in the old place would be found by nobody.
     """
-    from pipeline.tracking.store import has_gone, public_uri
+    from pipeline.tracking.store import folder_is_missing, public_uri
 
     uri = config.tracking.uri
-    if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
+    if (
+        config.tracking.enabled
+        and uri is not None
+        and uri == origin.config.tracking.uri
+        and folder_is_missing(uri)
+    ):
         raise ConfigError(
             f"tracking.uri is {public_uri(uri)}, a setting of {origin.run}: the folder of this MLflow store no longer "
             "exists; name a store with --set tracking.uri=URI"

@@ -508,10 +508,10 @@ def test_a_job_ends_if_the_storage_stays_unreachable_and_can_be_resumed(
 
 
 def test_a_second_machine_is_refused_while_the_first_works(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
-    first, timing = storage.local(address), Timing(between_beats=0.1, settle=0.05)
+    first, timing = storage.local(address), Timing(interval=0.1, settle=0.05)
     said: list[str] = []
     with storage.acquired(RunDir(first), said.append, timing=timing):
         assert not said
@@ -543,9 +543,9 @@ def test_an_owner_that_lost_its_lease_writes_nothing(
 
 
 def test_of_two_simultaneous_starts_one_is_refused(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
-    timing = Timing(between_beats=0.1, settle=0.5)
+    timing = Timing(interval=0.1, settle=0.5)
     together, ended = threading.Barrier(2), threading.Event()
     owners: list[Mirror] = []
     refused: list[str] = []
@@ -590,7 +590,7 @@ def test_the_lease_is_renewed_while_the_run_is_fetched(
         pull(self)
 
     monkeypatch.setattr(Mirror, "pull", slow_pull)
-    with acquired(path, Timing(between_beats=0.05, settle=0.05)):
+    with acquired(path, Timing(interval=0.05, settle=0.05)):
         assert (path / "run.json").read_text() == "{}"
 
 

@@ -176,7 +176,7 @@ def test_of_many_that_want_one_run_each_waits_for_the_others(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     """As trials of several nodes do that have found the same cell."""
-    timing = Timing(between_beats=0.1, settle=0.5)
+    timing = Timing(interval=0.1, settle=0.5)
     leases = []
     for _ in range(3):
         elsewhere()
@@ -208,7 +208,7 @@ def test_of_many_that_want_one_run_each_waits_for_the_others(
 def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_from_one_that_is_silent(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
-    timing = Timing(between_beats=0.05, settle=0.05)
+    timing = Timing(interval=0.05, settle=0.05)
     address = f"s3://{BUCKET}/{prefix}/run"
     mirror = Mirror(bucket.local(address), timing)
     lease = mirror.lease
