@@ -339,5 +339,5 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         raise CheckpointError(
             f"{where} is not a line of metrics",
             field=str(file),
-            remedy="run the same command again, which restores the file",
+            remedy="run the command of the run again, which restores the file",
         ) from None
