@@ -11,7 +11,7 @@ from typing import Any
 from istanas.search import NodeReport
 from istanas.space import CellSpace
 from pipeline.base.files import append
-from pipeline.runs.directory import make_hold
+from pipeline.runs.directory import ensure_content
 from pipeline.runs.layout import CODES_FILE, TRAJECTORY_FILE
 from pipeline.training.epoch_record import EpochRecord
 
@@ -72,7 +72,7 @@ class SearchTables:
             torn = len(old) >= before_last[name] and new.startswith(old)
             if old != new and (finished or not (torn or old.startswith(new))):
                 damaged.append(file)
-            make_hold(file, new)
+            ensure_content(file, new)
         return damaged
 
     def append(self, record: EpochRecord) -> bool:

@@ -27,7 +27,7 @@ from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
 from pipeline.runs import epoch_log
-from pipeline.runs.directory import is_absent, out_of_reach
+from pipeline.runs.directory import is_absent, unreadable_error
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError
 from pipeline.runs.layout import CHECKPOINT_MANIFEST, checkpoint_file
 
@@ -182,7 +182,7 @@ def read_latest(
             RecursionError,
         ) as error:  # not MemoryError: the checkpoint may be intact
             if isinstance(error, OSError) and not is_absent(error):
-                raise out_of_reach(error, Path(error.filename or file)) from error
+                raise unreadable_error(error, Path(error.filename or file)) from error
             problem = error.problem if isinstance(error, CheckpointError) else str(error)
             reason = " ".join(problem.split())  # torch's errors have many lines
             skipped.append(f"checkpoint {file} is broken ({reason:.200})")
@@ -234,7 +234,7 @@ def _manifests(folder: Path) -> list[Path]:
     except OSError as error:
         if is_absent(error):
             return []
-        raise out_of_reach(error, folder) from error
+        raise unreadable_error(error, folder) from error
     return sorted(
         (folder / name for name in names if CHECKPOINT_MANIFEST.fullmatch(name)), key=_epoch, reverse=True
     )

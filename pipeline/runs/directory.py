@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _DIGESTED_BYTES = 4096  # the last lines of metrics.jsonl
 
 
-def make_hold(path: Path, content: bytes) -> None:
+def ensure_content(path: Path, content: bytes) -> None:
     """Give a file exactly this content: a file that starts with it is truncated, any other is replaced atomically.
 
     Args:
@@ -47,7 +47,7 @@ def make_hold(path: Path, content: bytes) -> None:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "lines"
         >>> for before in (b"first, torn", b"other"):
-        ...     _ = file.write_bytes(before); make_hold(file, b"first"); print(file.read_text())
+        ...     _ = file.write_bytes(before); ensure_content(file, b"first"); print(file.read_text())
         first
         first
     """
@@ -74,7 +74,7 @@ def is_absent(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
 
 
-def out_of_reach(error: OSError, path: Path) -> CheckpointError:
+def unreadable_error(error: OSError, path: Path) -> CheckpointError:
     """Return the error for a file of a run that exists but cannot be read.
 
     Args:
@@ -83,7 +83,7 @@ def out_of_reach(error: OSError, path: Path) -> CheckpointError:
 
     Example:
         >>> import errno
-        >>> print(out_of_reach(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
+        >>> print(unreadable_error(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
         run/epoch-0001.pt: cannot be read (Permission denied); make it readable and run the same command again
     """
     reason = error.strerror or str(error)
@@ -253,7 +253,7 @@ class RunDir:
         Args:
             lines: The new metrics.
         """
-        make_hold(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+        ensure_content(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
 
     def environment(self) -> dict[str, Any]:
         """Return the environment of the run (`runs.environment`); empty if there is none yet, or in an old run.
@@ -339,5 +339,5 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         raise CheckpointError(
             f"{where} is not a line of metrics",
             field=str(file),
-            remedy="run the same command again, which restores the file",
+            remedy="run the command of the run again, which restores the file",
         ) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
 from pipeline.base.files import append, atomic_write
-from pipeline.runs.directory import is_absent, make_hold, out_of_reach
+from pipeline.runs.directory import ensure_content, is_absent, unreadable_error
 from pipeline.runs.layout import EPOCH_LOGS
 
 SEGMENT = 100
@@ -141,7 +141,7 @@ def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
         segments[-1].append(line)
     for copy in EPOCH_LOGS:
         for number, lines in enumerate(segments):
-            make_hold(_file(folder, copy, number), b"".join(lines))
+            ensure_content(_file(folder, copy, number), b"".join(lines))
     return end
 
 
@@ -193,7 +193,7 @@ def _restore_segment(folder: Path, number: int, count: int, digest: str) -> str:
             before = _verify(lines, number * SEGMENT, count, digest)
         except OSError as error:
             if not is_absent(error):
-                raise out_of_reach(error, file) from error
+                raise unreadable_error(error, file) from error
             damaged[file] = error.strerror or str(error)
         except ValueError as error:
             damaged[file] = str(error)

@@ -34,13 +34,13 @@ class Timing:
 
     Args:
         retry: For how long a running job waits for an unreachable storage; pyarrow itself tries for some seconds.
-        between_beats: Interval at which an owner renews its lease.
+        interval: Interval at which an owner renews its lease.
         silence: After which an owner without a renewal counts as dead.
         settle: In which two processes that write the lease at the same moment see each other.
     """
 
     retry: float = 300.0
-    between_beats: float = 20.0
+    interval: float = 20.0
     silence: float = 60.0
     settle: float = 1.0
 
@@ -128,7 +128,7 @@ class Lease:
 
         until_free = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda free: not free),
-            wait=tenacity.wait_fixed(min(2.0, self.timing.between_beats)),
+            wait=tenacity.wait_fixed(min(2.0, self.timing.interval)),
         )
         while True:
             until_free(is_free)
@@ -141,7 +141,7 @@ class Lease:
     def renew(self, stop: threading.Event) -> None:
         """Renew the lease at intervals until the event is set; runs in a thread."""
         me = self.me
-        while not stop.wait(self.timing.between_beats):
+        while not stop.wait(self.timing.interval):
             try:
                 owner = self.read()
                 if owner is None or self._is_mine(owner):
@@ -151,10 +151,10 @@ class Lease:
                 _LOG.info("%s: %s", self._objects.address, reason_of(error))
 
     def check(self) -> None:
-        """Refuse to go on if another process has taken the lease over.
+        """Check that no other process has taken the lease over.
 
         Raises:
-            IstanasError: it has.
+            IstanasError: another process has taken it over.
         """
         owner = self.read()
         if owner is not None and not self._is_mine(owner):

@@ -200,7 +200,7 @@ def check_folder(uri: str) -> None:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    if (file := sqlite_file(uri)) is not None and has_gone(uri):
+    if (file := sqlite_file(uri)) is not None and folder_is_missing(uri):
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(file.parent))
 
 
@@ -226,7 +226,7 @@ def database_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def has_gone(uri: str) -> bool:
+def folder_is_missing(uri: str) -> bool:
     """Return whether the folder of a SQLite store is missing. A file that is missing alone is created again."""
     file = sqlite_file(uri)
     return file is not None and not file.parent.exists()

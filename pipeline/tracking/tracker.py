@@ -35,8 +35,8 @@ from pipeline.tracking.notices import OF_THIS_PROCESS, Notices
 from pipeline.tracking.store import (
     LOCK_SECONDS,
     artifact_root,
+    folder_is_missing,
     folder_of,
-    has_gone,
     open_client,
     public_uri,
     store_uri,
@@ -195,7 +195,7 @@ class MLflowTracker:
         """
         if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
             return False
-        if has_gone(self.tracking_uri):
+        if folder_is_missing(self.tracking_uri):
             self._warn_no_folder()
             return False
         try:
@@ -480,7 +480,12 @@ def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
         configured: The setting `tracking.uri` in its config.yaml, in which paths are absolute.
     """
     link = read_link(run_dir)
-    if configured is None or link is None or not has_gone(configured) or has_gone(link.tracking_uri):
+    if (
+        configured is None
+        or link is None
+        or not folder_is_missing(configured)
+        or folder_is_missing(link.tracking_uri)
+    ):
         return configured
     return link.tracking_uri
 

@@ -1,4 +1,4 @@
-"""Run directories on `s3://`, against a server that speaks the S3 protocol (moto's), on 127.0.0.1."""
+"""Run directories on `s3://`, tested with a local S3 server (moto)."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -53,10 +52,10 @@ NOT_REPEATED = {"images_per_second"}
 
 
 class Server:
-    """moto's S3 server, whose objects outlive its being stopped; seen through Amazon's own client."""
+    """moto's S3 server, which keeps its objects when it is stopped, and Amazon's client of it."""
 
     def __init__(self) -> None:
-        self.port = unused_port()  # which nobody else takes while it is stopped
+        self.port = unused_port()  # reserved while the server is stopped
         self.start()
         self.client = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1")
         self.client.create_bucket(Bucket=BUCKET)
@@ -81,7 +80,7 @@ class Server:
 
 @contextlib.contextmanager
 def bucket() -> Iterator[Server]:
-    """The server, which this process and those that it starts find by their environment."""
+    """Start the server, which this process and its children find by environment variables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
@@ -94,7 +93,7 @@ def bucket() -> Iterator[Server]:
 
 
 def keys_of_the_bucket() -> dict[str, str]:
-    """For an environment that is not this process's, and where it is."""
+    """Return the environment variables with credentials and address, for processes with another environment."""
     return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
@@ -105,7 +104,7 @@ def server() -> Iterator[Server]:
 
 
 class Elsewhere:
-    """Machines: each has a disk of its own, that is a cache folder."""
+    """Switch to another machine, that is to an empty cache folder."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self._folder, self._patch, self._number = folder, patch, 0
@@ -125,13 +124,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 
 @pytest.fixture
 def on_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners can't look up each other's processes."""
+    """Owners cannot see each other's processes."""
     monkeypatch.setattr(Owner, "is_dead", False)
 
 
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
-    """A place in the bucket for each test."""
+    """A prefix in the bucket for each test."""
     return f"runs/{request.node.name}"
 
 
@@ -149,7 +148,7 @@ def search(
 
 
 def tiny(folder: Path, place: str) -> list[str]:
-    """The same on a command line."""
+    """Return arguments of the command line for the same configuration."""
     (folder / "tiny.yaml").write_text("")
     return [
         "--config",
@@ -163,7 +162,7 @@ def comparable(run: RunDir) -> list[dict[str, float]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What of a run directory is to be in the storage."""
+    """Return the files of a run directory that are mirrored."""
     return {
         name: path.read_bytes()
         for path in folder.rglob("*")
@@ -179,13 +178,13 @@ def istanas(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, l
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], RunDir]:
-    """The same search in a folder, which `file://` names."""
+    """The same search in a folder, given as `file://`."""
     folder = tmp_path_factory.mktemp("undisturbed")
     result = search(folder.as_uri())
     return result, RunDir(next(folder.glob("tiny-search-*")))
 
 
-def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
+def test_another_machine_uses_a_search_in_the_storage(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -238,7 +237,7 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
 
 
 @pytest.mark.parametrize("name", ["a#b", "my run", "50%41", "what?", "a&b=c", "ü"])
-def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> None:
+def test_names_with_special_characters_have_distinct_addresses(name: str) -> None:
     root = "s3://bucket/runs?region=eu-west-1"
     first, second = (storage.local(root) / f"{name}-{digits}" for digits in ("0123abcd", "9999ffff"))
     assert storage.local(storage.shown(first)) == first
@@ -248,14 +247,12 @@ def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> No
 
 
 @pytest.mark.parametrize("address", ["s3:/b/x", "file:/x", "s3://b/%2e%2e/x", "s3://b/a%2fb", "s3://b/x//y"])
-def test_an_address_with_a_slip_is_no_folder(address: str) -> None:
+def test_a_malformed_address_is_not_a_folder(address: str) -> None:
     with pytest.raises(ValueError, match="write"):
         checked_address(address)
 
 
-def test_started_over_the_storage_holds_the_new_run_only(
-    server: Server, elsewhere: Elsewhere, prefix: str
-) -> None:
+def test_fresh_replaces_the_run_in_the_storage(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     place = f"s3://{BUCKET}/{prefix}"
     run_dir = search(place, "search.epochs=1")["run_dir"]
     name = run_dir.removeprefix(f"s3://{BUCKET}/")
@@ -269,9 +266,7 @@ def test_started_over_the_storage_holds_the_new_run_only(
     assert there == files(storage.local(run_dir))
 
 
-def test_what_the_storage_has_replaces_what_the_machine_has(
-    server: Server, elsewhere: Elsewhere, prefix: str
-) -> None:
+def test_fetch_replaces_the_local_files(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
     path = storage.local(address)
     for name, text in {"run.json": "{}", "same.txt": "same", "folder/other.txt": "there"}.items():
@@ -296,10 +291,10 @@ def test_what_the_storage_has_replaces_what_the_machine_has(
         assert (path / "same.txt").read_text() == "newer"
 
 
-def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
+def test_a_kill_between_any_two_writes_leaves_a_resumable_run(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies there before every single write and deletion of three epochs and a start anew."""
+    """Look at the objects before every write and deletion of three epochs and of a start with --fresh."""
     address = f"s3://{BUCKET}/{prefix}/run"
     path = storage.local(address)
     counts, looks, starting_over = 0, 0, False
@@ -358,10 +353,10 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
     assert not server.objects(f"{prefix}/run")
 
 
-def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoint_that_the_log_matches(
+def test_a_kill_while_an_epoch_is_repeated_leaves_a_matching_checkpoint(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Epoch 3 is lost on this machine only, and done again with other figures: its log replaces the old one."""
+    """Epoch 3 is lost on this machine only and repeated with other metrics: its log replaces the old one."""
     path = storage.local(f"s3://{BUCKET}/{prefix}/run")
     folder, seen = path / "checkpoints", list[int]()
 
@@ -400,7 +395,7 @@ def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoi
     assert seen[-1] == 3
 
 
-def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
+def test_an_interrupted_upload_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     objects = Objects(f"s3://{BUCKET}/{prefix}/run")
     stream = objects._fs.open_output_stream(f"{objects._base}/big")
     stream.write(bytes(20_000_000))  # more than one part
@@ -410,7 +405,7 @@ def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsew
 
 
 @pytest.mark.slow
-def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
+def test_a_run_resumes_after_a_kill_and_the_loss_of_the_disk(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -451,7 +446,7 @@ def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
     assert server.objects(name) == files(run.path)
 
 
-def test_a_storage_that_comes_back_in_time_is_waited_for(
+def test_a_job_waits_for_an_unreachable_storage(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -459,7 +454,7 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def away_for_a_while(progress: Progress) -> None:
+    def stop_for_a_while(progress: Progress) -> None:
         if progress.epochs == 1:
             server.stop()
             threading.Timer(1.0, server.start).start()
@@ -475,7 +470,7 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
         return get(self, name)
 
     monkeypatch.setattr(Objects, "get", get_twice)
-    result = search(f"s3://{BUCKET}/{prefix}", tell=away_for_a_while)
+    result = search(f"s3://{BUCKET}/{prefix}", tell=stop_for_a_while)
     assert result["genotype"] == undisturbed[0]["genotype"]
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
@@ -487,7 +482,7 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
 
 
 @pytest.mark.slow  # pyarrow tries for six seconds
-def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
+def test_a_job_ends_if_the_storage_stays_unreachable_and_can_be_resumed(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -495,12 +490,12 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
 
-    def away(progress: Progress) -> None:
+    def stop(progress: Progress) -> None:
         server.stop()
 
     try:
         with pytest.raises(storage.StorageError) as caught:
-            search(place, tell=away, timing=Timing(retry=0.0, settle=0.05))
+            search(place, tell=stop, timing=Timing(retry=0.0, settle=0.05))
     finally:
         server.start()
     assert failure(caught.value) == {BLOCKED: str(caught.value)}  # of a trial: it is not failed for good
@@ -513,13 +508,13 @@ def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
     assert comparable(RunDir(storage.local(result["run_dir"]))) == comparable(undisturbed[1])
 
 
-def test_a_second_machine_is_refused_while_the_first_lives(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_a_second_machine_is_refused_while_the_first_works(
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
-    first, timing = storage.local(address), Timing(between_beats=0.1, settle=0.05)
+    first, timing = storage.local(address), Timing(interval=0.1, settle=0.05)
     said: list[str] = []
-    with storage.acquired(RunDir(first), said.append, timing=timing) as run:
+    with storage.acquired(RunDir(first), said.append, timing=timing):
         assert not said
         elsewhere()
         second = storage.local(address)
@@ -532,22 +527,26 @@ def test_a_second_machine_is_refused_while_the_first_lives(
             pytest.fail("two owners")
         assert "waiting" in said[0]
         assert len(said) == 1
-        # An owner that was silent for too long loses the run, and learns that before it writes again.
-        lease = Mirror(second, timing).lease
-        taken = dataclasses.replace(lease.me, host="second")
-        while lease.read() != taken:  # a renewal that is on its way may come after it
-            lease.write(taken)
-            time.sleep(0.5)
+        assert not server.objects(f"{prefix}/run").keys() - {OWNER_OBJECT}
+
+
+def test_an_owner_that_lost_its_lease_writes_nothing(
+    server: Server, elsewhere: Elsewhere, prefix: str
+) -> None:
+    first = storage.local(f"s3://{BUCKET}/{prefix}/run")
+    with acquired(first) as run:  # which renews its lease after 20 seconds only
+        lease = Mirror(first, NO_COMPETITOR).lease
+        lease.write(dataclasses.replace(lease.me, host="second"))
         (first / "run.json").write_text("{}")
         with pytest.raises(IstanasError, match=r"was taken over by process .* on second"):
             run.push()
     assert "run.json" not in server.objects(f"{prefix}/run")
 
 
-def test_of_two_that_start_at_the_same_moment_one_is_refused(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_of_two_simultaneous_starts_one_is_refused(
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
-    timing = Timing(between_beats=0.1, settle=0.5)
+    timing = Timing(interval=0.1, settle=0.5)
     together, ended = threading.Barrier(2), threading.Event()
     owners: list[Mirror] = []
     refused: list[str] = []
@@ -576,10 +575,10 @@ def test_of_two_that_start_at_the_same_moment_one_is_refused(
     assert "in use by process" in refused[0]
 
 
-def test_an_owner_lives_while_it_fetches(
+def test_the_lease_is_renewed_while_the_run_is_fetched(
     server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a large run that takes longer than others wait for a beat."""
+    """Fetching a large run may take longer than others wait for a renewal."""
     path = storage.local(f"s3://{BUCKET}/{prefix}/run")
     Objects(storage.shown(path)).put("run.json", b"{}")
     pull = Mirror.pull
@@ -592,13 +591,11 @@ def test_an_owner_lives_while_it_fetches(
         pull(self)
 
     monkeypatch.setattr(Mirror, "pull", slow_pull)
-    with acquired(path, Timing(between_beats=0.05, settle=0.05)):
+    with acquired(path, Timing(interval=0.05, settle=0.05)):
         assert (path / "run.json").read_text() == "{}"
 
 
-def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
-    server: Server, elsewhere: Elsewhere, prefix: str
-) -> None:
+def test_a_silent_owner_is_replaced_after_a_while(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     run, timing = RunDir(storage.local(f"s3://{BUCKET}/{prefix}/run")), Timing(silence=0.2, settle=0.05)
     lease = Mirror(run.path, timing).lease
     lease.write(dataclasses.replace(lease.me, host="elsewhere"))
@@ -625,7 +622,7 @@ def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
         ("file://host/runs", "with three slashes"),
     ],
 )
-def test_what_can_not_be_used_is_one_line_and_leaves_nothing(
+def test_an_unusable_address_is_a_one_line_error(
     address: str,
     said: str,
     server: Server,
@@ -642,7 +639,7 @@ def test_what_can_not_be_used_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_without_credentials_it_says_which(
+def test_missing_credentials_are_named(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask_for_credentials_after(requests: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a run was computed: what is written down, and what must not be."""
+"""The environment file of a run: its contents, and secrets that it must not have."""
 
 import json
 import platform
@@ -72,7 +72,7 @@ def test_the_command_is_the_one_that_was_typed(program: str, monkeypatch: pytest
     assert reproducing_command(Path("r"), "search").encode() == b"istanas search --config 'caf\\udce9.yaml'"
 
 
-def test_without_the_command_line_the_run_directory_repeats_the_run() -> None:
+def test_without_a_command_line_the_run_directory_repeats_the_run() -> None:
     folder = Path("runs/a b")
     assert reproducing_command(folder, "sweep") == "istanas sweep --config 'runs/a b/config.yaml'"
     assert reproducing_command(folder, "retrain") == (
@@ -80,7 +80,9 @@ def test_without_the_command_line_the_run_directory_repeats_the_run() -> None:
     )
 
 
-def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_resumed_elsewhere_keeps_both_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDir(tmp_path / "run")
     write_environment(run, "search")
     first = read(run)
@@ -136,7 +138,7 @@ def test_the_commit_of_a_checkout_and_whether_it_was_changed(checkout: Path) -> 
     assert git_state(checkout) == {"commit": head, "dirty": True}
 
 
-def test_somebody_elses_checkout_around_an_installation_is_none(
+def test_a_checkout_around_an_installation_does_not_count(
     checkout: Path,
 ) -> None:
     (checkout / "site-packages").mkdir()

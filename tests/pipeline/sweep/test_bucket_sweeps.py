@@ -175,7 +175,7 @@ def test_concurrent_owners_of_one_run_wait_for_each_other(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     """Trials on several nodes may retrain the same cell."""
-    timing = Timing(between_beats=0.1, settle=0.5)
+    timing = Timing(interval=0.1, settle=0.5)
     leases = []
     for _ in range(3):
         elsewhere()
@@ -214,7 +214,7 @@ def test_concurrent_owners_of_one_run_wait_for_each_other(
 def test_a_trial_waits_for_a_live_owner_and_replaces_a_silent_one(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
-    timing = Timing(between_beats=0.05, settle=0.05)
+    timing = Timing(interval=0.05, settle=0.05)
     address = f"s3://{BUCKET}/{prefix}/run"
     mirror = Mirror(bucket.local(address), timing)
     lease = mirror.lease

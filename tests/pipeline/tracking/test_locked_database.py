@@ -1,4 +1,4 @@
-"""Databases that another program has locked for longer than anybody waits: jobs go on, and nothing is lost."""
+"""Databases that another program has locked for too long: jobs continue, and no data are lost."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tests.pipeline.jobs.tiny_search import SETTINGS, search
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[sqlite3.Connection]:
-    """Another program at work in a database."""
+    """Lock a database as another program does."""
     with contextlib.closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield database
@@ -30,7 +30,7 @@ def locked(file: Path) -> Iterator[sqlite3.Connection]:
 
 @pytest.mark.slow  # the search waits for the lock at its start and at its end
 @pytest.mark.parametrize("until", ["the end", "the second epoch"])
-def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
+def test_a_search_with_a_locked_store_delivers_later(
     tmp_path: Path, until: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     OF_THIS_PROCESS.clear()
@@ -63,7 +63,7 @@ def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
 
 
 class Ends:
-    """Somebody who is told what becomes of trials, and has nothing to do."""
+    """Receives the events of trials and ignores them."""
 
     def trial_started(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}

@@ -1,4 +1,4 @@
-"""The alias champion, on a real registry: it moves to a better version on the same pictures, and to no other."""
+"""The alias `champion`: it moves only to a better version on the same pictures."""
 
 import dataclasses
 import json
