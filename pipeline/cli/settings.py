@@ -114,10 +114,15 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     Raises:
         ConfigError: Its folder is missing. A new store in that place would not be found.
     """
-    from pipeline.tracking.store import has_gone, public_uri
+    from pipeline.tracking.store import folder_is_missing, public_uri
 
     uri = config.tracking.uri
-    if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
+    if (
+        config.tracking.enabled
+        and uri is not None
+        and uri == origin.config.tracking.uri
+        and folder_is_missing(uri)
+    ):
         raise ConfigError(
             f"the folder of {public_uri(uri)}, a setting of {origin.run}, no longer exists",
             field="tracking.uri",
