@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 from matplotlib.backend_bases import GraphicsContextBase, RendererBase
@@ -44,7 +44,7 @@ def figure_svg(figure: Figure, attributes: Mapping[str, str]) -> str:
 
 
 @functools.cache  # Measuring a text takes longer than everything else about it.
-def _text_metrics(s: str, prop: FontProperties, ismath: bool | str) -> tuple[float, float, float]:
+def _text_metrics(s: str, prop: FontProperties, ismath: bool | Literal["TeX"]) -> tuple[float, float, float]:
     return RendererBase().get_text_width_height_descent(s, prop, ismath)
 
 
@@ -69,7 +69,7 @@ class _Renderer(RendererBase):
         self._group = None
 
     def get_text_width_height_descent(
-        self, s: str, prop: FontProperties, ismath: bool | str
+        self, s: str, prop: FontProperties, ismath: bool | Literal["TeX"]
     ) -> tuple[float, float, float]:
         return _text_metrics(s, prop, ismath)
 
@@ -95,7 +95,7 @@ class _Renderer(RendererBase):
         s: str,
         prop: FontProperties,
         angle: float,
-        ismath: bool | str = False,
+        ismath: bool | Literal["TeX"] = False,
         mtext: Text | None = None,
     ) -> None:
         # The viewer may use another font with other widths, so that only the middle of the text is known.
