@@ -36,11 +36,11 @@ def short_temporary_folder(below: str) -> Path:
     )
 
 
-def shorten_those_of_data_workers() -> None:
-    """Have torch's data workers, which send each batch through a socket, make it where its path is short enough."""
+def shorten_data_worker_sockets() -> None:
+    """Place the sockets through which torch's data workers send batches in a folder with a short path."""
     short = short_temporary_folder(OF_DATA_WORKERS)
     usual, tempfile.tempdir = tempfile.tempdir, str(short)
     try:
-        get_temp_dir()  # makes it, unless there is one; processes that are forked have the same
+        get_temp_dir()  # creates the folder if necessary; forked processes inherit it
     finally:
         tempfile.tempdir = usual

@@ -195,11 +195,11 @@ def _check_data_set(data: DataSettings) -> Check:
 
 def _check_folder(data: DataSettings) -> Check:
     from pipeline.runs.record import describe_missing
-    from pipeline.training.pictures import check_size, reading_of, survey_of
+    from pipeline.training.pictures import check_size, decode_settings_of, survey_of
 
     survey = survey_of(data, keep=False)
     check_size(data.name, *survey.shape(data.image_size))
-    lines, remedies = [*survey.notes(data.image_size, reading_of(data, survey))], []
+    lines, remedies = [*survey.notes(data.image_size, decode_settings_of(data, survey))], []
     listing = survey.listing
     if listing.untested:
         lines.append(describe_missing("test", listing.untested, len(listing.class_names)))

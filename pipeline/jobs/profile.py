@@ -30,14 +30,10 @@ from pipeline.runs.record import data_label
 from pipeline.training.build import build_one_stage, build_retraining, build_two_stage
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_checks import warnings_of
-from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import (
     Batches,
     describe_pictures,
-    holdout_indices,
-    search_indices,
-    search_split,
-    training_indices,
 )
 from pipeline.training.profiling import (
     Train,
@@ -48,6 +44,7 @@ from pipeline.training.profiling import (
     step_seconds,
     time_by_kind,
 )
+from pipeline.training.splits import splits_of
 
 WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen
 
@@ -177,7 +174,7 @@ def run_profile(
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
     device = compute.device
 
-    with noticing_their_loss(config.runtime.data_workers):
+    with report_lost_workers(config.runtime.data_workers):
         work.train(WARM_UP, lambda: None)
         per_step = statistics.median(step_seconds(work.train, steps, device))
         flops = count_flops(lambda: work.train(1, lambda: None))
@@ -239,11 +236,12 @@ def make_work(
 
 
 def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
-    s, split = config.search, search_split(config, dataset)
+    s, splits = config.search, splits_of(config, dataset, "search")
+    training, alphas = splits.training, splits.alpha_half()
     search = build_two_stage(config, dataset, compute, Ranks())
     batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
-    for_weights = _endless(batches, "weights", split.weights, s.batch_size)
-    for_alphas = _endless(batches, "alphas", split.alphas, s.batch_size)
+    for_weights = _endless(batches, "weights", training, s.batch_size)
+    for_alphas = _endless(batches, "alphas", alphas, s.batch_size)
     totals = Totals(compute.device)
 
     def train(steps: int, done: Callable[[], None]) -> None:
@@ -253,18 +251,18 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
             search.weight_step(next(for_weights), totals)
             done()
 
-    sample = split.alphas[: _measuring_size(s.batch_size)]
+    sample = alphas[: _measuring_size(s.batch_size)]
     return Work(
         train=train,
-        pictures_per_step=min(s.batch_size, len(split.weights)) + min(s.batch_size, len(split.alphas)),
+        pictures_per_step=min(s.batch_size, len(training)) + min(s.batch_size, len(alphas)),
         measure=lambda: search.validate(batches.measuring("train", sample)),
         pictures_measured=len(sample),
         recover=search.recover,
         plan=Plan(
             epochs=s.epochs,
-            steps_per_epoch=len(batches.training("weights", split.weights, 0)),
+            steps_per_epoch=len(batches.training("weights", training, 0)),
             recoveries=s.epochs,
-            measured_pictures=s.epochs * len(split.alphas),
+            measured_pictures=s.epochs * len(alphas),
             upper_bound=s.termination_tol is not None,
         ),
     )
@@ -272,7 +270,7 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
 
 def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
     """Projected with the step of the search for the training epochs too, where no b is trained but paths drop."""
-    s, indices = config.search, search_indices(config, dataset)
+    s, indices = config.search, splits_of(config, dataset, "search").training
     search = build_one_stage(config, dataset, compute, Ranks())
     batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
     stream = _endless(batches, "weights", indices, s.batch_size)
@@ -302,7 +300,7 @@ def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) 
 
 
 def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype) -> Work:
-    r, indices = config.retrain, training_indices(config, dataset)
+    r, indices = config.retrain, splits_of(config, dataset, "retrain").training
     net, optimizer = build_retraining(config, genotype, dataset, compute)
     net.drop_path_prob = r.drop_path / 2  # the mean over the run
     batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
@@ -362,7 +360,7 @@ def _measuring_size(batch_size: int) -> int:
 
 def _measured(config: Config, dataset: ImageDataset, epochs: int, tested_epochs: int, test_every: int) -> int:
     """Pictures that a run measures: the hold-out each epoch, the test split every so many and after the last."""
-    holdout = holdout_indices(config, dataset)
+    holdout = splits_of(config, dataset, "retrain").holdout  # that of a search is the same
     n_tests = max(math.ceil(tested_epochs / test_every), 1) if test_every > 0 else 0
     return epochs * (0 if holdout is None else len(holdout)) + n_tests * len(dataset.test)
 

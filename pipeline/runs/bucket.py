@@ -94,7 +94,7 @@ def shown(path: Path) -> str:
 
 
 def _copies() -> Path:
-    from istanas.data.datasets import default_cache_dir  # imports torch, which most commands can do without
+    from istanas.data.cache import default_cache_dir  # imports torch, which most commands can do without
 
     return default_cache_dir() / "storage"
 

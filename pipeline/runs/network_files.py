@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from istanas.data import ImageDataset
-from istanas.data.reading import PLAIN
+from istanas.data.reading import DEFAULT_DECODING
 from istanas.errors import CheckpointError, IstanasError
 from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, WEIGHTS_HEADER_BYTES, read_at_most
 from istanas.nets import TargetNet
@@ -47,8 +47,8 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
-    background: tuple[int, int, int] = PLAIN.background
-    bits: int = PLAIN.bits
+    background: tuple[int, int, int] = DEFAULT_DECODING.background
+    bits: int = DEFAULT_DECODING.bits
 
 
 def save_network(
@@ -70,8 +70,8 @@ def save_network(
         mean=tuple(dataset.mean),
         std=tuple(dataset.std),
         class_names=tuple(dataset.class_names),
-        background=dataset.reading.background,
-        bits=dataset.reading.bits,
+        background=dataset.decode_settings.background,
+        bits=dataset.decode_settings.bits,
     )
     write_network(folder, net, card)
 

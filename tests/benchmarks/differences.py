@@ -22,7 +22,8 @@ from istanas.training import Compute, Totals, cross_entropy, derive_seed, evalua
 from pipeline.config.load import load
 from pipeline.config.schema import TwoStageConfig
 from pipeline.training.build import build_two_stage
-from pipeline.training.pictures import Batches, open_dataset, search_split
+from pipeline.training.pictures import Batches, open_dataset
+from pipeline.training.splits import splits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 4, 60
@@ -65,18 +66,19 @@ def two_stage(root: Path) -> None:
     config = load(file, ["data.name=folder", f"data.root={root}", *sizes])
     assert isinstance(config, TwoStageConfig)
     dataset, compute, ranks = open_dataset(config, ["search"]), Compute(torch.device("cpu")), Ranks()
-    split = search_split(config, dataset)
+    splits = splits_of(config, dataset, "search")
+    training, of_alphas = splits.training, splits.alpha_half()
     search = build_two_stage(config, dataset, compute, ranks)
     batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
     alphas = search.supernet.alphas()
-    measured = split.alphas[::5]  # the halves are in the order of the folder: every class
+    measured = of_alphas[::5]  # the halves are in the order of the folder: every class
     clip, steps = config.search.grad_clip or math.inf, []
     entries: list[float] = []  # median |gradient| of the entries of all b
     for epoch in range(EPOCHS):
         totals = Totals(compute.device)
         pairs = zip(
-            batches.training("weights", split.weights, epoch),
-            batches.training("alphas", split.alphas, epoch),
+            batches.training("weights", training, epoch),
+            batches.training("alphas", of_alphas, epoch),
             strict=False,
         )
         search.supernet.train()

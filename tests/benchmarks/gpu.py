@@ -23,7 +23,8 @@ from pipeline.config.load import load
 from pipeline.config.schema import TwoStageConfig
 from pipeline.training.build import build_two_stage
 from pipeline.training.compute import compute_for
-from pipeline.training.pictures import Batches, SearchSplit, search_split
+from pipeline.training.pictures import Batches
+from pipeline.training.splits import splits_of
 
 # Of the published run; an epoch has so many pictures for the weights, and as many for the alphas.
 EPOCHS, PICTURES = 50, 25_000
@@ -92,24 +93,24 @@ class Loop:
         ranks = Ranks()
         self.compute, self.batch_size = compute, config.search.batch_size
         self.search: TwoStageSearch = build_two_stage(config, dataset, compute, ranks)
-        self.split: SearchSplit = search_split(config, dataset)
+        self.splits = splits_of(config, dataset, "search")
         self.batches = Batches(config, dataset, compute, ranks, self.batch_size, config.search.cutout)
 
     def train(self, n_steps: int | None = None) -> int:
         """An epoch's first steps (None: all with a full batch); returns how many pictures they took."""
         epoch = self.search.epoch
-        batches: Iterable[Batch] = self.batches.training("weights", self.split.weights, epoch)
-        steps = len(self.split.weights) // self.batch_size if n_steps is None else n_steps
+        batches: Iterable[Batch] = self.batches.training("weights", self.splits.training, epoch)
+        steps = len(self.splits.training) // self.batch_size if n_steps is None else n_steps
         metrics = self.search.train_epoch(
             itertools.islice(batches, steps),
-            lambda: self.batches.training("alphas", self.split.alphas, epoch),
+            lambda: self.batches.training("alphas", self.splits.alpha_half(), epoch),
             steps,
         )
         return 2 * metrics.count
 
     def validate(self) -> int:
         """The alpha half; returns how many pictures it has."""
-        return self.search.validate(self.batches.measuring("train", self.split.alphas)).count
+        return self.search.validate(self.batches.measuring("train", self.splits.alpha_half())).count
 
     def synchronize(self) -> None:
         """Wait for the device."""

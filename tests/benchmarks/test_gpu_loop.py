@@ -100,6 +100,6 @@ def test_measured_on_a_gpu_in_bf16_with_fused_optimisers_and_the_pictures_there(
     speed = measure(loop)
     assert_measured(loop, speed)
     assert speed.computing_share < 1
-    for batch in loop.batches.training("weights", loop.split.weights, 0):
+    for batch in loop.batches.training("weights", loop.splits.training, 0):
         assert batch.images.device.type == "cuda"
         assert batch.images.is_contiguous(memory_format=torch.channels_last)

@@ -244,7 +244,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     (line,) = [line for line in failing.lines if line.startswith("{")]
     failed: dict[str, Any] = json.loads(line)
     assert failed["id"].startswith("search-nowhere-")
-    assert "error: data.root: /nowhere/at/all is no folder; name one that holds train/CLASS/*" in "\n".join(
+    assert "error: data.root: no such folder: /nowhere/at/all; set data.root to a folder" in "\n".join(
         failing.lines
     )
 

@@ -424,6 +424,6 @@ def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Pa
         _, err = process.communicate(timeout=400)
         assert process.returncode == 1
         assert (
-            "error: data set folder has changed since this run began: restore it, start over with --fresh"
+            "error: data set folder has changed since this run began; restore it, start over with --fresh"
             in err
         )

@@ -486,7 +486,7 @@ def test_a_decompression_bomb_is_one_line(side: int, name: str, pictures: Path) 
     for size in ([], ["--set", "data.image_size=16"]):
         outcome = confined(["search", "--config", "tiny.yaml", *size], folder)
         assert_refused(
-            outcome, 1, f"{name} is no readable picture (", "decompression bomb" if side < 60_000 else ""
+            outcome, 1, f"{name} is not a readable picture (", "decompression bomb" if side < 60_000 else ""
         )
 
 
@@ -504,7 +504,7 @@ def test_nothing_outside_of_a_picture_folder_is_shown(place: str, pictures: Path
 def test_names_of_files_do_not_command_the_terminal(pictures: Path) -> None:
     (pictures / "train" / "\x1b[2Jcat").mkdir()
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
-    assert_refused(outcome, 1, r"train/\x1b[2Jcat holds no picture")
+    assert_refused(outcome, 1, r"train/\x1b[2Jcat contains no picture")
 
 
 def test_a_data_set_of_pickles_is_not_unpickled_unless_it_is_the_published_one(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_a_result_in_a_bucket_outlives_its_pictures(
     code, again, err = istanas(*arguments, capsys=capsys)
     assert (code, json.loads(again[-1])) == (0, json.loads(out[-1]))
     assert [line.partition(": ")[2] for line in err if line.startswith("warning")] == [
-        f"the pictures of this result cannot be looked at any more: data.root: {pictures} is no folder; name one that "
-        "holds train/CLASS/* and test/CLASS/*"
+        f"the pictures of this result cannot be looked at any more: data.root: no such folder: {pictures}; set "
+        "data.root to a folder with train/CLASS/* and test/CLASS/*"
     ]
 
 

@@ -24,7 +24,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
 from pipeline.training.epoch_record import EpochRecord, FolderStore, load_progress
 from pipeline.training.loop import search_worker, searched_network
-from pipeline.training.pictures import holdout_indices, search_indices
+from pipeline.training.splits import splits_of
 from tests.pipeline.training.test_loop import Nobody, Watcher, all_records, decided, weights_of, with_train
 from tests.ranks import run_ranks
 
@@ -145,7 +145,7 @@ def test_the_test_figures_are_those_of_the_absorbed_network(few: ImageDataset, t
 
 def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny("data.holdout=0.2", "search.train_epochs=1")
-    kept = holdout_indices(config, few)
+    kept = splits_of(config, few, "search").holdout
     assert kept is not None
     assert isinstance(few.train, ArrayPictures)
     assert isinstance(few.test, ArrayPictures)
@@ -171,8 +171,10 @@ def test_a_part_of_the_pictures(few: ImageDataset, tmp_path: Path) -> None:
     assert watcher.counts == {0: 100, 1: 100, 2: 100}
     assert watcher.last is not None
     assert "test/top1" in watcher.last.metrics, "without training, the search's end is measured"
-    with pytest.raises(ConfigError, match=r"search\.max_pictures is 301, above the 300 there are: lower it"):
-        search_indices(tiny("search.max_pictures=301"), few)
+    with pytest.raises(
+        ConfigError, match=r"search\.max_pictures: 301 is above the 300 available pictures; lower it"
+    ):
+        splits_of(tiny("search.max_pictures=301"), few, "search")
 
 
 def test_no_architecture_within_the_limits_is_one_clear_line(few: ImageDataset, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_an_unfinished_search_has_no_network(few: ImageDataset, tmp_path: Path) 
     search(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
     with pytest.raises(ConfigError, match="is still ACTIVE"):
         searched_network(tiny(), few, tmp_path, 1)
-    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken"):
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is missing or damaged"):
         searched_network(tiny(), few, tmp_path, N_EPOCHS)
 
 

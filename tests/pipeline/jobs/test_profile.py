@@ -163,7 +163,7 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--genotype", "ISTA_twostag"], 2, "ISTA_twostage"),
         (["--config", "absent.yaml"], 2, "absent.yaml: cannot be read"),
         (["--set", "search.epoch=3"], 2, "did you mean epochs?"),
-        (["--set", "search.max_pictures=5000"], 2, "search.max_pictures is 5000"),
+        (["--set", "search.max_pictures=5000"], 2, "search.max_pictures: 5000 is above"),
         (["--trace", "absent/step.json"], 2, "absent/step.json"),
         (["--trace", "."], 2, "trace: ."),
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
@@ -207,7 +207,7 @@ def test_no_gpu_is_said_before_any_step(istanas: Command) -> None:
         pytest.skip("a GPU: there is one here")
     code, _, err = istanas("--set", "runtime.device=cuda")
     assert code == 2
-    assert "runtime.device is cuda" in err
+    assert "runtime.device: cuda needs a GPU" in err
 
 
 # ---------- FLOPs
@@ -334,10 +334,11 @@ def test_every_step_has_its_own_seconds() -> None:
 def test_batches_are_full_and_never_end() -> None:
     config = load(CONFIGS / "digits_quickstart.yaml", ["search.batch_size=300"])
     dataset = open_dataset(config, ["search"])
-    from pipeline.training.pictures import Batches, search_split
+    from pipeline.training.pictures import Batches
+    from pipeline.training.splits import splits_of
 
     batches = Batches(config, dataset, Compute(CPU), profile_job.Ranks(), 300, 0)
-    stream = profile_job._endless(batches, "weights", search_split(config, dataset).weights, 300)
+    stream = profile_job._endless(batches, "weights", splits_of(config, dataset, "search").training, 300)
     drawn = [next(stream) for _ in range(5)]
     assert [len(batch.labels) for batch in drawn] == [300] * 5
     assert not torch.equal(drawn[0].labels, drawn[2].labels)  # the next pass is another epoch's

@@ -516,7 +516,7 @@ def test_records_that_version_0_1_did_not_write_are_one_line(tmp_path: Path) -> 
     for history in (7, [{}], [as_version_0_1(record_of(1)) | {"nodes": [{"cell": "a"}]}]):
         checkpoint.write_state(tmp_path, 1, serialize({"history": history}))
         with pytest.raises(
-            CheckpointError, match=r"has no records of epochs .*: --fresh starts over"
+            CheckpointError, match=r"has no valid records of epochs .*; start over with --fresh$"
         ) as caught:
             load_progress(tmp_path)
         assert "\n" not in str(caught.value)

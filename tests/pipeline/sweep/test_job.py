@@ -115,20 +115,20 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "line"),
     [
-        ("search.cutout: {int: [0, 9]}", "sweep.space allows search.cutout=9: search.cutout is 9, above the"),
+        ("search.cutout: {int: [0, 9]}", "sweep.space allows search.cutout=9: search.cutout: 9 is above the"),
         (
             "space.matrix: {choice: [uniform, gaussian]}, "
             "search.max_pictures: {int: [9, 5000], when: {space.matrix: gaussian}}",
-            "search.max_pictures is 5000, above the 1438 there are",
+            "search.max_pictures: 5000 is above the 1438 available",
         ),
-        ("search.cutout: {choice: [2, 20]}", "sweep.space allows search.cutout=20: search.cutout is 20,"),
+        ("search.cutout: {choice: [2, 20]}", "sweep.space allows search.cutout=20: search.cutout: 20 is"),
         (
             "search.max_pictures: {choice: [null, 5000]}",
-            "search.max_pictures is 5000, above the 1438 there are",
+            "search.max_pictures: 5000 is above the 1438 available",
         ),
         (
             "search.alpha_fraction: {uniform: [0.0001, 0.5]}",
-            "search.alpha_fraction is 0.0001: of 1438 pictures",
+            "search.alpha_fraction: 0.0001 leaves 1438 of 1438 pictures",
         ),
     ],
 )
