@@ -182,7 +182,7 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["search", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (
             ["run", "--config", "tiny.yaml", "--set", "search.max_pictures=5000"],
-            "search.max_pictures is 5000",
+            "search.max_pictures: 5000 is above",
         ),
         (["retrain", "--genotype", "ISTA_twostag"], "ISTA_twostage"),
         (["retrain", "--genotype", "random:x"], "random:SEED"),

@@ -176,7 +176,7 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--genotype", "ISTA_twostag"], 2, "ISTA_twostage"),
         (["--config", "absent.yaml"], 2, "absent.yaml: cannot be read"),
         (["--set", "search.epoch=3"], 2, "did you mean epochs?"),
-        (["--set", "search.max_pictures=5000"], 2, "search.max_pictures is 5000"),
+        (["--set", "search.max_pictures=5000"], 2, "search.max_pictures: 5000 is above"),
         (["--trace", "absent/step.json"], 2, "absent/step.json"),
         (["--trace", "."], 2, "trace: ."),
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
