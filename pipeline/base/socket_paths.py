@@ -16,16 +16,17 @@ OF_RAY = "/istanas-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/p
 OF_DATA_WORKERS = "/pymp-12345678/listener-12345678"
 
 
-def short_temporary_folder(below: str) -> Path:
+def short_temporary_folder(below: str, longest: int = LONGEST_PATH) -> Path:
     """Return the folder for temporary files or, if its path is too long for sockets, a shorter one of the system.
 
     Args:
         below: Longest path of a socket, relative to the folder.
+        longest: Largest number of bytes of a whole path.
 
     Raises:
         IstanasError: No writable folder has a short enough path.
     """
-    usual, most = tempfile.gettempdir(), LONGEST_PATH - len(below)
+    usual, most = tempfile.gettempdir(), longest - len(below)
     for name in (usual, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
         folder = Path(name or usual).resolve()
         if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK | os.X_OK):
