@@ -1,7 +1,7 @@
-"""The processes that train one network together: gradients averaged, figures summed, rank 0's word for all.
+"""The processes that train one network together: they average gradients, sum metrics, and follow rank 0.
 
-One process is the special case of one rank, for which everything here is the identity: the algorithms call it
-always and do not ask how many they are.
+A single process is the special case of one rank, for which all operations are the identity. The algorithms therefore
+need not distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Every method but the properties is called by all of them.
+    """The rank of this process among those that train together. All processes must call each method.
 
     Args:
-        rank: of this process, in [0, size).
-        size: number of processes; above 1 needs torch's default process group.
-        device: where tensors of sums live; with the nccl backend the rank's GPU. None: the CPU.
+        rank: Rank of this process, in [0, size).
+        size: Number of processes, >= 1. More than 1 require torch's default process group.
+        device: Device of tensors that are sent: with the nccl backend, the rank's GPU. `None` uses the CPU.
 
     Example:
         >>> alone = Ranks()
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def current(cls, device: torch.device) -> Ranks:
-        """The ranks of torch's default process group, or the one rank if there is none."""
+        """Return the ranks of torch's default process group, or a single rank if there is none."""
         if not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), device)
@@ -54,15 +54,15 @@ class Ranks:
     def data_parallel(
         self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]
     ) -> Callable[..., Any]:
-        """`forward`, such that a backward pass through it leaves the mean over ranks in the parameters' gradients.
+        """Return `forward` such that a backward pass averages the gradients of the parameters over the ranks.
 
-        Only the gradients of `parameters` travel, and all of them must get one: an operation that is not active
-        is not in the list, so that it costs no byte and nothing has to be searched for.
+        Only the gradients of `parameters` are sent, and each of them must get one. Parameters of inactive operations
+        must not be in the list: they cost no communication then, and torch need not search for unused parameters.
 
         Args:
-            forward: computes a loss or what one follows from.
-            parameters: that get a gradient in the backward pass, in the same order on every rank; they take
-                rank 0's values here.
+            forward: Computes a loss, or outputs from which a loss is computed.
+            parameters: Parameters that get a gradient, in the same order on every rank. They are set to the values of
+                rank 0.
 
         Source:
             Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Training, VLDB 2020.
@@ -74,7 +74,7 @@ class Ranks:
         )
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
+        """Return the sums of the values over all ranks, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -83,7 +83,7 @@ class Ranks:
         return result
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace floating-point tensors by their means over the ranks, in one message."""
+        """Replace floating-point tensors by their means over the ranks, with one message."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.detach().flatten() for t in tensors])
@@ -94,14 +94,18 @@ class Ranks:
                 tensor.copy_(mean.view_as(tensor))
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, on every rank; its error, if it raises one."""
+        """Return the result of rank 0 on every rank.
+
+        Raises:
+            IstanasError: The error of rank 0, on every rank.
+        """
         if self.size == 1:
             return compute()
         message: list[Any] = [None, None]
         if self.is_first:
             try:
                 message[0] = compute()
-            except IstanasError as error:  # the others would wait for a value for ever
+            except IstanasError as error:  # The other ranks would wait for a result for ever.
                 message[1] = error
         dist.broadcast_object_list(message, device=self.device)
         if message[1] is not None:
@@ -110,10 +114,14 @@ class Ranks:
         return result
 
     def check_same(self, what: str, digest: str) -> None:
-        """Stop on every rank if not all hold the same.
+        """Check that a digest is the same on all ranks.
+
+        Args:
+            what: Name of the compared object, for the error message.
+            digest: Its digest on this rank.
 
         Raises:
-            IstanasError: with every digest and the ranks that hold it.
+            IstanasError: If it is not; the message has every digest and its ranks.
 
         Example:
             >>> Ranks().check_same("genotype", "27c9e710")
@@ -123,23 +131,27 @@ class Ranks:
         digests: list[Any] = [None] * self.size
         dist.all_gather_object(digests, digest)
         if len(set(digests)) > 1:
-            held = "; ".join(
+            found = "; ".join(
                 f"{d} on rank {', '.join(str(r) for r, other in enumerate(digests) if other == d)}"
                 for d in dict.fromkeys(digests)
             )
             raise IstanasError(
-                f"{what} differs between the workers ({held}): the job stops, the same command resumes from the "
-                "last checkpoint; if it happens again, look for faulty memory or unequal versions of torch"
+                f"differs between the workers ({found})",
+                field=what,
+                remedy="run the same command again, which resumes from the last checkpoint; if it happens again, look "
+                "for faulty memory or unequal versions of torch",
             )
 
 
 class _Replica(nn.Module):
-    """A function as a module that owns just the parameters whose gradients are to be averaged."""
+    """A function as a module that has only the parameters whose gradients are averaged."""
 
     def __init__(self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.averaged = nn.ParameterList(parameters)
-        self._function = (forward,)  # in a tuple: a module would be registered, with all its parameters
+        self._function = (
+            forward,
+        )  # In a tuple, because a module would be registered with all its parameters.
 
     def forward(self, *args: Any) -> Any:
         return self._function[0](*args)

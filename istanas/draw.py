@@ -1,9 +1,8 @@
-"""Figures: cells as left-to-right graphs that can be read at a glance, and how the nodes of a search came to rest.
+"""Figures: cells as graphs from left to right, and the freezing of the nodes of a one-stage search.
 
-networkx ranks the states (topological generations, multipartite layout), matplotlib draws. What is left to
-decide here is how far each edge bends and where on it the name of its operation stands; `_route` does that by
-coordinate descent on a cost that counts what a reader would mind: names on names, edges through boxes, edges
-on top of each other.
+networkx places the states (topological generations, multipartite layout), and matplotlib draws. `_route` chooses the
+bend of each edge and the place of its label, by coordinate descent on a cost that counts overlapping labels, edges
+through boxes, and edges on top of each other.
 """
 
 from __future__ import annotations
@@ -27,31 +26,31 @@ if TYPE_CHECKING:
     from istanas.space.genotype import Genotype
 
 Array = npt.NDArray[np.float64]
-Place = tuple[str, int]  # (cell, node)
+Place = tuple[str, int]  # (cell, node).
 
-# Dark enough to be read on white; told apart without colour vision by the names beside them.
+# Dark enough to be read on white. Labels distinguish the operations without colour vision.
 COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
 OTHER_COLOUR = "#8a1c7c"
 CONCAT_COLOUR = "#6f7682"
 _INK, _NODE_FILL, _END_FILL = "#222222", "#fdf3d1", "#e4ecf4"
 
-# Inches, as are the coordinates of a figure, so that a shape looks as it was computed.
+# All sizes and coordinates are in inches.
 _TITLE = 0.4
 _SMALLEST_PAGE = (8.0, 4.2)
-_LAYER, _NAME = 1.75, 0.33  # width that a layer takes, height that a name takes
+_LAYER, _NAME = 1.75, 0.33  # Width of a layer, height of a label.
 _MARGIN = (0.75, 0.6)
 _NODE_SIZE = (0.74, 0.36)
 _FONT_FAMILY, _FONT_SIZE = "DejaVu Sans", 10.0
 _BENDS = np.outer([0.0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.8, 1.0], [1, -1]).ravel()[1:]
 _STOPS = np.array([0.5, 0.44, 0.56, 0.38, 0.62, 0.32, 0.68, 0.26, 0.74])
-_EVEN_WIDTH = 1.8  # points, of edges whose weights are not known
+_EVEN_WIDTH = 1.8  # Points, of edges without weights.
 _SAMPLES = np.linspace(0, 1, 41)
 _FROZEN_BY: dict[str, dict[str, Any]] = {
     "tolerance": {"marker": "o"},
     "limit": {"marker": "s", "markerfacecolor": "white"},
 }
-_PICK = "pick"  # label of the lines of the picks
-_LEAST_DISTANCE = 1e-6  # that a logarithmic axis needs to end at
+_PICK = "pick"  # Label of the lines of the picks.
+_LEAST_DISTANCE = 1e-6  # Lower end of the logarithmic axis if the tolerance is 0.
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class _Edge:
 
 
 def colour_of(op: str) -> str:
-    """Colour of an operation by its kind; one colour for all kinds that are not known.
+    """Return the colour of an operation's kind, or `OTHER_COLOUR` for an unknown kind.
 
     Example:
         >>> colour_of("sep_conv_5x5") == colour_of("sep_conv_3x3")
@@ -82,18 +81,17 @@ def draw_cell(
     """Draw one cell from its inputs on the left to the concatenation on the right.
 
     Args:
-        picks: `picks[i]` holds node i's inputs as (operation, state); states 0 and 1 are the cell's inputs,
-            i + 2 is node i.
-        concat: states whose outputs are concatenated, each in 0..len(picks) + 1.
-        title: written above the graph.
-        weights: edge weights, in the shape of `picks`, finite; the greater |weight|, the wider the edge.
-            None or empty: all alike.
+        picks: For each node its inputs (operation, state); states 0 and 1 are the cell's inputs, i + 2 is node i.
+        concat: States whose outputs are concatenated, each in 0 .. len(picks) + 1.
+        title: Title above the graph.
+        weights: Finite edge weights in the shape of `picks`. The greater |weight|, the wider the edge. `None` or empty
+            draws all edges alike.
 
     Returns:
         A figure with a white background, at least 8 inches wide. Two operations on one edge are two curves.
 
     Raises:
-        GenotypeError: a state that does not exist yet where it is used, or weights that do not fit.
+        GenotypeError: If a state does not precede its use, or the weights do not fit the picks.
 
     Example:
         >>> figure = draw_cell([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], title="normal")
@@ -143,7 +141,7 @@ def cell_svg(
 
 
 def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
-    """The figure of a cell; with a title, even an empty one, there is room for it above the graph."""
+    """Return the figure of a cell. A title, even an empty one, takes space above the graph."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
@@ -156,7 +154,7 @@ def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
 
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    # Without axes, whose making takes as long as all else: coordinates are inches.
+    # There are no axes, because creating them takes as long as everything else.
     inches: Any = figure.dpi_scale_trans
     font = FontProperties(family=_FONT_FAMILY, size=_FONT_SIZE)
     if title is not None:
@@ -194,7 +192,7 @@ def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
 
 
 def edge_widths(weights: Sequence[Sequence[float]]) -> list[list[float]]:
-    """How wide a cell's picks are drawn, in points: the greater |weight|, the wider.
+    """Return the line widths of a cell's picks in points: the greater |weight|, the wider.
 
     Example:
         >>> edge_widths([[1.0, -0.5], [0.0]])
@@ -213,19 +211,19 @@ def save_genotype_figures(
     weights_normal: Sequence[Sequence[float]] | None = None,
     weights_reduce: Sequence[Sequence[float]] | None = None,
 ) -> list[Path]:
-    """Write both cells, each as SVG and PNG; the same genotype gives the same bytes.
+    """Write both cells as SVG and PNG. The same genotype gives the same bytes.
 
     Args:
-        genotype: both cells.
-        folder: made if it does not exist. Each file appears whole or not at all.
-        weights_normal: edge weights of the normal cell, in the shape of its picks.
-        weights_reduce: the same for the reduction cell.
+        genotype: The genotype.
+        folder: The folder, which is created if it does not exist. Files are written atomically.
+        weights_normal: Edge weights of the normal cell, in the shape of its picks.
+        weights_reduce: Edge weights of the reduction cell, in the shape of its picks.
 
     Returns:
         The four paths.
 
     Raises:
-        GenotypeError: as `draw_cell`.
+        GenotypeError: As `draw_cell`.
 
     Example:
         >>> import tempfile
@@ -251,14 +249,14 @@ def draw_freezing(
     rejected: Sequence[int] = (),
     frozen: Mapping[Place, tuple[int, str]] | None = None,
 ) -> Figure:
-    """How far each node's code moved in every epoch of a one-stage search, and when the node froze.
+    """Draw how far each node's code moved in every epoch of a one-stage search, and when the node froze.
 
     Args:
-        distances: (cell, node) -> (epoch, ||z_t - z_(t-1)||_2), the latter >= 0, on a logarithmic axis: what is
-            below a thousandth of the tolerance stands there.
-        tolerance: >= 0, the threshold; 0 is not drawn.
-        rejected: epochs whose new architecture was too large: dotted lines.
-        frozen: (cell, node) -> (epoch, "tolerance" or "limit"): filled dots and hollow squares.
+        distances: (cell, node) -> (epoch, ||z_t - z_(t-1)||_2), the latter >= 0. On the logarithmic axis, values below
+            a thousandth of the tolerance are drawn there.
+        tolerance: The threshold, >= 0; 0 is not drawn.
+        rejected: Epochs whose new architecture was too large, drawn as dotted lines.
+        frozen: (cell, node) -> (epoch, "tolerance" or "limit"), drawn as filled dots or hollow squares.
 
     Example:
         >>> figure = draw_freezing({("normal", 0): [(1, 0.1), (2, 1e-4)]}, tolerance=1e-3)
@@ -304,7 +302,7 @@ def draw_freezing(
 def save_freezing_figure(
     folder: Path, distances: Mapping[Place, Sequence[tuple[int, float]]], **options: Any
 ) -> list[Path]:
-    """Write `draw_freezing` as freezing.svg and freezing.png; the same data give the same bytes."""
+    """Write the figure of `draw_freezing` as freezing.svg and freezing.png. The same data give the same bytes."""
     return _save(draw_freezing(distances, **options), folder, "freezing")
 
 
@@ -313,7 +311,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Text stays text (small, searchable); no random id and no date makes two equal figures differ.
+    # Text stays text, which is small and can be searched. Without random ids and dates, equal figures are equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
         for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
             content = io.BytesIO()
@@ -334,25 +332,33 @@ def _edges(
     concat: Sequence[int],
     weights: Sequence[Sequence[float]] | None,
 ) -> list[_Edge]:
-    """The checked edges of the graph; the concatenation is state len(picks) + 2."""
+    """Check the arguments of `draw_cell` and return the edges; the concatenation is state len(picks) + 2."""
     last = len(picks) + 1
     for node, inputs in enumerate(picks):
         for op, state in inputs:
             if not 0 <= state < node + 2:
-                raise GenotypeError(f"node {node}: {op} reads state {state}; choose a state in 0..{node + 1}")
+                raise GenotypeError(
+                    f"{op} of node {node} reads state {state}",
+                    field="picks",
+                    remedy=f"choose 0 to {node + 1}",
+                )
     for state in concat:
         if not 0 <= state <= last:
-            raise GenotypeError(f"concat: state {state} does not exist; choose states in 0..{last}")
+            raise GenotypeError(f"no state {state}", field="concat", remedy=f"choose 0 to {last}")
     if weights is not None and len(weights) == 0:
         weights = None
     if weights is not None and [len(row) for row in weights] != [len(inputs) for inputs in picks]:
         raise GenotypeError(
-            f"weights: {[len(row) for row in weights]} values a node; "
-            f"give one for each pick, {[len(inputs) for inputs in picks]}"
+            f"the nodes have {[len(row) for row in weights]} values",
+            field="weights",
+            remedy=f"give one for each pick, {[len(inputs) for inputs in picks]}",
         )
-
     if not all(np.isfinite(w) for row in weights or () for w in row):
-        raise GenotypeError("weights: NaN or infinite; give finite numbers, or none to draw all edges alike")
+        raise GenotypeError(
+            "NaN or infinite values",
+            field="weights",
+            remedy="give finite numbers, or none to draw all edges alike",
+        )
 
     widths = edge_widths(weights or [[0.0] * len(inputs) for inputs in picks])
     edges = [
@@ -364,14 +370,14 @@ def _edges(
 
 
 def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
-    """Centres of all states in inches, (n_nodes + 3, 2), and the page below the title, (width, height)."""
+    """Return the centres of all states, (n_nodes + 3, 2), and the size (width, height) of the page below the title."""
     import networkx
 
     output = n_nodes + 2
     graph = networkx.MultiDiGraph()
     graph.add_nodes_from(range(output))
     graph.add_edges_from((edge.source, edge.target) for edge in edges if edge.target != output)
-    # Largest state first, because the layout fills a layer from below: c_{k-2} comes to stand above c_{k-1}.
+    # The layout fills a layer from below. With the largest state first, c_{k-2} is above c_{k-1}.
     layers = [sorted(generation, reverse=True) for generation in networkx.topological_generations(graph)]
     layers.append([output])
     raw = networkx.multipartite_layout(range(output + 1), subset_key=dict(enumerate(layers)))
@@ -379,7 +385,7 @@ def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
     n_names = sum(edge.op is not None for edge in edges)
     page = np.maximum(_SMALLEST_PAGE, (_LAYER * len(layers), _NAME * n_names))
     xy = np.array([raw[state] for state in range(output + 1)])
-    # From the concatenation at (0, 0) leftwards to x = -1.
+    # Shift and scale: the concatenation is at (0, 0), and the inputs are at x = -1.
     xy = (xy - xy[output]) / (xy[output, 0] - xy[0, 0])
     span = page - 2 * np.array(_MARGIN)
     spread = max(np.ptp(xy[:, 1]), 1e-9)
@@ -388,7 +394,7 @@ def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
 
 
 def _curve(start: Array, end: Array, bend: float | Array, t: float | Array) -> Array:
-    """Points of matplotlib's arc3: quadratic Bezier, controlled from `bend` lengths beside the middle."""
+    """Return points of a quadratic Bezier curve whose control point is `bend` lengths beside the middle."""
     along = end - start
     control = (start + end) / 2 + np.asarray(bend)[..., None] * np.array([along[1], -along[0]])
     t = np.asarray(t)[..., None]
@@ -397,13 +403,17 @@ def _curve(start: Array, end: Array, bend: float | Array, t: float | Array) -> A
 
 
 def _arrow(source: Array, target: Array, bend: float) -> tuple[Array, Array, Array, Array]:
-    """A curve from the middle of a box to the border of another, as start, control and end, and its head's corners."""
+    """Return an arrow from the middle of a box to the border of another box.
+
+    Returns:
+        (start, control point, end) of the line, which ends where the head begins, and the corners of the head.
+    """
     box, head = np.array(_NODE_SIZE) / 2, np.array([0.12, 0.06])
     t = np.linspace(0, 1, 401)
     outside = ~_touches(_curve(source, target, bend, t), target[None], box)[:, 0]
     border = t[np.flatnonzero(outside)[-1]]
     tip = _curve(source, target, bend, border)
-    # Where the head begins; what is left of the curve is split off there, as de Casteljau does it.
+    # The curve is split where the head begins, by de Casteljau's algorithm.
     back = np.linalg.norm(_curve(source, target, bend, t) - tip, axis=-1)
     stop = t[np.flatnonzero((t < border) & (back >= head[0]))[-1]]
     end = _curve(source, target, bend, stop)
@@ -415,16 +425,16 @@ def _arrow(source: Array, target: Array, bend: float) -> tuple[Array, Array, Arr
 
 
 def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, Array]:
-    """Bend of each edge and the stop on it (0..1) where its name stands, both (E,).
+    """Return the bend of each edge and the position of its label along it, in 0 .. 1, both (E,).
 
-    One edge after the other takes the cheapest of all (bend, stop), given the others, until none changes.
+    One edge after another takes the cheapest (bend, position), given the others, until none changes.
     """
     ends = [(places[edge.source], places[edge.target]) for edge in edges]
     curves = np.array([_curve(*pair, _BENDS[:, None], _SAMPLES) for pair in ends])  # (E, bends, samples, 2)
     spots = np.array([_curve(*pair, _BENDS[:, None], _STOPS) for pair in ends])  # (E, bends, stops, 2)
     box = np.array(_NODE_SIZE) / 2
     names = np.array([_text_size(edge.op) for edge in edges]) / 2
-    # Edges that share a box must meet there: only what lies outside the boxes counts as one edge on another.
+    # Edges that share a box meet there. They count as overlapping only outside of the boxes.
     at_ends = np.array(
         [_touches(curves[i], np.array(pair), box + 0.2).any(-1) for i, pair in enumerate(ends)]
     )
@@ -445,11 +455,11 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
 
     @functools.cache
     def beside_path(j: int, bend: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Of edge j with this bend: which samples of all curves lie on it, and how much of it lies under all names."""
+        """Return which samples of all curves are on edge j with this bend, and how much of it is under all labels."""
         path = free[j, bend]
         path = path[~np.isnan(path[:, 0])]
         close = np.zeros(free.shape[:-1], dtype=bool)
-        if len(path):  # most samples are far from it, and need no closer look
+        if len(path):  # The bounding box excludes most samples quickly.
             half = np.ptp(path, axis=0) / 2 + 0.1
             around = _touches(free, path.min(0)[None] + half - 0.1, half)[..., 0]
             close[around] = _touches(free[around], path, 0.09).any(-1)
@@ -479,9 +489,9 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
 
 
 def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[np.bool_]:
-    """Which points (..., 2) lie in which boxes of half size `half` around centres (M, 2): (..., M).
+    """Return which points (..., 2) are in which boxes of half size `half` around centres (M, 2), as (..., M).
 
-    NaN lies nowhere.
+    NaN is in no box.
     """
     across, along = (half[..., 0], half[..., 1]) if isinstance(half, np.ndarray) else (half, half)
     near = np.abs(points[..., None, 0] - centres[:, 0]) < across
@@ -489,9 +499,9 @@ def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[
     return near
 
 
-@functools.cache  # measuring a text takes longer than all else about it
+@functools.cache  # Measuring a text takes longer than everything else about it.
 def _text_size(text: str | None) -> tuple[float, float]:
-    """Width and height in inches; NaN for no text, so that nothing ever touches it."""
+    """Return width and height in inches, or NaN for no text, so that it overlaps nothing."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 

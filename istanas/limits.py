@@ -1,7 +1,7 @@
-"""How much of a file from elsewhere is read: more is refused in one line, before it costs memory or time.
+"""Limits of the files that are read. Larger files are rejected before they take memory or time.
 
-Each limit is far above what the program itself writes, and low enough that the worst file takes seconds and some
-hundreds of megabytes; but a checkpoint that holds nothing but empty lists takes 70 times its size, 1 s a megabyte.
+Each limit is far above what the program writes, and so low that the worst file takes seconds and some hundreds of
+megabytes. The exception is a checkpoint of empty lists only, which takes 70 times its size and 1 s a megabyte.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import stat
 KB, MB = 2**10, 2**20
 
 GENOTYPE_BYTES = 1 * MB
-GENOTYPE_TEXT_BYTES = 64 * 1024  # of a text form, whose syntax tree takes a hundred times as much memory
+GENOTYPE_TEXT_BYTES = 64 * 1024
+"""Limit of the text form of a genotype, whose syntax tree takes a hundred times as much memory."""
+
 GENOTYPE_NODES = 32
 """Nodes of a cell; a search has at most 16."""
 
@@ -21,60 +23,60 @@ GENOTYPE_PICKS = 256
 
 CONFIG_BYTES = 256 * KB
 CONFIG_VALUES = 5_000
-"""Keys and values of a configuration, those counted again that an alias repeats."""
+"""Keys and values of a configuration. Those that an alias repeats count again."""
 
 CONFIG_DEPTH = 12
-"""Sections and lists inside one another; also the names of a key of --set."""
+"""Nested sections and lists of a configuration, and parts of a key of --set."""
 
 CONFIG_ERRORS = 20
-"""Mistakes that are told at once."""
+"""Errors of a configuration that are reported together."""
 
 RECORD_BYTES = 8 * MB
-"""Of a JSON file of a run directory: run.json, network.json, environment.json, mlflow.json, a checkpoint's manifest."""
+"""Limit of a JSON file of a run directory, such as run.json, network.json or a checkpoint's manifest."""
 
 METRICS_BYTES = 32 * MB
-"""Of metrics.jsonl: 600 epochs take one."""
+"""Limit of metrics.jsonl: 600 epochs take 1 MB."""
 
 LOG_SEGMENT_BYTES = 32 * MB
-"""Of a segment of the log of epochs, which has the records of 100: those of a search with 16 nodes take five."""
+"""Limit of a segment of the log of epochs: the 100 records of a segment take 5 MB for a search with 16 nodes."""
 
 TABLE_BYTES = 64 * MB
-"""Of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
+"""Limit of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
 
 CHECKPOINT_PICKLE_BYTES = 32 * MB
-"""Of what is no tensor in a checkpoint: under one in the published search, however many epochs are done.
+"""Limit of a checkpoint without its tensors: less than 1 MB in the published search, after any number of epochs.
 
-Checkpoints of version 0.1, which are still read, hold the records of all epochs: 1,000 of 16 nodes take 32.
+Checkpoints of version 0.1, which are still read, contain the records of all epochs: 1,000 with 16 nodes take 32 MB.
 """
 
 NETWORK_LAYERS = 1_000
-"""Cells of a network that is loaded."""
+"""Largest number of cells of a network that is loaded."""
 
 WEIGHTS_HEADER_BYTES = 8 * MB
-"""Of a trained network's file, beside the weights themselves: their names, shapes and places."""
+"""Limit of the header of a trained network's file: the names, shapes and positions of its weights."""
 
 SMALL_SIDE = 64
-"""Pixels of a side up to which pictures are small: decoded once, kept in memory, and given the stem of CIFAR-10."""
+"""Largest side of small pictures, in pixels: they are decoded once, kept in memory, and get the stem of CIFAR-10."""
 
 MIN_IMAGE_SIZE = 8
-"""Pixels of a side below which the networks accept no pictures."""
+"""Smallest side of pictures that the networks accept, in pixels."""
 
 MAX_SIDE = 4_096
-"""Pixels of a side of the pictures that a loaded network is for."""
+"""Largest side of the pictures of a network that is loaded, in pixels."""
 
 
 def read_at_most(path: str | os.PathLike[str], limit: int, *, start: int = 0, pipe: bool = False) -> bytes:
-    """The content of a file.
+    """Return the content of a file.
 
     Args:
-        path: the file.
-        limit: bytes that it may have, from `start` on.
-        start: the byte from which it is read.
-        pipe: it may be a pipe, such as a shell's `<(...)`, whose writer is waited for.
+        path: The file.
+        limit: Largest number of bytes from `start` on.
+        start: Offset of the first byte.
+        pipe: Whether the file may be a pipe, such as a shell's `<(...)`, whose writer is then waited for.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is larger, or a pipe.
+        OSError: If the file cannot be read.
+        ValueError: If it is larger than the limit, or a pipe.
 
     Example:
         >>> read_at_most("/dev/zero", 10)
@@ -89,7 +91,7 @@ def read_at_most(path: str | os.PathLike[str], limit: int, *, start: int = 0, pi
             raise ValueError(f"larger than {limit} bytes")
         if start:
             file.seek(start)
-        # Not `limit` of a file, for so much would be set aside for it.
+        # `file.read(limit)` would allocate `limit` bytes.
         data = file.read() if stat.S_ISREG(status.st_mode) else file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"larger than {limit} bytes")

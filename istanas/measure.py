@@ -1,6 +1,6 @@
-"""What a network costs: parameters and multiply-adds, counted on a network or by formula from a genotype; its latency.
+"""The cost of a network: parameters and multiply-adds, counted or computed from its genotype, and latency.
 
-The auxiliary head is left out, as in the literature: it is no part of the network that is used.
+The auxiliary head is left out, as in the literature, because it is used only in training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ _AUXILIARY = "auxiliary_head"
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-adds of one picture's forward pass."""
+    """The cost of a network.
+
+    Args:
+        params: Number of parameters, >= 0.
+        macs: Multiply-adds of the forward pass of one picture, >= 0.
+
+    Example:
+        >>> Cost(1, 2) + Cost(3, 4)
+        Cost(params=4, macs=6)
+    """
 
     params: int
     macs: int
@@ -32,7 +41,10 @@ class Cost:
 
 
 def count_params(net: nn.Module) -> int:
-    """Number of trainable values of a network, auxiliary head left out.
+    """Return the number of parameters of a network, without the auxiliary head.
+
+    Args:
+        net: Any network.
 
     Example:
         >>> count_params(nn.Linear(3, 2))
@@ -42,10 +54,10 @@ def count_params(net: nn.Module) -> int:
 
 
 def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of the convolutions and linear maps of one forward pass, auxiliary head left out.
+    """Count the multiply-adds of the convolutions and linear layers of one forward pass, without the auxiliary head.
 
     Args:
-        net: any network that maps (B, C, H, W) to logits.
+        net: Any network that maps (B, C, H, W) to logits. It is not changed.
         shape: (C, H, W) of the picture.
 
     Example:
@@ -79,17 +91,17 @@ def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
 def measure_latency(
     net: nn.Module, shape: tuple[int, int, int], *, batch_size: int = 1, repeats: int = 30, warm_up: int = 5
 ) -> float:
-    """Seconds of a forward pass in eval mode, on the CPU, with as many threads as torch has now.
+    """Measure the time of a forward pass in eval mode on the CPU, with torch's current number of threads.
 
     Args:
-        net: any network that maps (B, C, H, W) to logits; left as it was.
+        net: Any network that maps (B, C, H, W) to logits. It is not changed.
         shape: (C, H, W) of a picture.
-        batch_size: pictures at a time, >= 1.
-        repeats: passes that are timed, >= 1.
-        warm_up: passes before them, >= 0.
+        batch_size: Pictures in a batch, >= 1.
+        repeats: Number of measured passes, >= 1.
+        warm_up: Number of passes before them, >= 0.
 
     Returns:
-        The median of the timed passes.
+        The median time in seconds.
 
     Example:
         >>> 0 < measure_latency(nn.Conv2d(3, 4, 3), (3, 8, 8), repeats=3, warm_up=1) < 60
@@ -122,14 +134,19 @@ def target_cost(
     stem: str = "cifar",
     op_batchnorm: bool = False,
 ) -> Cost:
-    """Cost of the target network of a genotype by formula, without building it (a search asks every epoch).
+    """Return the cost of a genotype's target network, computed without building it, as a search does every epoch.
 
     Args:
-        genotype, init_channels, layers, num_classes, stem, op_batchnorm: as `TargetNet` takes them.
+        genotype: As in `TargetNet`.
+        init_channels: As in `TargetNet`.
+        layers: As in `TargetNet`.
+        num_classes: As in `TargetNet`.
         shape: (C, H, W) of the picture.
+        stem: As in `TargetNet`.
+        op_batchnorm: As in `TargetNet`.
 
     Returns:
-        Exactly `count_params` and `count_macs` of that network.
+        The results of `count_params` and `count_macs` for that network.
 
     Example:
         >>> from istanas.space import PUBLISHED
@@ -156,9 +173,8 @@ def target_cost(
     width = 0
     for place, is_live in zip(places, live[N_CELL_INPUTS:], strict=True):
         c = place.channels
-        alive = (
-            states[place.kind] if is_live else frozenset[int]()
-        )  # what is dead has parameters, but never runs
+        # Parts that are not live have parameters, but do not run.
+        alive = states[place.kind] if is_live else frozenset[int]()
         for state, c_in in enumerate((place.c_prev_prev, place.c_prev)):
             total += _convolution(c_in, c, 1, h * w if state in alive else 0)
         if place.stride == 2:
@@ -172,7 +188,7 @@ def target_cost(
 
 
 def _convolution(c_in: int, c_out: int, taps: int, pixels: int) -> Cost:
-    """A bias-free convolution and the batch norm behind it; `pixels` of the output."""
+    """Return the cost of a convolution without bias and its batch norm, for an output of `pixels` pixels."""
     weights = c_in * c_out * taps
     return Cost(weights + 2 * c_out, weights * pixels)
 

@@ -66,7 +66,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class TwoStageSettings(SearchSettings):
-    """Hyperparameters of a two-stage search, beside those of `SearchSettings`.
+    """Hyperparameters of a two-stage search, in addition to those of `SearchSettings`.
 
     Args:
         epochs: Number of epochs, >= 1. The learning rate of the weights falls from `lr` to `lr_min` over them
@@ -85,7 +85,7 @@ class TwoStageSettings(SearchSettings):
 
 @dataclass(frozen=True)
 class OneStageSettings(SearchSettings):
-    """Hyperparameters of a one-stage search, beside those of `SearchSettings`.
+    """Hyperparameters of a one-stage search, in addition to those of `SearchSettings`.
 
     Args:
         max_search_epochs: Epochs after which the nodes that are still ACTIVE freeze, >= 1.

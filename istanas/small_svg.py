@@ -1,6 +1,6 @@
-"""A figure of matplotlib as one small `<svg>` element: no ids, no style sheet, text as text.
+"""A matplotlib figure as one small `<svg>` element, without ids and style sheets, with text as text.
 
-Unlike matplotlib's own SVG, many of them can stand in one page.
+Unlike the SVG of matplotlib, many such elements can be in one page.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 from matplotlib.backend_bases import GraphicsContextBase, RendererBase
@@ -19,7 +19,7 @@ from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Transform
 
-_POINTS = 72  # an inch
+_POINTS = 72  # Points in an inch.
 _COMMANDS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
 _SUBSCRIPT = re.compile(r"\$(\w+)_\{(.+)\}\$")
 
@@ -43,13 +43,13 @@ def figure_svg(figure: Figure, attributes: Mapping[str, str]) -> str:
     return ET.tostring(renderer.svg, encoding="unicode")
 
 
-@functools.cache  # measuring a text takes longer than everything else about it
-def _text_metrics(s: str, prop: FontProperties, ismath: bool | str) -> tuple[float, float, float]:
+@functools.cache  # Measuring a text takes longer than everything else about it.
+def _text_metrics(s: str, prop: FontProperties, ismath: bool | Literal["TeX"]) -> tuple[float, float, float]:
     return RendererBase().get_text_width_height_descent(s, prop, ismath)
 
 
 class _Renderer(RendererBase):
-    """Writes what matplotlib draws, in points from the top left corner."""
+    """Writes what matplotlib draws as SVG elements, in points from the top left corner."""
 
     def __init__(self, figure: Figure, attributes: Mapping[str, str]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Renderer(RendererBase):
         self._group = None
 
     def get_text_width_height_descent(
-        self, s: str, prop: FontProperties, ismath: bool | str
+        self, s: str, prop: FontProperties, ismath: bool | Literal["TeX"]
     ) -> tuple[float, float, float]:
         return _text_metrics(s, prop, ismath)
 
@@ -95,10 +95,10 @@ class _Renderer(RendererBase):
         s: str,
         prop: FontProperties,
         angle: float,
-        ismath: bool | str = False,
+        ismath: bool | Literal["TeX"] = False,
         mtext: Text | None = None,
     ) -> None:
-        # The viewer may have another font, whose text is as wide as it is: only the middle is known.
+        # The viewer may use another font with other widths, so that only the middle of the text is known.
         assert mtext is not None
         middle, _ = mtext.get_transform().transform(mtext.get_unitless_position())
         at = dict(zip("xy", self._point(middle, self.height - y).split(), strict=True))

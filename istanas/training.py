@@ -1,8 +1,7 @@
-"""Training steps that search and retraining share: where to compute, seeds, schedules, running totals, one epoch."""
+"""Training code that search and retraining share: device and precision, seeds, schedules, totals, epochs."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,21 +16,23 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import DivergedError
 from istanas.nets import TargetNet
+from istanas.seeds import derive_seed as derive_seed  # callers import it from here, too
 from istanas.settings import Schedule
 
 TOP5_ABOVE = 10
 """Top-5 is measured if there are more classes than this."""
 
-BatchLike = Batch | tuple[Tensor, Tensor]  # of `Batch`'s fields, the weight may be left out
-Observer = Callable[[int, "Totals"], None]  # (steps done in this epoch, totals so far)
+BatchLike = Batch | tuple[Tensor, Tensor]  # The third field of `Batch`, the weight, is optional.
+# Called with the completed steps of the epoch and the totals so far.
+Observer = Callable[[int, "Totals"], None]
 
-SCHEDULES = get_args(Schedule)  # see `learning_rate`
-TAIL_EPOCHS = 5  # of linear_by_epoch
+SCHEDULES = get_args(Schedule)  # See `learning_rate`.
+TAIL_EPOCHS = 5  # Last epochs of the schedule linear_by_epoch.
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how precisely to compute; made by `pipeline.training.compute.compute_for`."""
+    """The device and the precision of computations, see `pipeline.training.compute.compute_for`."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
@@ -42,7 +43,7 @@ class Compute:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     def autocast(self) -> torch.autocast:
-        """The mixed-precision context of a forward pass; does nothing without `autocast_dtype`."""
+        """Return the mixed-precision context of a forward pass. Without `autocast_dtype` it has no effect."""
         return torch.autocast(
             self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
@@ -53,10 +54,10 @@ class Metrics:
     """Means over the pictures of one pass.
 
     Args:
-        loss: mean cross-entropy.
-        top1: fraction in [0, 1] of the pictures whose class has the largest logit.
-        count: number of pictures.
-        top5: fraction in [0, 1] of the pictures whose class is among the five largest logits; None with
+        loss: Mean cross-entropy.
+        top1: Fraction in [0, 1] of the pictures whose class has the largest logit.
+        count: Number of pictures.
+        top5: Fraction in [0, 1] of the pictures whose class is among the five largest logits; None with
             `TOP5_ABOVE` classes or fewer.
     """
 
@@ -67,16 +68,16 @@ class Metrics:
 
 
 class Totals:
-    """Sums over the pictures of a pass, kept on the device: reading them (`metrics`) is the only synchronisation."""
+    """Sums over the pictures of a pass. They stay on the device, so that only `metrics` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, top-1, top-5
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # Loss, top-1, top-5.
         self._count = self._top5_count = 0
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Add a batch: `loss` its mean, `logits` (B, classes), `target` (B,).
+        """Add a batch with its mean `loss`, its `logits` (B, classes) and its labels `target` (B,).
 
-        Top-5 is counted with more than `TOP5_ABOVE` classes; `torch.topk` decides between equal logits.
+        Top-5 is counted if there are more than `TOP5_ABOVE` classes. `torch.topk` decides between equal logits.
         """
         logits = logits.detach()
         correct = (logits.argmax(1) == target).sum()
@@ -88,28 +89,14 @@ class Totals:
         self._count += len(target)
 
     def metrics(self, ranks: Ranks | None = None) -> Metrics:
-        """Means so far (NaN before the first batch), over the pictures of all ranks if they are given."""
-        # All ranks send the same five numbers, so that one without a batch need not know the number of classes.
+        """Return the means so far (NaN before the first batch), over the pictures of all ranks if they are given."""
+        # All ranks send five numbers, because a rank without a batch does not know the number of classes.
         sums = [*self._sums.tolist(), self._count, self._top5_count]
         loss, correct, correct5, count, top5_count = sums if ranks is None else ranks.sum(sums)
         n = int(count)
         if n == 0:
             return Metrics(math.nan, math.nan, 0)
         return Metrics(loss / n, correct / n, n, correct5 / n if top5_count else None)
-
-
-def derive_seed(seed: int, *stream: str | int) -> int:
-    """An independent seed for a named purpose: the first 63 bits of SHA-256 over (seed, stream).
-
-    All randomness of an epoch follows from (seed, purpose, epoch), so that a resumed run needs no saved
-    generator to go on as if it had never stopped.
-
-    Example:
-        >>> derive_seed(0, "augment", 3) == derive_seed(0, "augment", 3) != derive_seed(0, "augment", 4)
-        True
-    """
-    text = "/".join(str(part) for part in (seed, *stream))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def learning_rate(
@@ -134,11 +121,12 @@ def learning_rate(
     Before epoch W the rate is `base` times `warmup_factor`.
 
     Args:
-        base, minimum: at the start and at the end, base >= minimum >= 0.
-        epoch: epochs done, the finished share of the current one included, in [0, epochs].
-        epochs: length of the run, >= 1.
-        schedule: one of `SCHEDULES`.
-        warmup_epochs: in [0, epochs).
+        base: Learning rate at the start, >= minimum.
+        minimum: Learning rate at the end, >= 0.
+        epoch: Completed epochs, fractions included, in [0, epochs].
+        epochs: Length of the run, >= 1.
+        schedule: One of `SCHEDULES`.
+        warmup_epochs: Length of the warm-up, in [0, epochs).
 
     Example:
         >>> [round(learning_rate(0.1, 0.0, epoch, 10), 3) for epoch in (0, 5, 10)]
@@ -167,15 +155,15 @@ def learning_rate(
 
 
 def warmup_factor(epoch: float, warmup_epochs: float, schedule: str = "cosine") -> float:
-    """Return the share of the learning rate that the warm-up allows, in [0, 1].
+    """Return the factor of the learning rate in the warm-up, in [0, 1]; after the warm-up it is 1.
 
-    epoch / warmup_epochs, step by step; (floor(epoch) + 1) / warmup_epochs with the schedule linear_by_epoch, which has
-    one rate for each epoch. After the warm-up it is 1.
+    It is epoch / warmup_epochs, updated in every step. With the schedule linear_by_epoch, which has one rate for each
+    epoch, it is (floor(epoch) + 1) / warmup_epochs.
 
     Args:
-        epoch: epochs done, the finished share of the current one included, >= 0.
-        warmup_epochs: length of the warm-up, >= 0.
-        schedule: one of `SCHEDULES`.
+        epoch: Completed epochs, fractions included, >= 0.
+        warmup_epochs: Length of the warm-up, >= 0.
+        schedule: One of `SCHEDULES`.
 
     Example:
         >>> warmup_factor(2.5, 5), warmup_factor(2.5, 5, "linear_by_epoch"), warmup_factor(5, 5), warmup_factor(0, 0)
@@ -195,7 +183,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 @contextmanager
 def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, no gradient of these parameters is computed: the graph holds only what the others need.
+    """Return a context in which the gradients of these parameters are not computed.
 
     An alpha step without the weights' gradients takes half the time.
     """
@@ -210,13 +198,13 @@ def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> None:
-    """Scale the gradients so that their joint norm is at most `max_norm` (None: leave them)."""
+    """Scale the gradients so that their joint norm is at most `max_norm`. `None` leaves them unchanged."""
     if max_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of (B, classes) logits and (B,) labels, in float32 at least (bf16 sums are too coarse)."""
+    """Return the mean cross-entropy of (B, classes) logits and (B,) labels, computed at least in float32."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
@@ -228,7 +216,14 @@ def evaluate(
     compute: Compute,
     ranks: Ranks | None = None,
 ) -> Metrics:
-    """Mean loss and accuracies of a network that is in eval mode, over the pictures of all ranks."""
+    """Return mean loss and accuracies of a network in eval mode, over the pictures of all ranks.
+
+    Args:
+        forward: Pictures -> logits.
+        batches: Batches on `compute.device`, see `istanas.data.Batch`.
+        compute: Device and precision.
+        ranks: The processes that evaluate together; `None` means only this one.
+    """
     totals = Totals(compute.device)
     with torch.no_grad():
         for images, target, _ in (Batch(*batch) for batch in batches):
@@ -246,30 +241,32 @@ def check_finite(
     max_loss: float | None = None,
     ranks: Ranks | None = None,
 ) -> None:
-    """Refuse to go on from a diverged epoch, whose last step may have spoilt the weights and not yet the loss.
+    """Check that an epoch has not diverged.
+
+    The parameters are checked too, because the last step may have made them infinite after the last loss.
 
     Args:
-        metrics: of the epoch's training, over the pictures of all ranks.
-        parameters: of the network, after it.
-        epoch: epochs done, this one included.
-        max_loss: largest loss that is no divergence; None: any finite one.
-        ranks: who trains with this process: if it is spoilt on one of them, all of them refuse.
+        metrics: Metrics of the epoch's training, over the pictures of all ranks.
+        parameters: Parameters of the network after the epoch.
+        epoch: Completed epochs, this one included.
+        max_loss: Largest loss that does not count as divergence; `None` accepts every finite loss.
+        ranks: The processes that train together. If one of them has diverged, all raise the error.
 
     Raises:
-        DivergedError: if the training loss or a parameter is NaN or infinite, or the loss is above its bound.
+        DivergedError: If the training loss or a parameter is NaN or infinite, or the loss is above its bound.
     """
     loss, bound = metrics.loss, ""
-    spoilt = not torch.stack([p.detach().isfinite().all() for p in parameters]).all()
-    # Asked always: a rank that knows already must not leave the others waiting.
-    (spoilt_ranks,) = (ranks or Ranks()).sum([float(spoilt)])
-    if math.isfinite(loss) and spoilt_ranks > 0:
+    is_infinite = not torch.stack([p.detach().isfinite().all() for p in parameters]).all()
+    # All ranks call `sum`, even those with an infinite loss; the others would wait for them otherwise.
+    (infinite_ranks,) = (ranks or Ranks()).sum([float(is_infinite)])
+    if math.isfinite(loss) and infinite_ranks > 0:
         loss = math.nan
     if max_loss is not None and loss > max_loss and math.isfinite(loss):
         bound = f", above max_loss = {max_loss:g}"
     if bound or not math.isfinite(loss):
         raise DivergedError(
-            f"training loss is {loss:.6g} in epoch {epoch}{bound}: the run diverged, lower the learning rate (lr) "
-            "or grad_clip"
+            f"training loss is {loss:.6g} in epoch {epoch}{bound}: the run diverged",
+            remedy="lower the learning rate (lr) or grad_clip",
         )
 
 
@@ -284,15 +281,17 @@ def train_target_step(
     label_smoothing: float,
     grad_clip: float | None,
 ) -> None:
-    """One step of a target network that is in training mode: loss = CE(logits) + auxiliary_weight CE(auxiliary logits).
+    """Run a training step of a target network, with loss = CE(logits) + auxiliary_weight CE(auxiliary logits).
 
     Args:
-        forward: pictures -> (logits, auxiliary logits or None).
-        optimizer: over the network's parameters, its learning rate set.
-        batch: see `istanas.data.Batch`, on `compute.device`.
-        compute: device and precision.
-        totals: gets the batch added, with the loss of the logits alone.
-        auxiliary_weight, label_smoothing, grad_clip: see `train_target_epoch`.
+        forward: Pictures -> (logits, auxiliary logits or None), of a network in training mode.
+        optimizer: Optimiser of the network's parameters, whose learning rate is set.
+        batch: A batch on `compute.device`, see `istanas.data.Batch`.
+        compute: Device and precision.
+        totals: The totals to which the batch is added, with the loss of the logits alone.
+        auxiliary_weight: As in `train_target_epoch`.
+        label_smoothing: As in `train_target_epoch`.
+        grad_clip: As in `train_target_epoch`.
     """
     images, target, weight = Batch(*batch)
     with compute.autocast():
@@ -321,27 +320,28 @@ def train_target_epoch(
     observe: Observer | None = None,
     ranks: Ranks | None = None,
 ) -> Metrics:
-    """One epoch of a target network, see `train_target_step`.
+    """Run one epoch of a target network, see `train_target_step`.
+
+    Afterwards the running statistics of batch norm are averaged over the ranks.
 
     Args:
-        net: the network (put into training mode here); its `drop_path_prob` is the caller's.
-        optimizer: over the network's parameters.
-        batches: see `istanas.data.Batch`, on `compute.device`.
-        compute: device and precision.
-        lr_at: learning rate of the step with this index.
-        auxiliary_weight: >= 0, of the auxiliary head's loss.
-        label_smoothing: in [0, 1).
-        grad_clip: largest joint norm of the gradients, or None.
-        observe: called after every step.
-        ranks: who trains with this process, each on its share of every batch; None: nobody.
+        net: The network, which is put into training mode. The caller sets its `drop_path_prob`.
+        optimizer: Optimiser of the network's parameters.
+        batches: Batches on `compute.device`, see `istanas.data.Batch`.
+        compute: Device and precision.
+        lr_at: Returns the learning rate of the step with this index.
+        auxiliary_weight: Weight of the auxiliary head's loss, >= 0.
+        label_smoothing: Label smoothing of the loss, in [0, 1).
+        grad_clip: Largest joint norm of the gradients, > 0; `None` disables clipping.
+        observe: Called after every step.
+        ranks: The processes that train together, each on its share of every batch; `None` means only this one.
 
     Returns:
-        Mean loss and accuracies over the epoch's (augmented) pictures, of all ranks; the running statistics of
-        batch norm are then the means over the ranks.
+        Mean loss and accuracies over the (augmented) pictures of all ranks.
     """
     net.train()
     ranks = ranks or Ranks()
-    # Anew in every epoch, so that a resumed run adds in the same order as one that was never stopped.
+    # Recreated in every epoch, so that a resumed run sums gradients in the same order as an uninterrupted one.
     forward = ranks.data_parallel(net.forward_with_auxiliary, net.active_parameters())
     totals = Totals(compute.device)
     for step, batch in enumerate(batches):

@@ -1,20 +1,12 @@
-"""Pictures: data sets by name, stratified splits, batched augmentation, reproducible loading."""
+"""Image data: data sets by name, stratified splits, batched augmentation, reproducible loading."""
 
 from istanas.data.augment import Augmentation, augment, cutout, normalize, random_crop, random_flip
-from istanas.data.datasets import (
-    DATASETS,
-    ArrayPictures,
-    FilePictures,
-    ImageDataset,
-    Pictures,
-    load_dataset,
-    pictures_digest,
-    stratified_split,
-    stratified_subset,
-)
 from istanas.data.folders import Survey, survey_folder
+from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures, pictures_digest
 from istanas.data.loading import Batch, BatchLoader, batches
-from istanas.data.reading import Reading
+from istanas.data.reading import DecodeSettings
+from istanas.data.registry import DATASETS, load_dataset
+from istanas.data.splits import stratified_split, stratified_subset
 
 __all__ = [
     "DATASETS",
@@ -22,10 +14,10 @@ __all__ = [
     "Augmentation",
     "Batch",
     "BatchLoader",
+    "DecodeSettings",
     "FilePictures",
     "ImageDataset",
     "Pictures",
-    "Reading",
     "Survey",
     "augment",
     "batches",

@@ -1,7 +1,7 @@
 """Augmentation of whole batches of small pictures: crop, flip, normalise, cutout in a few tensor operations.
 
-Every random number comes from the generator that is passed in, so a batch follows from its seed alone. The
-draws are made on the generator's device and moved: a CPU generator augments alike on every device.
+Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
+drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from istanas.errors import ConfigError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training picture; zeros and False leave it as it is.
+    """Augmentation of training pictures; the defaults leave them unchanged.
 
     Args:
-        crop_padding: zero pixels added on each side before a crop of the old size, >= 0.
-        horizontal_flip: mirror every second picture (by chance) left to right.
-        cutout: side of the square in pixels that is set to the mean, >= 0 (0: none).
+        crop_padding: Zero pixels added on each side before a crop of the original size, >= 0.
+        horizontal_flip: Whether each picture is mirrored left to right with probability 1/2.
+        cutout: Side in pixels of the square that is set to the mean, >= 0 (0: none).
 
     Raises:
-        ConfigError: a negative padding or side.
+        ConfigError: If a number is negative.
 
     Example:
         >>> Augmentation(crop_padding=4, horizontal_flip=True, cutout=16).cutout
@@ -38,22 +38,24 @@ class Augmentation:
     cutout: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no picture can be given."""
+        """Check the numbers."""
         for field in ("crop_padding", "cutout"):
             value = getattr(self, field)
             if value < 0:
-                raise ConfigError(f"augmentation.{field}: {value} is negative; use 0 to leave it out")
+                raise ConfigError(
+                    f"{value} is negative", field=f"augmentation.{field}", remedy="use 0 to leave it out"
+                )
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pad with zeros and cut the old size out at a random place, for each picture its own.
+    """Pad with zeros, and crop each picture to the original size at a random place.
 
     out[i, :, y, x] = padded[i, :, y + dy_i, x + dx_i],  dy_i, dx_i uniform on {0, ..., 2 padding}
 
     Args:
         images: (B, C, H, W), any dtype.
-        padding: pixels on each side, >= 0; 0 returns `images` and draws nothing.
-        generator: source of the offsets.
+        padding: Pixels on each side, >= 0; 0 returns `images` and draws nothing.
+        generator: Source of the offsets.
 
     Returns:
         (B, C, H, W), the dtype of `images`.
@@ -79,7 +81,7 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: (B, C, H, W), any dtype.
-        generator: source of the coins.
+        generator: Source of the random decisions.
 
     Returns:
         (B, C, H, W), the dtype of `images`.
@@ -94,15 +96,15 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cutout(images: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """Set a square to 0 (of normalised pictures: the mean), clipped at the border.
+    """Set a square, clipped at the border, to 0, which is the mean of normalised pictures.
 
-    Its centre (cy, cx) is uniform over the picture. Rows from cy - length // 2 up to, not including,
-    cy - length // 2 + length; columns likewise.
+    Its centre (cy, cx) is uniform over the picture. It covers the rows from cy - length // 2 up to, but not including,
+    cy - length // 2 + length, and the columns likewise.
 
     Args:
         images: (B, C, H, W) floats.
-        length: side in pixels, >= 0; 0 returns `images` and draws nothing.
-        generator: source of the centres.
+        length: Side in pixels, >= 0; 0 returns `images` and draws nothing.
+        generator: Source of the centres.
 
     Returns:
         (B, C, H, W), a new tensor with the dtype and memory format of `images`.
@@ -127,13 +129,13 @@ def cutout(images: Tensor, length: int, generator: torch.Generator) -> Tensor:
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Turn bytes into standardised floats in channels_last memory format: (x / 255 - mean) / std.
+    """Convert bytes to standardised floats in channels_last memory format: (x / 255 - mean) / std.
 
     Args:
         images: (B, C, H, W) uint8.
         mean: C means in [0, 1].
-        std: C deviations, > 0.
-        dtype: of the result; half precisions are computed in float32 and rounded once.
+        std: C standard deviations, > 0.
+        dtype: Type of the result; half precisions are computed in float32 and rounded once.
 
     Returns:
         (B, C, H, W) of `dtype`.
@@ -160,15 +162,15 @@ def augment(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Crop, flip, normalise and cut out, in the published order: padding is black, the cut is the mean.
+    """Crop, flip, normalise and cut out, in the published order: the padding is black, the cut-out square the mean.
 
     Args:
         images: (B, C, H, W) uint8.
-        augmentation: what to do.
+        augmentation: The augmentation.
         mean: C means in [0, 1].
-        std: C deviations, > 0.
-        generator: source of all draws (crop, then flip, then cutout).
-        dtype: of the result.
+        std: C standard deviations, > 0.
+        generator: Source of all draws (crop, then flip, then cutout).
+        dtype: Type of the result.
 
     Returns:
         (B, C, H, W) of `dtype`, channels_last.
@@ -188,17 +190,17 @@ def augment(
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it.
+    """Copy a tensor to a device without waiting for the device.
 
-    From ordinary memory a copy to a GPU would stop this process until the GPU has done all its work; the
-    allocator of pinned memory keeps the bytes until they have arrived.
+    A copy from pageable memory to a GPU would block this process until the GPU has finished all its work. Pinned memory
+    is not freed before the copy is complete.
 
     Args:
-        tensor: on the CPU or on `device`.
-        device: where it is wanted.
+        tensor: A tensor on the CPU or on `device`.
+        device: The target device.
 
     Returns:
-        The tensor on the device, itself if it is there.
+        The tensor on the device; the same object if it is there already.
 
     Example:
         >>> here = torch.zeros(2)
@@ -211,12 +213,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _integers(shape: tuple[int, ...], high: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform integers of {0, ..., high - 1}, drawn where the generator lives."""
+    """Return uniform integers in {0, ..., high - 1}, drawn on the generator's device and sent to `device`."""
     return send(torch.randint(high, shape, generator=generator, device=generator.device), device)
 
 
 def _within(size: int, length: int, centre: Tensor) -> Tensor:
-    """Mark the positions in the interval of `length` around each centre: (B, 1) -> (B, size) bools."""
+    """Return which positions are in the interval of `length` around each centre: (B, 1) -> (B, size) bools."""
     start = centre - length // 2
     position = torch.arange(size, device=centre.device)
     return (position >= start) & (position < start + length)

@@ -1,4 +1,4 @@
-"""Arrays that are costly to compute, kept in files of the cache folder: whole, of a known state, or not at all."""
+"""Cache files for arrays that are expensive to compute. A file is used only if it is intact and its state matches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def read_cache(file: Path, state: str) -> NDArray[np.uint8] | None:
     """Read a cached array.
 
     Args:
-        file: of the cache.
-        state: what the array must have been computed from.
+        file: The cache file.
+        state: Text that identifies the data from which the array must have been computed.
 
     Returns:
-        The array; None if there is none, if it is of another state, or (with a warning) if it is broken.
+        The array; None if there is none, if its state differs, or (with a warning) if the file is damaged.
     """
     try:
         with file.open("rb") as stream:
@@ -37,17 +37,17 @@ def read_cache(file: Path, state: str) -> NDArray[np.uint8] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warnings.warn(f"{file}: broken cache ({reason(error)}); it is made anew", stacklevel=2)
+        warnings.warn(f"{file}: damaged cache ({reason(error)}); it will be recreated", stacklevel=2)
         return None
 
 
 def write_cache(file: Path, state: str, array: NDArray[np.uint8]) -> None:
-    """Write an array as a header line and the bytes; a folder that cannot be written is only a warning.
+    """Write an array as a header line and its bytes; if that fails, only warn.
 
     Args:
-        file: of the cache.
-        state: what the array was computed from.
-        array: of bytes, contiguous.
+        file: The cache file.
+        state: Text that identifies the data from which the array was computed.
+        array: A contiguous array of bytes.
     """
     header = {"state": state, "shape": list(array.shape), "sha256": _checksum(state, array.shape, array)}
     try:
@@ -64,22 +64,22 @@ def write_cache(file: Path, state: str, array: NDArray[np.uint8]) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        # The folder is named, not the file: Python shows a warning with the same text only once.
+        # The folder is named, not the file, because Python shows a warning with the same text only once.
         warnings.warn(
-            f"{file.parent}: the cache cannot be written ({reason(error)}); the pictures will be read again "
-            "next time unless data.cache_dir is a folder that can be written",
+            f"{file.parent}: the cache cannot be written ({reason(error)}), so the pictures will be read again "
+            "next time; set data.cache_dir to a writable folder",
             stacklevel=2,
         )
 
 
 def default_cache_dir() -> Path:
-    """Return where caches belong on this system: `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`."""
+    """Return the default cache folder: `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "istanas"
 
 
 def sha256(*parts: bytes | memoryview) -> str:
-    """Return the SHA-256 of some bytes one after the other, in hexadecimal."""
+    """Return the hexadecimal SHA-256 of the concatenated parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -87,7 +87,7 @@ def sha256(*parts: bytes | memoryview) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Say on one line what went wrong: the system's words, the error's text, or its class."""
+    """Return the cause of an error on one line: the system's message, the error's text, or its class."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 

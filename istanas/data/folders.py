@@ -1,6 +1,6 @@
-"""Picture folders `train/CLASS/*`, `test/CLASS/*`: which files belong to them, and what those files have in common.
+"""Picture folders `train/CLASS/*`, `test/CLASS/*`: the files in them, and the properties that the files share.
 
-Everything is decided here that depends on the folder as a whole, before any picture is decoded.
+Every decision that depends on the folder as a whole is made here, before any picture is decoded.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from istanas.data.cache import read_cache, reason, sha256, write_cache
+from istanas.data.pool import DEFAULT_POOL, Pool, Progress
 from istanas.data.reading import (
-    CHUNK,
     PICTURE_SUFFIXES,
-    POOL_FROM,
     Broken,
+    DecodeSettings,
     Facts,
     Flag,
-    Progress,
-    Reading,
-    in_pool,
     inspect_picture,
     shown,
     unequal,
@@ -41,13 +38,13 @@ from istanas.errors import DataError
 from istanas.limits import SMALL_SIDE
 
 DEFAULT_IMAGE_SIZE = 224
-"""Side in pixels that large pictures are brought to when nobody says otherwise."""
+"""Default side in pixels to which large pictures are scaled."""
 
 LEFT_OUT_SHARE = 0.01
-"""Share of a class's files that may be left out without being asked for."""
+"""Share of a class's files that may be left out without `allow_left_out`."""
 
-# Files with these suffixes accompany pictures and are no pictures, so they are ignored. A file with any other suffix
-# may hold pictures that cannot be read here (HEIC, AVIF, raw files, archives), so it is counted and reported.
+# Files with these suffixes accompany pictures, so they are ignored. A file with any other suffix may contain pictures
+# in an unsupported format (HEIC, AVIF, raw files, archives), so it is counted and reported.
 _COMPANIONS = frozenset(
     {
         *(".cfg", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".py", ".sh"),
@@ -55,7 +52,7 @@ _COMPANIONS = frozenset(
     }
 )
 
-# One folder beside `train` is read, the first that there is of these. Others that usually hold pictures are reported.
+# The first of these folders that exists is the test split. Other folders that usually contain pictures are reported.
 _TEST_SPLITS = ("test", "val")
 _OTHER_SPLITS = frozenset({*_TEST_SPLITS, "valid", "validation"})
 
@@ -68,14 +65,14 @@ _FACTS = np.dtype(
 )
 
 BRIGHTEST_SHARE = 0.01
-"""Share of the training pictures, the brightest ones, that do not decide how many bits the pictures use."""
+"""Share of the training pictures, the brightest ones, that are ignored when the number of bits is determined."""
 
 
 class FileState(NamedTuple):
-    """What tells a file from another one that takes its place.
+    """The metadata by which a replaced file is detected.
 
-    The time of the last write is not enough: archives bring equal times with them, and a moved file keeps its own.
-    Programs cannot set the ctime, the time at which a file's entry was last changed, and a moved file keeps its inode.
+    The time of the last write is not enough: archives restore equal times, and a moved file keeps its time. Programs
+    cannot set the ctime, the time of the last change of a file's metadata, and a moved file keeps its inode.
     """
 
     size: int
@@ -86,12 +83,12 @@ class FileState(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """Files of a folder that are not read for one reason.
+    """The files of a folder that are ignored for one reason.
 
     Args:
-        why: the reason, such as "in sub-folders".
-        example: path of the first one.
-        count: how many.
+        why: The reason, such as "in sub-folders".
+        example: Path of the first file.
+        count: Number of files.
     """
 
     why: str
@@ -99,7 +96,7 @@ class LeftOut:
     count: int = 0
 
     def __str__(self) -> str:
-        """Return the line for people."""
+        """Return a line for the user."""
         return f"{count_of(self.count, 'file')} {self.why}, such as {shown(self.example)}"
 
 
@@ -108,13 +105,13 @@ class Listing:
     """The files of a picture folder: training pictures first, each split sorted by class and name.
 
     Args:
-        root: the folder.
-        class_names: sorted.
-        paths: relative to the root.
+        root: The folder.
+        class_names: Sorted.
+        paths: Relative to the root.
         labels: (N,) int64.
-        n_train: how many are training pictures.
-        state: digest of all that changes with a file: what a cache must match.
-        left_out: what is not read, by reason.
+        n_train: Number of training pictures.
+        state: Digest of all metadata of the files; a cache is valid if it was made in the same state.
+        left_out: Ignored files, by reason.
     """
 
     root: Path
@@ -127,22 +124,22 @@ class Listing:
 
     @property
     def untested(self) -> tuple[str, ...]:
-        """The classes without a test picture."""
+        """Return the classes without a test picture."""
         counts = torch.bincount(self.labels[self.n_train :], minlength=len(self.class_names)).tolist()
         return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """The paths as they are opened; made once, as there may be millions."""
+        """Return the full paths; computed once, as there may be millions."""
         return tuple(str(self.root / path) for path in self.paths)
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What the headers of all pictures of a folder tell.
+    """The facts in the headers of all pictures of a folder.
 
     Args:
-        listing: the folder.
+        listing: The folder.
         facts: (N,) records of width, height, peak, level, flags and fingerprint, see `Facts`.
     """
 
@@ -151,24 +148,24 @@ class Survey:
 
     @property
     def is_large(self) -> bool:
-        """Whether the pictures are large: more than half of the training pictures are."""
+        """Return whether more than half of the training pictures are large."""
         train = self.facts[: self.listing.n_train]
         return 2 * int((np.maximum(train["width"], train["height"]) > SMALL_SIDE).sum()) > len(train)
 
     def side(self, image_size: int | None) -> int | None:
-        """Return the side that pictures are brought to; None leaves them as they are."""
+        """Return the side in pixels to which pictures are scaled; None keeps their size."""
         if image_size is None and self.is_large:
             return DEFAULT_IMAGE_SIZE
         return image_size
 
-    def reading(self, background: tuple[int, int, int]) -> Reading:
-        """Return how the pixels are read: the training pictures decide how many bits grey pictures use.
+    def decode_settings(self, background: tuple[int, int, int]) -> DecodeSettings:
+        """Return how the pixels are decoded; the training pictures determine the number of bits of grey pictures.
 
-        Those are the bits that the levels (see `Facts`) of all but the brightest 1 % of the deep training pictures
-        stay within; 8 if no training picture is deep.
+        It is the number of bits that the levels (see `Facts`) of all but the brightest 1 % of the deep training
+        pictures need, or 8 if no training picture is deep.
 
         Raises:
-            DataError: if the levels of more than half of the deep test pictures are above that.
+            DataError: If the levels of more than half of the deep test pictures need more bits.
         """
         train, test = np.split(self.facts, [self.listing.n_train])
         levels = np.sort(train["level"][_has(train, Flag.DEEP)])
@@ -179,20 +176,22 @@ class Survey:
         if 2 * int(above.sum()) > int(deep.sum()):
             path = self.listing.files[self.listing.n_train + int(above.argmax())]
             raise DataError(
-                f"data.root: {shown(path)} has values up to {test['peak'][int(above.argmax())]:,}, and "
+                f"{shown(path)} has values up to {test['peak'][int(above.argmax())]:,}, and "
                 f"{count_of(int(above.sum()), 'test picture')} in all above the {bits} bits "
-                f"(0 to {(1 << bits) - 1:,}) of the training pictures; scale both splits to one range"
+                f"(0 to {(1 << bits) - 1:,}) of the training pictures",
+                field="data.root",
+                remedy="scale both splits to one range",
             )
-        return Reading(background, bits)
+        return DecodeSettings(background, bits)
 
     def shape(self, image_size: int | None) -> tuple[int, int]:
-        """Return (height, width) of the pictures as a network gets them.
+        """Return (height, width) of the pictures as a network receives them.
 
         Args:
-            image_size: as `side` takes it.
+            image_size: See `side`.
 
         Raises:
-            DataError: if they should stay as they are and have several sizes, naming the first that differs from most.
+            DataError: If they are not scaled and differ in size; it names the first that differs from the most common.
         """
         side = self.side(image_size)
         if side is not None:
@@ -205,8 +204,8 @@ class Survey:
                 raise unequal(path, size, common)
         return common[1], common[0]
 
-    def notes(self, image_size: int | None, reading: Reading) -> Iterator[str]:
-        """Yield lines for people: what the folder holds, and each thing about it that its owner may not know."""
+    def notes(self, image_size: int | None, settings: DecodeSettings) -> Iterator[str]:
+        """Yield lines for the user: the folder's content, and possible surprises."""
         listing, side = self.listing, self.side(image_size)
         how = "as they are" if side is None else f"scaled and cropped to {side}x{side}"
         is_in_memory = side is None or side <= SMALL_SIDE
@@ -216,16 +215,16 @@ class Survey:
             len(listing.paths) - listing.n_train,
             len(listing.class_names),
             self.sizes(),
-            is_grey=self._is_grey(reading),
+            is_grey=self._is_grey(settings),
             how=f"{how}, {'kept in memory' if is_in_memory else 'read from their files in every epoch'}",
         )
         for left_out in listing.left_out:
             yield f"left out: {left_out}"
-        red, green, blue = reading.background
+        red, green, blue = settings.background
         kept = (
             "values 0 to 255 are kept as they are"
-            if reading.bits == 8
-            else f"the upper 8 of the {reading.bits} bits that the training pictures use are kept"
+            if settings.bits == 8
+            else f"the upper 8 of the {settings.bits} bits that the training pictures use are kept"
         )
         for flag, what, text in (
             (
@@ -236,27 +235,27 @@ class Survey:
             (Flag.DEEP, "more than 8 bits per pixel", kept),
             (Flag.SEVERAL_FRAMES, "several frames", "only the first is read"),
         ):
-            yield from self._those(_has(self.facts, flag), what, text)
-        largest = (1 << reading.bits) - 1
-        what = f"values above {largest:,}, the largest of {reading.bits} bits"
-        yield from self._those(self.facts["peak"] > largest, what, "such pixels become white")
+            yield from self._note_on(_has(self.facts, flag), what, text)
+        largest = (1 << settings.bits) - 1
+        what = f"values above {largest:,}, the largest of {settings.bits} bits"
+        yield from self._note_on(self.facts["peak"] > largest, what, "such pixels become white")
 
-    def _those(self, mask: NDArray[np.bool_], what: str, text: str) -> Iterator[str]:
-        """Yield a line about the pictures that a mask marks, if there are any."""
+    def _note_on(self, mask: NDArray[np.bool_], what: str, text: str) -> Iterator[str]:
+        """Yield a line about the pictures that a mask selects, if there are any."""
         if mask.any():
             verb = "has" if mask.sum() == 1 else "have"
             example = shown(self.listing.files[int(mask.argmax())])
             yield f"{count_of(int(mask.sum()), 'picture')} {verb} {what}, such as {example}: {text}"
 
-    def _is_grey(self, reading: Reading) -> bool:
-        """Whether all pictures are grey as they are read."""
+    def _is_grey(self, settings: DecodeSettings) -> bool:
+        """Return whether all decoded pictures are grey."""
         grey = _has(self.facts, Flag.GREY)
-        if len(set(reading.background)) > 1:
+        if len(set(settings.background)) > 1:
             grey &= ~_has(self.facts, Flag.TRANSPARENT)
         return bool(grey.all())
 
     def sizes(self) -> str:
-        """Return the range of the pictures' sizes for people."""
+        """Return the range of the pictures' sizes as text, such as "12x10 to 640x480"."""
         areas = self.facts["width"].astype(np.int64) * self.facts["height"]
         ends = [self.facts[index] for index in (int(areas.argmin()), int(areas.argmax()))]
         smallest, largest = (f"{end['width']}x{end['height']}" for end in ends)
@@ -266,15 +265,15 @@ class Survey:
 def describe(
     name: str, n_train: int, n_test: int, n_classes: int, sizes: str, *, is_grey: bool, how: str
 ) -> str:
-    """Return one line about a data set.
+    """Return a one-line description of a data set.
 
     Args:
-        name: of the data set.
-        n_train, n_test: numbers of pictures.
-        n_classes: number of classes.
-        sizes: of the pictures, as they are found.
-        is_grey: whether they all are.
-        how: they are brought to a network.
+        name: The data set.
+        n_train, n_test: Numbers of pictures.
+        n_classes: Number of classes.
+        sizes: Original sizes of the pictures.
+        is_grey: Whether all pictures are grey.
+        how: How they are preprocessed and stored.
 
     Example:
         >>> describe("digits", 1438, 359, 10, "8x8", is_grey=True, how="kept in memory")
@@ -290,9 +289,9 @@ def count_of(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun.
 
     Args:
-        number: how many.
-        noun: of one.
-        plural: of several; by default `noun` with an s.
+        number: The number.
+        noun: The singular.
+        plural: The plural; by default `noun` with an s.
 
     Example:
         >>> count_of(1, "picture"), count_of(2000, "picture"), count_of(0, "class", "classes")
@@ -302,19 +301,26 @@ def count_of(number: int, noun: str, plural: str = "") -> str:
 
 
 def survey_folder(
-    root: Path, *, cache_dir: Path, allow_left_out: bool, progress: Progress | None, keep: bool = True
+    root: Path,
+    *,
+    cache_dir: Path,
+    allow_left_out: bool,
+    progress: Progress | None,
+    keep: bool = True,
+    pool: Pool = DEFAULT_POOL,
 ) -> Survey:
     """List a picture folder and read the header of every picture.
 
     Args:
-        root: the folder.
-        cache_dir: where the headers' facts are kept.
-        allow_left_out: whether more than `LEFT_OUT_SHARE` of a class may be left out.
-        progress: called with (pictures looked at, pictures in all).
-        keep: False writes nothing into the cache.
+        root: The folder.
+        cache_dir: Folder in which the facts are cached.
+        allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
+        progress: Called with (headers read, pictures in total).
+        keep: Whether new facts are written to the cache.
+        pool: How the work is distributed over processes.
 
     Raises:
-        DataError: if the folder, or any picture in it, cannot be used.
+        DataError: If the folder, or a picture in it, cannot be used.
     """
     listing = list_folder(root, allow_left_out=allow_left_out)
     state = f"{_FACTS_VERSION} {listing.state}"
@@ -322,14 +328,14 @@ def survey_folder(
     cached = read_cache(file, state)
     if cached is not None and cached.shape == (len(listing.paths), _FACTS.itemsize):
         return Survey(listing, cached.reshape(-1).view(_FACTS))
-    facts = _inspect_all(listing.files, progress)
+    facts = _inspect_all(listing.files, progress, pool)
     if keep:
         write_cache(file, state, facts.view(np.uint8).reshape(len(facts), _FACTS.itemsize))
     return Survey(listing, facts)
 
 
 def cache_file(cache_dir: Path, root: Path, kind: str, *settings: object) -> Path:
-    """Return the file that caches something of a folder under some settings."""
+    """Return the cache file for one kind of data of a folder under the given settings."""
     key = sha256(json.dumps([os.path.realpath(root), *settings]).encode())
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
@@ -338,24 +344,27 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
     """Find the classes and pictures of both splits.
 
     Args:
-        root: the folder.
-        allow_left_out: whether more than `LEFT_OUT_SHARE` of a class may be left out.
+        root: The folder.
+        allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
 
     Raises:
-        DataError: if it is no picture folder, or leaves out too much.
+        DataError: If it is not a picture folder, or too many files would be left out.
     """
     _check_text(root, str(root))
     if not root.is_dir():
         raise DataError(
-            f"data.root: {shown(root)} is no folder; name one that holds train/CLASS/* and test/CLASS/*"
+            f"no such folder: {shown(root)}",
+            field="data.root",
+            remedy="set data.root to a folder with train/CLASS/* and test/CLASS/*",
         )
     train = root / "train"
     test = next((root / name for name in _TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(
-                f"data.root: {shown(folder)} is missing; pictures lie in train/CLASS/* and test/CLASS/*"
-                f"{_hint_of_nested(root)}"
+                f"{shown(folder)} is missing",
+                field="data.root",
+                remedy=_nested_remedy(root) or "put the pictures into train/CLASS/* and test/CLASS/*",
             )
         _refuse_link_out(folder, root)
     class_names = _class_names(train, test, root)
@@ -368,18 +377,21 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
             found = _read_class(folder / class_name, root, left_out)
             if not found and folder == train:
                 raise DataError(
-                    f"data.root: {shown(folder / class_name)} holds no picture; "
-                    f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class"
+                    f"{shown(folder / class_name)} contains no picture",
+                    field="data.root",
+                    remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
                 )
             files += [(path, label, state) for path, state in found]
         loose = [(entry.path, "outside the class folders") for entry in _entries(folder) if _is_loose(entry)]
         left_out.add(folder, len(files) - n_before, loose)
         n_train = n_train or len(files)
     if len(files) == n_train:
-        raise DataError(f"data.root: {shown(test)} holds no picture; add pictures of the classes to test by")
+        raise DataError(
+            f"{shown(test)} contains no picture", field="data.root", remedy="add test pictures of the classes"
+        )
     for entry in _entries(root):
         if entry.is_dir(follow_symlinks=False) and entry.name in _OTHER_SPLITS - {test.name}:
-            why = f"of {entry.name}/, which is not read where there is {test.name}/"
+            why = f"in {entry.name}/, which is ignored because {test.name}/ exists"
             left_out.count((path, why) for path in _below(entry.path))
     return Listing(
         root=root,
@@ -394,12 +406,12 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
 
 @dataclass
 class _LeftOuts:
-    """Counts what is left out, and refuses too much of a folder.
+    """Counts the files that are left out, and limits their share.
 
     Args:
-        root: the picture folder.
-        allowed: whether nothing is too much.
-        by_reason: what was left out so far.
+        root: The picture folder.
+        allowed: Whether any share is accepted.
+        by_reason: The files that were left out so far.
     """
 
     root: Path
@@ -407,10 +419,10 @@ class _LeftOuts:
     by_reason: dict[str, LeftOut] = field(default_factory=dict)
 
     def add(self, folder: Path, n_read: int, files: Sequence[tuple[str, str]]) -> None:
-        """Count the (path, reason) of what is left out of a folder of which `n_read` pictures are read.
+        """Count the left-out files (path, reason) of a folder of which `n_read` pictures are read.
 
         Raises:
-            DataError: if it is too much.
+            DataError: If too many are left out.
         """
         here = _by_reason({}, files)
         self.count(files)
@@ -418,17 +430,18 @@ class _LeftOuts:
         if len(files) > LEFT_OUT_SHARE * total and not self.allowed:
             reasons = "; ".join(map(str, here.values()))
             raise DataError(
-                f"data.root: {len(files):,} of {total:,} files of {shown(folder)} would be left out ({reasons}); "
-                "move or convert them, or do without them by --set data.allow_left_out=true"
+                f"{len(files):,} of {total:,} files of {shown(folder)} would be left out ({reasons})",
+                field="data.root",
+                remedy="move or convert them, or ignore them with --set data.allow_left_out=true",
             )
 
     def count(self, files: Iterable[tuple[str, str]]) -> None:
-        """Count the (path, reason) of what is left out, however much it is."""
+        """Count left-out files (path, reason) without a limit."""
         _by_reason(self.by_reason, files)
 
 
 def _by_reason(counted: dict[str, LeftOut], files: Iterable[tuple[str, str]]) -> dict[str, LeftOut]:
-    """Add the (path, reason) of files to what was counted before, and return it."""
+    """Add files (path, reason) to the counts, and return these."""
     for path, why in files:
         counted.setdefault(why, LeftOut(why, path)).count += 1
     return counted
@@ -455,20 +468,20 @@ def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str
 def _state(entry: os.DirEntry[str]) -> FileState:
     try:
         facts = entry.stat()
-        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would never end
-            raise OSError("no regular file")
+        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe could block for ever
+            raise OSError("not a regular file")
     except OSError as error:
         raise unreadable(Broken.by(entry.path, error)) from error
     return FileState(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
 
 
 def _is_loose(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry beside the class folders looks like a picture that was meant to be read."""
+    """Return whether an entry beside the class folders may be a misplaced picture."""
     return not entry.is_dir() and os.path.splitext(entry.name)[1].lower() not in _COMPANIONS
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Yield the files anywhere in a folder that are no companions of pictures."""
+    """Yield the files in a folder and its sub-folders that may be pictures."""
     for where, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
@@ -477,13 +490,13 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
-    """Return the classes, sorted: the folders in `train`, of which `test` may lack some."""
+    """Return the classes, sorted: the folders in `train`; `test` may lack some of them."""
     class_names = _directories(train, root)
     if len(class_names) < 2:
         raise DataError(
-            f"data.root: {shown(train)} holds {count_of(len(class_names), 'class', 'classes')}; "
-            "it takes two, a folder for each"
-            f"{_hint_of_nested(train)}"
+            f"{shown(train)} contains {count_of(len(class_names), 'class', 'classes')}, at least two are needed",
+            field="data.root",
+            remedy=_nested_remedy(train) or "give each class a folder of its own",
         )
     known: dict[str, Path] = {}
     trained = set(class_names)
@@ -493,19 +506,22 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
             twin = known.setdefault(form, folder / name)
             if twin.name != name:
                 raise DataError(
-                    f"data.root: {shown(twin)} and {shown(folder / name)} are names of one class with different code "
-                    f"points ({_code_points(twin.name, name)}); give both the same name"
+                    f"{shown(twin)} and {shown(folder / name)} are names of one class with different code points "
+                    f"({_code_points(twin.name, name)})",
+                    field="data.root",
+                    remedy="give both the same name",
                 )
             if folder == test and name not in trained:
                 raise DataError(
-                    f"data.root: {shown(test / name)} is a class without a folder in {shown(train)}; add one, or "
-                    "remove this one"
+                    f"{shown(test / name)} is a class without a folder in {shown(train)}",
+                    field="data.root",
+                    remedy="add one, or remove this one",
                 )
     return class_names
 
 
 def _code_points(first: str, second: str) -> str:
-    """Name the code points in which two names differ."""
+    """Return the code points in which two names differ, as text."""
     start = next(i for i in range(len(first) + 1) if first[: i + 1] != second[: i + 1])
     return " and ".join(
         " ".join(f"U+{ord(c):04X}" for c in name[start : start + 3]) for name in (first, second)
@@ -513,26 +529,28 @@ def _code_points(first: str, second: str) -> str:
 
 
 def _check_text(path: Path, name: str) -> None:
-    """Raise for a name that is not UTF-8: it could be written into no file of a run."""
+    """Raise for a name that is not UTF-8, because it could not be written into the files of a run."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise DataError(f"data.root: the name of {shown(path)} is not UTF-8; rename the folder") from None
+        raise DataError(
+            f"the name of {shown(path)} is not UTF-8", field="data.root", remedy="rename the folder"
+        ) from None
 
 
-def _hint_of_nested(folder: Path) -> str:
-    """Name the folder inside that looks like what was meant, as archives leave it: `photos/photos/train`."""
+def _nested_remedy(folder: Path) -> str | None:
+    """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`."""
     inside = [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
     for path in inside:
         if (path / "train").is_dir():
-            return f" (set data.root={shown(path)}?)"
+            return f"set data.root={shown(path)}"
         if len(inside) == 1 and path.name == folder.name:
-            return f" (did you mean to move the folders in {shown(path)} one level up?)"
-    return ""
+            return f"move the folders in {shown(path)} one level up"
+    return None
 
 
 def _directories(folder: Path, root: Path) -> tuple[str, ...]:
-    """Name the folders in a folder, sorted."""
+    """Return the names of the folders in a folder, sorted."""
     found = [entry for entry in _entries(folder) if entry.is_dir()]
     for entry in found:
         _refuse_link_out(entry, root)
@@ -541,47 +559,49 @@ def _directories(folder: Path, root: Path) -> tuple[str, ...]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder by name, hidden entries left out."""
+    """Return the entries of a folder by name, without hidden ones."""
     try:
         with os.scandir(folder) as scan:
             return sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise DataError(
-            f"data.root: {shown(folder)} cannot be listed ({reason(error)}); check its permissions"
+            f"{shown(folder)} cannot be listed ({reason(error)})",
+            field="data.root",
+            remedy="check its permissions",
         ) from error
 
 
 def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
-    """Raise if the path is a link that leads out of the root.
+    """Raise if the path is a link to a place outside of the root.
 
-    A picture folder often comes from somebody else: it should show nothing but itself.
+    A picture folder may come from an untrusted source, and must not expose other files.
     """
     if not path.is_symlink():
         return
     inside, target = os.path.realpath(root), os.path.realpath(path)
     if os.path.commonpath([inside, target]) != inside:
         raise DataError(
-            f"data.root: {shown(path)} is a link that leads out of the folder, to {shown(target)}; "
-            "put a copy in its place, or set data.root to a folder that holds both"
+            f"{shown(path)} is a link that leads out of the folder, to {shown(target)}",
+            field="data.root",
+            remedy="put a copy in its place, or set data.root to a folder that contains both",
         )
 
 
-def _inspect_all(files: Sequence[str], progress: Progress | None) -> NDArray[np.void]:
+def _inspect_all(files: Sequence[str], progress: Progress | None, pool: Pool) -> NDArray[np.void]:
     """Read the headers of all pictures: (N,) records.
 
     Raises:
-        DataError: naming the first broken picture, and how many there are.
+        DataError: If pictures are broken; it names the first one and their number.
     """
-    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     facts: list[NDArray[np.void]] = []
     broken: list[Broken] = []
-    for chunk, (known, lost) in zip(
-        chunks, in_pool(_inspect_chunk, chunks, pool=len(files) >= POOL_FROM), strict=True
-    ):
+    done = 0
+    for chunk, (known, lost) in pool.map(_inspect_chunk, files):
         facts.append(known)
         broken += lost
+        done += len(chunk)
         if progress is not None:
-            progress((len(facts) - 1) * CHUNK + len(chunk), len(files))
+            progress(done, len(files))
     if broken:
         raise unreadable(broken[0], more=len(broken) - 1)
     return np.concatenate(facts)
@@ -596,5 +616,5 @@ def _inspect_chunk(paths: Sequence[str]) -> tuple[NDArray[np.void], list[Broken]
 
 
 def _has(facts: NDArray[np.void], flag: Flag) -> NDArray[np.bool_]:
-    """Mark the pictures with a flag."""
+    """Return which pictures have a flag: (N,) bools."""
     return (facts["flags"] & int(flag)) > 0

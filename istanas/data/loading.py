@@ -1,12 +1,11 @@
-"""Batches on a device, in an order and with augmentation that follow from (seed, epoch, rank) only.
+"""Batches on a device; their order and augmentation are determined by (seed, epoch, rank).
 
-Small pictures live on the device and are indexed; large ones come decoded from a torch DataLoader, as bytes,
-and are normalised on the device. Either way a loader can be iterated over again, with the same bits.
+Small pictures are stored on the device and indexed. Large ones are decoded to bytes by a torch DataLoader, and
+normalised on the device. In both cases, iterating over a loader again gives the same batches, bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from istanas.data.augment import Augmentation, augment, cutout, normalize, send
-from istanas.data.datasets import ArrayPictures, FilePictures, ImageDataset, Pictures
+from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError
+from istanas.seeds import seed_from_text
 
 _on_device: WeakKeyDictionary[ArrayPictures, dict[torch.device, ArrayPictures]] = WeakKeyDictionary()
 
@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     Args:
         images: (B, C, H, W) floats.
         labels: (B,) int64.
-        weight: ranks times this rank's share of the global batch's pictures. The mean over ranks of
-            `weight` times the rank's mean loss is the mean over all pictures, however unevenly they are shared.
+        weight: Number of ranks times this rank's share of the pictures of the global batch. The mean over ranks of
+            `weight` times the rank's mean loss is the mean over all pictures, even if the shares differ.
     """
 
     images: Tensor
@@ -42,20 +42,20 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchLoader:
-    """The batches of one epoch on one rank; made by `batches`.
+    """The batches of one epoch on one rank; created by `batches`.
 
     Args:
-        pictures: where the batches come from.
-        parts: indices into the pictures, one tensor a batch.
-        weights: see `Batch`, one a batch.
-        mean: per channel, in [0, 1].
-        std: per channel, > 0.
+        pictures: The split.
+        parts: Indices into the pictures, one tensor per batch.
+        weights: See `Batch`, one per batch.
+        mean: Per channel, in [0, 1].
+        std: Per channel, > 0.
         augmentation: None only normalises.
-        device: where the batches are wanted.
-        dtype: of the pictures.
-        seed: of this epoch's pictures (large pictures are augmented one by one).
-        rank_seed: of this epoch's draws on this rank (small pictures are augmented batch by batch).
-        workers: processes that decode large pictures; 0 decodes in this one.
+        device: The device of the batches.
+        dtype: Type of the images.
+        seed: Seed for each picture's augmentation in this epoch (large pictures are augmented one by one).
+        rank_seed: Seed for the augmentation in this epoch on this rank (small pictures are augmented batch by batch).
+        workers: Number of processes that decode large pictures; with 0, this process decodes them.
     """
 
     pictures: Pictures
@@ -76,7 +76,7 @@ class BatchLoader:
 
     @property
     def n_pictures(self) -> int:
-        """Return how many pictures one pass yields on this rank."""
+        """Return the number of pictures in one pass on this rank."""
         return sum(part.numel() for part in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,7 +114,7 @@ class BatchLoader:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, or each pass would draw a number from the global one
+            generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
         for batch in loader:
             if isinstance(batch, DataError):
@@ -142,38 +142,38 @@ def batches(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> BatchLoader:
-    """Make the batches of one epoch on one rank.
+    """Return the batches of one epoch on one rank.
 
-    The pictures are put in order by (seed, epoch) and cut into global batches; rank r of w takes every w-th
-    picture of each, from the r-th on. Every rank makes the same number of steps and none is empty: a
-    last batch of fewer pictures than ranks joins the one before.
+    The pictures are shuffled by (seed, epoch) and cut into global batches. Rank r of w takes every w-th picture of each
+    global batch, starting at the r-th. All ranks have the same number of batches, and none is empty: a last global
+    batch with fewer pictures than ranks is merged with the previous one.
 
     Args:
-        dataset: as loaded.
+        dataset: The data set.
         split: "train" or "test".
-        indices: (N,) int64 of the pictures to take, None for all.
-        batch_size: pictures in a global batch, over all ranks, >= world_size.
-        augmentation: None only normalises (evaluation). Small pictures: crop, flip, cutout as it says.
-            Large ones: random resized crop and colour jitter in any case, flip and cutout as it says.
-        device: where the batches are wanted; an array of small pictures is moved there once and stays.
-        seed: of order and augmentation.
-        epoch: of order and augmentation.
+        indices: (N,) int64 indices of the pictures to use, None for all.
+        batch_size: Number of pictures in a global batch, over all ranks, >= world_size.
+        augmentation: None only normalises (evaluation). Small pictures are cropped, flipped and cut out as it says.
+            Large ones are flipped and cut out as it says, and always get a random resized crop and colour jitter.
+        device: The device of the batches. An array of small pictures is moved there once and stays there.
+        seed: Seed of order and augmentation.
+        epoch: Epoch, which changes order and augmentation.
         shuffle: False keeps the order of `indices`.
-        drop_last: leave out a last global batch that is not full.
-        rank: of this process, in [0, world_size).
-        world_size: number of processes.
-        workers: processes that decode large pictures; changes the speed, not a bit of the batches.
-        dtype: of the pictures.
+        drop_last: Whether a last global batch that is not full is left out.
+        rank: Rank of this process, in [0, world_size).
+        world_size: Number of processes.
+        workers: Number of processes that decode large pictures; it affects the speed, but not the batches.
+        dtype: Type of the images.
 
     Returns:
-        The batches, to be iterated over as often as wanted.
+        The batches, which can be iterated over any number of times.
 
     Raises:
-        ConfigError: numbers that leave a rank without pictures.
-        DataError: an index outside the split; while iterating, a broken picture.
+        ConfigError: If a rank would have no pictures.
+        DataError: If an index is outside the split; while iterating, if a picture is broken.
 
     Example:
-        >>> from istanas.data.datasets import load_dataset
+        >>> from istanas.data import load_dataset
         >>> loader = batches(load_dataset("digits"), "test", None, batch_size=100, augmentation=None,
         ...                  device=torch.device("cpu"), seed=0, epoch=0, shuffle=False)
         >>> len(loader), loader.n_pictures, next(iter(loader)).images.shape
@@ -183,17 +183,24 @@ def batches(
     order = torch.arange(len(pictures)) if indices is None else indices.cpu()
     if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < len(pictures):
         raise DataError(
-            f"indices: {int(order.min())}..{int(order.max())} do not fit the {len(pictures)} pictures of the "
-            f"{split} split; split the data set that is loaded"
+            f"{int(order.min())}..{int(order.max())} do not fit the {len(pictures)} pictures of the {split} split",
+            field="indices",
+            remedy="use the indices of the same data set",
         )
     if not 0 <= rank < world_size:
-        raise ConfigError(f"rank: {rank} is none of {world_size} workers; count them from 0")
+        raise ConfigError(
+            f"{rank} is not the rank of one of {world_size} workers",
+            field="rank",
+            remedy=f"use 0 to {world_size - 1}",
+        )
     if batch_size < world_size:
         raise ConfigError(
-            f"batch_size: {batch_size} is too small for {world_size} workers; use {world_size} or more"
+            f"{batch_size} is too small for {world_size} workers",
+            field="batch_size",
+            remedy=f"use {world_size} or more",
         )
     if shuffle:
-        generator = torch.Generator().manual_seed(_derived_seed("order", seed, epoch))
+        generator = torch.Generator().manual_seed(_batch_seed("order", seed, epoch))
         order = order[torch.randperm(order.numel(), generator=generator)]
     wholes = _global_batches(order, batch_size, world_size, drop_last)
     parts = tuple(whole[rank::world_size] for whole in wholes)
@@ -208,8 +215,8 @@ def batches(
         augmentation=augmentation,
         device=device,
         dtype=dtype,
-        seed=_derived_seed("picture", seed, epoch),
-        rank_seed=_derived_seed("augment", seed, epoch, rank),
+        seed=_batch_seed("picture", seed, epoch),
+        rank_seed=_batch_seed("augment", seed, epoch, rank),
         workers=workers,
     )
 
@@ -223,21 +230,24 @@ def _global_batches(order: Tensor, batch_size: int, world_size: int, drop_last: 
     if len(starts) > 1 and n - starts[-1] < world_size:
         starts.pop()
     if n < world_size:
-        remedy = "use a smaller batch_size" if drop_last else "use fewer workers or more pictures"
         raise ConfigError(
-            f"batch_size: {batch_size} makes no batch of {order.numel()} pictures for {world_size} workers; "
-            + remedy
+            f"{batch_size} makes no batch of {order.numel()} pictures for {world_size} workers",
+            field="batch_size",
+            remedy="use a smaller batch_size" if drop_last else "use fewer workers or more pictures",
         )
     return [order[start:end] for start, end in zip(starts, [*starts[1:], n], strict=True)]
 
 
-def _derived_seed(*parts: object) -> int:
-    """Mix some values into a seed of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+def _batch_seed(*parts: object) -> int:
+    """Return a seed for a part of a batch's randomness.
+
+    It differs from `derive_seed` in how the parts become a text. With the latter, every run would have other batches.
+    """
+    return seed_from_text(repr(parts))
 
 
 def _moved(pictures: ArrayPictures, device: torch.device) -> ArrayPictures:
-    """Return the pictures on the device, moved there the first time only."""
+    """Return the pictures on the device, and remember the copy for the next call."""
     if pictures.images.device == device:
         return pictures
     copies = _on_device.setdefault(pictures, {})
@@ -248,9 +258,9 @@ def _moved(pictures: ArrayPictures, device: torch.device) -> ArrayPictures:
 
 # ---------- large pictures
 class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
-    """Batch i of some files as (bytes (B, 3, S, S), labels (B,)), or the error that a broken one gave.
+    """Batches of decoded files: item i is (bytes (B, 3, S, S), labels (B,)), or an error if a file is broken.
 
-    The error is returned, not raised: a DataLoader would wrap it in the traceback of a worker process.
+    The error is returned, not raised, because a DataLoader would wrap it in the traceback of a worker process.
     """
 
     def __init__(
@@ -266,17 +276,17 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         images: list[Tensor] = []
         for index in self.parts[i].tolist():
             try:
-                picture, _ = read_picture(self.pictures.paths[index], self.pictures.reading)
+                picture, _ = read_picture(self.pictures.paths[index], self.pictures.decode_settings)
             except DataError as error:
                 return error
-            # A picture's draws follow from its index, not from its place among the workers or ranks.
-            with _global_generator_at(_derived_seed(self.seed, index)):
+            # A picture's augmentation depends on its index, and not on the worker or rank that decodes it.
+            with _global_generator_at(_batch_seed(self.seed, index)):
                 images.append(transform(picture))
         return torch.stack(images), self.pictures.labels[self.parts[i]]
 
 
 def _transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
-    """Return the ImageNet standard from a picture to (3, size, size) bytes.
+    """Return the standard preprocessing of ImageNet, from a picture to (3, size, size) bytes.
 
     Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter as in its published code.
     """
@@ -296,9 +306,9 @@ def _transform(size: int, augmentation: Augmentation | None) -> Callable[[object
 
 @contextmanager
 def _global_generator_at(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, from which torchvision draws, and put it back as it was afterwards.
+    """Seed torch's CPU generator, from which torchvision draws, and restore its state on exit.
 
-    `torch.manual_seed` would also seed the GPUs, where a training run draws its drop path.
+    `torch.manual_seed` would also seed the GPUs, on which training draws its drop path.
     """
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The two networks: `Supernet` in search, `TargetNet` for a found genotype; and the way from one to the other."""
+"""The networks: `Supernet` for the search, `TargetNet` for a found genotype, and the absorption of edge weights."""
 
 from istanas.limits import MIN_IMAGE_SIZE
 from istanas.nets.absorb import absorb_into_batchnorm

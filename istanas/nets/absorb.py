@@ -1,4 +1,4 @@
-"""From a finished one-stage supernet to its target network: edge weights go into the batch norms behind them."""
+"""Absorption: the edge weights of a finished one-stage supernet become part of its target network's batch norms."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from istanas.space import CELLS
 
 
 def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
-    """The target network that computes what a finished one-stage supernet computes, and holds nothing else.
+    """Return the target network that computes the same function as a finished one-stage supernet.
 
-    alpha (gamma x + beta) = (alpha gamma) x + alpha beta: the weight of a kept operation scales the affine part
-    of the batch norm that the operation ends in; the operations that are not kept are left out.
+    alpha (gamma x + beta) = (alpha gamma) x + alpha beta: the edge weight of a kept operation scales the affine part of
+    the batch norm at the end of the operation. Operations that are not kept are left out.
 
     Args:
-        supernet: with `op_batchnorm`, every node FROZEN; it is not changed.
+        supernet: A supernet with `op_batchnorm` whose nodes are all FROZEN; it is not changed.
 
     Returns:
-        A network of its own, on the supernet's device, in eval mode; with the auxiliary head if the supernet has
-        one. In eval mode its logits are the supernet's up to rounding.
+        A new network in eval mode, on the supernet's device, with an auxiliary head if the supernet has one. In eval
+        mode its logits equal the supernet's up to rounding.
 
     Raises:
-        ConfigError: if a node is still ACTIVE, or an operation ends in no batch norm that could take its weight.
+        ConfigError: If a node is still ACTIVE, or the operations do not end in batch norm.
 
     Example:
         >>> from istanas.nets import NodeCode
@@ -44,15 +44,17 @@ def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
     """
     if not supernet.arguments["op_batchnorm"]:
         raise ConfigError(
-            "op_batchnorm is false: operations of this supernet end in no batch norm that could absorb their edge "
-            "weights, search with method: one_stage"
+            "false, so that no batch norm can absorb the edge weights",
+            field="op_batchnorm",
+            remedy="search with method: one_stage",
         )
     for cell in CELLS:
         for node, state in enumerate(supernet.node_states[cell]):
             if state is not NodeState.FROZEN:
                 raise ConfigError(
-                    f"node {node} of the {cell} cell is still {state.name}: its weights can be absorbed once it is "
-                    "FROZEN, let the search end first"
+                    f"node {node} of the {cell} cell is still {state.name}, not FROZEN",
+                    field="supernet",
+                    remedy="let the search end first",
                 )
     net = TargetNet(supernet.genotype(), **supernet.arguments, auxiliary=supernet.auxiliary_head is not None)
     first = supernet.classifier.weight
@@ -82,6 +84,6 @@ def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
 
 def _scale(operation: nn.Module, alpha: Tensor) -> None:
     norm = final_batchnorm(operation)
-    assert norm is not None, "op_batchnorm puts one behind every operation"
+    assert norm is not None, "with op_batchnorm, every operation ends in batch norm"
     norm.weight.mul_(alpha)
     norm.bias.mul_(alpha)

@@ -1,10 +1,10 @@
-"""Depthwise convolution whose dilated form does not cripple training on CPUs.
+"""Depthwise convolution with a fast dilated form on CPUs.
 
-The library's backward pass of a dilated depthwise convolution is many times slower there than that of a
-plain one. Both rewrites below are exact and made of library calls, so gradients come from autograd.
-Measured with 64 pictures of 32x32, one thread, forward and both gradients, library -> here: 32 channels, stride 2,
-3x3: 37 -> 2.4 ms, 5x5: 68 -> 6.4 ms. With stride 1 one alone gains little or nothing (16 channels, 3x3: 9 -> 11 ms,
-5x5: 17 -> 15 to 18 ms), but a two-stage step of 16 channels, 8 layers, 64 pictures 2 to 8 %
+On CPUs, torch's backward pass of a dilated depthwise convolution is many times slower than that of a plain one. The two
+rewrites below are exact, and call only torch functions, so that autograd computes the gradients. Times of torch -> here
+for 64 pictures of 32x32, one thread, forward and both gradients: 32 channels, stride 2: 37 -> 2.4 ms (3x3) and
+68 -> 6.4 ms (5x5). With stride 1 a single convolution gains little or nothing (16 channels: 9 -> 11 ms and 17 -> 15 to
+18 ms), but a two-stage step with 16 channels, 8 layers and 64 pictures is 2 to 8 % faster
 (`python -m tests.benchmarks.tricks`).
 """
 
@@ -18,7 +18,7 @@ from istanas.nets.phases import pixel_phases
 
 
 class DepthwiseConv2d(nn.Module):
-    """A convolution of each channel with its own k x k kernel (k odd), size-preserving but for the stride.
+    """A convolution of each channel with its own k x k kernel, padded so that only the stride changes the size.
 
     Args:
         channels: C, >= 1.
@@ -31,10 +31,10 @@ class DepthwiseConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel, kernel))
         self.stride, self.dilation = stride, dilation
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # the library's default for convolutions
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # As torch initialises convolutions.
 
     def forward(self, x: Tensor, even: bool = False) -> Tensor:
-        """The convolution; with `even`, x has only the even pixels, of stride and dilation 2."""
+        """Return the convolution. With `even`, x has only the even pixels; stride and dilation must be 2."""
         if even:
             return depthwise_on_even(x, self.weight)
         return depthwise_conv2d(x, self.weight, self.stride, self.dilation)
@@ -45,7 +45,7 @@ class DepthwiseConv2d(nn.Module):
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-    """Depthwise convolution with padding dilation * (k - 1) / 2, equal to `F.conv2d(..., groups=C)`.
+    """Return the depthwise convolution with padding dilation * (k - 1) / 2, equal to `F.conv2d(..., groups=C)`.
 
     Args:
         x: (B, C, H, W).
@@ -74,9 +74,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
 
 
 def depthwise_on_even(even: Tensor, weight: Tensor) -> Tensor:
-    """`depthwise_conv2d` of stride and dilation 2, given the even pixels.
+    """Return `depthwise_conv2d` of stride and dilation 2, given the even pixels.
 
-    Every tap reads an even pixel, so the odd ones may be dropped first: an undilated, unstrided convolution.
+    Only even pixels are read, so that this is a convolution of the even pixels with stride and dilation 1.
 
     Args:
         even: x[:, :, ::2, ::2], (B, C, H, W).
@@ -93,16 +93,16 @@ def depthwise_on_even(even: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_phases(x: Tensor, weight: Tensor) -> Tensor:
-    """A dilation-2 convolution mixes pixels of equal parity only: four undilated ones, stacked in the batch."""
+    """Return a convolution of dilation 2 as an undilated one of the four pixel phases, stacked in the batch."""
     channels, kernel = weight.shape[0], weight.shape[-1]
     batch, _, height, width = x.shape
     x = F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
     h, w = x.shape[2] // 2, x.shape[3] // 2
-    # Channels last throughout: the views below then copy whole pixels.
+    # In channels-last memory, the reshapes below copy whole pixels.
     phases = x.permute(0, 2, 3, 1).reshape(batch, h, 2, w, 2, channels).permute(2, 4, 0, 1, 3, 5)
     stacked = phases.reshape(4 * batch, h, w, channels).permute(0, 3, 1, 2)
     out = F.conv2d(stacked, weight, None, 1, kernel // 2, 1, channels)
     pixels = out.permute(0, 2, 3, 1).reshape(2, 2, batch, h, w, channels).permute(2, 3, 0, 4, 1, 5)
     out = pixels.reshape(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)
-    # An idle slice would still cost a zero-filled copy in the backward pass.
+    # A slice without effect would still cost a copy in the backward pass.
     return out if (2 * h, 2 * w) == (height, width) else out[:, :, :height, :width]

@@ -1,7 +1,7 @@
-"""The candidate operations and the fixed blocks around them (DARTS, Liu et al., ICLR 2019), for both networks.
+"""The candidate operations and the fixed blocks of both networks (DARTS, Liu et al., ICLR 2019).
 
-Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). Module positions inside
-`op` follow the published code, so that its weights load by name.
+Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). The positions of modules in `op` are
+those of the published code, so that its weights load by name.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from istanas.nets.phases import pixel_phases, to_even_size
 
 
 class ScaledBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose output can be taken `scale` times: w BN(x; g, b) = BN(x; w g, w b), so the factor is free.
+    """Batch norm with a factor `scale` at no cost: w BN(x; g, b) = BN(x; w g, w b).
 
-    Saves two passes over the output, one forward and one backward: alone 3 times faster than the product; with
-    `dense_gradient` a two-stage step of 16 channels, 8 layers, 64 pictures gains 4 to 13 %, one of 8, 5, 32
-    gains 3 to 5 % (CPU, one thread).
+    This saves one pass over the output forward and one backward, and is 3 times faster than the product. With
+    `dense_gradient`, a two-stage step with 16 channels, 8 layers and 64 pictures is 4 to 13 % faster, one with 8, 5 and
+    32 is 3 to 5 % faster (CPU, one thread).
     """
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -39,10 +39,10 @@ class ScaledBatchNorm2d(nn.BatchNorm2d):
 
 
 def dense_gradient(x: Tensor) -> Tensor:
-    """`x`, whose gradient reaches what computed it in one piece of memory.
+    """Return `x`, and make its gradient contiguous in the backward pass.
 
-    The gradient of a part of `torch.cat` is a strided view, on which the library's backward pass of a scaled batch norm
-    is up to six times slower.
+    The gradient of an input of `torch.cat` is a strided view, for which torch's backward pass of batch norm takes up to
+    six times as long.
     """
     if x.requires_grad and not torch.compiler.is_exporting():
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
@@ -50,16 +50,16 @@ def dense_gradient(x: Tensor) -> Tensor:
 
 
 class NormalizedPool(nn.Sequential):
-    """A layer without weights, and batch norm behind it."""
+    """A layer without weights, followed by batch norm."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale` times the block's output."""
+        """Return the block's output times `scale`."""
         out: Tensor = self[1](self[0](x), scale)
         return out
 
 
 class RectifiedBlock(nn.Module):
-    """A sequence `op` from ReLU to batch norm; a cell that has rectified a state already may skip that first step."""
+    """A sequence `op` from ReLU to batch norm. Callers that have rectified the input already can skip the ReLU."""
 
     op: nn.Sequential
 
@@ -67,7 +67,7 @@ class RectifiedBlock(nn.Module):
         return self.after_relu(F.relu(x))
 
     def after_relu(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale` times the block on a rectified input: one ReLU per state serves every operation that reads it."""
+        """Return the block's output for a rectified input, times `scale`. Operations can then share one ReLU."""
         for layer in itertools.islice(self.op, 1, len(self.op) - 1):
             x = layer(x)
         out: Tensor = self.op[-1](x, scale)
@@ -75,7 +75,7 @@ class RectifiedBlock(nn.Module):
 
 
 class ReLUConvBN(RectifiedBlock):
-    """ReLU, 1x1 convolution, batch norm: brings a state to the cell's width."""
+    """ReLU, 1x1 convolution and batch norm, which bring a state to the cell's width."""
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class ReLUConvBN(RectifiedBlock):
 
 
 class SepConv(RectifiedBlock):
-    """Depthwise-separable convolution applied twice (the stride in the first).
+    """Two depthwise-separable convolutions, the first of which has the stride.
 
-    The ReLU between the two works in place, as batch norm's backward pass needs its input and not its output: one
-    tensor of the picture's size less to keep, and up to a fifth of the two's time.
+    The ReLU between them works in place, because the backward pass of batch norm needs its input and not its output.
+    This saves a tensor of the picture's size, and up to a fifth of the time of both layers.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
@@ -119,17 +119,17 @@ class DilConv(RectifiedBlock):
         )
 
     def on_even(self, even: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale` times the block of stride 2, given the even pixels of its rectified input."""
+        """Return the output of the block of stride 2, given the even pixels of its rectified input, times `scale`."""
         out: Tensor = self.op[3](self.op[2](self.op[1](even, even=True)), scale)
         return out
 
 
 class FactorizedReduce(nn.Module):
-    """Halves the picture without losing pixels' phases: two 1x1 convolutions on shifted grids, side by side.
+    """Halves the picture by two 1x1 convolutions of stride 2, one of them on the picture shifted by a pixel.
 
-    Each reads one of the four pixel phases, so the phase is cut out first and rectified alone: half of the
-    ReLU's work, 1.1 to 2 times faster with the cutting, and the same numbers. Odd sizes are padded by a zero row
-    and column, as 'ceil' asks.
+    Each reads one of the four pixel phases. Only these phases are rectified, which halves the work of the ReLU (1.1 to
+    2 times faster, slicing included) and gives the same numbers. Odd sizes are padded by a row and a column of zeros,
+    so that sizes are rounded up.
     """
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
@@ -140,15 +140,15 @@ class FactorizedReduce(nn.Module):
         self.bn = ScaledBatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale` times the block's output."""
+        """Return the block's output times `scale`."""
         return self.on_phases([F.relu(phase) for phase in pixel_phases(to_even_size(x), (0, 1))], scale)
 
     def after_relu(self, x: Tensor) -> Tensor:
-        """The block on a rectified input."""
+        """Return the block's output for a rectified input."""
         return self.on_phases(pixel_phases(to_even_size(x), (0, 1)), None)
 
     def on_phases(self, phases: Sequence[Tensor], scale: Tensor | None) -> Tensor:
-        """`scale` times the block, given the two phases that it reads of its rectified input."""
+        """Return the block's output, given the two phases of its rectified input that it reads, times `scale`."""
         even, odd = phases
         out: Tensor = self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1), scale)
         return out
@@ -177,19 +177,19 @@ def make_operation(
     pool_batchnorm: bool = False,
     skip_batchnorm: bool = False,
 ) -> nn.Module:
-    """The module of one candidate operation.
+    """Build the module of a candidate operation.
 
     Args:
-        name: one of `istanas.space.PRIMITIVES`.
+        name: One of `istanas.space.PRIMITIVES`.
         channels: C, >= 1.
         stride: 1 or 2.
-        affine: whether batch norms learn scale and shift (not in the two-stage supernet, where the edge
-            weight is the scale).
-        pool_batchnorm, skip_batchnorm: append batch norm after pooling / identity. The two-stage supernet
-            has the first, one-stage networks have both, a retrained two-stage target has neither.
+        affine: Whether batch norms learn scale and shift. They do not in the two-stage supernet, where the edge weight
+            is the scale.
+        pool_batchnorm: Whether pooling ends in batch norm, as in both supernets.
+        skip_batchnorm: Whether the identity ends in batch norm, as in one-stage networks.
 
     Raises:
-        KeyError: for an unknown name (genotypes are checked before).
+        KeyError: If the name is unknown. Genotypes are checked earlier.
 
     Example:
         >>> make_operation("sep_conv_3x3", 4, 2, affine=True)(torch.zeros(1, 4, 8, 8)).shape
@@ -210,7 +210,7 @@ def make_operation(
 
 
 def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
-    """The batch norm that an operation ends in, whose affine part can take a factor of its output; None without one.
+    """Return the batch norm at the end of an operation, whose affine part can absorb a factor, or `None`.
 
     Example:
         >>> final_batchnorm(make_operation("skip_connect", 4, 1, affine=True)) is None

@@ -1,4 +1,4 @@
-"""Every second pixel of a picture, with a backward pass that writes each gradient once."""
+"""Slices of every second pixel of a picture, with a backward pass that writes each gradient once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional as F
 
 
 def pixel_phases(x: Tensor, offsets: Sequence[int]) -> tuple[Tensor, ...]:
-    """x[:, :, o::2, o::2] for each offset o, as tensors of their own.
+    """Return x[:, :, o::2, o::2] for each offset o, as new tensors.
 
-    Autograd of the slices alone fills and copies a tensor for each step of each slice; here the gradient is filled
-    with zeros once and each phase copied into it. Both phases of 64 pictures of 32x32 with 16 channels, forward and
-    backward: 2 to 3 times faster (`python -m tests.benchmarks.tricks`, which measured the figures of this package).
+    For plain slices, autograd fills and copies a tensor for each step of each slice. Here the gradient is filled with
+    zeros once, and each phase is copied into it. For both phases of 64 pictures of 32x32 with 16 channels, forward and
+    backward are 2 to 3 times faster (`python -m tests.benchmarks.tricks` measures the figures of this package).
 
     Args:
         x: (B, C, H, W).
-        offsets: each 0 or 1, all different.
+        offsets: Each 0 or 1, all different.
 
     Returns:
-        One (B, C, ceil((H - o) / 2), ceil((W - o) / 2)) an offset o, in channels-last memory if x is.
+        For each offset o a tensor (B, C, ceil((H - o) / 2), ceil((W - o) / 2)), channels-last if x is.
 
     Example:
         >>> [phase.flatten().tolist() for phase in pixel_phases(torch.arange(4.0).view(1, 1, 2, 2), [0, 1])]
@@ -36,13 +36,13 @@ def pixel_phases(x: Tensor, offsets: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class SharedReads:
-    """What operations read of a cell's states, made once a state: its rectified copy, and the pixel phases of that.
+    """Rectified copies of a cell's states, and their pixel phases, computed once for all operations that read them.
 
-    In a reduction cell most operations read one of two large states. A gradient of its size is then filled once for
-    all that read phases of it, and not once an operation.
+    In a reduction cell most operations read one of two large states. The gradient of such a state is then filled once
+    for all operations that read phases of it, and not once for each operation.
 
     Args:
-        states: of the cell; may grow meanwhile.
+        states: The states of the cell. States may be added later.
 
     Example:
         >>> reads = SharedReads({0: torch.tensor([[[[-1.0, 2.0], [3.0, 4.0]]]])})
@@ -56,15 +56,15 @@ class SharedReads:
         self._phases: dict[tuple[int, int], Tensor] = {}
 
     def rectified(self, state: int) -> Tensor:
-        """max(0, x) of a state x."""
+        """Return max(0, x) of a state x."""
         if state not in self._rectified:
             self._rectified[state] = F.relu(self._states[state])
         return self._rectified[state]
 
     def phases(self, state: int, offsets: Sequence[int]) -> list[Tensor]:
-        """`pixel_phases` of a rectified state; odd sizes get a zero row and column first, as 'ceil' asks.
+        """Return the `pixel_phases` of a rectified state, padded to even sizes.
 
-        Where nobody has asked for the whole rectified state, the phases alone are rectified: less work.
+        If the whole rectified state has not been needed so far, only the phases are rectified, which is less work.
         """
         new = [o for o in offsets if (state, o) not in self._phases]
         if new:
@@ -76,7 +76,7 @@ class SharedReads:
 
 
 def to_even_size(x: Tensor) -> Tensor:
-    """(B, C, H, W) with a zero row and column more where H and W are odd."""
+    """Return x, (B, C, H, W), padded by a row and a column of zeros where H and W are odd."""
     odd = x.shape[2] % 2, x.shape[3] % 2
     return F.pad(x, (0, odd[1], 0, odd[0])) if any(odd) else x
 

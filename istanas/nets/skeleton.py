@@ -1,4 +1,4 @@
-"""What supernet and target network share: stems, the layout of cells in depth, what of it is live, and the heads."""
+"""The parts that supernet and target network share: stems, the sequence of cells, liveness, and the heads."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Preprocess: TypeAlias = ReLUConvBN | FactorizedReduce
 
 @dataclass(frozen=True)
 class CellPlace:
-    """Where a cell stands: its kind, width, and the widths of its two inputs."""
+    """The position of a cell in the network: its kind, its width, and the widths of its two inputs."""
 
-    kind: str  # "normal" or "reduce"
+    kind: str  # "normal" or "reduce".
     c_prev_prev: int
     c_prev: int
     channels: int
@@ -35,33 +35,39 @@ class CellPlace:
 
     @property
     def stride(self) -> int:
-        """Stride of the edges that leave the cell's two inputs."""
+        """The stride of the edges from the cell's two inputs."""
         return 2 if self.kind == "reduce" else 1
 
 
 def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[str, int]) -> list[CellPlace]:
-    """The cells from input to output: reductions at a third and two thirds of the depth double the width.
+    """Return the cells from input to output. Reductions at a third and two thirds of the depth double the width.
 
     Args:
-        init_channels: channels of the first cells' nodes, >= 1.
-        layers: number of cells, >= 1.
+        init_channels: Channels of the first cells' nodes, >= 1.
+        layers: Number of cells, >= 1.
         stem: "cifar" or "imagenet".
-        n_concat: for "normal" and "reduce", how many states a cell's output concatenates.
+        n_concat: For "normal" and "reduce", the number of states that a cell's output concatenates.
+
+    Raises:
+        ConfigError: If a size is too small or the stem is unknown.
 
     Example:
         >>> [p.channels for p in cell_places(16, 3, "cifar", {"normal": 4, "reduce": 4})]
         [16, 32, 64]
     """
-    if init_channels < 1 or layers < 1:
-        raise ConfigError(f"init_channels, layers are {init_channels}, {layers}: both must be at least 1")
+    check_sizes(init_channels=init_channels, layers=layers)
     if stem not in ("cifar", "imagenet"):
-        raise ConfigError(f"stem is {stem!r}: choose cifar or imagenet")
+        raise ConfigError(f"unknown stem {stem!r}", field="stem", remedy="choose cifar or imagenet")
     if stem == "imagenet" and init_channels < 2:
-        raise ConfigError(f"init_channels is {init_channels}: the imagenet stem halves it, choose at least 2")
+        raise ConfigError(
+            f"{init_channels} is too small for the imagenet stem, which halves it",
+            field="init_channels",
+            remedy="choose at least 2",
+        )
     width = STEM_MULTIPLIER * init_channels if stem == "cifar" else init_channels
     c_prev_prev = c_prev = width
     channels = init_channels
-    reduction_prev = stem == "imagenet"  # its second stem halves the picture once more
+    reduction_prev = stem == "imagenet"  # Its second input is half as large as the first one.
     places = []
     for layer in range(layers):
         kind = "reduce" if layer in (layers // 3, 2 * layers // 3) else "normal"
@@ -73,17 +79,14 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
 
 
 def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozenset[int]:
-    """The states of a cell that its output depends on; the others need not be computed.
+    """Return the live states of a cell: those that its output depends on. The others are not computed.
 
     Args:
-        reads: per node the states that it sums operations of; 0 and 1 are the cell's inputs, 2 + i is node i.
-        concat: the states that the output concatenates.
-
-    Returns:
-        The live ones among inputs and nodes.
+        reads: For each node the states that its operations read; 0 and 1 are the cell's inputs, 2 + i is node i.
+        concat: The states that the output concatenates.
 
     Example:
-        >>> sorted(live_states([[0], [1], [2, 2]], concat=[4]))  # node 1 (state 3) is read by nobody
+        >>> sorted(live_states([[0], [1], [2, 2]], concat=[4]))  # no operation reads node 1 (state 3)
         [0, 2, 4]
     """
     live = set(concat)
@@ -96,14 +99,14 @@ def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozen
 def live_places(
     kinds: Sequence[str], states: Mapping[str, Collection[int]], auxiliary: int | None = None
 ) -> tuple[bool, ...]:
-    """Which cells, and which outputs of the stem, the network's output depends on.
+    """Return which outputs of the stem and which cells the network's output depends on.
 
-    Cell i reads places i and i + 1 of [stem s0, stem s1, cell 0, ..., cell L - 1], if its kind reads inputs 0 and 1.
+    Cell i reads the places i and i + 1 of [stem s0, stem s1, cell 0, ..., cell L - 1], if its inputs 0 and 1 are live.
 
     Args:
-        kinds: of the L >= 1 cells in depth order.
-        states: per kind the live states of such a cell, as `live_states` gives them.
-        auxiliary: index of a cell whose output is needed beside the last one's.
+        kinds: The kinds of the L >= 1 cells, from input to output.
+        states: For each kind the live states of such a cell, see `live_states`.
+        auxiliary: Index of the cell whose output the auxiliary head reads, or `None`.
 
     Returns:
         L + 2 truth values, one a place.
@@ -124,21 +127,21 @@ def live_places(
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse a size below 1, by its name.
+    """Check that sizes are at least 1.
 
     Raises:
-        ConfigError: naming the first such size.
+        ConfigError: If one is not; its field is the first such name.
 
     Example:
         >>> check_sizes(num_classes=10, in_channels=1)
     """
     for name, size in sizes.items():
         if size < 1:
-            raise ConfigError(f"{name} is {size}: choose at least 1")
+            raise ConfigError(f"{size} is too small", field=name, remedy="choose at least 1")
 
 
 def make_preprocess(place: CellPlace, affine: bool) -> tuple[Preprocess, Preprocess]:
-    """The blocks that bring a cell's two inputs to its width and size."""
+    """Return the blocks that bring a cell's two inputs to its width and size."""
     first: Preprocess
     if place.reduction_prev:
         first = FactorizedReduce(place.c_prev_prev, place.channels, affine)
@@ -150,14 +153,14 @@ def make_preprocess(place: CellPlace, affine: bool) -> tuple[Preprocess, Preproc
 def live_inputs(
     preprocess: Sequence[Preprocess], inputs: Sequence[Tensor | None], live: Collection[int]
 ) -> dict[int, Tensor]:
-    """The first states of a cell: its live inputs (rectified ones), each brought to the cell's width and size."""
+    """Return the live inputs of a cell, which are rectified, brought to the cell's width and size."""
     return {i: preprocess[i].after_relu(s) for i, s in enumerate(inputs) if s is not None and i in live}
 
 
 class Stem(nn.Module):
-    """From a picture to the two inputs of the first cell, rectified as all cells' inputs are.
+    """Maps a picture to the two inputs of the first cell, which are rectified, as are those of all cells.
 
-    One convolution (cifar), or three of stride 2 (imagenet).
+    It has one convolution (cifar), or three of stride 2 (imagenet).
     """
 
     def __init__(self, kind: str, in_channels: int, init_channels: int) -> None:
@@ -182,7 +185,7 @@ class Stem(nn.Module):
             )
 
     def forward(self, x: Tensor, second: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The inputs (s0, s1); without `second`, nobody reads s1 and it may be None."""
+        """Return the inputs (s0, s1). Without `second`, s1 is not needed and may be `None`."""
         if self.kind == "cifar":
             x = F.relu_(self.stem(x))
             return x, x
@@ -190,18 +193,18 @@ class Stem(nn.Module):
         return x, F.relu_(self.stem1(x)) if second else None
 
     def live_parts(self, second: bool) -> list[nn.Module]:
-        """The modules that `forward` runs."""
+        """Return the modules that `forward` runs."""
         if self.kind == "cifar":
             return [self.stem]
         return [self.stem0, self.stem1] if second else [self.stem0]
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier at two thirds of the depth (DARTS); its loss is added with a small weight in training.
+    """A second classifier at two thirds of the depth (DARTS), whose loss is added with a small weight in training.
 
-    Published for feature maps of 8x8 (cifar) and 7x7 (imagenet), where its pooling gives 2x2. Smaller maps are
-    pooled to 2x2 adaptively, and larger ones averaged after the convolutions, so that any picture from
-    8x8 upwards works.
+    It was published for feature maps of 8x8 (cifar) and 7x7 (imagenet), which its pooling reduces to 2x2. Smaller maps
+    are pooled to 2x2 adaptively, and larger ones are averaged after the convolutions, so that all pictures of at least
+    8x8 pixels work.
     """
 
     def __init__(self, stem: str, channels: int, num_classes: int) -> None:
@@ -215,18 +218,18 @@ class AuxiliaryHead(nn.Module):
             nn.ReLU(),
             nn.Conv2d(128, 768, 2, bias=False),
         ]
-        # The published ImageNet head lacks the last batch norm; weights are only comparable without it.
+        # The published ImageNet head has no last batch norm, and published weights must load.
         layers += [nn.BatchNorm2d(768), nn.ReLU()] if stem == "cifar" else [nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        smallest = 5 + self.pool_stride  # gives 2 pixels after pooling, what the 2x2 convolution needs
+        smallest = 5 + self.pool_stride  # Pooling leaves 2 pixels, which the 2x2 convolution requires.
         for i, layer in enumerate(self.features):
             if i == 1 and min(x.shape[2:]) < smallest:
                 x = F.adaptive_avg_pool2d(x, 2)
             elif isinstance(layer, nn.BatchNorm2d) and layer.training and x.numel() == x.shape[1]:
-                # A last batch of one picture has no variance over its one pixel.
+                # One picture of one pixel has no variance.
                 x = F.batch_norm(
                     x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
                 )
@@ -237,16 +240,16 @@ class AuxiliaryHead(nn.Module):
 
 
 class CellNetwork(nn.Module):
-    """Stem, cells and classifier: the part of forward that both networks have in common.
+    """Stem, cells and classifier: the forward pass that both networks share.
 
-    Only what is live runs: a part that the outputs do not depend on gets no gradient, so in data-parallel
-    training nobody may wait for one. The auxiliary head counts as an output in training only.
+    Only live parts run, on which the outputs depend. Other parts get no gradient, for which data-parallel training
+    would wait. The auxiliary head is an output only in training.
 
-    What stem and cells put out is rectified at once and in place: two cells read it, each of which, and the
-    auxiliary head too, would begin with ReLU. The last cell's output goes to the classifier as it is.
+    The outputs of the stem and of all cells but the last are rectified in place: both cells that read such an output,
+    and the auxiliary head, begin with ReLU.
 
-    With `activation_checkpointing` a training step keeps the inputs of each cell only and computes the cell again
-    in the backward pass: less memory, more time, the same numbers.
+    With `activation_checkpointing` a training step stores only the inputs of each cell, and computes the cell again in
+    the backward pass. This takes less memory and more time, and gives the same numbers.
     """
 
     stem: Stem
@@ -254,23 +257,23 @@ class CellNetwork(nn.Module):
     classifier: nn.Linear
     auxiliary_head: AuxiliaryHead | None
     activation_checkpointing: bool = False
-    _live_in_training: tuple[bool, ...] = ()  # as `live_places` gives it
+    _live_in_training: tuple[bool, ...] = ()  # See `live_places`.
     _live_in_eval: tuple[bool, ...] = ()
     _live_parts: Sequence[nn.Module] = ()
-    _live_norms: dict[nn.Module, Sequence[nn.BatchNorm2d]]  # per live cell
+    _live_norms: dict[nn.Module, Sequence[nn.BatchNorm2d]]  # The batch norms of each live cell.
     _active_parameters: Sequence[nn.Parameter] = ()
 
     def active_parameters(self) -> list[nn.Parameter]:
-        """The weights that get a gradient in a training step, and no others."""
+        """Return the weights that get a gradient in a training step."""
         return list(self._active_parameters)
 
     def active_buffers(self) -> list[Tensor]:
-        """The running statistics that a training step changes: floating-point buffers of the live parts."""
-        # Walked anew: moving a network to another device or type replaces its buffers.
+        """Return the running statistics that a training step changes: floating-point buffers of the live parts."""
+        # Not stored, because moving a network to another device or type replaces its buffers.
         return [b for part in self._live_parts for b in part.buffers() if b.is_floating_point()]
 
     def _set_live(self, states: Mapping[str, Collection[int]]) -> None:
-        """Plan what runs, from each kind's live states. Walking the modules takes milliseconds: never in a step."""
+        """Set the live parts from each kind's live states. This takes milliseconds, too long for each step."""
         kinds = [str(cell.kind) for cell in self.cells]
         self._live_in_training = self._live_in_eval = live_places(kinds, states)
         if self.auxiliary_head is not None:
@@ -294,7 +297,7 @@ class CellNetwork(nn.Module):
         return [cell for cell, is_live in zip(self.cells, live, strict=True) if is_live]
 
     def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
-        """The operations that a live cell runs."""
+        """Return the operations that a live cell runs."""
         raise NotImplementedError
 
     def _logits(
@@ -302,8 +305,9 @@ class CellNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if min(x.shape[2:]) < MIN_IMAGE_SIZE:
             raise ConfigError(
-                f"pictures are {x.shape[2]}x{x.shape[3]}: the networks need {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, "
-                "enlarge them with data.image_size"
+                f"pictures of {x.shape[2]}x{x.shape[3]} pixels are smaller than {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}",
+                field="x",
+                remedy="enlarge them with data.image_size",
             )
         live = self._live_in_training if self.training else self._live_in_eval
         s0, s1 = self.stem(x, second=live[1])
@@ -318,10 +322,10 @@ class CellNetwork(nn.Module):
         return self.classifier(s1.mean((2, 3))), auxiliary
 
     def _run(self, cell: nn.Module, *arguments: Any) -> Tensor:
-        """The cell's output."""
+        """Run a cell, with checkpointing if it is enabled."""
         out: Tensor
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            contexts = nullcontext(), _HeldStatistics(self._live_norms[cell])
+            contexts = nullcontext(), _UnchangedStatistics(self._live_norms[cell])
             out = checkpoint(cell, *arguments, use_reentrant=False, context_fn=lambda: contexts)
         else:
             out = cell(*arguments)
@@ -330,62 +334,59 @@ class CellNetwork(nn.Module):
     def load_darts_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load weights in the key layout of the published DARTS-family code.
 
-        Strict: every tensor must have its place and shape, but `num_batches_tracked` may be absent.
+        Every tensor must exist and have the right shape, except that `num_batches_tracked` may be missing.
 
         Args:
-            state: name -> tensor, as `torch.load(FILE, weights_only=True)` gives it.
+            state: Name -> tensor, as `torch.load(FILE, weights_only=True)` returns it.
 
         Raises:
-            CheckpointError: naming what is missing, unexpected, or of another shape.
+            CheckpointError: If a tensor is missing, unexpected, or of another shape. The network is not changed then.
         """
         own = self.state_dict()
         renamed: dict[str, Tensor] = {}
         for key, value in state.items():
             alphas = re.fullmatch(r"alphas_(normal|reduce)_", key)
-            if alphas:  # (nodes, m): one parameter a node here
+            if alphas:  # One tensor (nodes, m) in the published code, one parameter a node here.
                 renamed.update({f"compressed_alphas.{alphas[1]}.{i}": b for i, b in enumerate(value)})
             else:
                 renamed[_own_key(key, self.stem.kind)] = value
         missing = [k for k in own if k not in renamed and not k.endswith("num_batches_tracked")]
         unexpected = [k for k in renamed if k not in own]
         shapes = [k for k in renamed if k in own and renamed[k].shape != own[k].shape]
-        for what, keys in (
-            ("lacks", missing),
-            ("has the unexpected", unexpected),
-            ("has another shape for", shapes),
-        ):
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
             if keys:
                 raise CheckpointError(
-                    f"state dict {what} {keys[0]} ({len(keys)} such keys): build the network with the settings "
-                    "the weights were trained with"
+                    f"{keys[0]} is {what} ({len(keys)} such keys)",
+                    field="state",
+                    remedy="build the network with the settings that the weights were trained with",
                 )
         self.load_state_dict(renamed, strict=False)
 
 
-class _HeldStatistics:
-    """Inside, these batch norms train as ever, but leave their running statistics and batch counts as they are.
+class _UnchangedStatistics:
+    """A context in which batch norms in training mode do not change their running statistics and batch counts.
 
-    For a forward pass that is done again. The statistics are still given to the library, whose graph would else
-    hold other tensors than the first time; with momentum 0 it writes back what it read.
+    It is for a forward pass that is repeated. The statistics are still passed to torch, whose graph would otherwise
+    store other tensors than in the first pass; with momentum 0, torch writes the same values back.
     """
 
     def __init__(self, norms: Sequence[nn.BatchNorm2d]) -> None:
         self._norms = norms
 
     def __enter__(self) -> None:
-        self._held = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        self._before = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
         for norm in self._norms:
             norm.momentum = 0.0
             assert norm.num_batches_tracked is not None
-            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # counts for nobody
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)  # Discarded.
 
     def __exit__(self, *error: object) -> None:
-        for norm, (momentum, n_batches) in zip(self._norms, self._held, strict=True):
+        for norm, (momentum, n_batches) in zip(self._norms, self._before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, n_batches
 
 
 def auxiliary_position(layers: int) -> int:
-    """Index of the cell whose output feeds the auxiliary head."""
+    """Return the index of the cell whose output the auxiliary head reads."""
     return 2 * layers // 3
 
 
@@ -395,5 +396,16 @@ def _own_key(key: str, stem: str) -> str:
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
-    """The module with 4-d parameters in channels-last memory: 1.6 to 1.8 times faster training steps on CPUs."""
+    """Move 4-d parameters to channels-last memory, which makes training steps on CPUs 1.6 to 1.8 times faster.
+
+    Args:
+        module: Any module. It is changed in place.
+
+    Returns:
+        The module.
+
+    Example:
+        >>> to_channels_last(nn.Conv2d(4, 4, 3)).weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
     return module.to(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""Supernet: the network in search, of which only the operations that the sparse codes keep are computed.
+"""`Supernet`, the network of the search, which computes only the operations that the sparse codes keep.
 
-Parameters are the weights of every candidate and the compressed parameters b of every node. Once an epoch the
-recovered codes are installed (`install_codes`); from then on a plan of active operations is followed, and
-everything outside it costs nothing: no forward, no gradient, no optimiser step.
+Its parameters are the weights of all candidates and the compressed parameters b of all nodes. Once an epoch the
+recovered codes are installed (`install_codes`), which defines the active operations. The others cost nothing: no
+forward pass, no gradient, no optimiser step.
 """
 
 from __future__ import annotations
@@ -37,20 +37,24 @@ Support = tuple[int, ...]
 
 
 class NodeState(Enum):
-    """Whether a node's code still follows its b."""
+    """Whether a node is still searched.
+
+    The code of an ACTIVE node follows its b. The b, the code and the edge weights of a FROZEN node are fixed (one-stage
+    search only).
+    """
 
     ACTIVE = "active"
-    FROZEN = "frozen"  # one-stage search only: b, code and edge weights stay as they are
+    FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
 class NodeCode:
-    """What one node holds between two recoveries.
+    """The code of one node.
 
     Args:
         measurement_matrix: A, (m, n) float64.
-        sparse_code: z, (n,) float64, as recovered (before truncation).
-        support: the candidates that are kept, ascending.
+        sparse_code: z, (n,) float64, before its truncation to the support.
+        support: The kept candidates in rising order.
     """
 
     measurement_matrix: Tensor
@@ -60,18 +64,18 @@ class NodeCode:
 
 @dataclass(frozen=True)
 class _KeptColumns:
-    """What the edge weights of a cell need beside b, float64 on b's device: a step then copies nothing there."""
+    """The constants in the edge weights of a cell, float64 on b's device, so that no step copies them there."""
 
-    columns: Tensor  # A_S, (nodes, m, s)
-    codes: Tensor  # z_S, (nodes, s)
-    measured: Tensor  # A_S z_S, (nodes, m)
+    columns: Tensor  # A_S, (nodes, m, s).
+    codes: Tensor  # z_S, (nodes, s).
+    measured: Tensor  # A_S z_S, (nodes, m).
 
 
 def _kept_columns(nodes: Sequence[NodeCode], like: Tensor) -> _KeptColumns:
     supports = [list(node.support) for node in nodes]
     columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
     codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
-    # First in b's precision, the network's, so that a float64 network computes with the exact values.
+    # They are rounded to the precision of b, that of the network, so that only a float64 network has exact values.
     columns, codes = (t.to(like.device, like.dtype).double() for t in (columns, codes))
     return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
 
@@ -83,8 +87,8 @@ class SearchCell(nn.Module):
         super().__init__()
         self.kind = place.kind
         self.n_nodes = space.n_nodes
-        # Two-stage: no affine part, the edge weight is the scale. One-stage: the edge weight is the scale until the
-        # node freezes; from then on the affine parts inside its operations are trained (see `train_affine`).
+        # In a two-stage search the edge weight is the scale, and batch norms have no affine part. In a one-stage search
+        # the affine parts of an operation are trained only after its node has frozen (see `train_affine`).
         affine = op_batchnorm
         self.preprocess0, self.preprocess1 = make_preprocess(place, affine)
         self.ops = nn.ModuleList(
@@ -124,9 +128,9 @@ class SearchCell(nn.Module):
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)
 
     def train_affine(self, states: Sequence[NodeState]) -> None:
-        """Train the affine parts of all batch norms inside the operations of FROZEN nodes; hold those of the others.
+        """Train the affine parts of all batch norms in the operations of FROZEN nodes, and no others.
 
-        As published: this includes the batch norm in the middle of a separable convolution.
+        As published, this includes the batch norm in the middle of a separable convolution.
         """
         edge = 0
         for node, state in enumerate(states):
@@ -138,25 +142,26 @@ class SearchCell(nn.Module):
                 edge += 1
 
 
-Plan = list[list[tuple[int, int, int]]]  # per node the active (state, edge of the cell, op)
-EdgeWeights = dict[str, Tensor]  # per cell the weights (nodes, s) of the active operations
+Plan = list[list[tuple[int, int, int]]]  # For each node the active (state, edge of the cell, op).
+EdgeWeights = dict[str, Tensor]  # For each cell the weights (nodes, s) of the active operations.
 
 
 class Supernet(CellNetwork):
-    """The network in search.
+    """The network of a search.
 
     Args:
-        space: the cell space.
-        init_channels, layers: width and depth (published two-stage search: 16, 8).
-        num_classes: size of the output.
-        n_measurements: m, rows of A and length of each b, >= 1 (published: 7).
-        stem: "cifar" or "imagenet".
-        in_channels: channels of the pictures.
-        op_batchnorm: batch norm with affine part at the end of every candidate, as one-stage search needs.
-        auxiliary: whether to have the auxiliary head (used in training only; one-stage search).
+        space: The search space of a cell.
+        init_channels: Channels of the first cells, >= 1 (published two-stage search: 16).
+        layers: Number of cells, >= 1 (published two-stage search: 8).
+        num_classes: Number of classes, >= 1.
+        n_measurements: m, the number of rows of A and the length of each b, >= 1 (published: 7).
+        stem: "cifar" (one convolution) or "imagenet" (three of stride 2).
+        in_channels: Channels of the pictures, >= 1.
+        op_batchnorm: Whether every candidate ends in batch norm with an affine part, as one-stage search requires.
+        auxiliary: Whether the network has an auxiliary head, which is used only in training (one-stage search).
 
     Raises:
-        ConfigError: for a size below 1 or an unknown stem.
+        ConfigError: If a size is too small or the stem is unknown.
 
     Example:
         >>> net = Supernet(CellSpace(n_nodes=2), init_channels=2, layers=2, num_classes=10)
@@ -183,7 +188,7 @@ class Supernet(CellNetwork):
         super().__init__()
         check_sizes(num_classes=num_classes, in_channels=in_channels, n_measurements=n_measurements)
         self.space = space
-        # What `TargetNet` takes beside genotype and auxiliary, for a network of the same size.
+        # The arguments of a `TargetNet` of the same size, except genotype and auxiliary.
         self.arguments: dict[str, Any] = {
             "init_channels": init_channels,
             "layers": layers,
@@ -201,7 +206,7 @@ class Supernet(CellNetwork):
             AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
-        # One parameter a node, so that a node that freezes leaves optimiser and all-reduce.
+        # One parameter a node, so that the b of a frozen node takes no part in optimiser steps and all-reduce.
         self.compressed_alphas = nn.ModuleDict(
             {
                 cell: nn.ParameterList(
@@ -218,16 +223,16 @@ class Supernet(CellNetwork):
         self._active_alphas: Sequence[nn.Parameter] = ()
 
     def weights(self) -> list[nn.Parameter]:
-        """Every parameter but the compressed alphas: what SGD trains."""
+        """Return all parameters except the compressed alphas. SGD trains them."""
         alphas = {id(b) for b in self.alphas()}
         return [p for p in self.parameters() if id(p) not in alphas]
 
     def alphas(self) -> list[nn.Parameter]:
-        """The compressed alphas b, (m,) each, of the normal cell's nodes, then the reduction cell's: Adam's."""
+        """Return the compressed alphas b, (m,) each, of the normal and the reduction cell. Adam trains them."""
         return [b for cell in CELLS for b in self.node_alphas(cell)]
 
     def node_alphas(self, cell: str) -> list[nn.Parameter]:
-        """The compressed alphas of one cell's nodes."""
+        """Return the compressed alphas of one cell's nodes."""
         return list(self.compressed_alphas[cell].parameters())
 
     def install_codes(
@@ -235,23 +240,29 @@ class Supernet(CellNetwork):
         codes: Mapping[str, Sequence[NodeCode]],
         states: Mapping[str, Sequence[NodeState]] | None = None,
     ) -> None:
-        """Make the kept candidates the active ones, until the next call.
+        """Make the kept candidates active until the next call.
 
         Args:
-            codes: for "normal" and "reduce", one `NodeCode` a node.
-            states: likewise, one state a node; all ACTIVE if not given. The b of a FROZEN node is trained no
-                more, and the batch norms inside its operations are trained from then on.
+            codes: For "normal" and "reduce", one `NodeCode` a node.
+            states: For "normal" and "reduce", one state a node; `None` makes all nodes ACTIVE. The b of a FROZEN node
+                is not trained, but the affine parts of the batch norms in its operations are.
+
+        Raises:
+            ConfigError: If the number of codes or of kept candidates is not that of the space.
         """
         for cell in CELLS:
             if len(codes[cell]) != self.space.n_nodes:
                 raise ConfigError(
-                    f"{cell} cell has {len(codes[cell])} codes: its {self.space.n_nodes} nodes need one each"
+                    f"{len(codes[cell])} codes for the {self.space.n_nodes} nodes of the {cell} cell",
+                    field="codes",
+                    remedy="give one for each node",
                 )
             sizes = {len(node.support) for node in codes[cell]} - {self.space.sparsity}
             if sizes:
                 raise ConfigError(
-                    f"{cell} cell has a node that keeps {sizes.pop()} operations: "
-                    f"the space's sparsity is {self.space.sparsity}"
+                    f"a node of the {cell} cell keeps {sizes.pop()} operations",
+                    field="codes",
+                    remedy=f"keep {self.space.sparsity}, the sparsity of the space",
                 )
         self._codes = {cell: list(codes[cell]) for cell in CELLS}
         self._kept = {cell: _kept_columns(codes[cell], self.node_alphas(cell)[0]) for cell in CELLS}
@@ -283,19 +294,18 @@ class Supernet(CellNetwork):
         ]
 
     def plan(self, cell: str) -> Plan:
-        """Per node of a cell kind the active (state, edge of the cell, op)."""
+        """Return, for each node of a cell, its active (state, edge of the cell, op)."""
         return self._plans[cell]
 
     def genotype(self) -> Genotype:
-        """The architecture that is active now."""
+        """Return the active architecture."""
         supports = {cell: [node.support for node in self._codes[cell]] for cell in CELLS}
         return genotype_from_supports(self.space, supports)
 
     def edge_weights(self) -> EdgeWeights:
-        """Per cell the weights (nodes, s) of the active operations, differentiable in b.
+        """Return, for each cell, the weights (nodes, s) of its active operations, differentiable in b.
 
-        alpha_S = z_S + A_S^T (b - A_S z_S) in float64: `istanas.sparse.edge_weights` on the support, all nodes of
-        a cell at once, from tensors that wait on the device.
+        alpha_S = z_S + A_S^T (b - A_S z_S), in float64: `istanas.sparse.edge_weights` for all nodes of a cell at once.
         """
         weights: EdgeWeights = {}
         for cell, kept in self._kept.items():
@@ -305,22 +315,22 @@ class Supernet(CellNetwork):
         return weights
 
     def active_alphas(self) -> list[nn.Parameter]:
-        """The compressed alphas that get a gradient: of ACTIVE nodes, of the kinds that have a live cell."""
+        """Return the compressed alphas that get a gradient: those of ACTIVE nodes of kinds that have a live cell."""
         return list(self._active_alphas)
 
     def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
         return [cell.ops[edge][op] for node in self._plans[str(cell.kind)] for _, edge, op in node]  # type: ignore[index,misc]
 
     def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
-        """Logits (B, classes); `weights` as `edge_weights()` gives them, computed here if None."""
+        """Return the logits (B, classes). `weights` are those of `edge_weights`, which `None` computes here."""
         return self.forward_with_auxiliary(x, weights)[0]
 
     def forward_with_auxiliary(
         self, x: Tensor, weights: EdgeWeights | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits, auxiliary logits); the latter None in eval mode or without an auxiliary head."""
+        """Return (logits, auxiliary logits). The latter are `None` in eval mode or without an auxiliary head."""
         if not self._plans:
-            raise ConfigError("the supernet has no active operations: call install_codes first")
+            raise ConfigError("no active operations", field="supernet", remedy="call install_codes first")
         weights = self.edge_weights() if weights is None else weights
         drop = self.drop_path_prob if self.training else 0.0
         arguments = {cell: (self._states[cell], self._plans[cell], weights[cell], drop) for cell in CELLS}

@@ -1,4 +1,4 @@
-"""TargetNet: the network of a genotype, trained from scratch (two-stage) or exported from a one-stage search."""
+"""`TargetNet`, the network of a genotype: retrained after a two-stage search, or the result of a one-stage search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from istanas.space import N_CELL_INPUTS, Genotype
 
 
 class TargetCell(nn.Module):
-    """One cell of a genotype: each node sums the outputs of its picks."""
+    """A cell of a genotype. Each node sums the outputs of its picks."""
 
     def __init__(self, genotype: Genotype, place: CellPlace, op_batchnorm: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TargetCell(nn.Module):
         self.live = live_states([[state for _, state in node] for node in picks], self.concat)
         position = count()
         terms = [[(next(position), state) for _, state in node] for node in picks]
-        # Per live node its state and the (position in ops, state) of its picks.
+        # For each live node its state, and the (position in ops, state) of its picks.
         self.plan = [(i, node) for i, node in enumerate(terms, N_CELL_INPUTS) if i in self.live]
         self.ops = nn.ModuleList(
             make_operation(
@@ -75,17 +75,17 @@ class TargetNet(CellNetwork):
     """The network of a genotype.
 
     Args:
-        genotype: the two cells.
-        init_channels: channels of the first cells, >= 1 (published: 36 for CIFAR, 48 for ImageNet).
-        layers: number of cells, >= 1 (20, 14).
-        num_classes: size of the output, >= 1.
+        genotype: The two cells.
+        init_channels: Channels of the first cells, >= 1 (published: 36 for CIFAR, 48 for ImageNet).
+        layers: Number of cells, >= 1 (published: 20 for CIFAR, 14 for ImageNet).
+        num_classes: Number of classes, >= 1.
         stem: "cifar" (one convolution) or "imagenet" (three of stride 2).
-        auxiliary: whether to have the auxiliary head (used in training only).
-        op_batchnorm: batch norm after pooling and identity, as in networks absorbed from a one-stage search.
-        in_channels: channels of the pictures.
+        auxiliary: Whether the network has an auxiliary head, which is used only in training.
+        op_batchnorm: Whether pooling and identity end in batch norm, as after a one-stage search.
+        in_channels: Channels of the pictures, >= 1.
 
     Raises:
-        ConfigError: for a size below 1 or an unknown stem.
+        ConfigError: If a size is too small or the stem is unknown.
 
     Example:
         >>> from istanas.space import PUBLISHED
@@ -131,7 +131,7 @@ class TargetNet(CellNetwork):
         return self.forward_with_auxiliary(x)[0]
 
     def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(logits, auxiliary logits); the latter None in eval mode or without an auxiliary head."""
+        """Return (logits, auxiliary logits). The latter are `None` in eval mode or without an auxiliary head."""
         arguments = (self.drop_path_prob if self.training else 0.0,)
         return self._logits(x, {"normal": arguments, "reduce": arguments})
 
@@ -143,7 +143,7 @@ def apply_operation(
     state: int,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`op` on a state of the cell, times `scale`; what several operations read of a state, `reads` makes once."""
+    """Return `op` of a state of the cell, times `scale`. `reads` computes once what several operations read."""
     if isinstance(op, DilConv) and op.stride == 2:
         return op.on_even(reads.phases(state, (0,))[0], scale)
     if isinstance(op, FactorizedReduce):
@@ -159,7 +159,7 @@ def apply_operation(
 
 
 def sum_terms(terms: list[Tensor]) -> Tensor:
-    """Sum of a node's inputs."""
+    """Return the sum of a node's inputs."""
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -169,7 +169,7 @@ def sum_terms(terms: list[Tensor]) -> Tensor:
 def drop_path(x: Tensor, operation: nn.Module, probability: float) -> Tensor:
     """Zero an operation's output for a random part of the batch, and scale the rest by 1 / (1 - probability).
 
-    A bare identity is never dropped, so that something of a picture always comes through.
+    An identity without batch norm is never dropped, so that every picture keeps a path through the node.
     """
     if probability == 0 or isinstance(operation, nn.Identity):
         return x

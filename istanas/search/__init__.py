@@ -1,4 +1,4 @@
-"""The search algorithms, as steps and epochs over any batches."""
+"""The search algorithms, as steps and epochs over batches of pictures."""
 
 from istanas.search.one_stage import Freezing, OneStageSearch
 from istanas.search.state import NodeReport, RecoveryReport

@@ -1,17 +1,17 @@
-"""One-stage ISTA-NAS: search and training of the target network in a single run, on a sparse supernet of its size.
+"""One-stage ISTA-NAS: search and training of the target network in one run, on a sparse supernet of its size.
 
-While a node is ACTIVE its code is recovered after each epoch; it is FROZEN once its code rests. When all nodes are
-frozen the architecture is fixed. After one more epoch at the full learning rate the search has ended, and the same
-network trains on under a falling learning rate.
+While a node is ACTIVE its code is recovered after each epoch. It becomes FROZEN when its code stops moving. When all
+nodes are frozen the architecture is fixed. The search ends after one more epoch at the full learning rate. The training
+of the same network then continues with a falling learning rate.
 
-No I/O: the caller brings batches and stores what comes back.
+This module does no I/O: the caller passes batches and stores the results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from istanas.data import Batch
 from istanas.distributed import Ranks
@@ -40,33 +40,48 @@ from istanas.training import (
     warmup_factor,
 )
 
-MAX_REDRAWS = 100  # of b, for a first architecture within the limits
+MAX_REDRAWS = 100  # Largest number of further draws of b for a first architecture within the limits.
 
 
 @dataclass(frozen=True)
 class Freezing:
-    """When and why a node was frozen: "tolerance" (its code rested) or "limit" (of the search's epochs)."""
+    """When and why a node froze.
+
+    Args:
+        cell: "normal" or "reduce".
+        node: Index of the node in its cell, >= 0.
+        epoch: Number of completed epochs, >= 1.
+        reason: "tolerance" if its code stopped moving, "limit" if the search reached `max_search_epochs`.
+    """
 
     cell: str
     node: int
-    epoch: int  # epochs done
+    epoch: int
     reason: str
 
 
+class _Excess(NamedTuple):
+    """A limit that an architecture exceeds."""
+
+    limit: str
+    text: str
+
+
 class OneStageSearch(SearchState):
-    """The state of a search and its steps.
+    """A one-stage search: its state, its steps and its epochs.
 
     Args:
-        supernet: of the target network's size, with `op_batchnorm`, on its device; its compressed alphas are
-            initialised here.
-        settings: see `OneStageSettings`.
-        compute: device and precision.
-        seed: of the compressed alphas.
-        cost: parameters and multiply-adds of a genotype's target network, which the limits are about.
-        ranks: who searches with this process; None: nobody.
+        supernet: The network, of the target network's size, with `op_batchnorm`, on its device. Its compressed alphas
+            are initialised here.
+        settings: Hyperparameters of the search.
+        compute: Device and precision.
+        seed: Seed of the compressed alphas.
+        cost: Returns the parameters and multiply-adds of a genotype's target network, which are compared with the
+            limits.
+        ranks: The processes that search together; `None` means only this one.
 
     Raises:
-        ConfigError: if neither the first random start nor 100 others keep the limits.
+        ConfigError: If neither the first random architecture nor 100 others are within the limits.
 
     Example:
         >>> import torch
@@ -99,58 +114,59 @@ class OneStageSearch(SearchState):
         self.settings = settings
         self.cost = cost
         self.freezings: list[Freezing] = []
-        self.n_rejected = 0  # proposals, after the first accepted one
+        self.n_rejected = 0  # Number of rejected architectures after the first accepted one.
         self.first_recovery = self._first_recovery(seed)
 
     def _first_recovery(self, seed: int) -> RecoveryReport:
-        """Draw b until the architecture that it stands for keeps the limits."""
-        rejection = None
+        """Draw b until its architecture is within the limits."""
         for attempt in range(MAX_REDRAWS + 1):
             if attempt > 0:
                 self.draw_alphas(seed, attempt)
             recovered = self.recover_codes(self.places)
-            rejection = self._rejection(recovered)
-            if rejection is None:
+            excess = self._excess(recovered)
+            if excess is None:
                 self.install({new.place: new.code for new in recovered})
                 return RecoveryReport(self.report(recovered))
+        assert excess is not None
         raise ConfigError(
-            f"{rejection}: nor do {MAX_REDRAWS} other random first architectures keep the limits, raise them or "
-            "lower init_channels or layers"
+            f"{excess.text}, and {MAX_REDRAWS} other random first architectures exceed the limits, too",
+            field=excess.limit,
+            remedy="raise it, or lower init_channels or layers",
         )
 
     @property
     def is_searching(self) -> bool:
-        """Whether a node is still ACTIVE."""
+        """Whether any node is ACTIVE."""
         return bool(self.active_places())
 
     @property
     def search_epochs(self) -> int | None:
-        """How many epochs the search takes, the closing one included; None while a node is ACTIVE."""
+        """Number of epochs of the search, the closing one included, or `None` while a node is ACTIVE."""
         if self.is_searching:
             return None
         return max(freezing.epoch for freezing in self.freezings) + CLOSING_EPOCHS
 
     @property
     def is_done(self) -> bool:
-        """Whether the architecture is fixed and trained."""
+        """Whether the architecture is fixed and its training is complete."""
         return (
             self.search_epochs is not None and self.epoch >= self.search_epochs + self.settings.train_epochs
         )
 
     def active_places(self) -> list[Place]:
-        """The (cell, node) that are still ACTIVE."""
+        """Return the (cell, node) that are ACTIVE."""
         states = self.supernet.node_states
         return [(c, n) for c, n in self.places if states[c][n] is NodeState.ACTIVE]
 
     def trained_epochs(self, epoch: float) -> float:
-        """Epochs of the training after the search that are done after `epoch` epochs in all; 0 during the search."""
+        """Return how many of the first `epoch` epochs belong to the training after the search."""
         return 0.0 if self.search_epochs is None else max(epoch - self.search_epochs, 0.0)
 
     def learning_rate(self, epoch: float) -> float:
-        """The weights' learning rate after `epoch` epochs in all, the finished share of the current one included."""
+        """Return the weights' learning rate after `epoch` epochs in total, fractions of an epoch included."""
         s = self.settings
         warmup = warmup_factor(epoch, s.warmup_epochs, s.schedule)
-        # With train_epochs = 0 the rate stays at lr; max avoids a division by zero.
+        # With train_epochs = 0 the rate stays at lr. `max` avoids a division by zero.
         falling = learning_rate(
             s.lr, s.lr_min, self.trained_epochs(epoch), max(s.train_epochs, 1), schedule=s.schedule
         )
@@ -164,17 +180,18 @@ class OneStageSearch(SearchState):
         *,
         lr_factor: float = 1.0,
     ) -> Metrics:
-        """One epoch: every batch updates the weights and, of ACTIVE nodes, the compressed alphas.
+        """Run one epoch: every batch updates the weights, and the compressed alphas of ACTIVE nodes.
+
+        Afterwards the running statistics of batch norm are averaged over the ranks.
 
         Args:
-            batches: see `istanas.data.Batch`, on the device.
-            n_steps: their number.
-            observe: called after every step.
-            lr_factor: of the weights' learning rate, where an earlier attempt diverged.
+            batches: Batches on the device, see `istanas.data.Batch`.
+            n_steps: Number of batches, >= 1.
+            observe: Called after every step.
+            lr_factor: Factor of the weights' learning rate, > 0; below 1 after a divergence.
 
         Returns:
-            Mean loss (without the auxiliary head's) and accuracies, over the pictures of all ranks; the running
-            statistics of batch norm are then the means over the ranks.
+            Mean loss (without that of the auxiliary head) and accuracies, over the pictures of all ranks.
         """
         s = self.settings
         self.supernet.train()
@@ -191,7 +208,7 @@ class OneStageSearch(SearchState):
         return totals.metrics(self.ranks)
 
     def step(self, batch: BatchLike, totals: Totals) -> None:
-        """One SGD step on the active weights and one Adam step on the active alphas, of the same gradient."""
+        """Run one SGD step on the active weights and one Adam step on the active alphas, after one backward pass."""
         images, target, weight = Batch(*batch)
         with self.compute.autocast():
             logits, auxiliary = self._forward(images)
@@ -204,41 +221,45 @@ class OneStageSearch(SearchState):
         (total * weight).backward()
         clip_gradients(self.supernet.active_parameters(), s.grad_clip)
         self.weight_optimizer.step()
-        self.alpha_optimizer.step()  # a frozen b has no gradient, which Adam skips
+        self.alpha_optimizer.step()  # Adam skips the b of frozen nodes, which have no gradient.
         totals.add(loss, logits, target)
 
     def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Loss and accuracies of the architecture just trained, eval mode, over the pictures of all ranks."""
+        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks."""
         return evaluate(self.supernet.eval(), batches, self.compute, self.ranks)
 
     def recover(self) -> RecoveryReport:
-        """Recover the ACTIVE nodes' codes, take them over if the architecture keeps the limits, freeze what rests.
+        """Recover the codes of ACTIVE nodes, install them if the architecture is within the limits, and freeze nodes.
 
-        All nodes' new codes make one proposal. One that breaks a limit is rejected: the codes of before stay. A node
-        whose new code is within the tolerance of its last accepted one freezes in either case, as published; after a
-        rejection it keeps the accepted code. When the search's epochs are over, all nodes freeze.
+        The new codes of all nodes are accepted or rejected together. They are rejected if the architecture exceeds a
+        limit; the previous codes are kept then. As published, a node freezes in both cases if its new code is within
+        the tolerance of its last accepted one; after a rejection it keeps the accepted code. After `max_search_epochs`
+        epochs all nodes freeze.
 
         Returns:
-            All nodes: what they keep now, and of those that were ACTIVE the certificates of what was proposed.
+            The kept operations of all nodes, and the certificates of the new codes of those that were ACTIVE.
 
         Raises:
-            IstanasError: if the ranks end with different architectures.
+            SolverError: If no solver certifies the code of a node.
+            IstanasError: If the ranks have different architectures.
         """
         active = self.active_places()
         recovered = self.recover_codes(active)
-        rejection = self._rejection(recovered)
+        excess = self._excess(recovered)
         codes = self.codes_by_place()
-        if rejection is None:
+        if excess is None:
             codes.update({new.place: new.code for new in recovered})
         else:
             self.n_rejected += 1
         self._install_and_freeze(codes, {new.place: new.distance for new in recovered})
-        resting = [place for place in self.places if place not in active]
-        nodes = {(n.cell, n.node): n for n in [*self.report(recovered), *self.report_resting(resting)]}
-        return RecoveryReport([nodes[place] for place in self.places], rejection)
+        frozen = [place for place in self.places if place not in active]
+        nodes = {(n.cell, n.node): n for n in [*self.report(recovered), *self.report_frozen(frozen)]}
+        return RecoveryReport(
+            [nodes[place] for place in self.places], None if excess is None else excess.text
+        )
 
-    def _rejection(self, recovered: Sequence[Recovered]) -> str | None:
-        """Why the architecture with these new codes is too large, if it is."""
+    def _excess(self, recovered: Sequence[Recovered]) -> _Excess | None:
+        """Return a limit that the architecture with these new codes exceeds, or `None`."""
         supports = {cell: [code.support for code in codes] for cell, codes in self.codes.items()}
         if not supports:
             supports = {cell: [()] * self.supernet.space.n_nodes for cell in CELLS}
@@ -251,26 +272,26 @@ class OneStageSearch(SearchState):
             (cost.macs, self.settings.max_macs, "max_macs", "multiply-adds"),
         ):
             if limit is not None and value > limit:
-                return f"{value:,} {unit} are above {name} = {limit:,}"
+                return _Excess(name, f"{value:,} {unit} are above {name} = {limit:,}")
         return None
 
     def _install_and_freeze(self, codes: Mapping[Place, NodeCode], distances: Mapping[Place, float]) -> None:
-        """Install the codes; freeze the ACTIVE nodes within the tolerance, and at the last epoch all.
+        """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all after the last epoch.
 
-        A node whose b the epoch did not train, because no cell of its kind was live, does not freeze by the tolerance.
+        A node does not freeze by the tolerance if the epoch did not train its b, because no cell of its kind was live.
 
         Args:
-            codes: of every node.
-            distances: of every ACTIVE node's new code to its last accepted one.
+            codes: The code of every node.
+            distances: For every ACTIVE node, the distance of its new code to its last accepted one.
         """
         states = {cell: list(self.supernet.node_states[cell]) for cell in CELLS}
         trained = {id(b) for b in self.supernet.active_alphas()}
         for (cell, node), distance in distances.items():
             was_trained = id(self.supernet.node_alphas(cell)[node]) in trained
-            rests = was_trained and distance <= self.settings.termination_tol
-            if rests or self.epoch >= self.settings.max_search_epochs:
+            is_within = was_trained and distance <= self.settings.termination_tol
+            if is_within or self.epoch >= self.settings.max_search_epochs:
                 states[cell][node] = NodeState.FROZEN
-                self.freezings.append(Freezing(cell, node, self.epoch, "tolerance" if rests else "limit"))
+                self.freezings.append(Freezing(cell, node, self.epoch, "tolerance" if is_within else "limit"))
         self.install(codes, states)
 
     def _wrap(self) -> None:
@@ -280,7 +301,7 @@ class OneStageSearch(SearchState):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on bit for bit."""
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
         return {
             **super().state_dict(),
             "freezings": [asdict(freezing) for freezing in self.freezings],
@@ -288,10 +309,10 @@ class OneStageSearch(SearchState):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Restore the state of `state_dict`.
 
         Raises:
-            CheckpointError: for a checkpoint of another kind or version.
+            CheckpointError: If the state is of another kind or version.
         """
         super().load_state_dict(state)
         self.freezings = [Freezing(**freezing) for freezing in state["freezings"]]

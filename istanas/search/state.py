@@ -1,10 +1,10 @@
-"""What both searches hold and must survive a crash: A, b, z, node states, optimisers, epochs; and how codes change.
+"""The state that both searches share and that survives a crash: A, b, z, node states, optimisers and epochs.
 
-`SearchState` recovers codes from b, installs them in the supernet, reports them, and turns itself into plain
-tensors and back; `two_stage` and `one_stage` are the algorithms on top.
+`SearchState` recovers codes from b, installs them in the supernet, reports them, and converts itself to plain tensors
+and back. `two_stage` and `one_stage` add the algorithms.
 
-Generators need no place here: all randomness of an epoch follows from (seed, purpose, epoch), see
-`istanas.training.derive_seed`; and the learning rate follows from the epoch.
+The state has no random generators, because all randomness of an epoch is derived from (seed, purpose, epoch), see
+`istanas.training.derive_seed`. It has no learning rate either, which is a function of the epoch.
 """
 
 from __future__ import annotations
@@ -35,47 +35,66 @@ from istanas.training import Compute, derive_seed
 
 Codes = dict[str, list[NodeCode]]
 States = dict[str, list[NodeState]]
-Place = tuple[str, int]  # (cell, node)
+Place = tuple[str, int]  # (cell, node).
 STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node after a recovery: what it keeps and how sure that is.
+    """One node after a recovery: its kept operations and the certificate of its code.
 
-    Distance, gap, truncation and margin are of the code that was recovered now; of a FROZEN node, which is recovered
-    no more, the first two are 0.
+    Args:
+        cell: "normal" or "reduce".
+        node: Index of the node in its cell, >= 0.
+        picks: The kept operations, each as "op<-state".
+        edge_weights: Their edge weights.
+        distance: ||z_t - z_(t-1)||_2 to the last accepted code, >= 0; 0 if the node was not recovered.
+        gap: Relative duality gap, >= 0, an upper bound that includes rounding; 0 if the node was not recovered.
+        truncation: ||z - z_S||_2, >= 0.
+        changed: Whether the kept operations changed.
+        converged: Whether the code is certified.
+        recovered: Whether the node was recovered. A node that was FROZEN before is not.
+        state: Name of the node's state after the recovery.
+        magnitudes: |z| of every candidate, in the order of `CellSpace.candidate`; empty if the node was not recovered.
+        solver: The solver that found the code; empty if the node was not recovered.
+        fallback: Whether the requested solver failed on the node, so that another one found the code.
+        margin: `support_margin` of the code; `None` if no other candidate could be kept.
     """
 
     cell: str
     node: int
-    picks: list[str]  # "op<-state"
+    picks: list[str]
     edge_weights: list[float]
-    distance: float  # ||z_t - z_(t-1)||_2, to the last accepted code
-    gap: float  # relative duality gap, an upper bound that includes rounding
-    truncation: float  # ||z - z_S||_2
-    changed: bool  # whether the kept set changed
+    distance: float
+    gap: float
+    truncation: float
+    changed: bool
     converged: bool
-    recovered: bool = True  # False: it was FROZEN before
-    state: str = NodeState.ACTIVE.name  # after the recovery
-    # |z| of every candidate, in the order of `CellSpace.candidate`; of a node that was not recovered, none
+    recovered: bool = True
+    state: str = NodeState.ACTIVE.name
     magnitudes: list[float] = field(default_factory=list)
-    solver: str = ""  # whose code it is; of a node that was not recovered, none
-    fallback: bool = False  # whether the solver that was asked for had failed on it
-    margin: float | None = None  # of the recovered code, see `support_margin`; None: nothing is left out
+    solver: str = ""
+    fallback: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """All nodes after a recovery, and why it was rejected if it was (one-stage search only)."""
+    """All nodes after a recovery.
+
+    Args:
+        nodes: The reports of the nodes of both cells.
+        rejection: Why the new architecture was rejected, or `None` if it was accepted (one-stage search only).
+    """
 
     nodes: list[NodeReport]
     rejection: str | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The figures of an epoch, by their names in MLflow.
+        """Return the metrics of the epoch by their names in MLflow.
 
-        Over the recovered nodes: the smallest margin, the largest of the others, and the number of changes.
+        They are, over the recovered nodes, the smallest margin, the numbers of changes and fallbacks, and the largest
+        value of the others.
         """
         nodes = [n for n in self.nodes if n.recovered]
         if not nodes:
@@ -94,7 +113,7 @@ class RecoveryReport:
 
 @dataclass(frozen=True)
 class Recovered:
-    """A node's new code, not yet installed."""
+    """A node's new code before it is installed."""
 
     place: Place
     code: NodeCode
@@ -103,22 +122,22 @@ class Recovered:
 
     @property
     def distance(self) -> float:
-        """||z_t - z_(t-1)||_2; 0 at the first recovery."""
+        """||z_t - z_(t-1)||_2, or 0 at the first recovery."""
         if self.before is None:
             return 0.0
         return float((self.code.sparse_code - self.before.sparse_code).norm())
 
 
 class SearchState:
-    """What a search holds, and the recovery of its codes.
+    """The state of a search, and the recovery of its codes.
 
     Args:
-        supernet: on its device; its compressed alphas are initialised here.
-        settings: of the search.
-        compute: device and precision.
-        seed: of the compressed alphas.
-        ranks: who searches with this process; None: nobody. All make the same calls, each with its share of
-            every batch, and hold the same network and codes after each.
+        supernet: The network, on its device. Its compressed alphas are initialised here.
+        settings: Hyperparameters of the search.
+        compute: Device and precision.
+        seed: Seed of the compressed alphas.
+        ranks: The processes that search together; `None` means only this one. All make the same calls, each with its
+            share of every batch, and have the same network and codes after each call.
     """
 
     kind: ClassVar[str]
@@ -134,7 +153,7 @@ class SearchState:
         self.supernet = supernet
         self.ranks = ranks or Ranks()
         self.compute = compute
-        self.epoch = 0  # epochs done
+        self.epoch = 0  # Number of completed epochs.
         self.places: list[Place] = [(c, n) for c in CELLS for n in range(supernet.space.n_nodes)]
         self.weights = supernet.weights()
         self.alphas = supernet.alphas()
@@ -170,10 +189,10 @@ class SearchState:
                 self.supernet.node_alphas(cell)[node].copy_(torch.as_tensor(b))
 
     def recover_codes(self, places: Sequence[Place]) -> list[Recovered]:
-        """New codes of these nodes, each from its b: recovered by rank 0, for all."""
+        """Recover new codes of these nodes from their b, on rank 0 for all ranks."""
         space = self.supernet.space
         before = [self.codes[cell][node] if self.codes else None for cell, node in places]
-        results = self.ranks.from_first(lambda: self._solve(places, before))  # its SolverError, too
+        results = self.ranks.from_first(lambda: self._solve(places, before))
         recovered = []
         for (cell, node), old, result in zip(places, before, results, strict=True):
             z = torch.as_tensor(result.z)
@@ -194,12 +213,10 @@ class SearchState:
         )
 
     def install(self, codes: Mapping[Place, NodeCode], states: States | None = None) -> None:
-        """Make the codes' operations the active ones, on every rank the same.
-
-        What is active has changed, so gradients are averaged over other parameters from here on.
+        """Make the operations of these codes active, and average the gradients of their parameters from now on.
 
         Raises:
-            IstanasError: if the ranks hold different architectures.
+            IstanasError: If the ranks have different architectures.
         """
         self.codes = {cell: [codes[c, n] for c, n in self.places if c == cell] for cell in CELLS}
         self.supernet.install_codes(self.codes, states or self.supernet.node_states)
@@ -207,15 +224,18 @@ class SearchState:
         self._wrap()
 
     def _wrap(self) -> None:
-        """Make the forward functions whose gradients are averaged over what is active now."""
+        """Create the forward functions that average the gradients of the active parameters over the ranks."""
         raise NotImplementedError
 
     def codes_by_place(self) -> dict[Place, NodeCode]:
-        """The installed codes."""
+        """Return the installed codes."""
         return {(cell, node): self.codes[cell][node] for cell, node in self.places}
 
     def report(self, recovered: Sequence[Recovered]) -> list[NodeReport]:
-        """What the recovered nodes keep now, and the certificates of their new codes (installed or not)."""
+        """Report the kept operations of recovered nodes, and the certificates of their new codes.
+
+        The new codes need not be installed.
+        """
         reports = []
         for new in recovered:
             cell, node = new.place
@@ -235,8 +255,8 @@ class SearchState:
             )
         return reports
 
-    def report_resting(self, places: Sequence[Place]) -> list[NodeReport]:
-        """What FROZEN nodes keep."""
+    def report_frozen(self, places: Sequence[Place]) -> list[NodeReport]:
+        """Report the kept operations of FROZEN nodes."""
         return [
             self._node_report(
                 (cell, node),
@@ -268,7 +288,7 @@ class SearchState:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on bit for bit."""
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
         return {
             "kind": self.kind,
             "version": STATE_VERSION,
@@ -281,10 +301,10 @@ class SearchState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Restore the state of `state_dict`.
 
         Raises:
-            CheckpointError: for a checkpoint of another kind or version.
+            CheckpointError: If the state is of another kind or version.
         """
         check_state_version(state, self.kind)
         self.supernet.load_state_dict(state["supernet"])
@@ -300,9 +320,15 @@ class SearchState:
 
 
 def draw_matrices(space: CellSpace, n_measurements: int, kind: str, seed: int) -> dict[str, list[Tensor]]:
-    """The measurement matrices A of both cells, one a node, (m, candidates of the node) float64.
+    """Draw the measurement matrices A of both cells, for each node an (m, candidates of the node) float64 matrix.
 
-    They have a seed of their own, so that the same matrices can be used with other weights and pictures.
+    They have their own seed, so that the same matrices can be used with other weights and pictures.
+
+    Args:
+        space: The search space of a cell.
+        n_measurements: m, >= 1.
+        kind: As in `measurement_matrix`.
+        seed: Any integer >= 0.
 
     Example:
         >>> [tuple(A.shape) for A in draw_matrices(CellSpace(), 7, "uniform", 0)["normal"]]
@@ -325,7 +351,7 @@ def draw_matrices(space: CellSpace, n_measurements: int, kind: str, seed: int) -
 
 
 def codes_to_state(codes: Codes) -> dict[str, list[dict[str, Any]]]:
-    """Codes as plain containers and tensors (loadable with `weights_only=True`)."""
+    """Convert codes to plain containers and tensors, which `torch.load` reads with `weights_only=True`."""
     return {
         cell: [
             {"A": node.measurement_matrix, "z": node.sparse_code, "support": list(node.support)}
@@ -336,19 +362,20 @@ def codes_to_state(codes: Codes) -> dict[str, list[dict[str, Any]]]:
 
 
 def codes_from_state(state: Mapping[str, list[dict[str, Any]]]) -> Codes:
-    """Inverse of `codes_to_state`."""
+    """Convert plain containers and tensors to codes, the inverse of `codes_to_state`."""
     return {cell: [NodeCode(n["A"], n["z"], tuple(n["support"])) for n in state[cell]] for cell in CELLS}
 
 
 def check_state_version(state: Mapping[str, Any], kind: str) -> None:
-    """Refuse a checkpoint of another kind or version.
+    """Check the kind and the version of a state.
 
     Raises:
-        CheckpointError: naming both.
+        CheckpointError: If they are not those of this search.
     """
     found = (state.get("kind"), state.get("version"))
     if found != (kind, STATE_VERSION):
         raise CheckpointError(
-            f"checkpoint holds {found[0]!r} version {found[1]!r}: this job needs {kind!r} version {STATE_VERSION}, "
-            "use another run directory or --fresh"
+            f"{found[0]!r} version {found[1]!r} is not {kind!r} version {STATE_VERSION}, which this job needs",
+            field="checkpoint",
+            remedy="use another run directory or --fresh",
         )

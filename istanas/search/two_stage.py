@@ -1,6 +1,6 @@
-"""Two-stage ISTA-NAS: alternate alpha and weight steps on a sparse supernet, recover the codes after each epoch.
+"""Two-stage ISTA-NAS: alternate alpha and weight steps on a sparse supernet, and recover the codes after each epoch.
 
-No I/O: the caller brings batches and stores what comes back.
+This module does no I/O: the caller passes batches and stores the results.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from istanas.training import (
 
 
 class TwoStageSearch(SearchState):
-    """The state of a search and its steps.
+    """A two-stage search: its state, its steps and its epochs.
 
     Args:
-        supernet: on its device; its compressed alphas are initialised here.
-        settings: see `TwoStageSettings`.
-        compute: device and precision.
-        seed: of the compressed alphas.
-        ranks: who searches with this process; None: nobody. All make the same calls, each with its share of
-            every batch, and hold the same network and codes after each.
+        supernet: The network, on its device. Its compressed alphas are initialised here.
+        settings: Hyperparameters of the search.
+        compute: Device and precision.
+        seed: Seed of the compressed alphas.
+        ranks: The processes that search together; `None` means only this one. All make the same calls, each with its
+            share of every batch, and have the same network and codes after each call.
 
     Example:
         >>> from istanas.space import CellSpace
@@ -51,6 +51,9 @@ class TwoStageSearch(SearchState):
         2
         >>> len(search.recover().nodes)
         4
+
+    Source:
+        Yang et al., ISTA-NAS, NeurIPS 2020.
     """
 
     kind = "two_stage"
@@ -76,18 +79,22 @@ class TwoStageSearch(SearchState):
         *,
         lr_factor: float = 1.0,
     ) -> Metrics:
-        """One epoch: for every weight batch an alpha step on an alpha batch, then a weight step.
+        """Run one epoch: for every weight batch an alpha step on an alpha batch, then a weight step.
+
+        Afterwards the running statistics of batch norm are averaged over the ranks.
 
         Args:
-            weight_batches: batches of the weight half.
-            alpha_batches: makes a pass over the alpha half; called again if it is shorter than the weight half.
-            n_steps: number of weight batches.
-            observe: called after every step.
-            lr_factor: of the weights' learning rate, where an earlier attempt diverged.
+            weight_batches: Batches of the weight half.
+            alpha_batches: Returns the batches of a pass over the alpha half; called again when a pass ends.
+            n_steps: Number of weight batches, >= 1.
+            observe: Called after every step.
+            lr_factor: Factor of the weights' learning rate, > 0; below 1 after a divergence.
 
         Returns:
-            Mean loss and accuracies of the weight steps, over the pictures of all ranks; the running statistics of
-            batch norm are then the means over the ranks.
+            Mean loss and accuracies of the weight steps, over the pictures of all ranks.
+
+        Raises:
+            DataError: If a pass over the alpha half has no batch.
         """
         self.supernet.train()
         totals = Totals(self.compute.device)
@@ -106,7 +113,7 @@ class TwoStageSearch(SearchState):
         return totals.metrics(self.ranks)
 
     def alpha_step(self, batch: BatchLike) -> None:
-        """One Adam step on the compressed alphas; no weight has a gradient."""
+        """Run one Adam step on the compressed alphas. Gradients of the weights are not computed."""
         images, target, weight = Batch(*batch)
         with without_gradients(self.weights):
             with self.compute.autocast():
@@ -117,10 +124,10 @@ class TwoStageSearch(SearchState):
         self.alpha_optimizer.step()
 
     def weight_step(self, batch: BatchLike, totals: Totals) -> None:
-        """One SGD step on the active weights; no alpha has a gradient.
+        """Run one SGD step on the active weights. Gradients of the alphas are not computed.
 
-        Inactive operations keep gradient None, so that neither decay nor momentum touches them, and their
-        optimiser state waits for their return.
+        Inactive operations have no gradient (`None`), so that the optimiser changes neither their weights nor their
+        momentum.
         """
         images, target, weight = Batch(*batch)
         with torch.no_grad():
@@ -135,7 +142,7 @@ class TwoStageSearch(SearchState):
         totals.add(loss, logits, target)
 
     def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Loss and accuracies of the architecture just trained, eval mode, over the pictures of all ranks."""
+        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks."""
         self.supernet.eval()
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()
@@ -147,15 +154,16 @@ class TwoStageSearch(SearchState):
         return evaluate(forward, batches, self.compute, self.ranks)
 
     def recover(self) -> RecoveryReport:
-        """Recover every node's code from its b, keep the largest entries, make them the active operations.
+        """Recover every node's code from its b, and make the operations of its largest entries active.
 
-        Rank 0 recovers, for all.
+        Rank 0 recovers the codes for all ranks.
 
         Returns:
             What changed, with each node's certificate. Distances are 0 at the first recovery.
 
         Raises:
-            IstanasError: if the ranks end with different architectures.
+            SolverError: If no solver certifies the code of a node.
+            IstanasError: If the ranks have different architectures.
         """
         recovered = self.recover_codes(self.places)
         self.install({new.place: new.code for new in recovered})
@@ -166,16 +174,16 @@ class TwoStageSearch(SearchState):
         self._forward_for_alphas = self.ranks.data_parallel(self.supernet, self.supernet.active_alphas())
 
     def has_converged(self, report: RecoveryReport) -> bool:
-        """Whether every code moved by at most `termination_tol` in the last epoch."""
+        """Return whether every code moved by at most `termination_tol` in the last epoch."""
         tol = self.settings.termination_tol
         return tol is not None and all(node.distance <= tol for node in report.nodes)
 
 
 def endless(make_batches: Callable[[], Iterable[BatchLike]]) -> Iterator[BatchLike]:
-    """The batches of one pass after another.
+    """Yield the batches of one pass after another without end.
 
     Raises:
-        DataError: if a pass has no batch, where going on would never end.
+        DataError: If a pass has no batch. Otherwise the loop would never yield.
     """
     while True:
         empty = True
@@ -183,4 +191,6 @@ def endless(make_batches: Callable[[], Iterable[BatchLike]]) -> Iterator[BatchLi
             empty = False
             yield batch
         if empty:
-            raise DataError("the alpha half has 0 batches: give it pictures, or a smaller batch_size")
+            raise DataError(
+                "the alpha half has 0 batches", remedy="give it pictures, or use a smaller batch_size"
+            )

@@ -245,6 +245,9 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
 def state_name(state: int) -> str:
     """Return the name of a state: an output of one of the two previous cells, or a node of this cell.
 
+    Args:
+        state: Index of the state, >= 0.
+
     Example:
         >>> state_name(0), state_name(1), state_name(2)
         ('c(k-2)', 'c(k-1)', 'node 0')

@@ -52,9 +52,9 @@ def certificate(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Certificate:
     """Return the duality gap of a code in units of P(0) and of P(z), see `duality_gap`.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -85,11 +85,11 @@ def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bo
     intermediate value overflows before the result does. The underflow of values below 1e-300 max |b| is not bounded.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
-        relative: whether to divide by P(0) = 1/2 ||b||^2. For b = 0 the quotient is 0 if the gap is 0, else inf.
+        relative: Whether to divide by P(0) = 1/2 ||b||^2. For b = 0 the quotient is 0 if the gap is 0, else inf.
 
     Returns:
         The gap, >= 0, float64 of shape (...). It is at least the gap in exact arithmetic, and inf where values leave

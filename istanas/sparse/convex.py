@@ -47,17 +47,17 @@ def solve_convex(
     closed form replaces the solver's code where it has the smaller duality gap.
 
     Args:
-        A: measurement matrices, float64 (B, m, n).
-        b: compressed parameters, float64 (B, m).
+        A: Measurement matrices, float64 (B, m, n).
+        b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
         solver: "clarabel" or "mosek".
-        max_iter: bound on the interior-point iterations, >= 1; `None` uses the solver's own.
+        max_iter: Bound on the interior-point iterations, >= 1; `None` uses the solver's own.
 
     Returns:
         The codes and the numbers of iterations.
 
     Raises:
-        SolverError: if MOSEK has no licence, or the solver fails.
+        SolverError: If MOSEK has no licence, or the solver fails.
 
     Example:
         >>> solve_convex(np.eye(2)[None], np.array([[1.0, 0.25]]), 0.5).z.round(9)

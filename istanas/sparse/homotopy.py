@@ -43,10 +43,10 @@ def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None
     """Return the exact minimisers of a batch: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
 
     Args:
-        A: measurement matrices, float64 (B, m, n); columns of zeros (padding) are never chosen.
-        b: compressed parameters, float64 (B, m).
+        A: Measurement matrices, float64 (B, m, n); columns of zeros (padding) are never chosen.
+        b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        max_iter: bound on the segments of a path, and on the active-set steps; `None` uses 20 (m + n).
+        max_iter: Bound on the segments of a path, and on the active-set steps; `None` uses 20 (m + n).
 
     Returns:
         The codes and the numbers of steps.
@@ -109,8 +109,8 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
     """Return the code in closed form on a support with given signs: z_S = G^-1 (A_S^T b - l1 sign_S), refined once.
 
     Args:
-        A: measurement matrices, float64 (B, m, n).
-        b: compressed parameters, float64 (B, m).
+        A: Measurement matrices, float64 (B, m, n).
+        b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
         signs: -1, 0 (not in S) or 1 for every candidate, (B, n).
 
@@ -134,10 +134,10 @@ def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[
     The signs are those of the least-squares fit on S, then those of the code itself.
 
     Args:
-        A: measurement matrices, float64 (B, m, n).
-        b: compressed parameters, float64 (B, m).
+        A: Measurement matrices, float64 (B, m, n).
+        b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        supports: whether each candidate is in the support, (B, n).
+        supports: Whether each candidate is in the support, (B, n).
 
     Returns:
         z (B, n), and whether it is the minimiser (B,).
@@ -168,11 +168,11 @@ def active_set(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) ->
     the candidate of largest |A_j^T r| joins it.
 
     Args:
-        A: measurement matrix, float64 (m, n).
-        b: compressed parameters, float64 (m,).
+        A: Measurement matrix, float64 (m, n).
+        b: Compressed parameters, float64 (m,).
         l1_weight: l1 > 0.
-        z: start, (n,).
-        max_iter: bound on the steps.
+        z: Start, (n,).
+        max_iter: Bound on the steps.
 
     Returns:
         The last z, which is the best because P never rises, and the number of steps.

@@ -32,7 +32,7 @@ def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
     """Return the proximal map of threshold ||.||_1: sign(x) max(|x| - threshold, 0).
 
     Args:
-        x: any shape.
+        x: Any shape.
         threshold: >= 0, broadcastable to x.
 
     Example:
@@ -57,12 +57,12 @@ def iterate(
     value; t restarts at 1 for a node whose last step was against its momentum.
 
     Args:
-        A: measurement matrices, float64 (B, m, n).
-        b: compressed parameters, float64 (B, m).
+        A: Measurement matrices, float64 (B, m, n).
+        b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
-        tol: relative duality gap to reach, > 0. The certificate of a node is checked every 50 iterations.
-        max_iter: bound on the iterations; `None` uses 10,000 (ISTA) or 30,000 (FISTA).
-        accelerate: whether to use FISTA instead of ISTA.
+        tol: Relative duality gap to reach, > 0. The certificate of a node is checked every 50 iterations.
+        max_iter: Bound on the iterations; `None` uses 10,000 (ISTA) or 30,000 (FISTA).
+        accelerate: Whether to use FISTA instead of ISTA.
 
     Returns:
         The codes and the numbers of iterations. The caller checks convergence by the certificates.

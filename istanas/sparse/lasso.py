@@ -24,7 +24,7 @@ def as_float64(values: Any) -> Array:
     """Convert an array, a tensor (on any device, with or without gradient) or a nested sequence to float64 numpy.
 
     Args:
-        values: numbers of any kind and shape.
+        values: Numbers of any kind and shape.
 
     Example:
         >>> as_float64([1, 2]).dtype
@@ -59,9 +59,9 @@ def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     """Return the LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, divided by neither m nor n.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -84,9 +84,9 @@ def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
     """Return a feasible point of the dual: theta = r min(1, l1 / ||A^T r||_inf), r = b - A z.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -111,9 +111,9 @@ def estimated_gap(A: Array, b: Array, z: Array, l1_weight: float = 1e-5) -> Any:
     It is faster, and serves to compare codes. It is not a certificate.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -136,8 +136,8 @@ def critical_l1(A: Any, b: Any) -> Any:
     """Return the smallest l1 whose minimiser is zero: ||A^T b||_inf.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
 
     Returns:
         float64 of shape (...).
@@ -157,9 +157,9 @@ def kkt_violation(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     max(0, |A_i^T r| - l1) where z_i = 0.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -183,9 +183,9 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
     where a singular system made z huge, the bound on the rounding error would allow any violation.
 
     Args:
-        A: measurement matrices, (..., m, n).
-        b: compressed parameters, (..., m).
-        z: codes, (..., n).
+        A: Measurement matrices, (..., m, n).
+        b: Compressed parameters, (..., m).
+        z: Codes, (..., n).
         l1_weight: l1 > 0.
 
     Returns:
@@ -215,16 +215,16 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
     If z has fewer nonzeros, zeros of lowest index are added, because a node of the network needs `sparsity` operations.
 
     Args:
-        z: one code, (n,), array or tensor.
-        sparsity: number of entries to keep, 1 .. n, or 1 .. number of groups.
-        groups: the group (edge) of every candidate, (n,). If given, at most one entry of each group is kept.
+        z: One code, (n,), array or tensor.
+        sparsity: Number of entries to keep, 1 .. n, or 1 .. number of groups.
+        groups: The group (edge) of every candidate, (n,). If given, at most one entry of each group is kept.
 
     Returns:
         The indices in rising order, int64 of shape (sparsity,).
 
     Raises:
-        ConfigError: if `sparsity` is out of range or `groups` is not of length n.
-        SolverError: if z is not one code of finite numbers.
+        ConfigError: If `sparsity` is out of range or `groups` is not of length n.
+        SolverError: If z is not one code of finite numbers.
 
     Example:
         >>> top_support([0.1, -3.0, 2.0], 2).tolist()
@@ -242,15 +242,15 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
     which none is kept, or by one of its own group; the margin is the smallest of these differences.
 
     Args:
-        z: one code, (n,), array or tensor.
-        sparsity: as in `top_support`.
-        groups: as in `top_support`.
+        z: One code, (n,), array or tensor.
+        sparsity: As in `top_support`.
+        groups: As in `top_support`.
 
     Returns:
         The margin, >= 0; inf if no other candidate could be kept.
 
     Raises:
-        ConfigError: as `top_support`.
+        ConfigError: As `top_support`.
 
     Example:
         >>> support_margin([0.5, -3.0, 2.0], 2)
@@ -301,8 +301,8 @@ def truncation_error(z: Any, support: Any) -> float:
     """Return the norm of the entries outside of the support: ||z - z_S||_2.
 
     Args:
-        z: one code, (n,), array or tensor.
-        support: kept indices.
+        z: One code, (n,), array or tensor.
+        support: Kept indices.
 
     Returns:
         The norm, >= 0.

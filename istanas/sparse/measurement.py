@@ -25,15 +25,15 @@ def measurement_matrix(
     Args:
         kind: "uniform" draws entries in [0, 1), as published; "gaussian" draws them from N(0, 1) and scales the columns
             to norm 1.
-        n_measurements: number of rows m, >= 1; m >= n is allowed.
-        n_candidates: number of columns n, >= 1.
-        seed: a seed >= 0, or a CPU generator to continue with (one generator for the nodes of a cell, in order).
+        n_measurements: Number of rows m, >= 1; m >= n is allowed.
+        n_candidates: Number of columns n, >= 1.
+        seed: A seed >= 0, or a CPU generator to continue with (one generator for the nodes of a cell, in order).
 
     Returns:
         A, float64 of shape (m, n), the same on every machine.
 
     Raises:
-        ConfigError: if `kind` is unknown, a size is below 1, or the seed is negative.
+        ConfigError: If `kind` is unknown, a size is below 1, or the seed is negative.
 
     Example:
         >>> A = measurement_matrix("gaussian", 7, 14, seed=0)
@@ -62,15 +62,15 @@ def initial_compressed_alphas(
     """Draw the initial compressed parameters of one node: b ~ scale N(0, 1).
 
     Args:
-        n_measurements: length m, >= 1.
-        seed: a seed >= 0, or a CPU generator to continue with (one generator for all nodes, in order).
-        scale: standard deviation, > 0.
+        n_measurements: Length m, >= 1.
+        seed: A seed >= 0, or a CPU generator to continue with (one generator for all nodes, in order).
+        scale: Standard deviation, > 0.
 
     Returns:
         b, float64 of shape (m,); the network casts it to its own type.
 
     Raises:
-        ConfigError: if `n_measurements` is below 1, `scale` is not positive, or the seed is negative.
+        ConfigError: If `n_measurements` is below 1, `scale` is not positive, or the seed is negative.
 
     Example:
         >>> initial_compressed_alphas(7, seed=0).shape
@@ -93,8 +93,8 @@ def gram_bias(A: Any, z: Any) -> Any:
     """Return the part of A^T A z beside the code itself: (A^T A - I) z.
 
     Args:
-        A: measurement matrix, (m, n), array or tensor.
-        z: code, (n,), array or tensor; usually truncated to its support.
+        A: Measurement matrix, (m, n), array or tensor.
+        z: Code, (n,), array or tensor; usually truncated to its support.
 
     Returns:
         The bias, (n,): a float64 tensor if z is a tensor, else a float64 array.
@@ -127,18 +127,18 @@ def edge_weights(
     alpha_S = z_S + l1 sign(z_S).
 
     Args:
-        A: measurement matrix, (m, n), array or tensor.
-        b: compressed parameters, (m,), array or tensor.
-        z: code, (n,), array or tensor.
-        sparsity: if given, S = `top_support(z, sparsity, groups=groups)`.
+        A: Measurement matrix, (m, n), array or tensor.
+        b: Compressed parameters, (m,), array or tensor.
+        z: Code, (n,), array or tensor.
+        sparsity: If given, S = `top_support(z, sparsity, groups=groups)`.
         support: S itself, instead of `sparsity`. With neither, S is the set of the nonzeros of z.
-        groups: as in `top_support`.
+        groups: As in `top_support`.
 
     Returns:
         alpha, (n,), of the kind, dtype and device of b; differentiable in b if b is a tensor.
 
     Raises:
-        ConfigError: if both `sparsity` and `support` are given, or `sparsity` is out of range.
+        ConfigError: If both `sparsity` and `support` are given, or `sparsity` is out of range.
 
     Example:
         >>> edge_weights([[1.0, 1.0]], [3.0], [2.0, 1.0], sparsity=1)

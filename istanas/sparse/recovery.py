@@ -40,15 +40,15 @@ class RecoveryResult:
     """The code of one node with its certificate.
 
     Args:
-        z: the code, (n,), of the kind, dtype and device of b.
-        gap: an upper bound, rounding included, of the relative duality gap of the float64 code,
+        z: The code, (n,), of the kind, dtype and device of b.
+        gap: An upper bound, rounding included, of the relative duality gap of the float64 code,
             (P(z) - D) / (1/2 ||b||^2), >= 0; 0 for b = 0.
-        n_iter: the solver's steps, >= 0: gradient steps, segments of the path, or interior-point iterations.
-        converged: whether gap <= tol and decision_gap <= DECISION_TOL, of the float64 code.
+        n_iter: The solver's steps, >= 0: gradient steps, segments of the path, or interior-point iterations.
+        converged: Whether gap <= tol and decision_gap <= DECISION_TOL, of the float64 code.
         objective: P(z).
-        solver: name of the solver that found the code.
-        support_reused: whether the given support was still right, so that no path was followed.
-        decision_gap: the same bound in units of P(z), on which the choice of the largest entries depends; NaN if it was
+        solver: Name of the solver that found the code.
+        support_reused: Whether the given support was still right, so that no path was followed.
+        decision_gap: The same bound in units of P(z), on which the choice of the largest entries depends; NaN if it was
             not computed.
     """
 
@@ -80,23 +80,23 @@ def recover(
     """Recover the sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
 
     Args:
-        A: measurement matrix, (m, n), array or tensor; m >= n is allowed.
-        b: compressed parameters, (m,), array or tensor.
+        A: Measurement matrix, (m, n), array or tensor; m >= n is allowed.
+        b: Compressed parameters, (m,), array or tensor.
         l1_weight: l1 > 0.
         solver: "homotopy" (exact), "clarabel", "mosek" (requires a licence), "ista" or "fista" (approximate).
-        tol: relative duality gap to reach, > 0.
-        max_iter: bound on the solver's steps, >= 1; `None` uses the solver's own.
-        support: the nonzeros of an earlier code (`RecoveryResult.support`), which are tried first; only for "homotopy".
+        tol: Relative duality gap to reach, > 0.
+        max_iter: Bound on the solver's steps, >= 1; `None` uses the solver's own.
+        support: The nonzeros of an earlier code (`RecoveryResult.support`), which are tried first; only for "homotopy".
 
     Returns:
         The code and its certificate. If columns are dependent the minimiser need not be unique; any of them may be
         returned.
 
     Raises:
-        SolverError: if an argument is invalid, or the solver cannot run.
+        SolverError: If an argument is invalid, or the solver cannot run.
 
     Warns:
-        RecoveryWarning: if the gap stays above `tol`, or above `DECISION_TOL` P(z).
+        RecoveryWarning: If the gap stays above `tol`, or above `DECISION_TOL` P(z).
 
     Example:
         >>> result = recover(np.eye(2), np.array([1.0, 0.25]), l1_weight=0.5)
@@ -121,22 +121,22 @@ def recover_nodes(
     """Recover the codes of many nodes at once. Nodes may differ in size, and do not influence each other.
 
     Args:
-        As: measurement matrices, each (m, n).
-        bs: compressed parameters, each (m,): a sequence, or the rows of an array or tensor.
-        l1_weight: as in `recover`.
-        solver: as in `recover`.
-        tol: as in `recover`.
-        max_iter: as in `recover`.
-        supports: for every node an earlier support or `None`.
+        As: Measurement matrices, each (m, n).
+        bs: Compressed parameters, each (m,): a sequence, or the rows of an array or tensor.
+        l1_weight: As in `recover`.
+        solver: As in `recover`.
+        tol: As in `recover`.
+        max_iter: As in `recover`.
+        supports: For every node an earlier support or `None`.
 
     Returns:
         One result a node, in order.
 
     Raises:
-        SolverError: as `recover`; the message names the node.
+        SolverError: As `recover`; the message names the node.
 
     Warns:
-        RecoveryWarning: once, with the gaps of all nodes that did not converge.
+        RecoveryWarning: Once, with the gaps of all nodes that did not converge.
 
     Example:
         >>> results = recover_nodes([np.eye(2), np.eye(1)], [np.ones(2), np.zeros(1)], l1_weight=0.5)
@@ -162,19 +162,19 @@ def recover_certified(
     The solvers are `solver`, then those of `FALLBACKS`, the last one with many steps.
 
     Args:
-        As: as in `recover_nodes`.
-        bs: as in `recover_nodes`.
-        l1_weight: as in `recover`.
-        solver: as in `recover`.
-        tol: as in `recover`.
-        supports: as in `recover_nodes`.
-        names: names of the nodes for the error message; `None` uses their numbers.
+        As: As in `recover_nodes`.
+        bs: As in `recover_nodes`.
+        l1_weight: As in `recover`.
+        solver: As in `recover`.
+        tol: As in `recover`.
+        supports: As in `recover_nodes`.
+        names: Names of the nodes for the error message; `None` uses their numbers.
 
     Returns:
         One result a node, in order, all converged; their `solver` is the one that succeeded.
 
     Raises:
-        SolverError: as `recover_nodes`; or if no solver certifies a node, with the gap of each.
+        SolverError: As `recover_nodes`; or if no solver certifies a node, with the gap of each.
 
     Example:
         >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
@@ -357,7 +357,7 @@ def _checked(
     """Check the arguments and return the problems as a batch.
 
     Raises:
-        SolverError: if an argument is invalid; the message names the node if there are several.
+        SolverError: If an argument is invalid; the message names the node if there are several.
     """
     _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
     if len(As) == 0:

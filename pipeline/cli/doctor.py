@@ -113,14 +113,14 @@ def check_cluster(address: str) -> Check:
     Args:
         address: An address as in `runtime.address`.
     """
-    from pipeline.cluster.address import NOT_RAY, ask_ray, check_address, from_environment, named
+    from pipeline.cluster.address import ask_ray, check_address, from_environment
 
     try:
         check_address(address)
+        wait_for_answer = ask_ray(address)
+        wait_for_answer()
     except IstanasError as error:
-        return Check("cluster", "fail", str(error))
-    if not ask_ray(address)():
-        return Check("cluster", "fail", f"{named(address)} {address}", NOT_RAY)
+        return Check("cluster", "fail", f"{error.field}: {error.problem}", error.remedy or "")
     by = " (RAY_ADDRESS)" if from_environment(address) else ""
     return Check(
         "cluster", "ok", f"Ray answers at {address}{by}; each worker gets cores / workers threads there"
@@ -203,11 +203,11 @@ def _check_data_set(data: DataSettings) -> Check:
 
 def _check_folder(data: DataSettings) -> Check:
     from pipeline.runs.record import describe_missing
-    from pipeline.training.pictures import check_size, reading_of, survey_of
+    from pipeline.training.pictures import check_size, decode_settings_of, survey_of
 
     survey = survey_of(data, keep=False)
     check_size(data.name, *survey.shape(data.image_size))
-    lines, remedies = [*survey.notes(data.image_size, reading_of(data, survey))], []
+    lines, remedies = [*survey.notes(data.image_size, decode_settings_of(data, survey))], []
     listing = survey.listing
     if listing.untested:
         lines.append(describe_missing("test", listing.untested, len(listing.class_names)))

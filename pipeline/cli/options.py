@@ -60,8 +60,8 @@ def placement_options(command: Command) -> Command:
     command = click.option(
         "--address",
         metavar="ADDR",
-        help="Ray cluster to run on: HOST:PORT of its head node, auto (the cluster that this machine belongs to), or "
-        "ray://HOST:PORT from outside. Without it, RAY_ADDRESS is used if it is set, and otherwise this machine.",
+        help="Ray cluster to run on: HOST:PORT of its head node, or auto (the cluster that this machine belongs to). "
+        "Without it, RAY_ADDRESS is used if it is set, and otherwise this machine. From outside: istanas submit.",
     )(command)
     return click.option(
         "--workers",

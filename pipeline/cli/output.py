@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from istanas.errors import ConfigError
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELLS_FOLDER,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    REPORT_PAGE,
+    TRIALS_TABLE,
+    WEIGHTS_FILE,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,14 +73,14 @@ def show_result(
     if "valid_top1" in result:
         console.print(terminal.validation_note(kind, config.method), highlight=False)
     runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
-    pages = [run / "report.html" for run in runs if (run / "report.html").exists()]  # opened on this machine
+    pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # opened on this machine
     paths = [("report", str(page)) for page in pages]
     paths += [
         (label, bucket.shown(runs[0] / n))
-        for label, n in (("genotype", "genotype.json"), ("cell pictures", "cells"))
+        for label, n in (("genotype", GENOTYPE_FILE), ("cell pictures", CELLS_FOLDER))
     ]
-    if (runs[-1] / "model.safetensors").exists():
-        paths.append(("network", bucket.shown(runs[-1] / "model.safetensors")))
+    if (runs[-1] / WEIGHTS_FILE).exists():
+        paths.append(("network", bucket.shown(runs[-1] / WEIGHTS_FILE)))
     for label, path in paths:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
     show_store(console, config)
@@ -105,12 +114,12 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
     table.add_row("trials", ended)
     console.print(table)
     here, program = bucket.local(result["run_dir"]), program_name()
-    best = here / "best"
+    best = here / BEST_FOLDER
     for label, text in (
-        ("report", here / "report.html"),
-        ("all trials", bucket.shown(here / "trials.csv")),
+        ("report", here / REPORT_PAGE),
+        ("all trials", bucket.shown(here / TRIALS_TABLE)),
         ("best", bucket.shown(best)),
-        ("retrain it", f"{program} retrain --genotype {best}/genotype.json --config {best}/config.yaml"),
+        ("retrain it", f"{program} retrain --genotype {best}/{GENOTYPE_FILE} --config {best}/{CONFIG_FILE}"),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
     show_store(console, config)

@@ -15,10 +15,8 @@ from pipeline.cli.output import console_for, print_json, show_result, show_sweep
 from pipeline.cli.settings import load_config, load_for_genotype
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pipeline.cluster.ray_runtime import Runtime
     from pipeline.config.schema import Config
+    from pipeline.jobs.context import JobContext
 
 
 @click.command()
@@ -28,9 +26,9 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     config, name = load_config(**settings)
     from pipeline.jobs.search import run_search
 
-    with _surroundings(config, as_json) as (console, runtime):
-        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
-    show_result(result, as_json, console, config)
+    with _context(config, name, as_json, fresh) as context:
+        result = run_search(context)
+    show_result(result, as_json, context.console, config)
 
 
 @click.command()
@@ -51,18 +49,10 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     cells, parent, config, name = load_for_genotype(genotype, console_for(as_json), **settings)
     from pipeline.jobs.retrain import run_retrain
 
-    with _surroundings(config, as_json) as (console, runtime):
-        result = run_retrain(
-            config,
-            cells,
-            name=name,
-            parent=parent,
-            origin=Path(genotype).name if Path(genotype).is_file() else genotype,
-            fresh=fresh,
-            console=console,
-            runtime=runtime,
-        )
-    show_result(result, as_json, console, config, kind="retrain")
+    origin = Path(genotype).name if Path(genotype).is_file() else genotype
+    with _context(config, name, as_json, fresh, parent) as context:
+        result = run_retrain(context, cells, origin=origin)
+    show_result(result, as_json, context.console, config, kind="retrain")
 
 
 @click.command(name="run")
@@ -75,9 +65,9 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     config, name = load_config(**settings)
     from pipeline.jobs.run import run_whole
 
-    with _surroundings(config, as_json) as (console, runtime):
-        result = run_whole(config, name=name, fresh=fresh, console=console, runtime=runtime)
-    show_result(result, as_json, console, config)
+    with _context(config, name, as_json, fresh) as context:
+        result = run_whole(context)
+    show_result(result, as_json, context.console, config)
 
 
 @click.command()
@@ -101,23 +91,26 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, **settings: Any) -> None:
     config, name = load_config(**settings)
     from pipeline.sweep.job import print_dry_run, run_sweep
 
-    with _surroundings(config, as_json) as (console, runtime):
+    with _context(config, name, as_json, fresh) as context:
         if dry_run:
-            plan = print_dry_run(config, console, runtime)
+            plan = print_dry_run(config, context.console, context.runtime)
             if as_json:
                 print_json(asdict(plan))
             return
-        result = run_sweep(config, name=name, fresh=fresh, console=console, runtime=runtime)
-    show_sweep_result(result, as_json, console, config)
+        result = run_sweep(context)
+    show_sweep_result(result, as_json, context.console, config)
 
 
 @contextmanager
-def _surroundings(config: Config, as_json: bool) -> Iterator[tuple[Console, Runtime]]:
-    """Provide the console on which a job prints, and Ray's runtime, which is shut down at the end."""
+def _context(
+    config: Config, name: str, as_json: bool, fresh: bool, parent: str | None = None
+) -> Iterator[JobContext]:
+    """Yield what a job needs; Ray, if the job has started it, is shut down at the end."""
     from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
 
     with Runtime(config.runtime) as runtime:
-        yield console_for(as_json), runtime
+        yield JobContext(config, name, console_for(as_json), runtime, fresh, parent)
 
 
 COMMANDS = (search, retrain, run_command, sweep)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from istanas.errors import CheckpointError, ConfigError
 from pipeline.base.redaction import without_secrets
+from pipeline.runs.layout import CONFIG_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,8 +65,8 @@ def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...])
     run = resolve_run(
         reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
     )
-    if file is None and (run.path / "config.yaml").exists():
-        config = load_of_run(run.path / "config.yaml", run, overrides)
+    if file is None and (run.path / CONFIG_FILE).exists():
+        config = load_of_run(run.path / CONFIG_FILE, run, overrides)
     return run, config
 
 
@@ -113,10 +114,15 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     Raises:
         ConfigError: Its folder is missing. A new store in that place would not be found.
     """
-    from pipeline.tracking.store import has_gone, public_uri
+    from pipeline.tracking.store import folder_is_missing, public_uri
 
     uri = config.tracking.uri
-    if config.tracking.enabled and uri is not None and uri == origin.config.tracking.uri and has_gone(uri):
+    if (
+        config.tracking.enabled
+        and uri is not None
+        and uri == origin.config.tracking.uri
+        and folder_is_missing(uri)
+    ):
         raise ConfigError(
             f"the folder of {public_uri(uri)}, a setting of {origin.run}, no longer exists",
             field="tracking.uri",

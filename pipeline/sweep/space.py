@@ -1,4 +1,4 @@
-"""A sweep's search space: checked against the schema before anything starts, and sampled by Optuna's trials."""
+"""The search space of a sweep: validated against the schema before a sweep starts, sampled by Optuna's trials."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from pipeline.config.keys import known_methods, nearest_key, value_at
 from pipeline.config.load import with_settings
 from pipeline.config.schema import Config, Parameter, SweepSettings
 
-Settings = dict[str, Any]  # "key.path" -> value, of one trial
-N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
+Settings = dict[str, Any]  # the settings of one trial: "key.path" -> value
+N_CHECKED = 100  # number of random settings that are validated before a sweep starts
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs a line for every study otherwise.
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for every study
-
-
-# What says where a trial runs or what it is judged on: trials that differ in it could not be compared.
+# Keys that decide where a trial runs or how it is evaluated. Trials that differ in them could not be compared.
 _NOT_SWEPT = (
     *("runtime", "tracking", "sweep", "search.test_every", "retrain.test_every"),
     *("data.name", "data.root", "data.download", "data.cache_dir", "data.holdout"),
@@ -31,10 +29,10 @@ _NOT_SWEPT = (
 
 
 def sweep_of(config: Config) -> SweepSettings:
-    """The sweep's section.
+    """Return the `sweep` section of a configuration.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If the configuration has no such section.
     """
     if config.sweep is None:
         raise ConfigError(
@@ -46,7 +44,7 @@ def sweep_of(config: Config) -> SweepSettings:
 
 
 def distribution(parameter: Parameter) -> BaseDistribution | None:
-    """What Optuna samples a parameter from; None for a fixed one."""
+    """Return the Optuna distribution of a parameter; `None` for a fixed one."""
     value = parameter.value
     if parameter.kind == "int":
         return IntDistribution(*value)
@@ -59,17 +57,17 @@ def distribution(parameter: Parameter) -> BaseDistribution | None:
 
 
 def values_of(parameter: Parameter) -> list[Any]:
-    """The values that a parameter names: its bounds, its choices, or the fixed one."""
+    """Return the values that a parameter lists: its bounds, its choices, or its fixed value."""
     return [parameter.value] if parameter.kind == "fixed" else list(parameter.value)
 
 
 def encoded(value: Any) -> Any:
-    """A value as Optuna's database keeps it: a list is the text of its JSON."""
+    """Return a value in the form that Optuna's database can store: a list becomes JSON text."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
-    """The parameters whose conditions hold; `settings` is read as it grows."""
+def _active_parameters(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
+    """Yield the parameters whose conditions hold. The caller adds to `settings` while it iterates."""
     for key, parameter in sweep_of(config).space.items():
         values = {name: settings.get(name, value_at(config, name)) for name in parameter.when}
         if values == parameter.when:
@@ -77,30 +75,30 @@ def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Paramete
 
 
 class Suggests(Protocol):
-    """What chooses values: a trial of Optuna."""
+    """The part of an Optuna trial that chooses values."""
 
     @property
     def suggest_int(self) -> Callable[..., int]:
-        """(key, low, high) -> a value."""
+        """Choose an integer; called as (key, low, high)."""
 
     @property
     def suggest_float(self) -> Callable[..., float]:
-        """(key, low, high, log=False) -> a value."""
+        """Choose a float; called as (key, low, high, log=False)."""
 
     @property
     def suggest_categorical(self) -> Callable[..., Any]:
-        """(key, choices) -> a value."""
+        """Choose one of several values; called as (key, choices)."""
 
 
 def suggest(config: Config, trial: Suggests) -> Settings:
-    """One trial's settings, as Optuna's trial suggests them; fixed ones included.
+    """Sample the settings of one trial, fixed values included.
 
     Args:
-        config: of the sweep.
-        trial: of Optuna; what it has got already stays.
+        config: The sweep's configuration.
+        trial: The Optuna trial. Values that it already has are kept.
     """
     settings: Settings = {}
-    for key, parameter in applying(config, settings):
+    for key, parameter in _active_parameters(config, settings):
         value = parameter.value
         if parameter.kind == "int":
             settings[key] = trial.suggest_int(key, *value)
@@ -115,10 +113,10 @@ def suggest(config: Config, trial: Suggests) -> Settings:
 
 
 def trial_config(config: Config, settings: Settings, source: str = "trial") -> Config:
-    """The configuration of one trial: never measured on the test split.
+    """Return the configuration of one trial, which never measures the test split.
 
     Raises:
-        ConfigError: if the settings do not fit together.
+        ConfigError: If the settings contradict each other.
     """
     trial = with_settings(config, settings, source)
     update: dict[str, Any] = {"retrain": trial.retrain.model_copy(update={"test_every": 0})}
@@ -142,10 +140,10 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
 
 
 def check_space(config: Config) -> None:
-    """Check every parameter, its bounds, its conditions and many random settings against the schema.
+    """Validate every parameter, its bounds, its conditions and many random settings against the schema.
 
     Raises:
-        ConfigError: one line per mistake.
+        ConfigError: If the space is invalid, with one line for each mistake.
     """
     sweep = sweep_of(config)
     errors: list[ConfigError] = []
@@ -165,31 +163,29 @@ def check_space(config: Config) -> None:
 
 
 def extreme_settings(config: Config) -> Iterator[Settings]:
-    """For each value that the space names, the settings that have it and are at their lowest else."""
+    """Yield settings for each value that the space lists: that value, and the lowest or first one of all other keys."""
     for key, parameter in sweep_of(config).space.items():
         for value in values_of(parameter):
             yield settings_of_point(config, {**parameter.when, key: value})
 
 
 def random_settings(config: Config, seed: int) -> Settings:
-    """Settings drawn at random from the space, without a study."""
+    """Sample random settings from the space, without a study."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed % 2**32))
     return suggest(config, study.ask())
 
 
 def settings_of_point(config: Config, point: Mapping[str, Any]) -> Settings:
-    """A point to be tried first, with what the space fixes; what it leaves open has its lowest or first value."""
+    """Complete one of `sweep.points`: missing keys get their fixed, lowest or first value."""
     from optuna.trial import FixedTrial
 
-    open_values: Settings = {}
-    for key, parameter in sweep_of(config).space.items():
-        if parameter.kind != "fixed":
-            open_values[key] = parameter.value[0]
-    return suggest(config, FixedTrial({key: encoded(v) for key, v in {**open_values, **point}.items()}))
+    space = sweep_of(config).space
+    defaults = {key: parameter.value[0] for key, parameter in space.items() if parameter.kind != "fixed"}
+    return suggest(config, FixedTrial({key: encoded(v) for key, v in {**defaults, **point}.items()}))
 
 
 def readable(settings: Settings) -> str:
-    """Settings in one line.
+    """Format settings in one line.
 
     Example:
         >>> readable({"search.lr": 0.123456, "space.sparsity": 2})
@@ -203,7 +199,7 @@ def readable(settings: Settings) -> str:
 def _parameter_errors(
     config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
 ) -> Iterator[ConfigError]:
-    """Yield what is wrong with one key of the space; `earlier` are the keys above it."""
+    """Yield an error for each mistake in one key of the space; `earlier` are the keys above it."""
     field, methods = f"sweep.space.{key}", known_methods(key)
     if not methods:
         yield ConfigError("unknown key", field=field, remedy=f"did you mean {nearest_key(key)}?")
@@ -226,7 +222,7 @@ def _parameter_errors(
             problem, remedy = "no trial has this method", "leave it out or set the method"
         yield ConfigError(f"belongs to method: {methods[0]}, but {problem}", field=field, remedy=remedy)
         return
-    # Each value by itself; what does not fit together with other swept keys, or a method, the random settings tell.
+    # Each value is validated alone; `check_space` finds invalid combinations by random sampling.
     if len(possible) == 1:
         base: Settings = {"method": possible[0], **parameter.when}
         for name, other in sweep_of(config).space.items():
@@ -251,7 +247,7 @@ def _concerns(mistake: ConfigError, key: str) -> bool:
 def _condition_errors(
     config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
 ) -> Iterator[ConfigError]:
-    """Yield what is wrong with the conditions of one key of the space."""
+    """Yield an error for each mistake in the conditions of one key of the space."""
     field, space = f"sweep.space.{key}.when", sweep_of(config).space
     for name, wanted in parameter.when.items():
         if name in space and name not in earlier:
@@ -264,13 +260,13 @@ def _condition_errors(
 
 
 def methods_of(config: Config) -> list[str]:
-    """The methods that trials may have."""
+    """Return the search methods that trials may have."""
     parameter = sweep_of(config).space.get("method")
     return [config.method] if parameter is None else list(values_of(parameter))
 
 
 def _point_errors(config: Config, point: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield what is wrong with one of `sweep.points`."""
+    """Yield an error for each mistake in one of `sweep.points`."""
     space = sweep_of(config).space
     valid = True
     for key, value in point.items():

@@ -1,4 +1,4 @@
-"""Networks and search states, built from a configuration and its pictures."""
+"""Building networks and searches from a configuration and its data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Settings = TypeVar("Settings", bound=SearchSettings)
 def build_two_stage(
     config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
 ) -> TwoStageSearch:
-    """The search at its start."""
+    """Return the search in its initial state."""
     supernet = _build_supernet(config, dataset, compute, auxiliary=False)
     settings = settings_of(config, TwoStageSettings)
     return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
@@ -33,10 +33,10 @@ def build_two_stage(
 def build_one_stage(
     config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
 ) -> OneStageSearch:
-    """The search at its start.
+    """Return the search in its initial state.
 
     Raises:
-        ConfigError: if no architecture keeps `search.max_params` and `search.max_macs`.
+        ConfigError: If no architecture satisfies `search.max_params` and `search.max_macs`.
     """
     supernet = _build_supernet(config, dataset, compute, auxiliary=config.search.auxiliary_weight > 0)
     settings = settings_of(config, OneStageSettings)
@@ -50,11 +50,11 @@ def build_one_stage(
             ranks,
         )
     except ConfigError as error:
-        raise ConfigError(f"search: {error}") from None
+        raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
 
 
 def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:
-    """The network that a retraining trains, freshly initialised."""
+    """Return the network of a retraining, newly initialised."""
     r = config.retrain
     torch.manual_seed(derive_seed(config.seed, "init"))
     return target_network(r, genotype, dataset, auxiliary=r.auxiliary_weight > 0)
@@ -67,7 +67,7 @@ def target_network(
     *,
     auxiliary: bool = False,
 ) -> TargetNet:
-    """A genotype's network under a one-stage search's or a retraining's settings."""
+    """Return a genotype's network under the settings of a one-stage search or a retraining."""
     return TargetNet(
         genotype,
         sizes.init_channels,
@@ -83,7 +83,7 @@ def target_network(
 def build_retraining(
     config: Config, genotype: Genotype, dataset: ImageDataset, compute: Compute
 ) -> tuple[TargetNet, torch.optim.SGD]:
-    """The network of `build_target` on its device, as it is trained, and its optimiser."""
+    """Return the network of `build_target` on its device, ready for training, and its optimiser."""
     r = config.retrain
     net = build_target(config, genotype, dataset)
     net.activation_checkpointing = config.runtime.activation_checkpointing

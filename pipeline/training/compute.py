@@ -1,4 +1,4 @@
-"""Device, precision and number of threads of a process that trains."""
+"""Device, precision and number of threads of a training process."""
 
 from __future__ import annotations
 
@@ -14,32 +14,40 @@ from pipeline.config.workers import threads_in_process, usable_cores
 
 
 def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:
-    """Decide device, precision and (as `Compute.backend`) how workers talk: the only place that does.
+    """Choose device, precision and (as `Compute.backend`) the workers' communication backend.
+
+    This is the only place that makes the choice.
 
     Args:
-        settings: what is asked for.
-        gpus: how many GPUs the job may use, here or on a cluster.
+        settings: The requested settings.
+        gpus: Number of GPUs that the job may use, here or on a cluster.
 
     Raises:
-        ConfigError: if what is asked for can't be.
+        ConfigError: If the settings require a GPU and there is none.
     """
     if settings.device == "cuda" and gpus == 0:
         raise ConfigError(
-            "runtime.device is cuda, and no GPU is usable here: choose cpu or auto, or see `istanas doctor`"
+            "cuda needs a GPU, and none is usable here",
+            field="runtime.device",
+            remedy="choose cpu or auto, or see `istanas doctor`",
         )
     device = torch.device("cuda" if gpus > 0 and settings.device != "cpu" else "cpu")
     if device.type == "cpu":
         if settings.precision == "bf16":
-            raise ConfigError("runtime.precision is bf16, and there is no GPU here: choose fp32 or auto")
+            raise ConfigError(
+                "bf16 needs a GPU, and none is used here",
+                field="runtime.precision",
+                remedy="choose fp32 or auto",
+            )
         return Compute(device)
     return Compute(device, None if settings.precision == "fp32" else torch.bfloat16)
 
 
 def compute_for(settings: RuntimeSettings) -> Compute:
-    """`choose_compute` for this process, which is then set up for it.
+    """Call `choose_compute` for this process, and set up its threads and precision.
 
     Raises:
-        ConfigError: if what is asked for can't be.
+        ConfigError: If the settings require a GPU and there is none.
     """
     compute = choose_compute(settings, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     torch.set_num_threads(threads_in_process(settings.threads))
@@ -50,9 +58,9 @@ def compute_for(settings: RuntimeSettings) -> Compute:
 
 
 def set_float32_precision(compute: Compute) -> None:
-    """Allow TF32 only if the job computes in bf16; with `precision: fp32`, products and convolutions are float32.
+    """Allow TF32 only if the job computes in bf16; with `precision: fp32`, products and convolutions use float32.
 
-    torch's own default rounds the operands of cuDNN's convolutions to TF32's 10 mantissa bits.
+    By default, torch rounds the operands of cuDNN's convolutions to the 10 mantissa bits of TF32.
     """
     tf32 = compute.autocast_dtype is not None
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -60,7 +68,7 @@ def set_float32_precision(compute: Compute) -> None:
 
 
 def describe_place(compute: Compute, ranks: Ranks) -> str:
-    """One line for people: who computes, on what, with how many threads."""
+    """Return a line for the user: number of workers, device, and threads."""
     threads = f"{count(torch.get_num_threads(), 'thread')}, {count(usable_cores(), 'core')} on this machine"
     if not dist.is_initialized():
         return f"in this process, {compute.device.type}, {threads}"

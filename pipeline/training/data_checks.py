@@ -1,104 +1,101 @@
-"""Checks of settings against the pictures that they are for: what can't work, and what makes no sense.
+"""Warnings about settings that are valid but make no sense for the given pictures.
 
-`pipeline.training.pictures.check_fit` refuses what the parts of a data set can't give; this looks at their sizes.
+Settings that cannot work with the pictures are rejected by `pipeline.training.pictures.check_fit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 
 from istanas.data import ImageDataset
-from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from pipeline.config.schema import Config, TwoStageConfig
-from pipeline.training.pictures import search_indices, search_split, training_indices
+from pipeline.training.splits import check_splits, splits_of
 
-FEWEST = 2  # pictures of a batch, which batch norm needs, and of a search's two halves
-
-
-def check_left_for_training(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
-    """Refuse a hold-out that leaves too few pictures to train on.
-
-    Raises:
-        ConfigError: it names the hold-out, which is the reason, and not what divides the rest.
-    """
-    left = len(training_indices(config, dataset))
-    if jobs and config.data.holdout > 0 and left < FEWEST:
-        raise ConfigError(
-            f"data.holdout is {config.data.holdout}: of {len(dataset.train)} pictures it leaves {left} for training, "
-            "lower it"
-        )
+# Jobs call it before anything else is split, although `check_fit` calls it, too.
+check_left_for_training = check_splits
 
 
-def doubtful_settings(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> dict[str, str]:
-    """Find settings that work and make no sense.
+@dataclass(frozen=True)
+class Doubt:
+    """A setting that makes no sense.
 
     Args:
-        config: the configuration.
-        dataset: its pictures.
-        jobs: the jobs to come, "search" or "retrain".
-
-    Returns:
-        Setting with its value -> why it makes no sense, and the remedy.
+        field: The setting.
+        value: Its value in words, such as "is 40".
+        reason: Why it makes no sense, and what to do.
     """
-    doubts = {}
+
+    field: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the line for the user, without a prefix."""
+        return f"{self.field} {self.value}: {self.reason}"
+
+
+def doubtful_settings(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[Doubt]:
+    """Find settings that are valid but make no sense for these pictures.
+
+    Args:
+        config: The configuration.
+        dataset: Its pictures.
+        jobs: The jobs to be run: "search", "retrain".
+    """
+    doubts = []
     side, space = min(dataset.height, dataset.width), config.space
     size = f"pictures of {dataset.height}x{dataset.width} pixels"
     if "search" in jobs and len(space.ops) <= 1 and space.sparsity > 1:
-        doubts["space.ops has one operation"] = (
-            f"with space.sparsity = {space.sparsity} only the edges are searched; give more operations"
-        )
+        reason = f"with space.sparsity = {space.sparsity} only the edges are searched; give more operations"
+        doubts.append(Doubt("space.ops", "has one operation", reason))
     if config.data.crop_padding > side // 2:
-        doubts[f"data.crop_padding is {config.data.crop_padding}"] = (
-            f"of {size}, most crops hold little or nothing of the picture; give at most {side // 2}"
-        )
+        reason = f"most crops of {size} contain little or nothing of the picture; give at most {side // 2}"
+        doubts.append(Doubt("data.crop_padding", f"is {config.data.crop_padding}", reason))
     fitting = "cifar" if max(dataset.height, dataset.width) <= SMALL_SIDE else "imagenet"
     for job in jobs:
         settings = getattr(config, job)
         if settings.stem not in (fitting, "auto"):
-            effect = "many times slower" if settings.stem == "cifar" else "of little detail"
-            doubts[f"{job}.stem is {settings.stem}"] = (
-                f"it makes networks for {size} {effect}; set {job}.stem={fitting}, or leave it out"
-            )
-        count, what = _trained_on(config, dataset, job)
+            effect = "is many times slower" if settings.stem == "cifar" else "loses most details"
+            reason = f"a network with it {effect} for {size}; set {job}.stem={fitting}, or leave it out"
+            doubts.append(Doubt(f"{job}.stem", f"is {settings.stem}", reason))
+        count = len(splits_of(config, dataset, job).training)
         if settings.batch_size > count:
-            doubts[f"{job}.batch_size is {settings.batch_size}"] = (
-                f"above the {count} {what}, so that an epoch is one step; lower it"
+            reason = (
+                f"above the {count} {_name_of_training(config, job)}, so that an epoch is one step; lower it"
             )
+            doubts.append(Doubt(f"{job}.batch_size", f"is {settings.batch_size}", reason))
     return doubts
 
 
-def _trained_on(config: Config, dataset: ImageDataset, job: str) -> tuple[int, str]:
-    """Return how many pictures the weights of a job's network are trained on, and what they are called."""
+def _name_of_training(config: Config, job: str) -> str:
+    """Return what the pictures that train the weights of a job's network are called."""
     if job == "retrain":
-        return len(training_indices(config, dataset)), "training pictures"
-    if isinstance(config, TwoStageConfig):
-        return len(search_split(config, dataset).weights), "pictures that train the weights"
-    return len(search_indices(config, dataset)), "pictures of the search"
+        return "training pictures"
+    return (
+        "pictures that train the weights" if isinstance(config, TwoStageConfig) else "pictures of the search"
+    )
 
 
 def warnings_of(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[str]:
-    """Return a line for people about each setting that makes no sense with these pictures."""
-    doubts = doubtful_settings(config, dataset, jobs)
-    return [f"warning: {setting}: {reason}" for setting, reason in doubts.items()]
+    """Return a line for the user about each setting that makes no sense for these pictures."""
+    return [f"warning: {doubt}" for doubt in doubtful_settings(config, dataset, jobs)]
 
 
 def warnings_of_trials(
     trials: Iterable[Config], dataset: ImageDataset, jobs: Sequence[str], swept: Container[str]
 ) -> list[str]:
-    """Return a line for people about each setting of a sweep's trials that makes no sense with these pictures.
+    """Return a line for the user about each setting of a sweep's trials that makes no sense for these pictures.
 
     Args:
-        trials: configurations of trials, which together have every value that the space names.
-        dataset: the sweep's pictures.
-        jobs: of a trial, "search" or "retrain".
-        swept: keys of the space.
+        trials: Configurations of trials that together have every value that the space names.
+        dataset: The sweep's pictures.
+        jobs: The jobs of a trial: "search", "retrain".
+        swept: Keys of the space.
     """
-    doubts: dict[str, str] = {}
+    doubts: dict[tuple[str, str], Doubt] = {}  # one per setting and value
     for trial in trials:
-        for setting, reason in doubtful_settings(trial, dataset, jobs).items():
-            doubts.setdefault(setting, reason)
-    return [
-        f"warning: {'sweep.space: ' if setting.partition(' ')[0] in swept else ''}{setting}: {reason}"
-        for setting, reason in doubts.items()
-    ]
+        for doubt in doubtful_settings(trial, dataset, jobs):
+            doubts.setdefault((doubt.field, doubt.value), doubt)
+    return [f"warning: {'sweep.space: ' if doubt.field in swept else ''}{doubt}" for doubt in doubts.values()]

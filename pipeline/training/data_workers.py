@@ -1,4 +1,4 @@
-"""Processes that decode pictures (`runtime.data_workers`): the loss of one is one line, not an endless wait."""
+"""Processes that decode pictures (`runtime.data_workers`): the loss of one is an error, not an endless wait."""
 
 from __future__ import annotations
 
@@ -17,56 +17,57 @@ from istanas.errors import IstanasError
 from pipeline.base.socket_paths import shorten_data_worker_sockets
 
 SHARED_MEMORY = Path("/dev/shm")
-BATCH_NOT_SENT = 74  # exit code of a worker, EX_IOERR
-# How torch's messages about its workers begin, and nothing else.
-OF_WORKERS = ("DataLoader worker (pid", "Pin memory thread exited")
+BATCH_NOT_SENT = 74  # exit code of a worker that could not send a batch, EX_IOERR
+# Torch has no error class for its workers, but only the messages about them start like this.
+WORKER_MESSAGES = ("DataLoader worker (pid", "Pin memory thread exited")
 
 
 @contextlib.contextmanager
-def noticing_their_loss(workers: int) -> Iterator[None]:
-    """Inside, the loss of a data worker is an error of one line.
+def report_lost_workers(workers: int) -> Iterator[None]:
+    """Convert the loss of a data worker in this context to a one-line error.
 
-    A worker that can't send a batch, because /dev/shm is full, ends: by default, Python prints a traceback, drops the
-    batch and lets the worker live, and the process that trains would wait for that batch for ever.
+    A worker that cannot send a batch, because /dev/shm is full, exits. By default, Python prints a traceback, drops the
+    batch and lets the worker live, and the training process would wait for that batch for ever.
 
     Args:
-        workers: as `runtime.data_workers`.
+        workers: `runtime.data_workers`.
 
     Raises:
-        IstanasError: a data worker was lost.
+        IstanasError: If a data worker was lost.
     """
     if workers == 0:
         yield
         return
     shorten_data_worker_sockets()
-    queue: Any = Queue  # workers are forked, and have what is set here
+    queue: Any = Queue  # workers are forked, and so inherit the change
     before, queue._on_queue_feeder_error = queue._on_queue_feeder_error, staticmethod(_end_worker)
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith(OF_WORKERS):
+        if not str(error).startswith(WORKER_MESSAGES):
             raise
         raise IstanasError(
-            f"runtime.data_workers is {workers}: a process that decodes pictures was lost ({_reason(error)}); enlarge "
-            "/dev/shm (docker run --shm-size=2g), free memory, or set runtime.data_workers=0; the same command resumes"
+            f"a process that decodes pictures was lost ({_reason(error)})",
+            field="runtime.data_workers",
+            remedy="enlarge /dev/shm (docker run --shm-size=2g), free memory, or set runtime.data_workers=0; the same "
+            "command resumes",
         ) from error
     finally:
         queue._on_queue_feeder_error = staticmethod(before)
 
 
 def _end_worker(_error: Exception, _batch: object) -> None:
-    """Called, in the process that sends, where something was not sent."""
+    """Exit a data worker that failed to send; in other processes, print the traceback as Python does."""
     if get_worker_info() is None:
-        traceback.print_exc()  # as Python does
+        traceback.print_exc()
     else:
         os._exit(BATCH_NOT_SENT)
 
 
 def _reason(error: RuntimeError) -> str:
-    """What torch says, in a few words, and how much shared memory there is: most often it is too little."""
-    cause = (
-        error.__cause__ if str(error.__cause__).startswith(OF_WORKERS) else error
-    )  # which knows the signal
+    """Return the gist of torch's message, and the size of the shared memory, which is most often the cause."""
+    # If there is a cause, it names the signal.
+    cause = error.__cause__ if str(error.__cause__).startswith(WORKER_MESSAGES) else error
     what = " ".join(str(cause).split()).partition(". ")[0].rstrip(".")
     if not SHARED_MEMORY.is_dir():
         return what

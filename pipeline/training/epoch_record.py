@@ -1,10 +1,10 @@
-"""The record of an epoch, and the sums over all epochs that a job needs when it resumes and when it ends."""
+"""The record of an epoch, and the sums over all epochs that a job needs when it resumes and when it finishes."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from pipeline.runs.epoch_log import LogEnd
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """An attempt at an epoch that diverged.
+    """A diverged attempt at an epoch.
 
     Args:
-        reason: how it diverged, for people.
-        lr_factor: by which the learning rate of all further attempts and epochs is multiplied.
+        reason: How it diverged, for the user.
+        lr_factor: Factor of the learning rate of all further attempts and epochs.
     """
 
     reason: str
@@ -33,17 +33,17 @@ class Rollback:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecord:
-    """What an epoch of a search adds to its record.
+    """The part of an epoch's record that only a search has.
 
     Args:
-        nodes: after the recovery at the end of the epoch.
+        nodes: The nodes after the recovery at the end of the epoch.
         trained_genotype: JSON of the architecture that was trained in the epoch.
         genotype: JSON of the architecture after the recovery.
-        start_nodes: after the recovery before any training; only in the record of the first epoch.
-        converged: whether a two-stage search ends here, before its last epoch.
+        start_nodes: The nodes after the recovery before any training; only in the record of the first epoch.
+        converged: Whether a two-stage search ends here, before its last epoch.
         searching: False once the architecture of a one-stage search is fixed and only trained.
-        rejection: why a one-stage search rejected the recovered architecture, or None.
-        frozen: the nodes of a one-stage search that have frozen so far; None in a two-stage search.
+        rejection: Why a one-stage search rejected the recovered architecture, or None.
+        frozen: The nodes of a one-stage search that have frozen so far; None in a two-stage search.
     """
 
     nodes: tuple[NodeReport, ...]
@@ -56,7 +56,7 @@ class SearchRecord:
     frozen: tuple[Freezing, ...] | None = None
 
     def recoveries(self, epoch: int) -> Iterator[tuple[int, tuple[NodeReport, ...]]]:
-        """Yield the nodes after every recovery of the epoch; that before any training counts as epoch 0."""
+        """Yield (epoch, nodes) after every recovery of the epoch; the one before any training counts as epoch 0."""
         if self.start_nodes:
             yield 0, self.start_nodes
         if self.searching:
@@ -65,15 +65,15 @@ class SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """What is kept of an epoch.
+    """The record of an epoch.
 
     Args:
-        epoch: its number, from 1, as in the metrics.
-        timestamp_ms: when it ended, in milliseconds since 1970, UTC.
-        seconds: that it took.
-        workers: that trained together.
-        metrics: name -> value.
-        rollbacks: the attempts at this epoch that diverged.
+        epoch: Its number, from 1, as in the metrics.
+        timestamp_ms: Time of its end, in milliseconds since 1970, UTC.
+        seconds: Its duration.
+        workers: Number of workers that trained together.
+        metrics: Name -> value.
+        rollbacks: The diverged attempts at this epoch.
         search: None in a retraining.
 
     Example:
@@ -91,14 +91,14 @@ class EpochRecord:
     search: SearchRecord | None = None
 
     def to_json(self) -> str:
-        """Return the record in one line, every number exact."""
+        """Return the record as one line of JSON with exact numbers."""
         return json.dumps(asdict(self))
 
     def normalized(self) -> EpochRecord:
-        """Return the record as `from_json` accepts it: an integer where a float belongs becomes a float.
+        """Return the record in the form that `from_json` accepts, with integers in float fields converted.
 
         Raises:
-            CheckpointError: if a value has another type than its field.
+            CheckpointError: If the type of a value differs from that of its field.
 
         Example:
             >>> record = EpochRecord(epoch=1, timestamp_ms=1000, seconds=2, workers=1, metrics={"train/loss": 3})
@@ -109,10 +109,10 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, text: str) -> EpochRecord:
-        """Return the record that `to_json` wrote.
+        """Return the record from the text that `to_json` wrote.
 
         Raises:
-            CheckpointError: if `to_json` does not write such a text.
+            CheckpointError: If the text is not exactly as `to_json` writes it.
 
         Example:
             >>> EpochRecord.from_json("{}")
@@ -120,7 +120,7 @@ class EpochRecord:
             istanas.errors.CheckpointError: not the record of an epoch (epoch: Field required)
         """
         record = _parse_record(text)
-        # The reader above tolerates unknown keys and missing ones that have a default.
+        # The parser accepts unknown keys, and missing ones that have a default.
         if record.to_json() != text:
             raise CheckpointError(
                 "not the record of an epoch (it has other keys, or was written differently)"
@@ -128,13 +128,15 @@ class EpochRecord:
         return record
 
     def found(self) -> SearchRecord:
-        """Return what the epoch of a search adds.
+        """Return `search` of an epoch of a search.
 
         Raises:
-            CheckpointError: if it is an epoch of a retraining.
+            CheckpointError: If it is an epoch of a retraining.
         """
         if self.search is None:
-            raise CheckpointError("the record is of a retraining, not of a search; start over with --fresh")
+            raise CheckpointError(
+                "the record belongs to a retraining, not to a search", remedy="start over with --fresh"
+            )
         return self.search
 
 
@@ -153,13 +155,13 @@ def _parse_record(text: str) -> EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a job has come: constant in size, whatever the number of epochs.
+    """The progress of a job; its size does not depend on the number of epochs.
 
     Args:
-        last: record of the last epoch; None before the first.
-        seconds: of all epochs.
-        rollbacks: of all epochs; each has halved the learning rate for good.
-        log: where the log of all records ends.
+        last: Record of the last epoch; None before the first.
+        seconds: Duration of all epochs.
+        rollbacks: Number of rollbacks in all epochs; each has halved the learning rate for the rest of the job.
+        log: End of the log of all records.
     """
 
     last: EpochRecord | None = None
@@ -169,28 +171,28 @@ class Progress:
 
     @property
     def epochs(self) -> int:
-        """The number of epochs done."""
+        """Return the number of finished epochs."""
         return self.log.epochs
 
     @property
     def newest(self) -> EpochRecord:
-        """The record of the last epoch.
+        """Return the record of the last epoch.
 
         Raises:
-            CheckpointError: if no epoch is done.
+            CheckpointError: If no epoch is finished.
         """
         if self.last is None:
-            raise CheckpointError("no epoch is done: run the same command again")
+            raise CheckpointError("no epoch is finished", remedy="run the same command again")
         return self.last
 
     def after(self, record: EpochRecord) -> tuple[Progress, bytes]:
         """Return the progress after one more epoch, and the epoch's line in the log.
 
         Args:
-            record: of the epoch.
+            record: The epoch's record.
 
         Raises:
-            CheckpointError: if the record has a value of a wrong type, or is too large for the log.
+            CheckpointError: If the record has a value of a wrong type, or is too large for the log.
         """
         record = record.normalized()
         log, line = self.log.after(record.to_json())
@@ -203,7 +205,7 @@ class Progress:
         return progress, line
 
     def to_state(self) -> dict[str, Any]:
-        """Return it as plain data, for a checkpoint."""
+        """Return the progress as plain data for a checkpoint."""
         last = None if self.last is None else self.last.to_json()
         return {
             "last": last,
@@ -214,41 +216,41 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Rebuild the progress from `to_state`'s output.
+        """Restore the progress from the output of `to_state`.
 
         Raises:
-            CheckpointError: if it was not made by `to_state`.
+            CheckpointError: If `to_state` cannot have returned it.
         """
         try:
-            plain = json.loads(json.dumps(state))  # no tensors, which a checkpoint may hold
+            plain = json.loads(json.dumps(state))  # rejects tensors, which a checkpoint may contain
             last = None if plain["last"] is None else EpochRecord.from_json(plain["last"])
             log = _LOG_END.validate_json(json.dumps(plain["log"]), strict=True)
             progress = cls(
                 last=last, seconds=float(plain["seconds"]), rollbacks=int(plain["rollbacks"]), log=log
             )
             if log.epochs != (0 if last is None else last.epoch) or log.offset < 0:
-                raise ValueError("its numbers do not fit together")
+                raise ValueError("its numbers are inconsistent")
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"the checkpoint holds no progress of a job ({type(error).__name__}: {reason:.100}): --fresh "
-                "starts over"
+                f"the checkpoint does not contain the progress of a job ({type(error).__name__}: {reason:.100})",
+                remedy="start over with --fresh",
             ) from None
         return progress
 
 
 def read_records(folder: Path, progress: Progress) -> Iterator[EpochRecord]:
-    """Yield the records of all epochs done, from the log.
+    """Yield the records of all finished epochs, from the log.
 
     Args:
-        folder: of the checkpoints.
-        progress: as the checkpoint holds it.
+        folder: Folder of the checkpoints.
+        progress: The progress in the checkpoint.
 
     Raises:
-        CheckpointError: if the log is damaged and its copy, too.
+        CheckpointError: If both the log and its copy are damaged.
 
     Warns:
-        BrokenCheckpointWarning: for every segment of the log that was damaged, and replaced from its copy.
+        BrokenCheckpointWarning: For every damaged segment of the log, which was restored from its copy.
     """
     for number, text in enumerate(epoch_log.read(folder, progress.log), start=1):
         try:
@@ -256,12 +258,16 @@ def read_records(folder: Path, progress: Progress) -> Iterator[EpochRecord]:
             if record.epoch != number:
                 raise CheckpointError(f"the record of epoch {record.epoch}")
         except CheckpointError as error:
-            raise CheckpointError(f"{folder}: line {number} of the log is {error}; use --fresh") from None
+            raise CheckpointError(
+                f"line {number} of the log is {error.problem}",
+                field=str(folder),
+                remedy="start over with --fresh",
+            ) from None
         yield record
 
 
 def read_progress(folder: Path, progress: Progress) -> Iterator[Progress]:
-    """Yield the progress after each epoch done, from the log; arguments and errors as of `read_records`."""
+    """Yield the progress after each finished epoch, from the log; for arguments and errors see `read_records`."""
     then = Progress()
     for record in read_records(folder, progress):
         then, _ = then.after(record)
@@ -269,35 +275,41 @@ def read_progress(folder: Path, progress: Progress) -> Iterator[Progress]:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole and matches the log, or None before the first.
+    """Return the newest checkpoint that is intact and matches the log, or None before the first.
 
     Version 0.1 kept the records of all epochs in each of its checkpoints. Such a checkpoint is converted in memory, and
-    its records are written to the log. Its file stays as it is: the next epoch writes a checkpoint of the new form.
+    its records are written to the log. Its file is not changed; the next epoch writes a checkpoint in the new format.
 
     Args:
-        folder: of the checkpoints; may be missing.
+        folder: Folder of the checkpoints; may be missing.
 
     Raises:
-        CheckpointError: see `checkpoint.read_latest`; or it is a checkpoint of something else than a job's epochs.
-        OSError: if the log of a run of version 0.1 cannot be written; its checkpoints are then untouched.
+        CheckpointError: See `checkpoint.read_latest`; also if the checkpoint is not one of a job's epochs.
+        OSError: If the log of a run of version 0.1 cannot be written; its checkpoints are then unchanged.
 
     Warns:
-        BrokenCheckpointWarning: see `checkpoint.read_latest` and `epoch_log.verify`.
+        BrokenCheckpointWarning: See `checkpoint.read_latest` and `epoch_log.verify`.
     """
     return checkpoint.read_latest(folder, functools.partial(_with_log, folder))
 
 
 def load_progress(folder: Path) -> Progress:
-    """Return how far the job is whose checkpoints lie in a folder; arguments and errors as of `load_latest`."""
+    """Return the progress in the newest checkpoint of a folder; for arguments and errors see `load_latest`."""
     found = load_latest(folder)
     return Progress() if found is None else Progress.from_state(found.state["progress"])
 
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Checkpoint store in a local folder."""
+    """Checkpoint store in a local folder.
+
+    Args:
+        folder: the folder of the checkpoints.
+        push: sends the run directory to the storage that mirrors it; called after every checkpoint.
+    """
 
     folder: Path
+    push: Callable[[], None] = lambda: None
 
     def read(self) -> bytes | None:
         found = load_latest(self.folder)
@@ -305,16 +317,17 @@ class FolderStore:
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         checkpoint.write(self.folder, epoch, data, line, offset)
+        self.push()
 
 
 def _with_log(folder: Path, found: Checkpoint) -> Checkpoint:
-    """Return a checkpoint that is known to match the log."""
+    """Return a checkpoint after a check that it matches the log, or after a conversion from version 0.1."""
     if "history" in found.state:
         return _convert(folder, found.state)
     try:
         progress = Progress.from_state(found.state.get("progress", {}))
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise error.in_source(str(folder)) from None
     epoch_log.verify(folder, progress.log)
     return found
 
@@ -326,7 +339,7 @@ def _convert(folder: Path, saved: dict[str, Any]) -> Checkpoint:
         for record in records:
             progress, _ = progress.after(record)
         if not records:
-            raise ValueError("none")
+            raise ValueError("there are none")
     except (
         KeyError,
         TypeError,
@@ -338,8 +351,9 @@ def _convert(folder: Path, saved: dict[str, Any]) -> Checkpoint:
     ) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder}: the newest checkpoint has no records of epochs ({type(error).__name__}: {reason:.100}): "
-            "--fresh starts over"
+            f"the newest checkpoint has no valid records of epochs ({type(error).__name__}: {reason:.100})",
+            field=str(folder),
+            remedy="start over with --fresh",
         ) from None
     epoch_log.rewrite(folder, (record.to_json() for record in records))
     state["progress"] = progress.to_state()
@@ -347,7 +361,7 @@ def _convert(folder: Path, saved: dict[str, Any]) -> Checkpoint:
 
 
 def _of_version_0_1(found: Mapping[str, Any]) -> EpochRecord:
-    """Return the record that version 0.1 kept as a dictionary, which had only the keys of its kind of job."""
+    """Convert a record of version 0.1, a dictionary with only the keys of its kind of job."""
 
     def nodes(key: str) -> tuple[NodeReport, ...]:
         return tuple(NodeReport(**node) for node in found.get(key, ()))

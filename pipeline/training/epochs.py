@@ -1,4 +1,4 @@
-"""What one epoch of each kind of job does, and what its checkpoint holds."""
+"""The epochs of each kind of job, and the state of its checkpoints."""
 
 from __future__ import annotations
 
@@ -27,42 +27,38 @@ from istanas.training import (
 from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, TwoStageConfig
 from pipeline.training.build import build_one_stage, build_retraining, build_two_stage, network_cost
 from pipeline.training.epoch_record import Progress, SearchRecord
-from pipeline.training.pictures import (
-    Batches,
-    holdout_indices,
-    search_indices,
-    search_split,
-    training_indices,
-)
+from pipeline.training.pictures import Batches
+from pipeline.training.splits import splits_of
 
-Tell = Callable[[int, int, Totals], None]  # (steps done, steps of the epoch, totals so far)
+OnStep = Callable[[int, int, Totals], None]
+"""Called after each training step with (steps done, steps of the epoch, totals so far)."""
 
 
-class Measured(NamedTuple):
-    """What an epoch leaves to be recorded: its metrics, and, of a search, what became of the nodes."""
+class EpochResult(NamedTuple):
+    """The results of an epoch: its metrics, and for a search the state of the nodes."""
 
     metrics: dict[str, float]
     search: SearchRecord | None = None
 
 
 class EpochJob(Protocol):
-    """A job as its epochs see it."""
+    """A job that is trained epoch by epoch."""
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
 
     def is_done(self, progress: Progress) -> bool:
-        """Whether no epoch is left."""
+        """Return whether no epoch is left."""
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
+    def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
         """Train epoch `epoch` (from 0) and measure.
 
         Raises:
-            DivergedError: on every rank; the job is then of no more use, a new one goes on from a checkpoint.
+            DivergedError: On every rank, if one diverged. The job is then unusable; a new one must load a checkpoint.
         """
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs to go on bit for bit."""
+        """Return the state from which `load` resumes bit for bit."""
 
 
 class TwoStageJob:
@@ -70,7 +66,7 @@ class TwoStageJob:
 
     def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
         self._config, self._dataset = config, dataset
-        self._split = search_split(config, dataset)
+        self._splits = splits_of(config, dataset, "search")
         self._search = build_two_stage(config, dataset, compute, ranks)
         self._batches = Batches(
             config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
@@ -83,29 +79,29 @@ class TwoStageJob:
         converged = progress.last is not None and progress.last.found().converged
         return self._search.epoch >= self._config.search.epochs or converged
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
-        search = self._search
-        weight_batches = self._batches.training("weights", self._split.weights, epoch)
+    def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
+        search, alphas = self._search, self._splits.alpha_half()
+        weight_batches = self._batches.training("weights", self._splits.training, epoch)
         n_steps = len(weight_batches)
-        passes = itertools.count()  # over an alpha half that is shorter than the weight half
+        passes = itertools.count()  # an alpha half that is shorter than the weight half is used several times
 
         def alpha_batches(passes: Iterator[int] = passes) -> Any:
             n = next(passes)
             purpose = "alphas" if n == 0 else f"alphas/{n}"
-            return self._batches.training(purpose, self._split.alphas, epoch)
+            return self._batches.training(purpose, alphas, epoch)
 
         start = time.perf_counter()
         train = search.train_epoch(
             weight_batches,
             alpha_batches,
             n_steps,
-            lambda step, totals: tell(step, n_steps, totals),
+            lambda step, totals: on_step(step, n_steps, totals),
             lr_factor=lr_factor,
         )
         seconds = time.perf_counter() - start
         _check_finite(self._config, train, search.supernet, epoch, search.ranks)
         trained = search.supernet.genotype()
-        valid = search.validate(self._batches.measuring("train", self._split.alphas))
+        valid = search.validate(self._batches.measuring("train", alphas))
         recovery = search.recover()
         genotype = search.supernet.genotype()
         metrics = {
@@ -115,7 +111,7 @@ class TwoStageJob:
             "arch/skip_ratio": genotype.skip_ratio(),
             "arch/frozen_nodes": 0.0,  # nodes freeze in one-stage search only
             **_cost_metrics(network_cost(self._config.retrain, self._dataset, genotype)),
-            # Each step takes a weight batch and an alpha batch through the network.
+            # Each step trains on a weight batch and an alpha batch.
             "images_per_second": 2 * train.count / seconds,
         }
         found = SearchRecord(
@@ -125,18 +121,18 @@ class TwoStageJob:
             start_nodes=tuple(search.first_recovery.nodes) if epoch == 0 else (),
             converged=search.has_converged(recovery),
         )
-        return Measured(metrics, found)
+        return EpochResult(metrics, found)
 
     def state(self) -> dict[str, Any]:
         return {"search": self._search.state_dict()}
 
 
 class OneStageJob:
-    """A one-stage search, and the training of what it found."""
+    """A one-stage search, including the training of the architecture that it found."""
 
     def __init__(self, config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
         self._config, self._dataset, self._compute, self._ranks = config, dataset, compute, ranks
-        self._indices, self._holdout = search_indices(config, dataset), holdout_indices(config, dataset)
+        self._splits = splits_of(config, dataset, "search")
         self._search = build_one_stage(config, dataset, compute, ranks)
         self._batches = Batches(
             config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
@@ -148,21 +144,22 @@ class OneStageJob:
     def is_done(self, progress: Progress) -> bool:
         return self._search.is_done
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
+    def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
         search = self._search
         searching = search.is_searching
-        batches = self._batches.training("weights", self._indices, epoch)
+        batches = self._batches.training("weights", self._splits.training, epoch)
         n_steps = len(batches)
         start = time.perf_counter()
         train = search.train_epoch(
-            batches, n_steps, lambda step, totals: tell(step, n_steps, totals), lr_factor=lr_factor
+            batches, n_steps, lambda step, totals: on_step(step, n_steps, totals), lr_factor=lr_factor
         )
         seconds = time.perf_counter() - start
         _check_finite(self._config, train, search.supernet, epoch, search.ranks)
         trained = search.supernet.genotype()
         metrics = {**_named("train", train), "images_per_second": train.count / seconds}
-        if self._holdout is not None:
-            metrics |= _named("valid", search.validate(self._batches.measuring("train", self._holdout)))
+        if self._splits.holdout is not None:
+            valid = search.validate(self._batches.measuring("train", self._splits.holdout))
+            metrics |= _named("valid", valid)
         recovery = search.recover()
         genotype = search.supernet.genotype()
         metrics |= {
@@ -185,10 +182,10 @@ class OneStageJob:
             rejection=recovery.rejection,
             frozen=tuple(search.freezings),
         )
-        return Measured(metrics, found)
+        return EpochResult(metrics, found)
 
     def _test(self) -> Metrics:
-        """Test figures straight from the network that would be exported now."""
+        """Measure the network that would be exported now on the test split."""
         net = to_channels_last(absorb_into_batchnorm(self._search.supernet))
         return evaluate(net, self._batches.measuring("test", None), self._compute, self._ranks)
 
@@ -205,7 +202,7 @@ class RetrainJob:
         self._config, self._compute, self._ranks, self._genotype = config, compute, ranks, genotype
         r = config.retrain
         self._net, self._optimizer = build_retraining(config, genotype, dataset, compute)
-        self._indices, self._holdout = training_indices(config, dataset), holdout_indices(config, dataset)
+        self._splits = splits_of(config, dataset, "retrain")
         self._batches = Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
         self._cost = _cost_metrics(network_cost(r, dataset, genotype))
 
@@ -217,10 +214,10 @@ class RetrainJob:
     def is_done(self, progress: Progress) -> bool:
         return progress.epochs >= self._config.retrain.epochs
 
-    def run_epoch(self, epoch: int, tell: Tell, lr_factor: float) -> Measured:
+    def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
         r, net = self._config.retrain, self._net
         net.drop_path_prob = r.drop_path * epoch / r.epochs
-        batches = self._batches.training("retrain", self._indices, epoch)
+        batches = self._batches.training("retrain", self._splits.training, epoch)
         n_steps = len(batches)
 
         start = time.perf_counter()
@@ -233,18 +230,18 @@ class RetrainJob:
             auxiliary_weight=r.auxiliary_weight,
             label_smoothing=r.label_smoothing,
             grad_clip=r.grad_clip,
-            observe=lambda step, totals: tell(step, n_steps, totals),
+            observe=lambda step, totals: on_step(step, n_steps, totals),
             ranks=self._ranks,
         )
         seconds = time.perf_counter() - start
         _check_finite(self._config, train, net, epoch, self._ranks)
         net.eval()
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
-        if self._holdout is not None:
-            metrics |= _named("valid", self._measure("train", self._holdout))
+        if self._splits.holdout is not None:
+            metrics |= _named("valid", self._measure("train", self._splits.holdout))
         if is_tested(epoch + 1, r.epochs, r.test_every):
             metrics |= _named("test", self._measure("test", None))
-        return Measured(metrics)
+        return EpochResult(metrics)
 
     def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
         return evaluate(self._net, self._batches.measuring(split, indices), self._compute, self._ranks)
@@ -259,12 +256,12 @@ class RetrainJob:
 
 
 def retraining_rate(r: RetrainSettings, epoch: float) -> float:
-    """The learning rate of a retraining after `epoch` epochs, the finished share of the current one included."""
+    """Return the learning rate of a retraining after `epoch` epochs, which may include a share of the current one."""
     return learning_rate(r.lr, r.lr_min, epoch, r.epochs, schedule=r.schedule, warmup_epochs=r.warmup_epochs)
 
 
 def is_tested(done: int, epochs: int, every: int) -> bool:
-    """Whether the test split is measured after `done` of so many training epochs.
+    """Return whether the test split is measured after `done` of `epochs` training epochs.
 
     Example:
         >>> [is_tested(done, 5, 2) for done in range(6)], is_tested(5, 5, 0)
@@ -274,13 +271,16 @@ def is_tested(done: int, epochs: int, every: int) -> bool:
 
 
 def check_same_genotype(saved: dict[str, Any], genotype: Genotype) -> None:
-    """Refuse to go on from another network's checkpoint.
+    """Check that a checkpoint belongs to the retraining of a genotype.
 
     Raises:
-        CheckpointError: if it is not of this genotype's retraining.
+        CheckpointError: If it does not.
     """
     if saved.get("kind") != "retrain" or saved["genotype"] != genotype.to_json():
-        raise CheckpointError("the checkpoint is not of this genotype's retraining, use --fresh")
+        raise CheckpointError(
+            "the checkpoint does not belong to the retraining of this genotype",
+            remedy="start over with --fresh",
+        )
 
 
 def _check_finite(config: Config, train: Metrics, net: torch.nn.Module, epoch: int, ranks: Ranks) -> None:

@@ -1,9 +1,9 @@
-"""The training loop that runs on every worker: data, the epochs of a job, checkpoints and resuming.
+"""The training loop that runs on every worker: the epochs of a job, checkpoints and resuming.
 
-The same functions run in the user's process and on Ray Train's workers (`pipeline.cluster.launch`); how many train
-together they learn from torch's process group. A worker knows no Ray, no MLflow and no console: rank 0 gives
-checkpoints to a `Store` and tells an `Observer` what happened. The order after each epoch is checkpoint first,
-observer second, so that whatever an observer has seen can be told again after a kill.
+The same functions run in the user's process and on Ray Train's workers (`pipeline.cluster.launch`); torch's process
+group tells them how many workers train together. A worker uses neither Ray nor MLflow nor the console: rank 0 passes
+checkpoints to a `Store` and events to an `Observer`. After each epoch, the checkpoint is written before the observer is
+called, so that every event that an observer has received can be reported again after a kill.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, DivergedError
 from istanas.nets import TargetNet, absorb_into_batchnorm
+from istanas.seeds import derive_seed
 from istanas.space import Genotype
-from istanas.training import Compute, Totals, derive_seed
+from istanas.training import Compute, Totals
+from pipeline.base.text import count
 from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Store
 from pipeline.training.build import build_one_stage, build_target
 from pipeline.training.compute import compute_for, describe_place
-from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.epoch_record import EpochRecord, Progress, Rollback, load_latest
 from pipeline.training.epochs import (
     EpochJob,
-    Measured,
+    EpochResult,
     OneStageJob,
     RetrainJob,
     TwoStageJob,
@@ -42,14 +44,14 @@ from pipeline.training.pictures import check_same_data, data_digest
 
 
 def search_worker(config: Config, dataset: ImageDataset, store: Store, observer: Observer) -> Progress:
-    """Run (or go on with) a search, with the other ranks of torch's process group if there is one.
+    """Run or resume a search, together with the other ranks of torch's process group if there is one.
 
     Args:
-        config: the whole configuration; its method says which search.
-        dataset: as `open_dataset` gives it.
-        store: of checkpoints; only rank 0's is used. Of a one-stage search, the last one holds the trained
+        config: The whole configuration; its method selects the search.
+        dataset: The data set from `open_dataset`.
+        store: Checkpoint store; only rank 0's is used. The last checkpoint of a one-stage search contains the trained
             network, see `searched_network`.
-        observer: told of every step and epoch; only rank 0's is.
+        observer: Receives the events; only rank 0's is used.
 
     Returns:
         The last epoch's record, whose genotype is the result, and sums over all epochs.
@@ -68,17 +70,18 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
 def retrain_worker(
     config: Config, dataset: ImageDataset, store: Store, observer: Observer, genotype: Genotype
 ) -> Progress:
-    """Train (or go on training) the network of a genotype from scratch, with the other ranks if there are any.
+    """Run or resume the training of a genotype's network from scratch, together with the other ranks if there are any.
 
     Args:
-        config: the whole configuration.
-        dataset: as `open_dataset` gives it.
-        store: of checkpoints; only rank 0's is used. The last one holds the trained network, see `trained_network`.
-        observer: told of every step and epoch; only rank 0's is.
-        genotype: the cells.
+        config: The whole configuration.
+        dataset: The data set from `open_dataset`.
+        store: Checkpoint store; only rank 0's is used. The last checkpoint contains the trained network, see
+            `trained_network`.
+        observer: Receives the events; only rank 0's is used.
+        genotype: The cells.
 
     Returns:
-        The last epoch's record, which has the test figures, and sums over all epochs.
+        The last epoch's record, which has the test metrics, and sums over all epochs.
     """
     return _run_epochs(
         lambda compute, ranks: RetrainJob(config, dataset, compute, ranks, genotype),
@@ -101,44 +104,44 @@ def _run_epochs(
     compute = compute_for(config.runtime)
     ranks = Ranks.current(compute.device)
     observer = observer if ranks.is_first else Silent()
-    job, progress = _begin(make, dataset, store, compute, ranks)
+    job, progress = _start_or_resume(make, dataset, store, compute, ranks)
     observer.note(describe_place(compute, ranks))
     observer.resumed(progress, ranks.size)
-    undone: tuple[Rollback, ...] = ()  # attempts at the next epoch that diverged
+    rollbacks: tuple[Rollback, ...] = ()  # diverged attempts at the next epoch
     while not job.is_done(progress):
         epoch = progress.epochs
         _seed_epoch(config, epoch, ranks)
 
-        def tell(step: int, n_steps: int, totals: Totals, epoch: int = epoch) -> None:
+        def on_step(step: int, n_steps: int, totals: Totals, epoch: int = epoch) -> None:
             on_cpu = compute.device.type == "cpu"
             observer.step(epoch, step, n_steps, totals.metrics if on_cpu else lambda: None)
 
         start = time.perf_counter()
-        n_rollbacks = progress.rollbacks + len(undone)
-        with noticing_their_loss(config.runtime.data_workers):
-            found = _attempt(job, epoch, tell, 0.5**n_rollbacks)
+        n_rollbacks = progress.rollbacks + len(rollbacks)
+        with report_lost_workers(config.runtime.data_workers):
+            result = _attempt(job, epoch, on_step, 0.5**n_rollbacks)
         seconds = time.perf_counter() - start
-        if isinstance(found, str):
-            _check_rollback(config.runtime, found, epoch, n_rollbacks)
-            undone = (*undone, Rollback(reason=found, lr_factor=0.5 ** (n_rollbacks + 1)))
-            del job  # two networks may be too much for a GPU
-            job, progress = _begin(make, dataset, store, compute, ranks)
-            observer.note(_describe_rollback(config.runtime, found, epoch, n_rollbacks + 1))
+        if isinstance(result, DivergedError):
+            _check_rollback(config.runtime, result, epoch, n_rollbacks)
+            rollbacks = (*rollbacks, Rollback(reason=str(result), lr_factor=0.5 ** (n_rollbacks + 1)))
+            del job  # two networks may not fit on a GPU
+            job, progress = _start_or_resume(make, dataset, store, compute, ranks)
+            observer.note(_describe_rollback(config.runtime, result, epoch, n_rollbacks + 1))
             continue
         if n_rollbacks > 0:
-            found.metrics["train/rollbacks"] = float(n_rollbacks)
+            result.metrics["train/rollbacks"] = float(n_rollbacks)
         record = EpochRecord(
-            epoch=epoch + 1,  # done, counted from 1 as people and MLflow's steps do
+            epoch=epoch + 1,  # counted from 1, like MLflow's steps
             timestamp_ms=int(time.time() * 1000),
             seconds=seconds,
             workers=ranks.size,
-            metrics=found.metrics,
-            rollbacks=undone,
-            search=found.search,
+            metrics=result.metrics,
+            rollbacks=rollbacks,
+            search=result.search,
         )
         offset = progress.log.offset
         progress, line = progress.after(record)
-        undone = ()
+        rollbacks = ()
         if ranks.is_first:
             state = {**job.state(), "progress": progress.to_state(), "data": digest}
             store.write(epoch + 1, checkpoint.serialize(state), line, offset)
@@ -148,14 +151,14 @@ def _run_epochs(
     return progress
 
 
-def _begin(
+def _start_or_resume(
     make: Callable[[Compute, Ranks], EpochJob],
     dataset: ImageDataset,
     store: Store,
     compute: Compute,
     ranks: Ranks,
 ) -> tuple[EpochJob, Progress]:
-    """The job as the newest checkpoint left it, or as it starts."""
+    """Return the job and its progress, restored from the newest checkpoint if there is one."""
     job = make(compute, ranks)
     saved = _load(store, dataset, ranks)
     if saved is None:
@@ -164,64 +167,84 @@ def _begin(
 
 
 def _attempt(
-    job: EpochJob, epoch: int, tell: Callable[[int, int, Totals], None], lr_factor: float
-) -> Measured | str:
-    """What the epoch leaves, or how it diverged, on every rank alike; the error itself would hold on to the network."""
+    job: EpochJob, epoch: int, on_step: Callable[[int, int, Totals], None], lr_factor: float
+) -> EpochResult | DivergedError:
+    """Return the epoch's result, or on every rank the error if one of them diverged."""
     try:
-        return job.run_epoch(epoch, tell, lr_factor)
+        return job.run_epoch(epoch, on_step, lr_factor)
     except DivergedError as error:
-        return str(error)
+        # A copy without the traceback, which would keep the network in memory.
+        return DivergedError(error.problem, field=error.field, remedy=error.remedy)
 
 
-def _check_rollback(settings: RuntimeSettings, reason: str, epoch: int, before: int) -> None:
-    """Stop a diverged run that is not to be rolled back, or was so too often.
+def _check_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int, before: int) -> None:
+    """Raise if a diverged run must not be rolled back, or was rolled back too often.
 
     Raises:
-        DivergedError: naming epoch, last good checkpoint and remedy.
+        DivergedError: With the epoch, the last good checkpoint and the remedy.
     """
     if settings.on_nan == "rollback" and before < settings.max_rollbacks:
         return
     last = f"the last good checkpoint is of epoch {epoch}" if epoch else "there is no checkpoint before it"
     if settings.on_nan == "rollback":
-        remedy = f"it was rolled back {before} times already, raise runtime.max_rollbacks to go on"
-    else:
-        where = "from there" if epoch else "at the start"
-        remedy = f"the same command with --set runtime.on_nan=rollback goes on {where} with half of it"
-    raise DivergedError(f"{reason}; {last}: {remedy}")
+        times = count(before, "time")
+        raise DivergedError(
+            f"{error.problem}; it was rolled back {times}; {last}",
+            field=error.field,
+            remedy=f"raise runtime.max_rollbacks to continue, or {error.remedy}",
+        )
+    where = f"from epoch {epoch}" if epoch else "from the start"
+    raise DivergedError(
+        f"{error.problem}; {last}",
+        field=error.field,
+        remedy=f"{error.remedy}, or resume {where} at half the rate with --set runtime.on_nan=rollback",
+    )
 
 
-def _describe_rollback(settings: RuntimeSettings, reason: str, epoch: int, number: int) -> str:
+def _describe_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int, number: int) -> str:
     to = f"the end of epoch {epoch}" if epoch else "the start"
     return (
-        f"{reason.partition(', lower')[0]}: rolled back to {to}, with half the learning rate "
-        f"({0.5**number:g} of what is set; rollback {number} of {settings.max_rollbacks})"
+        f"{error.problem}: rolled back to {to}, with half the learning rate "
+        f"({0.5**number:g} of the configured one; rollback {number} of {settings.max_rollbacks})"
     )
 
 
 def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNet:
-    """The network that a finished retraining left in its folder, with the last epoch's weights, in eval mode.
+    """Return the network of a finished retraining, with the last epoch's weights, in eval mode.
+
+    Args:
+        config: The whole configuration.
+        genotype: The cells.
+        dataset: The data set that it was trained on.
+        folder: Folder of the checkpoints.
 
     Raises:
-        CheckpointError: if the last epoch's checkpoint is not there or not whole.
+        CheckpointError: If the last epoch's checkpoint is missing or damaged.
     """
     saved = _last(folder, config.retrain.epochs)
     net = build_target(config, genotype, dataset)
-    with _of_this_job():
+    with _mismatch_as_checkpoint_error():
         check_same_genotype(saved, genotype)
         net.load_state_dict(saved["net"])
     return net.eval()
 
 
 def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path, epochs: int) -> TargetNet:
-    """The network that a one-stage search of so many epochs left in its folder: absorbed, on the CPU, in eval mode.
+    """Return the network of a finished one-stage search: absorbed, on the CPU, in eval mode.
+
+    Args:
+        config: The whole configuration.
+        dataset: The data set that it was trained on.
+        folder: Folder of the checkpoints.
+        epochs: Number of epochs of the search.
 
     Raises:
-        CheckpointError: if the last epoch's checkpoint is not there or not whole, or is of another search.
-        ConfigError: if a node is still ACTIVE.
+        CheckpointError: If the last epoch's checkpoint is missing or damaged, or belongs to another search.
+        ConfigError: If a node is still ACTIVE.
     """
     saved = _last(folder, epochs)
     search = build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
-    with _of_this_job():
+    with _mismatch_as_checkpoint_error():
         search.load_state_dict(saved["search"])
     return absorb_into_batchnorm(search.supernet)
 
@@ -230,13 +253,15 @@ def _last(folder: Path, epochs: int) -> dict[str, Any]:
     found = load_latest(folder)
     if found is None or Progress.from_state(found.state["progress"]).epochs != epochs:
         raise CheckpointError(
-            f"{folder}: the last epoch's checkpoint is broken, the same command trains it again"
+            "the last epoch's checkpoint is missing or damaged",
+            field=str(folder),
+            remedy="run the same command again to train it",
         )
     return found.state
 
 
 def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] | None:
-    """Rank 0's newest checkpoint, on every rank; all must look at the same pictures as it did."""
+    """Return rank 0's newest checkpoint on every rank, after a check that all ranks have its pictures."""
     ranks.check_same(f"data set {dataset.name}", dataset.digest)
     data = ranks.from_first(store.read)
     if data is None:
@@ -247,19 +272,19 @@ def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] |
 
 
 def _restore(job: EpochJob, saved: dict[str, Any]) -> Progress:
-    """Have the job go on from a checkpoint; returns what is done.
+    """Restore the job from a checkpoint, and return its progress.
 
     Raises:
-        CheckpointError: the checkpoint is whole, but not one that this program wrote for this job.
+        CheckpointError: If the checkpoint is intact, but was not written for this job.
     """
-    with _of_this_job():
+    with _mismatch_as_checkpoint_error():
         job.load(saved)
         return Progress.from_state(saved["progress"])
 
 
 @contextlib.contextmanager
-def _of_this_job() -> Iterator[None]:
-    """Turn what a whole checkpoint of another job, or of another program, makes fail into one line."""
+def _mismatch_as_checkpoint_error() -> Iterator[None]:
+    """Convert the errors that an intact checkpoint of another job or program causes to a CheckpointError."""
     try:
         yield
     except (
@@ -273,11 +298,12 @@ def _of_this_job() -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"the newest checkpoint is none of this job ({type(error).__name__}: {reason:.100}): --fresh starts over"
+            f"the newest checkpoint does not belong to this job ({type(error).__name__}: {reason:.100})",
+            remedy="start over with --fresh",
         ) from error
 
 
 def _seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:
-    """Seed what draws from the global generator (drop path), on every rank its own stream."""
-    rank = (ranks.rank,) if ranks.rank else ()  # rank 0's is that of a run in one process
+    """Seed the global generator, from which drop path draws, with a stream of its own on every rank."""
+    rank = (ranks.rank,) if ranks.rank else ()  # rank 0 draws the same numbers as a run in one process
     torch.manual_seed(derive_seed(config.seed, "epoch", epoch, *rank))

@@ -1,4 +1,4 @@
-"""Who is told how the training goes."""
+"""The events of a training job, and the protocol that receives them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pipeline.training.epoch_record import Progress
 
 
 class Observer(Protocol):
-    """Who wants to know how a job goes."""
+    """Receives a job's progress events."""
 
     def note(self, text: str) -> None:
-        """Called with a line for people."""
+        """Receive a line for the user."""
 
     def resumed(self, progress: Progress, workers: int) -> None:
-        """Called before the first epoch of `workers` workers, with what the checkpoint says is done."""
+        """Receive the progress in the checkpoint, before the first epoch of these `workers` workers."""
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        """Called after every training step (epochs from 0, steps from 1).
+        """Receive the number of a finished training step (epochs count from 0, steps from 1).
 
-        `read` gives the epoch's figures so far, or None where that would make the device wait: on a GPU.
+        `read` returns the epoch's metrics so far; on a GPU it returns None, because reading them would synchronise.
         """
 
     def epoch_done(self, progress: Progress) -> None:
-        """Called after every epoch, its checkpoint written; the last record is the epoch's."""
+        """Receive the progress after an epoch, whose checkpoint has been written; its last record is the epoch's."""
 
     def go_on(self) -> bool:
-        """Called after every epoch; False ends these workers' part of the job here, for others to go on."""
+        """Return whether these workers continue after an epoch; otherwise, other workers resume the job."""
 
 
 class Silent:
-    """The observer of every rank but the first."""
+    """An observer that ignores all events, for every rank but the first."""
 
     def note(self, text: str) -> None:
         pass

@@ -23,9 +23,9 @@ from istanas.errors import IstanasError
 
 T = TypeVar("T")
 Train = Callable[[int, Callable[[], None]], object]
-"""Trains so many steps and calls back after each."""
+"""Trains the given number of steps and calls back after each."""
 
-DATA_RANGE, STEP_RANGE = "istanas.data", "istanas.step"  # what the profile calls them, in a trace too
+DATA_RANGE, STEP_RANGE = "istanas.data", "istanas.step"  # names of the ranges in a profile and in a trace
 PYTHON, OTHER = "Python between operations", "other"
 
 _FORWARD_CONVOLUTIONS = frozenset({"conv2d", "convolution", "_convolution"})
@@ -44,13 +44,13 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 
 @dataclass(frozen=True)
 class KindTime:
-    """What one kind of operation takes.
+    """The time that one kind of operation takes.
 
     Args:
-        kind: for people.
-        share: of the time of all kinds, in [0, 1].
-        seconds_per_step: under the profiler, which slows small operations down.
-        calls_per_step: operations, those that they call themselves not counted.
+        kind: Name of the kind.
+        share: Share of the time of all kinds, in [0, 1].
+        seconds_per_step: Time under the profiler, which slows down small operations.
+        calls_per_step: Number of operations, without those that they call themselves.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class KindTime:
 
 
 def as_data(batches: Iterable[T]) -> Iterator[T]:
-    """The same batches; what making them costs is data and augmentation in a profile."""
+    """Yield the same batches; in a profile, the time for producing them counts as data and augmentation."""
     iterator = iter(batches)
     while True:
         with record_function(DATA_RANGE):
@@ -72,12 +72,12 @@ def as_data(batches: Iterable[T]) -> Iterator[T]:
 
 
 def step_seconds(train: Train, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step.
+    """Return the seconds of each step.
 
     Args:
-        train: see `Train`.
-        steps: >= 1.
-        device: a GPU keeps the time itself: waiting for it after each step would hold the next one up.
+        train: See `Train`.
+        steps: Number of steps, >= 1.
+        device: The device. A GPU records the times itself, because synchronising after each step would delay the next.
     """
     if device.type != "cuda":
         times = [time.perf_counter()]
@@ -97,7 +97,7 @@ def step_seconds(train: Train, steps: int, device: torch.device) -> list[float]:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call and all that it puts on the device take."""
+    """Return the seconds of a call, including the work that it enqueues on the device."""
     _wait_for(device)
     start = time.perf_counter()
     call()
@@ -106,12 +106,13 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of convolutions and matrix products in a call, backward passes included.
+    """Count the floating-point operations of convolutions and matrix products in a call, including backward passes.
 
-    A multiply-add is two. Both gradients of a convolution cost what its forward pass does: 2 |out| |weight| / C_out.
+    A multiply-add counts as two. Each of a convolution's two gradients costs as much as its forward pass:
+    2 |out| |weight| / C_out.
 
     Args:
-        call: what to run.
+        call: The call to measure.
 
     Example:
         >>> weight = torch.ones(6, 1, 3, 3, requires_grad=True)
@@ -119,7 +120,7 @@ def count_flops(call: Callable[[], object]) -> int:
         >>> count_flops(lambda: torch.nn.functional.conv2d(image, weight, padding=1, groups=6).sum().backward())
         3456
     """
-    # The library's own formula takes the weight gradient of a grouped convolution for an ungrouped one: C times more.
+    # Torch's formula treats the weight gradient of a grouped convolution as an ungrouped one, with C times the cost.
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
@@ -131,16 +132,16 @@ def count_flops(call: Callable[[], object]) -> int:
 def _convolution_backward_flops(
     grad_shape: Sequence[int], _: Sequence[int], weight_shape: Sequence[int], *settings: Any, **__: Any
 ) -> int:
-    asked_for: Sequence[bool] = settings[-1]  # gradients of input, weight, bias
-    return sum(asked_for[:2]) * 2 * prod(grad_shape) * prod(weight_shape[1:])
+    output_mask: Sequence[bool] = settings[-1]  # which gradients are computed: input, weight, bias
+    return sum(output_mask[:2]) * 2 * prod(grad_shape) * prod(weight_shape[1:])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of some: what this machine can do with the threads it has.
+    """Measure the FLOP/s that this machine reaches with its threads: the best of several large matrix products.
 
     Args:
-        device: where.
-        dtype: of the matrices.
+        device: The device.
+        dtype: Type of the matrices.
     """
     n, repeats = (8192, 10) if device.type == "cuda" else (1536, 1)
     matrix = torch.ones(n, n, device=device, dtype=dtype)
@@ -157,30 +158,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def time_by_kind(
     train: Train, steps: int, device: torch.device, trace: Path | None = None
 ) -> tuple[list[KindTime], str]:
-    """Profile some steps: self times by kind of operation, on a GPU those of its kernels.
+    """Profile some steps, and add up the self times by kind of operation; on a GPU, those of its kernels.
 
     Args:
-        train: see `Train`; called once a step, and once more at first.
-        steps: >= 1.
-        device: where they run.
-        trace: file for a Chrome trace of the last step.
+        train: See `Train`; called once per step, and once more for a warm-up.
+        steps: Number of steps, >= 1.
+        device: The device.
+        trace: File for a Chrome trace of the last step.
 
     Returns:
-        The kinds that occur, longest first, their shares adding up to 1; and whose time it is, "cpu" or "cuda"
-        ("cpu" on a GPU too, where its kernels can't be seen).
+        The kinds that occur, longest first, with shares that add up to 1; and which times were measured, "cpu" or
+        "cuda" ("cpu" also on a GPU whose kernels cannot be observed).
 
     Raises:
-        IstanasError: if the trace could not be written.
+        IstanasError: If the trace could not be written.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     clock = "cpu"
-    # What the profiler remembers keeps the memory around it from being used again, so that steps profiled together
-    # take twice their time, all of it in large operations. One by one, only the first does: it does not count.
+    # The profiler's records prevent memory from being reused, so that steps profiled together take twice their time.
+    # If steps are profiled one by one, only the first is slow, and it is not counted.
     for step in range(steps + 1):
         profiler = _profile_step(train, device)
         if step > 0:
-            # Kernels are listed beside the operations that launch them, and count there.
+            # Kernels are also listed separately, but their time is attributed to the operations that launch them.
             events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
             if any(event.self_device_time_total for event in events):
                 clock = device.type
@@ -190,17 +191,19 @@ def time_by_kind(
             del events
         if step == steps and trace is not None:
             profiler.export_chrome_trace(str(trace))
-            if not trace.is_file():  # the library only logs it
-                raise IstanasError(f"trace: {trace} could not be written, free space or give another file")
+            if not trace.is_file():  # torch only logs the failure
+                raise IstanasError(
+                    f"{trace} could not be written", field="trace", remedy="free space or give another file"
+                )
         del profiler
-        gc.collect()  # operations and those that they call refer to each other
+        gc.collect()  # the recorded operations form reference cycles
     total = sum(seconds.values())
     kinds = [KindTime(k, s / total, s / steps, calls[k] / steps) for k, s in seconds.items() if s > 0]
     return sorted(kinds, key=lambda kind: -kind.share), clock
 
 
 def _profile_step(train: Train, device: torch.device) -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the library talks about itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise, the library logs to stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as profiler:
         with record_function(STEP_RANGE):
@@ -210,10 +213,10 @@ def _profile_step(train: Train, device: torch.device) -> profile:
 
 
 def sums_by_kind(events: Sequence[Any], clock: str) -> dict[str, tuple[float, int]]:
-    """Add up the self times of profiled operations by kind; what an operation calls belongs to its kind.
+    """Add up the self times of profiled operations by kind; operations that an operation calls belong to its kind.
 
     Args:
-        events: the profiler's operations on the CPU.
+        events: The profiler's operations on the CPU.
         clock: "cpu", or "cuda" for the time of the kernels that they launch.
 
     Returns:
@@ -238,11 +241,11 @@ def sums_by_kind(events: Sequence[Any], clock: str) -> dict[str, tuple[float, in
 
 
 def kind_of(name: str, shapes: Sequence[Sequence[int]]) -> str | None:
-    """The kind of an operation; None for what is told by the operations that it calls.
+    """Return the kind of an operation; None if the operations that it calls determine it.
 
     Args:
-        name: as the profiler gives it.
-        shapes: of its arguments.
+        name: The profiler's name of the operation.
+        shapes: Shapes of its arguments.
 
     Example:
         >>> kind_of("aten::conv2d", [[8, 16, 4, 4], [16, 1, 3, 3]])
@@ -267,7 +270,7 @@ def kind_of(name: str, shapes: Sequence[Sequence[int]]) -> str | None:
 
 
 def _convolution(image: Sequence[int], weight: Sequence[int]) -> str:
-    """Of (B, C, H, W) and (C_out, C / groups, k, k)."""
+    """Return the kind of a convolution of shapes (B, C, H, W) and (C_out, C / groups, k, k)."""
     if image[1] != weight[1]:
         return "depthwise convolution"
     return "1x1 convolution" if prod(weight[2:]) == 1 else "other convolution"

@@ -1,4 +1,4 @@
-"""How large the effects of the differences from the published code are: the figures of docs/differences.md.
+"""Effects of the differences from the published code: the figures of docs/differences.md.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.differences --root DIR
 
@@ -22,19 +22,20 @@ from istanas.training import Compute, Totals, cross_entropy, derive_seed, evalua
 from pipeline.config.load import load
 from pipeline.config.schema import TwoStageConfig
 from pipeline.training.build import build_two_stage
-from pipeline.training.pictures import Batches, open_dataset, search_split
+from pipeline.training.pictures import Batches, open_dataset
+from pipeline.training.splits import splits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 4, 60
 
 
 def norm(tensors: list[torch.Tensor]) -> float:
-    """The joint Euclidean norm."""
+    """Return the joint Euclidean norm."""
     return float(torch.stack([t.detach().double().norm() for t in tensors]).norm()) if tensors else 0.0
 
 
 def first_architectures(n: int = 1000) -> float:
-    """Share of first architectures of the published one-stage search that are above 3.7 million parameters."""
+    """Return the share of the published one-stage search's first architectures above 3.7 million parameters."""
     space, above = CellSpace(), 0
     for seed in range(n):
         matrices = draw_matrices(space, 7, "uniform", seed)
@@ -65,18 +66,19 @@ def two_stage(root: Path) -> None:
     config = load(file, ["data.name=folder", f"data.root={root}", *sizes])
     assert isinstance(config, TwoStageConfig)
     dataset, compute, ranks = open_dataset(config, ["search"]), Compute(torch.device("cpu")), Ranks()
-    split = search_split(config, dataset)
+    splits = splits_of(config, dataset, "search")
+    training, of_alphas = splits.training, splits.alpha_half()
     search = build_two_stage(config, dataset, compute, ranks)
     batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
     alphas = search.supernet.alphas()
-    measured = split.alphas[::5]  # the halves are in the order of the folder: every class
+    measured = of_alphas[::5]  # the halves are in the order of the folder: every class
     clip, steps = config.search.grad_clip or math.inf, []
     entries: list[float] = []  # median |gradient| of the entries of all b
     for epoch in range(EPOCHS):
         totals = Totals(compute.device)
         pairs = zip(
-            batches.training("weights", split.weights, epoch),
-            batches.training("alphas", split.alphas, epoch),
+            batches.training("weights", training, epoch),
+            batches.training("alphas", of_alphas, epoch),
             strict=False,
         )
         search.supernet.train()
@@ -107,7 +109,7 @@ def two_stage(root: Path) -> None:
         10,
         100,
         1000,
-    ):  # published: eps stands beside sqrt(v) before the bias correction, torch: after it
+    ):  # the published code adds eps to sqrt(v) before the bias correction, torch after it
         published, ours = 1e-8 / math.sqrt(1 - 0.999**t), 1e-8
         print(f"  Adam step {t}: published / ours = 1 - {1 - (g + ours) / (g + published):.2g}")
     of_weights, of_joint = (np.array(column) for column in zip(*steps, strict=True))
@@ -125,7 +127,7 @@ def two_stage(root: Path) -> None:
 
 
 def main() -> None:
-    """Print every figure."""
+    """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True)
     arguments = parser.parse_args()

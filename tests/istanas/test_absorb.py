@@ -1,4 +1,4 @@
-"""Absorption: a finished one-stage supernet and its target network compute the same, and share nothing."""
+"""Absorption: a finished one-stage supernet and its target network compute the same function and share no tensor."""
 
 import copy
 from typing import Any
@@ -24,7 +24,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def spread(space: CellSpace, shift: int) -> Supports:
-    """Supports that go through all operations and states in turn; from 3 picks of 2 states on, two share an edge."""
+    """Supports that use all operations and states in turn. With 3 picks of 2 states or more, two share an edge."""
     supports: Supports = {cell: [] for cell in CELLS}
     for k, cell in enumerate(CELLS, shift):
         for node in range(space.n_nodes):
@@ -89,7 +89,7 @@ def trained(
 
 
 def kept(net: Supernet) -> list[tuple[Any, nn.Module]]:
-    """(cell, kept operation) of every live cell."""
+    """Return (cell, kept operation) for all live cells."""
     return [
         (cell, cell.ops[edge][op])
         for cell in net._live_cells()
@@ -99,7 +99,7 @@ def kept(net: Supernet) -> list[tuple[Any, nn.Module]]:
 
 
 def largest_difference(net: Supernet, absorbed: TargetNet) -> tuple[float, float]:
-    """(max |difference|, norm of the difference / norm) of the logits in eval mode, on pictures not seen before."""
+    """Return (max |difference|, norm of the difference / norm) of the logits in eval mode, on new pictures."""
     x = 1.0 + rand(5, 3, 8, 8, seed=99, dtype=net.classifier.weight.dtype)
     with torch.no_grad():
         theirs, ours = net.eval()(x), absorbed.eval()(x)
@@ -120,8 +120,8 @@ def test_the_absorbed_network_gives_the_logits_of_the_supernet(sparsity: int, sh
     for _, operation in kept(net):
         norm = final_batchnorm(operation)
         assert norm is not None
-        assert norm.running_mean.abs().min() > 0  # what it has seen
-        assert norm.bias.abs().min() > 0  # what it has learnt: a shift that a factor must scale too
+        assert norm.running_mean.abs().min() > 0  # Its statistics have changed.
+        assert norm.bias.abs().min() > 0  # Its shift was trained, which the factor must scale, too.
         assert not torch.equal(norm.weight, torch.ones_like(norm.weight))
     absorbed = absorb_into_batchnorm(net)
     assert largest_difference(net, absorbed)[1] <= 1e-9
@@ -147,7 +147,7 @@ def test_the_cases_above_keep_every_operation_strided_and_not() -> None:
 
 
 def test_two_operations_on_every_edge_that_is_read() -> None:
-    """The same edge twice: each pick takes its own weight along, in order."""
+    """Two picks on the same edge keep their own weights, in order."""
     pairs = [(2, 3), (8, 9), (16, 19), (21, 26)]
     net = trained({"normal": pairs, "reduce": [(2, 3), (0, 1), (4, 5), (23, 24)]})
     genotype = net.genotype()
@@ -166,7 +166,7 @@ def test_both_stems_with_and_without_the_auxiliary_head(stem: str, auxiliary: bo
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_the_auxiliary_head_agrees_in_training_mode(stem: str) -> None:
-    """Batch statistics and both outputs; what a network absorbed halfway through training would train on."""
+    """Batch statistics and both outputs in training mode are the same, too."""
     net = trained(spread(CellSpace(), 2), stem=stem, auxiliary=True, channels=4)
     absorbed = absorb_into_batchnorm(net)
     x = rand(5, 3, 8, 8, seed=99)
@@ -179,7 +179,7 @@ def test_the_auxiliary_head_agrees_in_training_mode(stem: str) -> None:
 
 
 def test_dead_cells_stay_dead_and_come_along() -> None:
-    """Normal cells that never read their second input leave out every reduction of a depth of six."""
+    """If normal cells do not read their second input, no reduction cell of six cells is live."""
     space = CellSpace(n_nodes=2, sparsity=1)
     net = trained({"normal": [(3,), (2,)], "reduce": [(4,), (12,)]}, space, layers=6)
     assert net._live_in_eval.count(False) > 2
@@ -201,7 +201,7 @@ def test_other_sizes() -> None:
     assert largest_difference(net, absorb_into_batchnorm(net))[1] <= 1e-9
 
 
-# --- what comes out ---
+# --- the result ---
 
 
 def test_the_weight_of_an_operation_scales_gamma_and_beta_and_nothing_else() -> None:
@@ -226,11 +226,11 @@ def test_the_weight_of_an_operation_scales_gamma_and_beta_and_nothing_else() -> 
             for name, value in mine.state_dict().items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-15, atol=0)
             position += 1
-    assert position == len(ours.ops) == 8  # and no operation that is not kept
+    assert position == len(ours.ops) == 8  # No other operation is kept.
 
 
 def test_it_is_an_ordinary_target_network() -> None:
-    """Its weights load strictly into a network built from the genotype; it is in eval mode and can be trained on."""
+    """Its weights load strictly into a network of the genotype. It is in eval mode and can be trained."""
     net = trained(spread(CellSpace(), 0), auxiliary=True)
     absorbed = absorb_into_batchnorm(net.train())
     assert not any(module.training for module in absorbed.modules())
@@ -247,7 +247,7 @@ def test_the_supernet_is_not_changed_and_shares_no_memory() -> None:
     before = copy.deepcopy(net.state_dict())
     asks = [p.requires_grad for p in net.parameters()]
     absorbed = absorb_into_batchnorm(net)
-    for _ in range(2):  # the second time after everything in the result has been overwritten
+    for _ in range(2):  # The second time after all tensors of the result have been overwritten.
         after = net.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -262,7 +262,7 @@ def test_the_supernet_is_not_changed_and_shares_no_memory() -> None:
 
 
 def test_parameters_of_the_published_cell_at_cifar_settings() -> None:
-    """3,371,806: the published cell with a batch norm behind every pooling and identity."""
+    """3,371,806 for the published cell with batch norm after every pooling and identity."""
     genotype, space = PUBLISHED["ISTA_onestage"], CellSpace()
     supports = {
         cell: [
@@ -277,7 +277,7 @@ def test_parameters_of_the_published_cell_at_cifar_settings() -> None:
     assert count_params(absorb_into_batchnorm(net)) == 3_371_806
 
 
-# --- refusals ---
+# --- errors ---
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -288,7 +288,7 @@ def test_a_node_that_is_still_active_is_refused(cell: str, node: int) -> None:
     nodes = states(space, FROZEN)
     nodes[cell][node] = ACTIVE
     net.install_codes(codes_of(space, spread(space, 0)), nodes)
-    message = rf"node {node} of the {cell} cell is still ACTIVE: .*let the search end first"
+    message = rf"node {node} of the {cell} cell is still ACTIVE, not FROZEN; let the search end first"
     with pytest.raises(ConfigError, match=message) as caught:
         absorb_into_batchnorm(net)
     assert "\n" not in str(caught.value)
@@ -298,7 +298,7 @@ def test_a_supernet_whose_operations_end_in_no_batch_norm_is_refused() -> None:
     space = CellSpace()
     net = Supernet(space, 2, 3, 5)
     net.install_codes(codes_of(space, spread(space, 0)), states(space, FROZEN))
-    with pytest.raises(ConfigError, match=r"op_batchnorm is false: .*method: one_stage") as caught:
+    with pytest.raises(ConfigError, match=r"op_batchnorm: false, .*method: one_stage") as caught:
         absorb_into_batchnorm(net)
     assert "\n" not in str(caught.value)
 

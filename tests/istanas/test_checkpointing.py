@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits, from less memory."""
+"""Activation checkpointing gives the same bits with less memory."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def retraining() -> tuple[Any, Callable[[int], None]]:
 
 
 def trained(make: Callable[[], tuple[Any, Callable[[int], None]]], on: bool) -> tuple[dict[str, Tensor], int]:
-    """What two steps leave: parameters, statistics and gradients; and the bytes that autograd kept."""
+    """Return parameters, statistics and gradients after two steps, and the bytes that autograd stored."""
     net, step = make()
     net.activation_checkpointing = on
     kept = 0
@@ -41,7 +41,7 @@ def trained(make: Callable[[], tuple[Any, Callable[[int], None]]], on: bool) -> 
         return tensor
 
     for i in range(2):
-        torch.manual_seed(i)  # drop path draws the same
+        torch.manual_seed(i)  # So that drop path draws the same values.
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step(i)
     left = copy.deepcopy(net.state_dict())
@@ -56,7 +56,7 @@ def trained(make: Callable[[], tuple[Any, Callable[[int], None]]], on: bool) -> 
 )
 def test_two_steps_are_the_same_to_the_bit(make: Callable[[], Any]) -> None:
     (plain, kept), (checkpointed, less) = trained(make, False), trained(make, True)
-    assert less < 0.6 * kept  # of them stem, auxiliary head and classifier, which keep all
+    assert less < 0.6 * kept  # Stem, auxiliary head and classifier are not checkpointed.
     assert plain.keys() == checkpointed.keys()
     assert any(name.endswith("num_batches_tracked") and value in (2, 4) for name, value in plain.items())
     different = [name for name, value in plain.items() if not torch.equal(value, checkpointed[name])]

@@ -1,4 +1,4 @@
-"""Several ranks are one: equal gradients and architectures, only active bytes on the wire, one genotype or none."""
+"""Several ranks act as one: equal gradients and architectures, only active bytes sent, one genotype or an error."""
 
 import dataclasses
 import math
@@ -20,14 +20,14 @@ from istanas.training import Compute, Metrics, Totals, check_finite, evaluate, t
 from tests.ranks import CountingRanks, Outcome, run_ranks
 
 CPU = Compute(torch.device("cpu"))
-EPOCHS, BATCH, PICTURES = 3, 16, 72  # 72 = 4 * 16 + 8: the last batch is smaller
+EPOCHS, BATCH, PICTURES = 3, 16, 72  # 72 = 4 * 16 + 8, so that the last batch is smaller.
 SPACE = CellSpace(n_nodes=3)
-# Alphas that move fast, so that the architecture changes within an epoch of a few steps.
+# The alphas move fast, so that the architecture changes within an epoch of a few steps.
 SETTINGS = TwoStageSettings(epochs=EPOCHS, arch_lr=0.05, alphas_scale=0.1, termination_tol=None)
 
 
 def freeze_batchnorm(net: nn.Module) -> None:
-    """Batch norm in eval mode for good: what it does no longer depends on who is in the batch."""
+    """Keep batch norm in eval mode, so that its output does not depend on the other pictures of the batch."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -65,14 +65,14 @@ def gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[Outcome]]:
-    """What every function below returned or raised on each of two ranks; processes start slowly, so once for all."""
+    """What every function below returned or raised on each of two ranks, which are started once for all tests."""
     functions = [
         search_for_three_epochs,
         retrain_for_two_epochs,
         bytes_per_step,
         recover_with_a_corrupt_rank,
         each_primitive,
-        finish_with_one_spoilt_rank,
+        finish_with_one_diverged_rank,
         count_top5,
         count_top5_where_a_rank_has_no_batch,
     ]
@@ -81,7 +81,7 @@ def outcomes() -> dict[str, list[Outcome]]:
 
 # ---------- equality
 def search_for_three_epochs() -> dict[str, Any]:
-    """Every gradient of both steps, the figures and the genotypes of a search, on this process's share."""
+    """Run a search on this process's share; return all gradients of both steps, the metrics and the genotypes."""
     ranks = Ranks.current(torch.device("cpu"))
     search = make_search(ranks)
     seen: dict[str, Any] = {"alphas": [], "weights": [], "metrics": [], "genotypes": []}
@@ -126,7 +126,7 @@ def test_ranks_with_shares_of_a_batch_equal_one_process_with_the_whole(
             for own, whole in zip(seen[kind], alone[kind], strict=True):
                 assert whole.norm() > 1e-6
                 torch.testing.assert_close(own, whole, rtol=0, atol=1e-9)
-        # Figures are over all pictures, each counted once.
+        # Metrics are over all pictures, each counted once.
         assert [train.count for train, _ in seen["metrics"]] == [PICTURES] * EPOCHS
         assert [valid.count for _, valid in seen["metrics"]] == [35] * EPOCHS
         torch.testing.assert_close(
@@ -173,7 +173,7 @@ def test_retraining_on_ranks_equals_one_process(outcomes: dict[str, list[Outcome
 
 
 def count_top5() -> list[Metrics]:
-    """Figures of one pass over pictures of 12 classes, and of one over pictures of 10, on this process's share."""
+    """Return metrics of a pass over pictures of 12 classes, and of one with 10, on this process's share."""
     ranks = Ranks.current(torch.device("cpu"))
     found = []
     for classes in (12, 10):
@@ -206,7 +206,7 @@ def count_top5_where_a_rank_has_no_batch() -> tuple[list[Metrics], float]:
             target = torch.tensor([0, classes - 1])
             totals.add(torch.tensor(2.0), -torch.arange(2 * classes).reshape(2, classes).float(), target)
         found.append(totals.metrics(ranks))
-    return found, ranks.sum([1.0])[0]  # the ranks are in step
+    return found, ranks.sum([1.0])[0]  # The ranks have made the same calls.
 
 
 @pytest.mark.slow
@@ -273,20 +273,21 @@ def recover_with_a_corrupt_rank() -> str:
 
 
 @pytest.mark.slow
-def test_ranks_with_different_architectures_stop_with_both_digests_in_the_error(
+def test_ranks_with_different_architectures_stop(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
+    """The error names both digests and their ranks."""
     sound = make_search(Ranks()).supernet.genotype().digest()
     errors = [outcome.error for outcome in outcomes["recover_with_a_corrupt_rank"]]
-    assert errors[0] == errors[1], "a rank went on"
-    assert errors[0].startswith("IstanasError: genotype differs between the workers (")
+    assert errors[0] == errors[1], "a rank continued"
+    assert errors[0].startswith("IstanasError: genotype: differs between the workers (")
     assert f"{sound} on rank 0; " in errors[0]
     assert " on rank 1)" in errors[0]
     assert len(set(re.findall("[0-9a-f]{64}", errors[0]))) == 2
     assert "\n" not in errors[0]
 
 
-# ---------- what ranks do together
+# ---------- other operations of several ranks
 def each_primitive() -> dict[str, Any]:
     ranks = Ranks.current(torch.device("cpu"))
     running = [torch.full((2,), float(ranks.rank)), torch.tensor(10.0 * ranks.rank)]
@@ -326,7 +327,7 @@ def test_sums_averages_and_the_word_of_rank_0_reach_every_rank(outcomes: dict[st
     assert [outcome.value for outcome in outcomes["each_primitive"]] == [expected] * 2
 
 
-def finish_with_one_spoilt_rank() -> float:
+def finish_with_one_diverged_rank() -> float:
     ranks = Ranks.current(torch.device("cpu"))
     check_finite(Metrics(1.0, 0.5, 1), [torch.zeros(2)], 3, ranks=ranks)
     parameter = torch.tensor([1.0, math.inf if ranks.rank == 1 else 1.0])
@@ -336,10 +337,10 @@ def finish_with_one_spoilt_rank() -> float:
 
 
 @pytest.mark.slow
-def test_what_is_spoilt_on_one_rank_stops_all_and_leaves_them_in_step(
+def test_divergence_on_one_rank_stops_all_ranks_together(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
-    assert [outcome.value for outcome in outcomes["finish_with_one_spoilt_rank"]] == [2.0, 2.0]
+    assert [outcome.value for outcome in outcomes["finish_with_one_diverged_rank"]] == [2.0, 2.0]
 
 
 def test_alone_everything_is_the_identity() -> None:

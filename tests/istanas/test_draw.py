@@ -1,4 +1,4 @@
-"""Figures: everything that was picked can be read and nothing lies on anything else; how nodes came to rest."""
+"""Figures: all picks are readable and nothing overlaps; the freezing of nodes."""
 
 import itertools
 import random
@@ -57,12 +57,12 @@ def edge_lines(figure: Figure) -> list[PathPatch]:
 
 
 def names_and_boxes(figure: Figure) -> tuple[dict[str, list[Bbox]], list[Bbox]]:
-    """Extents in pixels of the operations' names, and of the states' boxes."""
+    """Return the extents in pixels of the labels of operations, and of the boxes of states."""
     figure.canvas.draw()
     boxes = [p.get_window_extent() for p in figure.artists if isinstance(p, FancyBboxPatch)]
     names: dict[str, list[Bbox]] = {}
     for text in figure.texts:
-        if text.get_bbox_patch() is not None:  # states' names have no ground of their own
+        if text.get_bbox_patch() is not None:  # Names of states have no background of their own.
             names.setdefault(text.get_text(), []).append(text.get_window_extent())
     return names, boxes
 
@@ -96,7 +96,7 @@ def test_names_overlap_neither_each_other_nor_a_box_nor_the_border(picks: Picks)
     assert not [one for one, two in itertools.combinations(boxes, 2) if one.overlaps(two)]
     page = figure.bbox
     assert all(page.x0 <= e.x0 and e.x1 <= page.x1 and page.y0 <= e.y0 and e.y1 <= page.y1 for _, e in labels)
-    # Legible at 800 pixels: a line of text stays at least 9 pixels high.
+    # Readable at a width of 800 pixels: a line of text is at least 9 pixels high.
     assert min(extent.height for _, extent in labels) * 800 / page.width >= 9
 
 
@@ -117,7 +117,7 @@ def test_every_pick_and_every_concatenated_state_is_an_edge_of_its_colour() -> N
     assert len(colours) == 4
 
 
-def test_known_operations_have_colours_of_their_kind_and_unknown_ones_a_fallback() -> None:
+def test_operations_have_the_colours_of_their_kinds_or_a_fallback() -> None:
     assert {colour_of(op) for op in OPS} == set(COLOURS.values())
     assert colour_of("fused_conv_7x7") == OTHER_COLOUR
     assert OTHER_COLOUR not in COLOURS.values()
@@ -141,9 +141,9 @@ def test_no_weights_or_weights_of_zero_draw_edges_of_equal_width(weights: list[l
 @pytest.mark.parametrize(
     ("picks", "concat", "weights", "words"),
     [
-        ([[("skip_connect", 2)]], [2], None, "node 0: skip_connect reads state 2"),
+        ([[("skip_connect", 2)]], [2], None, "picks: skip_connect of node 0 reads state 2"),
         ([[("skip_connect", -1)]], [2], None, "state -1"),
-        ([[("skip_connect", 0)]], [3], None, "concat: state 3"),
+        ([[("skip_connect", 0)]], [3], None, "concat: no state 3"),
         ([[("skip_connect", 0)]], [2], [[1.0, 2.0]], "weights: "),
         ([[("skip_connect", 0)]], [2], [[float("nan")]], "weights: "),
     ],
@@ -163,7 +163,7 @@ def test_four_files_that_are_what_they_say(tmp_path: Path) -> None:
     genotype = PUBLISHED["ISTA_twostage"]
     paths = save_genotype_figures(genotype, tmp_path / "cells", weights_normal=[[1.0, 0.5]] * 4)
     assert [p.name for p in paths] == ["normal.svg", "normal.png", "reduce.svg", "reduce.png"]
-    assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # no half-written leftovers
+    assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # No partial files are left.
 
     for path, picks in ((paths[0], genotype.normal), (paths[2], genotype.reduce)):
         texts = Counter(
@@ -184,12 +184,12 @@ def test_the_same_genotype_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
-# --- legible on a light page and on a dark one ---
+# --- readable on a light page and on a dark one ---
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def contrast(one: object, other: object) -> float:
-    """Of two colours, as WCAG 2 defines it: 1 .. 21."""
+    """Return the contrast of two colours as WCAG 2 defines it, 1 .. 21."""
 
     def luminance(colour: object) -> float:
         parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def contrast(one: object, other: object) -> float:
 def test_every_colour_stands_out_from_the_ground_that_it_is_on() -> None:
     assert contrast("white", "black") == pytest.approx(21)
     figure = draw_cell(random_picks(0), range(2, 6), title="cell")
-    assert to_rgba(figure.get_facecolor()) == (1, 1, 1, 1)  # of its own, whatever the page's colour is
+    assert to_rgba(figure.get_facecolor()) == (1, 1, 1, 1)  # Independent of the colour of the page.
     boxes = {patch.get_facecolor() for patch in figure.artists if isinstance(patch, FancyBboxPatch)}
     for text in figure.texts:
         ground = text.get_bbox_patch()
@@ -218,9 +218,8 @@ def test_every_colour_stands_out_from_the_ground_that_it_is_on() -> None:
 
 @pytest.mark.parametrize("cell", ["normal", "reduce"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparent(
-    name: str, cell: str, tmp_path: Path
-) -> None:
+def test_figures_are_readable_and_opaque(name: str, cell: str, tmp_path: Path) -> None:
+    """The smallest text is readable at a width of 800 pixels."""
     svg, png = (
         save_genotype_figures(PUBLISHED[name], tmp_path)[:2]
         if cell == "normal"
@@ -234,7 +233,9 @@ def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparen
         for size in re.findall(r"font(?:-size)?: ?([\d.]+)px", element.get("style", ""))
     ]
     assert len(sizes) >= 8
-    assert min(sizes) * 800 / width >= 7  # the subscripts; names of operations and nodes:
+    assert (
+        min(sizes) * 800 / width >= 7
+    )  # The subscripts. The next line is about the names of operations and nodes.
     assert max(sizes) * 800 / width >= 10
     with Image.open(png) as image:
         assert image.convert("RGBA").getextrema()[3] == (255, 255)
@@ -243,7 +244,7 @@ def test_the_smallest_text_can_be_read_at_800_pixels_and_no_ground_is_transparen
 
 
 def points_of(path: ET.Element) -> np.ndarray:
-    """All points of a path, control points included, (n, 2)."""
+    """Return all points of a path, control points included, (n, 2)."""
     return np.array(re.findall(r"-?[\d.]+", path.get("d", "")), dtype=float).reshape(-1, 2)
 
 
@@ -262,7 +263,7 @@ def test_the_small_drawing_has_the_edges_names_and_boxes_of_the_large_one(picks:
     expected = Counter([*ops, *(f"node {i}" for i in range(len(picks))), "concat"])
     assert texts == expected + Counter(["ck\N{MINUS SIGN}2", "ck\N{MINUS SIGN}1"])
 
-    # Lines begin in a box's middle, under it; heads end at the border of the box that they point at.
+    # Lines begin in the middle of a box; heads end at the border of the box that they point to.
     paths = list(root.iter(f"{SVG}path"))
     curves = [points_of(path) for path in paths if path.get("fill") == "none"]
     heads = [points_of(path) for path in paths if path.get("fill") in {*COLOURS.values(), CONCAT_COLOUR}]
@@ -290,7 +291,7 @@ def test_a_cell_of_one_edge_is_drawn() -> None:
     assert cell_svg([[("skip_connect", 0)]], [], label="cell").count('class="pick"') == 1
 
 
-# --- how the nodes of a one-stage search came to rest ---
+# --- freezing of the nodes of a one-stage search ---
 
 DISTANCES = {
     ("normal", 0): [(1, 0.2), (2, 0.01), (3, 5e-4)],
@@ -311,14 +312,14 @@ def test_every_node_is_a_line_of_its_distances_on_a_logarithmic_axis() -> None:
     for (cell, node), points in DISTANCES.items():
         epochs, heights = found[f"{cell} node {node}"].get_data()
         assert list(epochs) == [epoch for epoch, _ in points]
-        # A distance of 0 has no logarithm: it stands at a thousandth of the tolerance.
+        # A distance of 0 has no logarithm. It is drawn at a thousandth of the tolerance.
         assert list(heights) == pytest.approx([max(distance, 1e-6) for _, distance in points])
     colours = {to_hex(found[f"{cell} node {node}"].get_color()) for cell, node in DISTANCES}
     assert len(colours) == 3
     assert list(found["tolerance"].get_ydata()) == [1e-3, 1e-3]
 
 
-def test_marks_tell_when_and_why_a_node_froze_and_which_epochs_were_rejected() -> None:
+def test_marks_show_when_and_why_nodes_froze_and_rejected_epochs() -> None:
     figure = draw_freezing(DISTANCES, tolerance=1e-3, rejected=[1, 2], frozen=FROZEN)
     marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert [(*line.get_xdata(), *line.get_ydata(), line.get_marker()) for line in marks] == [

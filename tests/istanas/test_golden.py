@@ -1,4 +1,4 @@
-"""Nets against the numbers of the authors' published implementation (golden files, skipped where absent).
+"""Networks compared with numbers of the authors' published implementation (golden files; skipped if absent).
 
 Float64 agreement is asked for in relative norm: only mistakes differ by 1e-9. Float32 logits agree to 1e-5.
 """
@@ -25,7 +25,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def load(path: Path) -> tuple[Arrays, dict[str, Tensor]]:
-    """The golden arrays, and the weights among them in the published key layout."""
+    """Return the golden arrays, and the weights among them in the published key layout."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
     state = {k.removeprefix("param/"): torch.tensor(v) for k, v in arrays.items() if k.startswith("param/")}
@@ -66,7 +66,7 @@ def test_target_logits(
 
 
 def test_the_order_of_picks_matters_to_trained_weights(golden_dir: Path) -> None:
-    """The golden test can fail: with two picks of one kind exchanged, the same weights give other logits."""
+    """The golden test can fail: if two picks of one kind are exchanged, the same weights give other logits."""
     golden, state = load(golden_dir / "target_twostage.npz")
     cell = PUBLISHED["ISTA_twostage"]
     reduce = list(cell.reduce)
@@ -85,9 +85,9 @@ SUPERNETS = [("supernet_twostage", False), ("supernet_onestage", True)]
 def golden_supernet(
     golden_dir: Path, file: str, op_batchnorm: bool, dtype: torch.dtype, codes: str
 ) -> tuple[Arrays, Supernet]:
-    """The golden supernet with the golden codes, or with those that we recover from the golden A and b."""
+    """Return the golden supernet with the golden codes, or with those recovered from the golden A and b."""
     golden, state = load(golden_dir / f"{file}.npz")
-    for cell in CELLS:  # the one-stage file holds b only beside the state dict
+    for cell in CELLS:  # The state dict of the one-stage file does not contain b.
         state.setdefault(f"alphas_{cell}_", torch.tensor(golden[f"b_{cell}"]))
     space = CellSpace()
     net = Supernet(space, 4, 5, 10, op_batchnorm=op_batchnorm).to(dtype)
@@ -113,9 +113,9 @@ def golden_supernet(
 @pytest.mark.parametrize(("file", "op_batchnorm"), SUPERNETS)
 @pytest.mark.parametrize("codes", ["golden", "recovered"])
 def test_supernet_in_float64(golden_dir: Path, file: str, op_batchnorm: bool, codes: str) -> None:
-    """Edge weights, training logits, loss, gradients of b and of the stem: 1e-9 in relative norm."""
+    """Edge weights, training logits, loss, and gradients of b and of the stem agree to 1e-9 in relative norm."""
     golden, net = golden_supernet(golden_dir, file, op_batchnorm, torch.float64, codes)
-    # The golden z is a minimiser to about 1e-10, so its alphas and ours may differ by that much and no more.
+    # The golden z is a minimiser up to about 1e-10, so that its alphas and ours may differ by this much.
     space = net.space
     for cell, nodes in net.edge_weights().items():
         alphas = np.zeros((space.n_edges, space.n_ops))
@@ -184,14 +184,14 @@ def test_search_network_count() -> None:
 
 
 def published_key(name: str) -> str:
-    """The published name of one of our supernet's tensors."""
+    """Return the published name of a tensor of our supernet."""
     name = re.sub(r"^stem\.(stem[01]?)\.", r"\1.", name)
     return re.sub(r"^(cells\.\d+\.)ops\.(\d+)\.(\d+)\.", r"\1_ops.\2._ops.\3.", name)
 
 
 @pytest.mark.parametrize("which", ["active", "frozen"])
 def test_four_one_stage_steps(golden_dir: Path, which: str) -> None:
-    """Weights, alphas and running statistics after four steps, every tensor of the state, in float64.
+    """All weights, alphas and running statistics after four steps agree in float64.
 
     While a node is ACTIVE no batch norm inside its operations is trained; in the second file some nodes are FROZEN.
     """
@@ -228,8 +228,8 @@ def test_four_one_stage_steps(golden_dir: Path, which: str) -> None:
     ours |= {f"alphas_{cell}_": torch.stack([*net.node_alphas(cell)]).detach() for cell in CELLS}
     ours = {k: v for k, v in ours.items() if not k.endswith("num_batches_tracked")}
     assert ours.keys() == end.keys()
-    # A block that no kept operation reads is not computed here; the published code computes it, and with it moves its
-    # running statistics, which no gradient sees.
+    # The published code also computes blocks that no kept operation reads. This changes their running statistics, but
+    # no gradient.
     computed = {id(t) for t in [*net.active_buffers(), *net.parameters()]}
     skipped = {published_key(name) for name, t in net.named_buffers() if id(t) not in computed}
     moved = 0

@@ -1,4 +1,4 @@
-"""The text form of a genotype: read as a literal, refused in one line, never evaluated."""
+"""The text form of a genotype is parsed as a literal and never evaluated. Errors are one line."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ GOOD = f"Genotype(normal={PICKS}, normal_concat=range(2, 3), reduce={PICKS}, red
 
 
 def written(genotype: Genotype) -> str:
-    """A genotype as the published code prints it."""
+    """Return a genotype as the published code prints it."""
     cells = {cell: [pick for node in genotype.picks(cell) for pick in node] for cell in ("normal", "reduce")}
     parts = [f"{cell}={picks}, {cell}_concat=range(2, 6)" for cell, picks in cells.items()]
     return f"Genotype({', '.join(parts)})"

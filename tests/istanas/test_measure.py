@@ -1,4 +1,4 @@
-"""Counting on a network and counting by formula are the same number, whatever the genotype, size and stem; latency."""
+"""Counts on a network equal those of the formula for any genotype, size and stem; latency."""
 
 import time
 from typing import Any
@@ -16,7 +16,7 @@ from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 
 
 def counted(genotype: Genotype, shape: tuple[int, int, int], **options: Any) -> tuple[Cost, Cost]:
-    """(counted on the built network with its auxiliary head, by formula)."""
+    """Return (cost counted on the network with its auxiliary head, cost by the formula)."""
     net = TargetNet(genotype, auxiliary=True, in_channels=shape[0], **options)
     return Cost(count_params(net), count_macs(net, shape)), target_cost(genotype, shape=shape, **options)
 
@@ -68,9 +68,9 @@ def test_formula_with_part_of_the_states_concatenated() -> None:
 
 def test_macs_by_hand() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, stride=2),  # 4 maps of 4x5, 27 taps
-        DepthwiseConv2d(4, 5, 1, 2),  # 25 taps a pixel
-        nn.BatchNorm2d(4),  # not counted
+        nn.Conv2d(3, 4, 3, padding=1, stride=2),  # 4 maps of 4x5 pixels, 27 weights each.
+        DepthwiseConv2d(4, 5, 1, 2),  # 25 weights a pixel.
+        nn.BatchNorm2d(4),  # Not counted.
         nn.Flatten(),
         nn.Linear(80, 10),
     )
@@ -88,7 +88,7 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     with pytest.raises(RuntimeError):
-        count_macs(net, (1, 16, 16))  # a wrong picture
+        count_macs(net, (1, 16, 16))  # A picture with the wrong number of channels.
     assert net.training
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -100,7 +100,7 @@ def test_params_of_a_supernet_include_inactive_operations_and_alphas() -> None:
 
 def test_latency_is_the_time_of_a_pass_and_leaves_the_network_as_it_was() -> None:
     class Sleeper(nn.Module):
-        """Takes a known time, and notes what it is given."""
+        """Takes a known time, and records its inputs."""
 
         def __init__(self) -> None:
             super().__init__()

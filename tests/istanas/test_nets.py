@@ -1,4 +1,4 @@
-"""Nets: operations against the library, picture sizes, strict loading, drop path, and what inactive costs: nothing."""
+"""Networks: operations compared with torch, picture sizes, strict loading, drop path, no cost of inactive parts."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def supernet(
     seed: int = 0,
     **options: Any,
 ) -> Supernet:
-    """A seeded supernet in float64 with codes installed: random ones, or with the supports given."""
+    """Return a seeded supernet in float64 with random codes, or codes with the given supports."""
     space = space or CellSpace()
     torch.manual_seed(seed)
     net = Supernet(space, channels, layers, 5, **options).double()
@@ -56,7 +56,7 @@ def supernet(
     return net
 
 
-# --- depthwise convolution, the one kernel of our own ---
+# --- depthwise convolution ---
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -67,7 +67,7 @@ def supernet(
 def test_depthwise_equals_the_library(
     size: tuple[int, int], kernel: int, stride: int, dilation: int, channels_last: bool
 ) -> None:
-    """Values and both gradients, in float64, with and without a graph."""
+    """Values and both gradients agree in float64, with and without a graph."""
     memory = torch.channels_last if channels_last else torch.contiguous_format
     x = rand(2, 3, *size).contiguous(memory_format=memory)
     weight = rand(3, 1, kernel, kernel, seed=1)
@@ -109,7 +109,7 @@ def test_operation_maps_to_the_ceiling(
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_batch_norms_at_the_end_of_an_operation(name: str) -> None:
-    """Pools and identity get one only where asked for; affine parts only where asked for."""
+    """Pooling and identity have batch norm, and batch norms an affine part, only if requested."""
 
     def batchnorms(**options: Any) -> list[nn.BatchNorm2d]:
         return [m for m in make_operation(name, 4, 1, **options).modules() if isinstance(m, nn.BatchNorm2d)]
@@ -129,7 +129,7 @@ def test_unknown_operation() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (7, 8), (8, 7), (7, 9), (1, 1)])
 @pytest.mark.parametrize("channels", [4, 5])
 def test_factorized_reduce_is_two_strided_convolutions(size: tuple[int, int], channels: int) -> None:
-    """The definition, on a picture padded to even size: conv_1(relu x), conv_2(relu x shifted by one pixel)."""
+    """It is conv_1(relu x), conv_2(relu x shifted by one pixel) of a picture padded to an even size."""
     reduce = FactorizedReduce(3, channels, affine=True).double().eval()
     x = rand(2, 3, *size)
     padded = F.relu(F.pad(x, (0, size[1] % 2, 0, size[0] % 2)))
@@ -140,7 +140,7 @@ def test_factorized_reduce_is_two_strided_convolutions(size: tuple[int, int], ch
     torch.testing.assert_close(reduce(x), reduce.bn(torch.cat(halves, 1)), rtol=1e-12, atol=1e-12)
 
 
-# --- layout in depth ---
+# --- sequence of cells ---
 
 
 def test_reductions_at_a_third_and_two_thirds() -> None:
@@ -164,12 +164,12 @@ def test_any_depth(layers: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"init_channels": 0}, "init_channels, layers are 0, 3"),
-        ({"layers": 0}, "init_channels, layers are 2, 0"),
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"in_channels": 0}, "in_channels is 0"),
-        ({"stem": "mnist"}, "stem is 'mnist': choose cifar or imagenet"),
-        ({"stem": "imagenet", "init_channels": 1}, "init_channels is 1: the imagenet stem"),
+        ({"init_channels": 0}, "init_channels: 0 is too small"),
+        ({"layers": 0}, "layers: 0 is too small"),
+        ({"num_classes": 0}, "num_classes: 0 is too small"),
+        ({"in_channels": 0}, "in_channels: 0 is too small"),
+        ({"stem": "mnist"}, "stem: unknown stem 'mnist'; choose cifar or imagenet"),
+        ({"stem": "imagenet", "init_channels": 1}, "init_channels: 1 is too small for the imagenet stem"),
     ],
 )
 def test_networks_refuse(change: dict[str, Any], message: str) -> None:
@@ -180,12 +180,12 @@ def test_networks_refuse(change: dict[str, Any], message: str) -> None:
 
 
 def test_supernet_refuses_measurements_codes_and_forward_out_of_place() -> None:
-    with pytest.raises(ConfigError, match="n_measurements is 0"):
+    with pytest.raises(ConfigError, match="n_measurements: 0 is too small"):
         Supernet(CellSpace(), 2, 2, 10, n_measurements=0)
     net = Supernet(CellSpace(), 2, 2, 10)
     with pytest.raises(ConfigError, match="install_codes"):
         net(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ConfigError, match="normal cell has 0 codes: its 4 nodes"):
+    with pytest.raises(ConfigError, match="codes: 0 codes for the 4 nodes of the normal cell"):
         net.install_codes({"normal": [], "reduce": []})
 
 
@@ -198,7 +198,7 @@ PICTURES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 33, 40), (2, 9, 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("training", [True, False])
 def test_pictures_of_any_size_from_8x8(shape: tuple[int, int, int], stem: str, training: bool) -> None:
-    """Both networks, the auxiliary head in training; every parameter gets a finite gradient."""
+    """Both networks run, and in training every parameter gets a finite gradient."""
     target = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True, in_channels=shape[0]).train(training)
     search = supernet(stem=stem, in_channels=shape[0]).float().train(training)
     x = rand(3, *shape, dtype=torch.float32)
@@ -216,7 +216,7 @@ def test_pictures_of_any_size_from_8x8(shape: tuple[int, int, int], stem: str, t
 def test_smaller_pictures_are_refused(size: tuple[int, int]) -> None:
     x = torch.zeros(2, 3, *size)
     for net in (TargetNet(TWO_STAGE, 2, 2, 10), supernet().float()):
-        with pytest.raises(ConfigError, match=f"pictures are {size[0]}x{size[1]}: .*8x8.*data.image_size"):
+        with pytest.raises(ConfigError, match=f"pictures of {size[0]}x{size[1]} .*8x8; .*data.image_size"):
             net(x)
 
 
@@ -229,13 +229,13 @@ def test_imagenet_stem_and_head(size: int) -> None:
     logits, auxiliary = net.forward_with_auxiliary(torch.randn(2, 3, size, size))
     assert auxiliary is not None
     assert logits.shape == auxiliary.shape == (2, 1000)
-    # The published ImageNet head has no batch norm behind its last convolution, the CIFAR head has one.
+    # The published CIFAR head has batch norm after its last convolution, the ImageNet head has none.
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.auxiliary_head.modules()) == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("stem", "size", "n_batchnorms"), [("cifar", 8, 2), ("imagenet", 7, 1)])
 def test_auxiliary_head_at_its_published_size(stem: str, size: int, n_batchnorms: int) -> None:
-    """Pooling gives 2x2, the 2x2 convolution 1x1: the very computation of the published sequence."""
+    """Pooling gives 2x2 and the 2x2 convolution 1x1, as in the published sequence."""
     head = AuxiliaryHead(stem, 6, 10).double().eval()
     x = rand(2, 6, size, size)
     assert head.features[:2](x).shape == (2, 6, 2, 2)
@@ -253,7 +253,7 @@ def test_auxiliary_head_trains_on_a_last_batch_of_one_picture(stem: str) -> None
 
 
 def test_auxiliary_head_stands_at_two_thirds_and_only_in_training() -> None:
-    assert auxiliary_position(20) == 13  # the second reduction
+    assert auxiliary_position(20) == 13  # The second reduction.
     net = TargetNet(TWO_STAGE, 2, 3, 10, auxiliary=True)
     widths: list[int] = []
     assert net.auxiliary_head is not None
@@ -266,7 +266,7 @@ def test_auxiliary_head_stands_at_two_thirds_and_only_in_training() -> None:
 
 
 def test_auxiliary_head_takes_the_width_of_its_own_cell() -> None:
-    """Cells may concatenate different numbers of states: the last cell is no measure for the head."""
+    """Cells may concatenate different numbers of states, so that the head's input need not be as wide as the last."""
     genotype = Genotype(TWO_STAGE.normal, TWO_STAGE.reduce, (2, 3, 4, 5), (4, 5))
     net = TargetNet(genotype, 2, 4, 10, auxiliary=True)
     assert net.forward_with_auxiliary(torch.randn(2, 3, 16, 16))[1] is not None
@@ -274,7 +274,7 @@ def test_auxiliary_head_takes_the_width_of_its_own_cell() -> None:
 
 @pytest.mark.parametrize("n_picks", [1, 3])
 def test_target_net_with_any_number_of_inputs_and_part_of_the_states(n_picks: int) -> None:
-    """A node is the sum of its picks, a cell the concatenation of the named states."""
+    """A node is the sum of its picks, and a cell the concatenation of the named states."""
     picks: Picks = ((("skip_connect", 1),) * n_picks, (("skip_connect", 2),))
     genotype = Genotype(picks, picks, normal_concat=(3, 0), reduce_concat=(3,))
     net = TargetNet(genotype, 2, 3, 10).double().eval()
@@ -294,11 +294,11 @@ def test_channels_last_changes_the_memory_and_no_value() -> None:
     torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
 
 
-# --- weights of the published layout ---
+# --- weights in the published layout ---
 
 
 def published_layout(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the published names, without `num_batches_tracked`."""
+    """Return the state dict with the published names, without `num_batches_tracked`."""
     state = {}
     for key, value in net.state_dict().items():
         key = key.removeprefix("stem.").replace(".ops.", "._ops.")
@@ -311,7 +311,7 @@ def published_layout(net: nn.Module) -> dict[str, Tensor]:
 def test_published_layout_loads(stem: str) -> None:
     torch.manual_seed(0)
     source = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True)
-    source(torch.randn(2, 3, 32, 32))  # running statistics that are no initial ones
+    source(torch.randn(2, 3, 32, 32))  # Changes the running statistics.
     net = TargetNet(TWO_STAGE, 4, 3, 10, stem=stem, auxiliary=True)
     state = published_layout(source)
     assert not any("num_batches_tracked" in key for key in state)
@@ -321,7 +321,7 @@ def test_published_layout_loads(stem: str) -> None:
     with_counters = state | {
         "stem.1.num_batches_tracked" if stem == "cifar" else "stem0.1.num_batches_tracked": torch.tensor(7)
     }
-    net.load_darts_state_dict(with_counters)  # they may be there too
+    net.load_darts_state_dict(with_counters)  # They are optional.
     assert (
         net.state_dict()[
             "stem.stem.1.num_batches_tracked" if stem == "cifar" else "stem.stem0.1.num_batches_tracked"
@@ -335,10 +335,10 @@ def test_loading_is_strict_and_all_or_nothing() -> None:
     state = published_layout(TargetNet(TWO_STAGE, 4, 2, 10))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     wrong = {
-        r"lacks classifier.bias \(1 such": {k: v for k, v in state.items() if k != "classifier.bias"},
-        r"unexpected cells.9.x \(1 such": state | {"cells.9.x": torch.zeros(1)},
-        r"another shape for classifier.weight \(1 such": state | {"classifier.weight": torch.zeros(10, 7)},
-        "lacks stem.stem.0.weight": {},
+        r"classifier.bias is missing \(1 such": {k: v for k, v in state.items() if k != "classifier.bias"},
+        r"cells.9.x is unexpected \(1 such": state | {"cells.9.x": torch.zeros(1)},
+        r"classifier.weight is of another shape \(1 such": state | {"classifier.weight": torch.zeros(10, 7)},
+        "stem.stem.0.weight is missing": {},
     }
     for message, bad in wrong.items():
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -351,7 +351,7 @@ def test_loading_is_strict_and_all_or_nothing() -> None:
 
 
 def test_drop_path_statistics() -> None:
-    """Whole pictures are zeroed with the given probability, the others scaled: the mean stays."""
+    """Whole pictures are zeroed with the given probability, and the others are scaled, so that the mean stays."""
     torch.manual_seed(0)
     out = drop_path(torch.ones(20_000, 2, 1, 2), nn.ReLU(), 0.2)
     per_picture = out.flatten(1)
@@ -365,12 +365,12 @@ def test_drop_path_in_training_only_and_never_on_identities() -> None:
     torch.manual_seed(0)
     skips: Picks = ((("skip_connect", 0), ("skip_connect", 1)),)
     pools: Picks = ((("avg_pool_3x3", 0),),)
-    net = TargetNet(Genotype(skips, pools), 2, 1, 10).double().eval()  # one layer: a reduction cell
+    net = TargetNet(Genotype(skips, pools), 2, 1, 10).double().eval()  # A single reduction cell.
     x = rand(4, 3, 8, 8)
     expected = net(x)
     net.drop_path_prob = 1.0 - 1e-9
-    assert torch.equal(net(x), expected)  # eval mode
-    # In training mode, with (almost) everything dropped, a cell of pools is zero and a cell of identities whole.
+    assert torch.equal(net(x), expected)  # In eval mode.
+    # In training mode with almost everything dropped, cells of pools are zero and cells of identities unchanged.
     for picks, remains in ((pools, False), (skips, True)):
         cell = TargetNet(Genotype(picks, pools), 2, 4, 10).double().cells[0]
         s0 = rand(2, 6, 8, 8)
@@ -394,7 +394,7 @@ def test_op_batchnorm_ends_every_operation_of_both_networks() -> None:
 
 
 def test_two_stage_supernet_has_no_affine_parts_in_its_cells() -> None:
-    """The edge weight is the scale: a learnt one beside it would be redundant."""
+    """The edge weight is the scale, so that a trained one would be redundant."""
     bns = [m for m in supernet().cells.modules() if isinstance(m, nn.BatchNorm2d)]
     assert bns
     assert not any(bn.affine for bn in bns)
@@ -405,7 +405,7 @@ def test_two_stage_supernet_has_no_affine_parts_in_its_cells() -> None:
 
 @contextmanager
 def counted(net: nn.Module) -> Iterator[dict[str, int]]:
-    """Forward calls of every module without children, by name."""
+    """Count the forward calls of every module without children, by name."""
     calls: dict[str, int] = {}
     handles = []
     for name, module in net.named_modules():
@@ -424,7 +424,7 @@ def counted(net: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def active_prefixes(net: Supernet, supports: dict[str, list[tuple[int, ...]]]) -> list[str]:
-    """Names of the active operations, derived from the supports alone."""
+    """Return the names of the active operations, derived from the supports alone."""
     names = []
     for i, cell in enumerate(net.cells):
         for node, support in enumerate(supports[cell.kind]):
@@ -447,7 +447,7 @@ def test_forward_runs_exactly_the_active_modules() -> None:
     assert len(active) == 3 * 8
     with counted(net) as calls:
         net(rand(2, 3, 16, 16))
-    # A block that opens with ReLU is entered behind it (the rectified state is shared): that one never runs.
+    # The ReLU at the beginning of a block never runs, because the rectified state is shared.
     ops = {n: c for n, c in calls.items() if ".ops." in n and not n.endswith(".op.0")}
     for name, n_calls in ops.items():
         assert n_calls == any(f"{name}.".startswith(prefix) for prefix in active), name
@@ -456,10 +456,10 @@ def test_forward_runs_exactly_the_active_modules() -> None:
 
 
 def test_profiler_counts_only_the_active_convolutions() -> None:
-    """Not our own book-keeping but the library's: convolutions and pools that ran, forward and backward."""
+    """torch's profiler counts the convolutions and pools that ran, forward and backward."""
     net = supernet(SUPPORTS)
     convolutions = {"sep_conv_3x3": 4, "sep_conv_5x5": 4, "dil_conv_3x3": 2, "dil_conv_5x5": 2}
-    expected_convs, expected_pools = 1, 0  # the stem
+    expected_convs, expected_pools = 1, 0  # The stem.
     for cell in net.cells:
         expected_convs += 3 if cell.preprocess0.__class__ is FactorizedReduce else 2
         for support in SUPPORTS[cell.kind]:
@@ -481,7 +481,7 @@ def test_profiler_counts_only_the_active_convolutions() -> None:
 
 
 def test_supernet_is_the_weighted_sum_of_its_active_operations() -> None:
-    """The cell formula, literally: state_j = sum over picks of alpha_e op_e(state_i)."""
+    """state_j is the sum over its picks of alpha_e op_e(state_i)."""
     net = supernet(SUPPORTS).eval()
     cell, weights = net.cells[0], net.edge_weights()["normal"]
     s = rand(2, 6, 8, 8)
@@ -500,11 +500,11 @@ def test_supernet_genotype_follows_the_codes() -> None:
     g = supernet(SUPPORTS).genotype()
     assert g.normal[0] == (("skip_connect", 0), ("sep_conv_3x3", 1))
     assert g.normal[3] == (("dil_conv_3x3", 3), ("dil_conv_3x3", 4))
-    assert g.reduce[2] == (("dil_conv_3x3", 1), ("dil_conv_5x5", 1))  # two picks on one edge
+    assert g.reduce[2] == (("dil_conv_3x3", 1), ("dil_conv_5x5", 1))  # Two picks on one edge.
 
 
 def test_gradient_of_compressed_alphas_by_finite_differences() -> None:
-    """d loss / d b in float64, in training mode; the code z is a constant, as published."""
+    """Compute d loss / d b in float64 in training mode. The code z is a constant, as published."""
     net = supernet(SUPPORTS).train()
     x, target = rand(3, 3, 8, 8), torch.tensor([0, 1, 4])
 
@@ -528,18 +528,18 @@ def test_gradient_of_compressed_alphas_by_finite_differences() -> None:
         assert float((numeric - b.grad).norm() / b.grad.norm()) < 1e-6
 
 
-# --- what is dead: parts that the output does not depend on ---
+# --- dead parts, on which the output does not depend ---
 
 
 @pytest.mark.parametrize(
     ("reads", "concat", "live"),
     [
         ([[0, 1]], [2], {0, 1, 2}),
-        ([[1, 1], [2, 2]], [2, 3], {1, 2, 3}),  # nobody reads input 0
-        ([[0], [1], [2]], [4], {0, 2, 4}),  # node 1 is dead, and with it input 1
-        ([[0], [2], [3]], [2], {0, 2}),  # a chain of dead nodes
+        ([[1, 1], [2, 2]], [2, 3], {1, 2, 3}),  # No operation reads input 0.
+        ([[0], [1], [2]], [4], {0, 2, 4}),  # Node 1 is dead, and therefore input 1.
+        ([[0], [2], [3]], [2], {0, 2}),  # A chain of dead nodes.
         ([[0], [2], [3]], [4], {0, 2, 3, 4}),
-        ([[0]], [2, 1], {0, 1, 2}),  # an input that is concatenated
+        ([[0]], [2, 1], {0, 1, 2}),  # An input that is concatenated.
         ([[0]], [1], {1}),
     ],
 )
@@ -555,15 +555,15 @@ BOTH, FIRST, SECOND = {0, 1, 2}, {0, 2}, {1, 2}
     [
         (BOTH, BOTH, None, "11111111"),
         (SECOND, BOTH, None, "01111111"),
-        (FIRST, BOTH, None, "01010101"),  # every other cell, without a single reduction
-        (FIRST, FIRST, 4, "11111111"),  # the head's chain beside the last cell's
+        (FIRST, BOTH, None, "01010101"),  # Every other cell, and no reduction.
+        (FIRST, FIRST, 4, "11111111"),  # The cells before the head and before the last cell.
         (FIRST, SECOND, 4, "01010111"),
         (SECOND, SECOND, None, "01111111"),
         (SECOND, FIRST, None, "01101011"),
     ],
 )
 def test_live_places_in_depth(normal: set[int], reduce: set[int], auxiliary: int | None, live: str) -> None:
-    """Six cells, reductions at 2 and 4; by hand from the last cell backwards."""
+    """Six cells with reductions at 2 and 4, computed by hand from the last cell backwards."""
     kinds = ["normal", "normal", "reduce", "normal", "reduce", "normal"]
     found = live_places(kinds, {"normal": normal, "reduce": reduce}, auxiliary)
     assert "".join(str(int(place)) for place in found) == live
@@ -578,7 +578,7 @@ CellForward = Callable[[nn.Module], list[list[tuple[int, nn.Module, Any]]]]
 
 
 def everything(net: Any, x: Tensor, terms: CellForward) -> tuple[Tensor, Tensor | None]:
-    """The network as defined, dead or not: `terms` gives a cell's (state, operation, factor) node by node."""
+    """Compute the network with its dead parts. `terms` has a cell's (state, operation, factor) for each node."""
     if net.stem.kind == "cifar":
         s0 = s1 = net.stem.stem(x)
     else:
@@ -620,7 +620,7 @@ def supernet_terms(net: Supernet, supports: dict[str, list[tuple[int, ...]]]) ->
 
 
 def names_of(net: nn.Module, tensors: list[Any]) -> set[str]:
-    """Names of parameters or buffers, each of which is given once and is the network's own."""
+    """Return the names of parameters or buffers, each of which must occur once and belong to the network."""
     names = {id(t): name for name, t in [*net.named_parameters(), *net.named_buffers()]}
     assert len({id(t) for t in tensors}) == len(tensors)
     return {names[id(t)] for t in tensors}
@@ -631,17 +631,19 @@ def with_gradient(net: nn.Module) -> set[str]:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Up to the rounding of an edge weight that is part of the batch norm's factor, or not."""
+    """Compare up to the rounding of an edge weight inside or outside of the batch norm's factor."""
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 def check_live_parts(net: Any, terms_of: Callable[[Any], CellForward]) -> None:
-    """Values are those of the whole computation, and exactly what is active gets gradients or moves."""
+    """Values are those of the whole computation, and exactly the active parts get gradients or change."""
     x = rand(3, 3, 8, 8)
     with torch.no_grad():
         for buffer in net.buffers():
             if buffer.is_floating_point():
-                buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))  # any batch moves them
+                buffer.uniform_(
+                    0.5, 2.0, generator=torch.Generator().manual_seed(0)
+                )  # Any batch changes them.
     whole = copy.deepcopy(net)
     with torch.no_grad():
         expected = everything(whole.eval(), x, terms_of(whole))[0]
@@ -684,7 +686,7 @@ def check_supernet(supports: dict[str, list[tuple[int, ...]]], layers: int, **op
 
 @st.composite
 def cells(draw: st.DrawFn, n_nodes: int, n_picks: int) -> list[tuple[int, ...]]:
-    """Per node distinct candidates of FEW_OPS, ascending."""
+    """Draw, for each node, distinct candidates of FEW_OPS in rising order."""
     return [
         tuple(
             sorted(
@@ -740,12 +742,12 @@ def test_any_supernet_runs_and_trains_exactly_its_live_parts(
     check_supernet(supports, layers, stem=stem, op_batchnorm=op_batchnorm)
 
 
-CONVOLUTION = 2  # of FEW_OPS: candidates 2, 5, 8 read states 0, 1, 2
+CONVOLUTION = 2  # In FEW_OPS; the candidates 2, 5, 8 read the states 0, 1, 2.
 ON_FIRST, ON_SECOND, ON_BOTH = [(CONVOLUTION,), (8,)], [(5,), (8,)], [(CONVOLUTION,), (5,)]
 
 
 def executed(net: Any) -> set[str]:
-    """Top parts that run in a forward pass: stems, and cells' preprocessing and operations."""
+    """Return the parts that run in a forward pass: stems, and the preprocessing and operations of cells."""
     with counted(net) as calls:
         net(rand(2, 3, 8, 8))
     return {".".join(name.split(".")[:3]) for name, n_calls in calls.items() if n_calls}
@@ -761,8 +763,8 @@ def test_a_normal_cell_that_never_reads_its_first_input() -> None:
     assert net.active_alphas() == net.alphas()
 
 
-def test_a_normal_cell_that_never_reads_its_second_input_kills_every_reduction() -> None:
-    """Six cells: the last reads cell 3, that one cell 1, and that one the second stem."""
+def test_normal_cells_without_second_input_kill_every_reduction() -> None:
+    """Six cells: the last reads cell 3, which reads cell 1, which reads the second stem."""
     for stem in ("cifar", "imagenet"):
         net = check_supernet({"normal": ON_FIRST, "reduce": ON_BOTH}, 6, stem=stem)
         assert [cell.kind for cell in net.cells] == [
@@ -780,18 +782,18 @@ def test_a_normal_cell_that_never_reads_its_second_input_kills_every_reduction()
 
 
 def test_a_dead_second_stem_does_not_run() -> None:
-    """Five cells: the last reads cell 2, that one cell 0, and that one the first stem."""
+    """Five cells: the last reads cell 2, which reads cell 0, which reads the first stem."""
     net = check_supernet({"normal": ON_FIRST, "reduce": ON_BOTH}, 5, stem="imagenet")
     assert {name.split(".")[1] for name in executed(net) if name.startswith("stem.")} == {"stem0"}
     assert not any(name.startswith("stem.stem1") for name in names_of(net, net.active_parameters()))
-    # The reductions come back to life, and the stem with them.
+    # The reductions are live again, and therefore the stem.
     net.install_codes(supernet({"normal": ON_BOTH, "reduce": ON_BOTH}, space=net.space)._codes)
     assert {name.split(".")[1] for name in executed(net) if name.startswith("stem.")} == {"stem0", "stem1"}
     assert net.active_alphas() == net.alphas()
 
 
 def test_a_dead_node_does_not_run() -> None:
-    """Node 1 (state 3) is neither concatenated nor read; drop path draws for what runs only."""
+    """Node 1 (state 3) is neither concatenated nor read. Drop path draws only for operations that run."""
     picks: Picks = (
         (("sep_conv_3x3", 0),),
         (("sep_conv_5x5", 1), ("dil_conv_3x3", 2)),
@@ -811,7 +813,7 @@ def test_a_dead_node_does_not_run() -> None:
     net(rand(4, 3, 8, 8))
     after = torch.rand(1)
     torch.manual_seed(1)
-    for _ in range(3 * 3):  # three cells, three live operations
+    for _ in range(3 * 3):  # Three cells with three live operations.
         torch.empty(4, 1, 1, 1, dtype=torch.float64).bernoulli_(0.5)
     assert torch.equal(torch.rand(1), after)
 
@@ -839,7 +841,7 @@ def test_of_the_whole_space_only_the_active_part_is_trained(sparsity: int) -> No
     assert len(net.active_parameters()) < len(net.weights())
 
 
-def test_active_parts_are_the_networks_own_after_a_copy_or_a_change_of_type() -> None:
+def test_active_parts_are_the_networks_own_after_copy_or_change_of_type() -> None:
     for net in (TargetNet(TWO_STAGE, 2, 3, 10, auxiliary=True), supernet(SUPPORTS)):
         n_parameters, n_buffers = len(net.active_parameters()), len(net.active_buffers())
         for other in (copy.deepcopy(net), net.float(), to_channels_last(net)):
@@ -848,7 +850,7 @@ def test_active_parts_are_the_networks_own_after_a_copy_or_a_change_of_type() ->
 
 
 def test_no_batch_norm_inside_the_operations_is_trained_at_first() -> None:
-    """At the published size of the one-stage search; 96,768 values stand in the middle of separable convolutions."""
+    """At the published size of the one-stage search; 96,768 values are in the middle of separable convolutions."""
     net = Supernet(CellSpace(), 36, 20, 10, op_batchnorm=True)
     codes = {
         cell: [NodeCode(A, torch.zeros(A.shape[1]).double(), (0, 3)) for A in matrices]

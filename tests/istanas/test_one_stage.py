@@ -1,4 +1,4 @@
-"""One-stage search: one step of both optimisers, nodes that freeze and stay, limits, schedules, and going on."""
+"""One-stage search: one step of both optimisers, freezing, limits, schedules, and resuming."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ from tests.ranks import CountingRanks, Outcome, run_ranks
 
 CPU = Compute(torch.device("cpu"))
 ACTIVE, FROZEN = NodeState.ACTIVE, NodeState.FROZEN
-# Alphas that move fast, so that the architecture changes within an epoch of a few steps; none rests by itself.
+# The alphas move fast, so that the architecture changes within an epoch of a few steps, and no node freezes by itself.
 FAST = OneStageSettings(
     max_search_epochs=3, train_epochs=3, arch_lr=0.02, alphas_scale=0.1, termination_tol=0.0, max_params=10
 )
@@ -39,11 +39,11 @@ FIRST, SECOND = ("normal", 0), ("reduce", 1)
 
 
 class Size:
-    """A cost function that says what a test wants it to, and remembers what it was asked about."""
+    """A cost function whose result a test sets, and which records its arguments."""
 
     def __init__(self, *costs: Cost) -> None:
-        self.now = Cost(10, 10)  # what FAST allows, and no more
-        self.first = list(costs)  # of the first questions
+        self.now = Cost(10, 10)  # The limit of FAST.
+        self.first = list(costs)  # The results of the first calls.
         self.asked: list[Genotype] = []
 
     def __call__(self, genotype: Genotype) -> Cost:
@@ -81,7 +81,7 @@ def batch(seed: int, n: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
 
 def run_epoch(search: OneStageSearch, n: int = 2) -> RecoveryReport:
     epoch = search.epoch
-    torch.manual_seed(epoch)  # of drop path, as whoever runs the epochs does
+    torch.manual_seed(epoch)  # Seeds drop path, as the pipeline does.
     search.train_epoch([batch(100 * epoch + i) for i in range(n)], n)
     return search.recover()
 
@@ -96,7 +96,7 @@ def b_of(search: OneStageSearch, place: Place) -> nn.Parameter:
 
 
 def move(search: OneStageSearch, places: list[Place], scale: float = 1.0) -> None:
-    """Displace these nodes' b, and with it their codes; every epoch in another direction."""
+    """Move the b, and thereby the codes, of these nodes, in another direction in every epoch."""
     generator = torch.Generator().manual_seed(search.epoch)
     with torch.no_grad():
         for place in places:
@@ -105,7 +105,7 @@ def move(search: OneStageSearch, places: list[Place], scale: float = 1.0) -> Non
 
 
 def freeze(search: OneStageSearch, places: list[Place]) -> RecoveryReport:
-    """Let exactly these nodes rest: the others' codes move."""
+    """Move the codes of all nodes except these."""
     tolerance = dataclasses.replace(search.settings, termination_tol=1e-6)
     search.settings, before = tolerance, search.settings
     move(search, [place for place in search.active_places() if place not in places])
@@ -127,7 +127,7 @@ def totals() -> Totals:
 
 
 def by_hand(search: OneStageSearch, one: Batch) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of weights and alphas of the loss with the auxiliary head's, on a copy of the network."""
+    """Return the gradients of the loss, that of the auxiliary head included, on a copy of the network."""
     net = copy.deepcopy(search.supernet).train()
     net.zero_grad()
     logits, auxiliary = net.forward_with_auxiliary(one.images)
@@ -139,10 +139,10 @@ def by_hand(search: OneStageSearch, one: Batch) -> tuple[list[Tensor | None], li
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
-def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam_of_the_same_gradient(
+def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam(
     grad_clip: float | None,
 ) -> None:
-    """Two steps by the formulas: momentum, decay, bias correction; alphas are not clipped."""
+    """Two steps follow the formulas with momentum, decay and bias correction. Alphas are not clipped."""
     s = change(grad_clip=grad_clip, weight_decay=0.01, auxiliary_weight=0.4)
     search = make_search(s, dtype=torch.float64, auxiliary=True)
     search.supernet.train()
@@ -178,7 +178,7 @@ def test_a_batch_updates_weights_by_sgd_and_alphas_by_adam_of_the_same_gradient(
     assert len(momentum) == len(search.supernet.active_parameters())
 
 
-def test_the_auxiliary_heads_loss_counts_in_the_gradient_and_not_in_the_figures() -> None:
+def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_metrics() -> None:
     figures, norms = [], []
     for weight in (0.0, 0.4):
         search = make_search(change(auxiliary_weight=weight, grad_clip=None), auxiliary=True)
@@ -194,7 +194,7 @@ def test_the_auxiliary_heads_loss_counts_in_the_gradient_and_not_in_the_figures(
 
 
 def test_an_operation_that_is_not_active_is_left_alone() -> None:
-    """No gradient and no optimiser state, hence neither decay nor momentum."""
+    """They have no gradient and no optimiser state, and therefore neither decay nor momentum."""
     search = make_search(change(weight_decay=0.1))
     search.supernet.train()
     before = [p.detach().clone() for p in search.weights]
@@ -211,7 +211,7 @@ def test_an_operation_that_is_not_active_is_left_alone() -> None:
 
 
 def inner_norms(search: OneStageSearch, place: Place) -> list[tuple[bool, nn.BatchNorm2d]]:
-    """(whether it is active, a batch norm) of every candidate of a node, in every cell of its kind."""
+    """Return (whether it is active, a batch norm) for every candidate of a node in every cell of its kind."""
     net, (kind, node) = search.supernet, place
     active = {(edge, op) for _, edge, op in net.plan(kind)[node]}
     first = net.space.first_edge(node)
@@ -278,7 +278,7 @@ def test_a_frozen_b_leaves_adam_and_its_weights_stay_a_factor() -> None:
     assert torch.equal(weights[0], factors)
     A, z = code.measurement_matrix[:, list(code.support)], code.sparse_code[list(code.support)]
     torch.testing.assert_close(factors.double(), z + A.T @ (value.double() - A @ z), rtol=1e-5, atol=1e-7)
-    # The factor acts: other factors give other logits.
+    # The factors have an effect: other factors give other logits.
     one = batch(0).images
     logits = search.supernet.eval()(one)
     weights = search.supernet.edge_weights()
@@ -290,7 +290,7 @@ def test_a_frozen_b_leaves_adam_and_its_weights_stay_a_factor() -> None:
 
 
 def test_schedules_of_both_phases() -> None:
-    """lr: constant, then cosine after the closing epoch; drop path: 0, then linear, epoch by epoch."""
+    """After the closing epoch the rate falls from its constant (cosine), and drop path rises linearly from 0."""
     s = change(max_search_epochs=2, train_epochs=4, lr_min=0.001, drop_path=0.2)
     search = make_search(s)
     rates: list[float] = []
@@ -314,7 +314,7 @@ def test_schedules_of_both_phases() -> None:
 
 
 def test_the_schedule_starts_an_epoch_after_the_last_freeze() -> None:
-    """An early end of the search moves the training forward; its length stays."""
+    """If the search ends early, the training begins early and has the same length."""
     search = make_search(change(max_search_epochs=50, train_epochs=4))
     freeze(search, [p for p in search.places if p != SECOND])
     assert search.trained_epochs(search.epoch) == 0.0
@@ -328,7 +328,7 @@ def test_the_schedule_starts_an_epoch_after_the_last_freeze() -> None:
 
 
 def published_rates(search_epochs: int, train_epochs: int, lr: float, lr_min: float) -> list[float]:
-    """The learning rate of every epoch as the published loop sets it.
+    """Return the learning rate of every epoch as the published loop sets it.
 
     It steps torch's scheduler after an epoch of the training alone, and trains one epoch after all nodes have frozen
     before it leaves the search.
@@ -364,7 +364,7 @@ def test_learning_rates_of_a_whole_published_run() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "linear_by_epoch"])
 def test_warm_up_at_the_start_and_another_schedule_at_the_end(schedule: str) -> None:
-    """The rate rises over the first epochs of the search, whatever follows, and falls over the training epochs."""
+    """The rate rises over the first epochs, whether or not the search has ended, and falls over the training epochs."""
     s = change(max_search_epochs=6, train_epochs=20, warmup_epochs=4.0, lr=0.4, lr_min=0.0, schedule=schedule)
     search = make_search(s)
     at_start = search.learning_rate
@@ -440,7 +440,7 @@ def test_momentum_is_kept_across_the_switch() -> None:
             expected = expected + s.momentum * kept[p]
             continued += 1
         else:
-            started += 1  # affine parts, and what became active at the switch
+            started += 1  # Affine parts, and operations that became active at the end of the search.
         torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(p.detach(), before[p] - s.lr * expected, rtol=1e-12, atol=1e-14)
     assert continued > 10
@@ -480,7 +480,7 @@ def test_a_node_freezes_by_the_tolerance_and_the_others_by_the_limit() -> None:
     move(search, [p for p in search.active_places() if p != FIRST])
     epoch_without_batches(search)
     assert search.freezings[1:] == [
-        Freezing("normal", 0, 3, "tolerance"),  # it rested in the very last epoch
+        Freezing("normal", 0, 3, "tolerance"),  # Within the tolerance in the last epoch.
         Freezing("normal", 1, 3, "limit"),
         Freezing("reduce", 0, 3, "limit"),
     ]
@@ -502,7 +502,7 @@ def test_the_tolerance_includes_itself(factor: float) -> None:
 
 
 def test_the_distance_is_that_to_the_last_accepted_code() -> None:
-    """Through rejected epochs it adds up; once accepted it starts anew."""
+    """It grows over rejected epochs, and starts from 0 after an acceptance."""
     size = Size()
     search = make_search(change(max_search_epochs=9, termination_tol=1e-6), size=size)
     accepted = search.codes_by_place()
@@ -517,7 +517,7 @@ def test_the_distance_is_that_to_the_last_accepted_code() -> None:
             assert node.distance == pytest.approx(float((z.code.sparse_code - old).norm()), rel=1e-6)
         distances.append({(n.cell, n.node): n.distance for n in report.nodes})
     assert distances[1][FIRST] > distances[0][FIRST] > 1e-3
-    # b stands still, yet nothing rests: what was accepted is far from it.
+    # b does not move, but no node freezes, because the accepted codes are far from it.
     size.now = Cost(1, 1)
     report = epoch_without_batches(search)
     assert [n.distance for n in report.nodes] == pytest.approx(list(distances[1].values()), rel=1e-6)
@@ -530,7 +530,7 @@ def test_the_distance_is_that_to_the_last_accepted_code() -> None:
 @given(data=st.data(), max_search_epochs=st.integers(1, 5))
 @settings(max_examples=20)
 def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
-    """Whatever moves and whatever is too large: within the limit every node is frozen, once, for good."""
+    """After max_search_epochs every node has frozen exactly once, whatever moves or is rejected."""
     size = Size()
     space = CellSpace(n_nodes=2, ops=("skip_connect", "max_pool_3x3", "dil_conv_3x3"), sparsity=1)
     search = make_search(
@@ -581,7 +581,7 @@ def test_any_search_ends(data: st.DataObject, max_search_epochs: int) -> None:
 def test_a_proposal_above_a_limit_is_rejected_and_counted(
     cost: Cost, limits: dict[str, Any], message: str
 ) -> None:
-    """The codes of before stay, and b is not taken back."""
+    """The previous codes are kept, and b is not restored."""
     size = Size()
     search = make_search(change(max_search_epochs=9, **limits), size=size)
     codes, genotype = search.codes_by_place(), search.supernet.genotype()
@@ -593,11 +593,11 @@ def test_a_proposal_above_a_limit_is_rejected_and_counted(
     assert search.n_rejected == 1
     assert all(search.codes_by_place()[place] is code for place, code in codes.items())
     assert search.supernet.genotype() == genotype
-    assert size.asked[-1] != genotype  # the proposal was another one
+    assert size.asked[-1] != genotype  # The rejected architecture was another one.
     assert all(torch.equal(p, old) for p, old in zip(search.alphas, b, strict=True))
     assert not search.freezings
     assert len(search.active_places()) == 4
-    # A limit is a limit, not a wall: the largest that is allowed is accepted, and b goes on from where it was.
+    # An architecture exactly at the limit is accepted, and b continues from where it was.
     size.now = Cost(1000, 2000)
     proposal = size.asked[-1]
     assert epoch_without_batches(search).rejection is None
@@ -606,11 +606,11 @@ def test_a_proposal_above_a_limit_is_rejected_and_counted(
 
 
 def test_a_node_at_rest_freezes_even_if_the_proposal_is_rejected() -> None:
-    """As published: it keeps its last accepted code, and the nodes that moved stay ACTIVE with theirs."""
+    """As published, it keeps its last accepted code, and the nodes that moved stay ACTIVE with theirs."""
     size = Size()
     search = make_search(change(max_search_epochs=9, termination_tol=1e-3), size=size)
     codes = search.codes_by_place()
-    move(search, [FIRST], 1e-7)  # its code moves, and by less than the tolerance
+    move(search, [FIRST], 1e-7)  # Its code moves by less than the tolerance.
     move(search, [p for p in search.places if p != FIRST])
     size.now = TOO_MANY
     report = epoch_without_batches(search)
@@ -620,7 +620,7 @@ def test_a_node_at_rest_freezes_even_if_the_proposal_is_rejected() -> None:
     assert search.freezings == [Freezing(*FIRST, 1, "tolerance")]
     assert all(search.codes_by_place()[place] is code for place, code in codes.items())
     assert [n.state for n in report.nodes if (n.cell, n.node) == FIRST] == ["FROZEN"]
-    # From now on the node takes no part in proposals.
+    # From now on the node is not recovered.
     size.now = Cost(1, 1)
     move(search, search.active_places())
     assert epoch_without_batches(search).rejection is None
@@ -649,7 +649,7 @@ def test_the_last_epoch_freezes_all_even_if_its_proposal_is_rejected() -> None:
     assert [(f.epoch, f.reason) for f in search.freezings] == [(2, "limit")] * 4
     assert all(search.codes_by_place()[place] is code for place, code in before.items())
     assert [n.state for n in report.nodes] == ["FROZEN"] * 4
-    # And what is fixed now is not proposed again.
+    # Frozen nodes are not recovered again.
     size.now = Cost(1, 1)
     assert epoch_without_batches(search).rejection is None
     assert search.n_rejected == 1
@@ -675,7 +675,7 @@ def test_a_proposal_is_both_cells_with_the_frozen_nodes_as_they_are() -> None:
 
 
 def test_limits_by_the_real_formula() -> None:
-    """Fast alphas under a limit that lies between sizes: some epochs are rejected, and no accepted one is too large."""
+    """With a limit between the sizes of architectures some epochs are rejected, and no accepted one is too large."""
 
     def cost(genotype: Genotype) -> Cost:
         return target_cost(
@@ -703,17 +703,18 @@ def firsts(n_rejected: int, seed: int = 0) -> tuple[OneStageSearch, Size]:
     return make_search(size=size, seed=seed, space=space), size
 
 
-def test_a_first_proposal_above_the_limit_is_drawn_again_the_same_way_every_time() -> None:
+def test_a_first_architecture_above_the_limit_is_drawn_again() -> None:
+    """The redraws are the same every time."""
     starts = {}
     for n in (0, 1, 2, MAX_REDRAWS):
         (search, size), (twin, _) = firsts(n), firsts(n)
         assert len(size.asked) == n + 1
         assert size.asked[-1] == search.supernet.genotype()
         assert all(torch.equal(a, b) for a, b in zip(search.alphas, twin.alphas, strict=True))
-        assert search.n_rejected == 0  # proposals of epochs are counted, not starts
+        assert search.n_rejected == 0  # Only epochs count, not the first architectures.
         assert search.first_recovery.rejection is None
         starts[n] = torch.cat([b.detach() for b in search.alphas])
-        search.step(batch(0), totals())  # the gradients go to the b that was drawn last
+        search.step(batch(0), totals())  # The gradients are those of the b that was drawn last.
         assert all(b.grad is not None for b in search.alphas)
     values = list(starts.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
@@ -727,15 +728,15 @@ def test_a_limit_that_no_start_keeps_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         make_search(size=size, space=CellSpace(n_nodes=1, sparsity=1))
     assert str(caught.value) == (
-        "11 parameters are above max_params = 10: nor do 100 other random first architectures keep the limits, "
-        "raise them or lower init_channels or layers"
+        "max_params: 11 parameters are above max_params = 10, and 100 other random first architectures exceed the "
+        "limits, too; raise it, or lower init_channels or layers"
     )
     assert len(size.asked) == 1 + MAX_REDRAWS == 101
     assert len(set(size.asked)) > 10
 
 
 def test_a_node_that_no_live_cell_has_trained_does_not_freeze_by_tolerance() -> None:
-    """Six cells whose normal ones read their first input only: the reductions are dead, their b gets no gradient."""
+    """Normal cells of six cells read only their first input, so that the reductions are dead: b gets no gradient."""
     torch.manual_seed(0)
     net = Supernet(SMALL, 2, 6, 5, in_channels=1, op_batchnorm=True)
     search = OneStageSearch(net, change(termination_tol=1e9), CPU, 0, Size())
@@ -786,7 +787,8 @@ def test_reports_of_active_frozen_and_just_frozen_nodes() -> None:
         assert n.picks == [f"{space.ops[op]}<-{state}" for state, op in picks]
 
 
-def test_a_rejected_report_tells_what_is_kept_and_how_sure_the_proposal_was() -> None:
+def test_the_report_of_a_rejection() -> None:
+    """It has the kept operations and the certificates of the rejected codes."""
     size = Size()
     search = make_search(change(max_search_epochs=9), size=size)
     before = search.first_recovery
@@ -805,7 +807,7 @@ def test_a_rejected_report_tells_what_is_kept_and_how_sure_the_proposal_was() ->
     assert report.metrics()["recovery/support_changes"] == 0.0
 
 
-def test_epoch_metrics_are_means_over_the_pictures_and_validation_changes_nothing() -> None:
+def test_metrics_are_means_over_pictures_and_validation_changes_nothing() -> None:
     search = make_search()
     metrics = search.train_epoch([batch(0), batch(1, n=2)], 2)
     assert metrics.count == 6
@@ -820,7 +822,7 @@ def test_epoch_metrics_are_means_over_the_pictures_and_validation_changes_nothin
 
 
 def test_search_and_training_learn() -> None:
-    """One batch again and again: the loss falls in the search, and further with the fixed architecture."""
+    """On a repeated batch the loss falls in the search, and further with the fixed architecture."""
     s = change(
         max_search_epochs=4, train_epochs=6, lr=0.05, arch_lr=1e-3, drop_path=0.0, auxiliary_weight=0.4
     )
@@ -833,7 +835,7 @@ def test_search_and_training_learn() -> None:
     assert losses[-1] < 0.6 * losses[3]
 
 
-# --- going on as if never stopped ---
+# --- resuming ---
 
 
 def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -890,7 +892,7 @@ def while_training(search: OneStageSearch, _: Size) -> None:
 def test_a_resumed_search_is_bit_identical(
     phase: Callable[[OneStageSearch, Size], None], tmp_path: Path
 ) -> None:
-    """To the end of the training, through a file, into an object of other seeds."""
+    """The state passes through a file into an object of other seeds, which runs to the end of the training."""
     s = change(max_search_epochs=5, train_epochs=3, drop_path=0.3)
     size = Size()
     stopped = make_search(s, size=size, auxiliary=True)
@@ -920,9 +922,9 @@ def test_a_resumed_search_is_bit_identical(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"kind": "two_stage"}, "holds 'two_stage' version 2: this job needs 'one_stage' version 2"),
-        ({"version": 1}, "holds 'one_stage' version 1: this job needs"),
-        ({"kind": None}, "holds None"),
+        ({"kind": "two_stage"}, "'two_stage' version 2 is not 'one_stage' version 2"),
+        ({"version": 1}, "checkpoint: 'one_stage' version 1 is not"),
+        ({"kind": None}, "checkpoint: None version"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused_untouched(other: dict[str, Any], message: str) -> None:
@@ -938,7 +940,7 @@ def test_the_two_searches_refuse_each_others_checkpoints() -> None:
     one = make_search()
     two = TwoStageSearch(Supernet(SMALL, 2, 3, 5, in_channels=1), TwoStageSettings(), CPU, 0)
     for search, state in ((one, two.state_dict()), (two, one.state_dict())):
-        with pytest.raises(CheckpointError, match=f"this job needs '{search.kind}'"):
+        with pytest.raises(CheckpointError, match=f" is not '{search.kind}' version 2, which this job needs"):
             search.load_state_dict(state)
 
 
@@ -949,11 +951,11 @@ RANKED = OneStageSettings(
     train_epochs=2,
     arch_lr=0.05,
     alphas_scale=0.1,
-    termination_tol=0.05,  # a node rests before the limit
-    drop_path=0.0,  # drawn by every rank for its own pictures
+    termination_tol=0.05,  # A node freezes before the last epoch.
+    drop_path=0.0,  # Every rank draws for its own pictures.
     max_params=None,
 )
-PICTURES = 40  # 2 * 16 + 8: the last batch is smaller
+PICTURES = 40  # 2 * 16 + 8, so that the last batch is smaller.
 
 
 def ranked_search(
@@ -967,7 +969,7 @@ def ranked_search(
 
 
 def whole_run() -> dict[str, Any]:
-    """Every gradient, the figures, genotypes and freezings of a search to its end, on this process's share."""
+    """Run a search on this process's share; return all gradients, metrics, genotypes and freezings."""
     ranks = Ranks.current(torch.device("cpu"))
     search = ranked_search(ranks, RANKED, torch.float64, eval_norms=True)
     seen: dict[str, Any] = {"alphas": [], "weights": [], "metrics": [], "genotypes": [], "active": []}
@@ -990,14 +992,14 @@ def whole_run() -> dict[str, Any]:
 
 
 def bytes_per_step() -> dict[str, Any]:
-    """What travels in a step, with all nodes active, with some, with none; and running statistics at an epoch's end."""
+    """Record what a step sends with all, some or no nodes ACTIVE, and what is sent at the end of an epoch."""
     ranks = Ranks.current(torch.device("cpu"))
     counting = CountingRanks(ranks.rank, ranks.size)
     search = ranked_search(counting, change(max_search_epochs=9), torch.float32, eval_norms=False)
     seen = []
     for frozen in ([], [FIRST, SECOND], [("normal", 1), ("reduce", 0)]):
         if frozen:
-            epoch_without_batches(search)  # takes over what the last step moved
+            epoch_without_batches(search)  # Installs the codes of the last step.
             freeze(search, frozen)
         search.supernet.train()
         (one,) = loader(0, 0, 8, ranks, torch.float32)
@@ -1060,7 +1062,7 @@ def test_frozen_alphas_and_inactive_operations_do_not_travel(outcomes: dict[str,
         assert [s["active"] for s in seen] == [4, 2, 0]
         assert [s["alphas"] for s in seen] == [4 * 7 * 4, 2 * 7 * 4, 0]
         assert all(s["sent"] == s["weights"] + s["alphas"] < s["all"] for s in seen)
-        # A node that freezes sends its affine parts instead.
+        # After a node has frozen, its affine parts are sent instead.
         assert seen[0]["affine"] == 0 < seen[1]["affine"] < seen[2]["affine"]
 
 

@@ -1,4 +1,4 @@
-"""Space: the arithmetic of a cell, and genotypes that are read, refused, compared and drawn."""
+"""The space: indices of a cell; reading, checking, comparing and drawing random genotypes."""
 
 import hashlib
 import itertools
@@ -30,7 +30,7 @@ from istanas.sparse import measurement_matrix, recover, top_support
 
 @st.composite
 def cells(draw: st.DrawFn, first_concat: int) -> tuple[Picks, tuple[int, ...]]:
-    """A cell of 1 to 5 nodes with 1 to 4 picks each, and a concatenation of some of its states."""
+    """Draw a cell of 1 to 5 nodes with 1 to 4 picks each, and a concatenation of some of its states."""
     n_nodes = draw(st.integers(1, 5))
     nodes = []
     for node in range(n_nodes):
@@ -128,7 +128,7 @@ def test_sparsity_from_one_to_all_candidates_of_the_first_node(sparsity: int) ->
 @pytest.mark.parametrize("m", [1, 7, 50])
 @pytest.mark.parametrize("sparsity", [1, 3])
 def test_any_number_of_measurements(m: int, sparsity: int) -> None:
-    """m below, between and above the numbers of candidates 14 .. 35: recovery and supernet take it."""
+    """Recovery and supernet accept m below, between and above the numbers of candidates, 14 .. 35."""
     space = CellSpace(sparsity=sparsity)
     b = np.random.default_rng(m).normal(size=m)
     for node in range(space.n_nodes):
@@ -142,7 +142,7 @@ def test_any_number_of_measurements(m: int, sparsity: int) -> None:
 
 @given(st.integers(0, 3), st.integers(1, 2), st.integers(0, 2**32 - 1))
 def test_one_op_per_edge_never_shares_an_edge(node: int, sparsity: int, seed: int) -> None:
-    """Codes with few, clustered and tied nonzeros included: the rule must hold whatever z is."""
+    """The rule holds for any z, such as codes with few, clustered or tied nonzeros."""
     space = CellSpace(sparsity=sparsity, one_op_per_edge=True)
     rng = np.random.default_rng(seed)
     z = rng.integers(-2, 3, space.n_candidates(node)) * rng.random(space.n_candidates(node)).round(1)
@@ -150,7 +150,7 @@ def test_one_op_per_edge_never_shares_an_edge(node: int, sparsity: int, seed: in
     states = [space.split(int(c))[0] for c in support]
     assert len(set(states)) == sparsity
     best = sorted((-np.abs(z).reshape(-1, space.n_ops).max(1)).tolist())[:sparsity]
-    assert sorted((-np.abs(z[support])).tolist()) == best  # the best operation of the best edges
+    assert sorted((-np.abs(z[support])).tolist()) == best  # The best operations of the best edges.
 
 
 def test_without_the_rule_two_picks_may_share_an_edge() -> None:
@@ -190,7 +190,7 @@ def test_digest_ignores_the_order_of_picks(genotype: Genotype, random: Any) -> N
         genotype.reduce_concat,
     )
     assert other.digest() == genotype.digest()
-    assert (other == genotype) == (other.to_dict() == genotype.to_dict())  # the stored order stays
+    assert (other == genotype) == (other.to_dict() == genotype.to_dict())  # The stored order is kept.
 
 
 def test_equality_sees_the_order_that_the_digest_ignores() -> None:
@@ -215,7 +215,7 @@ def test_digests_tell_networks_apart() -> None:
 
 
 def test_digest_is_sha256_of_the_canonical_json() -> None:
-    """Pinned: runs on disk and in MLflow are found again by it."""
+    """The digest must not change, because runs on disk and in MLflow are found by it."""
     g = Genotype(((("skip_connect", 1), ("avg_pool_3x3", 0)),), ((("max_pool_3x3", 1),),))
     canonical = (
         '{"normal":[[["avg_pool_3x3",0],["skip_connect",1]]],"normal_concat":[2],'
@@ -234,7 +234,7 @@ def test_any_number_of_inputs_per_node(n_picks: int) -> None:
 
 
 def edited(**fields: Any) -> dict[str, Any]:
-    """A good one-node genotype as a JSON object, with some fields replaced."""
+    """Return a valid one-node genotype as a JSON object, with some fields replaced."""
     good = {
         "version": 1,
         "normal": [[["skip_connect", 0]]],
@@ -366,7 +366,7 @@ def test_a_state_is_an_integer_in_python_too(state: Any) -> None:
 
 
 def test_skip_ratio() -> None:
-    # ISTA_twostage: two of the eight normal picks are skips, none of the eight others.
+    # In ISTA_twostage, two of the eight normal picks are skips, and none of the eight others.
     assert PUBLISHED["ISTA_twostage"].skip_ratio() == 2 / 16
 
 
@@ -406,7 +406,7 @@ def test_random_genotypes_differ_by_seed_and_cell() -> None:
 
 @pytest.mark.parametrize("one_op_per_edge", [False, True])
 def test_random_genotype_is_uniform(one_op_per_edge: bool) -> None:
-    """Node 1: all pairs of candidates (allowed ones) equally often; chi-squared within 5 deviations."""
+    """All allowed pairs of candidates of node 1 are equally frequent: chi-squared is within 5 deviations."""
     space = CellSpace(n_nodes=2, ops=PRIMITIVES[:3], one_op_per_edge=one_op_per_edge)
     counts = Counter(frozenset(random_genotype(seed, space).normal[1]) for seed in range(3000))
     n_pairs = 27 if one_op_per_edge else 36

@@ -1,4 +1,4 @@
-"""Training steps against literal computations: schedules, seeds, totals, evaluation, loss, clipping."""
+"""Training compared with direct computations: schedules, seeds, totals, evaluation, loss, clipping."""
 
 import copy
 import math
@@ -54,7 +54,7 @@ def test_learning_rate_ends_and_bounds(
     assert at(20.0) == pytest.approx(minimum)
     assert at(warmup) == pytest.approx(base)
     assert at(0.0) == pytest.approx(0.0 if warmup else base)
-    assert at((20.0 + warmup) / 2) == pytest.approx((base + minimum) / 2)  # half-way, both schedules
+    assert at((20.0 + warmup) / 2) == pytest.approx((base + minimum) / 2)  # Half-way the two schedules agree.
     lowest = 0.0 if epoch < warmup else minimum
     assert lowest - 1e-12 <= at(epoch) <= base + 1e-12
 
@@ -78,7 +78,7 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 9, 10, 11, 40])
 def test_linear_by_epoch_keeps_its_rate_within_an_epoch(epochs: int) -> None:
-    """Every length of a run has rates, which fall from the base and stay above 0 in the last epoch."""
+    """For every length of a run the rates fall from the base and are above 0 in the last epoch."""
     rates = [learning_rate(0.5, 0.0, e, epochs, schedule="linear_by_epoch") for e in range(epochs + 1)]
     assert rates[0] == 0.5
     assert rates == sorted(rates, reverse=True)
@@ -106,11 +106,11 @@ def test_seeds_differ_by_every_part_and_fit_a_generator() -> None:
     assert len(set(seeds)) == len(streams)
     assert all(0 <= seed < 2**63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))
-    assert max(seeds) > 2**60  # all bits are used
+    assert max(seeds) > 2**60  # All bits are used.
 
 
 def test_seeds_are_the_same_in_another_process(repo_root: Path) -> None:
-    """No part of Python's own, salted hashes."""
+    """Python's salted hashes are not used."""
     code = "from istanas.training import derive_seed; print(derive_seed(3, 'augment', 7))"
     other = subprocess.run(
         [sys.executable, "-c", code],
@@ -148,11 +148,11 @@ def test_totals_weigh_by_pictures_and_start_empty() -> None:
 @pytest.mark.parametrize("classes", [11, 12, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top5_is_the_share_of_pictures_with_few_larger_logits(classes: int, dtype: torch.dtype) -> None:
-    """By hand: a picture counts if fewer than five logits are larger than that of its class."""
+    """A picture counts if fewer than five logits are larger than that of its class."""
     generator = torch.Generator().manual_seed(classes)
     totals, hits, n = Totals(torch.device("cpu")), 0, 0
     for size in (64, 1, 35):
-        # No two logits of a picture are equal, also in bfloat16: no tie has to be decided.
+        # No two logits of a picture are equal, not even in bfloat16, so that there are no ties.
         logits = torch.stack([torch.randperm(classes, generator=generator) for _ in range(size)]).to(dtype)
         target = torch.randint(classes, (size,), generator=generator)
         totals.add(torch.tensor(1.0), logits, target)
@@ -213,7 +213,9 @@ def test_evaluate_in_low_precision_keeps_the_loss_in_float32() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_diverged_epoch_is_refused(loss: float) -> None:
-    with pytest.raises(IstanasError, match=f"training loss is {loss} in epoch 3: .*learning rate") as caught:
+    with pytest.raises(
+        IstanasError, match=f"training loss is {loss} in epoch 3: .*; lower the learning rate"
+    ) as caught:
         check_finite(Metrics(loss, 0.1, 10), [torch.zeros(1)], 3)
     assert "\n" not in str(caught.value)
 
@@ -243,7 +245,7 @@ def test_clipping_scales_the_joint_norm() -> None:
     torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.0, 0.8]), rtol=1e-5, atol=0)
 
 
-def test_without_gradients_restores_after_an_error_and_leaves_what_was_frozen() -> None:
+def test_without_gradients_restores_after_errors_and_keeps_frozen_ones() -> None:
     trained, frozen = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
     with without_gradients([trained, frozen]):
         assert not (trained * 2).requires_grad
@@ -263,7 +265,7 @@ def test_without_gradients_restores_after_an_error_and_leaves_what_was_frozen() 
 
 
 def literal_smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with the target distribution (1 - e) one-hot + e / K."""
+    """Return the cross-entropy with the target distribution (1 - e) one-hot + e / K."""
     goal = (1 - smoothing) * F.one_hot(target, logits.shape[1]) + smoothing / logits.shape[1]
     return -(goal * logits.log_softmax(1)).sum(1).mean()
 
@@ -275,7 +277,7 @@ def literal_smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor
 def test_one_epoch_is_the_literal_computation(
     smoothing: float, auxiliary_weight: float, grad_clip: float | None, auxiliary: bool
 ) -> None:
-    """Two steps of SGD with momentum and decay, written out, give the same weights and means."""
+    """Two explicit steps of SGD with momentum and decay give the same weights and means."""
     torch.manual_seed(0)
     net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 2, 5, auxiliary=auxiliary).double().eval()
     start, literal = copy.deepcopy(net), copy.deepcopy(net).train()
@@ -303,7 +305,7 @@ def test_one_epoch_is_the_literal_computation(
         total.backward()
         norm = torch.cat([p.grad.flatten() for p in literal.parameters() if p.grad is not None]).norm()
         scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (float(norm) + 1e-6))
-        assert grad_clip is None or scale < 1.0  # clipping is at work
+        assert grad_clip is None or scale < 1.0  # Clipping has an effect.
         with torch.no_grad():
             for name, p in literal.named_parameters():
                 if p.grad is None:
@@ -316,7 +318,7 @@ def test_one_epoch_is_the_literal_computation(
     first, ours, theirs = (
         nn.utils.parameters_to_vector(n.parameters()).detach() for n in (start, net, literal)
     )
-    # The library's smoothed loss agrees with the literal one less closely than the plain one does.
+    # torch's smoothed loss agrees with the formula less closely than the plain one.
     tolerance = 1e-4 if smoothing else 1e-9
     assert (ours - theirs).norm() < tolerance * (theirs - first).norm()
     assert net.training
@@ -351,7 +353,7 @@ def test_a_batchs_weight_scales_its_gradient_and_not_its_figures() -> None:
 
 
 def test_an_epoch_learns() -> None:
-    """Ten passes over one batch: the loss falls by half."""
+    """In ten passes over one batch the loss falls by half."""
     torch.manual_seed(0)
     net = TargetNet(PUBLISHED["ISTA_onestage"], 4, 2, 4, in_channels=1)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

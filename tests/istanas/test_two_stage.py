@@ -1,4 +1,4 @@
-"""Two-stage search: what a step may touch, what recovery certifies, and going on as if never stopped."""
+"""Two-stage search: what a step changes, what recovery certifies, and resuming."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from istanas.sparse import duality_gap, recover, top_support
 from istanas.training import Compute, Totals, learning_rate
 
 CPU = Compute(torch.device("cpu"))
-# Alphas that move fast: an epoch of a few steps then changes the architecture.
+# The alphas move fast, so that an epoch of a few steps changes the architecture.
 FAST = TwoStageSettings(epochs=3, arch_lr=0.02, alphas_scale=0.1)
 
 
@@ -64,7 +64,7 @@ def totals() -> Totals:
 
 
 def parts(net: Supernet) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights and buffers of inactive operations, all else but the alphas), copied."""
+    """Return copies of (weights and buffers of inactive operations, all others except the alphas)."""
     plans = net._plans
     active = {
         f"cells.{i}.ops.{edge}.{op}."
@@ -86,7 +86,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def codes_for(search: TwoStageSearch, supports: list[tuple[int, ...]]) -> dict[str, list[NodeCode]]:
-    """The search's codes, but with these supports in both cells."""
+    """Return the search's codes with these supports in both cells."""
     return {
         cell: [
             dataclasses.replace(code, support=s) for code, s in zip(search.codes[cell], supports, strict=True)
@@ -99,7 +99,7 @@ def codes_for(search: TwoStageSearch, supports: list[tuple[int, ...]]) -> dict[s
 
 
 def test_weight_step_leaves_inactive_operations_bit_for_bit() -> None:
-    """No gradient, no optimiser state, no decay, no momentum, no running statistics."""
+    """They have no gradient and no optimiser state, and no decay, momentum or running statistics change them."""
     search = make_search(dataclasses.replace(FAST, weight_decay=0.1))
     inactive, rest = parts(search.supernet)
     for i in range(3):
@@ -115,7 +115,7 @@ def test_weight_step_leaves_inactive_operations_bit_for_bit() -> None:
 
 
 def test_weights_that_become_inactive_get_neither_decay_nor_momentum() -> None:
-    """With a momentum buffer full and decay on, an operation that left must stay as it was."""
+    """Neither its momentum nor weight decay changes an operation that has become inactive."""
     search = make_search(dataclasses.replace(FAST, weight_decay=0.1))
     a = [(3, 10), (3, 10), (3, 10), (3, 10)]
     b = [(4, 12), (4, 12), (4, 12), (4, 12)]
@@ -136,7 +136,7 @@ def test_weights_that_become_inactive_get_neither_decay_nor_momentum() -> None:
 
 
 def test_optimiser_state_of_an_op_that_comes_back_is_used() -> None:
-    """A, B, A: the step on the return is SGD with the momentum of the first stay, by the formula."""
+    """When an operation becomes active again, its first step uses the momentum of its last one."""
     s = dataclasses.replace(FAST, grad_clip=None)
     search = make_search(s, dtype=torch.float64)
     net, optimizer = search.supernet, search.weight_optimizer
@@ -146,7 +146,7 @@ def test_optimiser_state_of_an_op_that_comes_back_is_used() -> None:
     net.install_codes(codes_for(search, b))
     search.weight_step(batch(1, dtype=torch.float64), totals())
     net.install_codes(codes_for(search, a))
-    p = net.cells[0].ops[0][3].op[2].weight  # sep_conv_3x3 on the first edge: candidate 3 of node 0
+    p = net.cells[0].ops[0][3].op[2].weight  # sep_conv_3x3 on the first edge, candidate 3 of node 0.
     before, buffer = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
     assert buffer.abs().sum() > 0
     search.weight_step(batch(2, dtype=torch.float64), totals())
@@ -166,7 +166,7 @@ def test_weight_step_touches_no_alpha() -> None:
     search.weight_step(batch(2), totals())
     assert all(torch.equal(b, v) for b, v in zip(search.alphas, values, strict=True))
     for b, g, c in zip(search.alphas, gradients, copies, strict=True):
-        assert b.grad is g  # the very tensor: nothing was accumulated into another
+        assert b.grad is g  # The same tensor: no gradient was accumulated.
         assert torch.equal(b.grad, c)
 
 
@@ -182,12 +182,12 @@ def test_alpha_step_touches_no_weight() -> None:
     assert all(p.requires_grad for p in search.weights)
     search.weight_step(batch(1), totals())
     gradients = {p: p.grad.clone() for p in search.weights if p.grad is not None}
-    search.alpha_step(batch(2))  # gradients of the step before neither grow nor vanish
+    search.alpha_step(batch(2))  # Gradients of the previous step are neither added to nor erased.
     assert gradients
     assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in gradients.items())
 
 
-def test_a_batchs_weight_scales_the_gradients_of_both_steps_and_not_the_figures() -> None:
+def test_a_batchs_weight_scales_both_gradients_and_not_the_metrics() -> None:
     gradients, figures = [], []
     for weight in (1.0, 0.25):
         search = make_search(dataclasses.replace(FAST, grad_clip=None), dtype=torch.float64)
@@ -205,8 +205,8 @@ def test_a_batchs_weight_scales_the_gradients_of_both_steps_and_not_the_figures(
     assert figures[0] == figures[1]
 
 
-def test_steps_compute_no_gradient_that_nobody_uses() -> None:
-    """By the library's own account: convolution backwards in an alpha step give input gradients only."""
+def test_steps_compute_no_unused_gradient() -> None:
+    """torch's profiler shows that in an alpha step convolutions compute only input gradients."""
     search = make_search()
 
     def masks(step: Any) -> list[list[bool]]:
@@ -224,7 +224,7 @@ def test_steps_compute_no_gradient_that_nobody_uses() -> None:
 
 
 def test_alpha_step_is_adam_by_the_formula() -> None:
-    """First step with betas 0.5, 0.999 and decay 1e-3: b - lr g / (|g| + eps), g with decay."""
+    """The first step with betas 0.5, 0.999 and decay 1e-3 gives b - lr g / (|g| + eps), where g includes decay."""
     settings = TwoStageSettings(epochs=1, alphas_scale=0.1)
     search = make_search(settings, dtype=torch.float64)
     net = search.supernet.train()
@@ -242,7 +242,7 @@ def test_alpha_step_is_adam_by_the_formula() -> None:
 
 
 def test_weights_are_clipped_by_their_own_norm() -> None:
-    """Alphas' gradients, however large, have no part in the norm."""
+    """Gradients of the alphas are not part of the norm."""
     clip = 0.01
     search = make_search(dataclasses.replace(FAST, grad_clip=clip))
     search.alpha_step(batch(0))
@@ -272,7 +272,7 @@ def test_learning_rate_falls_step_by_step() -> None:
 
 @pytest.mark.parametrize("n_alpha", [1, 2, 3, 5])
 def test_alpha_half_of_another_length(n_alpha: int) -> None:
-    """Shorter: it begins anew, in a new pass; longer: the rest waits. Always one alpha step a weight step."""
+    """Every weight step has one alpha step. A shorter alpha half starts a new pass; a longer one is not used up."""
     search = make_search()
     passes = []
 
@@ -297,7 +297,7 @@ def test_endless_goes_round() -> None:
 
 
 def test_alpha_half_without_batches_is_an_error_not_a_hang() -> None:
-    with pytest.raises(DataError, match="alpha half has 0 batches"):
+    with pytest.raises(DataError, match="alpha half has 0 batches; give"):
         make_search().train_epoch(batches(0), list, n_steps=3)
 
 
@@ -308,13 +308,15 @@ def test_epoch_metrics_are_the_means_of_the_weight_steps() -> None:
     twin.supernet.train()
     for i, ((x, t, _), alpha_batch) in enumerate(zip(batches(0), batches(50), strict=True)):
         twin.alpha_step(alpha_batch)
-        logits = copy.deepcopy(twin.supernet)(x)  # a copy: the forward pass moves running statistics
+        logits = copy.deepcopy(twin.supernet)(
+            x
+        )  # A copy, because the forward pass changes running statistics.
         sums[0] += F.cross_entropy(logits, t, reduction="sum").item()
         sums[1] += int((logits.argmax(1) == t).sum())
         sums[2] += len(t)
         for group in twin.weight_optimizer.param_groups:
             group["lr"] = learning_rate(FAST.lr, FAST.lr_min, i / 3, 3)
-        twin.weight_step((x, t), totals())  # a pair weighs 1
+        twin.weight_step((x, t), totals())  # A pair has the weight 1.
     assert found.loss == pytest.approx(sums[0] / 12, rel=1e-5)
     assert found.top1 == sums[1] / 12
     assert found.count == sums[2] == 12
@@ -347,7 +349,7 @@ def test_recovery_is_certified_and_equals_an_independent_one(solver: str) -> Non
         b = search.supernet.compressed_alphas[r.cell][r.node].detach().double().numpy()
         assert r.gap <= 1e-9
         assert r.converged
-        # Padded among larger nodes or alone, sums round differently: some 1e-15 of P(0).
+        # With padding, sums are rounded differently, by about 1e-15 of P(0).
         assert float(duality_gap(A, b, z)) == pytest.approx(r.gap, rel=1e-3, abs=1e-14)
         other = recover(A, b, solver="clarabel" if solver == "homotopy" else "homotopy")
         np.testing.assert_allclose(z, other.z, atol=1e-4 * np.linalg.norm(z))
@@ -388,7 +390,7 @@ def test_support_changes_and_distances_are_those_of_the_codes() -> None:
         assert metrics["recovery/margin"] == min(r.margin for r in report.nodes if r.margin is not None)
         assert (search.supernet.genotype() != genotype) == (metrics["recovery/support_changes"] > 0)
         changes.append(metrics["recovery/support_changes"])
-    assert sum(changes) > 0  # this search does move
+    assert sum(changes) > 0  # The codes of this search change.
 
 
 def test_recovering_twice_changes_nothing() -> None:
@@ -410,7 +412,7 @@ def test_one_op_per_edge_holds_through_a_search(one_op_per_edge: bool) -> None:
         for cell in CELLS:
             for node in search.supernet.genotype().picks(cell):
                 shared += len(node) - len({state for _, state in node})
-    assert (shared == 0) == one_op_per_edge  # and the rule does decide something here
+    assert (shared == 0) == one_op_per_edge  # The rule has an effect here.
 
 
 @pytest.mark.parametrize(("sparsity", "m"), [(1, 7), (3, 7), (2, 1), (2, 40)])
@@ -477,7 +479,7 @@ def test_every_node_has_a_matrix_and_alphas_of_its_own() -> None:
 
 
 def test_published_start() -> None:
-    """A uniform in [0, 1), 7 rows; b of scale 1e-3."""
+    """A is uniform in [0, 1) with 7 rows, and b has the scale 1e-3."""
     search = make_search(TwoStageSettings())
     values = torch.cat([A.flatten() for A in matrices(search)])
     assert 0.0 <= values.min() < 0.01
@@ -487,11 +489,11 @@ def test_published_start() -> None:
     assert 0.6e-3 < deviation < 1.5e-3
 
 
-# --- going on as if never stopped ---
+# --- resuming ---
 
 
 def flat(state: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of nested containers by its path."""
+    """Return every leaf of nested containers by its path."""
     if isinstance(state, dict):
         items: Iterable[tuple[Any, Any]] = state.items()
     elif isinstance(state, list | tuple):
@@ -513,13 +515,13 @@ def assert_identical(a: Any, b: Any) -> None:
 
 
 def test_resumed_search_is_bit_identical(tmp_path: Path) -> None:
-    """Two epochs straight; one, saved, loaded with weights_only into an object of other seeds, one more."""
+    """Two epochs equal one epoch, loaded with weights_only into an object of other seeds, and another one."""
     straight, stopped = make_search(), make_search()
     run_epoch(straight)
     run_epoch(stopped)
     torch.save(stopped.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    # Other weights, alphas, matrices: whatever the state does not restore will differ.
+    # Weights, alphas and matrices differ, so that all of them must be restored.
     resumed = make_search(dataclasses.replace(FAST, matrix_seed=9), seed=9, weights_seed=9)
     resumed.load_state_dict(state)
     assert_identical(resumed.state_dict(), stopped.state_dict())
@@ -544,9 +546,9 @@ def test_codes_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "one_stage"}, "holds 'one_stage' version 2: this job needs 'two_stage' version 2"),
-        ({"kind": None}, "holds None"),
-        ({"version": 1}, "holds 'two_stage' version 1"),
+        ({"kind": "one_stage"}, "'one_stage' version 2 is not 'two_stage' version 2"),
+        ({"kind": None}, "checkpoint: None version"),
+        ({"version": 1}, "checkpoint: 'two_stage' version 1"),
     ],
 )
 def test_state_of_another_kind_is_refused_untouched(change: dict[str, Any], message: str) -> None:
@@ -560,13 +562,13 @@ def test_state_of_another_kind_is_refused_untouched(change: dict[str, Any], mess
 
 
 def test_search_refuses_a_matrix_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match="'bernoulli': choose from uniform, gaussian"):
+    with pytest.raises(ConfigError, match="unknown matrix 'bernoulli'; choose from uniform, gaussian"):
         make_search(dataclasses.replace(FAST, matrix="bernoulli"))
 
 
 @pytest.mark.parametrize("matrix", ["uniform", "gaussian"])
 def test_search_learns(matrix: str) -> None:
-    """Eight epochs on one batch, no matter that the architecture changes under way: the loss falls."""
+    """In eight epochs on one batch the loss falls although the architecture changes."""
     search = make_search(TwoStageSettings(epochs=8, lr=0.05, matrix=matrix, alphas_scale=0.1))
     one = batch(0, n=10)
     losses = []
@@ -577,6 +579,6 @@ def test_search_learns(matrix: str) -> None:
 
 
 def test_names_in_checkpoints() -> None:
-    """A renamed layer would orphan every checkpoint."""
+    """A renamed layer would make every checkpoint unreadable."""
     names = make_search().supernet.state_dict().keys()
     assert {"stem.stem.0.weight", "cells.0.ops.0.3.op.1.weight", "compressed_alphas.normal.0"} <= names

@@ -23,11 +23,12 @@ from istanas.data import (
     ArrayPictures,
     FilePictures,
     ImageDataset,
-    folders,
     load_dataset,
     pictures_digest,
-    reading,
+    survey_folder,
 )
+from istanas.data.pool import Pool
+from istanas.data.reading import decode_pictures
 from istanas.errors import ConfigError, DataError
 
 CLASSES = ("ant", "bee", "cat")
@@ -106,7 +107,10 @@ def test_digits_can_be_made_larger_but_not_large() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("cifar", r"data\.name: 'cifar' .*did you mean 'cifar10'\?"), ("folder", r"data\.root: not set")],
+    [
+        ("cifar", r"data\.name: 'cifar' .*did you mean 'cifar10'\?"),
+        ("folder", r"data\.root: missing; name"),
+    ],
 )
 def test_arguments_that_name_no_data_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -114,7 +118,7 @@ def test_arguments_that_name_no_data_are_refused(name: str, message: str) -> Non
 
 
 def test_a_picture_without_pixels_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.image_size: 0 .* use 1 or more"):
+    with pytest.raises(ConfigError, match=r"data\.image_size: 0 is too small; use 1 or more"):
         load_dataset("digits", image_size=0)
 
 
@@ -214,7 +218,7 @@ def test_truncated_data_are_an_error_of_one_line(tmp_path: Path) -> None:
 def test_a_download_into_a_place_that_is_none_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(
-        DataError, match=r"data\.download: mnist could not be had in .*; check the network"
+        DataError, match=r"data\.download: mnist could not be downloaded to .*; check the network"
     ) as caught:
         load_dataset("mnist", root=tmp_path / "file", download=True)
     assert "\n" not in str(caught.value)
@@ -297,7 +301,7 @@ def test_a_part_has_a_digest_of_its_own_pictures(folder: Path, load: Callable[..
     assert swapped != digests(8)[0], "what the labels mean counts too"
 
 
-def test_a_grey_folder_has_one_channel_and_one_colour_picture_makes_it_three(
+def test_one_colour_picture_gives_a_grey_folder_three_channels(
     folder: Path, load: Callable[..., ImageDataset]
 ) -> None:
     for i, path in enumerate(sorted(folder.glob("*/*/[0-9].png"))):
@@ -320,7 +324,7 @@ def test_unequal_small_pictures_want_a_size_and_get_it(
         load(folder)
     assert str(caught.value) == (
         f"data.root: {odd} has 14x20 pixels, others have 12x10; "
-        "bring all to one size with --set data.image_size=12"
+        "scale all to one size with --set data.image_size=12"
     )
     dataset = load(folder, image_size=12)
     train, _ = arrays(dataset)
@@ -366,7 +370,7 @@ def test_a_broken_picture_is_named_in_one_line(
     with pytest.raises(DataError) as caught:
         load(folder)
     text = str(caught.value)
-    assert text.startswith(f"data.root: {broken} is no readable picture (")
+    assert text.startswith(f"data.root: {broken} is not a readable picture (")
     assert text.endswith("); replace or delete it")
     assert "\n" not in text
     assert not (tmp_path / "cache").exists()
@@ -375,19 +379,19 @@ def test_a_broken_picture_is_named_in_one_line(
 def test_a_decompression_bomb_is_named_in_one_line(folder: Path, load: Callable[..., ImageDataset]) -> None:
     bomb = folder / "train" / "ant" / "0.png"
     Image.new("1", (20_000, 20_000)).save(bomb)
-    with pytest.raises(DataError, match=r"0\.png is no readable picture \(.*decompression bomb"):
+    with pytest.raises(DataError, match=r"0\.png is not a readable picture \(.*decompression bomb"):
         load(folder, image_size=32)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, r"pictures is no folder; name one that holds train/CLASS"),
+        (shutil.rmtree, r"no such folder: .*pictures; set data.root to a folder with train/CLASS"),
         (lambda f: shutil.rmtree(f / "train"), r"train is missing"),
         (lambda f: shutil.rmtree(f / "test"), r"test is missing"),
         (
             lambda f: list(map(shutil.rmtree, [f / "train" / c for c in CLASSES[1:]])),
-            r"train holds 1 class; ",
+            r"train contains 1 class, at least two are needed; give each class",
         ),
         (
             lambda f: (f / "test" / "dog").mkdir(),
@@ -395,12 +399,12 @@ def test_a_decompression_bomb_is_named_in_one_line(folder: Path, load: Callable[
         ),
         (
             lambda f: [p.unlink() for p in (f / "train" / "bee").glob("?.png")],
-            r"bee holds no picture; add some \(\.bmp",
+            r"bee contains no picture; add some \(\.bmp",
         ),
-        (lambda f: [p.unlink() for p in f.glob("test/*/?.png")], r"test holds no picture"),
+        (lambda f: [p.unlink() for p in f.glob("test/*/?.png")], r"test contains no picture"),
         (
             lambda f: os.mkfifo(f / "train" / "ant" / "9.png"),
-            r"9\.png is no readable picture \(no regular file\)",
+            r"9\.png is not a readable picture \(not a regular file\)",
         ),
     ],
 )
@@ -438,26 +442,38 @@ def test_links_may_lead_around_in_the_folder_but_not_out_of_it(
         load(folder)
 
 
-def test_many_pictures_are_decoded_by_several_processes_as_by_one(
-    folder: Path, load: Callable[..., ImageDataset], monkeypatch: pytest.MonkeyPatch
+def test_a_pool_of_processes_decodes_pictures_as_one_process_does(
+    folder: Path, load: Callable[..., ImageDataset], tmp_path: Path
 ) -> None:
-    seen: list[int] = []
-    alone, _ = arrays(load(folder))
-    os.utime(folder / "train" / "ant" / "0.png", (1, 1))
-    for module in (folders, reading):
-        monkeypatch.setattr(module, "CHUNK", 5)
-        monkeypatch.setattr(module, "POOL_FROM", 10)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    together, _ = arrays(load(folder, progress=lambda done, _: seen.append(done)))
-    assert torch.equal(alone.images, together.images)
-    assert seen == [5, 10, 15, 18]
+    pool = Pool(chunk=5, threshold=10, processes=2)
+    surveyed: list[int] = []
+    decoded: list[int] = []
+
+    def decode() -> np.ndarray:
+        survey = survey_folder(
+            folder,
+            cache_dir=tmp_path / "cache",
+            allow_left_out=False,
+            progress=lambda done, _: surveyed.append(done),
+            keep=False,
+            pool=pool,
+        )
+        settings = survey.decode_settings((255, 255, 255))
+        return decode_pictures(
+            survey.listing.files, None, settings, lambda done, _: decoded.append(done), pool=pool
+        )
+
+    together = decode()
+    train, test = arrays(load(folder))
+    np.testing.assert_array_equal(together, torch.cat([train.images, test.images]))
+    assert surveyed == decoded == [5, 10, 15, 18]
     (folder / "train" / "cat" / "1.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"1\.png is no readable picture") as caught:
-        load(folder)
+    with pytest.raises(DataError, match=r"1\.png is not a readable picture") as caught:
+        decode()
     assert "\n" not in str(caught.value)
     save(folder / "train" / "cat" / "1.png", pixels(9, 12, 3))
     with pytest.raises(DataError, match=r"1\.png has 12x9 pixels, others have 12x10"):
-        load(folder)
+        decode()
 
 
 def test_real_jpeg_pictures(shared_dir: Path, tmp_path: Path, load: Callable[..., ImageDataset]) -> None:
@@ -541,7 +557,7 @@ def test_a_broken_cache_is_made_anew_with_a_warning(
     whole = file.read_bytes()
     assert damage(whole) != whole
     file.write_bytes(damage(whole))
-    with pytest.warns(UserWarning, match=r"broken cache \(.*\); it is made anew"):
+    with pytest.warns(UserWarning, match=r"damaged cache \(.*\); it will be recreated"):
         again = load(folder)
     assert again.digest == first.digest
     assert file.read_bytes() == whole

@@ -326,7 +326,7 @@ def test_deep_grey_pictures_keep_the_upper_8_of_the_bits_they_use(
     used = [*values[:3], peak]
     read = pictures_of(dataset, [0, 1, 2, 3])[:, 0, 0, 0].tolist()
     assert read == [int(value) >> (bits - 8) for value in used]
-    assert dataset.reading.bits == bits
+    assert dataset.decode_settings.bits == bits
     kept = "values 0 to 255 are kept as they are" if bits == 8 else f"the upper 8 of the {bits} bits"
     assert [note for note in dataset.notes if kept in note] == [*dataset.notes[1:]]
     assert len({*read}) == 4
@@ -337,7 +337,7 @@ def test_bits_are_decided_by_the_training_pictures(tmp_path: Path, load: Load) -
     before = load(root)
     bright = save(root / "test" / "ant" / "ant0.png", np.full((8, 8), 60_000, np.uint16))
     dataset = load(root)
-    assert (dataset.reading.bits, dataset.train_digest) == (8, before.train_digest)
+    assert (dataset.decode_settings.bits, dataset.train_digest) == (8, before.train_digest)
     assert images(dataset, "test")[:, 0, 0, 0].tolist() == [255, 200]
     assert dataset.notes[-1] == (
         f"1 picture has values above 255, the largest of 8 bits, such as {bright}: such pixels become white"
@@ -379,7 +379,7 @@ def test_hot_pixels_take_no_bits_from_the_others(side: int, tmp_path: Path, load
     hot_pixel(root / "train" / "bee" / "bee0.png")
     hot_pixel(root / "test" / "ant" / "ant0.png")
     dataset = load(root)
-    assert dataset.reading.bits == 12
+    assert dataset.decode_settings.bits == 12
     assert pictures_of(dataset, [0, 1, 2, 3])[:, 0, -1, -1].tolist() == [0, 700 >> 4, 1400 >> 4, 2100 >> 4]
     assert dataset.notes[-1] == (
         f"3 pictures have values above 4,095, the largest of 12 bits, such as {hot}: such pixels become white"
@@ -394,7 +394,7 @@ def test_a_hundredth_of_the_training_pictures_does_not_decide_the_bits(
     for number in range(96):
         value = 65_535 if number < bright else 4000
         save(root / "train" / "ant" / f"more{number}.png", np.full((8, 8), value, np.uint16))
-    assert load(root).reading.bits == bits
+    assert load(root).decode_settings.bits == bits
 
 
 def tiff(pixels: np.ndarray, **tags: int) -> bytes:
@@ -477,7 +477,7 @@ def png(header: bytes, rows: bytes, transparent: bytes = b"", level: int = -1) -
         (
             "9.tif",
             tiff(np.full((8, 8, 1), 200, np.uint16), planar=1, photometric=0),
-            "16 bits of which 0 is white",
+            "16 bits where 0 is white",
         ),
         ("9.ppm", b"P6\n8 8\n4095\n" + bytes(8 * 8 * 6), "more than 8 bits per channel"),
         ("9.tif", Image.new("F", (8, 8)), "pixels of mode F have no fixed range"),
@@ -500,7 +500,7 @@ def test_pixels_that_would_lose_values_are_refused(
         save(file, content)
     with pytest.raises(DataError, match=why) as caught:
         load(root, image_size=size)
-    assert str(caught.value).startswith(f"data.root: {file} is no readable picture (")
+    assert str(caught.value).startswith(f"data.root: {file} is not a readable picture (")
     assert re.search("; (scale|store) such pictures", str(caught.value))
     assert "replace or delete" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -582,7 +582,7 @@ def test_a_second_split_for_testing_is_counted_and_does_not_stop_a_job(
     dataset = load(root)
     assert len(dataset.test) == 2
     assert dataset.notes[1:] == (
-        f"left out: 4 files of {ignored}/, which is not read where there is {read}/, such as "
+        f"left out: 4 files in {ignored}/, which is ignored because {read}/ exists, such as "
         f"{root}/{ignored}/ant/ant0.png",
     )
 
@@ -613,7 +613,7 @@ def test_one_large_picture_first_does_not_make_a_folder_large(tmp_path: Path, lo
         load(root)
     assert str(caught.value) == (
         f"data.root: {first} has 80x80 pixels, others have 16x16; "
-        "bring all to one size with --set data.image_size=16"
+        "scale all to one size with --set data.image_size=16"
     )
     dataset = load(root, image_size=16)
     assert dataset.notes == (
@@ -690,7 +690,7 @@ def test_pictures_may_have_names_that_are_not_utf8(tmp_path: Path, load: Load) -
     (root / "train" / "ant" / "ant0.png").rename(odd)
     assert pictures_of(load(root), [1])[0, 0, 0, 0] == 0
     odd.write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"ant\\udce9\.png is no readable picture") as caught:
+    with pytest.raises(DataError, match=r"ant\\udce9\.png is not a readable picture") as caught:
         load(root)
     str(caught.value).encode()
 
@@ -720,7 +720,7 @@ def test_any_other_name_is_that_of_a_class(name: str, tmp_path: Path, load: Load
 
 def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: Load) -> None:
     write_folder(tmp_path / "pictures" / "pictures", lambda n: grey(n))
-    with pytest.raises(DataError, match=rf"\(set data\.root={tmp_path}/pictures/pictures\?\)"):
+    with pytest.raises(DataError, match=rf"train is missing; set data\.root={tmp_path}/pictures/pictures$"):
         load(tmp_path / "pictures")
     inner = tmp_path / "pictures" / "pictures"
     (inner / "train").rename(inner / "kept")
@@ -728,7 +728,7 @@ def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: L
     (inner / "kept").rename(inner / "train" / "train")
     with pytest.raises(
         DataError,
-        match=r"holds 1 class; .*\(did you mean to move the folders in .*train/train one level up\?\)",
+        match=r"contains 1 class, .*; move the folders in .*train/train one level up$",
     ):
         load(inner)
 
@@ -750,7 +750,7 @@ def test_a_broken_large_test_picture_is_found_at_the_start(
     broken.write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
     with pytest.raises(DataError) as caught:
         load(root)
-    assert str(caught.value).startswith(f"data.root: {broken} is no readable picture (")
+    assert str(caught.value).startswith(f"data.root: {broken} is not a readable picture (")
     assert str(caught.value).endswith("; replace or delete it")
     broken.unlink()
     without = load(root)
@@ -836,7 +836,7 @@ def test_damage_that_decoders_may_not_notice_is_found(
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
         load(root)
-    assert str(caught.value).startswith(f"data.root: {file} is no readable picture (it is ")
+    assert str(caught.value).startswith(f"data.root: {file} is not a readable picture (it is ")
     assert str(caught.value).endswith("; replace or delete it")
 
 
@@ -865,7 +865,7 @@ def test_an_empty_file_is_called_empty(tmp_path: Path, load: Load) -> None:
     root = write_folder(tmp_path / "pictures", lambda n: grey(n))
     (root / "test" / "bee" / "9.png").touch()
     with pytest.raises(
-        DataError, match=r"9\.png is no readable picture \(the file is empty\); replace or delete it"
+        DataError, match=r"9\.png is not a readable picture \(the file is empty\); replace or delete it"
     ):
         load(root)
 
@@ -878,7 +878,7 @@ def test_all_broken_pictures_are_counted_and_progress_is_told(tmp_path: Path, lo
     assert seen == [(6, 6)], "the second time it is known"
     for name in ("ant", "bee"):
         (root / "test" / name / f"{name}0.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"ant0\.png .*, and one other is not either; replace or delete them"):
+    with pytest.raises(DataError, match=r"ant0\.png .*, nor is one other; replace or delete them"):
         load(root)
 
 

@@ -189,7 +189,7 @@ def test_alone_every_batch_weighs_1_also_a_smaller_last_one(
 
 
 @given(st.integers(3, 60), st.integers(3, 20), st.sampled_from([2, 3]), st.booleans(), st.integers(0, 99))
-def test_the_mean_over_ranks_of_weighted_local_means_is_the_mean_over_all_pictures(
+def test_weighted_means_of_the_ranks_average_to_the_mean_over_all_pictures(
     n: int, batch_size: int, world_size: int, drop_last: bool, seed: int
 ) -> None:
     """Also where the ranks get unequal shares of a batch."""
@@ -235,7 +235,7 @@ def test_indices_outside_the_split_are_refused(digits: ImageDataset, indices: li
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 2, "world_size": 2}, "rank: 2 is none of 2 workers"),
+        ({"rank": 2, "world_size": 2}, "rank: 2 is not the rank of one of 2 workers; use 0 to 1"),
         ({"batch_size": 0}, "batch_size: 0 is too small for 1 workers; use 1 or more"),
         ({"batch_size": 3, "world_size": 4}, "batch_size: 3 is too small for 4 workers"),
         (
@@ -309,7 +309,7 @@ def test_a_large_picture_that_breaks_later_is_named_in_one_line(tmp_path: Path, 
     broken.write_text("no picture")
     with pytest.raises(DataError) as caught:
         list(loader_of(dataset, batch_size=2, workers=workers))
-    assert str(caught.value).startswith(f"data.root: {broken} is no readable picture (")
+    assert str(caught.value).startswith(f"data.root: {broken} is not a readable picture (")
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Certificates against multiprecision arithmetic: what is reported bounds the exact gap, whatever the numbers."""
+"""Certificates compared with multiprecision arithmetic: they bound the exact gap for all inputs."""
 
 import warnings
 
@@ -28,7 +28,7 @@ from istanas.sparse.lasso import estimated_gap
 
 TOL, L1 = 1e-9, 1e-5
 LICENCE_FREE = [solver for solver in SOLVERS if solver != "mosek"]
-exactly = np.frompyfunc(mpmath.mpf, 1, 1)  # a float64 is a multiprecision number without any rounding
+exactly = np.frompyfunc(mpmath.mpf, 1, 1)  # Converts float64 without rounding.
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def _digits():
 
 
 def exact(A, b, z, l1):
-    """(gap, 1/2 ||b||^2, P(z)) of float64 numbers."""
+    """Return the exact (gap, 1/2 ||b||^2, P(z)) of float64 numbers."""
     A, b, z, l1 = exactly(A), exactly(b), exactly(z), mpmath.mpf(l1)
     r = b - A @ z
     correlation = r @ A
@@ -49,7 +49,7 @@ def exact(A, b, z, l1):
 
 
 def check(A, b, z, l1):
-    """The certificate of a code bounds the exact gap in every unit; whether the plain formula certifies falsely."""
+    """Check that the certificate bounds the exact gap; return whether the plain formula would certify falsely."""
     found, (gap, energy, value) = certificate(A, b, z, l1), exact(A, b, z, l1)
     assert gap <= mpmath.mpf(float(found.gap)) * energy
     assert gap <= mpmath.mpf(float(found.decision_gap)) * value
@@ -92,7 +92,7 @@ def test_no_false_certificate_on_random_problems(l1):
 
 
 def furthest(z, other, certified):
-    """The code between z and `other` that is the furthest from z of those that count as certified."""
+    """Return the certified code between z and `other` that is furthest from z."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = 0.5 * (low + high)
@@ -101,7 +101,7 @@ def furthest(z, other, certified):
 
 
 def adversarial(kind, rng, i):
-    """A, b, a code that is hard to certify rightly, and l1.
+    """Return A, b, a code that is hard to certify, and l1.
 
     For odd i the code is the furthest that is certified; for even i, of a large b, that the plain formula certifies.
     """
@@ -120,7 +120,7 @@ def adversarial(kind, rng, i):
         return A, b, z * (1 + 2.0**-52 * rng.integers(-4, 5, len(z))), l1
     if kind == "stopped early":
         away = solved([A], [b], l1, "fista", max_iter=100)[0].z
-    if kind == "huge":  # along what A maps to almost 0
+    if kind == "huge":  # In a direction that A maps to almost 0.
         away = z + 1e6 * scale * np.eye(len(z))[:4].T @ [1.0, -1.0, 1.0, 1.0]
     if i % 2:
         return A, b, furthest(z, away, lambda code: certificate(A, b, code, l1).holds(TOL)), l1
@@ -134,12 +134,12 @@ def test_no_false_certificate_on_adversarial_problems(kind):
     fooled = [check(*case) for case in cases]
     certified = [certificate(*case).holds(TOL) for case in cases]
     assert sum(certified[1::2]) >= 12
-    # The formula without an allowance is not enough, so this test can fail.
+    # The formula without the allowance fails, so that this test can fail.
     assert sum(fooled) >= (0 if kind in ("ulps", "stopped early") else 5)
 
 
 def minimiser(A, b, z, l1):
-    """The exact one with the support and signs of z, or None if it is not or need not be the only one."""
+    """Return the exact minimiser with the support and signs of z, or None if it is not the only one."""
     S = np.flatnonzero(z)
     A, b, l1 = exactly(A), exactly(b), mpmath.mpf(l1)
     right = mpmath.matrix((A[:, S].T @ b - l1 * exactly(np.sign(z[S]))).tolist())
@@ -215,7 +215,7 @@ def test_certificates_do_not_depend_on_the_unit(power):
     for ours, theirs in zip(certificate(*scaled), certificate(A, b, z, 0.1), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-14)
     absolute = duality_gap(*scaled, relative=False)
-    if abs(power) == 900:  # below the smallest number, or above the largest: rounded up
+    if abs(power) == 900:  # Outside of the range of float64, where it is rounded up.
         assert absolute.tolist() == [5e-324 if power < 0 else np.inf] * 5
     else:
         np.testing.assert_allclose(absolute, unit**2 * duality_gap(A, b, z, 0.1, relative=False), rtol=1e-14)
@@ -285,7 +285,7 @@ def test_quantities_of_extreme_b():
     assert not kkt_holds(A, 1e-170 * b, 1e-170 * near)
     assert kkt_violation(A, 1e-170 * b, zero) == 0.0
     assert critical_l1(A, 1e-170 * b) == pytest.approx(1e-170 * critical_l1(A, b), rel=1e-12)
-    # Codes and matrices that leave the range of float64 are not certified, and nothing is warned of.
+    # Codes and matrices outside of the range of float64 are not certified, without numpy's warnings.
     assert duality_gap(A, b, 1e300 * near + 1e300) == np.inf
     assert not certificate(1e300 * A, b, 1e10 * near).holds(TOL)
     assert not kkt_holds(1e300 * A, b, 1e10 * near)
@@ -300,8 +300,8 @@ def test_a_solver_that_breaks_down_says_so_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_solver_that_broke_down_spoils_no_later_node():
+def test_a_failed_solver_does_not_affect_later_nodes():
     A, b = np.random.default_rng(0).random((7, 14)), np.random.default_rng(1).standard_normal(7)
     _problem.cache_clear()
-    assert recover(A, 1e-60 * b, L1, "clarabel").n_iter == 0  # gave up, and the minimiser is 0
+    assert recover(A, 1e-60 * b, L1, "clarabel").n_iter == 0  # The solver failed, and the minimiser is 0.
     assert recover(A, b, L1, "clarabel").converged

@@ -1,4 +1,4 @@
-"""The LASSO's own quantities against their definitions, and the support."""
+"""Quantities of the LASSO compared with their definitions, and the support."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_gap_is_primal_minus_dual(l1):
 
 
 def test_gap_of_a_minimiser_is_never_negative_and_far_below_the_objective():
-    # P - D as a plain difference is negative for many of these, and of the size of the rounding of P(0).
+    # The difference P - D is negative for many of these, because of the rounding of P(0).
     for seed in range(50):
         A, b, _ = problem(seed)
         z = recover(A, b, 1e-5).z
@@ -133,7 +133,7 @@ def test_margin_is_between_the_last_kept_and_the_first_left_out():
 
 
 def test_margin_of_groups_is_of_the_nearest_exchange():
-    """With one of another group, or with the runner-up of a kept candidate's own group."""
+    """It is with a candidate of another group, or with the next one of a kept candidate's own group."""
     z = np.array([5.0, 2.5, 1.0, 2.0, 0.5, 0.125])
     groups = [0, 0, 1, 1, 2, 2]
     assert [support_margin(z, s, groups=groups) for s in (1, 2, 3)] == [2.5, 1.0, 0.375]

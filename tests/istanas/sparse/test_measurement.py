@@ -1,4 +1,4 @@
-"""Measurement matrices; edge weights against their formula, finite differences and the golden file."""
+"""Measurement matrices; edge weights compared with their formula, finite differences and the golden file."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_a_seed_is_a_matrix_and_leaves_the_global_stream_alone():
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
-    # Drawn long ago: A must be the same on every machine and in every release.
+    # A must be the same on every machine and in every release.
     assert first[0, :3].tolist() == pytest.approx([0.9700530018, 0.7078198644, 0.4593829431], abs=1e-9)
 
 

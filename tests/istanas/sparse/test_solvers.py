@@ -1,4 +1,4 @@
-"""One conformance suite for every LASSO solver: theorems first, an independent solver second, edges third."""
+"""A conformance suite for all LASSO solvers: theorems, comparison with an independent solver, edge cases."""
 
 import time
 import warnings
@@ -42,13 +42,13 @@ def exact_solver(request):
 
 
 def published(seed, n_states=3, scale=1.0, m=7):
-    """A node as in the published search: A uniform in [0, 1), seven candidates an edge."""
+    """Return a node as in the published search: A uniform in [0, 1), seven candidates an edge."""
     rng = np.random.default_rng(seed)
     return rng.random((m, 7 * n_states)), scale * rng.standard_normal(m)
 
 
 def easy(seed, m=7, n=14):
-    """Gaussian columns of unit length and a moderate l1: every solver converges in a moment."""
+    """Return Gaussian columns of unit length and a moderate l1, for which every solver converges quickly."""
     rng = np.random.default_rng(seed)
     A = rng.standard_normal((m, n))
     A /= np.linalg.norm(A, axis=0)
@@ -67,7 +67,7 @@ def test_certificate_and_optimality_conditions(solver, seed):
     assert 0.0 <= result.gap <= 1e-9
     assert result.gap == pytest.approx(float(duality_gap(A, b, result.z, l1)), abs=0, rel=1e-12)
     assert result.objective == float(objective(A, b, result.z, l1))
-    # A gap g bounds ||A (z - z*)|| by sqrt(2 g), and with unit columns the correlations by the same.
+    # A gap g bounds ||A (z - z*)|| by sqrt(2 g), and so the correlations, because the columns have norm 1.
     tolerance = np.sqrt(2 * result.gap * 0.5 * b @ b) + 1e-14
     correlation = A.T @ (b - A @ result.z)
     assert np.abs(correlation).max() <= l1 + tolerance
@@ -155,7 +155,7 @@ def test_accelerated_steps_converge_faster():
     assert fast.gap < 0.1 * plain.gap
 
 
-# Edges
+# Edge cases
 
 
 def test_b_of_zero(solver):
@@ -287,7 +287,7 @@ def test_torch_in_torch_out(solver, dtype):
     assert not result.z.requires_grad
     reference = recover(A, parameter.detach().double().numpy(), l1, solver)
     np.testing.assert_allclose(result.z.double().numpy(), reference.z, atol=1e-6)
-    assert result.gap == reference.gap  # the certificate is the float64 code's
+    assert result.gap == reference.gap  # The certificate is that of the float64 code.
 
 
 def test_batches_may_be_stacked_tensors_and_lists():
@@ -358,7 +358,7 @@ def test_a_path_cut_short_is_not_called_converged():
     assert not result.converged
 
 
-def test_mending_alone_finds_the_minimum():
+def test_the_active_set_method_alone_finds_the_minimum():
     from istanas.sparse.homotopy import active_set
 
     A, b = published(6)
@@ -369,7 +369,7 @@ def test_mending_alone_finds_the_minimum():
 
 
 def test_a_batch_is_fast():
-    # The targets are 5 ms and 80 us a node; ten times that still tells a batch from a loop over nodes.
+    # The targets are 5 ms and 80 us a node. Ten times as much still distinguishes a batch from a loop over nodes.
     problems = [published(seed, 2 + seed % 4) for seed in range(2000)]
     As, bs = [A for A, _ in problems], [b for _, b in problems]
     recover_nodes(As[:8], bs[:8])
@@ -439,7 +439,7 @@ def test_golden_first_order_is_right_or_says_that_it_is_not(solver, golden):
     assert scales == ({0, 1, 2} if solver == "fista" else set())
 
 
-# Falling back to other solvers
+# Fallback to other solvers
 
 
 def test_nodes_that_a_solver_fails_on_go_to_the_next_and_only_they():
@@ -509,8 +509,8 @@ def test_a_converged_solver_is_asked_once_and_gives_the_same():
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
-@pytest.mark.parametrize("supports", [None, [[0, 1]]], ids=["anew", "from a support"])
-def test_a_matrix_of_any_scale_is_certified_or_refused_without_numpys_warnings(scale, supports):
+@pytest.mark.parametrize("supports", [None, [[0, 1]]], ids=["without a support", "from a support"])
+def test_a_matrix_of_any_scale_is_certified_or_refused_without_warnings(scale, supports):
     A, b = published(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -96,10 +96,10 @@ def test_pages_of_a_local_store_open_behind_a_proxy(proxy: str, tmp_path: Path, 
 
 def test_ray_address_is_named_where_it_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{unused_port()}"
-    with pytest.raises(IstanasError, match=r"^runtime.address is '127.0.0.1:\d+': nobody answers there"):
+    with pytest.raises(IstanasError, match=r"^runtime.address: no process listens at '127"):
         check_address(address)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(IstanasError, match=r"^RAY_ADDRESS \(unset it to start Ray on this machine\) is '127"):
+    with pytest.raises(IstanasError, match=r"^RAY_ADDRESS: .*, or unset RAY_ADDRESS to start Ray"):
         check_address(address)
     assert Runtime(load(None, ["runtime.workers=1"]).runtime).address_from_environment == address
     elsewhere = load(None, ["runtime.workers=1", "runtime.address=head:1"]).runtime

@@ -15,9 +15,9 @@ from pipeline.base.socket_paths import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, sh
 BATCHES = """
 import torch
 from torch.utils.data import DataLoader
-from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.data_workers import report_lost_workers
 
-with noticing_their_loss(1):
+with report_lost_workers(1):
     print(sum(batch.numel() for batch in DataLoader(torch.zeros(4, 3), batch_size=2, num_workers=1)))
 """
 SESSION = """

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
@@ -83,8 +84,8 @@ def test_a_result_in_a_bucket_outlives_its_pictures(
     code, again, err = istanas(*arguments, capsys=capsys)
     assert (code, json.loads(again[-1])) == (0, json.loads(out[-1]))
     assert [line.partition(": ")[2] for line in err if line.startswith("warning")] == [
-        f"the pictures of this result cannot be looked at any more: data.root: {pictures} is no folder; name one that "
-        "holds train/CLASS/* and test/CLASS/*"
+        f"the pictures of this result cannot be checked any more: data.root: no such folder: {pictures}; set "
+        "data.root to a folder with train/CLASS/* and test/CLASS/*"
     ]
 
 
@@ -101,7 +102,7 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
     (name,) = {key.partition("/")[0] for key in server.objects(prefix)}
     there = server.objects(f"{prefix}/{name}")
     assert json.loads(there["run.json"])["status"] == "FAILED"
-    assert bucket.OWNER_OBJECT not in there
+    assert OWNER_OBJECT not in there
     elsewhere()
     told: list[int] = []
     result = search(place, tell=lambda progress: told.append(progress.epochs))

@@ -169,7 +169,7 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["compare", "one", "two"], "run 'one': unknown"),
         (["results", "--kind", "trial"], "--kind"),
         (["results", "--method", "darts"], "--method"),
-        (["results", "--dataset", "cifar"], "dataset 'cifar': unknown, choose digits, cifar10"),
+        (["results", "--dataset", "cifar"], "dataset 'cifar': unknown; choose digits, cifar10"),
         (["results", "--sweep", "x", "--where", "a"], "--where: --sweep has all trials of one run"),
         (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),
         (["results", "--one-stage", "--sweep", "x"], "two tables, give one of them"),
@@ -293,7 +293,7 @@ def test_a_finished_run_prints_its_result_without_training_again(istanas: Comman
     assert code == 0
     assert json.loads(out) == first
     assert "epoch" not in err
-    assert err.count("finished before") == 2
+    assert err.count("already finished") == 2
     assert {p: p.stat().st_mtime_ns for p in files} == files
 
 
@@ -303,7 +303,7 @@ def test_a_finished_run_is_found_whatever_the_workers_and_needs_none(istanas: Co
         code, out, err = istanas("search", "--config", "tiny.yaml", *place, "--json")
         assert code == 0
         assert json.loads(out) == first
-        assert "finished before" in err
+        assert "already finished" in err
 
 
 def test_fresh_trains_again(istanas: Command) -> None:
@@ -311,7 +311,7 @@ def test_fresh_trains_again(istanas: Command) -> None:
     code, out, _ = istanas("search", "--config", "tiny.yaml", "--fresh")
     assert code == 0
     assert "epoch 2: loss" in out
-    assert "finished before" not in out
+    assert "already finished" not in out
 
 
 def test_a_random_cell_is_retrained_as_a_baseline(istanas: Command, here: Path) -> None:
@@ -402,7 +402,7 @@ def test_without_a_file_a_retraining_is_on_the_pictures_of_its_run(istanas: Comm
     code, _, err = istanas("retrain", "--genotype", "copy")
     assert (code, error_lines(err)) == (
         2,
-        ["error: run copy: has no config.yaml, which says on which pictures to train: give --config"],
+        ["error: run copy: has no config.yaml, which says on which pictures to train; give --config"],
     )
 
 
@@ -414,10 +414,12 @@ def test_a_diverging_run_fails_in_one_line_and_leaves_nothing_running(istanas: C
         assert code == 1
         assert out == ""
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert line.startswith("error: training loss is nan in epoch 1: the run diverged, lower the learning")
+        assert line.startswith(
+            "error: training loss is nan in epoch 1: the run diverged; there is no checkpoint before it; "
+        )
         assert line.endswith(
-            "; there is no checkpoint before it: the same command with --set runtime.on_nan=rollback goes on at the "
-            "start with half of it"
+            "; lower the learning rate (lr) or grad_clip, or resume from the start at half the rate with "
+            "--set runtime.on_nan=rollback"
         )
         assert "Traceback" not in err
         (path,) = (here / "runs").glob(f"tiny-{job}-*")

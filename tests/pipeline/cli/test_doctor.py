@@ -249,7 +249,7 @@ def test_a_folder_val_beside_test_is_a_warning(pictures: Path) -> None:
     shutil.copytree(pictures / "test", pictures / "val")
     check = folder(pictures)
     assert check.state == "warn"
-    assert "left out: 2 files of val/, which is not read where there is test/, such as " in check.message
+    assert "left out: 2 files in val/, which is ignored because test/ exists, such as " in check.message
 
 
 def test_disk(tmp_path: Path) -> None:

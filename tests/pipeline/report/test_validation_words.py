@@ -1,4 +1,4 @@
-"""Validation accuracy has one name, and one sentence says on which pictures it was measured."""
+"""Validation accuracy has one name, and one sentence explains on which pictures it was measured."""
 
 from pathlib import Path
 

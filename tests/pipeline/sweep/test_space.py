@@ -1,4 +1,4 @@
-"""A sweep's space: what can't be dies before anything starts, in one line; conditions hold in what is drawn."""
+"""A sweep's space: errors are found before anything starts, and conditions hold in sampled settings."""
 
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,14 @@ def refusal(folder: Path, space: str, rest: str = "") -> str:
             "method: {choice: [two_stage, one_stage]}\nsearch.train_epochs: {fixed: 3}",
             "add when: {method: one_stage}",
         ),
-        # Each bound is possible alone; that some settings are not together is found among random ones.
+        # Each bound is valid alone; random settings show that some combinations are not.
         (
             "search.lr: {uniform: [0.01, 0.1]}\nsearch.lr_min: {uniform: [0.001, 0.05]}",
             "sweep.space allows search.lr=",
         ),
     ],
 )
-def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: str) -> None:
+def test_an_invalid_space_is_rejected(tmp_path: Path, space: str, line: str) -> None:
     message = refusal(tmp_path, space)
     assert line in message
     assert all(len(each) < 300 for each in message.splitlines())
@@ -129,11 +129,11 @@ def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: st
         ("runtime: {workers: '1:2'}\n", "runtime.workers: 1:2 is a range"),
     ],
 )
-def test_settings_of_a_sweep_that_do_not_fit_are_refused(tmp_path: Path, rest: str, line: str) -> None:
+def test_contradicting_settings_of_a_sweep_are_rejected(tmp_path: Path, rest: str, line: str) -> None:
     assert line in refusal(tmp_path, "search.lr: {uniform: [0.01, 1]}", rest)
 
 
-def test_what_is_judged_on_the_hold_out_needs_one(tmp_path: Path) -> None:
+def test_objectives_on_the_hold_out_need_one(tmp_path: Path) -> None:
     file = write(tmp_path, "search.lr: {uniform: [0.01, 1]}", "  objective: retrained\n")
     with pytest.raises(ConfigError, match=r"data\.holdout: 0 leaves no pictures"):
         load(file, ["data.holdout=0"])
@@ -142,7 +142,7 @@ def test_what_is_judged_on_the_hold_out_needs_one(tmp_path: Path) -> None:
         check_space(load(tmp_path / "both.yaml", ["data.holdout=0"]))
 
 
-def test_a_configuration_without_a_sweep_is_told_so() -> None:
+def test_a_configuration_without_a_sweep_is_rejected() -> None:
     with pytest.raises(ConfigError, match="sweep: no such section; give a configuration with a sweep"):
         check_space(load(None))
 
@@ -155,7 +155,7 @@ def test_a_configuration_without_a_sweep_is_told_so() -> None:
         "search.lr_min: {uniform: [0.00001, 0.00005]}\nsearch.lr: {loguniform: [0.0001, 0.1]}",
     ],
 )
-def test_a_bound_need_not_fit_what_the_space_itself_replaces(tmp_path: Path, space: str) -> None:
+def test_a_bound_may_contradict_a_setting_that_the_space_replaces(tmp_path: Path, space: str) -> None:
     check_space(load(write(tmp_path, space)))
 
 
@@ -167,7 +167,7 @@ def test_a_value_is_checked_where_its_condition_holds(tmp_path: Path) -> None:
     check_space(load(write(tmp_path, space), ["retrain.stem=imagenet", "retrain.init_channels=16"]))
 
 
-def test_a_point_may_not_lose_a_value_to_its_condition(tmp_path: Path) -> None:
+def test_a_value_of_a_point_whose_condition_fails_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(BOTH)
     lost = load(tmp_path / "both.yaml", ["sweep.points=[{search.termination_tol: 0.005}]"])
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_conditions_hold_and_every_trial_has_its_methods_schema(tmp_path: Path) 
         if isinstance(trial, OneStageConfig):
             assert (trial.search.train_epochs, trial.search.test_every) == (3, 0)
             assert 0.001 <= trial.search.termination_tol <= 0.01
-            assert trial.search.init_channels == 36  # what nobody has set is the method's default
+            assert trial.search.init_channels == 36  # the method's default
         else:
             assert 2 <= trial.search.max_epochs <= 4
             assert trial.search.init_channels == 16
@@ -225,7 +225,7 @@ def test_a_one_stage_trial_that_is_retrained_needs_its_batch_norms(tmp_path: Pat
     assert not trial_config(config, {"method": "two_stage"}).retrain.op_batchnorm
 
 
-def test_a_sweep_survives_being_written(tmp_path: Path) -> None:
+def test_a_written_sweep_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(BOTH)
     config = load(tmp_path / "both.yaml")
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -252,7 +252,7 @@ def test_what_decides_a_sweep_is_in_its_hash(tmp_path: Path, override: str, same
     assert equal is same
 
 
-def test_nothing_and_lists_are_values_too(tmp_path: Path) -> None:
+def test_null_and_lists_are_values(tmp_path: Path) -> None:
     space = """
 space.ops: {choice: [[skip_connect, sep_conv_3x3], [skip_connect, max_pool_3x3, dil_conv_3x3]]}
 search.max_pictures: {choice: [null, 500]}

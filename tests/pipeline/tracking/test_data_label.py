@@ -1,4 +1,4 @@
-"""What a registered model is called: own pictures by their folder, no two data sets alike."""
+"""Labels of data sets and names of registered models: every picture folder has its own."""
 
 import dataclasses
 from pathlib import Path

@@ -167,7 +167,7 @@ def test_of_a_sweep_those_of_its_best_trial_on_all_training_pictures(
     (project / "pictures").rename(project / "elsewhere")
     again, said = command(capsys, "sweep", "--config", "tiny.yaml")
     assert again == swept
-    assert "warning: the pictures of this result cannot be looked at any more" in said
+    assert "warning: the pictures of this result cannot be checked any more" in said
     (project / "elsewhere").rename(project / "pictures")
     sweep = Path(swept["run_dir"])
     for file in (

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from istanas.errors import IstanasError
 from pipeline.base.interruption import signals_interrupt
 from pipeline.runs.directory import RunDir
-from pipeline.training.data_workers import noticing_their_loss
+from pipeline.training.data_workers import report_lost_workers
 
 BIG = """
 data: {name: folder, root: pictures}
@@ -53,16 +53,16 @@ class Items(Dataset[Any]):
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "can't send"])
 def test_a_lost_data_worker_is_one_line_with_the_remedy(killed: bool) -> None:
-    with pytest.raises(IstanasError) as caught, noticing_their_loss(1):
+    with pytest.raises(IstanasError) as caught, report_lost_workers(1):
         next(iter(DataLoader(Items(killed), batch_size=None, num_workers=1)))
     text = str(caught.value)
-    assert text.startswith("runtime.data_workers is 1: a process that decodes pictures was lost (DataLoader ")
+    assert text.startswith("runtime.data_workers: a process that decodes pictures was lost (DataLoader ")
     assert "set runtime.data_workers=0" in text
     assert "\n" not in text
 
 
 def test_other_errors_beside_data_workers_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^mat1 and mat2$"), noticing_their_loss(1):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2$"), report_lost_workers(1):
         raise RuntimeError("mat1 and mat2")
 
 
@@ -106,7 +106,7 @@ def test_a_small_dev_shm_ends_the_job_with_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: runtime.data_workers is 2: a process that decodes pictures was lost ")
+    assert line.startswith("error: runtime.data_workers: a process that decodes pictures was lost ")
     assert "/dev/shm has 1 MB" in line
     (path,) = (tmp_path / "runs").iterdir()
     assert RunDir(path).read().status == "FAILED"

@@ -35,7 +35,8 @@ from pipeline.training.epoch_record import (
     read_records,
 )
 from pipeline.training.loop import retrain_worker, search_worker, trained_network
-from pipeline.training.pictures import holdout_indices, open_dataset, search_split, training_indices
+from pipeline.training.pictures import open_dataset
+from pipeline.training.splits import Splits, splits_of
 from tests.ranks import run_ranks
 
 TINY = [
@@ -163,61 +164,79 @@ def class_counts(dataset: ImageDataset, indices: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("holdout", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize("max_pictures", [None, 500])
 @pytest.mark.parametrize("alpha_fraction", [0.5, 0.3])
-def test_the_parts_of_a_search_are_disjoint_stratified_and_leave_the_holdout_alone(
+def test_splits_of_a_search_are_disjoint_and_stratified(
     digits: ImageDataset, holdout: float, max_pictures: int | None, alpha_fraction: float
 ) -> None:
     limit = "null" if max_pictures is None else max_pictures
     config = tiny(
         f"data.holdout={holdout}", f"search.max_pictures={limit}", f"search.alpha_fraction={alpha_fraction}"
     )
-    split, kept = search_split(config, digits), holdout_indices(config, digits)
-    parts = [split.weights, split.alphas] + ([] if kept is None else [kept])
+    splits = splits_of(config, digits, "search")
+    kept, alphas = splits.holdout, splits.alpha_half()
+    parts = [splits.training, alphas] + ([] if kept is None else [kept])
     everything = torch.cat(parts)
     assert len(everything.unique()) == len(everything), "a picture is in two parts"
     n = len(digits.train)
     total = n - round(holdout * n) if max_pictures is None else max_pictures
-    assert len(split.weights) + len(split.alphas) == total
-    assert len(split.alphas) == round(alpha_fraction * total)
+    assert len(splits.training) + len(alphas) == total
+    assert len(alphas) == round(alpha_fraction * total)
     share = class_counts(digits, torch.arange(n)) / n
     for part in parts:
         # Up to three draws, each within one picture a class.
         assert (class_counts(digits, part) - share * len(part)).abs().max() <= 3
     if kept is not None:
         assert len(kept) == round(holdout * n)
-        trainable = training_indices(config, digits)
+        trainable = splits_of(config, digits, "retrain").training
         assert torch.equal(torch.cat([trainable, kept]).sort().values, torch.arange(n))
-        assert torch.isin(torch.cat([split.weights, split.alphas]), trainable).all()
+        assert torch.isin(torch.cat([splits.training, alphas]), trainable).all()
 
 
 def test_without_a_holdout_retraining_may_use_every_training_picture(digits: ImageDataset) -> None:
-    assert torch.equal(training_indices(tiny(), digits), torch.arange(len(digits.train)))
-    assert holdout_indices(tiny(), digits) is None
+    splits = splits_of(tiny(), digits, "retrain")
+    assert torch.equal(splits.training, torch.arange(len(digits.train)))
+    assert splits.alphas is splits.holdout is None
 
 
 def test_splits_follow_from_the_seed(digits: ImageDataset) -> None:
-    one, same, other = (search_split(tiny(f"seed={s}", "search.max_pictures=500"), digits) for s in (0, 0, 1))
-    assert torch.equal(one.weights, same.weights)
-    assert torch.equal(one.alphas, same.alphas)
-    assert not torch.equal(one.weights, other.weights)
+    def split(seed: int, dataset: ImageDataset) -> Splits:
+        return splits_of(tiny(f"seed={seed}", "search.max_pictures=500"), dataset, "search")
+
+    copy = dataclasses.replace(digits)  # splits are computed once per data set, so not those of `digits`
+    one, same, other = split(0, digits), split(0, copy), split(1, digits)
+    assert one is not same
+    assert torch.equal(one.training, same.training)
+    assert torch.equal(one.alpha_half(), same.alpha_half())
+    assert not torch.equal(one.training, other.training)
+
+
+def test_splits_are_computed_once_for_a_data_set_and_its_settings(digits: ImageDataset) -> None:
+    one = splits_of(tiny(), digits, "search")
+    assert splits_of(tiny("search.lr=0.01", "retrain.lr=0.01"), digits, "search") is one
+    decisive = ("seed=1", "data.holdout=0.1", "search.max_pictures=500", "search.alpha_fraction=0.3")
+    others = [splits_of(tiny(override), digits, "search") for override in decisive]
+    retraining = splits_of(tiny(), digits, "retrain")
+    assert len({id(each) for each in (one, retraining, *others)}) == 2 + len(decisive)
+    again = splits_of(tiny(), digits, "search")  # computed again, because only the newest ones are kept
+    assert torch.equal(again.training, one.training)
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["search.max_pictures=2000"], "search.max_pictures is 2000, above the 1438"),
-        (["search.max_pictures=1438", "data.holdout=0.1"], "search.max_pictures is 1438, above the 1294"),
-        (["search.alpha_fraction=1e-9"], "search.alpha_fraction is 1e-09"),
+        (["search.max_pictures=2000"], "search.max_pictures: 2000 is above the 1438"),
+        (["search.max_pictures=1438", "data.holdout=0.1"], "search.max_pictures: 1438 is above the 1294"),
+        (["search.alpha_fraction=1e-9"], "search.alpha_fraction: 1e-09 leaves"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(digits: ImageDataset, overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        search_split(tiny(*overrides), digits)
+        splits_of(tiny(*overrides), digits, "search")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_that_do_not_fit_the_pictures_are_refused_before_any_work() -> None:
-    with pytest.raises(ConfigError, match=r"retrain\.cutout is 9, above the pictures' side of 8: lower it"):
+    with pytest.raises(ConfigError, match=r"retrain\.cutout: 9 is above the pictures' side of 8; lower it"):
         open_dataset(tiny("retrain.cutout=9"), ("search", "retrain"))
     assert open_dataset(tiny("retrain.cutout=9"), ("search",)).height == 8
     assert open_dataset(tiny("data.image_size=16", "retrain.cutout=9"), ("retrain",)).height == 16
@@ -273,7 +292,7 @@ def test_the_test_split_chooses_nothing_in_retraining(few: ImageDataset, tmp_pat
 @pytest.mark.parametrize("job", ["search", "retrain"])
 def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path, job: str) -> None:
     config = tiny("data.holdout=0.2", f"{job}.epochs=1")
-    kept = holdout_indices(config, few)
+    kept = splits_of(config, few, "retrain").holdout
     assert kept is not None
     assert isinstance(few.train, ArrayPictures)
 
@@ -291,7 +310,7 @@ def test_holdout_pictures_are_never_trained_on(few: ImageDataset, tmp_path: Path
     plain, plain_record = result("plain", nothing)
     changed, changed_record = result("kept", kept)
     assert plain == changed
-    one_trained = training_indices(config, few)[:1]
+    one_trained = splits_of(config, few, "retrain").training[:1]
     assert plain != result("trained", one_trained)[0], "a training picture has no influence"
     if job == "retrain":  # the hold-out is what is measured
         assert plain_record.metrics["valid/loss"] != changed_record.metrics["valid/loss"]
@@ -304,9 +323,7 @@ def test_retraining_takes_every_training_picture_once_an_epoch(few: ImageDataset
     assert watcher.steps == [(epoch, step, 5) for epoch in (0, 1) for step in range(1, 6)]
 
 
-def test_a_last_batch_of_one_picture_is_left_out_because_batch_norm_needs_two(
-    few: ImageDataset, tmp_path: Path
-) -> None:
+def test_a_last_batch_of_one_picture_is_left_out(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
     config = tiny("retrain.batch_size=299", "retrain.epochs=1")
     retrain(config, few, tmp_path, watcher)
@@ -349,7 +366,7 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
 
 
 @pytest.mark.parametrize("method", ["two_stage", "one_stage"])
-def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said(
+def test_another_solver_recovers_nodes_that_the_first_failed_on(
     few: ImageDataset, tmp_path: Path, method: str
 ) -> None:
     sizes = {"two_stage": "epochs: 2", "one_stage": "max_search_epochs: 2, train_epochs: 0"}[method]
@@ -375,7 +392,7 @@ def test_nodes_that_the_solver_failed_on_are_recovered_by_another_and_it_is_said
     assert "space.solver" not in describe(asked[-1])
 
 
-def test_retraining_measures_the_test_split_as_often_as_asked_and_at_the_end(
+def test_retraining_measures_the_test_split_at_intervals_and_at_the_end(
     few: ImageDataset, tmp_path: Path
 ) -> None:
     config = tiny("retrain.epochs=3", "retrain.test_every=2")
@@ -437,7 +454,7 @@ def test_a_job_stopped_in_an_epoch_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
-def test_a_job_that_is_told_not_to_go_on_ends_with_the_epoch_and_goes_on_as_if_it_had_not(
+def test_a_job_that_stops_after_an_epoch_resumes_as_if_it_had_not(
     few: ImageDataset, whole: dict[str, Any], tmp_path: Path, job: str
 ) -> None:
     for done in (1, 2):
@@ -546,19 +563,21 @@ def test_the_trained_network_has_the_figures_that_were_measured(few: ImageDatase
 
 
 def test_a_network_that_is_not_trained_to_the_end_is_not_given_out(few: ImageDataset, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken") as caught:
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is missing or damaged") as caught:
         trained_network(tiny(), GENOTYPE, few, tmp_path)
     assert "\n" not in str(caught.value)
     retrain(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
-    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is broken"):
+    with pytest.raises(CheckpointError, match="the last epoch's checkpoint is missing or damaged"):
         trained_network(tiny(), GENOTYPE, few, tmp_path)
     retrain(tiny(), few, tmp_path)
-    with pytest.raises(CheckpointError, match="not of this genotype's retraining, use --fresh"):
+    with pytest.raises(
+        CheckpointError, match="not belong to the retraining of this genotype; start over with --fresh"
+    ):
         trained_network(tiny(), random_genotype(2, CellSpace(n_nodes=2)), few, tmp_path)
     (tmp_path / "epoch-0002.pt").write_bytes(b"")
     with (
         pytest.warns(BrokenCheckpointWarning),
-        pytest.raises(CheckpointError, match="the same command trains it again"),
+        pytest.raises(CheckpointError, match="run the same command again to train it"),
     ):
         trained_network(tiny(), GENOTYPE, few, tmp_path)
 
@@ -567,7 +586,9 @@ def test_checkpoints_of_another_job_or_genotype_are_refused(few: ImageDataset, t
     config = tiny("retrain.epochs=1", "search.epochs=1")
     retrain(config, few, tmp_path)
     other = random_genotype(2, CellSpace(n_nodes=2))
-    with pytest.raises(CheckpointError, match="not of this genotype's retraining, use --fresh"):
+    with pytest.raises(
+        CheckpointError, match="not belong to the retraining of this genotype; start over with --fresh"
+    ):
         retrain(config, few, tmp_path, genotype=other)
 
 
@@ -595,22 +616,20 @@ def test_a_whole_checkpoint_that_is_not_of_the_job_is_one_line(
         lambda: trained_network(config, GENOTYPE, few, tmp_path),
         lambda: retrain(config, few, tmp_path),
     ):
-        with pytest.raises(
-            CheckpointError, match=r"holds no progress of a job|is none of this job|is not of this"
-        ) as caught:
+        with pytest.raises(CheckpointError, match=r"progress of a job|does not belong to th") as caught:
             use()
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
-def test_a_job_does_not_go_on_with_other_pictures(few: ImageDataset, tmp_path: Path, job: str) -> None:
+def test_a_job_does_not_resume_with_other_pictures(few: ImageDataset, tmp_path: Path, job: str) -> None:
     start = search if job == "search" else retrain
     start(tiny(), few, tmp_path, Watcher(leave_after=(1,)))
     with pytest.raises(CheckpointError, match="data set digits has changed since the checkpoint of this run"):
         start(tiny(), dataclasses.replace(few, digest="other", train_digest="other"), tmp_path)
 
 
-def test_a_two_stage_search_goes_on_with_other_test_pictures(few: ImageDataset, tmp_path: Path) -> None:
+def test_a_two_stage_search_resumes_with_other_test_pictures(few: ImageDataset, tmp_path: Path) -> None:
     repaired = dataclasses.replace(few, digest="other")
     for start, folder in ((search, tmp_path / "search"), (retrain, tmp_path / "retrain")):
         folder.mkdir()
@@ -625,7 +644,7 @@ def test_a_diverged_epoch_stops_the_job_and_leaves_no_checkpoint(
     few: ImageDataset, tmp_path: Path, job: str
 ) -> None:
     config = tiny(f"{job}.lr=1e30", f"{job}.grad_clip=null")
-    with pytest.raises(IstanasError, match="the run diverged, lower the learning rate") as caught:
+    with pytest.raises(IstanasError, match=r"the run diverged; .*; lower the learning rate") as caught:
         (search if job == "search" else retrain)(config, few, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("epoch-*"))
@@ -690,10 +709,10 @@ def test_a_diverged_run_stops_and_the_same_command_with_rollback_goes_on(
     assert "\n" not in line
     assert f" in epoch {epoch + 1}" in line
     last = (
-        f"the last good checkpoint is of epoch {epoch}: " if epoch else "there is no checkpoint before it: "
+        f"the last good checkpoint is of epoch {epoch}; " if epoch else "there is no checkpoint before it; "
     )
     assert last in line
-    assert "the same command with --set runtime.on_nan=rollback goes on" in line
+    assert "at half the rate with --set runtime.on_nan=rollback" in line
     assert load_progress(tmp_path / "stopped").epochs == epoch
 
     watcher = Watcher()
@@ -701,7 +720,7 @@ def test_a_diverged_run_stops_and_the_same_command_with_rollback_goes_on(
     told = [note for note in watcher.notes if "rolled back" in note]
     assert 1 <= len(told) == sum(len(record.rollbacks) for record in history) <= 9
     to = f"to the end of epoch {epoch}" if epoch else "to the start"
-    assert f"{to}, with half the learning rate (0.5 of what is set; rollback 1 of 9)" in told[0]
+    assert f"{to}, with half the learning rate (0.5 of the configured one; rollback 1 of 9)" in told[0]
     assert [record.epoch for record in history] == list(range(1, len(history) + 1)), "an epoch is doubled"
     after = [record.metrics.get("train/rollbacks") for record in history]
     assert after[:epoch] == [None] * epoch
@@ -731,11 +750,11 @@ class StopsAfterRollback(Watcher):
 def test_a_run_is_rolled_back_so_often_and_then_stops(few: ImageDataset, tmp_path: Path) -> None:
     watcher = Watcher()
     config = tiny("search.lr=1e30", "search.grad_clip=null", "runtime={on_nan: rollback, max_rollbacks: 2}")
-    with pytest.raises(DivergedError, match=r"rolled back 2 times already, raise runtime\.max_rollbacks"):
+    with pytest.raises(DivergedError, match=r"rolled back 2 times; .*; raise runtime\.max_rollbacks"):
         search(config, few, tmp_path, watcher)
     assert [note.partition("(")[2] for note in watcher.notes if "rolled" in note] == [
-        "0.5 of what is set; rollback 1 of 2)",
-        "0.25 of what is set; rollback 2 of 2)",
+        "0.5 of the configured one; rollback 1 of 2)",
+        "0.25 of the configured one; rollback 2 of 2)",
     ]
     assert not list(tmp_path.glob("epoch-*"))
 
@@ -802,11 +821,15 @@ def test_only_bf16_lets_gpus_round_float32_to_tf32(precision: Literal["auto", "f
 @pytest.mark.parametrize(
     ("override", "gpus", "says"),
     [
-        ("runtime.device=cuda", 0, "runtime.device is cuda, and no GPU is usable here: choose cpu or auto"),
+        (
+            "runtime.device=cuda",
+            0,
+            "runtime.device: cuda needs a GPU, and none is usable here; choose cpu or auto",
+        ),
         (
             "runtime.precision=bf16",
             0,
-            "runtime.precision is bf16, and there is no GPU here: choose fp32 or auto",
+            "runtime.precision: bf16 needs a GPU, and none is used here; choose fp32 or auto",
         ),
     ],
 )
@@ -817,7 +840,7 @@ def test_what_needs_a_gpu_is_refused_without_one(override: str, gpus: int, says:
     assert "\n" not in str(caught.value)
 
 
-def test_this_process_computes_on_what_is_here_with_the_threads_that_are_set() -> None:
+def test_compute_for_sets_up_this_process() -> None:
     before = torch.get_num_threads()
     try:
         compute = compute_for(tiny("runtime.device=auto", "runtime.threads=2").runtime)

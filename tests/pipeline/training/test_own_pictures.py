@@ -169,9 +169,7 @@ def test_pictures_in_a_sub_folder_stop_a_job(job: str, istanas: Command) -> None
     )
 
 
-def test_a_class_without_test_pictures_is_told_in_the_job_the_report_and_mlflow(
-    istanas: Command, tmp_path: Path
-) -> None:
+def test_a_class_without_test_pictures_is_reported_everywhere(istanas: Command, tmp_path: Path) -> None:
     shutil.rmtree("pictures/test/bee")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     tracked = (
@@ -279,7 +277,7 @@ def test_a_broken_large_test_picture_stops_a_job_before_any_work(job: str, istan
     large()
     break_one()
     refused = istanas(*JOBS[job], "--set", "retrain.batch_size=2", "--set", "search.batch_size=2")
-    assert "pictures/test/bee/1.bmp is no readable picture" in refused.error
+    assert "pictures/test/bee/1.bmp is not a readable picture" in refused.error
     assert "epoch" not in refused.said
 
 
@@ -314,7 +312,7 @@ def test_doctor_names_a_broken_large_test_picture(istanas: Command) -> None:
     break_one()
     looked = istanas("doctor")
     assert looked.code == 1
-    assert "pictures/test/bee/1.bmp is no readable picture" in looked.said
+    assert "pictures/test/bee/1.bmp is not a readable picture" in looked.said
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])

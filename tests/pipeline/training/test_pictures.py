@@ -16,6 +16,7 @@ from istanas.space import CellSpace, random_genotype
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.profile import run_profile
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
@@ -55,13 +56,10 @@ class Folder:
 
     def run(self, kind: str, *overrides: str, fresh: bool = False) -> RunDir:
         config, out = self.config(*overrides), io.StringIO()
-        common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=300)}
         try:
             with Runtime(config.runtime) as runtime:
-                if kind == "search":
-                    result = run_search(config, **common, runtime=runtime)
-                else:
-                    result = run_retrain(config, GENOTYPE, parent=None, **common, runtime=runtime)  # type: ignore[assignment]
+                context = JobContext(config, "tiny", Console(file=out, width=300), runtime, fresh)
+                result: Any = run_search(context) if kind == "search" else run_retrain(context, GENOTYPE)
         finally:
             self.seen = out.getvalue()
         return RunDir(result["run_dir"])
@@ -169,10 +167,8 @@ def test_the_result_of_pictures_that_are_gone_is_told_with_a_warning(
     folder.root.rename(folder.root.with_name("elsewhere"))
     assert folder.run(kind, *stems).path == run.path
     (warning,) = (line for line in folder.seen.splitlines() if line.startswith("warning: "))
-    assert warning.startswith(
-        "warning: the pictures of this result cannot be looked at any more: data.root: "
-    )
-    assert "finished before" in folder.seen
+    assert warning.startswith("warning: the pictures of this result cannot be checked any more: data.root: ")
+    assert "already finished" in folder.seen
     folder.root.mkdir()
     with pytest.raises(DataError, match="train is missing"):
         folder.run(kind, *stems)
@@ -191,8 +187,8 @@ def test_an_unfinished_run_names_the_folder_that_it_resumes_with(
     with pytest.raises(DataError) as refusal:
         folder.run(kind, *stems)
     assert str(refusal.value) == (
-        f"data.root: {folder.root} is no folder; restore the folder to resume {run.path}, or name another one for a "
-        "new run"
+        f"data.root: no such folder: {folder.root}; restore the folder to resume {run.path}, or name another one for "
+        "a new run"
     )
     assert run.read() == record
     elsewhere.rename(folder.root)
@@ -203,7 +199,8 @@ def test_a_folder_that_no_run_has_used_is_refused_in_one_line(folder: Folder) ->
     with pytest.raises(DataError) as refusal:
         folder.run("search", f"data.root={folder.root}/none")
     assert str(refusal.value) == (
-        f"data.root: {folder.root}/none is no folder; name one that holds train/CLASS/* and test/CLASS/*"
+        f"data.root: no such folder: {folder.root}/none; "
+        "set data.root to a folder with train/CLASS/* and test/CLASS/*"
     )
 
 
@@ -212,7 +209,7 @@ def test_runs_of_both_stems_are_not_mistaken_for_one_another(folder: Folder) -> 
     runs = {folder.run("retrain", f"retrain.stem={stem}").path for stem in ("cifar", "imagenet")}
     assert len(runs) == 2
     folder.root.rename(folder.root.with_name("elsewhere"))
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="no such folder"):
         folder.run("retrain")
 
 
@@ -229,7 +226,7 @@ def test_a_broken_test_picture_stops_a_job_before_any_work(side: int, kind: str,
         file.unlink()
     broken = folder.root / "test" / "bee" / "1.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"test/bee/1\.png is no readable picture"):
+    with pytest.raises(DataError, match=r"test/bee/1\.png is not a readable picture"):
         folder.run(kind)
     assert "epoch" not in folder.seen
 
@@ -329,14 +326,14 @@ def test_large_pictures_are_searched_and_retrained_with_their_stem(folder: Folde
 def test_a_stem_that_does_not_fit_is_warned_of(folder: Folder) -> None:
     assert folder.run("retrain", "retrain.stem=imagenet").read().params["retrain.stem"] == "imagenet"
     assert (
-        "warning: retrain.stem is imagenet: it makes networks for pictures of 8x8 pixels of little"
+        "warning: retrain.stem is imagenet: a network with it loses most details for pictures of 8x8 pixels"
         in folder.seen
     )
     out = io.StringIO()
     config = folder.config("data.image_size=96", "search.stem=cifar", "search.batch_size=2")
     run_profile(config, genotype=None, steps=1, trace=None, console=Console(file=out, width=300))
     assert (
-        "warning: search.stem is cifar: it makes networks for pictures of 96x96 pixels many times"
+        "warning: search.stem is cifar: a network with it is many times slower for pictures of 96x96 pixels"
         in out.getvalue()
     )
 
@@ -355,10 +352,10 @@ def test_pictures_left_out_are_told_and_do_not_change_the_run(folder: Folder) ->
 def test_a_folder_val_beside_test_is_told_by_a_job_and_in_its_report(folder: Folder) -> None:
     run = folder.run("search")
     folder.write("val", "ant", 3)
-    line = f"left out: 3 files of val/, which is not read where there is test/, such as {folder.root}/val/ant/0.png"
+    line = f"left out: 3 files in val/, which is ignored because test/ exists, such as {folder.root}/val/ant/0.png"
     assert folder.run("search", "seed=1").path != run.path
     assert f"pictures: {line}\n" in folder.seen
     assert folder.run("search").path == run.path, "a run does not depend on pictures that it does not read"
     again = folder.run("search", fresh=True)
     assert line in again.read().pictures
-    assert "3 files of val/" in (again.path / "report.html").read_text()
+    assert "3 files in val/" in (again.path / "report.html").read_text()

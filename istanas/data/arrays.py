@@ -1,0 +1,182 @@
+"""Data sets that are arrays in memory: scikit-learn's digits and torchvision's data sets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from istanas.data.cache import reason, sha256
+from istanas.data.folders import describe
+from istanas.data.image_dataset import ArrayPictures, ImageDataset, pictures_digest
+from istanas.data.request import DatasetRequest
+from istanas.data.splits import stratified_split
+from istanas.errors import DataError
+
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "svhn": "SVHN",
+}
+"""Names of torchvision's data sets and of their classes."""
+
+
+def load_digits(request: DatasetRequest) -> ImageDataset:
+    """Load scikit-learn's 1,797 handwritten digits; the test split is the same fifth for every seed."""
+    # Only the data file is read, because importing scikit-learn takes a second in every worker and trial.
+    file = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(file), delimiter=",")  # 64 grey values in 0..16, then the digit
+    images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = torch.as_tensor(rows[:, -1], dtype=torch.int64)
+    rest, part = stratified_split(labels, 0.2, seed=0)
+    pictures = torch.from_numpy(images)
+    return array_dataset(
+        request.name,
+        [str(digit) for digit in range(10)],
+        ArrayPictures(pictures[rest], labels[rest]),
+        ArrayPictures(pictures[part], labels[part]),
+        size=request.image_size,
+    )
+
+
+def load_torchvision(request: DatasetRequest) -> ImageDataset:
+    """Load one of torchvision's data sets from its files."""
+    root = request.cache_dir / "downloads" if request.root is None else request.root
+    splits: list[ArrayPictures] = []
+    for train in (True, False):
+        source = _open_torchvision(request, root, train)
+        images = torch.as_tensor(source.data)
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[-1] == 3:  # CIFAR comes as (N, H, W, C), SVHN as (N, C, H, W)
+            images = images.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(source.labels if request.name == "svhn" else source.targets)
+        splits.append(ArrayPictures(images.contiguous(), labels.long()))
+    class_names = getattr(source, "classes", None) or [str(digit) for digit in range(10)]
+    return array_dataset(request.name, class_names, *splits, size=request.image_size)
+
+
+def _open_torchvision(request: DatasetRequest, root: Path, train: bool) -> Any:
+    """Construct torchvision's data set, and turn whatever it raises into a DataError."""
+    import torchvision.datasets
+
+    split = {"split": "train" if train else "test"} if request.name == "svhn" else {"train": train}
+    try:
+        return getattr(torchvision.datasets, TORCHVISION[request.name])(
+            root, download=request.download, **split
+        )
+    except (
+        Exception
+    ) as error:  # missing or truncated files, network and permission errors, wrong checksums ...
+        if request.download:
+            raise DataError(
+                f"{request.name} could not be downloaded to {root} ({reason(error)})",
+                field="data.download",
+                remedy="check the network and the disk, or set data.root to a copy of it",
+            ) from error
+        raise DataError(
+            f"{root} holds no complete {request.name}",
+            field="data.root",
+            remedy="set data.root to its folder, or download it with --set data.download=true",
+        ) from error
+
+
+def array_dataset(
+    name: str,
+    class_names: Sequence[str],
+    train: ArrayPictures,
+    test: ArrayPictures,
+    *,
+    size: int | None = None,
+) -> ImageDataset:
+    """Check two splits, scale them, and return the data set with its statistics and digests.
+
+    Args:
+        name: The data set.
+        class_names: One per label.
+        train: The training split.
+        test: The test split.
+        size: Side in pixels to which the pictures are scaled; None keeps their size.
+
+    Raises:
+        DataError: If a split is empty, or its labels fit neither its pictures nor the classes.
+    """
+    for split, pictures in (("train", train), ("test", test)):
+        _check_split(f"{split} split of {name}", pictures, len(class_names))
+    found = f"{train.images.shape[3]}x{train.images.shape[2]}"
+    how = "kept in memory"
+    if size is not None:
+        train, test = (
+            ArrayPictures(_resize(pictures.images, size), pictures.labels) for pictures in (train, test)
+        )
+        if found != f"{size}x{size}":
+            how = f"scaled to {size}x{size}, {how}"
+    mean, std = _channel_statistics(train.images)
+    content = sha256(
+        json.dumps([list(class_names), list(train.images.shape), list(test.images.shape)]).encode(),
+        *(part.contiguous().numpy().data for split in (train, test) for part in (split.images, split.labels)),
+    )
+    _, channels, height, width = train.images.shape
+    line = describe(name, len(train), len(test), len(class_names), found, is_grey=channels == 1, how=how)
+    return ImageDataset(
+        name=name,
+        class_names=tuple(class_names),
+        train=train,
+        test=test,
+        channels=channels,
+        height=height,
+        width=width,
+        mean=mean,
+        std=std,
+        digest=content,
+        train_digest=pictures_digest(train, torch.arange(len(train)), class_names),
+        notes=(line,),
+    )
+
+
+def _check_split(what: str, pictures: ArrayPictures, n_classes: int) -> None:
+    n, n_images, labels = len(pictures), pictures.images.shape[0], pictures.labels
+    problem = None
+    if n == 0 or n_images != n:
+        problem = f"the {what} has {n_images} pictures and {n} labels"
+    elif int(labels.min()) < 0 or int(labels.max()) >= n_classes:
+        problem = f"the {what} has labels {int(labels.min())}..{int(labels.max())} for {n_classes} classes"
+    if problem is not None:
+        raise DataError(problem, field="data.root", remedy="download the data set again")
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Scale (N, C, H, W) bytes to (N, C, size, size), antialiased."""
+    if images.shape[2:] == (size, size):
+        return images
+    resized = [
+        F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .byte()
+        for chunk in torch.split(images, 1000)
+    ]
+    return torch.cat(resized)
+
+
+def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the exact mean and standard deviation of each channel in [0, 1], from a histogram of the bytes."""
+    counts = np.zeros((images.shape[1], 256))
+    for chunk in torch.split(images, 1000):
+        for channel in range(images.shape[1]):
+            counts[channel] += np.bincount(chunk[:, channel].numpy().ravel(), minlength=256)
+    share = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = share @ values
+    std = np.sqrt(((values - mean[:, None]) ** 2 * share).sum(axis=1))
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())

@@ -1,0 +1,97 @@
+"""The data set "folder": pictures in `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`).
+
+Small pictures are decoded once into an array, which is cached; large ones stay in their files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from istanas.data.arrays import array_dataset
+from istanas.data.cache import read_cache, sha256, write_cache
+from istanas.data.folders import Listing, Survey, cache_file, survey_folder
+from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, pictures_digest
+from istanas.data.reading import DecodeSettings, decode_pictures
+from istanas.data.request import DatasetRequest
+from istanas.limits import SMALL_SIDE
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_CACHE_VERSION = 3
+
+
+def load_folder(request: DatasetRequest) -> ImageDataset:
+    """Load a picture folder."""
+    survey = _survey(request)
+    size = survey.side(request.image_size)
+    survey.shape(request.image_size)  # raises on unequal sizes before any picture is decoded
+    settings = survey.decode_settings(request.background)
+    if size is not None and size > SMALL_SIDE:
+        return _file_dataset(request, survey, size, settings)
+    listing, n = survey.listing, survey.listing.n_train
+    images = torch.from_numpy(_cached_pictures(request, listing, settings))
+    dataset = array_dataset(
+        request.name,
+        listing.class_names,
+        ArrayPictures(images[:n], listing.labels[:n]),
+        ArrayPictures(images[n:], listing.labels[n:]),
+    )
+    notes = tuple(survey.notes(request.image_size, settings))
+    return replace(dataset, decode_settings=settings, notes=notes)
+
+
+def _survey(request: DatasetRequest) -> Survey:
+    assert request.root is not None, "checked by `load_dataset`"
+    return survey_folder(
+        request.root,
+        cache_dir=request.cache_dir,
+        allow_left_out=request.allow_left_out,
+        progress=request.checking,
+    )
+
+
+def _file_dataset(
+    request: DatasetRequest, survey: Survey, size: int, settings: DecodeSettings
+) -> ImageDataset:
+    """Return the data set of a folder whose pictures stay in their files."""
+    listing, n = survey.listing, survey.listing.n_train
+    prints = survey.facts["fingerprint"]
+    train, test = (
+        FilePictures(listing.files[part], listing.labels[part], size, prints[part].tobytes(), settings)
+        for part in (slice(n), slice(n, None))
+    )
+    digests = [pictures_digest(part, torch.arange(len(part)), listing.class_names) for part in (train, test)]
+    return ImageDataset(
+        name=request.name,
+        class_names=listing.class_names,
+        train=train,
+        test=test,
+        channels=3,
+        height=size,
+        width=size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        digest=sha256(json.dumps(digests).encode()),
+        train_digest=digests[0],
+        decode_settings=settings,
+        notes=tuple(survey.notes(request.image_size, settings)),
+    )
+
+
+def _cached_pictures(
+    request: DatasetRequest, listing: Listing, settings: DecodeSettings
+) -> NDArray[np.uint8]:
+    """Return the decoded folder (N, C, H, W), from the cache if that matches the folder's present state."""
+    state = f"{_CACHE_VERSION} {request.image_size} {settings.cache_key()} {listing.state}"
+    file = cache_file(request.cache_dir, listing.root, "pictures", request.image_size)
+    images = read_cache(file, state)
+    if images is None:
+        images = decode_pictures(listing.files, request.image_size, settings, request.progress)
+        write_cache(file, state, images)
+    return images

@@ -1,0 +1,23 @@
+"""The arguments of `load_dataset`, as each data set's function receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from istanas.data.pool import Progress
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """The arguments of `load_dataset`, which explains them, with the defaults filled in."""
+
+    name: str
+    root: Path | None
+    download: bool
+    cache_dir: Path
+    image_size: int | None
+    background: tuple[int, int, int]
+    allow_left_out: bool
+    progress: Progress | None
+    checking: Progress | None
