@@ -52,7 +52,7 @@ def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
     proxy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
-    says = f"the proxy {proxy} was asked for it, set NO_PROXY=127.0.0.1 to connect directly"
+    says = f"the proxy {proxy} is used for it, set NO_PROXY=127.0.0.1 to connect directly"
     check = check_store(store)
     assert check.state == "fail"
     assert says in check.message
