@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import IstanasError
-from pipeline.base.socket_paths import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, short_temporary_folder
+from pipeline.base.socket_paths import (
+    DATA_WORKER_SOCKET_PATH,
+    LONGEST_PATH,
+    RAY_SOCKET_PATH,
+    short_temporary_folder,
+)
 
 BATCHES = """
 import torch
@@ -41,7 +46,7 @@ def long_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("below", [OF_RAY, OF_DATA_WORKERS], ids=["ray", "data workers"])
+@pytest.mark.parametrize("below", [RAY_SOCKET_PATH, DATA_WORKER_SOCKET_PATH], ids=["ray", "data workers"])
 @pytest.mark.parametrize("more", [0, 1], ids=["just fits", "too long"])
 def test_sockets_lie_where_their_paths_are_short_enough(
     below: str, more: int, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +66,7 @@ def test_sockets_lie_where_their_paths_are_short_enough(
 def test_no_short_folder_is_one_line(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
     with pytest.raises(IstanasError, match=r"^TMPDIR: .* is too long .*; .* at most 2 characters$"):
-        short_temporary_folder(OF_RAY, longest=len(OF_RAY) + 2)
+        short_temporary_folder(RAY_SOCKET_PATH, longest=len(RAY_SOCKET_PATH) + 2)
 
 
 def run(code: str, folder: Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
