@@ -34,8 +34,8 @@ endif
 quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on handwritten digits (minutes, no GPU, no download)
 	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
 
-test: lint ## lint, types, and all tests and doctests, slow ones included
-	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: lint ## lint, types, and all tests and doctests, slow ones included; ends with the 30 slowest tests
+	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=30
 
 bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks

@@ -1,61 +1,59 @@
 #!/usr/bin/env bash
-# Several Ray nodes on this machine, to try every cluster command before there is a cluster.
-# They listen on 127.0.0.1 only, and ask for a token.
+# Several Ray nodes on this machine, to try every cluster command without a cluster.
+# They listen on 127.0.0.1 only, and require a token.
 #
-#   up      clusters/local.sh up 3        (nodes; 2 if not given)         LOCAL_CPUS=1 clusters/local.sh up 3      (cores of each)
+#   up      clusters/local.sh up 3        (number of nodes; default 2)       LOCAL_CPUS=1 clusters/local.sh up 3      (cores of each)
 #           export RAY_AUTH_MODE=token
 #   submit  istanas submit --address http://127.0.0.1:8265 -- search --config tune_configs/digits_quickstart.yaml --workers 3 \
 #               --set runtime.runs_dir=$PWD/runs --set tracking.uri=sqlite:///$PWD/mlflow.db
-#   watch   istanas jobs --address http://127.0.0.1:8265                   (`istanas stop ID` ends one)
-#   fetch   nothing to fetch: the runs lie in runs/, see `istanas results` and `istanas ui`
+#   watch   istanas jobs --address http://127.0.0.1:8265                   (`istanas stop ID` stops one)
+#   fetch   nothing to fetch: the runs are in runs/, see `istanas results` and `istanas ui`
 #   down    clusters/local.sh down                                          also: clusters/local.sh status
 #
-# Without the job server: istanas search --workers 3 --address 127.0.0.1:6379   (or auto, or ray://127.0.0.1:10001)
+# Without the job server: istanas search --workers 3 --address 127.0.0.1:6379   (or auto)
 #
-# The token is that of RAY_AUTH_TOKEN, else in the file $RAY_AUTH_TOKEN_PATH, else in ~/.ray/auth_token (made if absent, mode 600).
-# Other ports: LOCAL_PORT, LOCAL_DASHBOARD_PORT, LOCAL_CLIENT_PORT. What runs is remembered in the folder LOCAL_STATE. The nodes
-# have no GPUs: a machine with several of them needs no cluster, `istanas search --workers N` uses them all.
+# The token is read from RAY_AUTH_TOKEN, the file $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token (created if missing, mode 600).
+# Other ports: LOCAL_PORT, LOCAL_DASHBOARD_PORT. The folder LOCAL_STATE contains the state of the running cluster. The nodes
+# have no GPUs: a machine with several of them needs no cluster, because `istanas search --workers N` uses all of them.
 set -euo pipefail
 
-STATE=${LOCAL_STATE:-/tmp/istanas-local-$(id -u)} # short: Unix sockets lie in it
+STATE=${LOCAL_STATE:-/tmp/istanas-local-$(id -u)} # short: it contains Unix sockets
 MARK=.istanas-local
 PORT=${LOCAL_PORT:-6379}
 DASHBOARD_PORT=${LOCAL_DASHBOARD_PORT:-8265}
-CLIENT_PORT=${LOCAL_CLIENT_PORT:-10001}
 SECONDS_TO_START=180
 SECONDS_TO_STOP=30
-VARIABLES= # what a user has to set beside RAY_AUTH_MODE
+VARIABLES= # variables that a user has to set in addition to RAY_AUTH_MODE
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(command -v "$here/.venv/bin/python" || command -v python3)
 fi
 
-# `ray start` has no several nodes on 127.0.0.1 only, Ray's own Cluster has. Its processes end with this one, however it ends.
+# `ray start` cannot run several nodes on 127.0.0.1 only, but Ray's own Cluster can. Its processes end with this one in any case.
 read -r -d '' HOLDER <<'PYTHON' || true
 import os, pathlib, signal, sys, time
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it, and jobs would be
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells start background jobs with SIGINT ignored, which jobs on the cluster would inherit.
 if os.getpgrp() != os.getpid():
-    os.setsid()  # Ctrl-C in the terminal is for others
+    os.setsid()  # Ctrl-C in the terminal must not reach the cluster.
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-state, (nodes, cpus, port, dashboard, client) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
+state, (nodes, cpus, port, dashboard) = pathlib.Path(sys.argv[1]), map(int, sys.argv[2:])
 own = {"node_ip_address": "127.0.0.1", "num_cpus": cpus}
-own |= {"dashboard_agent_listen_port": None}  # any, so that two clusters do not want the same; without its agent a node takes no jobs
+own |= {"dashboard_agent_listen_port": None}  # any free port, because two clusters may run; without its agent, a node accepts no jobs
 head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
-head |= {"gcs_server_port": port, "ray_client_server_port": client}
-head |= {"node_name": "node1", "temp_dir": str(state / "1")}
+head |= {"gcs_server_port": port, "node_name": "node1", "temp_dir": str(state / "1")}
 cluster = Cluster(initialize_head=True, head_node_args={**own, **head})
 try:
     for number in range(2, nodes + 1):
-        # A folder each: in a common one, a node would replace the working folder of a job that runs on another.
+        # Each node has its own folder: in a common one, a node would replace the working folder of another node's job.
         cluster.add_node(**own, node_name=f"node{number}", temp_dir=str(state / str(number)))
     cluster.wait_for_nodes()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    (state / "1" / "ray_current_cluster").write_text(cluster.address)  # else a job may join another cluster of this machine
-    while True:  # the job server answers last
+    (state / "1" / "ray_current_cluster").write_text(cluster.address)  # Without it, a job may join another cluster of this machine.
+    while True:  # The job server is the last part to answer.
         try:
             JobSubmissionClient(f"http://{cluster.webui_url}").list_jobs()
             break
@@ -74,16 +72,16 @@ fail() {
     exit 1
 }
 
-# The process that holds the cluster, if it lives and is ours: a number in a file alone may be somebody else's by now.
+# Print the process that runs the cluster, if it is alive. Its number in the file may belong to another process by now.
 holder() {
     local pid command
     pid=$(cat "$STATE/pid" 2>/dev/null) || return 1
     command=$(ps -ww -o command= -p "$pid" 2>/dev/null) || return 1
-    [[ $command == *" $STATE "* ]] || return 1 # not by grep -q: it ends first, and ps would be said to have failed
+    [[ $command == *" $STATE "* ]] || return 1 # grep -q would exit first, and make ps fail (pipefail)
     echo "$pid"
 }
 
-clear_state() { # what is not ours stays
+clear_state() { # leaves a folder that this script did not create
     if [ -e "$STATE/$MARK" ] && [ -O "$STATE" ]; then rm -rf "$STATE"; fi
 }
 
@@ -92,47 +90,47 @@ make_token() {
     local file=${RAY_AUTH_TOKEN_PATH:-${HOME:-}/.ray/auth_token}
     if [ ! -s "$file" ]; then
         if ! mkdir -p "$(dirname "$file")" 2>/dev/null || ! [ -w "$(dirname "$file")" ]; then
-            fail "token: $file can't be written: set RAY_AUTH_TOKEN_PATH to a file that can, and export it for istanas, too"
+            fail "token: $file can't be written; set RAY_AUTH_TOKEN_PATH to a writable file, and export it for istanas, too"
         fi
         (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$file")
     fi
-    if [ -O "$file" ]; then chmod 600 "$file"; fi # Ray itself leaves it readable for everybody
+    if [ -O "$file" ]; then chmod 600 "$file"; fi # Ray itself creates it readable for every user
 }
 
-free() { # whether nobody listens on a port of 127.0.0.1
+is_free() { # whether no process listens on a port of 127.0.0.1
     ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
 up() {
     local nodes=$1 cpus=$2 pid port
     if pid=$(holder); then
-        echo "runs already, process $pid: $(cat "$STATE/ready" 2>/dev/null || echo starting)"
+        echo "already running, process $pid: $(cat "$STATE/ready" 2>/dev/null || echo starting)"
         return
     fi
-    "$PYTHON" -c 'import ray.cluster_utils' 2>/dev/null || fail "PYTHON is $PYTHON, which has no Ray: make .venv, or name another"
-    for port in "$PORT" "$DASHBOARD_PORT" "$CLIENT_PORT"; do
-        free "$port" || fail "port $port of 127.0.0.1 is taken: set LOCAL_PORT, LOCAL_DASHBOARD_PORT or LOCAL_CLIENT_PORT"
+    "$PYTHON" -c 'import ray.cluster_utils' 2>/dev/null || fail "PYTHON: $PYTHON has no Ray; run make .venv, or name another Python"
+    for port in "$PORT" "$DASHBOARD_PORT"; do
+        is_free "$port" || fail "port $port of 127.0.0.1 is in use; set LOCAL_PORT or LOCAL_DASHBOARD_PORT"
     done
     make_token
-    clear_state # of one that was killed
-    mkdir -m 700 "$STATE" 2>/dev/null || fail "LOCAL_STATE is $STATE, which is there already: name a folder that is not"
+    clear_state # of a cluster that was killed
+    mkdir -m 700 "$STATE" 2>/dev/null || fail "LOCAL_STATE: $STATE exists already; name a new folder"
     cd "$STATE"
     touch "$MARK"
     make_folder_of_ray
     if ! start "$nodes" "$cpus"; then
-        # On a busy machine a node may miss Ray's own limit of 30 seconds.
+        # On a busy machine, a node may exceed Ray's own limit of 30 seconds.
         if ! grep -q "timed out during startup" log || ! start "$nodes" "$cpus"; then
             tail -n 5 log >&2
             down >/dev/null
-            fail "the cluster did not start: see the lines above"
+            fail "the cluster did not start; see the lines above"
         fi
     fi
     cat ready
     echo "next: export RAY_AUTH_MODE=token$VARIABLES, and the commands at the top of clusters/local.sh"
 }
 
-# Ray writes the cluster's address for `--address auto` into its default folder, which it does not create for a head that has
-# another one. On a machine with several users, the folder or the file in it may belong to somebody else.
+# Ray writes the cluster's address for `--address auto` into its default folder, but does not create that folder if the head has
+# another one. On a machine with several users, the folder or the file in it may belong to another user.
 make_folder_of_ray() {
     local folder=${RAY_TMPDIR:-${TMPDIR:-/tmp}}/ray
     local file=$folder/ray_current_cluster
@@ -145,9 +143,9 @@ make_folder_of_ray() {
 
 start() {
     local pid i
-    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 GRPC_ENABLE_FORK_SUPPORT=0 \
+    env RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0 \
         MLFLOW_DISABLE_TELEMETRY=true PATH="$(dirname "$PYTHON"):$PATH" \
-        "$PYTHON" -c "$HOLDER" "$STATE" "$1" "$2" "$PORT" "$DASHBOARD_PORT" "$CLIENT_PORT" >log 2>&1 </dev/null &
+        "$PYTHON" -c "$HOLDER" "$STATE" "$1" "$2" "$PORT" "$DASHBOARD_PORT" >log 2>&1 </dev/null &
     pid=$!
     echo "$pid" >pid
     for ((i = 0; i < 5 * SECONDS_TO_START; i++)); do
@@ -168,9 +166,9 @@ down() {
             sleep 0.2
         done
         kill -9 "$pid" 2>/dev/null || true # Ray's processes end with it
-        echo "ended"
+        echo "stopped"
     else
-        echo "nothing runs"
+        echo "not running"
     fi
     clear_state
 }
@@ -178,7 +176,7 @@ down() {
 status() {
     local pid
     pid=$(holder) || {
-        echo "nothing runs"
+        echo "not running"
         return 1
     }
     echo "process $pid: $(cat "$STATE/ready" 2>/dev/null || echo starting)"
@@ -191,7 +189,7 @@ cores() {
 case ${1:-} in
 up)
     nodes=${2:-2}
-    [[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "up $nodes: give a number of nodes from 1 to 99"
+    [[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "up: $nodes is not a number of nodes; give 1 to 99"
     cpus=${LOCAL_CPUS:-$(($(cores) / nodes))}
     up "$nodes" "$((cpus > 0 ? cpus : 1))"
     ;;

@@ -1,20 +1,20 @@
-"""What every test runs under: one thread, no usage statistics, nobody's MLflow server; and golden files."""
+"""The environment of every test (one thread, no usage statistics, no MLflow server) and the common fixtures."""
 
 import os
 import signal
 from pathlib import Path
 
-# A shell starts its background jobs deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+# A shell's background jobs ignore Ctrl-C, and every process that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Set before torch is imported, and for subprocesses too: workers times threads must not exceed the cores.
+# Set before torch is imported, also for subprocesses: workers times threads must not exceed the cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ.update(
     DO_NOT_TRACK="true", MLFLOW_DISABLE_TELEMETRY="true", RAY_USAGE_STATS_ENABLED="0", MPLBACKEND="Agg"
 )
-# A developer's MLflow server must not receive the runs of the tests.
+# A developer's MLflow server must not receive the tests' runs.
 for _name in [n for n in os.environ if n.startswith("MLFLOW_") and n != "MLFLOW_DISABLE_TELEMETRY"]:
     del os.environ[_name]
 
@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
-# A loaded machine is no failure, and the same commit gives the same result twice.
+# No deadline, since a test may be slow on a busy machine; the same examples in every run of a commit.
 settings.register_profile("istanas", deadline=None, derandomize=True)
 settings.load_profile("istanas")
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write how many inputs each loader was fed; what tests print themselves, xdist's processes keep."""
+    """Write how many inputs each loader was given; xdist drops what the tests themselves print."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "fuzz":
@@ -46,7 +46,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder with golden files and data that is not part of the repository; skips where there is none."""
+    """The folder with golden files and data outside of the repository; skips the test if it is missing."""
     folder = Path(os.environ.get("ISTANAS_SHARED") or ROOT.parent / "shared")
     if not folder.is_dir():
         pytest.skip(f"shared files: no folder {folder}; set ISTANAS_SHARED to the folder that holds golden/")
@@ -55,7 +55,7 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_dir(shared_dir: Path) -> Path:
-    """The numbers of the published implementation; skips where there are none."""
+    """The results of the published implementation; skips the test if they are missing."""
     folder = shared_dir / "golden"
     if not folder.is_dir():
         pytest.skip(f"golden files: no folder {folder}; set ISTANAS_SHARED to the folder that holds golden/")
@@ -64,7 +64,7 @@ def golden_dir(shared_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database without a run, to be copied: making one takes seconds."""
+    """An MLflow database without runs, to be copied, since creating one takes seconds."""
     from pipeline.tracking.store import open_client
 
     file = tmp_path_factory.mktemp("blank") / "mlflow.db"

@@ -1,4 +1,4 @@
-"""A command at somebody's terminal, followed line by line; and what the kernel knows of a process's signals."""
+"""A command whose output is read line by line, and the signals that a process catches or has pending."""
 
 import re
 import subprocess
@@ -9,13 +9,13 @@ from tests.ray_cluster import PROGRAM
 
 
 class Followed:
-    """One start of our command line, stdout and stderr together.
+    """A running `istanas` command, with stdout and stderr in one stream.
 
     Args:
-        arguments: of the command.
-        environment: all of it.
-        cwd: where it runs; None: here.
-        own_group: in a process group of its own, as a shell makes it, for Ctrl-C.
+        arguments: The command's arguments.
+        environment: The command's whole environment.
+        cwd: The folder in which it runs; None: the current one.
+        own_group: Whether it has its own process group, as a shell creates one, for Ctrl-C.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Followed:
         self.lines: list[str] = []
 
     def until(self, pattern: str) -> str:
-        """Read on up to the first line that begins with the pattern."""
+        """Read up to the next line that begins with the pattern, and return it."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
@@ -46,14 +46,14 @@ class Followed:
         raise AssertionError(f"no line like {pattern!r}:\n" + "\n".join(self.lines))
 
     def end(self) -> int:
-        """Read the rest, and wait for the exit code."""
+        """Read the remaining lines and return the exit code."""
         assert self.process.stdout is not None
         self.lines += [line.rstrip("\n") for line in self.process.stdout]
         return self.process.wait(120)
 
 
 def has_signal(pid: int, mask: str, number: int) -> bool:
-    """Whether a signal is in one of the masks of `/proc/PID/status`: SigCgt (caught), ShdPnd (pending)."""
+    """Return whether a mask of `/proc/PID/status` has a signal: SigCgt (caught) or ShdPnd (pending)."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     return bool(
         int(next(line.split()[1] for line in status if line.startswith(mask)), 16) >> (number - 1) & 1

@@ -1,4 +1,4 @@
-"""A cluster of several machines, each a network namespace of its own, as a user starts, asks and uses it."""
+"""A Ray cluster of several machines, each one a network namespace, started as a user starts it."""
 
 import contextlib
 import os
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,60 +15,63 @@ import psutil
 
 from tests.namespaces import Network, address
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, kill
+from tests.waiting import wait_until
 
 JOB_SERVER = f"http://{address(1)}:8265"
 STORE = f"http://{address(1)}:5000"
 START_NODE = [
     sys.executable,
     *("-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"),
-    "--include-log-monitor=false",  # a process a machine, for words that nobody here listens to
+    "--include-log-monitor=false",  # one process less on each machine; its messages are not read here
 ]
 START_HEAD = [
     *START_NODE,
     *("--head", "--port=6379", f"--dashboard-host={address(1)}", "--include-dashboard=true"),
 ]
-# Asks, without a token: prints the HTTP status. With it: until so many nodes are alive, and MLflow's server answers.
+# Without a token, it exits with the HTTP status. With one, it waits for the nodes and for MLflow's server.
 ASK = """
-import json, sys, time, urllib.error, urllib.request
+import json, sys, urllib.error, urllib.request
+from tests.waiting import wait_until
 nodes, health, token, number = *sys.argv[1:4], int(sys.argv[4])
-asked = urllib.request.Request(nodes, headers={"Authorization": "Bearer " + token} if token else {})
-end, alive = time.monotonic() + 120, 0
-while True:
+request = urllib.request.Request(nodes, headers={"Authorization": "Bearer " + token} if token else {})
+
+def ready():
     try:
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10) as answer:
             summary = json.load(answer)["data"]["summary"]
-        alive = sum(node["raylet"].get("state") == "ALIVE" for node in summary)
-        if alive == number:
-            urllib.request.urlopen(health, timeout=10).close()
-            sys.exit()
+        if sum(node["raylet"].get("state") == "ALIVE" for node in summary) != number:
+            return False
+        urllib.request.urlopen(health, timeout=10).close()
+        return True
     except urllib.error.HTTPError as error:
         if not token:
             sys.exit(f"HTTP {error.code}")
     except OSError:
         pass
-    assert time.monotonic() < end, f"{alive} of {number} nodes are alive, or MLflow's server is not"
-    time.sleep(0.2)
+    return False
+
+wait_until(ready, 120, f"{number} nodes and MLflow's server", interval=0.2)
 """
 
 
 @dataclass(frozen=True)
 class Machines:
-    """A Ray node with one core on each, head and MLflow's server on the first; and where the user sits."""
+    """Machines with a Ray node of one core each; the first has the head and MLflow's server."""
 
     network: Network
     folder: Path
     environment: dict[str, str]
 
     def ask(self, token: str) -> str:
-        """What the dashboard says to somebody where the user sits: nothing, once all is there."""
+        """Ask the dashboard from the user's machine; return "" once everything runs, or an error."""
         number = len(self.network.machines)
         what = [f"{JOB_SERVER}/nodes?view=summary", f"{STORE}/health", token, str(number)]
         command = [sys.executable, "-S", "-c", ASK, *what]
-        process = self.network.start(self.network.user, command, stderr=subprocess.PIPE)
+        process = self.network.start(self.network.user, command, env=self.environment, stderr=subprocess.PIPE)
         return str(process.communicate(timeout=150)[1]).strip()
 
     def user(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """What the user types, far from the cluster."""
+        """Run an `istanas` command on the user's machine, which is outside of the cluster."""
         process = self.network.start(
             self.network.user,
             [*PROGRAM, *arguments],
@@ -84,13 +86,13 @@ class Machines:
 
 @contextlib.contextmanager
 def running(number: int, folder: Path) -> Iterator[Machines]:
-    """So many machines, for a while.
+    """Start the machines, and stop them at the end.
 
     Args:
-        number: of them.
-        folder: on the disk that they share: where the user works, and MLflow's server has mlflow.db and artifacts.
+        number: How many machines there are.
+        folder: The user's folder on the shared disk, also for MLflow's mlflow.db and artifacts.
     """
-    short = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))  # sockets lie in it
+    short = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))  # short, since it holds sockets
     token = short / "token"
     token.write_text(secrets.token_hex(16))
     token.chmod(0o600)
@@ -142,9 +144,11 @@ def _store_options(folder: Path) -> list[str]:
 
 
 def _wait_for_head(network: Network) -> None:
-    """Until the first machine's GCS listens, as a user who starts the next node would."""
+    """Wait for the first machine's GCS, which must listen before another node is started."""
     probe = f"import socket; socket.create_connection(('{address(1)}', 6379), 2)"
-    end = time.monotonic() + 60
-    while network.start(network.user, [sys.executable, "-S", "-c", probe], stderr=subprocess.DEVNULL).wait():
-        assert time.monotonic() < end, "the head node does not come up"
-        time.sleep(0.2)
+    command = [sys.executable, "-S", "-c", probe]
+
+    def listens() -> bool:
+        return network.start(network.user, command, stderr=subprocess.DEVNULL).wait() == 0
+
+    wait_until(listens, 60, "the head node", interval=0.2)

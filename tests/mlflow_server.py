@@ -1,19 +1,20 @@
-"""MLflow's own server, on 127.0.0.1."""
+"""An MLflow server on 127.0.0.1."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.waiting import wait_until
+
 
 @contextlib.contextmanager
 def server(folder: Path, port: int) -> Iterator[None]:
-    """MLflow's server on 127.0.0.1; killed at the end, as by a power cut."""
+    """Start an MLflow server on 127.0.0.1, and kill it with SIGKILL at the end."""
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
@@ -21,15 +22,23 @@ def server(folder: Path, port: int) -> Iterator[None]:
     with open(folder / "server.log", "a") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert child.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            time.sleep(0.1)
+        wait_until(
+            lambda: _answers(port),
+            120,
+            "MLflow's server",
+            alive=lambda: child.poll() is None,
+            state=(folder / "server.log").read_text,
+            interval=0.1,
+        )
         yield
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True

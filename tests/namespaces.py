@@ -1,6 +1,6 @@
-"""Machines of a private network on this one: network namespaces on a bridge that nothing outside can reach.
+"""A private network of machines on this one: network namespaces on a bridge that nothing outside can reach.
 
-They share this machine's disk, as nodes share NFS, and nothing else; each has its own 127.0.0.1. Only root makes them.
+The machines share this machine's disk, as nodes share NFS; each one has its own 127.0.0.1. Only root can create them.
 """
 
 import os
@@ -14,7 +14,7 @@ NETWORK = "10.77.0"
 
 
 def refusal() -> str | None:
-    """Why there can be no namespaces here, or None: they are tried, for not every root may make them."""
+    """Return why namespaces cannot be created here, or None; one is created, since not every root may do so."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "network namespaces need iproute2 and util-linux"
     name = f"ist{os.getpid()}-try"
@@ -32,7 +32,7 @@ def refusal() -> str | None:
 
 
 class Network:
-    """So many machines, 10.77.0.1 and on; and 10.77.0.254, where a user sits."""
+    """A number of machines, from 10.77.0.1 on, and the user's machine, 10.77.0.254."""
 
     def __init__(self, machines: int) -> None:
         self._prefix = f"ist{os.getpid()}"
@@ -73,14 +73,14 @@ class Network:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
     def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """A process on a machine, or where the user sits."""
+        """Start a process on a machine or on the user's machine."""
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *command], text=True, start_new_session=True, **options
         )
 
 
 def address(machine: int) -> str:
-    """Of a machine, from 1."""
+    """Return the address of a machine; the first is 1."""
     return f"{NETWORK}.{machine}"
 
 

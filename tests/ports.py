@@ -4,13 +4,13 @@ import contextlib
 import random
 import socket
 
-# Above the ports that Ray gives to its own processes, below those that Linux gives to whoever asks for any: between
-# the look and the server's start nobody else takes one.
+# Above the ports that Ray gives to its own processes and below those that Linux gives to port 0, so that no other
+# process takes a port between this check and the server's start.
 RANGE = range(25_000, 32_768)
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """Return different ports on which nothing listens now."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(RANGE, len(RANGE)):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -21,6 +21,6 @@ def free_ports(number: int) -> list[int]:
 
 
 def unused_port() -> int:
-    """One that nobody listens on now."""
+    """Return a port on which nothing listens now."""
     (port,) = free_ports(1)
     return port

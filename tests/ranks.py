@@ -1,4 +1,4 @@
-"""Runs functions on several ranks: processes of torch's gloo group, without Ray. Counts the bytes between them."""
+"""Functions on several ranks, which are processes of a gloo group without Ray; and the bytes that they exchange."""
 
 import multiprocessing
 import pickle
@@ -23,7 +23,7 @@ SECONDS = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a function returned on a rank, or "Class: message" of what it raised."""
+    """The value that a function returned on a rank, or the "Class: message" of its exception."""
 
     returned: Any
     error: str
@@ -39,11 +39,11 @@ def run_ranks(functions: Sequence[Callable[[], Any]], size: int) -> list[list[Ou
     """Call functions one after another in `size` processes that form a process group.
 
     Args:
-        functions: of a module's top level; after one that raises, the next must find the ranks in step.
-        size: number of processes.
+        functions: Functions of a module's top level. One that raises must leave the ranks in step for the next.
+        size: Number of processes.
 
     Returns:
-        For each function what came of it, by rank.
+        The outcomes of each function, by rank.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def _run(functions: Sequence[Callable[[], Any]], rank: int, size: int, folder: s
 
 
 class CountingRanks(Ranks):
-    """Ranks whose all-reduced bytes are counted, in a list that all of them share."""
+    """Ranks that count all-reduced bytes, in a list that all of them share."""
 
     counted: list[int] = []  # noqa: RUF012
 

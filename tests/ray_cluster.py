@@ -1,20 +1,17 @@
-"""A Ray cluster of several nodes on this machine, in a process of its own that takes orders on stdin.
+"""A Ray cluster of several nodes on this machine, in a process of its own that reads commands from stdin.
 
-Orders: "add CPUS", "add CPUS FOLDER" (a node that sees another, empty folder there, as if it lay on a disk of its own;
-only root can make one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (all processes
-of that node), "lost" (whether that node has given itself up), "end". Each is answered by a line.
+Commands: "add CPUS", "add CPUS FOLDER" (a node with another, empty folder there, as if it had a disk of its own; only
+root can create one), "remove" (the node added last, as if its machine had died), "halt" and "wake" (all processes of
+that node), "lost" (whether that node has shut itself down), "end". Each is answered with one line.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +19,38 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-m", "pipeline.cli"]
-# Ports on 127.0.0.1 only; no telemetry; workers of the tests find the packages under test.
+# Ports on 127.0.0.1 only, no telemetry, and a path on which workers find the packages under test.
 ENVIRONMENT = {
     **os.environ,
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
-    # How long a group waits for a place that has gone with its node, before it starts without; else 60.
+    # Seconds that a group waits for the resources of a lost node before it starts without them; default 60.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-    # Two processes for every group of workers less: nobody takes this machine away, or reads Ray Train's figures.
+    # Saves two processes per group of workers: this machine is not preempted, and Ray Train's metrics are not read.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # Nor are processes ended here because somebody else's, such as another test's, take memory.
+    # Ray must not kill processes because others, such as those of another test, use memory.
     "RAY_memory_monitor_refresh_ms": "0",
-    # A node is given up after five missed checks, one a second; else after some 15 s.
+    # A node counts as lost after five missed checks, one per second; by default after about 15 s.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
-# Of a cluster that listens for mere clients (ray://).
-CLIENTS = {
-    # A busy machine takes its time to start the process that serves a client,
-    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
-    # and forked while gRPC's threads were busy with another one, it sometimes hung before it had begun.
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
-}
 
 
 class RayCluster:
-    """A head node with so many (logical) cores; more nodes come and go.
+    """A head node, to which nodes are added and from which they are removed.
 
     Args:
-        cpus: of the head node.
-        client_port: where it also listens for mere clients (ray://); 0: it does not.
-        environment: of all its processes, beside `ENVIRONMENT`.
+        cpus: The (logical) cores of the head node.
+        environment: Variables of all its processes, in addition to `ENVIRONMENT`.
     """
 
-    def __init__(self, cpus: int, client_port: int = 0, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, cpus: int, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(cpus), str(client_port)],
+            [sys.executable, __file__, str(cpus)],
             env={**ENVIRONMENT, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -71,31 +60,31 @@ class RayCluster:
         self.address = self._answer()
 
     def add(self, cpus: int, apart: Path | None = None) -> None:
-        self._order(f"add {cpus}" if apart is None else f"add {cpus} {apart}")
+        self._command(f"add {cpus}" if apart is None else f"add {cpus} {apart}")
 
     def remove(self) -> None:
-        self._order("remove")
+        self._command("remove")
 
     def halt(self) -> None:
-        self._order("halt")
+        self._command("halt")
 
     def wake(self) -> None:
-        self._order("wake")
+        self._command("wake")
 
     def has_lost_a_node(self) -> bool:
-        """Whether the node added last has ended, as it does when it hears that it was given up."""
+        """Return whether the node added last has shut down, as nodes do when they count as lost."""
         return self._ask("lost") == "yes"
 
     def workers(self) -> list[psutil.Process]:
-        """Ray Train's workers, on all nodes."""
+        """Return Ray Train's workers on all nodes."""
         return self.named("RayTrainWorker")
 
     def named(self, part: str) -> list[psutil.Process]:
-        """The processes whose title has a part like that, on all nodes."""
+        """Return the processes on all nodes whose title contains a text."""
         return [p for p in self._children() if part in title(p)]
 
     def kill(self) -> None:
-        """All of it at once."""
+        """Kill all processes of the cluster."""
         for process in (psutil.Process(self._process.pid), *self._children()):
             process.kill()
         self._process.wait()
@@ -104,14 +93,14 @@ class RayCluster:
         if self._process.poll() is not None:
             return
         processes = self._children()
-        self._order("end")
+        self._command("end")
         self._process.wait(30)
-        kill(processes)  # what outlives its cluster
+        kill(processes)  # processes that outlive the cluster
 
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
 
-    def _order(self, text: str) -> None:
+    def _command(self, text: str) -> None:
         assert self._ask(text) == "done"
 
     def _ask(self, text: str) -> str:
@@ -125,18 +114,18 @@ class RayCluster:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return line.removeprefix("ANSWER ").strip()
-        raise AssertionError("the cluster's process has ended")
+        raise AssertionError("the process of the cluster has ended")
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Those of them that live."""
+    """Kill the processes that are alive."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def arguments(process: psutil.Process) -> list[str]:
-    """Its command line; none of one that has just ended."""
+    """Return the command line of a process, or nothing if it has just ended."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -144,12 +133,12 @@ def arguments(process: psutil.Process) -> list[str]:
 
 
 def title(process: psutil.Process) -> str:
-    """Ray writes what a process does over its command line."""
+    """Return the title of a process: Ray overwrites the command line with it."""
     return " ".join(arguments(process))
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses of a process's open ports; none of one that has just ended."""
+    """Return the addresses on which a process listens, or nothing if it has just ended."""
     try:
         connections = process.net_connections()
     except psutil.NoSuchProcess:
@@ -157,27 +146,10 @@ def listening(process: psutil.Process) -> set[str]:
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-@contextlib.contextmanager
-def client_of(servers: Callable[[], list[psutil.Process]]) -> Iterator[None]:
-    """Inside, a client (ray://) is started; the end waits until the cluster has one server more, that listens.
-
-    One at a time on this machine: a cluster gives such a server the first port above 23000 that is free just then, and
-    gRPC lets two of them share one; a client may then be served by somebody else's cluster.
-    """
-    with (Path(tempfile.gettempdir()) / f"istanas-tests-ray-client-{os.getuid()}").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = set(servers())
-        yield
-        end = time.monotonic() + 120
-        while not any(listening(server) for server in set(servers()) - before):
-            assert time.monotonic() < end, "the cluster has no server for the client"
-            time.sleep(0.2)
-
-
 class _Apart:
-    """While it names a folder, processes that are started see an empty one of their own in its place.
+    """While `folder` is set, new processes see an empty folder in its place.
 
-    In a mount namespace, which a process of several threads can enter but not leave: so each child enters it.
+    Each child enters a mount namespace, because a process with several threads could not leave it again.
     """
 
     def __init__(self) -> None:
@@ -196,16 +168,13 @@ class _Apart:
             os._exit(1)
 
 
-def _serve(cpus: int, client_port: int) -> None:
+def _serve(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": cpus, "include_dashboard": False}
-    if client_port:
-        head["ray_client_server_port"] = client_port
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     print(f"ANSWER {cluster.address}", flush=True)
     nodes, apart = [], _Apart()
-    for line in sys.stdin:  # up to "end", or the end of a test process that was killed
+    for line in sys.stdin:  # until "end", or until the test process is killed
         order, *words = line.split()
         if order == "add":
             apart.folder = words[1] if len(words) > 1 else None
@@ -234,4 +203,4 @@ def _raylet(node: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+    _serve(int(sys.argv[1]))

@@ -1,6 +1,6 @@
-"""Slurm with two nodes on this machine: real daemons, each node a machine of a private network, with its own host name.
+"""Slurm with two nodes on this machine: real daemons, with a network namespace and a host name for each node.
 
-Needs root, slurm-wlm, munge and iproute2 (Debian's packages).
+It requires root and the Debian packages slurm-wlm, munge and iproute2.
 """
 
 import os
@@ -9,12 +9,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.namespaces import Network, address, refusal
+from tests.waiting import poll, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 NODES = {f"n{number}": address(number) for number in (1, 2)}
@@ -48,7 +48,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def lacking() -> str | None:
-    """Why Slurm can't run here, or None."""
+    """Return the reason why Slurm cannot run here, or None."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
@@ -57,7 +57,7 @@ def lacking() -> str | None:
 
 
 class Slurm:
-    """The two nodes, while `running` lasts."""
+    """The two nodes, inside `running`."""
 
     def __init__(self, folder: Path, network: Network) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Slurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def ask(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """What a command on the first node prints."""
+        """Run a command on the first node, and return its stdout."""
         done = subprocess.run(
             self._on("n1", *command),
             cwd=cwd,
@@ -86,24 +86,15 @@ class Slurm:
         self._wait_until_idle()
 
     def end(self) -> None:
-        """End the daemons and whatever runs on the nodes: everything there is ours."""
+        """Kill the daemons and all processes in the namespaces of the nodes."""
         for machine in self._machines.values():
-            for _ in range(50):
-                listed = subprocess.run(
-                    ["ip", "netns", "pids", machine], capture_output=True, text=True, check=False
-                )
-                if not listed.stdout.split():
-                    break
-                for pid in map(int, listed.stdout.split()):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.1)
+            poll(lambda machine=machine: _kill_all(machine) == 0, 5, interval=0.1)  # type: ignore[misc]
         for daemon in self._daemons:
             daemon.kill()
             daemon.wait()
 
     def logs(self) -> str:
-        """The end of every daemon's log, for a test that fails."""
+        """Return the end of each daemon's log, for the message of a failed test."""
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
@@ -134,22 +125,24 @@ class Slurm:
             )
 
     def _wait_until_idle(self) -> None:
-        end = time.monotonic() + 60
-        answer = ""
-        while time.monotonic() < end:
+        def nodes() -> str:
             try:
-                answer = self.ask("sinfo", "--noheader", "--format=%D %t")
+                return self.ask("sinfo", "--noheader", "--format=%D %t").strip()
             except (AssertionError, subprocess.TimeoutExpired) as error:  # not up yet
-                answer = str(error)
-            if answer.strip() == f"{len(NODES)} idle":
-                return
-            time.sleep(0.3)
-        raise AssertionError(f"Slurm did not start: {answer}\n{self.logs()}")
+                return str(error)
+
+        wait_until(
+            lambda: nodes() == f"{len(NODES)} idle",
+            60,
+            "Slurm's nodes",
+            state=lambda: f"{nodes()}\n{self.logs()}",
+            interval=0.3,
+        )
 
 
 @contextmanager
 def running() -> Iterator[Slurm]:
-    """Two idle nodes; afterwards nothing is left of them."""
+    """Start two idle nodes, and remove everything afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         with Network(len(NODES)) as network:
@@ -163,11 +156,20 @@ def running() -> Iterator[Slurm]:
         shutil.rmtree(folder)
 
 
+def _kill_all(machine: str) -> int:
+    listed = subprocess.run(["ip", "netns", "pids", machine], capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in listed.stdout.split()]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(pids)
+
+
 def _munge(folder: Path) -> list[str]:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    folder.chmod(0o755)  # else munge finds its socket unreachable
+    folder.chmod(0o755)  # Otherwise munge rejects the folder of its socket.
     files = {
         "socket": "munge.socket",
         "pid-file": "munge.pid",
@@ -183,4 +185,5 @@ def _write_conf(folder: Path) -> None:
     for made in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / made).mkdir()
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, head=NODES["n1"], nodes=nodes))
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # none is asked for, but one must load
+    # No control groups are used, but Slurm has to load a plugin.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -1,4 +1,4 @@
-"""The guide's pages: their links resolve, their commands name what exists, and blocks marked runnable run."""
+"""The guide's pages: links, commands, names of files, and shell blocks that are marked as runnable."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rgl
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of every `istanas` command in a page's shell blocks."""
+    """Return the words of every `istanas` command in a page's shell blocks."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"```sh(?: runnable)?\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -33,7 +33,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def runnable_blocks(page: str) -> list[str]:
-    """The shell blocks of a page whose first line is ```sh runnable."""
+    """Return the shell blocks of a page whose first line is ```sh runnable."""
     return re.findall(
         r"^```sh runnable\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
@@ -43,7 +43,7 @@ RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
 
 
 def options(words: list[str], name: str) -> list[str]:
-    """The values of a repeatable option."""
+    """Return the values of a repeatable option."""
     return [value for option, value in itertools.pairwise(words) if option == name]
 
 
@@ -83,7 +83,7 @@ def test_files_that_are_named_exist(page: str) -> None:
 
 
 def test_the_readme_is_a_front_page() -> None:
-    """It links to every page of the guide."""
+    """It is short and links to every page of the guide."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
     site = {
@@ -95,13 +95,13 @@ def test_the_readme_is_a_front_page() -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, "README.md"])
 def test_lines_are_short(page: str) -> None:
-    """Tables aside, whose rows cannot be broken."""
+    """Except in tables, whose rows cannot be wrapped."""
     text = (ROOT / page).read_text().splitlines()
     assert [line for line in text if len(line) > 120 and not line.startswith("|")] == []
 
 
 def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run shell blocks one after the other in a folder that has `tune_configs`, with an own home and MLflow store."""
+    """Run shell blocks in order, in a folder with `tune_configs`, its own home and its own MLflow store."""
     programs, home = folder / "bin", folder / "home"
     programs.mkdir(parents=True)
     home.mkdir()
@@ -127,13 +127,13 @@ def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_runnable_blocks_run(page: str, tmp_path: Path) -> None:
-    """All of a page in one shell, in order, so that a block may use the files of an earlier one."""
+    """All blocks of a page run in one shell, so that a block may use the files of an earlier one."""
     done = run_blocks(runnable_blocks(page), tmp_path)
     assert done.returncode == 0, done.stdout
 
 
 def test_a_failing_block_is_noticed(tmp_path: Path) -> None:
-    """Also if a later command of the block, or the end of a pipe, succeeds."""
+    """Also if a later command of the block or the last command of a pipe succeeds."""
     for number, block in enumerate(
         ["istanas --no-such-option\ntrue", "istanas draw nothing | cat", "no-such-command"]
     ):

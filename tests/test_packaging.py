@@ -1,4 +1,4 @@
-"""What users install and contributors rely on: import rule, dependencies, licence, citation, a tidy tree."""
+"""The package and the repository: imports, dependencies, licence, citation, files."""
 
 import ast
 import importlib.metadata
@@ -39,7 +39,7 @@ TOP_LEVEL = {
     "tests",
     "tune_configs",
 }
-# Where the constraints were made: Linux on x86-64, CPython 3.11.
+# The system of constraints.txt: Linux on x86-64, CPython 3.11.
 TESTED_ON = {
     "python_version": "3.11",
     "python_full_version": "3.11.7",
@@ -58,7 +58,7 @@ STATISTICS_OFF = {
 
 
 def output_of(command: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
-    """What a command that succeeds prints."""
+    """Run a command that must succeed, and return its output."""
     done = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
     )
@@ -67,13 +67,13 @@ def output_of(command: list[str], folder: Path, env: dict[str, str] | None = Non
 
 
 def fresh_python(code: str, root: Path, **environment: str) -> str:
-    """What `code` prints in a new interpreter that has none of the tests' settings."""
+    """Run code in a new interpreter without the tests' settings, and return its output."""
     env = {k: v for k, v in os.environ.items() if k not in STATISTICS_OFF} | environment
     return output_of([sys.executable, "-c", code], root, env)
 
 
 def normal_name(requirement: str) -> str:
-    """Name of a distribution as PEP 503 normalises it, without extras, version and marker."""
+    """Return a distribution's name, normalised as in PEP 503, without extras, version and marker."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match is not None, requirement
     return re.sub(r"[-_.]+", "-", match.group()).lower()
@@ -86,9 +86,9 @@ def project(repo_root: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def files(repo_root: Path) -> list[Path]:
-    """What git tracks or would track, relative to the root."""
+    """The files that git tracks or would track, relative to the root."""
     if not (repo_root / ".git").exists():
-        pytest.skip("not a git checkout: nothing tells the project's files from others")
+        pytest.skip("not a git checkout: the project's files are unknown")
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = output_of(listing, repo_root).split("\0")
     found = [Path(name) for name in names if name and (repo_root / name).exists()]
@@ -98,7 +98,7 @@ def files(repo_root: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def imported_by_istanas(repo_root: Path) -> set[str]:
-    """Top-level modules of a fresh interpreter that has imported all of istanas, and loaded the digits."""
+    """The top-level modules of a new interpreter after importing all of istanas and loading the digits."""
     code = """
 import importlib, json, pkgutil, sys
 import istanas
@@ -121,7 +121,7 @@ def test_istanas_imports_no_heavy_library_before_it_is_needed(imported_by_istana
     assert not imported_by_istanas & {"matplotlib", "torchvision", "sklearn", "pandas"}
 
 
-def test_the_version_stands_in_one_place(repo_root: Path, project: dict) -> None:
+def test_the_version_is_the_same_everywhere(repo_root: Path, project: dict) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", istanas.__version__)
     assert "version" in project["dynamic"]
     assert YAML(typ="safe").load(repo_root / "CITATION.cff")["version"] == istanas.__version__
@@ -165,14 +165,14 @@ def test_the_constraints_pin_each_dependency_within_its_range(repo_root: Path, p
         assert requirement.specifier.contains(pinned[normal_name(requirement.name)]), text
 
 
-def test_the_lock_has_the_releases_of_the_constraints_with_the_hashes_of_their_files(
+def test_the_lock_has_the_constraints_releases_with_their_files_hashes(
     repo_root: Path, project: dict
 ) -> None:
     lines = (repo_root / "constraints.txt").read_text().splitlines()
     pinned = {normal_name(line): line.partition("==")[2] for line in lines if not line.startswith("#")}
     text = re.sub(r"^#.*\n", "", (repo_root / "requirements.lock").read_text(), flags=re.MULTILINE)
     locked: dict[str, str] = {}
-    elsewhere = set()  # what only other systems need
+    elsewhere = set()  # dependencies of other systems only
     for entry in text.replace("\\\n", " ").splitlines():
         requirement, *hashes = entry.split(" --hash=")
         assert hashes, entry
@@ -241,7 +241,7 @@ def test_no_large_file(repo_root: Path, files: list[Path]) -> None:
 
 
 def test_no_path_of_one_machine(repo_root: Path, files: list[Path]) -> None:
-    # Put together from pieces, or this file would be its own finding.
+    # Composed of pieces, so that it does not match this file.
     pattern = re.compile(r"(?<![\w.])/" + "(work|root)/")
     found = []
     for path in files:

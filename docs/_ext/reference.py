@@ -64,12 +64,11 @@ def _with_methods(methods: str, text: str) -> str:
 
 def _command_blocks() -> Iterator[str]:
     above = click.Context(cli, info_name="istanas", **cli.context_settings)
-    for heading, names in SECTIONS.items():
+    for heading, group in SECTIONS.items():
         yield f"## {heading}"
-        for name in names:
-            command = cli.commands[name]
-            context = click.Context(command, info_name=name, parent=above, **command.context_settings)
-            yield f"### istanas {name}"
+        for command in group:
+            context = click.Context(command, info_name=command.name, parent=above, **command.context_settings)
+            yield f"### istanas {command.name}"
             yield f"```text\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
             yield from (_escaped(" ".join(part.split())) for part in (command.help or "").split("\n\n"))
             records = [parameter.get_help_record(context) for parameter in command.get_params(context)]

@@ -47,20 +47,28 @@ class CellSpace:
 
     def __post_init__(self) -> None:
         if self.n_nodes < 1:
-            raise ConfigError(f"space.nodes is {self.n_nodes}: a cell needs at least 1 node")
+            raise ConfigError(f"{self.n_nodes} is too small", field="space.nodes", remedy="use 1 or more")
         unknown = [op for op in self.ops if op not in PRIMITIVES]
         if unknown:
-            raise ConfigError(f"space.ops names {unknown[0]!r}: choose from {', '.join(PRIMITIVES)}")
+            raise ConfigError(
+                f"unknown operation {unknown[0]!r}",
+                field="space.ops",
+                remedy=f"choose from {', '.join(PRIMITIVES)}",
+            )
         if not self.ops or len(set(self.ops)) != len(self.ops):
-            raise ConfigError(f"space.ops is {list(self.ops)}: give each operation once, at least one")
+            raise ConfigError(
+                f"{list(self.ops)} is empty or names an operation twice",
+                field="space.ops",
+                remedy="give each operation once, at least one",
+            )
         limit = N_CELL_INPUTS if self.one_op_per_edge else self.n_candidates(0)
         if not 1 <= self.sparsity <= limit:
-            what = (
-                "edges of the first node (one_op_per_edge)"
-                if self.one_op_per_edge
-                else "first node's candidates"
+            what = "edges, each with one operation" if self.one_op_per_edge else "candidates"
+            raise ConfigError(
+                f"{self.sparsity} cannot be chosen among the first node's {limit} {what}",
+                field="space.sparsity",
+                remedy=f"choose 1 to {limit}",
             )
-            raise ConfigError(f"space.sparsity is {self.sparsity}: choose 1 to {limit}, the number of {what}")
 
     @property
     def n_ops(self) -> int:

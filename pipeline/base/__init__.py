@@ -1,1 +1,1 @@
-"""What every room needs: files, addresses, texts, interruption, redaction, and where a process may write."""
+"""Basics of all packages above: files, addresses, texts, interruption, redaction, and writable folders."""

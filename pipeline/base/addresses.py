@@ -1,4 +1,4 @@
-"""Addresses of storage and of databases: which kinds there are, and how they are written."""
+"""Addresses of storage and of databases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from istanas.errors import ConfigError
 from pipeline.base.redaction import without_secrets
 
 SCHEMES = ("s3", "gs")
@@ -15,52 +16,55 @@ CREDENTIALS = {
 }
 
 
-# ---------- addresses and paths
 def checked_address(text: str) -> str:
-    """A place for run directories, as `runtime.runs_dir` takes it.
+    """Return a normalised location of run directories, as `runtime.runs_dir` takes it.
 
     Raises:
-        ValueError: it is no folder and no address of a known kind, or holds what belongs into the environment.
+        ConfigError: It is neither a folder nor an address of a known kind, or it contains credentials.
 
     Example:
         >>> checked_address("runs"), checked_address("s3://bucket/runs/")
         ('runs', 's3://bucket/runs')
     """
+    shown = f"{without_secrets(text)!r:.60}"
     scheme, separator, _ = text.partition("://")
     if not separator:
         if text.startswith(tuple(f"{known}:" for known in (*SCHEMES, "file"))):
-            raise ValueError("write two slashes after the colon of an address")
+            raise ConfigError(f"{shown} is not an address", remedy="write two slashes after the colon")
         return text
     url = urlsplit(text)
     if scheme == "file":
         if url.netloc or not url.path:
-            raise ValueError("write file:///PATH, with three slashes")
+            raise ConfigError(f"{shown} is not an address", remedy="write file:///PATH, with three slashes")
         return text
     if scheme not in SCHEMES:
-        raise ValueError("give a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH")
+        raise ConfigError(
+            f"{shown} is not an address of a known kind",
+            remedy="give a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH",
+        )
     if without_secrets(text) != text:
-        raise ValueError(
-            f"no passwords or keys in an address, set them in the environment: {CREDENTIALS[scheme]}"
+        raise ConfigError(
+            f"{shown} contains a password or key", remedy=f"set it in the environment: {CREDENTIALS[scheme]}"
         )
     parts = names_in(url)
     if not url.netloc or any(part in ("", ".", "..") or "/" in part for part in parts) or url.fragment:
-        raise ValueError(f"write {scheme}://BUCKET/PREFIX")
+        raise ConfigError(f"{shown} is not an address", remedy=f"write {scheme}://BUCKET/PREFIX")
     return joined_address(url.scheme, [url.netloc, *parts], url.query)
 
 
 def names_in(url: SplitResult) -> list[str]:
-    """The names in an address, as they are: there, what means something in addresses is written with a per cent."""
+    """Return the names in an address, with per cent encoding removed."""
     path = url.path.strip("/")
     return [unquote(part) for part in path.split("/")] if path else []
 
 
 def joined_address(scheme: str, names: Sequence[str], query: str) -> str:
-    """The opposite of `names_in`; the first name is the bucket."""
+    """Return the address of these names, which is the inverse of `names_in`. The first name is the bucket."""
     return f"{scheme}://{'/'.join(map(quote, names))}{'?' if query else ''}{query}"
 
 
 def is_remote(text: str) -> bool:
-    """Whether an address is one of a storage that is not worked on directly.
+    """Return whether an address names object storage, of which runs have a local copy.
 
     Example:
         >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")
@@ -70,7 +74,7 @@ def is_remote(text: str) -> bool:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite store's file; None for every other store.
+    """Return the absolute path of a SQLite store's file; None for any other store.
 
     Example:
         >>> str(sqlite_file("sqlite:////data/mlflow.db")), sqlite_file("http://host:5000")

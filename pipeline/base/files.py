@@ -1,4 +1,4 @@
-"""Atomic writing of files, and what an error of the disk or of memory means."""
+"""Atomic writing of files, and classification of errors of the disk and of memory."""
 
 import contextlib
 import errno
@@ -12,11 +12,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Replace a file's content so that a crash leaves either the old or the new content, never a mixture.
 
     Args:
-        path: the file; its directory is created if need be.
-        data: the whole new content; text is written as UTF-8.
+        path: The file. Its directory is created if necessary.
+        data: The new content. Text is encoded as UTF-8.
 
     Raises:
-        OSError: the directory can't be written.
+        OSError: The file cannot be written.
 
     Example:
         >>> import tempfile
@@ -37,24 +37,24 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # now: it is told how much is free without it
-        raise refused(error, target, len(content)) from error
+        temporary.unlink(missing_ok=True)  # first, so that the error reports the free space without it
+        raise detailed_error(error, target, len(content)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(target.parent)
 
 
 def append(path: Path, data: bytes, *, at: int) -> None:
-    """Cut a file to some length and add to it; the data is on the disk when this returns.
+    """Truncate a file, append to it, and return when the data is on the disk.
 
     Args:
-        path: the file; it and its directory are created if need be.
-        data: what to add.
-        at: bytes of the file that stay.
+        path: The file. It and its directory are created if necessary.
+        data: The bytes to append.
+        at: Number of bytes of the file to keep.
 
     Raises:
-        OSError: the disk refuses; the first `at` bytes are then all that the file holds.
-        ValueError: the file has fewer than `at` bytes.
+        OSError: The data cannot be written. The file then contains only its first `at` bytes.
+        ValueError: The file has fewer than `at` bytes.
 
     Example:
         >>> import tempfile
@@ -68,7 +68,7 @@ def append(path: Path, data: bytes, *, at: int) -> None:
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size < at:
-            raise ValueError(f"it has {size} bytes, not at least {at}")
+            raise ValueError(f"it has {size} bytes, fewer than {at}")
         os.ftruncate(stream.fileno(), at)
         stream.seek(at)
         left = memoryview(data)
@@ -78,13 +78,13 @@ def append(path: Path, data: bytes, *, at: int) -> None:
             os.fsync(stream.fileno())
         except OSError as error:
             os.ftruncate(stream.fileno(), at)
-            raise refused(error, path, len(data)) from error
+            raise detailed_error(error, path, len(data)) from error
     if created:
         sync_directory(path.parent)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether it is a disk, a quota or a limit on files that has no room left.
+    """Return whether an error says that a disk, a quota or a limit on file sizes is exhausted.
 
     Example:
         >>> is_full(OSError(errno.ENOSPC, "No space left")), is_full(OSError(errno.EACCES, "Permission denied"))
@@ -94,7 +94,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine, or its GPU, has no memory left; torch says so of either only in words.
+    """Return whether an error says that the machine or its GPU is out of memory. Torch reports both only in its texts.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("no"))
@@ -104,13 +104,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
-def refused(error: OSError, path: Path, needed: int) -> OSError:
-    """The error with what the system leaves out of it: which file, and, of a full disk, what it needs and what is free.
+def detailed_error(error: OSError, path: Path, needed: int) -> OSError:
+    """Return an error of writing with the file and, if the disk is full, the needed and the free space.
 
     Args:
-        error: of writing the file.
-        path: of the file.
-        needed: bytes.
+        error: The error.
+        path: The file.
+        needed: Number of bytes that were to be written.
     """
     text = error.strerror
     if is_full(error):
@@ -123,10 +123,10 @@ def refused(error: OSError, path: Path, needed: int) -> OSError:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make created, renamed and deleted files of a folder survive a power cut.
+    """Flush a directory to the disk, so that created, renamed and deleted files survive a power failure.
 
     Args:
-        directory: the folder. Where the system cannot open a folder, nothing is done.
+        directory: The directory. Nothing is done on systems that cannot open one.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""A table that fits every terminal: fewer columns, then one block a row; names never break."""
+"""A table that fits every terminal: it drops columns, then prints one block per row, and never breaks names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-_PROSE = 24  # columns that a wrapping text needs at least, unless its longest word is longer
+_PROSE = 24  # smallest width of a column of wrapped text, unless its longest word is longer
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Column:
     """A column of a `FittedTable`.
 
     Args:
-        heading: a text; its lines may be broken at spaces if it is a number's.
-        right: whether it holds numbers.
-        rank: when it is left out for lack of room: the highest first, 0 never.
-        prose: whether its texts are sentences, which may be wrapped between words.
+        heading: The heading. That of a column of numbers may be broken at spaces.
+        right: Whether the column has numbers, which are aligned to the right.
+        rank: Columns of the highest rank are dropped first; those of rank 0 never are.
+        prose: Whether its texts are sentences, which may be wrapped between words.
     """
 
     heading: str
@@ -30,19 +30,19 @@ class Column:
 
     @property
     def head(self) -> str:
-        """The heading as it stands in the table."""
+        """The heading as it is printed."""
         return self.heading.replace(" ", "\n") if self.right else self.heading
 
 
 class FittedTable:
-    """Something to print: rows of texts under columns.
+    """A table of texts that rich can print.
 
-    Print it with `console.print(table, crop=False)`, so that a name longer than the terminal stays whole.
+    Print it with `console.print(table, crop=False)`, so that names longer than the terminal are not cut off.
 
     Args:
-        columns, rows: the whole table.
-        title: above it, or None.
-        rest: where the columns are that are left out.
+        columns, rows: The whole table.
+        title: Title above the table, or None.
+        rest: Where the user finds the columns that are dropped.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class FittedTable:
                 yield from (Text(line, no_wrap=True, overflow="ignore") for line in self._block(row))
             return
         yield self._table(places)
-        left = [column.heading.strip() for i, column in enumerate(self.columns) if i not in places]
-        if left and self.rows:
-            yield Text(f"left out for lack of room: {', '.join(left)}; {self._rest}")
+        dropped = [column.heading.strip() for i, column in enumerate(self.columns) if i not in places]
+        if dropped and self.rows:
+            yield Text(f"left out for lack of room: {', '.join(dropped)}; {self._rest}")
 
     def places(self, width: int) -> list[int] | None:
-        """The columns that fit into a width; None if not even those do that are never left out."""
+        """Return the columns that fit into a width; None if the columns of rank 0 do not fit."""
         places = list(range(len(self.columns)))
         widths = [self._width(place) for place in places]
         while sum(widths[place] for place in places) + len(places) + 1 > width:
@@ -111,7 +111,7 @@ class FittedTable:
         return table
 
     def _block(self, row: Sequence[str]) -> Iterator[str]:
-        """A row as lines: its first column, then what else it has."""
+        """Yield a row as lines: the first column, then each other column that is not empty."""
         yield row[0]
         indent = " " * (len(row[0]) - len(row[0].lstrip()) + 2)
         for column, text in zip(self.columns[1:], row[1:], strict=True):

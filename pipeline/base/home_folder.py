@@ -1,6 +1,6 @@
-"""A home for the libraries of a command where the user has none that can be written, as in many containers.
+"""A replacement of the home folder for users without a writable one, as in many containers.
 
-Ray's token and the caches of istanas, matplotlib and torch lie in the home folder; without one, some of these libraries
+Ray's token and the caches of istanas, matplotlib and torch are in the home folder. Without one, some of these libraries
 fail.
 """
 
@@ -16,17 +16,17 @@ from pathlib import Path
 
 from istanas.errors import IstanasError
 
-REMEDY = "set HOME to a folder that can be written"
-TOKEN = Path(".ray", "auth_token")  # in the home, where Ray looks and writes
+REMEDY = "set HOME to a writable folder"
+TOKEN = Path(".ray", "auth_token")  # below the home folder, where Ray reads and writes it
 
 
 def ensure_usable_home() -> None:
-    """Set, for this process and those that it starts, variables that name folders which can be written.
+    """Set environment variables of this process and its children that name writable folders.
 
-    A home that is there keeps its name, because files to be read may lie in it (licences, credentials).
+    HOME itself is not changed if the folder exists, because it may contain files to read (licences, credentials).
 
     Raises:
-        IstanasError: there is no such folder, not even for temporary files.
+        IstanasError: No folder is writable, not even for temporary files.
     """
     home = _home()
     if home is None or not (_exists(home) or _can_be_written(home)):
@@ -48,7 +48,7 @@ def ensure_usable_home() -> None:
 
 
 def _ensure_token(token: Path) -> None:
-    """Name a file with a token for Ray, if Ray can't write one; Ray itself writes one only into the home folder."""
+    """Create a token for Ray elsewhere if Ray cannot write one to the home folder."""
     if _can_be_read(token) if _exists(token) else _can_be_written(token.parent):
         return
     file = _substitute(f"{token}: can't be written") / TOKEN.name
@@ -59,12 +59,12 @@ def _ensure_token(token: Path) -> None:
 def _home() -> Path | None:
     try:
         return Path.home()
-    except RuntimeError:  # neither in the environment nor among the system's users
+    except RuntimeError:  # HOME is not set, and the system does not know the user
         return None
 
 
 def _write_once(file: Path, text: str) -> None:
-    """Write a private file, unless it exists; commands that start at the same time read the same, whole text."""
+    """Write a private file unless it exists, atomically: commands may start at the same time."""
     with tempfile.NamedTemporaryFile("w", dir=file.parent) as written:
         written.write(text)
         written.flush()
@@ -82,7 +82,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _exists(path: Path) -> bool:
-    """Whether this user sees a path: not below a folder that may not be entered, or on a file system that has gone."""
+    """Return whether a path exists. It does not if a parent is not accessible or its file system is unreachable."""
     try:
         return path.exists()
     except OSError:
@@ -90,7 +90,7 @@ def _exists(path: Path) -> bool:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether files can be made in a folder, or the folder itself can."""
+    """Return whether files can be created in a folder, or the folder itself can be created."""
     while not _exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -101,16 +101,18 @@ def _can_be_read(file: Path) -> bool:
 
 
 def _substitute(problem: str) -> Path:
-    """A folder of this user's among the temporary files, the same for all commands: they share its token."""
+    """Return this user's replacement folder among the temporary files, which all commands share."""
     try:
         folder = Path(tempfile.gettempdir(), f"istanas-home-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise IstanasError(f"{problem}, nor can a temporary folder ({error}); {REMEDY}") from None
+        raise IstanasError(
+            f"{problem}, and no temporary folder can be created ({error})", remedy=REMEDY
+        ) from None
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
     if not private:
-        raise IstanasError(f"{problem}, and {folder} is not a private folder of this user; {REMEDY}")
+        raise IstanasError(f"{problem}, and {folder} is not a private folder of this user", remedy=REMEDY)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP unwind a command, so that its run is closed and the same command resumes; and when not."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: they unwind a command, so that its run is closed and can be resumed."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells have them
+INTERRUPTED = 128 + signal.SIGINT  # exit codes, as shells define them
 TERMINATED = 128 + signal.SIGTERM
 HUNG_UP = 128 + signal.SIGHUP
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SECONDS_TO_REPEAT = 0.1  # a signal that was swallowed
+SECONDS_TO_REPEAT = 0.1  # delay before a swallowed signal is sent again
 STILL_CLOSING = (
     b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once, the same command resumes\n"
 )
 
-working_to_an_end = threading.Event()  # while `uninterrupted` holds back what comes
+signals_deferred = threading.Event()  # set while `uninterrupted` defers signals
 
 
 @contextlib.contextmanager
 def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
-    """Inside, the first Ctrl-C, SIGTERM or SIGHUP raises KeyboardInterrupt; it is noted in the list that is given.
+    """Raise KeyboardInterrupt in the body on the first Ctrl-C, SIGTERM or SIGHUP, and yield the list of signals.
 
-    Later ones would interrupt the closing of the run, and leave processes behind: they are answered, and no more.
-    Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before they kill. SIGHUP
-    comes when the terminal or the SSH connection is closed; under nohup it is ignored, and stays so.
+    Later signals would interrupt the closing of the run and leave processes behind, so that they only print a message.
+    Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before SIGKILL. SIGHUP is
+    sent when the terminal or the SSH connection is closed; under nohup it stays ignored.
 
-    Where Python swallows a KeyboardInterrupt (in a `__del__`, in a callback), the same signal comes again a moment
-    later.
+    If Python swallows a KeyboardInterrupt (in a `__del__` or a callback), the signal is sent again shortly after.
 
-    A signal often reaches the whole process group. torch's DataLoader answers the death of a child with a RuntimeError
-    wherever this process is: after a signal was noted, children die without it, and the run is closed in peace.
+    A signal often reaches the whole process group. Torch's DataLoader would raise a RuntimeError in this process when a
+    child dies, so that its handler of SIGCHLD is removed after a signal.
 
     Args:
-        leaving: after one was noted, the process is deaf to others until its end, which comes now.
+        leaving: Whether the process exits after the body; it then ignores further signals after the first one.
     """
     noted: list[int] = []
     repeats: list[threading.Timer] = []
-    children: list[Any] = []  # who was told of their deaths
-    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+    children: list[Any] = []  # the handler of SIGCHLD
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
         yield noted
         return
 
@@ -53,12 +52,12 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
             children.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):
-            os.write(2, STILL_CLOSING)  # the one way that is safe in the middle of anything
+            os.write(2, STILL_CLOSING)  # safe in a signal handler, unlike print
 
     def repeat() -> None:
         number = noted[0]
         noted.clear()
-        # To the main thread, which else would not wake up.
+        # Sent to the main thread, which would otherwise not wake up.
         signal.pthread_kill(main, number)
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
@@ -72,7 +71,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     main = threading.get_ident()
     unraisable_hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    # A shell's background jobs are deaf to Ctrl-C, those of nohup to SIGHUP, and stay so.
+    # A shell's background jobs ignore Ctrl-C, and those of nohup ignore SIGHUP; they continue to do so.
     taken = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in taken:
         signal.signal(number, interrupt)
@@ -87,21 +86,20 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
         if children and not leaving:
             signal.signal(signal.SIGCHLD, children[0])
         if leaving and noted:
-            # An interrupt inside an exec of text (dataclasses, while they are imported) leaves a mark, by which
-            # `python -m` dies of SIGINT at its very end, whatever the exit code. The next exec takes it away.
+            # After an interrupt inside an exec of text (as when dataclasses are created), `python -m` exits by SIGINT
+            # whatever the exit code. Another exec resets this.
             exec("")
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[list[int]]:
-    """Inside, for some seconds, what would interrupt is only noted (in the list that is given), and comes at the end.
+    """Defer Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (a lost cluster) to the end of the body, and yield the list of them.
 
-    Of Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (a cluster is lost). For what is half done could not be ended: a Ray that
-    starts leaves processes behind, a database that is written to its lock. Ray puts a handler of its own in the place
-    of one for SIGTERM; at the end, the one from before is back.
+    Some short operations must not be interrupted: Ray would leave processes behind while it starts, and a database its
+    lock while it is written. Ray replaces the handler of SIGTERM; the previous one is restored at the end.
     """
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
         yield noted
         return
     before: dict[int, Callable[[int, FrameType | None], object]] = {}
@@ -110,20 +108,20 @@ def uninterrupted() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         if within:
             noted.append(number)
-        else:  # while the handlers from before are put back
+        else:  # while the previous handlers are restored
             before[number](number, frame)
 
     try:
-        working_to_an_end.set()
+        signals_deferred.set()
         for number in (*SIGNALS, signal.SIGUSR1):
             handler = signal.getsignal(number)
-            if callable(handler):  # not where the process dies of it, or is deaf to it
+            if callable(handler):  # neither the default action nor ignored
                 before[number] = handler
                 signal.signal(number, note)
         yield noted
     finally:
         within = False
-        working_to_an_end.clear()
+        signals_deferred.clear()
         for taken, handler_before in before.items():
             signal.signal(taken, handler_before)
         if noted:
@@ -131,11 +129,11 @@ def uninterrupted() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def children_deaf_to_hangups() -> Iterator[None]:
-    """Inside, processes are started that a closed terminal does not end: this process ends them when it has unwound.
+def children_ignore_hangups() -> Iterator[None]:
+    """Start processes in the body that a closed terminal does not terminate; this process stops them itself.
 
-    The terminal sends SIGHUP to all processes of the command at once. It is blocked, which a new program inherits,
-    not ignored, because a handler of this process must get it in the end.
+    The terminal sends SIGHUP to all processes of the command at once. It is blocked, which new processes inherit, and
+    not ignored, because the handler of this process must still receive it afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# As the template `links.html` writes it: a text of a page is escaped, and cannot look like it.
+# The form that the template `links.html` writes. Text in a page is escaped and cannot have this form.
 _FILE_LINK = re.compile(r'<a data-file href="[^"]*">(.*?)</a>', re.DOTALL)
 
 
@@ -12,7 +12,7 @@ def without_file_links(page: str) -> str:
     """Return a page whose links to files are plain text.
 
     Args:
-        page: as `render` gives it.
+        page: A page as `render` returns it.
 
     Example:
         >>> without_file_links('<td><a data-file href="trials.csv">all</a> <a href="#top">up</a></td>')

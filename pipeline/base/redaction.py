@@ -1,8 +1,8 @@
-"""What may be shown and written: addresses without the passwords and tokens in them."""
+"""Removal of passwords and tokens from addresses before they are shown or stored."""
 
 import re
 
-# Up to the last @ before a slash; a password may hold one too, but HOST:PORT/ begins no user's name and password.
+# Everything up to the last @ before a slash. A password may contain a slash, too, unless HOST:PORT/ precedes it.
 _CREDENTIALS = re.compile(r"://(?:[^/\s]*@|(?![^/@\s]*:\d+/)[^/:@\s]*:\S*@)")
 _SECRET = re.compile(
     r"([?&;][\w.-]*(?:pass|pwd|token|secret|key|auth|sig|credential|odbc_connect)[\w.-]*=)[^&;#\s]*",
@@ -11,7 +11,7 @@ _SECRET = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """A text without the passwords and tokens of the addresses in it.
+    """Return a text without the passwords and tokens of the addresses in it.
 
     Example:
         >>> without_secrets("sweep.storage=postgresql://me:se/cr@t@host/db?password=secret&sslmode=require")

@@ -1,4 +1,4 @@
-"""Whether a server answers from here, and whether a proxy of the environment was asked for it."""
+"""Checks whether a server answers, and whether a proxy of the environment is used for it."""
 
 import http.client
 import os
@@ -10,14 +10,13 @@ from urllib.parse import urlsplit
 
 SECONDS_TO_CONNECT = 5.0
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-ANSWERS = (200, 401, 403)  # of a server that is there, be it that it wants a password
+ANSWERS = (200, 401, 403)  # status codes of a server that answers, possibly requiring a password
 
 
-# ---------- MLflow's store
 def unreachable(uri: str) -> str:
-    """Why a store that is a server does not answer from here; "" if it does, or is none.
+    """Return why a store's server does not answer; "" if it does, or if the store is not a server.
 
-    MLflow's own client would try again for minutes.
+    MLflow's own client would retry for minutes.
     """
     try:
         parts = urlsplit(uri)
@@ -37,7 +36,7 @@ def unreachable(uri: str) -> str:
 
 
 def by_proxy(uri: str) -> str:
-    """Of a server that did not answer: whether a proxy of the environment was asked for it, and the remedy; or "".
+    """Return a hint that a proxy of the environment is used for a server, with the remedy; "" if none is.
 
     Example:
         >>> by_proxy("sqlite:///mlflow.db")
@@ -47,23 +46,23 @@ def by_proxy(uri: str) -> str:
     if not proxy:
         return ""
     host = urlsplit(uri).hostname
-    shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without a password
+    shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without credentials
     excepted = next((name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)), None)
     remedy = f"set NO_PROXY={host}" if excepted is None else f"add {host} to {excepted}"
-    return f"; the proxy {shown} ({name}) was asked for it, {remedy} to connect directly"
+    return f"; the proxy {shown} ({name}) is used for it, {remedy} to connect directly"
 
 
 def _proxy_of(uri: str) -> tuple[str, str]:
-    """The variable that names the proxy which MLflow's client asks for a server, and the proxy; "" if there is none.
+    """Return the variable that names the proxy of MLflow's client for a server, and the proxy; "" if there is none.
 
-    The client is built on requests, whose rules differ from urllib's: it takes ALL_PROXY, and networks in NO_PROXY.
+    The client uses requests, whose rules differ from urllib's: it supports ALL_PROXY, and networks in NO_PROXY.
     """
     from requests.utils import get_environ_proxies, select_proxy
 
     try:
         scheme = urlsplit(uri).scheme
         proxy = select_proxy(uri, get_environ_proxies(uri)) if scheme in ("http", "https") else None
-    except ValueError:  # half an IPv6 address
+    except ValueError:  # an invalid IPv6 address
         return "", ""
     if not proxy:
         return "", ""
@@ -73,7 +72,7 @@ def _proxy_of(uri: str) -> tuple[str, str]:
 
 def _health(url: str) -> int:
     context = None
-    if url.startswith("https"):  # as MLflow's client is told to trust
+    if url.startswith("https"):  # with the certificates that MLflow's client trusts
         context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
         if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS") == "true":
             context = ssl._create_unverified_context()

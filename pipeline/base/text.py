@@ -1,4 +1,4 @@
-"""Short texts for people: counts, shares, durations, settings and errors in one line."""
+"""Short texts for people: counts, percentages, durations, settings, and errors on one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.base.redaction import without_secrets
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun.
+    """Return a number with its noun.
 
     Example:
         >>> count(1, "worker"), count(2, "thread")
@@ -20,7 +20,7 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share for people.
+    """Return a fraction as a percentage.
 
     Example:
         >>> percent(0.98607)
@@ -30,7 +30,7 @@ def percent(fraction: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """Return a duration in a readable form.
 
     Example:
         >>> duration(7.31), duration(83), duration(3 * 3600 + 125)
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A swept key's value for people, as YAML has it.
+    """Return a swept value as YAML writes it.
 
     Example:
         >>> shown_value(None), shown_value(["skip_connect", "sep_conv_3x3"]), shown_value(0.5)
@@ -57,10 +57,10 @@ def shown_value(value: Any) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return what each key is called in tables and figures: its last part, or the whole key where two share that.
+    """Return the name of each key in tables and figures: its last part, or the whole key if two keys share that.
 
     Args:
-        keys: of a sweep's space.
+        keys: The keys of a sweep's space.
 
     Example:
         >>> short_names(["search.lr", "retrain.lr", "space.sparsity"])
@@ -72,11 +72,11 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """An error as one readable line without passwords: what the system said, if that was at the bottom of it.
+    """Return an error as one line without passwords: the message of the system if that is the cause.
 
     Args:
-        error: the error; the errors that led to it are looked at too.
-        limit: characters after which a text is cut, >= 1.
+        error: The error. Its causes are searched for an error of the system.
+        limit: Number of characters after which the text is cut, >= 1.
 
     Example:
         >>> one_line(ValueError("no\\n  route to http://me:secret@host"))
@@ -93,6 +93,6 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def last_line(error: BaseException | str) -> str:
-    """The last line of what an error says: tracebacks of workers end with what happened."""
+    """Return the last line of an error's text, which in a worker's traceback says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1] if lines else type(error).__name__:.200}"

@@ -1,4 +1,4 @@
-"""The command line `istanas` and its `doctor`."""
+"""The command line `istanas`."""
 
 from pipeline.cli.commands import main
 

@@ -1,11 +1,11 @@
-"""What this machine has and lacks for a run: one line each, with the remedy where something is missing."""
+"""Checks of what a run requires on this machine. Each check is one line, with a remedy if something is missing."""
 
 import importlib.metadata
 import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,13 +21,19 @@ from pipeline.tracking.store import open_client, public_uri, store_uri
 State = Literal["ok", "warn", "fail"]
 
 NEEDED_PYTHON = (3, 11)
-SCARCE_DISK_GB = 5.0
 _DISTRIBUTION = "istanas"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `remedy` is empty where nothing is to be done."""
+    """The result of a check.
+
+    Args:
+        name: What was checked.
+        state: Whether a run can use it.
+        message: What was found.
+        remedy: What to do, or an empty string.
+    """
 
     name: str
     state: State
@@ -43,17 +49,17 @@ def run_checks(
     threads: int | None = None,
     address: str | None = None,
 ) -> list[Check]:
-    """Look at everything that a run needs; nothing is downloaded or changed.
+    """Check everything that a run requires, without downloading or changing anything.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store.store_uri`.
-        data: the settings of the data set.
-        workers, threads: see `check_threads`.
-        address: of a Ray cluster, whose cores the workers then get.
+        tracking_uri: See `pipeline.tracking.store.store_uri`.
+        data: The settings of the data set.
+        workers, threads: See `check_threads`.
+        address: Address of a Ray cluster; None for this machine.
 
     Returns:
-        One check each for: Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence,
-        the data, disk space; with an address, for the cluster instead of cores and threads.
+        The checks of Python and its packages, GPUs, cores and threads, MLflow's store, MOSEK's licence, the data and
+        the disk space. With an address, the cluster is checked instead of cores and threads.
     """
     from pipeline.cluster.address import find_address
 
@@ -69,25 +75,29 @@ def run_checks(
     ]
 
 
-def check_packages() -> Check:
-    """Python and every package that the project asks for, by version."""
+def check_packages(requirements: Sequence[str] | None = None) -> Check:
+    """Check the versions of Python and of every required package.
+
+    Args:
+        requirements: Requirements as in pyproject.toml; None for those of the project.
+    """
     name, python = "packages", ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < NEEDED_PYTHON:
         needed = ".".join(map(str, NEEDED_PYTHON))
         return Check(name, "fail", f"Python {python} is too old", f"use Python {needed} or newer")
-    requirements = _requirements()
+    requirements = _requirements() if requirements is None else requirements
     if not requirements:
-        return Check(name, "warn", f"Python {python}; what is needed is not known", "pip install -e .")
+        return Check(name, "warn", f"Python {python}; the required packages are unknown", "pip install -e .")
     unmet = list(_unmet(requirements))
     if unmet:
         asked = " ".join(f"'{requirement}'" for requirement, _ in unmet)
         found = ", ".join(what for _, what in unmet)
         return Check(name, "fail", f"Python {python}; {found}", f"pip install {asked}")
-    return Check(name, "ok", f"Python {python}; {len(requirements)} packages as asked for")
+    return Check(name, "ok", f"Python {python}; {len(requirements)} packages as required")
 
 
 def check_gpus() -> Check:
-    """CUDA devices and their memory; without one everything runs on the CPU."""
+    """List the CUDA devices and their memory. Without any, everything runs on the CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -98,19 +108,19 @@ def check_gpus() -> Check:
 
 
 def check_cluster(address: str) -> Check:
-    """Whether a Ray cluster answers at an address.
+    """Check that a Ray cluster answers at an address.
 
     Args:
-        address: as `runtime.address`.
+        address: An address as in `runtime.address`.
     """
-    from pipeline.cluster.address import NOT_RAY, ask_ray, check_address, from_environment, named
+    from pipeline.cluster.address import ask_ray, check_address, from_environment
 
     try:
         check_address(address)
+        wait_for_answer = ask_ray(address)
+        wait_for_answer()
     except IstanasError as error:
-        return Check("cluster", "fail", str(error))
-    if not ask_ray(address)():
-        return Check("cluster", "fail", f"{named(address)} {address}", NOT_RAY)
+        return Check("cluster", "fail", f"{error.field}: {error.problem}", error.remedy or "")
     by = " (RAY_ADDRESS)" if from_environment(address) else ""
     return Check(
         "cluster", "ok", f"Ray answers at {address}{by}; each worker gets cores / workers threads there"
@@ -118,13 +128,11 @@ def check_cluster(address: str) -> Check:
 
 
 def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:
-    """Cores that a run may use here, and the threads of each of its workers.
-
-    More threads than cores slow everything down.
+    """Check that the workers of a run have no more threads than this machine has usable cores.
 
     Args:
-        workers: as `runtime.workers`.
-        threads: of each worker, as `runtime.threads`; None: cores / workers.
+        workers: As `runtime.workers`.
+        threads: Threads of each worker, as `runtime.threads`; None divides the cores among the workers.
     """
     cores, number = usable_cores(), max(parse_workers(workers).maximum, 1)
     if threads is None:
@@ -137,7 +145,7 @@ def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:
 
 
 def check_store(tracking_uri: str | None) -> Check:
-    """Whether MLflow's store answers; a SQLite file that is not there yet is not created."""
+    """Check that MLflow's store answers. A SQLite file that does not exist is not created."""
     name, uri = "mlflow", store_uri(tracking_uri)
     shown, file = public_uri(uri), sqlite_file(uri)
     if file is not None and not file.exists():
@@ -148,43 +156,43 @@ def check_store(tracking_uri: str | None) -> Check:
             name,
             "fail",
             f"{shown}: {file.parent} {why}",
-            "work in another folder or set MLFLOW_TRACKING_URI",
+            "use another working directory or set MLFLOW_TRACKING_URI",
         )
-    remedy = "start it, or set MLFLOW_TRACKING_URI; runs go on without it, `istanas sync` delivers them"
-    if why := unreachable(public_uri(uri)):  # MLflow's client would try again for a long time
+    remedy = "start it, or set MLFLOW_TRACKING_URI; runs continue without it, and `istanas sync` delivers them later"
+    if why := unreachable(public_uri(uri)):  # MLflow's client would retry for minutes
         return Check(name, "fail", f"{shown}: {why}", remedy)
     try:
         experiments = open_client(uri).search_experiments()
-    except Exception as error:  # every store fails in its own way
+    except Exception as error:  # stores raise errors of many classes
         return Check(name, "fail", f"{shown}: {one_line(error, limit=120)}{by_proxy(uri)}", remedy)
     return Check(name, "ok", f"{shown} ({len(experiments)} experiments)")
 
 
 def check_mosek() -> Check:
-    """MOSEK's licence; no solver but "mosek" needs it."""
+    """Check MOSEK's licence, which only the solver "mosek" requires."""
     from istanas.sparse import mosek_licence
 
     licence = mosek_licence()
     if licence is not None:
         return Check("mosek", "ok", licence)
     remedy = (
-        "none needed for the solvers homotopy, clarabel, ista, fista; "
-        "for mosek put the file at ~/mosek/mosek.lic or name it in MOSEKLM_LICENSE_FILE"
+        "the solvers homotopy, clarabel, ista and fista require none; "
+        "for mosek, put the file at ~/mosek/mosek.lic or name it in MOSEKLM_LICENSE_FILE"
     )
     return Check("mosek", "warn", "no usable licence", remedy)
 
 
 def check_data(data: DataSettings) -> Check:
-    """Whether the pictures are there, and a job would take them. The files of a folder are looked at, not decoded.
+    """Check that a job can use the pictures. The files of a picture folder are listed but not decoded.
 
     Args:
-        data: the settings of the data set.
+        data: The settings of the data set.
     """
     try:
         return _check_folder(data) if data.name == "folder" else _check_data_set(data)
     except IstanasError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        return Check("data", "fail", message or remedy, remedy if message else "set data.name and data.root")
+        message = ": ".join(part for part in (error.source, error.field, error.problem) if part is not None)
+        return Check("data", "fail", message, error.remedy or "set data.name and data.root")
 
 
 def _check_data_set(data: DataSettings) -> Check:
@@ -205,22 +213,26 @@ def _check_folder(data: DataSettings) -> Check:
         lines.append(describe_missing("test", listing.untested, len(listing.class_names)))
         remedies.append("add test pictures of every class")
     if listing.left_out:
-        remedies.append("move or convert what is left out, if it belongs to the data")
+        remedies.append("move or convert the files that are left out, if they belong to the data")
     return Check("data", "warn" if remedies else "ok", "; ".join(lines), "; ".join(remedies))
 
 
-def check_disk(folder: Path) -> Check:
-    """Space for checkpoints, decoded pictures and MLflow's files."""
+def check_disk(folder: Path, *, enough_gb: float = 5.0) -> Check:
+    """Check the disk space for checkpoints, decoded pictures and MLflow's files.
+
+    Args:
+        folder: A folder on the disk.
+        enough_gb: Free space in GB that suffices for most runs.
+    """
     free = shutil.disk_usage(folder).free / 1e9
     message = f"{free:.1f} GB free in {folder}"
-    if free < SCARCE_DISK_GB:
-        remedy = f"make room: {SCARCE_DISK_GB:.0f} GB are enough for most runs"
-        return Check("disk", "warn", message, remedy)
+    if free < enough_gb:
+        return Check("disk", "warn", message, f"free some space: {enough_gb:.0f} GB are enough for most runs")
     return Check("disk", "ok", message)
 
 
 def _requirements() -> list[str]:
-    """What the installed distribution asks for, else the checkout's pyproject.toml; without the extras."""
+    """Return the requirements of the installed distribution or of pyproject.toml, without extras."""
     try:
         found = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -231,8 +243,8 @@ def _requirements() -> list[str]:
     return [text for text in found if "extra ==" not in text]
 
 
-def _unmet(requirements: list[str]) -> Iterator[tuple[str, str]]:
-    """The requirements that do not hold here, each with what was found instead."""
+def _unmet(requirements: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the requirements that are not met, each with what was found instead."""
     from packaging.requirements import Requirement
 
     for text in requirements:

@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command whose reader may go: `| head`, a closed terminal, `>&-`."""
+"""Standard streams that survive the loss of their reader: `| head`, a closed terminal, `>&-`."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Any, TextIO
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor that leads to the null device as soon as nobody reads it any more."""
+    """A file descriptor that is redirected to the null device as soon as its reader has closed it."""
 
     def write(self, b: Any, /) -> int:
         try:
             return super().write(b)
         except OSError as error:
-            if not _reader_has_gone(error, self.fileno()):
+            if not _is_closed(error, self.fileno()):
                 raise
-            _lead_nowhere(self.fileno())  # what other code writes there, too
+            _redirect_to_null(self.fileno())  # also for what other code writes there
             return memoryview(b).nbytes
 
 
-def _reader_has_gone(error: OSError, descriptor: int) -> bool:
-    """Whether a write failed because a pipe or a terminal was closed; a failing disk has the error of a terminal."""
+def _is_closed(error: OSError, descriptor: int) -> bool:
+    """Return whether a write failed because a pipe or terminal was closed. A failing disk also raises EIO."""
     return error.errno == errno.EPIPE or (
         error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
     )
 
 
-def outlive_readers() -> None:
-    """Let this process go on when its terminal or the reader of its pipe goes: its output is then discarded.
+def ignore_closed_readers() -> None:
+    """Let this process continue when its terminal or the reader of its pipe is closed; its output is then discarded.
 
-    Descriptors that were closed from the start lead to the null device, too: the next file that is opened would get
-    their numbers, and what is meant for the terminal would be written into it.
+    Standard descriptors that are closed from the start are redirected to the null device, too. Otherwise, the next file
+    that is opened would get the number of one, and output for the terminal would be written into it.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            _lead_nowhere(descriptor)
-    sys.stdout = _tolerant(sys.stdout, 1)
-    sys.stderr = _tolerant(sys.stderr, 2)
+            _redirect_to_null(descriptor)
+    sys.stdout = _tolerant_stream(sys.stdout, 1)
+    sys.stderr = _tolerant_stream(sys.stderr, 2)
 
 
-def _tolerant(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A text stream like the one that is given (None: Python found the descriptor closed)."""
+def _tolerant_stream(stream: TextIO | None, descriptor: int) -> TextIO:
+    """Return a text stream like the given one; None means that the descriptor was closed when Python started."""
     if stream is not None:
         stream.flush()
         descriptor = stream.fileno()
@@ -60,8 +60,8 @@ def _tolerant(stream: TextIO | None, descriptor: int) -> TextIO:
     )
 
 
-def _lead_nowhere(descriptor: int) -> None:
-    """Connect a standard descriptor with the null device, in this process and in those that it starts."""
+def _redirect_to_null(descriptor: int) -> None:
+    """Redirect a standard descriptor to the null device, in this process and its children."""
     null = os.open(os.devnull, os.O_RDWR)
     if null == descriptor:
         os.set_inheritable(null, True)

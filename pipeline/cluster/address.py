@@ -13,87 +13,108 @@ from pathlib import Path
 
 import psutil
 
-from istanas.errors import IstanasError
+from istanas.errors import ConfigError, IstanasError
+from pipeline.base.redaction import without_secrets
 
-SECONDS_TO_ANSWER = 20.0  # for a Ray at an address
-NOT_RAY = "who listens there does not answer as Ray does (or wants a token), give HOST:PORT of the head node"
+RAY_ADDRESS = "RAY_ADDRESS"
+SECONDS_TO_ANSWER = 20.0
+HEAD_NODE = "give HOST:PORT of the head node, or auto"
+# Ray's name for the variable is misleading: on Linux, 0 binds every port to 127.0.0.1.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def find_address(address: str | None) -> str | None:
-    """Where the cluster is: as given, else by RAY_ADDRESS, else, of "auto", the one started last on this machine.
+    """Return the cluster's address: as given, from RAY_ADDRESS, or, for "auto", of the newest cluster on this machine.
 
     Returns:
-        HOST:PORT, ray://HOST:PORT, or None: Ray is started here. "auto" stays if Ray itself has to look.
+        HOST:PORT, or None to start Ray on this machine. "auto" is returned if Ray itself has to find the cluster.
+
+    Raises:
+        ConfigError: It is an address for Ray Client (ray://), which is not supported.
 
     Example:
-        >>> find_address("local"), find_address("ray://head:10001")
-        (None, 'ray://head:10001')
+        >>> find_address("local"), find_address("head:6379")
+        (None, 'head:6379')
     """
     if address in (None, "auto"):
-        address = os.environ.get("RAY_ADDRESS") or address
+        address = os.environ.get(RAY_ADDRESS) or address
     if address == "auto":
-        # What `ray start` has written down. Left to itself, Ray would take any cluster that runs here first.
+        # `ray start` writes this file. Without the address in it, Ray would join any cluster that runs here.
         file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
         with contextlib.suppress(OSError):
             address = file.read_text().strip() or address
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"{without_secrets(address)!r:.60} is an address for Ray Client, which is not supported",
+            field=setting_of(address),
+            remedy="use istanas submit --address http://HOST:8265 (the job server) from outside the cluster, or "
+            "--address HOST:6379 on one of its nodes",
+        )
     return None if address == "local" else address
 
 
 def from_environment(address: str | None) -> bool:
-    """Whether an address is that of RAY_ADDRESS; a job that was submitted has it from Ray, not from the user."""
+    """Return whether the user's RAY_ADDRESS sets an address. In a submitted job, Ray sets the variable instead."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return bool(address) and address == os.environ.get("RAY_ADDRESS") and not submitted
+    return bool(address) and address == os.environ.get(RAY_ADDRESS) and not submitted
 
 
-def named(address: str | None) -> str:
-    """What sets an address, as an error message begins.
+def setting_of(address: str | None) -> str:
+    """Return the setting that an address comes from, for error messages.
 
     Example:
-        >>> named("head:6379")
-        'runtime.address is'
+        >>> setting_of("head:6379")
+        'runtime.address'
     """
-    if from_environment(address):
-        return "RAY_ADDRESS (unset it to start Ray on this machine) is"
-    return "runtime.address is"
+    return RAY_ADDRESS if from_environment(address) else "runtime.address"
+
+
+def address_error(address: str, problem: str, remedy: str) -> IstanasError:
+    """Return the error for an address at which no cluster can be used."""
+    field = setting_of(address)
+    if field == RAY_ADDRESS:
+        remedy += ", or unset RAY_ADDRESS to start Ray on this machine"
+    return IstanasError(problem, field=field, remedy=remedy)
 
 
 def check_address(address: str) -> None:
-    """Refuse at once an address where nobody listens: Ray would try again for minutes.
+    """Reject an address at which no process listens: Ray would try to connect for minutes.
 
     Raises:
-        IstanasError: with the remedy.
+        IstanasError: No process listens there, or the job server's address was given.
 
     Example:
         >>> check_address("auto")
     """
-    if address == "auto":  # of the cluster that this machine belongs to; Ray answers at once if there is none
+    if address == "auto":  # Ray looks for a cluster on this machine, and fails at once if there is none.
         return
     if address.startswith(("http://", "https://")):
-        raise IstanasError(
-            f"{named(address)} {address!r:.60}: that is the job server, for istanas submit; give HOST:PORT of the "
-            "head node, ray://HOST:10001, or auto"
-        )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+        raise address_error(address, f"{address!r:.60} is the job server, for istanas submit", HEAD_NODE)
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise IstanasError(
-            f"{named(address)} {address!r:.60}: nobody answers there ({error}), start the cluster or give "
-            "HOST:PORT of its head node (or auto)"
-        ) from None
+        problem = f"no process listens at {address!r:.60} ({error})"
+        raise address_error(address, problem, f"start the cluster, or {HEAD_NODE}") from None
 
 
-def ask_ray(address: str | None) -> Callable[[], bool]:
-    """Begin to ask whether it is Ray that listens at an address; the result says so when it is called.
+def ask_ray(address: str | None, seconds: float = SECONDS_TO_ANSWER) -> Callable[[], None]:
+    """Start to ask whether Ray listens at an address. Call the result to wait for the answer.
 
-    In a process of its own, because Ray's client goes on trying for minutes and can't be stopped.
+    A process of its own asks, because Ray's client tries to connect for minutes and can't be stopped.
+
+    Args:
+        address: The address as `find_address` returns it.
+        seconds: The longest time to wait for the answer.
+
+    Returns:
+        A function that raises an `IstanasError` if Ray does not answer.
     """
-    if address is None or address == "auto" or address.startswith("ray://"):
-        return lambda: True
+    if address is None or address == "auto":
+        return lambda: None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     environment = {**(LOOPBACK_ONLY if is_loopback_only(address) else {}), **os.environ}
-    asking = subprocess.Popen(
+    health_check = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -101,27 +122,30 @@ def ask_ray(address: str | None) -> Callable[[], bool]:
         stderr=subprocess.DEVNULL,
     )
 
-    def answer() -> bool:
+    def wait_for_answer() -> None:
         try:
-            return asking.wait(SECONDS_TO_ANSWER) == 0
+            answered = health_check.wait(seconds) == 0
         except subprocess.TimeoutExpired:
-            return False
+            answered = False
         finally:
-            asking.kill()
-            asking.wait()
+            health_check.kill()
+            health_check.wait()
+        if not answered:
+            problem = f"the process at {address} does not answer as Ray does, or requires a token"
+            raise address_error(address, problem, HEAD_NODE)
 
-    return answer
+    return wait_for_answer
 
 
 def is_loopback_only(address: str) -> bool:
-    """Whether a cluster listens on 127.0.0.1 and on no other address of this machine."""
+    """Return whether a cluster listens on 127.0.0.1 and on no other address of this machine."""
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "localhost"):
         return False
     own = [a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == socket.AF_INET]
     for other in own:
         if not other.startswith("127."):
-            with contextlib.suppress(OSError):  # refused, as it should be
+            with contextlib.suppress(OSError):  # A refused connection is what a loopback-only cluster gives.
                 socket.create_connection((other, int(port)), timeout=2).close()
                 return False
     return True

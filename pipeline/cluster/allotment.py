@@ -1,4 +1,4 @@
-"""What each worker of a job gets: how many workers, threads of each, and which device."""
+"""The resources of a job's workers: their number, the threads of each, and the device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.training.compute import choose_compute
 
 @dataclass(frozen=True)
 class Allotment:
-    """What a job's workers get.
+    """The resources of a job's workers.
 
     Args:
-        workers: how many.
-        threads: of each worker, and the cores that Ray sets aside for it.
-        compute: device, backend and precision, chosen for all.
+        workers: The number of workers.
+        threads: The threads of each worker, and the cores that Ray reserves for it.
+        compute: Device, backend and precision, the same for all workers.
     """
 
     workers: WorkerRange
@@ -39,17 +39,17 @@ class Allotment:
 
 
 def workers_in_sum(free: dict[str, float], allotment: Allotment) -> int:
-    """For how many workers there is enough, wherever it lies."""
+    """Return the number of workers that free resources are enough for, ignoring how nodes divide them."""
     return min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
 
 
 def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: bool = False) -> Allotment:
-    """Workers, threads and device of a job on these nodes.
+    """Return the workers, threads and device of a job on these nodes.
 
     Args:
-        settings: what is asked for.
-        nodes: what there is.
-        may_come: GPUs that are asked for and not there are no mistake yet: the cluster may get them.
+        settings: The requested resources.
+        nodes: The available nodes.
+        may_come: Accept a request for GPUs that are missing now, because the cluster may add them.
     """
     workers = settings.worker_range
     gpus = sum(node.gpus for node in nodes)
@@ -58,44 +58,46 @@ def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: boo
     compute = choose_compute(settings, gpus)
     gpu = compute.device.type == "cuda"
     threads = settings.threads
-    if threads is None:  # of machines that have yet to come, one core is asked for
-        to_come = gpu and all(node.gpus == 0 for node in nodes)
-        threads = 1 if to_come else threads_per_worker(nodes, workers.maximum, gpu)
+    if threads is None:
+        # For nodes that do not exist yet, request one core.
+        missing = gpu and all(node.gpus == 0 for node in nodes)
+        threads = 1 if missing else threads_per_worker(nodes, workers.maximum, gpu)
     return Allotment(workers, threads, compute)
 
 
 def check_machine(settings: RuntimeSettings) -> None:
-    """Refuse, before Ray is started here, what this machine can never hold: nothing is there to be waited for.
+    """Reject workers that exceed this machine before Ray starts here: waiting for them would not help.
 
-    More workers than cores take turns, up to two a core; what sets `runtime.threads` may not exceed the cores.
+    At most two workers share a core. With `runtime.threads`, threads may not exceed the cores.
 
     Raises:
-        IstanasError: with what there is and what is asked for.
+        IstanasError: This machine is too small.
     """
     here = this_machine()
     cores, gpus = here.cpus, here.gpus
     workers = settings.worker_range.minimum
-    asked = allotment(settings, [Node(max(cores, workers), gpus)])
-    fit = workers_that_fit([Node(cores, gpus)], asked.threads, asked.gpu)
-    if settings.threads is None and not asked.gpu:
+    requested = allotment(settings, [Node(max(cores, workers), gpus)])
+    fit = workers_that_fit([Node(cores, gpus)], requested.threads, requested.gpu)
+    if settings.threads is None and not requested.gpu:
         fit = 2 * cores
     if workers > fit:
         raise IstanasError(
-            f"waiting is of no use: {describe_workers(workers, asked)} are asked for, this machine has "
-            f"{count(cores, 'core')} and {count(gpus, 'GPU')}: lower --workers (or runtime.threads), or name a "
-            "cluster with --address"
+            f"this machine is too small for {describe_workers(workers, requested)}: it has {count(cores, 'core')} and "
+            f"{count(gpus, 'GPU')}",
+            field="runtime.workers",
+            remedy="lower --workers (or runtime.threads), or name a cluster with --address",
         )
 
 
 def this_machine() -> Node:
-    """What this machine has."""
+    """Return the cores and GPUs of this machine."""
     import torch
 
     return Node(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes that are alive."""
+    """Return the cores and GPUs of the nodes that are alive."""
     import ray
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -103,7 +105,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def describe_workers(number: int, allotment: Allotment) -> str:
-    """What so many workers need, in words."""
+    """Return the resources of so many workers in words."""
     each = f"{count(allotment.threads, 'core')}{' and 1 GPU' if allotment.gpu else ''}"
     return f"{count(number, 'worker')} of {each}"
 

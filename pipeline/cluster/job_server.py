@@ -1,4 +1,10 @@
-"""Ray's job server at an address: submit, list, follow and stop jobs, with one readable line for what goes wrong."""
+"""Ray's job server at an address: submit, list, follow and stop jobs, with one-line errors.
+
+Jobs are handled by Ray's own `JobSubmissionClient`. Only the first request and the search for the token are ours (as
+measured with Ray 2.60): the client has no time limit and waits for ever for a server that accepts connections but does
+not answer; it sends the token to any server; and it finds the token only if RAY_AUTH_MODE was set before Ray was
+imported, without checking that a header can hold it.
+"""
 
 from __future__ import annotations
 
@@ -20,36 +26,38 @@ from pipeline.base.redaction import without_secrets
 from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # Ray's own, and that of a forwarded port
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # Ray's default, and that of a forwarded port
 PROGRAM = "python -m pipeline.cli"
-GIVE = f"give the address of the head's dashboard, such as {DEFAULT_ADDRESS}, or start the cluster"
+GIVE_DASHBOARD = f"give the address of the head's dashboard, such as {DEFAULT_ADDRESS}, or start the cluster"
 TOKEN_FILE = Path("~/.ray/auth_token")
+TOKEN_SOURCES = f"RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {TOKEN_FILE}"
 SECONDS_TO_ANSWER = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_WITHOUT_ANSWER = 60.0  # after which a server that was there counts as gone
-# After which a log is asked for anew: connections die unnoticed where laptops sleep.
+SECONDS_WITHOUT_ANSWER = 60.0  # A server that does not answer for this long counts as lost.
+# After this time without a line, the log is requested again: connections break unnoticed when a laptop sleeps.
 SECONDS_OF_SILENCE = 120.0
-SECONDS_TO_STOP = 60  # for a job that is told to end, before Ray kills it; Ray's own default is 3
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a job; more would mean something in an address
+SECONDS_TO_STOP = 60  # Time that a terminated job has before Ray kills it; Ray's default is 3.
+# Names of jobs. The client does not quote them: other characters would change the address of a request.
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 STOPPED = "STOPPED"
-ASKS_FOR_TOKEN = "Missing authentication token"  # so says Ray's dashboard, with code 401
-_TOKEN = re.compile(r"[\x21-\x7e]+")
 ENDED = (STOPPED, "SUCCEEDED", "FAILED")
+TOKEN_MISSING = "Missing authentication token"  # in the text of the dashboard's answer, with status 401
+_TOKEN = re.compile(r"[\x21-\x7e]+")  # what an HTTP header can hold; errors about others would show the token
 
 Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as people and programs see it.
+    """A job, as tables and `--json` show it.
 
     Args:
-        id: by which it is followed and stopped.
+        id: The name by which the job is followed and stopped.
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        exit_code: None until it has ended.
-        command: what it runs.
-        started, ended: seconds since the epoch.
-        message: why it failed without having run, else "".
+        exit_code: None until the job has ended.
+        command: The command that the job runs.
+        started, ended: Seconds since the epoch.
+        message: The reason why the job failed before it ran, otherwise "".
     """
 
     id: str
@@ -62,50 +70,51 @@ class Job:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has been running, or ran."""
+        """The duration of the job up to its end or now."""
         if self.started is None:
             return None
         return (time.time() if self.ended is None else self.ended) - self.started
 
     def as_json(self) -> dict[str, Any]:
-        """The figures for programs."""
+        """Return the fields for `--json`."""
         return {**asdict(self), "seconds": self.seconds}
 
 
 class JobServer:
-    """The job server of a cluster, which has answered.
+    """The job server of a cluster, which has answered a first request.
 
     Args:
-        address: of the dashboard; see `job_address`.
+        address: The address of the dashboard; see `job_address`.
 
     Raises:
-        ConfigError: the address has no such form.
-        IstanasError: who listens there is no job server, or wants a token.
+        ConfigError: The address is not a dashboard's.
+        IstanasError: The server there is not a job server, or requires a token.
     """
 
     def __init__(self, address: str) -> None:
         self.address = job_address(address)
         self.shown = without_secrets(self.address)
-        headers = self._greet()
+        headers = self._authentication()
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells each of its steps
-        for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        # Ray logs each step of a submission.
+        for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with self._errors(), _addresses_hidden():
+        with self._errors(), _hidden_addresses():
             self._client = JobSubmissionClient(self.address, headers=headers)
 
-    def submit(self, command: str, job_id: str, parcel: Path, environment: dict[str, str]) -> None:
+    def submit(self, command: str, job_id: str, package: Path, environment: dict[str, str]) -> None:
         """Start a job.
 
         Args:
-            command: for the shell, in the parcel's folder.
-            job_id: new on this cluster.
-            parcel: a zip.
-            environment: variables, of the job and of its workers; Ray shows them to all who see the job.
+            command: The shell command to run in the folder of the package.
+            job_id: A name that is new on this cluster.
+            package: A zip file.
+            environment: Variables of the job and its workers. Ray shows them to everyone who sees the job.
 
         Raises:
-            IstanasError: the server refuses it.
+            ConfigError: The name is taken.
+            IstanasError: The server rejects the job.
         """
         variables = {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_STOP)}
         with self._errors():
@@ -113,44 +122,48 @@ class JobServer:
                 self._client.submit_job(
                     entrypoint=command,
                     submission_id=job_id,
-                    runtime_env={"working_dir": str(parcel), "env_vars": variables},
+                    runtime_env={"working_dir": str(package), "env_vars": variables},
                 )
             except RuntimeError as error:
                 if "already exists" not in str(error):
                     raise
                 raise ConfigError(
-                    f"--name {job_id}: {self.shown} has had a job of this name, choose another or leave it out"
+                    f"an earlier job at {self.shown} has the name {job_id}",
+                    field="--name",
+                    remedy="choose another name, or leave it out",
                 ) from None
 
     def jobs(self) -> list[Job]:
-        """All submitted jobs that the cluster remembers, the newest first."""
+        """Return all submitted jobs that the cluster remembers, the newest first."""
         with self._errors():
             found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(found, key=lambda job: job.started or 0, reverse=True)
 
     def job(self, job_id: str) -> Job:
-        """One job.
+        """Return one job.
 
         Raises:
-            ConfigError: there is none of this id.
+            ConfigError: There is no such job.
         """
         with self._errors(job_id):
             return _job(self._client.get_job_info(job_id))
 
     def follow(self, job_id: str, write: Write) -> Job:
-        """Write a job's log from its beginning, as it grows, until the job has ended.
+        """Write a job's log, from its beginning and as it grows, until the job has ended.
+
+        A broken connection is replaced.
 
         Args:
-            job_id: which.
-            write: takes pieces of text, line ends included.
+            job_id: The job.
+            write: Receives pieces of text, including line ends.
 
         Raises:
-            IstanasError: the server has gone; the job may go on.
+            IstanasError: The server was lost; the job may still run.
         """
         shown, answered = 0, time.monotonic()
 
         async def tail() -> bool:
-            """Whether the log's end was seen."""
+            """Return whether the end of the log was reached."""
             nonlocal shown, answered
             position = 0
             pieces = aiter(self._client.tail_job_logs(job_id))
@@ -159,10 +172,10 @@ class JobServer:
                     text = await asyncio.wait_for(anext(pieces), SECONDS_OF_SILENCE)
                 except StopAsyncIteration:
                     return True
-                except TimeoutError:  # the next connection
+                except TimeoutError:
                     return False
                 answered = time.monotonic()
-                new = text[max(shown - position, 0) :]  # a connection that was lost begins anew
+                new = text[max(shown - position, 0) :]  # Every connection sends the log from its beginning.
                 position += len(text)
                 if new:
                     write(new)
@@ -177,141 +190,135 @@ class JobServer:
             except (aiohttp.ClientError, OSError, RuntimeError, ValueError) as error:
                 trouble = error
             try:
-                job = self.job(job_id)  # whatever became of its log
+                job = self.job(job_id)  # even if its log cannot be read
                 answered = time.monotonic()
             except ConfigError:
                 raise
             except IstanasError as error:
                 if time.monotonic() - answered > SECONDS_WITHOUT_ANSWER:
                     raise IstanasError(
-                        f"{self.shown} does not answer any more ({one_line(trouble or error)}); the job may go on, "
-                        f"attach again when it does: istanas jobs {job_id} --follow --address {self.shown}"
+                        f"{self.shown} no longer answers ({one_line(trouble or error)}); the job may still run",
+                        remedy=f"attach again later: istanas jobs {job_id} --follow --address {self.shown}",
                     ) from None
             else:
                 if job.status in ENDED:
                     if not whole:
-                        write(self._rest(job_id, shown))
+                        write(self._rest_of_log(job_id, shown))
                     return job
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _rest(self, job_id: str, shown: int) -> str:
-        """An ended job's log from a position on, or why it can't be had."""
+    def _rest_of_log(self, job_id: str, start: int) -> str:
+        """Return an ended job's log from a position on, or why it cannot be read."""
         try:
             with self._errors(job_id):
-                return str(self._client.get_job_logs(job_id))[shown:]
+                return str(self._client.get_job_logs(job_id))[start:]
         except IstanasError as error:
-            return f"\nthe rest of the log can't be read: {error}\n"
+            return f"\nthe rest of the log cannot be read: {error}\n"
 
     def stop(self, job_id: str) -> tuple[Job, bool]:
-        """Tell a job to end, and wait until it has.
+        """Stop a job, and wait until it has ended.
 
         Returns:
-            The job, and whether it was stopped: not, if it had ended by itself.
+            The job, and whether it was stopped rather than had ended by itself.
 
         Raises:
-            IstanasError: it does not end.
+            IstanasError: The job does not end.
         """
-        if self.job(job_id).status in ENDED:
-            return self.job(job_id), False
+        job = self.job(job_id)
+        if job.status in ENDED:
+            return job, False
         with self._errors(job_id):
             self._client.stop_job(job_id)
         end = time.monotonic() + SECONDS_TO_STOP + 30
         while (job := self.job(job_id)).status not in ENDED:
             if time.monotonic() > end:
                 raise IstanasError(
-                    f"job {job_id}: was told to end and is {job.status} still, see {self.shown}"
+                    f"job {job_id} was stopped, but is still {job.status}",
+                    remedy=f"see its page at {self.shown}",
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return job, job.status == STOPPED
 
-    def _greet(self) -> dict[str, str]:
-        """See whether a job server answers, and how it wants to be spoken to; Ray's client would wait for ever.
+    def _authentication(self) -> dict[str, str]:
+        """Return the headers of requests, after the server has answered as Ray's job server does.
 
-        The token is for who asks for it in Ray's words: a mistyped address does not get to know it.
+        The token is sent only to a server that requests it in Ray's words, not to any mistyped address.
         """
-        answer = self._version({})
+        answer = self._request_version({})
         headers: dict[str, str] = {}
         source = ""
-        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
-            token, source = _token()
+        if answer.status_code == 401 and TOKEN_MISSING in answer.text:
+            token, source = _find_token()
             if token is not None:
                 headers = {"Authorization": f"Bearer {token}"}
-                answer = self._version(headers)
-        if answer.status_code == 401 and ASKS_FOR_TOKEN in answer.text:
+                answer = self._request_version(headers)
+        if answer.status_code == 401 and TOKEN_MISSING in answer.text:
+            problem = f"the cluster at {self.shown} requires its token"
             if _tokens_are_off():
-                raise IstanasError(
-                    f"--address {self.shown}: the cluster wants its token, and RAY_AUTH_MODE is "
-                    f"{os.environ['RAY_AUTH_MODE']}: set it to token, or leave it out"
-                )
-            raise IstanasError(
-                f"--address {self.shown}: the cluster wants its token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or "
-                f"write it to {TOKEN_FILE}"
-            )
+                problem = f"{os.environ['RAY_AUTH_MODE']!r}, but {problem}"
+                raise IstanasError(problem, field="RAY_AUTH_MODE", remedy="set it to token, or unset it")
+            raise IstanasError(problem, field="--address", remedy=f"give the token by {TOKEN_SOURCES}")
         if answer.status_code == 403 and headers:
-            raise IstanasError(
-                f"--address {self.shown}: the cluster refuses the token of {source}, give its own by RAY_AUTH_TOKEN, "
-                f"RAY_AUTH_TOKEN_PATH or {TOKEN_FILE}"
-            )
+            problem = f"the cluster at {self.shown} rejects this token"
+            raise IstanasError(problem, field=source, remedy=f"give the cluster's own by {TOKEN_SOURCES}")
         try:
             known = answer.status_code == 200 and "ray_version" in answer.json()
         except (TypeError, ValueError):
             known = False
         if not known:
-            raise IstanasError(
-                f"--address {self.shown}: who answers there is no Ray job server (HTTP {answer.status_code}"
-                f"{by_proxy(self.address)}), {GIVE}"
-            )
+            raise self._no_job_server(f"HTTP {answer.status_code}")
         return headers
 
-    def _version(self, headers: dict[str, str]) -> Any:
+    def _request_version(self, headers: dict[str, str]) -> Any:
         import requests
 
-        try:
-            return requests.get(
-                f"{self.address}/api/version",
-                headers=headers,
-                timeout=SECONDS_TO_ANSWER,
-                allow_redirects=False,  # to nobody else, and not with the token
-            )
+        url = f"{self.address}/api/version"
+        try:  # Another server must not receive the token by a redirect.
+            return requests.get(url, headers=headers, timeout=SECONDS_TO_ANSWER, allow_redirects=False)
         except requests.RequestException as error:
             reason = one_line(error)
             if "BadStatusLine" in reason or isinstance(error, requests.exceptions.SSLError):
-                reason = f"who listens there does not speak {urlsplit(self.address).scheme.upper()}"
-            raise IstanasError(
-                f"--address {self.shown}: no Ray job server answers there ({reason}{by_proxy(self.address)}), {GIVE}"
-            ) from None
+                reason = f"the process that listens there does not speak {urlsplit(url).scheme.upper()}"
+            raise self._no_job_server(reason) from None
+
+    def _no_job_server(self, reason: str) -> IstanasError:
+        problem = f"no Ray job server answers at {self.shown} ({reason}{by_proxy(self.address)})"
+        return IstanasError(problem, field="--address", remedy=GIVE_DASHBOARD)
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
-        """Ray's errors as ours; a name that no job has is not asked for."""
+        """Inside, raise the client's errors as ours. An impossible name of a job is rejected without a request."""
         import requests
 
+        unknown = ConfigError(
+            f"no job {job_id!r:.80} at {self.shown}",
+            field="ID",
+            remedy=f"list the jobs: istanas jobs --address {self.shown}",
+        )
         if job_id is not None and ID.fullmatch(job_id) is None:
-            raise ConfigError(
-                f"job {job_id!r:.80}: no job has such a name, istanas jobs --address {self.shown} lists those that "
-                "there are"
-            )
+            raise unknown
         try:
             yield
-        except (AttributeError, TypeError, ValueError) as error:  # Ray's client takes apart whatever comes
+        except (AttributeError, TypeError, ValueError) as error:  # The client parses any answer.
             raise IstanasError(
-                f"{self.shown}: an answer that is not of Ray's job server ({one_line(error)}), {GIVE}"
+                f"{self.shown} does not answer as Ray's job server does ({one_line(error)})",
+                remedy=GIVE_DASHBOARD,
             ) from None
         except (requests.RequestException, ConnectionError) as error:
-            raise IstanasError(f"{self.shown} does not answer any more ({one_line(error)})") from None
-        except RuntimeError as error:  # for every answer that is not well, with its text
+            raise IstanasError(f"{self.shown} no longer answers ({one_line(error)})") from None
+        except (
+            RuntimeError
+        ) as error:  # The client raises it, with the answer's text, for every status but 200.
             if job_id is not None and "status code 404" in str(error):
-                raise ConfigError(
-                    f"job {job_id!r:.80}: unknown at {self.shown}, istanas jobs lists those that there are"
-                ) from None
+                raise unknown from None
             raise IstanasError(f"{self.shown}: {one_line(error, 500)}") from None
 
 
 def job_address(text: str) -> str:
-    """The address of a dashboard, with its scheme.
+    """Return the address of a dashboard, with its scheme.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: It is no such address.
 
     Example:
         >>> job_address("head:8265"), job_address("https://head/ray/")
@@ -325,14 +332,15 @@ def job_address(text: str) -> str:
         good = False
     if not good or text in ("auto", "local"):
         raise ConfigError(
-            f"--address {without_secrets(text)!r:.80}: jobs are submitted to the head's dashboard, give "
-            "http://HOST:8265"
+            f"{without_secrets(text)!r:.80} is not the address of a dashboard, which contains the job server",
+            field="--address",
+            remedy="give http://HOST:8265",
         )
     return url
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the machine that reads it.
+    """Return whether an address refers to the machine that uses it.
 
     Example:
         >>> is_loopback("http://127.0.0.1:8265"), is_loopback("http://localhost"), is_loopback("http://head:8265")
@@ -340,13 +348,13 @@ def is_loopback(address: str) -> bool:
     """
     try:
         host = urlsplit(address).hostname or ""
-    except ValueError:  # half an IPv6 address
+    except ValueError:  # an incomplete IPv6 address
         return False
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
 
 
 def exit_code(status: str, driver_exit_code: int | None) -> int | None:
-    """The exit code of a job, as a shell would have it: None before its end, 143 if it was stopped.
+    """Return a job's exit code as a shell reports it: None before the job's end, 143 if it was stopped.
 
     Example:
         >>> exit_code("FAILED", 2), exit_code("FAILED", -9), exit_code("STOPPED", None), exit_code("RUNNING", None)
@@ -356,13 +364,13 @@ def exit_code(status: str, driver_exit_code: int | None) -> int | None:
         return None
     if status == STOPPED:
         return TERMINATED
-    if driver_exit_code is None:  # it never ran
+    if driver_exit_code is None:  # The job failed before it ran.
         return int(status == "FAILED")
     return driver_exit_code if driver_exit_code >= 0 else 128 - driver_exit_code
 
 
 def _job(details: Any) -> Job:
-    """What Ray says of a job; its environment stays out."""
+    """Return the job that Ray describes, without its environment."""
     status = details.status.value
     never_ran = status == "FAILED" and details.driver_exit_code is None
     command = details.entrypoint
@@ -381,8 +389,8 @@ def _job(details: Any) -> Job:
 
 
 @contextmanager
-def _addresses_hidden() -> Iterator[None]:
-    """Inside, no address of the environment: Ray's client would prefer it to the one that it is given."""
+def _hidden_addresses() -> Iterator[None]:
+    """Inside, hide the addresses of the environment: Ray's client prefers them to its argument."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -395,32 +403,31 @@ def _tokens_are_off() -> bool:
     return os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
 
 
-def _token() -> tuple[str | None, str]:
-    """The cluster's token, and where it was found: where Ray looks, in Ray's order, but without RAY_AUTH_MODE too.
+def _find_token() -> tuple[str | None, str]:
+    """Return the cluster's token and its source, searched in Ray's order, even without RAY_AUTH_MODE.
 
     Raises:
-        ConfigError: a file can't be read, or what is there is no token.
+        ConfigError: A file cannot be read, or does not contain a token.
     """
     if _tokens_are_off():
         return None, ""
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return _checked_token(token, "RAY_AUTH_TOKEN")
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
-    source = f"RAY_AUTH_TOKEN_PATH ({file})" if named else str(TOKEN_FILE)
-    try:
-        token = file.read_bytes().decode("ascii", errors="replace").strip()
-    except OSError as error:
-        if not named and not file.exists():
+    token, source = os.environ.get("RAY_AUTH_TOKEN", "").strip(), "RAY_AUTH_TOKEN"
+    if not token:
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        file = Path(named or TOKEN_FILE).expanduser()
+        source = f"RAY_AUTH_TOKEN_PATH ({file})" if named else str(TOKEN_FILE)
+        try:
+            token = file.read_bytes().decode("ascii", errors="replace").strip()
+        except OSError as error:
+            if not named and not file.exists():
+                return None, ""
+            raise ConfigError(
+                f"cannot be read ({error.strerror})", field=source, remedy="name the file with the token"
+            ) from None
+        if not token and not named:
             return None, ""
-        raise ConfigError(
-            f"{source}: can't be read ({error.strerror}), name the file with the token"
-        ) from None
-    return _checked_token(token, source) if token or named else (None, "")
-
-
-def _checked_token(token: str, source: str) -> tuple[str, str]:
-    """A token that an HTTP header can hold; errors about other headers would show it."""
     if _TOKEN.fullmatch(token) is None:
-        raise ConfigError(f"{source}: holds no token (one line of ASCII)")
+        raise ConfigError(
+            "not a token, which is one line of ASCII", field=source, remedy=f"set {TOKEN_SOURCES}"
+        )
     return token, source

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def jobs_table(jobs: "Sequence[Job]") -> FittedTable:
-    """The jobs of a cluster; a long command is wrapped between words."""
+    """Return a table of the jobs of a cluster. Long commands are wrapped between words."""
     columns = [
         *(Column("job"), Column("status", rank=1), Column("started", rank=3), Column("took", rank=2)),
         Column("command", prose=True, rank=4),
@@ -24,7 +24,7 @@ def jobs_table(jobs: "Sequence[Job]") -> FittedTable:
 
 
 def job_table(job: "Job") -> "Table":
-    """All about one job of a cluster."""
+    """Return a table with everything about one job."""
     from rich.table import Table
 
     table = Table("figure", "value")

@@ -1,8 +1,8 @@
-"""Runs a job's worker function: in this process, or on Ray Train's workers, which report to this process.
+"""Execution of a job's worker function: in this process, or on Ray Train's workers, which report to this process.
 
-Workers need no common disk and no MLflow: rank 0 gives every checkpoint and every figure to a mailbox (a small
-actor beside this process), and this process writes them to the run directory. So whatever dies, what has been
-written is whole, and only one process ever writes.
+Workers need no shared disk and no MLflow: rank 0 sends every checkpoint and every metric to a mailbox (a small actor
+next to this process), and this process writes them to the run directory. Only one process ever writes there, and
+no dying worker leaves a half-written file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from pipeline.cluster.mailbox import OWN_KINDS, Mailbox
 from pipeline.cluster.preflight import check_gpus, check_nodes
 from pipeline.cluster.process_group import torch_config
 from pipeline.cluster.ray_runtime import Runtime
-from pipeline.cluster.reservations import free
+from pipeline.cluster.reservations import release
 from pipeline.config.schema import Config, DataSettings
-from pipeline.runs import checkpoint
 from pipeline.runs.layout import LOG_FOLDER
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest
 from pipeline.training.loop import retrain_worker, search_worker
@@ -41,94 +40,95 @@ from pipeline.training.pictures import open_dataset
 Job = Literal["search", "retrain"]
 WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain": retrain_worker}
 
-SECONDS_BETWEEN_STEPS = 1.0  # that are told: each is a message, for which a worker's core works
-SECONDS_BETWEEN_LOOKS = 1.0  # whether workers have ended without a word; messages come at once
-SECONDS_TO_START = 180.0  # at least, for new workers to come up, before the job counts as stuck
+SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
+SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive at once
+SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
+RESUMES = "run it again: the same command resumes from the last checkpoint"
 
 
 def run_job(
     job: Job,
     config: Config,
     dataset: ImageDataset,
-    folder: Path,
+    store: FolderStore,
     observer: Observer,
     runtime: Runtime,
     genotype: Genotype | None = None,
 ) -> Progress:
-    """Run a job's epochs to their end.
+    """Run all epochs of a job.
 
     Args:
-        job: which.
-        config: the whole configuration; `runtime.workers` says where.
-        dataset: as `open_dataset` gives it; Ray's workers open their own.
-        folder: of the checkpoints.
-        observer: told of every step and epoch, in this process.
+        job: The kind of job.
+        config: The whole configuration; `runtime.workers` selects this process or Ray's workers.
+        dataset: The data set as `open_dataset` returns it; Ray's workers open their own.
+        store: Where the run's checkpoints are written.
+        observer: Receives every step and epoch, in this process.
         runtime: Ray, started by `prepare_workers` if there are workers.
-        genotype: of a retraining.
+        genotype: The genotype to retrain.
 
     Returns:
-        The last epoch's record, and sums over all epochs.
+        The record of the last epoch, and sums over all epochs.
 
     Raises:
-        IstanasError: whatever stops the job; the same command goes on.
+        IstanasError: The job was stopped; the same command resumes it.
     """
     arguments = () if genotype is None else (genotype,)
     if config.runtime.worker_range.maximum == 0:
-        return WORKERS[job](config, dataset, FolderStore(folder), observer, *arguments)
-    with runtime.noticing_a_clients_loss(job, folder.parent):
-        return _RayJob(job, config, folder, observer, runtime, arguments).run()
+        return WORKERS[job](config, dataset, store, observer, *arguments)
+    return _RayJob(job, config, store, observer, runtime, arguments).run()
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Have Ray running, a cluster examined, and room for the workers, if any; refusals leave nothing behind.
+    """Start or join Ray, run the pre-flight checks, and wait for room, if the job has workers.
+
+    A failure leaves nothing behind.
 
     Raises:
-        IstanasError: if there is no Ray at the address, the pre-flight fails, or there is no room in time.
+        IstanasError: Ray does not answer at the address, a check failed, or there was no room in time.
     """
     if config.runtime.worker_range.maximum == 0:
         return
     runtime.start(run_dir, say=say)
-    with runtime.noticing_a_clients_loss("pre-flight", run_dir):
-        allotment = runtime.allot()
-        if runtime.joined:
-            first = not runtime.examined
-            check_nodes(config, say, trials=False, known=runtime.examined)
-            if first and allotment.gpu:
-                there = sum(node.gpus for node in cluster_nodes())
-                check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
-        runtime.wait(allotment, say)
-        if runtime.joined:  # nodes that came meanwhile
-            check_nodes(config, say, trials=False, known=runtime.examined)
+    allotment = runtime.allot()
+    if runtime.joined:
+        first = not runtime.examined
+        check_nodes(config, say, trials=False, known=runtime.examined)
+        if first and allotment.gpu:
+            there = sum(node.gpus for node in cluster_nodes())
+            check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
+    runtime.wait(allotment, say)
+    if runtime.joined:  # nodes that were added meanwhile
+        check_nodes(config, say, trials=False, known=runtime.examined)
 
 
 # ---------- in the user's process
 class _RayJob:
-    """A job on Ray Train's workers, seen from the process that started it."""
+    """A job on Ray Train's workers, controlled by the process that started it."""
 
     def __init__(
         self,
         job: Job,
         config: Config,
-        folder: Path,
+        store: FolderStore,
         observer: Observer,
         runtime: Runtime,
         arguments: tuple[Any, ...],
     ) -> None:
-        self._job, self._config, self._folder, self._observer = job, config, folder, observer
-        self._runtime, self._arguments = runtime, arguments
+        self._job, self._config, self._store, self._observer = job, config, store, observer
+        self._folder, self._runtime, self._arguments = store.folder, runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._progress = Progress()
-        self._places = ""  # that the present workers have, as a reservation of Ray's
-        self._stuck_at = float("inf")  # when the job counts as stuck, unless workers start before
-        # Of Ray Train's controllers, and of elastic jobs' workers; of others', they keep count.
+        self._reservation = ""  # the placement group of the present workers
+        self._stuck_at = float("inf")  # time at which the job counts as stuck, unless workers start before
+        # Counts lost controllers, and lost workers of elastic jobs. Ray Train counts those of other jobs.
         self._failures_left = config.runtime.max_failures
-        self._ended = ""  # how the last group of workers did: "finished", or "made room" for a larger one
+        self._ended = ""  # how the last group of workers ended: "finished", or "made room" for a larger group
 
     def run(self) -> Progress:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        allotment = self._runtime.allot()  # once: what is lost does not make a job on GPUs one on CPUs
+        allotment = self._runtime.allot()  # once: a job that loses its GPUs must not continue on CPUs
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Mailbox)
         actor = actor.options(num_cpus=0, scheduling_strategy=here)
@@ -136,23 +136,19 @@ class _RayJob:
         self._mailbox = actor.remote(None if newest is None else newest.data)
         del newest
         try:
-            # Once, but for elastic jobs that grow or shrink, and controllers that are lost.
+            # More than one group is needed if an elastic job grows or shrinks, or a controller is lost.
             while self._ended != "finished":
                 self._ended = ""
                 self._run_group(allotment)
-        except ray.exceptions.RayError as error:  # the mailbox or Ray itself has gone
-            raise IstanasError(
-                f"{self._job}: Ray was lost ({last_line(error)}), see {self._folder.parent / LOG_FOLDER}; the same "
-                "command goes on from the last checkpoint"
-            ) from error
+        except ray.exceptions.RayError as error:  # The mailbox, or Ray itself, was lost.
+            raise self._failed(f"Ray was lost ({last_line(error)})") from error
         finally:
-            if not self._runtime.lost:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(self._mailbox)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._mailbox)
         return self._progress
 
     def _run_group(self, allotment: Allotment) -> None:
-        """One call of Ray Train's `fit`, and all that comes in meanwhile."""
+        """Call Ray Train's `fit` once, and handle the events that arrive meanwhile."""
         import ray
 
         number = self._number_of_workers(allotment)
@@ -173,11 +169,8 @@ class _RayJob:
             if ended and not events:
                 break
             if time.monotonic() > self._stuck_at:
-                raise IstanasError(
-                    f"{self._job}: no worker has started for {self._patience() / 60:.0f} minutes, see "
-                    f"{self._folder.parent / LOG_FOLDER} and Ray's own logs; the same command goes on"
-                )
-        if self._ended:  # whatever became of Ray's processes afterwards
+                raise self._failed(f"no worker has started for {self._patience() / 60:.0f} minutes")
+        if self._ended:  # What happened to Ray's processes afterwards does not matter.
             return
         if isinstance(fit.error, ray.exceptions.RayActorError) and self._failures_left > 0:
             self._failures_left -= 1
@@ -185,23 +178,24 @@ class _RayJob:
             self._observer.note(
                 f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
             )
-            if self._places:  # its workers are gone with it, but Ray keeps their places for them
-                free(self._places)
-        elif allotment.workers.elastic and self._may_go_on(fit.error):
+            # The workers end with their controller, but Ray keeps their resources reserved.
+            if self._reservation:
+                release(self._reservation)
+        elif allotment.workers.elastic and self._may_continue(fit.error):
             return
         elif fit.error is not None:
-            raise IstanasError(
-                f"{self._job}: the workers failed for good ({last_line(fit.error)}), see "
-                f"{self._folder.parent / LOG_FOLDER}; the same command goes on from the last checkpoint"
-            ) from fit.error
+            raise self._failed(f"the workers failed too often ({last_line(fit.error)})") from fit.error
         else:
-            raise IstanasError(
-                f"{self._job}: the workers ended without a result, see {self._folder.parent / LOG_FOLDER}; the same "
-                "command goes on from the last checkpoint"
-            )
+            raise self._failed("the workers ended without a result")
+
+    def _failed(self, problem: str) -> IstanasError:
+        return IstanasError(
+            f"{self._job}: {problem}, see {self._folder.parent / LOG_FOLDER} and Ray's own logs",
+            remedy=RESUMES,
+        )
 
     def _number_of_workers(self, allotment: Allotment) -> int | tuple[int, int]:
-        """What Ray Train is to start: of an elastic job as many as find places, once there are any."""
+        """Return the number of workers to start: for an elastic job, as many as fit, once the minimum does."""
         workers = allotment.workers
         if not workers.elastic:
             return workers.maximum
@@ -209,26 +203,26 @@ class _RayJob:
         self._runtime.wait(allotment, self._observer.note)
         self._stuck_at += time.monotonic() - began
         number = self._runtime.room(allotment)
-        # Told the range, Ray Train asks for as many as are wanted, so that a cluster that can grow does. But it takes
-        # what others hold for free: where there are others, it must not know.
+        # With the range, Ray Train requests the maximum, so that an autoscaling cluster grows. But it counts resources
+        # of other jobs as free, and gets a plain number if there are other jobs.
         alone = number >= self._runtime.capacity(allotment)
         return (workers.minimum, workers.maximum) if alone else number
 
-    def _may_go_on(self, error: BaseException | None) -> bool:
-        """Whether an elastic job goes on after an error of Ray Train's, with as many workers as then find places."""
+    def _may_continue(self, error: BaseException | None) -> bool:
+        """Return whether an elastic job continues, with as many workers as fit, after an error of Ray Train."""
         from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
         if not isinstance(error, TrainingFailedError):
             return False
-        if not isinstance(error, WorkerGroupError):  # which has been said
+        if not isinstance(error, WorkerGroupError):  # `_make_loss_callback` has reported that one.
             what = str(error.controller_failure if isinstance(error, ControllerError) else error)
             reason = " ".join(what.split()).partition(". ")[0]
-            self._observer.note(f"the workers ended, or did not start ({reason:.200}): again")
-        if isinstance(error, ControllerError) and self._stuck_at < float("inf"):  # none has started yet
+            self._observer.note(f"the workers ended, or did not start ({reason:.200}): starting them again")
+        if isinstance(error, ControllerError) and self._stuck_at < float("inf"):  # No worker has started yet.
             return True
         lost = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
         if isinstance(error, PreemptionError) or any(getattr(each, "preempted", False) for each in lost):
-            return True  # a machine was taken away: as often as one is
+            return True  # Preempted machines are not failures of the job, and do not count.
         self._failures_left -= 1
         return self._failures_left >= 0
 
@@ -239,7 +233,7 @@ class _RayJob:
         import ray
 
         if kind == "started":
-            (self._places,) = payload
+            (self._reservation,) = payload
         elif kind == "note":
             self._observer.note(*payload)
         elif kind == "resumed":
@@ -249,7 +243,7 @@ class _RayJob:
             self._observer.step(epoch, step, n_steps, lambda: metrics)
         elif kind == "checkpoint":
             epoch, data, line, offset, workers = payload
-            checkpoint.write(self._folder, epoch, data, line, offset)
+            self._store.write(epoch, data, line, offset)
             grow = (
                 epoch < self._epochs
                 and workers < allotment.workers.maximum
@@ -269,7 +263,7 @@ class _RayJob:
 
 
 class _Fit:
-    """`trainer.fit` in a thread of its own: this process has events to handle, and Ctrl-C to listen to."""
+    """`trainer.fit` in a thread of its own, because the main thread handles events and Ctrl-C."""
 
     def __init__(self, fit: Callable[[], Any]) -> None:
         self._fit = fit
@@ -280,7 +274,7 @@ class _Fit:
     def _run(self) -> None:
         try:
             self._fit()
-        except BaseException as error:  # handed to the main thread, which raises it
+        except BaseException as error:  # The main thread raises it.
             self.error = error
 
     @property
@@ -297,9 +291,9 @@ def _trainer(
     mailbox: Any,
     folder: Path,
 ) -> Any:
-    """Ray Train's trainer of a job. Checkpoints are ours, so its own storage holds nothing that is needed.
+    """Return Ray Train's trainer of a job. Its storage is not needed again, because we write the checkpoints.
 
-    An elastic job's starts no workers anew: who calls it looks how many find places, and makes the next trainer.
+    The trainer of an elastic job does not restart workers: the caller counts how many fit, and creates another one.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -317,7 +311,7 @@ def _trainer(
         "num_workers": number,
         "use_gpu": allotment.gpu,
         "resources_per_worker": allotment.bundle,
-        # Workers that run are resized between epochs, by ending them there; Ray would do it in an epoch's middle.
+        # Ray would resize the group within an epoch. We end the workers between epochs instead.
         "elastic_resize_monitor_interval_s": 1e9,
     }
     return TorchTrainer(
@@ -335,7 +329,7 @@ def _trainer(
 
 
 def _on_workers(config: Config, allotment: Allotment) -> Config:
-    """The configuration with all that is decided here, once for all workers: device, threads, absolute paths."""
+    """Return the configuration with the device, threads and absolute paths that are chosen for all workers."""
     runtime = config.runtime.model_copy(
         update={"device": allotment.compute.device.type, "threads": allotment.threads}
     )
@@ -343,7 +337,7 @@ def _on_workers(config: Config, allotment: Allotment) -> Config:
 
 
 def with_absolute_paths(data: DataSettings) -> DataSettings:
-    """The settings as they hold in another process, whatever its working directory."""
+    """Return the settings with absolute paths, which hold in any working directory."""
     paths = {key: getattr(data, key) for key in ("root", "cache_dir")}
     return data.model_copy(
         update={key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
@@ -354,7 +348,7 @@ def _make_loss_callback(mailbox: Any) -> Any:
     from ray.train import UserCallback
 
     class Losses(UserCallback):
-        """Tells, from Ray Train's controller, that workers were lost."""
+        """Reports lost workers, from Ray Train's controller."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
@@ -366,9 +360,9 @@ def _make_loss_callback(mailbox: Any) -> Any:
 # ---------- on a worker
 @dataclass
 class _Reporter:
-    """Store and observer of rank 0 on a Ray worker: everything goes to the mailbox.
+    """The store and observer of rank 0 on a Ray worker, which sends everything to the mailbox.
 
-    One thing after the other: an asynchronous actor may take two calls of one caller in any order.
+    Each call waits for the one before: an asynchronous actor may execute two calls of one caller in any order.
     """
 
     mailbox: Any
@@ -376,25 +370,25 @@ class _Reporter:
     workers: int
 
     def __post_init__(self) -> None:
-        self._told = 0.0
-        self._go_on = True
-        self._sent: Any = None  # the last that was posted, as a reference
+        self._last_step = 0.0
+        self._continue = True
+        self._sent: Any = None  # reference to the last post
 
     def read(self) -> bytes | None:
         import ray
 
         group = ray.util.get_current_placement_group()
         assert group is not None, "Ray Train reserves the places of its workers"
-        self._settle()
+        self._wait_for_post()
         data: bytes | None = ray.get(self.mailbox.begin.remote(self.token, group.id.hex()))
         return data
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         import ray
 
-        self._settle()
+        self._wait_for_post()
         kept = self.mailbox.keep.remote(self.token, epoch, data, line, offset, self.workers)
-        self._go_on = ray.get(kept)
+        self._continue = ray.get(kept)
 
     def note(self, text: str) -> None:
         self._post("note", text)
@@ -404,32 +398,32 @@ class _Reporter:
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         now = time.monotonic()
-        if step == n_steps or now - self._told > SECONDS_BETWEEN_STEPS:
-            self._told = now
+        if step == n_steps or now - self._last_step > SECONDS_BETWEEN_STEPS:
+            self._last_step = now
             self._post("step", epoch, step, n_steps, read())
 
     def epoch_done(self, progress: Progress) -> None:
         self._post("epoch", progress)
 
     def go_on(self) -> bool:
-        return self._go_on
+        return self._continue
 
     def finished(self, progress: Progress) -> None:
-        self._post("finished" if self._go_on else "made room", progress)
-        self._settle()  # Ray Train ends this process as soon as it has nothing more to do
+        self._post("finished" if self._continue else "made room", progress)
+        self._wait_for_post()  # Ray Train ends this process when the function returns.
 
     def failed(self, error: IstanasError) -> None:
         import ray
 
-        self._settle()
+        self._wait_for_post()
         ray.get(self.mailbox.post.remote(None, "failed", pickle.dumps([error])))
 
     def _post(self, kind: str, *payload: Any) -> None:
-        self._settle()
+        self._wait_for_post()
         self._sent = self.mailbox.post.remote(self.token, kind, pickle.dumps(payload))
 
-    def _settle(self) -> None:
-        """Wait until what was posted has arrived."""
+    def _wait_for_post(self) -> None:
+        """Wait until the last post has arrived."""
         import ray
 
         if self._sent is not None:
@@ -437,10 +431,10 @@ class _Reporter:
 
 
 def _worker_loop(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker, its process group being set up."""
+    """Run the job on a worker. Ray Train calls it after the process group is set up."""
     from ray.train import get_context
 
-    ensure_usable_home()  # of this node
+    ensure_usable_home()  # The home folder of this node may differ.
     context = get_context()
     job, config = settings["job"], settings["config"]
     reporter = _Reporter(settings["mailbox"], uuid.uuid4().hex, context.get_world_size())
@@ -450,7 +444,7 @@ def _worker_loop(settings: dict[str, Any]) -> None:
         dataset = open_dataset(config, (job,))
         progress = WORKERS[job](config, dataset, reporter, reporter, *settings["arguments"])
     except IstanasError as error:
-        # The same again would come of a restart: the user's process stops the job, other ranks may be waiting.
+        # A restart would fail again. The user's process stops the job, because other ranks may be waiting for this one.
         reporter.failed(error)
         return
     if context.get_world_rank() == 0:

@@ -9,85 +9,88 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from istanas.errors import IstanasError
-from pipeline.base.interruption import working_to_an_end
+from pipeline.base.interruption import signals_deferred
 
-SECONDS_BETWEEN_LOOKS = 1  # for a free place; whole ones, Ray cuts off the rest and would not wait at all
-GOES_ON = "the same command goes on, on another cluster, too"
-SECONDS_TO_FINISH = 60.0  # what must not be interrupted
-SECONDS_TO_UNWIND = 5.0  # for a thread that was interrupted; calls into a lost cluster can't be
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_FINISH = 60.0  # Longest time that work which must not be interrupted may take.
+SECONDS_TO_UNWIND = (
+    5.0  # Longest time that the interrupted thread may take; calls into a lost cluster never return.
+)
 
 
-class _Lost(KeyboardInterrupt):
-    """Of the cluster, in the main thread, whatever it is doing; no library takes it for an error of its own."""
+class _ClusterLost(KeyboardInterrupt):
+    """Interrupts the main thread in any library: none of them handles a KeyboardInterrupt as its own error."""
 
 
 @contextlib.contextmanager
-def noticing_its_loss(
-    job: str, logs: Path, head: str, seconds: float, note: Callable[[], None] = lambda: None
+def watch_cluster(
+    job: str, logs: Path, head: str, seconds: float, *, seconds_to_unwind: float = SECONDS_TO_UNWIND
 ) -> Iterator[None]:
-    """Inside, the main thread is interrupted when the cluster's head is gone; Ray would end the process without a word.
+    """Inside, interrupt the main thread if the cluster's head is lost, before Ray ends the process without a message.
 
-    Elsewhere than in the main thread, which alone can be interrupted, it does nothing.
+    Outside the main thread, the only one that can be interrupted, it does nothing.
 
     Args:
-        job: for the message.
-        logs: of Ray, likewise.
+        job: The name of the job, for the message.
+        logs: The folder of Ray's logs, for the message.
         head: HOST:PORT of the cluster's head.
-        seconds: without an answer, after which it is gone.
-        note: called in the main thread when it is, before anything is unwound.
+        seconds: The head counts as lost after this time without an answer.
+        seconds_to_unwind: The process exits if the interrupted thread takes longer than this.
 
     Raises:
-        IstanasError: the cluster was lost.
+        IstanasError: The cluster was lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     host, _, port = head.rpartition(":")
-    words = f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}; {GOES_ON}"
+    lost = IstanasError(
+        f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}",
+        remedy="run it again: the same command resumes, also on another cluster",
+    )
     ended, main = threading.Event(), threading.get_ident()
 
     def watch() -> None:
-        heard = time.monotonic()
+        last_answer = time.monotonic()
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
             with contextlib.suppress(OSError):
                 socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-                heard = time.monotonic()
-            if time.monotonic() - heard > seconds:
+                last_answer = time.monotonic()
+            if time.monotonic() - last_answer > seconds:
                 signal.pthread_kill(main, signal.SIGUSR1)
                 end = time.monotonic() + SECONDS_TO_FINISH
-                while working_to_an_end.is_set() and time.monotonic() < end:
+                while signals_deferred.is_set() and time.monotonic() < end:
                     if ended.wait(0.1):
                         return
-                if not ended.wait(SECONDS_TO_UNWIND):
-                    _die(words)
+                if not ended.wait(seconds_to_unwind):
+                    _exit_process(str(lost))
                 return
 
     def interrupt(*_: Any) -> NoReturn:
-        note()
-        raise _Lost
+        raise _ClusterLost
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except _Lost:
-        raise IstanasError(words) from None
+    except _ClusterLost:
+        raise lost from None
     finally:
         ended.set()
         watcher.join()
         signal.signal(signal.SIGUSR1, before)
 
 
-def _die(words: str) -> NoReturn:
-    """End the process at once: its main thread hangs in a call of Ray's, until Ray does the same without a word."""
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the progress bar has hidden it
+def _exit_process(message: str) -> NoReturn:
+    """Exit with a message: the main thread hangs in a call of Ray, which later ends the process without one."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # The progress bar hides it.
     try:
-        os.write(2, f"{show_cursor}\nerror: {words}\n".encode(errors="replace"))
+        os.write(2, f"{show_cursor}\nerror: {message}\n".encode(errors="replace"))
     finally:
         os._exit(1)

@@ -1,6 +1,6 @@
-"""Between Ray Train's workers and the process that started them: what is new, and the newest checkpoint.
+"""The actor between Ray Train's workers and the process that started them: new events, and the newest checkpoint.
 
-An actor of its own process, which is why nothing heavy is imported here.
+It has a process of its own. To keep that process small, this module imports nothing large.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-# Of its own events; what is posted is a pickle that only the user's process unpacks, so that this one need not load
-# what it does not read, torch above all.
+# The kinds of the mailbox's own events. Posted events are pickles that only the user's process unpacks, so that the
+# actor does not import torch.
 OWN_KINDS = ("started", "checkpoint")
 
 
 class Mailbox:
-    """An asynchronous actor that holds the newest checkpoint and what is new for the user's process.
+    """An asynchronous actor that holds the newest checkpoint, and new events for the user's process.
+
+    Every group of workers has a token, by which late messages of a dead group are recognised and ignored.
 
     Args:
-        newest: checkpoint that workers start from, or None.
-
-    Every group of workers has a token, so that what a dead group has sent too late is not taken for the new one's.
+        newest: The checkpoint that workers start from, or None.
     """
 
     def __init__(self, newest: bytes | None) -> None:
@@ -29,15 +29,15 @@ class Mailbox:
         self._arrived = asyncio.Event()
         self._answers: dict[tuple[str, int], asyncio.Future[bool]] = {}
 
-    # for workers
-    async def begin(self, token: str, places: str) -> bytes | None:
-        """A new group of workers starts, on reserved places: where from?"""
+    # called by workers
+    async def begin(self, token: str, reservation: str) -> bytes | None:
+        """Register a new group of workers and its reservation, and return the checkpoint that it starts from."""
         self._token = token
-        self._add("started", places)
+        self._add("started", reservation)
         return self._newest
 
     async def post(self, token: str | None, kind: str, payload: bytes) -> None:
-        """Tell the user's process something; of steps only the last is kept."""
+        """Add an event for the user's process. Of consecutive steps, only the last is kept."""
         if token not in (None, self._token):
             return
         if kind == "step" and self._events and self._events[-1][0] == "step":
@@ -45,7 +45,7 @@ class Mailbox:
         self._add(kind, payload)
 
     async def keep(self, token: str, epoch: int, data: bytes, line: bytes, offset: int, workers: int) -> bool:
-        """Wait until a checkpoint and its epoch's line are on the disk; False: this group of workers is to end here."""
+        """Wait until a checkpoint and its epoch's line are on the disk, and return whether the workers continue."""
         if token != self._token:
             return False
         self._newest = data
@@ -53,9 +53,9 @@ class Mailbox:
         self._add("checkpoint", epoch, data, line, offset, workers)
         return await answer
 
-    # for the user's process
+    # called by the user's process
     async def take(self, timeout: float) -> list[tuple[Any, ...]]:
-        """All that is new; waits for something at most `timeout` seconds."""
+        """Return the new events, after waiting at most `timeout` seconds for the first."""
         try:
             await asyncio.wait_for(self._arrived.wait(), timeout)
         except TimeoutError:
@@ -65,7 +65,7 @@ class Mailbox:
         return events
 
     async def kept(self, epoch: int, go_on: bool) -> None:
-        """The checkpoint of an epoch is on the disk."""
+        """Confirm that the checkpoint of an epoch is on the disk, and say whether the workers continue."""
         for key in [key for key in self._answers if key[1] == epoch]:
             self._answers.pop(key).set_result(go_on)
 

@@ -1,6 +1,6 @@
-"""Pre-flight before a job on a cluster: storage, data, versions, MLflow's store, GPUs; one line each.
+"""Pre-flight checks of a job on a cluster: storage, data, versions, MLflow's store and GPUs, one line each.
 
-What would only show hours later, on a machine that nobody looks at, stops the job before it queues.
+Mistakes that a node would otherwise report hours later stop the job before it queues.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from pipeline.config.schema import Config, DataSettings
 from pipeline.runs.bucket import local
 from pipeline.tracking.store import public_uri, store_uri
 
-# The modules of what a node is asked, sent as code: a node without this project must be able to say so.
+# The modules that run on the nodes. They are sent as code, because a node may lack this project, and must report that.
 SENT_AS_CODE = (probe, servers)
-# For a node: it may have to start a process, and to fetch the files of a submitted job.
+# A node may have to start a process first, and to fetch the files of a submitted job.
 SECONDS_TO_ANSWER = 60.0
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "scipy", "cvxpy", "scikit-learn", "pydantic", "optuna")
-SAID = ("Python", "ray", "torch")  # of them
+SHOWN_VERSIONS = ("Python", "ray", "torch")
+START_SERVER = "start the server, let it listen where nodes reach it, or correct the address"
 SPLITS = ("train", "test", "val")
-# What each of torchvision's data sets has in its root.
+# The files of torchvision's data sets in their root folder.
 FILES = {
     "cifar10": ("cifar-10-batches-py",),
     "cifar100": ("cifar-100-python",),
@@ -47,7 +48,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node that is alive: Ray's id of it, and what people know it by."""
+    """A node that is alive: its id in Ray, and its name for messages."""
 
     id: str
     name: str
@@ -56,25 +57,26 @@ class ClusterNode:
 def check_nodes(
     config: Config, say: Say, *, trials: bool, known: set[str], seconds: float = SECONDS_TO_ANSWER
 ) -> None:
-    """Ask every node of the cluster whether a job could run there, now or when it is started again.
+    """Check on every node of the cluster whether a job could run there, now or when it is resumed.
 
     Args:
-        config: of the job.
-        say: told one line for each check that is passed.
-        trials: whether nodes write to runs and store themselves, as trials of a sweep do.
-        known: Ray's ids of nodes that have been asked before, which is not done again; those asked now are added.
-        seconds: for a node to answer.
+        config: The job's configuration.
+        say: Receives one line for each passed check.
+        trials: Whether the nodes write to runs and to the store themselves, as trials of a sweep do.
+        known: Ids of nodes that were checked before and are skipped. The nodes checked now are added.
+        seconds: The longest time to wait for a node's answer.
 
     Raises:
-        IstanasError: for the first check that fails, with the nodes and the remedy; no mark is left behind.
+        IstanasError: The first failed check, with its nodes.
     """
     nodes = [node for node in alive_nodes() if node.id not in known]
     if not nodes:
         return
     store = store_uri(config.tracking.uri) if config.tracking.enabled else None
+    store_setting = "MLFLOW_TRACKING_URI" if config.tracking.uri is None else "tracking.uri"
     if store is not None:
-        _check_store_from_here(store)
-    # Trials write to the store themselves. Else only this process does, but a command may be started elsewhere again.
+        _check_store_from_here(store, store_setting)
+    # Trials write to the store themselves. Otherwise only this process does, but the command may be resumed on a node.
     server = public_uri(store) if store is not None and store.startswith(("http://", "https://")) else None
     question = make_question(config, store if trials else server)
     for place in question.storage:
@@ -88,36 +90,38 @@ def check_nodes(
         blind = _blind(question, nodes, marks, answers)
     finally:
         _delete_marks(question, ["", *marks])
-    passed = (  # all of them, before a word is said: a refusal is one line
+    passed = (  # All checks come before the first line: a failure prints one line only.
         _check_versions(nodes, answers, here),
-        _check_storage(nodes, blind),
+        _check_storage(nodes, blind, store_setting),
         _check_data(nodes, answers, here, question),
-        _check_store(nodes, answers, store, question),
+        _check_store(nodes, answers, store, question, store_setting),
     )
     for line in filter(None, passed):
         say(f"pre-flight: {line}")
     known.update(node.id for node in nodes)
 
 
-def check_gpus(asked: int, there: int, wait_minutes: float, say: Say) -> None:
-    """Say whether the GPUs asked for are there, or that they are waited for.
+def check_gpus(requested: int, there: int, wait_minutes: float, say: Say) -> None:
+    """Report whether the cluster has the requested GPUs, or the job waits for them.
 
     Args:
-        asked: how many the job needs.
-        there: how many the cluster has now, busy ones included; one that can grow may have none.
-        wait_minutes: how long they may take to come.
-        say: told one line, if any are asked for.
+        requested: The number of GPUs that the job needs.
+        there: The number that the cluster has now, including busy ones. An autoscaling cluster may have none.
+        wait_minutes: The longest time to wait.
+        say: Receives one line, if any are requested.
     """
-    if asked == 0:
+    if requested == 0:
         return
-    line = f"pre-flight: GPUs: {asked} asked for, {there} there"
-    if there < asked:
-        line += f": waits for a node with the rest, at most {wait_minutes:g} minutes (runtime.wait_minutes)"
+    line = f"pre-flight: GPUs: {requested} requested, {there} present"
+    if there < requested:
+        line += (
+            f": waiting for nodes with the others, at most {wait_minutes:g} minutes (runtime.wait_minutes)"
+        )
     say(line)
 
 
 def alive_nodes() -> list[ClusterNode]:
-    """The nodes that Ray counts as alive, those without any core included: a job may be started again there."""
+    """Return the nodes that are alive, including those without cores, on which a command may be resumed."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -125,7 +129,7 @@ def alive_nodes() -> list[ClusterNode]:
     return [
         ClusterNode(
             node["NodeID"],
-            # Several nodes on one machine have its address in common.
+            # Nodes on one machine share its address.
             node["NodeManagerAddress"]
             + (f" ({node['NodeID'][:8]})" if addresses[node["NodeManagerAddress"]] > 1 else ""),
         )
@@ -134,11 +138,11 @@ def alive_nodes() -> list[ClusterNode]:
 
 
 def make_question(config: Config, store: str | None) -> Question:
-    """What every node is asked.
+    """Return the question for every node.
 
     Args:
-        config: of the job.
-        store: MLflow's, if nodes write to it themselves.
+        config: The job's configuration.
+        store: MLflow's store, if nodes write to it themselves.
     """
     storage, reached, from_environment = [shared_place(config.runtime.runs_dir)], None, False
     if store is not None:
@@ -160,12 +164,12 @@ def make_question(config: Config, store: str | None) -> Question:
 
 
 def shared_place(runs_dir: str) -> str:
-    """A folder as other machines would have to call it; the address of a storage as it is."""
+    """Return the absolute path of a folder, or the unchanged address of a bucket."""
     return runs_dir if is_remote(runs_dir) else str(local(runs_dir).absolute())
 
 
 def store_folder(store: str) -> str | None:
-    """The folder that a store lies in; None if it is a server or a service.
+    """Return the folder of a store, or None if the store is a server or a service.
 
     Example:
         >>> store_folder("sqlite:////a/mlflow.db"), store_folder("file:///a/mlruns"), store_folder("http://host:1")
@@ -180,8 +184,8 @@ def store_folder(store: str) -> str | None:
 
 
 def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
-    """Where the pictures must lie on every node, and which parts of that folder matter; see `Question`."""
-    if data.name not in FILES or data.download:  # shipped with a package, or fetched by whoever lacks them
+    """Return the folder of the pictures on every node, and the parts of it that matter; see `Question`."""
+    if data.name not in FILES or data.download:  # part of a package, or downloaded by each node
         return None, ()
     if data.root is not None:
         return str(Path(data.root).expanduser().resolve()), FILES[data.name]
@@ -190,14 +194,14 @@ def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
     return "", FILES[data.name]
 
 
-# ---------- the nodes are asked
+# ---------- the question to the nodes
 def _ask(
     nodes: Sequence[ClusterNode], question: Question, marks: Sequence[str], seconds: float
 ) -> list[Answer]:
-    """Have every node answer, all at once.
+    """Return the answers of all nodes, which are asked at the same time.
 
     Raises:
-        IstanasError: if one does not.
+        IstanasError: A node does not answer.
     """
     import ray
     from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
@@ -222,9 +226,10 @@ def _ask(
             ray.cancel(reference, force=True)
     silent = [node for node, reference in zip(nodes, asked, strict=True) if reference not in done]
     if silent:
-        raise IstanasError(
-            f"pre-flight: {_named(silent)}: no answer within {seconds:g} s; look at that machine and its disks, or "
-            "take it out of the cluster (ray stop there)"
+        raise _failed(
+            _named(silent),
+            f"no answer within {seconds:g} s",
+            "look at that machine and its disks, or remove it from the cluster (ray stop there)",
         )
     answers, failed = [], []
     for node, reference in zip(nodes, asked, strict=True):
@@ -234,9 +239,10 @@ def _ask(
             failed.append((node, error))
     if failed:
         why = str(failed[0][1]).strip().splitlines()[-1].strip()
-        raise IstanasError(
-            f"pre-flight: {_named(node for node, _ in failed)}: could not be asked ({why:.200}); look at Ray's logs "
-            "there, or take it out of the cluster"
+        raise _failed(
+            _named(node for node, _ in failed),
+            f"the check failed to run ({why:.200})",
+            "look at Ray's logs there, or remove it from the cluster",
         )
     return answers
 
@@ -246,16 +252,17 @@ def _leave_marks(question: Question) -> None:
         try:
             probe.write_mark(place, question.token, question.token)
         except OSError as error:
-            raise IstanasError(
-                f"pre-flight: storage: {public_uri(place)} can't be written from here ({_reason(error)}); free or "
-                "mount it, or set runtime.runs_dir to another"
+            raise _failed(
+                "runtime.runs_dir",
+                f"{public_uri(place)} cannot be written from this machine ({_reason(error)})",
+                "free or mount it, or set runtime.runs_dir to another place",
             ) from None
 
 
 def _blind(
     question: Question, nodes: Sequence[ClusterNode], marks: Sequence[str], answers: Sequence[Answer]
 ) -> dict[str, dict[ClusterNode, str]]:
-    """For each place of the storage: the nodes that do not share it with this process, and why."""
+    """Return, for each place of the storage, the nodes that do not share it with this process, and the reasons."""
     blind: dict[str, dict[ClusterNode, str]] = {place: {} for place in question.storage}
     for node, mark, answer in zip(nodes, marks, answers, strict=True):
         for place, reason in answer.storage.items():
@@ -263,7 +270,7 @@ def _blind(
                 try:
                     probe.read_mark(place, question.token + mark)
                 except OSError as error:
-                    reason = f"what it writes is not seen here: {_reason(error)}"
+                    reason = f"its files are not visible here: {_reason(error)}"
             if reason:
                 blind[place][node] = reason
     return blind
@@ -272,17 +279,18 @@ def _blind(
 def _delete_marks(question: Question, marks: Sequence[str]) -> None:
     for place in question.storage:
         for mark in marks:
-            with contextlib.suppress(OSError):  # what can't be reached now was told of before
+            with contextlib.suppress(OSError):  # An unreachable place has been reported.
                 probe.delete_mark(place, question.token + mark)
 
 
-# ---------- what is said
+# ---------- the evaluation of the answers
 def _check_versions(nodes: Sequence[ClusterNode], answers: Sequence[Answer], here: Answer) -> str:
     for node, answer in zip(nodes, answers, strict=True):
         if answer.code is None:
-            raise IstanasError(
-                f"pre-flight: versions: {node.name} does not have this project; install it there, or have it shipped "
-                "by istanas submit"
+            raise _failed(
+                _named([node]),
+                "this project is not installed there",
+                "install it, or ship it with istanas submit",
             )
         other = [
             f"{name} {version} (here {here.versions[name]})"
@@ -290,33 +298,41 @@ def _check_versions(nodes: Sequence[ClusterNode], answers: Sequence[Answer], her
             if version != here.versions[name]
         ]
         if other:
-            raise IstanasError(
-                f"pre-flight: versions: {node.name} has {', '.join(other)}; install the same releases there (pip "
-                "install -c constraints.txt)"
+            raise _failed(
+                _named([node]),
+                f"other releases are installed there: {', '.join(other)}",
+                "install the same releases (pip install -c constraints.txt)",
             )
         if answer.code != here.code:
-            raise IstanasError(
-                f"pre-flight: versions: {node.name} has other source files of this project (digest {answer.code}, here "
-                f"{here.code}); bring it to the same commit, or have them shipped by istanas submit"
+            raise _failed(
+                _named([node]),
+                f"the source files of this project differ there (digest {answer.code}, here {here.code})",
+                "use the same commit, or ship the files with istanas submit",
             )
-    listed = ", ".join(f"{name} {version}" for name, version in here.versions.items() if name in SAID)
+    listed = ", ".join(
+        f"{name} {version}" for name, version in here.versions.items() if name in SHOWN_VERSIONS
+    )
     return f"versions: the same on {count(len(nodes), 'node')} ({listed}, our files {here.code})"
 
 
-def _check_storage(nodes: Sequence[ClusterNode], blind: dict[str, dict[ClusterNode, str]]) -> str:
+def _check_storage(
+    nodes: Sequence[ClusterNode], blind: dict[str, dict[ClusterNode, str]], store_setting: str
+) -> str:
     runs, *_ = blind
     for place, reasons in blind.items():
         if not reasons:
             continue
         where = f"{public_uri(place)} is not shared with {_named(reasons)} ({next(iter(reasons.values()))})"
         if place == runs:
-            raise IstanasError(
-                f"pre-flight: storage: runtime.runs_dir: {where}; a command or a trial that is started there would not "
-                "find its run: choose a folder that all nodes share (NFS), or s3://BUCKET/PATH"
+            raise _failed(
+                "runtime.runs_dir",
+                f"{where}; a command or a trial that is started there would not find its run",
+                "choose a folder that all nodes share (NFS), or s3://BUCKET/PATH",
             )
-        raise IstanasError(
-            f"pre-flight: storage: tracking.uri: the folder {where}; trials there could not write to the store in it: "
-            "use an MLflow server (http://HOST:PORT)"
+        raise _failed(
+            store_setting,
+            f"the folder {where}; trials there could not write to the store in it",
+            "use an MLflow server (http://HOST:PORT)",
         )
     places = " and ".join(public_uri(place) for place in blind)
     return f"storage: {count(len(nodes), 'node')} and this process share {places}"
@@ -327,45 +343,49 @@ def _check_data(
 ) -> str:
     if question.data is None:
         return ""
-    place = question.data or "the cache's downloads"
+    place = question.data or "the folder of downloads in the cache"
     lacking = [node for node, answer in zip(nodes, answers, strict=True) if not answer.data]
     if lacking:
-        raise IstanasError(
-            f"pre-flight: data: data.root: {place} holds no such pictures on {_named(lacking)}; put them there under "
-            "the same path, or mount a folder that all nodes share"
+        raise _failed(
+            "data.root",
+            f"{place} contains no such pictures on {_named(lacking)}",
+            "copy them there, to the same path, or mount a folder that all nodes share",
         )
     other = [node for node, answer in zip(nodes, answers, strict=True) if answer.data != here.data]
     if other:
-        raise IstanasError(
-            f"pre-flight: data: data.root: {place} holds other files on {_named(other)} than here; copy them anew"
+        raise _failed(
+            "data.root", f"{place} contains other files on {_named(other)} than here", "copy them again"
         )
     return f"data: {count(len(nodes), 'node')} and this process have the same files in {place}"
 
 
-def _check_store_from_here(store: str) -> None:
+def _check_store_from_here(store: str, setting: str) -> None:
     reason = unreachable(public_uri(store))
     if reason:
-        raise IstanasError(
-            f"pre-flight: tracking: {public_uri(store)} is not reached from here ({reason}); {_STORE}"
-        )
+        problem = f"{public_uri(store)} is not reachable from this machine ({reason})"
+        raise _failed(setting, problem, START_SERVER)
 
 
 def _check_store(
-    nodes: Sequence[ClusterNode], answers: Sequence[Answer], store: str | None, question: Question
+    nodes: Sequence[ClusterNode],
+    answers: Sequence[Answer],
+    store: str | None,
+    question: Question,
+    setting: str,
 ) -> str:
     if store is None or store_folder(store) is not None:
         return ""
     lost = {node: answer.store for node, answer in zip(nodes, answers, strict=True) if answer.store}
     if lost:
-        raise IstanasError(
-            f"pre-flight: tracking: {public_uri(store)} is not reached from {_named(lost)} "
-            f"({next(iter(lost.values()))}); {_STORE}"
-        )
+        reason = next(iter(lost.values()))
+        problem = f"{public_uri(store)} is not reachable from {_named(lost)} ({reason})"
+        raise _failed(setting, problem, START_SERVER)
     where = f" and {count(len(nodes), 'node')}" if question.store is not None else ""
-    return f"tracking: {public_uri(store)} is reached from here{where}"
+    return f"tracking: {public_uri(store)} is reachable from here{where}"
 
 
-_STORE = "start it, let it listen where nodes reach it, or correct MLFLOW_TRACKING_URI"
+def _failed(field: str, problem: str, remedy: str) -> IstanasError:
+    return IstanasError(problem, field=field, remedy=remedy, source="pre-flight")
 
 
 def _named(nodes: Iterable[ClusterNode], most: int = 3) -> str:

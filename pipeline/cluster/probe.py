@@ -1,7 +1,7 @@
-"""What one place of a cluster tells of itself: storage, data, versions, the store of the trials.
+"""The part of the pre-flight checks that runs on a node: storage, data, versions, and MLflow's store.
 
-It runs on every node, which may lack this very project and is sent it as code: nothing but the standard library here,
-and pyarrow (a part of Ray's installation) for storage that is no folder.
+It is sent to the nodes as code, because they may lack this project. It therefore uses the standard library only, and
+pyarrow (a part of Ray's installation) for storage that is not a folder.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from typing import Any
 from pipeline.base.servers import unreachable
 
 OURS = ("istanas", "pipeline")
-MOST_FILES = 2000  # of a data set that are looked at: there may be millions, on a disk across the network
+MOST_FILES = 2000  # of a data set, which may have millions, on a network disk
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to look at.
+    """What a node has to check.
 
     Args:
-        packages: whose versions are wanted.
-        storage: folders or URIs that every place must see; in each lies a mark with the token.
-        token: what the marks hold, and their names begin with.
-        data: where the pictures lie; "": in torchvision's cache of whoever is asked; None: nowhere.
-        parts: of that folder that matter.
-        store: address of MLflow's store that this place must reach, or None.
-        store_in_environment: whether that address is to be in MLFLOW_TRACKING_URI there.
+        packages: The packages whose versions are compared.
+        storage: Folders or URIs that must be shared. Each contains a mark, a small file named by the token.
+        token: The content of the marks, and the first part of their names.
+        data: The folder of the pictures; "" for torchvision's cache on the node, None for no check.
+        parts: The parts of that folder that matter.
+        store: The address of MLflow's store that the node must reach, or None.
+        store_in_environment: Whether MLFLOW_TRACKING_URI must contain that address on the node.
     """
 
     packages: tuple[str, ...]
@@ -46,14 +46,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What there is. Empty reasons are good ones.
+    """What a node has found. An empty reason means that the check has passed.
 
     Args:
-        versions: of Python and the packages; "none" of what is not installed.
-        code: digest of this project's own files; None: it is not there.
-        storage: for each, why the mark could not be read or another one left beside it.
-        data: digest of the names and sizes, "" if there is nothing.
-        store: why MLflow's store is not reached.
+        versions: The versions of Python and the packages; "none" for a missing one.
+        code: The digest of this project's files, or None if the project is missing.
+        storage: For each place, the reason why a mark could not be read or written.
+        data: The digest of the pictures' names and sizes, or "" if there are none.
+        store: The reason why MLflow's store is not reachable.
     """
 
     versions: dict[str, str]
@@ -64,14 +64,14 @@ class Answer:
 
 
 def examine(question: dict[str, Any], mark: str) -> dict[str, Any]:
-    """Answer a question here.
+    """Answer a question on this machine.
 
     Args:
-        question: the fields of `Question`.
-        mark: end of the name of the mark that this place leaves in the storage; "" leaves none.
+        question: The fields of `Question`.
+        mark: The last part of the name of the mark that is left in the storage; "" leaves none.
 
     Returns:
-        The fields of `Answer`. Plain values, for they go to a process that knows these classes by another name.
+        The fields of `Answer`, as plain values: the module has another name in the process that receives them.
     """
     asked = Question(**question)
     answer = Answer(
@@ -88,14 +88,14 @@ def examine(question: dict[str, Any], mark: str) -> dict[str, Any]:
 
 # ---------- storage
 def meet(place: str, token: str, mark: str) -> str:
-    """Read the mark that was written elsewhere, and leave one to be read there.
+    """Read the mark of the user's process, and leave another for it to read.
 
     Returns:
-        Why that failed, or "".
+        The reason why that failed, or "".
     """
     try:
         if read_mark(place, token) != token:
-            return "what was written elsewhere reads differently"
+            return "the content of a file from the user's process differs"
         write_mark(place, token + mark, token)
     except OSError as error:
         return error.strerror or str(error).splitlines()[0]
@@ -103,10 +103,10 @@ def meet(place: str, token: str, mark: str) -> str:
 
 
 def write_mark(place: str, name: str, text: str) -> None:
-    """Leave a small file in a folder or under a URI that pyarrow knows (s3://, gs://, file://).
+    """Write a small file in a folder or under a URI that pyarrow supports (s3://, gs://, file://).
 
     Raises:
-        OSError: if that can't be.
+        OSError: It cannot be written.
     """
     if "://" not in place:
         Path(place, _file_name(name)).write_text(text)
@@ -117,10 +117,10 @@ def write_mark(place: str, name: str, text: str) -> None:
 
 
 def read_mark(place: str, name: str) -> str:
-    """What `write_mark` has left, here or elsewhere.
+    """Return the content of a file of `write_mark`.
 
     Raises:
-        OSError: if it is not there.
+        OSError: There is none.
     """
     if "://" not in place:
         return Path(place, _file_name(name)).read_text()
@@ -131,7 +131,7 @@ def read_mark(place: str, name: str) -> str:
 
 
 def delete_mark(place: str, name: str) -> None:
-    """Take away what `write_mark` has left; one that is not there is no mistake."""
+    """Delete a file of `write_mark`, if there is one."""
     if "://" not in place:
         Path(place, _file_name(name)).unlink(missing_ok=True)
         return
@@ -149,14 +149,14 @@ def _remote(place: str, name: str) -> tuple[Any, str]:
 
     try:
         system, path = fs.FileSystem.from_uri(place)
-    except ValueError as error:  # no such protocol: as unreachable as a host that is down
+    except ValueError as error:  # an unknown protocol, which callers treat like an unreachable host
         raise OSError(str(error)) from None
     return system, f"{path.rstrip('/')}/{_file_name(name)}"
 
 
 # ---------- versions
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python (3.11) and the packages, without what tells builds of one release apart, such as +cu130."""
+    """Return the versions of Python (3.11) and the packages, without build tags such as +cu130."""
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in packages:
         try:
@@ -167,7 +167,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def code_digest() -> str | None:
-    """Digest of this project's own files, as Python finds them here; None if it does not."""
+    """Return the digest of this project's files, or None if Python does not find them."""
     digest = hashlib.sha256()
     for package in OURS:
         spec = importlib.util.find_spec(package)
@@ -181,11 +181,11 @@ def code_digest() -> str | None:
 
 
 # ---------- data
-def listing_digest(folder: str, parts: Sequence[str]) -> str:
-    """Digest of what lies in some parts of a folder: the names right below, names and sizes of the first files.
+def listing_digest(folder: str, parts: Sequence[str], most_files: int = MOST_FILES) -> str:
+    """Return a digest of some parts of a folder: their entries, and the names and sizes of the first files.
 
     Returns:
-        "" if nothing lies there, or nothing that may be read.
+        The digest, or "" if there are no readable files.
     """
     lines: list[str] = []
     try:
@@ -193,7 +193,7 @@ def listing_digest(folder: str, parts: Sequence[str]) -> str:
             path = Path(folder, part)
             if path.is_dir():
                 lines += [f"{part}/{name}" for name in sorted(os.listdir(path))]
-        lines += [f"{name} {size}" for name, size in itertools.islice(_files(folder, parts), MOST_FILES)]
+        lines += [f"{name} {size}" for name, size in itertools.islice(_files(folder, parts), most_files)]
     except OSError:
         return ""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8] if lines else ""

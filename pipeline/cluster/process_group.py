@@ -1,8 +1,8 @@
-"""Where the workers of a job meet: torch's process group, on the network that Ray's nodes have in common.
+"""The process group of a job's workers, on the network that Ray's nodes share.
 
-Ray's own set-up has rank 0's store listen on every address of its machine, without a password; and gloo takes the
-address that a machine's name stands for, on many 127.0.0.1, which no other machine can reach. Here, both listen on
-the node's address in Ray's network and on no other.
+With Ray's own set-up, the store of rank 0 listens on every address of its machine, without a password, and gloo uses
+the address of the machine's host name, which is often 127.0.0.1 and not reachable from other machines. Here, both
+listen on the node's address in Ray's network only.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-_STORES: list[Any] = []  # rank 0's, until its process group holds it too
+_STORES: list[Any] = []  # keeps the store of rank 0 alive until the process group has it
 
 
 def torch_config(backend: str) -> Any:
-    """Ray Train's `TorchConfig` whose process group is set up as said above.
+    """Return a `TorchConfig` of Ray Train that sets up this process group.
 
     Args:
         backend: "gloo" or "nccl".
@@ -47,7 +47,7 @@ def torch_config(backend: str) -> Any:
 
 # ---------- on a worker
 def _listen() -> tuple[str, int]:
-    """Rank 0: open the store on the node's address; returns where."""
+    """Open the store on the address of rank 0's node, and return its host and port."""
     import ray
     from torch.distributed import TCPStore
 
@@ -55,14 +55,14 @@ def _listen() -> tuple[str, int]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
     port = listener.getsockname()[1]
-    # Given only a port, the store would listen everywhere. The socket is the store's from here on.
+    # With a port only, the store would listen on every address. It now owns the socket.
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     _STORES.append(store)
     return host, port
 
 
 def _join(backend: str, host: str, port: int, rank: int, size: int, seconds: float) -> None:
-    """Every rank: the process group, by way of rank 0's store."""
+    """Join the process group through the store of rank 0; called on every rank."""
     import torch.distributed as dist
 
     _use_rays_interface()
@@ -72,13 +72,13 @@ def _join(backend: str, host: str, port: int, rank: int, size: int, seconds: flo
         if rank == 0
         else dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     )
-    if backend == "nccl":  # as Ray has it: a rank that waits for a dead one ends
+    if backend == "nccl":  # Like Ray: a rank that waits for a dead one exits.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _use_rays_interface() -> None:
-    """Have gloo and NCCL use the interface that has the node's address, unless the environment names one."""
+    """Make gloo and NCCL use the interface with the node's address, unless the environment names one."""
     import psutil
     import ray
 

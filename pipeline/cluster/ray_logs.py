@@ -1,4 +1,4 @@
-"""Ray's logs: into files while it runs, and into the run directory when it has ended."""
+"""Ray's logs: in files while Ray runs, and in the run directory when it has ended."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from typing import Any
 
 
 def send_errors_to_log() -> None:
-    """What Ray prints about lost workers and nodes goes to its log: stdout is for the user, or for `--json`.
+    """Write Ray's messages about lost workers and nodes to its log: stdout is for the user, or for `--json`.
 
-    `log_to_driver` leaves these out, and what a client (ray://) is sent; and Ray offers nothing else.
+    Ray prints them even with `log_to_driver=False`, and has no public option to turn them off.
     """
     import ray._private.worker as private
-    from ray.util.client import logsclient
 
     def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         logging.getLogger("ray").warning("%s", "\n".join(map(str, data.get("lines", []))))
 
     private.print_to_stdstream = log
-    client: Any = logsclient.LogstreamClient
-    client.stdstream = lambda _, level, msg: logging.getLogger("ray").warning("%s", msg)
 
 
 class _Log(logging.FileHandler):
-    """A log file; on a full disk it is left incomplete, without a traceback for every line."""
+    """A log file that stays incomplete on a full disk, without a traceback for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         if not isinstance(sys.exc_info()[1], OSError):
@@ -35,37 +32,35 @@ class _Log(logging.FileHandler):
 
 
 def log_to(file: Path) -> None:
-    """Everything that Ray logs in this process goes to a file."""
+    """Write everything that Ray logs in this process to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _Log(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # The latter passes on nothing of what a client is sent.
-    for name in ("ray", "ray.util.client.logsclient"):
-        logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(handler)
-        logger.propagate = False
+    logger = logging.getLogger("ray")
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def session_of(logs: Path) -> Path | None:
-    """Where a Ray session that was started here keeps its files."""
+    """Return the temporary folder of the Ray session whose logs belong to a run, or None."""
     link = logs / "session"
     return Path(os.readlink(link)) if link.is_symlink() else None
 
 
 def collect_logs(logs: Path) -> None:
-    """Bring the logs of an ended Ray session into the run directory, and delete its other files."""
-    scratch = session_of(logs)
-    if scratch is None:
+    """Copy the logs of an ended Ray session into the run directory, and delete the session's temporary folder."""
+    temporary = session_of(logs)
+    if temporary is None:
         return
-    for session in scratch.glob("session_2*"):
+    for session in temporary.glob("session_2*"):
         try:
             shutil.copytree(
                 session / "logs", logs / session.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
             )
-        except OSError:  # a full disk: logs must not take what room is left, nor hide why the job has failed
+        except OSError:  # On a full disk, logs must not take the remaining space or hide why the job failed.
             shutil.rmtree(logs / session.name, ignore_errors=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     (logs / "session").unlink()

@@ -1,7 +1,8 @@
-"""Places on a cluster that a killed sitting of a run still holds are given back by the next one.
+"""Release of the reservations (placement groups) on a cluster that a killed process of a run left behind.
 
-Ray frees what a dead job has reserved, but not what its controller reserves while the job dies: those cores would be
-gone for as long as the cluster lives. A run directory therefore remembers as which jobs, of which cluster, it ran.
+Ray releases what a dead job has reserved, but not what its controller reserves while the job dies: those cores would
+stay reserved as long as the cluster lives. Therefore a run directory records the Ray jobs, and their clusters, in
+which the run was executed.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from pathlib import Path
 from istanas.limits import RECORD_BYTES, read_at_most
 from pipeline.base.files import atomic_write
 
-JOBS_FILE = "jobs.json"  # [[session of the cluster, Ray's job id], ...]
+JOBS_FILE = "jobs.json"  # [[session name of the cluster, Ray's job id], ...]
 
 
-def free_leftovers(logs: Path) -> int:
-    """Give back what earlier sittings of a run have reserved on this cluster, and remember the present one.
+def release_leftovers(logs: Path) -> int:
+    """Release what earlier processes of a run reserved on this cluster, and record the present Ray job.
 
-    Call it with the run's lock held: then the earlier sittings are dead, whatever they still hold.
+    The caller must have locked the run, so that the earlier processes are certainly dead.
 
     Args:
-        logs: folder of the run for what concerns Ray.
+        logs: The run's folder for Ray's logs.
 
     Returns:
-        How many reservations were given back.
+        The number of released reservations.
     """
     import ray
     from ray.util.placement_group import placement_group_table
@@ -33,22 +34,22 @@ def free_leftovers(logs: Path) -> int:
     session, job = context.get_session_name(), context.get_job_id()
     jobs = _read(logs / JOBS_FILE)
     ours = {j for s, j in jobs if s == session and j != job and len(j) == len(job)}
-    # A reservation's id ends with that of the job that made it.
+    # The id of a reservation ends with the id of its job.
     left = [
         group
         for group, facts in placement_group_table().items()
         if facts["state"] != "REMOVED" and any(group.endswith(j) for j in ours)
     ]
     for group in left:
-        free(group)
+        release(group)
     if (session, job) not in jobs:
-        here = [(s, j) for s, j in jobs if s == session]  # other clusters are history
+        here = [(s, j) for s, j in jobs if s == session]  # Jobs on other clusters are no longer of interest.
         atomic_write(logs / JOBS_FILE, json.dumps([*here, (session, job)]))
     return len(left)
 
 
-def free(reservation: str) -> None:
-    """Give back one reservation, by its id (hexadecimal); one that is no more stays so."""
+def release(reservation: str) -> None:
+    """Release one reservation by its hexadecimal id. A released one may be released again."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -58,5 +59,5 @@ def free(reservation: str) -> None:
 def _read(file: Path) -> list[tuple[str, str]]:
     try:
         return [(str(session), str(job)) for session, job in json.loads(read_at_most(file, RECORD_BYTES))]
-    except (OSError, ValueError, TypeError, RecursionError):  # none yet, or a damaged one: it only helps
+    except (OSError, ValueError, TypeError, RecursionError):  # A missing or damaged file releases nothing.
         return []

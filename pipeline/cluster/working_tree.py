@@ -1,4 +1,7 @@
-"""What goes along with a submitted job: code and configurations of the working folder; no data, runs, known secrets."""
+"""The files that are shipped with a submitted job: code and configurations, but no data, runs or known secrets.
+
+Ray's own packaging is not used: it follows links, and knows neither secrets nor the folders of data and runs.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from pathspec.patterns.gitignore import GitIgnorePatternError
 
 from istanas.errors import ConfigError
 
-IGNORE_FILES = (".gitignore", ".rayignore")  # obeyed in every folder, as Ray does
-# In .gitignore's language: passwords, tokens, keys and licences, wherever they lie.
+IGNORE_FILES = (".gitignore", ".rayignore")  # respected in every folder, as Ray does
+# Patterns of .gitignore: passwords, tokens, keys and licences, in any folder.
 SECRET = (
     *(
         ".env",
@@ -32,7 +35,7 @@ SECRET = (
     *(".ssh/", ".aws/", ".kube/", ".mlflow/", ".ray/", "**/.config/gcloud/"),
     *("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "id_ecdsa*", "*.tfstate*", "*.lic"),
 )
-NAMED_SECRETS = (  # variables that name a file with one
+NAMED_SECRETS = (  # variables that name a file with a secret
     "RAY_AUTH_TOKEN_PATH",
     "GOOGLE_APPLICATION_CREDENTIALS",
     "AWS_SHARED_CREDENTIALS_FILE",
@@ -40,7 +43,7 @@ NAMED_SECRETS = (  # variables that name a file with one
     "MOSEKLM_LICENSE_FILE",
     "MLFLOW_TRACKING_CLIENT_CERT_PATH",
 )
-# Anchored where a package may have a folder of that name.
+# A pattern begins with a slash if a Python package may contain a folder of that name.
 NEVER = (
     *(
         ".git",
@@ -58,56 +61,59 @@ NEVER = (
     *("/data/", "/runs/", "mlruns/", "mlartifacts/", "mlflow.db*", ".submitted/"),
     *SECRET,
 )
-ADDED = ".submitted"  # where files from elsewhere lie in the parcel
-MAX_BYTES = 100 * 1024**2  # the most that Ray's dashboard takes
-MAX_FILES = 50_000  # looked at: someone's whole home is no working directory
+ADDED = ".submitted"  # the folder of files from elsewhere
+MAX_BYTES = 100 * 1024**2  # limit of Ray's dashboard
+MAX_FILES = 50_000  # stops the search in a home folder, or any other that is no working directory
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """The files of a parcel.
+class Package:
+    """The files to ship.
 
     Args:
-        folder: whose files they are.
-        files: name in the parcel -> file.
-        links: folders that are links, which are not followed.
+        folder: The working directory.
+        files: Name in the package -> file.
+        links: Links to folders, which are not shipped.
+        max_files: The largest accepted number of files.
     """
 
     folder: Path
     files: dict[str, Path]
     links: tuple[str, ...] = field(default=())
+    max_files: int = MAX_FILES
 
     @property
     def size(self) -> int:
-        """Bytes of all files, before they are compressed."""
+        """The size of all files in bytes, before compression."""
         return sum(file.stat().st_size for file in self.files.values())
 
     def add(self, file: Path) -> str:
-        """Take a file along, wherever it lies; its name in the parcel, relative to the job's working directory."""
-        file = file.parent.resolve() / file.name  # as the files of the folder are spelt
+        """Add a file from anywhere, and return its path relative to the job's working directory."""
+        file = file.parent.resolve() / file.name  # in the form of the paths in `files`
         for name, packed in self.files.items():
             if packed == file:
                 return name
         number = sum(name.startswith(f"{ADDED}/") for name in self.files)
-        name = f"{ADDED}/{number}/{file.name}"  # the file's own name is the run's
+        name = f"{ADDED}/{number}/{file.name}"  # The file's name is kept, because it is the name of the run.
         self.files[name] = file
         return name
 
     def check(self) -> None:
-        """Refuse what Ray would not take, before it is packed.
+        """Reject a package that Ray would not accept, before it is written.
 
         Raises:
-            ConfigError: with the largest folders and the remedy.
+            ConfigError: It has too many files, or is too large.
         """
-        remedy = (
-            "name what the job does not need in a .rayignore here, or submit from the folder of your code"
-        )
-        if len(self.files) > MAX_FILES:
-            raise ConfigError(f"{self.folder}: holds more than {MAX_FILES} files to ship: {remedy}")
+        remedy = "list files that the job does not need in a .rayignore here, or submit from the folder of your code"
+        if len(self.files) > self.max_files:
+            problem = f"more than {self.max_files} files to ship"
+            raise ConfigError(problem, field=str(self.folder), remedy=remedy)
         if self.size > MAX_BYTES:
             raise ConfigError(
-                f"{self.folder}: {megabytes(self.size)} to ship, Ray takes at most {megabytes(MAX_BYTES)}; most is in "
-                f"{', '.join(self._largest())}: {remedy}"
+                f"{megabytes(self.size)} to ship, above Ray's limit of {megabytes(MAX_BYTES)}; the largest parts are "
+                f"{', '.join(self._largest())}",
+                field=str(self.folder),
+                remedy=remedy,
             )
 
     def _largest(self, most: int = 3) -> list[str]:
@@ -118,33 +124,35 @@ class Parcel:
         return [f"{name} ({megabytes(size)})" for name, size in sizes.most_common(most)]
 
     def write(self, file: Path) -> None:
-        """Pack it: the same files give the same bytes, which Ray then has already."""
+        """Write a zip file. The same files give the same bytes, which Ray then does not upload again."""
         with zipfile.ZipFile(
             file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False
-        ) as archive:  # years before 1980 exist
+        ) as archive:  # Some files are dated before 1980.
             for name, packed in sorted(self.files.items()):
                 archive.write(packed, name)
 
 
-def working_tree(folder: Path, not_shipped: Collection[Path] = ()) -> Parcel:
-    """What of a folder goes along.
+def working_tree(folder: Path, not_shipped: Collection[Path] = (), *, max_files: int = MAX_FILES) -> Package:
+    """Return the package of a folder.
 
     Args:
-        folder: the working directory.
-        not_shipped: folders that stay here, beside those that always do.
+        folder: The working directory.
+        not_shipped: More folders to leave out, beside those that are never shipped.
+        max_files: The search stops after this number of files, and `Package.check` fails.
 
     Raises:
-        ConfigError: a file's name is not UTF-8.
-        OSError: a folder that can't be read.
+        ConfigError: The name of a file is not UTF-8.
+        OSError: A folder cannot be read.
     """
-    folder = folder.resolve()  # paths below are compared as they really are
+    folder = folder.resolve()  # Resolved paths are compared below.
     named = [os.environ[name] for name in NAMED_SECRETS if os.environ.get(name)]
     stay = {path.expanduser().resolve() for path in (*not_shipped, *map(Path, named))}
     links: list[str] = []
     rules = [(folder, GitIgnoreSpec.from_lines(NEVER))]
-    found = itertools.islice(_files(folder, rules, stay, links), MAX_FILES + 1)
+    found = itertools.islice(_files(folder, rules, stay, links), max_files + 1)
     files = {_portable(path.relative_to(folder)): path for path in found}
-    return Parcel(folder, files, tuple(_portable(Path(link).relative_to(folder)) for link in links))
+    shown_links = tuple(_portable(Path(link).relative_to(folder)) for link in links)
+    return Package(folder, files, shown_links, max_files)
 
 
 def _portable(path: Path) -> str:
@@ -153,13 +161,15 @@ def _portable(path: Path) -> str:
         name.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{name!r}: a file name that is not UTF-8 can't be shipped, rename it or name it in a .rayignore"
+            "a file name that is not UTF-8 cannot be shipped",
+            field=repr(name),
+            remedy="rename the file, or list it in a .rayignore",
         ) from None
     return name
 
 
 def _ignored(file: Path) -> GitIgnoreSpec:
-    """The rules of a file; a line that is no pattern ignores nothing, as in git."""
+    """Return the rules of a file. As in git, lines that are no patterns ignore nothing."""
     lines = []
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(GitIgnorePatternError):
@@ -168,8 +178,8 @@ def _ignored(file: Path) -> GitIgnoreSpec:
     return GitIgnoreSpec.from_lines(lines)
 
 
-def _leads_to_what_stays(link: Path, base: Path, stay: set[Path]) -> bool:
-    """Whether a linked file is a secret, or lies among data or runs."""
+def _leads_to_excluded(link: Path, base: Path, stay: set[Path]) -> bool:
+    """Return whether a link leads to a secret, or into data or runs."""
     target = link.resolve()
     if not stay.isdisjoint((target, *target.parents)):
         return True
@@ -192,17 +202,17 @@ def _files(
         if any(spec.match_file(f"{path.relative_to(base).as_posix()}{end}") for base, spec in rules):
             continue
         if not is_folder:
-            secret = entry.is_symlink() and _leads_to_what_stays(path, rules[0][0], stay)
-            if entry.is_file() and not secret:  # nor sockets, pipes, or links to nowhere
+            secret = entry.is_symlink() and _leads_to_excluded(path, rules[0][0], stay)
+            if entry.is_file() and not secret:  # no sockets, pipes or broken links
                 yield path
-        elif entry.is_symlink():  # to data, as a rule
+        elif entry.is_symlink():  # Most of them lead to data.
             links.append(entry.path)
         else:
             yield from _files(path, rules, stay, links)
 
 
 def megabytes(size: int) -> str:
-    """A size for people.
+    """Return a size in megabytes, for messages.
 
     Example:
         >>> megabytes(1_234_567)

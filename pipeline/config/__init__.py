@@ -1,1 +1,1 @@
-"""The configuration: its schema, how files and overrides are read, and numbers of workers and threads."""
+"""The configuration: its schema, the reading of files and overrides, and numbers of workers and threads."""

@@ -13,21 +13,21 @@ from typing import Any
 import pydantic
 
 from istanas.errors import ConfigError
-from pipeline.config.load import section_of
+from pipeline.config.keys import section_of
 from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
 
-ANY_KEY = "KEY"  # stands for the swept keys in `sweep.space.KEY.uniform`
+ANY_KEY = "KEY"  # placeholder for the swept keys in `sweep.space.KEY.uniform`
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a key is under one method.
+    """A key as one method defines it.
 
     Args:
-        type: type, range and unit in words.
-        default: the default value; None also where `required`.
-        required: whether the key has no default.
-        meaning: what the key does.
+        type: Type, range and unit in words.
+        default: The default value; None if the key is required.
+        required: Whether the key has no default.
+        meaning: What the key does.
     """
 
     type: str
@@ -46,8 +46,8 @@ class Key:
     """A key of the configuration.
 
     Args:
-        path: the key with its sections, such as "search.epochs".
-        variants: method -> the key under that method; methods without the key are left out.
+        path: The key with its sections, such as "search.epochs".
+        variants: The key as each method defines it; methods without the key are left out.
     """
 
     path: str
@@ -55,11 +55,11 @@ class Key:
 
     @property
     def only(self) -> str:
-        """The method that alone has the key, or an empty string."""
+        """The methods that have the key, or an empty string if all have it."""
         return "" if len(self.variants) == len(SCHEMAS) else " and ".join(self.variants)
 
     def fact(self, name: str) -> list[tuple[str, str]]:
-        """Return an attribute of the variants as (methods, value), with methods empty where all agree.
+        """Return an attribute of the variants as pairs (methods, value); methods is empty if all variants agree.
 
         Example:
             >>> key, = describe("search.layers")
@@ -74,7 +74,7 @@ class Key:
         return [(", ".join(methods), value) for value, methods in values.items()]
 
     def as_json(self) -> dict[str, Any]:
-        """The key for programs."""
+        """Return the key as a JSON object."""
         methods = {
             method: {"type": v.type, "default": v.default, "required": v.required, "meaning": v.meaning}
             for method, v in self.variants.items()
@@ -90,7 +90,7 @@ def all_keys() -> list[Key]:
         for path, variant in _walk(schema, document, document["$defs"], ""):
             found.setdefault(path, {})[method] = variant
     methods = found["method"]
-    names = f"one of {', '.join(SCHEMAS)}"  # each schema allows its own only
+    names = f"one of {', '.join(SCHEMAS)}"  # each schema allows only its own method
     found["method"] = {
         method: Variant(names, DEFAULT_METHOD, False, variant.meaning) for method, variant in methods.items()
     }
@@ -117,13 +117,13 @@ def sections() -> dict[str, str]:
 
 
 def describe(prefix: str = "") -> list[Key]:
-    """Return the key of that name, or else the keys of the section, or else those that begin with the text.
+    """Return the key with this name, the keys of this section, or the keys that begin with this text.
 
     Args:
-        prefix: a key, a section or the beginning of a key; empty for all keys.
+        prefix: A key, a section or the beginning of a key; empty for all keys.
 
     Raises:
-        ConfigError: if no key fits; the message names the nearest one.
+        ConfigError: No key matches. The error names the nearest one.
 
     Example:
         >>> [key.path for key in describe("search.lr")], [key.path for key in describe("search.warm")]
@@ -136,7 +136,9 @@ def describe(prefix: str = "") -> list[Key]:
     if not found:
         known = [key.path for key in keys] + list(sections())
         nearest = difflib.get_close_matches(prefix, known, n=1, cutoff=0)[0]
-        raise ConfigError(f"--describe {prefix!r:.80}: unknown key, did you mean {nearest}?")
+        raise ConfigError(
+            "unknown key", field=f"--describe {prefix!r:.80}", remedy=f"did you mean {nearest}?"
+        )
     return found
 
 
@@ -144,8 +146,8 @@ def as_text(keys: Sequence[Key], width: int) -> str:
     """Return the keys as text for a terminal, one paragraph each.
 
     Args:
-        keys: the keys.
-        width: columns of the terminal.
+        keys: The keys.
+        width: Width of the terminal in columns.
     """
     return "\n\n".join("\n".join(_lines(key, width)) for key in keys)
 
@@ -193,13 +195,13 @@ def as_yaml(value: Any) -> str:
 def _walk(
     model: type[pydantic.BaseModel], node: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Variant]]:
-    """Every key below a section, as (path, variant).
+    """Yield every key of a section and its subsections as (path, variant).
 
     Args:
-        model: the section.
-        node: its JSON schema, which has the types in a form that is easy to read.
-        definitions: the JSON schemas that it refers to.
-        prefix: path of the section, with a dot at its end.
+        model: The section.
+        node: Its JSON schema, from which the types are easier to read.
+        definitions: The JSON schemas that it refers to.
+        prefix: Path of the section with a final dot.
     """
     for name, field in model.model_fields.items():
         key = field.alias or name
@@ -226,7 +228,7 @@ def _sections(model: type[pydantic.BaseModel], prefix: str) -> Iterator[tuple[st
 
 
 def _type(node: Mapping[str, Any]) -> str:
-    """The type of a JSON schema in words."""
+    """Return the type of a JSON schema in words."""
     if WORDS in node:
         return str(node[WORDS])
     if "anyOf" in node:
@@ -238,7 +240,7 @@ def _type(node: Mapping[str, Any]) -> str:
     if "enum" in node:
         return f"one of {', '.join(map(as_yaml, node['enum']))}"
     if "$ref" in node:
-        return "range of values"  # a sweep's `Parameter`, the only one
+        return "range of values"  # only a sweep's `Parameter` is a reference
     kind = node["type"]
     if kind == "array":
         least, most = node.get("minItems"), node.get("maxItems")
@@ -259,7 +261,7 @@ def _with_article(words: str) -> str:
 
 
 def _range(node: Mapping[str, Any]) -> str:
-    """The range of a number in words.
+    """Return the range of a number in words.
 
     Example:
         >>> _range({"minimum": 0, "exclusiveMaximum": 1}), _range({"exclusiveMinimum": 0}), _range({})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from istanas.errors import ConfigError
 from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
@@ -25,32 +26,42 @@ Stem = Literal["auto", "cifar", "imagenet"]
 
 
 def _unit(name: str) -> Any:
-    """The unit of a number, which `istanas config --describe` and the reference show beside its range."""
+    """Attach the unit of a number, which `istanas config --describe` and the reference show beside its range."""
     return Field(json_schema_extra={UNIT: name})
 
 
 def _in_words(type_: str) -> Any:
-    """A type in words, where the JSON schema would say less."""
+    """Attach a description of the type that is more precise than the JSON schema."""
     return Field(json_schema_extra={WORDS: type_})
 
 
-UNIT, WORDS = "x-unit", "x-type"  # of a key's JSON schema
-Positive = Annotated[int, Field(ge=1)]
+UNIT, WORDS = "x-unit", "x-type"  # extensions of a key's JSON schema
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AbovePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Epochs = Annotated[Positive, _unit("epochs")]
-EpochsFromZero = Annotated[int, Field(ge=0), _unit("epochs")]
-WarmupEpochs = Annotated[NonNegative, _unit("epochs")]
-Pixels = Annotated[int, Field(ge=0), _unit("pixels")]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Epochs = Annotated[PositiveInt, _unit("epochs")]
+EpochsFromZero = Annotated[NonNegativeInt, _unit("epochs")]
+WarmupEpochs = Annotated[NonNegativeFloat, _unit("epochs")]
+Pixels = Annotated[NonNegativeInt, _unit("pixels")]
 BatchSize = Annotated[int, Field(ge=2), _unit("pictures")]
 
 
+def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a validator for a function that raises ConfigError: pydantic takes only ValueError, which carries it."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return check(value)
+        except ConfigError as error:
+            raise ValueError(error) from None
+
+    return validate
+
+
 def _checked_workers(value: Any) -> Any:
-    try:
-        parse_workers(value)
-    except ConfigError as error:
-        raise ValueError(str(error).partition(" is none, ")[2]) from None
+    parse_workers(value)
     return value
 
 
@@ -61,11 +72,27 @@ def _checked_colour(value: str) -> str:
         try:
             red, green, blue, *alpha = ImageColor.getrgb(value)
         except ValueError:
-            raise ValueError("name a colour, such as white, or give one as #rrggbb") from None
+            raise ConfigError(
+                f"{value!r:.40} is not a colour",
+                remedy="name a colour, such as white, or give one as #rrggbb",
+            ) from None
         if alpha:
-            raise ValueError("a background is opaque, give its colour without alpha, as #rrggbb")
+            raise ConfigError(
+                f"{value!r:.40} has an alpha channel, and a background is opaque",
+                remedy="give its colour as #rrggbb",
+            )
         value = f"#{red:02x}{green:02x}{blue:02x}"
     return value
+
+
+def _without_password(address: str) -> str:
+    shown = without_secrets(address)
+    if shown != address:
+        raise ConfigError(
+            f"{shown!r:.60} contains a password",
+            remedy="leave it out: Ray's token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token",
+        )
+    return address
 
 
 class _Section(BaseModel):
@@ -73,7 +100,7 @@ class _Section(BaseModel):
 
 
 class DataSettings(_Section):
-    """The pictures, and how they are varied during training."""
+    """The pictures, and their augmentation during training."""
 
     name: DatasetName = Field(
         "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
@@ -89,7 +116,7 @@ class DataSettings(_Section):
         description="Side to which pictures are resized. null keeps small pictures as they are, and uses 224 for large "
         "ones.",
     )
-    background: Annotated[str, pydantic.AfterValidator(_checked_colour), _in_words("colour")] = Field(
+    background: Annotated[str, AfterValidator(_checked(_checked_colour)), _in_words("colour")] = Field(
         "#ffffff",
         description="Colour behind the transparent pictures of a folder: a name such as white, or #rrggbb.",
     )
@@ -116,7 +143,7 @@ class DataSettings(_Section):
 
     @property
     def known_side(self) -> int | None:
-        """An upper bound of the pictures' side that holds whatever lies in data.root; None if only that tells."""
+        """Largest possible side of the pictures; None if it depends on the files in data.root."""
         return SMALL_SIDE if self.name != "folder" else self.image_size
 
 
@@ -130,7 +157,9 @@ class SpaceSettings(_Section):
         default_factory=lambda: list(PRIMITIVES),
         description="Candidate operations on each edge, each named once.",
     )
-    sparsity: Positive = Field(CellSpace.sparsity, description="Number of operations that each node keeps.")
+    sparsity: PositiveInt = Field(
+        CellSpace.sparsity, description="Number of operations that each node keeps."
+    )
     one_op_per_edge: bool = Field(
         CellSpace.one_op_per_edge,
         description="Whether the operations that a node keeps must lie on different edges. The published code does "
@@ -145,10 +174,8 @@ class SpaceSettings(_Section):
         description="Distribution of the entries of A: uniform in [0, 1), as published, or Gaussian with columns of "
         "norm 1.",
     )
-    matrix_seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Seed of A. null uses the run's seed."
-    )
-    l1_weight: AbovePositive = Field(
+    matrix_seed: NonNegativeInt | None = Field(None, description="Seed of A. null uses the run's seed.")
+    l1_weight: PositiveFloat = Field(
         TwoStageSettings.l1_weight, description="Weight of the l1 norm in the LASSO problem."
     )
     solver: Solver = Field(
@@ -158,15 +185,17 @@ class SpaceSettings(_Section):
     )
 
     def cell_space(self) -> CellSpace:
-        """The space as the algorithms take it."""
+        """Return the space in the form that the algorithms take."""
         return CellSpace(self.nodes, tuple(self.ops), self.sparsity, self.one_op_per_edge)
 
 
 class SearchSettings(_Section):
-    """Settings of the supernet that both methods share; the defaults of each are in its own class."""
+    """Settings of the supernet that both methods share. A subclass has the defaults of its method."""
 
-    batch_size: BatchSize = Field(256, description="Pictures in a batch, over all workers together.")
-    init_channels: Positive = Field(16, description="Number of channels of the first cell.")
+    batch_size: BatchSize = Field(
+        256, description="Number of pictures in a batch, over all workers together."
+    )
+    init_channels: PositiveInt = Field(16, description="Number of channels of the first cell.")
     layers: Annotated[int, Field(ge=3)] = Field(
         8, description="Number of cells. With fewer than 3 there would be no normal cell."
     )
@@ -175,26 +204,26 @@ class SearchSettings(_Section):
         description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
         "for larger ones.",
     )
-    lr: AbovePositive = Field(TwoStageSettings.lr, description="Initial learning rate of the weights.")
-    lr_min: NonNegative = Field(
+    lr: PositiveFloat = Field(TwoStageSettings.lr, description="Initial learning rate of the weights.")
+    lr_min: NonNegativeFloat = Field(
         TwoStageSettings.lr_min, description="Learning rate of the weights at the end."
     )
     momentum: Fraction = Field(TwoStageSettings.momentum, description="Momentum of SGD on the weights.")
-    weight_decay: NonNegative = Field(
+    weight_decay: NonNegativeFloat = Field(
         TwoStageSettings.weight_decay, description="Weight decay of the weights."
     )
-    grad_clip: AbovePositive | None = Field(
+    grad_clip: PositiveFloat | None = Field(
         TwoStageSettings.grad_clip,
         description="Largest norm of the weights' gradient; longer ones are scaled down. null disables clipping.",
     )
-    arch_lr: AbovePositive = Field(
+    arch_lr: PositiveFloat = Field(
         TwoStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
     )
     arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: list(TwoStageSettings.arch_betas),
         description="Betas of Adam on the compressed alphas.",
     )
-    arch_weight_decay: NonNegative = Field(
+    arch_weight_decay: NonNegativeFloat = Field(
         TwoStageSettings.arch_weight_decay, description="Weight decay of the compressed alphas."
     )
     max_pictures: Annotated[int, Field(ge=2), _unit("pictures")] | None = Field(
@@ -207,7 +236,7 @@ class SearchSettings(_Section):
 
     @property
     def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
+        """Largest number of epochs that a search may take."""
         raise NotImplementedError
 
     @property
@@ -224,7 +253,7 @@ class TwoStageSearchSettings(SearchSettings):
         0.5,
         description="Fraction of the training pictures that trains the compressed alphas; the rest trains the weights.",
     )
-    termination_tol: NonNegative | None = Field(
+    termination_tol: NonNegativeFloat | None = Field(
         TwoStageSettings.termination_tol,
         description="The search stops early after an epoch in which every sparse code moved by at most this (Euclidean "
         "distance). null disables early stopping.",
@@ -232,7 +261,7 @@ class TwoStageSearchSettings(SearchSettings):
 
     @property
     def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
+        """Largest number of epochs that a search may take."""
         return self.epochs
 
 
@@ -248,13 +277,13 @@ class OneStageSearchSettings(SearchSettings):
         description="Number of epochs of training after the search, which ends one epoch after the last node has "
         "frozen.",
     )
-    batch_size: BatchSize = Field(96, description="Pictures in a batch, over all workers together.")
-    init_channels: Positive = Field(36, description="Number of channels of the first cell.")
+    batch_size: BatchSize = Field(96, description="Number of pictures in a batch, over all workers together.")
+    init_channels: PositiveInt = Field(36, description="Number of channels of the first cell.")
     layers: Annotated[int, Field(ge=3)] = Field(
         20, description="Number of cells. With fewer than 3 there would be no normal cell."
     )
-    lr: AbovePositive = Field(OneStageSettings.lr, description="Initial learning rate of the weights.")
-    lr_min: NonNegative = Field(
+    lr: PositiveFloat = Field(OneStageSettings.lr, description="Initial learning rate of the weights.")
+    lr_min: NonNegativeFloat = Field(
         OneStageSettings.lr_min, description="Learning rate of the weights at the end."
     )
     schedule: Schedule = Field(
@@ -266,13 +295,13 @@ class OneStageSearchSettings(SearchSettings):
         OneStageSettings.warmup_epochs,
         description="Epochs at the beginning of the search during which the learning rate rises to lr.",
     )
-    arch_lr: AbovePositive = Field(
+    arch_lr: PositiveFloat = Field(
         OneStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
     )
     cutout: Pixels = Field(
         16, description="Side of the square that is masked in each training picture. 0 disables it."
     )
-    auxiliary_weight: NonNegative = Field(
+    auxiliary_weight: NonNegativeFloat = Field(
         OneStageSettings.auxiliary_weight,
         description="Weight of the auxiliary head's loss. 0 builds no auxiliary head.",
     )
@@ -283,17 +312,17 @@ class OneStageSearchSettings(SearchSettings):
     label_smoothing: Fraction = Field(
         OneStageSettings.label_smoothing, description="Label smoothing of the loss. 0 disables it."
     )
-    termination_tol: NonNegative = Field(
+    termination_tol: NonNegativeFloat = Field(
         OneStageSettings.termination_tol,
         description="A node freezes after an epoch in which its sparse code moved by at most this (Euclidean "
         "distance).",
     )
-    max_params: Annotated[Positive, _unit("parameters")] | None = Field(
+    max_params: Annotated[PositiveInt, _unit("parameters")] | None = Field(
         OneStageSettings.max_params,
         description="Largest number of parameters of an architecture, without the auxiliary head; larger ones are "
         "rejected. null disables the limit.",
     )
-    max_macs: Annotated[Positive, _unit("multiply-adds")] | None = Field(
+    max_macs: Annotated[PositiveInt, _unit("multiply-adds")] | None = Field(
         OneStageSettings.max_macs,
         description="Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the "
         "limit.",
@@ -306,7 +335,7 @@ class OneStageSearchSettings(SearchSettings):
 
     @property
     def max_epochs(self) -> int:
-        """The most epochs that a search may take."""
+        """Largest number of epochs that a search may take."""
         return self.max_search_epochs + CLOSING_EPOCHS + self.train_epochs
 
     @property
@@ -319,16 +348,16 @@ class RetrainSettings(_Section):
     """Training of the found network from scratch. The defaults are published for CIFAR-10."""
 
     epochs: Epochs = Field(600, description="Number of epochs of the retraining.")
-    batch_size: BatchSize = Field(96, description="Pictures in a batch, over all workers together.")
-    init_channels: Positive = Field(36, description="Number of channels of the first cell.")
-    layers: Positive = Field(20, description="Number of cells.")
+    batch_size: BatchSize = Field(96, description="Number of pictures in a batch, over all workers together.")
+    init_channels: PositiveInt = Field(36, description="Number of channels of the first cell.")
+    layers: PositiveInt = Field(20, description="Number of cells.")
     stem: Stem = Field(
         "auto",
         description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
         "for larger ones.",
     )
-    lr: AbovePositive = Field(0.025, description="Initial learning rate.")
-    lr_min: NonNegative = Field(0.0, description="Learning rate at the end.")
+    lr: PositiveFloat = Field(0.025, description="Initial learning rate.")
+    lr_min: NonNegativeFloat = Field(0.0, description="Learning rate at the end.")
     schedule: Schedule = Field(
         "cosine",
         description="How the learning rate falls. linear_by_epoch keeps one rate for each epoch, as in the published "
@@ -339,11 +368,11 @@ class RetrainSettings(_Section):
     )
     momentum: Fraction = Field(0.9, description="Momentum of SGD.")
     nesterov: bool = Field(False, description="Whether SGD uses Nesterov momentum.")
-    weight_decay: NonNegative = Field(3e-4, description="Weight decay.")
-    grad_clip: AbovePositive | None = Field(
+    weight_decay: NonNegativeFloat = Field(3e-4, description="Weight decay.")
+    grad_clip: PositiveFloat | None = Field(
         5.0, description="Largest norm of the gradient; longer ones are scaled down. null disables clipping."
     )
-    auxiliary_weight: NonNegative = Field(
+    auxiliary_weight: NonNegativeFloat = Field(
         0.4, description="Weight of the auxiliary head's loss. 0 builds no auxiliary head."
     )
     drop_path: Fraction = Field(
@@ -364,20 +393,6 @@ class RetrainSettings(_Section):
     )
 
 
-NEEDS_OP_BATCHNORM = (
-    "comes from a one-stage search, whose network has batch norm after pooling and identity, and retrain.op_batchnorm "
-    "is false: set retrain.op_batchnorm=true"
-)  # of a cell that is to be retrained
-
-
-def _without_password(address: str) -> str:
-    if without_secrets(address) != address:
-        raise ValueError(
-            "no password belongs in it; Ray's token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        )
-    return address
-
-
 class RuntimeSettings(_Section):
     """Where and how a job runs. These keys are not part of the configuration's hash."""
 
@@ -389,7 +404,7 @@ class RuntimeSettings(_Section):
         description="Numerical precision. auto uses bf16 and TF32 on GPUs and float32 on CPUs; fp32 uses float32 "
         "throughout, without TF32, as published.",
     )
-    threads: Positive | None = Field(
+    threads: PositiveInt | None = Field(
         None, description="CPU threads of each worker. null divides the cores among the workers."
     )
     activation_checkpointing: bool = Field(
@@ -397,25 +412,25 @@ class RuntimeSettings(_Section):
         description="Whether each cell is computed again in the backward pass. This takes about half the memory and "
         "more time, and does not change the result.",
     )
-    data_workers: Annotated[int, Field(ge=0), _unit("processes")] = Field(
+    data_workers: Annotated[NonNegativeInt, _unit("processes")] = Field(
         0,
         description="Processes of each worker that decode large pictures. 0 decodes them in the worker itself.",
     )
     workers: Annotated[
-        int | str, BeforeValidator(_checked_workers), _in_words("integer, at least 0, or MIN:MAX")
+        int | str, BeforeValidator(_checked(_checked_workers)), _in_words("integer, at least 0, or MIN:MAX")
     ] = Field(
         0,
         description="Ray Train workers: a number, or MIN:MAX for a number that follows the cluster. 0 runs the job in "
         "this process, without Ray.",
     )
-    address: Annotated[str, Field(min_length=1), pydantic.AfterValidator(_without_password)] | None = Field(
+    address: Annotated[str, Field(min_length=1), AfterValidator(_checked(_without_password))] | None = Field(
         None,
         description="Address of a Ray cluster. null uses RAY_ADDRESS, and without it starts Ray on this machine.",
     )
-    wait_minutes: Annotated[NonNegative, _unit("minutes")] = Field(
+    wait_minutes: Annotated[NonNegativeFloat, _unit("minutes")] = Field(
         10.0, description="Longest time to wait for a cluster's resources."
     )
-    max_failures: Annotated[int, Field(ge=0)] = Field(
+    max_failures: NonNegativeInt = Field(
         5, description="Number of times that lost workers are replaced before the job fails."
     )
     on_nan: Literal["stop", "rollback"] = Field(
@@ -423,22 +438,22 @@ class RuntimeSettings(_Section):
         description="What happens when training diverges. rollback returns to the last good checkpoint and continues "
         "with half the learning rate of the weights.",
     )
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+    max_rollbacks: NonNegativeInt = Field(
         3, description="Number of rollbacks after which a run that diverges again stops."
     )
-    max_loss: AbovePositive | None = Field(
+    max_loss: PositiveFloat | None = Field(
         1000.0,
         description="Mean training loss of an epoch above which training counts as diverged. null accepts every finite "
         "loss.",
     )
-    runs_dir: Annotated[str, pydantic.AfterValidator(checked_address)] = Field(
+    runs_dir: Annotated[str, AfterValidator(_checked(checked_address))] = Field(
         "runs",
         description="Where run directories are kept: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH.",
     )
 
     @property
     def worker_range(self) -> WorkerRange:
-        """How many workers, at least and at most."""
+        """Smallest and largest number of workers."""
         return parse_workers(self.workers)
 
 
@@ -464,13 +479,13 @@ class TrackingSettings(_Section):
     )
 
 
-Value = Annotated[  # of a swept key
+Value = Annotated[  # the value of a swept key
     bool | int | float | str | list[bool | int | float | str] | None, _in_words("plain value or list of them")
 ]
 
 
 class Parameter(_Section):
-    """One dimension of a sweep's space: exactly one of the five kinds, and when it applies."""
+    """One dimension of a sweep's space: exactly one of the five kinds, and the conditions under which it applies."""
 
     uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
         None, description="Range [low, high] of a uniform distribution; both ends are included."
@@ -493,23 +508,32 @@ class Parameter(_Section):
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> Parameter:
-        kinds = ", ".join(PARAMETER_KINDS)
+        try:
+            self._check()
+        except ConfigError as error:
+            raise ValueError(error) from None
+        return self
+
+    def _check(self) -> None:
         given = self._given
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {kinds}, not {len(given)}")
+            found = f"{' and '.join(given)} are given" if given else "no kind of range is given"
+            raise ConfigError(found, remedy=f"give exactly one of {', '.join(PARAMETER_KINDS)}")
         if self.kind in ("uniform", "loguniform", "int"):
             low, high = self.value
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"{self.kind}: give [low, high] with low below high")
+                raise ConfigError(
+                    f"{self.kind}: [{low}, {high}] is not a range",
+                    remedy="give [low, high] with low below high",
+                )
             if self.kind == "loguniform" and low <= 0:
-                raise ValueError("loguniform: low must be above 0")
+                raise ConfigError(f"loguniform: {low} has no logarithm", remedy="give a low end above 0")
         if self.choice is not None and len({json.dumps(value) for value in self.choice}) < len(self.choice):
-            raise ValueError("choice: a value stands in it twice")
-        return self
+            raise ConfigError("choice: a value is given twice", remedy="give each value once")
 
     @property
     def _given(self) -> list[str]:
-        """The kinds that were given."""
+        """The kinds that are set."""
         return [
             kind
             for kind, field in PARAMETER_KINDS.items()
@@ -518,7 +542,7 @@ class Parameter(_Section):
 
     @property
     def kind(self) -> str:
-        """Which of the five kinds it is."""
+        """Name of the kind."""
         return self._given[0]
 
     @property
@@ -554,16 +578,16 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
 
 
 class SweepSettings(_Section):
-    """A sweep: the space of settings, who chooses in it, which trials stop early, and what counts as good."""
+    """A sweep: the space of settings, the sampler, early stopping, and the objectives."""
 
     space: Annotated[dict[str, Parameter], Field(min_length=1)] = Field(
         description="Configuration keys that the sweep varies, each with one of the five kinds of range."
     )
-    trials: Positive = Field(20, description="Number of trials, failed ones included.")
+    trials: PositiveInt = Field(20, description="Number of trials, failed ones included.")
     objective: Literal["valid", "retrained"] = Field(
         "valid",
-        description="Accuracy that counts. valid is the validation accuracy of the searched network; retrained is that "
-        "of the found cell after a retraining, on the hold-out.",
+        description="Accuracy by which trials are compared. valid is the validation accuracy of the searched network; "
+        "retrained is that of the found cell after a retraining, on the hold-out.",
     )
     objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
         default_factory=lambda: list[Objective](["top1"]),
@@ -591,20 +615,20 @@ class SweepSettings(_Section):
     storage: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="URL of Optuna's database. null uses SQLite in runtime.runs_dir."
     )
-    max_concurrent: Positive | None = Field(
+    max_concurrent: PositiveInt | None = Field(
         None, description="Largest number of trials at once. null runs as many as fit."
     )
-    cpus_per_trial: Annotated[Positive, _unit("cores")] = Field(
+    cpus_per_trial: Annotated[PositiveInt, _unit("cores")] = Field(
         1, description="CPU cores, and threads, of a trial that runs in its own process."
     )
-    gpus_per_trial: Annotated[NonNegative, _unit("GPUs")] | None = Field(
+    gpus_per_trial: Annotated[NonNegativeFloat, _unit("GPUs")] | None = Field(
         None,
         description="GPUs of a trial; a fraction shares one. null uses 1 where there are GPUs.",
     )
-    max_failures: Annotated[int, Field(ge=0)] = Field(
+    max_failures: NonNegativeInt = Field(
         3, description="Number of failed trials after which the sweep stops."
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(
+    max_restarts: NonNegativeInt = Field(
         2, description="Number of times that a trial whose process was lost resumes from its checkpoint."
     )
 
@@ -616,7 +640,7 @@ METHOD = (
 
 
 class Config(_Section):
-    """A whole configuration: one of the classes below, by its method."""
+    """A configuration. Each method has its own subclass."""
 
     method: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(

@@ -1,4 +1,4 @@
-"""Numbers of workers and threads for the cores of this machine or a cluster. Imports no Ray and no torch."""
+"""Numbers of workers and threads for the cores of a machine or a cluster. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from istanas.errors import ConfigError
 
 @dataclass(frozen=True)
 class WorkerRange:
-    """How many workers a job may have; a fixed number has both ends equal, 0 is this process."""
+    """Smallest and largest number of workers of a job. They are equal for a fixed number; 0 means this process."""
 
     minimum: int
     maximum: int
@@ -27,10 +27,10 @@ class WorkerRange:
 
 
 def parse_workers(value: int | str) -> WorkerRange:
-    """Read "N" or "MIN:MAX".
+    """Parse "N" or "MIN:MAX".
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: The value has another form.
 
     Example:
         >>> parse_workers("1:4"), parse_workers(2).elastic
@@ -42,19 +42,23 @@ def parse_workers(value: int | str) -> WorkerRange:
         high = low if found[2] is None else int(found[2])
         if low == high or 1 <= low < high:
             return WorkerRange(low, high)
-    raise ConfigError(f"workers: {str(value)!r:.40} is none, give a number or MIN:MAX, such as 2 or 1:4")
+    raise ConfigError(
+        f"{value!r:.40} is not a number of workers",
+        field="workers",
+        remedy="give a number or MIN:MAX, such as 2 or 1:4",
+    )
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of a cluster has for workers."""
+    """The CPUs and GPUs of a machine in a cluster."""
 
     cpus: int
     gpus: int = 0
 
 
 def workers_that_fit(nodes: Sequence[Node], threads: int, gpu: bool) -> int:
-    """How many workers of so many threads (and, with `gpu`, one GPU) the nodes can hold.
+    """Return how many workers with this number of threads (and with one GPU each, if `gpu`) fit on the nodes.
 
     Example:
         >>> workers_that_fit([Node(8), Node(3)], threads=2, gpu=False)
@@ -64,13 +68,18 @@ def workers_that_fit(nodes: Sequence[Node], threads: int, gpu: bool) -> int:
 
 
 def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from `low`, which is taken for granted, to `high` that fits, as all below it do.
+    """Return the largest number that fits, by bisection.
+
+    Args:
+        low: A number that is known to fit.
+        high: The largest number to consider.
+        fits: A function that is true up to some number and false above it.
 
     Example:
         >>> largest(1, 9, lambda number: number <= 4)
         4
     """
-    number = high  # which fits more often than not, and may take long to ask for
+    number = high  # first, because it usually fits and `fits` may be slow
     while low < high:
         if fits(number):
             low = number
@@ -81,7 +90,7 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
-    """Cores / workers: the most threads with which as many of the workers find a place as with one thread.
+    """Return the largest number of threads with which as many workers fit as with one thread.
 
     Example:
         >>> threads_per_worker([Node(8)], 2, gpu=False), threads_per_worker([Node(3), Node(3)], 3, gpu=False)
@@ -93,12 +102,12 @@ def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
 
 
 def threads_in_process(threads: int | None) -> int:
-    """Threads of a process that has this machine to itself: as set, else the cores it may use."""
+    """Return the number of threads of a job in this process: as set, or all usable cores."""
     return usable_cores() if threads is None else threads
 
 
 def usable_cores() -> int:
-    """Cores that this process may use (a container or a batch system may grant fewer than there are).
+    """Return the number of cores that this process may use. Containers and batch systems may grant only some of them.
 
     Example:
         >>> usable_cores() >= 1

@@ -1,4 +1,4 @@
-"""Closing of runs in their records and in MLflow, those of killed processes included."""
+"""Closes runs in their records and in MLflow, including the runs of killed processes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from pipeline.tracking.tracker import Tracker, open_tracker
 
 
 def close(path: Path, config: Config, status: str, tags: dict[str, str], result: dict[str, Any]) -> bool:
-    """Close a run whose process is gone or waits to be ended, in its record and in MLflow; a finished one is tagged.
+    """Close a run whose process has ended, or waits to be ended, in its record and in MLflow.
 
-    Not under the run's lock: a process that waits to be ended still holds it.
+    A finished run only gets the tags. The function does not take the run's lock, which a process that waits to be ended
+    still holds.
 
     Args:
-        path: the run directory.
-        config: of the run.
-        status: as MLflow calls it: FINISHED, FAILED or KILLED.
-        tags: what became of it.
-        result: the figures that it had reached.
+        path: The run directory.
+        config: The configuration of the run.
+        status: MLflow's status: FINISHED, FAILED or KILLED.
+        tags: MLflow tags that say how the run ended.
+        result: The figures that the run has reached.
 
     Returns:
-        Whether MLflow has all of it.
+        Whether MLflow has received everything.
     """
     run = RunDir(path)
     fetch_for_mlflow(run)
@@ -44,13 +45,13 @@ def close(path: Path, config: Config, status: str, tags: dict[str, str], result:
 
 
 def deliver_below(path: Path, config: Config) -> bool:
-    """Deliver to MLflow the ended runs in a run directory: a sweep's trials and retrainings.
+    """Deliver the ended runs in a sweep's run directory, its trials and retrainings, to MLflow.
 
     Returns:
-        Whether MLflow has all of them.
+        Whether MLflow has received all of them.
     """
     delivered = []
-    for run in runs_below(path):  # each of them
+    for run in runs_below(path):
         if _status(run) not in ("RUNNING", None):
             fetch_for_mlflow(run)
             delivered.append(tracker_of(run, _without_models(config)).deliver())
@@ -59,15 +60,15 @@ def deliver_below(path: Path, config: Config) -> bool:
 
 
 def close_below(path: Path, config: Config) -> bool:
-    """`close_running` of the runs in a run directory, a sweep's."""
+    """Close the runs in a sweep's run directory that still say RUNNING; see `close_running`."""
     return close_running(runs_below(path), config)
 
 
 def close_running(runs: Sequence[RunDir], config: Config) -> bool:
-    """Close those runs that still say RUNNING, though nobody works on them any more: killed, or left by who did.
+    """Close those runs that still say RUNNING although no process works on them any more.
 
     Returns:
-        Whether MLflow has all of them.
+        Whether MLflow has received all of them.
     """
     left = [run for run in runs if _status(run) == "RUNNING"]
     delivered = [
@@ -77,7 +78,7 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
 
 
 def _status(run: RunDir) -> str | None:
-    """None of a run whose record can't be read: it can be neither closed nor delivered, its own command mends it."""
+    """Return the status of a run; None if its record is damaged, which the run's own command repairs."""
     try:
         return run.read().status
     except CheckpointError:
@@ -85,13 +86,13 @@ def _status(run: RunDir) -> str | None:
 
 
 def runs_below(path: Path) -> list[RunDir]:
-    """A sweep's trials and retrainings."""
+    """Return the runs in a sweep's run directory: its trials and retrainings."""
     bucket.fetch_records(path)
     return [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
 
 
 def fetch_for_mlflow(run: RunDir) -> None:
-    """Have here of a run in a storage, which another machine may have worked on, what MLflow may lack."""
+    """Download the files of a run in a bucket that MLflow may lack; another machine may have written them."""
     bucket.fetch_parts(
         run.path, lambda name: not name.startswith(f"{CHECKPOINTS}/") and not name.endswith(".log")
     )
@@ -102,7 +103,7 @@ def _without_models(config: Config) -> Config:
 
 
 def tracker_of(run: RunDir, config: Config) -> Tracker:
-    """The mirror of a run that its configuration asks for."""
+    """Return the tracker that mirrors a run to MLflow as its configuration says."""
     t = config.tracking
     return open_tracker(
         run,

@@ -1,4 +1,4 @@
-"""The comparison of runs: what they were set to, their curves, cells and figures, on the terminal and as a page."""
+"""Compares runs: settings, curves, cells and figures, on the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.base.text import count
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.config.workers import threads_in_process
-from pipeline.jobs.lifecycle import console_line
+from pipeline.jobs.context import say_to
 from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run
 from pipeline.report.terminal import shown, shown_time, top_columns, validation_note
@@ -33,16 +33,16 @@ from pipeline.training.pictures import load_pictures
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
-ROUNDS, PASSES = 7, 10  # of every network, for its latency
+ROUNDS, PASSES = 7, 10  # forward passes of every network in each round, for the latency
 
-Network = tuple[TargetNet, tuple[int, int, int], str]  # in eval mode or not, (C, H, W), TRAINED or UNTRAINED
+Network = tuple[TargetNet, tuple[int, int, int], str]  # network, (C, H, W), TRAINED or UNTRAINED
 
 
 class ComparedRun(TypedDict):
-    """One row of the comparison: accuracies are fractions, times seconds; None is what a run has not got."""
+    """One row of the comparison. Accuracies are fractions, times are seconds, and None marks a missing value."""
 
     run: str
-    run_dir: str | None  # None: read from the MLflow store
+    run_dir: str | None  # None if the run was read from the MLflow store
     mlflow_run_id: str | None
     kind: str
     method: str
@@ -52,7 +52,7 @@ class ComparedRun(TypedDict):
     digest: str | None
     params: int | None
     macs: int | None
-    latency_seconds: float | None  # of one picture
+    latency_seconds: float | None  # for one picture
     latency_of: str | None  # TRAINED or UNTRAINED
     valid_top1: float | None
     valid_top5: float | None
@@ -63,29 +63,29 @@ class ComparedRun(TypedDict):
 
 
 class CompareResult(TypedDict):
-    """What `--json` prints: the runs in the order given, and the settings that differ, a value for each run."""
+    """What `--json` prints: the runs in the given order, and the settings that differ, with a value for each run."""
 
     files: list[str]
-    threads: int  # that the latencies were measured with
+    threads: int  # with which the latencies were measured
     runs: list[ComparedRun]
     differing: dict[str, list[str | None]]
     notes: list[str]
 
 
 def run_compare(config: Config, references: Sequence[str], *, out: Path, console: Console) -> CompareResult:
-    """Hold runs against each other; write a page and a figure of it.
+    """Compare runs, and write a page and a figure.
 
     Args:
-        config: its `runtime.runs_dir`, `runtime.threads` and `tracking.uri` are used.
-        references: at least two searches or retrainings: run directories, MLflow run ids or unique names.
-        out: folder of `compare.html` and `compare.png`.
-        console: for people.
+        config: Its `runtime.runs_dir`, `runtime.threads` and `tracking.uri` are used.
+        references: At least two searches or retrainings: run directories, MLflow run ids or unique names.
+        out: Folder of `compare.html` and `compare.png`.
+        console: Where the tables are printed.
 
     Returns:
         See `CompareResult`.
 
     Raises:
-        ConfigError: a run is unknown, given twice, or a sweep.
+        ConfigError: A run is unknown, given twice, or a sweep.
     """
     torch.set_num_threads(threads_in_process(config.runtime.threads))
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,9 +121,10 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
 
 
 def differing_settings(runs: Sequence[ReadRun]) -> dict[str, list[str | None]]:
-    """The settings in which runs differ, in their order, with the value of each run; None: it has no such setting.
+    """Return the settings in which runs differ, with each run's value, or None if it lacks the setting.
 
-    A section counts for the runs that depend on it: that a retraining has no `search` is no difference.
+    A section is compared only between the runs that depend on it: a retraining, which has no section `search`, does not
+    differ from a search in that section.
     """
     sections = [{_section(key) for key in run.settings} for run in runs]
     found: dict[str, list[str | None]] = {}
@@ -135,9 +136,9 @@ def differing_settings(runs: Sequence[ReadRun]) -> dict[str, list[str | None]]:
 
 
 def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of texts for every run, as the terminal and the page show them.
+    """Return the headings, and a row of texts for every run, as the terminal and the page show them.
 
-    Valid and test are top-1; a split has a column of top-5 if a run has one.
+    Valid and test are top-1; a split has a top-5 column if a run has one.
     """
     runs = result["runs"]
     tops = top_columns(key for run in runs for key, value in run.items() if value is not None)
@@ -159,16 +160,16 @@ def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
 
 
 def latency_note(result: CompareResult) -> str:
-    """How the latencies were measured."""
+    """Return a sentence about how the latencies were measured."""
     threads = count(result["threads"], "thread")
-    note = f"latency: one picture at a time on this CPU, {threads}, median of passes, the runs in turn"
+    note = f"latency: one picture at a time on this CPU, {threads}, median over passes, the runs taking turns"
     if any(run["latency_of"] == UNTRAINED for run in result["runs"]):
-        note += "; *: of the network that its settings would build, untrained"
+        note += "; * marks an untrained network built from the run's settings"
     return note
 
 
 def print_comparison(result: CompareResult, console: Console) -> None:
-    """The figures, the settings that differ, and where the page is."""
+    """Print the figures, the settings that differ, and the location of the page."""
     from rich import box
     from rich.table import Table
 
@@ -189,7 +190,7 @@ def print_comparison(result: CompareResult, console: Console) -> None:
         settings.add_row(key, *(value or "" for value in values))
     if result["differing"]:
         console.print(settings)
-    say = console_line(console)
+    say = say_to(console)
     if not result["differing"]:
         say("no setting that these runs share differs")
     for note in (*result["notes"], latency_note(result)):
@@ -203,22 +204,25 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
     for ref, run in zip(references, runs, strict=True):
         if run.kind == "sweep":
             raise ConfigError(
-                f"run {ref!r}: is a sweep, compare its trials (directories in it); istanas results --sweep {ref} "
-                "lists them"
+                "is a sweep, not a run",
+                field=f"run {ref!r}",
+                remedy=f"compare its trials (directories in it); istanas results --sweep {ref} lists them",
             )
         same = run.files.resolve() if run.run_dir is not None else run.mlflow_run_id
         if same in seen:
             raise ConfigError(
-                f"run {ref!r}: is given twice ({seen[same]!r} is the same), give different runs"
+                f"is given twice ({seen[same]!r} is the same)",
+                field=f"run {ref!r}",
+                remedy="give different runs",
             )
         seen[same] = ref
 
 
 def _notes(runs: Sequence[ReadRun]) -> list[str]:
-    """What to know before the figures are compared."""
+    """Return what the reader should know before comparing the figures."""
     notes = []
     if len({run.dataset for run in runs}) > 1:
-        notes.append("the runs are on different data sets: their accuracies can't be compared")
+        notes.append("the runs are on different data sets: their accuracies cannot be compared")
     if len({run.kind for run in runs}) > 1:
         notes += dict.fromkeys(validation_note(run.kind, run.method) for run in runs)
     unfinished = [
@@ -257,7 +261,7 @@ def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> Compare
 
 
 def _network(number: int, run: ReadRun, notes: list[str]) -> Network | None:
-    """The network to time; None, and perhaps a note, where there is none."""
+    """Return the network to time; None if there is none, with a note if it could not be loaded."""
     try:
         if run.has_network:
             net, example = load_network(run.files)
@@ -267,13 +271,13 @@ def _network(number: int, run: ReadRun, notes: list[str]) -> Network | None:
     except (
         IstanasError,
         OSError,
-    ) as error:  # pictures or weights that are not here: the rest can be compared
+    ) as error:  # pictures or weights are missing; the other figures can be compared
         notes.append(f"latency of {number}: not measured ({error})")
         return None
 
 
 def _untrained(run: ReadRun) -> Network | None:
-    """The network that a run's settings would build of its genotype; None if it has none yet."""
+    """Return the network that a run's settings build from its genotype; None if it has no genotype yet."""
     genotype = run.genotype
     if genotype is None or not (run.files / CONFIG_FILE).is_file():
         return None
@@ -285,7 +289,10 @@ def _untrained(run: ReadRun) -> Network | None:
 
 
 def _latencies(networks: Sequence[Network | None]) -> list[tuple[float | None, str | None]]:
-    """Seconds of a pass and of what, in turn, so that a slow moment of the machine is not one network's alone."""
+    """Return the seconds of a forward pass, and which network was timed.
+
+    The networks take turns, so that a slow moment of the machine affects all of them.
+    """
     seconds: list[list[float]] = [[] for _ in networks]
     for _ in range(ROUNDS):
         for network, found in zip(networks, seconds, strict=True):

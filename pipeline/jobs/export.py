@@ -1,4 +1,4 @@
-"""The export job: the trained network of a finished run in every format, in its folder `export`."""
+"""The export job: writes the trained network of a finished run in every format to the run's folder `export`."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
+from pipeline.jobs.context import say_to
 from pipeline.jobs.export_formats import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
-from pipeline.jobs.lifecycle import console_line
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.network_files import WEIGHTS_FILE, load_network, read_card
+from pipeline.runs.layout import EXPORT_FOLDER, WEIGHTS_FILE
+from pipeline.runs.network_files import load_network, read_card
 from pipeline.runs.outcome import outcome
 from pipeline.runs.record import MetricsLine, RunRecord
 
-EXPORT_FOLDER = "export"
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
 
 
 class ExportResult(TypedDict):
-    """What `export_network` and `run_export` return; paths of files are relative to the run directory."""
+    """Result of `export_network` and `run_export`; file paths are relative to the run directory."""
 
     run_dir: str
-    mlflow_run_id: NotRequired[str | None]  # of `run_export`
+    mlflow_run_id: NotRequired[str | None]  # only from `run_export`
     digest: str
     exports: dict[str, ExportedFormat]
 
 
 def run_export(config: Config, run_dir: str | Path, *, console: Console, again: bool = False) -> ExportResult:
-    """Export the network of a run and deliver the files and differences to the store.
+    """Export the network of a run and deliver the files and their differences to MLflow.
 
     Args:
-        config: the whole configuration; its section `tracking` says where the run is mirrored to.
-        run_dir: of a finished retraining or one-stage search, or its address.
-        console: for people.
-        again: do it anew if the same network was exported before.
+        config: The whole configuration; its section `tracking` says where the run is mirrored.
+        run_dir: Run directory of a finished retraining or one-stage search, or its address.
+        console: Where lines for the user are written.
+        again: Whether to export a network again that was exported before.
 
     Returns:
-        As `export_network` does.
+        The result of `export_network`.
     """
-    run, say = RunDir(bucket.local(str(run_dir))), console_line(console)
-    with bucket.held(run.path, say):
+    say = say_to(console)
+    with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
         return _export(config, run, say, again)
 
 
@@ -59,33 +59,34 @@ def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool
     if before is None:
         result = export_network(run, say=say)
     else:
-        say(f"export: done before, see {bucket.shown(run.path / EXPORT_FOLDER)}")
+        say(f"export: already done, see {bucket.shown(run.path / EXPORT_FOLDER)}")
         digest = Genotype.from_json(read_card(run.path).genotype).digest()
         result = ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=before)
     tracker = tracker_of(run, config)
     if not tracker.deliver():
         say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
-    bucket.push(run.path)
+    run.push()
     return {**result, "mlflow_run_id": tracker.run_id}
 
 
 def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> ExportResult:
-    """Write the trained network of a run in every format into `RUN/export`, each compared with the network.
+    """Write the trained network of a run in every format to `RUN/export`, and compare each file with the network.
 
-    The differences become metrics (`export/onnx_difference`, ...) of the last step, and the files artifacts of
-    the run, so that the next `MLflowTracker.deliver` sends both. Doing it again replaces the whole folder.
+    The differences become metrics (`export/onnx_difference`, ...) of the last step, and the files become artifacts of
+    the run, so that the next `MLflowTracker.deliver` sends both. An earlier export is replaced.
 
     Args:
-        run: a finished retraining or one-stage search.
-        say: gets one line a format, for people.
+        run: A finished retraining or one-stage search.
+        say: Receives one line for each format.
 
     Returns:
-        Format ("safetensors", "program", "onnx") -> file, size and largest difference; and which network it is.
+        For each format ("safetensors", "program", "onnx") its file, size and largest difference; and the digest of the
+        network's genotype.
 
     Raises:
-        ConfigError: if the run is not finished, is a two-stage search, or is in use by another process.
-        CheckpointError: if there is no run, or its network is missing or broken.
-        IstanasError: as `jobs.export_formats.export_formats` raises it; what was exported before stays as it is.
+        ConfigError: The run is not finished, is a two-stage search, or is in use by another process.
+        CheckpointError: The run does not exist, or its network is missing or broken.
+        IstanasError: As `export_formats` raises it; an earlier export is kept.
 
     Example:
         >>> result = export_network(RunDir("runs/digits-retrain-0123abcd"), say=print)  # doctest: +SKIP
@@ -95,7 +96,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
         >>> result["exports"]["onnx"]["difference"]  # doctest: +SKIP
         1.9073486328125e-06
     """
-    run.read()  # taking the lock would make a run directory of any folder
+    run.read()  # raises if there is no run; taking the lock would create a run directory
     with run.lock():
         record = run.read()
         check_exportable(run, record)
@@ -108,7 +109,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
             for name, exported in report.items()
         }
         _note_differences(run, exports)
-        # Last, because a run that lists the files is one whose export was not interrupted.
+        # Last, so that only a run whose export was not interrupted lists the files.
         artifacts = tuple(dict.fromkeys((*record.artifacts, *EXPORT_ARTIFACTS)))
         run.write(dataclasses.replace(record, artifacts=artifacts))
     if say is not None:
@@ -119,25 +120,28 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
 
 
 def check_exportable(run: RunDir, record: RunRecord) -> None:
-    """Refuse a run that has no trained network yet, or never will.
+    """Check that a run has a trained network.
 
     Raises:
-        ConfigError: with the remedy.
+        ConfigError: It has none.
     """
+    shown = bucket.shown(run.path)
     if record.kind == "search" and record.method == "two_stage":
         raise ConfigError(
-            f"run {bucket.shown(run.path)}: a two-stage search has no trained network, give its retraining, or "
-            f"retrain it first: istanas retrain --genotype {bucket.shown(run.path)}"
+            "a two-stage search has no trained network",
+            field=f"run {shown}",
+            remedy=f"give its retraining, or retrain it first: istanas retrain --genotype {shown}",
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"run {bucket.shown(run.path)}: is {outcome(record.status, record.tags)}, only a finished run has a "
-            "network to export; let it finish, or resume it with the command that began it"
+            f"is {outcome(record.status, record.tags)}, only a finished run has a network to export",
+            field=f"run {shown}",
+            remedy="let it finish, or resume it with the command that started it",
         )
 
 
 def describe_exports(run: RunDir, exports: Mapping[str, ExportedFormat]) -> list[str]:
-    """One line a format, for people.
+    """Return one line for the user about each format.
 
     Example:
         >>> exported = ExportedFormat(file="export/model.onnx", bytes=250_000, difference=1e-6)
@@ -153,9 +157,9 @@ def describe_exports(run: RunDir, exports: Mapping[str, ExportedFormat]) -> list
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends, and is gone if the block fails.
+    """Yield an empty folder that replaces `folder` when the block ends, and is deleted if the block fails.
 
-    One process at a time: what a killed one left is tidied up.
+    Only one process may use it at a time; leftovers of a killed process are removed.
 
     Example:
         >>> import tempfile
@@ -171,22 +175,22 @@ def replacing(folder: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         if folder.exists():
-            folder.rename(old)  # a folder can't be renamed over one that has files
+            folder.rename(old)  # a folder cannot be renamed over one that contains files
         new.rename(folder)
     finally:
         _tidy(folder, new, old)
 
 
 def _tidy(folder: Path, new: Path, old: Path) -> None:
-    """Leave `folder` alone: the whole new one if it got its place, else the old one."""
-    if old.exists() and not folder.exists():  # stopped between the two renames
+    """Restore `folder` if a process was killed between the two renames, and delete the temporary folders."""
+    if old.exists() and not folder.exists():
         old.rename(folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
-    """What `export_network` returned for the weights that the run directory holds now, or None."""
+    """Return what `export_network` returned for the present weights of the run; None if they were not exported."""
     folder, lines = run.path / EXPORT_FOLDER, run.metrics()
     files = [folder / file for file in EXPORTED_FILES] + [run.path / WEIGHTS_FILE]
     if not set(EXPORT_ARTIFACTS) <= set(run.read().artifacts) or not all(file.is_file() for file in files):
@@ -204,7 +208,7 @@ def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
 
 
 def _note_differences(run: RunDir, exports: Mapping[str, ExportedFormat]) -> None:
-    """Add the differences to the last step's metrics, in place of those of an export before."""
+    """Add the differences to the metrics of the last step; they replace those of an earlier export."""
     lines = run.metrics() or [MetricsLine(0, int(time.time() * 1000), {})]
     last = lines[-1]
     differences = {_metric(name): exported["difference"] for name, exported in exports.items()}

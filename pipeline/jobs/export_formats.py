@@ -1,12 +1,12 @@
-"""A trained network in the formats that other programs load, each read back from the disk and compared.
+"""Writes a trained network in formats that other programs load, reads each back, and compares it.
 
 | format | file | load it with |
 |---|---|---|
 | safetensors | model.safetensors, network.json, genotype.json | `pipeline.runs.network_files.load_network(FOLDER)` |
 | program | model.pt2 | `torch.export.load(FILE).module()`, torch alone |
-| onnx | model.onnx | any ONNX runtime: input "pictures", output "logits", both with a free first axis "batch" |
+| onnx | model.onnx | any ONNX runtime: input "pictures", output "logits", both with a dynamic first axis "batch" |
 
-All take normalised float32 pictures (B, C, H, W); mean and std are in network.json and in the ONNX metadata.
+The input is normalised float32 pictures (B, C, H, W); mean and std are in network.json and in the ONNX metadata.
 """
 
 from __future__ import annotations
@@ -24,25 +24,23 @@ from istanas.errors import IstanasError
 from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
-from pipeline.runs.layout import GENOTYPE_FILE
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
+from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import NetworkCard, load_network, write_network
 
-PROGRAM_FILE = "model.pt2"
-ONNX_FILE = "model.onnx"
 FORMAT_FILES = {"safetensors": WEIGHTS_FILE, "program": PROGRAM_FILE, "onnx": ONNX_FILE}
 EXPORTED_FILES = (WEIGHTS_FILE, NETWORK_FILE, GENOTYPE_FILE, PROGRAM_FILE, ONNX_FILE)
 ONNX_INPUT, ONNX_OUTPUT, BATCH_AXIS = "pictures", "logits", "batch"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BATCH_SIZES = (1, 2, 7, 32)
-# Of the largest logit. The formats round the same float32 sums in another order (batch norms are folded into
-# convolutions), which costs some 1e-6; a wrong padding or a lost operation changes logits by 1e-2 and more.
+# Relative to the largest logit. The formats sum in another order (batch norms are folded into convolutions), which
+# changes float32 logits by about 1e-6; a wrong padding or a missing operation changes them by 1e-2 or more.
 TOLERANCE = 1e-4
 
 Model = Callable[[Tensor], Tensor]
 
 
 class ExportedFormat(TypedDict):
-    """One format: its file, and its largest absolute difference from the network, in logits."""
+    """One format: its file, its size, and the largest absolute difference of its logits from the network's."""
 
     file: str
     bytes: int
@@ -53,16 +51,16 @@ def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str,
     """Write a network in every format, load each again from the disk, and compare it with the network.
 
     Args:
-        net: in eval mode, on the CPU, as `pipeline.runs.network_files.load_network` gives it.
-        card: how it was built, as `pipeline.runs.network_files.read_card` gives it.
-        folder: created if need be.
+        net: The network, in eval mode, on the CPU, as `pipeline.runs.network_files.load_network` returns it.
+        card: How it was built, as `pipeline.runs.network_files.read_card` returns it.
+        folder: Where the files are written; created if it does not exist.
 
     Returns:
-        Format ("safetensors", "program", "onnx") -> file, size and difference.
+        For each format ("safetensors", "program", "onnx") its file, size and difference.
 
     Raises:
-        IstanasError: if a package is missing, the network's logits are not finite, or a format differs by more
-            than `TOLERANCE` of the largest logit.
+        IstanasError: A package is missing, the network's logits are not finite, or a format differs by more than
+            `TOLERANCE` times the largest logit.
 
     Example:
         >>> from pipeline.runs.network_files import read_card
@@ -76,7 +74,9 @@ def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str,
     expected = run_model(net, batches)
     largest = expected.abs().max().item()
     if not largest < float("inf"):
-        raise IstanasError("export: the network's logits on random pictures are not finite, retrain it")
+        raise IstanasError(
+            "the network's logits on random pictures are not finite", field="export", remedy="retrain it"
+        )
     write_network(folder, net, card)
     atomic_write(folder / GENOTYPE_FILE, Genotype.from_json(card.genotype).to_json() + "\n")
     program = trace_program(net, card.shape)
@@ -96,10 +96,10 @@ def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str,
 
 
 def check_packages() -> None:
-    """Refuse before any work if what writes and runs ONNX is not installed.
+    """Check that the packages that write and run ONNX are installed.
 
     Raises:
-        IstanasError: naming the package and how to get it.
+        IstanasError: One of them cannot be imported.
     """
     for name in ONNX_PACKAGES:
         try:
@@ -107,40 +107,44 @@ def check_packages() -> None:
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise IstanasError(
-                f"export: package {name} can't be used ({reason}), run: pip install {' '.join(ONNX_PACKAGES)}"
+                f"package {name} cannot be used ({reason})",
+                field="export",
+                remedy=f"run: pip install {' '.join(ONNX_PACKAGES)}",
             ) from None
 
 
 def check_difference(name: str, difference: float, largest: float) -> None:
-    """Refuse a format whose logits are not the network's.
+    """Check that the logits of a format equal the network's.
 
     Args:
-        name: of the format.
-        difference: the largest absolute difference of logits.
-        largest: the largest absolute logit of the network.
+        name: Name of the format.
+        difference: Largest absolute difference of the logits, >= 0 or NaN.
+        largest: Largest absolute logit of the network, > 0.
 
     Raises:
-        IstanasError: if the difference is above `TOLERANCE` times the largest logit, or is not a number.
+        IstanasError: The difference is above `TOLERANCE` times the largest logit, or NaN.
 
     Example:
         >>> check_difference("onnx", difference=1e-5, largest=2.0)
     """
-    if not difference <= TOLERANCE * largest:  # so written, it refuses what is not a number
+    if not difference <= TOLERANCE * largest:  # also true for NaN
         raise IstanasError(
-            f"export: {name} differs from the network by {difference:.2g} in logits of up to {largest:.2g}, "
-            f"more than {TOLERANCE:g} of them; report it, with the versions of torch and onnxruntime"
+            f"{name} differs from the network by {difference:.2g} in logits of up to {largest:.2g}, more than "
+            f"{TOLERANCE:g} of the largest",
+            field="export",
+            remedy="report it, with the versions of torch and onnxruntime",
         )
 
 
 def random_batches(shape: tuple[int, int, int], sizes: Sequence[int] = BATCH_SIZES) -> list[Tensor]:
-    """Batches of random pictures, always the same ones.
+    """Return batches of random pictures, the same ones in every call.
 
     Args:
         shape: (C, H, W).
-        sizes: of the batches, >= 1.
+        sizes: Batch sizes, >= 1.
 
     Returns:
-        One (B, C, H, W) a size, standard normal as normalised pictures are.
+        One tensor (B, C, H, W) for each size, standard normal like normalised pictures.
 
     Example:
         >>> [tuple(batch.shape) for batch in random_batches((3, 8, 8), (1, 7))]
@@ -152,15 +156,15 @@ def random_batches(shape: tuple[int, int, int], sizes: Sequence[int] = BATCH_SIZ
 
 @torch.no_grad()
 def run_model(model: Model, batches: Sequence[Tensor]) -> Tensor:
-    """The logits (sum of B, classes) of all pictures of all batches."""
+    """Return the logits (sum of B, classes) of all pictures of all batches."""
     return torch.cat([model(batch) for batch in batches])
 
 
 def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """The operations that a network runs on pictures of a size, for any number of them.
+    """Trace a network for pictures of one size and batches of any size.
 
     Args:
-        net: in eval mode.
+        net: The network, in eval mode.
         shape: (C, H, W).
 
     Example:
@@ -169,23 +173,23 @@ def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
         >>> trace_program(net, (3, 8, 8)).module()(torch.zeros(5, 3, 8, 8)).shape
         torch.Size([5, 10])
     """
-    # Two pictures, because one would make the tracer take the batch for a constant.
+    # Two pictures, because the tracer would treat a batch size of 1 as a constant.
     program = torch.export.export(net, (torch.zeros(2, *shape),), dynamic_shapes=_dynamic_shapes())
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names the folders of this machine
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program
 
 
 def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Path) -> None:
-    """Write a traced network as one ONNX file that holds its weights.
+    """Write a traced network as one ONNX file that contains its weights.
 
-    Metadata, each as JSON: `mean` and `std` per channel, `class_names`, `genotype`, and how picture files were read
-    (`background`, `bits`), see `NetworkCard`.
+    The metadata, each value in JSON, are `mean` and `std` per channel, `class_names`, `genotype`, and how picture files
+    were decoded (`background`, `bits`); see `NetworkCard`.
 
     Args:
-        program: as `trace_program` gives it.
-        card: of the network.
-        file: to write.
+        program: The traced network, as `trace_program` returns it.
+        card: The card of the network.
+        file: The file to write.
     """
     exported = torch.onnx.export(
         program,
@@ -197,7 +201,7 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
     )
     assert exported is not None
     model = exported.model
-    # How each operation came about: several times as long as a small network's weights.
+    # The history of each operation is several times as large as a small network's weights.
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -213,12 +217,12 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
 
 
 def load_program(file: Path) -> Model:
-    """The network in a file that `torch.export.save` wrote: (B, C, H, W) -> logits (B, classes)."""
+    """Load a network that `torch.export.save` wrote: (B, C, H, W) -> logits (B, classes)."""
     return torch.export.load(file).module()
 
 
 def load_onnx(file: Path) -> Model:
-    """The network in an ONNX file, run by ONNX Runtime on one CPU thread: (B, C, H, W) -> logits (B, classes)."""
+    """Load an ONNX file in ONNX Runtime, with one CPU thread: (B, C, H, W) -> logits (B, classes)."""
     onnxruntime = importlib.import_module("onnxruntime")  # has no types
 
     options = onnxruntime.SessionOptions()
@@ -233,5 +237,5 @@ def load_onnx(file: Path) -> Model:
 
 
 def _dynamic_shapes() -> dict[str, dict[int, torch.export.Dim]]:
-    """Of the argument of `TargetNet.forward`: any number of pictures of a fixed size."""
+    """Return the dynamic shapes of `TargetNet.forward`: any number of pictures of a fixed size."""
     return {"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}}

@@ -1,6 +1,7 @@
-"""What every job does around its worker: run directory, lock, resume, record, tracker, results on disk.
+"""The life cycle that all jobs share: run directory, lock, resuming, record, tracker, result.
 
-A job is flat: open the directory, stop if it is finished, run the worker, write the results, close the record.
+`execute` opens the run directory, returns the result of a finished run, or else checks the pictures, runs the job's
+own steps and closes the record.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
@@ -22,31 +23,31 @@ from pipeline.base.text import one_line
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close_running, fetch_for_mlflow, runs_below, tracker_of
+from pipeline.jobs.context import JobContext, say_pictures
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import (
     NOT_THE_RUNS,
     JobSpec,
     as_written,
     clear,
-    mend,
-    mend_lost_record,
     now_ms,
     open_record,
+    repair,
+    restore_lost_record,
     with_outcome,
 )
 from pipeline.jobs.progress import EpochBar
-from pipeline.report.html import REPORT_PAGE
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.environment import write_environment
-from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE
+from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, LINK_FILE, RECORD_FILE, REPORT_PAGE
 from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.compute import compute_for
 from pipeline.training.data_checks import check_left_for_training, warnings_of
-from pipeline.training.epoch_record import EpochRecord, Progress
+from pipeline.training.epoch_record import EpochRecord
 from pipeline.training.pictures import (
     check_fit,
     check_same_pictures,
@@ -60,12 +61,21 @@ from pipeline.training.pictures import (
 
 _LOG = logging.getLogger(__name__)
 
-SECONDS_TO_END = 60.0  # for a process that has been told to end, and still holds its run
+SECONDS_TO_END = 60.0  # for a process that was terminated and still holds the lock of its run
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job's body hands over: the figures of `--json`, what to upload, what to say."""
+    """What a job's `run` step returns.
+
+    Args:
+        result: The figures of `--json`.
+        artifacts: Files in the run directory that MLflow receives.
+        tags: MLflow tags of the finished run.
+        description: Description of the finished run in MLflow, in Markdown.
+    """
 
     result: dict[str, Any]
     artifacts: tuple[str, ...]
@@ -73,135 +83,158 @@ class Outcome:
     description: str
 
 
-Prepared = TypeVar("Prepared")
-
-
-def execute(
-    spec: JobSpec,
-    prepare: Callable[[ImageDataset], Prepared],
-    body: Callable[[RunDir, RunObserver, Prepared], Outcome],
-    *,
-    describe: Callable[[EpochRecord], str],
-    fresh: bool,
-    console: Console,
-    datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
-    tell: Callable[[Progress], None] | None = None,
-    warn: Callable[[ImageDataset], list[str]] | None = None,
-    metrics_anew: Callable[[], list[MetricsLine]] | None = None,
-    wait: float = 0,
-) -> dict[str, Any]:
-    """Run a job to its end, or go on with it, or return the result of a finished one.
+@dataclass(frozen=True)
+class JobSteps(Generic[Prepared]):
+    """The steps in which jobs differ; `execute` calls them in this order.
 
     Args:
-        spec: which job.
-        prepare: checks and starts whatever the job needs for its pictures; what it refuses leaves nothing behind.
-        body: runs the worker and writes the results.
-        describe: one line for an epoch.
-        fresh: start over, deleting what the run directory holds.
-        console: for people.
-        datasets: the parts of the pictures that the job uses.
-        tell: called after every epoch, and when a run resumes for each epoch done; it may raise SystemExit to leave
-            the run as it is, for others to close.
-        warn: lines about settings that make no sense with the pictures; None: about the job's own.
-        metrics_anew: what the metrics of a finished run without checkpoints are, should its file be damaged.
-        wait: so many seconds for another process that works on the same run; -1: for ever.
+        datasets: Returns the parts of the pictures that the job uses.
+        prepare: Checks the settings against the pictures and starts what the job needs. An error that it raises leaves
+            no run directory behind.
+        warn: Returns warnings about settings that make no sense with the pictures.
+        run: Trains, and writes the results to the run directory.
+        describe: Returns one line for the user about an epoch.
+        rebuild_metrics: Returns the metrics of a finished run without checkpoints whose metrics file is damaged; None
+            if they cannot be rebuilt.
+    """
+
+    datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]]
+    prepare: Callable[[ImageDataset], Prepared]
+    warn: Callable[[ImageDataset], list[str]]
+    run: Callable[[RunDir, RunObserver, Prepared], Outcome]
+    describe: Callable[[EpochRecord], str]
+    rebuild_metrics: Callable[[], list[MetricsLine]] | None = None
+
+
+def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> dict[str, Any]:
+    """Run a job to its end, resume it, or return the result of a finished one.
+
+    Args:
+        context: What the caller gave; its configuration is the one of `spec`.
+        spec: Which run this is.
+        steps: What the job does.
 
     Returns:
         The figures of `--json`.
 
     Raises:
-        CheckpointError: the pictures are not those that the run was begun with.
-        IstanasError: whatever `prepare` and `body` raise; after the latter the record says FAILED, and the same
-            command resumes.
+        CheckpointError: The pictures are not those that the run was started with.
+        IstanasError: Whatever `steps` raise. If `run` raises it, the record says FAILED, and the same command resumes.
     """
-    run = RunDir(spec.path)
-    with _locked(run, console, wait=wait):
-        if not fresh:
-            mend_lost_record(run, spec, console_line(console))
-        if not fresh and run.exists():
-            mend(run, spec, console_line(console), metrics_anew)
-        old = run.read() if not fresh and run.exists() else None
+    config = spec.config
+    with _locked(spec, context) as run:
+        old = None if context.fresh else _repaired_record(run, spec, steps, context)
         if old is not None and old.status == "FINISHED":
-            _check_finished(spec, old, datasets, console)
-            tracker = tracker_of(run, spec.config)
-            tracker.deliver()  # in case the store was down when it finished
-            bucket.push(run.path)
-            console.print(
-                f"{spec.kind}: finished before, see {bucket.shown(run.path)}; --fresh starts over",
-                highlight=False,
-                soft_wrap=True,
-            )
-            return _with_ids(run.read().result, run, tracker)
-        dataset = _load_for(run, spec, old, console)
-        check_left_for_training(spec.config, dataset, (spec.kind,))  # before the rest is divided into halves
-        used, digest = datasets(dataset), data_digest(spec.config, dataset, spec.kind)
+            return _finished_result(run, old, spec, steps, context)
+        dataset = _load_for(run, spec, old, context.console)
+        check_left_for_training(config, dataset, (spec.kind,))  # before the remaining pictures are split
+        used, digest = steps.datasets(dataset), data_digest(config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        networks = () if spec.kind == "sweep" else (spec.kind,)  # of a sweep, trials may have others
-        lines = describe_pictures(spec.config, dataset, used, networks)
-        prepared = prepare(dataset)
-        told = warnings_of(spec.config, dataset, (spec.kind,)) if warn is None else warn(dataset)
-        tell_pictures([*lines, *told], console)
-        if fresh and run.exists():
-            close_running([run, *runs_below(run.path)], spec.config)
-        if fresh or not run.exists():  # without a record: what a --fresh that was killed left
-            clear(run.path)
-            bucket.push_cleared(run.path)
-        tracker = tracker_of(run, spec.config)
-        record = open_record(run, spec, used, digest, lines)
+        networks = (
+            () if spec.kind == "sweep" else (spec.kind,)
+        )  # the trials of a sweep may have different stems
+        pictures = describe_pictures(config, dataset, used, networks)
+        prepared = steps.prepare(dataset)
+        say_pictures((*pictures, *steps.warn(dataset)), context.say)
+        _clear_old_run(run, context)
+        tracker = tracker_of(run, config)
+        record = open_record(run, spec, used, digest, pictures)
         write_environment(run, spec.kind)
-        atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(spec.config)))
-        bucket.push(run.path)  # with the key by which its MLflow run is found again
+        atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(config)))
+        run.push()  # with the key by which the MLflow run is found again
         tracker.deliver()
-        console.print(f"{spec.kind}: {bucket.shown(run.path)}", highlight=False, soft_wrap=True)
-        space = spec.config.space.cell_space()
-        try:
-            with EpochBar(console, spec.kind, spec.epochs, spec.unit) as bar:
-                outcome = body(run, RunObserver(run, tracker, bar, space, describe, tell), prepared)
-            final = dataclasses.replace(
-                record,
-                status="FINISHED",
-                ended_ms=now_ms(),
-                result=outcome.result,
-                artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
-                tags={**with_outcome(record, "FINISHED").tags, **outcome.tags},
-                description="\n\n".join([outcome.description, *_missing_lines(record)]),
-            )
-            page = write_page(REPORT_PAGE, lambda: write_report(run, final), console_line(console))
-            final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
-            run.write(final)
-            bucket.push(run.path)
-        except SystemExit:
-            raise
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            record = with_outcome(record, INTERRUPTED if stopped else "FAILED")
-            _close_failed(run, record, tracker, console_line(console))
-            raise
-        if not tracker.deliver():
-            console.print(
-                f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        bucket.push(run.path)  # what the tracker noted
-        return _with_ids(outcome.result, run, tracker)
+        context.say(f"{spec.kind}: {bucket.shown(run.path)}")
+        return _run_and_close(run, record, tracker, spec, steps, prepared, context)
+
+
+def _repaired_record(
+    run: RunDir, spec: JobSpec, steps: JobSteps[Any], context: JobContext
+) -> RunRecord | None:
+    """Return the record of the run that is there, after its damaged files were repaired; None if there is no run."""
+    restore_lost_record(run, spec, context.say)
+    if not run.exists():
+        return None
+    repair(run, spec, context.say, steps.rebuild_metrics)
+    return run.read()
+
+
+def _finished_result(
+    run: RunDir, record: RunRecord, spec: JobSpec, steps: JobSteps[Any], context: JobContext
+) -> dict[str, Any]:
+    """Return the result of a finished run, provided its pictures have not changed."""
+    _check_finished(spec, record, steps.datasets, context)
+    tracker = tracker_of(run, spec.config)
+    tracker.deliver()  # MLflow may have been unreachable when the run finished
+    run.push()
+    context.say(f"{spec.kind}: already finished, see {bucket.shown(run.path)}; --fresh starts over")
+    return _with_ids(record.result, run, tracker)
+
+
+def _clear_old_run(run: RunDir, context: JobContext) -> None:
+    """Delete what `--fresh` replaces, or what is left of a `--fresh` that was killed."""
+    if context.fresh and run.exists():
+        close_running([run, *runs_below(run.path)], context.config)
+    if context.fresh or not run.exists():
+        clear(run.path)
+        run.push_cleared()
+
+
+def _run_and_close(
+    run: RunDir,
+    record: RunRecord,
+    tracker: Tracker,
+    spec: JobSpec,
+    steps: JobSteps[Prepared],
+    prepared: Prepared,
+    context: JobContext,
+) -> dict[str, Any]:
+    """Run the job's own step, and write how it ended to the record and to MLflow."""
+    space = spec.config.space.cell_space()
+    try:
+        with EpochBar(context.console, spec.kind, spec.epochs, spec.unit) as bar:
+            observer = RunObserver(run, tracker, bar, space, steps.describe, context.on_epoch)
+            outcome = steps.run(run, observer, prepared)
+        final = dataclasses.replace(
+            record,
+            status="FINISHED",
+            ended_ms=now_ms(),
+            result=outcome.result,
+            artifacts=(*outcome.artifacts, ENVIRONMENT_FILE),
+            tags={**with_outcome(record, "FINISHED").tags, **outcome.tags},
+            description="\n\n".join([outcome.description, *_missing_classes(record)]),
+        )
+        page = write_page(REPORT_PAGE, lambda: write_report(run, final), context.say)
+        final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
+        run.write(final)
+        run.push()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        ended = INTERRUPTED if isinstance(error, KeyboardInterrupt) else "FAILED"
+        _close_failed(run, with_outcome(record, ended), tracker, context.say)
+        raise
+    if not tracker.deliver():
+        context.say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
+    run.push()  # with what the tracker has delivered
+    return _with_ids(outcome.result, run, tracker)
 
 
 def _load_for(run: RunDir, spec: JobSpec, old: RunRecord | None, console: Console) -> ImageDataset:
-    """Load the pictures of a job; `old` is the record of the run that resumes.
+    """Load the pictures of a job; `old` is the record of the run that is resumed.
 
     Raises:
-        DataError: if they are missing or broken.
+        DataError: The pictures are missing or broken.
     """
     try:
         return load_data(spec.config, console)
     except DataError as error:
         if old is None or spec.config.data.name != "folder" or not data_folder_is_missing(spec.config.data):
             raise
-        what = str(error).partition("; ")[0]
         raise DataError(
-            f"{what}; restore the folder to resume {bucket.shown(run.path)}, or name another one for a new run"
+            error.problem,
+            field=error.field,
+            remedy=f"restore the folder to resume {bucket.shown(run.path)}, or name another one for a new run",
         ) from error
 
 
@@ -209,77 +242,79 @@ def _check_finished(
     spec: JobSpec,
     record: RunRecord,
     datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]],
-    console: Console,
+    context: JobContext,
 ) -> None:
-    """Refuse the result of a finished run if its pictures have changed; if they are gone, say so.
+    """Refuse the result of a finished run if its pictures have changed; warn if they are missing.
 
     Raises:
-        CheckpointError: if they have changed.
-        DataError: if they have changed to something that no job could use.
+        CheckpointError: The pictures have changed.
+        DataError: The pictures have changed, and no job could use them.
     """
     try:
-        dataset = load_data(spec.config, console, download=False)
+        dataset = load_data(spec.config, context.console, download=False)
     except DataError as error:
         if not data_folder_is_missing(spec.config.data):
             raise
-        console_line(console)(f"warning: the pictures of this result cannot be looked at any more: {error}")
+        context.say(f"warning: the pictures of this result cannot be checked any more: {error}")
         return
     check_same_pictures(record, dataset, data_digest(spec.config, dataset, spec.kind), datasets(dataset))
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Say FAILED in record and store; what refuses even that must not hide why the run has failed."""
+    """Write FAILED to the record and to MLflow; an error of doing so must not hide the error of the run."""
     try:
         run.write(dataclasses.replace(record, status="FAILED", ended_ms=now_ms()))
         tracker.deliver()
-        bucket.push(run.path, once=True)
+        run.push(once=True)
     except (OSError, IstanasError) as error:
-        say(f"{bucket.shown(run.path)}: still says RUNNING ({one_line(error)}), the same command mends that")
+        say(f"{bucket.shown(run.path)}: still says RUNNING ({one_line(error)}); the same command corrects it")
 
 
 def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:
-    """Write one of a run's pages; one that can't be written costs a line, and not the run.
+    """Write one of a run's pages. A page that cannot be written costs a line, not the run.
 
     Returns:
-        Its name, if it is there.
+        Its name, if it was written.
     """
     try:
         write()
-    except Exception as error:  # the results are on the disk already
+    except Exception as error:  # the results are on disk already
         say(f"{name}: not written ({one_line(error)})")
         return ()
     return (name,)
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir, console: Console, *, wait: float = 0) -> Iterator[None]:
-    """Hold the run directory; what was refused before any work leaves no empty run behind."""
-    with run.lock(wait=wait):
+def _locked(spec: JobSpec, context: JobContext) -> Iterator[RunDir]:
+    """Lock and acquire the run directory; remove it afterwards if the job was refused before it wrote a record."""
+    acquired = context.run is not None and context.run.path == spec.path
+    run = context.run if context.run is not None and acquired else RunDir(spec.path)
+    with run.lock(wait=context.wait):
         try:
-            with bucket.held(run.path, console_line(console), wait=wait):
-                yield
+            with bucket.acquired(run, context.say, wait=context.wait) as mirrored:
+                yield mirrored
         finally:
             if not run.exists() and {entry.name for entry in run.path.iterdir()} <= NOT_THE_RUNS:
                 shutil.rmtree(run.path)
 
 
 def announce(spec: JobSpec) -> str | None:
-    """Open a run that another process will work on: its record and its MLflow run, whose id comes from here.
+    """Open a run that another process will execute: its record and its MLflow run.
 
     Args:
-        spec: of the run; one that is there goes on.
+        spec: The run; one that exists is resumed.
 
     Returns:
-        The MLflow run's id; None if there is no store, or it can't be reached.
+        The id of the MLflow run; None if tracking is disabled or MLflow is unreachable.
     """
     run = RunDir(spec.path)
     fetch_for_mlflow(run)
     with run.lock(wait=SECONDS_TO_END):
         if run.exists():
-            mend(run, spec, _LOG.warning)
+            repair(run, spec, _LOG.warning)
         else:
             open_record(run, spec)
-            bucket.send(run.path, RECORD_FILE)  # with the key by which its MLflow run is found again
+            bucket.send(run.path, RECORD_FILE)  # with the key by which the MLflow run is found again
         tracker = tracker_of(run, spec.config)
         tracker.deliver()
         bucket.send(run.path, LINK_FILE)
@@ -287,7 +322,7 @@ def announce(spec: JobSpec) -> str | None:
 
 
 def load_data(config: Config, console: Console, *, download: bool = True) -> ImageDataset:
-    """The pictures; a picture folder's are checked and decoded under the eyes of people."""
+    """Load the pictures; the progress of checking and decoding a picture folder is shown on the console."""
     return load_pictures(
         config.data,
         progress=_progress("decoding", console),
@@ -297,24 +332,24 @@ def load_data(config: Config, console: Console, *, download: bool = True) -> Ima
 
 
 def settled(config: Config, console: Console) -> Config:
-    """The configuration with the stems that fit the pictures, for which those may have to be looked at."""
+    """Return the configuration with the stems that fit the pictures, which may have to be examined for this."""
     return settle_stems(config, _progress("checking", console))
 
 
 def settled_spec(config: Config, console: Console, describe: Callable[[Config], JobSpec]) -> JobSpec:
-    """Return the job with the stems that fit the pictures, which decide which run it is.
+    """Return the job with the stems that fit the pictures, which are part of the run's hash.
 
-    If the pictures cannot be looked at, it is the run that is already there: its result, and what to do about its
-    pictures, do not depend on how the stem was given.
+    If the pictures cannot be read, it is the run that exists already: the result of a finished run, and the error about
+    missing pictures, do not depend on how the stem was given.
 
     Args:
-        config: the configuration.
-        console: for people.
-        describe: makes the job of a configuration whose stems are settled.
+        config: The configuration.
+        console: Where the progress is shown.
+        describe: Returns the job of a configuration whose stems are settled.
 
     Raises:
-        DataError: if the pictures cannot be looked at, and not exactly one run is there that they may belong to.
-        ConfigError: if a network is too narrow for its stem.
+        DataError: The pictures cannot be read, and not exactly one run exists that they may belong to.
+        ConfigError: A network is too narrow for its stem.
     """
     try:
         return describe(settled(config, console))
@@ -328,40 +363,34 @@ def settled_spec(config: Config, console: Console, describe: Callable[[Config], 
 
 
 def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
-    """Check the settings of the jobs to come against the pictures and, in process, this machine."""
+    """Check the settings of the jobs to come against the pictures and, without workers, against this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
     check_left_for_training(config, dataset, jobs)
     check_fit(config, dataset, jobs)
 
 
-def tell_pictures(lines: Sequence[str], console: Console) -> None:
-    """Write what people should know about the pictures, before any work."""
-    for line in lines:
-        console_line(console)(line if line.startswith("warning: ") else f"pictures: {line}")
-
-
-def console_line(console: Console) -> Callable[[str], None]:
-    """What writes a line for people."""
-    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+def own_warnings(spec: JobSpec) -> Callable[[ImageDataset], list[str]]:
+    """Return the `warn` step of a job that trains one network."""
+    return lambda dataset: warnings_of(spec.config, dataset, (spec.kind,))
 
 
 def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
-    """Tell, every tenth of the way, how many pictures are done (once, before they are cached)."""
-    told = -1
+    """Return a function that prints, at every tenth, how many pictures are done."""
+    printed = -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal printed
         tenth = 10 * done // max(total, 1)
-        if tenth != told:
-            told = tenth
+        if tenth != printed:
+            printed = tenth
             console.print(f"{doing} pictures: {done} of {total}", highlight=False)
 
     return progress
 
 
-def _missing_lines(record: RunRecord) -> list[str]:
-    """What a run's figures do not tell: which classes they are not of."""
+def _missing_classes(record: RunRecord) -> list[str]:
+    """Return lines about the classes that a run's figures do not cover."""
     return [line for use in record.datasets if (line := use.describe_missing()) is not None]
 
 

@@ -1,4 +1,4 @@
-"""What a job does with each epoch: metrics, trajectory, MLflow and a line on the console."""
+"""Records each epoch of a job: metrics, tables, MLflow and a line on the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pipeline.base.text import count
 from pipeline.jobs.opening import metrics_line
 from pipeline.jobs.progress import EpochBar
 from pipeline.jobs.search_tables import SearchTables, restored
-from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CHECKPOINTS
 from pipeline.tracking.tracker import Tracker
@@ -18,7 +17,16 @@ from pipeline.training.epoch_record import EpochRecord, Progress, read_progress,
 
 
 class RunObserver:
-    """Writes what the worker reports: metrics to the run directory first, to MLflow second, a line to the console."""
+    """Receives a job's progress events: writes the run directory first, then MLflow, and a line to the console.
+
+    Args:
+        run: The run directory.
+        tracker: The mirror in MLflow.
+        bar: The progress bar.
+        space: The cell space, for the tables of a search.
+        describe: Returns the console's line about an epoch.
+        on_epoch: Called after every epoch, and for every finished epoch when the run resumes.
+    """
 
     def __init__(
         self,
@@ -27,16 +35,16 @@ class RunObserver:
         bar: EpochBar,
         space: CellSpace,
         describe: Callable[[EpochRecord], str],
-        tell: Callable[[Progress], None] | None = None,
+        on_epoch: Callable[[Progress], None] | None = None,
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
-        self._tell, self._tables = tell, SearchTables(run.path, space)
+        self._on_epoch, self._tables = on_epoch, SearchTables(run.path, space)
 
     def note(self, text: str) -> None:
         self._bar.line(text)
 
     def resumed(self, progress: Progress, workers: int) -> None:
-        # The checkpoint decides: what was measured after it will be measured again, what it holds is not lost.
+        # The epochs up to the checkpoint are kept; later ones are trained and measured again.
         lines = []
 
         def records() -> Iterator[EpochRecord]:
@@ -52,12 +60,12 @@ class RunObserver:
             before = progress.last.workers
             if workers != before:
                 self._bar.line(
-                    f"{count(workers, 'worker')} instead of {before}: the same global batch and schedule, but no "
-                    "longer bit for bit the run that it would have been"
+                    f"{count(workers, 'worker')} instead of {before}: the global batch and the schedule stay the "
+                    "same, but the result is no longer bit for bit that of an undisturbed run"
                 )
-            if self._tell is not None:
-                for then in read_progress(self._run.path / CHECKPOINTS, progress):
-                    self._tell(then)
+            if self._on_epoch is not None:
+                for earlier in read_progress(self._run.path / CHECKPOINTS, progress):
+                    self._on_epoch(earlier)
         self._bar.begin(progress.epochs)
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
@@ -70,19 +78,19 @@ class RunObserver:
             self._restore_tables(self._records(progress))
         self._bar.epoch_line(self._describe(new), new.epoch)
         self._tracker.deliver()
-        bucket.push(self._run.path)
-        if self._tell is not None:
-            self._tell(progress)
+        self._run.push()
+        if self._on_epoch is not None:
+            self._on_epoch(progress)
 
     def go_on(self) -> bool:
         return True
 
     def trial_done(self, text: str, done: int, seconds_left: float) -> None:
-        """Write the line of a trial that has ended, the last of `done`, with the time that the others will take."""
+        """Write the line of a trial that has ended, the last of `done`, with the estimated time of the others."""
         self._bar.epoch_line(text, done, seconds_left)
 
     def deliver(self) -> None:
-        """Bring MLflow up to date with what else was written to the run directory."""
+        """Deliver what was written to the run directory to MLflow."""
         self._tracker.deliver()
 
     def _restore_tables(self, records: Iterable[EpochRecord]) -> None:

@@ -1,4 +1,4 @@
-"""Opening of a run: its record, and the repair of files that a killed run left damaged."""
+"""Opens runs: writes their records, and repairs the files that a killed run left damaged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import (
     CHECKPOINTS,
+    CLEARING_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     LOCK_FILE,
@@ -32,23 +33,24 @@ from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord, new_key
 from pipeline.tracking.store import store_uri
 from pipeline.training.epoch_record import EpochRecord, load_progress, read_records
 
-MOST_OF_A_TAG = 1000  # characters; MLflow refuses more than 8,000, and shows far fewer
+MAX_TAG_LENGTH = 1000  # characters; MLflow rejects more than 8,000 and shows far fewer
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What distinguishes one job from another.
+    """The identity of a run: kind, name, configuration and hash.
 
     Args:
         kind: "search", "retrain" or "sweep".
-        name: of the run, before the configuration's hash.
-        digits: hash of what decides the result.
-        config: the whole configuration.
-        sections: of the configuration that this job depends on.
-        parent: run directory of the search that a retraining belongs to, or of the sweep that a trial belongs to.
-        tags, description: for MLflow.
-        epochs: of the whole job, for the bar.
-        unit: what the bar counts, if not epochs.
+        name: Name of the run, without the configuration's hash.
+        digits: Hash of everything that decides the result.
+        config: The whole configuration.
+        sections: Sections of the configuration that the job depends on.
+        parent: Run directory of the search that a retraining belongs to, or of the sweep that a trial belongs to.
+        tags: MLflow tags.
+        description: Description of the MLflow run.
+        epochs: Number of epochs of the whole job, for the progress bar.
+        unit: What the progress bar counts.
     """
 
     kind: str
@@ -58,7 +60,7 @@ class JobSpec:
     sections: tuple[str, ...]
     epochs: int
     parent: str | None = None
-    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
     unit: str = "epoch"
 
@@ -68,29 +70,38 @@ class JobSpec:
         return bucket.local(self.config.runtime.runs_dir) / f"{self.name}-{self.digits}"
 
 
-CLEARING_FILE = ".clearing"  # while a --fresh deletes
-NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # what is there before a run begins
+NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # entries that exist before a run starts
 
 
 def with_outcome(record: RunRecord, word: str) -> RunRecord:
-    """A record that says what became of its run, where MLflow's own words do not, or did not before."""
+    """Return the record with the tag that tells interrupted runs from failed ones, which MLflow's status does not."""
     if word != INTERRUPTED and OUTCOME_TAG not in record.tags:
         return record
     return dataclasses.replace(record, tags={**record.tags, OUTCOME_TAG: word})
 
 
-def mend(
+def repair(
     run: RunDir,
     spec: JobSpec,
     say: Callable[[str], None],
-    metrics_anew: Callable[[], list[MetricsLine]] | None = None,
+    rebuild_metrics: Callable[[], list[MetricsLine]] | None = None,
 ) -> None:
-    """Restore those damaged files of a run that its checkpoints and its configuration can replace."""
+    """Repair the damaged files of a run that can be rebuilt from its checkpoints and its configuration.
+
+    Args:
+        run: The run.
+        spec: Its job.
+        say: Receives a line about each file.
+        rebuild_metrics: Returns the metrics of a finished run without checkpoints; None if they cannot be rebuilt.
+
+    Raises:
+        CheckpointError: A file of a finished run cannot be rebuilt.
+    """
     try:
         run.read()
     except CheckpointError as error:
         say(f"warning: {_what(error)}: replaced, the damaged file is {RECORD_FILE}.damaged")
-        # A copy: without a record, whatever is here would count as nothing.
+        # A copy, because a run directory without a record does not count as a run.
         shutil.copyfile(run.path / RECORD_FILE, run.path / f"{RECORD_FILE}.damaged")
         run.write(_new_record(spec))
     finished = run.read().status == "FINISHED"
@@ -98,21 +109,25 @@ def mend(
         run.environment()
     except CheckpointError as error:
         damaged = f"{ENVIRONMENT_FILE}.damaged"
-        # Where a finished run was computed, nothing else says. One that resumes writes where it is computed now.
+        # Nothing else says where a finished run was computed. A run that resumes writes a new file.
         done = "set aside as" if finished else "replaced, the damaged file is"
         say(f"warning: {_what(error)}: {done} {damaged}")
         os.replace(run.path / ENVIRONMENT_FILE, run.path / damaged)
     try:
         run.metrics()
-        # A run that goes on writes its last line again, one that has finished does not.
+        # A run that resumes writes its last line again; a finished run does not.
         if run.ends_in_mid_line() and finished:
-            raise CheckpointError(f"{run.path / METRICS_FILE}: ends in mid-line; restore it, or use --fresh")
+            raise CheckpointError(
+                "ends in the middle of a line",
+                field=str(run.path / METRICS_FILE),
+                remedy="restore it, or use --fresh",
+            )
     except CheckpointError as error:
-        # Every line is in the log, too; a sweep that resumes makes its own from the study.
+        # The epoch log has every line, too. A sweep that resumes rebuilds its metrics from the study.
         folder = run.path / CHECKPOINTS
         lines = [metrics_line(record) for record in read_records(folder, load_progress(folder))]
         if not lines and finished:
-            lines = _of_a_finished_run(metrics_anew, error)
+            lines = _rebuilt(rebuild_metrics, error)
         say(f"warning: {_what(error)}: restored")
         run.replace_metrics(lines)
     if finished and spec.kind == "search":
@@ -120,37 +135,44 @@ def mend(
 
 
 def _what(error: CheckpointError) -> str:
-    """Return what is wrong with a file, without the remedy."""
-    return str(error).partition("; ")[0]
+    """Return which file is damaged and how, without the remedy."""
+    return error.problem if error.field is None else f"{error.field}: {error.problem}"
 
 
 def _restore_tables(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
-    """Restore the damaged tables of a finished search; an unfinished one does so when it resumes."""
+    """Restore the damaged tables of a finished search; an unfinished search restores them when it resumes."""
     folder, lines = run.path / CHECKPOINTS, run.metrics()
     try:
         progress = load_progress(folder)
         if progress.epochs != (lines[-1].step if lines else 0):
-            return  # The checkpoints were deleted, or the last one is damaged, which has been said.
+            return  # The checkpoints were deleted, or the last one is damaged, about which the user was warned.
         tables = SearchTables(run.path, spec.config.space.cell_space())
         for file in tables.replace(read_records(folder, progress), finished=True):
             say(restored(file))
-    except CheckpointError as error:  # The result of a finished run does not depend on its checkpoints.
+    except CheckpointError as error:  # the result of a finished run does not depend on its checkpoints
         say(f"warning: {error}")
 
 
-def _of_a_finished_run(
-    metrics_anew: Callable[[], list[MetricsLine]] | None, error: CheckpointError
+def _rebuilt(
+    rebuild_metrics: Callable[[], list[MetricsLine]] | None, error: CheckpointError
 ) -> list[MetricsLine]:
-    if metrics_anew is None:
+    """Return the metrics of a finished run without checkpoints.
+
+    Raises:
+        CheckpointError: They cannot be rebuilt; the error is the one about the damaged file, with the reason.
+    """
+    if rebuild_metrics is None:
         raise error
     try:
-        return metrics_anew()
-    except IstanasError as gone:
-        raise CheckpointError(f"{error} ({one_line(gone)})") from None
+        return rebuild_metrics()
+    except IstanasError as reason:
+        raise CheckpointError(
+            f"{error.problem} ({one_line(reason)})", field=error.field, remedy=error.remedy
+        ) from None
 
 
-def mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
-    """Make the record anew where there are checkpoints without one, unless a --fresh was killed that deletes them."""
+def restore_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> None:
+    """Recreate a missing record if there are checkpoints, unless a killed `--fresh` was about to delete them."""
     checkpoints = any((run.path / CHECKPOINTS).glob("epoch-*.pt"))
     if checkpoints and not run.exists() and not (run.path / CLEARING_FILE).exists():
         say(f"warning: {run.path / RECORD_FILE}: missing, though there are checkpoints: restored")
@@ -158,7 +180,7 @@ def mend_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> 
 
 
 def metrics_line(record: EpochRecord) -> MetricsLine:
-    """The line of an epoch in a run's metrics."""
+    """Return an epoch's line in the metrics file."""
     return MetricsLine(record.epoch, record.timestamp_ms, record.metrics)
 
 
@@ -177,11 +199,11 @@ def open_record(
     digest: str = "",
     pictures: tuple[str, ...] = (),
 ) -> RunRecord:
-    """The record of a new run, or the one of the run that goes on."""
+    """Write and return the record of a new run, or the updated record of a run that resumes."""
     if run.exists():
         old = run.read()
         tags = {**old.tags, **_common_tags(spec.config)}
-        # Those that it was begun with, which are the same: `check_same_pictures`.
+        # The pictures of the first start; `check_same_pictures` has shown that they are the same.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
         record = with_outcome(record, "RUNNING")
@@ -192,7 +214,7 @@ def open_record(
         record,
         data_digest=digest or record.data_digest,
         pictures=pictures or record.pictures,
-        tags=record.tags | ({"istanas.missing_classes": missing[:MOST_OF_A_TAG]} if missing else {}),
+        tags=record.tags | ({"istanas.missing_classes": missing[:MAX_TAG_LENGTH]} if missing else {}),
     )
     run.write(record)
     return record
@@ -219,12 +241,15 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
 
 
 def _common_tags(config: Config) -> dict[str, str]:
-    """What every run is looked for by, beside what its record says."""
+    """Return the tags of every run, by which runs are found in MLflow."""
     return {"istanas.seed": str(config.seed), "istanas.workers": str(config.runtime.workers)}
 
 
 def clear(path: Path) -> None:
-    """Delete all but lock and Ray's logs, the record first: a kill in between leaves nothing that looks like a run."""
+    """Delete everything but the lock and Ray's logs.
+
+    The record is deleted first, so that a process killed in between leaves nothing that looks like a run.
+    """
     (path / CLEARING_FILE).touch()
     (path / RECORD_FILE).unlink(missing_ok=True)
     for entry in path.iterdir():

@@ -1,6 +1,6 @@
-"""A few steps of a job, measured: where their time goes, how near the machine's peak they are, how long a run takes.
+"""Profiles a few training steps of a job: where the time goes, the share of peak performance, and a run's duration.
 
-Trains in this process on the real pictures and throws the result away: no run directory, no MLflow.
+The steps train in this process on the real pictures, and the result is discarded: no run directory, no MLflow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.base.text import duration
 from pipeline.config.schema import Config, OneStageConfig, TwoStageConfig
-from pipeline.jobs.lifecycle import check_data, console_line, load_data, settled, tell_pictures
+from pipeline.jobs.context import say_pictures, say_to
+from pipeline.jobs.lifecycle import check_data, load_data, settled
 from pipeline.runs.record import data_label
 from pipeline.training.build import build_one_stage, build_retraining, build_two_stage
 from pipeline.training.compute import compute_for, describe_place
@@ -46,19 +47,19 @@ from pipeline.training.profiling import (
 )
 from pipeline.training.splits import splits_of
 
-WARM_UP = 2  # steps that are not measured: memory is allocated, kernels are chosen
+WARM_UP = 2  # steps that are not measured, in which memory is allocated and kernels are chosen
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything a whole run holds.
+    """The amounts of work in a whole run.
 
     Args:
-        epochs: of training.
-        steps_per_epoch: training steps of each.
-        recoveries: of all nodes' codes.
-        measured_pictures: pictures that pass forward in evaluation mode, in all epochs together.
-        upper_bound: whether the run may be shorter.
+        epochs: Number of training epochs.
+        steps_per_epoch: Number of training steps in an epoch.
+        recoveries: Number of recoveries of all nodes' codes.
+        measured_pictures: Number of forward passes in evaluation mode, over all epochs.
+        upper_bound: Whether the run may be shorter.
     """
 
     epochs: int
@@ -68,7 +69,9 @@ class Plan:
     upper_bound: bool
 
     def seconds(self, per_step: float, per_recovery: float, per_picture: float) -> float:
-        """epochs * steps_per_epoch * per_step + recoveries * per_recovery + measured_pictures * per_picture.
+        """Return the duration of the run.
+
+        epochs * steps_per_epoch * per_step + recoveries * per_recovery + measured_pictures * per_picture
 
         Example:
             >>> Plan(2, 10, 3, 100, False).seconds(0.5, 0.1, 0.001)
@@ -80,15 +83,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Work:
-    """A job's parts, ready to be measured.
+    """The parts of a job that are measured.
 
     Args:
-        train: see `pipeline.training.profiling.Train`.
-        pictures_per_step: through the network, forward and backward.
-        measure: evaluates one batch of training pictures.
-        pictures_measured: in that batch.
-        recover: recovers all nodes; None for a retraining.
-        plan: of the whole run.
+        train: See `pipeline.training.profiling.Train`.
+        pictures_per_step: Pictures that pass forward and backward in a step.
+        measure: Evaluates one batch of training pictures.
+        pictures_measured: Number of pictures in that batch.
+        recover: Recovers the codes of all nodes; None for a retraining.
+        plan: The amounts of work in the whole run.
     """
 
     train: Train
@@ -100,7 +103,7 @@ class Work:
 
 
 class ProjectionResult(TypedDict):
-    """The terms of `Plan.seconds` and their sum; without checkpoints, figures and MLflow."""
+    """The terms of `Plan.seconds` and their sum, without the time of checkpoints, figures and MLflow."""
 
     epochs: int
     steps_per_epoch: int
@@ -114,7 +117,7 @@ class ProjectionResult(TypedDict):
 
 
 class ProfileResult(TypedDict):
-    """What `--json` prints. FLOPs are those of convolutions and matrix products; a multiply-add is two."""
+    """What `--json` prints. FLOPs count convolutions and matrix products; a multiply-add is two."""
 
     job: str
     method: str
@@ -130,7 +133,7 @@ class ProfileResult(TypedDict):
     flops_per_second: float
     peak_flops_per_second: float
     peak_share: float
-    clock: str  # whose time the kinds have: cpu or cuda
+    clock: str  # clock of the kinds' times: cpu or cuda
     kinds: list[dict[str, Any]]  # see `pipeline.training.profiling.KindTime`
     projection: ProjectionResult
     trace: NotRequired[str]
@@ -142,32 +145,32 @@ def run_profile(
     """Measure a few steps of a search, or of the retraining of a genotype.
 
     Args:
-        config: the whole configuration; its method says which search. Workers and address are not used.
-        genotype: the cells to retrain; None: a search.
-        steps: that are timed, and as many again that are profiled; >= 1.
-        trace: file for the Chrome trace of the last profiled step.
-        console: for people.
+        config: The whole configuration; its method says which search. Workers and address are not used.
+        genotype: The cells to retrain; None profiles a search.
+        steps: Number of steps that are timed, and of steps that are profiled; >= 1.
+        trace: File for the Chrome trace of the last profiled step.
+        console: Where lines for the user are written.
 
     Returns:
         See `ProfileResult`.
 
     Raises:
-        ConfigError: if the trace can't be written there, or the settings do not fit the data or this machine.
+        ConfigError: The trace cannot be written, or the settings do not fit the pictures or this machine.
     """
     target = None if trace is None else _writable(trace)
     job = "search" if genotype is None else "retrain"
     config = settled(config, console)
     dataset = load_data(config, console)
     check_data(config, dataset, (job,))
-    tell_pictures(
-        [*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,))], console
+    say = say_to(console)
+    say_pictures(
+        [*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,))], say
     )
     compute = compute_for(config.runtime)
-    work = make_work(config, dataset, compute, genotype)  # refuses settings that do not fit the data
-    tell = console_line(console)
-    tell(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 2} training steps")
+    work = make_work(config, dataset, compute, genotype)
+    say(f"{describe_place(compute, Ranks())}: {WARM_UP} + {2 * steps + 2} training steps")
     if config.runtime.worker_range.maximum > 0:
-        tell(
+        say(
             f"measured and projected for one process; runtime.workers is {config.runtime.workers}: "
             "workers share each step"
         )
@@ -183,7 +186,7 @@ def run_profile(
         dtype = compute.autocast_dtype or torch.float32
         peak = peak_flops(device, dtype)
         kinds, clock = time_by_kind(work.train, steps, device, target)
-    # Warm already: building the search has recovered the first codes. A second try here would find this one's supports.
+    # No warm-up: building the search has recovered the first codes. A second call would start from this one's supports.
     per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {
         "job": job,
@@ -216,16 +219,16 @@ def run_profile(
 def make_work(
     config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype | None = None
 ) -> Work:
-    """A job at its start.
+    """Build a job at its start.
 
     Args:
-        config: the whole configuration.
-        dataset: as `open_dataset` gives it.
-        compute: device and precision.
-        genotype: the cells to retrain; None: a search.
+        config: The whole configuration.
+        dataset: The data set, as `open_dataset` returns it.
+        compute: Device and precision.
+        genotype: The cells to retrain; None builds a search.
 
     Raises:
-        ConfigError: if the settings do not fit the data.
+        ConfigError: The settings do not fit the pictures.
     """
     if genotype is not None:
         return _retraining(config, dataset, compute, genotype)
@@ -269,7 +272,7 @@ def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) 
 
 
 def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
-    """Projected with the step of the search for the training epochs too, where no b is trained but paths drop."""
+    """Build a one-stage search; its training epochs are projected with the time of a search step."""
     s, indices = config.search, splits_of(config, dataset, "search").training
     search = build_one_stage(config, dataset, compute, Ranks())
     batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
@@ -302,7 +305,7 @@ def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) 
 def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype) -> Work:
     r, indices = config.retrain, splits_of(config, dataset, "retrain").training
     net, optimizer = build_retraining(config, genotype, dataset, compute)
-    net.drop_path_prob = r.drop_path / 2  # the mean over the run
+    net.drop_path_prob = r.drop_path / 2  # its mean over the run
     batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
     stream = _endless(batches, "retrain", indices, r.batch_size)
     totals = Totals(compute.device)
@@ -341,35 +344,35 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
 
 
 def _to_training_mode(net: torch.nn.Module) -> None:
-    """Once: walking the modules takes milliseconds, which a job spends once an epoch and not in every step."""
+    """Switch to training mode only if needed: a job visits all modules once an epoch, not in every step."""
     if not net.training:
         net.train()
 
 
 def _endless(batches: Batches, purpose: str, indices: torch.Tensor, size: int) -> Iterator[Batch]:
-    """Epoch after epoch, all batches full: one of fewer pictures would not be comparable."""
+    """Yield the batches of one epoch after another, all of them full, so that their times are comparable."""
     full = indices[: max(len(indices) // size * size, min(size, len(indices)))]
     passes = (batches.training(purpose, full, epoch) for epoch in itertools.count())
     return as_data(itertools.chain.from_iterable(passes))
 
 
 def _measuring_size(batch_size: int) -> int:
-    """Pictures of one batch of `Batches.measuring`."""
+    """Return the number of pictures in one batch of `Batches.measuring`."""
     return max(batch_size, 256)
 
 
 def _measured(config: Config, dataset: ImageDataset, epochs: int, tested_epochs: int, test_every: int) -> int:
-    """Pictures that a run measures: the hold-out each epoch, the test split every so many and after the last."""
+    """Return how many pictures a run measures: the hold-out in each epoch, the test split every `test_every` epochs."""
     holdout = splits_of(config, dataset, "retrain").holdout  # that of a search is the same
     n_tests = max(math.ceil(tested_epochs / test_every), 1) if test_every > 0 else 0
     return epochs * (0 if holdout is None else len(holdout)) + n_tests * len(dataset.test)
 
 
 def _writable(trace: Path) -> Path:
-    """The file that a trace is written to, links followed: the profiler's library renames another file to its name.
+    """Return the file to which a trace is written, with links resolved, because the profiler renames a file to it.
 
     Raises:
-        ConfigError: if that would fail, or put an end to something that is no regular file.
+        ConfigError: It cannot be written, or would replace something that is not a regular file.
     """
     target = Path(os.path.realpath(trace))
     writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
@@ -377,16 +380,18 @@ def _writable(trace: Path) -> Path:
         writable = writable and target.is_file() and os.access(target, os.W_OK)
     if not writable:
         raise ConfigError(
-            f"trace: {trace} can't be written, name a regular file in a folder of yours that exists"
+            f"{trace} cannot be written",
+            field="trace",
+            remedy="name a regular file in an existing folder of yours",
         )
     return target
 
 
 def print_profile(result: ProfileResult, console: Console) -> None:
-    """Two tables for people: the kinds of operation, and the figures."""
+    """Print two tables: the kinds of operation, and the figures."""
     kinds = Table(title=f"{result['steps']} profiled steps, {result['clock']} time")
     kinds.add_column("kind of operation")
-    for heading in ("share", "ms a step", "calls a step"):
+    for heading in ("share", "ms per step", "calls per step"):
         kinds.add_column(heading, justify="right")
     for kind in result["kinds"]:
         milliseconds = f"{1000 * kind['seconds_per_step']:.2f}"
@@ -398,15 +403,15 @@ def print_profile(result: ProfileResult, console: Console) -> None:
     recovered = p["recoveries"] * p["seconds_per_recovery"]
     figures = Table("figure", "value")
     for label, value in (
-        ("seconds a step (median)", f"{result['seconds_per_step']:.4g}"),
+        ("seconds per step (median)", f"{result['seconds_per_step']:.4g}"),
         ("pictures/s", f"{result['pictures_per_second']:,.1f}"),
-        ("FLOPs of a step", _scaled(result["flops_per_step"], "FLOP")),
+        ("FLOPs per step", _scaled(result["flops_per_step"], "FLOP")),
         ("achieved", _scaled(result["flops_per_second"], "FLOP/s")),
         (
             f"matrix product, {result['dtype']}, {result['device']}",
             _scaled(result["peak_flops_per_second"], "FLOP/s"),
         ),
-        ("achieved of it", f"{result['peak_share']:.1%}"),
+        ("share of the matrix product", f"{result['peak_share']:.1%}"),
         ("training steps of the run", f"{p['epochs']:,} epochs x {p['steps_per_epoch']:,}"),
         ("its validation and tests", duration(measured)),
         *([("its recoveries", duration(recovered))] if p["recoveries"] else []),
@@ -415,11 +420,11 @@ def print_profile(result: ProfileResult, console: Console) -> None:
         figures.add_row(label, value)
     console.print(figures)
     if "trace" in result:
-        console_line(console)(f"trace: {result['trace']}")
+        say_to(console)(f"trace: {result['trace']}")
 
 
 def _scaled(value: float, unit: str) -> str:
-    """A number for people, by thousands.
+    """Return a number with a prefix of the SI.
 
     Example:
         >>> _scaled(3.2e9, "FLOP"), _scaled(12, "FLOP/s")

@@ -1,6 +1,6 @@
-"""What a person sees while a job runs: one bar with loss, accuracies and time left, and a line an epoch.
+"""Shows the progress of a job: one bar with loss, accuracies and time left, and a line for each epoch.
 
-A log file has no bar: its lines say how far the job is, and a long epoch has a line every few minutes.
+A log file has no bar: its lines say how far the job is, and a long epoch writes a line every few minutes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from rich.progress import (
 from istanas.training import Metrics
 from pipeline.base.text import duration
 
-# Figures are for eyes: reading them at every step would only cost time.
-SECONDS_BETWEEN_READINGS = 0.5
-SECONDS_BETWEEN_SIGNS = 120.0  # of life, in a log file
+SECONDS_BETWEEN_READINGS = (
+    0.5  # of the figures in the bar: reading them at every step would slow training down
+)
+SECONDS_BETWEEN_SIGNS = 120.0  # between two lines in a log file during a long epoch
 
 
 class EpochBar:
-    """A bar over all steps of a job; in a pipe or a log file lines that say the same.
+    """A bar over all steps of a job; in a pipe or a log file, lines instead.
 
     Args:
-        console: where to draw.
+        console: Where to draw.
         label: "search", "retrain" or "sweep".
-        epochs: of the whole job.
-        unit: what is counted, if not epochs.
-        clock: gives the time in seconds.
+        epochs: Number of epochs, or trials, of the whole job.
+        unit: What is counted.
+        clock: Returns the time in seconds.
+        seconds_between_readings: Shortest time between two readings of the figures in the bar.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class EpochBar:
         unit: str = "epoch",
         *,
         clock: Callable[[], float] = time.monotonic,
+        seconds_between_readings: float = SECONDS_BETWEEN_READINGS,
     ) -> None:
         self._console, self._label, self._epochs, self._unit = console, label, epochs, unit
         self._progress = Progress(
@@ -61,10 +64,10 @@ class EpochBar:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(label, total=None, figures="")
-        self._clock = clock
+        self._clock, self._seconds_between_readings = clock, seconds_between_readings
         self._read = 0.0
         self._begun = self._said = clock()
-        self._before: int | None = None  # epochs that were done when this sitting began
+        self._before: int | None = None  # epochs that were done when this process started
 
     def __enter__(self) -> EpochBar:
         self._progress.start()
@@ -76,11 +79,11 @@ class EpochBar:
         self._progress.stop()
 
     def begin(self, done: int) -> None:
-        """Start the estimate of the time left, when the job is set up and `done` epochs have been done."""
+        """Start the estimate of the time left, once the job is set up and `done` epochs are done."""
         self._before, self._begun = done, self._clock()
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        """Move the bar; `epoch` from 0, `step` from 1; `read` gives the epoch's figures so far, if they are known."""
+        """Advance the bar; `epoch` counts from 0, `step` from 1. `read` returns the epoch's figures so far, or None."""
         if self._before is None:
             self._before = epoch
         if self._progress.disable:
@@ -88,7 +91,7 @@ class EpochBar:
             return
         update: dict[str, object] = {}
         now = self._clock()
-        if now - self._read > SECONDS_BETWEEN_READINGS:
+        if now - self._read > self._seconds_between_readings:
             self._read = now
             if (m := read()) is not None:
                 top5 = "" if m.top5 is None else f"  top-5 {100 * m.top5:.1f} %"
@@ -102,12 +105,12 @@ class EpochBar:
         )
 
     def epoch_line(self, text: str, done: int, seconds_left: float | None = None) -> None:
-        """Write the line of an epoch or trial that has ended; in a log file with how far the job is.
+        """Write the line of an epoch or trial that has ended; a log file's line also says how far the job is.
 
         Args:
-            text: the line, and below it others.
-            done: how many have ended.
-            seconds_left: that the rest will take; None: as the epochs of this sitting did.
+            text: The line; further lines may follow it.
+            done: How many epochs or trials have ended.
+            seconds_left: Estimated time of the others; None estimates it from the epochs of this process.
         """
         if self._before is None:
             self._before = done - 1
@@ -119,7 +122,7 @@ class EpochBar:
         self.line(text)
 
     def _sign_of_life(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        """A line within a long epoch, for somebody who follows the log file."""
+        """Write a line during a long epoch to the log file."""
         if self._clock() - self._said < SECONDS_BETWEEN_SIGNS or step == n_steps:
             return
         m = read()
@@ -130,12 +133,12 @@ class EpochBar:
         )
 
     def _left(self, done: float) -> str:
-        """The time that the rest will take, as the epochs of this sitting did."""
+        """Return the estimated time left, from the epochs of this process."""
         assert self._before is not None
         seconds = (self._clock() - self._begun) / max(done - self._before, 1e-9) * (self._epochs - done)
         return duration(seconds)
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Write a permanent line."""
         self._said = self._clock()
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,6 +1,6 @@
-"""What the jobs return, and what `--json` prints. Accuracies are fractions in [0, 1], times seconds of training.
+"""The results of the jobs, as `--json` prints them. Accuracies are fractions in [0, 1]; times are seconds of training.
 
-Top-5 is measured with more than 10 classes only (`istanas.training.TOP5_ABOVE`), beside the top-1 of the same split.
+Top-5 is measured only with more than 10 classes (`istanas.training.TOP5_ABOVE`).
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ class _Result(TypedDict):
     params: int
     macs: int
     seconds: float
-    rollbacks: NotRequired[int]  # halvings of the learning rate, if the run diverged
+    rollbacks: NotRequired[int]  # halvings of the learning rate after divergence
 
 
 class SearchResult(_Result):
-    """Of a two-stage search; parameters and multiply-adds are of the network that `retrain`'s settings would build."""
+    """Result of a two-stage search; `params` and `macs` belong to the network that `retrain` would train."""
 
     valid_top1: float
     valid_top5: NotRequired[float]
 
 
 class OneStageResult(_Result):
-    """Of a one-stage search: `test_top1` of its absorbed network, `valid_top1` of what its last epoch has trained."""
+    """Result of a one-stage search: `test_top1` of the absorbed network, `valid_top1` of the last epoch's supernet."""
 
-    test_top1: NotRequired[float]  # but with search.test_every = 0
+    test_top1: NotRequired[float]  # unless search.test_every = 0
     test_top5: NotRequired[float]
     valid_top1: NotRequired[float]  # with data.holdout
     valid_top5: NotRequired[float]
     search_epochs: int
     train_epochs: int
-    rejected: int  # architectures above the limits
+    rejected: int  # architectures that exceeded the limits
     frozen: list[dict[str, Any]]  # per node: cell, node, epoch, reason ("tolerance" or "limit")
-    exports: NotRequired[dict[str, Any]]  # of `run`: see `pipeline.jobs.export`
+    exports: NotRequired[dict[str, Any]]  # only from `run`, see `pipeline.jobs.export`
 
 
 class RetrainResult(_Result):
-    """Of a retraining."""
+    """Result of a retraining."""
 
-    test_top1: NotRequired[float]  # but with retrain.test_every = 0
+    test_top1: NotRequired[float]  # unless retrain.test_every = 0
     test_top5: NotRequired[float]
     valid_top1: NotRequired[float]  # with data.holdout
     valid_top5: NotRequired[float]
 
 
 class RunResult(SearchResult):
-    """Of both: run_dir and mlflow_run_id are the search's, seconds are of both together."""
+    """Result of a search and its retraining: `run_dir` and `mlflow_run_id` belong to the search, `seconds` to both."""
 
     retrain_run_dir: str
     retrain_run_id: str | None
-    test_top1: NotRequired[float]  # but with retrain.test_every = 0
+    test_top1: NotRequired[float]  # unless retrain.test_every = 0
     test_top5: NotRequired[float]
     search_seconds: float
     retrain_seconds: float
 
 
 class SweepResult(TypedDict):
-    """Of a sweep: the figures of its best trial, numbers of trials; epochs and seconds of all searches together."""
+    """Result of a sweep: the figures of the best trial, numbers of trials, and epochs and seconds of all searches."""
 
     run_dir: str
     mlflow_run_id: str | None
@@ -74,8 +74,10 @@ class SweepResult(TypedDict):
     objective_top1: float
     valid_top1: float
     retrained_top1: NotRequired[float]  # with sweep.objective = retrained
-    kendall_tau: NotRequired[float | None]  # of the two, over the trials that have both
-    retrain_seconds: NotRequired[float]  # of all retrainings together
+    kendall_tau: NotRequired[
+        float | None
+    ]  # between valid_top1 and retrained_top1, over the trials that have both
+    retrain_seconds: NotRequired[float]  # of all retrainings
     params: int
     macs: int
     trials: int
@@ -87,11 +89,11 @@ class SweepResult(TypedDict):
 
 
 def accuracies(metrics: Mapping[str, float], *splits: str) -> dict[str, float]:
-    """Return the accuracies of an epoch under their names in a result; one that was not measured is left out.
+    """Return the accuracies of an epoch under their names in a result; those that were not measured are left out.
 
     Args:
-        metrics: of the epoch.
-        splits: "valid", "test", in the order of the result.
+        metrics: The metrics of the epoch.
+        splits: "valid" or "test", in the order of the result.
 
     Example:
         >>> accuracies({"train/top1": 0.9, "valid/top1": 0.6, "valid/top5": 0.8}, "test", "valid")

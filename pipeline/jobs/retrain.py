@@ -1,18 +1,16 @@
-"""The retraining job: a genotype's network trained from scratch and measured on the test split."""
+"""The retraining job: trains the network of a genotype from scratch and measures it on the test split."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from rich.console import Console
-
 from istanas.data import ImageDataset
 from istanas.space import Genotype
 from pipeline.cluster.launch import prepare_workers, run_job
-from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
-from pipeline.jobs.lifecycle import Outcome, check_data, console_line, execute, settled_spec
+from pipeline.jobs.context import JobContext
+from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, own_warnings, settled_spec
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import RetrainResult, accuracies
@@ -21,71 +19,63 @@ from pipeline.report import mlflow_note
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
-from pipeline.runs.layout import CELL_FIGURES, CHECKPOINTS, CONFIG_FILE, GENOTYPE_FILE
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.layout import (
+    CELL_FIGURES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    NETWORK_FILE,
+    WEIGHTS_FILE,
+)
+from pipeline.runs.network_files import save_network
 from pipeline.runs.outcome import ORIGIN_TAG
-from pipeline.training.epoch_record import EpochRecord
+from pipeline.training.epoch_record import EpochRecord, FolderStore
 from pipeline.training.loop import trained_network
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "retrain")
 
 
-def run_retrain(
-    config: Config,
-    genotype: Genotype,
-    *,
-    name: str,
-    parent: str | None,
-    origin: str | None = None,
-    fresh: bool,
-    console: Console,
-    runtime: Runtime,
-    wait: float = 0,
-) -> RetrainResult:
+def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None = None) -> RetrainResult:
     """Train the network of a genotype from scratch.
 
     Args:
-        config: the whole configuration.
-        genotype: the cells.
-        name: of the run.
-        parent: run directory of the search that found it, or None.
-        origin: where the genotype comes from if no run has found it: a file, a random or a published cell.
-        fresh: start over.
-        console: for people.
-        runtime: Ray, if there are workers.
-        wait: see `execute`.
+        context: What every job needs; its parent is the run directory of the search that found the genotype, or None.
+        genotype: The cells.
+        origin: Where a genotype comes from that no run has found: a file, a random or a published cell.
 
     Returns:
         See `RetrainResult`.
     """
-    origin = _run_name(parent) if parent is not None else origin
+    if context.parent is not None:
+        origin = _run_name(context.parent)
+    tags = {"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})}
 
     def describe(config: Config) -> JobSpec:
         return JobSpec(
             kind="retrain",
-            name=f"{name}-retrain",
+            name=f"{context.name}-retrain",
             digits=run_hash(config, "retrain", genotype=genotype.to_json()),
             config=config,
             sections=SECTIONS,
             epochs=config.retrain.epochs,
-            parent=parent,
-            tags={"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})},
+            parent=context.parent,
+            tags={**context.tags, **tags},
         )
 
-    spec = settled_spec(config, console, describe)
+    spec = settled_spec(context.config, context.console, describe)
     config = spec.config
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_data(config, dataset, ("retrain",))
-        prepare_workers(config, spec.path, runtime, console_line(console))
+        prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
-    def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
+    def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
-        folder = run.path / CHECKPOINTS
-        progress = run_job("retrain", config, dataset, folder, observer, runtime, genotype)
-        net = trained_network(config, genotype, dataset, folder)
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("retrain", config, dataset, store, observer, context.runtime, genotype)
+        net = trained_network(config, genotype, dataset, store.folder)
         save_network(run.path, net, genotype, config.retrain, dataset)
         m = progress.newest.metrics
         result: dict[str, Any] = {
@@ -106,25 +96,22 @@ def run_retrain(
             ),
         )
 
-    result = execute(
-        spec,
-        prepare,
-        body,
-        describe=describe_epoch,
-        fresh=fresh,
-        console=console,
+    steps = JobSteps(
         datasets=lambda dataset: datasets_used(config, dataset, "retrain"),
-        wait=wait,
+        prepare=prepare,
+        warn=own_warnings(spec),
+        run=run,
+        describe=describe_epoch,
     )
-    return cast(RetrainResult, result)
+    return cast(RetrainResult, execute(context.with_config(config), spec, steps))
 
 
 def _run_name(run_dir: str) -> str:
-    """The name of a run's directory; of a sweep's trial after the name of the sweep's."""
+    """Return the name of a run's directory; that of a sweep's trial follows the name of the sweep."""
     path = bucket.local(run_dir)
     return f"{path.parent.name}/{path.name}" if RunDir(path.parent).exists() else path.name
 
 
 def describe_epoch(record: EpochRecord) -> str:
-    """One line for people about an epoch."""
+    """Return one line for the user about an epoch."""
     return f"{describe_figures(record)}, {record.seconds:.1f} s"

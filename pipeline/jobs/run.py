@@ -1,45 +1,31 @@
-"""From pictures to a trained network in one go: two-stage searches and retrains, one-stage searches and exports."""
+"""Runs a search to a trained network: two-stage searches and retrains, one-stage searches and exports."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
-from rich.console import Console
-
 from istanas.space import Genotype
-from pipeline.cluster.ray_runtime import Runtime
-from pipeline.config.schema import Config, OneStageConfig
+from pipeline.config.schema import OneStageConfig
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.export import run_export
 from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 
 
-def run_whole(
-    config: Config, *, name: str, fresh: bool, console: Console, runtime: Runtime
-) -> RunResult | OneStageResult:
-    """Search; then retrain what was found, or export what was found and trained.
+def run_whole(context: JobContext) -> RunResult | OneStageResult:
+    """Search an architecture, then retrain it (two-stage) or export the trained network (one-stage).
 
     Returns:
         See `RunResult` (two-stage) and `OneStageResult`.
     """
-    if isinstance(config, OneStageConfig):
-        result = run_search(config, name=name, fresh=fresh, console=console, runtime=runtime)
-        exports = run_export(config, result["run_dir"], console=console)["exports"]
+    if isinstance(context.config, OneStageConfig):
+        result = run_search(context)
+        exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}
-    found = run_search(
-        config, name=name, fresh=fresh, console=console, runtime=runtime, jobs=("search", "retrain")
-    )
-    search = cast(SearchResult, found)
-    retrain = run_retrain(
-        config,
-        Genotype.from_dict(search["genotype"]),
-        name=name,
-        parent=search["run_dir"],
-        fresh=fresh,
-        console=console,
-        runtime=runtime,
-    )
+    search = cast(SearchResult, run_search(context, jobs=("search", "retrain")))
+    retrain = run_retrain(replace(context, parent=search["run_dir"]), Genotype.from_dict(search["genotype"]))
     both: RunResult = {
         **search,
         "retrain_run_dir": retrain["run_dir"],

@@ -1,4 +1,4 @@
-"""The search job: a genotype, its figures and its trajectory, from a configuration."""
+"""The search job: searches an architecture and writes its genotype, figures and trajectory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
@@ -20,15 +19,23 @@ from istanas.sparse import recover
 from istanas.training import Compute
 from pipeline.base.text import count
 from pipeline.cluster.launch import prepare_workers, run_job
-from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config, OneStageConfig
-from pipeline.jobs.lifecycle import Outcome, check_data, console_line, execute, settled_spec, write_page
+from pipeline.jobs.context import JobContext
+from pipeline.jobs.lifecycle import (
+    JobSteps,
+    Outcome,
+    check_data,
+    execute,
+    own_warnings,
+    settled_spec,
+    write_page,
+)
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import OneStageResult, SearchResult, accuracies
 from pipeline.report import mlflow_note
-from pipeline.report.trajectory_page import TRAJECTORY_PAGE, write_trajectory_page
+from pipeline.report.trajectory_page import write_trajectory_page
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
@@ -36,30 +43,33 @@ from pipeline.runs.layout import (
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
+    FREEZING_FIGURES,
     GENOTYPE_FILE,
+    NETWORK_FILE,
     TRAJECTORY_FILE,
+    TRAJECTORY_PAGE,
+    WEIGHTS_FILE,
 )
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, save_network
+from pipeline.runs.network_files import save_network
 from pipeline.training.build import build_one_stage
-from pipeline.training.epoch_record import EpochRecord, Progress, SearchRecord, read_records
+from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search")
-FREEZING_FIGURES = ("freezing.svg", "freezing.png")
 TRAJECTORY = (TRAJECTORY_FILE, CODES_FILE)
 
 
 def search_spec(
-    config: Config, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None
+    config: Config, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
 ) -> JobSpec:
-    """The search that a configuration describes.
+    """Return the search that a configuration describes.
 
     Args:
-        config: the whole configuration.
-        name: of the run.
-        parent: run directory of the sweep that it belongs to, or None.
-        tags: for MLflow.
+        config: The whole configuration.
+        name: Name of the run.
+        parent: Run directory of the sweep that the search belongs to, or None.
+        tags: MLflow tags.
     """
     return JobSpec(
         kind="search",
@@ -73,72 +83,52 @@ def search_spec(
     )
 
 
-def run_search(
-    config: Config,
-    *,
-    name: str,
-    fresh: bool,
-    console: Console,
-    runtime: Runtime,
-    jobs: tuple[str, ...] = ("search",),
-    parent: str | None = None,
-    tags: dict[str, str] | None = None,
-    tell: Callable[[Progress], None] | None = None,
-    wait: float = 0,
-) -> SearchResult | OneStageResult:
+def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> SearchResult | OneStageResult:
     """Search an architecture.
 
     Args:
-        config: the whole configuration; its method says which search.
-        name: of the run.
-        fresh: start over.
-        console: for people.
-        runtime: Ray, if there are workers.
-        jobs: whose settings to check against the data before any work; `run` adds "retrain".
-        parent, tags: see `search_spec`.
-        tell, wait: see `execute`.
+        context: What every job needs; the method in its configuration decides which search it is.
+        jobs: The jobs whose settings are checked against the pictures before any work; `run` adds "retrain".
 
     Returns:
         See `SearchResult` and `OneStageResult`.
     """
-    spec = settled_spec(config, console, lambda each: search_spec(each, name, parent=parent, tags=tags))
+    spec = settled_spec(
+        context.config,
+        context.console,
+        lambda config: search_spec(config, context.name, parent=context.parent, tags=context.tags),
+    )
     config = spec.config
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_solver(config.space.solver)
         check_data(config, dataset, jobs)
-        if isinstance(config, OneStageConfig):
-            build_one_stage(
-                config, dataset, Compute(torch.device("cpu")), Ranks()
-            )  # is there one within limits?
-        prepare_workers(config, spec.path, runtime, console_line(console))
+        if isinstance(config, OneStageConfig):  # raises an error if no architecture is within the limits
+            build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
+        prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
-    def body(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
-        folder = run.path / CHECKPOINTS
-        progress = run_job("search", config, dataset, folder, observer, runtime)
+    def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
+        store = FolderStore(run.path / CHECKPOINTS, run.push)
+        progress = run_job("search", config, dataset, store, observer, context.runtime)
         if isinstance(config, OneStageConfig):
             return _finish_one_stage(run, progress, dataset, config, observer.note)
         return _finish_two_stage(run, progress, observer.note)
 
     one_stage = isinstance(config, OneStageConfig)
-    describe = describe_one_stage_epoch if one_stage else describe_epoch
-    result = execute(
-        spec,
-        prepare,
-        body,
-        describe=describe,
-        fresh=fresh,
-        console=console,
+    steps = JobSteps(
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
-        tell=tell,
-        wait=wait,
+        prepare=prepare,
+        warn=own_warnings(spec),
+        run=run,
+        describe=describe_one_stage_epoch if one_stage else describe_epoch,
     )
+    result = execute(context.with_config(config), spec, steps)
     return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
 
 
 def describe_epoch(record: EpochRecord) -> str:
-    """One line for people about an epoch of a two-stage search."""
+    """Return one line for the user about an epoch of a two-stage search."""
     m, found = record.metrics, record.found()
     changes = int(m["recovery/support_changes"])
     return (
@@ -149,7 +139,7 @@ def describe_epoch(record: EpochRecord) -> str:
 
 
 def describe_one_stage_epoch(record: EpochRecord) -> str:
-    """What to tell people about an epoch of a one-stage search."""
+    """Return lines for the user about an epoch of a one-stage search."""
     m, found = record.metrics, record.found()
     frozen = found.frozen or ()
     text = describe_figures(record)
@@ -160,7 +150,7 @@ def describe_one_stage_epoch(record: EpochRecord) -> str:
         )
     text += f", {record.seconds:.1f} s{_describe_fallbacks(found)}"
     if found.rejection is not None:
-        text += f"\nrejected the new architecture, {found.rejection}: the one before stays"
+        text += f"\nrejected the new architecture, {found.rejection}: the previous one is kept"
     if found.searching and len(frozen) == len(found.nodes):
         reasons = Counter(freezing.reason for freezing in frozen)
         how = ", ".join(f"{n} by {reason}" for reason, n in sorted(reasons.items()))
@@ -169,7 +159,7 @@ def describe_one_stage_epoch(record: EpochRecord) -> str:
 
 
 def describe_figures(record: EpochRecord) -> str:
-    """Return the number, loss and accuracies of an epoch of a one-stage search or a retraining, for people."""
+    """Return the number, loss and accuracies of an epoch of a one-stage search or a retraining, for the user."""
     m = record.metrics
     text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     for split, word in (("valid", "validation"), ("test", "test")):
@@ -186,21 +176,21 @@ def _describe_tops(metrics: Mapping[str, float], split: str) -> str:
 
 
 def _describe_fallbacks(found: SearchRecord) -> str:
-    """A line on the nodes that another solver recovered than the one that was asked for, if there are any."""
+    """Return a line about the nodes that were recovered by another solver than the configured one, or ""."""
     by_solver: dict[str, list[str]] = {}
     for node in (*found.start_nodes, *found.nodes):
         name = f"{node.cell} node {node.node}"
         if node.fallback and name not in by_solver.setdefault(node.solver, []):
             by_solver[node.solver].append(name)
-    said = [f"{', '.join(names)} by {solver}" for solver, names in by_solver.items() if names]
-    return f"\nspace.solver failed, recovered {'; '.join(said)}" if said else ""
+    lines = [f"{', '.join(names)} by {solver}" for solver, names in by_solver.items() if names]
+    return f"\nspace.solver failed, recovered {'; '.join(lines)}" if lines else ""
 
 
 def check_solver(solver: str) -> None:
-    """Recover one small problem: a solver that cannot run here (no licence) says so before any work.
+    """Recover one small problem, so that a solver that cannot run here (no licence) is rejected before any work.
 
     Raises:
-        SolverError: with the remedy.
+        SolverError: The solver cannot run.
     """
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
@@ -257,7 +247,7 @@ def _finish_one_stage(
 def _draw_freezing(
     run: RunDir, progress: Progress, frozen: Sequence[Freezing], config: OneStageConfig
 ) -> None:
-    """The picture of the nodes' distances over the epochs of the search."""
+    """Draw the nodes' distances over the epochs of the search."""
     distances: dict[tuple[str, int], list[tuple[int, float]]] = {}
     rejected = []
     for record in read_records(run.path / CHECKPOINTS, progress):
@@ -279,7 +269,7 @@ def _draw_freezing(
 
 
 def _figures(genotype: Genotype, progress: Progress) -> dict[str, Any]:
-    """The figures that every search has."""
+    """Return the figures that every search has."""
     m = progress.newest.metrics
     return {
         "digest": genotype.digest(),

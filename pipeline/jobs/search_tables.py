@@ -1,4 +1,4 @@
-"""The tables of a search: `trajectory.csv` and `codes.csv`, to which every epoch adds its rows."""
+"""Writes the tables of a search, `trajectory.csv` and `codes.csv`, to which every epoch appends its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from istanas.search import NodeReport
 from istanas.space import CellSpace
 from pipeline.base.files import append
-from pipeline.runs.directory import make_hold
+from pipeline.runs.directory import ensure_content
 from pipeline.runs.layout import CODES_FILE, TRAJECTORY_FILE
 from pipeline.training.epoch_record import EpochRecord
 
@@ -32,11 +32,11 @@ CODES_COLUMNS = ("epoch", "cell", "node", "state", "op", "magnitude")
 
 
 class SearchTables:
-    """`trajectory.csv` and `codes.csv` of a search, to which every epoch adds its rows.
+    """The files `trajectory.csv` and `codes.csv` of a search, to which every epoch appends its rows.
 
     Args:
-        folder: the run directory.
-        space: the cells of the search.
+        folder: The run directory.
+        space: The cell space of the search.
     """
 
     def __init__(self, folder: Path, space: CellSpace) -> None:
@@ -45,15 +45,15 @@ class SearchTables:
         self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0}
 
     def replace(self, records: Iterable[EpochRecord], *, finished: bool = False) -> list[Path]:
-        """Make the tables what the records of all epochs done make them.
+        """Rewrite the tables from the records of all finished epochs.
 
         Args:
-            records: of the epochs, from the first.
-            finished: whether no other epoch was begun. Else a kill may have left rows of a later epoch in a table, or
-                only a part of the last epoch's rows.
+            records: The epochs, from the first.
+            finished: Whether the search has finished. Otherwise a killed process may have left rows of a later epoch,
+                or only a part of the last epoch's rows; such a table does not count as damaged.
 
         Returns:
-            The tables that no kill has left as they were: they had been damaged.
+            The tables that were damaged.
         """
         contents = {name: io.BytesIO() for name in self._sizes}
         before_last = dict(self._sizes)
@@ -72,11 +72,11 @@ class SearchTables:
             torn = len(old) >= before_last[name] and new.startswith(old)
             if old != new and (finished or not (torn or old.startswith(new))):
                 damaged.append(file)
-            make_hold(file, new)
+            ensure_content(file, new)
         return damaged
 
     def append(self, record: EpochRecord) -> bool:
-        """Add the rows of the next epoch; False if a table is shorter than it was left: it has been damaged since."""
+        """Append the rows of the next epoch; return False if a table was truncated since the last call."""
         for name, rows in self._rows(record).items():
             try:
                 append(self._folder / name, rows, at=self._sizes[name])
@@ -86,7 +86,7 @@ class SearchTables:
         return True
 
     def _rows(self, record: EpochRecord) -> dict[str, bytes]:
-        """The rows of an epoch by table, with the head of the table before the first; none of what searches nothing."""
+        """Return an epoch's rows by table, after the header if they are the first; empty if the epoch has no search."""
         tables = {
             TRAJECTORY_FILE: (TRAJECTORY_COLUMNS, list(trajectory_rows(record))),
             CODES_FILE: (CODES_COLUMNS, list(codes_rows(record, self._space, self._kept))),
@@ -105,14 +105,14 @@ class SearchTables:
 
 def restored(file: Path) -> str:
     """Return the warning for a table that was damaged."""
-    return f"warning: {file}: it was damaged: restored from the log of epochs"
+    return f"warning: {file}: damaged: restored from the epoch log"
 
 
 def trajectory_rows(record: EpochRecord) -> Iterator[tuple[Any, ...]]:
-    """One row a recovery and node: what it keeps, as `TRAJECTORY_COLUMNS`; epoch 0 is the start, before any training.
+    """Yield one row of `TRAJECTORY_COLUMNS` for each recovery and node; epoch 0 is the start, before any training.
 
     Args:
-        record: of any job's epoch; there are no rows unless it searches.
+        record: An epoch of any job; only an epoch of a search has rows.
     """
     for epoch, nodes in _recoveries(record):
         for node in nodes:
@@ -131,21 +131,20 @@ def trajectory_rows(record: EpochRecord) -> Iterator[tuple[Any, ...]]:
             )
 
 
-KeptCodes = dict[tuple[str, int], list[float]]  # (cell, node) -> magnitudes of its last recovered code
+KeptCodes = dict[tuple[str, int], list[float]]  # (cell, node) -> magnitudes of the last recovered code
 
 
 def codes_rows(
     record: EpochRecord, space: CellSpace, kept: KeptCodes
 ) -> Iterator[tuple[int, str, int, int, str, str]]:
-    """Magnitudes of every node's sparse code: `CODES_COLUMNS` of each recovery, node and candidate.
+    """Yield the magnitudes of the sparse codes: one row of `CODES_COLUMNS` for each recovery, node and candidate.
 
-    Left out are epochs whose magnitudes were not recorded, by an early version.
+    Epochs whose magnitudes an early version did not record are left out.
 
     Args:
-        record: of an epoch of a search.
-        space: its cells.
-        kept: what the epochs before have kept, updated here: a node that is not recovered any more keeps the code
-            that it froze with.
+        record: An epoch of a search.
+        space: The cell space of the search.
+        kept: The last code of each node, updated here: a frozen node is not recovered any more and keeps its code.
     """
     for epoch, nodes in _recoveries(record):
         for node in nodes:

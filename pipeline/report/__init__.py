@@ -1,13 +1,14 @@
 """Reports on runs: HTML pages, pandas frames and terminal tables.
 
-One frame for each question: `results_frame` (everything), `searches_frame`, `epochs_frame`, `genotypes_frame`,
-`sweeps_frame`, `weights_frame` (one-stage weights against retrained ones). All take `tracking_uri=` and
-`experiment=`, and most the conditions of `Filters`; accuracies are fractions, times aware (UTC), what is missing
-is NA, and a store without such runs gives an empty frame of the same types. `pipeline.report.trials.read_table` has
-the trials of one sweep, `pipeline.report.terminal` prints.
+The frames are `results_frame` (all runs), `searches_frame`, `epochs_frame`, `genotypes_frame`, `sweeps_frame` and
+`weights_frame` (weights of one-stage searches compared with retrained ones). All take `tracking_uri=` and
+`experiment=`, and most take the conditions of `Filters`. Accuracies are fractions, times have the time zone UTC,
+missing values are NA, and a store without matching runs gives an empty frame with the same types.
+
+`pipeline.report.trials.read_table` returns the trials of a sweep; `pipeline.report.terminal` formats frames as text.
 """
 
-from pipeline.report.frames import (
+from pipeline.report.columns import (
     COLUMNS,
     EPOCHS_COLUMNS,
     GENOTYPES_COLUMNS,
@@ -15,6 +16,8 @@ from pipeline.report.frames import (
     SEARCHES_COLUMNS,
     SWEEPS_COLUMNS,
     WEIGHTS_COLUMNS,
+)
+from pipeline.report.frames import (
     Filters,
     epochs_frame,
     genotypes_frame,

@@ -1,4 +1,4 @@
-"""A comparison for people: one HTML file that needs nothing else, and one picture of the same."""
+"""A comparison of runs: a self-contained HTML page, and the same content as one picture."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from istanas.draw import draw_cell
 from istanas.space import CELLS, Genotype
-from pipeline.report.html import chart_svg, render
+from pipeline.report.html import cell_label, chart_svg, render
 from pipeline.report.run_reader import ReadRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = "compare.html"
-# Told apart without colour vision (Okabe and Ito), dark enough on white.
+# Distinguishable with colour blindness (Okabe and Ito), and dark enough on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b", "#56a0d3", "#333333")
 _DASHES = ("-", "--", ":", "-.")
 _PANELS = {
@@ -33,17 +35,17 @@ _PANELS = {
 
 @dataclass(frozen=True)
 class Curves:
-    """One figure in two forms."""
+    """The curves of all runs, as a picture and as an element of a page."""
 
     png: bytes
-    svg: str
+    svg: Markup
 
 
 def draw_curves(runs: Sequence[ReadRun]) -> Curves:
-    """All runs' curves, a panel for each metric that any of them has.
+    """Draw the curves of all runs, with a panel for each metric that any of them has.
 
     Args:
-        runs: numbered from 1 in the legend.
+        runs: The runs, numbered from 1 in the legend.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,7 +73,7 @@ def draw_curves(runs: Sequence[ReadRun]) -> Curves:
         handles = [lines[number] for number in sorted(lines)]
         legend = figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=9)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a name may hold dollars
+            text.set_parse_math(False)  # A name may contain dollar signs.
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return Curves(content.getvalue(), chart_svg(figure, "curves", "Curves of all runs over the epochs"))
@@ -85,15 +87,15 @@ def render_page(
     genotypes: Sequence[Genotype | None],
     curves: Curves,
 ) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
     Args:
-        headings: of the table of figures.
-        table: a row for each run, its number and name first.
-        differing: setting -> value of each run.
-        notes: sentences below the table.
-        genotypes: of each run; None: it has none yet. What several runs share is drawn once.
-        curves: as `draw_curves` gives them.
+        headings: The headings of the table of results.
+        table: A row for each run, which starts with its number and name.
+        differing: Setting -> its value in each run.
+        notes: Sentences below the table.
+        genotypes: The genotype of each run, or `None`. One that several runs share is drawn once.
+        curves: The curves that `draw_curves` returns.
     """
     runs_of: dict[str | None, list[int]] = {}
     for place, genotype in enumerate(genotypes):
@@ -101,11 +103,14 @@ def render_page(
     cells = []
     for digest, places in runs_of.items():
         genotype = genotypes[places[0]]
-        # Drawn here, so safe on a page: a run's own pictures anybody may have written.
-        figures = {} if genotype is None else {kind: _cell(genotype, kind) for kind in CELLS}
+        # Cells are drawn again, because the pictures in a run directory may come from an untrusted source.
+        figures = [] if genotype is None else [_cell(genotype, kind) for kind in CELLS]
         cells.append({"runs": places, "digest": digest, "figures": figures})
     return render(
         TEMPLATE,
+        title=f"Comparison of {len(table)} runs",
+        subtitle=None,
+        footer=None,
         headings=headings,
         table=table,
         colours=[colour for colour, _ in _styles(len(table))],
@@ -123,10 +128,10 @@ def draw_whole(
     genotypes: Sequence[Genotype | None],
     curves: Curves,
 ) -> bytes:
-    """The comparison as one PNG: figures, differing settings, curves, and the cells side by side.
+    """Return the comparison as one PNG: results, different settings, curves, and the cells side by side.
 
     Args:
-        headings, table, differing, genotypes, curves: as `render_page` takes them.
+        headings, table, differing, genotypes, curves: As in `render_page`.
     """
     from PIL import Image
 
@@ -170,7 +175,7 @@ def _table_png(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
     drawn.auto_set_column_width(list(range(len(headings))))
     for cell in drawn.get_celld().values():
         cell.set_edgecolor("#d9dde3")
-        cell.get_text().set_parse_math(False)  # a name may hold dollars
+        cell.get_text().set_parse_math(False)  # A name may contain dollar signs.
     return _png(figure)
 
 
@@ -181,14 +186,14 @@ def _png(figure: Figure) -> bytes:
 
 
 def _styles(n: int) -> list[tuple[str, str]]:
-    """Colour and dashes of n runs, no two alike while they last."""
+    """Return a colour and a dash pattern for each of n runs, different for up to 28 runs."""
     colours = cycle(COLOURS)
     return [(next(colours), _DASHES[i // len(COLOURS) % len(_DASHES)]) for i in range(n)]
 
 
-def _cell(genotype: Genotype, kind: str) -> str:
+def _cell(genotype: Genotype, kind: str) -> Markup:
     figure = _cell_figure(genotype, kind, f"{kind} cell")
-    return chart_svg(figure, f"{genotype.digest()[:8]}-{kind}", f"{kind} cell")
+    return chart_svg(figure, f"{genotype.digest()[:8]}-{kind}", cell_label(kind, genotype.picks(kind)))
 
 
 def _cell_figure(genotype: Genotype, kind: str, title: str) -> Figure:

@@ -7,6 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Unpack
 
+from pipeline.report.columns import (
+    COLUMNS,
+    EPOCHS_KEYS,
+    GENOTYPES_COLUMNS,
+    METRICS,
+    SEARCHES_COLUMNS,
+    SPACE_PREFIX,
+    SWEEPS_COLUMNS,
+    WEIGHTS_COLUMNS,
+)
 from pipeline.runs.layout import GENOTYPE_FILE
 from pipeline.runs.outcome import ORIGIN_TAG, data_of, outcome
 from pipeline.tracking.queries import Filters, load_runs, readable
@@ -17,160 +27,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "kind": "string",
-    "method": "string",
-    "dataset": "string",
-    "status": "string",
-    "genotype": "string",
-    "test_top1": "Float64",
-    "test_top5": "Float64",
-    "valid_top1": "Float64",
-    "valid_top5": "Float64",
-    "params": "Int64",
-    "macs": "Int64",
-    "seconds": "Float64",
-    "started": "datetime64[ms, UTC]",
-    "parent_run_id": "string",
-    "run_dir": "string",
-    "outcome": "string",
-    "origin": "string",
-}
-"""Column -> pandas dtype: accuracies are fractions, top-5 NA with 10 classes or fewer, `genotype` is the digest,
-`seconds` the time worked, `outcome` the status with INTERRUPTED and PRUNED told apart, which MLflow calls FAILED or
-KILLED, `origin` where the cell that a retraining trained comes from: a run, a file, a random or a
-published cell; NA of other runs. `dataset` is the data set's name, of own pictures what their folder is called."""
-
-SEARCHES_COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "method": "string",
-    "dataset": "string",
-    "status": "string",
-    "seed": "Int64",
-    "genotype": "string",
-    "valid_top1": "Float64",
-    "valid_top5": "Float64",
-    "test_top1": "Float64",
-    "test_top5": "Float64",
-    "retrainings": "Int64",
-    "retrain_run_id": "string",
-    "retrained_valid_top1": "Float64",
-    "retrained_valid_top5": "Float64",
-    "retrained_test_top1": "Float64",
-    "retrained_test_top5": "Float64",
-    "params": "Int64",
-    "macs": "Int64",
-    "seconds": "Float64",
-    "started": "datetime64[ms, UTC]",
-    "parent_run_id": "string",
-    "run_dir": "string",
-}
-"""Column -> pandas dtype of `searches_frame`: `valid_*` and `test_*` are the search's own (test of a one-stage
-search only), `retrainings` counts the finished ones of what it found, `retrain_run_id` is the newest of them and
-`retrained_*` are its accuracies, `parent_run_id` is the sweep's; top-5 is NA with 10 classes or fewer."""
-
-METRICS = (
-    "train/loss",
-    "train/top1",
-    "train/top5",
-    "train/rollbacks",
-    "valid/loss",
-    "valid/top1",
-    "valid/top5",
-    "test/loss",
-    "test/top1",
-    "test/top5",
-    "recovery/gap",
-    "recovery/truncation",
-    "recovery/margin",
-    "recovery/distance",
-    "recovery/support_changes",
-    "recovery/fallbacks",
-    "arch/skip_ratio",
-    "arch/frozen_nodes",
-    "arch/rejected",
-    "target/params",
-    "target/macs",
-    "images_per_second",
-)
-"""What is measured in an epoch, as MLflow calls it; each kind of run has some of it."""
-
-EPOCHS_KEYS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "kind": "string",
-    "method": "string",
-    "dataset": "string",
-    "epoch": "Int64",
-}
-EPOCHS_COLUMNS: dict[str, str] = {**EPOCHS_KEYS, **dict.fromkeys(METRICS, "Float64")}
-"""Column -> pandas dtype of `epochs_frame`: epochs count from 1; a metric that was not measured is NA."""
-
-GENOTYPES_COLUMNS: dict[str, str] = {
-    "genotype": "string",
-    "dataset": "string",
-    "searches": "Int64",
-    "found_by": "string",
-    "retrainings": "Int64",
-    "best_retrained_test_top1": "Float64",
-    "mean_retrained_test_top1": "Float64",
-    "best_retrained_valid_top1": "Float64",
-    "params": "Int64",
-    "macs": "Int64",
-    "genotype_json": "string",
-}
-"""Column -> pandas dtype of `genotypes_frame`: `genotype` is the digest, `found_by` the run ids of the `searches` that
-ended with it, with spaces between; the best of several retrainings flatters, the mean does not; `params` and `macs`
-are those of the newest retraining, else search; `genotype_json` is what `Genotype.from_json` reads, NA where the store
-has no such artifact."""
-
-SWEEPS_COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "method": "string",
-    "dataset": "string",
-    "status": "string",
-    "searcher": "string",
-    "scheduler": "string",
-    "objective": "string",
-    "objectives": "string",
-    "space": "string",
-    "trials": "Int64",
-    "complete": "Int64",
-    "pruned": "Int64",
-    "failed": "Int64",
-    "best_top1": "Float64",
-    "genotype": "string",
-    "seconds": "Float64",
-    "started": "datetime64[ms, UTC]",
-    "run_dir": "string",
-}
-"""Column -> pandas dtype of `sweeps_frame`: `trials` are planned, the next three have ended; `best_top1` is of the
-objective, "valid" or "retrained" (on the hold-out); `objectives` and the swept keys in `space` have commas between."""
-
-WEIGHTS_COLUMNS: dict[str, str] = {
-    "run_id": "string",
-    "name": "string",
-    "dataset": "string",
-    "genotype": "string",
-    "one_stage_top1": "Float64",
-    "one_stage_params": "Int64",
-    "one_stage_epochs": "Int64",
-    "one_stage_seconds": "Float64",
-    "retrain_run_id": "string",
-    "retrain_name": "string",
-    "retrained_top1": "Float64",
-    "retrained_params": "Int64",
-    "retrained_epochs": "Int64",
-    "retrained_seconds": "Float64",
-    "difference": "Float64",
-}
-"""Column -> pandas dtype of `weights_frame`: top-1 are fractions of the test split, `difference` is what
-retraining gains, epochs and seconds of a search hold its training too."""
-
 _NUMBERS = {
     "test_top1": "test/top1",
     "test_top5": "test/top5",
@@ -179,27 +35,26 @@ _NUMBERS = {
     "params": "target/params",
     "macs": "target/macs",
 }
-_SPACE = "sweep.space."
 _REQUESTS_AT_ONCE = 8
 
 
 def results_frame(
     *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
 ) -> "pd.DataFrame":
-    """Sweeps, searches and retrainings of a store, newest first, each followed by what belongs to it.
+    """Return the sweeps, searches and retrainings of a store, newest first, each followed by its child runs.
 
-    `test_top1` of a one-stage search is that of its own weights; a two-stage search has none.
+    `test_top1` of a one-stage search is measured with its own weights; a two-stage search has none.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store.store_uri`.
-        experiment: only this experiment; None means all of them.
-        filters: which runs, see `Filters`; one whose parent is left out heads a family.
+        tracking_uri: The address of the store, see `pipeline.tracking.store.store_uri`.
+        experiment: The name of an experiment; `None` selects all.
+        filters: Conditions on the runs, see `Filters`.
 
     Returns:
-        A frame with the columns and types of `COLUMNS`; no rows where there is no store yet.
+        A frame with the columns and types of `COLUMNS`, without rows if the store does not exist yet.
 
     Raises:
-        ConfigError: a filter is refused, the store can't be read, or has no such experiment.
+        ConfigError: If a filter is invalid, the store cannot be read, or it has no such experiment.
 
     Example:
         >>> frame = results_frame(tracking_uri="sqlite:////nowhere/mlflow.db", dataset="digits", kind="search")
@@ -216,17 +71,17 @@ def searches_frame(
     settings: Sequence[str] = (),
     **filters: Unpack[Filters],
 ) -> "pd.DataFrame":
-    """One row for every search, trials of sweeps included, with what retraining made of it; newest first.
+    """Return a row for each search, trials of sweeps included, with the results of retraining; newest first.
 
     Args:
-        tracking_uri, experiment, filters: as in `results_frame`; of kind "search" all are.
-        settings: keys of the configuration to add as columns, such as "search.lr": as text, as the store has them.
+        tracking_uri, experiment, filters: As in `results_frame`.
+        settings: Keys of the configuration, such as "search.lr", to add as text columns.
 
     Returns:
-        A frame with the columns and types of `SEARCHES_COLUMNS`, and after them those of `settings` (string).
+        A frame with the columns and types of `SEARCHES_COLUMNS`, followed by those of `settings` (string).
 
     Raises:
-        ConfigError: as `results_frame`.
+        ConfigError: As in `results_frame`.
 
     Example:
         >>> frame = searches_frame(tracking_uri="sqlite:////nowhere/mlflow.db", settings=["search.lr"])
@@ -248,20 +103,19 @@ def epochs_frame(
     metrics: Sequence[str] = METRICS,
     **filters: Unpack[Filters],
 ) -> "pd.DataFrame":
-    """One row for every epoch of every search and retraining: learning curves, in the order of `results_frame`.
+    """Return a row for each epoch of each search and retraining (learning curves), in the order of `results_frame`.
 
-    The store is asked once for each run and metric that the run has, several at a time: naming few `metrics`, or
-    filtering, saves time.
+    The store receives one request for each run and metric, so fewer `metrics` or runs take less time.
 
     Args:
-        tracking_uri, experiment, filters: as in `results_frame`; sweeps have no epochs.
-        metrics: which to read, a column each.
+        tracking_uri, experiment, filters: As in `results_frame`. Sweeps have no epochs.
+        metrics: The metrics to read, each of which is a column.
 
     Returns:
-        A frame with the columns and types of `EPOCHS_COLUMNS`, of the metrics those that were asked for.
+        A frame with the columns and types of `EPOCHS_COLUMNS`, restricted to `metrics`.
 
     Raises:
-        ConfigError: as `results_frame`.
+        ConfigError: As in `results_frame`.
 
     Example:
         >>> frame = epochs_frame(tracking_uri="sqlite:////nowhere/mlflow.db", metrics=["valid/top1"])
@@ -290,19 +144,19 @@ def epochs_frame(
 def genotypes_frame(
     *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
 ) -> "pd.DataFrame":
-    """One row for every genotype and data set: which finished searches found it, and what its retrainings reached.
+    """Return a row for each genotype and data set, with the finished searches that found it and its retrainings.
 
-    Of a run that was started over, the newest counts. A cell that was only retrained (published, random) has no
-    searches. The most often found first, then the best.
+    If a run was started over, only the newest counts. A cell that was only retrained (published, random) has no
+    searches. Genotypes that were found most often come first, then those with the best accuracy.
 
     Args:
-        tracking_uri, experiment, filters: as in `results_frame`; only what they let through is counted.
+        tracking_uri, experiment, filters: As in `results_frame`. Other runs are not counted.
 
     Returns:
         A frame with the columns and types of `GENOTYPES_COLUMNS`.
 
     Raises:
-        ConfigError: as `results_frame`.
+        ConfigError: As in `results_frame`.
 
     Example:
         >>> len(genotypes_frame(tracking_uri="sqlite:////nowhere/mlflow.db"))
@@ -329,16 +183,16 @@ def genotypes_frame(
 def sweeps_frame(
     *, tracking_uri: str | None, experiment: str | None = None, **filters: Unpack[Filters]
 ) -> "pd.DataFrame":
-    """One row for every sweep, newest first; `pipeline.report.trials.read_table(run_dir)` has the trials of one.
+    """Return a row for each sweep, newest first. `pipeline.report.trials.read_table` returns the trials of a sweep.
 
     Args:
-        tracking_uri, experiment, filters: as in `results_frame`; of kind "sweep" all are.
+        tracking_uri, experiment, filters: As in `results_frame`.
 
     Returns:
         A frame with the columns and types of `SWEEPS_COLUMNS`.
 
     Raises:
-        ConfigError: as `results_frame`.
+        ConfigError: As in `results_frame`.
 
     Example:
         >>> len(sweeps_frame(tracking_uri="sqlite:////nowhere/mlflow.db"))
@@ -353,21 +207,21 @@ def sweeps_frame(
 def weights_frame(
     *, tracking_uri: str | None, experiment: str | None = None, dataset: str | None = None
 ) -> "pd.DataFrame":
-    """The weights of every finished one-stage search against its network retrained from scratch, newest search first.
+    """Compare the weights of each finished one-stage search with its network retrained from scratch; newest first.
 
-    A search has one row for each of its finished retrainings of the same genotype on the same data set (of a
-    retraining that was started over, the newest counts), or one row without figures of a retraining.
+    A search has one row for each finished retraining of its genotype on its data set, or a single row without one.
+    If a retraining was started over, only the newest counts.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store.store_uri`.
-        experiment: only this experiment; None means all of them.
-        dataset: only this data set.
+        tracking_uri: The address of the store, see `pipeline.tracking.store.store_uri`.
+        experiment: The name of an experiment; `None` selects all.
+        dataset: The name of a data set; `None` selects all.
 
     Returns:
-        A frame with the columns and types of `WEIGHTS_COLUMNS`; no rows where there is no store yet.
+        A frame with the columns and types of `WEIGHTS_COLUMNS`, without rows if the store does not exist yet.
 
     Raises:
-        ConfigError: the store can't be read, or has no such experiment or data set.
+        ConfigError: If the store cannot be read, or has no such experiment or data set.
     """
     uri = store_uri(tracking_uri)
     runs = load_runs(uri, experiment, {"dataset": dataset})
@@ -379,7 +233,7 @@ def weights_frame(
         for retraining in (*_of_search(search, retrainings),) or (None,)
     ]
     rows = []
-    if pairs:  # without any there may be no store, and opening it would create it
+    if pairs:  # Opening a store that does not exist would create it.
         with readable(uri):
             client = open_client(uri)
             rows = [_weights_row(client, search, retraining) for search, retraining in pairs]
@@ -397,7 +251,7 @@ def _has(run: "Run", **tags: str | None) -> bool:
 
 
 def _newest_of_directory(runs: "Iterable[Run]") -> "list[Run]":
-    """Without the runs that were started over since: of those of one directory the newest stays."""
+    """Return the newest run of each run directory: the earlier ones were started over."""
     newest: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.info.start_time):
         directory = run.data.tags.get("istanas.run_dir", run.info.run_id)
@@ -407,7 +261,7 @@ def _newest_of_directory(runs: "Iterable[Run]") -> "list[Run]":
 
 
 def _finished_retrainings(runs: "Iterable[Run]") -> "dict[str, list[Run]]":
-    """Run id of a search -> its finished retrainings, as they were begun."""
+    """Return run id of a search -> its finished retrainings, in the order of their start."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if _has(run, kind="retrain") and run.info.status == "FINISHED":
@@ -416,7 +270,7 @@ def _finished_retrainings(runs: "Iterable[Run]") -> "dict[str, list[Run]]":
 
 
 def _of_search(search: "Run", retrainings: "dict[str, list[Run]]") -> "list[Run]":
-    """The retrainings of what a search found, on its data set."""
+    """Return the retrainings of the cell that a search found, on the search's data set."""
     genotype, data = search.data.tags.get("istanas.genotype"), data_of(search.data.tags)
     return [
         run
@@ -485,7 +339,7 @@ def _genotype_row(digest: str, text: str | None, runs: "list[Run]") -> dict[str,
 
 
 def _genotype_text(client: "MlflowClient", run: "Run", scratch: str) -> str | None:
-    """The artifact of a finished run; None if it is not there any more."""
+    """Return the genotype artifact of a finished run; `None` if the store does not have it."""
     run_id = run.info.run_id
     if GENOTYPE_FILE not in {file.path for file in client.list_artifacts(run_id)}:
         return None
@@ -501,7 +355,9 @@ def _sweep_row(sweep: "Run") -> dict[str, Any]:
         **{
             name: params.get(f"sweep.{name}") for name in ("searcher", "scheduler", "objective", "objectives")
         },
-        "space": ",".join(sorted(key.removeprefix(_SPACE) for key in params if key.startswith(_SPACE))),
+        "space": ",".join(
+            sorted(key.removeprefix(SPACE_PREFIX) for key in params if key.startswith(SPACE_PREFIX))
+        ),
         "trials": _whole(params.get("sweep.trials")),
         "complete": metrics.get("sweep/complete", 0),
         "pruned": metrics.get("sweep/pruned", 0),
@@ -534,12 +390,12 @@ def _weights_row(client: "MlflowClient", search: "Run", retraining: "Run | None"
 
 
 def _epochs(client: "MlflowClient", run: "Run") -> int | None:
-    """The epochs that a run has done; its settings name only limits."""
+    """Return the number of epochs of a run, counted in its metrics: the settings are only limits."""
     return max((m.step for m in client.get_metric_history(run.info.run_id, "train/loss")), default=None)
 
 
 def _seconds(run: "Run") -> float | None:
-    """The time that the job reported, else from start to end, breaks included; None while it runs."""
+    """Return the seconds that the job reported, else those from start to end; `None` while it runs."""
     try:
         return float(run.data.tags["istanas.seconds"])
     except (KeyError, ValueError):

@@ -1,7 +1,7 @@
-"""What all pages share: templates that escape, charts as SVG inside the page, figures written for people.
+"""The common parts of all HTML pages: templates, charts as inline SVG, and formatted values.
 
-A page is one file that loads nothing: it opens from a disk, and in MLflow's own viewer, which allows no request. That
-viewer does not open another file either, so MLflow receives pages without the links to files that they have on a disk.
+A page is a single file that loads nothing, so it opens from a disk and in MLflow's viewer, which blocks requests. The
+viewer cannot open other files either, so MLflow receives pages without links to files.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import base64
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup, escape
 
+from istanas.space import state_name
 from pipeline.base.text import duration, percent
+from pipeline.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REPORT_PAGE = "report.html"
-BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # on the charts' white ground
-# Text stays text, and no random id makes two equal figures differ.
+BLUE, ORANGE, GREEN = "#0b5fa5", "#b3400e", "#1b7a3d"  # visible on the white background of charts
+# Text is not converted to paths, and ids are not random: equal figures give equal SVG.
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "istanas"}
 _STYLE: dict[Any, Any] = {
     **_SVG,
@@ -44,7 +45,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of `pipeline/report/templates`; what is no `Markup` is escaped."""
+    """Render a template of `pipeline/report/templates`; all values that are not `Markup` are escaped."""
     return _templates().get_template(template).render(**values)
 
 
@@ -62,7 +63,7 @@ def _templates() -> jinja2.Environment:
 
 
 def figure(value: Any) -> str:
-    """A setting or a figure for people: thousands separated, and no more digits than say something.
+    """Format a setting or a number for a page: thousands are separated, floats have at most six digits.
 
     Example:
         >>> [figure(v) for v in (40482, 0.0030000000001, True, None, "cosine", 7)]
@@ -77,31 +78,53 @@ def figure(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-@contextmanager
-def chart(width: float, height: float, **grid: float) -> Iterator[Figure]:
-    """A figure of this size in inches, in the pages' style; draw it and turn it into SVG inside the block.
+def job_title(record: RunRecord) -> str:
+    """Return the job and the data set of a run, such as "Two-stage search on digits"."""
+    search = f"{record.method.replace('_', '-')} search"
+    kind = {"search": search, "retrain": "retraining", "sweep": "sweep"}[record.kind]
+    return f"{kind[0].upper()}{kind[1:]} on {record.data_label}"
+
+
+def cell_label(cell: str, picks: Sequence[Sequence[tuple[str, int]]]) -> str:
+    """Describe a cell for screen readers.
 
     Args:
-        width, height: inches.
-        grid: what `Figure.subplots_adjust` takes.
+        cell: The kind of the cell, such as "normal".
+        picks: The operations of each node, with the states that they read.
+
+    Example:
+        >>> cell_label("normal", [[("skip_connect", 0), ("sep_conv_3x3", 1)]])
+        'normal cell: node 0: skip_connect from c(k-2), sep_conv_3x3 from c(k-1)'
+    """
+    nodes = (", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in picks)
+    return f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
+
+
+@contextmanager
+def chart(width: float, height: float, **grid: float) -> Iterator[Figure]:
+    """Yield an empty figure in the style of the pages. It must be drawn and converted to SVG inside the block.
+
+    Args:
+        width, height: The size in inches.
+        grid: The arguments of `Figure.subplots_adjust`.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        page = Figure(figsize=(width, height), facecolor="white", dpi=72)  # a pixel is a point of SVG
+        page = Figure(figsize=(width, height), facecolor="white", dpi=72)  # A pixel is then a point of SVG.
         FigureCanvasAgg(page)
         page.subplots_adjust(**grid)
         yield page
 
 
 def add_axes(page: Figure, rows: int, columns: int, number: int, title: str, *, log: bool = False) -> Axes:
-    """Axes of a chart; what is drawn of their ticks is what is needed, because drawing ticks is what takes time."""
+    """Add axes with few ticks to a chart, because drawing ticks takes most of the time."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes = page.add_subplot(rows, columns, number)
-    axes.set_title(title, y=1.0)  # else everything is measured to find out where it fits
+    axes.set_title(title, y=1.0)  # Without y, matplotlib measures everything to place the title.
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
@@ -111,7 +134,7 @@ def add_axes(page: Figure, rows: int, columns: int, number: int, title: str, *, 
 
 
 def epoch_axis(axes: Axes, first: int, last: int) -> None:
-    """Whole epochs from the first to the last."""
+    """Give axes whole epochs from the first to the last."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -119,23 +142,23 @@ def epoch_axis(axes: Axes, first: int, last: int) -> None:
 
 
 def chart_svg(chart: Figure, name: str, label: str) -> Markup:
-    """A figure as an element of a page, see `inline_svg`; equal figures give equal text."""
+    """Convert a figure to an SVG element of a page, see `inline_svg`. Equal figures give equal text."""
     import matplotlib
 
     content = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context(_SVG):
-        chart.savefig(content, format="svg", metadata=nothing)
+        chart.savefig(content, format="svg", metadata=no_metadata)
     return inline_svg(content.getvalue(), name, label)
 
 
 def inline_svg(source: str, name: str, label: str) -> Markup:
-    """What matplotlib wrote as an SVG file, as an element of a page.
+    """Convert the text of an SVG file by matplotlib to an element of a page.
 
     Args:
-        source: the file's text, from a writer that is trusted.
-        name: makes its ids different from those of the page's other pictures.
-        label: what a screen reader says.
+        source: The text of the file, which must come from a trusted writer.
+        name: A prefix that distinguishes the element's ids from those of other pictures on the page.
+        label: The text for screen readers.
 
     Example:
         >>> print(inline_svg('<?xml?><svg id="a" width="5pt" height="5pt"><use href="#a"/></svg>', "loss", "a < b"))
@@ -151,5 +174,5 @@ def inline_svg(source: str, name: str, label: str) -> Markup:
 
 
 def data_uri(png: bytes) -> str:
-    """A picture as an address that holds it."""
+    """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

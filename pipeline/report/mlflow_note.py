@@ -1,4 +1,4 @@
-"""What MLflow's pages say about a run, in Markdown: its figures, its genotype, how to do it again."""
+"""Descriptions of runs for MLflow, in Markdown: results, genotype, and the command that repeats the run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,63 +6,62 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.base.text import count, duration, percent, shown_value
 from pipeline.report.terminal import validation_note
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 
 _SPLITS = {"test": "test", "valid": "validation"}
 
 
 def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
-    """Of a two-stage search.
+    """Describe a two-stage search.
 
     Args:
-        dataset: the data set's name.
-        epochs: that it took.
-        result: its figures, see `pipeline.jobs.results`.
-        genotype: what it found.
+        dataset: The name of the data set.
+        epochs: The number of epochs.
+        result: The result, see `pipeline.jobs.results`.
+        genotype: The genotype that it found.
     """
     return _page(
         f"{percent(result['valid_top1'])} validation top-1: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result, {"valid": "validation"}), *_common(result)],
         genotype,
-        again="istanas search --config config.yaml",
+        again=f"istanas search --config {CONFIG_FILE}",
         more=validation_note("search", "two_stage"),
     )
 
 
 def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genotype) -> str:
-    """Of a one-stage search, with the epochs after which its nodes froze; arguments as above."""
+    """Describe a one-stage search, with the epochs after which its nodes froze.
+
+    Args:
+        dataset, result, genotype: As in `of_two_stage_search`.
+    """
     frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
     nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
+    table = _table(("node", "frozen after epoch", "reason"), nodes)
     return _page(
         f"{_headline(result)}one-stage search on {dataset}, {count(result['search_epochs'], 'epoch')} of search, "
         f"{result['train_epochs']} of training.",
-        [
-            *_tops(result),
-            *_common(result),
-            ("architectures rejected by the limits", str(result["rejected"])),
-        ],
+        [*_tops(result), *_common(result), ("architectures rejected by limits", str(result["rejected"]))],
         genotype,
-        again="istanas search --config config.yaml",
-        more="\n\n".join(
-            filter(
-                None,
-                [
-                    _table(("node", "frozen after epoch", "reason"), nodes),
-                    _note(result, "search", "one_stage"),
-                ],
-            )
-        ),
+        again=f"istanas search --config {CONFIG_FILE}",
+        more="\n\n".join(filter(None, [table, _note(result, "search", "one_stage")])),
     )
 
 
 def of_retraining(
     dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype, origin: str | None = None
 ) -> str:
-    """Of a retraining; arguments as above, and where the genotype comes from."""
+    """Describe a retraining.
+
+    Args:
+        dataset, epochs, result, genotype: As in `of_two_stage_search`.
+        origin: The source of the genotype, if it is not the parent run.
+    """
     return _page(
         f"{_headline(result)}retraining on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result), *_common(result), *([("genotype from", f"`{origin}`")] if origin else [])],
         genotype,
-        again="istanas retrain --genotype genotype.json --config config.yaml",
+        again=f"istanas retrain --genotype {GENOTYPE_FILE} --config {CONFIG_FILE}",
         more=_note(result, "retrain", ""),
     )
 
@@ -74,31 +73,33 @@ def of_sweep(
     genotype: Genotype,
     files: Sequence[str],
 ) -> str:
-    """Of a sweep.
+    """Describe a sweep.
 
     Args:
-        dataset: the data set's name.
-        space: key -> what it was tried with, for people.
-        result: its figures.
-        genotype: of the best trial.
-        files: where more is to be seen.
+        dataset: The name of the data set.
+        space: Key -> its values, as text.
+        result: The result, see `pipeline.jobs.results`.
+        genotype: The genotype of the best trial.
+        files: Files that show all trials.
     """
     rows = [("top-1 in search", percent(result["valid_top1"]))]
     if "retrained_top1" in result:
         tau = result["kendall_tau"]
-        rows.append(("Kendall's tau of the two, all trials", "not defined" if tau is None else f"{tau:.2f}"))
-        rows.append(("top-1 on the hold-out, retrained", percent(result["retrained_top1"])))
+        rows.append(
+            ("Kendall's tau between search and retraining", "not defined" if tau is None else f"{tau:.2f}")
+        )
+        rows.append(("top-1 on the hold-out after retraining", percent(result["retrained_top1"])))
     best = result["settings"]
     settings = [(key, text, shown_value(best[key]) if key in best else "") for key, text in space.items()]
-    where = ", ".join(f"`{file}`" for file in files)
+    shown_in = ", ".join(f"`{file}`" for file in files)
     return _page(
-        f"{rows[-1][1]} by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
+        f"{rows[-1][1]} top-1 by trial {result['best_trial']}: sweep on {dataset}, {count(result['trials'], 'trial')}, "
         f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed; "
         f"{count(result['epochs'], 'epoch')}.",
         [*rows, *_common(result, time="time of all searches")],
         genotype,
-        again="istanas sweep --config config.yaml",
-        more=f"{_table(('key', 'space', 'best'), settings)}\n\nAll trials: {where}.",
+        again=f"istanas sweep --config {CONFIG_FILE}",
+        more=f"{_table(('key', 'search space', 'best value'), settings)}\n\nAll trials: {shown_in}.",
     )
 
 
@@ -110,7 +111,7 @@ def _page(
         "\n".join(f"- {label}: {value}" for label, value in figures),
         f"```\n{genotype}\n```",
         more,
-        f"Again, with this run's files: `{again}`",
+        f"To repeat this run with its files: `{again}`",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -129,7 +130,7 @@ def _note(result: Mapping[str, Any], kind: str, method: str) -> str:
     return validation_note(kind, method) if "valid_top1" in result else ""
 
 
-def _common(result: Mapping[str, Any], time: str = "time of training") -> list[tuple[str, str]]:
+def _common(result: Mapping[str, Any], time: str = "time") -> list[tuple[str, str]]:
     return [
         ("parameters", f"{result['params']:,}"),
         ("multiply-adds", f"{result['macs']:,}"),
@@ -140,9 +141,9 @@ def _common(result: Mapping[str, Any], time: str = "time of training") -> list[t
 
 
 def _headline(result: Mapping[str, Any]) -> str:
-    """What counts, before what it is of: tables cut a description off after some words."""
+    """Return the accuracies, which come first because MLflow's tables truncate descriptions."""
     measured = [
         (result[f"{split}_top1"], name) for split, name in _SPLITS.items() if f"{split}_top1" in result
     ]
     tops = ", ".join(f"{percent(top)} {name} top-1" for top, name in measured)
-    return f"{tops}: " if tops else "Not tested: "
+    return f"{tops}: " if tops else "Not measured: "

@@ -1,4 +1,4 @@
-"""`report.html`: everything about one finished run on a page of its own, made from its run directory alone."""
+"""`report.html`: the page of one finished run, made from its run directory alone."""
 
 from __future__ import annotations
 
@@ -10,29 +10,38 @@ from typing import Any
 
 from markupsafe import Markup
 
-from istanas.space import CELLS, Genotype, state_name
+from istanas.space import CELLS, Genotype
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration, percent
+from pipeline.report.columns import SPACE_PREFIX
 from pipeline.report.html import (
     BLUE,
     GREEN,
     ORANGE,
-    REPORT_PAGE,
     add_axes,
+    cell_label,
     chart,
     chart_svg,
     data_uri,
     epoch_axis,
     figure,
     inline_svg,
+    job_title,
     render,
 )
 from pipeline.report.terminal import validation_note
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELLS_FOLDER,
+    CONFIG_FILE,
+    FREEZING_FIGURES,
+    GENOTYPE_FILE,
+    REPORT_PAGE,
+)
 from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.runs.record import MetricsLine, RunRecord
 
-_KINDS = {"search": "search", "retrain": "retraining", "sweep": "sweep"}
 _SPLITS = {"train": (BLUE, "-"), "valid": (ORANGE, "--"), "test": (GREEN, "-.")}
 Rows = list[tuple[str, str]]
 
@@ -41,11 +50,11 @@ def write_report(run: RunDir, record: RunRecord | None = None) -> None:
     """Write the page of a finished run into its directory.
 
     Args:
-        run: its directory; nothing else is read.
-        record: of the run, if it is not yet written down as finished.
+        run: The run directory; nothing else is read.
+        record: The record of the run, if the one in the directory is not final yet.
 
     Raises:
-        CheckpointError: if files of the run are broken.
+        CheckpointError: If files of the run are damaged.
     """
     record = run.read() if record is None else record
     atomic_write(run.path / REPORT_PAGE, render("report.html", **_contents(run, record)))
@@ -54,15 +63,10 @@ def write_report(run: RunDir, record: RunRecord | None = None) -> None:
 def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
     result, genotype = record.result, Genotype.from_dict(record.result["genotype"])
     environment = run.environment()
-    method = record.method.replace("_", "-")
-    what = f"{method} search" if record.kind == "search" else _KINDS[record.kind]
-    of = f" of {Path(record.parent).name}" if record.parent is not None else ""
-    if ORIGIN_TAG in record.tags:
-        of = f", genotype from {record.tags[ORIGIN_TAG]}"
-    freezing = run.path / "freezing.svg"
+    freezing = run.path / FREEZING_FIGURES[0]
     return {
         "title": record.name,
-        "subtitle": f"{what[0].upper()}{what[1:]} on {record.data_label}{of}, ended {_date(record.ended_ms)}",
+        "subtitle": f"{job_title(record)}{_origin(record)}, ended {_date(record.ended_ms)}",
         "links": [
             (file, text)
             for file, text in (
@@ -83,10 +87,10 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "frozen": sorted(result.get("frozen", []), key=lambda f: (f["cell"], f["node"])),
         "pictures": record.pictures,
         "settings": _settings(record),
-        "configuration": (run.path / "config.yaml").read_text(),
+        "configuration": (run.path / CONFIG_FILE).read_text(),
         "environment": _environment(environment),
         "command": environment.get("command", "not known"),
-        "footer": f"{run.path.name}, begun {_date(record.started_ms)}",
+        "footer": f"Run directory {run.path.name}, started {_date(record.started_ms)}",
         "best": [],
         "trials": None,
         "plots": [],
@@ -94,8 +98,17 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _origin(record: RunRecord) -> str:
+    """Return where the genotype of a retraining, or a trial, comes from."""
+    if ORIGIN_TAG in record.tags:
+        return f", genotype from {record.tags[ORIGIN_TAG]}"
+    if record.parent is None:
+        return ""
+    return f", {'trial of' if record.kind == 'search' else 'genotype from'} {Path(record.parent).name}"
+
+
 def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple[str, str]]:
-    """The figures that stand at the top, the most important first."""
+    """Yield name and value of the results at the top of the page, the most important first."""
     result, sweep = record.result, record.kind == "sweep"
     if sweep:
         yield "best trial", str(result["best_trial"])
@@ -112,26 +125,21 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
     yield "multiply-adds", figure(result["macs"])
     yield "skip connections", percent(genotype.skip_ratio())
     if sweep:
-        ended = f"{result['complete']} done, {result['pruned']} stopped, {result['failed']} failed"
-        yield "trials", ended
+        yield "trials", f"{result['complete']} done, {result['pruned']} stopped, {result['failed']} failed"
         if "kendall_tau" in result:
             tau = result["kendall_tau"]
             yield "Kendall's tau", "not defined" if tau is None else f"{tau:.2f}"
     if "search_epochs" in result:
         yield "epochs of search", figure(result["search_epochs"])
         yield "epochs of training", figure(result["train_epochs"])
-        yield "rejected as too large", figure(result["rejected"])
+        yield "rejected by limits", figure(result["rejected"])
     else:
-        yield "epochs", figure(result.get("epochs", epochs))
-    yield "time", duration(result["seconds"])
+        yield "epochs of all searches" if sweep else "epochs", figure(result.get("epochs", epochs))
+    yield "time of all searches" if sweep else "time", duration(result["seconds"])
 
 
 def _cell(folder: Path, cell: str, genotype: Genotype) -> Markup:
-    nodes = (
-        ", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in genotype.picks(cell)
-    )
-    label = f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
-    return _svg(folder / "cells" / f"{cell}.svg", cell, label)
+    return _svg(folder / CELLS_FOLDER / f"{cell}.svg", cell, cell_label(cell, genotype.picks(cell)))
 
 
 def _svg(file: Path, name: str, label: str) -> Markup:
@@ -139,7 +147,7 @@ def _svg(file: Path, name: str, label: str) -> Markup:
 
 
 def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
-    """Loss, top-1 and top-5 of all splits that were measured; of a sweep, the best so far."""
+    """Draw loss, top-1 and top-5 of all measured splits or, for a sweep, the best top-1 so far."""
     if not lines:
         return None
     steps = [line.step for line in lines]
@@ -151,7 +159,7 @@ def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
     with chart(9.6, 3.2, left=0.07, right=0.99, top=0.9, bottom=0.15, wspace=0.16) as page:
         for place, (metric, title) in enumerate(panels, start=1):
             axes = add_axes(page, 1, len(panels), place, title)
-            axes.set_xlabel("trials done" if kind == "sweep" else "epoch")
+            axes.set_xlabel("ended trials" if kind == "sweep" else "epoch")
             names = {"": metric} if kind == "sweep" else {split: f"{split}/{metric}" for split in _SPLITS}
             for split, name in names.items():
                 points = [(line.step, line.metrics[name]) for line in lines if name in line.metrics]
@@ -170,10 +178,10 @@ def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
 
 
 def _settings(record: RunRecord) -> list[tuple[str, Rows]]:
-    """The settings that decide the result, by section; a sweep's space stands with its best."""
+    """Return the settings that determine the result, by section. The space of a sweep has a section of its own."""
     sections: dict[str, Rows] = {}
     for key, value in record.params.items():
-        if key.startswith("sweep.space."):
+        if key.startswith(SPACE_PREFIX):
             continue
         section, _, name = key.rpartition(".")
         sections.setdefault(section or "run", []).append(
@@ -186,7 +194,11 @@ def _environment(found: dict[str, Any]) -> Rows:
     if not found:
         return [("environment", "not recorded")]
     git = found["git"]
-    commit = "not a checkout" if git is None else git["commit"] + (", with changes" if git["dirty"] else "")
+    commit = (
+        "not a checkout"
+        if git is None
+        else git["commit"] + (", with uncommitted changes" if git["dirty"] else "")
+    )
     rows = [
         ("istanas", found["istanas"]),
         ("git commit", commit),
@@ -198,28 +210,32 @@ def _environment(found: dict[str, Any]) -> Rows:
         ("GPUs", ", ".join(found["gpus"]) or "none"),
     ]
     if found["earlier"]:
-        rows.append(
-            ("begun elsewhere", f"{count(len(found['earlier']), 'environment')} before, in environment.json")
-        )
+        rows.append(("earlier environments", f"{len(found['earlier'])}, in environment.json"))
     return rows
 
 
 def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
     from pipeline.report.trials import page_table, read_table
 
-    spaces = {
-        key.removeprefix("sweep.space."): value
-        for key, value in record.params.items()
-        if key.startswith("sweep.space.")
+    space = {
+        key.removeprefix(SPACE_PREFIX): values
+        for key, values in record.params.items()
+        if key.startswith(SPACE_PREFIX)
     }
-    best = folder / "best"
+    best, settings = folder / BEST_FOLDER, record.result["settings"]
     return {
         "best": [
-            (key, figure(record.result["settings"][key]) if key in record.result["settings"] else "", space)
-            for key, space in spaces.items()
+            (key, figure(settings[key]) if key in settings else "", values) for key, values in space.items()
         ],
         "retrain_best": shlex.join(
-            ["istanas", "retrain", "--genotype", f"{best}/genotype.json", "--config", f"{best}/config.yaml"]
+            [
+                "istanas",
+                "retrain",
+                "--genotype",
+                f"{best}/{GENOTYPE_FILE}",
+                "--config",
+                f"{best}/{CONFIG_FILE}",
+            ]
         ),
         "trials": page_table(folder, read_table(folder)),
         "plots": [

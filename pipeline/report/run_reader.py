@@ -1,4 +1,4 @@
-"""One run as it is compared and shown: read from its run directory, or from the MLflow store where that is not here."""
+"""Reads a run for a comparison, from its run directory or, if that is not on this machine, from the MLflow store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from istanas.space import Genotype
 from pipeline.runs.bucket import shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
-from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
+from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGHTS_FILE
 from pipeline.runs.mlflow_link import read_link
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE
 from pipeline.runs.outcome import data_of, outcome
 from pipeline.runs.record import MetricsLine
 from pipeline.tracking.queries import readable
@@ -29,18 +28,19 @@ _FILES = (CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGHTS_FILE)
 
 @dataclass(frozen=True)
 class ReadRun:
-    """What a run is, what it was set to, what it measured and found.
+    """A run with its settings, metrics and files.
 
     Args:
-        label: name of its directory, which tells runs of one name apart.
-        kind, method, status: as in its record.
-        dataset: what its data set is called.
-        run_dir: its directory here, or None.
-        mlflow_run_id: None if it was never delivered.
+        label: The name of its directory, which distinguishes runs with the same name.
+        kind, method, status: As in its record.
+        dataset: The name of its data set.
+        outcome: Its status, with INTERRUPTED and PRUNED distinguished.
+        run_dir: Its directory on this machine, or `None`.
+        mlflow_run_id: Its id in the MLflow store; `None` if it was never delivered.
         settings: "section.key" -> value as text, of the sections that it depends on.
-        lines: its metrics, a line an epoch.
-        seconds: the time worked; None while it runs.
-        files: folder of its configuration, genotype and network, as far as it has them.
+        lines: Its metrics, one line for each epoch.
+        seconds: The time spent working; `None` while it runs.
+        files: The folder of its configuration, genotype and network, as far as they exist.
     """
 
     label: str
@@ -58,7 +58,7 @@ class ReadRun:
 
     @property
     def genotype(self) -> Genotype | None:
-        """What it found or trained; None if it has not yet."""
+        """The genotype that it found or trained, or `None`."""
         file = self.files / GENOTYPE_FILE
         return read_genotype(file) if file.is_file() else None
 
@@ -68,27 +68,27 @@ class ReadRun:
         return all((self.files / name).is_file() for name in (NETWORK_FILE, WEIGHTS_FILE))
 
     def points(self, metric: str) -> list[tuple[int, float]]:
-        """(epoch, value) of a metric, where it was measured."""
+        """Return the (epoch, value) pairs of a metric."""
         return [(line.step, line.metrics[metric]) for line in self.lines if metric in line.metrics]
 
     def last(self, metric: str) -> float | None:
-        """The newest value of a metric."""
+        """Return the last value of a metric, or `None`."""
         points = self.points(metric)
         return points[-1][1] if points else None
 
 
 def read_run(ref: str, *, runs_dir: Path, tracking_uri: str | None, scratch: Path) -> ReadRun:
-    """Read a run from its directory; if that is not here, and the reference is an MLflow run id, from the store.
+    """Read a run from its directory or, given an MLflow run id without a directory on this machine, from the store.
 
     Args:
-        ref: a run directory, an MLflow run id or a unique name.
-        runs_dir: where runs are kept.
-        tracking_uri: see `pipeline.tracking.store.store_uri`.
-        scratch: a folder for what comes from the store; must live as long as the result is used.
+        ref: A run directory, an MLflow run id or a unique name.
+        runs_dir: The folder of run directories.
+        tracking_uri: The address of the store, see `pipeline.tracking.store.store_uri`.
+        scratch: A folder for downloaded files, which must exist as long as the result is used.
 
     Raises:
-        ConfigError: there is no such run, or the store can't be read.
-        CheckpointError: its directory is broken.
+        ConfigError: If there is no such run, or the store cannot be read.
+        CheckpointError: If the run directory is damaged.
     """
     try:
         run_dir = resolve_run(ref, runs_dir=runs_dir, tracking_uri=tracking_uri)
@@ -123,11 +123,15 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
     client = open_client(uri)
     try:
         run = client.get_run(run_id)
-    except Exception:  # no such run, no such server: it was said why
+    except Exception:  # The first error explains that the run was not found.
         raise unresolved from None
     tags = run.data.tags
     if "istanas.kind" not in tags:
-        raise ConfigError(f"run {run_id}: in the MLflow store, but not one of istanas; see istanas results")
+        raise ConfigError(
+            "in the MLflow store, but not a run of istanas",
+            field=f"run {run_id}",
+            remedy="choose one that istanas results lists",
+        )
     folder = scratch / run_id
     folder.mkdir(exist_ok=True)
     with readable(uri):
@@ -157,7 +161,7 @@ def _lines(client: MlflowClient, run: Run) -> list[MetricsLine]:
 
 
 def _by_epoch(lines: list[MetricsLine]) -> list[MetricsLine]:
-    """One line an epoch."""
+    """Merge lines of the same epoch."""
     merged: dict[int, MetricsLine] = {}
     for line in lines:
         before = merged.get(line.step, line)

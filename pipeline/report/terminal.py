@@ -1,4 +1,4 @@
-"""Terminal tables of the frames that `pipeline.report` makes."""
+"""Terminal tables of the frames of `pipeline.report`."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WIDE = 120
-"""Columns of a terminal from which on a table of results says more."""
+"""Width of a terminal from which a table of results has more columns."""
 
 
 def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> FittedTable:
-    """The frame as a table; trials are set in under their sweep, retrainings under their search.
+    """Format a frame as a table, with trials indented under their sweep and retrainings under their search.
 
-    Valid and test are top-1, and a split has a column of top-5 if a run has one. An outcome is shown where a run is
-    not finished, and a run's directory where several runs have its name. The frame has the rest.
+    "valid" and "test" are top-1; top-5 has a column if a run has it. Runs that are not finished show their outcome, and
+    runs with the same name show their directory.
 
     Args:
-        frame: as `pipeline.report.results_frame` gives it.
-        width: of the terminal; from `WIDE` on, method, data set and start (local time) are shown too. Below, only one
-            column of top-5 is shown: of the test split if a run has it.
-        none: what to say of a frame without rows.
+        frame: A frame of `pipeline.report.results_frame`.
+        width: The width of the terminal. From `WIDE` on, the table has data set, method and start (local time) too;
+            below, it has at most one column of top-5, preferably that of the test split.
+        none: The title of a table without rows.
     """
     tops = top_columns(key for key in frame.columns if frame[key].notna().any())
     if width < WIDE and "test_top5" in tops:
@@ -62,7 +62,7 @@ def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no run
 
 
 def _labels(frame: "pd.DataFrame") -> dict[str, str]:
-    """Run id -> what a table calls it: its name, or its directory's where others have its name, and its outcome."""
+    """Return run id -> label: the name, or the directory if the name is not unique, and the outcome."""
     import pandas as pd
 
     rows = frame.to_dict("records")
@@ -72,11 +72,11 @@ def _labels(frame: "pd.DataFrame") -> dict[str, str]:
     for row in rows:
         label, folder = str(row["name"]), _folder(row)
         if names[row["name"]] > 1:
-            # A run that was started over has the directory of the one before.
+            # A run that was started over has the same directory as the earlier one.
             label = folder if folder and folders[folder] == 1 else f"{folder or label} {row['run_id'][:8]}"
-        # Of a cell that a run has found, the table says so by its place below that run.
-        found = pd.notna(row["parent_run_id"])
-        notes = [] if pd.isna(row["origin"]) or found else [row["origin"]]
+        # A child run needs no origin, because the table shows it below its parent.
+        has_parent = pd.notna(row["parent_run_id"])
+        notes = [] if pd.isna(row["origin"]) or has_parent else [row["origin"]]
         if row["outcome"] != "FINISHED":
             notes.append(shown_outcome(row["outcome"]))
         labels[row["run_id"]] = f"{label} ({', '.join(notes)})" if notes else label
@@ -84,7 +84,7 @@ def _labels(frame: "pd.DataFrame") -> dict[str, str]:
 
 
 def _folder(row: Mapping[Any, Any]) -> str:
-    """The last part of a run's directory, of a sweep's trial the last two; empty if it is not known."""
+    """Return the last part of a run's directory, or the last two for a trial; empty if the directory is unknown."""
     import pandas as pd
 
     if pd.isna(row["run_dir"]):
@@ -94,12 +94,12 @@ def _folder(row: Mapping[Any, Any]) -> str:
 
 
 def weights_table(frame: "pd.DataFrame") -> FittedTable:
-    """The frame as a table: a search's weights, under them the retrained ones.
+    """Format a frame as a table, with the results of retraining below those of each search.
 
-    Test is top-1; points are per cent points that retraining gains. The frame has the rest.
+    "test" is top-1, and "points" are the percentage points that retraining gains.
 
     Args:
-        frame: as `pipeline.report.weights_frame` gives it.
+        frame: A frame of `pipeline.report.weights_frame`.
 
     Example:
         >>> from pipeline.report import weights_frame
@@ -141,11 +141,11 @@ def weights_table(frame: "pd.DataFrame") -> FittedTable:
 
 
 def validation_note(kind: str, method: str) -> str:
-    """Return on which pictures the validation accuracies of a run were measured, in one sentence.
+    """Explain in one sentence on which pictures the validation accuracies of a run were measured.
 
     Args:
         kind: "search", "retrain" or "sweep".
-        method: of the search. A retraining has no alphas to train, whatever the method is.
+        method: The method of the search, which has no effect on a retraining.
 
     Example:
         >>> validation_note("retrain", "two_stage") == validation_note("search", "one_stage")
@@ -154,19 +154,19 @@ def validation_note(kind: str, method: str) -> str:
     if method == "two_stage" and kind != "retrain":
         return (
             "Validation accuracy of a two-stage search is measured on the alpha half: the part of the training "
-            "pictures (search.alpha_fraction) that trains the alphas and not the weights."
+            "pictures (search.alpha_fraction) that trains the alphas, not the weights."
         )
     return (
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "
-        "that trains nothing."
+        "that is not used for training."
     )
 
 
 def top_columns(measured: Iterable[str]) -> dict[str, str]:
-    """Return key -> heading of a table's accuracies: always top-1; top-5, to save width, only where a run has it.
+    """Return key -> heading of a table's accuracies: top-1 always, top-5 only if a run has it.
 
     Args:
-        measured: keys of which a run has a value.
+        measured: The keys for which a run has a value.
 
     Example:
         >>> top_columns(["test_top1", "test_top5"])
@@ -183,14 +183,14 @@ def top_columns(measured: Iterable[str]) -> dict[str, str]:
 
 
 def shown(value: Any, text: str) -> str:
-    """A cell of a table: the value in this format, nothing for a missing one."""
+    """Format a table cell; a missing value gives an empty cell."""
     import pandas as pd
 
     return "" if pd.isna(value) else text.format(value)
 
 
 def shown_time(seconds: Any) -> str:
-    """A cell of a table with a time."""
+    """Format a table cell with a duration."""
     import pandas as pd
 
     return "" if pd.isna(seconds) else duration(seconds)

@@ -1,6 +1,6 @@
-"""`trajectory.html`: a search epoch by epoch, under a slider, made from its run directory alone.
+"""`trajectory.html`: a search epoch by epoch, selected by a slider, made from its run directory alone.
 
-A cell is drawn once, however many epochs have it; what differs between them, the widths of its edges, is data.
+Each distinct cell is drawn once. The script of the page sets the widths of its edges for the selected epoch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,29 @@ from istanas.space import CELLS, Genotype, state_name
 from istanas.space.primitives import SKIP
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, percent
-from pipeline.report.html import BLUE, ORANGE, add_axes, chart, chart_svg, data_uri, epoch_axis, render
+from pipeline.report.html import (
+    BLUE,
+    ORANGE,
+    add_axes,
+    cell_label,
+    chart,
+    chart_svg,
+    data_uri,
+    epoch_axis,
+    job_title,
+    render,
+)
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
+from pipeline.runs.layout import CODES_FILE, GENOTYPE_FILE, REPORT_PAGE, TRAJECTORY_FILE, TRAJECTORY_PAGE
 
-TRAJECTORY_PAGE = "trajectory.html"
 _STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
-_ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # of the heat map, in units of its text's 11
+_ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # sizes in the heat map, whose font size is 11
 
 
 @dataclass(frozen=True)
 class _Node:
-    """What trajectory.csv says of a node at an epoch; picks and edge weights in the order of the states."""
+    """A row of trajectory.csv: a node after an epoch. Picks and edge weights are in the order of the states."""
 
     picks: tuple[tuple[str, int], ...]
     edge_weights: tuple[float, ...]
@@ -42,7 +53,7 @@ class _Node:
     distance: float
     gap: float
     truncation: float
-    margin: float  # NaN: not recorded by an earlier version
+    margin: float  # NaN if an earlier version did not record it
 
 
 Places = list[tuple[str, int]]
@@ -54,29 +65,30 @@ def write_trajectory_page(run: RunDir) -> None:
     """Write the page into the run directory of a search.
 
     Args:
-        run: its directory, with genotype.json, trajectory.csv and codes.csv; nothing else is read but the record.
+        run: The run directory, of which the record, genotype.json, trajectory.csv and codes.csv are read.
 
     Raises:
-        CheckpointError: if the record is broken.
+        CheckpointError: If the record is damaged.
     """
     record = run.read()
-    genotype = read_genotype(run.path / "genotype.json")
-    table = _read(_frame(run.path / "trajectory.csv"))
+    genotype = read_genotype(run.path / GENOTYPE_FILE)
+    table = _read(_frame(run.path / TRAJECTORY_FILE))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]
     cells, cells_at, widths = _draw(genotype, table, epochs)
     data = {
         "cells": cells_at,
         "widths": widths,
-        "said": [_said(table, epoch, places) for epoch in epochs],
+        "summaries": [_summary(table, epoch, places) for epoch in epochs],
         "rows": [[_row(table[epoch, *place]) for place in places] for epoch in epochs],
     }
     maps = _maps(run, table, epochs)
     page = render(
         "trajectory.html",
         title=f"{record.name}: epoch by epoch",
-        subtitle=f"{record.method.replace('_', '-')} search on ".capitalize() + record.data_label,
-        footer=run.path.name,
+        subtitle=job_title(record),
+        footer=f"Run directory {run.path.name}",
+        report=REPORT_PAGE,
         first=epochs[0],
         last=epochs[-1],
         cells=cells,
@@ -95,7 +107,7 @@ def _read(frame: pd.DataFrame) -> Table:
     for row in frame.to_dict("records"):
         picks = [(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())]
         weights = [float(weight) for weight in str(row["edge_weights"]).split()]
-        # A cell is the same in whatever order its node found its operations.
+        # Sorting makes cells equal that differ only in the order of their picks.
         pairs = sorted(zip(picks, weights, strict=True), key=lambda pair: (pair[0][1], pair[0][0]))
         figures = {name: row[name] for name in ("state", "changed", "distance", "gap", "truncation")}
         figures["margin"] = row.get("margin", math.nan)
@@ -108,11 +120,11 @@ def _read(frame: pd.DataFrame) -> Table:
 def _draw(
     genotype: Genotype, table: Table, epochs: Epochs
 ) -> tuple[list[tuple[str, list[tuple[int, Markup]]]], list[list[int]], list[list[list[float]]]]:
-    """Every different cell once.
+    """Draw each distinct cell once.
 
     Returns:
-        (cells: kind -> (number, drawing) of each; of each epoch, the numbers of its cells; of each epoch and cell,
-        the widths of its edges).
+        The cells as (kind, [(number, drawing)]), the numbers of the cells of each epoch, and the widths of the edges of
+        each epoch and cell.
     """
     numbers: dict[tuple[str, Any], int] = {}
     drawings: dict[str, list[tuple[int, Markup]]] = {cell: [] for cell in CELLS}
@@ -127,8 +139,8 @@ def _draw(
             if (cell, picks) not in numbers:
                 numbers[cell, picks] = len(numbers)
                 concat = genotype.normal_concat if cell == "normal" else genotype.reduce_concat
-                # Made by ourselves, of the names of known operations: nothing in it needs escaping.
-                drawing = Markup(cell_svg(picks, concat, label=_label(cell, picks)))
+                # The drawing contains only names of known operations, so it is safe markup.
+                drawing = Markup(cell_svg(picks, concat, label=cell_label(cell, picks)))
                 drawings[cell].append((numbers[cell, picks], drawing))
             cells_at[-1].append(numbers[cell, picks])
             flat = [width for row in edge_widths([node.edge_weights for node in nodes]) for width in row]
@@ -136,13 +148,8 @@ def _draw(
     return list(drawings.items()), cells_at, widths
 
 
-def _label(cell: str, picks: Sequence[Sequence[tuple[str, int]]]) -> str:
-    nodes = (", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in picks)
-    return f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
-
-
 def _row(node: _Node) -> list[Any]:
-    """Whether it changed, and the texts of its row."""
+    """Return whether a node changed, followed by the texts of its table row."""
     picks = zip(node.picks, node.edge_weights, strict=True)
     keeps = ", ".join(f"{op} ← {state_name(state)} ({weight:.2g})" for (op, state), weight in picks)
     figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
@@ -150,11 +157,11 @@ def _row(node: _Node) -> list[Any]:
     return [bool(node.changed), keeps, node.state.lower(), *figures]
 
 
-def _said(table: Table, epoch: int, places: Places) -> str:
-    """The epoch in one sentence."""
+def _summary(table: Table, epoch: int, places: Places) -> str:
+    """Describe an epoch in one sentence."""
     nodes = [table[epoch, *place] for place in places]
     changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
-    start = "Before any training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
+    start = "Before training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
     margins = [node.margin for node in nodes if not math.isnan(node.margin)]
     return (
         f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
@@ -169,10 +176,10 @@ def _skip_ratio(nodes: Sequence[_Node]) -> float:
 
 
 def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
-    """Distance, gap, truncation and skip ratio, each with a line for the epoch of the slider."""
+    """Draw distance, gap, truncation and skip ratio, each with a line that marks the selected epoch."""
     first, last = epochs[0], epochs[-1]
     with chart(9.6, 5.2, left=0.07, right=0.99, top=0.94, bottom=0.09, wspace=0.16, hspace=0.34) as page:
-        # A logarithmic axis has no zero: what is smaller stands at its lower end.
+        # A logarithmic axis has no zero, so smaller values are drawn at its lower end.
         panels = (("distance", 1e-6), ("gap", 1e-17), ("truncation", 1e-9))
         cursors = []
         for number, (name, least) in enumerate((*panels, ("skip ratio, %", None)), start=1):
@@ -185,7 +192,7 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
             else:
                 for cell, node in places:
                     colour, style = _STYLES[cell]
-                    # Nothing has moved yet at the start.
+                    # There is no distance before training.
                     shown = [epoch for epoch in epochs if name != "distance" or epoch > 0]
                     values = [max(getattr(table[epoch, cell, node], name), least) for epoch in shown]
                     axes.plot(shown, values, style, color=colour, linewidth=1.2, marker="o", markersize=2)
@@ -207,8 +214,8 @@ def _frame(file: Path) -> pd.DataFrame:
 
 
 def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
-    """The heat maps of both cells as a template needs them; none if no code was recorded."""
-    frame = _frame(run.path / "codes.csv") if (run.path / "codes.csv").is_file() else pd.DataFrame()
+    """Return the template's values for the heat maps of both cells; none if no codes were recorded."""
+    frame = _frame(run.path / CODES_FILE) if (run.path / CODES_FILE).is_file() else pd.DataFrame()
     return [] if frame.empty else [_map(frame[frame["cell"] == cell], cell, table, epochs) for cell in CELLS]
 
 
@@ -218,7 +225,7 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
     nodes, top = [], 0
     for node in sorted(frame["node"].unique().tolist()):
         rows = frame[frame["node"] == node]
-        # The candidates in the order of the file, which is that of the space.
+        # The file lists candidates in the order of the search space.
         names = list(dict.fromkeys(zip(rows["op"], rows["state"], strict=True)))
         wide = rows.pivot(index=["op", "state"], columns="epoch", values="magnitude")
         values = wide.reindex(index=pd.MultiIndex.from_tuples(names), columns=epochs).to_numpy()
@@ -253,11 +260,11 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
 
 
 def _picture(share: np.ndarray[Any, Any], kept: np.ndarray[Any, Any]) -> bytes:
-    """A pixel an entry, as PNG: the darker, the greater; kept ones blue; what was not recorded (NaN) pink."""
+    """Draw a pixel for each entry, as PNG: darker is larger, kept ones are blue, missing ones (NaN) pink."""
     from matplotlib import colormaps
     from PIL import Image
 
-    depth = np.sqrt(np.nan_to_num(share))  # small codes decide too
+    depth = np.sqrt(np.nan_to_num(share))  # The square root makes small codes visible.
     colours = np.where(
         kept[..., None], colormaps["Blues"](0.15 + 0.85 * depth), colormaps["Greys"](0.75 * depth)
     )

@@ -1,4 +1,4 @@
-"""The table of a sweep's trials: as a file, as a pandas frame and on the terminal."""
+"""The table of a sweep's trials: as a file, as a pandas frame, on the terminal and in HTML pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from istanas.limits import TABLE_BYTES, read_at_most
 from pipeline.base.files import atomic_write
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import percent, short_names
-from pipeline.report.html import REPORT_PAGE
 from pipeline.report.terminal import shown, shown_time
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import REPORT_PAGE, TRIALS_TABLE
 from pipeline.runs.outcome import shown_outcome
-
-TABLE_FILE = "trials.csv"
 
 COLUMNS: dict[str, str] = {
     "trial": "Int64",
@@ -42,22 +40,28 @@ COLUMNS: dict[str, str] = {
     "retrain_dir": "string",
     "mlflow_run_id": "string",
 }
-"""Column -> pandas dtype of a sweep's table, beside a column for every swept key: accuracies are fractions, `epochs`
-and `seconds` those of the search, `retrain_seconds` of the retraining (0 if there was none to do), `reused` says that
-another trial had retrained the same cell, `frozen_epochs` after which epochs of a one-stage search its nodes froze,
-`reason` why it failed."""
+"""Column -> pandas dtype of a sweep's table, which also has a column for each swept key.
+
+- Accuracies are fractions. `epochs` and `seconds` are those of the search.
+- `retrain_seconds` is the duration of the retraining, 0 if another trial had already retrained the same cell, in which
+  case `reused` is true.
+- `frozen_epochs` are the epochs after which the nodes of a one-stage search froze.
+- `reason` is the reason of a failure.
+"""
 
 
 def read_table(folder: Path) -> pd.DataFrame:
-    """The table that a sweep keeps in its run directory, as `sweep_frame` gives it.
+    """Read the table in the run directory of a sweep.
 
     Raises:
-        ConfigError: if the run is no sweep, or has begun no trial.
+        ConfigError: If the run is not a sweep, or has not started a trial, or the table is damaged.
     """
-    file = folder / TABLE_FILE
+    file = folder / TRIALS_TABLE
     if not file.is_file():
         raise ConfigError(
-            f"sweep {bucket.shown(folder)}: has no {TABLE_FILE}, name a sweep that has begun a trial"
+            f"no {TRIALS_TABLE} in this run",
+            field=f"sweep {bucket.shown(folder)}",
+            remedy="name a sweep that has started a trial",
         )
     try:
         text = io.BytesIO(read_at_most(file, TABLE_BYTES))
@@ -65,12 +69,14 @@ def read_table(folder: Path) -> pd.DataFrame:
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{bucket.shown(file)}: no table of trials ({reason:.100}); the sweep's command makes it anew"
+            f"not a valid table of trials ({reason:.100})",
+            field=bucket.shown(file),
+            remedy="run the sweep's command again to recreate it",
         ) from None
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with whole numbers as such, though some trials lack the key, and mixed values as text."""
+    """Convert columns to nullable types, so that missing values leave integers as they are; mixed ones become text."""
     keys = [name for name in frame.columns if name not in COLUMNS]
     kinds = {key: frame[key].convert_dtypes().dtype for key in keys}
     return frame.astype(
@@ -82,10 +88,10 @@ def typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def trials_table(frame: pd.DataFrame) -> FittedTable:
-    """The frame for people: settings, figures, and the reason of a failure; the frame has the rest.
+    """Format the trials as a terminal table of settings and results.
 
     Args:
-        frame: as `sweep_frame` gives it.
+        frame: A frame of `sweep_frame` or `read_table`.
     """
     keys = short_names(name for name in frame.columns if name not in COLUMNS)
     columns = [
@@ -118,7 +124,7 @@ def trials_table(frame: pd.DataFrame) -> FittedTable:
 
 
 def kendall_tau(frame: pd.DataFrame) -> float | None:
-    """Kendall's tau between top-1 in search and after retraining; None below two trials that have both."""
+    """Return Kendall's tau between top-1 in the search and after retraining; `None` for fewer than two trials."""
     both = frame[["valid_top1", "retrained_top1"]].dropna().astype(float)
     if len(both) < 2:
         return None
@@ -127,24 +133,24 @@ def kendall_tau(frame: pd.DataFrame) -> float | None:
 
 
 def write_table(folder: Path, frame: pd.DataFrame) -> None:
-    """The table as a file."""
-    atomic_write(folder / TABLE_FILE, frame.to_csv(index=False))
+    """Write the table of a sweep into its run directory."""
+    atomic_write(folder / TRIALS_TABLE, frame.to_csv(index=False))
 
 
 def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
-    """Everything that the template's table of trials shows: all of them, the best first.
+    """Return the values for the template's table of trials, which are sorted from best to worst.
 
     Args:
-        folder: the sweep's run directory, in which the trials' own directories lie.
-        frame: as `sweep_frame` gives it.
+        folder: The sweep's run directory, which contains those of the trials.
+        frame: A frame of `sweep_frame` or `read_table`.
 
     Returns:
-        "headings", "numbers" (places of the columns that hold numbers) and "rows" of (text, file or None): the file,
-        relative to the folder, is the report of the trial's search or retraining. Only a finished run has a report.
+        "headings", "numbers" (the indices of numeric columns) and "rows" of (text, file or `None`). The file is the
+        report of the trial's search or retraining, relative to the folder. Only finished runs have one.
     """
     keys = short_names(name for name in frame.columns if name not in COLUMNS)
     top1 = frame["retrained_top1"].fillna(frame["valid_top1"])
-    # Trials that were stopped early have been measured too early to be compared with the others.
+    # Accuracies of trials that were stopped early cannot be compared with those of finished ones.
     order = pd.DataFrame({"done": frame["state"] == "COMPLETE", "top1": top1}).sort_values(
         ["done", "top1"], ascending=False, kind="stable"
     )
@@ -175,7 +181,7 @@ def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "headings": [
             *("trial", "state", *keys.values()),
-            *("in search", "retrained", "parameters", "multiply-adds", "epochs", "time", "genotype"),
+            *("search top-1", "retrained top-1", "parameters", "multiply-adds", "epochs", "time", "genotype"),
         ],
         "numbers": set(range(first, first + 6)),
         "rows": rows,
@@ -183,18 +189,18 @@ def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _report_of(folder: Path, run_dir: Any) -> str | None:
-    """The report of a run in a sweep's directory, relative to that; None if it has none."""
+    """Return the report of a run in a sweep's directory, relative to it; `None` if the run has no report."""
     if pd.isna(run_dir):
         return None
     run = RunDir(folder / str(run_dir).rstrip("/").rpartition("/")[2])
     try:
-        # Not whether the file is here: of runs in a bucket, the report is where the run was computed.
+        # The record is checked, not the file: with runs in a bucket, only the node of the trial has the file.
         return f"{run.path.name}/{REPORT_PAGE}" if REPORT_PAGE in run.read().artifacts else None
-    except CheckpointError:  # missing, or damaged: the table is worth having without the link
+    except CheckpointError:  # The table is useful without links to damaged runs.
         return None
 
 
 def _state(row: Mapping[Any, Any]) -> str:
-    """What became of a trial, for people."""
+    """Describe the state of a trial."""
     state = shown_outcome(row["state"]).lower() if pd.isna(row["reason"]) else f"failed: {row['reason']}"
-    return f"{state}{', on the front' if row['pareto'] else ''}"
+    return f"{state}{', on the Pareto front' if row['pareto'] else ''}"

@@ -1,10 +1,11 @@
-"""Checkpoints of a run: written atomically, checksummed, the last two kept; damaged ones are skipped.
+"""Checkpoints of a run: written atomically and checksummed. The last two are kept, damaged ones are skipped.
 
-An epoch is two files: `epoch-0003.pt` (tensors and plain containers only, loaded with `weights_only=True`) and
-`epoch-0003.json`, written after it, with its SHA-256. A checkpoint without a matching pair does not count.
+A checkpoint consists of two files: `epoch-0003.pt` (only tensors and plain containers, loaded with
+`weights_only=True`) and the manifest `epoch-0003.json` with its SHA-256, which is written after it. A checkpoint
+without a matching manifest does not count.
 
-The records of all epochs are in the log beside the checkpoints (`runs.epoch_log`), which is written first: after a
-kill it may hold more than the newest checkpoint, never less.
+The records of all epochs are in the epoch log beside the checkpoints (`runs.epoch_log`). It is written first, so that
+after a kill it holds at least the epochs of the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import io
 import json
 import os
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -26,68 +26,71 @@ import torch
 from istanas.errors import CheckpointError
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
 from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
-from pipeline.runs import bucket, epoch_log
-from pipeline.runs.directory import is_absent, out_of_reach
+from pipeline.runs import epoch_log
+from pipeline.runs.directory import is_absent, unreadable_error
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError
+from pipeline.runs.layout import CHECKPOINT_MANIFEST, checkpoint_file
 
 KEEP = 2
-_MANIFEST = re.compile(r"epoch-([0-9]+)\.json")
 
 
 class Store(Protocol):
-    """Where a worker's checkpoints go: a folder, or the process that keeps the folder."""
+    """Where a worker's checkpoints are kept: in a folder, or by the process that owns the folder."""
 
     def read(self) -> bytes | None:
-        """The newest checkpoint, as `serialize` made it, or None."""
+        """Return the newest checkpoint as `serialize` made it, or None."""
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
-        """Keep an epoch's line of the log and its checkpoint, see `write`; both are safe when this returns."""
+        """Store an epoch's line of the log and its checkpoint, see `write`; both are durable when this returns."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is whole: as `serialize` made it, and what `deserialize` makes of that."""
+    """An intact checkpoint, serialized and deserialized."""
 
     data: bytes
     state: dict[str, Any]
 
 
 def serialize(state: dict[str, Any]) -> bytes:
-    """A state of tensors, numbers, strings, and lists, tuples and dicts of them, as bytes."""
+    """Serialize a state of tensors, numbers, strings, and lists, tuples and dicts of them."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def deserialize(data: bytes) -> dict[str, Any]:
-    """Inverse of `serialize`, on the CPU; nothing in the data is run as code.
+    """Deserialize a state onto the CPU; no code in the data is executed.
 
     Raises:
-        CheckpointError: the data is no checkpoint, or would fill much more memory than it has bytes.
-        MemoryError: there is not enough for it.
+        CheckpointError: the data is not a checkpoint, or would need much more memory than its size.
+        MemoryError: there is not enough memory.
     """
     try:
         _check_sizes(data)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's, of pickles that it did not write; what it refuses is told below
+            # torch warns of pickles that it did not write; those that it refuses are reported below.
+            warnings.simplefilter("ignore")
             state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-    except pickle.UnpicklingError:  # torch's own words advise to run whatever it is
-        raise CheckpointError(
-            "no checkpoint (not plain data, which alone is read): use the one before"
-        ) from None
-    except Exception as error:  # torch's reader of hostile bytes raises nearly everything
+    except pickle.UnpicklingError:  # torch's message suggests to execute the pickle
+        raise CheckpointError("no checkpoint (not plain data)", remedy="use the one before") from None
+    except Exception as error:  # torch raises many types of errors on invalid bytes
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from None
         reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
-        raise CheckpointError(f"no checkpoint ({reason:.200}): use the one before") from None
+        raise CheckpointError(f"no checkpoint ({reason:.200})", remedy="use the one before") from None
     return state
 
 
 def _check_sizes(data: bytes) -> None:
-    """What `torch.save` writes is a zip archive without compression whose pickle is small and makes no buffers."""
+    """Refuse archives that need more memory than their size.
+
+    `torch.save` writes an uncompressed zip archive whose pickle is small and creates no buffers.
+
+    Raises:
+        ValueError: it is not such an archive.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -98,28 +101,26 @@ def _check_sizes(data: bytes) -> None:
             if member.filename.endswith(".pkl"):
                 if member.file_size > CHECKPOINT_PICKLE_BYTES:
                     raise ValueError(f"its pickle is larger than {CHECKPOINT_PICKLE_BYTES} bytes")
-                if b"bytearray" in archive.read(member):  # of any length, made of a number
-                    raise ValueError("its pickle makes a bytearray")
+                if b"bytearray" in archive.read(member):  # a number gives it any length
+                    raise ValueError("its pickle creates a bytearray")
 
 
 def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> None:
     """Append an epoch's line to the log, then write its checkpoint and delete all but the last `KEEP` checkpoints.
 
-    If the run lies in a storage, both do when this returns.
-
     Args:
-        folder: where the run's checkpoints lie, in the run directory; created if need be.
-        epoch: epochs done, >= 1.
-        data: as `serialize` made it.
-        line, offset: of the log, see `epoch_log.append_line`.
+        folder: The folder of the run's checkpoints; created if it does not exist.
+        epoch: Number of epochs done, >= 1.
+        data: The checkpoint as `serialize` made it.
+        line, offset: See `epoch_log.append_line`.
 
     Raises:
-        OSError: if the disk refuses; earlier checkpoints are then untouched, and of this one nothing is left.
-        CheckpointError: if both copies of the log have been damaged since they were read.
-        IstanasError: if the storage refuses, see `pipeline.runs.bucket.push`.
+        OSError: the files cannot be written. Earlier checkpoints then stay as they were, and nothing of this one
+            is left.
+        CheckpointError: both copies of the log were damaged after they had been read.
     """
-    # A run resumes from the newest checkpoint that is whole and matches the log, so those of this epoch and of later
-    # ones were skipped. They must not count any more, even after a power cut, once the log is overwritten.
+    # A run resumes from the newest intact checkpoint that matches the log, so checkpoints of this and later epochs
+    # were skipped. They must not count any more once the log is overwritten, even after a power failure.
     skipped = [manifest for manifest in _manifests(folder) if _epoch(manifest) >= epoch]
     for manifest in skipped:
         manifest.unlink()
@@ -130,38 +131,37 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
 
 
 def write_state(folder: Path, epoch: int, data: bytes) -> None:
-    """Write the checkpoint of an epoch whose line the log has already; arguments and errors as of `write`."""
-    file = folder / f"epoch-{epoch:04d}.pt"
+    """Write the checkpoint of an epoch that is in the log already; arguments and errors are those of `write`."""
+    file = folder / checkpoint_file(epoch)
     atomic_write(file, data)
     digest = hashlib.sha256(data).hexdigest()
     manifest = {"epoch": epoch, "file": file.name, "sha256": digest, "bytes": len(data)}
     try:
         atomic_write(file.with_suffix(".json"), json.dumps(manifest))
     except OSError:
-        file.unlink()  # it does not count without, and takes room
+        file.unlink()  # it takes space, and does not count without a manifest
         raise
     kept = {path.stem for path in [p for p in _manifests(folder) if _epoch(p) <= epoch][:KEEP]}
     for path in folder.glob("epoch-*.*"):
         if path.stem not in kept:
             path.unlink()
-    for path in folder.glob(".epoch-*.tmp"):  # a writer that was killed; the run's lock keeps others out
+    for path in folder.glob(".epoch-*.tmp"):  # left by a killed writer; the run's lock excludes other writers
         path.unlink()
-    bucket.push(folder.parent)
 
 
 def read_latest(
     folder: Path, prepare: Callable[[Checkpoint], Checkpoint] = lambda found: found
 ) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None before the first.
+    """Return the newest intact checkpoint, or None if there is none yet.
 
     Args:
-        folder: where the run's checkpoints lie; may be missing.
-        prepare: returns a whole checkpoint as the caller needs it. If it raises a `LogError`, the checkpoint before is
+        folder: The folder of the run's checkpoints; it need not exist.
+        prepare: Converts an intact checkpoint for the caller. If it raises a `LogError`, the previous checkpoint is
             tried.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be used, so that more than one epoch is lost; or if a
-            file cannot be read now, though it may be whole; or raised by `prepare`.
+        CheckpointError: there are checkpoints of more than one epoch, and none can be used; or a file cannot be read
+            at the moment, though it may be intact; or raised by `prepare`.
 
     Warns:
         BrokenCheckpointWarning: for every newer checkpoint that was skipped.
@@ -180,10 +180,11 @@ def read_latest(
             TypeError,
             AttributeError,
             RecursionError,
-        ) as error:  # not a MemoryError: the checkpoint may be whole
+        ) as error:  # not MemoryError: the checkpoint may be intact
             if isinstance(error, OSError) and not is_absent(error):
-                raise out_of_reach(error, Path(error.filename or file)) from error
-            reason = " ".join(str(error).split())  # torch's errors have many lines
+                raise unreadable_error(error, Path(error.filename or file)) from error
+            problem = error.problem if isinstance(error, CheckpointError) else str(error)
+            reason = " ".join(problem.split())  # torch's errors have many lines
             skipped.append(f"checkpoint {file} is broken ({reason:.200})")
             continue
         try:
@@ -198,21 +199,22 @@ def read_latest(
     if [_epoch(manifest) for manifest in manifests] == [1]:
         _warn(skipped, "there is none before, the run begins again")
         return None
-    # Days of work may be lost, so the user must decide.
+    # Starting over would lose more than one epoch, so the user must decide.
     raise CheckpointError(
-        f"{'; '.join(skipped)}: no checkpoint is left, restore one from a copy, or start over with --fresh"
+        f"{'; '.join(skipped)}: no checkpoint is left",
+        remedy="restore one from a copy, or start over with --fresh",
     )
 
 
 def _read(manifest: Path) -> Checkpoint:
     expected = json.loads(read_at_most(manifest, RECORD_BYTES))
     file = manifest.with_suffix(".pt")
-    if file.exists() and not file.is_file():  # but a pipe, which nobody fills
+    if file.exists() and not file.is_file():  # reading a pipe would block
         raise ValueError("it is no file")
     size = file.stat().st_size
     if size != expected.get("bytes", size):  # earlier versions did not write it
         raise ValueError(f"it has {size} bytes, not {expected['bytes']}")
-    with open(file, "rb") as stream:  # piece by piece: junk may be larger than memory
+    with open(file, "rb") as stream:  # in pieces, because a damaged file may be larger than the memory
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != expected["sha256"]:
         raise ValueError("its checksum does not match")
@@ -226,14 +228,16 @@ def _warn(skipped: list[str], consequence: str) -> None:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Return the manifests in a folder, newest first."""
     try:
         names = os.listdir(folder)  # `Path.glob` finds nothing in a folder without read permission
     except OSError as error:
         if is_absent(error):
             return []
-        raise out_of_reach(error, folder) from error
-    return sorted((folder / name for name in names if _MANIFEST.fullmatch(name)), key=_epoch, reverse=True)
+        raise unreadable_error(error, folder) from error
+    return sorted(
+        (folder / name for name in names if CHECKPOINT_MANIFEST.fullmatch(name)), key=_epoch, reverse=True
+    )
 
 
 def _epoch(path: Path) -> int:

@@ -1,7 +1,7 @@
-"""One run's directory: its record, its metrics and its lock; MLflow mirrors it.
+"""The run directory: record, metrics and lock.
 
-`run.json` (the record) is replaced atomically, `metrics.jsonl` grows by one flushed line an epoch, and a lock
-keeps a second process out. A kill at any moment leaves at worst a torn last line, which is skipped.
+The record (`run.json`) is replaced atomically, one line per epoch is appended to `metrics.jsonl` and flushed, and a
+lock excludes other processes. A killed writer leaves at most an incomplete last line, which is ignored.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -25,26 +25,29 @@ from pipeline.base.files import append, atomic_write
 from pipeline.runs.layout import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE, RECORD_FILE
 from pipeline.runs.record import MetricsLine, RunRecord, new_key
 
+if TYPE_CHECKING:
+    from pipeline.runs.mirror import Mirror
+
 _LOG = logging.getLogger(__name__)
 
-_DIGESTED_BYTES = 4096  # of metrics.jsonl, some lines
+_DIGESTED_BYTES = 4096  # the last lines of metrics.jsonl
 
 
-def make_hold(path: Path, content: bytes) -> None:
-    """Make a file hold just this: one that merely goes on after it is cut, any other replaced atomically.
+def ensure_content(path: Path, content: bytes) -> None:
+    """Give a file exactly this content: a file that starts with it is truncated, any other is replaced atomically.
 
     Args:
-        path: the file; it and its directory are created if need be.
-        content: the whole content.
+        path: The file; it and its directory are created if they do not exist.
+        content: The whole content.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
 
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "lines"
         >>> for before in (b"first, torn", b"other"):
-        ...     _ = file.write_bytes(before); make_hold(file, b"first"); print(file.read_text())
+        ...     _ = file.write_bytes(before); ensure_content(file, b"first"); print(file.read_text())
         first
         first
     """
@@ -58,10 +61,10 @@ def make_hold(path: Path, content: bytes) -> None:
 
 
 def is_absent(error: BaseException) -> bool:
-    """Return whether an error of reading a file means that there is no such file, not that it is out of reach.
+    """Return whether an error of reading a file means that the file does not exist.
 
-    Only an absent or damaged file may be replaced. A file without read permission, or on a disk or a network
-    that fails now, may be whole.
+    Only an absent or damaged file may be replaced. A file without read permission, or on a disk or network that
+    fails at the moment, may be intact.
 
     Example:
         >>> import errno
@@ -71,21 +74,23 @@ def is_absent(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
 
 
-def out_of_reach(error: OSError, path: Path) -> CheckpointError:
-    """Return the error for a file of a run that cannot be read now, in one line.
+def unreadable_error(error: OSError, path: Path) -> CheckpointError:
+    """Return the error for a file of a run that exists but cannot be read.
 
     Args:
-        error: of reading the file; not one for which `is_absent` holds.
-        path: of the file.
+        error: The error of reading the file, for which `is_absent` is false.
+        path: The file.
 
     Example:
         >>> import errno
-        >>> print(out_of_reach(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
+        >>> print(unreadable_error(PermissionError(errno.EACCES, "Permission denied"), Path("run/epoch-0001.pt")))
         run/epoch-0001.pt: cannot be read (Permission denied); make it readable and run the same command again
     """
     reason = error.strerror or str(error)
     return CheckpointError(
-        f"{path}: cannot be read ({reason}); make it readable and run the same command again"
+        f"cannot be read ({reason})",
+        field=str(path),
+        remedy="make it readable and run the same command again",
     )
 
 
@@ -94,7 +99,11 @@ def _dump_line(line: MetricsLine) -> bytes:
 
 
 class RunDir:
-    """One run's directory: its record, its metrics and its lock.
+    """A run directory: record, metrics and lock.
+
+    Args:
+        path: The directory; it need not exist.
+        mirror: The mirror of a run in a storage that this process has acquired, see `runs.bucket.acquired`.
 
     Example:
         >>> import tempfile
@@ -106,18 +115,28 @@ class RunDir:
         False
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], mirror: "Mirror | None" = None) -> None:
+        self.path, self.mirror = Path(path), mirror
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
 
+    def push(self, *, once: bool = False) -> None:
+        """Send all changes to the storage that mirrors the run, if there is one; see `Mirror.push`."""
+        if self.mirror is not None:
+            self.mirror.push(once=once)
+
+    def push_cleared(self) -> None:
+        """Send a run directory that was cleared to start over, and delete the runs inside it in the storage."""
+        if self.mirror is not None:
+            self.mirror.push_cleared()
+
     def exists(self) -> bool:
-        """Whether a run was ever begun here (there is a `run.json`)."""
+        """Return whether a run was started here (there is a `run.json`)."""
         return (self.path / RECORD_FILE).is_file()
 
     def read(self) -> RunRecord:
-        """The record.
+        """Return the record.
 
         Raises:
             CheckpointError: `run.json` is missing, is not JSON, or lacks a field.
@@ -126,29 +145,29 @@ class RunDir:
         try:
             data = json.loads(read_at_most(file, RECORD_BYTES))
         except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing; give the directory of a run that was started") from None
+            raise CheckpointError(
+                "missing", field=str(file), remedy="give the directory of a run that was started"
+            ) from None
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not JSON ({error}); restore it or use --fresh") from None
+            raise _broken_record(file, f"not JSON ({error})") from None
         fields = dataclasses.fields(RunRecord)
         absent = [f.name for f in fields if f.default is MISSING and f.name not in _keys(data)]
         if absent:
-            raise CheckpointError(f"{file}: lacks {', '.join(absent)}; restore it or use --fresh")
-        # Fields of a later version are left aside, those that an earlier one had not are what they are by default.
+            raise _broken_record(file, f"lacks {', '.join(absent)}")
+        # Unknown fields of a later version are ignored; missing fields of an earlier one get their defaults.
         values = {f.name: data[f.name] for f in fields if f.name in data}
         try:
             return TypeAdapter(RunRecord).validate_python(values)
         except ValidationError as error:
             (wrong, *_) = error.errors(include_input=False, include_url=False)
             field = ".".join(map(str, wrong["loc"]))
-            raise CheckpointError(
-                f"{file}: {field:.60} is wrong ({wrong['msg']}); restore it or use --fresh"
-            ) from None
+            raise _broken_record(file, f"{field:.60} is wrong ({wrong['msg']})") from None
 
     def write(self, record: RunRecord) -> None:
-        """Replace the record atomically; an empty `key` becomes the one already stored, or a new one.
+        """Replace the record atomically; an empty `key` is replaced by the stored one, or by a new one.
 
         Args:
-            record: the whole new record.
+            record: The whole new record.
         """
         if not record.key:
             key = self.read().key if self.exists() else new_key()
@@ -156,12 +175,12 @@ class RunDir:
         atomic_write(self.path / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
     def append_metrics(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
-        """Add one step's metrics; they are on the disk when this returns.
+        """Append one step's metrics; they are on the disk when this returns.
 
         Args:
-            step: the epoch, counted by the caller.
-            metrics: name -> value, e.g. `{"train/loss": 1.2}`.
-            timestamp_ms: when they were measured, ms since the epoch.
+            step: The epoch, counted by the caller.
+            metrics: Values by name, e.g. `{"train/loss": 1.2}`.
+            timestamp_ms: When they were measured, in ms since 1970.
         """
         file = self.path / METRICS_FILE
         values = {name: float(value) for name, value in metrics.items()}
@@ -172,21 +191,21 @@ class RunDir:
         )
 
     def metrics(self) -> list[MetricsLine]:
-        """All complete lines in the order written; a half-written last one is left out with a warning.
+        """Return all complete lines in the order written; an incomplete last line is ignored with a warning.
 
         Raises:
-            CheckpointError: a complete line is not what `append_metrics` writes.
+            CheckpointError: a complete line was not written by `append_metrics`.
         """
         return self.metrics_from(0)[0]
 
     def metrics_from(self, start: int) -> tuple[list[MetricsLine], int]:
-        """Return the complete lines from a byte on, as `metrics` does, and the byte at which they end.
+        """Return the complete lines from an offset on, as `metrics` does, and the offset of their end.
 
         Args:
-            start: where a line begins.
+            start: The offset in bytes at which a line starts.
 
         Raises:
-            CheckpointError: a complete line is not what `append_metrics` writes.
+            CheckpointError: a complete line was not written by `append_metrics`.
         """
         file = self.path / METRICS_FILE
         try:
@@ -194,7 +213,9 @@ class RunDir:
         except FileNotFoundError:
             return [], start
         except ValueError as error:
-            raise CheckpointError(f"{file}: {error}; restore it, or start over with --fresh") from None
+            raise CheckpointError(
+                str(error), field=str(file), remedy="restore it, or start over with --fresh"
+            ) from None
         if torn:
             _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
         where = "line" if start == 0 else f"after byte {start}, line"
@@ -202,12 +223,12 @@ class RunDir:
         return lines, start + sum(len(line) + 1 for line in complete)
 
     def metrics_digest(self, end: int) -> str:
-        """Return a digest that changes if the metrics before a byte are not the same any more; "" if they are fewer.
+        """Return a digest of the metrics before an offset; "" if the file is shorter.
 
-        The last lines before it are enough: they have the times at which they were measured.
+        Only the last lines before the offset are hashed; their timestamps make them unique.
 
         Args:
-            end: the byte.
+            end: The offset in bytes.
         """
         start = max(0, end - _DIGESTED_BYTES)
         try:
@@ -219,7 +240,7 @@ class RunDir:
         return hashlib.sha256(data).hexdigest() if len(data) == end - start else ""
 
     def ends_in_mid_line(self) -> bool:
-        """Whether the last line of metrics is half-written."""
+        """Return whether the last line of metrics is incomplete."""
         try:
             data = read_at_most(self.path / METRICS_FILE, METRICS_BYTES)
         except FileNotFoundError:
@@ -227,18 +248,18 @@ class RunDir:
         return data != b"" and not data.endswith(b"\n")
 
     def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
-        """Replace all metrics atomically (a resumed run drops what it will measure again).
+        """Replace all metrics atomically; a resumed run drops those that it will measure again.
 
         Args:
-            lines: what `metrics()` is to return from now on.
+            lines: The new metrics.
         """
-        make_hold(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+        ensure_content(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
 
     def environment(self) -> dict[str, Any]:
-        """Where the run was computed, see `runs.environment`; empty if it has not begun, or is of an old version.
+        """Return the environment of the run (`runs.environment`); empty if there is none yet, or in an old run.
 
         Raises:
-            CheckpointError: the file is not what `write_environment` writes.
+            CheckpointError: the file was not written by `write_environment`.
         """
         file = self.path / ENVIRONMENT_FILE
         try:
@@ -246,20 +267,22 @@ class RunDir:
         except FileNotFoundError:
             return {}
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not JSON ({error}); restore or remove it") from None
+            raise CheckpointError(
+                f"not JSON ({error})", field=str(file), remedy="restore or remove it"
+            ) from None
         if not isinstance(found, dict):
-            raise CheckpointError(f"{file}: no object; restore or remove it")
+            raise CheckpointError("not a JSON object", field=str(file), remedy="restore or remove it")
         return found
 
     @contextlib.contextmanager
     def lock(self, *, wait: float = 0) -> Iterator[None]:
-        """Hold the run directory for this process; the lock goes with the process, however that ends.
+        """Lock the run directory; the operating system releases the lock when the process ends.
 
         Args:
-            wait: so many seconds until another process has done with it; -1: for ever.
+            wait: Seconds to wait for another process that has locked it; -1 waits without limit.
 
         Raises:
-            ConfigError: another process holds it; the message names that process.
+            ConfigError: another process has locked it; the message names that process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         owner = self.path / OWNER_FILE
@@ -268,7 +291,9 @@ class RunDir:
             lock.acquire()
         except Timeout:
             raise ConfigError(
-                f"run directory {self.path}: in use by {_read_owner(owner)}; wait until it ends or stop it"
+                f"in use by {_read_owner(owner)}",
+                field=f"run directory {self.path}",
+                remedy="wait until it ends or stop it",
             ) from None
         try:
             atomic_write(owner, f"process {os.getpid()} on {socket.gethostname()}")
@@ -278,6 +303,10 @@ class RunDir:
             lock.release()
 
 
+def _broken_record(file: Path, problem: str) -> CheckpointError:
+    return CheckpointError(problem, field=str(file), remedy="restore it or use --fresh")
+
+
 def _keys(data: Any) -> set[str]:
     return set(data) if isinstance(data, dict) else set()
 
@@ -285,12 +314,12 @@ def _keys(data: Any) -> set[str]:
 def _read_owner(file: Path) -> str:
     try:
         return file.read_text().strip()
-    except OSError:  # the other process is between taking the lock and saying so
+    except OSError:  # the other process has the lock and has not written the file yet
         return "another process"
 
 
 def _end_of_whole_lines(file: Path) -> int:
-    """Where the next line is written: a killed writer may have left half a line, out of which it must not grow."""
+    """Return the offset of the next line: an incomplete line that a killed writer left is overwritten."""
     if not file.exists():
         return 0
     with open(file, "rb") as stream:
@@ -308,5 +337,7 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: {where} is not a line of metrics; the command of the run restores the file"
+            f"{where} is not a line of metrics",
+            field=str(file),
+            remedy="run the command of the run again, which restores the file",
         ) from None

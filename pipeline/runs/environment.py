@@ -1,6 +1,6 @@
-"""Where a run was computed: versions, git commit, hardware and the command that repeats it (`environment.json`).
+"""The environment of a run: versions, git commit, hardware and the command that repeats it (`environment.json`).
 
-Nothing secret goes into the file: no environment variables, and no password that an address on the command line holds.
+The file holds no secrets: no environment variables, and no passwords in addresses on the command line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.base.files import atomic_write
 from pipeline.base.redaction import without_secrets
 from pipeline.config.workers import usable_cores
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import ENVIRONMENT_FILE
+from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, GENOTYPE_FILE
 
 _PACKAGES = (
     "torch",
@@ -39,15 +39,15 @@ _PACKAGES = (
     "matplotlib",
     "pandas",
 )
-_CHECKOUT = Path(istanas.__file__).resolve().parent.parent
+CHECKOUT = Path(istanas.__file__).resolve().parent.parent
 
 
 def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
-    """What this process runs on, and the command that repeats the run.
+    """Return the environment of this process, and the command that repeats the run.
 
     Args:
-        folder: the run directory.
-        kind: of the run: "search", "retrain" or "sweep".
+        folder: The run directory.
+        kind: The kind of the run: "search", "retrain" or "sweep".
     """
     return {
         "istanas": istanas.__version__,
@@ -64,11 +64,11 @@ def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def write_environment(run: RunDir, kind: str) -> None:
-    """Write `environment.json`; if the run goes on in another environment, those before stand under "earlier".
+    """Write `environment.json`; earlier environments of a resumed run are kept under "earlier".
 
     Args:
-        run: its directory.
-        kind: see `collect_environment`.
+        run: The run directory.
+        kind: See `collect_environment`.
     """
     new, before = collect_environment(run.path, kind), run.environment()
     earlier = before.pop("earlier", [])
@@ -78,34 +78,38 @@ def write_environment(run: RunDir, kind: str) -> None:
 
 
 def reproducing_command(folder: Path, kind: str) -> str:
-    """The command line as it was typed, without secrets; else one that starts from the run directory's own files.
+    """Return the command line as it was typed, without secrets, or one that uses the files of the run directory.
 
     Args:
-        folder, kind: see `collect_environment`.
+        folder, kind: See `collect_environment`.
     """
     program = Path(sys.argv[0])
     if program.stem == "istanas" or program.parts[-3:] == ("pipeline", "cli", "__main__.py"):
         typed = [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv[1:]]
         return shlex.join(["istanas", *map(without_secrets, typed)])
-    genotype = ["--genotype", str(folder / "genotype.json")] if kind == "retrain" else []
-    return shlex.join(["istanas", kind, *genotype, "--config", str(folder / "config.yaml")])
+    genotype = ["--genotype", str(folder / GENOTYPE_FILE)] if kind == "retrain" else []
+    return shlex.join(["istanas", kind, *genotype, "--config", str(folder / CONFIG_FILE)])
 
 
 @functools.cache
-def git_state() -> dict[str, Any] | None:
-    """Commit of the git checkout that istanas runs from, and whether its files differ from it; None outside of one."""
-    if not (_CHECKOUT / ".git").exists():  # it is installed, maybe below somebody else's checkout
+def git_state(checkout: Path = CHECKOUT) -> dict[str, Any] | None:
+    """Return the commit of the git checkout that istanas runs from, and whether files differ; None outside of one."""
+    if not (checkout / ".git").exists():  # an installation may lie inside an unrelated checkout
         return None
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = (
+        _git(checkout, "rev-parse", "HEAD"),
+        _git(checkout, "status", "--porcelain", "--untracked-files=no"),
+    )
     return None if commit is None or changes is None else {"commit": commit, "dirty": changes != ""}
 
 
-def _git(*arguments: str) -> str | None:
-    """What a git command prints about our checkout; None if there is no git, or it refuses."""
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """Return the output of a git command in the checkout; None if git is missing or fails."""
+    # Variables such as GIT_DIR would select another repository.
     elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(_CHECKOUT), *arguments],
+            ["git", "-C", str(checkout), *arguments],
             env=elsewhere,
             capture_output=True,
             text=True,
@@ -129,7 +133,7 @@ def _versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the name of the processor, as far as the system reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,10 +1,10 @@
-"""The log of a run's epochs: one line per epoch, appended when its checkpoint is written and never rewritten.
+"""The epoch log of a run: one line per epoch, appended when its checkpoint is written and never rewritten.
 
-The log lies beside the checkpoints, in two copies: the folders `epochs` and `epochs-copy`. Each copy consists of
-segments of `SEGMENT` lines, so that a bucket, which takes whole files, receives a bounded part of it after an epoch.
-A line is a SHA-256 digest, a space and the record of the epoch as JSON. The digest covers the digest of the line
-before it and the record; a segment starts with the digest of the previous segment's last line. A checkpoint holds the
-last digest, which authenticates every earlier line: a damaged segment is noticed, and replaced from the other copy.
+The log is kept in two copies beside the checkpoints: the folders `epochs` and `epochs-copy`. Each copy consists of
+segments of `SEGMENT` lines, so that only a bounded part must be sent to a bucket, which takes whole files. A line is a
+SHA-256 digest, a space and the record of the epoch as JSON. The digest covers the previous line's digest and the
+record; a segment starts with the digest of the previous segment's last line. A checkpoint holds the last digest, which
+authenticates all lines: a damaged segment is detected and replaced from the other copy.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
 from pipeline.base.files import append, atomic_write
-from pipeline.runs.directory import is_absent, make_hold, out_of_reach
+from pipeline.runs.directory import ensure_content, is_absent, unreadable_error
+from pipeline.runs.layout import EPOCH_LOGS
 
 SEGMENT = 100
-COPIES = ("epochs", "epochs-copy")
 LINE_BYTES = LOG_SEGMENT_BYTES // SEGMENT
-"""Of a line, so that no segment is larger than what is read."""
+"""Maximum size of a line, so that a segment stays within the size that is read."""
 
 
 class BrokenCheckpointWarning(UserWarning):
-    """A checkpoint or a segment of the log did not match its checksum, and another file was used."""
+    """A checkpoint or log segment did not match its checksum, and another file was used."""
 
 
 class LogError(CheckpointError):
@@ -40,9 +40,9 @@ class LogEnd:
     """The end of a log, which a checkpoint holds.
 
     Args:
-        epochs: lines of the log.
-        digest: of the last line; "" if there is none.
-        offset: bytes of the segment in which the next line is written.
+        epochs: Number of lines.
+        digest: Digest of the last line; "" if there is none.
+        offset: Size in bytes of the segment in which the next line is written.
 
     Example:
         >>> end, line = LogEnd().after("{}")
@@ -55,13 +55,13 @@ class LogEnd:
     offset: int = 0
 
     def after(self, text: str) -> tuple[LogEnd, bytes]:
-        """Return the end of the log after one more line, and that line, with what a segment starts with.
+        """Return the end of the log after one more line, and that line, preceded by the start of its segment.
 
         Args:
-            text: the record, in one line.
+            text: The record, in one line.
 
         Raises:
-            CheckpointError: if the line has more than `LINE_BYTES`.
+            CheckpointError: the line has more than `LINE_BYTES`.
         """
         digest = _chained(self.digest, text)
         start = f"{self.digest}\n" if self.epochs % SEGMENT == 0 else ""
@@ -69,7 +69,8 @@ class LogEnd:
         if len(line) > LINE_BYTES:
             raise CheckpointError(
                 f"the record of epoch {self.epochs + 1} has {len(line)} bytes, more than the {LINE_BYTES} that fit "
-                "into the log: search fewer nodes or operations"
+                "into the log",
+                remedy="search fewer nodes or operations",
             )
         epochs = self.epochs + 1
         offset = 0 if epochs % SEGMENT == 0 else self.offset + len(line)
@@ -77,25 +78,25 @@ class LogEnd:
 
 
 def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
-    """Write the line of an epoch to both copies; whatever a log held from this epoch on is removed.
+    """Write the line of an epoch to both copies; earlier lines of this and later epochs are removed.
 
-    A copy that has become shorter since it was verified is restored from the other.
+    A copy that became shorter after it was verified is restored from the other copy.
 
     Args:
-        folder: of the checkpoints.
-        epoch: number of the line, from 1.
-        line: as `LogEnd.after` returns it.
-        offset: of the `LogEnd` before this line.
+        folder: The folder of the checkpoints.
+        epoch: Number of the line, from 1.
+        line: The line as `LogEnd.after` returns it.
+        offset: The offset of the `LogEnd` before this line.
 
     Raises:
-        OSError: if the disk refuses; the lines before this one are then untouched.
-        CheckpointError: if both copies are damaged.
+        OSError: the files cannot be written; the earlier lines then stay as they were.
+        CheckpointError: both copies are damaged.
 
     Warns:
         BrokenCheckpointWarning: for a copy that was restored.
     """
     segment = (epoch - 1) // SEGMENT
-    files = [_file(folder, copy, segment) for copy in COPIES]
+    files = [_file(folder, copy, segment) for copy in EPOCH_LOGS]
     for file, other in zip(files, reversed(files), strict=True):
         try:
             append(file, line, at=offset)
@@ -108,12 +109,13 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
                 if isinstance(reason, OSError) and not is_absent(reason):
                     raise
                 raise CheckpointError(
-                    f"{file}: {error}, and {other} is damaged ({reason}); run the same command again, which resumes "
-                    "from the newest checkpoint that matches the log"
+                    f"{error}, and {other} is damaged ({reason})",
+                    field=str(file),
+                    remedy="run the same command again, which resumes from the newest checkpoint that matches the log",
                 ) from None
             atomic_write(file, whole)
             _warn_of_damage(file, str(error))
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         for number in itertools.count(segment + 1):
             later = _file(folder, copy, number)
             if not later.exists():
@@ -122,14 +124,14 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
 
 
 def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
-    """Make both copies of the log hold just these records; a copy that does so already is not written.
+    """Give both copies of the log exactly these records; an identical copy is not written.
 
     Args:
-        folder: of the checkpoints.
-        texts: the records, one line each.
+        folder: The folder of the checkpoints.
+        texts: The records, one line each.
 
     Returns:
-        Its end.
+        The end of the log.
     """
     end, segments = LogEnd(), list[list[bytes]]()
     for text in texts:
@@ -137,20 +139,20 @@ def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
             segments.append([])
         end, line = end.after(text)
         segments[-1].append(line)
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         for number, lines in enumerate(segments):
-            make_hold(_file(folder, copy, number), b"".join(lines))
+            ensure_content(_file(folder, copy, number), b"".join(lines))
     return end
 
 
 def read(folder: Path, end: LogEnd) -> Iterator[str]:
     """Yield the records of all epochs up to an end of the log, verified as by `verify`; later lines are ignored.
 
-    Arguments, errors and warnings are those of `verify`; errors are raised before any record is returned.
+    Arguments, errors and warnings are those of `verify`; errors are raised before the first record is yielded.
     """
     verify(folder, end)
     for number, count in enumerate(_counts(end)):
-        lines = read_at_most(_file(folder, COPIES[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
+        lines = read_at_most(_file(folder, EPOCH_LOGS[0], number), LOG_SEGMENT_BYTES).decode().split("\n")
         for line in lines[1 : count + 1]:
             yield line.partition(" ")[2]
 
@@ -159,47 +161,47 @@ def verify(folder: Path, end: LogEnd) -> None:
     """Check the log up to an end, and replace a segment that is damaged in one copy from the other copy.
 
     Args:
-        folder: of the checkpoints.
-        end: as the checkpoint holds it.
+        folder: The folder of the checkpoints.
+        end: The end that a checkpoint holds.
 
     Raises:
-        LogError: if both copies of a segment are damaged, or do not belong to this end.
-        CheckpointError: if a segment cannot be read now, though it may be whole.
+        LogError: both copies of a segment are damaged, or do not belong to this end.
+        CheckpointError: a segment cannot be read at the moment, though it may be intact.
 
     Warns:
         BrokenCheckpointWarning: for every segment that was replaced.
     """
     digest = end.digest
-    # From the end, whose digest the checkpoint holds, to the start.
+    # Backwards, because the checkpoint holds the last digest.
     for number, count in reversed(list(enumerate(_counts(end)))):
         digest = _restore_segment(folder, number, count, digest)
 
 
 def _counts(end: LogEnd) -> list[int]:
-    """The number of lines of each segment."""
+    """Return the number of lines of each segment."""
     return [min(SEGMENT, end.epochs - first) for first in range(0, end.epochs, SEGMENT)]
 
 
 def _restore_segment(folder: Path, number: int, count: int, digest: str) -> str:
-    """Replace a damaged copy of a segment; return the digest with which the segment before it must end."""
+    """Replace a damaged copy of a segment; return the digest with which the previous segment must end."""
     whole: bytes | None = None
     before = ""
     damaged: dict[Path, str] = {}
-    for file in (_file(folder, copy, number) for copy in COPIES):
+    for file in (_file(folder, copy, number) for copy in EPOCH_LOGS):
         try:
             lines = read_at_most(file, LOG_SEGMENT_BYTES).splitlines(keepends=True)[: count + 1]
             before = _verify(lines, number * SEGMENT, count, digest)
         except OSError as error:
             if not is_absent(error):
-                raise out_of_reach(error, file) from error
+                raise unreadable_error(error, file) from error
             damaged[file] = error.strerror or str(error)
         except ValueError as error:
             damaged[file] = str(error)
         else:
             whole = b"".join(lines)
     if whole is None:
-        told = "; ".join(f"{file} is damaged ({reason})" for file, reason in damaged.items())
-        raise LogError(f"{told}: restore one of the two from a copy")
+        damage = "; ".join(f"{file} is damaged ({reason})" for file, reason in damaged.items())
+        raise LogError(damage, remedy="restore one of the two from a copy")
     for file, reason in damaged.items():
         atomic_write(file, whole)
         _warn_of_damage(file, reason)
@@ -213,14 +215,14 @@ def _warn_of_damage(file: Path, reason: str) -> None:
 
 
 def _verify(lines: list[bytes], first: int, count: int, expected: str) -> str:
-    """Check that a segment ends with a digest; return the one with which the segment before it must end."""
+    """Check that a segment ends with a digest; return the digest with which the previous segment must end."""
     if len(lines) <= count:
         raise ValueError(f"it ends after line {first + max(len(lines) - 1, 0)}")
     before = digest = lines[0].decode().removesuffix("\n")
     for number, line in enumerate(lines[1:], start=first + 1):
-        told, _, text = line.decode().partition(" ")
+        stored, _, text = line.decode().partition(" ")
         digest = _chained(digest, text.removesuffix("\n"))
-        if told != digest or not text.endswith("\n"):
+        if stored != digest or not text.endswith("\n"):
             raise ValueError(f"line {number} does not match its checksum")
     if digest != expected or (first == 0 and before != ""):
         raise ValueError("it does not match the checkpoint's digest")

@@ -1,4 +1,4 @@
-"""`genotype.json` and the figures of its cells: written into a run directory, and read."""
+"""`genotype.json` and the drawings of its cells in a run directory."""
 
 from __future__ import annotations
 
@@ -9,29 +9,44 @@ from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_BYTES, read_at_most
 from istanas.space import Genotype, genotype_from_text
 from pipeline.base.files import atomic_write
-from pipeline.runs.layout import GENOTYPE_FILE
+from pipeline.runs.layout import CELLS_FOLDER, GENOTYPE_FILE
 
 
 def read_genotype(file: Path) -> Genotype:
-    """The genotype in a file.
+    """Read the genotype in a file.
 
     Raises:
-        GenotypeError: it holds none; the message names the file.
+        GenotypeError: the file holds no genotype.
     """
     try:
         return genotype_from_text(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
     except UnicodeDecodeError:
-        raise GenotypeError(f"{file}: is no text; give a file that holds a genotype") from None
-    except (GenotypeError, ValueError) as error:
-        raise GenotypeError(f"{file}: {error}") from None
+        raise GenotypeError(
+            "is no text", source=str(file), remedy="give a file that holds a genotype"
+        ) from None
+    except GenotypeError as error:
+        raise error.in_source(str(file)) from None
+    except ValueError as error:
+        raise GenotypeError(
+            str(error), source=str(file), remedy="give a file that holds a genotype"
+        ) from None
 
 
 def write_genotype(
     folder: Path, genotype: Genotype, weights: dict[str, list[list[float]]] | None = None
 ) -> None:
-    """genotype.json and the four cell figures."""
+    """Write `genotype.json` and the four drawings of its cells.
+
+    Args:
+        folder: The run directory.
+        genotype: The genotype.
+        weights: Weights of the edges by cell, drawn as widths.
+    """
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
     weights = weights or {}
     save_genotype_figures(
-        genotype, folder / "cells", weights_normal=weights.get("normal"), weights_reduce=weights.get("reduce")
+        genotype,
+        folder / CELLS_FOLDER,
+        weights_normal=weights.get("normal"),
+        weights_reduce=weights.get("reduce"),
     )

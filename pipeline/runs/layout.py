@@ -1,17 +1,60 @@
-"""Names of the files and folders in a run directory."""
+"""Names of the files and folders in a run directory.
+
+The names are stored in records, in MLflow and in documents, so they never change.
+"""
 
 from __future__ import annotations
 
-RECORD_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
-ENVIRONMENT_FILE = "environment.json"
-LOCK_FILE = ".run.lock"
-OWNER_FILE = ".run.lock.owner"
-LINK_FILE = "mlflow.json"
-LOG_FOLDER = "ray"  # in the run directory
-CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.yaml"
-GENOTYPE_FILE = "genotype.json"
-TRAJECTORY_FILE = "trajectory.csv"
-CODES_FILE = "codes.csv"
+import re
+
+# ----- Every run.
+RECORD_FILE = "run.json"  # what the run is and where it stands: `runs.record.RunRecord`
+METRICS_FILE = "metrics.jsonl"  # one line of metrics per epoch, or per trial
+CONFIG_FILE = "config.yaml"  # the resolved configuration
+ENVIRONMENT_FILE = "environment.json"  # versions, commit, hardware and command line
+LINK_FILE = "mlflow.json"  # the MLflow run that mirrors this run, and what was sent to it
+REPORT_PAGE = "report.html"  # the report of a finished run
+LOG_FOLDER = "ray"  # log files of Ray and of its workers
+LOCK_FILE = ".run.lock"  # locked by the process that works on the run
+OWNER_FILE = ".run.lock.owner"  # the host and the number of that process, for error messages
+DELIVERY_LOCK = ".mlflow.lock"  # locked while the run is sent to MLflow
+OWNER_OBJECT = ".owner.json"  # in a bucket: the lease of the process that works on the run
+CLEARING_FILE = ".clearing"  # exists while --fresh deletes the run
+
+# ----- Checkpoints.
+CHECKPOINTS = "checkpoints"  # folder of the checkpoints and of the epoch log
+CHECKPOINT_MANIFEST = re.compile(r"epoch-([0-9]+)\.json")  # a checkpoint's checksum, beside its `.pt`
+EPOCH_LOGS = ("epochs", "epochs-copy")  # folders with the two copies of the epoch log
+
+# ----- Searches, and the genotype and network that a run leaves.
+GENOTYPE_FILE = "genotype.json"  # the architecture that was found, retrained, or won the sweep
+CELLS_FOLDER = "cells"  # drawings of the two cells
 CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
+TRAJECTORY_FILE = "trajectory.csv"  # the selected edges after every epoch
+CODES_FILE = "codes.csv"  # the recovered codes after every epoch
+TRAJECTORY_PAGE = "trajectory.html"  # both of them as a page
+FREEZING_FIGURES = ("freezing.svg", "freezing.png")  # one-stage: when each node was frozen
+WEIGHTS_FILE = "model.safetensors"  # weights of the trained network
+NETWORK_FILE = "network.json"  # how to build that network and what to feed it
+EXPORT_FOLDER = "export"  # the network in other formats
+PROGRAM_FILE = "model.pt2"  # in the export folder: for torch.export
+ONNX_FILE = "model.onnx"  # in the export folder: for ONNX
+
+# ----- Sweeps.
+TRIALS_TABLE = "trials.csv"  # all trials with their settings and figures
+SWEEP_PAGE = "sweep.html"  # interactive figures and the table of trials
+PLOTS_FOLDER = "plots"  # the same figures as PNG
+BEST_FOLDER = "best"  # configuration and genotype of the best trial
+STUDY_FILE = "optuna.db"  # the Optuna study of a sweep in a bucket
+TRIAL_LOG = "trial.log"  # in a trial's run directory: the output of its process
+RUN_FOLDER = re.compile(r".+-(search|retrain)-[0-9a-f]{10}")  # run directory of a trial or of its retraining
+
+
+def checkpoint_file(epoch: int) -> str:
+    """Return the name of an epoch's checkpoint.
+
+    Example:
+        >>> checkpoint_file(3)
+        'epoch-0003.pt'
+    """
+    return f"epoch-{epoch:04d}.pt"

@@ -1,4 +1,4 @@
-"""`mlflow.json` in a run directory: where the run is mirrored in MLflow."""
+"""`mlflow.json` in a run directory: the MLflow run that mirrors it."""
 
 import dataclasses
 import json
@@ -17,23 +17,30 @@ from pipeline.runs.layout import LINK_FILE
 
 @dataclass(frozen=True)
 class Link:
-    """`mlflow.json`: the store and the id under which a run is mirrored, and what was sent."""
+    """The MLflow run that mirrors a run directory, and what was sent to it.
+
+    Args:
+        tracking_uri, experiment, run_id: The MLflow run.
+        artifacts: SHA-256 of every artifact that was sent, by path.
+        metrics_bytes: Size of the part of `metrics.jsonl` that was sent; 0 in links of version 0.1.
+        metrics_digest: Digest of that part, see `RunDir.metrics_digest`.
+    """
 
     tracking_uri: str
     experiment: str
     run_id: str
-    artifacts: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of what was sent
-    metrics_bytes: int = 0  # of metrics.jsonl that were sent; a link of version 0.1 does not say
-    metrics_digest: str = ""  # of the last of them, see `RunDir.metrics_digest`
+    artifacts: dict[str, str] = field(default_factory=dict)
+    metrics_bytes: int = 0
+    metrics_digest: str = ""
 
     def write(self, run_dir: RunDir) -> None:
-        """Write it into the run directory, atomically; a store of the same project relative to it: both may move."""
+        """Write the link atomically; the path of a store above the run directory is relative, so that both may move."""
         written = dataclasses.asdict(self) | {"tracking_uri": _portable(self.tracking_uri, run_dir)}
         atomic_write(run_dir.path / LINK_FILE, json.dumps(written, indent=2) + "\n")
 
 
 def read_link(run_dir: RunDir) -> Link | None:
-    """The run directory's `mlflow.json`, or None: without it the run is found again by its key.
+    """Read `mlflow.json`; None if there is none, in which case the MLflow run is found by its key.
 
     Example:
         >>> read_link(RunDir("nowhere")) is None
@@ -47,7 +54,7 @@ def read_link(run_dir: RunDir) -> Link | None:
 
 
 def _portable(uri: str, run_dir: RunDir) -> str:
-    """A store's URI, that of a SQLite file in a folder above the run directory relative to the latter."""
+    """Return a store's URI; a SQLite file in a folder above the run directory gets a relative path."""
     file, here = sqlite_file(uri), run_dir.path.absolute()
     if file is None or not here.is_relative_to(file.parent):
         return uri
@@ -55,7 +62,7 @@ def _portable(uri: str, run_dir: RunDir) -> str:
 
 
 def _located(uri: str, run_dir: RunDir) -> str:
-    """The inverse of `_portable`."""
+    """Invert `_portable`."""
     path = uri.removeprefix("sqlite:///")
     if path == uri or Path(path).is_absolute():
         return uri

@@ -1,4 +1,4 @@
-"""A trained network on disk: weights as safetensors beside a JSON that says how to build and feed it."""
+"""A trained network on disk: weights as safetensors, and a JSON file that describes the network and its input."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from istanas.nets import TargetNet
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import RetrainSettings, SearchSettings
-
-WEIGHTS_FILE = "model.safetensors"
-NETWORK_FILE = "network.json"
+from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
 class NetworkCard:
-    """How to build a trained network and what to feed it.
+    """How to build a trained network and what input it takes.
 
     Args:
-        genotype: its JSON text.
-        init_channels, layers, num_classes, stem, op_batchnorm: as `TargetNet` takes them.
-        shape: (C, H, W) of a picture.
-        mean, std: per channel, of pictures in [0, 1]: subtract, divide.
-        class_names: in the order of the logits.
-        background: (red, green, blue), over which transparent pictures were composited.
-        bits: that grey pictures with more than 8 bits use; of a value the upper 8 of them are kept.
+        genotype: The genotype as JSON.
+        init_channels, layers, num_classes, stem, op_batchnorm: See `TargetNet`.
+        shape: Shape of a picture, (C, H, W).
+        mean, std: Normalisation per channel, for pictures in [0, 1].
+        class_names: Names of the classes, in the order of the logits.
+        background: Colour (red, green, blue) over which transparent pictures were composited.
+        bits: Number of bits that grey pictures of more than 8 bits use; the upper 8 are kept.
     """
 
     genotype: str
@@ -58,7 +56,7 @@ def save_network(
     sizes: SearchSettings | RetrainSettings,
     dataset: ImageDataset,
 ) -> None:
-    """Write a trained network, auxiliary head left out, and its card; `sizes` are the settings that built it."""
+    """Write a trained network without its auxiliary head, and its card; `sizes` are the settings that built it."""
     card = NetworkCard(
         genotype=genotype.to_json(),
         init_channels=sizes.init_channels,
@@ -77,7 +75,7 @@ def save_network(
 
 
 def write_network(folder: Path, net: TargetNet, card: NetworkCard) -> None:
-    """Write a network, auxiliary head left out, and the card that says how to build it."""
+    """Write a network without its auxiliary head, and its card."""
     weights = {
         k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")
     }
@@ -86,20 +84,20 @@ def write_network(folder: Path, net: TargetNet, card: NetworkCard) -> None:
 
 
 def read_card(folder: str | Path) -> NetworkCard:
-    """The card of the trained network in a folder, where `load_network` found nothing to complain of."""
+    """Read the card of a network that `load_network` accepts."""
     return TypeAdapter(NetworkCard).validate_json(read_at_most(Path(folder) / NETWORK_FILE, RECORD_BYTES))
 
 
 def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
-    """The trained network of a run directory in eval mode, and two blank pictures that fit it.
+    """Load the trained network of a run directory in eval mode, and two blank pictures of its input shape.
 
     Raises:
-        CheckpointError: if a file is missing or broken.
+        CheckpointError: a file is missing or broken.
     """
     folder = Path(folder)
     try:
         card = read_card(folder)
-        with torch.device("meta"):  # takes no memory: a card may promise more than there is
+        with torch.device("meta"):  # allocates nothing: a hostile card may describe a huge network
             promised = _build(card).state_dict()
         size = sum(value.nbytes for value in promised.values())
         weights = safetensors.torch.load(read_at_most(folder / WEIGHTS_FILE, size + WEIGHTS_HEADER_BYTES))
@@ -110,7 +108,9 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     except (OSError, ValueError, TypeError, RuntimeError, IstanasError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())  # torch's errors have many lines
         raise CheckpointError(
-            f"{folder}: holds no whole trained network ({reason:.200}): train it again, or copy the run again"
+            f"holds no whole trained network ({reason:.200})",
+            field=str(folder),
+            remedy="train it again, or copy the run again",
         ) from None
     return net.eval(), torch.zeros(2, *card.shape)
 

@@ -1,31 +1,33 @@
-"""What became of a run, as people call it: MLflow knows FINISHED, FAILED and KILLED only, a tag says the rest."""
+"""Outcomes of runs. MLflow only has FINISHED, FAILED and KILLED; a tag distinguishes the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 OUTCOME_TAG = "istanas.outcome"
-ORIGIN_TAG = "istanas.genotype_from"  # of a retraining: the run, the file, or the random or published cell
-FOLDER_TAG = "istanas.data_folder"  # what own pictures are called, all of which are the data set "folder"
-TRIAL_TAG = "istanas.trial_state"  # Optuna's word, of a trial of a sweep
-INTERRUPTED = "INTERRUPTED"  # by Ctrl-C or a signal, or its process is gone: the same command resumes it
+ORIGIN_TAG = (
+    "istanas.genotype_from"  # source of a retrained genotype: a run, a file, a random or published cell
+)
+FOLDER_TAG = "istanas.data_folder"  # label of a picture folder; the data set's name is always "folder"
+TRIAL_TAG = "istanas.trial_state"  # Optuna's state of a trial
+INTERRUPTED = "INTERRUPTED"  # by Ctrl-C or a signal, or the process was killed; the same command resumes it
 PRUNED = "PRUNED"  # a trial that was stopped early
-_TOLD_APART = ("FAILED", "KILLED")
+_WITH_DETAILS = ("FAILED", "KILLED")
 
 
 def outcome(status: str, tags: Mapping[str, str]) -> str:
-    """Return a run's status as our tables and pages show it.
+    """Return a run's status as tables and pages show it.
 
     Args:
-        status: as MLflow and the record call it.
-        tags: of the run; runs of before have no outcome, but trials have always had their state.
+        status: The status in MLflow and in the record.
+        tags: The tags of the run. Old runs have no outcome, but trials always have their state.
 
     Example:
         >>> interrupted = {"istanas.outcome": "INTERRUPTED"}
         >>> outcome("KILLED", {"istanas.trial_state": "PRUNED"}), outcome("FINISHED", interrupted)
         ('PRUNED', 'FINISHED')
     """
-    if status not in _TOLD_APART:
+    if status not in _WITH_DETAILS:
         return status
     if tags.get(TRIAL_TAG) == PRUNED:
         return PRUNED
@@ -33,7 +35,7 @@ def outcome(status: str, tags: Mapping[str, str]) -> str:
 
 
 def data_of(tags: Mapping[str, str]) -> str | None:
-    """Return what the data set of a run in MLflow is called: its name, own pictures by their folder.
+    """Return the label of the data set of a run in MLflow: its name, or the label of a picture folder.
 
     Example:
         >>> data_of({"istanas.dataset": "folder", "istanas.data_folder": "pets-cats-0a1b2c"})
@@ -43,7 +45,7 @@ def data_of(tags: Mapping[str, str]) -> str | None:
 
 
 def shown_outcome(found: str) -> str:
-    """Return an outcome with what can be done about it.
+    """Return an outcome, marked if the run can be resumed.
 
     Example:
         >>> shown_outcome("INTERRUPTED"), shown_outcome("PRUNED")

@@ -1,4 +1,4 @@
-"""What a run directory records: the run, the pictures that it used, and a line of metrics."""
+"""Data types of a run directory: the record, the data sets that the run uses, and a line of metrics."""
 
 import hashlib
 import re
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OWN_PICTURES = "folder"  # the `data.name` of pictures that are no data set with a name
+OWN_PICTURES = "folder"  # the `data.name` of a folder of own pictures
 
 
 def data_label(name: str, root: str | None) -> str:
-    """Return what a data set is called: its name, own pictures by the last parts of their folder.
+    """Return the label of a data set: its name, or the last parts of the path of a picture folder.
 
-    Two folders whose last parts are the same are told apart by a digest of the whole path.
+    A digest of the whole path distinguishes folders whose last parts are the same.
 
     Args:
-        name: `data.name`.
-        root: `data.root`, the folder.
+        name: The setting `data.name`.
+        root: The setting `data.root`.
 
     Example:
         >>> data_label("digits", None), data_label("folder", "/data/Pets/my cats")
@@ -32,7 +32,7 @@ def data_label(name: str, root: str | None) -> str:
     return "-".join([*filter(None, parts), digest])
 
 
-# The parts of a data set, by context, in the words that people read.
+# Names of the parts of a data set in messages, by context.
 _PART = {
     "training": "training part",
     "alphas": "alpha half",
@@ -43,16 +43,16 @@ _PART = {
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """Pictures that a run uses, and what for.
+    """Pictures that a run uses for one purpose.
 
     Args:
-        name: of the data set, see `data_label`.
-        context: "training", "alphas", "hold-out" or "test".
-        digest: of these pictures and their labels (16 hexadecimal digits), the same on every machine.
-        source: where they come from: a folder, or who ships them.
-        pictures, classes: how many.
-        shape: (C, H, W) of a picture, as a network sees it.
-        missing: names of the classes that have no picture among them.
+        name: Label of the data set, see `data_label`.
+        context: The purpose: "training", "alphas", "hold-out" or "test".
+        digest: Digest of the pictures and their labels (16 hexadecimal digits), the same on every machine.
+        source: The folder that they come from, or the package that ships them.
+        pictures, classes: Numbers of pictures and classes.
+        shape: Shape of a picture as a network sees it, (C, H, W).
+        missing: Names of the classes without a picture.
     """
 
     name: str
@@ -65,17 +65,17 @@ class DatasetUse:
     missing: tuple[str, ...] = ()
 
     def describe_missing(self) -> str | None:
-        """One line about the classes without pictures; None if there are none."""
+        """Return a line about the classes without pictures, or None if there are none."""
         return describe_missing(self.context, self.missing, self.classes) if self.missing else None
 
 
 def describe_missing(context: str, missing: Sequence[str], classes: int) -> str:
-    """One line about the classes of which a part of a data set has no picture.
+    """Return a line about the classes without pictures in a part of a data set.
 
     Args:
-        context: the part, see `DatasetUse`.
-        missing: names of these classes.
-        classes: how many there are in all.
+        context: The part, see `DatasetUse`.
+        missing: Names of these classes.
+        classes: Number of all classes.
 
     Example:
         >>> describe_missing("alphas", ["bee"], 3)
@@ -90,11 +90,23 @@ def describe_missing(context: str, missing: Sequence[str], classes: int) -> str:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run is and where it stands (`run.json`). Times are milliseconds since the epoch, UTC.
+    """The record of a run (`run.json`). Times are in milliseconds since 1970, UTC.
 
     Args:
-        data_digest: of all pictures that the run may read, whatever part of them it uses; "" if it is not known.
-        pictures: lines for people: what pictures there are, how they are read, what is left out or missing.
+        name: Name of the run, without its hash.
+        kind: "search", "retrain" or "sweep".
+        method: "two_stage" or "one_stage".
+        dataset: The setting `data.name`.
+        key: Unique id, by which the MLflow run is found.
+        params, tags, description: As MLflow shows them.
+        parent: Run directory of the search of a retraining, or of the sweep of a trial.
+        status: "RUNNING", "FINISHED", "FAILED" or "KILLED".
+        started_ms, ended_ms: Start and end.
+        artifacts: Files that are sent to MLflow, relative to the run directory.
+        result: The figures of `--json`.
+        datasets: The data that the run uses.
+        data_digest: Digest of all pictures that the run may read; "" if it is unknown.
+        pictures: Lines for the report about the pictures and how they are read.
     """
 
     name: str
@@ -117,14 +129,14 @@ class RunRecord:
 
     @property
     def data_label(self) -> str:
-        """What the data set is called, see the function of this name."""
+        """The label of the data set, see `data_label`."""
         root = self.params.get("data.root")
         if not isinstance(root, str):
             return self.dataset
         return data_label(self.dataset, self.datasets[0].source if self.datasets else root)
 
     def measured_on(self, metric: str) -> DatasetUse | None:
-        """The pictures that a metric is measured on; None if it is measured on none, or they are not known.
+        """Return the data that a metric is measured on; None if there is none, or it is unknown.
 
         Args:
             metric: "train/...", "valid/..." (on the hold-out, or on the alpha half) or "test/...".
@@ -133,7 +145,7 @@ class RunRecord:
 
 
 def contexts_of(metric: str) -> tuple[str, ...]:
-    """The contexts whose pictures a metric may be measured on, the first of them that there is.
+    """Return the contexts that a metric may be measured on, in order of preference.
 
     Example:
         >>> contexts_of("valid/top1"), contexts_of("target/params")
@@ -144,7 +156,7 @@ def contexts_of(metric: str) -> tuple[str, ...]:
 
 
 class MetricsLine(NamedTuple):
-    """The metrics of one step, with the time (ms since the epoch) at which they were measured."""
+    """The metrics of one step, and the time in ms since 1970 at which they were measured."""
 
     step: int
     timestamp_ms: int
@@ -152,5 +164,5 @@ class MetricsLine(NamedTuple):
 
 
 def new_key() -> str:
-    """A fresh unique id for a run (32 hexadecimal digits)."""
+    """Return a new unique id of a run (32 hexadecimal digits)."""
     return uuid.uuid4().hex

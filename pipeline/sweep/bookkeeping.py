@@ -1,4 +1,4 @@
-"""The runs of a sweep's trials: opened, closed, counted and shown while the sweep runs."""
+"""The runs, the table and the progress bar of a sweep's trials, maintained while the sweep runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.runs.record import MetricsLine
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.report import sweep_frame
 from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
-from pipeline.sweep.study import FAILED, NODE, WARNED, first_number, keep_study, own_trials
+from pipeline.sweep.study import FAILED, NODE, WARNED, first_number, own_trials, save_study
 from pipeline.tracking.store import public_uri, store_uri
 from pipeline.training.pictures import settle_stems
 
@@ -39,43 +39,47 @@ OUTCOMES = {**STATUS, TrialState.PRUNED: PRUNED}
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
-class Trials:
-    """What this process does around its trials: their runs opened and closed, the table and the bar kept."""
+class TrialRuns:
+    """Opens and closes the runs of a sweep's trials, and updates the sweep's table, metrics and progress bar.
+
+    A listener of `StudySearcher`.
+    """
 
     def __init__(self, config: Config, plan: Plan, run: RunDir, study: Study, observer: RunObserver) -> None:
         self._config, self._plan, self._run, self._study = config, plan, run, study
         self._observer = observer
-        self._open: dict[int, tuple[Path, Config]] = {}  # begun, and not ended
-        self._began: dict[int, float] = {}  # in this sitting, when
-        self._took: list[float] = []  # seconds of the trials of this sitting that have ended
-        self._delivered = not own_trials(study)  # an earlier sitting may have found no store
+        self._open: dict[int, tuple[Path, Config]] = {}  # trials that are running
+        self._started: dict[int, float] = {}  # when they were started by this process
+        self._durations: list[float] = []  # seconds of the trials that this process has ended
+        self._delivered = not own_trials(study)  # MLflow may lack trials of an earlier process.
 
-    def go_on(self) -> None:
-        """Say what is there from an earlier sitting, and make the figures anew from the study."""
+    def resume(self) -> None:
+        """Report what an earlier process has done, and rebuild the metrics and the table from the study."""
         bucket.fetch_records(self._run.path)
-        done = [t for t in own_trials(self._study) if t.state.is_finished()]
+        done, sweep = self._finished(), sweep_of(self._config)
         self._run.replace_metrics(metrics_of_trials(self._config, done))
-        begun, learnt = len(own_trials(self._study)) - len(done), first_number(self._study)
-        if learnt or sweep_of(self._config).start_from:
+        started, known = len(own_trials(self._study)) - len(done), first_number(self._study)
+        if sweep.start_from:
             self._observer.note(
-                f"learnt from {count(learnt, 'trial')} of {sweep_of(self._config).start_from} that lie in this space"
+                f"the sampler learns from {count(known, 'trial')} of {sweep.start_from} that lie in this space"
             )
-        if done or begun:
+        if done or started:
             self._observer.note(
-                f"resumed: {count(len(done), 'trial')} done, {begun} to go on with, "
-                f"{sweep_of(self._config).trials - len(done) - begun} to come"
+                f"resumed: {count(len(done), 'trial')} done, {started} to resume, "
+                f"{sweep.trials - len(done) - started} to start"
             )
-        self._show()
+        self._update_table()
 
-    def begins(self, index: int, settings: Settings) -> dict[str, Any]:
-        config = self._of_trial(settings)
+    def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
+        """Open the trial's run, and return the task for its process."""
+        config = self._trial_config(settings)
         name, parent = f"trial-{index:04d}", bucket.named(self._run.path)
         tags = {"istanas.sweep": self._run.path.name, "istanas.trial": str(index)}
         spec = search_spec(config, name, parent=parent, tags=tags)
-        self._keep()  # else another sitting might draw other settings for a trial that was announced
+        self._save()  # Otherwise a later process could sample other settings for a trial whose run exists.
         announce(spec)
         self._open[index] = spec.path, config
-        self._began[index] = time.monotonic()
+        self._started[index] = time.monotonic()
         return {
             "config": config,
             "name": name,
@@ -87,15 +91,16 @@ class Trials:
         }
 
     def warm_ups(self) -> list[dict[str, Any]]:
-        """A task for each process that will have trials, one after the other."""
-        left = sweep_of(self._config).trials - sum(t.state.is_finished() for t in own_trials(self._study))
-        # Workers of a trial are processes of its own.
+        """Return a warm-up task for each process that trials will share."""
+        left = sweep_of(self._config).trials - len(self._finished())
+        # The workers of a trial are new processes, which a warm-up does not reach.
         number = 0 if self._plan.workers else min(self._plan.at_once, left)
-        return [{"warm_up": self._of_trial({})}] * number
+        return [{"warm_up": self._trial_config({})}] * number
 
-    def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+        """Close the trial's run with its figures."""
         path, config = self._open.pop(index)
-        self._took.append(time.monotonic() - self._began.pop(index))
+        self._durations.append(time.monotonic() - self._started.pop(index))
         tags = {TRIAL_TAG: state.name, OUTCOME_TAG: OUTCOMES[state]}
         if "digest" in result:
             tags["istanas.genotype"] = result["digest"]
@@ -107,56 +112,55 @@ class Trials:
         figures = {name: result[name] for name in kept if name in result}
         self._delivered &= close(path, config, STATUS[state], tags, figures)
 
-    def leave(self) -> None:
-        """Close the runs that this sitting leaves unfinished, and deliver what the store has not got.
-
-        Those of trials, of their retrainings, and of an earlier sitting that this one did not come to.
-        """
+    def close(self) -> None:
+        """Close the runs of unfinished trials and their retrainings, and deliver what MLflow lacks."""
         self._open.clear()
         try:
             frame = sweep_frame(self._config, self._study)
             running = frame["state"] == TrialState.RUNNING.name
-            if running.any():  # the study knows no other word for a trial that the same command resumes
+            # An interrupted trial stays RUNNING in the study, which has no other state for it.
+            if running.any():
                 frame.loc[running, "state"] = INTERRUPTED
                 write_table(self._run.path, frame)
             self._delivered &= close_below(self._run.path, self._config)
             if not self._delivered:
                 deliver_below(self._run.path, self._config)
         except (OSError, IstanasError, OptunaError) as error:
-            # A full disk, a storage that is away: it must not hide what else has failed.
+            # A full disk or an unreachable storage must not hide the error that ended the sweep.
             self._observer.note(
-                f"runs of trials are left RUNNING ({one_line(error)}), the same command mends that"
+                f"some runs of trials are still RUNNING ({one_line(error)}); run the same command again to correct it"
             )
 
-    def told(self, index: int) -> None:
-        done = [t for t in own_trials(self._study) if t.state.is_finished()]
+    def study_updated(self, index: int) -> None:
+        """Update metrics, table and progress bar after the study has recorded the end of a trial."""
+        done = self._finished()
         self._run.replace_metrics(metrics_of_trials(self._config, done))
-        self._show()
-        self._keep()
+        self._update_table()
+        self._save()
         left = sweep_of(self._config).trials - len(done)
         self._observer.trial_done(
-            describe_trial(index, self._trial(index)),
+            describe_trial(index, own_trials(self._study)[index]),
             len(done),
-            seconds_left(self._took, left, self._plan.at_once),
+            seconds_left(self._durations, left, self._plan.at_once),
         )
         self._observer.deliver()
 
-    def _keep(self) -> None:
-        """Have the study in the storage, if the run lies in one, before anybody is told what it holds."""
-        keep_study(self._config, self._run.path)
-        bucket.push(self._run.path)
+    def _finished(self) -> list[FrozenTrial]:
+        return [t for t in own_trials(self._study) if t.state.is_finished()]
 
-    def _show(self) -> None:
+    def _save(self) -> None:
+        """Save the study and the run directory in the bucket, if the run is in one."""
+        save_study(self._config, self._run.path)
+        self._run.push()
+
+    def _update_table(self) -> None:
         write_table(self._run.path, sweep_frame(self._config, self._study))
-        done = sum(t.state.is_finished() for t in own_trials(self._study))
+        done = len(self._finished())
         if done > 0:
             self._observer.step(done - 1, 1, 1, lambda: None)
 
-    def _trial(self, index: int) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[first_number(self._study) + index]
-
-    def _of_trial(self, settings: Settings) -> Config:
-        """A trial's configuration, as it holds in its own process."""
+    def _trial_config(self, settings: Settings) -> Config:
+        """Return the configuration of a trial, with the paths and resources of its own process."""
         config, plan = settle_stems(trial_config(self._config, settings)), self._plan
         runtime: dict[str, Any] = {
             "workers": plan.workers,
@@ -166,7 +170,7 @@ class Trials:
             "runs_dir": bucket.named(self._run.path),
         }
         uri = store_uri(config.tracking.uri)
-        # A password in the environment stays there.
+        # A password in the environment is not written into the trial's configuration.
         tracking = {"uri": uri if public_uri(uri) == uri else None, "name": None, "models": False}
         return config.model_copy(
             update={
@@ -177,23 +181,23 @@ class Trials:
         )
 
 
-def seconds_left(took: Sequence[float], left: int, at_once: int) -> float:
-    """Estimate how long the rest of a sweep takes: trials run in rounds, each as long as a trial took on average.
+def seconds_left(durations: Sequence[float], left: int, at_once: int) -> float:
+    """Estimate the remaining time of a sweep: rounds of concurrent trials, each of the average duration.
 
     Args:
-        took: seconds of the trials that have ended, at least one.
-        left: how many have not ended.
-        at_once: how many run at once.
+        durations: The seconds of the ended trials, at least one.
+        left: The number of trials that have not ended.
+        at_once: The number of concurrent trials.
 
     Example:
         >>> seconds_left([50.0, 70.0], left=9, at_once=2)
         300.0
     """
-    return fmean(took) * math.ceil(left / at_once)
+    return fmean(durations) * math.ceil(left / at_once)
 
 
 def describe_trial(index: int, trial: FrozenTrial) -> str:
-    """One line for people about an ended trial."""
+    """Describe an ended trial in one line, followed by its warnings."""
     figures = trial.user_attrs
     text = f"trial {index} {WORDS[trial.state]}"
     if FAILED in figures:
@@ -201,7 +205,7 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
     if "valid_top1" in figures:
         text += f": top-1 {100 * figures['valid_top1']:.1f} %"
         if "retrained_top1" in figures:
-            again = ", known from another trial" if figures.get("reused") else ""
+            again = " (by an earlier trial)" if figures.get("reused") else ""
             text += f", retrained {100 * figures['retrained_top1']:.1f} %{again}"
         text += f", {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
     if "rollbacks" in figures:
@@ -211,7 +215,7 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
 
 
 def metrics_of_trials(config: Config, done: Sequence[FrozenTrial]) -> list[MetricsLine]:
-    """The sweep's own figures: after every ended trial, in the order of their ends."""
+    """Return the sweep's metrics: one line for each ended trial, in the order in which they ended."""
     lines: list[MetricsLine] = []
     best: float | None = None
     states: Counter[str] = Counter()

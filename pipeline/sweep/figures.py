@@ -1,12 +1,13 @@
-"""Figures of what mattered in a sweep: drawn by Optuna, then made readable, as PNG and for an interactive page.
+"""Figures of a sweep, drawn by Optuna and restyled: as PNG files, and as interactive figures for a page.
 
-The PNG files have a white ground. The interactive figures have none, and only colours that can be seen on a light
-and on a dark one; the page's style gives their texts its own colour.
+PNG files have a white background. Interactive figures have a transparent one, and colours that are visible on light
+and on dark pages; the page's style sheet colours their texts.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from optuna.distributions import IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.base.text import short_names
+from pipeline.base.text import count, short_names
 from pipeline.config.schema import Config
 from pipeline.sweep.space import sweep_of, trial_config
 from pipeline.sweep.study import SETTINGS
@@ -26,11 +27,11 @@ from pipeline.sweep.study import SETTINGS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEWEST_FOR_IMPORTANCES = 8  # finished trials: a forest that is fitted to fewer tells noise
-SCALE = ("#d9822b", "#8d8a99", "#2b8ae2")  # from the worst to the best
+MIN_TRIALS_FOR_IMPORTANCES = 8  # finished trials; importances of fewer are noise
+SCALE = ("#d9822b", "#8d8a99", "#2b8ae2")  # from the worst to the best trial
 TOP1 = "top-1"
-_GRID, _NONE = "rgba(128,136,148,0.3)", "rgba(0,0,0,0)"
-_DIMENSION = 110  # pixels that the labels of a parallel coordinate need
+_GRID, _TRANSPARENT = "rgba(128,136,148,0.3)", "rgba(0,0,0,0)"
+_AXIS_WIDTH = 110  # pixels between two axes of the parallel coordinates, wide enough for their labels
 _FONT = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'
 
 
@@ -39,10 +40,10 @@ class Plot:
     """One figure of a sweep.
 
     Args:
-        name: of its file and of its section in the page.
-        png: the picture.
-        html: the same, interactive; the first of several brings the script that all of them need.
-        width: pixels that the interactive figure needs at least; narrower windows scroll.
+        name: The name of its file, and of its section in the page.
+        png: The figure as a picture.
+        html: The interactive figure. The first one of a page contains the script that all need.
+        width: The smallest width of the interactive figure in pixels. Narrower windows scroll.
     """
 
     name: str
@@ -52,37 +53,35 @@ class Plot:
 
     @property
     def title(self) -> str:
-        """The name for people."""
+        """The heading of the figure."""
         return self.name.replace("_", " ").capitalize()
 
 
 def draw_plots(config: Config, own: Study, say: Callable[[str], None]) -> tuple[Plot, ...]:
-    """Draw importances, parallel coordinates and history, and the Pareto front of several objectives.
+    """Draw importances, parallel coordinates, history and, for several objectives, the Pareto front.
 
     Args:
-        config: of the sweep.
-        own: its own trials, as `own_study` gives them.
-        say: told of figures that cannot be drawn, with the reason.
+        config: The sweep's configuration.
+        own: The sweep's own trials, as `own_study` returns them.
+        say: Called with a line for each figure that cannot be drawn.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     plots: list[Plot] = []
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context(),
-    ):  # Optuna changes the style of all figures to come
-        warnings.simplefilter("ignore")  # of an axis that has one value
+    # Optuna sets a global matplotlib style.
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("ignore")  # matplotlib warns of an axis with a single value.
         finished = len(own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-        if finished < FEWEST_FOR_IMPORTANCES:
+        if finished < MIN_TRIALS_FOR_IMPORTANCES:
             say(
-                f"importances: not drawn ({finished} finished trials; below {FEWEST_FOR_IMPORTANCES} they are chance, "
-                "run more)"
+                f"importances: not drawn (only {count(finished, 'finished trial')}; fewer than "
+                f"{MIN_TRIALS_FOR_IMPORTANCES} give noise)"
             )
         for name, draw in _drawings(config, own):
             try:
                 png, figure, width = draw()
-            except Exception as error:  # too few trials, all with the same value: libraries' own reasons
+            except Exception as error:  # Libraries raise many errors, for example if all values are equal.
                 say(f"{name.replace('_', ' ')}: not drawn ({error})")
                 continue
             html = figure.to_html(
@@ -91,19 +90,20 @@ def draw_plots(config: Config, own: Study, say: Callable[[str], None]) -> tuple[
                 div_id=f"{name}-figure",
                 config={"displaylogo": False, "responsive": True},
             )
-            # Made by plotly: a script in which names are escaped as JSON.
+            # plotly escapes names as JSON in its script, so the markup is safe.
             plots.append(Plot(name, png, Markup(html), width))
     return tuple(plots)
 
 
 def draw_freezing(config: Config, own: Study) -> bytes | None:
-    """Draw the initial learning rate of each trial against the epochs after which its nodes froze.
+    """Draw the epochs after which the nodes of each trial froze, by the trial's initial learning rate.
 
     Args:
-        config, own: as `draw_plots` takes them.
+        config: The sweep's configuration.
+        own: The sweep's own trials, as `own_study` returns them.
 
     Returns:
-        A PNG; None if no trial was a one-stage search.
+        A PNG; `None` if no trial was a one-stage search.
     """
     import matplotlib
 
@@ -122,7 +122,7 @@ def draw_freezing(config: Config, own: Study) -> bytes | None:
         epochs = trial.user_attrs["frozen_epochs"]
         axes.plot([rate(trial)] * len(epochs), epochs, "o", color="#4878a8", alpha=0.5, markersize=6)
     last = [max(trial.user_attrs["frozen_epochs"]) for trial in trials]
-    axes.plot([rate(trial) for trial in trials], last, "-", color="#c44e52", label="last node of a trial")
+    axes.plot([rate(trial) for trial in trials], last, "-", color="#c44e52", label="last node of each trial")
     axes.set(
         xscale="log", xlabel="initial learning rate (search.lr)", ylabel="epoch after which a node froze"
     )
@@ -133,7 +133,7 @@ def draw_freezing(config: Config, own: Study) -> bytes | None:
 
 
 def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tuple[bytes, Any, int]]]]:
-    """The name of each figure, and what draws it: as PNG, with plotly, and how wide that has to be."""
+    """Yield each figure's name and the function that draws it, which returns PNG, plotly figure and minimal width."""
     objectives = sweep_of(config).objectives
     study, names = _with_short_names(config, own), short_names(sweep_of(config).space)
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -154,27 +154,35 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
 
     def plain(function: str, **options: Any) -> tuple[bytes, Any, int]:
         axes, figure = figures(function, **options)
-        return _png(_on_white(axes)), _on_any_ground(figure), 0
+        return _png(_on_white(axes)), _transparent(figure), 0
+
+    def history() -> tuple[bytes, Any, int]:
+        from matplotlib.ticker import MaxNLocator
+
+        axes, figure = figures("plot_optimization_history", **of_top1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # Numbers of trials have no fractions.
+        figure.update_xaxes(dtick=math.ceil(sweep_of(config).trials / 10))
+        return _png(_on_white(axes)), _transparent(figure), 0
 
     def parallel() -> tuple[bytes, Any, int]:
         axes, figure = figures("plot_parallel_coordinate", params=shared, **of_top1)
         labels = [TOP1, *shared]
         _label_picture(_on_white(axes), labels, whole)
-        _label_page(_on_any_ground(figure), labels, whole)
-        return _png(axes, width=1.5 + 1.4 * len(labels)), figure, _DIMENSION * (len(labels) + 1)
+        _label_page(_transparent(figure), labels, whole)
+        return _png(axes, width=1.5 + 1.4 * len(labels)), figure, _AXIS_WIDTH * (len(labels) + 1)
 
-    if len(done) >= FEWEST_FOR_IMPORTANCES:
-        # Optuna's own choice of an evaluator asks what makes values low.
+    if len(done) >= MIN_TRIALS_FOR_IMPORTANCES:
+        # Optuna's default evaluator explains low values, but high accuracies matter here.
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         yield "importances", lambda: plain("plot_param_importances", evaluator=evaluator, **of_top1)
     yield "parallel_coordinates", parallel
-    yield "history", lambda: plain("plot_optimization_history", **of_top1)
+    yield "history", history
     if len(objectives) in (2, 3):
         yield "pareto_front", lambda: plain("plot_pareto_front", target_names=objectives)
 
 
 def _with_short_names(config: Config, own: Study) -> Study:
-    """A copy whose keys have their short names, because Optuna's figures cut long ones off."""
+    """Return a copy of the study with short key names, because Optuna truncates long labels."""
     names = short_names(sweep_of(config).space)
     study = optuna.create_study(study_name=own.study_name, directions=own.directions)
     for trial in own.get_trials(deepcopy=False):
@@ -201,7 +209,7 @@ def _png(axes: Axes, width: float = 9.0) -> bytes:
 
 
 def _on_white(axes: Axes) -> Axes:
-    """The figure without the grey ground of the style that Optuna sets."""
+    """Give a figure a white background instead of the grey one of Optuna's style."""
     for each in axes.figure.axes:
         each.set_facecolor("white")
         each.grid(color="#e4e4e4")
@@ -209,7 +217,7 @@ def _on_white(axes: Axes) -> Axes:
 
 
 def _label_picture(axes: Axes, labels: Sequence[str], whole: set[str]) -> None:
-    """Give parallel coordinates level names, few rounded ticks, and colours that can be seen on white."""
+    """Give parallel coordinates horizontal labels, few rounded ticks, and colours that are visible on white."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -221,7 +229,7 @@ def _label_picture(axes: Axes, labels: Sequence[str], whole: set[str]) -> None:
     axes.grid(False)
     rounded = FuncFormatter(lambda value, _: f"{value:.3g}")
     axes.yaxis.set_major_formatter(rounded)
-    # Optuna draws the objective's axes and the colour bar first, then an axis for each key.
+    # The first two axes are those of the objective and the colour bar; one for each key follows.
     for label, axis in zip(labels[1:], figure.axes[2:], strict=True):
         axis.grid(False)
         axis.set_facecolor("none")
@@ -230,7 +238,7 @@ def _label_picture(axes: Axes, labels: Sequence[str], whole: set[str]) -> None:
         if axis.get_yscale() == "log":
             axis.yaxis.set_major_locator(FixedLocator(_log_ticks(*axis.get_ylim())))
             axis.yaxis.set_minor_locator(NullLocator())
-        elif not isinstance(axis.yaxis.get_major_locator(), FixedLocator):  # names of choices
+        elif not isinstance(axis.yaxis.get_major_locator(), FixedLocator):  # Choices have fixed ticks.
             axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=label in whole))
         else:
             continue
@@ -241,32 +249,30 @@ def _label_picture(axes: Axes, labels: Sequence[str], whole: set[str]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Both ends and the powers of ten between them that do not crowd an end.
+    """Return both ends, and the powers of ten between them that are not too close to an end.
 
     Example:
         >>> _log_ticks(0.002, 0.3)
         [0.002, 0.01, 0.1, 0.3]
     """
-    import math
-
     first, last = math.log10(low), math.log10(high)
     room = 0.07 * (last - first)
     powers = range(math.ceil(first), math.floor(last) + 1)
     return [low, *(10.0**power for power in powers if first + room < power < last - room), high]
 
 
-def _on_any_ground(figure: Any) -> Any:
-    """The figure without a ground of its own, in our style."""
+def _transparent(figure: Any) -> Any:
+    """Give an interactive figure a transparent background, and the style of our pages."""
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": _GRID, "automargin": True}
     figure.update_layout(
         template="none",
         title=None,
-        paper_bgcolor=_NONE,
-        plot_bgcolor=_NONE,
-        legend_bgcolor=_NONE,
+        paper_bgcolor=_TRANSPARENT,
+        plot_bgcolor=_TRANSPARENT,
+        legend_bgcolor=_TRANSPARENT,
         font={"family": _FONT, "size": 13},
         hoverlabel={"bgcolor": "#1d2129", "bordercolor": "#1d2129", "font": {"color": "#ffffff"}},
-        modebar={"bgcolor": _NONE, "color": "#8d8a99", "activecolor": "#2b8ae2"},
+        modebar={"bgcolor": _TRANSPARENT, "color": "#8d8a99", "activecolor": "#2b8ae2"},
         margin={"l": 60, "r": 20, "t": 30, "b": 50},
         height=420,
     )
@@ -276,7 +282,7 @@ def _on_any_ground(figure: Any) -> Any:
 
 
 def _label_page(figure: Any, labels: Sequence[str], whole: set[str]) -> None:
-    """Give parallel coordinates full names, no fractions of whole numbers, and colours for both grounds."""
+    """Give parallel coordinates full labels, whole numbers where keys have them, and colours for any background."""
     from plotly.colors import sample_colorscale
 
     figure.update_layout(xaxis_ticktext=list(labels), xaxis_tickangle=0)
@@ -288,5 +294,5 @@ def _label_page(figure: Any, labels: Sequence[str], whole: set[str]) -> None:
             trace.update(
                 line_color=sample_colorscale(list(SCALE), [trace.y[0]])[0], line_width=1.8, opacity=0.8
             )
-        else:  # has the colour bar
+        else:  # The other trace has the colour bar.
             trace.marker.update(colorscale=list(SCALE), reversescale=False)

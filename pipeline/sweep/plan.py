@@ -1,4 +1,4 @@
-"""How many trials of a sweep run at once, and what each of them gets."""
+"""The number of concurrent trials of a sweep, and the resources of each."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipeline.sweep.space import sweep_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What each trial gets, and how many run at once.
+    """The resources of each trial, and the number of concurrent trials.
 
     Args:
-        cpus: of each trial, or of each of its workers.
-        gpus: likewise; a fraction shares one.
-        workers: Ray Train workers of a trial; 0: it runs in its own process.
-        fit: how many trials the machines can hold.
-        at_once: how many run, `sweep.max_concurrent` kept.
+        cpus: The cores of each trial, or of each of its workers.
+        gpus: The GPUs of each trial, or of each of its workers; a fraction shares a GPU.
+        workers: The Ray Train workers of a trial; 0 if the trial runs in a single process.
+        fit: The number of trials that the machines have room for.
+        at_once: The number of concurrent trials, at most `sweep.max_concurrent`.
     """
 
     cpus: int
@@ -30,35 +30,38 @@ class Plan:
     fit: int
     at_once: int
 
-    def __str__(self) -> str:
+    @property
+    def share(self) -> str:
+        """The resources of one trial, in words."""
         each = count(self.cpus, "core") + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        if self.workers:
-            each = f"{count(self.workers, 'worker')} of {each}"
-        return f"a trial has {each}; {self.fit} fit, {self.at_once} at once"
+        return f"{count(self.workers, 'worker')} of {each}" if self.workers else each
+
+    def __str__(self) -> str:
+        return f"each trial has {self.share}; {count(self.fit, 'trial')} fit, at most {self.at_once} at once"
 
 
 def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:
-    """`divide`, and refuse what holds no trial.
+    """Divide the machines among trials, at least one of which must fit.
 
     Raises:
-        IstanasError: if not even one trial fits.
+        IstanasError: If no trial fits.
     """
     plan = divide(config, nodes)
     if plan.fit == 0:
         cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
         raise IstanasError(
-            f"no trial fits: {str(plan).partition(';')[0]}, there are {count(cpus, 'core')} and {count(gpus, 'GPU')}: "
-            "lower --workers, sweep.cpus_per_trial or sweep.gpus_per_trial, or name a cluster with --address"
+            f"no trial fits: a trial needs {plan.share}, and there are {count(cpus, 'core')} and {count(gpus, 'GPU')}",
+            remedy="lower --workers, sweep.cpus_per_trial or sweep.gpus_per_trial, or name a cluster with --address",
         )
     return plan
 
 
 def divide(config: Config, nodes: Sequence[Node]) -> Plan:
-    """Divide the machines among trials; of none, `fit` is 0.
+    """Divide the machines among trials; `Plan.fit` is 0 if no trial fits.
 
     Args:
-        config: of the sweep.
-        nodes: what there is.
+        config: The sweep's configuration.
+        nodes: The machines.
     """
     sweep, workers = sweep_of(config), config.runtime.worker_range.maximum
     gpus_there = sum(node.gpus for node in nodes)
@@ -75,7 +78,7 @@ def divide(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def _shares(gpus: int, each: float) -> int:
-    """How many trials the GPUs of a node can hold; as many as you like that need none."""
+    """Return the number of trials that the GPUs of a node have room for; unlimited if a trial needs no GPU."""
     if each == 0:
         return 10**9
     return gpus * int(1 / each + 1e-9) if each < 1 else int(gpus // each)

@@ -1,4 +1,4 @@
-"""The report on a sweep: the frame of its trials, its figures and its page."""
+"""The table of a sweep's trials as a frame, and the sweep's figures and page."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from optuna.trial import FrozenTrial
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, shown_value
 from pipeline.config.schema import Config
-from pipeline.report.html import REPORT_PAGE, render
+from pipeline.report.html import render
 from pipeline.report.trials import COLUMNS, page_table, typed
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.sweep import figures as sweep_plots
 from pipeline.sweep.space import sweep_of
 from pipeline.sweep.study import FAILED, SETTINGS, own_study
 
-PAGE_FILE = "sweep.html"
-PLOTS = "plots"
-
 
 def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
-    """One row for every trial that was begun.
+    """Return a frame with a row for each trial that was started.
 
     Args:
-        config: of the sweep.
-        study: its study.
+        config: The sweep's configuration.
+        study: The sweep's study.
 
     Returns:
-        A frame with a column for every swept key, between `state` and the rest of `COLUMNS`.
+        A frame with the columns of `COLUMNS`, and a column for each swept key after `state`.
     """
     own, keys = own_study(study), list(sweep_of(config).space)
     front = {t.number for t in own.best_trials} if len(own.directions) > 1 else set()
@@ -45,7 +43,7 @@ def sweep_frame(config: Config, study: Study) -> pd.DataFrame:
 
 
 def _cell(value: Any) -> Any:
-    """A setting in the table; an empty cell is a key that does not apply."""
+    """Return the table cell of a setting. `None` becomes text: an empty cell means that the key does not apply."""
     return shown_value(value) if value is None or isinstance(value, list) else value
 
 
@@ -55,14 +53,14 @@ def write_figures(
     """Write a sweep's figures as PNG, and a page with the interactive ones and the table of all trials.
 
     Args:
-        folder: the sweep's run directory.
-        config: of the sweep.
-        own: its own trials, as `own_study` gives them.
-        frame: the same, as `sweep_frame` gives them.
-        say: told of figures that cannot be drawn, with the reason.
+        folder: The sweep's run directory.
+        config: The sweep's configuration.
+        own: The sweep's own trials, as `own_study` returns them.
+        frame: The same trials, as `sweep_frame` returns them.
+        say: Called with a line for each figure that cannot be drawn.
 
     Returns:
-        The files, relative to the folder.
+        The names of the files, relative to the folder.
     """
     plots = sweep_plots.draw_plots(config, own, say)
     pictures = {plot.name: plot.png for plot in plots}
@@ -70,18 +68,23 @@ def write_figures(
     if freezing is not None:
         pictures["freezing"] = freezing
     for name, png in pictures.items():
-        atomic_write(folder / PLOTS / f"{name}.png", png)
+        atomic_write(folder / PLOTS_FOLDER / f"{name}.png", png)
     page = render(
         "sweep.html",
-        title=f"Sweep {own.study_name}",
-        subtitle=f"{count(len(frame), 'trial')}; objective {', '.join(sweep_of(config).objectives)}",
-        footer=folder.name,
+        title=own.study_name,
+        subtitle=f"Sweep with {count(len(frame), 'trial')}, {_objectives(config)}",
+        footer=f"Run directory {folder.name}",
         report=REPORT_PAGE,
         plots=plots,
         trials=page_table(folder, frame),
     )
-    atomic_write(folder / PAGE_FILE, page)
-    return (*(f"{PLOTS}/{name}.png" for name in pictures), PAGE_FILE)
+    atomic_write(folder / SWEEP_PAGE, page)
+    return (*(f"{PLOTS_FOLDER}/{name}.png" for name in pictures), SWEEP_PAGE)
+
+
+def _objectives(config: Config) -> str:
+    names = sweep_of(config).objectives
+    return f"{'objective' if len(names) == 1 else 'objectives'}: {', '.join(names)}"
 
 
 def _row(trial: FrozenTrial, keys: Sequence[str], pareto: bool) -> dict[str, Any]:

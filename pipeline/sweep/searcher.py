@@ -1,6 +1,6 @@
-"""The searcher through which Ray Tune asks and tells a sweep's study, and the scheduler that stops trials early.
+"""The searcher that connects Ray Tune to a sweep's study, and the scheduler that stops trials early.
 
-The searcher keeps nothing that it can't read in the study, so that whatever dies, the next sitting goes on from there.
+All persistent state is in the study, from which the next process resumes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Any, Protocol
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from ray.tune import Callback
-from ray.tune.result import EXPR_ERROR_FILE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
-from pipeline.base.text import last_line, one_line
+from pipeline.base.text import one_line
 from pipeline.config.schema import OBJECTIVES, Config
 from pipeline.sweep.space import Settings, suggest, sweep_of
 from pipeline.sweep.study import (
@@ -39,37 +37,49 @@ from pipeline.sweep.study import (
 )
 
 
+class TrialListener(Protocol):
+    """Receives the events of trials, in the process that the user started."""
+
+    def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
+        """Handle a trial that is about to start or to resume, and return the task for its process."""
+
+    def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+        """Handle the last report of a trial, before the study records its end."""
+
+    def study_updated(self, index: int) -> None:
+        """Handle that the study has recorded the end of a trial."""
+
+
+class _NoListener:
+    """Ignores all events."""
+
+    def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
+        return {}
+
+    def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+        pass
+
+    def study_updated(self, index: int) -> None:
+        pass
+
+
 def first_settings(config: Config, number: int) -> list[Settings]:
-    """What a sweep's first trials would have, without a database: points, then random ones."""
-
-    class Peek:
-        def __init__(self) -> None:
-            self.seen: list[Settings] = []
-
-        def begins(self, index: int, settings: Settings) -> dict[str, Any]:
-            self.seen.append(settings)
-            return {}
-
-        def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
-            pass
-
-        def told(self, index: int) -> None:
-            pass
-
-    sweep, peek = sweep_of(config), Peek()
-    study = optuna.create_study(directions=[OBJECTIVES[o] for o in sweep.objectives])
+    """Return the settings of a sweep's first trials (the points, then random settings), without a database."""
+    study = optuna.create_study(directions=[OBJECTIVES[o] for o in sweep_of(config).objectives])
     enqueue_points(config, study)
-    searcher = StudySearcher(config, study, peek)
-    for n in range(min(number, sweep.trials)):
+    searcher = StudySearcher(config, study, _NoListener())
+    for n in range(min(number, sweep_of(config).trials)):
         searcher.suggest(str(n))
-    return peek.seen
+    if searcher.error is not None:
+        raise searcher.error
+    return [trial.user_attrs[SETTINGS] for trial in own_trials(study)]
 
 
 class _Reseeded:
-    """Optuna's trial, with a sampler whose draws depend on (seed, number, key) only.
+    """An Optuna trial whose sampler is seeded by (seed, number of the trial, key).
 
-    So the settings of a trial follow from what the study held when it was begun, whatever process asks, and one
-    that was killed between two parameters is completed as it would have been.
+    The settings of a trial depend on the study at its start only, whatever process samples them. A trial that was
+    interrupted between two parameters is therefore completed with the same settings.
     """
 
     def __init__(self, config: Config, trial: Trial, index: int) -> None:
@@ -87,59 +97,47 @@ class _Reseeded:
         self.suggest_categorical = reseeded(trial.suggest_categorical)
 
 
-class Ends(Protocol):
-    """Who wants to know what becomes of trials, in the user's process."""
-
-    def begins(self, index: int, settings: Settings) -> dict[str, Any]:
-        """Called before a trial starts or goes on; returns what its process is given."""
-
-    def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
-        """Called when a trial has ended, with its last report, before the study is told."""
-
-    def told(self, index: int) -> None:
-        """Called when the study knows of it, too."""
-
-
 class StudySearcher(Searcher):
-    """Asks and tells the study, as Ray Tune wants it.
+    """A Ray Tune searcher that samples trials from an Optuna study and records their results in it.
 
     Args:
-        config: of the sweep.
-        study: as `open_study` gives it.
-        ends: told of every trial.
-        why: by Tune's id, why a trial's process was lost the last time.
-        warm_ups: tasks that come before any trial, one for each process: they are of Tune's, not of the study's.
+        config: The sweep's configuration.
+        study: The study that `open_study` returns.
+        listener: Receives the events of trials.
+        loss_reason: Returns why the process of a trial, given by Tune's id, was lost the last time.
+        warm_ups: Tasks that run before all trials, one for each process. They are not part of the study.
     """
 
     def __init__(
         self,
         config: Config,
         study: Study,
-        ends: Ends,
-        why: Callable[[str], str] = lambda trial_id: "out of memory, or killed",
+        listener: TrialListener,
+        loss_reason: Callable[[str], str] = lambda trial_id: "out of memory, or killed",
         warm_ups: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
         self._warm_ups = list(warm_ups)
-        self._why = why
-        self._config, self._study, self._ends = config, study, ends
+        self._loss_reason = loss_reason
+        self._config, self._study, self._listener = config, study, listener
         self._sweep = sweep_of(config)
-        begun = own_trials(study)
+        started = own_trials(study)
         self._first = first_number(study)
-        self._unfinished = [t.number for t in begun if t.state == TrialState.RUNNING]
-        self._begun = len(begun)
+        self._unfinished = [t.number for t in started if t.state == TrialState.RUNNING]
+        self._n_started = len(started)
         self._trials: dict[str, Trial] = {}  # Tune's id -> Optuna's trial
-        # Tune's id -> the last report: of a trial that is lost, Tune gives none.
-        self._reported: dict[str, dict[str, Any]] = {}
-        self.error: Exception | None = None  # Tune would take one of ours for the trial's
+        # Tune's id -> the last report, which Tune does not repeat for a lost trial.
+        self._last_reports: dict[str, dict[str, Any]] = {}
+        # An error of this process. Tune would attribute it to the trial if it were raised.
+        self.error: Exception | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be tried: an error of ours, or too many failed trials."""
+        """Whether no trial may start any more: after an error of this process, or too many failed trials."""
         return self.error is not None or n_failed(self._study) > self._sweep.max_failures
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's task, or Tune's word for the end; first come those that an earlier sitting left."""
+        """Return the task of the next trial, or `FINISHED`. Trials of an earlier process are resumed first."""
         try:
             return self._suggest(trial_id)
         except Exception as error:
@@ -147,32 +145,31 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note an epoch's figure; those that are known already are told again by a resumed trial."""
+        """Record the accuracy of an epoch."""
         if trial_id not in self._trials:  # a warm-up
             return
         try:
-            self._reported[trial_id] = result
-            self._note(self._trials[trial_id], result)
+            self._last_reports[trial_id] = result
+            self._record(self._trials[trial_id], result)
         except Exception as error:
             self.error = error
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna how a trial ended: COMPLETE, PRUNED with what it had reached, or FAIL with the reason."""
+        """Record the end of a trial: COMPLETE, PRUNED with its last figures, or FAIL with the reason."""
         if trial_id not in self._trials or self.error is not None:
             return
         try:
-            reported = self._reported.pop(trial_id, {})
-            self._end(
-                self._trials.pop(trial_id), dict(result or reported), self._why(trial_id) if error else None
-            )
-        except Exception as ours:
-            self.error = ours
+            last = self._last_reports.pop(trial_id, {})
+            lost = self._loss_reason(trial_id) if error else None
+            self._end(self._trials.pop(trial_id), dict(result or last), lost)
+        except Exception as own_error:
+            self.error = own_error
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str:
-        to_come = len(self._unfinished) + self._sweep.trials - self._begun
-        if self._warm_ups and to_come > 0:
+        left = len(self._unfinished) + self._sweep.trials - self._n_started
+        if self._warm_ups and left > 0:
             return self._warm_ups.pop()
         while True:
             trial = None if self.is_over else self._next()
@@ -182,28 +179,28 @@ class StudySearcher(Searcher):
             settings = suggest(self._config, _Reseeded(self._config, trial, index))
             trial.set_user_attr(SETTINGS, settings)
             try:
-                task = self._ends.begins(index, settings)
-            except ConfigError as error:  # settings that do not fit together, which no sample had shown
+                task = self._listener.trial_started(index, settings)
+            except ConfigError as error:  # an invalid combination that `check_space` has not sampled
                 trial.set_user_attr(FAILED, one_line(error))
                 self._study.tell(trial.number, state=TrialState.FAIL)
-                self._ends.told(index)
+                self._listener.study_updated(index)
                 continue
             self._trials[trial_id] = trial
             return task
 
     def _next(self) -> Trial | None:
-        """An unfinished trial, else a new one; None if there is none to come. Its settings are not all drawn yet."""
+        """Return an unfinished trial, else a new one, else `None`. Some of its settings may not be sampled yet."""
         if self._unfinished:
             number = self._unfinished.pop(0)
             self._seed(number - self._first)
             trial = Trial(self._study, self._frozen(number)._trial_id)
-        elif self._begun < self._sweep.trials:
-            self._seed(self._begun)
+        elif self._n_started < self._sweep.trials:
+            self._seed(self._n_started)
             trial = self._study.ask()
-            self._begun += 1
+            self._n_started += 1
         else:
             return None
-        # Drawn now, all together, and not by the sampler of the first key that lacks a value.
+        # Sample the joint settings with this seed; otherwise the sampler of the first missing key would.
         _ = trial.relative_params
         return trial
 
@@ -214,7 +211,8 @@ class StudySearcher(Searcher):
     def _frozen(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
 
-    def _note(self, trial: Trial, result: dict[str, Any]) -> None:
+    def _record(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Record the accuracy of an epoch, which a resumed trial may report again."""
         if EPOCH not in result or len(self._sweep.objectives) > 1:
             return
         if result[EPOCH] not in self._frozen(trial.number).intermediate_values:
@@ -222,15 +220,14 @@ class StudySearcher(Searcher):
 
     def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
         values = None
-        if BLOCKED in result:  # the study is not told, so that the trial goes on with the next sitting
-            raise IstanasError(
-                f"sweep: trial {trial.number - self._first} could not go on: {result[BLOCKED]}"
-            )
+        if BLOCKED in result:  # Nothing is recorded, so that the next process resumes the trial.
+            number = trial.number - self._first
+            raise IstanasError(f"trial {number} cannot continue: {result[BLOCKED]}", field="sweep")
         if lost is not None:
             result[FAILED] = (
                 f"its process was lost more than {self._sweep.max_restarts} times (sweep.max_restarts): {lost}"
             )
-        self._note(trial, result)  # Tune leaves out the report that made it stop the trial
+        self._record(trial, result)  # Tune omits the report on which it stopped the trial.
         if FAILED in result:
             state = TrialState.FAIL
         elif FINISHED in result:
@@ -240,61 +237,29 @@ class StudySearcher(Searcher):
         for name in FIGURES:
             if name in result:
                 trial.set_user_attr(name, result[name])
-        self._ends.ended(trial.number - self._first, state, result)
+        self._listener.trial_ended(trial.number - self._first, state, result)
         self._study.tell(trial.number, values, state)
-        self._ends.told(trial.number - self._first)
+        self._listener.study_updated(trial.number - self._first)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is the memory."""
+        """Write an empty file: the state is in the study."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is the memory."""
+        """Do nothing: the state is in the study."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a pickle of its searcher, from which nothing is ever restored here."""
-        return {}
-
-
-class Losses(Callback):
-    """Why trials' processes were lost: Tune tells its searcher only that they were.
-
-    Args:
-        note: says a line to the user.
-    """
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._folders: dict[str, str] = {}  # Tune's id -> where Tune writes what Ray says
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Remember where to look."""
-        self._folders[trial.trial_id] = trial.local_path
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial goes on in another process, and why."""
-        self._folders[trial.trial_id] = trial.local_path  # it may never have started
-        self._note(f"a trial's process was lost and another one goes on: {self.why(trial.trial_id)}")
-
-    def why(self, trial_id: str) -> str:
-        """What Ray said of the last loss."""
-        folder = self._folders.get(trial_id)
-        file = None if folder is None else Path(folder, EXPR_ERROR_FILE)
-        said = file.read_text() if file is not None and file.is_file() else "Ray does not say why"
-        return last_line(said.partition(" Some common causes")[0])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a pickle, from which nothing is ever restored here."""
+        """Return no state: Tune pickles its searcher, but the pickle is never loaded."""
         return {}
 
 
 def make_scheduler(config: Config, study: Study, max_epochs: int) -> TrialScheduler:
-    """Who stops trials early; it knows what earlier sittings have reported.
+    """Return the scheduler that stops trials early, with the reports of earlier processes.
 
     Args:
-        config: of the sweep.
-        study: of the sweep.
-        max_epochs: the most that a trial may report.
+        config: The sweep's configuration.
+        study: The sweep's study.
+        max_epochs: The largest number of epochs that a trial may report.
     """
     sweep = sweep_of(config)
     if sweep.scheduler == "none":
@@ -303,7 +268,7 @@ def make_scheduler(config: Config, study: Study, max_epochs: int) -> TrialSchedu
         time_attr=EPOCH,
         metric=TOP1,
         mode="max",
-        # A trial in its last epoch has nothing left to be stopped from.
+        # Stopping a trial after its last epoch would save nothing.
         max_t=max(sweep.grace_epochs, max_epochs - 1),
         grace_period=sweep.grace_epochs,
         reduction_factor=sweep.reduction_factor,

@@ -1,9 +1,9 @@
-"""A sweep's search space: checked against the schema before anything starts, and sampled by Optuna's trials."""
+"""The search space of a sweep: validated against the schema before a sweep starts, sampled by Optuna's trials."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -11,17 +11,17 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from istanas.errors import ConfigError
 from pipeline.base.text import shown_value
-from pipeline.config.load import known_methods, nearest_key, value_at, with_settings
-from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config, Parameter, SweepSettings
+from pipeline.config.errors import fields_of, mistakes_of, one_error
+from pipeline.config.keys import known_methods, nearest_key, value_at
+from pipeline.config.load import with_settings
+from pipeline.config.schema import Config, Parameter, SweepSettings
 
-Settings = dict[str, Any]  # "key.path" -> value, of one trial
-N_CHECKED = 100  # random settings that are tried against the schema before a sweep starts
+Settings = dict[str, Any]  # the settings of one trial: "key.path" -> value
+N_CHECKED = 100  # number of random settings that are validated before a sweep starts
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs a line for every study otherwise.
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for every study
-
-
-# What says where a trial runs or what it is judged on: trials that differ in it could not be compared.
+# Keys that decide where a trial runs or how it is evaluated. Trials that differ in them could not be compared.
 _NOT_SWEPT = (
     *("runtime", "tracking", "sweep", "search.test_every", "retrain.test_every"),
     *("data.name", "data.root", "data.download", "data.cache_dir", "data.holdout"),
@@ -29,18 +29,22 @@ _NOT_SWEPT = (
 
 
 def sweep_of(config: Config) -> SweepSettings:
-    """The sweep's section.
+    """Return the `sweep` section of a configuration.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If the configuration has no such section.
     """
     if config.sweep is None:
-        raise ConfigError("sweep is missing: give a configuration with a sweep, such as sweep_digits.yaml")
+        raise ConfigError(
+            "no such section",
+            field="sweep",
+            remedy="give a configuration with a sweep section, such as sweep_digits.yaml",
+        )
     return config.sweep
 
 
 def distribution(parameter: Parameter) -> BaseDistribution | None:
-    """What Optuna samples a parameter from; None for a fixed one."""
+    """Return the Optuna distribution of a parameter; `None` for a fixed one."""
     value = parameter.value
     if parameter.kind == "int":
         return IntDistribution(*value)
@@ -53,17 +57,17 @@ def distribution(parameter: Parameter) -> BaseDistribution | None:
 
 
 def values_of(parameter: Parameter) -> list[Any]:
-    """The values that a parameter names: its bounds, its choices, or the fixed one."""
+    """Return the values that a parameter lists: its bounds, its choices, or its fixed value."""
     return [parameter.value] if parameter.kind == "fixed" else list(parameter.value)
 
 
 def encoded(value: Any) -> Any:
-    """A value as Optuna's database keeps it: a list is the text of its JSON."""
+    """Return a value in the form that Optuna's database can store: a list becomes JSON text."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
-    """The parameters whose conditions hold; `settings` is read as it grows."""
+def _active_parameters(config: Config, settings: Settings) -> Iterator[tuple[str, Parameter]]:
+    """Yield the parameters whose conditions hold. The caller adds to `settings` while it iterates."""
     for key, parameter in sweep_of(config).space.items():
         values = {name: settings.get(name, value_at(config, name)) for name in parameter.when}
         if values == parameter.when:
@@ -71,30 +75,30 @@ def applying(config: Config, settings: Settings) -> Iterator[tuple[str, Paramete
 
 
 class Suggests(Protocol):
-    """What chooses values: a trial of Optuna."""
+    """The part of an Optuna trial that chooses values."""
 
     @property
     def suggest_int(self) -> Callable[..., int]:
-        """(key, low, high) -> a value."""
+        """Choose an integer; called as (key, low, high)."""
 
     @property
     def suggest_float(self) -> Callable[..., float]:
-        """(key, low, high, log=False) -> a value."""
+        """Choose a float; called as (key, low, high, log=False)."""
 
     @property
     def suggest_categorical(self) -> Callable[..., Any]:
-        """(key, choices) -> a value."""
+        """Choose one of several values; called as (key, choices)."""
 
 
 def suggest(config: Config, trial: Suggests) -> Settings:
-    """One trial's settings, as Optuna's trial suggests them; fixed ones included.
+    """Sample the settings of one trial, fixed values included.
 
     Args:
-        config: of the sweep.
-        trial: of Optuna; what it has got already stays.
+        config: The sweep's configuration.
+        trial: The Optuna trial. Values that it already has are kept.
     """
     settings: Settings = {}
-    for key, parameter in applying(config, settings):
+    for key, parameter in _active_parameters(config, settings):
         value = parameter.value
         if parameter.kind == "int":
             settings[key] = trial.suggest_int(key, *value)
@@ -109,38 +113,46 @@ def suggest(config: Config, trial: Suggests) -> Settings:
 
 
 def trial_config(config: Config, settings: Settings, source: str = "trial") -> Config:
-    """The configuration of one trial: never measured on the test split.
+    """Return the configuration of one trial, which never measures the test split.
 
     Raises:
-        ConfigError: if the settings do not fit together.
+        ConfigError: If the settings contradict each other.
     """
     trial = with_settings(config, settings, source)
     update: dict[str, Any] = {"retrain": trial.retrain.model_copy(update={"test_every": 0})}
     if trial.method == "one_stage":
         update["search"] = trial.search.model_copy(update={"test_every": 0})
         if trial.data.holdout == 0:
-            raise ConfigError(f"{source}: data.holdout is 0: a one-stage trial is judged on it, set 0.1")
+            raise ConfigError(
+                "0, but one-stage trials are compared by their accuracy on the hold-out",
+                field="data.holdout",
+                remedy="set data.holdout=0.1",
+                source=source,
+            )
         if sweep_of(config).objective == "retrained" and not trial.retrain.op_batchnorm:
-            raise ConfigError(f"{source}: the cell that it retrains {NEEDS_OP_BATCHNORM}")
+            raise ConfigError(
+                "false, but cells of a one-stage search have batch norm after pooling and identity operations",
+                field="retrain.op_batchnorm",
+                remedy="set retrain.op_batchnorm=true",
+                source=source,
+            )
     return trial.model_copy(update=update)
 
 
 def check_space(config: Config) -> None:
-    """Check every parameter, its bounds, its conditions and many random settings against the schema.
+    """Validate every parameter, its bounds, its conditions and many random settings against the schema.
 
     Raises:
-        ConfigError: one line per mistake.
+        ConfigError: If the space is invalid, with one line for each mistake.
     """
     sweep = sweep_of(config)
-    problems = []
-    seen: list[str] = []
-    for key, parameter in sweep.space.items():
-        problems += [f"sweep.space.{key}: {problem}" for problem in _problems(config, key, parameter, seen)]
-        seen.append(key)
+    errors: list[ConfigError] = []
+    for place, (key, parameter) in enumerate(sweep.space.items()):
+        errors += _parameter_errors(config, key, parameter, list(sweep.space)[:place])
     for number, point in enumerate(sweep.points):
-        problems += [f"sweep.points.{number}: {problem}" for problem in _point_problems(config, point)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+        errors += [error.in_source(f"sweep.points.{number}") for error in _point_errors(config, point)]
+    if errors:
+        raise one_error(errors)
     from istanas.training import derive_seed  # imports torch, which a table of trials can do without
 
     for number in range(N_CHECKED):
@@ -151,31 +163,29 @@ def check_space(config: Config) -> None:
 
 
 def extreme_settings(config: Config) -> Iterator[Settings]:
-    """For each value that the space names, the settings that have it and are at their lowest else."""
+    """Yield settings for each value that the space lists: that value, and the lowest or first one of all other keys."""
     for key, parameter in sweep_of(config).space.items():
         for value in values_of(parameter):
             yield settings_of_point(config, {**parameter.when, key: value})
 
 
 def random_settings(config: Config, seed: int) -> Settings:
-    """Settings drawn at random from the space, without a study."""
+    """Sample random settings from the space, without a study."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed % 2**32))
     return suggest(config, study.ask())
 
 
 def settings_of_point(config: Config, point: Mapping[str, Any]) -> Settings:
-    """A point to be tried first, with what the space fixes; what it leaves open has its lowest or first value."""
+    """Complete one of `sweep.points`: missing keys get their fixed, lowest or first value."""
     from optuna.trial import FixedTrial
 
-    open_values: Settings = {}
-    for key, parameter in sweep_of(config).space.items():
-        if parameter.kind != "fixed":
-            open_values[key] = parameter.value[0]
-    return suggest(config, FixedTrial({key: encoded(v) for key, v in {**open_values, **point}.items()}))
+    space = sweep_of(config).space
+    defaults = {key: parameter.value[0] for key, parameter in space.items() if parameter.kind != "fixed"}
+    return suggest(config, FixedTrial({key: encoded(v) for key, v in {**defaults, **point}.items()}))
 
 
 def readable(settings: Settings) -> str:
-    """Settings in one line.
+    """Format settings in one line.
 
     Example:
         >>> readable({"search.lr": 0.123456, "space.sparsity": 2})
@@ -186,33 +196,33 @@ def readable(settings: Settings) -> str:
     )
 
 
-def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]) -> Iterator[str]:
-    methods = known_methods(key)
+def _parameter_errors(
+    config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
+) -> Iterator[ConfigError]:
+    """Yield an error for each mistake in one key of the space; `earlier` are the keys above it."""
+    field, methods = f"sweep.space.{key}", known_methods(key)
     if not methods:
-        yield f"unknown key, did you mean {nearest_key(key)}?"
+        yield ConfigError("unknown key", field=field, remedy=f"did you mean {nearest_key(key)}?")
         return
     if any(key == name or key.startswith(f"{name}.") for name in _NOT_SWEPT):
-        yield "can't be swept: it says where a trial runs or what it is judged on, set it outside the space"
+        yield ConfigError(
+            "cannot be swept, because it decides where a trial runs or how it is evaluated",
+            field=field,
+            remedy="set it outside the space",
+        )
         return
-    for name, wanted in parameter.when.items():
-        if name in sweep_of(config).space and name not in earlier:
-            yield f"when: {name} stands below it, move it up"
-        elif not known_methods(name):
-            yield f"when: unknown key {name}, did you mean {nearest_key(name)}?"
-        elif name in sweep_of(config).space and not _in_range(sweep_of(config).space[name], wanted):
-            yield f"when: {name} is never {wanted!r}, see its values"
+    yield from _condition_errors(config, key, parameter, earlier)
     possible = methods_of(config)
     if "method" in parameter.when and parameter.when["method"] in possible:
         possible = [str(parameter.when["method"])]
     if missing := [method for method in possible if method not in methods]:
-        yield (
-            f"belongs to method: {methods[0]}, and trials may be {missing[0]}: "
-            f"add when: {{method: {methods[0]}}}"
-            if methods[0] in methods_of(config)
-            else f"belongs to method: {methods[0]}, and no trial is: leave it out or set the method"
-        )
+        if methods[0] in methods_of(config):
+            problem, remedy = f"trials may be {missing[0]}", f"add when: {{method: {methods[0]}}}"
+        else:
+            problem, remedy = "no trial has this method", "leave it out or set the method"
+        yield ConfigError(f"belongs to method: {methods[0]}, but {problem}", field=field, remedy=remedy)
         return
-    # Each value by itself; what does not fit together with other swept keys, or a method, the random settings tell.
+    # Each value is validated alone; `check_space` finds invalid combinations by random sampling.
     if len(possible) == 1:
         base: Settings = {"method": possible[0], **parameter.when}
         for name, other in sweep_of(config).space.items():
@@ -221,32 +231,57 @@ def _problems(config: Config, key: str, parameter: Parameter, earlier: list[str]
         others = [name for name in sweep_of(config).space if name != key and name not in base]
         for value in values_of(parameter):
             try:
-                with_settings(config, {**base, key: value}, "value")
+                with_settings(config, {**base, key: value}, field)
             except ConfigError as error:
-                if key in str(error) and not any(name in str(error) for name in others):
-                    yield str(error).splitlines()[0].removeprefix("value: ")
+                for mistake in mistakes_of(error):
+                    if _concerns(mistake, key) and not any(_concerns(mistake, name) for name in others):
+                        yield mistake
+                        break
+
+
+def _concerns(mistake: ConfigError, key: str) -> bool:
+    """Return whether a mistake is about a key, or about a part of its value."""
+    return any(field == key or field.startswith(f"{key}.") for field in fields_of(mistake))
+
+
+def _condition_errors(
+    config: Config, key: str, parameter: Parameter, earlier: Sequence[str]
+) -> Iterator[ConfigError]:
+    """Yield an error for each mistake in the conditions of one key of the space."""
+    field, space = f"sweep.space.{key}.when", sweep_of(config).space
+    for name, wanted in parameter.when.items():
+        if name in space and name not in earlier:
+            yield ConfigError(f"{name} is listed below {key}", field=field, remedy=f"move {name} above {key}")
+        elif not known_methods(name):
+            yield ConfigError(f"unknown key {name}", field=field, remedy=f"did you mean {nearest_key(name)}?")
+        elif name in space and not _in_range(space[name], wanted):
+            remedy = f"choose a value that sweep.space.{name} allows"
+            yield ConfigError(f"{name} is never {wanted!r}", field=field, remedy=remedy)
 
 
 def methods_of(config: Config) -> list[str]:
-    """The methods that trials may have."""
+    """Return the search methods that trials may have."""
     parameter = sweep_of(config).space.get("method")
     return [config.method] if parameter is None else list(values_of(parameter))
 
 
-def _point_problems(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
-    sweep = sweep_of(config)
-    sound = True
+def _point_errors(config: Config, point: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield an error for each mistake in one of `sweep.points`."""
+    space = sweep_of(config).space
+    valid = True
     for key, value in point.items():
-        if key not in sweep.space:
-            sound = False
-            yield f"{key} is not in sweep.space, add it there or leave it out"
-        elif not _in_range(sweep.space[key], value):
-            sound = False
-            yield f"{key} is {value!r}, outside {sweep.space[key]}"
-    # What a point leaves open is drawn: a condition on it must stand in the point.
-    for key in set(point) - set(settings_of_point(config, point)) if sound else ():
-        wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in sweep.space[key].when.items())
-        yield f"{key} has a condition that does not hold in this point, add {wanted}"
+        if key not in space:
+            valid = False
+            yield ConfigError("not in sweep.space", field=key, remedy="add it there or leave it out")
+        elif not _in_range(space[key], value):
+            valid = False
+            yield ConfigError(
+                f"{value!r} is outside {space[key]}", field=key, remedy="choose a value that the space allows"
+            )
+    # Keys that a point leaves open are sampled, so a condition on such a key may not hold.
+    for key in set(point) - set(settings_of_point(config, point)) if valid else ():
+        wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in space[key].when.items())
+        yield ConfigError("its condition does not hold in this point", field=key, remedy=f"add {wanted}")
 
 
 def _in_range(parameter: Parameter, value: Any) -> bool:

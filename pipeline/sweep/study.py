@@ -1,4 +1,4 @@
-"""A sweep's memory: an Optuna study in a database, which alone says which trials there were, are and will be."""
+"""The Optuna study of a sweep: its only persistent state, in a database."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from pipeline.base.text import one_line
 from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import STUDY_FILE
 from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
-STUDY_FILE = "optuna.db"
-EPOCH, TOP1 = "epoch", "valid/top1"  # in what a trial reports after an epoch
-FINISHED, FAILED = "finished", "failed"  # in its last report: its figures, or the reason
-BLOCKED = "blocked"  # instead of either: a full disk, a storage that is away; the whole sweep waits for them
-WARNED = "warned"  # what a trial has warned of
-NODE = "node"  # of the cluster, in every report
-HOME, MEANING = "run_dir", "objectives"  # attributes of the study
-SETTINGS = "settings"  # attribute of the study's trials
-# What else the study's trials keep of a trial's last report.
+# Keys of the reports that a trial sends.
+EPOCH, TOP1 = "epoch", "valid/top1"  # after each epoch
+FINISHED, FAILED = "finished", "failed"  # in the last report; FAILED holds the reason
+BLOCKED = (
+    "blocked"  # instead of FINISHED and FAILED, if a full disk or an unreachable storage stops the sweep
+)
+WARNED = "warned"  # the warnings of the trial
+NODE = "node"  # the cluster node, in every report
+HOME, MEANING = "run_dir", "objectives"  # user attributes of the study
+SETTINGS = "settings"  # user attribute of a trial
+# Keys of a trial's last report that become user attributes of the trial.
 FIGURES = (
     "digest",
     "valid_top1",
@@ -52,30 +55,30 @@ FIGURES = (
     WARNED,
     FAILED,
 )
-SECONDS_FOR_A_LOCK = 60  # that another writer of a SQLite file may hold
+LOCK_SECONDS = 60.0  # how long to wait for another writer of a SQLite file
 
 
 def storage_uri(config: Config, name: str) -> str:
-    """The database of a sweep's study: the one that is set, else one for all in the folder of runs.
+    """Return the address of a study's database: `sweep.storage`, or one file for all sweeps in the runs folder.
 
-    Of runs in a storage it is one of this machine, for a sitting: see `keep_study`.
+    If runs are kept in a bucket, it is a local file, which `save_study` copies into the run directory.
     """
     given, folder = sweep_of(config).storage, local(config.runtime.runs_dir).absolute()
     if given is not None:
         return given
-    if not _is_kept(config):
+    if not _is_saved_in_bucket(config):
         return f"sqlite:///{folder / STUDY_FILE}"
     return f"sqlite:///{folder / '.studies' / hashlib.sha256(name.encode()).hexdigest()[:16]}.db"
 
 
-def _is_kept(config: Config) -> bool:
-    """Whether the study is a file of a run directory in a storage, where no database can be worked on."""
+def _is_saved_in_bucket(config: Config) -> bool:
+    """Whether the study is a file of a run directory in a bucket, where a database cannot be opened in place."""
     return is_remote(config.runtime.runs_dir) and sweep_of(config).storage is None
 
 
-def keep_study(config: Config, run_dir: Path) -> None:
-    """Copy the study into the run directory as it is now, if that lies in a storage and no database is set."""
-    if not _is_kept(config):
+def save_study(config: Config, run_dir: Path) -> None:
+    """Copy the study into the run directory, if that is in a bucket and `sweep.storage` is not set."""
+    if not _is_saved_in_bucket(config):
         return
     database = storage_uri(config, run_dir.name).removeprefix("sqlite:///")
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".study-") as folder:
@@ -89,42 +92,53 @@ def keep_study(config: Config, run_dir: Path) -> None:
 
 
 def _restore(database: Path, run_dir: Path) -> None:
-    """Begin a sitting with what the storage has: what this machine knows beyond that was told to nobody."""
+    """Replace the local database by the copy from the bucket.
+
+    Local entries beyond that copy never took effect: the study is always saved before it is relied on.
+    """
     for file in database.parent.glob(f"{database.name}*"):
         file.unlink()
     if (run_dir / STUDY_FILE).is_file():
         shutil.copyfile(run_dir / STUDY_FILE, database)
 
 
-def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None = None) -> Study:
-    """The study of a sweep, made if it is not there, with the points that are to be tried first.
+def open_study(
+    config: Config,
+    name: str,
+    *,
+    fresh: bool,
+    run_dir: Path | None = None,
+    lock_seconds: float = LOCK_SECONDS,
+) -> Study:
+    """Open the study of a sweep. A new study starts with `sweep.points` and the trials of `sweep.start_from`.
 
     Args:
-        config: of the sweep.
-        name: of the study.
-        fresh: forget an earlier one.
-        run_dir: the sweep's run directory, which a study belongs to.
+        config: The sweep's configuration.
+        name: The name of the study.
+        fresh: Whether to delete an existing study.
+        run_dir: The sweep's run directory, to which the study belongs.
+        lock_seconds: How long to wait for another writer of a SQLite file.
 
     Raises:
-        IstanasError: if the database can't be used.
-        ConfigError: if `sweep.start_from` names no study that fits, or the study belongs to another directory.
+        IstanasError: If the database cannot be used.
+        ConfigError: If `sweep.start_from` names no suitable study, or the study belongs to another directory.
     """
     home = "" if run_dir is None else named(run_dir)
     sweep, uri = sweep_of(config), storage_uri(config, name)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    if _is_kept(config) and run_dir is not None:
+    if _is_saved_in_bucket(config) and run_dir is not None:
         _restore(Path(uri.removeprefix("sqlite:///")), run_dir)
-    options = {"connect_args": {"timeout": SECONDS_FOR_A_LOCK}} if uri.startswith("sqlite:") else None
+    options = {"connect_args": {"timeout": lock_seconds}} if uri.startswith("sqlite:") else None
     try:
         with database_lock(uri):
             storage = RDBStorage(uri, engine_kwargs=options)
         known = optuna.get_all_study_names(storage)
         if name in known and not fresh:
             _check_home(optuna.load_study(study_name=name, storage=storage), home)
-        # What a study remembers can't be gone on with when its run directory was deleted.
-        gone = run_dir is not None and not RunDir(run_dir).exists()
-        if name in known and (fresh or gone):
+        # A study cannot be resumed without its run directory, which has the checkpoints of the trials.
+        deleted = run_dir is not None and not RunDir(run_dir).exists()
+        if name in known and (fresh or deleted):
             optuna.delete_study(study_name=name, storage=storage)
             known.remove(name)
         if name in known:
@@ -138,47 +152,57 @@ def open_study(config: Config, name: str, *, fresh: bool, run_dir: Path | None =
         study.add_trials(earlier)
     except IstanasError:
         raise
-    except Exception as error:  # every database fails in its own way
+    except Exception as error:  # Each database driver has its own errors.
         raise IstanasError(
-            f"sweep.storage is {public_uri(uri)}: can't be used ({one_line(error)}), start it, install its driver, or "
-            "correct the address"
+            f"cannot use the database {public_uri(uri)} ({one_line(error)})",
+            field="sweep.storage",
+            remedy="start the database, install its driver, or correct the address",
         ) from None
     enqueue_points(config, study)
     return study
 
 
 def enqueue_points(config: Config, study: Study) -> None:
-    """Have `sweep.points` tried first; what a point leaves open is drawn."""
+    """Enqueue `sweep.points` as the first trials; keys that a point lacks are sampled."""
     for point in sweep_of(config).points:
         settings = settings_of_point(config, point)
         study.enqueue_trial({key: encoded(value) for key, value in settings.items() if key in point})
 
 
 def _check_home(study: Study, home: str) -> None:
-    """Refuse to go on with trials whose runs lie elsewhere, or to let two sweeps share a study."""
+    """Check that the study belongs to this run directory: two sweeps must not share one.
+
+    Raises:
+        ConfigError: If it belongs to another directory.
+    """
     other = study.user_attrs.get(HOME, "")
     if other != home:
         raise ConfigError(
-            f"sweep.storage has a study {study.study_name} that belongs to {other or 'no directory'}: go on there, set "
-            "tracking.name for another sweep, or --fresh, which deletes it"
+            f"the study {study.study_name} in this database belongs to {other or 'no run directory'}",
+            field="sweep.storage",
+            remedy="resume the sweep there, set tracking.name for another sweep, or delete the study with --fresh",
         )
 
 
 def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -> list[FrozenTrial]:
-    """The trials of `sweep.start_from` that lie in this space, to be learnt from."""
+    """Return the finished trials of `sweep.start_from` that lie in this sweep's space."""
     sweep = sweep_of(config)
     if sweep.start_from is None:
         return []
-    if _is_kept(config):
-        study = _kept_study(config, sweep.start_from)
+    if _is_saved_in_bucket(config):
+        study = _saved_study(config, sweep.start_from)
     elif sweep.start_from not in known:
-        names = ", ".join(known) or "none"
-        raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: no such study, there are: {names}")
+        remedy = f"choose one of: {', '.join(known)}" if known else "leave it out: the database has no study"
+        raise ConfigError(f"no such study: {sweep.start_from!r}", field="sweep.start_from", remedy=remedy)
     else:
         study = optuna.load_study(study_name=sweep.start_from, storage=storage)
     same = [d.name for d in study.directions] == [OBJECTIVES[o].upper() for o in sweep.objectives]
     if not same or study.user_attrs.get(MEANING, _meaning(sweep)) != _meaning(sweep):
-        raise ConfigError(f"sweep.start_from is {sweep.start_from!r}: it has other objectives, leave it out")
+        raise ConfigError(
+            f"the study {sweep.start_from!r} has other objectives",
+            field="sweep.start_from",
+            remedy="leave it out, or name a study with the same objectives",
+        )
     done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     space = {key: d for key, parameter in sweep.space.items() if (d := distribution(parameter)) is not None}
     fitting = []
@@ -196,21 +220,26 @@ def _earlier_trials(config: Config, storage: RDBStorage, known: Sequence[str]) -
                     user_attrs={"start_from": sweep.start_from},
                 )
             )
-        except ValueError:  # outside this space's bounds
+        except ValueError:  # A value is outside this space's bounds.
             continue
     return fitting
 
 
-def _kept_study(config: Config, name: str) -> Study:
-    """The study of another sweep of the same storage, in memory."""
+def _saved_study(config: Config, name: str) -> Study:
+    """Load the study of a sweep in the same bucket into memory.
+
+    Raises:
+        ConfigError: If there is no such study.
+    """
     run_dir = local(config.runtime.runs_dir) / name
     is_name = "/" not in name and name not in ("", ".", "..")
     if is_name:
         fetch_parts(run_dir, lambda file: file == STUDY_FILE)
     if not is_name or not (run_dir / STUDY_FILE).is_file():
         raise ConfigError(
-            f"sweep.start_from is {name!r}: no such study, name the run directory of a sweep in "
-            f"{shown(local(config.runtime.runs_dir))}"
+            f"no such study: {name!r}",
+            field="sweep.start_from",
+            remedy=f"name the run directory of a sweep in {shown(local(config.runtime.runs_dir))}",
         )
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copyfile(run_dir / STUDY_FILE, Path(folder) / STUDY_FILE)
@@ -222,39 +251,41 @@ def _kept_study(config: Config, name: str) -> Study:
 
 
 def ended_study(config: Config, name: str) -> Study:
-    """The study of a sweep that has ended; it is not made if it has gone.
+    """Load the existing study of a sweep that has ended.
 
     Raises:
-        IstanasError: there is none, or its database can't be used.
+        IstanasError: If there is no such study, or its database cannot be used.
     """
-    if _is_kept(config):
-        return _kept_study(config, name)
+    if _is_saved_in_bucket(config):
+        return _saved_study(config, name)
     uri = storage_uri(config, name)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).is_file():
-        raise IstanasError(f"{file}: missing")
+        raise IstanasError("no such file", field=file)
     try:
         return optuna.load_study(study_name=name, storage=uri)
-    except Exception as error:  # every database fails in its own way
-        raise IstanasError(f"{public_uri(uri)}: can't be used ({one_line(error)})") from None
+    except Exception as error:  # Each database driver has its own errors.
+        raise IstanasError(
+            f"cannot use the database {public_uri(uri)} ({one_line(error)})", field="sweep.storage"
+        ) from None
 
 
 def _meaning(sweep: SweepSettings) -> list[str]:
-    """What the values of a study's trials are."""
+    """Return what the values of a study's trials mean: studies that differ in it cannot be combined."""
     return [sweep.objective, *sweep.objectives]
 
 
 def own_trials(study: Study) -> list[FrozenTrial]:
-    """The trials of this sweep that were begun, in order: without what was learnt from an earlier one."""
+    """Return the trials that this sweep has started, in order, without those of `sweep.start_from`."""
     trials = study.get_trials(deepcopy=False)
     return [t for t in trials if t.state != TrialState.WAITING and "start_from" not in t.user_attrs]
 
 
 def own_study(study: Study) -> Study:
-    """A copy in memory with this sweep's trials only, whose numbers are their places in the sweep.
+    """Copy this sweep's own trials into a study in memory, where they are numbered from 0.
 
     Raises:
-        optuna.exceptions.OptunaError: if the database can't be read.
+        optuna.exceptions.OptunaError: If the database cannot be read.
     """
     copy = optuna.create_study(
         study_name=study.study_name, directions=study.directions, sampler=RandomSampler()
@@ -264,34 +295,34 @@ def own_study(study: Study) -> Study:
 
 
 def first_number(study: Study) -> int:
-    """The study's number of this sweep's first trial: what was learnt from an earlier sweep stands before it."""
+    """Return the number of this sweep's first trial in the study, which is preceded by those of `sweep.start_from`."""
     return sum("start_from" in t.user_attrs for t in study.get_trials(deepcopy=False))
 
 
 def n_failed(study: Study) -> int:
-    """How many trials have failed."""
+    """Return the number of failed trials."""
     return sum(t.state == TrialState.FAIL for t in own_trials(study))
 
 
 def make_sampler(sweep: SweepSettings, seed: int) -> BaseSampler:
-    """Who chooses the next settings."""
+    """Return the Optuna sampler of a sweep."""
     seed %= 2**32
     if sweep.searcher == "random":
         return RandomSampler(seed=seed)
     if sweep.searcher == "nsga2":
         return NSGAIISampler(seed=seed, population_size=min(50, max(2, sweep.trials // 3)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # for years
-        # With one trial at a time there is no other to stay away from.
-        liar = sweep.max_concurrent != 1
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=liar)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # The constant liar keeps concurrent trials apart, which a single trial at a time does not need.
+        concurrent = sweep.max_concurrent != 1
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=concurrent)
 
 
 def best_trial(own: Study) -> FrozenTrial | None:
-    """The best finished trial; of a Pareto front the one with the best top-1. None if no trial has finished.
+    """Return the best finished trial, or `None` without one; of a Pareto front, the trial with the best top-1.
 
     Args:
-        own: as `own_study` gives it.
+        own: The study that `own_study` returns.
     """
     done = own.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not done:

@@ -1,9 +1,11 @@
-"""How MLflow's pages lead from one run to another: what a run belongs to, as tags and as links in its description."""
+"""Links between related runs on MLflow's pages: as tags, and in the descriptions of runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+from pipeline.runs.layout import CELL_FIGURES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -11,19 +13,19 @@ if TYPE_CHECKING:
 
 PARENT = "mlflow.parentRunId"
 DESCRIPTION = "mlflow.note.content"
-LENGTH = 5000  # characters: the model registry's columns are no wider
-# As SVG, because MLflow's pages show a picture in its own size, and a PNG's pixels are many.
-PICTURES = {"cells/normal.svg": "normal cell", "cells/reduce.svg": "reduction cell"}
+LENGTH = 5000  # characters, the width of the model registry's columns
+# The SVG files, because MLflow shows pictures in their own size, in which the PNG files are too large.
+PICTURES = {CELL_FIGURES[0]: "normal cell", CELL_FIGURES[2]: "reduction cell"}
 
 
 @dataclass(frozen=True)
 class Kin:
-    """A run as another one's page links to it.
+    """A related run, as the page of another run links to it.
 
     Args:
         kind: "search", "retrain" or "sweep".
-        name: of the run.
-        experiment_id, run_id: MLflow's.
+        name: The name of the run.
+        experiment_id, run_id: The ids in MLflow.
     """
 
     kind: str
@@ -33,7 +35,7 @@ class Kin:
 
     @property
     def link(self) -> str:
-        """A Markdown link that MLflow's pages follow, wherever they are served.
+        """A Markdown link that works wherever MLflow's pages are served.
 
         Example:
             >>> Kin("search", "digits-search", "1", "ab").link
@@ -45,35 +47,37 @@ class Kin:
 
 
 def kin_of(run: "Run") -> Kin:
-    """A run of this store, for links to it."""
+    """Return the `Kin` of a run in the store."""
     info, tags = run.info, run.data.tags
     return Kin(tags.get("istanas.kind", "run"), info.run_name or "", info.experiment_id, info.run_id)
 
 
 def ancestors(client: "MlflowClient", parent_id: str | None) -> tuple[Kin, ...]:
-    """The runs that a run belongs to, the nearest first: of a retraining its search, and the sweep of that.
+    """Return the ancestors of a run, the nearest first: for a retraining its search, and that search's sweep.
 
     Args:
-        client: of the store.
-        parent_id: the run's parent, or None.
+        client: A client of the store.
+        parent_id: The run's parent, or None.
     """
     from mlflow.exceptions import MlflowException
 
     line: list[Kin] = []
-    while parent_id is not None and parent_id not in {kin.run_id for kin in line}:  # tags can be edited
+    while parent_id is not None and parent_id not in {
+        kin.run_id for kin in line
+    }:  # edited tags may have a cycle
         try:
             run = client.get_run(parent_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            break  # it was deleted for good
+            break  # it was deleted permanently
         line.append(kin_of(run))
         parent_id = run.data.tags.get(PARENT)
     return tuple(line)
 
 
 def lineage_tags(kin: Sequence[Kin]) -> dict[str, str]:
-    """Tags to find a run by, from what it belongs to.
+    """Return tags by which a run is found from its ancestors.
 
     Example:
         >>> lineage_tags([Kin("search", "a", "1", "ab"), Kin("sweep", "b", "1", "cd")])
@@ -85,14 +89,14 @@ def lineage_tags(kin: Sequence[Kin]) -> dict[str, str]:
 def with_links(
     description: str, kin: Sequence[Kin], run_id: str, artifacts: Sequence[str], *, limit: int = LENGTH
 ) -> str:
-    """A description with the runs that a run belongs to and the pictures of its cells, fit for MLflow's columns.
+    """Add links to the ancestors of a run and the drawings of its cells to its description.
 
     Args:
-        description: as the functions above give it.
-        kin: what the run belongs to, the nearest first; on a model's page the run itself first.
-        run_id: the MLflow run that holds the artifacts.
-        artifacts: names of the run's artifacts.
-        limit: characters; what is above is cut off the description.
+        description: The description in Markdown.
+        kin: The ancestors of the run, the nearest first; on the page of a model, the run itself comes first.
+        run_id: The MLflow run that has the artifacts.
+        artifacts: Names of the run's artifacts.
+        limit: Maximum length in characters; a longer description is truncated.
 
     Example:
         >>> print(with_links("A run.\\n\\nMore.", [Kin("sweep", "s", "1", "ab")], "cd", ["cells/normal.svg"]))
@@ -110,7 +114,7 @@ def with_links(
         for name in artifacts
         if name in PICTURES
     )
-    # The first paragraph stays first: tables show no more of a description.
+    # The first paragraph stays first, because tables show nothing else of a description.
     title, _, rest = description.rstrip().partition("\n\n")
     room = limit - len(title) - len(links) - len(pictures) - 20
     if len(rest) > room:

@@ -1,6 +1,6 @@
-"""A run's trained network in MLflow: the logged model with its figures, and its version in the model registry.
+"""The trained network of a run in MLflow: the logged model with its metrics, and its version in the model registry.
 
-Everything goes by an explicit client, and may be done again after a kill at any point: what is there stays.
+All functions use an explicit client and are safe to repeat, also after a kill at any point.
 """
 
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MODEL_NAME = "model"
-CANDIDATE = "candidate"  # alias of a registered model's newest version
+CANDIDATE = "candidate"  # alias of the newest version of a registered model
 CHAMPION = "champion"  # alias of the version that `istanas promote` chose
 FIGURES = (
     "train/loss",
@@ -35,13 +35,13 @@ FIGURES = (
     "target/params",
     "target/macs",
 )
-"""The metrics of a run whose last values are its model's own."""
+"""Metrics of a run whose last values are also metrics of its model."""
 
 NetworkLoader = Callable[[Path], "tuple[torch.nn.Module, torch.Tensor]"]
 
 
 class UnusableNetworkError(Exception):
-    """A run's network can't be loaded or written in MLflow's layout."""
+    """A run's network cannot be loaded, or not be written in MLflow's format."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -49,11 +49,11 @@ class UnusableNetworkError(Exception):
 
 
 def registered_name(wanted: str | None, record: RunRecord) -> str:
-    """The registered model that a run's network is a version of.
+    """Return the name of the registered model of a run's network.
 
     Args:
-        wanted: `tracking.registered_model`.
-        record: of the run.
+        wanted: The setting `tracking.registered_model`.
+        record: The record of the run.
     """
     return wanted if wanted is not None else f"istanas-{record.data_label}"
 
@@ -61,21 +61,21 @@ def registered_name(wanted: str | None, record: RunRecord) -> str:
 def log_model(
     client: "MlflowClient", run: "Run", run_dir: RunDir, load_network: NetworkLoader
 ) -> "tuple[LoggedModel, bool]":
-    """Log the trained network as the MLflow model "model" of its run, unless it is there already.
+    """Log the trained network as the MLflow model "model" of its run, unless it was logged before.
 
-    Written out with the client, because `mlflow.pytorch.log_model` works on the process's ambient store.
+    This does not use `mlflow.pytorch.log_model`, which writes to the process's global store.
 
     Args:
-        client: of the store.
-        run: the MLflow run, whose metrics are there.
-        run_dir: the run directory that it mirrors.
-        load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)).
+        client: A client of the store.
+        run: The MLflow run, with its metrics.
+        run_dir: The run directory that the MLflow run mirrors.
+        load_network: Loads the network in eval mode and example pictures (2, C, H, W) from a run directory.
 
     Returns:
-        (the model, whether it was logged just now).
+        The model, and whether this call logged it.
 
     Raises:
-        UnusableNetworkError: the network can't be loaded.
+        UnusableNetworkError: the network cannot be loaded.
     """
     from mlflow.entities import LoggedModelStatus
 
@@ -96,17 +96,17 @@ def log_model(
 def register(
     client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
 ) -> tuple[int, bool]:
-    """Make the model a version of a registered model, unless it is; `candidate` goes to the newest version.
+    """Register the model, unless it is registered already, and move the alias `candidate` to the newest version.
 
     Args:
-        client: of the store.
-        name: of the registered model, made if need be.
-        model: the logged model.
-        record: of its run.
-        kin: the run and what it belongs to, the nearest first.
+        client: A client of the store.
+        name: The name of the registered model, which is created if it does not exist.
+        model: The logged model.
+        record: The record of its run.
+        kin: The run and its ancestors, the nearest first.
 
     Returns:
-        (the version, whether it was made just now).
+        The version, and whether this call created it.
     """
     _describe_model(client, model, record, kin)
     version, new = _model_version(client, name, model, record, kin)
@@ -132,7 +132,7 @@ def _create_model(
         )
         try:
             _save_model(scratch, load_network, run_dir.path, logged)
-        except Exception as error:  # files that lack or are broken, a network that can't be exported
+        except Exception as error:  # missing or damaged files, or a network that cannot be exported
             client.delete_logged_model(logged.model_id)
             raise UnusableNetworkError(error) from error
         client.log_model_artifacts(logged.model_id, f"{scratch}/{MODEL_NAME}")
@@ -140,7 +140,7 @@ def _create_model(
 
 
 def _link_model(client: "MlflowClient", run_id: str, model_id: str, run_dir: RunDir) -> None:
-    """Make the model an output of its run, unless it is."""
+    """Make the model an output of its run, unless it is one already."""
     from mlflow.entities import LoggedModelOutput
 
     outputs = client.get_run(run_id).outputs
@@ -151,17 +151,17 @@ def _link_model(client: "MlflowClient", run_id: str, model_id: str, run_dir: Run
 
 
 def _log_figures(client: "MlflowClient", run_id: str, model: "LoggedModel", run_dir: RunDir) -> None:
-    """The run's last figures as the model's own, each with the pictures it was measured on; once."""
+    """Log the run's last metrics as those of the model, each with its data set, unless they were logged before."""
     from mlflow.entities import Metric
 
     record = run_dir.read()
-    held = {metric.key for metric in model.metrics or ()}
+    logged = {metric.key for metric in model.metrics or ()}
     measured = {name for line in run_dir.metrics() for name in line.metrics}
     figures = []
     for name in FIGURES:
-        if name in held or name not in measured:
+        if name in logged or name not in measured:
             continue
-        # As the store has it: the same value, time and step are not a second entry of the run's own history.
+        # The value, time and step of the store, so that the run's own history gets no second entry.
         last = max(client.get_metric_history(run_id, name), key=lambda m: (m.step, m.timestamp))
         use = record.measured_on(name)
         figures.append(
@@ -186,7 +186,7 @@ def _description(record: RunRecord, kin: Sequence[Kin]) -> str:
 def _describe_model(
     client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
 ) -> None:
-    """The logged model's page: description and where it comes from, unless it has them."""
+    """Set the description and the lineage of the logged model, unless it has them already."""
     wanted = {**lineage_tags(kin), DESCRIPTION: _description(record, kin)}
     if not wanted.keys() <= model.tags.keys():
         client.set_logged_model_tags(model.model_id, wanted)
@@ -195,7 +195,7 @@ def _describe_model(
 def _model_version(
     client: "MlflowClient", name: str, model: "LoggedModel", record: RunRecord, kin: Sequence[Kin]
 ) -> "tuple[ModelVersion, bool]":
-    """The run's version of a registered model, and whether it was made just now."""
+    """Return the run's version of a registered model, and whether this call created it."""
     found = client.search_model_versions(f"run_id = '{model.source_run_id}'")
     there = [version for version in found if version.name == name]
     if there:
@@ -203,7 +203,7 @@ def _model_version(
     _create_registered_model(client, name)
     version = client.create_model_version(
         name,
-        # Not models:/ID, which a SQLite store looks up in the process's ambient store.
+        # Not models:/ID, which MLflow looks up in the process's global store.
         source=model.artifact_location,
         run_id=model.source_run_id,
         model_id=model.model_id,
@@ -234,7 +234,7 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
 
 
 def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion") -> None:
-    """Note the version in the logged model, where MLflow's pages look for it; a server has done so by itself."""
+    """Note the version in the tags of the logged model, which MLflow's pages read; a server does so by itself."""
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
@@ -245,8 +245,8 @@ def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion"
 
 
 def _point_candidate(client: "MlflowClient", name: str) -> None:
-    """Set the alias on the newest version, whichever run that is of."""
-    for _ in range(3):  # another run may register between the look and the move
+    """Move the alias to the newest version of all runs."""
+    for _ in range(3):  # another run may register a version in between
         model = client.get_registered_model(name)
         newest = str(max(int(version.version) for version in model.latest_versions))
         if str(model.aliases.get(CANDIDATE)) == newest:
@@ -255,7 +255,7 @@ def _point_candidate(client: "MlflowClient", name: str) -> None:
 
 
 def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
-    """Write the network in MLflow's layout, as an exported graph: loading it runs no pickled code."""
+    """Write the network in MLflow's format as an exported graph, so that loading it executes no pickled code."""
     import mlflow.pytorch
     import torch
     from mlflow.models import Model, infer_signature
@@ -276,7 +276,7 @@ def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logge
             ),
             signature=infer_signature(pictures.numpy(), logits.numpy()),
             input_example=pictures.numpy(),
-            # Named, because inferring them starts a second interpreter for half a minute.
+            # Explicit, because MLflow infers them in a second interpreter, which takes half a minute.
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
             serialization_format="pt2",
         )

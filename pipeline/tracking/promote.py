@@ -1,4 +1,4 @@
-"""Which version of a registered model is the champion: the alias moves to a better one on the same pictures."""
+"""Promotion: the alias `champion` of a registered model moves to a version that is better on the same pictures."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a promotion.
+    """The result of a promotion.
 
     Args:
-        champion: whether the run's version is the champion now.
-        moved: whether it was not before.
-        registered_model, version: what the run's network is.
-        metric, value: by what it was chosen; None if the run has no such figure.
-        before, before_value: the champion's version before, and its figure; None if there was none.
-        reason: all that as a sentence.
+        champion: Whether the run's version is the champion now.
+        moved: Whether it has become the champion by this promotion.
+        registered_model, version: The run's version of the registered model.
+        metric, value: The metric that was compared, and its value; None if the run has none.
+        before, before_value: The previous champion and its value; None if there was none.
+        reason: A sentence that explains the result.
     """
 
     champion: bool
@@ -46,26 +46,23 @@ class Promotion:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A run's figure, and the pictures that it was measured on: (data set, digest), digest None where it needs none."""
+    """A metric of a run, and the data it was measured on: data set and digest, None if it does not depend on them."""
 
     value: float | None
     pictures: tuple[str, str | None] | None
 
 
 def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bool = False) -> Promotion:
-    """Make a run's version the champion of its registered model, if it is better, or there is none, or by force.
+    """Make a run's version the champion of its registered model if it is better, or if there is no champion.
 
     Args:
-        run: a run that left a network.
-        tracking: the store, and the registered model's name.
-        metric: one of `METRICS` of `pipeline.config.choices`; an equal value is not better.
-        force: whatever the figures are.
-
-    Returns:
-        What became of it.
+        run: A run with a trained network.
+        tracking: The store and the name of the registered model.
+        metric: One of `METRICS` of `pipeline.config.choices`; an equal value is not better.
+        force: Promote without a comparison.
 
     Raises:
-        ConfigError: the run has no version, or its figure and the champion's can't be compared.
+        ConfigError: the run has no version, or its metric and the champion's cannot be compared.
     """
     record = run.read()
     tracker = MLflowTracker(run, tracking_uri=tracking.uri, experiment=tracking.experiment)
@@ -74,7 +71,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
         if tracker.run_id is None or not store_exists(tracker.tracking_uri):
             raise _no_version(run, record, tracking)
         client = open_client(tracker.tracking_uri)
-        with database_lock(tracker.tracking_uri):  # of two promotions at once, the second sees the first
+        with database_lock(tracker.tracking_uri):  # serialises concurrent promotions
             version = _version(client, tracker.run_id, name)
             if version is None:
                 raise _no_version(run, record, tracking)
@@ -82,7 +79,7 @@ def promote(run: RunDir, tracking: "TrackingSettings", *, metric: str, force: bo
 
 
 def is_better(metric: str, value: float, than: float) -> bool:
-    """Whether a figure beats another.
+    """Return whether a value of a metric is better than another.
 
     Example:
         >>> is_better("test/top1", 0.9, 0.8), is_better("target/params", 9, 8), is_better("test/loss", 1, 1)
@@ -128,32 +125,32 @@ def _promote(client: "MlflowClient", version: "ModelVersion", metric: str, force
 
 
 def _comparable(metric: str, number: int, mine: _Figure, before: int, theirs: _Figure) -> tuple[float, float]:
-    """The two figures, if they are of the same pictures."""
+    """Return both values, if they were measured on the same pictures."""
+    field = f"metric {metric}"
     if mine.value is None:
-        hint = (
-            "train it with data.holdout above 0, name another --metric"
-            if metric.startswith("valid")
-            else "name another --metric"
-        )
+        hint = "train it with data.holdout above 0, " if metric.startswith("valid") else ""
         from istanas.training import TOP5_ABOVE  # imports torch, which the command line's help must not
 
         why = f" (top-5 is measured with more than {TOP5_ABOVE} classes)" if metric.endswith("top5") else ""
-        raise ConfigError(f"metric {metric}: version {number} has none{why}: {hint}, or use --force")
+        remedy = f"{hint}name another --metric, or use --force"
+        raise ConfigError(f"version {number} has none{why}", field=field, remedy=remedy)
     if theirs.value is None:
         raise ConfigError(
-            f"metric {metric}: the champion, version {before}, has none: name another --metric, or use --force"
+            f"the champion, version {before}, has none",
+            field=field,
+            remedy="name another --metric, or use --force",
         )
     if mine.pictures is None or theirs.pictures is None or not _same(mine.pictures, theirs.pictures):
         raise ConfigError(
-            f"metric {metric}: version {number} is measured on {_named(mine)}, the champion, version {before}, on "
-            f"{_named(theirs)}: not to be compared; use the same data (and for valid the same seed and data.holdout), "
-            "or --force"
+            f"version {number} is measured on {_named(mine)}, the champion, version {before}, on {_named(theirs)}",
+            field=field,
+            remedy="use the same data (and for valid the same seed and data.holdout), or --force",
         )
     return mine.value, theirs.value
 
 
 def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Figure:
-    """A version's figure, as its run in the store has it."""
+    """Return the metric of a version from its run in the store."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -164,7 +161,7 @@ def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Fi
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return _Figure(None, None)  # the run was deleted for good
+        return _Figure(None, None)  # the run was deleted permanently
     contexts = contexts_of(metric)
     pictures: dict[str, tuple[str, str | None]] = {
         tag.value: (entry.dataset.name, entry.dataset.digest)
@@ -179,35 +176,37 @@ def _figure(client: "MlflowClient", version: "ModelVersion", metric: str) -> _Fi
 
 
 def _same(mine: tuple[str, str | None], theirs: tuple[str, str | None]) -> bool:
-    """Whether the pictures are the same; those of a folder that was moved have another name."""
+    """Return whether the pictures are the same; a folder that was moved has another name but the same digest."""
     return mine == theirs or (mine[1] is not None and mine[1] == theirs[1])
 
 
 def _version(client: "MlflowClient", run_id: str, name: str) -> "ModelVersion | None":
-    """The run's newest version of the registered model."""
+    """Return the run's newest version of the registered model."""
     found = client.search_model_versions(f"run_id = '{run_id}'")
     mine = [version for version in found if version.name == name]
     if found and not mine:
         raise ConfigError(
-            f"tracking.registered_model is {name}: the run is a version of {found[0].name}, set that name"
+            f"is {name}, but the run is a version of {found[0].name}",
+            field="tracking.registered_model",
+            remedy="set that name",
         )
     return max(mine, key=lambda version: int(version.version), default=None)
 
 
 def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") -> ConfigError:
-    """Why a run has no version in the registry, and what to do about it."""
+    """Return the error for a run without a version in the registry."""
     if record.kind == "sweep" or (record.kind == "search" and record.method == "two_stage"):
-        remedy = (
-            "it found an architecture and has no network: name its retraining, or make one with istanas retrain "
-            f"--genotype {run.path}"
-        )
+        why = " (it found an architecture and has no network)"
+        remedy = f"name its retraining, or retrain it with istanas retrain --genotype {run.path}"
     elif not has_network(record):
-        remedy = f"it is {outcome(record.status, record.tags)}: the command that began it goes on"
+        why = f" (it is {outcome(record.status, record.tags)})"
+        remedy = "run the command that started it again, which resumes it"
     elif not tracking.models:
-        remedy = f"tracking.models is false: istanas sync {run.path} --set tracking.models=true"
+        why = " (tracking.models is false)"
+        remedy = f"run istanas sync {run.path} --set tracking.models=true"
     else:
-        remedy = f"deliver it first: istanas sync {run.path}"
-    return ConfigError(f"run {run.path}: no version of a registered model; {remedy}")
+        why, remedy = "", f"deliver it first: istanas sync {run.path}"
+    return ConfigError(f"no version of a registered model{why}", field=f"run {run.path}", remedy=remedy)
 
 
 def _named(figure: _Figure) -> str:

@@ -1,4 +1,4 @@
-"""Reads runs from the MLflow store: which ones, in which order; every failure is one line."""
+"""Queries of runs in the MLflow store."""
 
 import contextlib
 import re
@@ -21,12 +21,13 @@ _FOLDER_LABEL = re.compile(r"([a-z0-9-]+-)?[0-9a-f]{6}")  # as `pipeline.runs.re
 
 
 class Filters(TypedDict, total=False):
-    """Which runs are meant: those that fulfil every condition; None is none.
+    """Conditions that a run must fulfil; `None` disables a filter.
 
-    `kind` is "sweep", "search" or "retrain"; `method` that of the run's configuration, "two_stage" or "one_stage";
-    `dataset` the data set's name, "folder" of all own pictures, or what one folder of them is called; `where` a
-    condition of MLflow's own search, such as
-    ``metrics.`test/top1` > 0.9 and params.seed = '1'``.
+    Attributes:
+        kind: "sweep", "search" or "retrain".
+        method: "two_stage" or "one_stage".
+        dataset: The name of a data set, "folder" for all picture folders, or the label of one of them.
+        where: A condition of MLflow's own search, such as ``metrics.`test/top1` > 0.9 and params.seed = '1'``.
     """
 
     kind: str | None
@@ -36,15 +37,15 @@ class Filters(TypedDict, total=False):
 
 
 def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]":
-    """Sweeps, searches and retrainings, in the order of `family_order`; none where there is no store yet.
+    """Return sweeps, searches and retrainings in the order of `family_order`; none if there is no store yet.
 
     Args:
-        uri: as `pipeline.tracking.store.store_uri` gives it.
-        experiment: only this experiment; None means all of them.
-        filters: which runs.
+        uri: The store, as `pipeline.tracking.store.store_uri` returns it.
+        experiment: The name of an experiment; None means all.
+        filters: Conditions that the runs must fulfil.
 
     Raises:
-        ConfigError: a filter is refused, the store can't be read, or has no such experiment.
+        ConfigError: a filter is invalid, the store cannot be read, or it has no such experiment.
     """
     query = _query(filters)
     if not store_exists(uri):
@@ -65,29 +66,32 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
                 break
     if experiment is not None and not ids:
         raise ConfigError(
-            f"experiment {experiment!r}: not in the MLflow store {public_uri(uri)}; leave it out"
+            f"not in the MLflow store {public_uri(uri)}",
+            field=f"experiment {experiment!r}",
+            remedy="leave it out",
         )
     return family_order(runs)
 
 
 @contextlib.contextmanager
 def readable(uri: str, *, what: str = "read") -> Iterator[None]:
-    """Every failure of a store as a `ConfigError`: it can't be read, or what else is done to it."""
+    """Turn every error of a store into a `ConfigError` which says that it can't be read, or `what` was tried."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # every store fails in its own way
+    except Exception as error:  # stores raise many types of errors
         raise ConfigError(
-            f"MLflow store {public_uri(uri)}: can't be {what} ({one_line(error)}{by_proxy(uri)}); "
-            "start it or set MLFLOW_TRACKING_URI"
+            f"can't be {what} ({one_line(error)}{by_proxy(uri)})",
+            field=f"MLflow store {public_uri(uri)}",
+            remedy="start it or set MLFLOW_TRACKING_URI",
         ) from None
 
 
 def family_order(runs: "list[Run]") -> "list[Run]":
-    """Newest family first; in a family each run is followed by its children, as they were begun.
+    """Sort runs by families, the newest first; in a family each run is followed by its children by start time.
 
-    A run whose parent is not among these heads a family.
+    A run whose parent is not in the list starts a family.
     """
     by_id = {run.info.run_id: run for run in runs}
 
@@ -100,17 +104,17 @@ def family_order(runs: "list[Run]") -> "list[Run]":
 
 
 def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
-    """The run's ancestors among these runs, the first of all first, and the run."""
+    """Return the run's ancestors in the list, the oldest first, and the run."""
     line = [run]
     while (parent := by_id.get(line[0].data.tags.get("mlflow.parentRunId", ""))) is not None:
-        if parent in line:  # no store of ours, but tags can be edited
+        if parent in line:  # edited tags may have a cycle
             break
         line.insert(0, parent)
     return line
 
 
 def _query(filters: Filters) -> str:
-    """The filters as one condition of MLflow's search."""
+    """Return the filters as a condition of MLflow's search."""
     from pipeline.config.schema import DatasetName
 
     known = {"kind": KINDS, "method": METHODS, "dataset": get_args(DatasetName)}
@@ -118,7 +122,7 @@ def _query(filters: Filters) -> str:
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
         if value not in known[name] and not (name == "dataset" and folder):
-            raise ConfigError(f"{name} {value!r}: unknown, choose {', '.join(known[name])}")
+            raise ConfigError("unknown", field=f"{name} {value!r}", remedy=f"choose {', '.join(known[name])}")
     conditions = [
         f"tags.`{FOLDER_TAG if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
         for name, value in wanted.items()
@@ -131,7 +135,7 @@ def _query(filters: Filters) -> str:
 
 @contextlib.contextmanager
 def _explained(where: str | None) -> Iterator[None]:
-    """What MLflow says of a condition that it can't read; our own conditions it can."""
+    """Turn MLflow's error for an invalid condition of the user into a `ConfigError`."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -141,5 +145,7 @@ def _explained(where: str | None) -> Iterator[None]:
             raise
         reason = " ".join(error.message.split()).rstrip(".")
         raise ConfigError(
-            f"where {where!r}: MLflow refuses it ({reason:.300}); write for example: {WHERE_EXAMPLE}"
+            f"MLflow refuses it ({reason:.300})",
+            field=f"where {where!r}",
+            remedy=f"write for example: {WHERE_EXAMPLE}",
         ) from None

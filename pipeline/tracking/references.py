@@ -1,7 +1,7 @@
-"""What a user may write where the command line wants a RUN or a genotype, and what it stands for.
+"""References to runs and genotypes on the command line, and how they are resolved.
 
-A RUN is a run directory, an MLflow run id, or a unique name. Local files are asked first, so that a finished
-run is found without MLflow.
+A RUN is a run directory, an MLflow run id, or a unique name. Local files come first, so that a finished run is found
+without MLflow.
 """
 
 import difflib
@@ -16,43 +16,38 @@ from typing import Any
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.addresses import checked_address, sqlite_file
-from pipeline.base.redaction import without_secrets
 from pipeline.base.text import one_line
 from pipeline.config.load import load
-from pipeline.config.schema import NEEDS_OP_BATCHNORM, Config
+from pipeline.config.schema import Config
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
-from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
+from pipeline.runs.layout import BEST_FOLDER, CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.outcome import outcome
 from pipeline.tracking.store import open_client, public_uri, store_exists, store_uri
 from pipeline.tracking.tracker import store_of_run
 
-GENOTYPE_SUFFIXES = (
-    ".json",
-    ".txt",
-    ".py",
-)  # of files with a genotype; a missing one is not looked for as a run
-BEST = "best"  # folder of a sweep: genotype and configuration of its best trial
+# Suffixes of genotype files. A missing file with one of them is an error and never the name of a run.
+GENOTYPE_SUFFIXES = (".json", ".txt", ".py")
 _RANDOM = "random:"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir:
-    """The run that a reference names.
+    """Find the run of a reference.
 
     Args:
-        ref: a run directory or its address, an MLflow run id, or a name: of a directory in `runs_dir`, or of a
-            run's record.
-        runs_dir: where runs are kept, e.g. `runs`.
-        tracking_uri: the MLflow store to ask for a run id, see `pipeline.tracking.store.store_uri`.
+        ref: A run directory or its address, an MLflow run id, or a name: that of a directory in `runs_dir`, or the
+            name in a run's record.
+        runs_dir: The folder of runs, e.g. `runs`.
+        tracking_uri: The MLflow store in which run ids are looked up, see `pipeline.tracking.store.store_uri`.
 
     Returns:
-        A run directory with a record; of one that lies in a storage a copy that is up to date.
+        A run directory with a record; for a run in a storage its local copy, brought up to date.
 
     Raises:
-        ConfigError: nothing, or more than one run, is meant.
+        ConfigError: no run or more than one run matches.
     """
     if "://" in ref:
         return _run_at(ref)
@@ -67,18 +62,19 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
 
 
 def _run_at(address: str) -> RunDir:
-    """The run at an address; without the file in it that may be named."""
+    """Fetch the run at an address."""
     try:
-        run = RunDir(bucket.fetch(checked_address(address)))
-    except ValueError as error:
-        raise ConfigError(f"run {without_secrets(address)}: {error}") from None
+        checked = checked_address(address)
+    except ConfigError as error:
+        raise error.in_source("run") from None
+    run = RunDir(bucket.fetch(checked))
     if not run.exists():
-        raise ConfigError(f"run {address}: there is no run, give the address of one")
+        raise ConfigError("there is no run", field=f"run {address}", remedy="give the address of a run")
     return run
 
 
 def is_mlflow_id(ref: str) -> bool:
-    """Whether a reference has the form of an MLflow run id.
+    """Return whether a reference has the form of an MLflow run id.
 
     Example:
         >>> is_mlflow_id("0123456789abcdef0123456789abcdef"), is_mlflow_id("digits-search")
@@ -90,20 +86,20 @@ def is_mlflow_id(ref: str) -> bool:
 def resolve_genotype(
     ref: str, *, space: CellSpace, runs_dir: Path, tracking_uri: str | None
 ) -> tuple[Genotype, str | None]:
-    """The genotype that a reference names, and the directory of the run that found it.
+    """Find the genotype of a reference, and the run that found the genotype.
 
     Args:
-        ref: a file (JSON, or the text form of DARTS), a published name, "random:SEED", or a RUN as in `resolve_run`.
-        space: the space that a random cell is drawn from.
-        runs_dir: where runs are kept.
-        tracking_uri: the MLflow store to ask for a run id.
+        ref: A file (JSON, or the text form of DARTS), a published name, "random:SEED", or a RUN as in `resolve_run`.
+        space: The space from which a random cell is drawn.
+        runs_dir: The folder of runs.
+        tracking_uri: The MLflow store in which run ids are looked up.
 
     Returns:
-        (genotype, directory of the run that found it or None): a search, of a sweep that of its best trial. A file
-        is traced too, if it still is the one that its run has written.
+        The genotype, and the directory of the search that found it or None; for a sweep, the search of its best
+        trial. The search of a file is found if the file still has the genotype that the run wrote.
 
     Raises:
-        ConfigError: the reference names nothing, or a run that has no genotype yet.
+        ConfigError: the reference matches nothing, or a run without a genotype.
         GenotypeError: the file holds no genotype.
 
     Example:
@@ -118,7 +114,7 @@ def resolve_genotype(
         return random_genotype(_seed(ref), space), None
     file = Path(ref).expanduser()
     if file.suffix in GENOTYPE_SUFFIXES and "://" not in ref and not file.exists():
-        raise ConfigError(f"genotype {ref!r}: no such file; give an existing one")
+        raise ConfigError("no such file", field=f"genotype {ref!r}", remedy="give an existing one")
     ref = _without_file(ref)
     if file.is_file():
         genotype = read_genotype(file)
@@ -131,23 +127,26 @@ def resolve_genotype(
         published = {name.lower(): name for name in PUBLISHED}
         near = difflib.get_close_matches(ref.lower(), published, n=1, cutoff=0.7)
         if near:
-            raise ConfigError(f"genotype {ref!r}: unknown, did you mean {published[near[0]]}?") from None
+            hint = f"did you mean {published[near[0]]}?"
+            raise ConfigError("unknown", field=f"genotype {ref!r}", remedy=hint) from None
         hint = f"a genotype may also be a JSON file, {', '.join(PUBLISHED)}, or random:SEED"
-        raise ConfigError(f"{error}; {hint}") from None
+        remedy = "; ".join(filter(None, (error.remedy, hint)))
+        raise ConfigError(error.problem, field=error.field, remedy=remedy) from None
     found = run.path / GENOTYPE_FILE
     record = run.read()
     if not found.is_file():
         raise ConfigError(
-            f"run {bucket.shown(run.path)}: has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)}); "
-            "finish its search first"
+            f"has no {GENOTYPE_FILE} (it is {outcome(record.status, record.tags)})",
+            field=f"run {bucket.shown(run.path)}",
+            remedy="finish its search first",
         )
     return read_genotype(found), _finder(run)
 
 
 def _without_file(ref: str) -> str:
-    """Return the address of the run whose genotype file is named, because a run is fetched as a whole.
+    """Remove the genotype file from an address, because runs are fetched as a whole.
 
-    A sweep has the genotype of its best trial twice. Every other reference is returned as it is.
+    Other references are returned unchanged.
 
     Example:
         >>> _without_file("s3://bucket/run/best/genotype.json?region=eu"), _without_file("runs/x/genotype.json")
@@ -156,11 +155,11 @@ def _without_file(ref: str) -> str:
     address, mark, query = ref.partition("?")
     if "://" not in ref:
         return ref
-    return address.removesuffix(f"/{GENOTYPE_FILE}").removesuffix(f"/{BEST}") + mark + query
+    return address.removesuffix(f"/{GENOTYPE_FILE}").removesuffix(f"/{BEST_FOLDER}") + mark + query
 
 
 def origin_of(ref: str) -> str | None:
-    """The reference of a genotype that no run has found: a random or a published cell; else None.
+    """Return the reference if it names a random or published cell, which no run has found; otherwise None.
 
     Example:
         >>> origin_of("random:0"), origin_of("ISTA_twostage"), origin_of("runs/search")
@@ -170,26 +169,31 @@ def origin_of(ref: str) -> str | None:
 
 
 def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
-    """`resolve_genotype` for a job that trains the genotype's network under a configuration's `retrain` settings.
+    """Find the genotype of a reference for a job that trains its network with a configuration's `retrain` settings.
 
     Raises:
-        ConfigError: as `resolve_genotype`; or if the genotype comes from a one-stage search and `retrain.op_batchnorm`
-            is false, which would build another network than the one that was searched.
+        ConfigError: as `resolve_genotype` does; or the genotype comes from a one-stage search and
+            `retrain.op_batchnorm` is false, so that the network would differ from the searched one.
     """
     runs_dir, tracking_uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
     space = config.space.cell_space()
     genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
-        raise ConfigError(f"genotype {ref}: {NEEDS_OP_BATCHNORM}")
+        raise ConfigError(
+            f"false, but genotype {ref} comes from a one-stage search, whose network has batch norm after pooling and "
+            "identity operations",
+            field="retrain.op_batchnorm",
+            remedy="set retrain.op_batchnorm=true",
+        )
     return genotype, finder
 
 
 def _from_one_stage(
     ref: str, genotype: Genotype, finder: str | None, runs_dir: Path, tracking_uri: str | None
 ) -> bool:
-    """Whether a genotype comes from a one-stage search, as far as its reference tells.
+    """Return whether a genotype comes from a one-stage search, as far as its reference tells.
 
-    The run that found it is asked first, then the run that is named, in its directory or in MLflow.
+    The run that found the genotype decides; if it is gone, the run of the reference, in its directory or in MLflow.
     """
     if origin_of(ref) is not None or genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
         return genotype.digest() == PUBLISHED["ISTA_onestage"].digest()
@@ -206,7 +210,7 @@ def _from_one_stage(
 def _runs_of_genotype(
     ref: str, finder: str | None, runs_dir: Path, tracking_uri: str | None
 ) -> Iterator[RunDir]:
-    """The run that found a genotype, then the one that is named; they may be gone."""
+    """Yield the run that found a genotype, then the run of its reference; either may be gone."""
     if finder is not None:
         yield RunDir(bucket.local(finder))
     file = Path(ref).expanduser()
@@ -216,37 +220,37 @@ def _runs_of_genotype(
     try:
         yield resolve_run(_without_file(ref), runs_dir=runs_dir, tracking_uri=tracking_uri)
     except ConfigError:
-        if not is_mlflow_id(ref):  # else its directory is not here, and MLflow knows it
+        if not is_mlflow_id(ref):  # a run that is only in MLflow has no directory here
             raise
 
 
 def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any]) -> bool:
-    """Whether the cell of a run has the batch norms of a one-stage search; a retraining tells it by its own network."""
+    """Return whether a run's cell has the batch norms of a one-stage search; a retraining has a setting for it."""
     if kind == "retrain":
         return str(params.get("retrain.op_batchnorm")) == "True"
     return method == "one_stage"
 
 
 def run_of_config(file: Path) -> RunDir | None:
-    """The run whose own configuration a file is, or, in the folder `best`, that of a sweep's best trial; else None."""
+    """Return the run that wrote a configuration file, in its directory or in the folder `best` of a sweep, or None."""
     folder = file.absolute().parent
-    run = RunDir(folder.parent if folder.name == "best" else folder)
+    run = RunDir(folder.parent if folder.name == BEST_FOLDER else folder)
     return run if file.name == CONFIG_FILE and run.exists() else None
 
 
 def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration that a run has written; places in it that are gone are looked for where the run is now.
+    """Read the configuration that a run has written, and update its paths if the project was moved.
 
-    It names the MLflow store, and perhaps the runs' folder, absolutely. If the project was moved, these are found by
-    the run directory, unless they are overridden.
+    The file has absolute paths of the MLflow store and perhaps of the folder of runs. If they are gone and not
+    overridden, the present paths are derived from the run directory.
 
     Args:
-        file: the configuration.
-        run: the run.
-        overrides: as `pipeline.config.load.load` takes them.
+        file: The configuration.
+        run: The run.
+        overrides: See `pipeline.config.load.load`.
 
     Raises:
-        ConfigError: as `pipeline.config.load.load`.
+        ConfigError: as `pipeline.config.load.load` does.
     """
     config, given = load(file, overrides), {override.partition("=")[0] for override in overrides}
     if not given & {"tracking", "tracking.uri"}:
@@ -265,12 +269,12 @@ def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Confi
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a genotype comes from, as a retraining takes settings from it.
+    """The run that a genotype comes from, which gives a retraining its settings.
 
     Args:
-        run: its directory or MLflow run id, for people.
-        name: of the run, without what kind of run it is.
-        config: its configuration; of a sweep, that of its best trial with all training pictures.
+        run: The run directory or MLflow run id, as messages show it.
+        name: The name of the run without its kind.
+        config: The configuration of the run; of a sweep, that of its best trial with all training pictures.
     """
 
     run: str
@@ -279,15 +283,15 @@ class Origin:
 
 
 def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Origin | None:
-    """The run that a genotype comes from; None if it comes from none.
+    """Find the run that a genotype comes from; None if it comes from no run.
 
     Args:
-        ref: as `resolve_genotype` takes it, which has found something.
-        runs_dir: where runs are kept.
-        tracking_uri: the MLflow store to ask for a run id.
+        ref: A reference that `resolve_genotype` resolves.
+        runs_dir: The folder of runs.
+        tracking_uri: The MLflow store in which run ids are looked up.
 
     Raises:
-        ConfigError: the run has no configuration any more, or one that cannot be read.
+        ConfigError: the run has no configuration any more, or an invalid one.
     """
     if ref in PUBLISHED or ref.startswith(_RANDOM):
         return None
@@ -307,19 +311,23 @@ def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Ori
 
 
 def _config_of(kind: str | None) -> str:
-    """Return the file of a run that holds the settings of its genotype, relative to the run."""
-    return f"{BEST}/{CONFIG_FILE}" if kind == "sweep" else CONFIG_FILE
+    """Return the configuration file that belongs to the genotype of a run, relative to the run directory."""
+    return f"{BEST_FOLDER}/{CONFIG_FILE}" if kind == "sweep" else CONFIG_FILE
 
 
 def _origin(run: RunDir) -> Origin:
     shown, record = bucket.shown(run.path), run.read()
     file = _config_of(record.kind)
     if not (run.path / file).is_file():
-        raise ConfigError(f"run {shown}: has no {file}, which says on which pictures to train: give --config")
+        raise ConfigError(
+            f"has no {file}, which says on which pictures to train",
+            field=f"run {shown}",
+            remedy="give --config",
+        )
     config = load_of_run(run.path / file, run)
     uri = config.tracking.uri
     default = store_uri(None)
-    # A run's file holds no password; the environment may name the same store with one.
+    # The file has no password; the environment may name the same store with one.
     config = _stored_in(config, None if default != uri == public_uri(default) else uri)
     config = _with_pictures_of(config, [use.source for use in record.datasets])
     return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
@@ -336,24 +344,25 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
             raise
         except Exception as error:  # no such file, no such server
             raise ConfigError(
-                f"run {run_id}: no {CONFIG_FILE} in the MLflow store, which says on which pictures to train "
-                f"({one_line(error)}): give --config"
+                f"no {CONFIG_FILE} in the MLflow store, which says on which pictures to train ({one_line(error)})",
+                field=f"run {run_id}",
+                remedy="give --config",
             ) from None
     inputs = [] if found.inputs is None else found.inputs.dataset_inputs
     sources = [json.loads(each.dataset.source).get("uri", "") for each in inputs]
     config = _with_pictures_of(config, sources)
-    # The store that has the run, by the name that it has here: the run was tracked on another machine.
+    # The run may have been tracked on another machine, where the store has another address.
     return Origin(run_id, name.removesuffix(f"-{kind}"), _stored_in(config, tracking_uri))
 
 
 def _with_pictures_of(config: Config, sources: Sequence[str]) -> Config:
-    """Return the configuration with the folder that a run has read, if it still exists.
+    """Return the configuration with the picture folder that a run has read, if it still exists.
 
-    A relative `data.root` starts at the working directory of the run, which may be another one than today's.
+    A relative `data.root` starts at the working directory of the run, which may differ from the present one.
 
     Args:
-        config: of the run.
-        sources: where the run has recorded that its pictures come from, as absolute paths.
+        config: The configuration of the run.
+        sources: The absolute paths of the picture folders in the run's record.
     """
     root = config.data.root
     if root is None or Path(root).expanduser().absolute() in map(Path, sources):
@@ -368,9 +377,9 @@ def _stored_in(config: Config, tracking_uri: str | None) -> Config:
 
 
 def _finder(run: RunDir) -> str | None:
-    """The directory of the run that found a run's genotype."""
+    """Return the directory of the run that found the genotype of a run."""
     record = run.read()
-    if record.kind == "retrain":  # what is retrained once more belongs to the same search
+    if record.kind == "retrain":  # retraining it again belongs to the same search
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
         best = bucket.local(record.result["best_run_dir"])
@@ -382,19 +391,19 @@ def _finder(run: RunDir) -> str | None:
 
 
 def _writer(file: Path, genotype: Genotype) -> str | None:
-    """The directory of the run that found a file's genotype, if the file lies in a run, or in a sweep's `best`."""
+    """Return the directory of the run that found a file's genotype, if the file lies in a run directory."""
     for folder in (file.parent, file.parent.parent):
         run, written = RunDir(folder), folder / GENOTYPE_FILE
         try:
             if run.exists() and written.is_file() and read_genotype(written).digest() == genotype.digest():
                 return _finder(run)
-        except (CheckpointError, GenotypeError):  # a file is as good as its own content
+        except (CheckpointError, GenotypeError):  # the file itself can still be used
             return None
     return None
 
 
 def _runs(runs_dir: Path) -> Iterator[RunDir]:
-    """The runs kept in a folder, directly or one folder down."""
+    """Yield the runs in a folder and one level below it."""
     for pattern in (f"*/{RECORD_FILE}", f"*/*/{RECORD_FILE}"):
         for file in sorted(runs_dir.glob(pattern)):
             yield RunDir(file.parent)
@@ -403,7 +412,7 @@ def _runs(runs_dir: Path) -> Iterator[RunDir]:
 def _name(run: RunDir) -> str:
     try:
         return run.read().name
-    except CheckpointError:  # a broken neighbour must not stand in the way of the run that is meant
+    except CheckpointError:  # a broken run must not prevent that another one is found
         return run.path.name
 
 
@@ -414,14 +423,24 @@ def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
         return found[0]
     if found:
         paths = ", ".join(bucket.shown(run.path) for run in found)
-        raise ConfigError(f"run {ref!r}: means {len(found)} runs; give one of these directories: {paths}")
+        raise ConfigError(
+            f"means {len(found)} runs", field=f"run {ref!r}", remedy=f"give one of these directories: {paths}"
+        )
     is_folder = ref and Path(ref).expanduser().is_dir()
-    unknown = f"run {ref!r}: {f'a folder without {RECORD_FILE}, ' if is_folder else ''}unknown"
+    unknown = f"{f'a folder without {RECORD_FILE}, ' if is_folder else ''}unknown"
     if not runs:
-        raise ConfigError(f"{unknown}, there are no runs in {bucket.shown(runs_dir)}; give a run directory")
+        raise ConfigError(
+            f"{unknown}, there are no runs in {bucket.shown(runs_dir)}",
+            field=f"run {ref!r}",
+            remedy="give a run directory",
+        )
     names = {run.path.name for run in runs} | {_name(run) for run in runs}
     near = difflib.get_close_matches(ref, sorted(names), n=3, cutoff=0.4) or sorted(names)[:3]
-    raise ConfigError(f"{unknown} in {bucket.shown(runs_dir)}; nearest names: {', '.join(near)}")
+    raise ConfigError(
+        f"{unknown} in {bucket.shown(runs_dir)}",
+        field=f"run {ref!r}",
+        remedy=f"nearest names: {', '.join(near)}",
+    )
 
 
 def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None) -> RunDir:
@@ -430,17 +449,29 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
         if link is not None and link.run_id == run_id:
             return run
     uri = store_uri(tracking_uri)
-    unknown = f"run {run_id}: no such run in the MLflow store {public_uri(uri)}"
+    unknown = f"no such run in the MLflow store {public_uri(uri)}"
     if not store_exists(uri):
-        raise ConfigError(f"{unknown}, which does not exist; set MLFLOW_TRACKING_URI or give a run directory")
+        raise ConfigError(
+            f"{unknown}, which does not exist",
+            field=f"run {run_id}",
+            remedy="set MLFLOW_TRACKING_URI or give a run directory",
+        )
     try:
         tags = open_client(uri).get_run(run_id).data.tags
     except Exception as error:  # no such run or no such server, each store in its own words
-        raise ConfigError(f"{unknown} ({one_line(error)}); check the id or give a run directory") from None
+        raise ConfigError(
+            f"{unknown} ({one_line(error)})",
+            field=f"run {run_id}",
+            remedy="check the id or give a run directory",
+        ) from None
     address = tags.get("istanas.run_dir", "")
     run = RunDir(bucket.fetch(address))
     if not tags.get("istanas.run_dir") or not run.exists() or run.read().key != tags.get("istanas.key"):
-        raise ConfigError(f"run {run_id}: its run directory {address} is not here; copy it and give its path")
+        raise ConfigError(
+            f"its run directory {address} is not here",
+            field=f"run {run_id}",
+            remedy="copy it and give its path",
+        )
     return run
 
 
@@ -449,15 +480,18 @@ def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         raise ConfigError(
-            f"run {run_id}: the MLflow store {public_uri(uri)} does not exist; set MLFLOW_TRACKING_URI"
+            f"the MLflow store {public_uri(uri)} does not exist",
+            field=f"run {run_id}",
+            remedy="set MLFLOW_TRACKING_URI",
         )
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = open_client(uri).download_artifacts(run_id, GENOTYPE_FILE, scratch)
         except Exception as error:  # no such run, no such file, no such server
             raise ConfigError(
-                f"run {run_id}: no {GENOTYPE_FILE} in the MLflow store {public_uri(uri)} "
-                f"({one_line(error)}); check the id or give a genotype file"
+                f"no {GENOTYPE_FILE} in the MLflow store {public_uri(uri)} ({one_line(error)})",
+                field=f"run {run_id}",
+                remedy="check the id or give a genotype file",
             ) from None
         return read_genotype(Path(path))
 
@@ -465,5 +499,9 @@ def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
 def _seed(ref: str) -> int:
     text = ref.removeprefix(_RANDOM)
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ConfigError(f"genotype {ref!r}: not random:SEED; give a whole number from 0, as in random:0")
+        raise ConfigError(
+            "not random:SEED",
+            field=f"genotype {ref!r}",
+            remedy="give a whole number from 0, as in random:0",
+        )
     return int(text)

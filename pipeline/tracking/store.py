@@ -1,4 +1,4 @@
-"""The MLflow store: which one is used, and how it is opened without two processes colliding."""
+"""The MLflow store: which store is used, and how processes open it without conflicts."""
 
 import contextlib
 import errno
@@ -20,18 +20,17 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "mlartifacts"  # the folder beside a SQLite store
 LOCK_SECONDS = 60.0
-SECONDS_FOR_A_LOCK = 10.0  # that another program may hold on a SQLite file
 
 
 def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
-    """The MLflow store to use: the argument, else `MLFLOW_TRACKING_URI`, else `known`, else `sqlite:///mlflow.db`.
+    """Return the MLflow store to use: the argument, `MLFLOW_TRACKING_URI`, `known`, or `sqlite:///mlflow.db`.
 
     Args:
-        tracking_uri: an MLflow tracking URI, or None.
-        known: the store that a run is already in, if any.
+        tracking_uri: An MLflow tracking URI, or None.
+        known: The store that has the run already, if any.
 
     Returns:
-        The URI, that of a SQLite file with its absolute path.
+        The URI; for a SQLite file, with its absolute path.
 
     Example:
         >>> store_uri("http://host:5000"), store_uri("sqlite:////data/mlflow.db")
@@ -43,7 +42,7 @@ def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
 
 
 def store_exists(uri: str) -> bool:
-    """False of a SQLite store without its file, which opening it would create; of a server only asking it tells.
+    """Return False for a SQLite store whose file is missing (opening it would create the file), otherwise True.
 
     Example:
         >>> store_exists("sqlite:////nowhere/mlflow.db"), store_exists("http://host:5000")
@@ -54,7 +53,7 @@ def store_exists(uri: str) -> bool:
 
 
 def public_uri(uri: str) -> str:
-    """A URI without the user name and password that it may hold, fit for files and messages.
+    """Return a URI without user name and password, for files and messages.
 
     Example:
         >>> public_uri("postgresql://me:secret@host/db")
@@ -64,7 +63,7 @@ def public_uri(uri: str) -> str:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where a new experiment keeps its files: `mlartifacts` beside a SQLite file; None: the server decides.
+    """Return where a new experiment keeps its files: `mlartifacts` beside a SQLite file; None if a server decides.
 
     Example:
         >>> artifact_root("sqlite:////data/mlflow.db"), artifact_root("http://host:5000")
@@ -74,15 +73,16 @@ def artifact_root(uri: str) -> str | None:
     return None if file is None else (file.parent / ARTIFACTS).as_uri()
 
 
-def open_client(uri: str) -> "MlflowClient":
-    """A client of one store, quiet on stdout and stderr, that does not wait long for a dead server.
+def open_client(uri: str, *, lock_seconds: float = 10.0) -> "MlflowClient":
+    """Open a client that does not print to stdout and stderr and does not wait long for an unreachable server.
 
     Args:
-        uri: as `store_uri` gives it.
+        uri: The store, as `store_uri` returns it.
+        lock_seconds: How long another program may lock a SQLite file.
 
     Raises:
         ImportError: MLflow is not installed.
-        Exception: whatever the store raises if it can't be opened.
+        Exception: any error of a store that cannot be opened.
     """
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -97,16 +97,18 @@ def open_client(uri: str) -> "MlflowClient":
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a page for what it raises, too
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs every retry
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # it logs the traceback of what it raises
     check_folder(uri)
     with database_lock(uri):
-        _check_not_locked(sqlite_file(uri))
-        follow_move(uri)
+        _check_not_locked(sqlite_file(uri), lock_seconds)
+        follow_move(uri, lock_seconds=lock_seconds)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-# Where MLflow's database has absolute addresses of files.
+# Columns of MLflow's database with absolute addresses of files.
 _ADDRESSES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -116,16 +118,16 @@ _ADDRESSES = (
 )
 
 
-def follow_move(uri: str) -> None:
+def follow_move(uri: str, *, lock_seconds: float) -> None:
     """Correct the addresses of files in a SQLite store that was moved together with the files of its runs.
 
-    A folder of artifacts may have any name. It is recognised beside the store by a run's id, which is a part of the
-    path. Nothing is changed if the folder at an old address still exists, or if no folder lies beside the store.
+    A folder of artifacts may have any name. It is recognised beside the store by the id of a run, which is part of
+    the path. Nothing changes if the folder at the old address still exists, or if there is none beside the store.
     """
     file = sqlite_file(uri)
     if file is None or not file.exists():
         return
-    with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database, database:
+    with contextlib.closing(sqlite3.connect(file, timeout=lock_seconds)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not {"experiments", "runs"} <= tables:
             return
@@ -149,7 +151,7 @@ def follow_move(uri: str) -> None:
 
 
 def folder_of(address: str) -> Path | None:
-    """The folder at an address of artifacts; None if it is not on this machine.
+    """Return the folder at an address of artifacts; None if it is not on this machine.
 
     Example:
         >>> str(folder_of("file:///my%20data/mlartifacts")), str(folder_of("/mlruns/1")), folder_of("s3://b/1")
@@ -166,13 +168,13 @@ def _is_folder(address: str) -> bool:
 
 
 def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
-    """The folder of artifacts that holds a run's files: {old address: new one} if it lies in `here` now."""
+    """Return {old address: new address} of the folder with a run's files, if the folder is in `here` now."""
     folder = folder_of(address)
     if folder is None or run_id not in folder.parts or folder.is_dir():
         return {}
     for depth in range(1, folder.parts.index(run_id) + 1):
         if here.joinpath(*folder.parts[depth:]).is_dir():
-            # Of a run's folder that lies beside the store itself, it is the store's folder that has moved.
+            # If a run's folder lies directly beside the store, the folder of the store has moved.
             kept = folder.parts[depth : depth + 1] if folder.parts[depth] != run_id else ()
             old, new = Path(*folder.parts[:depth], *kept), here.joinpath(*kept)
             return {} if old.is_dir() else {_like(address, old): _like(address, new)}
@@ -180,7 +182,7 @@ def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
 
 
 def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
-    """The same of an experiment without any files yet, for which we have named the folder beside the store."""
+    """Return the same for an experiment without files, whose folder has our name for the folder beside the store."""
     folder, new = folder_of(place), here / ARTIFACTS
     if folder is None or folder.name != ARTIFACTS or (folder.parent.is_dir() and not new.is_dir()):
         return {}
@@ -188,34 +190,34 @@ def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
 
 
 def _like(address: str, folder: Path) -> str:
-    """The address of a folder, written as another address is."""
+    """Return the address of a folder in the form of another address."""
     return str(folder) if address.startswith("/") else folder.as_uri()
 
 
 def check_folder(uri: str) -> None:
-    """Refuse a SQLite store in a folder that does not exist: its project was moved, or its name is misspelt.
+    """Refuse a SQLite store in a folder that does not exist, because the project was moved or its name is misspelt.
 
     Raises:
-        FileNotFoundError: there is no such folder, and it is not created.
+        FileNotFoundError: there is no such folder.
     """
-    if (file := sqlite_file(uri)) is not None and has_gone(uri):
+    if (file := sqlite_file(uri)) is not None and folder_is_missing(uri):
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(file.parent))
 
 
-def _check_not_locked(file: Path | None) -> None:
-    """Refuse a database that another program has locked: MLflow would go on trying for minutes, and say so each time.
+def _check_not_locked(file: Path | None, lock_seconds: float) -> None:
+    """Refuse a database that another program has locked: MLflow would retry for minutes and log every attempt.
 
     Raises:
         sqlite3.OperationalError: "database is locked".
     """
     if file is not None and file.exists():
-        with contextlib.closing(sqlite3.connect(file, timeout=SECONDS_FOR_A_LOCK)) as database:
+        with contextlib.closing(sqlite3.connect(file, timeout=lock_seconds)) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 @contextlib.contextmanager
 def database_lock(uri: str) -> Iterator[None]:
-    """Tables are made when a SQLite store is first opened; two processes doing that at once spoil it."""
+    """Lock a SQLite store, which two processes that create its tables at the same time would damage."""
     file = sqlite_file(uri)
     if file is None:
         yield
@@ -224,7 +226,7 @@ def database_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def has_gone(uri: str) -> bool:
-    """Whether a SQLite store's whole folder is missing; a file alone may be deleted, and is created again."""
+def folder_is_missing(uri: str) -> bool:
+    """Return whether the folder of a SQLite store is missing. A file that is missing alone is created again."""
     file = sqlite_file(uri)
     return file is not None and not file.parent.exists()

@@ -1,7 +1,7 @@
-"""The MLflow mirror of a run directory: read from the directory, so it can be delivered at any time.
+"""Trackers, which mirror run directories in MLflow.
 
-A tracker has one verb, `deliver`: bring the store up to date. It sends only what the store lacks, by explicit
-run ids: calling it after every epoch, after a crash, or a week later from another process gives the same run.
+A tracker has one operation, `deliver`, which brings the MLflow run up to date with the run directory. It sends only
+what the store lacks, and is safe to repeat: after every epoch, after a crash, or later from another process.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import errno
 import getpass
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock
 
-from istanas.errors import CheckpointError
+from istanas.errors import CheckpointError, ConfigError
 from pipeline.base.addresses import sqlite_file
 from pipeline.base.interruption import uninterrupted
 from pipeline.base.page_links import without_file_links
@@ -27,15 +26,17 @@ from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
 from pipeline.runs.bucket import local, shown
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import DELIVERY_LOCK
 from pipeline.runs.mlflow_link import Link, read_link
 from pipeline.runs.outcome import FOLDER_TAG
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
 from pipeline.tracking import lineage, model_registry
+from pipeline.tracking.notices import OF_THIS_PROCESS, Notices
 from pipeline.tracking.store import (
     LOCK_SECONDS,
     artifact_root,
+    folder_is_missing,
     folder_of,
-    has_gone,
     open_client,
     public_uri,
     store_uri,
@@ -45,23 +46,22 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
 
-_LOG = logging.getLogger(__name__)
-
-DELIVERY_LOCK = ".mlflow.lock"
 RETRY_SECONDS = 60.0
-CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # the most that one log_batch request may hold
+CHUNK_METRICS, CHUNK_PARAMS, CHUNK_TAGS = 1000, 100, 100  # MLflow's limits of a log_batch request
 
 Names = tuple[str, ...]
-
-_said: set[str] = set()  # what this process has already told the user
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one `deliver` sent: counts, and the names of artifacts.
+    """What a call of `deliver` sent: numbers of entries, and the names of artifacts.
 
-    `missing` are artifacts that the record lists and the run directory does not have; `registered` is the name
-    and version under which this delivery entered the network in the model registry, None if it did not.
+    Attributes:
+        run_id, tracking_uri: The MLflow run.
+        created: Whether this delivery created the MLflow run.
+        missing: Artifacts in the record that the run directory does not have.
+        model: Whether this delivery logged the network.
+        registered: Name and version under which this delivery registered the network, or None.
     """
 
     run_id: str
@@ -78,18 +78,18 @@ class Delivery:
 
 
 class Tracker(Protocol):
-    """Where a run is mirrored to. Rank 0 only."""
+    """Mirrors a run; used by rank 0 only."""
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, once there is one."""
+        """The id of the MLflow run, if there is one."""
 
     def deliver(self) -> bool:
-        """Bring the store up to date with the run directory; False if the store can't be reached."""
+        """Bring the store up to date with the run directory; return False if the store is unreachable."""
 
 
 class NullTracker:
-    """Tracking switched off.
+    """A tracker that does nothing, for `tracking.enabled=false`.
 
     Example:
         >>> NullTracker().deliver()
@@ -99,7 +99,7 @@ class NullTracker:
     run_id: str | None = None
 
     def deliver(self) -> bool:
-        """Nothing is to be delivered, so nothing is missing."""
+        """Return True."""
         return True
 
 
@@ -112,14 +112,14 @@ def open_tracker(
     models: bool = True,
     registered_model: str | None = None,
 ) -> "MLflowTracker | NullTracker":
-    """The tracker that the configuration asks for.
+    """Return the tracker of a run.
 
     Args:
-        run_dir: the run.
-        enabled: False gives a `NullTracker`.
-        tracking_uri: see `store_uri`.
-        experiment: name of the MLflow experiment, created if need be.
-        models, registered_model: see `MLflowTracker`.
+        run_dir: The run directory.
+        enabled: False returns a `NullTracker`.
+        tracking_uri: See `store_uri`.
+        experiment: Name of the MLflow experiment, which is created if it does not exist.
+        models, registered_model: See `MLflowTracker`.
 
     Example:
         >>> tracker = open_tracker(RunDir("x"), enabled=False, tracking_uri=None, experiment="digits")
@@ -138,17 +138,18 @@ def open_tracker(
 
 
 class MLflowTracker:
-    """Mirrors one run directory into one MLflow store.
+    """Mirrors a run directory in an MLflow store.
 
     Args:
-        run_dir: the run; it must have a `run.json` before `deliver` is called.
-        tracking_uri: see `store_uri`; None goes on with the store that the run is already in.
-        experiment: name of the experiment in which a new MLflow run is made.
-        models: whether a trained network is logged and registered.
-        registered_model: name in the model registry under which a trained network gets a version; None means
-            `istanas-` and the data set's name.
-        load_network: run directory -> (network in eval mode, example pictures (2, C, H, W)); by default
-            `pipeline.runs.network_files.load_network`.
+        run_dir: The run directory; it must have a `run.json` when `deliver` is called.
+        tracking_uri: See `store_uri`; None keeps the store that has the run already.
+        experiment: Name of the experiment in which a new MLflow run is created.
+        models: Whether a trained network is logged and registered.
+        registered_model: Name in the model registry under which a trained network gets a version; None means
+            `istanas-` and the label of the data set.
+        load_network: Loads the network in eval mode and example pictures (2, C, H, W) from a run directory; by
+            default `pipeline.runs.network_files.load_network`.
+        notices: Warnings that were given already.
     """
 
     def __init__(
@@ -160,72 +161,75 @@ class MLflowTracker:
         models: bool = True,
         registered_model: str | None = None,
         load_network: model_registry.NetworkLoader | None = None,
+        notices: Notices = OF_THIS_PROCESS,
     ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
         self.models, self.registered_model = models, registered_model
         self.last_delivery: Delivery | None = None
-        self._load_network = load_network
+        self._load_network, self._notices = load_network, notices
         link = read_link(run_dir)
         self.tracking_uri = store_uri(tracking_uri, known=link.tracking_uri if link else None)
         self._link = link if link and link.tracking_uri == public_uri(self.tracking_uri) else None
         self._client: MlflowClient | None = None
-        self._is_known = False  # whether `_held` was read from the store
-        self._held: set[tuple[str, int]] = set()  # metrics (name, step) that the store had when it was read
+        self._is_known = False  # whether `_in_store` is up to date
+        self._in_store: set[tuple[str, int]] = (
+            set()
+        )  # metrics (name, step) that the store had when it was read
         self._retry_at = 0.0
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run's id, once it exists."""
+        """The id of the MLflow run, if it exists."""
         return self._link.run_id if self._link else None
 
     def deliver(self) -> bool:
-        """Bring the store up to date with the run directory, doubling nothing.
+        """Bring the store up to date with the run directory; safe to call repeatedly.
 
         Returns:
-            False if the store can't be reached: said once per process, and tried again at most once a minute
-            while the run goes on.
+            False if the store is unreachable. This is reported once per process, and the store is tried again at most
+            once a minute while the run is running.
 
         Raises:
             CheckpointError: the run directory itself is broken.
         """
         if time.monotonic() < self._retry_at and self.run_dir.read().status == "RUNNING":
             return False
-        if has_gone(self.tracking_uri):
-            self._say_gone()
+        if folder_is_missing(self.tracking_uri):
+            self._warn_no_folder()
             return False
         try:
-            # A `sync` beside a running training would otherwise open a second MLflow run.
+            # Without a lock, `istanas sync` during a training could create a second MLflow run.
             with FileLock(self.run_dir.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
                 if self._client is None:
                     self._client = open_client(self.tracking_uri)
-                with self._to_its_end():
+                with self._delaying_interrupts():
                     self.last_delivery = self._deliver(self._client)
         except CheckpointError:
             raise
-        except Exception as error:  # SQL, HTTP, S3, disk: stores fail in too many ways to list
+        except Exception as error:  # SQL, HTTP, S3 and disks raise too many types of errors to list
             self._retry_at = time.monotonic() + RETRY_SECONDS
             self._client, self._is_known = None, False
-            self._say_unreachable(error)
+            self._warn_unreachable(error)
             return False
         return True
 
-    def _to_its_end(self) -> contextlib.AbstractContextManager[object]:
-        """Interrupts have to wait where they would leave a file locked; a server takes care of itself."""
+    def _delaying_interrupts(self) -> contextlib.AbstractContextManager[object]:
+        """Delay interrupts that would leave a SQLite file locked."""
         return uninterrupted() if sqlite_file(self.tracking_uri) is not None else contextlib.nullcontext()
 
-    def _say_unreachable(self, error: Exception) -> None:
+    def _warn_unreachable(self, error: Exception) -> None:
         remedy = "install mlflow, then" if isinstance(error, ImportError) else "when it is back,"
-        _say_once(
+        self._notices.warn_once(
             f"MLflow store {public_uri(self.tracking_uri)}: can't be used ({one_line(error)}"
             f"{by_proxy(self.tracking_uri)}); everything stays in {shown(self.run_dir.path)}; {remedy} run: "
             f"istanas sync {shown(self.run_dir.path)}",
             about=f"unreachable {self.tracking_uri}",
         )
 
-    def _say_gone(self) -> None:
+    def _warn_no_folder(self) -> None:
         file = sqlite_file(self.tracking_uri)
-        _say_once(
+        self._notices.warn_once(
             f"MLflow store {public_uri(self.tracking_uri)}: its folder does not exist; everything stays in "
             f"{shown(self.run_dir.path)}; create the folder, or name the store where it is now: istanas sync "
             f"{shown(self.run_dir.path)} --set tracking.uri=sqlite:///FOLDER/{file.name if file else ''}",
@@ -267,7 +271,7 @@ class MLflowTracker:
             return run, False
         self._is_known = False
         experiment_id = _experiment_id(client, self.experiment, artifact_root(self.tracking_uri))
-        # A crash between creating the run and noting its id leaves a run that only its key can find.
+        # After a crash between creating the run and storing its id, the run can only be found by its key.
         found = client.search_runs([experiment_id], f"tags.`istanas.key` = '{record.key}'", max_results=1)
         run = found[0] if found else None
         if run is None:
@@ -282,7 +286,7 @@ class MLflowTracker:
         return run, not found
 
     def _known_run(self, client: "MlflowClient") -> "Run | None":
-        """The run that `mlflow.json` names, unless it was deleted from the store since."""
+        """Return the run in `mlflow.json`, unless it was deleted from the store."""
         from mlflow.exceptions import MlflowException
 
         if self.run_id is None:
@@ -318,18 +322,20 @@ class MLflowTracker:
                 record.description, kin, run.info.run_id, record.artifacts
             )
         if isinstance(record.result.get("seconds"), int | float):
-            wanted["istanas.seconds"] = str(record.result["seconds"])  # without the time between two sittings
+            wanted["istanas.seconds"] = str(
+                record.result["seconds"]
+            )  # without the time for which it was interrupted
         tags = [RunTag(name, value) for name, value in wanted.items() if run.data.tags.get(name) != value]
         for start in range(0, len(tags), CHUNK_TAGS):
             client.log_batch(run.info.run_id, tags=tags[start : start + CHUNK_TAGS], synchronous=True)
         return len(tags)
 
     def _parent_id(self, client: "MlflowClient", parent: str | None) -> str | None:
-        """The MLflow run of the run directory that this one belongs to, delivered if it is not there yet."""
+        """Return the MLflow run of the parent's run directory, and deliver that run if it is not in the store yet."""
         if parent is None:
             return None
         given = RunDir(local(parent))
-        # Run directories may have been moved together.
+        # Parent and child may have been moved together.
         directory = given if given.exists() else RunDir(self.run_dir.path.parent / given.path.name)
         if not directory.exists():
             return None
@@ -337,13 +343,16 @@ class MLflowTracker:
             directory,
             tracking_uri=self.tracking_uri,
             experiment=self.experiment,
-            models=False,  # its configuration may want none, or another name: that is left to its own delivery
+            notices=self._notices,
+            models=False,  # the parent's own configuration decides about models
         )
         try:
             with FileLock(directory.path / DELIVERY_LOCK, timeout=LOCK_SECONDS):
                 return tracker._deliver(client).run_id
-        except CheckpointError as error:  # a search that was damaged since must not stop its retraining
-            _say_once(f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}")
+        except CheckpointError as error:  # a damaged search must not stop its retraining
+            self._notices.warn_once(
+                f"MLflow parent of {self.run_dir.path}: left out ({error})", about=f"parent {parent}"
+            )
             return None
 
     def _send_metrics(self, client: "MlflowClient", run: "Run") -> int:
@@ -352,20 +361,18 @@ class MLflowTracker:
         assert self._link is not None
         run_id, sent, known = run.info.run_id, self._link.metrics_bytes, self._is_known
         if sent and self.run_dir.metrics_digest(sent) != self._link.metrics_digest:
-            sent, known = 0, False  # they were replaced: a run was resumed, or an export has added to them
+            sent, known = 0, False  # the file was replaced, because the run was resumed or exported
         lines, end = self.run_dir.metrics_from(sent)
         values = {
             (name, line.step): Metric(name, value, line.timestamp_ms, line.step)
             for line in lines
             for name, value in line.metrics.items()
         }
-        if (
-            not known
-        ):  # a process that was killed may have sent more than it has noted, or than the file now holds
+        if not known:  # a killed process may have sent more than it has noted, or than is in the file now
             history = (m for name in run.data.metrics for m in client.get_metric_history(run_id, name))
-            self._held = {(metric.key, metric.step) for metric in history}
-        # A value that is there stays: a resumed run measures some epochs again, and must not double them.
-        new = [value for key, value in values.items() if key not in self._held]
+            self._in_store = {(metric.key, metric.step) for metric in history}
+        # A resumed run measures some epochs again; the values in the store stay.
+        new = [value for key, value in values.items() if key not in self._in_store]
         for start in range(0, len(new), CHUNK_METRICS):
             client.log_batch(run_id, metrics=new[start : start + CHUNK_METRICS], synchronous=True)
         self._is_known = True
@@ -380,13 +387,13 @@ class MLflowTracker:
     def _send_artifacts(self, client: "MlflowClient", record: RunRecord) -> tuple[Names, Names]:
         assert self._link is not None
         if (store := sqlite_file(self.tracking_uri)) is not None:
-            _check_files_place(client, self._link.run_id, store.parent)
+            _check_artifact_folder(client, self._link.run_id, store.parent)
         sent = dict(self._link.artifacts)
         new: list[str] = []
         missing: list[str] = []
         for name in record.artifacts:
             file = self.run_dir.path / name
-            # A link out of the run directory, or a name that leads out, is not ours to send.
+            # Files outside of the run directory, to which a link or a name may lead, are not sent.
             if not file.is_file() or not file.resolve().is_relative_to(self.run_dir.path.resolve()):
                 missing.append(name)
                 continue
@@ -408,13 +415,13 @@ class MLflowTracker:
         return tuple(new), tuple(missing)
 
     def _send_model(self, client: "MlflowClient", run: "Run") -> "tuple[LoggedModel | None, bool]":
-        """The run's logged model, and whether it was logged just now; None if the network can't be loaded."""
+        """Return the run's logged model, and whether this call logged it; None if the network cannot be loaded."""
         try:
             return model_registry.log_model(
                 client, run, self.run_dir, self._load_network or _default_loader()
             )
-        except model_registry.UnusableNetworkError as error:  # a run without its model is still worth having
-            _say_once(
+        except model_registry.UnusableNetworkError as error:  # the run is delivered without its model
+            self._notices.warn_once(
                 f"MLflow model of {self.run_dir.path}: left out ({one_line(error.reason)}); the weights stay in "
                 f"the run directory; to try again run: istanas sync {self.run_dir.path}",
                 about=f"model {self.run_dir.path}",
@@ -424,12 +431,12 @@ class MLflowTracker:
     def _register(
         self, client: "MlflowClient", model: "LoggedModel", record: RunRecord, kin: Sequence[lineage.Kin]
     ) -> tuple[str, int] | None:
-        """Name and version if the model was entered in the registry just now."""
+        """Return the name and the version if this call registered the model."""
         name = model_registry.registered_name(self.registered_model, record)
         try:
             version, new = model_registry.register(client, name, model, record, kin)
-        except Exception as error:  # a run that is in no registry is still worth having
-            _say_once(
+        except Exception as error:  # the run is delivered without a version in the registry
+            self._notices.warn_once(
                 f"MLflow registered model {name!r}: {shown(self.run_dir.path)} is not entered ({one_line(error)}); set "
                 f"tracking.registered_model or try again with: istanas sync {shown(self.run_dir.path)}",
                 about=f"registry {self.run_dir.path}",
@@ -438,23 +445,25 @@ class MLflowTracker:
         return (name, version) if new else None
 
 
-def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
-    """Refuse to write a run's files where a folder of artifacts was that is gone: MLflow would create it again.
+def _check_artifact_folder(client: "MlflowClient", run_id: str, here: Path) -> None:
+    """Refuse to write artifacts to a folder that has gone, which MLflow would create again.
 
     Args:
-        client: of the store.
-        run_id: the run.
-        here: the folder of the store, in which any folder may be created.
+        client: A client of the store.
+        run_id: The run.
+        here: The folder of the store, in which folders may be created.
 
     Raises:
-        FileNotFoundError: the folder of the artifacts lies elsewhere, and the one above it does not exist.
+        FileNotFoundError: the folder of the artifacts lies elsewhere, and its parent folder does not exist.
     """
     run = client.get_run(run_id)
     experiment = client.get_experiment(run.info.experiment_id)
     folder = folder_of(experiment.artifact_location or "")
     if folder is None or folder.is_relative_to(here):
         return
-    root = folder.parent if folder.name == experiment.experiment_id else folder  # MLflow's own form
+    root = (
+        folder.parent if folder.name == experiment.experiment_id else folder
+    )  # the form of MLflow's default location
     if not root.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
@@ -464,14 +473,19 @@ def _check_files_place(client: "MlflowClient", run_id: str, here: Path) -> None:
 
 
 def store_of_run(run_dir: RunDir, configured: str | None) -> str | None:
-    """The store that a run's own configuration names, or, if the project was moved, the one that the run is in.
+    """Return the store in a run's configuration, or, if the project was moved, the store that has the run.
 
     Args:
-        run_dir: the run.
-        configured: `tracking.uri` in its config.yaml, in which paths are absolute.
+        run_dir: The run directory.
+        configured: The setting `tracking.uri` in its config.yaml, in which paths are absolute.
     """
     link = read_link(run_dir)
-    if configured is None or link is None or not has_gone(configured) or has_gone(link.tracking_uri):
+    if (
+        configured is None
+        or link is None
+        or not folder_is_missing(configured)
+        or folder_is_missing(link.tracking_uri)
+    ):
         return configured
     return link.tracking_uri
 
@@ -484,23 +498,25 @@ def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> s
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
-            experiment = client.get_experiment_by_name(name)  # another process was quicker
+            experiment = client.get_experiment_by_name(name)  # another process has created it in the meantime
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":
-        raise RuntimeError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
+        raise ConfigError(
+            "is deleted", field=f"experiment {name!r}", remedy="restore it or set tracking.experiment"
+        )
     return str(experiment.experiment_id)
 
 
 def _source_tags() -> dict[str, str]:
     tags = {"mlflow.source.name": "istanas", "mlflow.source.type": "LOCAL"}
-    with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+    with contextlib.suppress(OSError, KeyError, ImportError):  # the user of a container may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
 
 
 def _commit_tag(run_dir: RunDir) -> dict[str, str]:
-    """MLflow's tag of the commit that the run was computed with, if it is known."""
+    """Return MLflow's tag for the commit that computed the run, if it is known."""
     git = run_dir.environment().get("git")
     commit = git.get("commit") if isinstance(git, dict) else None
     return {} if commit is None else {"mlflow.source.git.commit": str(commit)}
@@ -509,7 +525,7 @@ def _commit_tag(run_dir: RunDir) -> dict[str, str]:
 def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
     from mlflow.entities import Param
 
-    # Only what is not there: MLflow refuses to change a parameter.
+    # Only new ones, because MLflow refuses to change a parameter.
     new = [Param(name, str(value)) for name, value in record.params.items() if name not in run.data.params]
     for start in range(0, len(new), CHUNK_PARAMS):
         client.log_batch(run.info.run_id, params=new[start : start + CHUNK_PARAMS], synchronous=True)
@@ -517,7 +533,7 @@ def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
 
 
 def _send_datasets(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
-    """Make the record's pictures inputs of the run, unless they are."""
+    """Log the data sets in the record as inputs of the run, unless they were logged before."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -553,7 +569,7 @@ def _send_datasets(client: "MlflowClient", run: "Run", record: RunRecord) -> int
 
 
 def _columns(use: DatasetUse) -> list[dict[str, str]]:
-    """The schema as MLflow's pages show it: a table of names and types."""
+    """Return the schema in the form that MLflow's pages show as a table of names and types."""
     shape = " x ".join(map(str, use.shape))
     return [
         {"name": "picture", "type": f"uint8, {shape}"},
@@ -562,7 +578,7 @@ def _columns(use: DatasetUse) -> list[dict[str, str]]:
 
 
 def has_network(record: RunRecord) -> bool:
-    """Whether the run left a trained network: a two-stage search finds only an architecture."""
+    """Return whether the run has a trained network; a two-stage search only finds an architecture."""
     trains = record.kind == "retrain" or (record.kind == "search" and record.method == "one_stage")
     return trains and record.status == "FINISHED"
 
@@ -571,9 +587,3 @@ def _default_loader() -> model_registry.NetworkLoader:
     from pipeline.runs.network_files import load_network
 
     return load_network
-
-
-def _say_once(message: str, *, about: str) -> None:
-    if about not in _said:
-        _said.add(about)
-        _LOG.warning(message)

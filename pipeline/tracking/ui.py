@@ -1,4 +1,4 @@
-"""MLflow's own user interface on a local store: one child process, one line with the address, Ctrl-C ends."""
+"""MLflow's user interface on a local store, served by a child process until Ctrl-C."""
 
 import contextlib
 import logging
@@ -32,11 +32,11 @@ _LOG = logging.getLogger(__name__)
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
-Announce = Callable[[str, str, str | None], None]  # (address, store, address of the newest run's page)
+Announce = Callable[[str, str, str | None], None]  # (address, store, address of the page of the newest run)
 
 
 def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None:
-    """Say where the pages are: of a server, whose address is its store, or of ours."""
+    """Print the address of the pages: those of a server that is its own store, or of ours."""
     note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
     lines = [f"MLflow: {address} ({note})"]
     if newest_run is not None:
@@ -45,7 +45,7 @@ def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None
 
 
 def table_of_runs(run_page: str) -> str:
-    """The table of an experiment's runs, from the page of one; MLflow's home page is about something else.
+    """Return the address of an experiment's table of runs, given the page of one run.
 
     Example:
         >>> table_of_runs("http://here/#/experiments/1/runs/ab?workflowType=machine_learning")
@@ -56,11 +56,11 @@ def table_of_runs(run_page: str) -> str:
 
 
 def newest_run(uri: str, address: str) -> str | None:
-    """The page of the run that was begun last, whichever experiment it is in; None if there is none, or no answer.
+    """Return the page of the newest run of all experiments; None if there is none, or the store does not answer.
 
     Args:
-        uri: the store, as `pipeline.tracking.store.store_uri` gives it; a SQLite file that does not exist is not made.
-        address: where its pages are.
+        uri: The store, as `pipeline.tracking.store.store_uri` returns it; a missing SQLite file is not created.
+        address: The address of its pages.
     """
     if not store_exists(uri):
         return None
@@ -68,7 +68,7 @@ def newest_run(uri: str, address: str) -> str | None:
         client = open_client(uri)
         experiments = [e.experiment_id for e in client.search_experiments()]
         found = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
-    except Exception as error:  # every store fails in its own way, and the pages may want a password
+    except Exception as error:  # stores raise many types of errors, and the pages may require a password
         _LOG.warning(
             "newest run: not known, MLflow store %s can't be read (%s%s)",
             public_uri(uri),
@@ -79,7 +79,7 @@ def newest_run(uri: str, address: str) -> str | None:
     if not found:
         return None
     info = found[0].info
-    # MLflow's pages have two faces: this is the one for the training of models.
+    # MLflow has two kinds of pages; this parameter selects those for the training of models.
     return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
 
 
@@ -90,20 +90,19 @@ def serve_ui(
     port: int = 5000,
     announce: Announce = announce_on_stdout,
 ) -> int:
-    """Serve MLflow's user interface until Ctrl-C (or SIGTERM).
+    """Serve MLflow's user interface until Ctrl-C or SIGTERM.
 
     Args:
-        tracking_uri: see `pipeline.tracking.store.store_uri`; of a server, whose interface runs already, only the
-            address is printed.
-        host: the interface to listen on; the default is reachable from this machine only.
-        port: the port to try first, 1..65535; the next free one is taken if it is in use.
-        announce: told the pages' address, the store, and the newest run's page, once they answer.
+        tracking_uri: See `pipeline.tracking.store.store_uri`; the interface of a server is only announced.
+        host: The interface to listen on; the default is reachable from this machine only.
+        port: The first port to try, 1..65535; the next free port is taken if it is in use.
+        announce: Called with the address of the pages, the store, and the newest run's page, once they answer.
 
     Returns:
         The exit code: 0 after Ctrl-C.
 
     Raises:
-        ConfigError: the port or the host can't be used, or the store's folder does not exist.
+        ConfigError: the port or the host cannot be used, or the store's folder does not exist.
         IstanasError: MLflow's server ended by itself, or a server does not answer.
     """
     uri = store_uri(tracking_uri)
@@ -111,13 +110,17 @@ def serve_ui(
         check_folder(uri)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"MLflow store {public_uri(uri)}: {one_line(error)}; correct tracking.uri or MLFLOW_TRACKING_URI"
+            one_line(error),
+            field=f"MLflow store {public_uri(uri)}",
+            remedy="correct tracking.uri or MLFLOW_TRACKING_URI",
         ) from None
     if uri.startswith(("http://", "https://")):
-        server_pages = public_uri(uri)  # a server shows its pages itself
+        server_pages = public_uri(uri)  # a server serves its own pages
         if why := unreachable(server_pages):
             raise IstanasError(
-                f"MLflow store {server_pages}: does not answer ({why}); start it or correct its address"
+                f"does not answer ({why})",
+                field=f"MLflow store {server_pages}",
+                remedy="start it or correct its address",
             )
         announce(server_pages, server_pages, newest_run(uri, server_pages.rstrip("/")))
         return 0
@@ -129,26 +132,26 @@ def serve_ui(
         _server(uri, host, port, log) as server,
     ):
         try:
-            import mlflow  # noqa: F401  takes seconds, as the server does
+            import mlflow  # noqa: F401  takes seconds, during which the server starts
 
             _wait_until_up(server, address, log)
             announce(address, public_uri(uri), newest_run(uri, address))
             server.wait()
         except KeyboardInterrupt:
             return 0
-        raise IstanasError(f"MLflow's server ended with code {server.returncode}: {_last_line(log)}")
+        raise _ended(server, log)
 
 
 def free_port(host: str, port: int, tries: int = 100) -> int:
-    """The first port from `port` on that nobody listens on.
+    """Return the first unused port from `port` on.
 
     Args:
-        host: the interface.
-        port: where to begin, 1..65535.
-        tries: how many ports to look at, >= 1.
+        host: The interface.
+        port: The first port to try, 1..65535.
+        tries: How many ports to try, >= 1.
 
     Raises:
-        ConfigError: none is free, the port is no port, or the host is not of this machine.
+        ConfigError: no port is free, the number is out of range, or the host is not an interface of this machine.
 
     Example:
         >>> with socket.socket() as taken:
@@ -157,7 +160,7 @@ def free_port(host: str, port: int, tries: int = 100) -> int:
         True
     """
     if not 1 <= port <= 65535:
-        raise ConfigError(f"port {port}: not a port; give a number from 1 to 65535")
+        raise ConfigError("not a port", field=f"port {port}", remedy="give a number from 1 to 65535")
     last = min(port + tries - 1, 65535)
     for candidate in range(port, last + 1):
         try:
@@ -168,22 +171,26 @@ def free_port(host: str, port: int, tries: int = 100) -> int:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except socket.gaierror:
-            raise ConfigError(f"host {host!r}: unknown; give 127.0.0.1 or 0.0.0.0") from None
+            raise ConfigError("unknown", field=f"host {host!r}", remedy="give 127.0.0.1 or 0.0.0.0") from None
         except PermissionError:
-            raise ConfigError(f"port {candidate}: needs more rights; give one above 1023") from None
+            raise ConfigError(
+                "needs more rights", field=f"port {candidate}", remedy="give one above 1023"
+            ) from None
         except OSError as error:
             reason = error.strerror
             continue
         return candidate
     raise ConfigError(
-        f"host {host!r}: no port from {port} to {last} can be used ({reason}); give another --port"
+        f"no port from {port} to {last} can be used ({reason})",
+        field=f"host {host!r}",
+        remedy="give another --port",
     )
 
 
 @contextlib.contextmanager
 def _server(uri: str, host: str, port: int, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """MLflow's server as a process group of its own, ended when the block is left."""
-    # One worker: four, the default, take 2 GB and half a minute to start.
+    """Run MLflow's server in its own process group, and stop it on exit."""
+    # The default, four workers, takes 2 GB and half a minute to start.
     command = [
         sys.executable,
         "-m",
@@ -198,7 +205,7 @@ def _server(uri: str, host: str, port: int, log: IO[str]) -> Iterator[subprocess
     ]
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    # By the environment, because everybody on the machine can read a command line, passwords included.
+    # In the environment, because other users can read command lines, and the address may have a password.
     environment["MLFLOW_BACKEND_STORE_URI"] = uri
     artifacts = artifact_root(uri)
     if artifacts is not None:
@@ -209,37 +216,41 @@ def _server(uri: str, host: str, port: int, log: IO[str]) -> Iterator[subprocess
     try:
         yield server
     finally:
-        _end(server)
+        _stop(server)
 
 
-def _end(server: "subprocess.Popen[str]") -> None:
-    # The whole group: MLflow starts the web server as a child of its own.
+def _stop(server: "subprocess.Popen[str]") -> None:
+    # The whole group, because MLflow starts the web server as a child process. SIGKILL is always sent: it ends
+    # children that outlived the leader, and has no effect on an empty group.
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(STOP_SECONDS)
 
-    # SIGKILL is always sent: it ends children that outlived the leader, and does nothing to an empty group.
-
 
 def _wait_until_up(server: "subprocess.Popen[str]", address: str, log: IO[str]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    own = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # no proxy leads to a child of this process
+    # Without proxies, which cannot reach this machine's loopback interface.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise IstanasError(f"MLflow's server ended with code {server.returncode}: {_last_line(log)}")
-        with contextlib.suppress(OSError), own.open(f"{address}/health", timeout=5):
+            raise _ended(server, log)
+        with contextlib.suppress(OSError), direct.open(f"{address}/health", timeout=5):
             return
         time.sleep(0.2)
     raise IstanasError(
-        f"MLflow's server: no answer at {address} after {START_SECONDS:.0f} s; {_last_line(log)}"
+        f"no answer at {address} after {START_SECONDS:.0f} s ({_last_line(log)})",
+        field="MLflow's server",
+        remedy="run the same command again",
     )
+
+
+def _ended(server: "subprocess.Popen[str]", log: IO[str]) -> IstanasError:
+    return IstanasError(f"ended with code {server.returncode}: {_last_line(log)}", field="MLflow's server")
 
 
 def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"

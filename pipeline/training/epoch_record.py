@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,9 +301,15 @@ def load_progress(folder: Path) -> Progress:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Checkpoint store in a local folder."""
+    """Checkpoint store in a local folder.
+
+    Args:
+        folder: the folder of the checkpoints.
+        push: sends the run directory to the storage that mirrors it; called after every checkpoint.
+    """
 
     folder: Path
+    push: Callable[[], None] = lambda: None
 
     def read(self) -> bytes | None:
         found = load_latest(self.folder)
@@ -311,6 +317,7 @@ class FolderStore:
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
         checkpoint.write(self.folder, epoch, data, line, offset)
+        self.push()
 
 
 def _with_log(folder: Path, found: Checkpoint) -> Checkpoint:

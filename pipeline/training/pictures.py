@@ -27,7 +27,8 @@ from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.seeds import derive_seed
 from istanas.training import Compute
-from pipeline.config.load import check_batch_sizes, with_stems
+from pipeline.config.combinations import check_batch_sizes
+from pipeline.config.load import with_stems
 from pipeline.config.schema import Config, DataSettings, OneStageConfig
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
 from pipeline.training.splits import check_splits, splits_of

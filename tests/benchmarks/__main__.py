@@ -1,6 +1,6 @@
-"""`make bench`: what each kind of work costs against the reference, as a table and as bench.json.
+"""`make bench`: time and memory of each kind of work against the reference, as a table and as bench.json.
 
-Exit code 1 if a row missed its bound.
+The exit code is 1 if a row misses its bound.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from tests.benchmarks.pairs import (
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SEEDS = (0, 1, 2)  # of random active sets
-BASE = {"channels": 8, "layers": 5, "batch": 16}  # from which one size at a time grows
+BASE = {"channels": 8, "layers": 5, "batch": 16}  # `growth` increases one of these sizes at a time
 
 
 class _Operators(TorchDispatchMode):
-    """Counts the calls of torch's operators, views left out."""
+    """Counts the calls of torch's operators except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Operators(TorchDispatchMode):
 
 
 def operators(*calls: Callable[[], Any]) -> str:
-    """How many of torch's operators each call runs."""
+    """Return how many of torch's operators each call runs, as text."""
     counts = []
     for call in calls:
         with _Operators() as seen:
@@ -64,13 +64,13 @@ def operators(*calls: Callable[[], Any]) -> str:
 
 
 def counted(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
-    """FLOPs and operators of a call, ours against the reference's."""
+    """Return the FLOPs and operators of our call and of the reference's, as text."""
     flops = " / ".join(f"{count_flops(call) / 1e9:.2f}" for call in (ours, theirs))
     return f"{flops} GFLOP, {operators(ours, theirs)}"
 
 
 def over_seeds(measure: Callable[[int], Row]) -> Row:
-    """The median row of the random active sets, with the widest quartiles of all."""
+    """Return the median row of the random active sets, with the widest quartiles of all rows."""
     rows = sorted((measure(seed) for seed in SEEDS), key=lambda row: row.ratio)
     spread = min(row.spread[0] for row in rows), max(row.spread[1] for row in rows)
     return replace(rows[len(rows) // 2], spread=spread)
@@ -216,7 +216,7 @@ def memory(runs: int) -> list[Row]:
 
 
 def growth(rounds: int) -> list[Row]:
-    """Exponents of our two-stage step's time against layers, channels and batch."""
+    """Return the exponents with which a two-stage step's time grows with layers, channels and batch."""
     rows = []
     for name, values in {"layers": (4, 8, 16), "channels": (8, 16, 32), "batch": (16, 32, 64)}.items():
         calls = []
@@ -247,17 +247,21 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, works: Mapping[str, Callable[[], Row | list[Row]]] = WORKS
+) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--only", choices=WORKS, help="this one; then no file is written without --json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="instead of bench.json")
+    parser.add_argument(
+        "--only", choices=works, help="measure only this work, and write no file without --json"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write this file instead of bench.json")
     options = parser.parse_args(arguments)
     path = Path("bench.json") if options.json is None and options.only is None else options.json
     torch.set_num_threads(1)
     start = time.perf_counter()
     rows: list[Row] = []
-    for name in WORKS if options.only is None else [options.only]:
-        done = WORKS[name]()
+    for name in works if options.only is None else [options.only]:
+        done = works[name]()
         rows += [done] if isinstance(done, Row) else done
         print(f"{time.perf_counter() - start:5.0f} s: {name}", flush=True)
     harness.write(rows, time.perf_counter() - start, path)

@@ -1,4 +1,4 @@
-"""How large the effects of the differences from the published code are: the figures of docs/differences.md.
+"""Effects of the differences from the published code: the figures of docs/differences.md.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.differences --root DIR
 
@@ -30,12 +30,12 @@ EPOCHS, STEPS = 4, 60
 
 
 def norm(tensors: list[torch.Tensor]) -> float:
-    """The joint Euclidean norm."""
+    """Return the joint Euclidean norm."""
     return float(torch.stack([t.detach().double().norm() for t in tensors]).norm()) if tensors else 0.0
 
 
 def first_architectures(n: int = 1000) -> float:
-    """Share of first architectures of the published one-stage search that are above 3.7 million parameters."""
+    """Return the share of the published one-stage search's first architectures above 3.7 million parameters."""
     space, above = CellSpace(), 0
     for seed in range(n):
         matrices = draw_matrices(space, 7, "uniform", seed)
@@ -109,7 +109,7 @@ def two_stage(root: Path) -> None:
         10,
         100,
         1000,
-    ):  # published: eps stands beside sqrt(v) before the bias correction, torch: after it
+    ):  # the published code adds eps to sqrt(v) before the bias correction, torch after it
         published, ours = 1e-8 / math.sqrt(1 - 0.999**t), 1e-8
         print(f"  Adam step {t}: published / ours = 1 - {1 - (g + ours) / (g + published):.2g}")
     of_weights, of_joint = (np.array(column) for column in zip(*steps, strict=True))
@@ -127,7 +127,7 @@ def two_stage(root: Path) -> None:
 
 
 def main() -> None:
-    """Print every figure."""
+    """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True)
     arguments = parser.parse_args()

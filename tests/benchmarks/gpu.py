@@ -1,8 +1,8 @@
-"""A two-stage search on a GPU: pictures per second, GPU-days of the published run, share of time the GPU computes.
+"""A two-stage search on a GPU: pictures per second, GPU-days of the published run, the GPU's share of the time.
 
     python -m tests.benchmarks.gpu
 
-The data set (made up, of CIFAR-10's size) lies on the device; precision, layout and optimisers are those of a job.
+The data set (random pictures, with CIFAR-10's size) is on the device; precision, layout and optimisers are a job's.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from pipeline.training.compute import compute_for
 from pipeline.training.pictures import Batches
 from pipeline.training.splits import splits_of
 
-# Of the published run; an epoch has so many pictures for the weights, and as many for the alphas.
+# The published run: epochs, and pictures for the weights per epoch; there are as many for the alphas.
 EPOCHS, PICTURES = 50, 25_000
 PAPER_SECONDS = 4320  # on a GTX 1080 Ti: Yang et al., NeurIPS 2020
 PROFILED_STEPS = 10
@@ -34,14 +34,14 @@ PROFILED_STEPS = 10
 
 @dataclass(frozen=True)
 class Speed:
-    """What a search costs on a device.
+    """The speed of a search on a device.
 
     Args:
-        pictures_per_second: in training, weight and alpha pictures together.
-        validated_per_second: in validation.
-        recovery_seconds: of one recovery of all codes.
-        computing_share: seconds that the device's kernels take of a training step over the step's seconds,
-            in [0, 1] on a GPU; on a CPU those that the operators take, slowed by the profiler.
+        pictures_per_second: Pictures in training, for weights and alphas together.
+        validated_per_second: Pictures in validation.
+        recovery_seconds: Seconds of one recovery of all codes.
+        computing_share: Seconds in the device's kernels over seconds of a training step, in [0, 1] on a GPU; on a CPU,
+            seconds in operators, which the profiler slows.
     """
 
     pictures_per_second: float
@@ -51,7 +51,7 @@ class Speed:
 
     @property
     def projected_seconds(self) -> float:
-        """Of the published run: every epoch trains on all pictures, validates the alpha half, recovers.
+        """Seconds of the published run, in which every epoch trains on all pictures, validates and recovers.
 
         >>> Speed(25_000.0, 25_000.0, 1.0, 0.5).projected_seconds
         200.0
@@ -61,7 +61,7 @@ class Speed:
 
 
 def random_pictures(n: int, side: int = 32, classes: int = 10) -> ImageDataset:
-    """A data set of n random training pictures, (3, side, side) bytes, in equal classes."""
+    """Return a data set of n random training pictures, (3, side, side) bytes, in classes of equal size."""
     images = torch.randint(
         256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -81,12 +81,12 @@ def random_pictures(n: int, side: int = 32, classes: int = 10) -> ImageDataset:
 
 
 class Loop:
-    """A job's search and batches, apart from what reports and stores them.
+    """A job's search and batches, without reports and files.
 
     Args:
-        config: what to search.
-        dataset: as loaded.
-        compute: as `compute_for` gives it.
+        config: The search's configuration.
+        dataset: The loaded data set.
+        compute: The result of `compute_for`.
     """
 
     def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> None:
@@ -119,10 +119,10 @@ class Loop:
 
 
 def computing_seconds(events: Sequence[FunctionEvent], device: torch.device) -> float:
-    """Seconds in kernels (GPU) or operators (CPU) of what was profiled; on a GPU all run in one stream."""
+    """Return the profiled seconds in kernels (GPU, where all run in one stream) or operators (CPU)."""
     if device.type == "cpu":
         return 1e-6 * sum(e.self_cpu_time_total for e in events)
-    # Annotations (such as of an optimiser's step) span kernels that are counted by themselves.
+    # Annotations, such as an optimiser's step, span kernels that are already counted.
     return 1e-6 * sum(
         e.self_device_time_total
         for e in events
@@ -131,9 +131,9 @@ def computing_seconds(events: Sequence[FunctionEvent], device: torch.device) -> 
 
 
 def measure(loop: Loop) -> Speed:
-    """Train and validate after a warm-up of each, profile some steps, recover.
+    """Measure training and validation after a warm-up, then profiled steps, then a recovery.
 
-    The architecture stays the same up to the recovery, so that what cuDNN tries out for it is part of the warm-up.
+    The architecture is the same up to the recovery, so that cuDNN's benchmarks for it are part of the warm-up.
     """
 
     def rate(work: Callable[[], int]) -> float:
@@ -151,7 +151,7 @@ def measure(loop: Loop) -> Speed:
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiled:
         pictures = loop.train(PROFILED_STEPS)
         loop.synchronize()
-    # Kernels are as long under the profiler as without it, all else is not: the wall time is the unprofiled one.
+    # The profiler slows everything except kernels, so their time is divided by the unprofiled wall time.
     share = computing_seconds(profiled.events() or (), loop.compute.device) / (pictures / trained)
 
     recovered = rate(lambda: len(loop.search.recover().nodes))
@@ -159,7 +159,7 @@ def measure(loop: Loop) -> Speed:
 
 
 def published(batch_size: int) -> TwoStageConfig:
-    """The published search: 16 channels, 8 layers, 50 epochs; crop and flip."""
+    """Return the published search's configuration: 16 channels, 8 layers, 50 epochs; crop and flip."""
     settings = [f"search.batch_size={batch_size}", "data.crop_padding=4", "data.horizontal_flip=true"]
     config = load(None, settings)
     assert isinstance(config, TwoStageConfig)
@@ -167,7 +167,7 @@ def published(batch_size: int) -> TwoStageConfig:
 
 
 def main() -> None:
-    """Print the figures of one step's table size, and of the published batch."""
+    """Print the figures for a batch of 64, as in the table of `make bench`, and for the published batch."""
     if not torch.cuda.is_available():
         print("tests.benchmarks.gpu: skipped, torch finds no CUDA device here")
         return

@@ -1,4 +1,4 @@
-"""How a benchmark measures: in turn, medians with their spread; and its table."""
+"""Interleaved measurements, medians with their spread, and the table of the benchmarks."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """A row of the table.
 
     Args:
-        work: what was measured.
-        ratio: what the work is judged by: how many times less than the reference ours needs (bound: at least), what
-            part of the reference's ours needs (at most), microseconds a node, or an exponent.
-        spread: quartiles of it over the rounds (equal to it where nothing is noisy).
-        bound: of it, by `kind` the least or the most that is wanted; None: none.
-        ours, reference: in `unit`; None: there is no reference.
-        counted: what noise cannot touch, ours against the reference's, and what else belongs to the figures.
+        work: What was measured.
+        ratio: The figure with a bound: the reference's cost over ours (kind "at least"), our cost over the reference's
+            ("at most"), microseconds per node, or an exponent.
+        spread: Quartiles of the ratio over the rounds; both equal the ratio if the measurement has no noise.
+        bound: The smallest or largest ratio allowed, depending on `kind`; None: there is no bound.
+        ours, reference: Our cost and the reference's, in `unit`; None: there is no reference.
+        counted: Figures without noise, such as FLOPs, ours against the reference's.
     """
 
     work: str
@@ -39,16 +39,16 @@ class Row:
 
     @property
     def met(self) -> bool:
-        """Whether the ratio is on the right side of its bound."""
+        """Whether the ratio is within its bound."""
         if self.bound is None:
             return True
         return self.ratio >= self.bound if self.kind == "at least" else self.ratio <= self.bound
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round: all calls once a round, in turn, so that a slow minute hits all.
+    """Return the seconds of each call in each round, after a round of warm-up.
 
-    A round before them warms up.
+    Each round runs all calls in turn, so that other work on the machine slows all of them.
     """
     for call in calls:
         call()
@@ -72,13 +72,13 @@ def compare(
     per: float = 1.0,
     counted: str = "",
 ) -> Row:
-    """The reference's seconds over ours, see `ratio_of_medians`.
+    """Return a row with the reference's seconds over ours, see `ratio_of_medians`.
 
     Args:
-        work, bound, counted: see `Row`.
-        ours, reference: called in turn, `rounds` times.
-        repeats: calls of ours for each of the reference's, where it is much faster.
-        per: what the seconds printed are divided by, beside `repeats`.
+        work, bound, counted: See `Row`.
+        ours, reference: Called in turn, `rounds` times.
+        repeats: Calls of ours for each call of the reference, for work in which ours is much faster.
+        per: Divisor of the printed seconds, in addition to `repeats`.
     """
 
     def many() -> None:
@@ -93,7 +93,7 @@ def compare(
 
 
 def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The ratio of two medians, and the quartiles of the ratios of each round.
+    """Return the ratio of two medians, and the quartiles of the rounds' ratios.
 
     >>> ratio_of_medians([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
     (2.0, (2.0, 3.0))
@@ -103,13 +103,13 @@ def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> tuple[fl
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third, of at least two values; of three, the least and the most."""
+    """Return the first and the third quartile of at least two values; of three, the smallest and the largest."""
     low, _, high = statistics.quantiles(values, n=4)
     return low, high
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """k of seconds ~ sizes^k, by least squares on the logarithms.
+    """Return k of seconds ~ sizes^k, by least squares on the logarithms.
 
     >>> round(exponent([1, 2, 4], [3, 6, 12]), 9)
     1.0
@@ -119,12 +119,12 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def growth(work: str, sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> Row:
-    """How a time grows with a size, as a row without bound: the exponent of the medians, and of each round.
+    """Return a row without a bound: the exponent with which a time grows with a size, of the medians and each round.
 
     Args:
-        work: see `Row`.
-        sizes: at least three, rising.
-        seconds: of each size, in each round.
+        work: See `Row`.
+        sizes: At least three sizes in increasing order.
+        seconds: The seconds of each size in each round.
     """
     medians = [statistics.median(times) for times in seconds]
     spread = quartiles([exponent(sizes, times) for times in zip(*seconds, strict=True)])
@@ -133,7 +133,7 @@ def growth(work: str, sizes: Sequence[float], seconds: Sequence[Sequence[float]]
 
 
 def write(rows: Sequence[Row], seconds: float, path: Path | None) -> None:
-    """Print the table; with a path, put it there as JSON too, with the seconds that it took in all."""
+    """Print the table and the total seconds; with a path, write both there as JSON."""
     table = Table(
         title="against the reference, one thread",
         caption="spread: quartiles over the rounds, the widest where several active sets were measured",

@@ -2,8 +2,7 @@
 
     python -m tests.benchmarks.memory KIND
 
-takes the step and prints what it held; `peaks` starts such processes. In one of them there is nothing but the network
-under test.
+runs the step and prints its memory; `peaks` starts such processes, each of which has only the network under test.
 """
 
 import json
@@ -32,7 +31,7 @@ KINDS = ("ours", "checkpointing", "reference")
 
 
 def peaks(runs: int) -> dict[str, list[dict[str, float]]]:
-    """What `main` prints, of each kind in each run, in turn."""
+    """Return the output of `main` for each kind in each run; the kinds run in turn."""
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(runs):
         for kind in KINDS:
@@ -48,7 +47,7 @@ def peaks(runs: int) -> dict[str, list[dict[str, float]]]:
 
 
 def make_step(kind: str) -> Callable[[], None]:
-    """A step of one of `KINDS`, with its network and batches."""
+    """Return a step of one of `KINDS`, with its network and batches."""
     batch, alpha_batch = (random_batch(BATCH, 32, i) for i in range(2))
     if kind == "reference":
         optimizers = make_reference(CHANNELS, LAYERS, random_codes(0))
@@ -60,11 +59,11 @@ def make_step(kind: str) -> Callable[[], None]:
 
 
 def main(kind: str) -> None:
-    """Print MiB: "peak", and "step", what of it was not there before the step.
+    """Print MiB: "peak", and "step", the peak above the memory before the step.
 
-    One step, of two forward and backward passes: what it leaves for the next, gradients and momentum, has the size of
-    the weights, 7 MiB at most. Of a second one, single runs of each kind held 4 % more (ours), 6 % more (checkpointing)
-    and 1 % less (reference): malloc's fragments.
+    One step, of two forward and backward passes, is enough: the gradients and momentum that remain for the next one
+    have the size of the weights, at most 7 MiB. In single runs, a second step had a peak 4 % higher (ours), 6 % higher
+    (checkpointing) and 1 % lower (reference), from malloc's fragmentation.
     """
     torch.set_num_threads(1)
     step = make_step(kind)
@@ -75,9 +74,9 @@ def main(kind: str) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held.
+    """Return the peak memory of this process.
 
-    Not `getrusage`: there, a process begins with the peak of the one that started it.
+    `getrusage` does not serve, since a process inherits the peak of its parent there.
     """
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

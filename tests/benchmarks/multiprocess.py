@@ -1,4 +1,4 @@
-"""What two processes cost: bytes all-reduced of a step, and Ray Train against plain torchrun.
+"""Costs of two processes: all-reduced bytes of a step, and Ray Train against plain torchrun.
 
 python -m tests.benchmarks.multiprocess prints every figure; `make bench` takes them as rows of its table.
 """
@@ -29,8 +29,8 @@ from tests.ranks import CountingRanks, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS, LAYERS = 16, 8
-# Epochs of seconds, beside which a report weighs what it does in a real run, and whose architectures follow from the
-# seed: both sides do the same work.
+# Epochs take seconds, so that a report's share of the time is that of a real run. The architectures follow from the
+# seed, so that both sides do the same work.
 CONFIG = """
 seed: 0
 data: {name: digits, crop_padding: 1}
@@ -44,12 +44,12 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # ports on 127.0.0.1 only
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
-SECONDS = 120  # after which a run counts as stuck
+SECONDS = 120  # longest time of a run
 
 
 # ---------- bytes
 def supports_of(space: CellSpace, genotype: Genotype) -> Supports:
-    """The candidates that a genotype picks, per cell and node."""
+    """Return the candidates that a genotype picks, per cell and node."""
     return {
         cell: [
             tuple(sorted(space.candidate(i, state, space.ops.index(op)) for op, state in node))
@@ -60,9 +60,9 @@ def supports_of(space: CellSpace, genotype: Genotype) -> Supports:
 
 
 def _bytes_of_a_step() -> tuple[int, int]:
-    """Bytes that DDP's hook sees on this rank, of our step and of dense first-order DARTS's: weights and alphas.
+    """Return the bytes in DDP's hook on this rank for our step and for dense first-order DARTS: weights and alphas.
 
-    Pictures are few and small: gradients have the size of the parameters.
+    Few and small pictures suffice, since gradients have the size of the parameters.
     """
     current, space = Ranks.current(CPU.device), CellSpace()
     ranks = CountingRanks(current.rank, current.size)
@@ -82,14 +82,14 @@ def _bytes_of_a_step() -> tuple[int, int]:
     )
 
     dense = reference.DenseSupernet(CHANNELS, LAYERS)
-    # One backward pass for both steps: every weight and every alpha travels once.
+    # One backward pass for both steps: every weight and every alpha is sent once.
     forward = ranks.data_parallel(lambda x: dense(x)[0], list(dense.parameters()))
     theirs = counted(lambda: F.cross_entropy(forward(batch[0]), batch[1]).backward())
     return ours, theirs
 
 
 def measure_bytes() -> dict[str, float]:
-    """Bytes all-reduced a step: the published genotype's active set, the dense supernet, and their ratio."""
+    """Return the all-reduced bytes of a step of the published genotype and of the dense supernet, and their ratio."""
     (outcomes,) = run_ranks([_bytes_of_a_step], 2)
     (ours, theirs), other = (outcome.value for outcome in outcomes)
     assert (ours, theirs) == other, "the ranks sent different numbers of bytes"
@@ -97,7 +97,7 @@ def measure_bytes() -> dict[str, float]:
 
 
 def bytes_all_reduced() -> Row:
-    """`measure_bytes` as a row."""
+    """Return `measure_bytes` as a row."""
     found = measure_bytes()
     ratio = found["ratio"]
     return Row(
@@ -150,7 +150,7 @@ def _on_torchrun(folder: Path) -> list[dict[str, Any]]:
 
 
 def steady_rate(history: list[dict[str, Any]]) -> float:
-    """Pictures per second of the loops over all epochs but the first: each has the same number of pictures.
+    """Return the loops' pictures per second in all epochs except the first, all with the same number of pictures.
 
     >>> steady_rate([{"metrics": {"images_per_second": r}} for r in (1.0, 20.0, 30.0)])
     24.0
@@ -159,7 +159,7 @@ def steady_rate(history: list[dict[str, Any]]) -> float:
 
 
 def epoch_seconds(history: list[dict[str, Any]]) -> float:
-    """Mean seconds from an epoch's end to the next one's: validation, recovery, checkpoint and report included.
+    """Return the mean seconds between epochs' ends, with validation, recovery, checkpoint and report.
 
     >>> epoch_seconds([{"timestamp_ms": t} for t in (1000, 2500, 5000)])
     2.0
@@ -173,13 +173,13 @@ Figures = dict[str, dict[str, list[float]]]
 
 
 def measure_ray(runs: int) -> Figures:
-    """On two workers, Ray Train and torchrun in turn: "epoch" and "run", in seconds, and "rate", pictures per second.
+    """Measure Ray Train and torchrun on two workers: "epoch" and "run" in seconds, "rate" in pictures per second.
 
     Args:
-        runs: of each; who goes first changes from one to the next.
+        runs: Number of runs of each; the first of a pair alternates.
 
     Returns:
-        Figure -> side -> its value in each run.
+        Figure -> side -> value in each run.
     """
     figures: Figures = {what: {side: [] for side in SIDES} for what in ("epoch", "rate", "run")}
     found: dict[str, set[str]] = {side: set() for side in SIDES}
@@ -198,7 +198,7 @@ def measure_ray(runs: int) -> Figures:
 
 
 def ray_against_torchrun(runs: int) -> Row:
-    """`measure_ray` as a row: torchrun's seconds of an epoch over Ray's, all that a user pays included."""
+    """Return `measure_ray` as a row: torchrun's seconds per epoch over Ray's, with all overheads."""
     figures = measure_ray(runs)
     ratio, spread = ratio_of_medians(figures["epoch"]["torchrun"], figures["epoch"]["ray"])
     medians = {

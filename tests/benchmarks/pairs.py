@@ -1,4 +1,4 @@
-"""Our networks and steps with the reference's beside them: same weights, same codes, same batches."""
+"""Pairs of our networks and steps and the reference's, with the same weights, codes and batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,19 +21,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 def random_batch(n: int, size: int, seed: int, dtype: torch.dtype = torch.float32) -> Batch:
-    """Normalised pictures (n, 3, size, size) and labels."""
+    """Return normalised pictures (n, 3, size, size) and labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
     return images, torch.randint(10, (n,), generator=generator)
 
 
 def ours_of(batch: Batch) -> Batch:
-    """The batch as our loader gives it."""
+    """Return the batch in the layout of our loader."""
     return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
 
 
 def random_supports(space: CellSpace, seed: int, kinds: Sequence[int] | None = None) -> Supports:
-    """Per cell and node distinct candidates at random, of all kinds of operations or of some."""
+    """Draw distinct candidates per cell and node, of all kinds of operations or of some."""
     generator = torch.Generator().manual_seed(seed)
     chosen: Supports = {}
     for cell in CELLS:
@@ -48,7 +48,7 @@ def random_supports(space: CellSpace, seed: int, kinds: Sequence[int] | None = N
 
 
 def codes_of(space: CellSpace, supports: Supports, seed: int) -> Codes:
-    """Codes with these supports, their values at random."""
+    """Return codes with these supports and random values."""
     generator = torch.Generator().manual_seed(seed)
     codes = {}
     for cell, matrices in draw_matrices(space, 7, "uniform", seed).items():
@@ -58,7 +58,7 @@ def codes_of(space: CellSpace, supports: Supports, seed: int) -> Codes:
 
 
 def random_codes(seed: int) -> Codes:
-    """Codes of a random active set."""
+    """Return the codes of a random active set."""
     return codes_of(CellSpace(), random_supports(CellSpace(), seed), seed)
 
 
@@ -72,7 +72,7 @@ def make_search(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A search of ours in which these codes are installed."""
+    """Return our search with these codes installed."""
     torch.manual_seed(seed)
     net = Supernet(CellSpace(), c, layers, 10, op_batchnorm=one_stage, auxiliary=auxiliary).to(dtype)
     search: Any
@@ -98,20 +98,20 @@ def make_reference(
     auxiliary: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> reference.Optimizers:
-    """The reference's network at these codes, with its optimisers."""
+    """Return the reference's network with these codes and its optimisers."""
     net = reference.Supernet(c, layers, one_stage=one_stage, auxiliary=auxiliary).to(dtype)
     net.codes = codes
     return reference.Optimizers(net)
 
 
 def two_stage_step(search: TwoStageSearch, batch: Batch, alpha_batch: Batch) -> None:
-    """A step of ours."""
+    """Run our step."""
     search.alpha_step(alpha_batch)
     search.weight_step(batch, Totals(CPU.device))
 
 
 class Pair:
-    """A search of ours and the reference's, at the same point."""
+    """Our search and the reference's in the same state."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Pair:
                 p.requires_grad_(name not in names)
 
     def our_step(self, batch: Batch, alpha_batch: Batch | None = None) -> None:
-        """Batches as `ours_of` gives them."""
+        """Run our step on batches from `ours_of`."""
         if alpha_batch is None:
             self.search.step(batch, Totals(CPU.device))
         else:
@@ -150,7 +150,7 @@ class Pair:
 
 
 class TargetPair:
-    """A retraining of ours and the reference's."""
+    """Our retraining and the reference's in the same state."""
 
     def __init__(
         self,

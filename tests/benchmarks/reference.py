@@ -1,7 +1,7 @@
-"""What our networks and steps are measured against and must agree with: the published description, word for word.
+"""The reference for our networks and steps: a literal implementation of the published description.
 
-Plain modules of torch in NCHW, every candidate operation of an edge asked whether its weight is 0, all gradients
-of a step computed, an optimiser over all of them. No waste is added. Modules carry the names of ours, so weights
+It uses plain modules of torch in NCHW, checks for every candidate operation of an edge whether its weight is 0, and
+computes all gradients of a step for one optimiser. No waste is added. Modules have the names of ours, so that weights
 load by name.
 
 Source: Liu et al., DARTS, ICLR 2019; Yang et al., ISTA-NAS, NeurIPS 2020.

@@ -1,4 +1,4 @@
-"""What is measured computes the same: in float64, ours against the reference, within 1e-9 in relative norm."""
+"""Ours and the reference, which the benchmarks compare, agree in float64 within 1e-9 in relative norm."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -24,7 +24,7 @@ ALONE = [pytest.param((i,), i, id=name) for i, name in enumerate(PRIMITIVES)]
 
 
 def relative(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
-    """||ours - theirs|| / ||theirs|| over all tensors; both must hold something."""
+    """Return ||ours - theirs|| / ||theirs|| over all tensors, of which there must be some."""
     a = torch.cat([t.detach().flatten() for t in ours])
     b = torch.cat([t.detach().flatten() for t in theirs])
     assert b.norm() > 0
@@ -32,7 +32,7 @@ def relative(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Tensors of the same names; weights and alphas apart, whose sizes differ too much for one norm."""
+    """Compare tensors by name; weights and alphas separately, since their scales differ too much for one norm."""
     assert ours.keys() == theirs.keys()
     alphas = {name for name in ours if name.startswith("compressed_alphas")}
     for names in (alphas, ours.keys() - alphas):
@@ -45,7 +45,7 @@ def gradients(net: nn.Module) -> Gradients:
 
 
 def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
-    """By name; what ours leaves out is zero in the reference."""
+    """Compare gradients by name; those that ours lacks must be zero in the reference."""
     mine, its = gradients(ours), gradients(theirs)
     assert_close(mine, {name: its[name] for name in mine})
     assert not [name for name in its.keys() - mine.keys() if its[name].any()]
@@ -53,7 +53,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 
 @cache
 def shared_pair(one_stage: bool) -> Pair:
-    """Making a pair takes a second, installing other codes in it milliseconds."""
+    """Return a cached pair: creating one takes a second, installing other codes in it takes milliseconds."""
     return Pair(2, 4, one_stage=one_stage, dtype=torch.float64)
 
 
@@ -63,7 +63,7 @@ def pair_with(
     seed: int,
     states: dict[str, list[NodeState]] | None = None,
 ) -> Pair:
-    """The shared pair at these active sets: same weights, statistics and codes."""
+    """Return the shared pair with these active sets, and with the same weights, statistics and codes."""
     pair = shared_pair(one_stage)
     codes = codes_of(CellSpace(), random_supports(CellSpace(), seed, kinds), seed)
     active = {cell: [NodeState.ACTIVE] * 4 for cell in CELLS}
@@ -77,7 +77,7 @@ def pair_with(
 
 
 def assert_same_pass(pair: Pair | TargetPair, size: int, seed: int) -> None:
-    """Logits in training and evaluation, and all gradients."""
+    """Compare logits in training and evaluation, and all gradients."""
     for net in (pair.net, pair.reference):
         net.zero_grad()
         net.train()
@@ -108,7 +108,7 @@ def test_logits_and_gradients_of_a_supernet(
 
 @pytest.mark.parametrize("n_frozen", [2, 4])
 def test_frozen_nodes_and_drop_path_of_a_one_stage_supernet(n_frozen: int) -> None:
-    """What follows the search: alphas rest, the batch norms behind the operations are trained."""
+    """After the search, alphas are fixed and the batch norms behind the operations are trained."""
     states = {cell: [NodeState.FROZEN] * n_frozen + [NodeState.ACTIVE] * (4 - n_frozen) for cell in CELLS}
     pair = pair_with(True, None, n_frozen, states)
     pair.net.drop_path_prob = pair.reference.drop_path_prob = 0.3
@@ -133,9 +133,9 @@ def values(net: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_movement(ours: nn.Module, theirs: nn.Module, steps: Callable[[], None]) -> None:
-    """What has a gradient moves alike, as does what it holds of statistics; the rest of ours stays.
+    """Check that parameters with a gradient, and their statistics, change alike, and that nothing else of ours changes.
 
-    In the reference decay and momentum move what has a gradient of zero, too.
+    In the reference, decay and momentum also change parameters whose gradient is zero.
     """
     before = values(ours)
     steps()
@@ -227,7 +227,7 @@ def test_recovery_finds_what_cvxpy_finds(scale: float, tolerance: float) -> None
 
 
 def test_cells_are_all_compared() -> None:
-    """The supports that the tests draw hold every operation, in both kinds of cell."""
+    """The supports of these tests have every operation in both kinds of cell."""
     space = CellSpace()
     for cell in CELLS:
         kinds = {

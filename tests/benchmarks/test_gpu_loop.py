@@ -1,4 +1,4 @@
-"""The GPU benchmark's loop on tiny pictures, on the CPU; and on a GPU where there is one."""
+"""The GPU benchmark's loop on tiny pictures, on the CPU and, if there is one, on a GPU."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_measured_on_a_cpu() -> None:
     assert_measured(loop, measure(loop))
 
 
-def test_kernels_are_counted_once_and_annotations_around_them_not_at_all() -> None:
+def test_kernels_are_counted_once_and_annotations_are_not_counted() -> None:
     def event(name: str, start: int, end: int, **more: bool) -> FunctionEvent:
         return FunctionEvent(
             0, name, 0, start, end, device_type=DeviceType.CUDA, use_device="cuda", device_index=0, **more
@@ -64,7 +64,7 @@ def test_kernels_are_counted_once_and_annotations_around_them_not_at_all() -> No
     assert gpu.computing_seconds(events, torch.device("cuda")) == pytest.approx(50e-6)
 
 
-def test_the_published_run_takes_what_its_parts_take() -> None:
+def test_the_projection_is_the_sum_of_its_parts() -> None:
     speed = Speed(
         pictures_per_second=10_000.0,
         validated_per_second=50_000.0,
@@ -91,7 +91,7 @@ def test_without_a_gpu_the_program_says_so_in_one_line(capsys: pytest.CaptureFix
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
-def test_measured_on_a_gpu_in_bf16_with_fused_optimisers_and_the_pictures_there() -> None:
+def test_a_gpu_measures_bf16_fused_optimisers_and_pictures_on_the_device() -> None:
     loop, compute = tiny("cuda")
     assert compute.autocast_dtype is torch.bfloat16
     assert torch.get_float32_matmul_precision() == "high"

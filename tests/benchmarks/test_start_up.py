@@ -1,6 +1,6 @@
 """Start-up costs: `import istanas` with its packages beyond torch, the command line's help, and shell completion.
 
-CPU time of fresh processes, the least of several tries: other work on the machine can only raise it.
+The figure is the smallest CPU time of several fresh processes, since other work on the machine can only raise it.
 """
 
 import resource
@@ -39,7 +39,7 @@ def seconds(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall
 
 
-def test_imports_and_help_take_no_longer_than_wanted(repo_root: Path) -> None:
+def test_imports_and_help_are_within_their_time_limits(repo_root: Path) -> None:
     tries: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
     for _ in range(TRIES):
         for name, arguments in PROGRAMS.items():  # in turn, so that a slow moment hits all

@@ -1,4 +1,4 @@
-"""`make bench` itself: what it is asked for, its exit codes, where it writes; and bytes, which no noise can touch."""
+"""Arguments, exit codes and files of `make bench`; and its all-reduced bytes, a figure without noise."""
 
 import json
 from collections.abc import Callable
@@ -10,19 +10,17 @@ from tests.benchmarks import __main__ as bench
 from tests.benchmarks.harness import Row, growth
 from tests.benchmarks.multiprocess import measure_bytes
 
-Known = Callable[..., None]
+
+def works(**ratios: float) -> dict[str, Callable[[], Row]]:
+    """Works that measure these ratios, with a bound of at least 2."""
+    rows = {name: Row(name, ratio, (ratio, ratio), 2.0, 1.0) for name, ratio in ratios.items()}
+    return {name: lambda row=row: row for name, row in rows.items()}  # type: ignore[misc]
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Known:
-    """Makes rows of these ratios, wanted to be at least 2, all that can be measured; in an empty folder."""
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
-
-    def make(**ratios: float) -> None:
-        rows = {name: Row(name, ratio, (ratio, ratio), 2.0, 1.0) for name, ratio in ratios.items()}
-        monkeypatch.setattr(bench, "WORKS", {name: lambda row=row: row for name, row in rows.items()})
-
-    return make
+    return tmp_path
 
 
 def test_an_unknown_work_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,21 +31,22 @@ def test_an_unknown_work_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     assert all(name in said for name in ("memroy", *bench.WORKS))
 
 
-def test_a_missed_bound_is_exit_code_1(known: Known, capsys: pytest.CaptureFixture[str]) -> None:
-    known(good=2.0, bad=1.9)
-    assert bench.main([]) == 1
+@pytest.mark.usefixtures("empty_folder")
+def test_a_missed_bound_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    known = works(good=2.0, bad=1.9)
+    assert bench.main([], known) == 1
     assert capsys.readouterr().out.count("MISSED") == 1
-    assert bench.main(["--only", "good"]) == 0
+    assert bench.main(["--only", "good"], known) == 0
 
 
-def test_a_partial_run_writes_only_where_it_is_told_to(known: Known, tmp_path: Path) -> None:
-    known(one=2.0, two=3.0)
-    bench.main(["--only", "one"])
-    assert list(tmp_path.iterdir()) == []
-    bench.main(["--only", "one", "--json", "one.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+def test_a_partial_run_writes_only_the_file_of_json(empty_folder: Path) -> None:
+    known = works(one=2.0, two=3.0)
+    bench.main(["--only", "one"], known)
+    assert list(empty_folder.iterdir()) == []
+    bench.main(["--only", "one", "--json", "one.json"], known)
+    assert [path.name for path in empty_folder.iterdir()] == ["one.json"]
     assert [row["work"] for row in json.loads(Path("one.json").read_text())["rows"]] == ["one"]
-    bench.main([])
+    bench.main([], known)
     assert [row["work"] for row in json.loads(Path("bench.json").read_text())["rows"]] == ["one", "two"]
 
 

@@ -1,4 +1,4 @@
-"""A search's worker loop under plain torchrun, which `multiprocess` measures Ray Train against.
+"""A search's worker loop under plain torchrun, with which `multiprocess` compares Ray Train.
 
     torchrun --nproc-per-node 2 -m tests.benchmarks.torchrun_search CONFIG FOLDER
 

@@ -1,9 +1,9 @@
-"""What the tricks in `istanas/nets` gain: the plain form against ours, forward and backward, one thread.
+"""Speed-ups of the fast operations in `istanas/nets`: the plain form against ours, forward and backward, one thread.
 
     python -m tests.benchmarks.tricks
 
-prints the figures that their docstrings quote: of 64 pictures of 32x32 in channels-last memory, and of whole
-two-stage steps with and without them.
+prints the figures of their docstrings: for 64 pictures of 32x32 in channels-last memory, and for whole two-stage
+steps with and without them.
 """
 
 import statistics
@@ -33,13 +33,13 @@ def states(channels: int) -> Tensor:
 
 
 def passes(form: Form, x: Tensor, weights: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """A forward pass, and the gradients of `x` and the weights."""
+    """Run a forward pass and compute the gradients of `x` and the weights."""
     outputs = form(x)
     torch.autograd.grad(outputs, (x, *weights), gradients)
 
 
 def report(name: str, x: Tensor, plain: Form, ours: Form, *weights: Tensor, part: bool = False) -> None:
-    """Print both times; with `part`, what comes back is a part of a gradient four times as wide, as behind a `cat`."""
+    """Print both times; with `part`, the gradient is a slice of one four times as wide, as behind a `cat`."""
     out = plain(x)
     gradients = []
     for o in out if isinstance(out, tuple) else (out,):
@@ -53,7 +53,7 @@ def report(name: str, x: Tensor, plain: Form, ours: Form, *weights: Tensor, part
 
 
 def multiplied(self: ScaledBatchNorm2d, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Batch norm, then the product."""
+    """Apply batch norm, then multiply."""
     out = nn.BatchNorm2d.forward(self, x)
     return out if scale is None else scale * out
 

@@ -1,7 +1,6 @@
-"""`make chaos`: every fault on every job, three moments each; then the table in tests/README.md, from what happened.
+"""`make chaos`: every fault on every job at three moments; then the table of the results in tests/README.md.
 
-Arguments are pytest's; with those that choose (`-k EXPRESSION`, `--lf`) some cases are run again, and the others keep
-their results.
+The arguments are pytest's. With a selection (`-k EXPRESSION`, `--lf`), the other cases keep their last results.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> int:
-    """Run the tests, say where the words of what was lost are, write the table."""
+    """Run the tests, write the table, and print where the results are."""
     results = Path("chaos-results").resolve()
     results.mkdir(exist_ok=True)
     if not any(word.startswith(("-k", "--lf")) or "::" in word for word in sys.argv):
@@ -34,7 +33,7 @@ def main() -> int:
     )
     if any(results.glob("*.json")):
         replace_table(README, table(results, list(FAULTS), list(JOBS)))
-    print(f"what became of each case: {results}; the table: {README}")
+    print(f"results of each case: {results}; table: {README}")
     return done.returncode
 
 

@@ -1,9 +1,8 @@
-"""What must hold after a fault: nothing lost, doubled or left, compared with a run that nobody disturbed."""
+"""Checks after a fault: nothing is lost, duplicated or left, compared with an undisturbed run."""
 
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import load_latest, load_progress, read_records
 from tests.chaos.victims import Case
 from tests.ray_cluster import title
+from tests.waiting import wait_until
 
 SAME_FILES = (CONFIG_FILE, "genotype.json", "trajectory.csv", "codes.csv", "model.safetensors")
 CLOCKS = {"seconds", "images_per_second", "timestamp_ms", "retrain_seconds"}
@@ -26,11 +26,11 @@ PLACES = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id
 
 
 def check_as_undisturbed(case: Case, reference: Case) -> None:
-    """The same runs, files, figures and bits as in the reference's folder; and MLflow has each of them once.
+    """Check that runs, files, metrics and weights equal the reference's, and that MLflow has each of them once.
 
     Args:
-        case: struck.
-        reference: the same job, with as many workers, left alone.
+        case: The case with faults.
+        reference: The same job, with the same number of workers, without a fault.
     """
     names = [sorted(run_names(each)) for each in (case, reference)]
     assert names[0] == names[1]
@@ -49,7 +49,7 @@ def check_as_undisturbed(case: Case, reference: Case) -> None:
         ]
         assert tables[0] == tables[1]
     check_mlflow(case, f"sqlite:///{case.folder}/mlflow.db")
-    check_told_once(case)
+    check_reported_once(case)
 
 
 def run_names(case: Case) -> list[str]:
@@ -57,7 +57,7 @@ def run_names(case: Case) -> list[str]:
 
 
 def content(file: Path) -> Any:
-    """What a file holds; of a configuration without what says where."""
+    """Return a file's content; a configuration without its addresses and folders."""
     if not file.exists():
         return None
     if file.name != CONFIG_FILE:
@@ -69,14 +69,14 @@ def content(file: Path) -> Any:
 
 
 def figures(run: Path) -> list[Any]:
-    """What was measured, epoch by epoch, and each epoch once."""
+    """Return the metrics of all epochs, and check that each epoch exists once."""
     lines = RunDir(run).metrics()
     assert [line.step for line in lines] == list(range(1, len(lines) + 1)), f"{run.name}: lost or doubled"
     return [without_clocks(line.metrics) for line in lines]
 
 
 def bits(run: Path) -> Any:
-    """Weights, optimisers and codes of the newest checkpoint and all records, without what the clock decides."""
+    """Return the newest checkpoint's weights, optimisers and codes, and all records, without times."""
     folder = run / "checkpoints"
     found = load_latest(folder)
     if found is None:
@@ -94,12 +94,12 @@ def _plain(value: Any) -> Any:
 
 
 def without_clocks(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what time and place decide."""
+    """Return the values that depend neither on the time nor on the folder."""
     return {k: v for k, v in values.items() if k not in CLOCKS and not k.endswith("run_dir")}
 
 
 def check_mlflow(case: Case, store: str) -> None:
-    """Every run once, none RUNNING, one value a metric and epoch, the same as in `metrics.jsonl`."""
+    """Check that every run exists once and is FINISHED, with the metrics of `metrics.jsonl`, each once per epoch."""
     client = open_client(store)
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
     found = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
@@ -114,42 +114,45 @@ def check_mlflow(case: Case, store: str) -> None:
         for metric in lines[-1].metrics:
             history = [(m.step, m.value) for m in client.get_metric_history(link.run_id, metric)]
             written = [(m.step, m.metrics[metric]) for m in lines if metric in m.metrics]
-            if metric in CLOCKS:  # of an epoch that was done again, MLflow keeps what it was told first
+            if metric in CLOCKS:  # of a repeated epoch, MLflow keeps the first value
                 assert [step for step, _ in history] == [step for step, _ in written], metric
             else:
                 assert history == written, metric
 
 
-def check_told_once(case: Case) -> None:
-    """No epoch that was told, on the terminal or in a trial's log, was lost, and done again."""
+def check_reported_once(case: Case) -> None:
+    """Check that no epoch is repeated that was reported on the terminal or in a trial's log."""
     logs = [file.read_text().splitlines() for file in case.runs.glob("job-sweep-*/trial-*/trial.log")]
     repeated = 0
     for lines in ([line for sitting in case.sittings for line in sitting.lines], *logs):
-        told = 0
+        reported = 0
         for line in lines:
             if found := re.match(r"epoch (\d+):", line):
-                repeated += int(found[1]) <= told
-                told = int(found[1])
-    assert repeated <= case.may_repeat, f"{repeated} epochs were told, and done again"
+                repeated += int(found[1]) <= reported
+                reported = int(found[1])
+    assert repeated <= case.may_repeat, f"{repeated} reported epochs were repeated"
 
 
 def check_cluster_is_left(case: Case, seconds: float = 30) -> None:
-    """Nothing of the job runs on the cluster any more."""
+    """Check that no process of the job is left on the cluster."""
     if case.cluster is None:
         return
     kinds = ("RayTrainWorker", "TrainController", "ray::ImplicitFunc", "ray::Mailbox")
-    end = time.monotonic() + seconds
-    while alive := [title(p) for kind in kinds for p in case.cluster.named(kind)]:
-        assert time.monotonic() < end, f"left on the cluster: {alive}"
-        time.sleep(0.1)
+    named = case.cluster.named
+
+    def alive() -> list[str]:
+        return [title(process) for kind in kinds for process in named(kind)]
+
+    wait_until(lambda: not alive(), seconds, "the job's processes on the cluster to end", state=alive)
 
 
 def check_nothing_lives(case: Case, seconds: float = 20) -> None:
-    """No process of the case is left, but agents of Ray's, which notice the end of a killed driver after a minute."""
-    end = time.monotonic() + seconds
-    while alive := [title(p) for p in case.processes() if not is_agent(p)]:
-        assert time.monotonic() < end, f"left behind: {alive}"
-        time.sleep(0.1)
+    """Check that no process of the case is left, except Ray's agents, which notice a killed driver after a minute."""
+
+    def alive() -> list[str]:
+        return [title(process) for process in case.processes() if not is_agent(process)]
+
+    wait_until(lambda: not alive(), seconds, "the case's processes to end", state=alive, interval=0.1)
 
 
 def is_agent(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""The Ray cluster that a case runs on: head and node of one core each, on one machine or on two."""
+"""The Ray cluster of a case: a head and a node of one core each, on one machine or on two."""
 
 from __future__ import annotations
 
@@ -15,91 +15,75 @@ from typing import IO
 import psutil
 
 from tests.namespaces import Network, address
-from tests.ports import unused_port
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, RayCluster, title
+from tests.ray_cluster import ENVIRONMENT, RayCluster, title
+from tests.waiting import poll, wait_until
 
-# A node is given up after some three seconds of silence.
+# A node counts as lost after about three seconds of silence.
 IMPATIENT = {"RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-# And a head that is gone, by the command, after five.
+# For the command, a head counts as lost after five seconds.
 IMPATIENT_COMMAND = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
-SECONDS_TO_GIVE_UP = 5.0  # that a node has, when it is back, to notice that it was
+SECONDS_TO_GIVE_UP = 5.0  # Time in which a node that has returned notices that it counts as lost.
 COUNT_NODES = """
-import sys, time, ray
+import sys, ray
+from tests.waiting import wait_until
 ray.init(sys.argv[1], log_to_driver=False, logging_level=50)
-while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
-    time.sleep(0.2)
-print(alive)
+def alive():
+    return sum(node["Alive"] for node in ray.nodes())
+print(wait_until(lambda: n if (n := alive()) >= int(sys.argv[2]) else 0, 100, "the nodes", interval=0.2))
 """
 
 
 class OneMachine:
-    """All on 127.0.0.1."""
+    """Head and node on 127.0.0.1."""
 
-    prefix: tuple[str, ...] = ()  # of a command that runs beside the head
+    prefix: tuple[str, ...] = ()  # words before a command that runs next to the head
     environment: Mapping[str, str] = {**ENVIRONMENT, **IMPATIENT_COMMAND}
 
     def __init__(self, folder: Path) -> None:
         self.start()
 
     def start(self) -> None:
-        """Again, after `kill`."""
-        self._cluster = self._make()
+        """Start the cluster, also again after `kill`."""
+        self._cluster = RayCluster(1, IMPATIENT)
         self._cluster.add(1)
-
-    def _make(self) -> RayCluster:
-        cluster = RayCluster(1, environment=IMPATIENT)
-        self.address = cluster.address
-        return cluster
+        self.address = self._cluster.address
 
     def named(self, part: str) -> list[psutil.Process]:
-        """The processes whose title has a part like that, on all nodes."""
+        """Return the processes on all nodes whose title contains a text."""
         return self._cluster.named(part)
 
     def replace_node(self) -> None:
-        """The node's machine dies, another one comes."""
+        """Replace the node, as if its machine had died."""
         self._cluster.remove()
         self._cluster.add(1)
 
     def kill(self) -> None:
-        """All machines die."""
+        """Kill all processes of the cluster."""
         self._cluster.kill()
 
     def halt_node(self, seconds: float) -> None:
-        """The node stands still for so long; if it was given up, another one comes."""
+        """Halt the node for some seconds, and add another one if it counts as lost then."""
         self._cluster.halt()
         time.sleep(seconds)
         self._cluster.wake()
-        end = time.monotonic() + SECONDS_TO_GIVE_UP
-        while time.monotonic() < end:
-            if self._cluster.has_lost_a_node():
-                self._cluster.add(1)
-                return
-            time.sleep(0.2)
+        if poll(self._cluster.has_lost_a_node, SECONDS_TO_GIVE_UP, interval=0.2):
+            self._cluster.add(1)
 
     def close(self) -> None:
         self._cluster.close()
 
 
-class ForClients(OneMachine):
-    """All on 127.0.0.1, and commands are mere clients of it."""
-
-    def _make(self) -> RayCluster:
-        port = unused_port()
-        self.address = f"ray://127.0.0.1:{port}"
-        return RayCluster(1, port, {**IMPATIENT, **CLIENTS})
-
-
 class TwoMachines:
-    """Head and node in network namespaces of their own, as on two machines that share a disk."""
+    """Head and node in separate network namespaces, like two machines that share a disk."""
 
     environment: Mapping[str, str] = {
         **{k: v for k, v in ENVIRONMENT.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"},
-        "RAY_AUTH_MODE": "disabled",  # else `ray start` takes the token of the user's home, if there is one
+        "RAY_AUTH_MODE": "disabled",  # Otherwise `ray start` uses a token in the user's home.
     }
 
     def __init__(self, folder: Path) -> None:
         self._log: IO[str] = open(folder / "nodes.log", "w")  # noqa: SIM115 closed in `close`
-        self._short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # sockets lie in it
+        self._short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # It contains sockets.
         self._network = Network(2)
         self._network.__enter__()
         self._processes: list[subprocess.Popen[str]] = []
@@ -132,15 +116,16 @@ class TwoMachines:
 
     def _wait_for_head(self) -> None:
         probe = f"import socket; socket.create_connection(('{address(1)}', 6379), 2)"
-        end = time.monotonic() + 60
-        while self._network.start(
-            self._network.user, [sys.executable, "-c", probe], stderr=subprocess.DEVNULL
-        ).wait():
-            assert time.monotonic() < end, "the head node does not come up"
-            time.sleep(0.2)
+        command = [sys.executable, "-c", probe]
+
+        def listens() -> bool:
+            probing = self._network.start(self._network.user, command, stderr=subprocess.DEVNULL)
+            return probing.wait() == 0
+
+        wait_until(listens, 60, "the head node", interval=0.2)
 
     def _count_nodes(self, at_least: int) -> int:
-        """How many are alive, once there are so many."""
+        """Return the number of nodes that are alive, after waiting for a minimum."""
         command = [sys.executable, "-c", COUNT_NODES, self.address, str(at_least)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         counting = self._network.start(self._network.machines[0], command, env=self.environment, **pipes)
@@ -160,7 +145,7 @@ class TwoMachines:
         return found
 
     def cut_off_node(self, seconds: float) -> None:
-        """The node's cable is out for so long; if it was given up, another one comes, beside what it still does."""
+        """Disconnect the node for some seconds, and start another one next to it if it counts as lost then."""
         self._set_link("down")
         time.sleep(seconds)
         self._set_link("up")

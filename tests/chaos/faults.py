@@ -1,4 +1,4 @@
-"""The faults: what each does to a running job, at moments drawn at random, until the job has ended all the same."""
+"""The faults. Each one hits a running job at random moments, until the job has ended successfully."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 
 from pipeline.runs.directory import RunDir
 from tests.chaos.checks import check_nothing_lives
-from tests.chaos.cluster import ForClients, OneMachine, TwoMachines
+from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.chaos.victims import Case, Sitting
 from tests.mlflow_server import server
 from tests.namespaces import refusal
@@ -31,18 +31,18 @@ SAME_COMMAND_GOES_ON = "the same command (resumes|goes on)"
 
 @dataclass(frozen=True)
 class Fault:
-    """What strikes, and what it needs.
+    """A fault and what it requires.
 
     Args:
-        name: in the table.
-        strike: strikes a case so many times and sees it through to its end.
-        fast: the job that `make test` strikes with it; None: none, other tests do, or it takes too long.
-        jobs: that it can strike; default: all.
-        place: the cluster that the job runs on; None: on this machine, as a user without a cluster.
-        workers: of Ray Train; 0: none.
-        sweep_workers: likewise, of each trial of a sweep.
-        settings: of a job's command, besides.
-        needs: says why it can't be had here, or None.
+        name: Its name in the table.
+        strike: Hits a case a number of times and runs the job to its end.
+        fast: The job that `make test` hits with it; None: none, since other tests do or since it takes too long.
+        jobs: The jobs that it can hit; default: all.
+        place: The job's cluster; None: it runs on this machine without a cluster.
+        workers: Number of Ray Train's workers; 0: none.
+        sweep_workers: The same for each trial of a sweep.
+        settings: Returns additional options of a job's command.
+        needs: Returns why the fault is impossible on this machine, or None.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Fault:
     needs: Callable[[], str | None] = lambda: None
 
 
-# ---------- how strikes follow each other
+# ---------- sequences of strikes
 def end_each_time(case: Case, times: int, strike: Callable[[Sitting], None], code: int) -> None:
-    """Each strike ends the command, which is typed again."""
+    """Start the command again after each strike, which ends it."""
     for left in range(times, 0, -1):
         sitting = case.start()
         case.moment(sitting, left, going=False)
@@ -70,7 +70,7 @@ def end_each_time(case: Case, times: int, strike: Callable[[Sitting], None], cod
 
 
 def while_it_goes_on(case: Case, times: int, strike: Callable[[], None]) -> None:
-    """The command survives all of them."""
+    """Hit one command, which must survive all strikes."""
     sitting = case.start()
     for left in range(times, 0, -1):
         case.moment(sitting, left)
@@ -85,7 +85,7 @@ def kill_driver(case: Case, times: int) -> None:
 
 def terminate(case: Case, times: int) -> None:
     def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens)
+        sitting.wait(sitting.listens, "its signal handlers")
         sitting.process.terminate()
 
     end_each_time(case, times, strike, 143)
@@ -94,34 +94,35 @@ def terminate(case: Case, times: int) -> None:
 
 def interrupt_twice(case: Case, times: int) -> None:
     def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens)
+        sitting.wait(sitting.listens, "its signal handlers")
         os.killpg(sitting.process.pid, signal.SIGINT)
-        time.sleep(case.draw.uniform(0, 0.5))
-        with contextlib.suppress(ProcessLookupError):  # it was quick
+        time.sleep(case.draw.uniform(0, 0.5))  # a random moment
+        with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.killpg(sitting.process.pid, signal.SIGINT)
 
     end_each_time(case, times, strike, 130)
 
 
 def run_twice(case: Case, times: int) -> None:
-    """The first is halted meanwhile, so that it still holds its directory when the second comes."""
+    """Start a second command while the first is halted and thus still has its directory locked."""
     first = case.start()
     for left in range(times, 0, -1):
         case.moment(first, left)
         first.process.send_signal(signal.SIGSTOP)
-        first.wait(lambda: psutil.Process(first.process.pid).status() == psutil.STATUS_STOPPED)
+        halted = psutil.Process(first.process.pid)
+        first.wait(lambda halted=halted: halted.status() == psutil.STATUS_STOPPED, "its halt")  # type: ignore[misc]
         before = snapshot(case.run)
         second = case.start()
         assert second.end() == 2, second.words
         assert second.lines[-1].startswith("error: run directory "), second.words
         assert f"in use by process {first.process.pid} on " in second.lines[-1]
-        assert snapshot(case.run) == before, "the refused one has changed something"
+        assert snapshot(case.run) == before, "the refused command has changed a file"
         first.process.send_signal(signal.SIGCONT)
     assert first.end() == 0, first.words
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file, but of those that Ray and a sweep's trials write by themselves."""
+    """Return size and time of every file, except those that Ray and a sweep's trials write."""
     files = [f for f in folder.rglob("*") if f.is_file() and not f.is_symlink()]
     own = [
         f for f in files if f.relative_to(folder).parts[0] != "ray" and not f.parent.name.startswith("trial-")
@@ -141,7 +142,7 @@ def two_of(case: Case) -> TwoMachines:
 
 
 def kill_worker(case: Case, times: int) -> None:
-    """Of Ray Train, or a sweep's trial: replaced, the command goes on."""
+    """Kill a worker of Ray Train or a sweep's trial, which is replaced while the command continues."""
     cluster = one_of(case)
 
     def strike() -> None:
@@ -152,7 +153,7 @@ def kill_worker(case: Case, times: int) -> None:
 
 
 def kill_controller(case: Case, times: int) -> None:
-    """Of Ray Train, whose workers end with it: another starts, the command goes on."""
+    """Kill Ray Train's controller, with which its workers end; another starts while the command continues."""
     cluster = one_of(case)
 
     def strike() -> None:
@@ -164,19 +165,19 @@ def kill_controller(case: Case, times: int) -> None:
 
 
 def kill_node(case: Case, times: int) -> None:
-    """The one that the command is not on; another comes."""
+    """Replace the node on which the command does not run."""
     while_it_goes_on(case, times, one_of(case).replace_node)
     check_workers_were_lost(case, times)
 
 
 def check_workers_were_lost(case: Case, times: int) -> None:
-    """Each strike has hit, and was told; a sweep's trial, alone on one of two nodes, may be on the other."""
+    """Check that each strike was reported. A sweep's trial, alone on one of two nodes, may be on the other one."""
     if case.job.name != "sweep":
         assert len(re.findall(r"^lost worker", "\n".join(case.told()), re.MULTILINE)) >= times
 
 
 def kill_head(case: Case, times: int) -> None:
-    """The cluster is gone, a new one has another address, the run directory is the same."""
+    """Kill the whole cluster, and resume on a new one with another address."""
     cluster = one_of(case)
     for left in range(times, 0, -1):
         sitting = case.start()
@@ -189,7 +190,7 @@ def kill_head(case: Case, times: int) -> None:
 
 
 def lose_machine(case: Case, times: int) -> None:
-    """SIGKILL of the command, and its disk is gone: the runs lie in a bucket, of which it had a copy."""
+    """Kill the command and delete its disk, which has only a copy of the runs in a bucket."""
     disk, prefix = case.folder / "disk", f"runs/{case.mark}"
     copies = disk / "istanas" / "storage" / "s3-" / BUCKET / prefix
     case.runs.symlink_to(copies)
@@ -199,7 +200,7 @@ def lose_machine(case: Case, times: int) -> None:
         done = 0
         for left in range(times, 0, -1):
             sitting = case.start(*where)
-            sitting.wait(lambda done=done: case.epochs_done() >= done)  # type: ignore[misc]  # fetched
+            sitting.wait(lambda done=done: case.epochs_done() >= done, "the files of the bucket")  # type: ignore[misc]
             case.moment(sitting, left, going=False)
             sitting.process.kill()
             sitting.end()
@@ -209,37 +210,37 @@ def lose_machine(case: Case, times: int) -> None:
             shutil.rmtree(disk)
         case.finish(*where)
         shutil.rmtree(disk)
-        for name, data in server.objects(prefix).items():  # what is compared is what the bucket has
+        for name, data in server.objects(prefix).items():  # the bucket's files are compared
             (copies / name).parent.mkdir(parents=True, exist_ok=True)
             (copies / name).write_bytes(data)
 
 
 def is_of_epochs(name: str) -> bool:
-    """Whether an object has a line an epoch; a sweep's own lines are trials."""
+    """Return whether an object has one line per epoch; the lines of a sweep's own metrics are trials."""
     run, _, file = name.rpartition("/")
     return file == "metrics.jsonl" and not run.rpartition("/")[2].startswith("job-sweep")
 
 
 def halt_node(case: Case, times: int) -> None:
-    """For some seconds; if that is longer than the cluster waits for it, another node comes."""
+    """Halt the node for some seconds; it is replaced if the cluster gives it up."""
     while_it_goes_on(case, times, lambda: one_of(case).halt_node(case.draw.choice((2, 3, 15))))
 
 
 def longer_trials(job: str) -> tuple[str, ...]:
-    """One on the other node goes on meanwhile, and the sweep must not be over then."""
+    """Return settings with which the sweep is not over before the node returns: a trial runs on the other node."""
     return ("--set", "search.epochs=40") if job == "sweep" else ()
 
 
 def cut_off_node(case: Case, times: int) -> None:
-    """Its network link is down for some seconds; likewise."""
+    """Cut the node's network link for some seconds; it is replaced if the cluster gives it up."""
     while_it_goes_on(case, times, lambda: two_of(case).cut_off_node(case.draw.choice((2, 3, 15))))
 
 
 # ---------- MLflow and its database
 def kill_mlflow(case: Case, times: int) -> None:
-    """And back after some seconds, the last time only after the end of the job: `sync` brings the rest.
+    """Kill MLflow's server and restart it; the last time only after the job, when `sync` delivers the rest.
 
-    The command is halted while another server starts, which takes longer than all its epochs.
+    The command is halted while a server starts, which takes longer than all its epochs.
     """
     port = unused_port()
     store = case.folder / "mlflow"
@@ -254,7 +255,7 @@ def kill_mlflow(case: Case, times: int) -> None:
             sitting.process.send_signal(signal.SIGCONT)
             case.moment(sitting, left)
         if left > 1:
-            time.sleep(case.draw.uniform(0, 1))
+            time.sleep(case.draw.uniform(0, 1))  # a random moment without a server
             sitting.process.send_signal(signal.SIGSTOP)
     assert sitting is not None
     assert sitting.end() == 0, sitting.words
@@ -266,9 +267,9 @@ def kill_mlflow(case: Case, times: int) -> None:
 
 
 def lock_sqlite(case: Case, times: int) -> None:
-    """Another writer holds MLflow's database for some seconds, the last time to the end of the job.
+    """Lock MLflow's database for some seconds, the last time to the end of the job.
 
-    Of a sweep not so long: each trial, and the sweep for each of them, would wait for it.
+    A sweep is always locked for seconds only: each trial, and the sweep for each trial, would wait for the lock.
     """
     sitting = case.start()
     for left in range(times, 0, -1):
@@ -277,7 +278,7 @@ def lock_sqlite(case: Case, times: int) -> None:
             if left == 1 and case.job.name != "sweep":
                 assert sitting.end() == 0, sitting.words
             else:
-                time.sleep(case.draw.uniform(0, 8))
+                time.sleep(case.draw.uniform(0, 8))  # how long the lock lasts
     assert sitting.end() == 0, sitting.words
     typed(case, "sync", str(case.run))
 
@@ -299,7 +300,7 @@ def no_small_disk() -> str | None:
 
 
 def fill_disk(case: Case, times: int) -> None:
-    """Runs lie on a disk of their own, which is full at a moment, and has room again for the next start."""
+    """Fill the disk of the runs, and free it before the next start."""
     case.runs.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(case.runs)], check=True)
     filler = case.runs / "filler"
@@ -322,14 +323,14 @@ def fill_disk(case: Case, times: int) -> None:
 
 
 def fill(file: Path) -> None:
-    """Take all the room that there is."""
+    """Write a file until the disk is full."""
     with open(file, "wb", buffering=0) as stream, contextlib.suppress(OSError):
         while stream.write(bytes(1 << 16)):
             pass
 
 
 def damage(case: Case, times: int) -> None:
-    """After a kill: a checkpoint cut off, one with a wrong bit, a line of metrics (of a sweep, Ray's files, too)."""
+    """Kill the command and damage a file: a checkpoint is truncated or has a wrong bit, or metrics are truncated."""
     ways = [cut_checkpoint, flip_bit, spoil_sweep if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
     for left in range(times, 0, -1):
@@ -354,7 +355,7 @@ def newest(case: Case, pattern: str) -> Path:
 
 
 def newest_checkpoint(case: Case) -> Path:
-    """The last that counts, as its checksum, which is written after it, says."""
+    """Return the newest checkpoint with a checksum, which is written after the checkpoint."""
     return newest(case, "**/checkpoints/epoch-*.json").with_suffix(".pt")
 
 
@@ -378,7 +379,7 @@ def cut_metrics(case: Case) -> None:
 
 
 def spoil_sweep(case: Case) -> None:
-    """Metrics of the sweep or of a trial, and whatever Ray has left in the run directory."""
+    """Damage metrics of the sweep or of a trial, and all of Ray's files in the run directory."""
     cut_metrics(case)
     files = [file for file in case.run.glob("ray/**/*") if file.is_file() and not file.is_symlink()]
     assert files
@@ -388,7 +389,7 @@ def spoil_sweep(case: Case) -> None:
 
 # ---------- numbers
 def far_too_fast(job: str) -> tuple[str, ...]:
-    """With a learning rate that has to be halved some ten times; and a loss of 4 is too much already."""
+    """Return settings with which the loss exceeds its limit until the learning rate was halved some ten times."""
     section = "retrain" if job == "retraining" else "search"
     settings = [f"{section}.lr=1000", f"{section}.grad_clip=null"]
     settings += ["runtime.on_nan=rollback", "runtime.max_rollbacks=40", "runtime.max_loss=4"]
@@ -398,13 +399,13 @@ def far_too_fast(job: str) -> tuple[str, ...]:
 
 
 def diverge(case: Case, times: int) -> None:
-    """And killed besides: what was halved stays so."""
+    """Roll back and kill the command; the learning rate must stay halved."""
     kill_driver(case, times)
     assert any("rolled back to" in text for text in case.told())
 
 
 def fail_to_solve(case: Case, times: int) -> None:
-    """And killed besides: plain ISTA does not reach the tolerance in its steps, another solver does."""
+    """Kill a job whose solver, plain ISTA, misses the tolerance, so that another solver replaces it."""
     kill_driver(case, times)
     lines = [line for file in case.runs.glob("**/metrics.jsonl") for line in RunDir(file.parent).metrics()]
     assert any(line.metrics.get("recovery/fallbacks", 0) > 0 for line in lines)
@@ -413,7 +414,7 @@ def fail_to_solve(case: Case, times: int) -> None:
 
 # ---------- another command
 def typed(case: Case, *arguments: str) -> None:
-    """Another command of the user's, which must do."""
+    """Run another `istanas` command, which must succeed."""
     done = subprocess.run(
         [*PROGRAM, *arguments],
         cwd=case.folder,
@@ -440,7 +441,6 @@ FAULTS = {
         ),
         Fault("a node dies, another comes", kill_node, place=OneMachine, workers=2),
         Fault("the whole cluster dies, another comes", kill_head, place=OneMachine, workers=2),
-        Fault("a mere client loses its cluster, another comes", kill_head, place=ForClients, workers=2),
         Fault("SIGKILL of the command, and its disk lost (runs in a bucket)", lose_machine),
         Fault("a node stands still (SIGSTOP), and is back", halt_node, place=OneMachine, workers=2),
         Fault(

@@ -1,6 +1,6 @@
-"""The table in tests/README.md: what struck, how often, what was lost; `make chaos` writes it, from its own runs.
+"""The table of faults, jobs and losses in tests/README.md, which `make chaos` writes.
 
-Each case leaves a file, which its next run replaces: a part of the suite, run again, changes its part of the table.
+Each case writes a file, which its next run replaces, so that repeating some cases changes their part of the table.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 
 def note(fault: str, job: str, case: Case, loss: str, *, seed: int, seconds: float) -> None:
-    """Keep what became of a case, if anybody wants to know; of a loss also what was said.
+    """Write the outcome of a case to ISTANAS_CHAOS_RESULTS, if it is set, and the output of a case with a loss.
 
     Args:
-        fault: its name.
-        job: its name.
-        case: at its end.
-        loss: what is wrong; empty: nothing.
-        seed: of the moments.
-        seconds: that it took.
+        fault: The fault's name.
+        job: The job's name.
+        case: The case, which has ended.
+        loss: The error that was found; empty: none.
+        seed: The seed of the moments.
+        seconds: The duration of the case.
     """
     folder = os.environ.get("ISTANAS_CHAOS_RESULTS")
     if folder is None:
@@ -52,12 +52,12 @@ def note(fault: str, job: str, case: Case, loss: str, *, seed: int, seconds: flo
 
 
 def table(folder: Path, faults: list[str], jobs: list[str]) -> str:
-    """Markdown: what was run, and a row a fault.
+    """Return the table in Markdown: a caption and one row for each fault.
 
     Args:
-        folder: where `note` has written.
-        faults: in the order of the rows.
-        jobs: in the order in which a row names them.
+        folder: The folder with the outcomes that `note` wrote.
+        faults: The faults in the order of the rows.
+        jobs: The jobs in the order in which a row names them.
     """
     cases = pd.DataFrame([json.loads(file.read_text()) for file in folder.glob("*.json")])
     rows = ["| fault | jobs | moments | starts of the command | losses |", "|---|---|---:|---:|---:|"]
@@ -73,14 +73,14 @@ def table(folder: Path, faults: list[str], jobs: list[str]) -> str:
     days = " to ".join(sorted({cases["day"].min(), cases["day"].max()}))
     seeds = ", ".join(str(seed) for seed in sorted(set(cases["seed"])))
     caption = (
-        f"`make chaos`, {days}: {len(cases)} cases, {cases['seconds'].sum() / 60:.0f} minutes of them all together, on "
+        f"`make chaos`, {days}: {len(cases)} cases with {cases['seconds'].sum() / 60:.0f} minutes in total, on "
         f"{usable_cores()} cores ({platform.system()}, Python {platform.python_version()}); seeds: {seeds}."
     )
     return "\n".join([caption, "", *rows])
 
 
 def replace_table(readme: Path, text: str) -> None:
-    """Put the text between the marks."""
+    """Replace the text between the marks."""
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")

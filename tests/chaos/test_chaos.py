@@ -1,6 +1,6 @@
-"""Every fault strikes every job at random moments; afterwards all is as if nothing had happened.
+"""Every fault hits every job at random moments; afterwards, results must be those of an undisturbed run.
 
-`make chaos` runs all of it, and writes the table in tests/README.md; the tests run some faults, once, on one job each.
+`make chaos` runs all cases and writes the table in tests/README.md; `make test` runs some faults once, on one job each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pytest
 
 from tests.chaos import report
 from tests.chaos.checks import check_as_undisturbed, check_cluster_is_left, check_nothing_lives
-from tests.chaos.cluster import ForClients
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.victims import JOBS, Case, Job
 
@@ -29,8 +28,7 @@ CASES = [
         fault,
         job,
         id=f"{fault.name}-{job}",
-        # They have one undisturbed run in common; clients come one at a time, see `client_of`.
-        marks=pytest.mark.xdist_group("clients" if fault.place is ForClients else f"{job}-{fault.workers}"),
+        marks=pytest.mark.xdist_group(f"{job}-{fault.workers}"),  # They have one undisturbed run in common.
     )
     for fault in FAULTS.values()
     for job in fault.jobs
@@ -44,7 +42,7 @@ Undisturbed = Callable[[Fault, Job], Case]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Undisturbed:
-    """Runs a job that nobody disturbs, once for each number of workers and kind of settings."""
+    """Runs a job without a fault, once for each combination of settings."""
     done: dict[tuple[str, ...], Case] = {}
 
     def run(fault: Fault, job: Job) -> Case:
@@ -73,7 +71,7 @@ def case_folder(tmp_path: Path, blank_database: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("fault", "job"), CASES)
-def test_it_ends_as_if_nothing_had_happened(
+def test_a_job_with_faults_equals_an_undisturbed_one(
     fault: Fault, job: str, undisturbed: Undisturbed, case_folder: Path
 ) -> None:
     refused = fault.needs()

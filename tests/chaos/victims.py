@@ -1,4 +1,4 @@
-"""The four jobs that every fault strikes, each of a few seconds, and how a start of one is followed."""
+"""The four jobs that every fault hits, each of which takes seconds, and the commands that run them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import psutil
 from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.followed import has_signal
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, kill
+from tests.waiting import wait_until
 
 CELL = (
     '{"version": 1, "normal": [[["sep_conv_3x3", 0], ["skip_connect", 1]], [["max_pool_3x3", 2], ["dil_conv_3x3", 0]]],'
@@ -52,7 +53,7 @@ sweep:
 
 @dataclass(frozen=True)
 class Job:
-    """What is typed, what it is configured with, and how many epochs there are in all."""
+    """A command, its configuration and its total number of epochs."""
 
     name: str
     command: tuple[str, ...]
@@ -69,20 +70,20 @@ JOBS = {
         Job("sweep", ("sweep",), SWEEP, 12),
     )
 }
-MARK = "ISTANAS_CHAOS_CASE"  # by it, in their environment, the processes of a case are known
+MARK = "ISTANAS_CHAOS_CASE"  # environment variable that identifies the processes of a case
 
 
 @dataclass
 class Case:
-    """One job in a folder of its own, what is done to it, and what it said.
+    """A job in its own folder, the faults that hit it, and its output.
 
     Args:
-        job: which.
-        folder: where it runs.
-        draw: of moments, from a seed that the test prints.
-        settings: options of every start.
-        environment: beside that of the tests.
-        cluster: that it runs on, or None.
+        job: The job.
+        folder: The folder in which it runs.
+        draw: Draws the moments, from a seed that the test prints.
+        settings: Options of every start of the command.
+        environment: Environment variables in addition to those of the tests.
+        cluster: The cluster on which it runs, or None.
     """
 
     job: Job
@@ -91,7 +92,7 @@ class Case:
     settings: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     cluster: OneMachine | TwoMachines | None = None
-    may_repeat: int = 0  # epochs that were told and may be done again: their checkpoint was damaged
+    may_repeat: int = 0  # reported epochs that may be repeated, since their checkpoint was damaged
     strikes: list[str] = field(default_factory=list)
     sittings: list[Sitting] = field(default_factory=list)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -107,45 +108,47 @@ class Case:
 
     @property
     def run(self) -> Path:
-        """The run directory of the job itself, of a sweep the sweep's."""
+        """The run directory of the job; of a sweep, that of the sweep itself."""
         kind = self.job.command[0]
         (path,) = self.runs.glob(f"job-{kind}-*")
         return path
 
     def start(self, *arguments: str) -> Sitting:
-        """The command, once more."""
+        """Start the command."""
         sitting = Sitting(self, arguments)
         self.sittings.append(sitting)
         return sitting
 
     def finish(self, *arguments: str) -> Sitting:
-        """The command, up to its end, which must be a good one."""
+        """Run the command to its end, and check that it succeeds."""
         sitting = self.start(*arguments)
         code = sitting.end()
         assert code == 0, sitting.words
         return sitting
 
     def epochs_done(self) -> int:
-        """Of all runs in the folder, as far as they are written down."""
+        """Return the number of epochs in the metrics of all runs in the folder."""
         files = (*self.runs.glob("job-*/metrics.jsonl"), *self.runs.glob("job-sweep-*/trial-*/metrics.jsonl"))
-        # A sweep's own lines are trials.
+        # The lines of a sweep's own metrics are trials.
         epochs = [file for file in files if not file.parent.name.startswith("job-sweep")]
         return sum(read_or_nothing(file).count(b"\n") for file in epochs)
 
     def moment(self, sitting: Sitting, left: int, *, going: bool = True) -> None:
-        """Wait for a random moment of what is left, so that there is room for so many more.
+        """Wait for a random moment that leaves enough epochs for the moments after it.
 
         Args:
-            sitting: must go on until then.
-            left: moments to come, this one included.
-            going: not before an epoch has been done in this sitting, or since the last strike.
+            sitting: The running command, which must not end before.
+            left: Number of moments to come, with this one.
+            going: Whether at least one epoch must end in this sitting or since the last strike.
         """
         done = self.epochs_done()
         spare = self.job.epochs - done - 1 - left
         more = self.draw.randint(int(going), max(int(going), spare // left))
         seconds = self.draw.uniform(0, 0.6)
-        sitting.wait(lambda: self.began() and self.epochs_done() >= done + more)
-        time.sleep(seconds)
+        sitting.wait(
+            lambda: self.began() and self.epochs_done() >= done + more, f"{more} more epochs after {done}"
+        )
+        time.sleep(seconds)  # the random moment
         assert sitting.alive, f"it had ended before the strike:\n{sitting.words}"
         self.strikes.append(f"after epoch {self.epochs_done()}, {seconds:.2f} s")
 
@@ -153,7 +156,7 @@ class Case:
         return any(self.runs.glob("job-*/run.json"))
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that was started for this case and lives."""
+        """Return all running processes of this case."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -164,19 +167,19 @@ class Case:
         return found
 
     def told(self) -> list[str]:
-        """All that was said, on the terminal and in the logs of trials."""
+        """Return all output, on the terminal and in the logs of trials."""
         return [
             *(sitting.words for sitting in self.sittings),
             *(file.read_text() for file in self.runs.glob("job-sweep-*/trial-*/trial.log")),
         ]
 
     def end_leftovers(self) -> None:
-        """What lives at the end of a failed test, too."""
+        """Kill the remaining processes, also after a failed test."""
         kill(self.processes())
 
 
 class Sitting:
-    """One start of a case's command, whose words are read as they come."""
+    """A running command of a case, whose output is read by a thread."""
 
     def __init__(self, case: Case, arguments: tuple[str, ...]) -> None:
         cluster = case.cluster
@@ -212,22 +215,19 @@ class Sitting:
         return self.process.poll() is None
 
     def listens(self) -> bool:
-        """Whether the command has taken the signals that end it; Python, still loading it, ends as it always does."""
+        """Return whether the command's handler for SIGTERM is installed, which Python imports first."""
         return has_signal(self.process.pid, "SigCgt", signal.SIGTERM)
 
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in list(self.lines))
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 180) -> None:
-        """Until something comes to pass, which it must while the command runs."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.alive, f"it has ended before:\n{self.words}"
-            assert time.monotonic() < end, f"it does not come to pass:\n{self.words}"
-            time.sleep(0.02)
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+        """Wait until the condition is true, and fail if the command ends before."""
+        alive, words = (lambda: self.alive), (lambda: self.words)
+        wait_until(condition, seconds, what, alive=alive, state=words, interval=0.02)
 
     def end(self, seconds: float = 600) -> int:
-        """Wait for its end."""
+        """Wait for the end of the command, and return its exit code."""
         code = self.process.wait(seconds)
         self._reader.join(30)
         return code

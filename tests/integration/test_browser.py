@@ -1,4 +1,4 @@
-"""What people see: MLflow's pages on the store of a real run, and our own pages from the disk, in headless Chromium."""
+"""MLflow's pages on the store of a real run, and our own pages from the disk, in headless Chromium."""
 
 import contextlib
 import io
@@ -26,8 +26,8 @@ RUN = [
     *("run", "--json", "--set", "runtime.threads=1", "--set", "data.holdout=0.2", "--set", "search.epochs=4"),
     *("--set", "search.init_channels=4", "--set", "retrain.epochs=2", "--set", "retrain.init_channels=4"),
 ]
-TRAINING = "workflowType=machine_learning"  # of the two faces of MLflow's pages
-SECONDS = 30.0  # that a page of MLflow may take on a busy machine
+TRAINING = "workflowType=machine_learning"  # selects one of the two forms of MLflow's pages
+SECONDS = 30.0  # longest time for a page of MLflow on a busy machine
 
 expect.set_options(timeout=1000 * SECONDS)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, or what CHROMIUM names."""
+    """Debian's Chromium, or the program in CHROMIUM."""
     program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
         pytest.skip("no browser here: apt-get install chromium, or name one with CHROMIUM=PATH")
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def result(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A search and a retraining of the digits, and a comparison of the two; "folder" is where they lie."""
+    """The result of a search and a retraining of the digits, which are compared; "folder" is their project."""
     folder, said = tmp_path_factory.mktemp("store"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(folder)
@@ -87,7 +87,7 @@ def sweep(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(result: dict[str, Any]) -> Iterator[str]:
-    """Of `istanas ui`: the pages, on a free port."""
+    """The address of MLflow's pages, which `istanas ui` serves on a free port."""
     command = [sys.executable, "-m", "pipeline.cli", "ui", "--json"]
     with subprocess.Popen(command, cwd=result["folder"], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -111,14 +111,14 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
 
 
 def close_assistant(page: Page) -> None:
-    """MLflow opens a panel beside its pages on the first visit."""
+    """Close the panel that MLflow opens on the first visit."""
     panel = page.get_by_label("Close").first
     if panel.is_visible():
         panel.click()
 
 
 def watch(page: Page) -> list[str]:
-    """What a page complains of, and what it asks others for."""
+    """Return a list to which the page's errors and its requests to other addresses are appended."""
     seen: list[str] = []
     page.on("console", lambda message: seen.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: seen.append(str(error)))
@@ -129,14 +129,14 @@ def watch(page: Page) -> list[str]:
 
 
 def share_of_white(page: Page) -> float:
-    """How much of a whole page is white or nearly so."""
+    """Return the share of nearly white pixels on a whole page."""
     picture = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
     return float((picture.min(axis=2) > 200).mean())
 
 
 # ---------- our pages, from the disk
 def move_slider(page: Page) -> None:
-    """The trajectory's slider shows another epoch's cells and figures, by keyboard."""
+    """Move the trajectory's slider with the keyboard, and check that it shows the cells of another epoch."""
     slider = page.get_by_role("slider")
     last = int(slider.get_attribute("max") or 0)
     assert last == 4
@@ -164,7 +164,7 @@ def test_the_trajectory_opens_from_the_disk_and_its_slider_moves_the_cell(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["run_dir", "retrain_run_dir", "compare"])
-def test_reports_open_from_the_disk_without_network_or_complaint(
+def test_reports_open_from_the_disk_without_network_or_errors(
     page: Page, result: dict[str, Any], name: str, scheme: Any
 ) -> None:
     seen = watch(page)
@@ -174,7 +174,7 @@ def test_reports_open_from_the_disk_without_network_or_complaint(
     for width in (1400, 800, 400):
         page.set_viewport_size({"width": width, "height": 1000})
         wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-        assert not wider, f"the page runs over at {width} px"
+        assert not wider, f"the page is wider than {width} px"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) is (scheme == "dark")
     page.set_viewport_size({"width": 1400, "height": 1000})
@@ -193,7 +193,7 @@ def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
     assert page.locator("#trials tbody tr").count() == 9
     assert (share_of_white(page) < 0.05) is (scheme == "dark")
 
-    # Names and figures of parallel coordinates: whole, level, apart from each other.
+    # The names of parallel coordinates are complete, horizontal and do not overlap.
     figure = page.locator("#parallel_coordinates")
     names = figure.locator(".xtick text")
     assert names.all_text_contents() == ["top-1", "lr", "matrix", "n_measurements", "weight_decay"]
@@ -210,7 +210,7 @@ def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
     for width in (1400, 800, 400):
         page.set_viewport_size({"width": width, "height": 1000})
         wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-        assert not wider, f"the page runs over at {width} px"
+        assert not wider, f"the page is wider than {width} px"
     page.locator("#trials tbody a").first.click()
     expect(page.get_by_role("heading", name=re.compile("^trial-"))).to_be_visible()
     assert seen == []
@@ -245,14 +245,14 @@ def test_the_run_is_found_with_its_chart_cell_report_and_model(
     assert picture.evaluate("image => image.naturalWidth") >= 800
     page.get_by_text("report.html").first.click()
     frame = page.frame_locator("iframe").last
-    expect(frame.get_by_text("Final figures").first).to_be_visible()
+    expect(frame.get_by_text("Results").first).to_be_visible()
     page.get_by_text("trajectory.html").first.click()
     slider = page.frame_locator("iframe").last.get_by_role("slider")
     slider.press("Home")
     expect(page.frame_locator("iframe").last.get_by_text(re.compile(r"Epoch 0 of 4")).first).to_be_visible()
 
 
-def test_from_the_registered_model_one_clicks_to_its_retraining_and_its_search(
+def test_the_registered_model_links_to_its_retraining_and_its_search(
     page: Page, address: str, result: dict[str, Any]
 ) -> None:
     page.goto(f"{address}/#/models/istanas-digits")
@@ -260,7 +260,7 @@ def test_from_the_registered_model_one_clicks_to_its_retraining_and_its_search(
     expect(page.get_by_text("champion").first).to_be_visible()
     page.goto(f"{address}/#/models/istanas-digits/versions/1")
     for link, run_id in (("retraining ", result["retrain_run_id"]), ("search ", result["mlflow_run_id"])):
-        with page.expect_popup() as opened:  # MLflow opens the links of a description in a page of their own
+        with page.expect_popup() as opened:  # MLflow opens the links of a description in a new page
             page.get_by_role("link", name=re.compile(f"^{link}")).first.click()
         expect(opened.value.get_by_text(run_id, exact=True).first).to_be_visible()
         assert f"/runs/{run_id}" in opened.value.url

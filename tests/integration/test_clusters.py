@@ -1,6 +1,6 @@
-"""`clusters/local.sh`, and jobs on its cluster: submitted, left, stopped and resumed, or of a mere client (ray://).
+"""`clusters/local.sh`, and jobs on its cluster: submitted, detached, stopped and resumed, or started by HOST:PORT.
 
-What runs on one node of it, three workers, is what a job on three machines is compared with.
+A job of three workers on one node is compared with the same job on three machines.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from pipeline.training.epoch_record import load_progress
 from tests import machines as several
 from tests.followed import Followed
 from tests.integration.test_ray import CONFIG, decided, run_directory
-from tests.local_cluster import LocalCluster, halt_after_an_epoch, wake_when_told_to_end
+from tests.local_cluster import LocalCluster, halt_after_an_epoch, resume_when_terminated
 from tests.machines import JOB_SERVER, STORE
 from tests.namespaces import refusal
-from tests.ray_cluster import PROGRAM, ROOT, client_of, listening, title
+from tests.ray_cluster import PROGRAM, ROOT, listening, title
 
 NODES, CORES = 2, 3
 JOIN = """
@@ -50,7 +50,7 @@ runtime: {{threads: 1, device: cpu}}
 """
 SEARCH = ("search", "--config", "ray.yaml", "--workers", "3")
 SMALL = ("--set", "search.epochs=2", "--set", "search.max_pictures=384")
-# By a command that joins a cluster, in its own environment; here it is the tests'.
+# Variables that a command sets when it joins a cluster; in these tests, the process is pytest's.
 SET_ON_THE_WAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -61,7 +61,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def join(local: LocalCluster, **token: str) -> "subprocess.Popen[str]":
-    """A driver that comes by the address of the control service."""
+    """Start a driver that joins by the address of the control service (GCS)."""
     environment = {**local.environment, "RAY_NUM_REDIS_GET_RETRIES": "3", **token}
     return subprocess.Popen(
         [sys.executable, "-c", JOIN, local.gcs],
@@ -73,7 +73,7 @@ def join(local: LocalCluster, **token: str) -> "subprocess.Popen[str]":
 
 
 def status_of(local: LocalCluster, path: str, token: str | None) -> int:
-    """The HTTP status of a request to dashboard and job server."""
+    """Return the HTTP status of a request to the dashboard, which contains the job server."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
         with urllib.request.urlopen(
@@ -96,7 +96,7 @@ def local() -> Iterator[LocalCluster]:
         local.close()
 
 
-def test_it_listens_on_this_machine_only_and_its_token_is_nobody_elses(local: LocalCluster) -> None:
+def test_it_listens_on_this_machine_only_and_its_token_is_private(local: LocalCluster) -> None:
     addresses = [found for process in local.processes() if (found := listening(process))]
     assert len(addresses) > 5
     assert set().union(*addresses) == {"127.0.0.1"}
@@ -104,7 +104,7 @@ def test_it_listens_on_this_machine_only_and_its_token_is_nobody_elses(local: Lo
     assert len(local.token_file.read_text()) == 64
 
 
-def test_who_has_no_token_or_a_wrong_one_is_refused(local: LocalCluster) -> None:
+def test_a_missing_or_wrong_token_is_rejected(local: LocalCluster) -> None:
     drivers = {
         "right": join(local),
         "none": join(local, RAY_AUTH_MODE="disabled"),
@@ -132,16 +132,16 @@ def test_a_second_up_starts_nothing(local: LocalCluster) -> None:
     code, said = local("up", "3")
     assert code == 0
     assert said.startswith(
-        f"runs already, process {(local.state / 'pid').read_text().strip()}: {NODES} nodes"
+        f"already running, process {(local.state / 'pid').read_text().strip()}: {NODES} nodes"
     )
     assert before <= {p.pid for p in local.processes()}
     assert local("status")[0] == 0
 
 
-# ---------- jobs that are submitted to it
+# ---------- submitted jobs
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: LocalCluster) -> Path:
-    """A working directory of somebody whose home has the cluster's token, and nothing else says so."""
+    """The working directory of a user whose home contains the cluster's token."""
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "own.py").write_text("")
@@ -153,25 +153,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: LocalCluster) -
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster, for other commands
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another cluster, which only other commands use
     monkeypatch.chdir(folder)
     return folder
 
 
 def follow(*arguments: str) -> Followed:
-    """A command of whoever is `here`."""
+    """Start a command in the folder `here`."""
     return Followed(*arguments, environment={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
-    """The same in this process: exit code, stdout, the lines of stderr."""
+    """Run a command in this process, and return its exit code, stdout and the lines of stderr."""
     capsys.readouterr()
     code = run(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err.splitlines()
 
 
-def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_figures_that_they_have_here(
+def test_jobs_are_followed_detached_stopped_and_resumed_as_without_a_cluster(
     local: LocalCluster,
     here: Path,
     tmp_path: Path,
@@ -208,26 +208,26 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     assert listed["command"] == f"istanas {' '.join(search)}".replace("../", ".submitted/0/")
 
     attached.until("epoch 1:")  # from the beginning
-    threading.Thread(target=wake_when_told_to_end, args=(driver,), daemon=True).start()
+    threading.Thread(target=resume_when_terminated, args=(driver,), daemon=True).start()
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
     assert code == 0
     assert out.splitlines()[-1] == "digits: stopped; submitted again, the same command resumes"
     assert attached.end() == 143
     log = "\n".join(attached.lines)
-    assert "told to end (SIGTERM): the same command resumes" in log
+    assert "terminated (SIGTERM): the same command resumes" in log
     assert "Traceback" not in log
     (path,) = runs.iterdir()
     stopped = RunDir(path)
     assert stopped.read().status == "FAILED"
     done = load_progress(path / "checkpoints").epochs
-    assert 1 <= done < EPOCHS, "it had ended before it was stopped: more epochs are needed"
+    assert 1 <= done < EPOCHS, "the job ended before it was stopped: the test needs more epochs"
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
-    assert (code, out) == (0, "digits: had ended before, STOPPED with exit code 143\n")
+    assert (code, out) == (0, "digits: had already ended, STOPPED with exit code 143\n")
 
     taken = command("submit", *at, "--name", "digits", "--", *search, capsys=capsys)
     assert taken[0] == 2
     assert taken[2][-1].startswith(
-        f"error: --name digits: {local.address} has had a job of this name, choose"
+        f"error: --name: an earlier job at {local.address} has the name digits; choose"
     )
     failing = follow("submit", *at, "--json", "--", *(word.replace("tiny", "nowhere") for word in search))
     second = follow("submit", *at, "--json", "--", *search)
@@ -273,7 +273,7 @@ def test_jobs_are_followed_left_stopped_and_resumed_and_end_with_the_codes_and_f
     assert figures[0] == figures[1]
 
 
-def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(
+def test_a_wrong_token_or_address_of_the_job_server_is_a_one_line_error(
     local: LocalCluster, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(address: str, *more: str) -> tuple[int, str]:
@@ -282,42 +282,49 @@ def test_who_asks_for_jobs_without_a_token_or_at_a_wrong_address_gets_one_line(
         (only,) = err
         return code, only
 
-    at = f"error: --address {local.address}: the cluster "
     assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
     code, said = line(local.address, "unknown")
     assert (code, said) == (
         2,
-        f"error: job 'unknown': unknown at {local.address}, istanas jobs lists those that there are",
+        f"error: ID: no job 'unknown' at {local.address}; list the jobs: istanas jobs --address {local.address}",
     )
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 32)
     code, said = line(local.address)
-    assert (code, said[: len(at) + 33]) == (1, f"{at}refuses the token of RAY_AUTH_TOK")
+    rejected = (
+        f"error: RAY_AUTH_TOKEN: the cluster at {local.address} rejects this token; give the cluster's own"
+    )
+    assert (code, said[: len(rejected)]) == (1, rejected)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (Path.home() / ".ray" / "auth_token").unlink()
     code, said = line(local.address)
-    assert (code, said[: len(at) + 15]) == (1, f"{at}wants its token")
+    missing = f"error: --address: the cluster at {local.address} requires its token; give the token by RAY_AUTH_TOKEN"
+    assert (code, said[: len(missing)]) == (1, missing)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(local.token_file))
     assert command("jobs", "--address", local.address, capsys=capsys)[0] == 0
 
     code, said = line(local.gcs)
     assert code == 1
     assert said.startswith(
-        f"error: --address http://{local.gcs}: no Ray job server answers there (who listens there does not speak "
-        "HTTP), give the address of the head's dashboard, such as http://127.0.0.1:8265"
+        f"error: --address: no Ray job server answers at http://{local.gcs} (the process that listens there does not "
+        "speak HTTP); give the address of the head's dashboard, such as http://127.0.0.1:8265"
     )
     code, said = line("127.0.0.1:1")
     assert code == 1
-    assert "no Ray job server answers there (ConnectionRefusedError: Connection refused)" in said
+    assert (
+        "no Ray job server answers at http://127.0.0.1:1 (ConnectionRefusedError: Connection refused)" in said
+    )
     for address in (f"ray://{local.gcs}", "auto", "http://", "127.0.0.1:port"):
         code, said = line(address)
         assert code == 2
-        assert "jobs are submitted to the head's dashboard, give http://HOST:8265" in said
+        assert (
+            "is not the address of a dashboard, which contains the job server; give http://HOST:8265" in said
+        )
 
 
-# ---------- a job of a mere client, and the same on three machines
+# ---------- a job at HOST:PORT, and the same on three machines
 @dataclass(frozen=True)
 class OnOneNode:
-    """A search of three workers, started by a mere client (ray://): what it printed, and where they worked."""
+    """A search of three workers, started by HOST:PORT: its output, and the nodes of its workers."""
 
     folder: Path
     lines: list[str]
@@ -328,15 +335,14 @@ class OnOneNode:
 def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> OnOneNode:
     folder = tmp_path_factory.mktemp("one")
     (folder / "ray.yaml").write_text(CONFIG)
-    with client_of(lambda: [p for p in local.processes() if "specific-server" in title(p)]):
-        process = subprocess.Popen(
-            [*PROGRAM, *SEARCH, *SMALL, "--address", local.client],
-            cwd=folder,
-            env=local.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    process = subprocess.Popen(
+        [*PROGRAM, *SEARCH, *SMALL, "--address", local.gcs],
+        cwd=folder,
+        env=local.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     workers: dict[int, int] = {}
     while process.poll() is None:
         for each in local.processes():
@@ -350,11 +356,9 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
     return OnOneNode(folder, out.splitlines(), set(workers.values()))
 
 
-def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: OnOneNode) -> None:
-    """What Ray says to a client goes to the log. Its sweeps, and "auto" up to the pre-flight: test_nodes_apart."""
-    lines = [
-        line for line in on_one_node.lines if not line.startswith("waiting for ")
-    ]  # Ray may take its time
+def test_a_job_at_an_address_prints_its_checks_and_logs_what_ray_says(on_one_node: OnOneNode) -> None:
+    """Sweeps, and "auto" up to the pre-flight checks, are in test_nodes_apart.py."""
+    lines = [line for line in on_one_node.lines if not line.startswith("waiting for ")]  # Ray may be slow.
     versions, storage, pictures, begun, workers, first, second, table, *_ = lines
     assert versions.startswith(f"pre-flight: versions: the same on {NODES} nodes (")
     assert storage == f"pre-flight: storage: {NODES} nodes and this process share {on_one_node.folder}/runs"
@@ -369,20 +373,20 @@ def test_a_job_runs_through_rays_client_word_for_word_as_without(on_one_node: On
 
 
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
-def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_shows_it(
+def test_three_workers_on_three_machines_equal_three_on_one(
     on_one_node: OnOneNode, blank_database: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "ray.yaml").write_text(CONFIG.replace("tracking: {enabled: false}", ""))
     (tmp_path / "mlflow.db").write_bytes(blank_database.read_bytes())
     with several.running(3, tmp_path) as machines:
-        assert machines.ask("") == "HTTP 401", "the dashboard talks to strangers"
+        assert machines.ask("") == "HTTP 401", "the dashboard answers without a token"
         runs = f"runtime.runs_dir={tmp_path}/runs"
         done = machines.user("submit", "--address", JOB_SERVER, "--", *SEARCH, *SMALL, "--set", runs)
         assert done.returncode == 0, done.stdout + done.stderr
         listed = machines.user("results", "--json")
     lines = done.stdout.splitlines()
     assert any(line.startswith("3 workers (cpu, gloo), each 1 thread") for line in lines), done.stdout
-    assert f"pre-flight: tracking: {STORE} is reached from here and 3 nodes" in lines
+    assert f"pre-flight: tracking: {STORE} is reachable from here and 3 nodes" in lines
     assert [line.partition(":")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2"]
 
     assert len(on_one_node.raylets) == 1, "on both nodes"
@@ -396,51 +400,47 @@ def test_three_workers_on_three_machines_find_what_three_on_one_do_and_mlflow_sh
     assert row["genotype"] == Genotype.from_json((here / "genotype.json").read_text()).digest()
 
 
-def test_a_stranger_starts_no_job(
+def test_a_job_without_the_token_is_rejected(
     local: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, which does not get as far as to join."""
+    """It runs in this process, which therefore does not join the cluster."""
     stranger = {**SET_ON_THE_WAY, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
     for name, value in stranger.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     assert run(["search", "--workers", "1", "--address", local.gcs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: runtime.address is {local.gcs}: ")
+    assert line.startswith(f"error: runtime.address: the process at {local.gcs} ")
     assert "token" in line
     assert not list((tmp_path / "runs").iterdir())
 
 
-# ---------- and its end
-def test_down_ends_all_of_it(local: LocalCluster) -> None:
+# ---------- shutdown
+def test_down_stops_all_processes(local: LocalCluster) -> None:
     family = local.processes()
     assert any("raylet" in title(p) for p in family)
-    assert local("down") == (0, "ended\n")
+    assert local("down") == (0, "stopped\n")
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not local.state.exists()
-    assert local("status") == (1, "nothing runs\n")
-    assert local("down") == (0, "nothing runs\n")
+    assert local("status") == (1, "not running\n")
+    assert local("down") == (0, "not running\n")
 
 
-# ---------- without a cluster
-def test_down_ends_no_process_that_is_not_its_own_and_removes_no_folder_that_it_did_not_make() -> None:
+# ---------- without a running cluster
+def test_down_leaves_foreign_processes_and_folders_alone() -> None:
     local = LocalCluster(CORES)
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         local.state.mkdir()
-        (local.state / "pid").write_text(
-            str(bystander.pid)
-        )  # as one that was killed leaves it, the number now somebody else's
-        assert local("down") == (0, "nothing runs\n")
+        # A killed cluster leaves the file, and its number now belongs to another process.
+        (local.state / "pid").write_text(str(bystander.pid))
+        assert local("down") == (0, "not running\n")
         assert bystander.poll() is None
         assert (local.state / "pid").exists()
         code, said = local("up")
         assert code == 1
-        assert (
-            said
-            == f"error: LOCAL_STATE is {local.state}, which is there already: name a folder that is not\n"
-        )
+        assert said == f"error: LOCAL_STATE: {local.state} exists already; name a new folder\n"
     finally:
         bystander.kill()
         bystander.wait()
@@ -448,7 +448,7 @@ def test_down_ends_no_process_that_is_not_its_own_and_removes_no_folder_that_it_
 
 
 @pytest.mark.parametrize("locked", ["folder", "file"])
-def test_a_cluster_starts_where_rays_folder_is_somebody_elses(
+def test_a_cluster_starts_if_rays_folder_belongs_to_another_user(
     locked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.getuid() == 0 and shutil.which("setpriv") is None:
@@ -457,7 +457,7 @@ def test_a_cluster_starts_where_rays_folder_is_somebody_elses(
     default = local.folder / "tmp" / "ray"
     default.mkdir(parents=True)
     if locked == "file":
-        (default / "ray_current_cluster").write_text("127.0.0.1:1")  # where somebody else's Ray is
+        (default / "ray_current_cluster").write_text("127.0.0.1:1")  # the Ray of another user
     (default if locked == "folder" else default / "ray_current_cluster").chmod(0o555)
     local.environment |= {"RAY_TMPDIR": str(default.parent)}
     try:
@@ -472,7 +472,7 @@ def test_a_cluster_starts_where_rays_folder_is_somebody_elses(
         local.close()
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_in_use_is_reported() -> None:
     import socket
 
     local = LocalCluster(CORES)
@@ -480,13 +480,13 @@ def test_a_port_that_is_taken_is_named() -> None:
         with socket.create_server(("127.0.0.1", local.port)):
             code, said = local("up")
         assert code == 1
-        assert said.startswith(f"error: port {local.port} of 127.0.0.1 is taken")
+        assert said.startswith(f"error: port {local.port} of 127.0.0.1 is in use; set")
         assert not local.state.exists()
     finally:
         os.rmdir(local.folder)
 
 
-def test_an_address_that_is_none_says_which_to_give(
+def test_a_wrong_address_is_an_error_with_the_right_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -495,11 +495,11 @@ def test_an_address_that_is_none_says_which_to_give(
     for address, words in (
         (
             "http://127.0.0.1:8265",
-            "runtime.address is 'http://127.0.0.1:8265': that is the job server, for istanas submit; give HOST",
+            "runtime.address: 'http://127.0.0.1:8265' is the job server, for istanas submit; give HOST:PORT",
         ),
         (
             "auto",
-            "RAY_ADDRESS (unset it to start Ray on this machine) is '127.0.0.1:1': nobody answers there",
+            "RAY_ADDRESS: no process listens at '127.0.0.1:1' (",
         ),
     ):
         sweep = ["sweep", "--config", str(ROOT / "tune_configs" / "sweep_digits.yaml"), "--address", address]

@@ -1,4 +1,4 @@
-"""Two nodes that share no disk: what the pre-flight lets pass and what it stops; and a sweep through a bucket."""
+"""Two nodes that share no disk: passed and failed pre-flight checks, and a sweep that stores its runs in a bucket."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import ray.tune  # noqa: F401 -- as a sweep does, long before it knows whether the cluster is on 127.0.0.1 only
+import ray.tune  # noqa: F401 -- A sweep imports it before it knows whether the cluster is on 127.0.0.1 only.
 
 from istanas.errors import IstanasError
 from pipeline.cli.commands import run
@@ -22,14 +22,14 @@ from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.report.trials import COLUMNS
 from pipeline.runs import bucket as storage
+from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.tracking.references import resolve_genotype
 from pipeline.tracking.store import open_client
 from tests import namespaces
 from tests.integration.test_sweep import CONFIG
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
-from tests.ports import unused_port
-from tests.ray_cluster import CLIENTS, ENVIRONMENT, PROGRAM, RayCluster, client_of
+from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
 
 server, elsewhere = test_storage.server, test_storage.elsewhere
 
@@ -47,74 +47,66 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    # A node gets a disk of its own.
+    # One node has a disk of its own.
     pytest.mark.skipif(namespaces.refusal() is not None, reason=str(namespaces.refusal())),
 ]
 
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the second node does not share: in its place it has a disk of its own."""
+    """A folder that the second node does not share: it mounts a disk of its own there."""
     return tmp_path_factory.mktemp("apart")
 
 
 @pytest.fixture(scope="module")
-def client_port() -> int:
-    return unused_port()
-
-
-@pytest.fixture(scope="module")
-def cluster(apart: Path, client_port: int, server: Server) -> Iterator[RayCluster]:
-    """Two nodes of one core, which have the bucket's keys in their environment."""
+def cluster(apart: Path, server: Server) -> Iterator[RayCluster]:
+    """Two nodes of one core, with the bucket's keys in their environment."""
     before = set(os.environ)
     own = {"HOME": str(apart), "XDG_CACHE_HOME": str(apart / "cache")}
-    cluster = RayCluster(1, client_port, {**CLIENTS, **keys_of_the_bucket(), **own})
+    cluster = RayCluster(1, {**keys_of_the_bucket(), **own})
     try:
         cluster.add(1, apart)
         yield cluster
     finally:
         cluster.close()
-        for name in set(os.environ) - before:  # what a joined Ray has set
+        for name in set(os.environ) - before:  # set by Ray when it joined
             del os.environ[name]
 
 
-# ---------- a sweep, which does not need this process to have joined
-def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_that_never_saw_it(
+# ---------- a sweep, in a process of its own
+def test_a_sweep_on_both_nodes_is_complete_and_readable_on_another_machine(
     cluster: RayCluster,
-    client_port: int,
     server: Server,
     elsewhere: Elsewhere,
     tmp_path: Path,
     blank_database: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    client_disk, database = tmp_path / "client", tmp_path / "mlflow.db"
-    client_disk.mkdir()
-    (client_disk / "tiny.yaml").write_text(CONFIG)
+    own_disk, database = tmp_path / "own", tmp_path / "mlflow.db"
+    own_disk.mkdir()
+    (own_disk / "tiny.yaml").write_text(CONFIG)
     database.write_bytes(blank_database.read_bytes())
-    store = f"sqlite:///{database}"  # stands for a server: it is not on the disk of anybody
-    at = ("--address", f"ray://127.0.0.1:{client_port}")
+    store = f"sqlite:///{database}"  # in place of a server: no node has it on its own disk
+    at = ("--address", cluster.address)
     settings = [f"--set={each}" for each in (*SETTINGS, f"tracking.uri={store}")]
     command = [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *at, *settings]
-    with client_of(lambda: cluster.named("specific-server")):
-        process = subprocess.Popen(
-            command,
-            cwd=client_disk,
-            env={**ENVIRONMENT, **keys_of_the_bucket(), "XDG_CACHE_HOME": str(client_disk / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    # Through Ray's client, word for word as without: what Ray says to a client goes to the log.
-    versions, shared, pictures, begun, plan, *done = err.splitlines()[: 5 + TRIALS]
+    done = subprocess.run(
+        command,
+        cwd=own_disk,
+        env={**ENVIRONMENT, **keys_of_the_bucket(), "XDG_CACHE_HOME": str(own_disk / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
+    versions, shared, pictures, begun, plan, *ended = err.splitlines()[: 5 + TRIALS]
     assert versions.startswith("pre-flight: versions: the same on 2 nodes (")
     assert shared == f"pre-flight: storage: 2 nodes and this process share {PLACE} and {tmp_path}"
     assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
     assert begun.startswith(f"sweep: {PLACE}/tiny-sweep-")
-    assert plan == "a trial has 1 core; 2 fit, 2 at once"
-    assert sorted(line[: len("trial 0 done")] for line in done) == ["trial 0 done", "trial 1 done"]
+    assert plan == "each trial has 1 core; 2 trials fit, at most 2 at once"
+    assert sorted(line[: len("trial 0 done")] for line in ended) == ["trial 0 done", "trial 1 done"]
     result, there = json.loads(out), server.objects(begun.removeprefix(f"sweep: s3://{BUCKET}/"))
     assert result["run_dir"] == begun.removeprefix("sweep: ")
     assert (result["complete"], result["failed"]) == (TRIALS, 0)
@@ -123,7 +115,7 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     assert (result["best_trial"], result["digest"]) == (best, frame["digest"][best])
     left = {"optuna.db", "trials.csv", "sweep.html", "report.html", "best/genotype.json", "metrics.jsonl"}
     assert left <= there.keys()
-    assert not [name for name in there if name.endswith(storage.OWNER_OBJECT)]
+    assert not [name for name in there if name.endswith(OWNER_OBJECT)]
 
     client = open_client(store)
     (experiment,) = client.search_experiments(filter_string="name = 'istanas'")
@@ -137,13 +129,13 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
     assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= {run.info.run_id for run in trials}
     assert {run.data.tags["istanas.run_dir"] for run in trials} == set(frame["run_dir"])
     assert {run.info.run_id for run in trials} == set(frame["mlflow_run_id"])
-    assert len({run.data.tags["istanas.node"] for run in trials}) == 2, "both on one node"
+    assert len({run.data.tags["istanas.node"] for run in trials}) == 2, "both trials ran on one node"
     assert all(len(run.data.metrics) > 5 for run in trials + cells)
     names = {run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)} for run in runs}
     assert all({"config.yaml", "genotype.json", "report.html"} <= names[run.info.run_id] for run in runs)
     assert {"trials.csv", "sweep.html", "best"} <= names[parent.info.run_id]
 
-    # From a machine that has never seen it.
+    # On a machine without any of the files.
     elsewhere()
     common = [f"--set=tracking.uri={store}", f"--set=runtime.runs_dir={PLACE}"]
     assert istanas("results", "--sweep", result["run_dir"], *common, "--json", capsys=capsys)[0] == 0
@@ -160,10 +152,10 @@ def test_trials_spread_their_tree_is_whole_and_all_of_it_is_read_on_a_machine_th
         runs_dir=storage.local(PLACE),
         tracking_uri=store,
     )
-    assert parent_dir == trial_dir  # of a retraining of the sweep's best
+    assert parent_dir == trial_dir  # the parent run of a retraining of the sweep's best cell
 
 
-# ---------- the pre-flight
+# ---------- the pre-flight checks
 @pytest.fixture(scope="module")
 def joined(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This process has joined the cluster."""
@@ -207,14 +199,14 @@ def picture_folder(folder: Path) -> None:
         (folder / name).write_bytes(b"never decoded")
 
 
-def test_a_command_is_refused_before_it_queues_and_leaves_nothing(
+def test_a_command_is_rejected_before_it_queues_and_leaves_nothing(
     cluster: RayCluster,
     apart: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The cluster is "auto", which a file of Ray's names; the tests' own, for other clusters run on this machine."""
+    """The address is "auto", from a file of Ray. The test writes its own file, because of other clusters."""
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(cluster.address)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -225,16 +217,14 @@ def test_a_command_is_refused_before_it_queues_and_leaves_nothing(
     assert out == ""
     (line,) = err.splitlines()
     assert re.match(
-        rf"error: pre-flight: storage: runtime.runs_dir: {apart}/runs is not shared with node 127.0.0.1 \(\w{{8}}\) "
+        rf"error: pre-flight: runtime.runs_dir: {apart}/runs is not shared with node 127.0.0.1 \(\w{{8}}\) "
         r"\(No such file or directory\); .* choose a folder that all nodes share",
         line,
     )
     assert not list((apart / "runs").iterdir())
 
 
-def test_what_all_nodes_share_passes_in_a_line_each_and_a_node_is_asked_once(
-    joined: None, tmp_path: Path
-) -> None:
+def test_passed_checks_print_a_line_each_and_a_node_is_checked_once(joined: None, tmp_path: Path) -> None:
     picture_folder(tmp_path / "pictures")
     known: set[str] = set()
     config = config_of(tmp_path / "runs", "data.name=folder", f"data.root={tmp_path}/pictures")
@@ -244,10 +234,10 @@ def test_what_all_nodes_share_passes_in_a_line_each_and_a_node_is_asked_once(
     assert data == f"pre-flight: data: 2 nodes and this process have the same files in {tmp_path}/pictures"
     assert len(known) == 2
     assert lines_of(config, known=known) == []
-    assert not list((tmp_path / "runs").iterdir()), "marks were left"
+    assert not list((tmp_path / "runs").iterdir()), "marks were left behind"
 
 
-def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
+def test_storage_with_an_address_is_checked_across_nodes(
     joined: None, tmp_path: Path, apart: Path, server: Server
 ) -> None:
     config = config_of(Path("unused"), f"runtime.runs_dir=file://{tmp_path}")
@@ -257,39 +247,40 @@ def test_storage_by_an_address_is_written_on_one_node_and_read_on_another(
         config_of(Path("unused"), f"runtime.runs_dir=file://{apart}")
     )
     assert not list(apart.glob(".pre*"))
-    # In a bucket, whose server the address names.
+    # A bucket whose server is in the address.
     query = f"scheme=http&endpoint_override=127.0.0.1%3A{server.port}&region=us-east-1&allow_bucket_creation=false"
     bucket = config_of(Path("unused"), f"runtime.runs_dir=s3://{BUCKET}/marks?{query}")
     assert lines_of(bucket)[1] == (
         f"pre-flight: storage: 2 nodes and this process share s3://{BUCKET}/marks?{query}"
     )
-    assert not server.objects("marks"), "marks were left"
+    assert not server.objects("marks"), "marks were left behind"
     nowhere = config_of(Path("unused"), f"runtime.runs_dir=s3://nowhere/runs?{query}")
-    assert "can't be written from here" in refusal(nowhere)
+    assert "cannot be written from this machine" in refusal(nowhere)
 
 
-def test_data_that_a_node_lacks_or_has_otherwise_is_named(joined: None, tmp_path: Path, apart: Path) -> None:
+def test_missing_data_on_a_node_are_reported(joined: None, tmp_path: Path, apart: Path) -> None:
     picture_folder(apart / "pictures")
     config = config_of(tmp_path, "data.name=folder", f"data.root={apart}/pictures")
-    assert f"{apart}/pictures holds no such pictures on node {blind_node()}" in refusal(config)
+    assert f"{apart}/pictures contains no such pictures on node {blind_node()}" in refusal(config)
 
 
 def test_trials_must_reach_the_store_from_every_node(joined: None, tmp_path: Path, apart: Path) -> None:
     local = config_of(tmp_path, "tracking.enabled=true", f"tracking.uri=sqlite:///{apart}/mlflow.db")
-    assert lines_of(local)  # only this process writes to it
+    assert lines_of(local)  # Only this process writes to the store.
     line = refusal(local, trials=True)
     assert f"tracking.uri: the folder {apart} is not shared with node {blind_node()}" in line
     nowhere = config_of(tmp_path, "tracking.enabled=true", "tracking.uri=http://me:secret@127.0.0.1:1")
     line = refusal(nowhere)
-    assert "tracking: http://127.0.0.1:1 is not reached from here (Connection refused)" in line
+    assert "tracking.uri: http://127.0.0.1:1 is not reachable from this machine (Connection refused)" in line
     assert "secret" not in line
 
 
-def test_a_node_that_hangs_is_named(cluster: RayCluster, joined: None, tmp_path: Path) -> None:
+def test_a_node_that_hangs_is_reported(cluster: RayCluster, joined: None, tmp_path: Path) -> None:
     name = blind_node()
     cluster.halt()
     try:
-        line = refusal(config_of(tmp_path), seconds=2)  # in which the other node may not answer, either
+        # The other node may not answer within this time, either.
+        line = refusal(config_of(tmp_path), seconds=2)
     finally:
         cluster.wake()
     assert re.match(rf"pre-flight: nodes? .*{re.escape(name)}.*: no answer within 2 s", line)
@@ -308,7 +299,7 @@ print(answer["code"], answer["versions"]["no-such-package"])
 """
 
 
-def test_a_node_without_this_project_can_be_asked(tmp_path: Path, repo_root: Path) -> None:
+def test_a_node_without_this_project_can_be_checked(tmp_path: Path, repo_root: Path) -> None:
     from ray import cloudpickle
 
     from pipeline.cluster.preflight import SENT_AS_CODE

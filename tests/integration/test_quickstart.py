@@ -1,4 +1,4 @@
-"""What a user does first: the quickstart on real digits, its MLflow store, its tables; and a folder of pictures."""
+"""A user's first commands: the quickstart on the digits, its MLflow store and tables; and a folder of pictures."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def istanas(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
-    """The real run: where, what it printed, its figures, its seconds."""
+    """The quickstart's folder, configuration, output, seconds and result."""
     folder = tmp_path_factory.mktemp("quickstart")
     file = repo_root / "tune_configs" / "digits_quickstart.yaml"
     begun = time.monotonic()
@@ -89,7 +89,7 @@ def client(quickstart: dict[str, Any]) -> Any:
     return MlflowClient(tracking_uri=f"sqlite:///{quickstart['folder'] / 'mlflow.db'}")
 
 
-def test_it_is_quick_and_right(quickstart: dict[str, Any]) -> None:
+def test_it_is_fast_and_accurate(quickstart: dict[str, Any]) -> None:
     assert quickstart["seconds"] < 180
     assert quickstart["result"]["test_top1"] >= 0.96
     assert quickstart["config"].search.epochs >= 10
@@ -211,7 +211,7 @@ def test_the_model_of_mlflow_is_the_network_of_the_run_directory(
     assert top1 == pytest.approx(result["test_top1"], abs=1e-12)
 
 
-def test_results_has_both_rows_and_sync_doubles_nothing(quickstart: dict[str, Any], client: Any) -> None:
+def test_results_has_both_rows_and_sync_is_safe_to_repeat(quickstart: dict[str, Any], client: Any) -> None:
     folder, result = quickstart["folder"], quickstart["result"]
     istanas(folder, "sync", result["run_dir"])
     istanas(folder, "sync", result["retrain_run_dir"])
@@ -232,7 +232,7 @@ def test_results_has_both_rows_and_sync_doubles_nothing(quickstart: dict[str, An
 
 
 def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
-    """Three digits as PNG files, sorted by class as folders are: searched, retrained, recognised."""
+    """Three digits as PNG files in one folder per class are searched and retrained."""
     from PIL import Image
 
     digits = load_dataset("digits")
@@ -260,7 +260,7 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     card = json.loads((tmp_path / result["retrain_run_dir"] / "network.json").read_text())
     assert card["class_names"] == ["four", "null", "one"]
     assert card["shape"] == [1, 8, 8]
-    # The second time nothing is decoded, and another baseline may use the same pictures.
+    # The second job decodes nothing, and another baseline uses the same cached pictures.
     done = istanas(
         tmp_path,
         "retrain",
@@ -276,7 +276,7 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["digest"] != result["digest"]
 
 
-def test_one_stage_digits_are_searched_trained_exported_and_registered_in_one_run(
+def test_one_stage_digits_search_train_export_and_register_in_one_run(
     tmp_path: Path, repo_root: Path
 ) -> None:
     file = repo_root / "tune_configs" / "one_stage_digits.yaml"
@@ -297,7 +297,7 @@ def test_one_stage_digits_are_searched_trained_exported_and_registered_in_one_ru
     version = client.get_model_version_by_alias("istanas-digits", "candidate")
     assert version.run_id == result["mlflow_run_id"]
 
-    # Again: nothing is done twice. Under another name of the store's model: only its own configuration decides.
+    # The same commands again repeat nothing; the export uses the run's own configuration.
     again = json.loads(istanas(tmp_path, "run", "--config", str(file), "--json").stdout)
     assert again == result
     once_more = json.loads(istanas(tmp_path, "export", result["run_dir"], "--json").stdout)
@@ -311,7 +311,7 @@ def test_one_stage_digits_are_searched_trained_exported_and_registered_in_one_ru
 
 
 def test_a_run_that_is_not_tracked_is_exported_without_a_store(tmp_path: Path, repo_root: Path) -> None:
-    """Also where --set names its folder: the run's own configuration decides the rest."""
+    """Also if --set names its folder, since everything else comes from the run's own configuration."""
     tiny = [
         "search={max_search_epochs: 1, train_epochs: 0, batch_size: 256, init_channels: 2, layers: 3, cutout: 0}",
         "method=one_stage",
@@ -322,4 +322,4 @@ def test_a_run_that_is_not_tracked_is_exported_without_a_store(tmp_path: Path, r
     istanas(tmp_path, "export", "tiny-search", "--set", "runtime.runs_dir=deep/runs")
     (run,) = (tmp_path / "deep" / "runs").iterdir()
     assert (run / "export" / "model.onnx").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "a store was made"
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "a store was created"

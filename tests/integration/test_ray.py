@@ -1,4 +1,4 @@
-"""A search on Ray Train's workers: killed anywhere it ends as if it had not been; it waits, grows and stops as told."""
+"""A search on Ray Train's workers: it survives kills with the same result, waits for room, grows, and stops."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """It has room for one worker, until a node is added."""
+    """A cluster with room for one worker, until a node is added."""
     cluster = RayCluster(1)
     yield cluster
     cluster.close()
@@ -51,19 +51,19 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one search runs that everything happens to: starting workers takes half a minute each time."""
+    """The folder of the search that all tests share: each start of workers takes half a minute."""
     return new_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where its elastic copy runs."""
+    """The folder of the search's elastic copy."""
     return new_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same jobs on two ranks that Ray did not start and nobody killed."""
+    """The folder of the same jobs, undisturbed, on two ranks without Ray."""
     folder = new_folder(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ISTANAS_TEST_FOLDER", str(folder))
@@ -79,7 +79,7 @@ def new_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 class Command(Followed):
-    """The command line in a folder."""
+    """A command of the command line, in a folder."""
 
     def __init__(self, folder: Path, *arguments: str, job: str = "search") -> None:
         environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
@@ -87,7 +87,7 @@ class Command(Followed):
         super().__init__(*command, environment=environment, cwd=folder, own_group=True)
 
     def end(self) -> int:
-        """And nothing of Ray's has come to the terminal."""
+        """Return the exit code, after checking that no message of Ray is on the terminal."""
         code = super().end()
         noise = [line for line in self.lines if "(raylet)" in line or "Traceback" in line]
         assert not noise, "\n".join(self.lines)
@@ -98,7 +98,7 @@ class Command(Followed):
         return self.end()
 
     def interrupt(self) -> int:
-        """What a terminal does at Ctrl-C: SIGINT to all that the command has started, too."""
+        """Send SIGINT to the command and its children, as a terminal does at Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
         return self.end()
 
@@ -109,7 +109,7 @@ def run_directory(folder: Path, job: str = "search") -> Path:
 
 
 def decided(path: Path) -> Any:
-    """All bits of a run that the clock does not decide: weights, optimisers, codes, figures, genotypes."""
+    """Return everything in a run that does not depend on time: weights, optimisers, codes, metrics, genotypes."""
     saved = load_latest(path / "checkpoints")
     assert saved is not None
     records = [dataclasses.asdict(record) for record in all_records(path / "checkpoints")]
@@ -131,7 +131,7 @@ def all_records(folder: Path) -> list[EpochRecord]:
 
 
 def run_without_ray() -> None:
-    """What the workers run, on two ranks that Ray did not start; in the folder that the test names."""
+    """Run the workers' functions on ranks without Ray, in the folder that the test sets."""
     folder = Path(os.environ["ISTANAS_TEST_FOLDER"])
     config = load(folder / "ray.yaml")
     dataset = open_dataset(config, ("search", "retrain"))
@@ -204,15 +204,15 @@ print(*(g["name"] for g in placement_group_table().values() if g["state"] == "CR
 
 
 def on_cluster(cluster: RayCluster, code: str, *arguments: str) -> list[str]:
-    """The words that a driver of its own prints."""
+    """Return the words that a separate driver prints."""
     command = [sys.executable, "-c", code, cluster.address, *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.splitlines()[-1].split()
 
 
 @contextlib.contextmanager
-def core_of_somebody_else(cluster: RayCluster) -> Iterator[None]:
-    """Inside, another job, which is none of Ray Train's, has one."""
+def core_of_another_job(cluster: RayCluster) -> Iterator[None]:
+    """Inside, another job, without Ray Train, holds a core."""
     command = [sys.executable, "-c", HOLD, cluster.address]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes) as process:
@@ -220,11 +220,11 @@ def core_of_somebody_else(cluster: RayCluster) -> Iterator[None]:
         assert process.stdout.readline() == "held\n"
         yield
         assert process.stdin is not None
-        process.stdin.close()  # it ends
+        process.stdin.close()  # The process exits.
 
 
 def leave_behind(cluster: RayCluster, run: Path) -> None:
-    """A reservation of a core that outlives its job, as if the run had made it; and one of somebody else."""
+    """Leave a reservation of a core that outlives its job, as if the run had made it, and one of another job."""
     on_cluster(cluster, RESERVE, "other")
     (run / "ray" / "jobs.json").write_text(json.dumps([on_cluster(cluster, RESERVE, "")]))
 
@@ -233,10 +233,12 @@ def left_on(cluster: RayCluster) -> list[str]:
     return on_cluster(cluster, LEFT)
 
 
-# ---------- one search, in the order of the tests; a start of workers takes half a minute of a core, so none is wasted
-def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster, folder: Path) -> None:
-    command = Command(folder, "--workers", "1:2")  # where nobody else is, it is Ray Train that counts
-    # Meanwhile, on the cluster: what it cannot hold is waited for and given up.
+# ---------- one search, in the order of the tests, because each start of workers takes half a minute
+def test_a_ray_that_a_command_starts_is_quiet_and_dies_with_its_driver(
+    cluster: RayCluster, folder: Path
+) -> None:
+    command = Command(folder, "--workers", "1:2")  # Without other jobs, Ray Train counts the workers.
+    # Meanwhile, a job that does not fit on the cluster waits and gives up.
     refused_folder = folder / "refused"
     refused_folder.mkdir()
     shutil.copy(folder / "ray.yaml", refused_folder)
@@ -246,12 +248,14 @@ def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster,
     family = psutil.Process(command.process.pid).children(recursive=True)
     assert any("raylet" in title(p) for p in family)
     assert sum("RayTrainWorker" in title(p) for p in family) == 2
-    # Neither of Ray nor of torch, whose meeting point is in a worker, does anything listen elsewhere.
+    # Neither Ray nor torch, whose store is in a worker, listens on another address.
     assert {a for p in [*family, psutil.Process(command.process.pid)] for a in listening(p)} == {"127.0.0.1"}
-    assert any(listening(p) for p in family if "RayTrainWorker" in title(p)), "the workers meet somewhere"
+    assert any(listening(p) for p in family if "RayTrainWorker" in title(p)), "no worker listens"
     assert command.kill() == -signal.SIGKILL
-    agents = [p for p in family if "Agent" in title(p)]  # Ray's, which notice after a minute
-    assert wait_for(lambda: not any(alive(p) for p in family if p not in agents), 30), "something outlives it"
+    agents = [p for p in family if "Agent" in title(p)]  # Ray's agents notice the end after a minute.
+    assert wait_for(lambda: not any(alive(p) for p in family if p not in agents), 30), (
+        "a process outlives the driver"
+    )
     kill(agents)
     pictures, first, place, epoch, *more = [line for line in command.lines if line]
     assert pictures.startswith("pictures: digits: 1,438 training and 359 test pictures")
@@ -267,26 +271,26 @@ def test_a_ray_of_its_own_is_quiet_and_dies_with_its_driver(cluster: RayCluster,
     assert storage == f"pre-flight: storage: 1 node and this process share {refused_folder}/runs"
     assert waiting.startswith("waiting for 5 workers of 1 core; free now: 1 core, 0 GPUs")
     assert given_up.startswith(
-        "error: gave up after 0.1 minutes (runtime.wait_minutes) of waiting for 5 workers"
+        "error: runtime.wait_minutes: no room within 0.1 minutes for 5 workers of 1 core"
     )
-    assert not list((refused_folder / "runs").iterdir()), "a refusal left something behind"
+    assert not list((refused_folder / "runs").iterdir()), "a rejected command left something behind"
 
 
-def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and_says_so(
+def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
     cluster: RayCluster, folder: Path, copy: Path, reference: Path
 ) -> None:
-    """A copy of the run that was killed with two workers: on one, on two, on one again; and at last without Ray."""
+    """The copy of a run that was killed with two workers runs on one, two and one workers, and then without Ray."""
     shutil.copytree(folder / "runs", copy / "runs", symlinks=True)
-    (run_directory(copy) / "ray" / "session").unlink()  # the other run collects these logs
+    (run_directory(copy) / "ray" / "session").unlink()  # The other run collects these logs.
     cluster.add(1)
-    with core_of_somebody_else(cluster):
+    with core_of_another_job(cluster):
         command = Command(copy, "--workers", "1:3", "--address", cluster.address)
-        assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # started with what was free
+        assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # as many as there was room for
         cluster.add(1)
         command.until(r"1 worker \(")
         command.until(r"1 worker instead of 2: .* no longer bit for bit")
         command.until("epoch ")
-        assert command.until(r"\d workers? \(").startswith("2 "), "for nothing it was stopped in between"
+        assert command.until(r"\d workers? \(").startswith("2 "), "it was stopped although it could not grow"
         command.until(r"2 workers instead of 1")
         command.until("epoch ")
         cluster.remove()
@@ -294,7 +298,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and
         command.until(r"1 worker \(")
         command.until(r"1 worker instead of 2")
 
-    # Ctrl-C on a cluster ends the workers, which are no children of the command.
+    # On a cluster, Ctrl-C ends the workers, although they are not children of the command.
     workers = cluster.workers()
     assert workers
     start = time.monotonic()
@@ -318,17 +322,17 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_batches_and_schedule_and
     assert rate == expected
 
 
-def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
+def test_a_search_that_is_killed_in_every_way_has_the_same_result(
     cluster: RayCluster, folder: Path, reference: Path
 ) -> None:
     """The driver was killed in the first test."""
     place = ("--workers", "2", "--address", cluster.address)
     path = run_directory(folder)
 
-    # What a killed sitting may leave behind on a cluster does not keep the next one out.
+    # Reservations that a killed command leaves on a cluster do not block the next one.
     leave_behind(cluster, path)
 
-    # SIGKILL of a worker in mid-epoch: replaced, the epoch starts again.
+    # After SIGKILL within an epoch, a worker is replaced, and the epoch starts again.
     second = Command(folder, *place)
     assert int(second.until("resumed after epoch").split()[-1]) >= 1
     assert list((path / "ray").glob("session_*/raylet.out")), "the killed Ray's logs are lost"
@@ -337,17 +341,17 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     second.until(r"lost worker \d .*: replacing it, the epoch starts again")
     second.until("resumed after epoch")
     second.until("epoch ")
-    # Then of everything that belongs to the job, while it goes on.
+    # Then all processes of the job are killed.
     kill(cluster.workers())
     assert second.kill() == -signal.SIGKILL
 
-    # The rest of the search, and the retraining of what it found.
+    # The rest of the search, and the retraining of its result.
     third = Command(folder, *place, job="run")
     third.until("resumed after epoch")
     third.until(f"epoch {EPOCHS}:")
     seen = len(third.lines)
     assert third.end() == 0, "\n".join(third.lines)
-    # Ray may take its time to give back the places of the search.
+    # Ray may release the search's reservations late.
     after = [line for line in third.lines[seen:] if not line.startswith("waiting for ")]
     pictures, retrain, workers, one, two, table = after[:6]
     assert pictures.startswith("pictures: digits: ")
@@ -355,25 +359,25 @@ def test_killed_in_every_way_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert workers.startswith("2 workers (cpu, gloo)")
     assert one.startswith("epoch 1: ")
     assert two.startswith("epoch 2: ")
-    assert table.startswith("┏"), "something between the epochs and the table"
+    assert table.startswith("┏"), "lines between the epochs and the table"
 
-    assert "other" in left_on(cluster), "a reservation of somebody else is gone"
+    assert "other" in left_on(cluster), "the reservation of another job is gone"
     assert decided(path) == decided(reference / "search")
     assert decided(run_directory(folder, "retrain")) == decided(reference / "retrain")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, EPOCHS + 1))
 
 
-def test_what_a_worker_says_arrives_in_the_order_in_which_it_was_said(cluster: RayCluster) -> None:
-    """Though Ray lets an asynchronous actor take calls in any order: here the first takes it longest."""
+def test_messages_of_a_worker_arrive_in_order(cluster: RayCluster) -> None:
+    """Ray lets an asynchronous actor execute calls in any order. Here, the first call takes longest."""
     assert on_cluster(cluster, POST_WITH_DELAY) == ["started", "note", "resumed", "finished"]
 
 
-def test_a_ray_at_an_address_is_recognised(cluster: RayCluster) -> None:
+def test_doctor_recognises_ray_at_an_address(cluster: RayCluster) -> None:
     assert check_cluster(cluster.address).state == "ok"
 
 
-# ---------- refusals, before any process is started
+# ---------- rejected before any process is started
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert run(["search", "--config", "ray.yaml", *arguments]) == 1
     out, err = capsys.readouterr()
@@ -383,16 +387,16 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_what_can_never_be_had_is_refused_at_once(
+def test_too_many_workers_and_wrong_addresses_fail_immediately(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ray.yaml").write_text(CONFIG)
     line = refusal(["--workers", "500", "--set", "search.batch_size=1000"], capsys)
     assert re.match(
-        r"error: waiting is of no use: 500 workers of 1 core are asked for, this machine has", line
+        r"error: runtime.workers: this machine is too small for 500 workers of 1 core: it has \d+ core", line
     )
     start = time.monotonic()
     line = refusal(["--workers", "2", "--address", "127.0.0.1:1"], capsys)
     assert time.monotonic() - start < 10
-    assert line.startswith("error: runtime.address is '127.0.0.1:1': nobody answers there")
+    assert line.startswith("error: runtime.address: no process listens at '127.0.0.1:1' (")

@@ -1,4 +1,4 @@
-"""Invariant 1: a run killed at any moment and started again ends as one that was never killed, bit for bit."""
+"""Invariant 1: a run that is killed at any moment and resumed equals an undisturbed run bit for bit."""
 
 import json
 import os
@@ -21,7 +21,7 @@ retrain: {epochs: 6, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weig
 runtime: {threads: 1, device: cpu}
 """
 EPOCHS = 6
-EPOCHS_BETWEEN_KILLS = (0, 1, 1)  # in random order; few enough for all kills to fall before the phase's end
+EPOCHS_BETWEEN_KILLS = (0, 1, 1)  # in random order; few enough that all kills come before the phase's end
 COMMAND = [sys.executable, "-m", "pipeline.cli", "run", "--config", "killed.yaml"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
@@ -47,11 +47,11 @@ def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: floa
     """Start the run, wait for some epochs of a phase and a part of the next one, and kill it.
 
     Returns:
-        Epochs of the phase that were written down when the kill fell.
+        Number of the phase's epochs in metrics.jsonl after the kill.
     """
     process = subprocess.Popen(COMMAND, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    in_phase, seen, seconds = False, 0, 1.0  # before the first epoch come some imports
+    in_phase, seen, seconds = False, 0, 1.0  # assumed for the time before the first epoch
     try:
         for line in process.stdout:
             in_phase = in_phase or line.startswith(f"{phase}: runs")
@@ -59,7 +59,7 @@ def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: floa
             if in_phase and found:
                 seen, seconds = seen + 1, float(found[2])
             if in_phase and seen == new_epochs:
-                time.sleep(epoch_fraction * seconds)
+                time.sleep(epoch_fraction * seconds)  # the random moment
                 break
     finally:
         process.kill()
@@ -73,14 +73,14 @@ def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: floa
 
 
 def decided_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock decides."""
+    """Return the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["timestamp_ms"], line["metrics"]["images_per_second"]
     return lines
 
 
-def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(tmp_path: Path) -> None:
     seed = int(os.environ.get("ISTANAS_KILL_SEED", random.SystemRandom().randrange(10**6)))
     print(f"moments of the kills: ISTANAS_KILL_SEED={seed}")
     moments = random.Random(seed)
@@ -104,7 +104,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
         ends = [folder / whole[key] for folder in folders.values()]
         one, other = map(decided_metrics, ends)
         assert one == other
-        assert [line["step"] for line in other] == list(range(1, EPOCHS + 1)), "a line is doubled or lost"
+        assert [line["step"] for line in other] == list(range(1, EPOCHS + 1)), "a line is duplicated or lost"
         for name in ("genotype.json", "trajectory.csv", "codes.csv", "model.safetensors", "config.yaml"):
             contents = [(end / name).read_bytes() if (end / name).exists() else None for end in ends]
             assert contents[0] == contents[1], name
@@ -112,12 +112,12 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
     assert (folders["killed"] / killed["run_dir"] / "trajectory.csv").stat().st_size > 0
     search = decided_metrics(folders["whole"] / whole["run_dir"])
     changes = [line["metrics"]["recovery/support_changes"] for line in search]
-    assert sum(changes) > 0, "an architecture that never changes has nothing to lose"
+    assert sum(changes) > 0, "the architecture never changes, so that the test could not notice a loss"
     check_mlflow(folders["killed"], killed)
 
 
 def check_mlflow(folder: Path, result: dict[str, Any]) -> None:
-    """No run doubled or left RUNNING, one value a metric and epoch, the same as in metrics.jsonl."""
+    """Check that every run exists once and is FINISHED, with the metrics of metrics.jsonl, each once per epoch."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")

@@ -31,17 +31,17 @@ pytestmark = [
 def wait_for_end(slurm: Slurm, job: str, log: Path) -> None:
     end = time.monotonic() + SECONDS
     while slurm.ask("squeue", "--noheader", "--format=%i"):
-        assert time.monotonic() < end, f"job {job} goes on and on:\n{log.read_text()}\n{slurm.logs()}"
+        assert time.monotonic() < end, f"job {job} does not end:\n{log.read_text()}\n{slurm.logs()}"
         time.sleep(0.5)
 
 
-def test_a_search_runs_on_the_nodes_of_an_allocation_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_search_runs_on_the_allocated_nodes_and_leaves_nothing_behind(tmp_path: Path) -> None:
     istanas = Path(sys.executable).with_name("istanas")
     if not istanas.exists():
         pytest.skip(f"istanas is not installed: no {istanas}, which the script calls")
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     environment = {**ENVIRONMENT, "VENV": str(istanas.parent.parent), "HOME": str(tmp_path)}
-    del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # nodes of a real network
+    del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # The nodes have a real network.
     options = ["--parsable", f"--nodes={len(NODES)}", "--gpus-per-node=0", "--cpus-per-task=1"]
     command = ["search", "--config", "tiny.yaml", "--set", f"runtime.runs_dir={tmp_path}/runs", "--json"]
     script = str(ROOT / "clusters" / "slurm.sbatch")
@@ -52,7 +52,7 @@ def test_a_search_runs_on_the_nodes_of_an_allocation_and_leaves_nothing_behind(t
         facts = slurm.ask("scontrol", "show", "job", job)
     said = log.read_text()
     assert "JobState=COMPLETED" in facts, said + (tmp_path / f"istanas-{job}-ray.log").read_text()
-    # Each node has one core for Ray: two workers are one on each, and met on the network that the nodes share.
+    # Each node has one core for Ray, so each has one of the two workers.
     assert f"Ray on {len(NODES)} nodes (n[1-2]), head {NODES['n1']}:" in said
     assert "2 nodes and this process share" in said
     assert "2 workers (cpu, gloo), each 1 thread" in said
@@ -61,14 +61,16 @@ def test_a_search_runs_on_the_nodes_of_an_allocation_and_leaves_nothing_behind(t
 
     token = tmp_path / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
-    assert not list(Path("/tmp").glob(f"ray-{job}-*")), "Ray's folders are left"
+    assert not list(Path("/tmp").glob(f"ray-{job}-*")), "Ray's folders were left behind"
 
 
-def test_without_a_command_it_says_how(tmp_path: Path) -> None:
-    """As Slurm would run it, but for the allocation, which it does not come to."""
+def test_a_missing_command_is_an_error(tmp_path: Path) -> None:
+    """The script runs as in Slurm, but without an allocation, which it does not reach."""
     script = ROOT / "clusters" / "slurm.sbatch"
     done = subprocess.run(
         ["bash", str(script)], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "error: no command: sbatch clusters/slurm.sbatch search --config FILE ...\n"
+    assert (
+        done.stderr == "error: no command; give one: sbatch clusters/slurm.sbatch search --config FILE ...\n"
+    )

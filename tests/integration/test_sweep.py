@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: a whole one, one that is killed again and again, and one whose trials have workers."""
+"""Sweeps as a user runs them: an undisturbed one, a killed one, and one whose trials have workers."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,14 @@ from pipeline.cli.commands import run
 from pipeline.config.load import load
 from pipeline.report.trials import COLUMNS, read_table, trials_table
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.study import STUDY_FILE
+from pipeline.runs.layout import STUDY_FILE
 from pipeline.tracking.store import open_client
 from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
+from tests.waiting import wait_until
 
 TRIALS = 6
-TRIAL = "ray::ImplicitFunc"  # how Ray Tune calls the process of a trial
+TRIAL = "ray::ImplicitFunc"  # title of a trial's process in Ray Tune
 CONFIG = f"""
 data: {{name: digits, holdout: 0.2}}
 space: {{nodes: 1, ops: [skip_connect, sep_conv_3x3]}}
@@ -67,7 +68,7 @@ def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> su
 
 
 def finish(process: subprocess.Popen[str]) -> Any:
-    """The one JSON object on stdout."""
+    """Wait for the command, and return the JSON object on its stdout."""
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     print(err)  # shown if the test fails
@@ -76,7 +77,7 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 
 def sweep_directory(folder: Path) -> Path:
-    # Runs of the best trial's configuration are named for the sweep, too.
+    # Runs of the best trial's configuration also have the sweep's name.
     (path,) = (path for path in (folder / "runs").glob("tiny-sweep-*") if "-best-" not in path.name)
     return path
 
@@ -88,15 +89,8 @@ def table(folder: Path) -> pd.DataFrame:
         return pd.DataFrame({"state": []})
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come to pass"
-        time.sleep(0.05)
-
-
 def decided(folder: Path) -> list[dict[str, Any]]:
-    """What of the trials' table the clock and the place do not decide."""
+    """Return the trials' table without times, folders and MLflow's run ids."""
     clocks = ["seconds", "retrain_seconds", "run_dir", "retrain_dir", "mlflow_run_id"]
     frame = table(folder).drop(columns=clocks)
     rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records"))
@@ -104,15 +98,19 @@ def decided(folder: Path) -> list[dict[str, Any]]:
 
 
 def n_ended(folder: Path) -> int:
-    """How many trials have ended; -1 before the first has begun."""
+    """Return the number of trials that have ended; -1 before the first one has begun."""
     states = list(table(folder)["state"])
     return len([state for state in states if state != "RUNNING"]) if states else -1
 
 
+def first_log(folder: Path) -> str:
+    return "".join(file.read_text() for file in folder.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
+
+
 def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
-    """SIGKILL so many seconds after something has come to pass; its trials end by themselves, as their locks do."""
-    wait_for(ready, 120)
-    time.sleep(seconds)
+    """Kill the command some seconds after a condition; its trials must end by themselves and release their locks."""
+    wait_until(ready, 120, "the trials that end before the kill")
+    time.sleep(seconds)  # the random moment
     others = psutil.Process(process.pid).children(recursive=True)
     assert process.poll() is None, "it had ended before it was killed: more trials are needed"
     process.kill()
@@ -120,7 +118,7 @@ def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], secon
     trials = [p for p in others if TRIAL in title(p)]
     _, alive = psutil.wait_procs(trials, timeout=20)
     assert not alive, "trials outlive their driver"
-    for each in others:  # agents of Ray's, which take their time
+    for each in others:  # Ray's agents, which end later
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
 
@@ -131,7 +129,7 @@ def running_trials(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A sweep that nobody disturbs: its folder and what it printed."""
+    """An undisturbed sweep: its folder and its result."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, finish(start(folder, stderr=subprocess.PIPE))
 
@@ -142,9 +140,10 @@ def runs_of(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
 
-def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
+def test_sweep_pages_link_to_runs_on_disk_and_to_no_file_in_mlflow(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
+    """MLflow's copies of the pages are read without the run directory, where links to files would be broken."""
     folder, _ = whole
     sweep, frame = sweep_directory(folder), table(folder)
     done = frame[frame["state"] == "COMPLETE"]
@@ -168,7 +167,7 @@ def test_pages_of_a_sweep_link_to_its_runs_and_those_in_mlflow_link_to_no_file(
     }
 
 
-def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(whole: tuple[Path, Any]) -> None:
+def test_a_sweep_is_one_tree_in_mlflow_without_a_test_metric(whole: tuple[Path, Any]) -> None:
     folder, result = whole
     frame = table(folder)
     assert list(frame["trial"]) == list(range(TRIALS))
@@ -192,7 +191,7 @@ def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(who
     assert sum(run.info.status == "KILLED" for run in trials) == result["pruned"]
     assert sum(run.data.tags["istanas.outcome"] == "PRUNED" for run in trials) == result["pruned"]
     directories = {run.info.run_id: Path(run.data.tags["istanas.run_dir"]) for run in trials}
-    for cell in cells:  # which trial has found what they retrain, for people
+    for cell in cells:  # they name the trial whose genotype they retrain
         trial = directories[cell.data.tags["mlflow.parentRunId"]]
         origin = f"{trial.parent.name}/{trial.name}"
         assert cell.data.tags["istanas.genotype_from"] == origin
@@ -214,10 +213,10 @@ def test_a_sweep_leaves_one_tree_in_mlflow_and_never_measures_the_test_split(who
     client = open_client(f"sqlite:///{folder / 'mlflow.db'}")
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert names >= {"config.yaml", "trials.csv", "sweep.html", "report.html", "plots", "best"}
-    assert not client.search_registered_models(), "cells of a sweep are no candidates"
+    assert not client.search_registered_models(), "networks of a sweep are not registered as candidates"
 
 
-def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
+def test_the_best_trial_can_be_retrained_and_the_table_exported(
     whole: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, result = whole
@@ -249,10 +248,10 @@ def test_the_best_is_ready_to_be_retrained_and_the_table_to_be_read(
     assert run(["sweep", "--config", "tiny.yaml", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == result
-    assert "finished before" in err
+    assert "already finished" in err
 
 
-def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple[Path, Any]) -> None:
+def test_a_finished_sweep_restores_damaged_metrics(whole: tuple[Path, Any]) -> None:
     folder, result = whole
     metrics = sweep_directory(folder) / "metrics.jsonl"
     before = metrics.read_bytes()
@@ -273,7 +272,7 @@ def test_a_finished_sweep_whose_metrics_are_damaged_makes_them_anew(whole: tuple
     assert (metrics.parent / "run.json").read_bytes() == record
 
 
-def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
+def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
@@ -284,7 +283,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     # Then Ctrl-C, as a terminal sends it.
     process = start(tmp_path, stderr=subprocess.PIPE)
     family = psutil.Process(process.pid).children
-    wait_for(lambda: bool(running_trials(process)), 120)
+    wait_until(lambda: running_trials(process), 120, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     others = family(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -296,7 +295,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     assert parent.info.status == "FAILED"
     # Then a trial's own process.
     process = start(tmp_path, stderr=subprocess.PIPE)
-    wait_for(lambda: bool(running_trials(process)), 120)
+    wait_until(lambda: running_trials(process), 120, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     for each in running_trials(process):
         os.kill(each.pid, signal.SIGKILL)
@@ -307,7 +306,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
     for key in ("best_trial", "settings", "digest", "objective_top1", "kendall_tau", "epochs", "params"):
         assert result[key] == undisturbed[key]
     runs = runs_of(tmp_path)
-    assert len(runs) == len(runs_of(folder)), "runs were doubled or lost"
+    assert len(runs) == len(runs_of(folder)), "runs were duplicated or lost"
     assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
     for path in sweep_directory(tmp_path).glob("*/metrics.jsonl"):
         steps = [line.step for line in RunDir(path.parent).metrics()]
@@ -316,8 +315,7 @@ def test_a_sweep_killed_at_random_ends_trial_by_trial_as_if_it_had_not_been(
 
 def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_path: Path) -> None:
     process = start(tmp_path, "--set", "sweep.trials=3", "--set", "search.epochs=40", stderr=subprocess.PIPE)
-    wait_for(lambda: bool(list(tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))), 120)
-    time.sleep(2)
+    wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130
@@ -328,17 +326,16 @@ def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_pat
     assert found == {"sweep": "INTERRUPTED", "search": "INTERRUPTED"}
 
 
-def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_the_sweep_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_trial_that_loses_its_process_too_often_fails_alone(tmp_path: Path) -> None:
+    """Its row has Ray's reason, and the sweep continues with the next trial."""
     process = start(
         tmp_path,
         *("--set", "sweep.trials=2", "--set", "sweep.objective=valid"),
         *("--set", "sweep.max_restarts=0"),
         stderr=subprocess.PIPE,
     )
-    # Not while its process is only warmed up.
-    wait_for(lambda: bool(list(tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))), 120)
+    # A process that is only warmed up has no trial to lose.
+    wait_until(lambda: first_log(tmp_path), 120, "the first trial's log")
     for each in running_trials(process):
         os.kill(each.pid, signal.SIGKILL)
     finish(process)
@@ -350,8 +347,11 @@ def test_a_trial_whose_process_is_lost_too_often_fails_with_what_ray_said_and_th
     )
 
 
-def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_behind(tmp_path: Path) -> None:
-    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers."""
+def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path) -> None:
+    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers.
+
+    Each trial releases its cores for the next one, whichever way it ends.
+    """
     points = [
         "{search.lr: 0.2, search.batch_size: 64}",
         "{search.lr: 0.002, search.batch_size: 64}",
@@ -366,26 +366,22 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
         *("--set", f"sweep.points=[{', '.join(points)}]"),
         stderr=subprocess.PIPE,
     )
-
-    def first_log() -> str:
-        return "".join(file.read_text() for file in tmp_path.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
-
-    other = RayCluster(1)  # another Ray of this machine is not taken for the sweep's
+    other = RayCluster(1)  # the sweep must not use another Ray cluster of this machine
     try:
-        # Found before the moment comes: two epochs take half a second.
-        wait_for(lambda: "2 workers (cpu" in first_log(), 120)
+        # The worker is looked up before the first epoch ends, since two epochs take half a second.
+        wait_until(lambda: "2 workers (cpu" in first_log(tmp_path), 120, "the first trial's workers")
         family = psutil.Process(process.pid).children(recursive=True)
         worker = next(p for p in family if "RayTrainWorker" in title(p))
-        wait_for(lambda: "epoch 1:" in first_log(), 120)
+        wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
         worker.kill()
         result = finish(process)
     finally:
         other.close()
-    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log())
+    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log(tmp_path))
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)
-    assert "search.batch_size is 3, of all workers together: 2 need at least 4" in frame["reason"][3]
+    assert "search.batch_size: 3 is too small for 2 workers; use at least 4" in frame["reason"][3]
     statuses = [run.info.status for run in runs_of(tmp_path)]
     assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
     logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
@@ -393,7 +389,7 @@ def test_trials_of_two_workers_on_two_cores_take_turns_and_leave_their_cores_beh
 
 
 def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Path) -> None:
-    """Even one whose trials share no split, because the seed is swept; the test split is read by none of them."""
+    """Also if the trials share no split, because the seed is swept; changes of the unread test split are allowed."""
     for split in ("train", "test"):
         for shade, name in enumerate(("ant", "bee")):
             for number in range(16):

@@ -1,4 +1,4 @@
-"""Every file under tune_configs is valid, tells how it is started, and holds the published figures it promises."""
+"""Every file under tune_configs is valid, has its launch command, and has the published settings."""
 
 import dataclasses
 import json
@@ -128,8 +128,8 @@ PUBLISHED = {
 }
 
 
-def test_there_are_as_many_as_we_know() -> None:
-    """A new file is counted here on purpose: it then is validated below."""
+def test_the_number_of_files() -> None:
+    """The number is explicit, so that a file which is not found fails the test."""
     assert len(FILES) == 14
 
 
@@ -164,14 +164,14 @@ def test_the_published_settings_are_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_compute_in_float32(name: str) -> None:
-    """On a GPU too, where other configurations compute in bf16 and TF32."""
+    """Also on a GPU, where other configurations compute in bf16 and TF32."""
     config = load(ROOT / "tune_configs" / f"{name}.yaml")
     assert choose_compute(config.runtime, gpus=1).autocast_dtype is None
     assert choose_compute(RuntimeSettings(), gpus=1).autocast_dtype is torch.bfloat16
 
 
 def test_learning_rates_of_the_published_imagenet_retraining() -> None:
-    """All 250 epochs, against the published rule: base 0.5, warm-up of 5 epochs, small rates in the last 5."""
+    """All 250 epochs follow the published rule: base 0.5, warm-up of 5 epochs, small rates in the last 5."""
     r = load(ROOT / "tune_configs" / "retrain_imagenet.yaml").retrain
     rates = [retraining_rate(r, epoch) for epoch in range(r.epochs)]
     warm = [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -180,7 +180,7 @@ def test_learning_rates_of_the_published_imagenet_retraining() -> None:
     assert rates == pytest.approx([*warm, *falling, *tail], rel=1e-12)
     pinned = {0: 0.1, 4: 0.5, 5: 0.489796, 125: 0.244898, 244: 0.002041, 245: 0.002041, 249: 0.000408}
     assert {epoch: round(rates[epoch], 6) for epoch in pinned} == pinned
-    # Every step of an epoch has its rate.
+    # All steps of an epoch have the same rate.
     assert [retraining_rate(r, epoch + 0.999) for epoch in range(r.epochs)] == rates
 
 
@@ -204,13 +204,14 @@ def test_a_one_stage_cell_needs_the_setting_of_its_batch_norms() -> None:
         genotype_to_train("ISTA_onestage", config)
 
 
-def test_the_quickstart_searches_at_least_ten_epochs_and_retrains_on_the_digits() -> None:
+def test_the_quickstart_searches_the_digits_for_at_least_ten_epochs() -> None:
     config = load(default_file())
     assert config.data.name == "digits"
     assert config.search.epochs >= 10
 
 
-def test_the_small_cifar10_run_searches_five_epochs_over_20000_pictures_and_retrains_on_all() -> None:
+def test_the_small_cifar10_run_has_its_minimum_of_epochs_and_pictures() -> None:
+    """Five epochs of search over 20,000 pictures, and a retraining on all pictures."""
     config = load(ROOT / "tune_configs" / "cifar10_small_cpu.yaml")
     assert config.search.epochs >= 5
     assert config.search.max_pictures is None or config.search.max_pictures >= 20_000
@@ -233,7 +234,7 @@ def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
 def test_a_few_steps_of_the_one_stage_imagenet_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file's own schedule, limit, label smoothing and auxiliary head, on 24 pictures of twelve classes."""
+    """With the file's schedule, limit, label smoothing and auxiliary head, on 24 pictures of twelve classes."""
     noise = np.random.default_rng(0)
     for split, count in (("train", 2), ("val", 1)):
         for label in range(12):

@@ -103,14 +103,14 @@ def test_edge_groups_name_the_edge_of_every_candidate() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_nodes": 0}, "space.nodes is 0"),
-        ({"ops": ()}, r"space.ops is \[\]"),
+        ({"n_nodes": 0}, "space.nodes: 0 is too small"),
+        ({"ops": ()}, r"space.ops: \[\] is empty"),
         ({"ops": ("skip_connect", "skip_connect")}, "give each operation once"),
-        ({"ops": ("none",)}, "space.ops names 'none': choose from max_pool_3x3"),
-        ({"sparsity": 0}, "space.sparsity is 0: choose 1 to 14"),
-        ({"sparsity": 15}, "space.sparsity is 15: choose 1 to 14"),
-        ({"ops": ("skip_connect",), "sparsity": 3}, "space.sparsity is 3: choose 1 to 2"),
-        ({"sparsity": 3, "one_op_per_edge": True}, "space.sparsity is 3: choose 1 to 2, .*edges"),
+        ({"ops": ("none",)}, "space.ops: unknown operation 'none'; choose from max_pool_3x3"),
+        ({"sparsity": 0}, "space.sparsity: 0 .*; choose 1 to 14"),
+        ({"sparsity": 15}, "space.sparsity: 15 .*; choose 1 to 14"),
+        ({"ops": ("skip_connect",), "sparsity": 3}, "space.sparsity: 3 .*; choose 1 to 2"),
+        ({"sparsity": 3, "one_op_per_edge": True}, "space.sparsity: 3 .*edges.*; choose 1 to 2"),
     ],
 )
 def test_space_refuses(settings: dict[str, Any], message: str) -> None:

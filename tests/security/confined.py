@@ -1,6 +1,6 @@
-"""The command line in a process of its own with little memory and time, both measured.
+"""The command line in a process with limited memory and time, both of which are measured.
 
-The process is forked from the test's, where all is imported already: a hundred cases would import torch for minutes.
+The process is forked from the test's, which has already imported torch: that would take minutes for a hundred cases.
 """
 
 import logging
@@ -17,20 +17,20 @@ from pathlib import Path
 from pipeline.cli import commands as cli
 
 PAGE = resource.getpagesize()
-MEGABYTES = 400  # that a command may take beyond what the test's process has, whatever the file
-SECONDS = 60  # of a core, and as many times as long by the clock as others keep it busy
+MEGABYTES = 400  # memory of a command in addition to the test's process, for any file
+SECONDS = 60  # CPU time of a command; its wall time may be longer on a busy machine
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, and what it took.
+    """The end of a command and its costs.
 
     Args:
-        code: exit code; negative: the signal that ended it.
-        out: its standard output.
-        errors: lines of its standard error.
-        seconds: of processor time.
-        megabytes: by which its memory grew at most.
+        code: Exit code; negative: the signal that ended the command.
+        out: Standard output.
+        errors: Lines of standard error.
+        seconds: CPU time.
+        megabytes: Largest growth of its memory.
     """
 
     code: int
@@ -41,12 +41,12 @@ class Outcome:
 
 
 def confined(arguments: list[str], folder: Path) -> Outcome:
-    """Run `istanas ARGUMENTS` in a folder; if it asks for more than `MEGABYTES` it gets a MemoryError."""
+    """Run `istanas ARGUMENTS` in a folder; more than `MEGABYTES` are a MemoryError."""
     return confined_call(lambda: cli.run(arguments), folder)
 
 
 def confined_call(call: Callable[[], int], folder: Path) -> Outcome:
-    """The same with any function in the place of the command."""
+    """Call a function in place of the command."""
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch, name) for name in ("out", "errors", "before")]
         child = os.fork()
@@ -70,7 +70,7 @@ def _run(call: Callable[[], int], folder: Path, out: Path, errors: Path, before:
         sys.stdout, sys.stderr = out.open("w"), errors.open("w")
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
-        # Nothing of pytest's own way with logs and warnings.
+        # Logs and warnings go to stderr, not to pytest.
         logging.getLogger().handlers.clear()
         warnings.resetwarnings()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # else pytest-timeout's
@@ -89,5 +89,5 @@ def _run(call: Callable[[], int], folder: Path, out: Path, errors: Path, before:
 
 
 def _pages(column: int) -> int:
-    """Of this process: 0 those it has asked for, 1 those that lie in memory."""
+    """Return the pages of this process: 0 those that it has allocated, 1 those in memory."""
     return int(Path("/proc/self/statm").read_text().split()[column])

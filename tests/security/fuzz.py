@@ -1,6 +1,6 @@
 """Fuzzing of the loaders: `python -m tests.security.fuzz [INPUTS [LOADER...]]`, 100,000 for each (`make fuzz`).
 
-Inputs come in batches of a thousand, each with a seed of its own, which is printed if the batch fails.
+Inputs come in batches of a thousand. Each batch has its own seed, which is printed if the batch fails.
 """
 
 import multiprocessing
@@ -20,13 +20,13 @@ BATCH = 1_000
 
 @dataclass
 class Counts:
-    """What became of inputs.
+    """Outcomes of inputs.
 
     Args:
-        inputs: how many.
-        accepted: loaded.
-        malformed: refused as not even of the right format; the others were refused for what they say.
-        slowest: seconds that an input took at most.
+        inputs: Number of inputs.
+        accepted: Inputs that were loaded.
+        malformed: Inputs refused by the first check, of their format; the others were refused for their content.
+        slowest: Seconds of the slowest input.
     """
 
     inputs: int = 0
@@ -51,11 +51,11 @@ class Counts:
 
 
 def fuzz(loader: Loader, number: int) -> Counts:
-    """One batch; whatever but an `IstanasError` of one line comes out of the loader is raised.
+    """Run one batch, and raise every error of the loader except an `IstanasError` with a message.
 
     Args:
-        loader: see `LOADERS`.
-        number: of the batch, its seed.
+        loader: See `LOADERS`.
+        number: The batch's number, which is its seed.
     """
     counts = Counts()
 
@@ -68,7 +68,7 @@ def fuzz(loader: Loader, number: int) -> Counts:
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    # A seeded generator of ours makes the input: drawing each part of it by itself would take ten times as long.
+    # Our own seeded generator makes the input, since drawing its parts with Hypothesis takes ten times as long.
     @given(strategies.randoms(use_true_random=True).map(loader.make))
     def load(data: Any) -> None:
         begun = time.process_time()
@@ -89,7 +89,7 @@ def fuzz(loader: Loader, number: int) -> Counts:
 
 
 def _batch(job: tuple[int, int]) -> tuple[int, Counts | str]:
-    """A batch in a process of its own; what it fails with as text."""
+    """Run a batch in this process, and return its error as text."""
     import traceback
 
     which, number = job
@@ -100,7 +100,7 @@ def _batch(job: tuple[int, int]) -> tuple[int, Counts | str]:
 
 
 def main(inputs: int = 100_000, *names: str) -> int:
-    """Fuzz the loaders of these names, or all, with so many inputs each; returns the exit code."""
+    """Fuzz the loaders with these names, or all of them, with a number of inputs each, and return the exit code."""
     start, failures = time.monotonic(), 0
     chosen = [which for which, loader in enumerate(LOADERS) if loader.name in names or not names]
     totals = {LOADERS[which].name: Counts() for which in chosen}

@@ -1,7 +1,6 @@
-"""The loaders that are fuzzed: for each, inputs that are nearly right, and what may be said of those that are not.
+"""The fuzzed loaders: for each one, nearly valid inputs and the first message that invalid inputs may have.
 
-Most inputs are valid ones with a few changes, in their values or in their bytes: random bytes alone would never get
-past the first check.
+Most inputs are valid ones with a few changes of values or bytes, since random bytes would never pass the first check.
 """
 
 import hashlib
@@ -22,9 +21,10 @@ import torch
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
 from pipeline.config import load as config
-from pipeline.runs import checkpoint, epoch_log
+from pipeline.runs import checkpoint
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweep import space as sweep_space
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.training.made_up import as_version_0_1, record_of
@@ -84,7 +84,7 @@ def text(random: Random) -> str:
 
 
 def junk(random: Random, depth: int = 0) -> Any:
-    """A value of any kind, in up to three levels."""
+    """Return a value of any kind, with up to three levels."""
     if depth == 3 or random.random() < 0.6:
         return scalar(random)
     inner = [junk(random, depth + 1) for _ in range(random.randrange(4))]
@@ -92,7 +92,7 @@ def junk(random: Random, depth: int = 0) -> Any:
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values of a tree."""
+    """Yield the paths of all values of a tree."""
     yield path
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in inner:
@@ -112,7 +112,7 @@ def copied(tree: Any) -> Any:
 
 
 def changed(random: Random, tree: Any) -> Any:
-    """A tree with none to three values replaced, left out, doubled or added."""
+    """Return a tree with up to three values replaced, left out, duplicated or added."""
     tree = copied(tree)
     for _ in range(random.choice([0, 1, 1, 1, 2, 3])):
         path = random.choice(list(places(tree)))
@@ -124,7 +124,7 @@ def changed(random: Random, tree: Any) -> Any:
             holder[key] = junk(random)
         elif how == "scalar":
             holder[key] = scalar(random)
-        elif how == "swap":  # with the value of another place
+        elif how == "swap":  # with another value of the tree
             holder[key] = copied(at(tree, random.choice(list(places(tree)))))
         elif how == "delete":
             del holder[key]
@@ -136,7 +136,7 @@ def changed(random: Random, tree: Any) -> Any:
 
 
 def damaged(random: Random, content: bytes) -> bytes:
-    """Bytes with some of them flipped, cut off, cut out, doubled or added."""
+    """Return bytes with some of them flipped, truncated, left out, duplicated or added."""
     data = bytearray(content)
     for _ in range(random.randint(1, 3)):
         place = random.randrange(len(data) or 1)
@@ -157,7 +157,7 @@ def damaged(random: Random, content: bytes) -> bytes:
 
 
 def mixed(random: Random, trees: Sequence[Any], write: Callable[[Any], bytes]) -> bytes:
-    """Mostly a tree with changed values, at times with changed bytes, or other values or bytes altogether."""
+    """Return a tree with changed values or, less often, with changed bytes, or random values or bytes."""
     how = random.random()
     if how < 0.05:
         return random.randbytes(random.randrange(60))
@@ -174,13 +174,13 @@ def as_json(value: Any) -> bytes:
 # ---------- the loaders
 @dataclass(frozen=True)
 class Loader:
-    """What is fuzzed.
+    """A loader and its inputs.
 
     Args:
-        name: for people.
-        make: an input, of bytes, or of several of them.
-        load: gives an input to the loader; raises an `IstanasError` if that refuses it, and nothing else.
-        first_check: begins what is said of an input that is not even of the right format.
+        name: Its name in reports.
+        make: Makes an input of bytes, or of several of them.
+        load: Gives an input to the loader, which must raise an `IstanasError` to refuse it, and nothing else.
+        first_check: The beginnings of messages about an input's format.
     """
 
     name: str
@@ -201,7 +201,7 @@ def _config(folder: Path, data: tuple[bytes, list[str]]) -> None:
     file = folder / "fuzz.yaml"
     file.write_bytes(text)
     loaded = config.load(file, overrides)
-    if loaded.seed % 5 == 0:  # it takes ten times as long as the rest
+    if loaded.seed % 5 == 0:  # this takes ten times as long as the rest
         file.write_text(config.to_yaml(loaded))
         assert config.load(file) == loaded
 
@@ -223,14 +223,14 @@ def _checkpoint(folder: Path, data: tuple[bytes, bytes | None]) -> None:
         passed_over = load_latest(folder) is None
         if not passed_over:
             load_progress(folder)
-    state = checkpoint.deserialize(content)  # refused in the same words, but that a checksum may be wrong
+    state = checkpoint.deserialize(content)  # the same errors, except wrong checksums
     assert isinstance(state, dict)
     if passed_over:
         raise IstanasError("its checksum does not match")
 
 
 def _log(folder: Path, copies: tuple[bytes, bytes]) -> None:
-    for name, data in zip(epoch_log.COPIES, copies, strict=True):
+    for name, data in zip(EPOCH_LOGS, copies, strict=True):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "000001.jsonl").write_bytes(data)
     with warnings.catch_warnings():
@@ -254,7 +254,7 @@ def _metrics(folder: Path, data: tuple[bytes, bytes, bytes]) -> None:
 
 
 def _zipped(pickle: bytes) -> bytes:
-    """A checkpoint with this pickle, its sums right."""
+    """Return a checkpoint with this pickle and valid checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(_SAVED)) as whole, zipfile.ZipFile(buffer, "w") as archive:
         for member in whole.infolist():
@@ -401,7 +401,7 @@ def _sweep_input(random: Random) -> bytes:
 
 
 def _checkpoint_input(random: Random) -> tuple[bytes, bytes | None]:
-    """The second is the manifest; None: one that fits."""
+    """Return a checkpoint and its manifest; None: a valid manifest."""
     how = random.random()
     if how < 0.4:
         progress: Any = {"progress": _LOGGED.to_state()}
@@ -416,13 +416,13 @@ def _checkpoint_input(random: Random) -> tuple[bytes, bytes | None]:
 
 
 def _log_input(random: Random) -> tuple[bytes, bytes]:
-    """Two copies; mostly one of them is whole."""
+    """Return two copies of a log, of which one is mostly whole."""
     other = _LOG if random.random() < 0.3 else b""
     if random.random() < 0.5:
         return damaged(random, _LOG), other
     lines = [mixed(random, [json.loads(record.to_json())], as_json) for record in _RECORDS]
     end, log = LogEnd(), b""
-    for line in lines:  # whose checksums are right
+    for line in lines:  # with valid checksums
         end, whole = end.after(line.decode(errors="replace").replace("\n", " "))
         log += whole
     return log, other
@@ -455,7 +455,7 @@ LOADERS = (
 
 @contextmanager
 def few_random_settings() -> Iterator[None]:
-    """A sweep's space is tried with two random settings, where else it is with a hundred."""
+    """Check a sweep's space with two random settings instead of a hundred."""
     before, sweep_space.N_CHECKED = sweep_space.N_CHECKED, 2
     try:
         yield
@@ -465,7 +465,7 @@ def few_random_settings() -> Iterator[None]:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder, in memory where there is such a place."""
+    """A temporary folder, in memory if possible."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""Files made to do harm, at every command that reads them: one line each, little memory and time, nothing executed."""
+"""Hostile files at every command that reads them: a one-line error, little memory and time, and no code is run."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-# What the commands import, once and for all cases.
+# The commands import these, once for all cases.
 import pipeline.jobs.compare
 import pipeline.jobs.export
 import pipeline.jobs.retrain
@@ -36,14 +36,14 @@ runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
 GOOD = PUBLISHED["ISTA_twostage"].to_dict()
-HUGE = 2**36  # bytes that a sparse file pretends to have
+HUGE = 2**36  # apparent bytes of a sparse file
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="confined by fork")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a search and its retraining, finished."""
+    """A folder with a finished search and its finished retraining."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(runs: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
+    """A copy of it that a test may damage."""
     return shutil.copytree(runs, tmp_path / "copy")
 
 
@@ -64,7 +64,7 @@ def run_of(folder: Path, job: str) -> Path:
 
 
 def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
-    """It ended in one line that has the words, and took little."""
+    """Check that a command ended with a one-line error that has the words, and took little memory and time."""
     assert outcome.code == code, outcome
     (line,) = outcome.errors
     assert line.startswith("error: ")
@@ -75,7 +75,7 @@ def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -85,7 +85,7 @@ class Bomb:
 
 
 def sparse(path: Path) -> None:
-    """A file that pretends to have 64 GB."""
+    """Create a sparse file of 64 GB."""
     with open(path, "wb") as file:
         file.truncate(HUGE)
 
@@ -106,7 +106,10 @@ def cell(nodes: int, picks: int) -> str:
 GENOTYPES: dict[str, tuple[str, str]] = {
     "a million edges": (cell(1, 1_000_000), f"larger than {GENOTYPE_BYTES} bytes"),
     "a million nodes": (cell(1_000_000, 1), f"larger than {GENOTYPE_BYTES} bytes"),
-    "edges that fit into the file": (cell(1, 40_000), "genotype.normal: 1 nodes with 40000 inputs are too many"),
+    "edges that fit into the file": (
+        cell(1, 40_000),
+        "genotype.normal: 1 nodes with 40000 inputs are too many",
+    ),
     "nodes that fit into the file": (cell(33, 1), "genotype.normal: 33 nodes with 33 inputs are too many"),
     "lists in lists": ("[" * 500_000, "not JSON"),
     "a number without end": (json.dumps(GOOD).replace("0]", "9" * 100_000 + "]", 1), "not JSON"),
@@ -120,7 +123,7 @@ GENOTYPES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", GENOTYPES)
-def test_a_genotype_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
+def test_a_hostile_genotype_is_refused_with_little_memory_and_time(name: str, tmp_path: Path) -> None:
     text, word = GENOTYPES[name]
     (tmp_path / "g.json").write_text(text)
     assert_refused(confined(["draw", "g.json"], tmp_path), 2, "g.json: ", word)
@@ -140,7 +143,7 @@ def test_a_genotype_of_64_gigabytes_is_not_read(folder: Path) -> None:
     assert_refused(confined(for_compare, folder), 2, "larger than")
 
 
-def test_the_largest_cell_that_is_allowed_is_still_read_and_digested(tmp_path: Path) -> None:
+def test_the_largest_allowed_cell_is_read_and_has_a_digest(tmp_path: Path) -> None:
     from istanas.space import Genotype
 
     picks = [[["sep_conv_5x5", 1]] * 8] * 32
@@ -158,7 +161,7 @@ def test_the_largest_cell_that_is_allowed_is_still_read_and_digested(tmp_path: P
 
 # ---------- configurations
 def laughs(last: str) -> str:
-    """Nine times nine times nine ... the same, by aliases."""
+    """Return YAML whose aliases expand exponentially."""
     lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     return "\n".join(["a0: &a0 [ha]", *lines, last])
 
@@ -190,25 +193,25 @@ CONFIGS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_is_refused_before_it_costs_anything(name: str, tmp_path: Path) -> None:
+def test_a_hostile_configuration_is_refused_with_little_memory_and_time(name: str, tmp_path: Path) -> None:
     text, word = CONFIGS[name]
     (tmp_path / "c.yaml").write_text(text)
     assert_refused(confined(["search", "--config", "c.yaml"], tmp_path), 2, "c.yaml", word)
-    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "nothing was executed or begun"
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "code was run or a run was started"
 
 
-def test_thousands_of_mistakes_are_told_as_a_few(tmp_path: Path) -> None:
+def test_thousands_of_mistakes_are_reported_as_a_few(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(f"key{i}: 1" for i in range(2_000)))
     outcome = confined(["search", "--config", "c.yaml"], tmp_path)
     assert (outcome.code, len(outcome.errors)) == (2, 21)
-    assert outcome.errors[-1] == "error: c.yaml: 1980 more mistakes like these"
+    assert outcome.errors[-1] == "error: c.yaml: 1980 more mistakes"
     assert outcome.seconds < SECONDS / 2
 
 
 @pytest.mark.parametrize(
     "command", [["ui"], ["results"], ["sweep"], ["draw", "ISTA_twostage"], ["doctor"]], ids=" ".join
 )
-def test_every_command_reads_configurations_with_the_same_care(command: list[str], tmp_path: Path) -> None:
+def test_every_command_refuses_a_hostile_configuration(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(laughs("seed: 1"))
     assert_refused(confined([*command, "--config", "c.yaml"], tmp_path), 2, "more than 5000 keys and values")
 
@@ -224,7 +227,7 @@ def test_a_configuration_of_64_gigabytes_is_not_read(folder: Path) -> None:
     assert confined(["search", "--config", "/dev/zero"], folder).code == 2
 
 
-def test_values_on_the_command_line_are_read_with_the_same_care(tmp_path: Path) -> None:
+def test_hostile_values_on_the_command_line_are_refused(tmp_path: Path) -> None:
     for value in ("seed=!!python/object/apply:os.mkdir [executed]", "seed=&a [*a]", "seed=" + "[" * 50_000):
         assert_refused(confined(["search", "--set", value], tmp_path), 2, "--set")
     assert_refused(confined(["search", "--set", "a." * 40_000 + "a=1"], tmp_path), 2, "--set", "names")
@@ -252,7 +255,7 @@ def reading(command: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_that_is_none_is_one_line(name: str, folder: Path) -> None:
+def test_an_invalid_record_is_a_one_line_error(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "run.json"
     file.write_text(RECORDS[name](json.loads(file.read_text())))
     for command in READERS:
@@ -277,7 +280,7 @@ def test_a_record_or_metrics_of_64_gigabytes_are_not_read(folder: Path) -> None:
     ],
     ids=["endless", "deep", "large", "number"],
 )
-def test_metrics_that_are_none_are_one_line(line: str, folder: Path) -> None:
+def test_invalid_metrics_are_a_one_line_error(line: str, folder: Path) -> None:
     (run_of(folder, "retrain") / "metrics.jsonl").write_text(line + "\n")
     assert_refused(
         confined(reading("compare", folder), folder), 1, "metrics.jsonl: line 1 is not a line of metrics"
@@ -296,13 +299,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_that_promises_more_than_its_weights_is_not_built(name: str, folder: Path) -> None:
+def test_a_network_larger_than_its_weights_is_not_built(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "network.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NETWORKS[name]}))
     assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
 
 
-def test_weights_are_no_pickle(folder: Path) -> None:
+def test_weights_are_never_unpickled(folder: Path) -> None:
     weights = run_of(folder, "retrain") / "model.safetensors"
     bomb = pickle.dumps(Bomb(folder / "executed"))
     for content in (bomb, struct.pack("<Q", 10**12) + b"{}", struct.pack("<Q", 10**7) + b" " * 10**7, b""):
@@ -313,7 +316,7 @@ def test_weights_are_no_pickle(folder: Path) -> None:
 
 # ---------- checkpoints
 def deflated(state: dict[str, Any]) -> bytes:
-    """The same archive, compressed, with a part of zeros that are 512 MB when they are read."""
+    """Return the same archive, compressed, with a member that expands to 512 MB of zeros."""
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(serialize(state))) as plain,
@@ -330,7 +333,7 @@ def deflated(state: dict[str, Any]) -> bytes:
 
 
 def with_pickle(code: bytes) -> bytes:
-    """A checkpoint whose pickle is this."""
+    """Return a checkpoint with this pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(serialize({}))) as plain, zipfile.ZipFile(buffer, "w") as changed:
         for member in plain.infolist():
@@ -340,7 +343,7 @@ def with_pickle(code: bytes) -> bytes:
     return buffer.getvalue()
 
 
-# What `bytearray(10**12)` is in a pickle.
+# The pickle of `bytearray(10**12)`.
 TERABYTE = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85R."
 CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a call": (lambda folder: serialize({"net": Bomb(folder / "executed")}), "not plain data"),
@@ -352,7 +355,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 def unfinished(run: Path, data: bytes) -> None:
-    """Have the run look as if it had been stopped after a first epoch that left this checkpoint."""
+    """Change a run into one that was stopped after its first epoch, with this checkpoint."""
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "RUNNING"}))
     (run / "checkpoints" / "epoch-0001.pt").write_bytes(data)
@@ -361,7 +364,7 @@ def unfinished(run: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_does_harm_is_passed_over_with_a_line(name: str, folder: Path) -> None:
+def test_a_hostile_checkpoint_is_skipped_with_a_warning(name: str, folder: Path) -> None:
     make, word = CHECKPOINTS[name]
     run = run_of(folder, "search")
     unfinished(run, make(folder))
@@ -376,7 +379,7 @@ def test_a_checkpoint_that_does_harm_is_passed_over_with_a_line(name: str, folde
 
 
 def pipe(file: Path) -> None:
-    """In the place of a file: whoever opens it waits for somebody who writes."""
+    """Replace a file by a pipe, whose reader waits for a writer."""
     file.unlink(missing_ok=True)
     os.mkfifo(file)
 
@@ -390,7 +393,7 @@ def pipe(file: Path) -> None:
         ("epoch-0001.json", sparse, "larger than "),
     ],
 )
-def test_a_checkpoint_that_is_a_pipe_or_larger_than_memory_is_passed_over(
+def test_a_checkpoint_that_is_a_pipe_or_exceeds_the_memory_is_skipped(
     name: str, harm: Callable[[Path], None], says: str, folder: Path
 ) -> None:
     run = run_of(folder, "search")
@@ -404,7 +407,7 @@ def test_a_checkpoint_that_is_a_pipe_or_larger_than_memory_is_passed_over(
     assert f"({says}" in broken
 
 
-def test_a_trained_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Path) -> None:
+def test_a_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Path) -> None:
     retrained = run_of(folder, "retrain")
     for harm, says in ((pipe, "a pipe, not a file"), (sparse, "larger")):
         harm(retrained / "model.safetensors")
@@ -413,18 +416,18 @@ def test_a_trained_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(fo
         (retrained / "model.safetensors").unlink()
     sparse(retrained / "trials.csv")
     table = ["results", "--sweep", str(retrained)]
-    assert_refused(confined(table, folder), 2, "trials.csv: no table of trials (larger")
+    assert_refused(confined(table, folder), 2, "trials.csv: not a valid table of trials (larger")
 
 
-def test_a_job_that_does_not_fit_into_memory_is_one_line(folder: Path) -> None:
+def test_a_job_that_exceeds_the_memory_is_a_one_line_error(folder: Path) -> None:
     outcome = confined(["search", "--config", "tiny.yaml", "--set", "search.init_channels=4096"], folder)
     assert outcome.code == 1
     assert outcome.errors[-1].startswith("error: out of memory ("), outcome
     assert "Traceback" not in "".join(outcome.errors)
 
 
-def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: Path) -> None:
-    """Checkpoints are the one kind of archive that is read; none is ever unpacked."""
+def test_an_archive_with_names_outside_of_it_writes_no_file(folder: Path) -> None:
+    """Checkpoints are the only archives that are read, and they are never unpacked."""
     run = run_of(folder, "search")
     archive = io.BytesIO((run / "checkpoints" / "epoch-0001.pt").read_bytes())
     with zipfile.ZipFile(archive, "a") as changed:
@@ -436,7 +439,7 @@ def test_an_archive_with_names_that_lead_out_of_it_writes_nothing_there(folder: 
     assert not [path for path in folder.parent.rglob("*") if path.suffix == ".evil"]
 
 
-def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
+def test_a_checkpoint_of_another_program_is_a_one_line_error(folder: Path) -> None:
     run = run_of(folder, "search")
     whole = torch.load(run / "checkpoints" / "epoch-0001.pt", weights_only=True)
     others = {"search": {}, "progress": 7, "history": 7}
@@ -447,7 +450,7 @@ def test_a_checkpoint_of_something_else_is_one_line(folder: Path) -> None:
 
 # ---------- pictures
 def png(width: int, height: int) -> bytes:
-    """A picture of one black-and-white row after the other, as small as can be."""
+    """Return a black picture of one bit per pixel, as small as possible."""
 
     def part(kind: bytes, content: bytes) -> bytes:
         return (
@@ -473,10 +476,10 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-# Pillow only warns of the first; the others it refuses by itself.
+# Pillow only warns of the first size, and refuses the others.
 @pytest.mark.parametrize("side", [10_000, 14_000, 60_000])
-@pytest.mark.parametrize("name", ["0.png", "1.png"])  # the one that is looked at first, and another
-def test_a_decompression_bomb_is_one_line(side: int, name: str, pictures: Path) -> None:
+@pytest.mark.parametrize("name", ["0.png", "1.png"])  # the picture that is read first, and another one
+def test_a_decompression_bomb_is_a_one_line_error(side: int, name: str, pictures: Path) -> None:
     (pictures / "train" / "ant" / name).write_bytes(
         png(side, side)
         if side < 60_000
@@ -496,18 +499,18 @@ def test_nothing_outside_of_a_picture_folder_is_shown(place: str, pictures: Path
     shutil.copytree(pictures, outside)
     shutil.move(pictures / place, pictures.parent / "away") if (pictures / place).exists() else None
     target = outside / (place if "9.png" not in place else "train/ant/0.png")
-    (pictures / place).symlink_to(os.path.relpath(target, (pictures / place).parent))  # by way of ..
+    (pictures / place).symlink_to(os.path.relpath(target, (pictures / place).parent))  # through ".."
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
     assert_refused(outcome, 1, f"pictures/{place} is a link that leads out of the folder")
 
 
-def test_names_of_files_do_not_command_the_terminal(pictures: Path) -> None:
+def test_file_names_with_control_characters_are_escaped(pictures: Path) -> None:
     (pictures / "train" / "\x1b[2Jcat").mkdir()
     outcome = confined(["search", "--config", "tiny.yaml"], pictures.parent)
     assert_refused(outcome, 1, r"train/\x1b[2Jcat contains no picture")
 
 
-def test_a_data_set_of_pickles_is_not_unpickled_unless_it_is_the_published_one(tmp_path: Path) -> None:
+def test_a_data_set_of_pickles_is_unpickled_only_if_it_is_published(tmp_path: Path) -> None:
     raw = tmp_path / "data" / "cifar-10-batches-py"
     raw.mkdir(parents=True)
     for name in (

@@ -1,4 +1,4 @@
-"""Planted secrets: jobs run with passwords and tokens in their environment, and nothing that is written has them."""
+"""Planted secrets: jobs with passwords and tokens in their environment write none of them to any file or stream."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from tests.mlflow_server import server
 from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
-# Each is told from all others, and has signs that an address writes in another way.
+# All secrets differ, and each one has characters that an address encodes.
 SECRETS = {
     name: f"planted+{name}/{number}f3a91="
     for number, name in enumerate(
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def forms(secret: str) -> set[bytes]:
-    """What a secret looks like in plain text, in an address, in JSON, and in base64 wherever it begins there."""
+    """Return a secret in plain text, in an address, in JSON, and in base64 at every offset."""
     raw = secret.encode()
     found = {
         raw,
@@ -48,7 +48,7 @@ def forms(secret: str) -> set[bytes]:
     }
     for before in range(3):
         text = base64.b64encode(b"x" * before + raw)
-        # The first and last signs also depend on what stands around it.
+        # The first and last characters also depend on the text around the secret.
         found.add(text[4 if before else 0 : -4])
     return found
 
@@ -71,16 +71,16 @@ def leaks(content: bytes) -> set[str]:
 
 
 class Place:
-    """A folder in which commands run with planted secrets; `said` is all that they print.
+    """A folder in which commands run with planted secrets; `said` is their output.
 
     Args:
-        folder: where.
-        store: address of the MLflow server, without a password.
+        folder: The folder.
+        store: Address of the MLflow server, without a password.
     """
 
     def __init__(self, folder: Path, store: str) -> None:
         self.folder, self.said = folder, b""
-        self.config = folder / "tiny.yaml"  # has one of them in it, as a user has written it
+        self.config = folder / "tiny.yaml"  # has a secret, as a user may write one
         self.config.write_text(CONFIG.replace("PLACE", str(folder)))
         address = store.replace("://", f"://planted:{quote(SECRETS['uri'], safe='')}@")
         self.environment = {
@@ -110,7 +110,7 @@ class Place:
         return done.stdout.decode()
 
     def found(self) -> dict[str, set[str]]:
-        """Where there are secrets; all files are read, those of databases and logs too."""
+        """Return the secrets in each place: all files, with databases and logs, and the output."""
         written = {
             path: path.read_bytes()
             for path in self.folder.rglob("*")
@@ -123,7 +123,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """With an MLflow server, whose database, files and log are searched like all others."""
+    """A folder with an MLflow server, whose database, files and log are searched, too."""
     folder, port = tmp_path_factory.mktemp("secrets"), unused_port()
     (folder / "mlflow").mkdir()
     with server(folder / "mlflow", port):
@@ -132,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     config = ("--config", "tiny.yaml")
-    # An address that is given on the command line, and one of the environment.
+    # One address is given on the command line, another one in the environment.
     given, secret = (quote(SECRETS[name], safe="") for name in ("uri", "command"))
     uri = place.environment["MLFLOW_TRACKING_URI"].replace(given, secret)
     place.run("run", *config, "--workers", "1", "--set", f"tracking.uri={uri}")
@@ -145,7 +145,7 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     assert any(path.suffix in (".log", ".out", ".err") for path in logs), "Ray's logs are searched too"
     assert (place.folder / "study.db").is_file()
     assert list(place.folder.glob("runs/*/trial-*/trial.log"))
-    # What is done with what they found.
+    # Commands that use these runs.
     found, trained = (str(next(place.folder.glob(f"runs/tiny-{kind}-*"))) for kind in ("search", "retrain"))
     place.run("export", *config, trained)
     place.run("promote", *config, trained)
@@ -157,7 +157,7 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     assert not place.found()
 
 
-def test_what_fails_because_of_an_address_shows_it_without_its_secrets(place: Place) -> None:
+def test_errors_show_an_address_without_its_secrets(place: Place) -> None:
     secret = quote(SECRETS["failing"], safe="")
     nowhere = f"http://planted:{secret}@127.0.0.1:{unused_port()}"
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}

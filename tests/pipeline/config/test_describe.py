@@ -24,7 +24,7 @@ CONFIGURATIONS = sorted((Path(__file__).parents[3] / "tune_configs").glob("*.yam
 
 @pytest.fixture
 def istanas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `istanas config` in this process: (exit code, stdout, stderr)."""
+    """Run `istanas config` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*arguments: str) -> Outcome:
@@ -37,7 +37,7 @@ def istanas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def values(tree: object, prefix: str = "") -> dict[str, object]:
-    """A nested configuration as "key.path" -> value; the settings of a sweep's space are one value."""
+    """Return a nested configuration as "key.path" -> value; a sweep's space is one value."""
     if not isinstance(tree, dict) or prefix == "sweep.space":
         return {prefix: tree}
     found: dict[str, object] = {}
@@ -82,8 +82,8 @@ def test_a_password_is_left_out_with_a_warning(istanas: Command) -> None:
     [
         (["--set", "search.epoch=3"], "did you mean epochs?"),
         (["--config", "nowhere.yaml"], "cannot be read"),
-        (["--describe", "search.epochz"], "unknown key, did you mean search.epochs?"),
-        (["--describe", "serach"], "unknown key, did you mean search?"),
+        (["--describe", "search.epochz"], "unknown key; did you mean search.epochs?"),
+        (["--describe", "serach"], "unknown key; did you mean search?"),
         (["--describe", "seed", "--set", "seed=1"], "--describe does not take --set"),
         (["--json-schema", "--config", "a.yaml"], "--json-schema does not take --config"),
         (["--json-schema", "--describe", "seed"], "--describe does not take --json-schema"),

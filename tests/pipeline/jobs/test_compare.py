@@ -1,4 +1,4 @@
-"""The comparison of real, tiny runs: figures, settings that differ, the page and the picture."""
+"""The comparison of small real runs: figures, differing settings, the page and the picture."""
 
 import html
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from pipeline.jobs.compare import (
     print_comparison,
     run_compare,
 )
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.run import run_whole
 from pipeline.jobs.search import run_search
 from pipeline.report.compare_page import Curves, render_page
@@ -32,7 +34,7 @@ from pipeline.report.run_reader import ReadRun, read_run
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import MetricsLine
 
-pytestmark = pytest.mark.slow  # the runs take their time
+pytestmark = pytest.mark.slow  # because of the runs
 
 TINY = [
     "space.nodes=2",
@@ -60,7 +62,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """A search with its retraining, another whose genotype alone is there, and a one-stage search."""
+    """A search with its retraining, a search without one, and a one-stage search."""
     results: dict[str, dict[str, Any]] = {}
     for name, job, settings in (
         ("first", run_whole, [TWO_STAGE]),
@@ -70,7 +72,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         config = config_of(folder, *settings)
         console = Console(file=io.StringIO())
         with Runtime(config.runtime) as runtime:
-            results[name] = job(config, name=name, fresh=False, console=console, runtime=runtime)  # type: ignore[operator]
+            results[name] = job(JobContext(config, name, console, runtime))  # type: ignore[operator]
     return results
 
 
@@ -82,7 +84,7 @@ def compare(folder: Path, *references: str, out: Path, width: int = 80) -> tuple
 
 @pytest.fixture(scope="module")
 def compared(folder: Path, runs: dict[str, dict[str, Any]]) -> tuple[CompareResult, str, Path]:
-    """All four runs, named in every way there is."""
+    """The comparison of all four runs, with every kind of reference to a run."""
     references = (
         runs["first"]["run_dir"],
         runs["second"]["mlflow_run_id"],
@@ -159,7 +161,7 @@ def test_the_page_needs_nothing_else_and_shows_every_cell_once(
     result, _, out = compared
     assert sorted(path.name for path in out.iterdir()) == ["compare.html", "compare.png"]
     page = (out / "compare.html").read_text()
-    assert not re.findall(r"(?:src|href)=[\"'](?!#)[^\"']*", page.replace("xlink:href", "href"))
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)[^\"']*", page.replace("xlink:href", "href"))
     assert "<script" not in page
     assert "url(http" not in page
     assert "prefers-color-scheme: dark" in page
@@ -226,10 +228,10 @@ def test_what_cannot_be_compared_is_refused(
     assert not list(tmp_path.glob("compare.*"))
 
 
-def test_what_a_run_has_not_got_is_left_empty_and_said(
+def test_missing_parts_of_a_run_are_empty_and_have_a_note(
     folder: Path, runs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """One that has only begun, one whose network is broken, one whose pictures are on another machine."""
+    """The runs: one that has just begun, one with a damaged network, one with pictures on another machine."""
     young, broken, foreign = (
         Path(shutil.copytree(runs[name][key], tmp_path / copy))
         for name, key, copy in (
@@ -264,18 +266,18 @@ def test_what_a_run_has_not_got_is_left_empty_and_said(
     assert "no genotype yet" in (tmp_path / "compare.html").read_text()
 
 
-def test_a_name_is_text_on_the_page() -> None:
+def test_a_name_is_escaped_on_the_page() -> None:
     name = "<script>alert('x')</script>"
     rows = [["1", name, "", "", "", "", "", "", ""]]
     page = render_page(
-        ["", "run"], rows, {"search.lr": [name]}, [name], [GENOTYPE], Curves(b"", "<svg></svg>")
+        ["", "run"], rows, {"search.lr": [name]}, [name], [GENOTYPE], Curves(b"", Markup("<svg></svg>"))
     )
     assert "<script" not in page
     assert page.count(html.escape(name, quote=False).replace("'", "&#39;")) == 4
 
 
-def test_lines_of_one_epoch_are_one(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """As an export adds its figures to the last epoch's."""
+def test_lines_of_one_epoch_are_merged(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """An export appends its figures as another line of the last epoch."""
     run = RunDir(shutil.copytree(runs["single"]["run_dir"], tmp_path / "run"))
     run.append_metrics(4, {"export/onnx_difference": 0.0}, 1)
     lines = read(str(run.path)).lines

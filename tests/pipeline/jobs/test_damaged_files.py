@@ -1,4 +1,4 @@
-"""Files of a run that something has damaged: noticed, restored where that can be, and never ignored in silence."""
+"""Damaged files of a run are noticed, and restored if possible; no damage is ignored silently."""
 
 import os
 import shutil
@@ -38,13 +38,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one that was stopped after two."""
+    """The folder of a search that was stopped after two epochs."""
     return search_stopped_after_two(tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture
 def stopped(original: Path, tmp_path: Path) -> Path:
-    """A copy of it: its run directory."""
+    """The run directory in a copy of that folder."""
     shutil.copytree(original, tmp_path / "runs")
     (path,) = (tmp_path / "runs").glob(NAME)
     return path
@@ -68,7 +68,7 @@ def half_a_line_in_the_middle(file: Path) -> None:
     file.write_bytes(first[: len(first) // 2] + b"\n" + second)
 
 
-DAMAGED_TABLE = ": it was damaged: restored from the log of epochs"
+DAMAGED_TABLE = ": damaged: restored from the epoch log"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ DAMAGED_TABLE = ": it was damaged: restored from the log of epochs"
         "codes",
     ],
 )
-def test_a_run_with_a_damaged_file_goes_on_and_ends_as_if_it_were_whole(
+def test_a_resumed_run_with_a_damaged_file_equals_an_undisturbed_one(
     stopped: Path, undisturbed: Path, name: str, damage: Callable[[Path], object], says: str | None
 ) -> None:
     damage(stopped / name)
@@ -125,9 +125,7 @@ def test_a_run_with_a_damaged_file_goes_on_and_ends_as_if_it_were_whole(
         assert (stopped / "run.json.damaged").is_file()
 
 
-def test_a_record_that_is_gone_does_not_take_the_checkpoints_with_it(
-    stopped: Path, undisturbed: Path
-) -> None:
+def test_a_run_without_its_record_resumes_from_its_checkpoints(stopped: Path, undisturbed: Path) -> None:
     (stopped / "run.json").unlink()
     _, seen = search(stopped.parent)
     assert f"warning: {stopped / 'run.json'}: missing, though there are checkpoints: restored" in seen
@@ -135,9 +133,7 @@ def test_a_record_that_is_gone_does_not_take_the_checkpoints_with_it(
     assert decided(stopped) == decided(undisturbed)
 
 
-def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_from_mlflow(
-    stopped: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_record_below_a_sweep_keeps_no_other_run_from_mlflow(stopped: Path, tmp_path: Path) -> None:
     other = stopped.parent / "other"
     shutil.copytree(stopped, other)
     cut(stopped / "run.json")
@@ -152,10 +148,10 @@ def test_a_run_below_a_sweep_whose_record_is_damaged_keeps_none_of_the_others_fr
     ("damage", "says"),
     [
         (garbage_in_the_middle, "line 2 is not a line of metrics"),
-        (cut_the_last_line, "ends in mid-line"),
+        (cut_the_last_line, "ends in the middle of a line"),
     ],
 )
-def test_a_finished_run_with_damaged_metrics_has_them_again(
+def test_damaged_metrics_of_a_finished_run_are_restored(
     undisturbed: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
 ) -> None:
     shutil.copytree(undisturbed.parent, tmp_path / "runs")
@@ -163,7 +159,7 @@ def test_a_finished_run_with_damaged_metrics_has_them_again(
     before = (path / "metrics.jsonl").read_bytes()
     damage(path / "metrics.jsonl")
     _, seen = search(path.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert f"metrics.jsonl: {says}: restored" in seen
     assert (path / "metrics.jsonl").read_bytes() == before
 
@@ -176,7 +172,7 @@ def one_wrong_digit(file: Path) -> None:
 
 @pytest.fixture
 def finished(undisturbed: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run: its run directory."""
+    """The run directory in a copy of a finished run's folder."""
     shutil.copytree(undisturbed.parent, tmp_path / "runs")
     (path,) = (tmp_path / "runs").glob(NAME)
     return path
@@ -188,13 +184,13 @@ def warnings_in(seen: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["trajectory.csv", "codes.csv"])
 @pytest.mark.parametrize("damage", [cut, cut_the_last_line, one_wrong_digit, Path.unlink])
-def test_a_finished_run_with_a_damaged_table_has_it_again(
+def test_a_damaged_table_of_a_finished_run_is_restored(
     finished: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
     before = (finished / name).read_bytes()
     damage(finished / name)
     _, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert warnings_in(seen) == [f"warning: {finished / name}{DAMAGED_TABLE}"]
     assert (finished / name).read_bytes() == before
     _, seen = search(finished.parent)
@@ -202,9 +198,7 @@ def test_a_finished_run_with_a_damaged_table_has_it_again(
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "newest", "all broken"])
-def test_the_tables_of_a_finished_run_stay_where_its_checkpoints_cannot_tell_what_they_were(
-    finished: Path, lost: str
-) -> None:
+def test_tables_of_a_finished_run_stay_if_no_checkpoint_can_restore_them(finished: Path, lost: str) -> None:
     folder = finished / "checkpoints"
     before = {name: (finished / name).read_bytes() for name in ("trajectory.csv", "codes.csv")}
     if lost == "checkpoints":
@@ -215,18 +209,18 @@ def test_the_tables_of_a_finished_run_stay_where_its_checkpoints_cannot_tell_wha
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BrokenCheckpointWarning)
         found, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     assert found["run_dir"] == str(finished)
     assert {name: (finished / name).read_bytes() for name in before} == before
     assert ["no checkpoint is left" in line for line in warnings_in(seen)] == [True] * (lost == "all broken")
 
 
-def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finished: Path) -> None:
-    """Today's environment is not the one in which the run was computed."""
+def test_a_damaged_environment_of_a_finished_run_is_renamed(finished: Path) -> None:
+    """It is not written again, since the present environment may differ from that of the run."""
     cut(finished / "environment.json")
     damaged = (finished / "environment.json").read_bytes()
     _, seen = search(finished.parent)
-    assert "finished before" in seen
+    assert "already finished" in seen
     (line,) = warnings_in(seen)
     assert line.startswith(f"warning: {finished / 'environment.json'}: not JSON")
     assert line.endswith(": set aside as environment.json.damaged")
@@ -235,9 +229,9 @@ def test_the_environment_of_a_finished_run_is_set_aside_when_it_is_damaged(finis
     assert warnings_in(seen) == []
 
 
-def test_a_record_that_is_restored_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
+def test_a_restored_record_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "runs", *tracked(tmp_path), tell=stop_after_two)
+        search(tmp_path / "runs", *tracked(tmp_path), on_epoch=stop_after_two)
     (path,) = (tmp_path / "runs").glob(NAME)
     cut(path / "run.json")
     found, _ = search(tmp_path / "runs", *tracked(tmp_path))
@@ -248,7 +242,7 @@ def test_a_record_that_is_restored_keeps_its_run_in_mlflow(tmp_path: Path) -> No
     assert [metric.step for metric in history] == [1, 2, 3]
 
 
-def test_a_broken_checkpoint_costs_one_epoch_and_is_said(stopped: Path, undisturbed: Path) -> None:
+def test_a_broken_checkpoint_costs_one_epoch_and_is_reported(stopped: Path, undisturbed: Path) -> None:
     cut(stopped / "checkpoints" / "epoch-0002.pt")
     with pytest.warns(BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .*: the one before is used"):
         _, seen = search(stopped.parent)
@@ -256,17 +250,17 @@ def test_a_broken_checkpoint_costs_one_epoch_and_is_said(stopped: Path, undistur
     assert decided(stopped) == decided(undisturbed)
 
 
-def test_where_no_checkpoint_is_left_the_user_decides(stopped: Path, undisturbed: Path) -> None:
+def test_a_run_without_a_valid_checkpoint_needs_the_users_decision(stopped: Path, undisturbed: Path) -> None:
     for epoch in (1, 2):
         cut(stopped / "checkpoints" / f"epoch-000{epoch}.pt")
     before = RunDir(stopped).metrics()
     with pytest.raises(
-        CheckpointError, match="no checkpoint is left, restore one from a copy, or start"
+        CheckpointError, match="no checkpoint is left; restore one from a copy, or start"
     ) as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert all(f"epoch-000{epoch}.pt is broken" in str(caught.value) for epoch in (1, 2))
-    assert RunDir(stopped).metrics() == before, "nothing is lost that could be looked at"
+    assert RunDir(stopped).metrics() == before, "the metrics are kept for the user"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, seen = search(stopped.parent, fresh=True)

@@ -1,4 +1,4 @@
-"""Every exported format, read back from the disk, gives the network's logits; what can't be exported says so."""
+"""Every exported format, read from the disk, gives the network's logits; a run without a network is refused."""
 
 import dataclasses
 import io
@@ -31,9 +31,7 @@ from pipeline.jobs.export import (
 )
 from pipeline.jobs.export_formats import (
     EXPORTED_FILES,
-    ONNX_FILE,
     ONNX_PACKAGES,
-    PROGRAM_FILE,
     TOLERANCE,
     ExportedFormat,
     check_difference,
@@ -42,11 +40,12 @@ from pipeline.jobs.export_formats import (
     run_model,
 )
 from pipeline.runs.directory import RunDir
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, NetworkCard, load_network, write_network
+from pipeline.runs.layout import NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import NetworkCard, load_network, write_network
 from pipeline.runs.record import RunRecord
 
-# Node 1 is dead, the other inputs are never read and so the last cell but one is dead too: only strided dilated
-# convolutions, a strided identity and the blocks around them are left.
+# Node 1 and the last cell but one are dead, since their outputs are never read: only strided dilated convolutions, a
+# strided identity and the blocks around them remain.
 _DEAD = (
     (("dil_conv_3x3", 0), ("dil_conv_5x5", 0)),
     (("sep_conv_3x3", 1),),
@@ -74,7 +73,7 @@ SMALL = Case(DEAD, (1, 8, 8), 2, 1)
 
 
 def network(case: Case) -> tuple[TargetNet, NetworkCard]:
-    """A network in which no batch norm is an identity, and its card."""
+    """Return a network in which no batch norm is an identity, and its card."""
     channels = case.shape[0]
     card = NetworkCard(
         genotype=case.genotype.to_json(),
@@ -131,7 +130,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_format_gives_the_networks_logits(exported: Exported) -> None:
-    """Read back here with each format's own loader, on batches that the export did not see."""
+    """The files are read with each format's own loader, and the batches are not those of the export's own check."""
     session = onnxruntime.InferenceSession(exported.folder / ONNX_FILE, providers=["CPUExecutionProvider"])
     models = {
         "safetensors": load_network(exported.folder)[0],
@@ -144,7 +143,7 @@ def test_every_format_gives_the_networks_logits(exported: Exported) -> None:
         pictures = 2 * torch.randn(size, *exported.case.shape, generator=generator)
         with torch.no_grad():
             expected = exported.net(pictures)
-            assert expected.std() > 0.01  # a network whose logits are all alike would prove nothing
+            assert expected.std() > 0.01  # equal logits would prove nothing
             for name, model in models.items():
                 logits = model(pictures)
                 assert logits.shape == (size, 5), name
@@ -263,7 +262,7 @@ def test_a_run_is_exported_quietly_and_once(
     assert exported_before(run) == exports
     kept = files(run.path)
 
-    # Once more, over what a killed export and a user left.
+    # Export again, over the files of a killed export and of a user.
     (run.path / "export" / "stray.txt").write_text("from another day")
     (run.path / "export" / ONNX_FILE).write_text("broken")
     (run.path / ".export.new").mkdir()
@@ -271,16 +270,16 @@ def test_a_run_is_exported_quietly_and_once(
     assert export_network(run) == result
     again = files(run.path)
     assert again.keys() == kept.keys()
-    # The archive of the program may differ in its bytes; all else is the same export.
+    # The archive of the program may differ in its bytes; all other files are equal.
     assert {k: v for k, v in again.items() if k != f"export/{PROGRAM_FILE}"} == {
         k: v for k, v in kept.items() if k != f"export/{PROGRAM_FILE}"
     }
 
-    # The job does not repeat what is there, unless the weights are others.
+    # The job does not repeat an export, unless the weights have changed.
     console = Console(file=io.StringIO(), width=500)
     config = load(None, ["tracking.enabled=false"])
     assert run_export(config, run.path, console=console)["exports"] == exports
-    assert "done before" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "already done" in console.file.getvalue()  # type: ignore[attr-defined]
     assert files(run.path) == again
     net, _ = load_network(run.path)
     with torch.no_grad():
@@ -289,7 +288,7 @@ def test_a_run_is_exported_quietly_and_once(
     assert exported_before(run) is None
 
 
-def test_weights_that_are_not_numbers_are_refused_and_the_export_before_stays(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused_and_the_old_export_stays(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     net, card = network(SMALL)
     nn.init.constant_(net.classifier.bias, float("nan"))
@@ -297,7 +296,7 @@ def test_weights_that_are_not_numbers_are_refused_and_the_export_before_stays(tm
     (run.path / "export").mkdir()
     (run.path / "export" / ONNX_FILE).write_text("of another day")
     before = files(run.path)
-    with pytest.raises(IstanasError, match=r"^export: the network's logits .* not finite, retrain it$"):
+    with pytest.raises(IstanasError, match=r"^export: the network's logits .* not finite; retrain it$"):
         export_network(run)
     assert files(run.path) == before
 
@@ -357,17 +356,17 @@ def test_a_two_stage_search_has_no_network(tmp_path: Path, status: str) -> None:
         export_network(run)
     assert str(caught.value).endswith(f"retrain it first: istanas retrain --genotype {tmp_path}")
     assert "\n" not in str(caught.value)
-    check_exportable(run, record())  # its retraining, of the same method, may
+    check_exportable(run, record())  # its retraining, of the same method, is exportable
 
 
-def test_a_folder_that_is_no_run_is_not_made_one(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run\.json: missing"):
         export_network(RunDir(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("name", [NETWORK_FILE, WEIGHTS_FILE])
-def test_a_broken_network_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_broken_network_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run")
     (run.path / name).write_bytes(b"{}")
     before = files(run.path)
@@ -380,7 +379,7 @@ def test_a_broken_network_is_one_line(tmp_path: Path, name: str) -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, name, None)  # what the import system takes for "not installed"
+    monkeypatch.setitem(sys.modules, name, None)  # the import system treats it as not installed
     run = make_run(tmp_path / "run")
     with pytest.raises(
         IstanasError, match=rf"^export: package {name} .* pip install onnx onnxscript onnxruntime$"
@@ -393,7 +392,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 
 
 class Crooked(TargetNet):
-    """Traced, it is another network than run."""
+    """A network whose traced form differs from the eager one."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)

@@ -1,4 +1,4 @@
-"""A disk that fills up: what lay on it stays good, nothing half-written does, and the line says what to free."""
+"""A full disk: existing files stay valid, no partial file remains, and the error says what to delete."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from pipeline.cli.commands import run as istanas
 from pipeline.config.load import load
 from pipeline.runs import checkpoint, epoch_log
 from pipeline.runs.directory import RunDir
-from pipeline.runs.epoch_log import COPIES, LogEnd
+from pipeline.runs.epoch_log import LogEnd
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweep.searcher import StudySearcher
 from pipeline.sweep.study import BLOCKED, FAILED, open_study, own_trials
 from pipeline.sweep.trial import failure
@@ -42,7 +43,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Take all of a disk's room but for some pages."""
+    """Fill a disk except for some pages, and return the file that fills it."""
     filler = disk / "filler"
     stat = os.statvfs(disk)
     with open(filler, "wb", buffering=0) as file:
@@ -55,7 +56,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_file_that_finds_no_room_stays_what_it_was(disk: Path) -> None:
+def test_a_file_is_unchanged_if_its_replacement_has_no_room(disk: Path) -> None:
     file = disk / "run.json"
     atomic_write(file, "old")
     fill(disk, leave=2)
@@ -68,7 +69,7 @@ def test_a_file_that_finds_no_room_stays_what_it_was(disk: Path) -> None:
     assert names(disk) == {"run.json", "filler"}
 
 
-def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
+def test_a_line_of_metrics_without_room_is_not_written_in_part(disk: Path) -> None:
     run = RunDir(disk / "run")
     run.append_metrics(1, {"train/loss": 2.5}, timestamp_ms=1000)
     before = run.metrics()
@@ -94,10 +95,10 @@ def test_a_line_of_metrics_that_finds_no_room_is_not_there(disk: Path) -> None:
     ],
     ids=["nothing", "one copy of the log", "the log", "half of the checkpoint", "all but the checksum"],
 )
-def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_good(
+def test_a_checkpoint_without_room_leaves_nothing_and_the_last_one_is_good(
     disk: Path, pages: int, refused: str
 ) -> None:
-    """What fits is what the parameter names; a line of the log takes a page, a checkpoint four."""
+    """The parameter's name says what still fits; a line of the log takes one page, a checkpoint four."""
     folder, end = disk / "run" / "checkpoints", LogEnd()
     old, new = (checkpoint.serialize({"epoch": epoch, "w": "x" * 3 * PAGE}) for epoch in (1, 2))
     assert 3 * PAGE < len(new) <= 4 * PAGE
@@ -109,7 +110,7 @@ def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         checkpoint.write(folder, 2, new, line, first.offset)
     assert caught.value.filename == str(folder / refused)
-    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
+    assert names(folder) == {"epoch-0001.pt", "epoch-0001.json", *EPOCH_LOGS}
 
     def newest() -> bytes | None:
         found = checkpoint.read_latest(folder)
@@ -123,20 +124,20 @@ def test_of_a_checkpoint_that_finds_no_room_nothing_is_left_and_the_last_one_is_
     assert len(list(epoch_log.read(folder, second))) == 2
 
 
-def test_a_search_fails_with_a_full_disk_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
-    """So full that not even the record can say FAILED."""
+def test_a_search_fails_with_a_full_disk_and_resumes_when_there_is_room(disk: Path, tmp_path: Path) -> None:
+    """The disk is so full that not even the record's status FAILED can be written."""
 
     def full_after_the_first(progress: Progress) -> None:
         if progress.epochs == 1:
             fill(disk)
 
     with pytest.raises(OSError, match=FULL_DISK) as caught:
-        search(disk, tell=full_after_the_first)
+        search(disk, on_epoch=full_after_the_first)
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
     assert caught.value.filename in [
         str(path / "checkpoints" / name) for name in ("epochs/000001.jsonl", "epoch-0002.pt")
     ]
-    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json", *COPIES}
+    assert names(path / "checkpoints") == {"epoch-0001.pt", "epoch-0001.json", *EPOCH_LOGS}
     assert not list(path.rglob("*.tmp"))
     (disk / "filler").unlink()
     found, seen = search(disk)
@@ -163,19 +164,19 @@ def test_the_command_says_in_one_line_what_to_free(
     ), line
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
     assert RunDir(path).read().status == "FAILED"
-    assert names(path / "checkpoints") == set(COPIES)
+    assert names(path / "checkpoints") == set(EPOCH_LOGS)
 
 
 class Ends:
-    """Somebody who is told what becomes of trials, and has nothing to do."""
+    """A listener of trials for a sweep whose trial does not end."""
 
-    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
         raise AssertionError("the trial has not ended")
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         raise AssertionError("the study was told")
 
 
@@ -188,21 +189,21 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     searcher.on_trial_complete("a", {BLOCKED: "OSError: No space left on device: /data/x: free space there"})
     assert isinstance(searcher.error, IstanasError)
     assert str(searcher.error) == (
-        "sweep: trial 0 could not go on: OSError: No space left on device: /data/x: free space there"
+        "sweep: trial 0 cannot continue: OSError: No space left on device: /data/x: free space there"
     )
     (trial,) = own_trials(study)
     assert trial.state.name == "RUNNING"
     next_sitting = StudySearcher(config, study, Ends())
     next_sitting.suggest("b")
-    assert len(own_trials(study)) == 1, "another trial in the place of the one that had no room"
+    assert len(own_trials(study)) == 1, "another trial was started in place of the blocked one"
 
 
-def test_a_trial_tells_a_full_disk_from_its_own_failure(disk: Path) -> None:
+def test_a_trial_distinguishes_a_full_disk_from_its_own_failure(disk: Path) -> None:
     fill(disk)
     with pytest.raises(OSError, match=FULL_DISK) as caught:
         atomic_write(disk / "x", bytes(PAGE))
     (told,) = failure(caught.value).items()
     assert told[0] == BLOCKED
-    assert told[1].startswith(f"OSError: {caught.value.strerror}: {disk}/x: free space there (")
+    assert told[1].startswith(f"OSError: {caught.value.strerror}: {disk}/x; free space there (")
     assert failure(IstanasError("no use")) == {FAILED: "IstanasError: no use"}
     assert failure(PermissionError(13, "Permission denied")) == {FAILED: "PermissionError: Permission denied"}

@@ -1,4 +1,4 @@
-"""Jobs: what a run directory holds at the end, after a failure, after `--fresh`, and beside a second process."""
+"""The life cycle of jobs: the run directory after success, failure and `--fresh`, and with a second process."""
 
 import csv
 import dataclasses
@@ -26,6 +26,7 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load, run_hash
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close_below
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import write_page
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.run import run_whole
@@ -59,7 +60,7 @@ GENOTYPE = random_genotype(0, CellSpace(n_nodes=2))
 
 
 class Job:
-    """Runs jobs in one folder and keeps what people would see."""
+    """Runs jobs in one folder and keeps their terminal output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,16 +71,12 @@ class Job:
 
     def __call__(self, kind: str, *overrides: str, fresh: bool = False) -> dict[str, Any]:
         out = io.StringIO()
-        common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=200)}
         config = self.config(*overrides)
         try:
             with Runtime(config.runtime) as runtime:
-                common["runtime"] = runtime
-                if kind == "search":
-                    return run_search(config, **common)
-                if kind == "run":
-                    return run_whole(config, **common)
-                return run_retrain(config, GENOTYPE, parent=None, **common)
+                context = JobContext(config, "tiny", Console(file=out, width=200), runtime, fresh)
+                jobs: Any = {"search": run_search, "run": run_whole}
+                return run_retrain(context, GENOTYPE) if kind == "retrain" else jobs[kind](context)
         finally:
             self.seen = out.getvalue()
 
@@ -89,8 +86,24 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path / "runs")
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with a finished search."""
+    folder = tmp_path_factory.mktemp("searched") / "runs"
+    Job(folder)("search")
+    return folder
+
+
+@pytest.fixture
+def finished(searched: Path, job: Job) -> Path:
+    """The run directory of the finished search, copied into the job's folder."""
+    shutil.copytree(searched, job.folder)
+    (path,) = job.folder.iterdir()
+    return path
+
+
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All files with content and time of change, but for the lock."""
+    """Return all files except the lock, with content and modification time."""
     return {
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
         for p in folder.rglob("*")
@@ -140,7 +153,7 @@ def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
     with Runtime(job.config().runtime) as runtime:
-        run_search(job.config(), name="tiny", fresh=False, console=console, runtime=runtime)
+        run_search(JobContext(job.config(), "tiny", console, runtime))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert re.search(r"search epoch \d/2 .* \d+/4 .*loss \d+\.\d+  top-1 [\d.]+ % .* left +[\d:-]+", shown), (
         shown
@@ -148,8 +161,8 @@ def test_on_a_terminal_a_bar_shows_loss_top1_and_time_left(job: Job) -> None:
     assert "epoch 2: loss" in shown
 
 
-def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_the_trajectory_has_every_node_of_every_epoch_and_of_the_start(finished: Path) -> None:
+    path = finished
     with (path / "trajectory.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["epoch"], row["cell"], row["node"]) for row in rows] == [
@@ -169,15 +182,14 @@ def test_the_trajectory_has_every_node_of_every_epoch_from_the_start_on(job: Job
     assert [set(text.split()) for text in picks["2"]] == last
 
 
-def test_codes_have_every_candidate_of_every_epoch_and_the_kept_ones_are_the_largest(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
-    codes = pd.read_csv(path / "codes.csv")
+def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job, finished: Path) -> None:
+    codes = pd.read_csv(finished / "codes.csv")
     assert list(codes.columns) == ["epoch", "cell", "node", "state", "op", "magnitude"]
     space = job.config().space.cell_space()
     candidates = [(state, op) for node in (0, 1) for state in range(node + 2) for op in space.ops]
     assert [*zip(codes["state"], codes["op"], strict=True)] == 6 * candidates  # three recoveries, two cells
     assert (codes["magnitude"] >= 0).all()
-    trajectory = pd.read_csv(path / "trajectory.csv")
+    trajectory = pd.read_csv(finished / "trajectory.csv")
     for place, rows in codes.groupby(["epoch", "cell", "node"]):
         kept = set(rows.nlargest(2, "magnitude")[["op", "state"]].itertuples(index=False, name=None))
         (row,) = trajectory[(trajectory[["epoch", "cell", "node"]] == list(place)).all(axis=1)].to_dict(
@@ -186,9 +198,9 @@ def test_codes_have_every_candidate_of_every_epoch_and_the_kept_ones_are_the_lar
         assert kept == {(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())}
 
 
-def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: Job) -> None:
+def test_a_search_resumes_from_an_old_checkpoint_without_codes(job: Job, finished: Path) -> None:
     """Epochs of the older version are left out of codes.csv, and are pink in the page."""
-    path = Path(job("search")["run_dir"])
+    path = finished
     whole = pd.read_csv(path / "codes.csv")
     found = load_latest(path / "checkpoints")
     assert found is not None
@@ -205,7 +217,7 @@ def test_a_search_goes_on_from_a_checkpoint_of_before_codes_were_recorded(job: J
     pd.testing.assert_frame_equal(
         pd.read_csv(path / "codes.csv"), whole[whole["epoch"] == 2].reset_index(drop=True)
     )
-    assert "pink epochs that were not recorded" in (path / "trajectory.html").read_text()
+    assert "epochs that were not recorded are pink" in (path / "trajectory.html").read_text()
 
 
 def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
@@ -275,20 +287,20 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
     before = snapshot(path)
     assert job("search") == first
     assert snapshot(path) == before
-    assert "finished before" in job.seen
+    assert "already finished" in job.seen
     assert "epoch" not in job.seen
 
 
-def test_settings_of_runtime_and_tracking_find_the_same_run(job: Job) -> None:
+@pytest.mark.usefixtures("finished")
+def test_settings_of_runtime_and_tracking_belong_to_the_same_run(job: Job) -> None:
     first = job("search")
     again = job("search", "runtime.device=cpu", "runtime.precision=fp32", "tracking.experiment=other")
     assert again == first
     assert job("search", "seed=1")["run_dir"] != first["run_dir"]
 
 
-def test_fresh_starts_over(job: Job) -> None:
-    first = job("search")
-    path = Path(first["run_dir"])
+def test_fresh_starts_over(job: Job, finished: Path) -> None:
+    first, path = job("search"), finished
     key, started = RunDir(path).read().key, RunDir(path).read().started_ms
     (path / "checkpoints" / "strange").mkdir()
     (path / "left.txt").write_text("of another time")
@@ -311,13 +323,13 @@ def test_fresh_starts_over(job: Job) -> None:
     assert len(RunDir(path).metrics()) == 2
 
 
-def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_a_failed_job_says_so_in_its_record_and_resumes_later(job: Job, finished: Path) -> None:
+    path = finished
     first = (path / "genotype.json").read_bytes()
     record = json.loads((path / "run.json").read_text())
     record["status"] = "RUNNING"  # as a kill before the end would have left it
     (path / "run.json").write_text(json.dumps(record))
-    # A file stands where the checkpoints belong: a mistake of the user's that is then mended.
+    # A file is in the place of the folder of checkpoints, and is then removed.
     shutil.rmtree(path / "checkpoints")
     (path / "checkpoints").write_text("")
     with pytest.raises(OSError, match="checkpoints"):
@@ -343,12 +355,12 @@ def test_a_failed_job_says_so_in_its_record_and_goes_on_later(job: Job) -> None:
         ("search", "space.solver=mosek"),
         ("retrain", "data={name: folder, root: nowhere}"),
         ("retrain", "retrain.cutout=9"),
-        # Seen before Ray is started.
+        # Refused before Ray is started.
         ("search", "runtime.workers=33"),
         ("retrain", "runtime.workers='1:129'"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
+def test_invalid_settings_are_refused_before_any_work_and_leave_nothing(
     job: Job, kind: str, override: str
 ) -> None:
     if "mosek" in override and mosek_licence() is not None:
@@ -359,7 +371,7 @@ def test_what_cannot_work_is_refused_before_any_work_and_leaves_nothing(
     assert not job.folder.exists() or list(job.folder.iterdir()) == []
 
 
-def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path) -> None:
+def test_a_refused_fresh_start_deletes_nothing(job: Job, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     for split in ("train", "test"):
         for label, name in enumerate(("dark", "light")):
@@ -376,8 +388,8 @@ def test_a_fresh_start_that_cannot_work_deletes_nothing(job: Job, tmp_path: Path
     assert snapshot(path) == before
 
 
-def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
+def test_a_damaged_record_is_replaced_with_and_without_a_fresh_start(job: Job, finished: Path) -> None:
+    path = finished
     for fresh in (False, True):
         (path / "run.json").write_text("{")
         job("search", fresh=fresh)
@@ -386,17 +398,16 @@ def test_a_damaged_record_is_made_anew_with_or_without_a_fresh_start(job: Job) -
         assert ("epoch 1: loss" in job.seen) == fresh
 
 
-def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job) -> None:
-    """A mark comes first, then the record goes: with the mark, checkpoints are leftovers, no run to go on with."""
-    path = Path(job("search")["run_dir"])
-    (path / ".clearing").touch()
-    (path / "run.json").unlink()
+def test_a_fresh_start_that_was_killed_is_still_a_fresh_start(job: Job, finished: Path) -> None:
+    """A mark is written before the record is deleted: with the mark, checkpoints are leftovers and not resumed."""
+    (finished / ".clearing").touch()
+    (finished / "run.json").unlink()
     job("search")
     assert "epoch 1: loss" in job.seen
     assert "resumed" not in job.seen
 
 
-def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_changed_pictures(job: Job, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
 
     def write(brightness: int) -> None:
@@ -422,7 +433,7 @@ def test_a_run_does_not_go_on_with_other_pictures(job: Job, tmp_path: Path) -> N
     )
 
 
-def test_a_second_process_is_kept_out(job: Job) -> None:
+def test_a_second_process_is_refused(job: Job) -> None:
     path = job.folder / f"tiny-search-{run_hash(job.config(), 'search')}"
     path.mkdir(parents=True)
     with (
@@ -433,10 +444,9 @@ def test_a_second_process_is_kept_out(job: Job) -> None:
     assert not RunDir(path).exists()
 
 
-def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
-    """Lines that the last checkpoint does not know are measured again, lines that were lost come back."""
-    result = job("search")
-    run = RunDir(result["run_dir"])
+def test_metrics_follow_the_checkpoint_when_a_run_resumes(job: Job, finished: Path) -> None:
+    """Lines after the last checkpoint are measured again, lost lines are restored."""
+    result, run = job("search"), RunDir(finished)
     whole = run.metrics()
     for lines in (whole[:1], [*whole, whole[-1]._replace(step=3)]):
         record = json.loads((run.path / "run.json").read_text())
@@ -451,13 +461,11 @@ def test_metrics_follow_the_checkpoint_when_a_run_goes_on(job: Job) -> None:
         assert "resumed after epoch 2" in job.seen
 
 
-def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job: Job) -> None:
-    path = Path(job("search")["run_dir"])
-    assert re.search(r"^in this process, cpu, 1 thread, \d+ cores? on this machine$", job.seen, re.MULTILINE)
-    folder = path / "checkpoints"
+def test_resuming_with_another_number_of_workers_says_what_is_lost(job: Job, finished: Path) -> None:
+    path, folder = finished, finished / "checkpoints"
     for workers, says in (
         (1, None),
-        (2, "1 worker instead of 2: the same global batch and schedule, but no"),
+        (2, "1 worker instead of 2: the global batch and the schedule stay the same, but"),
     ):
         found = load_latest(folder)
         assert found is not None
@@ -471,6 +479,8 @@ def test_a_run_that_goes_on_with_another_number_of_workers_says_what_is_lost(job
         assert "resumed after epoch 2" in job.seen
         assert ("bit for bit" in job.seen) == (says is not None)
         assert says is None or says in job.seen
+    place = r"^in this process, cpu, 1 thread, \d+ cores? on this machine$"
+    assert re.search(place, job.seen, re.MULTILINE)
 
 
 def test_rows_of_a_trajectory_start_before_any_training() -> None:
@@ -497,7 +507,7 @@ def test_rows_of_a_trajectory_start_before_any_training() -> None:
 
 
 def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
-    """Version 0.1 wrote the trajectory with pandas; the figures are the same text."""
+    """Version 0.1 wrote the trajectory with pandas; the text of the figures must be the same."""
     space = CellSpace(n_nodes=2)
     tables, records = SearchTables(tmp_path, space), [record_of(epoch, space) for epoch in range(1, 31)]
     draw = np.random.default_rng(0)
@@ -520,7 +530,7 @@ def test_tables_of_a_search_are_what_pandas_writes(tmp_path: Path) -> None:
     assert {name: (tmp_path / "again" / name).read_bytes() for name in written} == written
 
 
-def test_a_table_that_was_cut_meanwhile_is_noticed(tmp_path: Path) -> None:
+def test_a_table_that_was_truncated_meanwhile_is_noticed(tmp_path: Path) -> None:
     tables = SearchTables(tmp_path, CellSpace(n_nodes=1))
     assert tables.append(record_of(1))
     (tmp_path / "codes.csv").unlink()
@@ -554,7 +564,7 @@ def test_a_node_that_froze_keeps_the_code_that_it_froze_with() -> None:
     assert rows_of(1, older := {}, unknown) == rows_of(2, older, resting) == []
 
 
-def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: Path) -> None:
+def test_a_page_that_can_not_be_written_is_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "there").mkdir()
     page = write_page("report.html", lambda: atomic_write(tmp_path / "there", "<html>"), said.append)
@@ -566,9 +576,7 @@ def test_a_page_that_can_not_be_written_costs_a_line_and_not_the_run(tmp_path: P
     )
 
 
-def test_what_was_killed_is_closed_in_mlflow_before_a_fresh_start_deletes_it(
-    job: Job, tmp_path: Path
-) -> None:
+def test_a_fresh_start_closes_the_killed_run_in_mlflow_before_deleting_it(job: Job, tmp_path: Path) -> None:
     tracked = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     run = RunDir(Path(job("search", *tracked)["run_dir"]))
     below = RunDir(run.path / "trial-0000")  # as those of a sweep

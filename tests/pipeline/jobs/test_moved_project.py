@@ -1,10 +1,11 @@
-"""A project folder that was moved: its store and the store's files are found where they are now."""
+"""A moved project folder: its store and the store's files are found in the new place."""
 
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,9 +13,10 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.cli.commands import run
+from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
-from pipeline.tracking import tracker
+from pipeline.tracking.notices import OF_THIS_PROCESS
 from pipeline.tracking.references import load_of_run, resolve_origin
 from pipeline.tracking.store import open_client
 
@@ -25,30 +27,60 @@ runtime: {threads: 1, device: cpu}
 """
 
 
+NAMED = ["--set", "tracking.uri=sqlite:///mlflow.db"]
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, blank_database: Path
+) -> Callable[[Sequence[str]], Path]:
+    """Retrains with some settings in a project `old`, once for all tests, and returns the moved project."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def retrained(settings: Sequence[str]) -> Path:
+        if tuple(settings) not in done:
+            old = tmp_path_factory.mktemp("project") / "old"
+            old.mkdir()
+            (old / "tiny.yaml").write_text(TINY)
+            shutil.copy(blank_database, old / "mlflow.db")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(old)
+                assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", *settings]) == 0
+            done[tuple(settings)] = old.rename(old.with_name("moved"))
+        return done[tuple(settings)]
+
+    return retrained
+
+
 @pytest.fixture
 def moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, blank_database: Path
+    project: Callable[[Sequence[str]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> RunDir:
-    """A retraining in the project `new`, which was `old` when it ran."""
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "tiny.yaml").write_text(TINY)
-    shutil.copy(blank_database, tmp_path / "old" / "mlflow.db")
-    monkeypatch.chdir(tmp_path / "old")
-    settings = getattr(request, "param", [])
-    assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", *settings]) == 0
-    (tmp_path / "old").rename(tmp_path / "new")
+    """A retraining in the project `new`, which ran when the project was `old` in another folder."""
+    shutil.copytree(project(getattr(request, "param", [])), tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
     (path,) = Path("runs").iterdir()
     return RunDir(path)
 
 
-@pytest.mark.parametrize(
-    "moved", [["--set", "tracking.uri=sqlite:///mlflow.db"]], ids=["named"], indirect=True
-)
-def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
+def old_project(moved: RunDir) -> Path:
+    """Return the project's old folder, from the store in the run's configuration."""
+    uri = load(moved.path / "config.yaml").tracking.uri
+    assert uri is not None
+    return Path(uri.removeprefix("sqlite:///")).parent
+
+
+@pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
+def test_export_after_a_move_delivers_to_the_moved_store(moved: RunDir, tmp_path: Path) -> None:
+    old = old_project(moved)
     command = [sys.executable, "-m", "pipeline.cli", "export", str(moved.path)]
-    assert subprocess.run(command, timeout=300).returncode == 0  # MLflow remembers folders within a process
-    assert not (tmp_path / "old").exists()
+    assert (
+        subprocess.run(command, timeout=300).returncode == 0
+    )  # a process of its own, since MLflow caches folders
+    assert (old.name, old.exists()) == ("old", False)
     link = read_link(moved)
     assert link is not None
     assert link.tracking_uri == f"sqlite:///{tmp_path}/new/mlflow.db"
@@ -64,9 +96,7 @@ def test_export_after_a_move_delivers_to_the_store_that_moved(moved: RunDir, tmp
 
 
 @pytest.mark.parametrize("moved", [[]], ids=["default"], indirect=True)
-def test_a_store_that_has_gone_is_said(
-    moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_store_is_reported(moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gone = f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
     file = moved.path / "mlflow.json"
     link = read_link(moved)
@@ -79,28 +109,25 @@ def test_a_store_that_has_gone_is_said(
     assert run(["sync", str(moved.path), "--set", "tracking.uri=sqlite:///mlflow.db"]) == 0
 
 
-NAMED = ["--set", "tracking.uri=sqlite:///mlflow.db"]
-
-
 @pytest.mark.parametrize("best", [False, True], ids=["of the run", "of a sweep's best trial"])
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, tmp_path: Path, best: bool) -> None:
-    """It names store and runs' folder by their old absolute paths."""
-    file = moved.path / "config.yaml"
-    file.write_text(file.read_text().replace("runs_dir: runs", f"runs_dir: {tmp_path}/old/runs"))
-    assert f"{tmp_path}/old/mlflow.db" in file.read_text()
+def test_a_runs_own_configuration_is_usable_after_a_move(moved: RunDir, best: bool) -> None:
+    """It has the old absolute paths of the store and of the runs' folder."""
+    file, old = moved.path / "config.yaml", old_project(moved)
+    file.write_text(file.read_text().replace("runs_dir: runs", f"runs_dir: {old}/runs"))
+    assert f"{old}/mlflow.db" in file.read_text()
     if best:
         (moved.path / "best").mkdir()
         file = file.rename(moved.path / "best" / file.name)
     assert run(["retrain", "--genotype", "random:1", "--config", str(file)]) == 0
-    assert not (tmp_path / "old").exists()
+    assert not old.exists()
     assert len(list(Path("runs").iterdir())) == 2
     assert len(open_client("sqlite:///mlflow.db").search_runs(["1"])) == 2
 
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_genotypes_run_is_trained_into_the_store_that_moved(moved: RunDir, tmp_path: Path) -> None:
-    """Without --config, tracking settings are those of the run that found the genotype."""
+def test_a_genotype_of_a_moved_run_is_retrained_into_the_moved_store(moved: RunDir, tmp_path: Path) -> None:
+    """Without --config, the tracking settings are those of the genotype's run."""
     record = dataclasses.replace(moved.read(), kind="search", name="tiny-search")
     moved.write(record)
     origin = resolve_origin(str(moved.path), runs_dir=Path("runs"), tracking_uri=None)
@@ -109,14 +136,14 @@ def test_a_genotypes_run_is_trained_into_the_store_that_moved(moved: RunDir, tmp
 
 
 @pytest.mark.parametrize("moved", [NAMED], ids=["named"], indirect=True)
-def test_a_setting_of_the_user_comes_before_the_store_that_moved(moved: RunDir) -> None:
+def test_a_users_setting_overrides_the_moved_store(moved: RunDir) -> None:
     config = load_of_run(moved.path / "config.yaml", moved, ["tracking.uri=sqlite:////other/mlflow.db"])
     assert config.tracking.uri == "sqlite:////other/mlflow.db"
 
 
 # ---------- folders of artifacts
 def make_store(folder: Path, location: str, blank_database: Path) -> MlflowClient:
-    """A store in a folder, with one run of the experiment `mine` that has a file."""
+    """Create a store in a folder, with one run of the experiment `mine` that has a file."""
     folder.mkdir(parents=True)
     shutil.copy(blank_database, folder / "mlflow.db")
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
@@ -149,7 +176,7 @@ def test_a_copied_store_keeps_the_files_of_the_original(tmp_path: Path, blank_da
     assert client.get_experiment("1").artifact_location == f"{tmp_path}/old/files"
 
 
-def test_files_are_not_written_where_a_folder_of_artifacts_has_gone(
+def test_no_files_are_written_to_a_missing_folder_of_artifacts(
     moved: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, blank_database: Path
 ) -> None:
     """The folder was neither in the project nor moved with it."""
@@ -181,7 +208,7 @@ def test_no_command_creates_the_folder_of_a_store(
         ("draw", "0" * 32): (2, f"the MLflow store {gone} does not exist"),
     }
     for command, (code, said) in commands.items():
-        tracker._said.clear()
+        OF_THIS_PROCESS.clear()
         caplog.clear()
         assert run([*command, *setting]) == code, command
         out, err = capfd.readouterr()

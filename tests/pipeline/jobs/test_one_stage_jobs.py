@@ -1,4 +1,4 @@
-"""A one-stage search as a job: exact resumption in both phases, test figures of the absorbed network, its files."""
+"""A one-stage search as a job: exact resumption in both phases, the absorbed network's test figures, its files."""
 
 import dataclasses
 import io
@@ -14,11 +14,13 @@ from rich.console import Console
 from istanas.data import ArrayPictures, ImageDataset, load_dataset, normalize, stratified_subset
 from istanas.errors import CheckpointError, ConfigError
 from istanas.measure import count_params
+from istanas.nets import TargetNet
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import Genotype
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import OneStageConfig
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
@@ -61,14 +63,14 @@ def search(
 
 
 @pytest.fixture(scope="module")
-def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[EpochRecord], str]:
-    """History and weights of a search that was never stopped."""
+def whole(few: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[EpochRecord], TargetNet]:
+    """History and network of an undisturbed search."""
     folder = tmp_path_factory.mktemp("whole")
     history = search(tiny(), few, folder)
-    return history, weights_of(searched_network(tiny(), few, folder, N_EPOCHS))
+    return history, searched_network(tiny(), few, folder, N_EPOCHS)
 
 
-def test_it_searches_then_trains(whole: tuple[list[EpochRecord], str]) -> None:
+def test_it_searches_then_trains(whole: tuple[list[EpochRecord], TargetNet]) -> None:
     history, _ = whole
     assert [record.found().searching for record in history] == [True, True, False, False, False, False]
     assert [record.metrics["arch/frozen_nodes"] for record in history][1:] == [4.0] * 5
@@ -81,7 +83,7 @@ def test_it_searches_then_trains(whole: tuple[list[EpochRecord], str]) -> None:
         False,
         False,
     ]
-    # In training after every second epoch, and at the end; never while searching.
+    # Tested in training, after every second epoch and at the end; never while searching.
     assert ["test/top1" in record.metrics for record in history] == [False] * 4 + [True, True]
     frozen = history[-1].found().frozen
     assert frozen is not None
@@ -91,8 +93,8 @@ def test_it_searches_then_trains(whole: tuple[list[EpochRecord], str]) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [(0, 2), (1, 5), (2, 1), (3, 1), (4, 4)])
-def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
-    few: ImageDataset, tmp_path: Path, whole: tuple[list[EpochRecord], str], stop_at: tuple[int, int]
+def test_a_search_stopped_in_either_phase_equals_an_undisturbed_one(
+    few: ImageDataset, tmp_path: Path, whole: tuple[list[EpochRecord], TargetNet], stop_at: tuple[int, int]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         search(tiny(), few, tmp_path, Watcher(stop_at=stop_at))
@@ -100,7 +102,7 @@ def test_stopped_in_either_phase_it_ends_as_if_it_had_not_been(
     history = search(tiny(), few, tmp_path, watcher)
     assert watcher.resumed_with == [(stop_at[0], 1)]
     assert decided(history) == decided(whole[0])
-    assert weights_of(searched_network(tiny(), few, tmp_path, N_EPOCHS)) == whole[1]
+    assert weights_of(searched_network(tiny(), few, tmp_path, N_EPOCHS)) == weights_of(whole[1])
     again = Watcher()
     assert search(tiny(), few, tmp_path, again) == history
     assert again.steps == [], "a finished job trained on"
@@ -132,9 +134,10 @@ def test_on_two_ranks_with_a_stop_in_each_phase(few: ImageDataset, tmp_path: Pat
     assert nets[0] == nets[1]
 
 
-def test_the_test_figures_are_those_of_the_absorbed_network(few: ImageDataset, tmp_path: Path) -> None:
-    history = search(tiny(), few, tmp_path)
-    net = searched_network(tiny(), few, tmp_path, N_EPOCHS)
+def test_the_test_figures_are_those_of_the_absorbed_network(
+    few: ImageDataset, whole: tuple[list[EpochRecord], TargetNet]
+) -> None:
+    history, net = whole
     assert isinstance(few.test, ArrayPictures)
     assert not net.training
     logits = net(normalize(few.test.images, few.mean, few.std))
@@ -143,7 +146,7 @@ def test_the_test_figures_are_those_of_the_absorbed_network(few: ImageDataset, t
     assert history[-1].metrics["target/params"] == count_params(net)
 
 
-def test_neither_test_nor_holdout_pictures_choose_anything(few: ImageDataset, tmp_path: Path) -> None:
+def test_neither_test_nor_holdout_pictures_change_the_network(few: ImageDataset, tmp_path: Path) -> None:
     config = tiny("data.holdout=0.2", "search.train_epochs=1")
     kept = splits_of(config, few, "search").holdout
     assert kept is not None
@@ -177,7 +180,7 @@ def test_a_part_of_the_pictures(few: ImageDataset, tmp_path: Path) -> None:
         splits_of(tiny("search.max_pictures=301"), few, "search")
 
 
-def test_no_architecture_within_the_limits_is_one_clear_line(few: ImageDataset, tmp_path: Path) -> None:
+def test_limits_without_an_architecture_are_a_one_line_error(few: ImageDataset, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^search.max_params: .* parameters are above max_params = 10, and 100 other"
     ) as caught:
@@ -185,7 +188,7 @@ def test_no_architecture_within_the_limits_is_one_clear_line(few: ImageDataset, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_two_stage_checkpoint_is_no_one_stage_search(few: ImageDataset, tmp_path: Path) -> None:
+def test_a_two_stage_checkpoint_is_refused_by_a_one_stage_search(few: ImageDataset, tmp_path: Path) -> None:
     two_stage = load(None, [*TINY[1:2], *TINY[3:], "search={epochs: 1, init_channels: 2, layers: 3}"])
     search_worker(two_stage, few, FolderStore(tmp_path), Watcher())
     with pytest.raises(CheckpointError, match="'two_stage' version 2 is not 'one_stage' version 2"):
@@ -203,13 +206,11 @@ def test_an_unfinished_search_has_no_network(few: ImageDataset, tmp_path: Path) 
 
 
 # ---------- the run directory
-def test_what_a_search_leaves(tmp_path: Path) -> None:
+def test_the_files_of_a_search(tmp_path: Path) -> None:
     config = tiny(f"runtime.runs_dir={tmp_path}", "search.max_pictures=200")
     out = io.StringIO()
     with Runtime(config.runtime) as runtime:
-        result: Any = run_search(
-            config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
-        )
+        result: Any = run_search(JobContext(config, "tiny", Console(file=out, width=200), runtime))
     path = Path(result["run_dir"])
     record = RunDir(path).read()
     assert (record.status, record.kind, record.method) == ("FINISHED", "search", "one_stage")
@@ -241,8 +242,8 @@ def test_what_a_search_leaves(tmp_path: Path) -> None:
     assert epochs == {"0", "1", "2"}, "the trajectory ends with the search"
 
 
-def test_a_rejected_architecture_is_said_counted_and_noted(tmp_path: Path) -> None:
-    """A limit just below the largest architecture that the search came to without one."""
+def test_a_rejected_architecture_is_reported_and_counted(tmp_path: Path) -> None:
+    """The limit is just below the largest architecture of the same search without a limit."""
     overrides = [
         "search.max_pictures=200",
         "search.max_search_epochs=6",
@@ -254,9 +255,7 @@ def test_a_rejected_architecture_is_said_counted_and_noted(tmp_path: Path) -> No
 
     def run(config: OneStageConfig) -> Any:
         with Runtime(config.runtime) as runtime:
-            return run_search(
-                config, name="tiny", fresh=False, console=Console(file=out, width=200), runtime=runtime
-            )
+            return run_search(JobContext(config, "tiny", Console(file=out, width=200), runtime))
 
     run(unlimited)
     lines = RunDir(next((tmp_path / "a").iterdir())).metrics()

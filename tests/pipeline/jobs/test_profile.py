@@ -1,4 +1,4 @@
-"""`istanas profile`: shares of all the time, FLOPs that can be counted by hand, a projection that is its formula."""
+"""`istanas profile`: shares of the time, FLOPs counted by hand, and the formula of the projection."""
 
 import itertools
 import json
@@ -20,6 +20,7 @@ from istanas.nets import TargetNet
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.space import PUBLISHED
 from istanas.training import Compute
+from pipeline.cli.commands import run
 from pipeline.config.load import load
 from pipeline.jobs import profile as profile_job
 from pipeline.jobs.profile import make_work
@@ -30,7 +31,7 @@ from pipeline.training.profiling import count_flops, kind_of, step_seconds, time
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[3] / "tune_configs"
 RETRAIN = ("--genotype", "ISTA_twostage", "--set", "retrain.auxiliary_weight=0")
-# What is known of the digits: 1438 training pictures (a two-stage search halves them), 359 test pictures.
+# The digits have 1438 training pictures (halved by a two-stage search) and 359 test pictures.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "two-stage": (
         ("--config", str(CONFIGS / "digits_quickstart.yaml")),
@@ -86,13 +87,25 @@ Command = Callable[..., Outcome]
 def istanas(tmp_path: Path) -> Command:
     """Runs a command line in an empty folder: (exit code, stdout, stderr).
 
-    In a process of its own, since what the profiler's library says depends on what was profiled before.
+    In its own process, since the messages of the profiler's library depend on what was profiled before.
     """
     command_line = [sys.executable, "-m", "pipeline.cli", "profile"]
 
     def command(*arguments: str) -> Outcome:
         done = subprocess.run([*command_line, *arguments], cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
+
+    return command
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line that profiles nothing, in this process: a new one takes seconds to import torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> Outcome:
+        code = run(["profile", *arguments])
+        return code, *capfd.readouterr()
 
     return command
 
@@ -169,28 +182,28 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
     ],
 )
-def test_bad_input_is_one_line(istanas: Command, arguments: list[str], code: int, says: str) -> None:
-    outcome, out, err = istanas(*arguments)
+def test_bad_input_is_a_one_line_error(refused: Command, arguments: list[str], code: int, says: str) -> None:
+    outcome, out, err = refused(*arguments)
     assert (outcome, out) == (code, "")
     assert says in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
 
 
-def test_a_trace_takes_no_pipes_place(istanas: Command, tmp_path: Path) -> None:
+def test_a_trace_does_not_replace_a_pipe(refused: Command, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
-        code, out, err = istanas(*RETRAIN, "--trace", name)
+        code, out, err = refused(*RETRAIN, "--trace", name)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert f"trace: {name} can't be written" in err
+        assert f"trace: {name} cannot be written" in err
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) -> None:
+def test_a_trace_follows_a_link_and_keeps_it(istanas: Command, tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "link").symlink_to("traces/step.json")
-    for _ in range(2):  # to a file that is not there yet, and to one that is
+    for _ in range(2):  # to a missing file, and to an existing one
         settings = ("retrain.layers=1", "runtime.workers=2")
         code, out, err = istanas(
             *RETRAIN, *(a for s in settings for a in ("--set", s)), "--steps", "1", "--trace", "link"
@@ -202,10 +215,10 @@ def test_a_trace_follows_a_link_and_stays_one(istanas: Command, tmp_path: Path) 
         assert len(list(tmp_path.rglob("*"))) == 3, "nothing else is left"
 
 
-def test_no_gpu_is_said_before_any_step(istanas: Command) -> None:
+def test_a_missing_gpu_is_reported_before_any_step(refused: Command) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU: there is one here")
-    code, _, err = istanas("--set", "runtime.device=cuda")
+    code, _, err = refused("--set", "runtime.device=cuda")
     assert code == 2
     assert "runtime.device: cuda needs a GPU" in err
 
@@ -241,10 +254,10 @@ def test_only_gradients_that_are_asked_for_count(of_image: bool, of_weight: bool
     assert counted == forward * (1 + of_image + of_weight)
 
 
-def test_the_peak_has_two_operations_a_multiply_add_and_is_that_of_the_best_try(
+def test_the_peak_counts_two_operations_a_multiply_add_in_the_best_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a clock on which a FLOP takes a nanosecond, or two or three where the machine is busy."""
+    """The clock of the test gives one nanosecond per FLOP, or two or three, as on a busy machine."""
     busy = itertools.cycle([3.0, 1.0, 2.0])
     monkeypatch.setattr(profiling, "seconds_of", lambda call, device: next(busy) * count_flops(call) / 1e9)
     assert profiling.peak_flops(CPU, torch.float32) == pytest.approx(1e9)
@@ -277,8 +290,8 @@ def test_kind_of_an_operation(name: str, shapes: list[list[int]], kind: str | No
     assert kind_of(name, shapes) == kind
 
 
-def test_calls_are_those_of_the_network() -> None:
-    """Every convolution of the network runs once forward and once backward in a step, whatever it calls in turn."""
+def test_counted_calls_are_those_of_the_network() -> None:
+    """Every convolution is counted once forward and once backward in a step, whatever operators it calls."""
     config = load(CONFIGS / "digits_quickstart.yaml", [RETRAIN[-1], "retrain.layers=2"])
     work = make_work(config, open_dataset(config, ["retrain"]), Compute(CPU), PUBLISHED["ISTA_onestage"])
     net = TargetNet(PUBLISHED["ISTA_onestage"], 8, 2, 10, in_channels=1)
@@ -298,8 +311,8 @@ def test_calls_are_those_of_the_network() -> None:
     assert calls["data and augmentation"] == 1
 
 
-def test_what_an_operation_calls_belongs_to_it() -> None:
-    """A step of nothing but pooling inside the data range is all data; without the range, all pooling."""
+def test_the_time_of_inner_calls_belongs_to_the_outer_operation() -> None:
+    """A step of pooling inside the data range counts as data; without the range, as pooling."""
     images = torch.randn(4, 8, 64, 64)
 
     def make() -> Any:

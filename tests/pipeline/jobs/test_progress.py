@@ -1,4 +1,4 @@
-"""What a log file says while a job runs."""
+"""A job's lines in a log file."""
 
 import io
 
@@ -11,7 +11,7 @@ from pipeline.sweep.bookkeeping import seconds_left
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -62,7 +62,7 @@ def test_the_start_of_workers_does_not_count_as_training(clock: Clock) -> None:
     assert lines_of(out) == ["epoch 1: loss 1.000, 10.0 s (epoch 1/3, 20.0 s left)"]
 
 
-def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
+def test_a_long_epoch_writes_lines_of_progress(clock: Clock) -> None:
     out = io.StringIO()
     with EpochBar(Console(file=out, width=200), "search", 2, clock=clock) as bar:
         for step in range(1, 11):
@@ -73,7 +73,7 @@ def test_a_long_epoch_gives_signs_of_life(clock: Clock) -> None:
     assert [line.partition(",")[0] for line in lines] == [f"epoch 1/2: step {n} of 10" for n in (3, 6, 9)]
 
 
-def test_a_terminal_has_the_bar_and_no_such_lines(clock: Clock) -> None:
+def test_a_terminal_has_the_bar_instead_of_lines_of_progress(clock: Clock) -> None:
     out = io.StringIO()
     with EpochBar(Console(file=out, width=80, force_terminal=True), "search", 2, clock=clock) as bar:
         clock.now += 500
@@ -101,7 +101,7 @@ def test_a_log_file_says_how_far_a_sweep_is_and_the_time_left(clock: Clock) -> N
     ("took", "left", "at_once", "seconds"),
     [([60], 11, 1, 660), ([60], 11, 2, 360), ([30, 90], 3, 4, 60), ([60], 0, 2, 0)],
 )
-def test_the_time_left_of_a_sweep_follows_from_its_trials_and_how_many_run_at_once(
+def test_the_time_left_of_a_sweep_counts_trials_that_run_at_once(
     took: list[float], left: int, at_once: int, seconds: float
 ) -> None:
     assert seconds_left(took, left, at_once) == seconds

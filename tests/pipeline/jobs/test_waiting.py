@@ -1,8 +1,8 @@
-"""From the second epoch on, no pass waits for a GPU: neither training nor validation, nor the bar that shows them.
+"""After the first epoch, neither training nor validation nor their progress bar waits for a GPU.
 
-On a GPU torch itself refuses to wait. Without one, the same epochs run on the CPU, and what the host would have to
-wait for is refused: operations whose result it has to know, and reading a tensor. Copies to the device, which wait
-where their memory is not pinned, are seen on a GPU only.
+On a GPU, torch itself refuses to wait. Without one, the same epochs run on the CPU, where operations whose result the
+host needs, and reads of a tensor, are refused. Copies to the device, which wait if their memory is not pinned, are only
+noticed on a GPU.
 """
 
 import io
@@ -24,7 +24,6 @@ from istanas.search import OneStageSearch, TwoStageSearch
 from istanas.space import CellSpace, random_genotype
 from istanas.training import Metrics, Totals
 from pipeline.config.load import load
-from pipeline.jobs import progress
 from pipeline.jobs.progress import EpochBar
 from pipeline.training import epochs
 from pipeline.training.epoch_record import FolderStore, Progress
@@ -41,11 +40,11 @@ READ_BY_THE_HOST = {
     ATEN._unique2,
 }
 TAKE_MASKS = {ATEN.index, ATEN.index_put, ATEN.index_put_}
-READINGS = ("tolist", "numpy", "cpu", "__array__")  # of memory that is the host's already, no operator runs
-# Who may: optimisers, which on a GPU are fused and read nothing, and the plan of an epoch's batches, which never
-# leaves the host.
+READINGS = ("tolist", "numpy", "cpu", "__array__")  # they read the host's memory without an operator
+# Allowed callers: optimisers, which are fused on a GPU and read nothing, and the plan of an epoch's batches, which
+# stays on the host.
 EXEMPT = (("/torch/optim/", None), ("/istanas/data/loading.py", "batches"))
-# The passes of each job, which end with the one reading of their figures.
+# The passes of each job; each one ends with one reading of its figures.
 PASSES: dict[str, list[tuple[Any, str]]] = {
     "two-stage": [(TwoStageSearch, "train_epoch"), (TwoStageSearch, "validate")],
     "one-stage": [(OneStageSearch, "train_epoch"), (OneStageSearch, "validate")],
@@ -61,7 +60,7 @@ def refuse(what: object) -> None:
 
 
 class Refusing(TorchDispatchMode):
-    """Refuses on the CPU what would wait on a GPU."""
+    """Refuses operators on the CPU that would wait for a GPU."""
 
     def __enter__(self) -> Any:
         self._readings = pytest.MonkeyPatch()
@@ -93,7 +92,7 @@ class Refusing(TorchDispatchMode):
 
 
 class CudaRefusing(AbstractContextManager["CudaRefusing"]):
-    """Has torch refuse to wait for the GPU."""
+    """Makes torch refuse to wait for the GPU."""
 
     def __enter__(self) -> "CudaRefusing":
         torch.cuda.set_sync_debug_mode("error")
@@ -104,10 +103,10 @@ class CudaRefusing(AbstractContextManager["CudaRefusing"]):
 
 
 class Guard(Silent):
-    """An observer under which no pass after the first epoch may wait, up to the one reading of its figures.
+    """An observer with which no pass after the first epoch may wait, except to read its figures once at its end.
 
-    In the first, memory is allocated and the pictures move to the device. A bar that would read the figures at every
-    step is shown what it is shown on a GPU, where `read` knows none.
+    The first epoch allocates memory and moves the pictures to the device. The bar, which would read the figures at
+    every step, gets none, as on a GPU.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class Guard(Silent):
         self.guarded_steps = self.passes = self.readings = 0
         self.read: list[Metrics | None] = []
         self._warm, self._refusing, self._inside = False, refusing, ExitStack()
-        monkeypatch.setattr(progress, "SECONDS_BETWEEN_READINGS", 0.0)
-        self._bar = EpochBar(Console(file=io.StringIO(), force_terminal=True), job, 2)
+        console = Console(file=io.StringIO(), force_terminal=True)
+        self._bar = EpochBar(console, job, 2, seconds_between_readings=0.0)
         for owner, name in PASSES[job]:
             monkeypatch.setattr(owner, name, self._guarded(getattr(owner, name)))
         monkeypatch.setattr(Totals, "metrics", self._counted(Totals.metrics))
@@ -159,7 +158,7 @@ class Guard(Silent):
 
 
 def run_tiny(job: str, device: str, observer: Guard, folder: Path) -> None:
-    """Some epochs with everything that a step can have: augmentation, clipping, drop path, an auxiliary head."""
+    """Run some epochs with augmentation, clipping, drop path and an auxiliary head."""
     tiny = "init_channels: 2, layers: 3, cutout: 2"
     two_stage = f"epochs: 2, batch_size: 64, max_pictures: 600, {tiny}"
     trained = f"{tiny}, auxiliary_weight: 0.4, drop_path: 0.2"
@@ -193,7 +192,7 @@ def run_tiny(job: str, device: str, observer: Guard, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("job", PASSES)
-def test_no_pass_reads_what_a_gpu_would_have_to_finish_first(
+def test_no_pass_reads_a_value_that_a_gpu_would_still_compute(
     monkeypatch: pytest.MonkeyPatch, job: str, tmp_path: Path
 ) -> None:
     observer = Guard(monkeypatch, job, Refusing)
@@ -245,7 +244,7 @@ def test_counting_top5_reads_nothing() -> None:
         lambda x: x.cpu(),
     ],
 )
-def test_what_would_wait_is_refused(read: Callable[[Tensor], object]) -> None:
+def test_an_operation_that_would_wait_is_refused(read: Callable[[Tensor], object]) -> None:
     x = torch.ones(1)
     with Refusing(), pytest.raises(AssertionError, match="would wait for a GPU"):
         read(x)

@@ -1,4 +1,4 @@
-"""A search of seconds in a folder, for tests of what befalls its files."""
+"""A search of seconds, for tests of its files."""
 
 import io
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.runs.directory import RunDir
 from pipeline.training.epoch_record import Progress
@@ -22,13 +23,13 @@ SETTINGS = [
 
 
 def search(
-    folder: Path, *overrides: str, tell: Any = None, fresh: bool = False
+    folder: Path, *overrides: str, on_epoch: Any = None, fresh: bool = False
 ) -> tuple[dict[str, Any], str]:
     config = load(None, [*SETTINGS, f"runtime.runs_dir={folder}", *overrides])
     out = io.StringIO()
     with Runtime(config.runtime) as runtime:
         console = Console(file=out, width=200)
-        found = run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell)
+        found = run_search(JobContext(config, "tiny", console, runtime, fresh, on_epoch=on_epoch))
     return dict(found), out.getvalue()
 
 
@@ -38,9 +39,9 @@ def stop_after_two(progress: Progress) -> None:
 
 
 def search_stopped_after_two(folder: Path) -> Path:
-    """Run a search that is interrupted after two of its three epochs; return the folder."""
+    """Run a search that is interrupted after two of its three epochs, and return the folder."""
     with pytest.raises(KeyboardInterrupt):
-        search(folder, tell=stop_after_two)
+        search(folder, on_epoch=stop_after_two)
     return folder
 
 

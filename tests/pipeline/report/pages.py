@@ -1,4 +1,4 @@
-"""A page as the standard library's parser sees it: what it loads, its sections, its texts."""
+"""HTML pages, parsed with the standard library: resources, sections and texts."""
 
 import re
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ VOID = {"meta", "link", "input", "img", "br"}
 
 
 class Page(HTMLParser):
-    """A page that was written."""
+    """A parsed page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class Page(HTMLParser):
 
     @property
     def files(self) -> list[str]:
-        """The files that its links lead to, as they are written."""
+        """The targets of its links."""
         return [link["href"] for link in self.all("a") if not link["href"].startswith("#")]
 
     @property
     def trials(self) -> list[list[str]]:
-        """The rows of the table of a sweep's trials, each with the sources of its cells."""
+        """The rows of the table of trials, each a list of the HTML of its cells."""
         table = self.source.partition('id="trials"')[2].partition("</section>")[0]
         return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
 
@@ -58,7 +58,7 @@ class Page(HTMLParser):
         return [section["id"] for section in self.all("section")]
 
     def check_loads_nothing(self) -> None:
-        """Nothing but links of a person's click leads out of the file, and those only to files beside it."""
+        """Check that the page loads no file, and links only to files in its folder."""
         for tag, attributes in self.tags:
             for name, value in attributes.items():
                 if name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
@@ -73,7 +73,7 @@ class Page(HTMLParser):
         assert not re.search(r"fetch|XMLHttp|import\(|localStorage|cookie|WebSocket", "".join(self.scripts))
 
     def check_ids(self) -> None:
-        """No id twice, and every reference leads to one."""
+        """Check that ids are unique, and that all references exist."""
         ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
         assert len(ids) == len(set(ids))
         wanted = {

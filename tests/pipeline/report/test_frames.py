@@ -20,7 +20,7 @@ from pipeline.report import (
     sweeps_frame,
     weights_frame,
 )
-from pipeline.report.frames import (
+from pipeline.report.columns import (
     COLUMNS,
     EPOCHS_COLUMNS,
     GENOTYPES_COLUMNS,
@@ -54,7 +54,7 @@ RECORD = RunRecord(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
-    """Two searches, the older one retrained twice after the younger one had begun, and a stray run."""
+    """Two searches, of which the older one was retrained twice after the start of the other, and an unrelated run."""
     folder = tmp_path_factory.mktemp("report")
     uri = f"sqlite:///{shutil.copy(blank_database, folder)}"
 
@@ -123,7 +123,7 @@ def test_table(store: str) -> None:
 
 @pytest.fixture(scope="module")
 def one_stage_store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
-    """Three one-stage searches, one of them running, among other runs; "pair" has three retrainings that count."""
+    """Three one-stage searches, one of them running, among other runs; "pair" has two valid retrainings."""
     folder = tmp_path_factory.mktemp("one_stage")
     uri = f"sqlite:///{shutil.copy(blank_database, folder)}"
     minutes = iter(range(1, 100))
@@ -137,7 +137,7 @@ def one_stage_store(tmp_path_factory: pytest.TempPathFactory, blank_database: Pa
         for epoch in range(1, epochs + 1):
             run.append_metrics(epoch, {"train/loss": 1.0, "target/params": 3_371_806.0}, epoch)
         run.append_metrics(epochs, {"test/top1": top1}, epochs)
-        (run.path / "mlflow.json").unlink(missing_ok=True)  # as a run that was started over
+        (run.path / "mlflow.json").unlink(missing_ok=True)  # like a run that was started over
         assert MLflowTracker(run, tracking_uri=uri, experiment="digits").deliver()
 
     child = {"kind": "retrain", "parent": str(folder / "pair")}
@@ -245,7 +245,7 @@ def types_of(frame: pd.DataFrame) -> dict[str, str]:
         ({"kind": "sweep"}, []),
     ],
 )
-def test_filters_leave_the_runs_that_fulfil_all(
+def test_filters_select_the_runs_that_satisfy_all(
     one_stage_store: str, filters: dict[str, str], names: list[str]
 ) -> None:
     frame = results_frame(tracking_uri=one_stage_store, **filters)  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ def test_a_run_without_its_parent_heads_a_family(one_stage_store: str) -> None:
         "metrics.`test/top1` >",
     ],
 )
-def test_a_condition_that_mlflow_refuses_is_one_line_with_its_reason(store: str, where: str) -> None:
+def test_a_condition_that_mlflow_rejects_is_a_one_line_error(store: str, where: str) -> None:
     with pytest.raises(
         ConfigError, match=r"where .*: MLflow refuses it .* write for example: metrics"
     ) as caught:
@@ -288,13 +288,13 @@ def test_a_condition_that_mlflow_refuses_is_one_line_with_its_reason(store: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_filter_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_filter_is_rejected(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(ConfigError, match="dataset 'cifar': unknown, choose digits, cifar10"):
+    with pytest.raises(ConfigError, match="dataset 'cifar': unknown; choose digits, cifar10"):
         results_frame(tracking_uri=uri, dataset="cifar")
-    with pytest.raises(ConfigError, match="kind 'trial': unknown, choose sweep, search, retrain"):
+    with pytest.raises(ConfigError, match="kind 'trial': unknown; choose sweep, search, retrain"):
         epochs_frame(tracking_uri=uri, kind="trial")
-    with pytest.raises(ConfigError, match="method 'darts': unknown, choose two_stage, one_stage"):
+    with pytest.raises(ConfigError, match="method 'darts': unknown; choose two_stage, one_stage"):
         searches_frame(tracking_uri=uri, method="darts")
 
 
@@ -313,7 +313,7 @@ def test_a_wide_terminal_shows_more(store: str) -> None:
 
 
 # ---------- searches and epochs
-def test_searches_with_what_retraining_made_of_them(one_stage_store: str) -> None:
+def test_searches_have_the_results_of_their_retrainings(one_stage_store: str) -> None:
     frame = searches_frame(tracking_uri=one_stage_store, settings=["search.lr"])
     assert types_of(frame) == {**SEARCHES_COLUMNS, "search.lr": "string"}
     assert list(frame["name"]) == ["running", "two-stage", "pair", "alone"]
@@ -328,7 +328,7 @@ def test_searches_with_what_retraining_made_of_them(one_stage_store: str) -> Non
     assert pd.isna(alone["search.lr"])
     few = searches_frame(tracking_uri=one_stage_store, method="two_stage")
     assert list(few["name"]) == ["two-stage"]
-    # A condition is one on searches: their retrainings need not fulfil it.
+    # A condition applies to searches, not to their retrainings.
     (again,) = searches_frame(tracking_uri=one_stage_store, where="attributes.run_name = 'pair'").to_dict(
         "records"
     )
@@ -364,7 +364,7 @@ CELLS = [random_genotype(seed, CellSpace(n_nodes=2)) for seed in range(3)]
 
 @pytest.fixture(scope="module")
 def found_store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str:
-    """Cell 0 found three times (once started over), cell 1 by a trial of a sweep, cell 2 only retrained."""
+    """Cell 0 was found by three searches (one was started over), cell 1 by a trial; cell 2 was only retrained."""
     folder = tmp_path_factory.mktemp("found")
     uri = f"sqlite:///{shutil.copy(blank_database, folder)}"
     minutes = iter(range(1, 100))
@@ -411,7 +411,7 @@ def found_store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) 
     return uri
 
 
-def test_genotypes_and_who_found_them(found_store: str) -> None:
+def test_genotypes_have_the_searches_that_found_them(found_store: str) -> None:
     frame = genotypes_frame(tracking_uri=found_store)
     assert types_of(frame) == GENOTYPES_COLUMNS
     digests = [cell.digest() for cell in CELLS]

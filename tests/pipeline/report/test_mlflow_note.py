@@ -1,4 +1,4 @@
-"""What MLflow's pages say: whole Markdown, whatever the names, and no longer than the store takes."""
+"""Descriptions in MLflow: valid Markdown whatever the names, and no longer than the store allows."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ SWEEP = {
 
 
 def rows(text: str) -> list[list[str]]:
-    """The figures, and the cells of all tables."""
+    """Return the listed figures, and the cells of all tables."""
     figures = [line[2:].split(": ") for line in text.splitlines() if line.startswith("- ")]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return figures + [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
@@ -59,12 +59,12 @@ def test_figures_and_genotype_of_every_kind() -> None:
     first = "99.16 % test top-1, 97.50 % validation top-1: retraining on digits, 1 epoch.\n"
     assert retrain.startswith(first)
     assert sweep.startswith(
-        "96.00 % by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
+        "96.00 % top-1 by trial 3: sweep on digits, 12 trials, 7 finished, 4 stopped early, 1 failed;"
     )
     assert ["test top-1", "99.16 %"] in rows(retrain)
-    assert ["time of training", "1 min 23 s"] in rows(retrain)
+    assert ["time", "1 min 23 s"] in rows(retrain)
     assert ["search.lr", "uniform 0 .. 1", "0.1"] in rows(sweep)
-    assert ["Kendall's tau of the two, all trials", "not defined"] in rows(sweep)
+    assert ["Kendall's tau between search and retraining", "not defined"] in rows(sweep)
     assert "All trials: `trials.csv`." in sweep
 
 
@@ -95,7 +95,7 @@ def test_a_bar_in_a_setting_does_not_break_the_table() -> None:
     assert ["data.root", "choice a\\|b", ""] in rows(text)
 
 
-def test_too_long_a_description_keeps_its_links_and_closes_its_code() -> None:
+def test_a_truncated_description_keeps_its_links_and_closes_its_code() -> None:
     long = "Title.\n\n```\n" + "sep_conv_3x3 <- 0\n" * 500 + "```"
     text = with_links(long, [Kin("search", "s", "1", "ab")], "cd", ["cells/normal.png", "cells/reduce.svg"])
     assert 4900 < len(text) <= 5000

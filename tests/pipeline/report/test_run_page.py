@@ -1,4 +1,4 @@
-"""The report of every kind of run: all that it holds, nothing that it loads, names that are only text."""
+"""The report of every kind of run: its contents, no loaded resources, escaped names."""
 
 import dataclasses
 import io
@@ -15,6 +15,7 @@ from istanas.space import CellSpace, random_genotype
 from pipeline.base.page_links import without_file_links
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import flat_params, load, to_yaml
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 from pipeline.report.html import figure, inline_svg
@@ -50,30 +51,25 @@ COMMON = ["figures", "cells", "curves", "settings", "environment", "command"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
-    """A finished run of every kind but a sweep."""
+    """A finished run of each kind except a sweep."""
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for kind, overrides in JOBS.items():
         config = load(None, [*TINY, *overrides, f"runtime.runs_dir={folder}"])
         with Runtime(config.runtime) as runtime:
-            common: Any = {
-                "name": kind,
-                "fresh": False,
-                "console": Console(file=io.StringIO()),
-                "runtime": runtime,
-            }
+            context = JobContext(config, kind, Console(file=io.StringIO()), runtime)
             if kind == "retrain":
                 genotype = random_genotype(0, CellSpace(n_nodes=2))
-                result: Any = run_retrain(config, genotype, parent=None, origin="random:0", **common)
+                result: Any = run_retrain(context, genotype, origin="random:0")
             else:
-                result = run_search(config, **common)
+                result = run_search(context)
         found[kind] = RunDir(result["run_dir"])
     return found
 
 
 @pytest.fixture
 def copy(runs: dict[str, RunDir], tmp_path: Path) -> RunDir:
-    """The two-stage search, to be changed."""
+    """A copy of the two-stage search."""
     return RunDir(shutil.copytree(runs["two_stage"].path, tmp_path / "copy"))
 
 
@@ -90,7 +86,7 @@ def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], ki
     extra = ["pictures", *(["frozen"] if kind == "one_stage" else [])]
     assert sorted(page.sections) == sorted(COMMON + extra)
     assert "report.html" in run.read().artifacts
-    assert ("the search, epoch by epoch in trajectory.html" in page.text) == (kind != "retrain")
+    assert ("See also: trajectory.html (the search, epoch by epoch)" in page.text) == (kind != "retrain")
     assert page.all("script") == []
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert [label.partition(":")[0] for label in labels[:3]] == [
@@ -101,9 +97,7 @@ def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], ki
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_figures_settings_environment_and_command_are_those_of_the_run(
-    runs: dict[str, RunDir], kind: str
-) -> None:
+def test_results_settings_environment_and_command_are_shown(runs: dict[str, RunDir], kind: str) -> None:
     run, text = runs[kind], page_of(runs[kind]).text
     record = run.read()
     result = record.result
@@ -149,7 +143,7 @@ def test_own_pictures_are_named_by_their_folder(copy: RunDir) -> None:
     assert record.data_label.startswith("data-pets-")
 
 
-def test_it_can_be_made_again_and_is_the_same(runs: dict[str, RunDir]) -> None:
+def test_a_report_written_again_is_identical(runs: dict[str, RunDir]) -> None:
     for run in runs.values():
         first = (run.path / "report.html").read_bytes()
         (run.path / "report.html").unlink()
@@ -172,19 +166,19 @@ def test_hostile_names_are_text(copy: RunDir) -> None:
     assert page.text.count(evil) >= 5
 
 
-def test_a_run_of_before_environments_were_recorded_has_a_report(copy: RunDir) -> None:
+def test_a_run_without_a_recorded_environment_has_a_report(copy: RunDir) -> None:
     (copy.path / "environment.json").unlink()
     write_report(copy)
     assert "environment not recorded" in page_of(copy).text
 
 
-def test_a_run_that_was_begun_elsewhere_says_so(copy: RunDir) -> None:
+def test_earlier_environments_are_counted(copy: RunDir) -> None:
     file = copy.path / "environment.json"
     environment = json.loads(file.read_text())
     file.write_text(json.dumps({**environment, "cores": environment["cores"] + 1}))
     write_environment(copy, "search")
     write_report(copy)
-    assert "1 environment before, in environment.json" in page_of(copy).text
+    assert "earlier environments 1, in environment.json" in page_of(copy).text
 
 
 @pytest.fixture(scope="module")
@@ -228,32 +222,30 @@ def test_a_sweep_has_its_best_settings_its_trials_and_its_figures(sweep: RunDir)
     page.check_loads_nothing()
     page.check_ids()
     assert sorted(page.sections) == sorted([*COMMON, "best", "trials", "plots"])
-    assert "Beside this page: interactive figures in sweep.html" in page.text
+    assert "See also: sweep.html (interactive figures)" in page.text
     text = page.text
     for words in (
         "top-1 after retraining 95.61 %",
         "Kendall's tau -1.00",
         "59 done, 0 stopped, 1 failed",
         "parameters 40,482",
-        "time 1 min 28 s",
+        "time of all searches 1 min 28 s",
         "uniform 0.01 .. 0.1",
-        "The best trial stands first. All figures are in trials.csv",
+        "Finished trials come first, the best at the top. All columns are in trials.csv",
     ):
         assert words in text, words
     tops = [float(re.findall(r"([\d.]+) %", row)[1]) for row in map(" ".join, page.trials[:-1])]
     assert tops == sorted(tops, reverse=True)  # the best first
     assert page.trials[-1][1] == "failed: IstanasError: the loss is NaN"
     assert len(page.all("img")) == len(list((sweep.path / "plots").glob("*.png"))) >= 3
-    # Optuna's figures have a style of their own; ours have not caught it.
+    # Optuna's global style does not affect our figures.
     curves = page.source.partition('id="curves"')[2].partition("</figure>")[0]
     assert "#e5e5e5" not in curves
     assert "best top-1 so far, %" in curves
 
 
 @pytest.mark.parametrize("name", ["report.html", "sweep.html"])
-def test_both_pages_of_a_sweep_have_all_trials_and_link_to_the_reports_that_exist(
-    sweep: RunDir, name: str
-) -> None:
+def test_both_pages_of_a_sweep_link_to_the_reports_of_trials(sweep: RunDir, name: str) -> None:
     page = Page(sweep.path / name)
     page.check_ids()
     numbers = [re.sub("<[^>]*>", "", row[0]) for row in page.trials]
@@ -267,13 +259,13 @@ def test_both_pages_of_a_sweep_have_all_trials_and_link_to_the_reports_that_exis
 
 
 def written(run: RunDir, text: str) -> Path:
-    """A file with this text."""
+    """Write a page into the run directory."""
     file = run.path / "delivered.html"
     file.write_text(text)
     return file
 
 
-def test_keys_with_the_same_last_part_are_told_apart(tmp_path: Path) -> None:
+def test_keys_with_the_same_last_part_keep_their_full_names(tmp_path: Path) -> None:
     space = "{search.lr: {uniform: [0.01, 0.1]}, retrain.lr: {uniform: [0.01, 0.1]}, space.sparsity: {int: [1, 2]}}"
     config, study = ended_sweep(tmp_path, f"sweep={{trials: 9, scheduler: none, space: {space}}}", trials=9)
     frame = sweep_frame(config, study)
@@ -282,7 +274,7 @@ def test_keys_with_the_same_last_part_are_told_apart(tmp_path: Path) -> None:
     assert [column.heading for column in trials_table(frame).columns[:5]] == headings
 
 
-def test_ids_of_one_picture_do_not_meet_those_of_another() -> None:
+def test_ids_of_inline_pictures_have_a_prefix() -> None:
     source = (
         '<?xml version="1.0"?><!DOCTYPE svg><svg width="5pt" height="5pt" viewBox="0 0 5 5">'
         '<metadata><a href="http://x"/></metadata><defs><style type="text/css">*{}</style><clipPath id="p"/></defs>'
@@ -296,10 +288,10 @@ def test_ids_of_one_picture_do_not_meet_those_of_another() -> None:
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_pages_link_to_files_beside_them_and_mlflow_receives_them_without_links(
+def test_pages_have_links_to_files_on_disk_but_not_in_mlflow(
     runs: dict[str, RunDir], kind: str, tmp_path: Path
 ) -> None:
-    """Its viewer of artifacts blocks a page that another one leads to."""
+    """MLflow's viewer cannot open a page from a link of another one."""
     run = runs[kind]
     pages = sorted(run.path.glob("*.html"))
     links = [link for page in pages for link in Page(page).files]
@@ -315,4 +307,4 @@ def test_pages_link_to_files_beside_them_and_mlflow_receives_them_without_links(
         assert Page(delivered).files == []
         assert "".join(Page(delivered).texts) == "".join(Page(page).texts)
     assert tracker.deliver()
-    assert tracker.last_delivery.artifacts == (), "what is there is not sent again"
+    assert tracker.last_delivery.artifacts == (), "unchanged files are not sent again"

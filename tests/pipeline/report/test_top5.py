@@ -1,4 +1,4 @@
-"""Top-5 where there are more than 10 classes, and nowhere else: from the epoch's line to the tables and the pages."""
+"""Top-5 is measured and shown with more than 10 classes only: in the lines of epochs, tables and pages."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from pipeline.runs.network_files import load_network
 from pipeline.tracking.store import open_client
 from tests.pipeline.report.pages import Page
 
-pytestmark = pytest.mark.slow  # the runs take their time
+pytestmark = pytest.mark.slow
 
 TINY = """
 space: {{nodes: 2}}
@@ -47,7 +47,7 @@ TOPS = rf"{NUMBER}, top-5 {NUMBER}"
 
 @dataclass(frozen=True)
 class Job:
-    """What a command printed and left."""
+    """The output and the result of a command."""
 
     seen: str
     result: dict[str, Any]
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Jobs:
-    """`many` and `single` (one-stage) are on 12 classes, `few` is on the digits."""
+    """`many` and `single` (one-stage) use 12 classes, `few` uses the digits."""
 
     folder: Path
     many: Job
@@ -74,7 +74,7 @@ class Jobs:
 
 
 def command(*arguments: str) -> tuple[str, str]:
-    """What a command line prints: (stdout, stderr)."""
+    """Run a command line and return its stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert command_line(list(arguments)) == 0, err.getvalue()
@@ -82,7 +82,7 @@ def command(*arguments: str) -> tuple[str, str]:
 
 
 def write_pictures(root: Path) -> None:
-    """12 classes that differ in brightness, so that one is easily taken for its neighbours."""
+    """Write pictures of 12 classes that differ in brightness, so that neighbours are often confused."""
     for split, n in (("train", 8), ("test", 5)):
         for label in range(CLASSES):
             folder = root / split / f"class{label:02d}"
@@ -114,7 +114,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Jobs
 
 
 def row(text: str, label: str) -> str:
-    """The cells of a table's row, without its lines."""
+    """Return the cells of a table row, without its borders."""
     (line,) = [line for line in text.splitlines() if label in line]
     return " ".join(re.sub(r"[│┃|]", " ", line).split())
 
@@ -158,7 +158,7 @@ def test_epochs_lines_and_metrics_say_top5(jobs: Jobs) -> None:
         sum(re.match(rf"epoch 1: .*, validation {TOPS}, distance", line) is not None for line in training)
         == 1
     )
-    # Between them comes the closing epoch of the search.
+    # Epoch 2 closes the search phase.
     assert sum(re.match(rf"epoch 3: .*, test {TOPS}, [\d.]+ s", line) is not None for line in training) == 1
 
 
@@ -215,7 +215,7 @@ def test_frames_have_top5(jobs: Jobs) -> None:
 
 
 def printed(frame: pd.DataFrame, width: int = 80) -> list[str]:
-    """The lines of the table, without the spaces between cells."""
+    """Return the lines of the table, with single spaces between cells."""
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(results_table(frame, width=width))
     lines = console.export_text().splitlines()
@@ -241,7 +241,7 @@ def test_the_table_of_results_has_top5_where_a_run_has_it(jobs: Jobs) -> None:
     assert "run genotype valid test top-5 params MACs time" in narrow
     assert any(f" {valid} {test} {test5} " in line for line in narrow)
     searches = printed(frame[frame["name"] == "many-search"])
-    assert "run genotype valid top-5 test params MACs time" in searches, "none is measured on the test split"
+    assert "run genotype valid top-5 test params MACs time" in searches, "test has no top-5"
 
 
 def test_the_report_has_top5(jobs: Jobs) -> None:
@@ -278,7 +278,7 @@ def test_notes_in_mlflow_have_top5(jobs: Jobs) -> None:
 
 
 def compared(jobs: Jobs, out: Path, *runs: str) -> tuple[dict[str, Any], str, str]:
-    """The result, what was printed, and the page's source."""
+    """Return the result of a comparison, its messages, and the source of its page."""
     config = ("--config", str(jobs.folder / "few.yaml"))
     stdout, stderr = command("compare", *runs, *config, "--out", str(out), "--json")
     return json.loads(stdout), stderr, (out / "compare.html").read_text()
@@ -333,7 +333,7 @@ def test_ten_classes_have_no_top5_anywhere(jobs: Jobs) -> None:
 
 @pytest.fixture
 def without_top5(jobs: Jobs, tmp_path: Path) -> Callable[[int], RunDir]:
-    """Makes a copy of a retraining as an older version left it, whose first epochs have no top-5."""
+    """Return a function that copies a retraining as an older version wrote it, without top-5 in its first epochs."""
 
     def make(n_epochs: int) -> RunDir:
         run = RunDir(shutil.copytree(jobs.many.result["retrain_run_dir"], tmp_path / "old-retrain"))
@@ -353,7 +353,7 @@ def without_top5(jobs: Jobs, tmp_path: Path) -> Callable[[int], RunDir]:
     return make
 
 
-def test_a_run_of_before_top5_is_shown_without(
+def test_a_run_of_an_older_version_is_shown_without_top5(
     jobs: Jobs, without_top5: Callable[[int], RunDir], blank_database: Path, tmp_path: Path
 ) -> None:
     old = without_top5(2)
@@ -373,7 +373,7 @@ def test_a_run_of_before_top5_is_shown_without(
     assert pd.isna(row["test_top5"])
 
 
-def test_a_run_that_was_begun_before_top5_shows_the_later_epochs(
+def test_a_run_started_by_an_older_version_shows_top5_of_later_epochs(
     jobs: Jobs, without_top5: Callable[[int], RunDir], tmp_path: Path
 ) -> None:
     run = without_top5(1)

@@ -1,4 +1,4 @@
-"""The page of a search, epoch by epoch: what it holds is what the run directory says."""
+"""The page of a search, epoch by epoch, shows the tables of the run directory."""
 
 import dataclasses
 import io
@@ -17,6 +17,7 @@ from istanas.draw import edge_widths
 from istanas.space import PRIMITIVES, CellSpace
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.jobs.search_tables import CODES_COLUMNS, TRAJECTORY_COLUMNS, codes_rows, trajectory_rows
 from pipeline.report.trajectory_page import write_trajectory_page
@@ -38,13 +39,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     config = load(None, [*TINY, f"runtime.runs_dir={tmp_path_factory.mktemp('runs')}"])
     with Runtime(config.runtime) as runtime:
         console = Console(file=io.StringIO())
-        result = run_search(config, name="tiny", fresh=False, console=console, runtime=runtime)
+        result = run_search(JobContext(config, "tiny", console, runtime))
     return RunDir(result["run_dir"])
 
 
 @pytest.fixture
 def copy(run: RunDir, tmp_path: Path) -> RunDir:
-    """The same search, to be changed."""
+    """A copy of the search."""
     return RunDir(shutil.copytree(run.path, tmp_path / "copy"))
 
 
@@ -74,8 +75,8 @@ def test_the_slider_has_the_epochs_and_a_label(run: RunDir) -> None:
     assert [label["for"] for label in page.all("label")] == [slider["id"]]
     assert page.all("output")[0]["aria-live"] == "polite"
     data = data_of(page)
-    assert {len(data[name]) for name in ("cells", "widths", "said", "rows")} == {4}
-    assert data["said"][3] in page.text  # without the script it shows the last epoch
+    assert {len(data[name]) for name in ("cells", "widths", "summaries", "rows")} == {4}
+    assert data["summaries"][3] in page.text  # Without the script, the page shows the last epoch.
 
 
 def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> None:
@@ -111,9 +112,9 @@ def test_cells_widths_and_figures_are_those_of_the_trajectory(run: RunDir) -> No
     assert len(labels) <= n_cells
     lines = {line.step: line.metrics["arch/skip_ratio"] for line in run.metrics()}
     for epoch, ratio in lines.items():
-        assert f"skip ratio {100 * ratio:.2f} %" in data["said"][epoch]
+        assert f"skip ratio {100 * ratio:.2f} %" in data["summaries"][epoch]
     for epoch, smallest in frame.groupby("epoch")["margin"].min().items():
-        assert data["said"][epoch].endswith(f"; smallest margin {smallest:.2g}.")
+        assert data["summaries"][epoch].endswith(f"; smallest margin {smallest:.2g}.")
 
 
 def test_a_trajectory_without_margins_has_a_page(copy: RunDir) -> None:
@@ -125,8 +126,8 @@ def test_a_trajectory_without_margins_has_a_page(copy: RunDir) -> None:
         page = page_of(copy)
         data = data_of(page)
         assert all(row[-1] == "–" for rows in data["rows"] for row in rows)  # noqa: RUF001
-        assert not any("margin" in said for said in data["said"])
-        assert "not recorded by an earlier version" in page.text
+        assert not any("margin" in summary for summary in data["summaries"])
+        assert "an earlier version, which made this run, did not record it" in page.text
 
 
 def test_the_heat_map_has_a_pixel_for_every_candidate_and_epoch(run: RunDir) -> None:
@@ -166,7 +167,7 @@ def test_hostile_names_are_text(copy: RunDir) -> None:
     assert "<img src=x>" in page.text.lower()
 
 
-def test_it_can_be_made_again_and_is_the_same(run: RunDir) -> None:
+def test_a_page_written_again_is_identical(run: RunDir) -> None:
     file = run.path / "trajectory.html"
     first = file.read_bytes()
     file.unlink()
@@ -179,7 +180,7 @@ def test_a_run_without_codes_has_a_page_that_says_so(copy: RunDir) -> None:
     write_trajectory_page(copy)
     page = page_of(copy)
     assert page.all("image") == []
-    assert "Not recorded: the run was made by an earlier version." in page.text
+    assert "Not available: an earlier version, which made this run, did not record the codes." in page.text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Validation accuracy has one name, and one sentence says on which pictures it was measured."""
+"""Validation accuracy has one name, and one sentence explains on which pictures it was measured."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from istanas.space import PUBLISHED
-from pipeline.cli import commands as cli
+from pipeline.cli.output import show_result
 from pipeline.config.load import load
 from pipeline.report.terminal import validation_note
 
@@ -26,7 +26,7 @@ def test_the_closing_table_names_the_right_pictures(
     console = Console(record=True, width=200, quiet=False)
     config = load(None if method == "two_stage" else "tune_configs/one_stage_digits.yaml")
     with console.capture() as seen:
-        cli._finish({"valid_top1": 0.5, "run_dir": str(tmp_path)}, False, console, config, kind=kind)
+        show_result({"valid_top1": 0.5, "run_dir": str(tmp_path)}, False, console, config, kind=kind)
     text = " ".join(seen.get().split())
     assert "validation top-1" in text
     assert pictures in text

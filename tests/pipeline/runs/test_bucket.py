@@ -1,4 +1,4 @@
-"""Run directories on `s3://`, against a server that speaks the S3 protocol (moto's), on 127.0.0.1."""
+"""Run directories on `s3://`, tested with a local S3 server (moto)."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -28,26 +27,35 @@ from pipeline.base.addresses import checked_address
 from pipeline.cli import commands as cli
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
-from pipeline.jobs.search import run_search
+from pipeline.jobs.context import JobContext
+from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket as storage
+from pipeline.runs import copies
+from pipeline.runs.bucket import Timing
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
+from pipeline.runs.layout import OWNER_OBJECT
+from pipeline.runs.lease import Owner
+from pipeline.runs.mirror import Mirror
+from pipeline.runs.objects import Objects, file_system
 from pipeline.sweep.study import BLOCKED
 from pipeline.sweep.trial import failure
-from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
+from pipeline.training.epoch_record import FolderStore, Progress, load_latest, load_progress, read_records
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.training.made_up import record_of, save_epoch
 from tests.ports import unused_port
+from tests.waiting import wait_until
 
 BUCKET = "bucket"
+NO_COMPETITOR = Timing(settle=0.05)
 NOT_REPEATED = {"images_per_second"}
 
 
 class Server:
-    """moto's S3 server, whose objects outlive its being stopped; seen through Amazon's own client."""
+    """moto's S3 server, which keeps its objects when it is stopped, and Amazon's client of it."""
 
     def __init__(self) -> None:
-        self.port = unused_port()  # which nobody else takes while it is stopped
+        self.port = unused_port()  # reserved while the server is stopped
         self.start()
         self.client = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1")
         self.client.create_bucket(Bucket=BUCKET)
@@ -72,7 +80,7 @@ class Server:
 
 @contextlib.contextmanager
 def bucket() -> Iterator[Server]:
-    """The server, which this process and those that it starts find by their environment."""
+    """Start the server, which this process and its children find by environment variables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
@@ -85,7 +93,7 @@ def bucket() -> Iterator[Server]:
 
 
 def keys_of_the_bucket() -> dict[str, str]:
-    """For an environment that is not this process's, and where it is."""
+    """Return the environment variables with credentials and address, for processes with another environment."""
     return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
@@ -96,7 +104,7 @@ def server() -> Iterator[Server]:
 
 
 class Elsewhere:
-    """Machines: each has a disk of its own, that is a cache folder."""
+    """Switch to another machine, that is to an empty cache folder."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self._folder, self._patch, self._number = folder, patch, 0
@@ -111,32 +119,36 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
-    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.05)  # nobody competes, or a test says so
     return Elsewhere(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def on_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners can't look up each other's processes, and show soon that they live."""
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.1)
-    monkeypatch.setattr(storage._Owner, "is_dead", False)
+    """Owners cannot see each other's processes."""
+    monkeypatch.setattr(Owner, "is_dead", False)
 
 
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
-    """A place in the bucket for each test."""
+    """A prefix in the bucket for each test."""
     return f"runs/{request.node.name}"
 
 
-def search(runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False) -> dict[str, Any]:
+def acquired(path: Path, timing: Timing = NO_COMPETITOR) -> contextlib.AbstractContextManager[RunDir]:
+    return storage.acquired(RunDir(path), print, timing=timing)
+
+
+def search(
+    runs_dir: str, *overrides: str, tell: Any = None, fresh: bool = False, timing: Timing = NO_COMPETITOR
+) -> dict[str, Any]:
     config = load(None, [*TINY, f"runtime.runs_dir={runs_dir}", *overrides])
     console = Console(file=io.StringIO(), width=200)
-    with Runtime(config.runtime) as runtime:
-        return dict(run_search(config, name="tiny", fresh=fresh, console=console, runtime=runtime, tell=tell))
+    with Runtime(config.runtime) as runtime, acquired(search_spec(config, "tiny").path, timing) as run:
+        return dict(run_search(JobContext(config, "tiny", console, runtime, fresh, on_epoch=tell, run=run)))
 
 
 def tiny(folder: Path, place: str) -> list[str]:
-    """The same on a command line."""
+    """Return arguments of the command line for the same configuration."""
     (folder / "tiny.yaml").write_text("")
     return [
         "--config",
@@ -150,7 +162,7 @@ def comparable(run: RunDir) -> list[dict[str, float]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What of a run directory is to be in the storage."""
+    """Return the files of a run directory that are mirrored."""
     return {
         name: path.read_bytes()
         for path in folder.rglob("*")
@@ -166,13 +178,13 @@ def istanas(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, l
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], RunDir]:
-    """The same search in a folder, which `file://` names."""
+    """The same search in a folder, given as `file://`."""
     folder = tmp_path_factory.mktemp("undisturbed")
     result = search(folder.as_uri())
     return result, RunDir(next(folder.glob("tiny-search-*")))
 
 
-def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
+def test_another_machine_uses_a_search_in_the_storage(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -193,8 +205,8 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
     assert there.keys() == files(undisturbed[1].path).keys()
     assert result["genotype"] == undisturbed[0]["genotype"]
     assert comparable(RunDir(here)) == comparable(undisturbed[1])
-    assert storage._copies().stat().st_mode & 0o077 == 0
-    assert here.is_relative_to(storage._copies())
+    assert copies.root().stat().st_mode & 0o077 == 0
+    assert here.is_relative_to(copies.root())
 
     elsewhere()
     common = [*tiny(tmp_path, place), "--json"]
@@ -206,7 +218,7 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
         assert retrained["run_dir"].startswith(f"{place}/tiny-retrain-")
         record = json.loads(server.objects(retrained["run_dir"].removeprefix(f"s3://{BUCKET}/"))["run.json"])
         assert (record["status"], record["parent"]) == ("FINISHED", run_dir)
-    assert any("finished before" in line for line in err)  # the second and third time it was there already
+    assert any("already finished" in line for line in err)  # the second and third time it was there already
 
     elsewhere()
     store = f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db"
@@ -225,24 +237,22 @@ def test_a_search_lies_in_the_storage_and_another_machine_goes_on_from_it(
 
 
 @pytest.mark.parametrize("name", ["a#b", "my run", "50%41", "what?", "a&b=c", "ü"])
-def test_a_runs_name_may_hold_anything_and_no_two_share_a_place(name: str) -> None:
+def test_names_with_special_characters_have_distinct_addresses(name: str) -> None:
     root = "s3://bucket/runs?region=eu-west-1"
     first, second = (storage.local(root) / f"{name}-{digits}" for digits in ("0123abcd", "9999ffff"))
     assert storage.local(storage.shown(first)) == first
-    assert storage._file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
-    assert storage._file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
+    assert file_system(storage.shown(first))[1] == f"bucket/runs/{name}-0123abcd"
+    assert file_system(storage.shown(second))[1] == f"bucket/runs/{name}-9999ffff"
     assert checked_address(storage.shown(first)) == storage.shown(first)
 
 
 @pytest.mark.parametrize("address", ["s3:/b/x", "file:/x", "s3://b/%2e%2e/x", "s3://b/a%2fb", "s3://b/x//y"])
-def test_an_address_with_a_slip_is_no_folder(address: str) -> None:
+def test_a_malformed_address_is_not_a_folder(address: str) -> None:
     with pytest.raises(ValueError, match="write"):
         checked_address(address)
 
 
-def test_started_over_the_storage_holds_the_new_run_only(
-    server: Server, elsewhere: Elsewhere, prefix: str
-) -> None:
+def test_fresh_replaces_the_run_in_the_storage(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     place = f"s3://{BUCKET}/{prefix}"
     run_dir = search(place, "search.epochs=1")["run_dir"]
     name = run_dir.removeprefix(f"s3://{BUCKET}/")
@@ -256,9 +266,7 @@ def test_started_over_the_storage_holds_the_new_run_only(
     assert there == files(storage.local(run_dir))
 
 
-def test_what_the_storage_has_replaces_what_the_machine_has(
-    server: Server, elsewhere: Elsewhere, prefix: str
-) -> None:
+def test_fetch_replaces_the_local_files(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
     path = storage.local(address)
     for name, text in {"run.json": "{}", "same.txt": "same", "folder/other.txt": "there"}.items():
@@ -283,10 +291,10 @@ def test_what_the_storage_has_replaces_what_the_machine_has(
         assert (path / "same.txt").read_text() == "newer"
 
 
-def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
+def test_a_kill_between_any_two_writes_leaves_a_resumable_run(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies there before every single write and deletion of three epochs and a start anew."""
+    """Look at the objects before every write and deletion of three epochs and of a start with --fresh."""
     address = f"s3://{BUCKET}/{prefix}/run"
     path = storage.local(address)
     counts, looks, starting_over = 0, 0, False
@@ -316,38 +324,39 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on(
 
     def watched(work: Any) -> Any:
         def watch(self: Any, name: str, *data: Any) -> None:
-            if name != storage.OWNER_OBJECT:
+            if name != OWNER_OBJECT:
                 look()
             work(self, name, *data)
 
         return watch
 
-    with storage.held(path, print), monkeypatch.context() as patch:
-        patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
-        patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
+    with acquired(path) as run, monkeypatch.context() as patch:
+        store = FolderStore(path / "checkpoints", run.push)
+        patch.setattr(Objects, "put", watched(Objects.put))
+        patch.setattr(Objects, "delete", watched(Objects.delete))
         progress = Progress()
         for epoch in (1, 2, 3):
-            progress = save_epoch(path / "checkpoints", progress)
+            progress = save_epoch(store, progress)
             counts = epoch
             (path / "metrics.jsonl").write_text("line\n" * epoch)
             (path / "run.json").write_text(json.dumps({"epoch": epoch}))
-            storage.push(path)
+            run.push()
         look()
         n_files, starting_over = len(files(path)), True
-        assert server.objects(f"{prefix}/run").keys() - {storage.OWNER_OBJECT} == files(path).keys()
+        assert server.objects(f"{prefix}/run").keys() - {OWNER_OBJECT} == files(path).keys()
         (path / "run.json").unlink()
         (path / "metrics.jsonl").unlink()
         shutil.rmtree(path / "checkpoints")
-        storage.push(path)
+        run.push()
     # Checkpoint, checksum and both copies of the log, metrics, record; one old pair; end; all deleted.
     assert looks == 3 * 6 + 2 + 1 + 8
     assert not server.objects(f"{prefix}/run")
 
 
-def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoint_that_the_log_matches(
+def test_a_kill_while_an_epoch_is_repeated_leaves_a_matching_checkpoint(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Epoch 3 is lost on this machine only, and done again with other figures: its log replaces the old one."""
+    """Epoch 3 is lost on this machine only and repeated with other metrics: its log replaces the old one."""
     path = storage.local(f"s3://{BUCKET}/{prefix}/run")
     folder, seen = path / "checkpoints", list[int]()
 
@@ -365,30 +374,30 @@ def test_a_kill_between_any_two_writes_of_a_run_that_went_back_leaves_a_checkpoi
     def watched(work: Any) -> Any:
         def watch(self: Any, name: str, *data: Any) -> None:
             work(self, name, *data)
-            if name != storage.OWNER_OBJECT:
+            if name != OWNER_OBJECT:
                 look()
 
         return watch
 
-    with storage.held(path, print):
-        progress = Progress()
+    with acquired(path) as run:
+        progress, store = Progress(), FolderStore(folder, run.push)
         for _ in range(2):
-            progress = save_epoch(folder, progress)
-        save_epoch(folder, progress)
+            progress = save_epoch(store, progress)
+        save_epoch(store, progress)
         (folder / "epoch-0003.pt").write_bytes(b"")
         with pytest.warns(BrokenCheckpointWarning, match="epoch-0003"):
             assert load_progress(folder) == progress
         with monkeypatch.context() as patch:
-            patch.setattr(storage._Mirror, "put", watched(storage._Mirror.put))
-            patch.setattr(storage._Mirror, "delete", watched(storage._Mirror.delete))
-            save_epoch(folder, progress, dataclasses.replace(record_of(3), workers=7))
+            patch.setattr(Objects, "put", watched(Objects.put))
+            patch.setattr(Objects, "delete", watched(Objects.delete))
+            save_epoch(store, progress, dataclasses.replace(record_of(3), workers=7))
     assert seen[0] == 2
     assert seen[-1] == 3
 
 
-def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
-    mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
-    stream = mirror._fs.open_output_stream(f"{mirror._base}/big")
+def test_an_interrupted_upload_leaves_no_object(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
+    objects = Objects(f"s3://{BUCKET}/{prefix}/run")
+    stream = objects._fs.open_output_stream(f"{objects._base}/big")
     stream.write(bytes(20_000_000))  # more than one part
     assert not server.objects(f"{prefix}/run")
     stream.close()
@@ -396,7 +405,7 @@ def test_an_upload_that_is_cut_leaves_no_object(server: Server, elsewhere: Elsew
 
 
 @pytest.mark.slow
-def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
+def test_a_run_resumes_after_a_kill_and_the_loss_of_the_disk(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -413,11 +422,13 @@ def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
         stdout=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 120
-        while "checkpoints/epoch-0001.json" not in server.objects(name):
-            assert killed.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_until(
+            lambda: "checkpoints/epoch-0001.json" in server.objects(name),
+            120,
+            "the first epoch's checkpoint in the bucket",
+            alive=lambda: killed.poll() is None,
+            interval=0.01,
+        )
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
@@ -435,7 +446,7 @@ def test_killed_and_the_disk_lost_it_ends_as_if_nothing_had_been(
     assert server.objects(name) == files(run.path)
 
 
-def test_a_storage_that_comes_back_in_time_is_waited_for(
+def test_a_job_waits_for_an_unreachable_storage(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
@@ -443,70 +454,67 @@ def test_a_storage_that_comes_back_in_time_is_waited_for(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def away_for_a_while(progress: Progress) -> None:
+    def stop_for_a_while(progress: Progress) -> None:
         if progress.epochs == 1:
             server.stop()
             threading.Timer(1.0, server.start).start()
 
     failed = 0
-    get = storage._Mirror.get
+    get = Objects.get
 
-    def get_twice(self: storage._Mirror, name: str) -> bytes:
+    def get_twice(self: Objects, name: str) -> bytes:
         nonlocal failed
         failed += 1
         if failed == 6:  # pyarrow has given up
             raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
         return get(self, name)
 
-    monkeypatch.setattr(storage._Mirror, "get", get_twice)
-    result = search(f"s3://{BUCKET}/{prefix}", tell=away_for_a_while)
+    monkeypatch.setattr(Objects, "get", get_twice)
+    result = search(f"s3://{BUCKET}/{prefix}", tell=stop_for_a_while)
     assert result["genotype"] == undisturbed[0]["genotype"]
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
     assert server.objects(result["run_dir"].removeprefix(f"s3://{BUCKET}/")) == files(run.path)
-    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.bucket"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.objects"]
     assert len(said) == 2
     assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
-    assert "is back" in said[1]
+    assert "can be reached again" in said[1]
 
 
 @pytest.mark.slow  # pyarrow tries for six seconds
-def test_a_storage_that_stays_away_ends_the_job_and_the_same_command_goes_on(
+def test_a_job_ends_if_the_storage_stays_unreachable_and_can_be_resumed(
     server: Server,
     elsewhere: Elsewhere,
     prefix: str,
     undisturbed: tuple[dict[str, Any], RunDir],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     place = f"s3://{BUCKET}/{prefix}"
 
-    def away(progress: Progress) -> None:
+    def stop(progress: Progress) -> None:
         server.stop()
 
     try:
-        with pytest.raises(storage.AwayError) as caught:
-            search(place, tell=away)
+        with pytest.raises(storage.StorageError) as caught:
+            search(place, tell=stop, timing=Timing(retry=0.0, settle=0.05))
     finally:
         server.start()
     assert failure(caught.value) == {BLOCKED: str(caught.value)}  # of a trial: it is not failed for good
     assert str(caught.value).startswith(f"runtime.runs_dir: {place}/tiny-search-")
     assert "check network and endpoint" in str(caught.value)
-    assert "then the same command goes on" in str(caught.value)
+    assert "then run the same command again" in str(caught.value)
     elsewhere()
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.0)
-    result = search(place)
+    result = search(place, timing=Timing(silence=0.0, settle=0.05))
     assert result["genotype"] == undisturbed[0]["genotype"]
     assert comparable(RunDir(storage.local(result["run_dir"]))) == comparable(undisturbed[1])
 
 
-def test_a_second_machine_is_refused_while_the_first_lives(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_a_second_machine_is_refused_while_the_first_works(
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
     address = f"s3://{BUCKET}/{prefix}/run"
-    first = storage.local(address)
+    first, timing = storage.local(address), Timing(interval=0.1, settle=0.05)
     said: list[str] = []
-    with storage.held(first, said.append):
+    with storage.acquired(RunDir(first), said.append, timing=timing):
         assert not said
         elsewhere()
         second = storage.local(address)
@@ -514,46 +522,50 @@ def test_a_second_machine_is_refused_while_the_first_lives(
             pytest.raises(
                 ConfigError, match=rf"in use by process {os.getpid()} on .*; wait until it ends or stop"
             ),
-            storage.held(second, said.append),
+            storage.acquired(RunDir(second), said.append, timing=timing),
         ):
             pytest.fail("two owners")
         assert "waiting" in said[0]
         assert len(said) == 1
-        # One that was not heard of for long is taken over from, and told so before it writes again.
-        mirror = storage._Mirror(second)
-        taken = dataclasses.replace(mirror._me, host="second")
-        while mirror._owner() != taken:  # a beat that is on its way may come after it
-            mirror._write_owner(taken)
-            time.sleep(0.5)
+        assert not server.objects(f"{prefix}/run").keys() - {OWNER_OBJECT}
+
+
+def test_an_owner_that_lost_its_lease_writes_nothing(
+    server: Server, elsewhere: Elsewhere, prefix: str
+) -> None:
+    first = storage.local(f"s3://{BUCKET}/{prefix}/run")
+    with acquired(first) as run:  # which renews its lease after 20 seconds only
+        lease = Mirror(first, NO_COMPETITOR).lease
+        lease.write(dataclasses.replace(lease.me, host="second"))
         (first / "run.json").write_text("{}")
         with pytest.raises(IstanasError, match=r"was taken over by process .* on second"):
-            storage.push(first)
+            run.push()
     assert "run.json" not in server.objects(f"{prefix}/run")
 
 
-def test_of_two_that_start_at_the_same_moment_one_is_refused(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_of_two_simultaneous_starts_one_is_refused(
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
-    monkeypatch.setattr(storage, "SECONDS_TO_SETTLE", 0.5)
+    timing = Timing(interval=0.1, settle=0.5)
     together, ended = threading.Barrier(2), threading.Event()
-    owners: list[storage._Mirror] = []
+    owners: list[Mirror] = []
     refused: list[str] = []
 
-    def start(mirror: storage._Mirror) -> None:
+    def start(mirror: Mirror) -> None:
         together.wait()
         try:
-            mirror.take(lambda line: None)
+            mirror.lease.acquire(lambda line: None)
         except ConfigError as error:
             refused.append(str(error))
             ended.set()
         else:
             owners.append(mirror)
-            mirror.beat(ended)
+            mirror.lease.renew(ended)
 
     threads = []
     for _ in range(2):
         elsewhere()
-        mirror = storage._Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"))
+        mirror = Mirror(storage.local(f"s3://{BUCKET}/{prefix}/run"), timing)
         threads.append(threading.Thread(target=start, args=(mirror,), daemon=True))
         threads[-1].start()
     for thread in threads:
@@ -563,40 +575,36 @@ def test_of_two_that_start_at_the_same_moment_one_is_refused(
     assert "in use by process" in refused[0]
 
 
-def test_an_owner_lives_while_it_fetches(
+def test_the_lease_is_renewed_while_the_run_is_fetched(
     server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a large run that takes longer than others wait for a beat."""
-    monkeypatch.setattr(storage, "SECONDS_BETWEEN_BEATS", 0.05)
+    """Fetching a large run may take longer than others wait for a renewal."""
     path = storage.local(f"s3://{BUCKET}/{prefix}/run")
-    storage._Mirror(path).put("run.json", b"{}")
-    pull = storage._Mirror.pull
+    Objects(storage.shown(path)).put("run.json", b"{}")
+    pull = Mirror.pull
 
-    def slow_pull(self: storage._Mirror) -> None:
-        end = time.monotonic() + 30
-        while json.loads(server.objects(f"{prefix}/run")[storage.OWNER_OBJECT])["beats"] < 2:
-            assert time.monotonic() < end, "its heart does not beat"
-            time.sleep(0.01)
+    def slow_pull(self: Mirror) -> None:
+        def beats() -> int:
+            return int(json.loads(server.objects(f"{prefix}/run")[OWNER_OBJECT])["beats"])
+
+        wait_until(lambda: beats() >= 2, 30, "the owner's second beat", interval=0.01)
         pull(self)
 
-    monkeypatch.setattr(storage._Mirror, "pull", slow_pull)
-    with storage.held(path, print):
+    monkeypatch.setattr(Mirror, "pull", slow_pull)
+    with acquired(path, Timing(interval=0.05, settle=0.05)):
         assert (path / "run.json").read_text() == "{}"
 
 
-def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "SECONDS_TO_BEAT", 0.2)
-    address = f"s3://{BUCKET}/{prefix}/run"
-    gone = storage._Mirror(storage.local(address))
-    gone._write_owner(dataclasses.replace(gone._me, host="elsewhere"))
+def test_a_silent_owner_is_replaced_after_a_while(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
+    run, timing = RunDir(storage.local(f"s3://{BUCKET}/{prefix}/run")), Timing(silence=0.2, settle=0.05)
+    lease = Mirror(run.path, timing).lease
+    lease.write(dataclasses.replace(lease.me, host="elsewhere"))
     said: list[str] = []
-    with storage.held(gone.path, said.append):
+    with storage.acquired(run, said.append, timing=timing):
         pass
     assert len(said) == 1
-    gone._write_owner(dataclasses.replace(gone._me, started=0.0))  # a process of this machine, long gone
-    with storage.held(gone.path, said.append):
+    lease.write(dataclasses.replace(lease.me, started=0.0))  # a process of this machine, long gone
+    with storage.acquired(run, said.append, timing=timing):
         pass
     assert len(said) == 1
     assert not server.objects(f"{prefix}/run")
@@ -614,7 +622,7 @@ def test_one_that_was_killed_elsewhere_is_waited_for_and_then_replaced(
         ("file://host/runs", "with three slashes"),
     ],
 )
-def test_what_can_not_be_used_is_one_line_and_leaves_nothing(
+def test_an_unusable_address_is_a_one_line_error(
     address: str,
     said: str,
     server: Server,
@@ -631,7 +639,7 @@ def test_what_can_not_be_used_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_without_credentials_it_says_which(
+def test_missing_credentials_are_named(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask_for_credentials_after(requests: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there; damaged ones are skipped, and nothing in a file is executed."""
+"""Checkpoints: written completely or not at all; damaged ones are skipped, and no code in a file is executed."""
 
 import contextlib
 import hashlib
@@ -58,7 +58,7 @@ def epoch_found(folder: Path) -> int | None:
     return None if found is None else found.state["epoch"]
 
 
-def test_what_was_saved_comes_back_bit_for_bit(folder: Path) -> None:
+def test_a_checkpoint_is_restored_bit_for_bit(folder: Path) -> None:
     newest = read_latest(folder)
     assert newest is not None
     found = newest.state
@@ -67,7 +67,7 @@ def test_what_was_saved_comes_back_bit_for_bit(folder: Path) -> None:
     assert found["pair"] == (1, 2.5, True)
 
 
-def test_a_state_survives_the_way_over_bytes_bit_for_bit() -> None:
+def test_a_serialized_state_is_restored_bit_for_bit() -> None:
     found = deserialize(serialize(state(3)))
     assert torch.equal(found["weights"]["w"], state(3)["weights"]["w"])
     assert {k: v for k, v in found.items() if k != "weights"} == {
@@ -75,7 +75,7 @@ def test_a_state_survives_the_way_over_bytes_bit_for_bit() -> None:
     }
 
 
-def test_a_folder_store_reads_the_very_bytes_that_were_written(tmp_path: Path) -> None:
+def test_a_folder_store_returns_the_written_bytes(tmp_path: Path) -> None:
     store, progress = FolderStore(tmp_path / "checkpoints"), Progress()
     assert store.read() is None
     written = {}
@@ -92,14 +92,14 @@ def test_a_folder_store_reads_the_very_bytes_that_were_written(tmp_path: Path) -
         assert store.read() == written[2]
 
 
-def test_nothing_in_bytes_is_run_as_code(tmp_path: Path) -> None:
+def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
     target = tmp_path / "executed"
     with pytest.raises(CheckpointError, match="not plain data"):
         deserialize(serialize({"search": Bomb(target)}))
     assert not target.exists()
 
 
-def test_there_is_none_before_the_first(tmp_path: Path) -> None:
+def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
     assert read_latest(tmp_path) is None
     assert read_latest(tmp_path / "absent") is None
 
@@ -162,7 +162,9 @@ def flip_a_bit(file: Path, position: int) -> None:
         "other epoch",
     ],
 )
-def test_a_broken_one_is_passed_over_with_a_warning(folder: Path, damage: Callable[[Path], object]) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    folder: Path, damage: Callable[[Path], object]
+) -> None:
     damage(folder)
     with pytest.warns(
         BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the one before is used"
@@ -172,26 +174,26 @@ def test_a_broken_one_is_passed_over_with_a_warning(folder: Path, damage: Callab
     assert "\n" not in str(told[0].message)
 
 
-def test_without_a_manifest_a_file_does_not_count(folder: Path) -> None:
-    """A kill between the two writes is ordinary: no warning."""
+def test_a_checkpoint_without_a_manifest_does_not_count(folder: Path) -> None:
+    """A kill between the two writes leaves one, which needs no warning."""
     (folder / "epoch-0002.json").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert epoch_found(folder) == 1
 
 
-def test_all_broken_is_an_error_that_names_them(folder: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error(folder: Path) -> None:
     for epoch in (1, 2):
         flip_a_bit(folder / f"epoch-000{epoch}.pt", 50)
     with pytest.raises(CheckpointError) as caught:
         read_latest(folder)
     line = str(caught.value)
     assert [n for n in (1, 2) if f"epoch-000{n}.pt is broken (its checksum does not match)" in line] == [1, 2]
-    assert line.endswith(": no checkpoint is left, restore one from a copy, or start over with --fresh")
+    assert line.endswith(": no checkpoint is left; restore one from a copy, or start over with --fresh")
     assert "\n" not in line
 
 
-def test_the_only_one_broken_is_an_error_if_more_than_one_epoch_is_lost(folder: Path) -> None:
+def test_a_damaged_only_checkpoint_of_several_epochs_is_an_error(folder: Path) -> None:
     for path in folder.glob("epoch-0001.*"):
         path.unlink()
     os.truncate(folder / "epoch-0002.pt", 100)
@@ -199,8 +201,8 @@ def test_the_only_one_broken_is_an_error_if_more_than_one_epoch_is_lost(folder: 
         read_latest(folder)
 
 
-def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
-    """The broken checkpoint of an epoch is replaced when the epoch is done again."""
+def test_a_run_resumes_from_the_previous_checkpoint(folder: Path) -> None:
+    """The damaged checkpoint of an epoch is replaced when the epoch is repeated."""
     flip_a_bit(folder / "epoch-0002.pt", 50)
     with pytest.warns(BrokenCheckpointWarning):
         assert epoch_found(folder) == 1
@@ -212,7 +214,7 @@ def test_a_run_goes_on_from_the_one_before(folder: Path) -> None:
 
 @contextlib.contextmanager
 def no_more_files() -> Iterator[None]:
-    """Let this process open no more files (EMFILE)."""
+    """Prevent this process from opening more files (EMFILE)."""
     lowest_free = os.open("/", os.O_RDONLY)
     os.close(lowest_free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -225,7 +227,7 @@ def no_more_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nobody() -> Iterator[None]:
-    """Be a user without rights; root, as which containers run, may read everything."""
+    """Run as a user without privileges: root, the user of containers, may read every file."""
     mine = os.geteuid()
     os.seteuid(65534 if mine == 0 else mine)
     try:
@@ -247,7 +249,7 @@ def public() -> Iterator[Path]:
     [("epoch-0002.pt", 0), ("epoch-0002.json", 0), ("epochs/000001.jsonl", 0), (".", 0o300)],
 )
 def test_a_file_without_read_permission_does_not_count_as_broken(public: Path, name: str, mode: int) -> None:
-    """The next epoch would delete a broken checkpoint, and this one may be whole."""
+    """The next epoch deletes a damaged checkpoint, but this one may be intact."""
     save(public / "checkpoints", 1, 2)
     before = (public / "checkpoints" / name).stat().st_mode
     (public / "checkpoints" / name).chmod(mode)
@@ -263,17 +265,17 @@ def test_a_file_without_read_permission_does_not_count_as_broken(public: Path, n
     assert found.state["epoch"] == 2
 
 
-def test_a_process_with_too_many_open_files_does_not_take_a_run_for_a_new_one(folder: Path) -> None:
+def test_too_many_open_files_do_not_start_a_run_over(folder: Path) -> None:
     with no_more_files(), pytest.raises(CheckpointError, match="Too many open files") as caught:
         epoch_found(folder)
     assert str(caught.value).startswith(f"{folder}: cannot be read")
     assert epoch_found(folder) == 2
 
 
-def test_later_checkpoints_are_gone_for_good_before_the_log_is_overwritten(
+def test_later_checkpoints_are_deleted_before_the_log_is_overwritten(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a power cut could leave a checkpoint whose log is that of other epochs."""
+    """Otherwise a power failure could leave a checkpoint beside the log of other epochs."""
     flip_a_bit(folder / "epoch-0002.pt", 50)
     fsync, synced = os.fsync, []
 
@@ -290,7 +292,7 @@ def test_later_checkpoints_are_gone_for_good_before_the_log_is_overwritten(
 
 
 class Bomb:
-    """Unpickled, it would make a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -300,9 +302,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle", "garbage", "nothing"])
-def test_a_file_that_matches_its_checksum_is_still_not_trusted(
-    folder: Path, tmp_path: Path, form: str
-) -> None:
+def test_a_file_that_matches_its_checksum_is_not_trusted(folder: Path, tmp_path: Path, form: str) -> None:
     target = tmp_path / "executed"
     bomb, buffer = Bomb(target), io.BytesIO()
     if form == "torch":
@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_the_earlier_ones(folder: Path, monkeypatch: pytes
     assert epoch_found(folder) == 3
 
 
-def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) -> None:
+def test_files_of_a_killed_writer_are_removed_with_the_next_epoch(folder: Path) -> None:
     left = folder / ".epoch-0003.pt.4242.abcdef01.tmp"
     left.write_bytes(b"half a checkpoint")
     assert epoch_found(folder) == 2
@@ -349,7 +349,7 @@ def test_what_a_killed_writer_left_is_removed_with_the_next_epoch(folder: Path) 
     assert {path.name for path in folder.glob("*.pt")} == {"epoch-0002.pt", "epoch-0003.pt"}
 
 
-def test_the_first_one_broken_means_to_begin_again(tmp_path: Path) -> None:
+def test_a_damaged_first_checkpoint_starts_the_run_over(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "epoch-0001.pt").write_bytes(b"")
     with pytest.warns(BrokenCheckpointWarning, match="there is none before, the run begins again"):

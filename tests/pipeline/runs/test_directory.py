@@ -1,4 +1,4 @@
-"""The run directory: atomic records, metrics that survive a kill, one process at a time."""
+"""The run directory: atomic records, metrics that survive a kill, and one process at a time."""
 
 import builtins
 import dataclasses
@@ -187,7 +187,7 @@ def test_killed_writer_never_leaves_a_broken_record(tmp_path: Path) -> None:
     assert steps == list(range(len(steps)))
 
 
-def test_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_learns_the_owner(tmp_path: Path) -> None:
     script = f"""
         import sys
         from pipeline.runs.directory import RunDir
@@ -212,7 +212,7 @@ def test_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
 
 
 class OneByteAtATime(io.FileIO):
-    """A file of a system that never writes more than one byte at once, which POSIX permits."""
+    """A file of which every call writes at most one byte, as POSIX permits."""
 
     def write(self, data: Any, /) -> int:
         return super().write(memoryview(data)[:1])

@@ -1,4 +1,4 @@
-"""Where a run was computed: what is written down, and what must not be."""
+"""The environment file of a run: its contents, and secrets that it must not have."""
 
 import json
 import platform
@@ -12,7 +12,6 @@ import torch
 
 import istanas
 from pipeline.base.redaction import without_secrets
-from pipeline.runs import environment
 from pipeline.runs.directory import RunDir
 from pipeline.runs.environment import git_state, reproducing_command, write_environment
 from pipeline.runs.record import RunRecord
@@ -73,7 +72,7 @@ def test_the_command_is_the_one_that_was_typed(program: str, monkeypatch: pytest
     assert reproducing_command(Path("r"), "search").encode() == b"istanas search --config 'caf\\udce9.yaml'"
 
 
-def test_without_the_command_line_the_run_directory_repeats_the_run() -> None:
+def test_without_a_command_line_the_run_directory_repeats_the_run() -> None:
     folder = Path("runs/a b")
     assert reproducing_command(folder, "sweep") == "istanas sweep --config 'runs/a b/config.yaml'"
     assert reproducing_command(folder, "retrain") == (
@@ -81,7 +80,9 @@ def test_without_the_command_line_the_run_directory_repeats_the_run() -> None:
     )
 
 
-def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_resumed_elsewhere_keeps_both_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDir(tmp_path / "run")
     write_environment(run, "search")
     first = read(run)
@@ -111,7 +112,7 @@ def test_only_secrets_are_left_out(text: str, shown: str) -> None:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path: Path) -> Path:
     """A checkout with one commit, as if istanas ran from it."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed: there is no commit to find")
@@ -121,38 +122,32 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
     for command in (["init", "-q"], ["add", "file"], [*settings, "commit", "-qm", "first"]):
         subprocess.run(["git", "-C", str(folder), *command], check=True, capture_output=True)
-    monkeypatch.setattr(environment, "_CHECKOUT", folder)
-    git_state.cache_clear()
-    yield folder
-    git_state.cache_clear()
+    return folder
 
 
 def test_the_commit_of_a_checkout_and_whether_it_was_changed(checkout: Path) -> None:
     head = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    assert git_state() == {"commit": head, "dirty": False}
+    assert git_state(checkout) == {"commit": head, "dirty": False}
     (checkout / "untracked").write_text("")
     git_state.cache_clear()
-    assert git_state() == {"commit": head, "dirty": False}
+    assert git_state(checkout) == {"commit": head, "dirty": False}
     (checkout / "file").write_text("2")
     git_state.cache_clear()
-    assert git_state() == {"commit": head, "dirty": True}
+    assert git_state(checkout) == {"commit": head, "dirty": True}
 
 
-def test_somebody_elses_checkout_around_an_installation_is_none(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkout_around_an_installation_does_not_count(
+    checkout: Path,
 ) -> None:
     (checkout / "site-packages").mkdir()
-    monkeypatch.setattr(environment, "_CHECKOUT", checkout / "site-packages")
-    git_state.cache_clear()
-    assert git_state() is None
+    assert git_state(checkout / "site-packages") is None
 
 
 def test_without_git_nothing_fails(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(checkout))
-    git_state.cache_clear()
-    assert git_state() is None
+    assert git_state(checkout) is None
 
 
 def test_the_commit_is_mlflows_own_tag(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The log of epochs: exact records, two verified copies, resumption after a kill at any write, version 0.1, cost."""
+"""The epoch log: exact records, two verified copies, resumption after a kill at any write, version 0.1, cost."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,8 @@ from pipeline.jobs.progress import EpochBar
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import serialize
 from pipeline.runs.directory import RunDir
-from pipeline.runs.epoch_log import COPIES, LINE_BYTES, SEGMENT, BrokenCheckpointWarning, LogEnd, append_line
+from pipeline.runs.epoch_log import LINE_BYTES, SEGMENT, BrokenCheckpointWarning, LogEnd, append_line
+from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.record import RunRecord
 from pipeline.tracking.store import open_client
@@ -48,7 +49,7 @@ NAMES = ("000001.jsonl", "000101.jsonl", "000201.jsonl")
 
 
 # ---------- records
-def test_a_record_comes_back_from_json_bit_for_bit() -> None:
+def test_a_record_is_restored_from_json_bit_for_bit() -> None:
     draw = random.Random(0)
     exact = [
         5e-324,
@@ -97,8 +98,8 @@ def test_any_other_text_is_refused_in_one_line(change: Callable[[Any], Any]) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_integers_among_the_figures_of_a_record_are_floats_when_it_is_read_back(tmp_path: Path) -> None:
-    """Else no checkpoint of the run could be read."""
+def test_integer_metrics_are_read_back_as_floats(tmp_path: Path) -> None:
+    """Otherwise no checkpoint of the run could be read."""
     record = record_of(1)
     (node, *others) = record.found().nodes
     node = dataclasses.replace(node, gap=0, margin=1, edge_weights=[1, 2])
@@ -128,7 +129,7 @@ def test_integers_among_the_figures_of_a_record_are_floats_when_it_is_read_back(
     assert (read.seconds, read.metrics["arch/frozen_nodes"], again.margin) == (2, 3, 1)
 
 
-def test_a_record_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_path: Path) -> None:
+def test_an_unreadable_record_is_refused_on_writing(tmp_path: Path) -> None:
     wrong: Any = {"valid/top1": "0.5"}
     with pytest.raises(CheckpointError, match=r"not the record of an epoch \(metrics.valid/top1"):
         save_epoch(tmp_path, Progress(), dataclasses.replace(record_of(1), metrics=wrong))
@@ -188,7 +189,7 @@ def flip(file: Path) -> None:
 
 
 def of_another_run(file: Path) -> None:
-    """Lines that fit together, but are not those of the run."""
+    """Consistent lines of another run."""
     end, lines = LogEnd(), b""
     for _ in range(SEGMENT):
         end, line = end.after(record_of(7).to_json())
@@ -206,7 +207,7 @@ def pipe(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink, of_another_run, huge, pipe])
 def test_a_damaged_segment_is_replaced_from_its_copy(
     folder: Path, damage: Callable[[Path], object], copy: str, name: str
@@ -221,13 +222,13 @@ def test_a_damaged_segment_is_replaced_from_its_copy(
     assert epochs_in(folder) == list(range(1, 204)), "it was replaced"
 
 
-def test_a_segment_that_is_damaged_in_both_copies_is_one_line(folder: Path) -> None:
-    for copy in COPIES:
+def test_a_segment_that_is_damaged_in_both_copies_is_an_error(folder: Path) -> None:
+    for copy in EPOCH_LOGS:
         flip(folder / copy / NAMES[1])
     with pytest.raises(CheckpointError, match=r"restore one of the two .* --fresh$") as caught:
         list(read_records(folder, load_progress(folder)))
     line = str(caught.value)
-    assert all(f"{folder / copy / NAMES[1]} is damaged (line 1" in line for copy in COPIES)
+    assert all(f"{folder / copy / NAMES[1]} is damaged (line 1" in line for copy in EPOCH_LOGS)
     assert "\n" not in line
 
 
@@ -239,19 +240,21 @@ def test_different_segments_may_be_damaged_in_the_two_copies(folder: Path) -> No
     assert epochs_in(folder) == list(range(1, 204))
 
 
-def test_a_checkpoint_whose_lines_are_in_neither_copy_of_the_log_gives_way_to_the_one_before(
+def test_a_checkpoint_without_its_log_lines_is_skipped(
     folder: Path,
 ) -> None:
-    """As in a copy of a run that was made while an epoch ended: the log first, the checkpoints after it."""
-    older = {copy: (folder / copy / NAMES[2]).read_bytes() for copy in COPIES}
+    """As in a copy of a run that was made while an epoch ended: the log was copied before the checkpoints."""
+    older = {copy: (folder / copy / NAMES[2]).read_bytes() for copy in EPOCH_LOGS}
     save_epoch(folder, load_progress(folder))
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         (folder / copy / NAMES[2]).write_bytes(older[copy])
     with pytest.warns(BrokenCheckpointWarning) as told:
         progress = load_progress(folder)
     (line,) = (str(each.message) for each in told)
     assert "epoch-0204.pt does not match the log of epochs" in line
-    assert all(f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in COPIES)
+    assert all(
+        f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in EPOCH_LOGS
+    )
     assert line.endswith(": the one before is used")
     assert "\n" not in line
     assert [record.epoch for record in read_records(folder, progress)] == list(range(1, 204))
@@ -259,8 +262,8 @@ def test_a_checkpoint_whose_lines_are_in_neither_copy_of_the_log_gives_way_to_th
     assert epochs_in(folder) == list(range(1, 205))
 
 
-def test_what_a_kill_leaves_behind_the_checkpoint_is_not_read_and_written_anew(folder: Path) -> None:
-    """A whole line and half of one in the first copy, nothing in the second: the checkpoint was never written."""
+def test_log_lines_after_the_checkpoint_are_ignored_and_rewritten(folder: Path) -> None:
+    """A complete line and half a line in the first copy, none in the second: the checkpoint was never written."""
     progress = load_progress(folder)
     _, line = progress.after(record_of(9999))
     with open(folder / "epochs" / NAMES[2], "ab") as stream:
@@ -268,20 +271,22 @@ def test_what_a_kill_leaves_behind_the_checkpoint_is_not_read_and_written_anew(f
     assert epochs_in(folder) == list(range(1, 204))
     save_epoch(folder, progress)
     assert epochs_in(folder) == list(range(1, 205))
-    copies = [(folder / copy / NAMES[2]).read_bytes() for copy in COPIES]
+    copies = [(folder / copy / NAMES[2]).read_bytes() for copy in EPOCH_LOGS]
     assert copies[0] == copies[1]
 
 
 @pytest.mark.parametrize("back", [202, 200, 199, 100, 1])
-def test_a_run_that_resumes_from_an_earlier_epoch_cuts_the_log(folder: Path, back: int) -> None:
-    """Also over the ends of segments; no line of the abandoned epochs is left."""
+def test_a_run_that_resumes_from_an_earlier_epoch_truncates_the_log(folder: Path, back: int) -> None:
+    """Across segments, too; no line of the abandoned epochs is left."""
     *_, earlier = (p for p in read_progress(folder, load_progress(folder)) if p.epochs <= back)
     again = dataclasses.replace(record_of(back + 1), workers=7)
     progress = save_epoch(folder, earlier, again)
     assert list(read_records(folder, load_progress(folder)))[-1] == again
     assert load_progress(folder) == progress
     n_segments = -(-(back + 1) // SEGMENT)
-    assert [{p.name for p in (folder / copy).iterdir()} for copy in COPIES] == [set(NAMES[:n_segments])] * 2
+    assert [{p.name for p in (folder / copy).iterdir()} for copy in EPOCH_LOGS] == [
+        set(NAMES[:n_segments])
+    ] * 2
 
 
 class Killed(BaseException):
@@ -305,7 +310,7 @@ def killed_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
 
 
 @pytest.mark.parametrize("done", [199, 200, 203])
-def test_at_whatever_write_a_process_is_killed_the_log_has_the_epochs_of_the_checkpoint(
+def test_a_kill_at_any_write_leaves_the_log_of_the_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     """In the middle of a segment, at the end of one and at the start of one."""
@@ -330,8 +335,8 @@ def test_at_whatever_write_a_process_is_killed_the_log_has_the_epochs_of_the_che
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
-@pytest.mark.parametrize("copy", COPIES)
-def test_a_copy_of_the_log_that_becomes_shorter_during_a_run_is_restored_from_the_other(
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
+def test_a_copy_that_is_truncated_during_a_run_is_restored(
     folder: Path, damage: Callable[[Path], object], copy: str
 ) -> None:
     progress = load_progress(folder)
@@ -345,7 +350,7 @@ def test_a_copy_of_the_log_that_becomes_shorter_during_a_run_is_restored_from_th
 
 
 @pytest.mark.parametrize("other", [cut, flip, Path.unlink])
-def test_a_log_that_is_damaged_in_both_copies_during_a_run_is_one_line(
+def test_a_log_that_is_damaged_in_both_copies_during_a_run_is_an_error(
     folder: Path, other: Callable[[Path], object]
 ) -> None:
     progress = load_progress(folder)
@@ -369,7 +374,7 @@ def test_a_segment_has_room_for_the_largest_records(folder: Path) -> None:
     assert lines < LOG_SEGMENT_BYTES
 
 
-def test_a_record_that_could_make_a_segment_too_large_to_be_read_is_refused_when_it_is_written(
+def test_a_record_above_the_size_limit_is_refused_on_writing(
     tmp_path: Path,
 ) -> None:
     _, longest = LogEnd().after("x" * (LINE_BYTES - 67))
@@ -406,8 +411,8 @@ def check_as_undisturbed(path: Path, undisturbed: Path) -> None:
     assert epochs_in(path / "checkpoints") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("copy", COPIES)
-def test_a_run_with_a_damaged_copy_of_its_log_resumes_and_ends_as_if_it_were_whole(
+@pytest.mark.parametrize("copy", EPOCH_LOGS)
+def test_a_run_with_a_damaged_copy_ends_like_an_undamaged_one(
     stopped: Path, undisturbed: Path, copy: str
 ) -> None:
     flip(stopped / "checkpoints" / copy / NAMES[0])
@@ -419,18 +424,16 @@ def test_a_run_with_a_damaged_copy_of_its_log_resumes_and_ends_as_if_it_were_who
 
 def test_a_run_without_its_log_does_not_resume_and_keeps_its_files(stopped: Path) -> None:
     before = {name: (stopped / name).read_bytes() for name in ("metrics.jsonl", "trajectory.csv")}
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         (stopped / "checkpoints" / copy / NAMES[0]).unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint is left, restore one from a copy") as caught:
+    with pytest.raises(CheckpointError, match="no checkpoint is left; restore one from a copy") as caught:
         search(stopped.parent)
     assert "\n" not in str(caught.value)
     assert {name: (stopped / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize("extra", [b"", b"9,normal,0,x", b"one more line\n" * 40])
-def test_tables_that_go_on_after_the_checkpoint_are_cut(
-    stopped: Path, undisturbed: Path, extra: bytes
-) -> None:
+def test_table_rows_after_the_checkpoint_are_removed(stopped: Path, undisturbed: Path, extra: bytes) -> None:
     for name in ("metrics.jsonl", "trajectory.csv", "codes.csv"):
         with open(stopped / name, "ab") as stream:
             stream.write(extra if name != "metrics.jsonl" else b"")
@@ -444,15 +447,13 @@ def make_version_0_1(folder: Path) -> None:
     found = load_latest(folder)
     assert found is not None
     history = [as_version_0_1(record) for record in read_records(folder, load_progress(folder))]
-    for copy in COPIES:
+    for copy in EPOCH_LOGS:
         shutil.rmtree(folder / copy)
     state = {key: value for key, value in found.state.items() if key != "progress"}
     checkpoint.write_state(folder, len(history), serialize({**state, "history": history}))
 
 
-def test_a_run_of_version_0_1_resumes_and_ends_as_if_it_were_of_this_one(
-    stopped: Path, undisturbed: Path
-) -> None:
+def test_a_run_of_version_0_1_ends_like_one_of_this_version(stopped: Path, undisturbed: Path) -> None:
     make_version_0_1(stopped / "checkpoints")
     _, seen = search(stopped.parent)
     assert "resumed after epoch 2" in seen
@@ -460,9 +461,7 @@ def test_a_run_of_version_0_1_resumes_and_ends_as_if_it_were_of_this_one(
 
 
 @pytest.mark.parametrize("one_stage", [True, False])
-def test_the_records_of_version_0_1_become_the_log_and_its_checkpoints_stay(
-    tmp_path: Path, one_stage: bool
-) -> None:
+def test_records_of_version_0_1_are_converted_to_the_log(tmp_path: Path, one_stage: bool) -> None:
     progress = Progress()
     for epoch in range(1, 104):
         progress = save_epoch(tmp_path, progress, record_of(epoch, one_stage=one_stage), net=epoch)
@@ -486,7 +485,7 @@ def test_the_records_of_version_0_1_become_the_log_and_its_checkpoints_stay(
     assert epochs_in(tmp_path) == list(range(1, 105))
 
 
-def test_at_whatever_write_a_process_is_killed_a_run_of_version_0_1_keeps_its_checkpoint(
+def test_a_kill_during_the_conversion_keeps_the_checkpoint_of_version_0_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     progress = Progress()
@@ -528,7 +527,7 @@ SPACE = CellSpace(n_nodes=2)
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder in memory where there is such a place: thousands of epochs would wait for a disk."""
+    """A folder in memory, if there is one, because thousands of epochs take long on a disk."""
     place = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as folder:
         yield Path(folder)
@@ -596,7 +595,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def plain_part(folder: Path, epoch: int) -> int:
-    """Bytes of a checkpoint that are no tensors."""
+    """Size of a checkpoint without its tensors."""
     with zipfile.ZipFile(folder / f"epoch-{epoch:04d}.pt") as archive:
         return sum(m.file_size for m in archive.infolist() if m.filename.endswith(".pkl"))
 
@@ -674,8 +673,8 @@ def test_a_run_of_five_thousand_epochs_resumes(memory: Path) -> None:
 LATER = record_of(1).timestamp_ms + 1_000_000
 
 
-def test_metrics_that_were_replaced_are_looked_through_again(tmp_path: Path) -> None:
-    """As an export adds figures to the last epoch, or a run resumes from an earlier one."""
+def test_replaced_metrics_are_compared_again(tmp_path: Path) -> None:
+    """An export adds metrics to the last epoch; a resumed run repeats epochs."""
     console = Console(file=io.StringIO())
     with EpochBar(console, "search", 10, "epoch") as bar:
         run = Run(tmp_path, 3, bar)
@@ -699,7 +698,7 @@ def test_metrics_that_were_replaced_are_looked_through_again(tmp_path: Path) -> 
         assert stored("train/loss") == [1, 2, 3, 4]
 
 
-def test_a_link_of_version_0_1_still_leads_to_its_run_and_doubles_nothing(tmp_path: Path) -> None:
+def test_a_link_of_version_0_1_leads_to_its_run_without_duplicates(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     with EpochBar(console, "search", 10, "epoch") as bar:
         run = Run(tmp_path, 3, bar)

@@ -1,4 +1,4 @@
-"""A trained network on disk gives the same logits when it is read back; broken files are one clear line."""
+"""A network that is saved and loaded gives the same logits; damaged files are reported in one line."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, CellSpace, random_genotype
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.runs.network_files import NETWORK_FILE, WEIGHTS_FILE, load_network, save_network
+from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
+from pipeline.runs.network_files import load_network, save_network
 from pipeline.training.build import build_target
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
@@ -31,7 +32,7 @@ def config() -> Config:
 
 
 def trained(config: Config, dataset: ImageDataset) -> TargetNet:
-    """A network whose running statistics are no longer those of its start."""
+    """A network whose running statistics have changed."""
     net = build_target(config, GENOTYPE, dataset)
     net.train()(torch.rand(4, 1, 8, 8))
     return net.eval()
@@ -73,7 +74,7 @@ def test_other_cells_do_not_fit_the_weights(tmp_path: Path, digits: ImageDataset
 
 
 def assert_one_line(error: IstanasError, folder: Path) -> None:
-    assert re.fullmatch(re.escape(f"{folder}: ") + r".*: train it again, or copy the run again", str(error))
+    assert re.fullmatch(re.escape(f"{folder}: ") + r".*; train it again, or copy the run again", str(error))
 
 
 @pytest.mark.parametrize("name", [NETWORK_FILE, WEIGHTS_FILE])

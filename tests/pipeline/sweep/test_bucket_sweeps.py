@@ -1,4 +1,4 @@
-"""Sweeps on `s3://`: what their process and their trials' do there; a whole one on nodes that share nothing else."""
+"""Sweeps whose runs are kept on `s3://`: run directories of the sweep and its trials, ownership, and the study."""
 
 import contextlib
 import dataclasses
@@ -20,16 +20,21 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close, close_below
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import announce
 from pipeline.jobs.search import run_search, search_spec
 from pipeline.runs import bucket
+from pipeline.runs.bucket import Timing
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.study import keep_study, open_study
+from pipeline.runs.layout import OWNER_OBJECT
+from pipeline.runs.lease import Lease
+from pipeline.runs.mirror import Mirror
+from pipeline.sweep.study import open_study, save_study
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.runs import test_bucket as test_storage
-from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, comparable
+from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, acquired, comparable
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 on_other_hosts = test_storage.on_other_hosts
@@ -40,7 +45,7 @@ SPACE = "sweep={trials: 3, searcher: random, space: {search.lr: {loguniform: [0.
 
 @contextlib.contextmanager
 def on(cache: Path) -> Any:
-    """On another machine for a while."""
+    """Act as another machine, which has its own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
@@ -58,38 +63,36 @@ def trial(place: str, store: Path) -> Config:
 def search(config: Config, tell: Any = None) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=200)
     with Runtime(config.runtime) as runtime:
-        return dict(
-            run_search(config, name="trial-0000", fresh=False, console=console, runtime=runtime, tell=tell)
-        )
+        return dict(run_search(JobContext(config, "trial-0000", console, runtime, on_epoch=tell)))
 
 
-def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can_go_on_anywhere(
+def test_a_trial_stopped_on_another_node_is_closed_and_resumes_anywhere(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, blank_database: Path
 ) -> None:
     shutil.copy(blank_database, tmp_path)
     config = trial(f"s3://{BUCKET}/{prefix}", tmp_path)
     spec = search_spec(config, "trial-0000")
     address, here = bucket.shown(spec.path), elsewhere()
-    run_id = announce(search_spec(config, "trial-0000"))  # anew: a machine's path of it is its own
+    run_id = announce(search_spec(config, "trial-0000"))  # A new one, with the path on this machine.
     record = json.loads(in_bucket(server, address)["run.json"])
     assert record["status"] == "RUNNING"
     reached = {"valid_top1": 0.5}
 
     def stop(progress: Progress) -> None:
-        """As Ray Tune does: the sweep's process closes the run, then the trial's report never returns."""
-        assert bucket.OWNER_OBJECT in in_bucket(server, address)
+        """Stop like Ray Tune: the sweep's process closes the run, and the report of the trial never returns."""
+        assert OWNER_OBJECT in in_bucket(server, address)
         with on(here):
             path = bucket.local(address)
             assert close(path, config, "KILLED", {"istanas.trial_state": "PRUNED"}, reached)
             assert len(RunDir(path).metrics()) == 1
-            assert not (path / "checkpoints").exists()  # what nobody here needs
+            assert not (path / "checkpoints").exists()  # Closing a run does not fetch them.
         raise SystemExit
 
     elsewhere()
     with pytest.raises(SystemExit):
         search(config, tell=stop)
     there = in_bucket(server, address)
-    assert bucket.OWNER_OBJECT not in there
+    assert OWNER_OBJECT not in there
     record = json.loads(there["run.json"])
     assert (record["status"], record["result"]) == ("KILLED", reached)
     assert "checkpoints/epoch-0001.json" in there
@@ -99,7 +102,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     assert (run.info.run_id, run.info.status) == (run_id, "KILLED")
     assert run.data.tags["istanas.trial_state"] == "PRUNED"
 
-    # The next sitting takes it up on a third machine; its process is on a fourth, and sees it finished.
+    # A third machine resumes the trial; a fourth one, with the next process of the sweep, sees it finished.
     elsewhere()
     result = search(config)
     elsewhere()
@@ -118,7 +121,7 @@ def test_a_trial_that_is_stopped_on_another_node_is_closed_in_the_bucket_and_can
     assert comparable(RunDir(bucket.local(address))) == comparable(RunDir(folder))
 
 
-def test_what_a_sweep_leaves_running_is_closed_though_it_ran_elsewhere(
+def test_unfinished_trials_of_another_machine_are_closed(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
     config = load(None, [*TINY, f"runtime.runs_dir=s3://{BUCKET}/{prefix}/{SWEEP}"])
@@ -134,64 +137,71 @@ def test_what_a_sweep_leaves_running_is_closed_though_it_ran_elsewhere(
     assert record["status"] == "KILLED"
 
 
-def test_a_sweeps_run_directory_and_its_trials_do_not_touch_each_other(
+def test_a_sweep_and_its_trials_do_not_change_each_others_files(
     server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
     address = f"s3://{BUCKET}/{prefix}/{SWEEP}"
     names = [f"{name}-{kind}-0123456789" for name, kind in (("trial-0000", "search"), ("cell", "retrain"))]
 
     path = bucket.local(address)
-    with bucket.held(path, print):
+    with acquired(path) as sweep:
         (path / "run.json").write_text("{}")
         (path / "best").mkdir()
         (path / "best" / "genotype.json").write_text("{}")
-        for name in names:  # one on this machine, one on another
+        for name in names:  # The first one is on this machine, the second on another.
             trial = bucket.local(f"{address}/{name}")
-            with bucket.held(trial, print):
+            with acquired(trial) as run:
                 (trial / "run.json").write_text("{}")
-                bucket.push(path)
+                sweep.push()
                 assert f"{name}/run.json" not in in_bucket(server, address)
-                bucket.push(trial)
+                run.push()
             cache = elsewhere()
     with on(cache):
         copy = bucket.fetch(address)
         assert {file.name for file in copy.iterdir() if not file.name.startswith(".")} == {"run.json", "best"}
         bucket.fetch_records(copy.parent)
         assert {file.parent.name for file in copy.parent.glob("**/run.json")} == {SWEEP, *names}
-        with bucket.held(copy, print):
-            shutil.rmtree(copy / names[0])  # as on a machine that has not seen it
-            bucket.push(copy)
+        with acquired(copy) as sweep:
+            shutil.rmtree(copy / names[0])  # The machine may not have a copy of it.
+            sweep.push()
             assert {f"{name}/run.json" for name in names} < in_bucket(server, address).keys()
-            # Started over, nothing is left of either.
+            # Starting over deletes the trials, too.
             (copy / "run.json").unlink()
-            bucket.push_cleared(copy)
-            assert in_bucket(server, address).keys() == {"best/genotype.json", bucket.OWNER_OBJECT}
+            sweep.push_cleared()
+            assert in_bucket(server, address).keys() == {"best/genotype.json", OWNER_OBJECT}
 
 
-def test_of_many_that_want_one_run_each_waits_for_the_others(
-    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_concurrent_owners_of_one_run_wait_for_each_other(
+    server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
-    """As trials of several nodes do that have found the same cell."""
-    monkeypatch.setattr(bucket, "SECONDS_TO_SETTLE", 0.5)
-    mirrors = []
+    """Trials on several nodes may retrain the same cell."""
+    timing = Timing(interval=0.1, settle=0.5)
+    leases = []
     for _ in range(3):
         elsewhere()
-        mirrors.append(bucket._Mirror(bucket.local(f"s3://{BUCKET}/{prefix}/run")))
+        leases.append(Mirror(bucket.local(f"s3://{BUCKET}/{prefix}/run"), timing).lease)
     together = threading.Barrier(3)
     inside: list[int] = []
     seen: list[int] = []
+    waiting: list[str] = []
+    both_wait = threading.Event()
 
-    def work(mirror: bucket._Mirror) -> None:
+    def say(line: str) -> None:
+        waiting.append(line)
+        if len(waiting) == 2:
+            both_wait.set()
+
+    def work(lease: Lease) -> None:
         together.wait()
-        mirror.take(lambda line: None, -1)
+        lease.acquire(say, -1)
         inside.append(1)
         seen.append(len(inside))
-        time.sleep(0.3)
+        both_wait.wait(30)
         seen.append(len(inside))
         inside.pop()
-        mirror.leave()
+        lease.release()
 
-    threads = [threading.Thread(target=work, args=(mirror,)) for mirror in mirrors]
+    threads = [threading.Thread(target=work, args=(lease,)) for lease in leases]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -201,23 +211,24 @@ def test_of_many_that_want_one_run_each_waits_for_the_others(
     assert not server.objects(f"{prefix}/run")
 
 
-def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_from_one_that_is_silent(
-    server: Server, elsewhere: Elsewhere, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_waits_for_a_live_owner_and_replaces_a_silent_one(
+    server: Server, elsewhere: Elsewhere, prefix: str
 ) -> None:
-    monkeypatch.setattr(bucket, "SECONDS_BETWEEN_BEATS", 0.05)
+    timing = Timing(interval=0.05, settle=0.05)
     address = f"s3://{BUCKET}/{prefix}/run"
-    mirror = bucket._Mirror(bucket.local(address))
-    mirror._me = dataclasses.replace(mirror._me, host="a node that is cut off")
-    mirror._write_owner(mirror._me)
+    mirror = Mirror(bucket.local(address), timing)
+    lease = mirror.lease
+    lease.me = dataclasses.replace(lease.me, host="a node that is cut off")
+    lease.write(lease.me)
     ended = threading.Event()
-    heart = threading.Thread(target=mirror.beat, args=(ended,))
+    heart = threading.Thread(target=lease.renew, args=(ended,))
     heart.start()
     elsewhere()
     path, said, began = bucket.local(address), list[str](), time.monotonic()
     try:
         with (
             pytest.raises(ConfigError, match=r"in use by process .* on a node that is cut off"),
-            bucket.held(path, said.append, wait=1.0),
+            bucket.acquired(RunDir(path), said.append, wait=1.0, timing=timing),
         ):
             pytest.fail("two owners")
         assert time.monotonic() - began >= 1.0
@@ -225,13 +236,13 @@ def test_a_trial_waits_for_an_owner_that_lives_as_long_as_it_may_and_takes_over_
         ended.set()
         heart.join()
     assert len(said) == 1
-    monkeypatch.setattr(bucket, "SECONDS_TO_BEAT", 0.5)
+    timing = dataclasses.replace(timing, silence=0.5)
     path.mkdir(parents=True)
     (path / "run.json").write_text("of this machine only")
-    mirror.put("run.json", b"as it was left")
-    with bucket.held(path, said.append, wait=1.0):
+    mirror.objects.put("run.json", b"as it was left")
+    with bucket.acquired(RunDir(path), said.append, wait=1.0, timing=timing):
         assert (path / "run.json").read_text() == "as it was left"
-        # The node comes back, and is told so before it writes anything.
+        # The node is reachable again, and fails before it writes anything.
         with pytest.raises(IstanasError, match="was taken over by process"):
             mirror.push()
 
@@ -241,7 +252,7 @@ def sitting(config: Config, *, fresh: bool = False) -> optuna.Study:
     return open_study(config, SWEEP, fresh=fresh, run_dir=run_dir)
 
 
-def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
+def test_the_study_is_restored_from_the_bucket_on_any_machine(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path
 ) -> None:
     place = f"s3://{BUCKET}/{prefix}"
@@ -253,29 +264,29 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     def run_dir() -> Path:
         return bucket.local(f"{place}/{SWEEP}")
 
-    with bucket.held(run_dir(), print):
+    with acquired(run_dir()) as sweep:
         study = sitting(config)
         (run_dir() / "run.json").write_text("{}")
         trial = study.ask()
         trial.suggest_float("search.lr", 0.01, 0.3, log=True)
         study.tell(trial, 0.5)
         trial = study.ask()
-        keep_study(config, run_dir())
-        bucket.push(run_dir())
+        save_study(config, run_dir())
+        sweep.push()
         sent = contents(study)
-        study.tell(trial, 0.9)  # and here the process is killed
+        study.tell(trial, 0.9)  # The process is killed here, before it saves the study.
     for _ in range(2):  # on this machine, and on one with an empty disk
-        with bucket.held(run_dir(), print):
+        with acquired(run_dir()):
             again = sitting(config)
             assert contents(again) == sent
             assert again.user_attrs["run_dir"] == f"{place}/{SWEEP}"
         elsewhere()
-    with bucket.held(run_dir(), print):
+    with acquired(run_dir()):
         assert not contents(sitting(config, fresh=True))
-        assert contents(sitting(config)) == sent  # until the new one is sent
+        assert contents(sitting(config)) == sent  # The new study was not sent.
     assert server.objects(f"{prefix}/{SWEEP}").keys() == {"run.json", "optuna.db"}
 
-    # Another sweep of the same storage learns from it; from one of which it has none it does not.
+    # Another sweep in the same bucket learns from its trials; unknown names are rejected.
     elsewhere()
     other = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.start_from={SWEEP}"])
     learnt = open_study(other, "other", fresh=False).get_trials()
@@ -284,14 +295,16 @@ def test_the_study_outlives_the_machine_and_knows_no_more_than_was_sent(
     ]
     for unknown in ("nothing", "../x", "."):
         bad = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.start_from={unknown}"])
-        with pytest.raises(ConfigError, match=f"no such study, name the run directory of a sweep in {place}"):
+        with pytest.raises(
+            ConfigError, match=f"no such study: {unknown!r}; name the run directory of a sweep in {place}"
+        ):
             open_study(bad, "bad", fresh=False)
 
-    # With a database of its own it is there, and nowhere else.
+    # With sweep.storage, the study is only in that database.
     elsewhere()
     database = f"sqlite:///{tmp_path}/study.db"
     own = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.storage={database}"])
     sitting(own)
-    keep_study(own, run_dir())
+    save_study(own, run_dir())
     assert optuna.get_all_study_names(database) == [SWEEP]
     assert not (run_dir() / "optuna.db").exists()

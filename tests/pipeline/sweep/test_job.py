@@ -1,4 +1,4 @@
-"""What a sweep does without Ray: resources divided, a dry run, the report's figures, no look at the test split."""
+"""The parts of a sweep without Ray: resources, dry run, checks, report and figures; the test split is not read."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ from pipeline.sweep.tune import max_epochs
 from pipeline.training.epoch_record import FolderStore
 from pipeline.training.loop import retrain_worker, search_worker
 from pipeline.training.observer import Silent
-from tests.pipeline.sweep.test_study import Ends
+from tests.pipeline.sweep.test_study import Listener
 
 SWEEP = "sweep={space: {search.lr: {uniform: [0.01, 0.1]}}}"
 
@@ -68,16 +68,16 @@ def test_the_machines_are_divided_among_trials(overrides: list[str], nodes: list
     [
         (
             ["sweep.cpus_per_trial=4"],
-            "no trial fits: a trial has 4 cores, there are 2 cores and 0 GPUs: lower",
+            "no trial fits: a trial needs 4 cores, and there are 2 cores and 0 GPUs; lower",
         ),
-        (["runtime.workers=3"], "no trial fits: a trial has 3 workers of 1 core, there are 2 cores"),
+        (["runtime.workers=3"], "no trial fits: a trial needs 3 workers of 1 core, and there are 2 cores"),
         (
             ["runtime.device=cuda"],
-            "no trial fits: a trial has 1 core and 1 GPU, there are 2 cores and 0 GPUs",
+            "no trial fits: a trial needs 1 core and 1 GPU, and there are 2 cores and 0 GPUs",
         ),
     ],
 )
-def test_what_can_hold_no_trial_is_told_so(overrides: list[str], line: str) -> None:
+def test_machines_too_small_for_a_trial_are_an_error(overrides: list[str], line: str) -> None:
     with pytest.raises(IstanasError) as caught:
         plan_trials(config_of(*overrides), [Node(2)])
     assert str(caught.value).startswith(line)
@@ -92,19 +92,20 @@ def test_a_dry_run_shows_and_starts_nothing(
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["at_once"] == 1
-    assert sum(line.startswith("to begin with: ") for line in err.splitlines()) == 5
+    assert sum(line.startswith("sampled settings: ") for line in err.splitlines()) == 5
     assert (
-        "to begin with: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1" in err
+        "sampled settings: space.sparsity=2, space.n_measurements=7, space.matrix=uniform, search.lr=0.1"
+        in err
     )
     assert "loguniform 0.01 .. 0.3" in err
     assert "12 trials, objective retrained (top1), searcher tpe, scheduler asha (grace 1, factor 3)" in err
     assert list(tmp_path.iterdir()) == []
     for arguments in (["sweep"], ["sweep", "--dry-run"], ["sweep", "--max-concurrent", "2"]):
         assert run(arguments) == 2
-        assert "sweep is missing: give a configuration with a sweep" in capsys.readouterr().err
+        assert "sweep: no such section; give a configuration with a sweep" in capsys.readouterr().err
 
 
-def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
+def test_passwords_of_databases_are_not_written(tmp_path: Path) -> None:
     config = config_of("sweep.storage=postgresql://me:secret@host/db", "tracking.uri=http://me:secret@host")
     assert "secret" not in to_yaml(as_written(config))
     assert "postgresql://host/db" in to_yaml(as_written(config))
@@ -132,19 +133,19 @@ def test_no_password_of_a_store_is_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_the_space_allows_is_checked_against_the_pictures(space: str, line: str) -> None:
+def test_the_space_is_checked_against_the_pictures(space: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_sweep(load(None, [f"sweep={{space: {{{space}}}}}"]), load_dataset("digits"))
     assert line in str(caught.value)
 
 
-def test_only_what_trials_have_is_checked_against_the_pictures() -> None:
+def test_settings_that_the_space_replaces_are_not_checked() -> None:
     space = "retrain.cutout: {fixed: 0}, search.cutout: {int: [0, 4]}"
     overrides = [f"sweep={{space: {{{space}}}, objective: retrained}}", "data.holdout=0.1"]
     check_sweep(load(None, [*overrides, "retrain.cutout=16", "search.cutout=12"]), load_dataset("digits"))
 
 
-def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> None:
+def test_max_epochs_is_the_length_of_the_longest_possible_trial() -> None:
     assert max_epochs(config_of("search.epochs=7")) == 7
     space = "search.epochs: {choice: [3, 30]}, search.lr: {fixed: 0.1}"
     assert max_epochs(load(None, [f"sweep={{space: {{{space}}}}}"])) == 30
@@ -163,7 +164,7 @@ def test_the_most_epochs_of_a_trial_are_those_of_the_longest_it_may_have() -> No
 
 
 class Unread:
-    """A test split that nobody may look at."""
+    """A test split that fails when it is read."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the test split was read: {name}")
@@ -198,12 +199,12 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, method: str) -> None:
 
 # ---------- the report
 def ended_sweep(folder: Path, *overrides: str, spread: float = 0.01, trials: int = 6) -> tuple[Config, Any]:
-    """A study of so many trials with made-up figures."""
+    """Return the configuration and the study of a sweep with made-up figures."""
     config = config_of(
         f"runtime.runs_dir={folder}", "sweep.scheduler=none", f"sweep.trials={trials}", *overrides
     )
     study = open_study(config, "made-up", fresh=True)
-    searcher = StudySearcher(config, study, Ends())
+    searcher = StudySearcher(config, study, Listener())
     for n in range(trials):
         searcher.suggest("t")
         top1 = 0.9 + spread * (n % 4)
@@ -227,7 +228,7 @@ def ended_sweep(folder: Path, *overrides: str, spread: float = 0.01, trials: int
     return config, study
 
 
-def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_the_table_has_every_trial_and_is_read_back(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path)
     frame = sweep_frame(config, study)
     assert list(frame.columns) == ["trial", "state", "search.lr", *list(COLUMNS)[2:]]
@@ -255,7 +256,7 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
     assert set(frame["space.ops"]) == {"[skip_connect, sep_conv_3x3]", "[skip_connect]"}
     config, study = ended_sweep(tmp_path)
     frame = sweep_frame(config, study)
-    with pytest.raises(ConfigError, match=r"has no trials\.csv, name a sweep"):
+    with pytest.raises(ConfigError, match=r"no trials\.csv in this run; name a sweep"):
         read_table(tmp_path / "nowhere")
 
     console = Console(width=170, file=io.StringIO(), record=True)
@@ -263,22 +264,22 @@ def test_the_table_has_every_trial_and_comes_back_from_its_file(tmp_path: Path) 
     text = console.export_text()
     assert "failed: IstanasError: the loss is NaN" in text
     assert text.count("(same)") == 2
-    assert "0.9" not in describe_trial(0, own_trials(study)[0]).split(";")[0], "per cent for people"
+    assert "0.9" not in describe_trial(0, own_trials(study)[0]).split(";")[0], "accuracies are in per cent"
 
 
-def test_importances_of_few_trials_are_not_drawn_and_it_is_said(tmp_path: Path) -> None:
+def test_importances_of_few_trials_are_not_drawn(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, trials=8)  # one of which failed
     said: list[str] = []
     files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert "plots/importances.png" not in files
     assert "plots/history.png" in files
-    assert said == ["importances: not drawn (7 finished trials; below 8 they are chance, run more)"]
+    assert said == ["importances: not drawn (only 7 finished trials; fewer than 8 give noise)"]
     page = (tmp_path / "sweep.html").read_text()
     assert "prefers-color-scheme: dark" in page
     assert 'id="importances"' not in page
 
 
-def test_figures_are_pictures_and_one_page_that_needs_no_network(tmp_path: Path) -> None:
+def test_figures_are_pictures_and_a_self_contained_page(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]", trials=9)
     said: list[str] = []
     files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
@@ -324,18 +325,18 @@ def test_the_labels_of_parallel_coordinates_can_be_read(tmp_path: Path, override
     assert plot.width >= 100 * len(labels)
     width, height = Image.open(io.BytesIO(plot.png)).size
     assert width / len(labels) > 150
-    assert height < 620, "level labels need little room below the axes"
+    assert height < 620, "horizontal labels need little room below the axes"
 
 
 def figure_of(html: str) -> Any:
-    """Data and layout of a figure, as plotly writes them into a page."""
+    """Return the data and the layout of a plotly figure in a page."""
     decoder, start = json.JSONDecoder(), html.rindex("Plotly.newPlot(")
     data, end = decoder.raw_decode(html, html.index("[", start))
     layout, _ = decoder.raw_decode(html, html.index("{", end))
     return {"data": data, "layout": layout}
 
 
-def test_interactive_figures_bring_no_ground_of_their_own(tmp_path: Path) -> None:
+def test_interactive_figures_have_a_transparent_background(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, "sweep.objectives=[top1, params]", trials=9)
     plots = draw_plots(config, own_study(study), pytest.fail)
     assert len(plots) == 4
@@ -345,7 +346,7 @@ def test_interactive_figures_bring_no_ground_of_their_own(tmp_path: Path) -> Non
         assert "bgcolor" not in json.dumps(layout["template"])
 
 
-def test_a_figure_that_can_not_be_drawn_is_told(tmp_path: Path) -> None:
+def test_a_figure_that_cannot_be_drawn_is_reported(tmp_path: Path) -> None:
     config, study = ended_sweep(tmp_path, spread=0)
     said: list[str] = []
     files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)

@@ -1,4 +1,4 @@
-"""A sweep's space: what can't be dies before anything starts, in one line; conditions hold in what is drawn."""
+"""A sweep's space: errors are found before anything starts, and conditions hold in sampled settings."""
 
 from pathlib import Path
 from typing import Any
@@ -53,33 +53,36 @@ def refusal(folder: Path, space: str, rest: str = "") -> str:
     [
         (
             "search.lr: {}",
-            "sweep.space.search.lr: {} is refused: give exactly one of uniform, loguniform, int,",
+            "sweep.space.search.lr: no kind of range is given; give exactly one of uniform, loguniform, int,",
         ),
         ("search.lr: {uniform: [0, 1], fixed: 1}", "give exactly one of uniform"),
-        ("search.lr: {uniform: [1, 1]}", "uniform: give [low, high] with low below high"),
-        ("search.lr: {uniform: [0.1]}", "sweep.space.search.lr.uniform: [0.1] is refused"),
-        ("search.lr: {loguniform: [0, 1]}", "loguniform: low must be above 0"),
-        ("search.lr: {uniform: [0.1, .inf]}", "uniform: give [low, high]"),
-        ("space.sparsity: {int: [1.5, 2]}", "sweep.space.space.sparsity.int.0: 1.5 is refused"),
-        ("space.matrix: {choice: []}", "sweep.space.space.matrix.choice: [] is refused"),
-        ("space.matrix: {choice: [uniform, uniform]}", "choice: a value stands in it twice"),
-        ("search.lr: {loguniforn: [0.1, 1]}", "unknown key, did you mean loguniform?"),
-        ("search.lrr: {uniform: [0.1, 1]}", "sweep.space.search.lrr: unknown key, did you mean search.lr?"),
-        ("runtime.threads: {int: [1, 2]}", "sweep.space.runtime.threads: can't be swept"),
-        ("data.root: {choice: [a, b]}", "sweep.space.data.root: can't be swept"),
-        ("data.holdout: {choice: [0.0, 0.1]}", "sweep.space.data.holdout: can't be swept"),
-        ("space.sparsity: {int: [0, 2]}", "sweep.space.space.sparsity: space.sparsity: 0 is refused"),
-        ("space.matrix: {choice: [uniform, normal]}", "space.matrix: 'normal' is refused"),
-        ("search.batch_size: {uniform: [2, 9]}", "search.batch_size: 2.0 is refused"),
-        ("search.lr: {uniform: [0.0001, 1]}", "search.lr_min is 0.001, above search.lr = 0.0001"),
-        ("search.train_epochs: {fixed: 3}", "belongs to method: one_stage, and no trial is"),
+        (
+            "search.lr: {uniform: [1, 1]}",
+            "uniform: [1.0, 1.0] is not a range; give [low, high] with low below high",
+        ),
+        ("search.lr: {uniform: [0.1]}", "sweep.space.search.lr.uniform: [0.1] is invalid"),
+        ("search.lr: {loguniform: [0, 1]}", "loguniform: 0.0 has no logarithm"),
+        ("search.lr: {uniform: [0.1, .inf]}", "uniform: [0.1, inf] is not a range; give [low, high]"),
+        ("space.sparsity: {int: [1.5, 2]}", "sweep.space.space.sparsity.int.0: 1.5 is invalid"),
+        ("space.matrix: {choice: []}", "sweep.space.space.matrix.choice: [] is invalid"),
+        ("space.matrix: {choice: [uniform, uniform]}", "choice: a value is given twice"),
+        ("search.lr: {loguniforn: [0.1, 1]}", "unknown key; did you mean loguniform?"),
+        ("search.lrr: {uniform: [0.1, 1]}", "sweep.space.search.lrr: unknown key; did you mean search.lr?"),
+        ("runtime.threads: {int: [1, 2]}", "sweep.space.runtime.threads: cannot be swept"),
+        ("data.root: {choice: [a, b]}", "sweep.space.data.root: cannot be swept"),
+        ("data.holdout: {choice: [0.0, 0.1]}", "sweep.space.data.holdout: cannot be swept"),
+        ("space.sparsity: {int: [0, 2]}", "sweep.space.space.sparsity: space.sparsity: 0 is invalid"),
+        ("space.matrix: {choice: [uniform, normal]}", "space.matrix: 'normal' is invalid"),
+        ("search.batch_size: {uniform: [2, 9]}", "search.batch_size: 2.0 is invalid"),
+        ("search.lr: {uniform: [0.0001, 1]}", "search.lr_min: 0.001 is above search.lr = 0.0001"),
+        ("search.train_epochs: {fixed: 3}", "belongs to method: one_stage, but no trial has this method"),
         (
             "seed: {int: [0, 1], when: {search.lrr: 1}}",
-            "when: unknown key search.lrr, did you mean search.lr?",
+            "sweep.space.seed.when: unknown key search.lrr; did you mean search.lr?",
         ),
         (
             "seed: {int: [0, 1], when: {space.matrix: uniform}}\nspace.matrix: {choice: [uniform, gaussian]}",
-            "sweep.space.seed: when: space.matrix stands below it, move it up",
+            "sweep.space.seed.when: space.matrix is listed below seed; move space.matrix above seed",
         ),
         (
             "space.matrix: {choice: [uniform, gaussian]}\nseed: {int: [0, 1], when: {space.matrix: normal}}",
@@ -89,14 +92,14 @@ def refusal(folder: Path, space: str, rest: str = "") -> str:
             "method: {choice: [two_stage, one_stage]}\nsearch.train_epochs: {fixed: 3}",
             "add when: {method: one_stage}",
         ),
-        # Each bound is possible alone; that some settings are not together is found among random ones.
+        # Each bound is valid alone; random settings show that some combinations are not.
         (
             "search.lr: {uniform: [0.01, 0.1]}\nsearch.lr_min: {uniform: [0.001, 0.05]}",
             "sweep.space allows search.lr=",
         ),
     ],
 )
-def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: str) -> None:
+def test_an_invalid_space_is_rejected(tmp_path: Path, space: str, line: str) -> None:
     message = refusal(tmp_path, space)
     assert line in message
     assert all(len(each) < 300 for each in message.splitlines())
@@ -105,42 +108,42 @@ def test_a_space_that_can_not_be_is_refused(tmp_path: Path, space: str, line: st
 @pytest.mark.parametrize(
     ("rest", "line"),
     [
-        ("  points: [{search.momentum: 0.5}]\n", "sweep.points.0: search.momentum is not in sweep.space"),
+        ("  points: [{search.momentum: 0.5}]\n", "sweep.points.0: search.momentum: not in sweep.space"),
         (
             "  points: [{search.lr: 0.05}, {search.lr: 5}]\n",
-            "sweep.points.1: search.lr is 5, outside uniform",
+            "sweep.points.1: search.lr: 5 is outside uniform",
         ),
         (
             "  start_from: x\n  searcher: nsga2\n  scheduler: none\n  objectives: [top1, params]\n",
-            "sweep.start_from is set with sweep.searcher nsga2",
+            "sweep.start_from: sweep.searcher nsga2 learns only",
         ),
-        ("  objectives: [params]\n", "sweep.objectives is ['params']: give top1"),
-        ("  objectives: [top1, params]\n", "sweep.scheduler is asha with several sweep.objectives"),
-        ("  searcher: nsga2\n", "sweep.searcher is nsga2 with one objective"),
-        ("  gpus_per_trial: 1.5\n", "sweep.gpus_per_trial is 1.5"),
+        ("  objectives: [params]\n", "sweep.objectives: ['params'] lacks top1"),
+        ("  objectives: [top1, params]\n", "sweep.scheduler: asha cannot rank trials by several"),
+        ("  searcher: nsga2\n", "sweep.searcher: nsga2 requires several"),
+        ("  gpus_per_trial: 1.5\n", "sweep.gpus_per_trial: 1.5 is neither"),
         (
             "  gpus_per_trial: 1\nruntime: {device: cpu}\n",
-            "sweep.gpus_per_trial is 1.0 on runtime.device cpu",
+            "sweep.gpus_per_trial: 1.0 cannot be used on runtime.device cpu",
         ),
-        ("  trials: 0\n", "sweep.trials: 0 is refused"),
-        ("runtime: {workers: '1:2'}\n", "runtime.workers is 1:2: trials need a fixed number"),
+        ("  trials: 0\n", "sweep.trials: 0 is invalid"),
+        ("runtime: {workers: '1:2'}\n", "runtime.workers: 1:2 is a range"),
     ],
 )
-def test_settings_of_a_sweep_that_do_not_fit_are_refused(tmp_path: Path, rest: str, line: str) -> None:
+def test_contradicting_settings_of_a_sweep_are_rejected(tmp_path: Path, rest: str, line: str) -> None:
     assert line in refusal(tmp_path, "search.lr: {uniform: [0.01, 1]}", rest)
 
 
-def test_what_is_judged_on_the_hold_out_needs_one(tmp_path: Path) -> None:
+def test_objectives_on_the_hold_out_need_one(tmp_path: Path) -> None:
     file = write(tmp_path, "search.lr: {uniform: [0.01, 1]}", "  objective: retrained\n")
-    with pytest.raises(ConfigError, match=r"data\.holdout is 0"):
+    with pytest.raises(ConfigError, match=r"data\.holdout: 0 leaves no pictures"):
         load(file, ["data.holdout=0"])
     (tmp_path / "both.yaml").write_text(BOTH)
-    with pytest.raises(ConfigError, match=r"data\.holdout is 0: a one-stage trial is judged on it"):
+    with pytest.raises(ConfigError, match=r"data\.holdout: 0, but one-stage trials are compared"):
         check_space(load(tmp_path / "both.yaml", ["data.holdout=0"]))
 
 
-def test_a_configuration_without_a_sweep_is_told_so() -> None:
-    with pytest.raises(ConfigError, match="sweep is missing: give a configuration with a sweep"):
+def test_a_configuration_without_a_sweep_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="sweep: no such section; give a configuration with a sweep"):
         check_space(load(None))
 
 
@@ -152,7 +155,7 @@ def test_a_configuration_without_a_sweep_is_told_so() -> None:
         "search.lr_min: {uniform: [0.00001, 0.00005]}\nsearch.lr: {loguniform: [0.0001, 0.1]}",
     ],
 )
-def test_a_bound_need_not_fit_what_the_space_itself_replaces(tmp_path: Path, space: str) -> None:
+def test_a_bound_may_contradict_a_setting_that_the_space_replaces(tmp_path: Path, space: str) -> None:
     check_space(load(write(tmp_path, space)))
 
 
@@ -164,11 +167,11 @@ def test_a_value_is_checked_where_its_condition_holds(tmp_path: Path) -> None:
     check_space(load(write(tmp_path, space), ["retrain.stem=imagenet", "retrain.init_channels=16"]))
 
 
-def test_a_point_may_not_lose_a_value_to_its_condition(tmp_path: Path) -> None:
+def test_a_value_of_a_point_whose_condition_fails_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(BOTH)
     lost = load(tmp_path / "both.yaml", ["sweep.points=[{search.termination_tol: 0.005}]"])
     with pytest.raises(
-        ConfigError, match=r"points\.0: search\.termination_tol has a condition .* method: one_st"
+        ConfigError, match=r"points\.0: search\.termination_tol: its condition .* method: one_st"
     ):
         check_space(lost)
     kept = "sweep.points=[{method: one_stage, search.termination_tol: 0.005}]"
@@ -188,7 +191,7 @@ def test_conditions_hold_and_every_trial_has_its_methods_schema(tmp_path: Path) 
         if isinstance(trial, OneStageConfig):
             assert (trial.search.train_epochs, trial.search.test_every) == (3, 0)
             assert 0.001 <= trial.search.termination_tol <= 0.01
-            assert trial.search.init_channels == 36  # what nobody has set is the method's default
+            assert trial.search.init_channels == 36  # the method's default
         else:
             assert 2 <= trial.search.max_epochs <= 4
             assert trial.search.init_channels == 16
@@ -216,13 +219,13 @@ def test_a_one_stage_trial_that_is_retrained_needs_its_batch_norms(tmp_path: Pat
     (tmp_path / "both.yaml").write_text(BOTH)
     config = load(tmp_path / "both.yaml", ["sweep.objective=retrained"])
     settings = {"method": "one_stage", "search.train_epochs": 3}
-    with pytest.raises(ConfigError, match=r"comes from a one-stage search.*set retrain\.op_batchnorm=true$"):
+    with pytest.raises(ConfigError, match=r"cells of a one-stage search.*set retrain\.op_batchnorm=true$"):
         trial_config(config, settings)
     assert trial_config(config, {**settings, "retrain.op_batchnorm": True}).retrain.op_batchnorm
     assert not trial_config(config, {"method": "two_stage"}).retrain.op_batchnorm
 
 
-def test_a_sweep_survives_being_written(tmp_path: Path) -> None:
+def test_a_written_sweep_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(BOTH)
     config = load(tmp_path / "both.yaml")
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -249,7 +252,7 @@ def test_what_decides_a_sweep_is_in_its_hash(tmp_path: Path, override: str, same
     assert equal is same
 
 
-def test_nothing_and_lists_are_values_too(tmp_path: Path) -> None:
+def test_null_and_lists_are_values(tmp_path: Path) -> None:
     space = """
 space.ops: {choice: [[skip_connect, sep_conv_3x3], [skip_connect, max_pool_3x3, dil_conv_3x3]]}
 search.max_pictures: {choice: [null, 500]}
@@ -276,8 +279,10 @@ search.lr: {uniform: [0.1, 1], when: {search.max_pictures: null}}
     assert trial_config(config, settings).space.ops == ["skip_connect", "sep_conv_3x3"]
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "again.yaml") == config
-    assert "outside choice null, 500" in refusal(tmp_path, space, "  points: [{search.max_pictures: 7}]\n")
-    assert "space.ops.1: 'conv' is refused" in refusal(
+    assert "7 is outside choice null, 500" in refusal(
+        tmp_path, space, "  points: [{search.max_pictures: 7}]\n"
+    )
+    assert "space.ops.1: 'conv' is invalid" in refusal(
         tmp_path, "space.ops: {choice: [[skip_connect, conv]]}"
     )
 

@@ -1,4 +1,4 @@
-"""A sweep's study: asked and told as Ray Tune does it, killed between any two steps, it ends as if it had not been."""
+"""A sweep's study under a searcher that is used like Ray Tune does, also if it is killed between any two steps."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,15 +29,14 @@ sweep:
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a process."""
+    """Ends a process like SIGKILL."""
 
 
-class Ends:
-    """Keeps what it is told; dies at the given call."""
+class Listener:
+    """Records the events of trials, and is killed at the given call."""
 
     def __init__(self, dies_at: int | None = None) -> None:
-        self.begun: list[tuple[int, Settings]] = []
-        self.over: list[tuple[int, TrialState]] = []
+        self.started: list[tuple[int, Settings]] = []
         self._calls, self._dies_at = 0, dies_at
 
     def _live_or_die(self) -> None:
@@ -45,16 +44,15 @@ class Ends:
         if self._calls == self._dies_at:
             raise Killed
 
-    def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
         self._live_or_die()
-        self.begun.append((index, settings))
+        self.started.append((index, settings))
         return {"index": index, "settings": settings}
 
-    def ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         self._live_or_die()
-        self.over.append((index, state))
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         self._live_or_die()
 
 
@@ -64,14 +62,14 @@ def config_of(folder: Path, *overrides: str, trials: int = 14) -> Config:
 
 
 def accuracy(settings: Settings, epoch: int) -> float:
-    """What a trial would measure: better with the learning rate, the sparsity and the epochs."""
+    """Return a made-up accuracy, which increases with the learning rate, the sparsity and the epochs."""
     return float(settings["search.lr"] + 0.01 * settings["space.sparsity"] + 0.001 * epoch)
 
 
-def sit(config: Config, ends: Ends, *, epochs: int = 6, name: str = "s") -> Any:
-    """One sitting with one trial at a time, as Tune would hold it; returns the study."""
+def run_process(config: Config, listener: Listener, *, epochs: int = 6, name: str = "s") -> Any:
+    """Run trials one at a time, like Ray Tune, until none is left; return the study."""
     study = open_study(config, name, fresh=False)
-    searcher = StudySearcher(config, study, ends)
+    searcher = StudySearcher(config, study, listener)
     scheduler = make_scheduler(config, study, epochs)
     n = 0
     while True:
@@ -104,28 +102,26 @@ def contents(study: Any) -> list[Any]:
     ]
 
 
-def test_processes_are_warmed_up_before_any_settings_are_drawn_and_a_study_knows_nothing_of_it(
-    tmp_path: Path,
-) -> None:
+def test_warm_up_tasks_come_first_and_are_not_part_of_the_study(tmp_path: Path) -> None:
     config = config_of(tmp_path, trials=1)
-    study, ends = open_study(config, "s", fresh=False), Ends()
-    searcher = StudySearcher(config, study, ends, warm_ups=[{"warm_up": 1}, {"warm_up": 2}])
+    study, listener = open_study(config, "s", fresh=False), Listener()
+    searcher = StudySearcher(config, study, listener, warm_ups=[{"warm_up": 1}, {"warm_up": 2}])
     assert [searcher.suggest(n) for n in "ab"] == [{"warm_up": 2}, {"warm_up": 1}]
     searcher.on_trial_result("a", {"finished": True})
     searcher.on_trial_complete("a", {"finished": True})
-    searcher.on_trial_complete("b", error=True)  # one that was killed is not missed
+    searcher.on_trial_complete("b", error=True)  # A killed warm-up has no effect.
     assert searcher.error is None
     assert not study.get_trials()
-    assert not ends.begun
+    assert not listener.started
     assert searcher.suggest("c")["index"] == 0  # type: ignore[index]
     searcher.on_trial_complete("c", {"finished": True, "objective/top1": 0.5})
-    over = StudySearcher(config, study, ends, warm_ups=[{"warm_up": 1}])
-    assert over.suggest("d") == Searcher.FINISHED, "there is nothing to warm up for"
+    over = StudySearcher(config, study, listener, warm_ups=[{"warm_up": 1}])
+    assert over.suggest("d") == Searcher.FINISHED, "no trial is left"
 
 
-def test_a_sweep_killed_at_any_call_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_sweep_killed_at_any_call_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    whole = sit(config_of(tmp_path / "whole"), Ends())
+    whole = run_process(config_of(tmp_path / "whole"), Listener())
     states = [t.state for t in whole.get_trials()]
     assert states.count(TrialState.PRUNED) >= 3
     assert states.count(TrialState.COMPLETE) >= 2
@@ -136,7 +132,9 @@ def test_a_sweep_killed_at_any_call_ends_as_if_it_had_not_been(tmp_path: Path) -
     kills = 0
     while True:
         try:
-            study = sit(config, Ends(dies_at=2 + kills % 4))  # in turn at an end, after it, at a beginning
+            study = run_process(
+                config, Listener(dies_at=2 + kills % 4)
+            )  # at an end, after it, at a start, in turn
             break
         except Killed:
             kills += 1
@@ -144,11 +142,11 @@ def test_a_sweep_killed_at_any_call_ends_as_if_it_had_not_been(tmp_path: Path) -
     assert contents(study) == contents(whole)
 
 
-def test_a_trial_killed_between_two_suggestions_is_completed_as_it_would_have_been(
+def test_a_trial_killed_between_two_suggestions_gets_the_same_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()
-    whole = sit(config_of(tmp_path / "whole"), Ends())
+    whole = run_process(config_of(tmp_path / "whole"), Listener())
     (tmp_path / "killed").mkdir()
     config = config_of(tmp_path / "killed")
     suggest, calls, kills = optuna.trial.Trial.suggest_float, [0], 0
@@ -162,7 +160,7 @@ def test_a_trial_killed_between_two_suggestions_is_completed_as_it_would_have_be
     monkeypatch.setattr(optuna.trial.Trial, "suggest_float", dying)
     while True:
         try:
-            study = sit(config, Ends())
+            study = run_process(config, Listener())
             break
         except Killed:
             kills += 1
@@ -170,8 +168,8 @@ def test_a_trial_killed_between_two_suggestions_is_completed_as_it_would_have_be
     assert contents(study) == contents(whole)
 
 
-def test_a_stopped_trial_is_pruned_with_all_that_it_had_reached(tmp_path: Path) -> None:
-    study = sit(config_of(tmp_path), Ends())
+def test_a_stopped_trial_is_pruned_with_its_last_figures(tmp_path: Path) -> None:
+    study = run_process(config_of(tmp_path), Listener())
     pruned = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
     for trial in pruned:
         reached = trial.user_attrs["epochs"]
@@ -184,7 +182,7 @@ def test_a_stopped_trial_is_pruned_with_all_that_it_had_reached(tmp_path: Path) 
 def test_failed_trials_keep_their_reason_and_end_the_sweep_above_the_limit(tmp_path: Path) -> None:
     config = config_of(tmp_path, "sweep.max_failures=1")
     study = open_study(config, "s", fresh=False)
-    searcher = StudySearcher(config, study, Ends())
+    searcher = StudySearcher(config, study, Listener())
     searcher.suggest("a")
     searcher.on_trial_complete("a", {"failed": "IstanasError: the loss is NaN"})
     assert searcher.suggest("b") != Searcher.FINISHED
@@ -198,7 +196,8 @@ def test_failed_trials_keep_their_reason_and_end_the_sweep_above_the_limit(tmp_p
     assert own_trials(study)[1].user_attrs["run_dir"] == "somewhere"
     assert n_failed(study) == 2
     assert (
-        StudySearcher(config_of(tmp_path, "sweep.max_failures=2"), study, Ends()).suggest("d") != "FINISHED"
+        StudySearcher(config_of(tmp_path, "sweep.max_failures=2"), study, Listener()).suggest("d")
+        != "FINISHED"
     )
 
 
@@ -208,10 +207,10 @@ def test_the_points_come_first_and_equal_seeds_give_equal_trials(tmp_path: Path)
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
         seed = "seed=1" if folder == "c" else "seed=0"
-        ends = Ends()
-        sit(config_of(tmp_path / folder, points, seed, trials=5), ends)
-        assert [index for index, _ in ends.begun] == [0, 1, 2, 3, 4]
-        found.append([settings for _, settings in ends.begun])
+        listener = Listener()
+        run_process(config_of(tmp_path / folder, points, seed, trials=5), listener)
+        assert [index for index, _ in listener.started] == [0, 1, 2, 3, 4]
+        found.append([settings for _, settings in listener.started])
     first, second = found[0][:2]
     assert (first["space.sparsity"], first["search.lr"]) == (3, 0.2)
     assert second["space.matrix"] == "gaussian"
@@ -219,12 +218,12 @@ def test_the_points_come_first_and_equal_seeds_give_equal_trials(tmp_path: Path)
     assert found[0] == found[1] != found[2]
 
 
-def test_an_earlier_sweep_teaches_a_later_one_and_is_not_counted(tmp_path: Path) -> None:
-    earlier = sit(config_of(tmp_path), Ends(), name="earlier")
-    ends = Ends()
+def test_a_sweep_learns_from_an_earlier_one_without_counting_its_trials(tmp_path: Path) -> None:
+    earlier = run_process(config_of(tmp_path), Listener(), name="earlier")
+    listener = Listener()
     config = config_of(tmp_path, "sweep.start_from=earlier", "sweep.scheduler=none", trials=3)
-    later = sit(config, ends, name="later")
-    assert [index for index, _ in ends.begun] == [0, 1, 2]
+    later = run_process(config, listener, name="later")
+    assert [index for index, _ in listener.started] == [0, 1, 2]
     assert len(own_trials(later)) == 3
     assert len(later.get_trials()) == 3 + len(earlier.get_trials())
     own = own_study(later)
@@ -233,8 +232,8 @@ def test_an_earlier_sweep_teaches_a_later_one_and_is_not_counted(tmp_path: Path)
     assert best_of_own is not None
     assert best_of_own.value == max(t.value for t in own_trials(later))  # type: ignore[type-var]
     assert best_of_own.number in (0, 1, 2)
-    # TPE with 14 trials to learn from draws near the best of them; a fresh one would still draw at random.
-    rates = [settings["search.lr"] for _, settings in ends.begun]
+    # With 14 known trials, TPE samples near the best of them; without any, it would still sample at random.
+    rates = [settings["search.lr"] for _, settings in listener.started]
     assert sum(rates) / 3 > 0.15
 
     narrow = config_of(tmp_path, "sweep.start_from=earlier", trials=3)
@@ -242,19 +241,19 @@ def test_an_earlier_sweep_teaches_a_later_one_and_is_not_counted(tmp_path: Path)
     fewer = narrow.model_copy(update={"sweep": narrow.sweep.model_copy(update={"space": space})})  # type: ignore[union-attr]
     assert all("start_from" not in t.user_attrs for t in open_study(fewer, "fewer", fresh=False).get_trials())
 
-    with pytest.raises(ConfigError, match="'earlier': it has other objectives, leave it out"):
+    with pytest.raises(ConfigError, match="the study 'earlier' has other objectives; leave it out"):
         open_study(
             config_of(tmp_path, "sweep.start_from=earlier", "sweep.objective=retrained", "data.holdout=0.1"),
             "y",
             fresh=False,
         )
-    with pytest.raises(ConfigError, match="'unknown': no such study, there are: earlier, later, fewer"):
+    with pytest.raises(ConfigError, match="no such study: 'unknown'; choose one of: earlier, later, fewer"):
         open_study(config_of(tmp_path, "sweep.start_from=unknown"), "x", fresh=False)
 
 
-def test_fresh_forgets_and_a_dashboard_can_read(tmp_path: Path) -> None:
+def test_fresh_deletes_a_study_and_a_dashboard_can_read_it(tmp_path: Path) -> None:
     config = config_of(tmp_path, trials=4)
-    sit(config, Ends())
+    run_process(config, Listener())
     from optuna_dashboard._app import create_app
 
     storage = optuna.storages.RDBStorage(storage_uri(config, "s"))
@@ -273,26 +272,26 @@ def test_fresh_forgets_and_a_dashboard_can_read(tmp_path: Path) -> None:
     assert open_study(config, "s", fresh=True).get_trials() == []
 
 
-def test_a_database_that_can_not_be_used_is_one_line_without_its_password(tmp_path: Path) -> None:
+def test_an_unusable_database_is_a_one_line_error_without_its_password(tmp_path: Path) -> None:
     config = config_of(tmp_path, "sweep.storage=nosuch://me:secret@host/x")
     with pytest.raises(IstanasError) as caught:
         open_study(config, "s", fresh=False)
-    assert str(caught.value).startswith("sweep.storage is nosuch://host/x: can't be used")
+    assert str(caught.value).startswith("sweep.storage: cannot use the database nosuch://host/x (")
     assert "secret" not in str(caught.value)
 
 
-def test_a_front_is_told_whole_and_its_best_has_the_best_top1(tmp_path: Path) -> None:
+def test_the_best_trial_of_a_pareto_front_has_the_best_top1(tmp_path: Path) -> None:
     config = config_of(
         tmp_path, "sweep.objectives=[top1, params]", "sweep.searcher=nsga2", "sweep.scheduler=none", trials=6
     )
     study = open_study(config, "s", fresh=False)
-    searcher = StudySearcher(config, study, Ends())
+    searcher = StudySearcher(config, study, Listener())
     values = [(0.9, 300.0), (0.5, 100.0), (0.95, 900.0), (0.4, 200.0), (0.7, 150.0), (0.6, 400.0)]
     for top1, params in values:
         searcher.suggest("t")
         searcher.on_trial_result(
             "t", {"epoch": 1, "valid/top1": top1}
-        )  # no early figure of several objectives
+        )  # With several objectives, epochs are not recorded.
         searcher.on_trial_complete(
             "t", {"finished": True, "objective/top1": top1, "objective/params": params}
         )
@@ -306,21 +305,21 @@ def test_a_study_belongs_to_one_run_directory(tmp_path: Path) -> None:
     open_study(config, "s", fresh=False, run_dir=tmp_path / "here")
     assert open_study(config, "s", fresh=False, run_dir=tmp_path / "here").get_trials() == []
     with pytest.raises(
-        ConfigError, match=r"a study s that belongs to .*here: go on there, set tracking\.name"
+        ConfigError, match=r"the study s in this database belongs to .*here; resume the sweep there"
     ):
         open_study(config, "s", fresh=False, run_dir=tmp_path / "there")
     open_study(config, "s", fresh=True, run_dir=tmp_path / "there")
 
 
-def test_settings_that_do_not_fit_together_are_a_failed_trial_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    class Refusing(Ends):
-        def begins(self, index: int, settings: Settings) -> dict[str, Any]:
+def test_contradicting_settings_fail_their_trial_only(tmp_path: Path) -> None:
+    class Refusing(Listener):
+        def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
             if index == 1:
                 raise ConfigError("trial: search.lr_min is above search.lr")
-            return super().begins(index, settings)
+            return super().trial_started(index, settings)
 
-    ends = Refusing()
-    study = sit(config_of(tmp_path, trials=3), ends)
-    assert [index for index, _ in ends.begun] == [0, 2]
+    listener = Refusing()
+    study = run_process(config_of(tmp_path, trials=3), listener)
+    assert [index for index, _ in listener.started] == [0, 2]
     assert study.get_trials()[1].state == TrialState.FAIL
     assert study.get_trials()[1].user_attrs["failed"].endswith("search.lr_min is above search.lr")

@@ -1,11 +1,11 @@
-"""What a registered model is called: own pictures by their folder, no two data sets alike."""
+"""Labels of data sets and names of registered models: every picture folder has its own."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from pipeline.cli import commands as cli
+from pipeline.cli.settings import load_config
 from pipeline.report import genotypes_frame, results_frame
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import DatasetUse, RunRecord, data_label
@@ -92,4 +92,4 @@ def test_a_runs_own_configuration_is_named_for_the_run(file: str, name: str, tmp
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("seed: 1\n")
-    assert cli._load(str(path), ())[1] == name
+    assert load_config(str(path), ())[1] == name

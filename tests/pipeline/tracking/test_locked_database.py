@@ -1,4 +1,4 @@
-"""Databases that another program has locked for longer than anybody waits: jobs go on, and nothing is lost."""
+"""Databases that another program has locked for too long: jobs continue, and no data are lost."""
 
 import contextlib
 import json
@@ -12,11 +12,9 @@ from optuna.exceptions import StorageInternalError
 
 from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
-from pipeline.sweep import study as study_module
 from pipeline.sweep.searcher import StudySearcher
 from pipeline.sweep.study import FINISHED, open_study, own_trials
-from pipeline.tracking import store as tracking_store
-from pipeline.tracking import tracker
+from pipeline.tracking.notices import OF_THIS_PROCESS
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.tiny_search import SETTINGS, search
@@ -24,18 +22,18 @@ from tests.pipeline.jobs.tiny_search import SETTINGS, search
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[sqlite3.Connection]:
-    """Another program at work in a database."""
+    """Lock a database as another program does."""
     with contextlib.closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield database
 
 
+@pytest.mark.slow  # the search waits for the lock at its start and at its end
 @pytest.mark.parametrize("until", ["the end", "the second epoch"])
-def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
-    tmp_path: Path, until: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_search_with_a_locked_store_delivers_later(
+    tmp_path: Path, until: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking_store, "SECONDS_FOR_A_LOCK", 0.5)
-    monkeypatch.setattr(tracker, "_said", set())
+    OF_THIS_PROCESS.clear()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     settings = ["tracking.enabled=true", f"tracking.uri={uri}"]
     open_client(uri)
@@ -65,26 +63,23 @@ def test_a_search_goes_on_beside_a_locked_store_and_delivers_later(
 
 
 class Ends:
-    """Somebody who is told what becomes of trials, and has nothing to do."""
+    """Receives the events of trials and ignores them."""
 
-    def begins(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
+    def trial_started(self, index: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
+    def trial_ended(self, index: int, state: Any, result: dict[str, Any]) -> None:
         pass
 
-    def told(self, index: int) -> None:
+    def study_updated(self, index: int) -> None:
         pass
 
 
-def test_a_sweep_stops_at_a_locked_study_and_loses_no_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study_module, "SECONDS_FOR_A_LOCK", 0.5)
+def test_a_sweep_stops_at_a_locked_study_and_loses_no_trial(tmp_path: Path) -> None:
     sweep = json.dumps({"trials": 3, "space": {"search.lr": {"uniform": [0.01, 0.1]}}})
     config = load(None, [*SETTINGS, f"runtime.runs_dir={tmp_path}", f"sweep={sweep}"])
     done = {FINISHED: True, "objective/top1": 0.5, "valid_top1": 0.5}
-    searcher = StudySearcher(config, open_study(config, "locked", fresh=False), Ends())
+    searcher = StudySearcher(config, open_study(config, "locked", fresh=False, lock_seconds=0.5), Ends())
     searcher.suggest("a")
     with locked(tmp_path / "optuna.db"):
         searcher.on_trial_complete("a", dict(done))

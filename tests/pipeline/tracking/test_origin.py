@@ -126,8 +126,8 @@ def test_of_a_run_in_a_project_that_was_moved(
     done = retrain(apart)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"error: tracking.uri is sqlite:///{project}/store/mlflow.db, a setting of {apart['run_dir']}: the folder of "
-        "this MLflow store no longer exists; name a store with --set tracking.uri=URI"
+        f"error: tracking.uri: the folder of sqlite:///{project}/store/mlflow.db, a setting of {apart['run_dir']}, no "
+        "longer exists; name a store with --set tracking.uri=URI"
     )
     assert retrain(apart, "--set=tracking.uri=sqlite:///store/mlflow.db").returncode == 0
     assert not project.exists()
@@ -167,7 +167,7 @@ def test_of_a_sweep_those_of_its_best_trial_on_all_training_pictures(
     (project / "pictures").rename(project / "elsewhere")
     again, said = command(capsys, "sweep", "--config", "tiny.yaml")
     assert again == swept
-    assert "warning: the pictures of this result cannot be looked at any more" in said
+    assert "warning: the pictures of this result cannot be checked any more" in said
     (project / "elsewhere").rename(project / "pictures")
     sweep = Path(swept["run_dir"])
     for file in (

@@ -1,4 +1,4 @@
-"""The alias champion, on a real registry: it moves to a better version on the same pictures, and to no other."""
+"""The alias `champion`: it moves only to a better version on the same pictures."""
 
 import dataclasses
 import json
@@ -119,9 +119,9 @@ def test_a_run_whose_pictures_are_not_known_is_not_compared(trained: Trained, st
 def test_the_figure_must_be_there(trained: Trained, store: str) -> None:
     first, second = trained("first", test_top1=0.5), trained("second", test_top1=0.6)
     assert promoted(first, store, "valid/top1").moved, "without a champion nothing is chosen"
-    with pytest.raises(ConfigError, match=r"valid/top1: version 2 has none: train it with data\.holdout"):
+    with pytest.raises(ConfigError, match=r"valid/top1: version 2 has none; train it with data\.holdout"):
         promoted(second, store, "valid/top1")
-    none = r"test/top5: version 2 has none \(top-5 is measured with more than 10 classes\): name another --metric"
+    none = r"test/top5: version 2 has none \(top-5 is measured with more than 10 classes\); name another --metric"
     with pytest.raises(ConfigError, match=none):
         promoted(second, store, "test/top5")
     third = trained("third", valid_top1=0.6)
@@ -166,7 +166,7 @@ def test_without_a_version_there_is_a_remedy(trained: Trained, store: str, tmp_p
     said = refusal(named, registered_model="elsewhere")
     assert (
         said
-        == "tracking.registered_model is elsewhere: the run is a version of istanas-digits, set that name"
+        == "tracking.registered_model: is elsewhere, but the run is a version of istanas-digits; set that name"
     )
     (tmp_path / "broken.db").write_text("no database")
     link = json.loads((named.path / "mlflow.json").read_text())
@@ -202,8 +202,8 @@ def test_the_command(
     code, out, err = command("first", "--metric", "test/top1")
     assert (code, err) == (1, "")
     assert out == (
-        "istanas-digits version 1 stays behind, version 2 is the champion: test/top1 0.75 against 0.875 of version 2: "
-        "not better\n"
+        "istanas-digits version 1 is not promoted, version 2 is the champion: test/top1 0.75 against 0.875 of version "
+        "2: not better\n"
     )
     code, out, err = command("first")
     assert (code, out) == (2, "")

@@ -1,4 +1,4 @@
-"""What a RUN and a genotype may be called on the command line."""
+"""References to runs and genotypes on the command line."""
 
 import dataclasses
 import shutil
@@ -90,7 +90,7 @@ def test_no_runs_at_all(tmp_path: Path) -> None:
         run_named("x", tmp_path / "runs")
 
 
-def test_a_broken_neighbour_is_no_obstacle(runs_dir: Path) -> None:
+def test_a_broken_run_does_not_hide_others(runs_dir: Path) -> None:
     (runs_dir / "broken").mkdir()
     (runs_dir / "broken" / "run.json").write_text("{")
     assert run_named("digits-search", runs_dir) == runs_dir / "digits-1111"
@@ -183,7 +183,7 @@ def test_a_random_genotype_needs_a_seed(ref: str, tmp_path: Path) -> None:
         resolve_genotype(ref, space=CellSpace(), runs_dir=tmp_path, tracking_uri=NO_STORE)
 
 
-def test_what_is_no_genotype(runs_dir: Path, tmp_path: Path) -> None:
+def test_invalid_genotypes_are_refused(runs_dir: Path, tmp_path: Path) -> None:
     def genotype(ref: str) -> object:
         return resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)
 
@@ -255,14 +255,14 @@ def test_a_one_stage_cell_is_retrained_with_its_batch_norms(runs_dir: Path, tmp_
         ("ISTA_onestgae", "did you mean ISTA_onestage?"),
     ],
 )
-def test_a_genotype_that_is_not_there_is_called_that(ref: str, says: str, runs_dir: Path) -> None:
+def test_an_unknown_genotype_is_reported(ref: str, says: str, runs_dir: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_genotype(ref, space=CellSpace(), runs_dir=runs_dir, tracking_uri=NO_STORE)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_no_run_is_called_that(runs_dir: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_reported(runs_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a folder without run\.json, unknown in"):
         run_named(str(tmp_path), runs_dir)
 
@@ -278,7 +278,7 @@ DARTS = """Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_con
     ["import os\nos.mkdir('evaluated')\n", "from collections import namedtuple\n", "print = "],
     ids=["import and call", "import", "an assignment"],
 )
-def test_a_file_of_python_is_refused_unevaluated(
+def test_python_code_in_a_file_is_not_executed(
     before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The MLflow mirror, on a real SQLite store and a real server: complete, nothing twice, never in the way."""
+"""The tracker, on a SQLite store and a server: deliveries are complete, without duplicates, and never stop a run."""
 
 import dataclasses
 import json
@@ -22,7 +22,9 @@ from pipeline.base.interruption import signals_interrupt
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.record import DatasetUse, RunRecord, new_key
+from pipeline.tracking import notices
 from pipeline.tracking import tracker as tracking
+from pipeline.tracking.notices import Notices
 from pipeline.tracking.store import artifact_root, open_client, public_uri, store_uri
 from pipeline.tracking.tracker import MLflowTracker, NullTracker, open_tracker
 from tests.mlflow_server import server
@@ -62,11 +64,6 @@ def store(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> str
     return f"sqlite:///{shutil.copy(blank_database, tmp_path_factory.mktemp('store'))}"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_said", set())
-
-
 def make_run(path: Path, epochs: int = 2, **changes: object) -> RunDir:
     run = RunDir(path)
     run.write(dataclasses.replace(RECORD, **{"key": new_key(), **changes}))  # type: ignore[arg-type]
@@ -88,7 +85,7 @@ def end_run(run: RunDir, status: str = "FINISHED", **changes: object) -> None:
 
 
 def tracker_of(run: RunDir, store: str) -> MLflowTracker:
-    return MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT)
+    return MLflowTracker(run, tracking_uri=store, experiment=EXPERIMENT, notices=Notices())
 
 
 def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, int, float]]:
@@ -201,7 +198,7 @@ def test_delivering_again_sends_nothing(tmp_path: Path, store: str) -> None:
 def test_an_interrupt_in_mid_delivery_leaves_no_database_locked(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes after it: in the middle of a transaction, the process would shut itself out for its last delivery."""
+    """In the middle of a transaction it would lock the database for the process's own last delivery."""
     run = make_run(tmp_path / "run", epochs=2)
     tracker = tracker_of(run, store)
     send = tracking._send_params
@@ -223,7 +220,7 @@ def test_an_interrupt_in_mid_delivery_leaves_no_database_locked(
     assert open_client(store).get_run(run_id).info.status == "FAILED"
 
 
-def test_rewritten_metrics_double_nothing(tmp_path: Path, store: str) -> None:
+def test_rewritten_metrics_are_not_duplicated(tmp_path: Path, store: str) -> None:
     run = make_run(tmp_path / "run", epochs=3)
     first = tracker_of(run, store)
     assert first.deliver()
@@ -265,7 +262,7 @@ def test_lost_link_finds_the_run_by_its_key(tmp_path: Path, store: str) -> None:
     assert runs_of(open_client(store), run) == [tracker.run_id]
 
 
-def test_broken_link_and_deleted_run_are_made_good(tmp_path: Path, store: str) -> None:
+def test_a_broken_link_and_a_deleted_run_are_replaced(tmp_path: Path, store: str) -> None:
     run = make_run(tmp_path / "run")
     tracker = tracker_of(run, store)
     assert tracker.deliver()
@@ -427,7 +424,7 @@ def delivered(tracker: MLflowTracker) -> tracking.Delivery:
 
 
 def versions_of(client: MlflowClient, name: str) -> dict[int, str]:
-    """Version -> run id."""
+    """Return the run ids by version."""
     found = client.search_model_versions(f"name = '{name}'")
     return {int(version.version): version.run_id for version in found}
 
@@ -490,7 +487,7 @@ def test_one_stage_search_is_a_version_in_the_registry(
 
 
 def inputs_of(client: MlflowClient, run_id: str) -> dict[str, Dataset]:
-    """Context -> data set of a run's inputs."""
+    """Return the data sets of a run's inputs by context."""
     entries = client.get_run(run_id).inputs.dataset_inputs
     found = {tag.value: entry.dataset for entry in entries for tag in entry.tags}
     assert len(found) == len(entries)
@@ -701,7 +698,7 @@ def test_a_registry_that_refuses_costs_only_the_version(
     sent = delivered(registering(run, store, "no/such:name"))
     assert (sent.model, sent.registered) == (True, None)
     assert delivered(registering(run, store, "no/such:name")).registered is None
-    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == tracking.__name__]
+    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == notices.__name__]
     assert "'no/such:name'" in said
     assert f"istanas sync {run.path}" in said
     assert "\n" not in said
@@ -719,7 +716,7 @@ def test_moved_run_directories_keep_their_lineage(tmp_path: Path, store: str) ->
     assert tags["mlflow.parentRunId"] == tracker_of(search, store).run_id
 
 
-def test_a_search_that_was_deleted_for_good_does_not_stop_its_retraining(tmp_path: Path, store: str) -> None:
+def test_a_permanently_deleted_search_does_not_stop_its_retraining(tmp_path: Path, store: str) -> None:
     retrain = make_run(tmp_path / "retrain", kind="retrain")
     tracker = tracker_of(retrain, store)
     assert tracker.deliver()
@@ -742,7 +739,7 @@ def test_damaged_search_does_not_stop_its_retraining(
     assert str(search.path) in caplog.text
 
 
-def test_unusable_store_is_said_once_and_tried_once_a_minute(
+def test_an_unusable_store_is_reported_once_and_tried_once_a_minute(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, blank_database: Path
 ) -> None:
     folder = tmp_path / "folder"
@@ -789,7 +786,7 @@ def test_absent_mlflow_does_not_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_two_processes_deliver_one_run(tmp_path: Path) -> None:
-    """A `sync` beside a running training, on a store that neither has opened yet."""
+    """`istanas sync` during a training, with a store that neither has opened yet."""
     run = make_run(tmp_path / "run", epochs=5)
     uri = f"sqlite:///{tmp_path}/fresh.db"
     script = f"""
@@ -807,7 +804,7 @@ def test_two_processes_deliver_one_run(tmp_path: Path) -> None:
     assert len(history(client, run_id, "train/loss")) == 5
 
 
-def test_server_that_goes_and_comes_back(
+def test_a_server_that_restarts(
     tmp_path: Path, blank_database: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(blank_database, tmp_path)

@@ -1,4 +1,4 @@
-"""MLflow's interface as a child process: it answers, takes a free port, and ends with us."""
+"""MLflow's interface as a child process: it answers, takes a free port, and ends with its parent."""
 
 import contextlib
 import re
@@ -69,7 +69,7 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
 
 
 class WantsAPassword(BaseHTTPRequestHandler):
-    """A server of MLflow's, with users."""
+    """An MLflow server that requires a login."""
 
     def do_GET(self) -> None:
         self.send_error(401)
@@ -80,7 +80,7 @@ class WantsAPassword(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_runs_already_is_pointed_at(
+def test_a_running_server_is_announced(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), WantsAPassword) as server:

@@ -64,12 +64,12 @@ def record_of(epoch: int, space: CellSpace | None = None, *, one_stage: bool = F
 
 
 def save_epoch(
-    folder: Path, progress: Progress, record: EpochRecord | None = None, /, **state: Any
+    folder: Path | FolderStore, progress: Progress, record: EpochRecord | None = None, /, **state: Any
 ) -> Progress:
     """Write an epoch's line and checkpoint as a worker does.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints, or the store that keeps them.
         progress: before the epoch.
         record: of the epoch; None: a made-up one.
         state: what else the checkpoint holds.
@@ -80,7 +80,8 @@ def save_epoch(
     record = record or record_of(progress.epochs + 1)
     after, line = progress.after(record)
     data = serialize({**state, "progress": after.to_state()})
-    FolderStore(folder).write(record.epoch, data, line, progress.log.offset)
+    store = FolderStore(folder) if isinstance(folder, Path) else folder
+    store.write(record.epoch, data, line, progress.log.offset)
     return after
 
 

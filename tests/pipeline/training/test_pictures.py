@@ -16,6 +16,7 @@ from istanas.space import CellSpace, random_genotype
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.jobs.context import JobContext
 from pipeline.jobs.profile import run_profile
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
@@ -55,13 +56,10 @@ class Folder:
 
     def run(self, kind: str, *overrides: str, fresh: bool = False) -> RunDir:
         config, out = self.config(*overrides), io.StringIO()
-        common: Any = {"name": "tiny", "fresh": fresh, "console": Console(file=out, width=300)}
         try:
             with Runtime(config.runtime) as runtime:
-                if kind == "search":
-                    result = run_search(config, **common, runtime=runtime)
-                else:
-                    result = run_retrain(config, GENOTYPE, parent=None, **common, runtime=runtime)  # type: ignore[assignment]
+                context = JobContext(config, "tiny", Console(file=out, width=300), runtime, fresh)
+                result: Any = run_search(context) if kind == "search" else run_retrain(context, GENOTYPE)
         finally:
             self.seen = out.getvalue()
         return RunDir(result["run_dir"])
@@ -169,10 +167,8 @@ def test_the_result_of_pictures_that_are_gone_is_told_with_a_warning(
     folder.root.rename(folder.root.with_name("elsewhere"))
     assert folder.run(kind, *stems).path == run.path
     (warning,) = (line for line in folder.seen.splitlines() if line.startswith("warning: "))
-    assert warning.startswith(
-        "warning: the pictures of this result cannot be looked at any more: data.root: "
-    )
-    assert "finished before" in folder.seen
+    assert warning.startswith("warning: the pictures of this result cannot be checked any more: data.root: ")
+    assert "already finished" in folder.seen
     folder.root.mkdir()
     with pytest.raises(DataError, match="train is missing"):
         folder.run(kind, *stems)

@@ -1,0 +1,87 @@
+"""Options that several commands share, and their completion in a shell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from istanas.errors import ConfigError
+
+Command = Callable[..., Any]
+
+
+def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the name of a file."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the name of a folder, such as a run directory."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def config_options(command: Command) -> Command:
+    """Add the options that every command with a configuration has."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY.PATH=VALUE",
+        help="Override a setting of the configuration; repeatable. istanas config --describe explains the keys.",
+    )(command)
+    return click.option(
+        "--config",
+        "file",
+        metavar="FILE",
+        shell_complete=complete_file,
+        help="Configuration file (YAML). Without it, the configuration of the handwritten digits is used.",
+    )(command)
+
+
+class Workers(click.ParamType):
+    """The parameter type of --workers."""
+
+    name = "workers"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pipeline.config.workers import parse_workers
+
+        try:
+            return str(parse_workers(value))
+        except ConfigError as error:
+            self.fail(f"{error.problem}; {error.remedy}", param, ctx)
+
+
+def placement_options(command: Command) -> Command:
+    """Add the options that decide where workers run. They stand for settings of `runtime`."""
+    command = click.option(
+        "--address",
+        metavar="ADDR",
+        help="Ray cluster to run on: HOST:PORT of its head node, or auto (the cluster that this machine belongs to). "
+        "Without it, RAY_ADDRESS is used if it is set, and otherwise this machine. From outside: istanas submit.",
+    )(command)
+    return click.option(
+        "--workers",
+        type=Workers(),
+        metavar="N|MIN:MAX",
+        help="Number of Ray Train workers; MIN:MAX lets the number follow the cluster. 0 runs the job in this process, "
+        "without Ray.",
+    )(command)
+
+
+def job_options(command: Command) -> Command:
+    """Add the options that every job has."""
+    command = click.option(
+        "--fresh", is_flag=True, help="Delete the contents of the run directory, and start over."
+    )(command)
+    return config_options(placement_options(json_option(command)))
+
+
+def json_option(command: Command) -> Command:
+    """Add --json, which prints the result for programs."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line on stdout."
+    )(command)

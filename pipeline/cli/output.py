@@ -1,0 +1,171 @@
+"""Output of the commands: tables and paths for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from istanas.errors import ConfigError
+from pipeline.runs.layout import (
+    BEST_FOLDER,
+    CELLS_FOLDER,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    REPORT_PAGE,
+    TRIALS_TABLE,
+    WEIGHTS_FILE,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.config.schema import Config
+
+
+def console_for(as_json: bool) -> Console:
+    """Return the console for people: stdout, or stderr if a program reads stdout."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, markup=False)  # names and paths may contain brackets
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print a result for programs, on one line."""
+    click.echo(json.dumps(value))
+
+
+def show_result(
+    result: Mapping[str, Any], as_json: bool, console: Console, config: Config, *, kind: str = "search"
+) -> None:
+    """Print the result of a job as a table, and where its files and its MLflow run are.
+
+    Args:
+        result: The job's result.
+        as_json: Whether to print it for programs, too.
+        console: The console for people.
+        config: The job's configuration.
+        kind: Kind of the run that the validation accuracy was measured in.
+    """
+    from rich.table import Table
+
+    from pipeline.report import terminal
+    from pipeline.runs import bucket
+
+    table = Table("figure", "value")
+    for key, label, shown in (
+        ("test_top1", "test top-1", lambda v: f"{100 * v:.2f} %"),
+        ("test_top5", "test top-5", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top1", "validation top-1", lambda v: f"{100 * v:.2f} %"),
+        ("valid_top5", "validation top-5", lambda v: f"{100 * v:.2f} %"),
+        ("params", "parameters", lambda v: f"{v:,}"),
+        ("macs", "multiply-adds", lambda v: f"{v:,}"),
+        ("seconds", "seconds", lambda v: f"{v:.1f}"),
+    ):
+        if key in result:
+            table.add_row(label, shown(result[key]))
+    console.print(table)
+    if "valid_top1" in result:
+        console.print(terminal.validation_note(kind, config.method), highlight=False)
+    runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
+    pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # opened on this machine
+    paths = [("report", str(page)) for page in pages]
+    paths += [
+        (label, bucket.shown(runs[0] / n))
+        for label, n in (("genotype", GENOTYPE_FILE), ("cell pictures", CELLS_FOLDER))
+    ]
+    if (runs[-1] / WEIGHTS_FILE).exists():
+        paths.append(("network", bucket.shown(runs[-1] / WEIGHTS_FILE)))
+    for label, path in paths:
+        console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
+    show_store(console, config)
+    if as_json:
+        print_json(result)
+
+
+def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """Print the best trial of a sweep, and the command that retrains it."""
+    from rich.table import Table
+
+    from pipeline.base.text import shown_value
+    from pipeline.runs import bucket
+
+    table = Table("figure", "value")
+    table.add_row("best trial", str(result["best_trial"]))
+    for key, value in result["settings"].items():
+        table.add_row(f"  {key}", f"{value:.4g}" if isinstance(value, float) else shown_value(value))
+    table.add_row("top-1 in search", f"{100 * result['valid_top1']:.2f} %")
+    if "retrained_top1" in result:
+        table.add_row("top-1 after retraining", f"{100 * result['retrained_top1']:.2f} %")
+        tau = result["kendall_tau"]
+        table.add_row("Kendall's tau of the two", "not defined" if tau is None else f"{tau:.2f}")
+    for key, label in (
+        ("params", "parameters"),
+        ("macs", "multiply-adds"),
+        ("epochs", "epochs of all trials"),
+    ):
+        table.add_row(label, f"{result[key]:,}")
+    ended = f"{result['complete']} finished, {result['pruned']} stopped early, {result['failed']} failed"
+    table.add_row("trials", ended)
+    console.print(table)
+    here, program = bucket.local(result["run_dir"]), program_name()
+    best = here / BEST_FOLDER
+    for label, text in (
+        ("report", here / REPORT_PAGE),
+        ("all trials", bucket.shown(here / TRIALS_TABLE)),
+        ("best", bucket.shown(best)),
+        ("retrain it", f"{program} retrain --genotype {best}/{GENOTYPE_FILE} --config {best}/{CONFIG_FILE}"),
+    ):
+        console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
+    show_store(console, config)
+    if as_json:
+        print_json(result)
+
+
+def show_store(console: Console, config: Config) -> None:
+    """Print the MLflow store, and the commands that show it."""
+    if not config.tracking.enabled:
+        return
+    from pipeline.tracking.store import public_uri, store_uri
+
+    store = f" --set tracking.uri={public_uri(config.tracking.uri)}" if config.tracking.uri else ""
+    for line in (
+        f"MLflow store: {public_uri(store_uri(config.tracking.uri))}",
+        f"browse it: {program_name()} ui{store}",
+        f"as a table: {program_name()} results{store}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def program_name() -> str:
+    """Return how to call this program again: its bare name if the shell finds it."""
+    if shutil.which("istanas"):
+        return "istanas"
+    return f"{sys.executable} -m pipeline.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
+
+
+def write_csv(file: Path, text: str) -> None:
+    """Write a table. A file is written atomically; a pipe or device is written to as it is."""
+    from pipeline.base.files import atomic_write
+
+    if file.is_dir():
+        raise ConfigError("a folder", field=f"--csv {file}", remedy="name a file")
+    if file.exists() and not file.is_file():
+        file.write_text(text)
+    else:
+        atomic_write(file, text)
+
+
+def printable(line: str) -> str:
+    """Return a line with its control characters escaped, because names of files may contain them.
+
+    Example:
+        >>> printable("data.root: é\\x1b[2J is missing")
+        'data.root: é\\\\x1b[2J is missing'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -1,0 +1,148 @@
+"""Loads the configuration of a command from its file and options, or from the run that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from istanas.errors import CheckpointError, ConfigError
+from pipeline.base.redaction import without_secrets
+from pipeline.runs.layout import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from istanas.space import Genotype
+    from pipeline.config.schema import Config
+    from pipeline.runs.directory import RunDir
+    from pipeline.tracking.references import Origin
+
+
+SHORT = {
+    "workers": "runtime.workers",
+    "address": "runtime.address",
+    "max_concurrent": "sweep.max_concurrent",
+}
+"""The setting that each of these options stands for."""
+
+
+def load_config(
+    file: str | None, overrides: tuple[str, ...], **short: str | int | None
+) -> tuple[Config, str]:
+    """Return the configuration of a command, and the name of its runs.
+
+    Args:
+        file: The configuration file; None for the default one.
+        overrides: The values of --set.
+        short: The values of options that stand for a setting, see `SHORT`.
+    """
+    from pipeline.config.load import default_file, load
+    from pipeline.tracking.references import load_of_run, run_of_config
+
+    if file is not None and "://" in file:
+        raise ConfigError(
+            "an address",
+            field=f"--config {without_secrets(file)!r:.80}",
+            remedy="give a file on this machine",
+        )
+    path = default_file() if file is None else Path(file)
+    given, run = _with_short(overrides, short), run_of_config(path)
+    config = load(path, given) if run is None else load_of_run(path, run, given)
+    return config, config.tracking.name or _name_of(path, run)
+
+
+def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
+    """Return a run, and the configuration that names its MLflow store.
+
+    That is the configuration of the given file or, without one, of the run; with the overrides.
+    """
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import load_of_run, resolve_run
+
+    config, _ = load_config(file, overrides)
+    run = resolve_run(
+        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+    )
+    if file is None and (run.path / CONFIG_FILE).exists():
+        config = load_of_run(run.path / CONFIG_FILE, run, overrides)
+    return run, config
+
+
+def load_for_genotype(
+    reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | int | None
+) -> tuple[Genotype, str | None, Config, str]:
+    """Return what a retraining trains.
+
+    Returns:
+        The genotype, the directory of the run that found it, the configuration, and the name of the runs.
+    """
+    from pipeline.config.load import default_file, load
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import genotype_to_train, resolve_origin
+
+    config, name = load_config(file, overrides, **short)
+    cells, parent = genotype_to_train(reference, config)
+    runs_dir = bucket.local(config.runtime.runs_dir)
+    origin = (
+        resolve_origin(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
+        if file is None
+        else None
+    )
+    if origin is not None:
+        sections = {
+            section: getattr(origin.config, section).model_dump(mode="json")
+            for section in ("data", "tracking")
+        }
+        config = load(default_file(), _with_short(overrides, short), sections)
+        _check_store_of(origin, config)
+        name = config.tracking.name or origin.name
+        root = f" in {config.data.root}" if config.data.root is not None else ""
+        console.print(
+            f"data ({config.data.name}{root}) and tracking settings are those of {origin.run}; the others are those of "
+            f"{default_file().name}; --config replaces them",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return cells, parent, config, name
+
+
+def _check_store_of(origin: Origin, config: Config) -> None:
+    """Check that a store that was taken from another run's settings still exists; in a copied project it may not.
+
+    Raises:
+        ConfigError: Its folder is missing. A new store in that place would not be found.
+    """
+    from pipeline.tracking.store import folder_is_missing, public_uri
+
+    uri = config.tracking.uri
+    if (
+        config.tracking.enabled
+        and uri is not None
+        and uri == origin.config.tracking.uri
+        and folder_is_missing(uri)
+    ):
+        raise ConfigError(
+            f"the folder of {public_uri(uri)}, a setting of {origin.run}, no longer exists",
+            field="tracking.uri",
+            remedy="name a store with --set tracking.uri=URI",
+        )
+
+
+def _with_short(overrides: tuple[str, ...], short: Mapping[str, str | int | None]) -> tuple[str, ...]:
+    """Return the overrides with those of the options that stand for a setting."""
+    return overrides + tuple(
+        f"{SHORT[option]}={json.dumps(value)}" for option, value in short.items() if value is not None
+    )
+
+
+def _name_of(path: Path, run: RunDir | None) -> str:
+    """Return the name of the runs of a configuration: that of its file, or of the run whose configuration it is."""
+    if run is None:
+        return path.stem
+    try:
+        name = run.read().name
+    except CheckpointError:  # the configuration can be read without the run's record
+        return path.stem
+    return name if run.path == path.absolute().parent else f"{name}-best"

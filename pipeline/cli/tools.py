@@ -1,0 +1,139 @@
+"""The commands for the configuration and this machine: config, doctor and profile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import complete_file, config_options, json_option, placement_options
+from pipeline.cli.output import console_for, print_json
+from pipeline.cli.settings import load_config, load_for_genotype
+
+
+@click.command(name="config")
+@click.option(
+    "--describe",
+    is_flag=False,
+    flag_value="",
+    metavar="[KEY]",
+    help="Explain a key: type, range, default and meaning. A section, or the beginning of a key, lists its keys; "
+    "without KEY, all keys are listed.",
+)
+@click.option("--json-schema", "schema", is_flag=True, help="Write the JSON schema of the file, for editors.")
+@config_options
+@json_option
+def config_command(
+    describe: str | None, schema: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Print the resolved configuration, or explain its keys.
+
+    The output is a valid configuration file: istanas config --config FILE --set search.epochs=10 > my.yaml. Passwords
+    in the addresses of stores are left out. The ranges of a sweep are checked by istanas sweep --dry-run.
+    """
+    alone = [
+        name for name, given in (("--describe", describe is not None), ("--json-schema", schema)) if given
+    ]
+    others = [name for name, given in (("--config", file), ("--set", overrides)) if given]
+    if alone and len(alone + others) > 1:
+        raise click.UsageError(f"{alone[0]} does not take {(alone + others)[1]}, leave one of them out")
+    from pipeline.config import describe as description
+    from pipeline.config import load as configuration
+
+    if describe is not None:
+        keys = description.describe(describe)
+        if as_json:
+            print_json({"keys": [key.as_json() for key in keys]})
+        else:
+            click.echo(description.as_text(keys, min(shutil.get_terminal_size().columns, 120)))
+    elif schema:
+        click.echo(json.dumps(description.json_schema(), indent=None if as_json else 2))
+    else:
+        config, _ = load_config(file, overrides)
+        public = configuration.without_passwords(config)
+        if public != config:
+            click.echo("warning: passwords in the addresses of stores are left out", err=True)
+        if as_json:
+            print_json({"config": configuration.to_tree(public)})
+        else:
+            click.echo(configuration.to_yaml(public), nl=False)
+
+
+@click.command()
+@config_options
+@placement_options
+@json_option
+def doctor(as_json: bool, **settings: Any) -> None:
+    """Check packages, GPUs, threads, MLflow store, licence and data.
+
+    Each check prints one line, with the remedy if it fails. Exit code 0: no check failed.
+    """
+    config, _ = load_config(**settings)
+    from pipeline.cli.doctor import run_checks
+
+    checks = run_checks(
+        tracking_uri=config.tracking.uri,
+        data=config.data,
+        workers=config.runtime.workers,
+        threads=config.runtime.threads,
+        address=config.runtime.address,
+    )
+    for check in checks:
+        remedy = f"; {check.remedy}" if check.remedy else ""
+        click.echo(f"{check.state:4}  {check.name}: {check.message}{remedy}", err=as_json)
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
+
+
+@click.command()
+@click.option(
+    "--job",
+    type=click.Choice(["search", "retrain"]),
+    help="Job to profile: search, or retrain with --genotype. [default: search]",
+)
+@click.option(
+    "--genotype",
+    metavar="FILE|NAME|RUN|random:SEED",
+    shell_complete=complete_file,
+    help="Genotype to retrain, as for istanas retrain.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Number of steps to measure."
+)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace of one step."
+)
+@config_options
+@json_option
+def profile(
+    job: str | None, genotype: str | None, steps: int, trace: Path | None, as_json: bool, **settings: Any
+) -> None:
+    """Measure some training steps and estimate the time of a whole run.
+
+    The steps run in this process, on the real pictures, and their results are discarded. The report says where the time
+    goes, and which share of the machine's peak performance is reached.
+    """
+    if (job == "retrain" and genotype is None) or (job == "search" and genotype is not None):
+        raise click.UsageError(
+            "--genotype: a retraining needs one and a search has none, give both --job retrain and --genotype"
+        )
+    console = console_for(as_json)
+    from pipeline.jobs.profile import print_profile, run_profile
+
+    cells = None
+    if genotype is None:
+        config, _ = load_config(**settings)
+    else:
+        cells, _, config, _ = load_for_genotype(genotype, console, **settings)
+    result = run_profile(config, genotype=cells, steps=steps, trace=trace, console=console)
+    print_profile(result, console)
+    if as_json:
+        print_json(result)
+
+
+COMMANDS = (config_command, doctor, profile)

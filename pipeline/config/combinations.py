@@ -1,0 +1,183 @@
+"""Checks of settings that are valid one by one but cannot be combined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from istanas.errors import ConfigError
+from istanas.limits import SMALL_SIDE
+from pipeline.config.errors import ConflictError
+from pipeline.config.schema import Config, OneStageConfig
+
+
+def conflicts_of(config: Config) -> Iterator[ConflictError]:
+    """Yield every conflict of a configuration. A sweep's space is checked by `pipeline.sweep.space`."""
+    for name in ("search", "retrain"):
+        section = getattr(config, name)
+        if section.lr_min > section.lr:
+            yield ConflictError(
+                f"{section.lr_min} is above {name}.lr = {section.lr}",
+                fields=(f"{name}.lr_min", f"{name}.lr"),
+                remedy="lower it",
+            )
+        if section.stem == "imagenet" and section.init_channels < 2:
+            yield ConflictError(
+                f"{section.init_channels} is too small for {name}.stem imagenet",
+                fields=(f"{name}.init_channels", f"{name}.stem"),
+                remedy="use 2 or more",
+            )
+    if (
+        config.runtime.address is not None
+        and config.runtime.worker_range.maximum == 0
+        and config.sweep is None
+    ):
+        yield ConflictError(
+            "0 runs the job in this process, not on the cluster at runtime.address",
+            fields=("runtime.workers", "runtime.address"),
+            remedy="give --workers N",
+        )
+    yield from _warmup_conflicts(config)
+    if config.retrain.nesterov and config.retrain.momentum == 0:
+        yield ConflictError(
+            "true requires momentum, and retrain.momentum is 0",
+            fields=("retrain.nesterov", "retrain.momentum"),
+            remedy="set retrain.momentum above 0",
+        )
+    size = config.data.image_size
+    if config.data.name != "folder" and size is not None and size > SMALL_SIDE:
+        yield ConflictError(
+            f"{size} is too large for data.name {config.data.name}",
+            fields=("data.image_size", "data.name"),
+            remedy=f"use at most {SMALL_SIDE}",
+        )
+    runs = config.tracking.name
+    if runs is not None and (runs.strip() in ("", ".", "..") or any(c in runs for c in "/\\\0")):
+        yield ConflictError(
+            f"{runs!r:.60} cannot name a folder in runtime.runs_dir",
+            fields=("tracking.name",),
+            remedy="give a name that is not blank and has no slashes",
+        )
+    yield from _sweep_conflicts(config)
+    if config.data.name == "folder" and config.data.root is None:
+        yield ConflictError(
+            "missing",
+            fields=("data.root", "data.name"),
+            remedy="name the picture folder, --set data.root=DIR",
+        )
+    if config.runtime.device == "cpu" and config.runtime.precision == "bf16":
+        yield ConflictError(
+            "bf16 is slow and unsafe on runtime.device cpu",
+            fields=("runtime.precision", "runtime.device"),
+            remedy="choose fp32",
+        )
+
+
+def check_batch_sizes(config: Config, jobs: Sequence[str]) -> None:
+    """Check that every worker gets two pictures of each batch, which batch norm requires.
+
+    Args:
+        config: The configuration.
+        jobs: "search", "retrain" or both.
+
+    Raises:
+        ConfigError: A batch is too small for the number of workers.
+    """
+    workers = config.runtime.worker_range.maximum
+    for job in jobs:
+        batch_size = getattr(config, job).batch_size
+        if batch_size < 2 * workers:
+            raise ConfigError(
+                f"{batch_size} is too small for {workers} workers",
+                field=f"{job}.batch_size",
+                remedy=f"use at least {2 * workers}, or lower runtime.workers",
+            )
+
+
+def _warmup_conflicts(config: Config) -> Iterator[ConflictError]:
+    lengths = [
+        ("retrain.warmup_epochs", config.retrain.warmup_epochs, "retrain.epochs", config.retrain.epochs)
+    ]
+    if isinstance(config, OneStageConfig):
+        s = config.search
+        lengths.append(
+            ("search.warmup_epochs", s.warmup_epochs, "search.max_search_epochs", s.max_search_epochs)
+        )
+    for key, warmup, other, epochs in lengths:
+        if warmup >= epochs:
+            yield ConflictError(
+                f"{warmup} is not less than {other} = {epochs}", fields=(key, other), remedy="lower it"
+            )
+
+
+def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
+    sweep = config.sweep
+    if sweep is None:
+        return
+    if len(set(sweep.objectives)) < len(sweep.objectives) or "top1" not in sweep.objectives:
+        yield ConflictError(
+            f"{sweep.objectives} lacks top1, or names an objective twice",
+            fields=("sweep.objectives",),
+            remedy="give top1, and each other objective at most once",
+        )
+    if len(sweep.objectives) > 1:
+        if sweep.scheduler != "none":
+            yield ConflictError(
+                "asha cannot rank trials by several sweep.objectives",
+                fields=("sweep.scheduler", "sweep.objectives"),
+                remedy="set none",
+            )
+    elif sweep.searcher == "nsga2":
+        yield ConflictError(
+            "nsga2 requires several sweep.objectives",
+            fields=("sweep.searcher", "sweep.objectives"),
+            remedy="choose tpe, or add an objective",
+        )
+    if sweep.start_from is not None and sweep.searcher == "nsga2":
+        yield ConflictError(
+            "sweep.searcher nsga2 learns only from its own trials",
+            fields=("sweep.start_from", "sweep.searcher"),
+            remedy="leave it out, or choose another searcher",
+        )
+    if config.data.holdout == 0 and (sweep.objective == "retrained" or config.method == "one_stage"):
+        yield ConflictError(
+            "0 leaves no pictures to measure the objective on",
+            fields=("data.holdout", "sweep.objective"),
+            remedy="set data.holdout=0.1",
+        )
+    yield from _resource_conflicts(config)
+
+
+def _resource_conflicts(config: Config) -> Iterator[ConflictError]:
+    """Yield the conflicts between a sweep's resources and those of its trials."""
+    assert config.sweep is not None
+    workers, gpus, device = config.runtime.worker_range, config.sweep.gpus_per_trial, config.runtime.device
+    if workers.elastic:
+        yield ConflictError(
+            f"{config.runtime.workers} is a range, and trials require a fixed number",
+            fields=("runtime.workers",),
+            remedy="give a number, such as 2",
+        )
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        yield ConflictError(
+            f"{gpus} is neither a whole number nor a fraction below 1",
+            fields=("sweep.gpus_per_trial",),
+            remedy="give one of them",
+        )
+    if gpus and device == "cpu":
+        yield ConflictError(
+            f"{gpus} cannot be used on runtime.device cpu",
+            fields=("sweep.gpus_per_trial", "runtime.device"),
+            remedy="set 0, or runtime.device=auto",
+        )
+    if gpus == 0 and device == "cuda":
+        yield ConflictError(
+            "0 leaves no GPU for runtime.device cuda",
+            fields=("sweep.gpus_per_trial", "runtime.device"),
+            remedy="give each trial a GPU or a fraction of one",
+        )
+    if workers.maximum > 1 and "gpus_per_trial" in config.sweep.model_fields_set:
+        yield ConflictError(
+            "cannot be set with several workers, each of which has one GPU",
+            fields=("sweep.gpus_per_trial", "runtime.workers"),
+            remedy="leave it out",
+        )

@@ -1,0 +1,147 @@
+"""Validates a tree of settings against the schema, and names the file or the override that each mistake is due to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic
+
+from istanas.errors import ConfigError
+from istanas.limits import CONFIG_ERRORS
+from pipeline.base.redaction import without_secrets
+from pipeline.config.combinations import conflicts_of
+from pipeline.config.errors import fields_of, one_error
+from pipeline.config.keys import is_known, known_keys
+from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, Config
+
+
+def validate(
+    tree: Mapping[str, Any], source: str, overrides: Sequence[str], of_file: Mapping[str, Any]
+) -> Config:
+    """Return the configuration of a tree of settings, each of which is valid by itself.
+
+    Args:
+        tree: The file's settings with the overrides applied.
+        source: The file.
+        overrides: The overrides as they were written.
+        of_file: The file's settings without the overrides.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type or range.
+    """
+    method = tree.get("method", DEFAULT_METHOD)
+    schema = SCHEMAS.get(method if isinstance(method, str) else DEFAULT_METHOD, SCHEMAS[DEFAULT_METHOD])
+    try:
+        return schema.model_validate(tree)
+    except pydantic.ValidationError as error:
+        # The method decides the schema: if it is wrong, the other errors may not apply.
+        found = [e for e in error.errors() if e["loc"] == ("method",)] or error.errors()
+        given = {override.partition("=")[0]: override for override in overrides}
+        mistakes = [
+            _mistake(e, schema).in_source(_source_of(source, e, given, of_file))
+            for e in found[:CONFIG_ERRORS]
+        ]
+        if len(found) > CONFIG_ERRORS:
+            mistakes.append(ConfigError(f"{len(found) - CONFIG_ERRORS} more mistakes", source=source))
+        raise one_error(mistakes) from None
+
+
+def check_combinations(config: Config, source: str, overrides: Sequence[str]) -> None:
+    """Check that the settings of a configuration can be combined.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    try:
+        config.space.cell_space()
+        conflicts: list[ConfigError] = [*conflicts_of(config)]
+    except ConfigError as error:
+        conflicts = [error]
+    if conflicts:
+        raise one_error([each.in_source(_source_of_conflict(source, each, overrides)) for each in conflicts])
+
+
+def printable(key: Any) -> str:
+    """Return a key as it was written, or escaped if it would break the line of a message."""
+    return str(key) if str(key).isprintable() else repr(key)
+
+
+def shown_override(override: str) -> str:
+    """Return an override as a message quotes it: shortened, and without passwords."""
+    return f"--set {without_secrets(override)!r:.80}"
+
+
+def _source_of(source: str, error: Any, given: Mapping[str, str], of_file: Mapping[str, Any]) -> str:
+    """Return the override that one of pydantic's errors is due to, or else the file.
+
+    Args:
+        source: The file.
+        error: One of pydantic's errors.
+        given: The key of each override, and the override as it was written.
+        of_file: The file's settings without the overrides.
+    """
+    path = ".".join(str(part) for part in error["loc"])
+    found = source
+    for key, override in given.items():
+        # `serach.epochs=3` creates the section `serach`, at which the error lies.
+        created = key.startswith(f"{path}.") and not _contains(of_file, error["loc"])
+        if path == key or path.startswith(f"{key}.") or created:
+            found = shown_override(override)
+    return found
+
+
+def _contains(tree: Any, location: Sequence[Any]) -> bool:
+    for part in location:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _source_of_conflict(source: str, conflict: ConfigError, overrides: Sequence[str]) -> str:
+    """Return the overrides of the conflict's keys; if there are none, the file with all overrides."""
+    keys = fields_of(conflict)
+    named = [override for override in overrides if override.partition("=")[0] in keys]
+    if named:
+        return " ".join(map(shown_override, named))
+    return f"{source} with --set" if overrides else source
+
+
+def _mistake(error: Any, schema: type[Config]) -> ConfigError:
+    """Return one of pydantic's errors as an error of ours."""
+    location = error["loc"]
+    field = ".".join(
+        printable(part) for part in location if not str(part).startswith(("function-", "constrained-"))
+    )
+    if error["type"] == "extra_forbidden":
+        return ConfigError("unknown key", field=field, remedy=_hint(location, schema))
+    value = f"{without_secrets(repr(error.get('input'))):.60}"
+    if error["type"] in ("model_type", "dict_type"):
+        example = next(iter(known_keys(schema, location)), "key")
+        return ConfigError(
+            f"{value} is not a section", field=field, remedy=f"give its keys, such as {field}.{example}"
+        )
+    if location == ("method",):
+        return ConfigError(f"{value} is unknown", field=field, remedy=f"choose {' or '.join(SCHEMAS)}")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError) and cause.args and isinstance(cause.args[0], ConfigError):
+        own = cause.args[0]  # raised by a validator of the schema
+        return ConfigError(own.problem, field=field, remedy=own.remedy)
+    reason = error["msg"]
+    return ConfigError(
+        f"{value} is invalid: {reason[:1].lower()}{reason[1:]}",
+        field=field,
+        remedy="put it in quotes" if error["type"] == "string_type" else None,
+    )
+
+
+def _hint(location: Sequence[Any], schema: type[Config]) -> str:
+    """Return what to write in the place of an unknown key."""
+    for method, other in SCHEMAS.items():
+        if other is not schema and is_known(other, location):
+            return f"it belongs to method: {method}"
+    known = known_keys(schema, location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
