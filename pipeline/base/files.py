@@ -38,7 +38,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)  # first, so that the error reports the free space without it
-        raise refused(error, target, len(content)) from error
+        raise detailed_error(error, target, len(content)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(target.parent)
@@ -78,7 +78,7 @@ def append(path: Path, data: bytes, *, at: int) -> None:
             os.fsync(stream.fileno())
         except OSError as error:
             os.ftruncate(stream.fileno(), at)
-            raise refused(error, path, len(data)) from error
+            raise detailed_error(error, path, len(data)) from error
     if created:
         sync_directory(path.parent)
 
@@ -104,7 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
-def refused(error: OSError, path: Path, needed: int) -> OSError:
+def detailed_error(error: OSError, path: Path, needed: int) -> OSError:
     """Return an error of writing with the file and, if the disk is full, the needed and the free space.
 
     Args:

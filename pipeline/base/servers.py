@@ -49,7 +49,7 @@ def by_proxy(uri: str) -> str:
     shown = proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")  # without credentials
     excepted = next((name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)), None)
     remedy = f"set NO_PROXY={host}" if excepted is None else f"add {host} to {excepted}"
-    return f"; the proxy {shown} ({name}) was asked for it, {remedy} to connect directly"
+    return f"; the proxy {shown} ({name}) is used for it, {remedy} to connect directly"
 
 
 def _proxy_of(uri: str) -> tuple[str, str]:

@@ -12,20 +12,21 @@ from istanas.errors import IstanasError
 
 LONGEST_PATH = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path
 # Longest paths below the folder for temporary files.
-OF_RAY = "/istanas-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-OF_DATA_WORKERS = "/pymp-12345678/listener-12345678"
+RAY_SOCKET_PATH = "/istanas-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+DATA_WORKER_SOCKET_PATH = "/pymp-12345678/listener-12345678"
 
 
-def short_temporary_folder(below: str) -> Path:
+def short_temporary_folder(below: str, longest: int = LONGEST_PATH) -> Path:
     """Return the folder for temporary files or, if its path is too long for sockets, a shorter one of the system.
 
     Args:
         below: Longest path of a socket, relative to the folder.
+        longest: Largest number of bytes of a whole path.
 
     Raises:
         IstanasError: No writable folder has a short enough path.
     """
-    usual, most = tempfile.gettempdir(), LONGEST_PATH - len(below)
+    usual, most = tempfile.gettempdir(), longest - len(below)
     for name in (usual, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
         folder = Path(name or usual).resolve()
         if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK | os.X_OK):
@@ -39,7 +40,7 @@ def short_temporary_folder(below: str) -> Path:
 
 def shorten_data_worker_sockets() -> None:
     """Place the sockets through which torch's data workers send batches in a folder with a short path."""
-    short = short_temporary_folder(OF_DATA_WORKERS)
+    short = short_temporary_folder(DATA_WORKER_SOCKET_PATH)
     usual, tempfile.tempdir = tempfile.tempdir, str(short)
     try:
         get_temp_dir()  # creates the folder if necessary; forked processes inherit it

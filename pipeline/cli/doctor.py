@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,13 +75,17 @@ def run_checks(
     ]
 
 
-def check_packages() -> Check:
-    """Check the versions of Python and of every package that the project requires."""
+def check_packages(requirements: Sequence[str] | None = None) -> Check:
+    """Check the versions of Python and of every required package.
+
+    Args:
+        requirements: Requirements as in pyproject.toml; None for those of the project.
+    """
     name, python = "packages", ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < NEEDED_PYTHON:
         needed = ".".join(map(str, NEEDED_PYTHON))
         return Check(name, "fail", f"Python {python} is too old", f"use Python {needed} or newer")
-    requirements = _requirements()
+    requirements = _requirements() if requirements is None else requirements
     if not requirements:
         return Check(name, "warn", f"Python {python}; the required packages are unknown", "pip install -e .")
     unmet = list(_unmet(requirements))
@@ -239,7 +243,7 @@ def _requirements() -> list[str]:
     return [text for text in found if "extra ==" not in text]
 
 
-def _unmet(requirements: list[str]) -> Iterator[tuple[str, str]]:
+def _unmet(requirements: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the requirements that are not met, each with what was found instead."""
     from packaging.requirements import Requirement
 

@@ -25,7 +25,7 @@ SHORT = {
     "address": "runtime.address",
     "max_concurrent": "sweep.max_concurrent",
 }
-"""Options that stand for a setting, and the setting."""
+"""The setting that each of these options stands for."""
 
 
 def load_config(

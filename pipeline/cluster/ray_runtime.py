@@ -18,7 +18,7 @@ from typing import Any
 
 from istanas.errors import IstanasError
 from pipeline.base.interruption import children_ignore_hangups, uninterrupted
-from pipeline.base.socket_paths import OF_RAY, short_temporary_folder
+from pipeline.base.socket_paths import RAY_SOCKET_PATH, short_temporary_folder
 from pipeline.base.text import last_line
 from pipeline.cluster.address import (
     HEAD_NODE,
@@ -163,7 +163,7 @@ class Runtime:
         options: dict[str, Any] = {"log_to_driver": False}
         if self._address is None:
             # Not in the run directory: it may lie on a shared disk, where Unix sockets do not always work.
-            short = short_temporary_folder(OF_RAY)
+            short = short_temporary_folder(RAY_SOCKET_PATH)
             self._temp_dir = Path(tempfile.mkdtemp(prefix="istanas-", dir=short))
             (self._logs / "session").symlink_to(self._temp_dir)  # before Ray starts, in case of a kill
             # Ray's processes look for their cluster's address in this folder, see below.

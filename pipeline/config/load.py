@@ -29,8 +29,8 @@ _HASHED = {
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
-# Settings that were added after version 0.1, with the value under which they change nothing. With that value they are
-# left out of the hash, so that the runs of earlier versions keep theirs.
+# Settings that were added after version 0.1, with the value that has no effect. With this value they are not hashed, so
+# that the runs of earlier versions keep their hashes.
 _ADDED = {"data.background": "#ffffff"}
 _NOT_HASHED_SWEEP = (
     "storage",
@@ -43,7 +43,7 @@ _NOT_HASHED_SWEEP = (
 
 
 def default_file() -> Path:
-    """The configuration that job commands use when none is named: the digits that scikit-learn ships."""
+    """Return the configuration file of job commands without --config: the digits that scikit-learn ships."""
     return Path(__file__).resolve().parents[2] / "tune_configs" / "digits_quickstart.yaml"
 
 
@@ -184,7 +184,7 @@ def with_stems(config: Config, side: int) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML, defaults included; `load` reads it back to an equal one."""
+    """Return the whole configuration as YAML, defaults included. `load` returns an equal configuration from it."""
     return dump(to_tree(config))
 
 
@@ -194,11 +194,10 @@ def to_tree(config: Config) -> dict[str, Any]:
     if config.sweep is None:
         del tree["sweep"]
     else:
-        for name in ("search", "retrain"):  # trials with pictures of another size have another stem
+        for name in ("search", "retrain"):  # a trial with pictures of another size chooses its own stem
             if "stem" not in getattr(config, name).model_fields_set:
                 tree[name]["stem"] = "auto"
-        # of each parameter's kinds only the one that was given
-        space = {
+        space = {  # without the kinds that are not set
             key: p.model_dump(by_alias=True, exclude_unset=True) for key, p in config.sweep.space.items()
         }
         tree["sweep"]["space"] = space
@@ -223,12 +222,12 @@ def without_passwords(config: Config) -> Config:
 
 
 def run_hash(config: Config, job: str, **extra: str) -> str:
-    """Ten hex digits that stand for everything that decides a job's result.
+    """Return ten hex digits that identify all settings that determine a job's result.
 
     Args:
-        config: the configuration.
+        config: The configuration.
         job: "search", "retrain" or "sweep".
-        extra: what else decides it (the genotype of a retraining).
+        extra: Other input that determines the result, such as the genotype of a retraining.
     """
     decisive = config.model_dump(mode="json", include=set(_HASHED[job]))
     for key in _NOT_HASHED_DATA:
@@ -246,18 +245,15 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
 
 def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:
-    """Short flat settings for MLflow: "section.key" -> value."""
+    """Return the settings of some sections for MLflow, as "section.key" -> value."""
     tree = config.model_dump(mode="json")
     params: dict[str, Any] = {"seed": config.seed, "method": config.method}
     for section in sections:
         for key, value in tree[section].items():
             params[f"{section}.{key}"] = ",".join(map(str, value)) if isinstance(value, list) else value
     if config.sweep is not None and "sweep" in sections:
-        del (
-            params["sweep.space"],
-            params["sweep.points"],
-            params["sweep.storage"],
-        )  # a database may have a password
+        # The address of a database may contain a password.
+        del params["sweep.space"], params["sweep.points"], params["sweep.storage"]
         params |= {f"sweep.space.{key}": str(parameter) for key, parameter in config.sweep.space.items()}
     return params
 

@@ -1,4 +1,4 @@
-"""Tables on narrow terminals: fewer columns, then blocks; names never break; runs can be told apart."""
+"""Tables on narrow terminals: dropped columns, then blocks; names never break, and runs can be distinguished."""
 
 import io
 

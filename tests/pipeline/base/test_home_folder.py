@@ -1,4 +1,4 @@
-"""Commands of a user whose home can't be written, or who has none."""
+"""Commands of a user without a writable home folder."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ search: {epochs: 1, batch_size: 64, init_channels: 2, layers: 3, max_pictures: 1
 runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
-# As ray.init does, before it starts anything.
+# The first steps of ray.init.
 TOKEN = """
 import os, warnings
 from pathlib import Path
@@ -31,8 +31,11 @@ from ray._private.authentication import authentication_token_setup as ray_tokens
 ray_tokens.ensure_token_if_auth_enabled()
 print(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 """
-UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root, else, writes everywhere
-# May read everything, the interpreter included, wherever it is.
+UNPRIVILEGED = [
+    "setpriv",
+    "--bounding-set=-dac_override,-dac_read_search",
+]  # without it, root can write everywhere
+# This user can read everything, because the interpreter may be anywhere.
 NOBODY = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
 NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
@@ -40,7 +43,7 @@ NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 def as_user(
     command: list[str], folder: Path, home: Path | None, prefix: list[str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a folder, which also takes its temporary files, with this home or none."""
+    """Run a command in a folder, which also contains its temporary files, with this home folder or none."""
     if os.getuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("root writes everywhere, and there is no setpriv to take that right away")
     unset = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "RAY_AUTH_TOKEN_PATH")
@@ -53,7 +56,7 @@ def as_user(
 
 
 def substitute(folder: Path, user: int) -> Path:
-    """The folder among the temporary files that takes a home's place."""
+    """The folder among the temporary files that replaces the home folder."""
     return folder / f"istanas-home-{user}"
 
 
@@ -74,7 +77,7 @@ def test_rays_token_goes_where_it_can_be_written(tmp_path: Path, there: bool, mo
 
 
 def test_commands_that_start_at_once_have_one_token(tmp_path: Path) -> None:
-    """No process reads a part of it, or one that another process replaces."""
+    """No process reads an incomplete token, or one that another process replaces."""
     code = "import sys; from pathlib import Path; from pipeline.base.home_folder import _write_once\n"
     code += "file = Path(sys.argv[1]); _write_once(file, sys.argv[2] * 32); print(file.read_text())"
     for trial in range(5):

@@ -1,4 +1,4 @@
-"""A proxy in the environment that hides a local MLflow server, and a RAY_ADDRESS that sends jobs elsewhere."""
+"""A proxy in the environment that intercepts a local MLflow server, and a RAY_ADDRESS that directs jobs elsewhere."""
 
 import shutil
 import threading
@@ -21,7 +21,7 @@ from tests.ports import unused_port
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """A proxy that knows no way."""
+    """A proxy that reaches no server."""
 
     def do_GET(self) -> None:
         self.send_error(502)
@@ -37,7 +37,7 @@ VARIABLES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 @pytest.fixture(params=VARIABLES)
 def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The environment of a company: all goes through a proxy that does not reach this machine's servers."""
+    """The environment of a company network: all requests use a proxy that does not reach this machine's servers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name in ("no_proxy", "NO_PROXY", *VARIABLES):
@@ -52,7 +52,7 @@ def test_who_reads_a_store_is_told_that_a_proxy_was_asked(
     proxy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = f"http://127.0.0.1:{unused_port()}"
-    says = f"the proxy {proxy} was asked for it, set NO_PROXY=127.0.0.1 to connect directly"
+    says = f"the proxy {proxy} is used for it, set NO_PROXY=127.0.0.1 to connect directly"
     check = check_store(store)
     assert check.state == "fail"
     assert says in check.message
@@ -82,7 +82,7 @@ def test_a_server_that_is_excepted_is_asked_itself(
 
 
 def test_pages_of_a_local_store_open_behind_a_proxy(proxy: str, tmp_path: Path, blank_database: Path) -> None:
-    """Their server is a child of the command, which no proxy leads to."""
+    """Requests to the command's own server do not use the proxy."""
     store = f"sqlite:///{shutil.copy(blank_database, tmp_path)}"
     told: list[str] = []
 

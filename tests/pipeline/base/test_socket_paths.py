@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from istanas.errors import IstanasError
-from pipeline.base.socket_paths import LONGEST_PATH, OF_DATA_WORKERS, OF_RAY, short_temporary_folder
+from pipeline.base.socket_paths import (
+    DATA_WORKER_SOCKET_PATH,
+    LONGEST_PATH,
+    RAY_SOCKET_PATH,
+    short_temporary_folder,
+)
 
 BATCHES = """
 import torch
@@ -35,13 +40,13 @@ with Runtime(load(None, ["runtime.workers=1"]).runtime) as runtime:
 
 @pytest.fixture
 def long_folder(tmp_path: Path) -> Path:
-    """A folder in which no socket can be made."""
+    """A folder whose path is too long for a socket."""
     folder = tmp_path / ("x" * LONGEST_PATH)
     folder.mkdir()
     return folder
 
 
-@pytest.mark.parametrize("below", [OF_RAY, OF_DATA_WORKERS], ids=["ray", "data workers"])
+@pytest.mark.parametrize("below", [RAY_SOCKET_PATH, DATA_WORKER_SOCKET_PATH], ids=["ray", "data workers"])
 @pytest.mark.parametrize("more", [0, 1], ids=["just fits", "too long"])
 def test_sockets_lie_where_their_paths_are_short_enough(
     below: str, more: int, monkeypatch: pytest.MonkeyPatch
@@ -60,13 +65,12 @@ def test_sockets_lie_where_their_paths_are_short_enough(
 
 def test_no_short_folder_is_one_line(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
-    monkeypatch.setattr("pipeline.base.socket_paths.LONGEST_PATH", len(OF_RAY) + 2)
     with pytest.raises(IstanasError, match=r"^TMPDIR: .* is too long .*; .* at most 2 characters$"):
-        short_temporary_folder(OF_RAY)
+        short_temporary_folder(RAY_SOCKET_PATH, longest=len(RAY_SOCKET_PATH) + 2)
 
 
 def run(code: str, folder: Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
-    """Run some lines with a TMPDIR."""
+    """Run code with a TMPDIR."""
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""Commands on runs that lie on `s3://`, from a machine that has never seen them; and Ctrl-C."""
+"""Commands on runs in an `s3://` bucket from a machine without a local copy, and Ctrl-C."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_compare_draw_results_and_promote_take_addresses(
 def test_a_result_in_a_bucket_outlives_its_pictures(
     server: Server, elsewhere: Elsewhere, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With stem auto the pictures decide which run it is; another machine finds it without them."""
+    """With stem auto, the run depends on the pictures; another machine finds it without them."""
     pictures = tmp_path / "pictures"
     for split in ("train", "test"):
         for shade, name in enumerate(("ant", "bee")):
@@ -106,7 +106,7 @@ def test_ctrl_c_is_noted_in_the_storage_and_another_machine_goes_on(
     elsewhere()
     told: list[int] = []
     result = search(place, tell=lambda progress: told.append(progress.epochs))
-    assert told[0] == 1  # it was not begun anew
+    assert told[0] == 1  # the run was resumed
     run = RunDir(bucket.local(result["run_dir"]))
     assert [line.step for line in run.metrics()] == [1, 2]
     assert len(comparable(run)) == 2

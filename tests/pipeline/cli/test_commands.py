@@ -1,4 +1,4 @@
-"""The command line as a user and a program meet it: exit codes, streams, one line an error, JSON last on stdout."""
+"""The command line for users and programs: exit codes, streams, one-line errors, JSON as the last line on stdout."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ COMMANDS = (
     "jobs",
     "stop",
 )
-SERVED = ("submit", "jobs", "stop")  # these ask a cluster's job server, and have no configuration
+SERVED = ("submit", "jobs", "stop")  # these use a cluster's job server, and have no configuration
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
@@ -71,7 +71,7 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a tiny configuration, where runs and stores go."""
+    """A working directory with a tiny configuration; runs and stores are written there."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -79,7 +79,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    """Run a command line in this process: (exit code, stdout, stderr)."""
 
     def command(*arguments: str) -> Outcome:
         capsys.readouterr()
@@ -91,7 +91,7 @@ def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def in_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a command line as a user does, in a process of its own."""
+    """Run a command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *arguments],
         cwd=folder,
@@ -103,7 +103,7 @@ def in_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[st
 
 
 def error_lines(err: str) -> list[str]:
-    """The error's lines; each says so, and none is of a traceback."""
+    """Return the lines of an error, none of which belongs to a traceback."""
     lines = err.splitlines()
     assert lines
     assert all(line.startswith("error: ") for line in lines), err
@@ -285,9 +285,7 @@ def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, he
         assert (here / line.removeprefix(label)).exists()
 
 
-def test_a_finished_run_prints_its_result_and_exits_0_without_training_again(
-    istanas: Command, here: Path
-) -> None:
+def test_a_finished_run_prints_its_result_without_training_again(istanas: Command, here: Path) -> None:
     _, out, _ = istanas("run", "--config", "tiny.yaml", "--json")
     first = json.loads(out)
     files = {p: p.stat().st_mtime_ns for p in Path(first["run_dir"]).rglob("*.jsonl")}
@@ -495,7 +493,7 @@ def test_results_without_a_store_are_an_empty_table_and_make_none(istanas: Comma
     assert not (here / "mlflow.db").exists()
 
 
-def test_sync_delivers_a_run_that_was_not_tracked_and_doubles_nothing(istanas: Command, here: Path) -> None:
+def test_sync_delivers_an_untracked_run_and_is_safe_to_repeat(istanas: Command, here: Path) -> None:
     run_dir = json.loads(istanas("search", "--config", "tiny.yaml", "--json")[1])["run_dir"]
     ids = []
     for _ in range(2):
@@ -557,8 +555,8 @@ def test_results_are_filtered_and_runs_compared(istanas: Command, here: Path) ->
     assert "latency: one picture at a time" in err
 
 
-def test_a_store_that_is_away_costs_a_line_and_sync_finds_it_again(here: Path) -> None:
-    """The store of the configuration, not the default one, gets what it missed."""
+def test_an_unreachable_store_is_one_line_and_sync_delivers_later(here: Path) -> None:
+    """Missing records are sent to the store of the configuration, not to the default one."""
     (here / "away").write_text("")  # a file where the store's folder belongs
     store = f"sqlite:///{here / 'away' / 'mlflow.db'}"
     settings = ["tracking.enabled=true", f"tracking.uri={store}", "tracking.experiment=elsewhere"]
@@ -604,7 +602,7 @@ def test_a_password_in_the_stores_address_reaches_no_file(istanas: Command, here
 
 
 # ---------- whole processes
-def test_a_process_has_the_same_codes_and_streams_and_finds_the_default_from_any_directory(
+def test_a_process_has_the_same_codes_and_streams_in_any_directory(
     here: Path,
 ) -> None:
     bad = in_process(here, "search", "--set", "search.epochs=0")
@@ -637,7 +635,7 @@ def test_a_search_in_process_imports_no_ray(here: Path) -> None:
 
 
 def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    """A search that has told its second epoch."""
+    """Start a search, and return when it has printed its second epoch."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
         cwd=here,
@@ -661,7 +659,7 @@ def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
     ],
     ids=["ctrl-c", "sigterm", "sighup"],
 )
-def test_an_end_in_mid_epoch_is_one_line_and_the_run_goes_on(
+def test_an_interrupt_in_mid_epoch_is_one_line_and_the_run_resumes(
     here: Path, number: signal.Signals, code: int, says: str
 ) -> None:
     arguments = ["search", "--config", "tiny.yaml", "--set", "search.epochs=12", "--set", "search.layers=4"]
@@ -706,8 +704,8 @@ cli.main()
 @pytest.mark.parametrize(
     "where",
     [
-        'exec("signal.raise_signal(signal.SIGINT)")',  # as dataclasses are made, while they are imported
-        "Finalised()",  # Python swallows what is raised there
+        'exec("signal.raise_signal(signal.SIGINT)")',  # as in the creation of a dataclass
+        "Finalised()",  # Python swallows exceptions there
     ],
     ids=["in an import", "in a finaliser"],
 )
@@ -721,8 +719,8 @@ def test_an_interrupt_ends_the_command_wherever_it_strikes(where: str, here: Pat
 
 
 @pytest.mark.parametrize("job", ["search", "run", "retrain", "sweep"])
-@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["goes on", "fresh"])
-def test_the_second_of_two_identical_commands_names_the_first_and_changes_nothing(
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["resume", "fresh"])
+def test_a_second_identical_command_names_the_first_and_changes_nothing(
     istanas: Command, here: Path, job: str, fresh: list[str]
 ) -> None:
     sweep = "sweep={trials: 2, space: {search.lr: {uniform: [0.01, 0.1]}}}"
@@ -768,8 +766,8 @@ with RunDir("{path}").lock():
 """
 
 
-def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
-    """Ctrl-C again and again, and SIGTERM too, until the command has ended; MLflow is told all the same."""
+def test_repeated_signals_do_not_interrupt_the_closing(here: Path) -> None:
+    """Repeated Ctrl-C and SIGTERM do not prevent the closing of the run, in MLflow included."""
     settings = ["--set", "search.epochs=12", "--set", "tracking.enabled=true"]
     process = searching(here, ["search", "--config", "tiny.yaml", *settings])
     sent = 0
@@ -794,6 +792,6 @@ def test_an_impatient_user_does_not_spoil_the_closing(here: Path) -> None:
 
 
 def unignore_sigint() -> Any:
-    """A test run in the background of a shell ignores Ctrl-C (of nohup: SIGHUP), and its children would too."""
+    """Restore the handlers, which background jobs of a shell (SIGINT) and of nohup (SIGHUP) ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

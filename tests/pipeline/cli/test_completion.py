@@ -1,4 +1,4 @@
-"""Shell completion: the shells' own protocol, the scripts of docs/completion.md, and a real bash."""
+"""Shell completion: the protocol of the shells, the scripts of docs/completion.md, and a real bash."""
 
 import os
 import re
@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A folder with a program `istanas`, as an installation puts it on the PATH."""
+    """A folder with the program `istanas`, as after an installation."""
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "istanas"
@@ -34,7 +34,7 @@ def on_path(folder: Path, **more: str) -> dict[str, str]:
 
 
 def completions(program: Path, shell: str, *words: str) -> list[str]:
-    """What the program answers to a shell, one line each; the last word is incomplete."""
+    """Return the program's answers to a shell; the last word is incomplete."""
     asked = {
         "_ISTANAS_COMPLETE": f"{shell}_complete",
         "COMP_WORDS": shlex.join(["istanas", *words]),
@@ -78,7 +78,7 @@ def test_runs_are_completed_as_folders(program: Path) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_documented_command_writes_a_script(program: Path, repo_root: Path, shell: str) -> None:
-    """Where the shell is installed, it also reads its script."""
+    """If the shell is installed, it also parses the script."""
     page = (repo_root / "docs" / "completion.md").read_text()
     (command,) = set(re.findall(rf"_ISTANAS_COMPLETE={shell}_source istanas", page))
     script = subprocess.run(

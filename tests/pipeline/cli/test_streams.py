@@ -1,4 +1,4 @@
-"""Commands whose terminal is closed, or whose output nobody reads any more."""
+"""Commands whose terminal or output pipe is closed."""
 
 import errno
 import fcntl
@@ -47,7 +47,7 @@ def on_a_terminal() -> None:
 
 
 def broken_pipe() -> int:
-    """The end for writing of a pipe that nobody reads."""
+    """The write end of a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -110,7 +110,7 @@ with Runtime(load(None, ["runtime.workers=1"]).runtime) as runtime:
 
 @pytest.mark.ray
 def test_rays_processes_outlive_the_terminal(here: Path) -> None:
-    """The driver ends them when it has closed its run; without them it would be ended by Ray before."""
+    """The driver stops them after it has closed its run; if they ended first, Ray would terminate the driver."""
     done = subprocess.run(
         [sys.executable, "-c", HANG_UP],
         cwd=here,
@@ -122,10 +122,10 @@ def test_rays_processes_outlive_the_terminal(here: Path) -> None:
     assert done.stdout.splitlines()[-1:] == ["[1] []"], done.stderr
 
 
-# ---------- nobody reads
+# ---------- a closed pipe
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 def test_a_job_outlives_the_reader_of_its_output(here: Path, as_json: list[str]) -> None:
-    """As with `| head -1`: the reader goes after the first line, while the job runs."""
+    """As with `| head -1`: the reader exits after the first line, while the job runs."""
     stream = "stderr" if as_json else "stdout"
     process = subprocess.Popen(
         [*PROGRAM, *SEARCH, *as_json],
@@ -181,7 +181,7 @@ def test_a_failing_disk_is_no_reader_that_has_gone(here: Path) -> None:
 
 
 def test_closed_streams_write_into_no_file(here: Path) -> None:
-    """The first files that a process opens would get the numbers of its closed descriptors."""
+    """Without the redirection, the first files of a process would get the numbers of its closed descriptors."""
     code = "import os; from pipeline.cli.streams import ignore_closed_readers; ignore_closed_readers(); print('lost')\n"
     code += "os.write(2, b'lost'); file = open('first', 'w'); assert file.fileno() > 2; file.write('kept')\n"
     code += (

@@ -24,7 +24,7 @@ CONFIGURATIONS = sorted((Path(__file__).parents[3] / "tune_configs").glob("*.yam
 
 @pytest.fixture
 def istanas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `istanas config` in this process: (exit code, stdout, stderr)."""
+    """Run `istanas config` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*arguments: str) -> Outcome:
@@ -37,7 +37,7 @@ def istanas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def values(tree: object, prefix: str = "") -> dict[str, object]:
-    """A nested configuration as "key.path" -> value; the settings of a sweep's space are one value."""
+    """Return a nested configuration as "key.path" -> value; a sweep's space is one value."""
     if not isinstance(tree, dict) or prefix == "sweep.space":
         return {prefix: tree}
     found: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""Configuration: what is wrong dies here, in one line with file, field and remedy; what is right decides the hash."""
+"""Loading of configurations: invalid ones are one-line errors with file, field and remedy; valid ones have a hash."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def load_text(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:
 
 
 def refusal(tmp_path: Path, text: str | bytes, *overrides: str) -> list[str]:
-    """The lines of the error that a configuration gives."""
+    """Return the lines of a configuration's error."""
     with pytest.raises(ConfigError) as caught:
         load_text(tmp_path, text, *overrides)
     return str(caught.value).split("\n")
@@ -204,7 +204,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     config = load_text(tmp_path, "search: {lr: 1e-1, lr_min: 1e-3, weight_decay: 0, arch_lr: 6E-4}")
     assert (config.search.lr, config.search.lr_min, config.search.arch_lr) == (0.1, 0.001, 6e-4)
     assert config.search.weight_decay == 0
-    # YAML 1.1 would read `on` as true: a surprise, so it is a string here, and refused.
+    # YAML 1.1 would read `on` as true; here it is a string, which is invalid.
     assert "valid boolean" in refusal(tmp_path, "data: {horizontal_flip: on}")[0]
 
 
@@ -342,7 +342,7 @@ def test_an_address_with_workers_is_accepted(tmp_path: Path) -> None:
     assert TwoStageConfig().runtime.worker_range == WorkerRange(0, 0)
 
 
-# ---------- random trees: an error of ours or a configuration, nothing else
+# ---------- random trees: a ConfigError or a configuration, nothing else
 SCALARS = (
     st.none()
     | st.booleans()
@@ -367,7 +367,7 @@ TREES = st.recursive(
 
 
 def one_line_each(error: ConfigError, source: str | tuple[str, ...]) -> None:
-    """Whatever characters keys and values hold, a mistake is one line of printable ones."""
+    """Check that each mistake is one printable line, whatever characters the keys and values contain."""
     for line in str(error).split("\n"):
         assert line.startswith(source), repr(str(error))
         assert line.isprintable(), repr(line)
@@ -547,7 +547,7 @@ def test_the_hash_follows_exactly_what_decides_the_result(method: str, path: str
         assert (run_hash(before, job) != run_hash(after, job)) == changes, job
 
 
-def test_the_hash_follows_seed_genotype_and_job_and_not_how_a_path_is_written(
+def test_the_hash_depends_on_seed_genotype_and_job_not_on_path_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TwoStageConfig()
@@ -638,7 +638,7 @@ def test_a_refusal_shows_no_password(override: str) -> None:
             [
                 "data.root=/data/imagenet",
                 "retrain.schedule=linear",
-            ],  # the file's own schedule has changed since
+            ],  # the schedule of the file has changed since
             "retrain",
             {"genotype": "g"},
             "6a26769e6f",

@@ -1,4 +1,4 @@
-"""How many workers with how many threads: what is written is read, what does not fit is not promised."""
+"""Numbers of workers and threads: parsing, and what fits on the nodes of a cluster."""
 
 import os
 
@@ -22,7 +22,7 @@ from pipeline.config.workers import (
 NODES = st.lists(st.builds(Node, st.integers(0, 12), st.integers(0, 4)), max_size=4)
 
 
-# ---------- what is written
+# ---------- parsing
 @given(st.integers(0, 999_999), st.integers(0, 999_999))
 def test_a_number_and_a_range_are_read_and_print_as_they_were_written(low: int, high: int) -> None:
     for written in (low, str(low), f"{low}:{low}"):
@@ -56,7 +56,7 @@ def test_anything_else_is_refused_in_one_short_line(written: int | str) -> None:
     assert len(str(caught.value)) < 130
 
 
-# ---------- what fits
+# ---------- fitting
 @given(st.integers(1, 50), st.integers(0, 50), st.integers(0, 120))
 def test_the_largest_that_fits_is_found_with_few_questions(low: int, more: int, limit: int) -> None:
     asked: list[int] = []
@@ -71,7 +71,7 @@ def test_the_largest_that_fits_is_found_with_few_questions(low: int, more: int, 
 
 
 def packed(nodes: list[Node], threads: int, gpu: bool) -> int:
-    """Workers put on the nodes one by one, until none has room."""
+    """Count the workers by placing them on the nodes one by one."""
     free = [[node.cpus, node.gpus] for node in nodes]
     placed = 0
     for node in free:
@@ -103,12 +103,12 @@ def test_the_most_threads_that_cost_no_worker_its_place(nodes: list[Node], worke
         ([Node(8)], 1, False, 8),
         ([Node(8)], 2, False, 4),
         ([Node(8)], 3, False, 2),
-        ([Node(2)], 4, False, 1),  # more workers than cores: one thread each, and some wait
+        ([Node(2)], 4, False, 1),  # more workers than cores
         ([Node(3), Node(3)], 2, False, 3),
         ([Node(3), Node(3)], 3, False, 1),
         ([Node(16, 2)], 2, True, 8),
-        ([Node(16, 2), Node(64)], 2, True, 8),  # a node without GPUs holds no worker
-        ([Node(4, 1)], 8, True, 4),  # only one worker finds a GPU
+        ([Node(16, 2), Node(64)], 2, True, 8),  # a node without GPUs has no workers
+        ([Node(4, 1)], 8, True, 4),  # there is a GPU for one worker only
         ([], 2, False, 1),
     ],
 )
