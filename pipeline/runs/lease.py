@@ -116,8 +116,8 @@ class Lease:
             if owner is None or owner.is_dead:
                 return True
             if seen is None:
-                until = f"{silence:.0f} s for a sign of life" if wait == 0 else "until it has finished"
-                say(f"{address}: {owner} worked on it: waiting {until}")
+                until = f"{silence:.0f} s for it to renew its lease" if wait == 0 else "until it has finished"
+                say(f"{address}: in use by {owner}: waiting {until}")
             elif owner != seen and 0 <= wait <= now - began:
                 raise ConfigError(
                     f"in use by {owner}", field=f"run {address}", remedy="wait until it ends or stop it"
@@ -159,8 +159,8 @@ class Lease:
         owner = self.read()
         if owner is not None and not self._is_mine(owner):
             raise IstanasError(
-                f"{self._objects.address}: was taken over by {owner}, which had no sign of life from this process for "
-                f"{self.timing.silence:.0f} s",
+                f"{self._objects.address}: was taken over by {owner}, because this process had not renewed its lease "
+                f"for {self.timing.silence:.0f} s",
                 field="runtime.runs_dir",
                 remedy="let that process finish",
             )

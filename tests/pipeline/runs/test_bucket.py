@@ -543,6 +543,18 @@ def test_an_owner_that_lost_its_lease_writes_nothing(
     assert "run.json" not in server.objects(f"{prefix}/run")
 
 
+def test_an_acquired_run_is_not_acquired_again(server: Server, elsewhere: Elsewhere, prefix: str) -> None:
+    """A trial acquires its run for its log, and passes it to the search."""
+    path = storage.local(f"s3://{BUCKET}/{prefix}/run")
+    with acquired(path) as run:
+        (path / "run.json").write_text("{}")
+        with storage.acquired(run, pytest.fail) as same:
+            assert same is run
+        run.push()
+        assert OWNER_OBJECT in server.objects(f"{prefix}/run")
+    assert server.objects(f"{prefix}/run").keys() == {"run.json"}
+
+
 def test_of_two_simultaneous_starts_one_is_refused(
     server: Server, elsewhere: Elsewhere, on_other_hosts: None, prefix: str
 ) -> None:
