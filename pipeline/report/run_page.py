@@ -37,7 +37,10 @@ from pipeline.runs.layout import (
     CONFIG_FILE,
     FREEZING_FIGURES,
     GENOTYPE_FILE,
+    PLOTS_FOLDER,
     REPORT_PAGE,
+    SWEEP_PAGE,
+    TRAJECTORY_PAGE,
 )
 from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.runs.record import MetricsLine, RunRecord
@@ -70,8 +73,8 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "links": [
             (file, text)
             for file, text in (
-                ("trajectory.html", "the search, epoch by epoch"),
-                ("sweep.html", "interactive figures"),
+                (TRAJECTORY_PAGE, "the search, epoch by epoch"),
+                (SWEEP_PAGE, "interactive figures"),
             )
             if (run.path / file).is_file()
         ],
@@ -240,7 +243,7 @@ def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
         "trials": page_table(folder, read_table(folder)),
         "plots": [
             (file.stem.replace("_", " "), data_uri(file.read_bytes()))
-            for file in sorted((folder / "plots").glob("*.png"))
+            for file in sorted((folder / PLOTS_FOLDER).glob("*.png"))
         ],
     }
 

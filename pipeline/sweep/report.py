@@ -19,7 +19,7 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
-from pipeline.sweep import figures as sweep_plots
+from pipeline.sweep.figures import draw_freezing, draw_plots
 from pipeline.sweep.space import sweep_of
 from pipeline.sweep.study import FAILED, SETTINGS, own_study
 
@@ -62,9 +62,9 @@ def write_figures(
     Returns:
         The names of the files, relative to the folder.
     """
-    plots = sweep_plots.draw_plots(config, own, say)
+    plots = draw_plots(config, own, say)
     pictures = {plot.name: plot.png for plot in plots}
-    freezing = sweep_plots.draw_freezing(config, own)
+    freezing = draw_freezing(config, own)
     if freezing is not None:
         pictures["freezing"] = freezing
     for name, png in pictures.items():

@@ -153,7 +153,7 @@ def check_space(config: Config) -> None:
         errors += [error.in_source(f"sweep.points.{number}") for error in _point_errors(config, point)]
     if errors:
         raise one_error(errors)
-    from istanas.training import derive_seed  # imports torch, which a table of trials can do without
+    from istanas.training import derive_seed  # Imports torch, which other users of this module do not need.
 
     for number in range(N_CHECKED):
         settings = random_settings(config, derive_seed(config.seed, "check", number))
