@@ -1,27 +1,27 @@
-# make, a POSIX shell and Python 3.11 are all that a user needs. `make help` lists the targets.
+# Targets for users and developers; they require make, a POSIX shell and Python 3.11. `make help` lists them.
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test bench chaos fuzz audit lock lint docs format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Test processes; each computes with one thread.
+# Number of test processes, each with one thread.
 JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Releases with the hashes of their files. `make .venv LOCK=` does without, for an index with files of its own.
+# Releases with the hashes of their files. `make .venv LOCK=` installs without hashes, for an index with its own files.
 LOCK ?= requirements.lock
 UV := uv==0.13.9
-# The first interpreter that is new enough; PYTHON=... on the command line overrides it.
+# The first interpreter that is new enough, unless PYTHON=... is given.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.venv: $(INSTALLED) ## make the virtual environment; again only when pyproject.toml or the releases change
+.venv: $(INSTALLED) ## create the virtual environment, again only if pyproject.toml or the releases have changed
 
 $(INSTALLED): pyproject.toml constraints.txt $(LOCK)
-	@test -n "$(PYTHON)" || { echo "python: no python3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "python: no python3.11 or newer was found; install it, or give its path: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
@@ -31,7 +31,7 @@ else
 endif
 	@touch $@
 
-quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on handwritten digits (minutes, no GPU, no download)
+quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on the digits (minutes, no GPU, no download)
 	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
 
 test: lint ## lint, types, and all tests and doctests, slow ones included; ends with the 30 slowest tests
@@ -40,16 +40,16 @@ test: lint ## lint, types, and all tests and doctests, slow ones included; ends 
 bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
 
-chaos: $(INSTALLED) ## every fault on every job, and the table of tests/README.md anew (an hour on 2 cores)
+chaos: $(INSTALLED) ## every fault on every job, and a new table in tests/README.md (an hour on 2 cores)
 	$(BIN)/python -m tests.chaos -n $(JOBS)
 
-fuzz: $(INSTALLED) ## 100,000 nearly right genotypes, configurations, checkpoints, sweeps and metrics each (17 minutes on 2 idle cores)
+fuzz: $(INSTALLED) ## 100,000 nearly valid genotypes, configurations, checkpoints, sweeps and metrics each (17 minutes on 2 idle cores)
 	OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m tests.security.fuzz
 
-audit: $(INSTALLED) ## known vulnerabilities of the releases in constraints.txt; says so where no database can be reached
+audit: $(INSTALLED) ## known vulnerabilities of the releases in constraints.txt; reports if no database is reachable
 	$(BIN)/python .ci/audit.py
 
-lock: $(INSTALLED) ## write requirements.lock anew, after a change of dependencies or of constraints.txt
+lock: $(INSTALLED) ## write a new requirements.lock, after a change of dependencies or of constraints.txt
 	$(PIP) install --quiet $(UV)
 	@sed '/^#/!d' requirements.lock > requirements.lock.new
 	@$(BIN)/uv pip compile --quiet --no-cache --universal --python-version 3.11 \
@@ -66,7 +66,7 @@ lint: $(INSTALLED) ## ruff (check and format), mypy (strict on istanas) and the 
 docs: $(INSTALLED) ## build the documentation into build/docs/index.html (half a minute); warnings are errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
-format: $(INSTALLED) ## let ruff repair and format the code
+format: $(INSTALLED) ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -71,7 +71,7 @@ def content(file: Path) -> Any:
 def figures(run: Path) -> list[Any]:
     """Return the metrics of all epochs, and check that each epoch exists once."""
     lines = RunDir(run).metrics()
-    assert [line.step for line in lines] == list(range(1, len(lines) + 1)), f"{run.name}: lost or doubled"
+    assert [line.step for line in lines] == list(range(1, len(lines) + 1)), f"{run.name}: lost or duplicated"
     return [without_clocks(line.metrics) for line in lines]
 
 
@@ -105,7 +105,7 @@ def check_mlflow(case: Case, store: str) -> None:
     found = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
     assert {run.info.status for run in found.values()} == {"FINISHED"}
     names = run_names(case)
-    assert len(found) == len(names), "runs in MLflow were doubled or lost"
+    assert len(found) == len(names), "runs in MLflow were duplicated or lost"
     for name in names:
         run = RunDir(case.runs / name)
         link = read_link(run)

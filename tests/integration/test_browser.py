@@ -64,7 +64,7 @@ space: {nodes: 1, ops: [skip_connect, sep_conv_3x3]}
 search: {epochs: 1, batch_size: 128, init_channels: 4, layers: 3, max_pictures: 200}
 runtime: {threads: 1, device: cpu}
 sweep:
-  trials: 9
+  trials: 8
   scheduler: none
   space:
     search.lr: {loguniform: [0.002, 0.3]}
@@ -190,7 +190,7 @@ def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
     page.emulate_media(color_scheme=scheme)
     page.goto((sweep / "sweep.html").as_uri())
     expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
-    assert page.locator("#trials tbody tr").count() == 9
+    assert page.locator("#trials tbody tr").count() == 8
     assert (share_of_white(page) < 0.05) is (scheme == "dark")
 
     # The names of parallel coordinates are complete, horizontal and do not overlap.

@@ -278,7 +278,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     seed = random.randrange(10**6)
     print(f"moments drawn with seed {seed}")
     moments = random.Random(seed)
-    for ended in (0, 1, 3):
+    for ended in (0, 2):
         kill_driver(start(tmp_path), lambda n=ended: n_ended(tmp_path) >= n, moments.uniform(0, 3))  # type: ignore[misc]
     # Then Ctrl-C, as a terminal sends it.
     process = start(tmp_path, stderr=subprocess.PIPE)

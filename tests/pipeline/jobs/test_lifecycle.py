@@ -102,6 +102,13 @@ def finished(searched: Path, job: Job) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the result of a search with its retraining."""
+    folder = tmp_path_factory.mktemp("whole") / "runs"
+    return folder, Job(folder)("run", "data.holdout=0.1")
+
+
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Return all files except the lock, with content and modification time."""
     return {
@@ -241,10 +248,10 @@ def test_a_retraining_leaves_the_network_that_was_measured(job: Job) -> None:
     assert top1 == pytest.approx(result["test_top1"], abs=1e-12)
 
 
-def test_a_run_says_which_pictures_it_used(job: Job) -> None:
+def test_a_run_says_which_pictures_it_used(job: Job, whole: tuple[Path, dict[str, Any]]) -> None:
     from istanas.data import load_dataset, pictures_digest
 
-    result = job("run", "data.holdout=0.1")
+    _, result = whole
     digits = load_dataset("digits")
     search, retrain = (
         {use.context: use for use in RunDir(result[key]).read().datasets}
@@ -269,8 +276,8 @@ def test_a_run_is_found_by_its_seed_and_workers(job: Job) -> None:
     assert {"istanas.seed": "3", "istanas.workers": "0"}.items() <= record.tags.items()
 
 
-def test_a_whole_run_has_one_lineage(job: Job) -> None:
-    result = job("run")
+def test_a_whole_run_has_one_lineage(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = whole
     search, retrain = RunDir(result["run_dir"]), RunDir(result["retrain_run_dir"])
     assert retrain.read().parent == result["run_dir"]
     assert retrain.read().result["digest"] == search.read().result["digest"] == result["digest"]
@@ -278,7 +285,7 @@ def test_a_whole_run_has_one_lineage(job: Job) -> None:
     assert result["seconds"] == pytest.approx(
         search.read().result["seconds"] + retrain.read().result["seconds"]
     )
-    assert len(list(job.folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_finished_job_is_not_run_again(job: Job) -> None:
