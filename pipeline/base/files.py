@@ -134,3 +134,30 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def ensure_content(path: Path, content: bytes) -> None:
+    """Give a file exactly this content: a file that starts with it is truncated, any other is replaced atomically.
+
+    Args:
+        path: The file; it and its directory are created if they do not exist.
+        content: The whole content.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "lines"
+        >>> for before in (b"first, torn", b"other"):
+        ...     _ = file.write_bytes(before); ensure_content(file, b"first"); print(file.read_text())
+        first
+        first
+    """
+    if path.is_file():
+        with open(path, "rb") as stream:
+            if stream.read(len(content)) == content:
+                if stream.read(1):
+                    os.truncate(path, len(content))
+                return
+    atomic_write(path, content)

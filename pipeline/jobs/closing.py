@@ -13,7 +13,8 @@ from pipeline.jobs.opening import now_ms
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CHECKPOINTS, LINK_FILE, RECORD_FILE
-from pipeline.runs.outcome import INTERRUPTED, OUTCOME_TAG
+from pipeline.runs.outcome import INTERRUPTED
+from pipeline.runs.tags import Tag
 from pipeline.tracking.tracker import Tracker, open_tracker
 
 
@@ -72,7 +73,7 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
     """
     left = [run for run in runs if _status(run) == "RUNNING"]
     delivered = [
-        close(run.path, _without_models(config), "KILLED", {OUTCOME_TAG: INTERRUPTED}, {}) for run in left
+        close(run.path, _without_models(config), "KILLED", {Tag.OUTCOME: INTERRUPTED}, {}) for run in left
     ]
     return all(delivered)
 

@@ -28,8 +28,9 @@ from pipeline.runs.layout import (
     OWNER_FILE,
     RECORD_FILE,
 )
-from pipeline.runs.outcome import INTERRUPTED, OUTCOME_TAG
+from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord, new_key
+from pipeline.runs.tags import Tag
 from pipeline.tracking.store import store_uri
 from pipeline.training.epoch_record import EpochRecord, load_progress, read_records
 
@@ -75,9 +76,9 @@ NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # entries tha
 
 def with_outcome(record: RunRecord, word: str) -> RunRecord:
     """Return the record with the tag that tells interrupted runs from failed ones, which MLflow's status does not."""
-    if word != INTERRUPTED and OUTCOME_TAG not in record.tags:
+    if word != INTERRUPTED and Tag.OUTCOME not in record.tags:
         return record
-    return dataclasses.replace(record, tags={**record.tags, OUTCOME_TAG: word})
+    return dataclasses.replace(record, tags={**record.tags, Tag.OUTCOME: word})
 
 
 def repair(
@@ -214,7 +215,7 @@ def open_record(
         record,
         data_digest=digest or record.data_digest,
         pictures=pictures or record.pictures,
-        tags=record.tags | ({"istanas.missing_classes": missing[:MAX_TAG_LENGTH]} if missing else {}),
+        tags=record.tags | ({Tag.MISSING_CLASSES: missing[:MAX_TAG_LENGTH]} if missing else {}),
     )
     run.write(record)
     return record
@@ -242,7 +243,7 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
 
 def _common_tags(config: Config) -> dict[str, str]:
     """Return the tags of every run, by which runs are found in MLflow."""
-    return {"istanas.seed": str(config.seed), "istanas.workers": str(config.runtime.workers)}
+    return {Tag.SEED: str(config.seed), Tag.WORKERS: str(config.runtime.workers)}
 
 
 def clear(path: Path) -> None:

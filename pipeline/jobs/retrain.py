@@ -28,7 +28,7 @@ from pipeline.runs.layout import (
     WEIGHTS_FILE,
 )
 from pipeline.runs.network_files import save_network
-from pipeline.runs.outcome import ORIGIN_TAG
+from pipeline.runs.tags import Tag
 from pipeline.training.epoch_record import EpochRecord, FolderStore
 from pipeline.training.loop import trained_network
 from pipeline.training.pictures import datasets_used
@@ -49,7 +49,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
     """
     if context.parent is not None:
         origin = _run_name(context.parent)
-    tags = {"istanas.genotype": genotype.digest(), **({} if origin is None else {ORIGIN_TAG: origin})}
+    tags = {Tag.GENOTYPE: genotype.digest(), **({} if origin is None else {Tag.ORIGIN: origin})}
 
     def describe(config: Config) -> JobSpec:
         return JobSpec(

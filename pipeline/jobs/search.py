@@ -51,6 +51,7 @@ from pipeline.runs.layout import (
     WEIGHTS_FILE,
 )
 from pipeline.runs.network_files import save_network
+from pipeline.runs.tags import Tag
 from pipeline.training.build import build_one_stage
 from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
@@ -201,7 +202,7 @@ def _finish_two_stage(run: RunDir, progress: Progress, say: Callable[[str], None
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
-        tags={"istanas.genotype": genotype.digest()},
+        tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_two_stage_search(run.read().data_label, progress.epochs, result, genotype),
     )
 
@@ -239,7 +240,7 @@ def _finish_one_stage(
             NETWORK_FILE,
             WEIGHTS_FILE,
         ),
-        tags={"istanas.genotype": genotype.digest()},
+        tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_one_stage_search(run.read().data_label, result, genotype),
     )
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from istanas.search import NodeReport
 from istanas.space import CellSpace
-from pipeline.base.files import append
-from pipeline.runs.directory import ensure_content
+from pipeline.base.files import append, ensure_content
 from pipeline.runs.layout import CODES_FILE, TRAJECTORY_FILE
 from pipeline.training.epoch_record import EpochRecord
 

@@ -18,7 +18,8 @@ from pipeline.report.columns import (
     WEIGHTS_COLUMNS,
 )
 from pipeline.runs.layout import GENOTYPE_FILE
-from pipeline.runs.outcome import ORIGIN_TAG, data_of, outcome
+from pipeline.runs.outcome import data_of, outcome
+from pipeline.runs.tags import Tag
 from pipeline.tracking.queries import Filters, load_runs, readable
 from pipeline.tracking.store import open_client, store_uri
 
@@ -123,7 +124,7 @@ def epochs_frame(
         ['run_id', 'name', 'kind', 'method', 'dataset', 'epoch', 'valid/top1']
     """
     uri = store_uri(tracking_uri)
-    runs = [r for r in load_runs(uri, experiment, filters) if r.data.tags["istanas.kind"] != "sweep"]
+    runs = [r for r in load_runs(uri, experiment, filters) if r.data.tags[Tag.KIND] != "sweep"]
     asked = [(run.info.run_id, name) for run in runs for name in metrics if name in run.data.metrics]
     values: dict[str, dict[int, dict[str, float]]] = {run.info.run_id: {} for run in runs}
     if asked:
@@ -166,8 +167,8 @@ def genotypes_frame(
     families: dict[tuple[str, str], list[Run]] = {}
     for run in _newest_of_directory(load_runs(uri, experiment, filters)):
         tags = run.data.tags
-        if run.info.status == "FINISHED" and tags["istanas.kind"] != "sweep" and "istanas.genotype" in tags:
-            families.setdefault((tags["istanas.genotype"], data_of(tags) or ""), []).append(run)
+        if run.info.status == "FINISHED" and tags[Tag.KIND] != "sweep" and Tag.GENOTYPE in tags:
+            families.setdefault((tags[Tag.GENOTYPE], data_of(tags) or ""), []).append(run)
     texts: dict[str, str | None] = {}
     if families:
         with readable(uri), tempfile.TemporaryDirectory() as scratch:
@@ -254,7 +255,7 @@ def _newest_of_directory(runs: "Iterable[Run]") -> "list[Run]":
     """Return the newest run of each run directory: the earlier ones were started over."""
     newest: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.info.start_time):
-        directory = run.data.tags.get("istanas.run_dir", run.info.run_id)
+        directory = run.data.tags.get(Tag.RUN_DIR, run.info.run_id)
         newest.pop(directory, None)
         newest[directory] = run
     return list(newest.values())
@@ -271,7 +272,7 @@ def _finished_retrainings(runs: "Iterable[Run]") -> "dict[str, list[Run]]":
 
 def _of_search(search: "Run", retrainings: "dict[str, list[Run]]") -> "list[Run]":
     """Return the retrainings of the cell that a search found, on the search's data set."""
-    genotype, data = search.data.tags.get("istanas.genotype"), data_of(search.data.tags)
+    genotype, data = search.data.tags.get(Tag.GENOTYPE), data_of(search.data.tags)
     return [
         run
         for run in retrainings.get(search.info.run_id, [])
@@ -285,18 +286,18 @@ def _row(run: "Run") -> dict[str, Any]:
     return {
         "run_id": run.info.run_id,
         "name": run.info.run_name,
-        "kind": tags.get("istanas.kind"),
-        "method": tags.get("istanas.method"),
+        "kind": tags.get(Tag.KIND),
+        "method": tags.get(Tag.METHOD),
         "dataset": data_of(tags),
         "status": run.info.status,
-        "genotype": tags.get("istanas.genotype"),
+        "genotype": tags.get(Tag.GENOTYPE),
         **numbers,
         "seconds": _seconds(run),
         "started": run.info.start_time,
         "parent_run_id": tags.get("mlflow.parentRunId"),
-        "run_dir": tags.get("istanas.run_dir"),
+        "run_dir": tags.get(Tag.RUN_DIR),
         "outcome": outcome(run.info.status, tags),
-        "origin": tags.get(ORIGIN_TAG),
+        "origin": tags.get(Tag.ORIGIN),
     }
 
 
@@ -397,7 +398,7 @@ def _epochs(client: "MlflowClient", run: "Run") -> int | None:
 def _seconds(run: "Run") -> float | None:
     """Return the seconds that the job reported, else those from start to end; `None` while it runs."""
     try:
-        return float(run.data.tags["istanas.seconds"])
+        return float(run.data.tags[Tag.SECONDS])
     except (KeyError, ValueError):
         if run.info.end_time is None or run.info.status == "RUNNING":
             return None

@@ -42,8 +42,8 @@ from pipeline.runs.layout import (
     SWEEP_PAGE,
     TRAJECTORY_PAGE,
 )
-from pipeline.runs.outcome import ORIGIN_TAG
 from pipeline.runs.record import MetricsLine, RunRecord
+from pipeline.runs.tags import Tag
 
 _SPLITS = {"train": (BLUE, "-"), "valid": (ORANGE, "--"), "test": (GREEN, "-.")}
 Rows = list[tuple[str, str]]
@@ -103,8 +103,8 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
 
 def _origin(record: RunRecord) -> str:
     """Return where the genotype of a retraining, or a trial, comes from."""
-    if ORIGIN_TAG in record.tags:
-        return f", genotype from {record.tags[ORIGIN_TAG]}"
+    if Tag.ORIGIN in record.tags:
+        return f", genotype from {record.tags[Tag.ORIGIN]}"
     if record.parent is None:
         return ""
     return f", {'trial of' if record.kind == 'search' else 'genotype from'} {Path(record.parent).name}"

@@ -15,6 +15,7 @@ from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE, NETWORK_FILE, WEIGH
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.outcome import data_of, outcome
 from pipeline.runs.record import MetricsLine
+from pipeline.runs.tags import Tag
 from pipeline.tracking.queries import readable
 from pipeline.tracking.references import is_mlflow_id, resolve_run
 from pipeline.tracking.store import open_client, store_exists, store_uri
@@ -126,7 +127,7 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
     except Exception:  # The first error explains that the run was not found.
         raise unresolved from None
     tags = run.data.tags
-    if "istanas.kind" not in tags:
+    if Tag.KIND not in tags:
         raise ConfigError(
             "in the MLflow store, but not a run of istanas",
             field=f"run {run_id}",
@@ -138,11 +139,11 @@ def _from_store(run_id: str, uri: str, scratch: Path, unresolved: ConfigError) -
         for name in sorted({item.path for item in client.list_artifacts(run_id)} & set(_FILES)):
             client.download_artifacts(run_id, name, str(folder))
         lines = _lines(client, run)
-    seconds = tags.get("istanas.seconds")
+    seconds = tags.get(Tag.SECONDS)
     return ReadRun(
-        label=Path(tags.get("istanas.run_dir", run_id)).name,
-        kind=tags["istanas.kind"],
-        method=tags.get("istanas.method", ""),
+        label=Path(tags.get(Tag.RUN_DIR, run_id)).name,
+        kind=tags[Tag.KIND],
+        method=tags.get(Tag.METHOD, ""),
         dataset=data_of(tags) or "",
         status=run.info.status,
         outcome=outcome(run.info.status, tags),

@@ -1,14 +1,12 @@
 """The run directory: record, metrics and lock.
 
-The record (`run.json`) is replaced atomically, one line per epoch is appended to `metrics.jsonl` and flushed, and a
-lock excludes other processes. A killed writer leaves at most an incomplete last line, which is ignored.
+The record (`run.json`) is replaced atomically, `metrics_file` appends one line per epoch to `metrics.jsonl`, and a lock
+excludes other processes.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -20,44 +18,14 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from istanas.errors import CheckpointError, ConfigError
-from istanas.limits import METRICS_BYTES, RECORD_BYTES, read_at_most
-from pipeline.base.files import append, atomic_write
+from istanas.limits import RECORD_BYTES, read_at_most
+from pipeline.base.files import atomic_write
+from pipeline.runs import metrics_file
 from pipeline.runs.layout import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE, RECORD_FILE
 from pipeline.runs.record import MetricsLine, RunRecord, new_key
 
 if TYPE_CHECKING:
     from pipeline.runs.mirror import Mirror
-
-_LOG = logging.getLogger(__name__)
-
-_DIGESTED_BYTES = 4096  # the last lines of metrics.jsonl
-
-
-def ensure_content(path: Path, content: bytes) -> None:
-    """Give a file exactly this content: a file that starts with it is truncated, any other is replaced atomically.
-
-    Args:
-        path: The file; it and its directory are created if they do not exist.
-        content: The whole content.
-
-    Raises:
-        OSError: the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "lines"
-        >>> for before in (b"first, torn", b"other"):
-        ...     _ = file.write_bytes(before); ensure_content(file, b"first"); print(file.read_text())
-        first
-        first
-    """
-    if path.is_file():
-        with open(path, "rb") as stream:
-            if stream.read(len(content)) == content:
-                if stream.read(1):
-                    os.truncate(path, len(content))
-                return
-    atomic_write(path, content)
 
 
 def is_absent(error: BaseException) -> bool:
@@ -92,10 +60,6 @@ def unreadable_error(error: OSError, path: Path) -> CheckpointError:
         field=str(path),
         remedy="make it readable and run the same command again",
     )
-
-
-def _dump_line(line: MetricsLine) -> bytes:
-    return (json.dumps(line._asdict()) + "\n").encode()
 
 
 class RunDir:
@@ -175,85 +139,33 @@ class RunDir:
         atomic_write(self.path / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
     def append_metrics(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
-        """Append one step's metrics; they are on the disk when this returns.
-
-        Args:
-            step: The epoch, counted by the caller.
-            metrics: Values by name, e.g. `{"train/loss": 1.2}`.
-            timestamp_ms: When they were measured, in ms since 1970.
-        """
-        file = self.path / METRICS_FILE
+        """Append one step's metrics; see `metrics_file.append_line`."""
         values = {name: float(value) for name, value in metrics.items()}
-        append(
-            file,
-            _dump_line(MetricsLine(int(step), int(timestamp_ms), values)),
-            at=_end_of_whole_lines(file),
-        )
+        metrics_file.append_line(self._metrics, MetricsLine(int(step), int(timestamp_ms), values))
 
     def metrics(self) -> list[MetricsLine]:
-        """Return all complete lines in the order written; an incomplete last line is ignored with a warning.
-
-        Raises:
-            CheckpointError: a complete line was not written by `append_metrics`.
-        """
-        return self.metrics_from(0)[0]
+        """Return all complete lines of metrics; see `metrics_file.read_lines`."""
+        return metrics_file.read_lines(self._metrics)[0]
 
     def metrics_from(self, start: int) -> tuple[list[MetricsLine], int]:
-        """Return the complete lines from an offset on, as `metrics` does, and the offset of their end.
-
-        Args:
-            start: The offset in bytes at which a line starts.
-
-        Raises:
-            CheckpointError: a complete line was not written by `append_metrics`.
-        """
-        file = self.path / METRICS_FILE
-        try:
-            *complete, torn = read_at_most(file, METRICS_BYTES, start=start).split(b"\n")
-        except FileNotFoundError:
-            return [], start
-        except ValueError as error:
-            raise CheckpointError(
-                str(error), field=str(file), remedy="restore it, or start over with --fresh"
-            ) from None
-        if torn:
-            _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
-        where = "line" if start == 0 else f"after byte {start}, line"
-        lines = [_parse_line(line, file, f"{where} {number}") for number, line in enumerate(complete, 1)]
-        return lines, start + sum(len(line) + 1 for line in complete)
+        """Return the complete lines of metrics from an offset on, and their end; see `metrics_file.read_lines`."""
+        return metrics_file.read_lines(self._metrics, start)
 
     def metrics_digest(self, end: int) -> str:
-        """Return a digest of the metrics before an offset; "" if the file is shorter.
-
-        Only the last lines before the offset are hashed; their timestamps make them unique.
-
-        Args:
-            end: The offset in bytes.
-        """
-        start = max(0, end - _DIGESTED_BYTES)
-        try:
-            with open(self.path / METRICS_FILE, "rb") as stream:
-                stream.seek(start)
-                data = stream.read(end - start)
-        except FileNotFoundError:
-            return ""
-        return hashlib.sha256(data).hexdigest() if len(data) == end - start else ""
+        """Return a digest of the metrics before an offset; see `metrics_file.digest`."""
+        return metrics_file.digest(self._metrics, end)
 
     def ends_in_mid_line(self) -> bool:
         """Return whether the last line of metrics is incomplete."""
-        try:
-            data = read_at_most(self.path / METRICS_FILE, METRICS_BYTES)
-        except FileNotFoundError:
-            return False
-        return data != b"" and not data.endswith(b"\n")
+        return metrics_file.ends_in_mid_line(self._metrics)
 
     def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
-        """Replace all metrics atomically; a resumed run drops those that it will measure again.
+        """Replace all metrics atomically; a resumed run drops those that it will measure again."""
+        metrics_file.replace_lines(self._metrics, lines)
 
-        Args:
-            lines: The new metrics.
-        """
-        ensure_content(self.path / METRICS_FILE, b"".join(_dump_line(line) for line in lines))
+    @property
+    def _metrics(self) -> Path:
+        return self.path / METRICS_FILE
 
     def environment(self) -> dict[str, Any]:
         """Return the environment of the run (`runs.environment`); empty if there is none yet, or in an old run.
@@ -316,28 +228,3 @@ def _read_owner(file: Path) -> str:
         return file.read_text().strip()
     except OSError:  # the other process has the lock and has not written the file yet
         return "another process"
-
-
-def _end_of_whole_lines(file: Path) -> int:
-    """Return the offset of the next line: an incomplete line that a killed writer left is overwritten."""
-    if not file.exists():
-        return 0
-    with open(file, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if size == 0 or os.pread(stream.fileno(), 1, size - 1) == b"\n":
-            return size
-        _LOG.warning("%s: dropped a half-written last line (the writer was killed)", file)
-        return os.pread(stream.fileno(), size, 0).rfind(b"\n") + 1
-
-
-def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
-    try:
-        data = json.loads(line)
-        metrics = {str(name): float(value) for name, value in data["metrics"].items()}
-        return MetricsLine(int(data["step"]), int(data["timestamp_ms"]), metrics)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        raise CheckpointError(
-            f"{where} is not a line of metrics",
-            field=str(file),
-            remedy="run the command of the run again, which restores the file",
-        ) from None

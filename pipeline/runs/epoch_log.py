@@ -18,8 +18,8 @@ from pathlib import Path
 
 from istanas.errors import CheckpointError
 from istanas.limits import LOG_SEGMENT_BYTES, read_at_most
-from pipeline.base.files import append, atomic_write
-from pipeline.runs.directory import ensure_content, is_absent, unreadable_error
+from pipeline.base.files import append, atomic_write, ensure_content
+from pipeline.runs.directory import is_absent, unreadable_error
 from pipeline.runs.layout import EPOCH_LOGS
 
 SEGMENT = 100

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-OUTCOME_TAG = "istanas.outcome"
-ORIGIN_TAG = (
-    "istanas.genotype_from"  # source of a retrained genotype: a run, a file, a random or published cell
-)
-FOLDER_TAG = "istanas.data_folder"  # label of a picture folder; the data set's name is always "folder"
-TRIAL_TAG = "istanas.trial_state"  # Optuna's state of a trial
+from pipeline.runs.tags import Tag
+
 INTERRUPTED = "INTERRUPTED"  # by Ctrl-C or a signal, or the process was killed; the same command resumes it
 PRUNED = "PRUNED"  # a trial that was stopped early
 _WITH_DETAILS = ("FAILED", "KILLED")
@@ -29,9 +25,9 @@ def outcome(status: str, tags: Mapping[str, str]) -> str:
     """
     if status not in _WITH_DETAILS:
         return status
-    if tags.get(TRIAL_TAG) == PRUNED:
+    if tags.get(Tag.TRIAL_STATE) == PRUNED:
         return PRUNED
-    return INTERRUPTED if tags.get(OUTCOME_TAG) == INTERRUPTED else status
+    return INTERRUPTED if tags.get(Tag.OUTCOME) == INTERRUPTED else status
 
 
 def data_of(tags: Mapping[str, str]) -> str | None:
@@ -41,7 +37,7 @@ def data_of(tags: Mapping[str, str]) -> str | None:
         >>> data_of({"istanas.dataset": "folder", "istanas.data_folder": "pets-cats-0a1b2c"})
         'pets-cats-0a1b2c'
     """
-    return tags.get(FOLDER_TAG, tags.get("istanas.dataset"))
+    return tags.get(Tag.FOLDER, tags.get(Tag.DATASET))
 
 
 def shown_outcome(found: str) -> str:

@@ -25,8 +25,9 @@ from pipeline.jobs.search import search_spec
 from pipeline.report.trials import write_table
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.outcome import INTERRUPTED, OUTCOME_TAG, PRUNED, TRIAL_TAG
+from pipeline.runs.outcome import INTERRUPTED, PRUNED
 from pipeline.runs.record import MetricsLine
+from pipeline.runs.tags import Tag
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.report import sweep_frame
 from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
@@ -74,7 +75,7 @@ class TrialRuns:
         """Open the trial's run, and return the task for its process."""
         config = self._trial_config(settings)
         name, parent = f"trial-{index:04d}", bucket.named(self._run.path)
-        tags = {"istanas.sweep": self._run.path.name, "istanas.trial": str(index)}
+        tags = {Tag.SWEEP: self._run.path.name, Tag.TRIAL: str(index)}
         spec = search_spec(config, name, parent=parent, tags=tags)
         self._save()  # Otherwise a later process could sample other settings for a trial whose run exists.
         announce(spec)
@@ -101,13 +102,13 @@ class TrialRuns:
         """Close the trial's run with its figures."""
         path, config = self._open.pop(index)
         self._durations.append(time.monotonic() - self._started.pop(index))
-        tags = {TRIAL_TAG: state.name, OUTCOME_TAG: OUTCOMES[state]}
+        tags = {Tag.TRIAL_STATE: state.name, Tag.OUTCOME: OUTCOMES[state]}
         if "digest" in result:
-            tags["istanas.genotype"] = result["digest"]
+            tags[Tag.GENOTYPE] = result["digest"]
         if NODE in result:
-            tags["istanas.node"] = result[NODE]
+            tags[Tag.NODE] = result[NODE]
         if FAILED in result:
-            tags["istanas.reason"] = result[FAILED]
+            tags[Tag.REASON] = result[FAILED]
         kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
         figures = {name: result[name] for name in kept if name in result}
         self._delivered &= close(path, config, STATUS[state], tags, figures)

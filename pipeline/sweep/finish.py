@@ -32,6 +32,7 @@ from pipeline.runs.layout import (
     SWEEP_PAGE,
     TRIALS_TABLE,
 )
+from pipeline.runs.tags import Tag
 from pipeline.sweep.report import sweep_frame, write_figures
 from pipeline.sweep.space import Settings, sweep_of
 from pipeline.sweep.study import FAILED, best_trial, own_study
@@ -63,7 +64,7 @@ def finish_sweep(config: Config, run: RunDir, study: Study, say: Callable[[str],
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, TRIALS_TABLE, *figures, *best_files),
-        tags={"istanas.genotype": genotype.digest()},
+        tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_sweep(
             run.read().data_label,
             {key: str(parameter) for key, parameter in sweep_of(config).space.items()},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pipeline.runs.layout import CELL_FIGURES
+from pipeline.runs.tags import Tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +50,7 @@ class Kin:
 def kin_of(run: "Run") -> Kin:
     """Return the `Kin` of a run in the store."""
     info, tags = run.info, run.data.tags
-    return Kin(tags.get("istanas.kind", "run"), info.run_name or "", info.experiment_id, info.run_id)
+    return Kin(tags.get(Tag.KIND, "run"), info.run_name or "", info.experiment_id, info.run_id)
 
 
 def ancestors(client: "MlflowClient", parent_id: str | None) -> tuple[Kin, ...]:

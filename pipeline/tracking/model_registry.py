@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import RunRecord
+from pipeline.runs.tags import Tag
 from pipeline.tracking.lineage import DESCRIPTION, Kin, lineage_tags, with_links
 
 if TYPE_CHECKING:
@@ -208,9 +209,9 @@ def _model_version(
         run_id=model.source_run_id,
         model_id=model.model_id,
         tags={
-            "istanas.kind": record.kind,
-            "istanas.method": record.method,
-            "istanas.dataset": record.dataset,
+            Tag.KIND: record.kind,
+            Tag.METHOD: record.method,
+            Tag.DATASET: record.dataset,
             **record.tags,
             **lineage_tags(kin),
         },

@@ -8,6 +8,7 @@ from pipeline.config.choices import HIGHER
 from pipeline.runs.directory import RunDir
 from pipeline.runs.outcome import data_of, outcome
 from pipeline.runs.record import RunRecord, contexts_of
+from pipeline.runs.tags import Tag
 from pipeline.tracking.model_registry import CHAMPION, registered_name
 from pipeline.tracking.queries import readable
 from pipeline.tracking.store import database_lock, open_client, store_exists
@@ -108,9 +109,9 @@ def _promote(client: "MlflowClient", version: "ModelVersion", metric: str, force
         reason = against + (", by force" if force else "" if moves else ": not better")
     if moves:
         client.set_registered_model_alias(name, CHAMPION, str(number))
-        client.set_model_version_tag(name, str(number), "istanas.promoted", reason)
+        client.set_model_version_tag(name, str(number), Tag.PROMOTED, reason)
         if before is not None:
-            client.set_model_version_tag(name, str(number), "istanas.champion_before", str(before.version))
+            client.set_model_version_tag(name, str(number), Tag.CHAMPION_BEFORE, str(before.version))
     return Promotion(
         champion=moves or (before is not None and int(before.version) == number),
         moved=moves,

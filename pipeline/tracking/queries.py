@@ -9,7 +9,7 @@ from istanas.errors import ConfigError
 from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
 from pipeline.config.choices import KINDS, METHODS
-from pipeline.runs.outcome import FOLDER_TAG
+from pipeline.runs.tags import Tag
 from pipeline.tracking.store import open_client, public_uri, store_exists
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
         while ids:
             with _explained(filters.get("where")):
                 page = client.search_runs(ids, query, max_results=_PAGE, page_token=token)
-            runs += [run for run in page if run.data.tags["istanas.kind"] in KINDS]
+            runs += [run for run in page if run.data.tags[Tag.KIND] in KINDS]
             token = page.token
             if not token:
                 break
@@ -124,7 +124,7 @@ def _query(filters: Filters) -> str:
         if value not in known[name] and not (name == "dataset" and folder):
             raise ConfigError("unknown", field=f"{name} {value!r}", remedy=f"choose {', '.join(known[name])}")
     conditions = [
-        f"tags.`{FOLDER_TAG if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
+        f"tags.`{Tag.FOLDER if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
         for name, value in wanted.items()
     ]
     if "kind" not in wanted:

@@ -25,6 +25,7 @@ from pipeline.runs.genotype_file import read_genotype
 from pipeline.runs.layout import BEST_FOLDER, CONFIG_FILE, GENOTYPE_FILE, RECORD_FILE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.outcome import outcome
+from pipeline.runs.tags import Tag
 from pipeline.tracking.store import open_client, public_uri, store_exists, store_uri
 from pipeline.tracking.tracker import store_of_run
 
@@ -204,7 +205,7 @@ def _from_one_stage(
     if not is_mlflow_id(ref):
         return False
     data = open_client(store_uri(tracking_uri)).get_run(ref).data
-    return _is_one_stage(data.tags.get("istanas.kind"), data.tags.get("istanas.method"), data.params)
+    return _is_one_stage(data.tags.get(Tag.KIND), data.tags.get(Tag.METHOD), data.params)
 
 
 def _runs_of_genotype(
@@ -338,7 +339,7 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             found = client.get_run(run_id)
-            kind, name = found.data.tags.get("istanas.kind"), found.info.run_name or run_id
+            kind, name = found.data.tags.get(Tag.KIND), found.info.run_name or run_id
             config = load(client.download_artifacts(run_id, _config_of(kind), scratch))
         except ConfigError:
             raise
@@ -464,9 +465,9 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
             field=f"run {run_id}",
             remedy="check the id or give a run directory",
         ) from None
-    address = tags.get("istanas.run_dir", "")
+    address = tags.get(Tag.RUN_DIR, "")
     run = RunDir(bucket.fetch(address))
-    if not tags.get("istanas.run_dir") or not run.exists() or run.read().key != tags.get("istanas.key"):
+    if not tags.get(Tag.RUN_DIR) or not run.exists() or run.read().key != tags.get(Tag.KEY):
         raise ConfigError(
             f"its run directory {address} is not here",
             field=f"run {run_id}",

@@ -28,8 +28,8 @@ from pipeline.runs.bucket import local, shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import DELIVERY_LOCK
 from pipeline.runs.mlflow_link import Link, read_link
-from pipeline.runs.outcome import FOLDER_TAG
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
+from pipeline.runs.tags import Tag
 from pipeline.tracking import lineage, model_registry
 from pipeline.tracking.notices import OF_THIS_PROCESS, Notices
 from pipeline.tracking.store import (
@@ -279,7 +279,7 @@ class MLflowTracker:
                 experiment_id,
                 start_time=record.started_ms,
                 run_name=record.name,
-                tags={"istanas.key": record.key, **_source_tags()},
+                tags={Tag.KEY: record.key, **_source_tags()},
             )
         self._link = Link(public_uri(self.tracking_uri), self.experiment, run.info.run_id)
         self._link.write(self.run_dir)
@@ -305,12 +305,12 @@ class MLflowTracker:
         from mlflow.entities import RunTag
 
         wanted = {
-            "istanas.kind": record.kind,
-            "istanas.method": record.method,
-            "istanas.dataset": record.dataset,
-            **({FOLDER_TAG: record.data_label} if record.dataset == OWN_PICTURES else {}),
-            "istanas.key": record.key,
-            "istanas.run_dir": shown(self.run_dir.path.absolute()),
+            Tag.KIND: record.kind,
+            Tag.METHOD: record.method,
+            Tag.DATASET: record.dataset,
+            **({Tag.FOLDER: record.data_label} if record.dataset == OWN_PICTURES else {}),
+            Tag.KEY: record.key,
+            Tag.RUN_DIR: shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
             **record.tags,
             **lineage.lineage_tags(kin),
@@ -322,7 +322,7 @@ class MLflowTracker:
                 record.description, kin, run.info.run_id, record.artifacts
             )
         if isinstance(record.result.get("seconds"), int | float):
-            wanted["istanas.seconds"] = str(
+            wanted[Tag.SECONDS] = str(
                 record.result["seconds"]
             )  # without the time for which it was interrupted
         tags = [RunTag(name, value) for name, value in wanted.items() if run.data.tags.get(name) != value]
