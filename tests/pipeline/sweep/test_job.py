@@ -100,9 +100,11 @@ def test_a_dry_run_shows_and_starts_nothing(
     assert "loguniform 0.01 .. 0.3" in err
     assert "12 trials, objective retrained (top1), searcher tpe, scheduler asha (grace 1, factor 3)" in err
     assert list(tmp_path.iterdir()) == []
-    for arguments in (["sweep"], ["sweep", "--dry-run"], ["sweep", "--max-concurrent", "2"]):
+    for arguments in (["sweep"], ["sweep", "--dry-run"]):
         assert run(arguments) == 2
         assert "sweep: no such section; give a configuration with a sweep" in capsys.readouterr().err
+    assert run(["sweep", "--max-concurrent", "2"]) == 2
+    assert "has no sweep section; give --config with a file that has one" in capsys.readouterr().err
 
 
 def test_passwords_of_databases_are_not_written(tmp_path: Path) -> None:
