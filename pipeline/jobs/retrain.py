@@ -71,7 +71,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
         prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
-    def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
+    def train(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         write_genotype(run.path, genotype)
         store = FolderStore(run.path / CHECKPOINTS, run.push)
         progress = run_job("retrain", config, dataset, store, observer, context.runtime, genotype)
@@ -100,7 +100,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
         datasets=lambda dataset: datasets_used(config, dataset, "retrain"),
         prepare=prepare,
         warn=own_warnings(spec),
-        run=run,
+        run=train,
         describe=describe_epoch,
     )
     return cast(RetrainResult, execute(context.with_config(config), spec, steps))

@@ -109,7 +109,7 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
-    def run(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
+    def train(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         store = FolderStore(run.path / CHECKPOINTS, run.push)
         progress = run_job("search", config, dataset, store, observer, context.runtime)
         if isinstance(config, OneStageConfig):
@@ -121,7 +121,7 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
         prepare=prepare,
         warn=own_warnings(spec),
-        run=run,
+        run=train,
         describe=describe_one_stage_epoch if one_stage else describe_epoch,
     )
     result = execute(context.with_config(config), spec, steps)

@@ -100,7 +100,7 @@ def run_sweep(context: JobContext) -> SweepResult:
         plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=context.fresh, run_dir=spec.path)
 
-    def run(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
+    def run_trials(run: RunDir, observer: RunObserver, prepared: tuple[Plan, Study]) -> Outcome:
         plan, study = prepared
         observer.note(str(plan))
         trials = TrialRuns(config, plan, run, study, observer)
@@ -130,7 +130,7 @@ def run_sweep(context: JobContext) -> SweepResult:
         datasets=lambda dataset: _datasets(config, dataset),
         prepare=prepare,
         warn=lambda dataset: warnings_of_space(config, dataset),
-        run=run,
+        run=run_trials,
         describe=lambda _: "",
         rebuild_metrics=rebuild_metrics,
     )
