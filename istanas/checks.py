@@ -59,16 +59,16 @@ def check_stem(stem: str, init_channels: int) -> None:
     Example:
         >>> check_stem("imagenet", 1)
         Traceback (most recent call last):
-        istanas.errors.ConfigError: init_channels: 1 is too small for stem imagenet; use 2 or more
+        istanas.errors.ConfigError: init_channels: 1 is too small for the imagenet stem; use 2 or more
     """
     if stem not in MIN_STEM_CHANNELS:
         raise ConfigError(
-            f"{stem!r} is not a stem", field="stem", remedy=f"choose {' or '.join(MIN_STEM_CHANNELS)}"
+            f"unknown stem {stem!r}", field="stem", remedy=f"choose {' or '.join(MIN_STEM_CHANNELS)}"
         )
     fewest = MIN_STEM_CHANNELS[stem]
     if init_channels < fewest:
         raise ConfigError(
-            f"{init_channels} is too small for stem {stem}",
+            f"{init_channels} is too small for the {stem} stem",
             field="init_channels",
             remedy=f"use {fewest} or more",
         )

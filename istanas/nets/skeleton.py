@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from istanas.checks import check_stem
 from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import MIN_IMAGE_SIZE
 from istanas.nets.operations import FactorizedReduce, ReLUConvBN
@@ -56,14 +57,7 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
         [16, 32, 64]
     """
     check_sizes(init_channels=init_channels, layers=layers)
-    if stem not in ("cifar", "imagenet"):
-        raise ConfigError(f"unknown stem {stem!r}", field="stem", remedy="choose cifar or imagenet")
-    if stem == "imagenet" and init_channels < 2:
-        raise ConfigError(
-            f"{init_channels} is too small for the imagenet stem, which halves it",
-            field="init_channels",
-            remedy="choose at least 2",
-        )
+    check_stem(stem, init_channels)
     width = STEM_MULTIPLIER * init_channels if stem == "cifar" else init_channels
     c_prev_prev = c_prev = width
     channels = init_channels

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from istanas.checks import check_dataset_arguments, check_stem
 from istanas.errors import ConfigError
-from istanas.limits import SMALL_SIDE
 from pipeline.config.errors import ConflictError
 from pipeline.config.schema import Config, OneStageConfig
 
@@ -20,12 +20,12 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
                 fields=(f"{name}.lr_min", f"{name}.lr"),
                 remedy="lower it",
             )
-        if section.stem == "imagenet" and section.init_channels < 2:
-            yield ConflictError(
-                f"{section.init_channels} is too small for {name}.stem imagenet",
-                fields=(f"{name}.init_channels", f"{name}.stem"),
-                remedy="use 2 or more",
-            )
+        if section.stem != "auto":
+            try:
+                check_stem(section.stem, section.init_channels)
+            except ConfigError as error:
+                fields = (f"{name}.{error.field}", f"{name}.stem")
+                yield ConflictError(error.problem, fields=fields, remedy=error.remedy)
     if (
         config.runtime.address is not None
         and config.runtime.worker_range.maximum == 0
@@ -43,13 +43,11 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
             fields=("retrain.nesterov", "retrain.momentum"),
             remedy="set retrain.momentum above 0",
         )
-    size = config.data.image_size
-    if config.data.name != "folder" and size is not None and size > SMALL_SIDE:
-        yield ConflictError(
-            f"{size} is too large for data.name {config.data.name}",
-            fields=("data.image_size", "data.name"),
-            remedy=f"use at most {SMALL_SIDE}",
-        )
+    data = config.data
+    try:
+        check_dataset_arguments(data.name, has_root=data.root is not None, image_size=data.image_size)
+    except ConfigError as error:
+        yield ConflictError(error.problem, fields=(str(error.field), "data.name"), remedy=error.remedy)
     runs = config.tracking.name
     if runs is not None and (runs.strip() in ("", ".", "..") or any(c in runs for c in "/\\\0")):
         yield ConflictError(
@@ -58,12 +56,6 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
             remedy="give a name that is not blank and has no slashes",
         )
     yield from _sweep_conflicts(config)
-    if config.data.name == "folder" and config.data.root is None:
-        yield ConflictError(
-            "missing",
-            fields=("data.root", "data.name"),
-            remedy="name the picture folder, --set data.root=DIR",
-        )
     if config.runtime.device == "cpu" and config.runtime.precision == "bf16":
         yield ConflictError(
             "bf16 is slow and unsafe on runtime.device cpu",

@@ -15,6 +15,7 @@ from typing import Any
 
 from ruamel.yaml import YAMLError
 
+from istanas.checks import MIN_STEM_CHANNELS
 from istanas.errors import ConfigError
 from istanas.limits import CONFIG_DEPTH, SMALL_SIDE
 from pipeline.base.redaction import without_secrets
@@ -172,11 +173,11 @@ def with_stems(config: Config, side: int) -> Config:
         section = getattr(config, name)
         if section.stem != "auto":
             continue
-        if stem == "imagenet" and section.init_channels < 2:
+        if section.init_channels < MIN_STEM_CHANNELS[stem]:
             raise ConfigError(
                 f"{section.init_channels} is too small for the stem of pictures of {side}x{side} pixels",
                 field=f"{name}.init_channels",
-                remedy="use 2 or more",
+                remedy=f"use {MIN_STEM_CHANNELS[stem]} or more",
             )
         sections[name] = section.model_copy(update={"stem": stem})
         sections[name].model_fields_set.discard("stem")
