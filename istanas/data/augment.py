@@ -222,3 +222,22 @@ def _within(size: int, length: int, centre: Tensor) -> Tensor:
     start = centre - length // 2
     position = torch.arange(size, device=centre.device)
     return (position >= start) & (position < start + length)
+
+
+def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
+    """Return the standard preprocessing of ImageNet, from a picture to (3, size, size) bytes.
+
+    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter as in its published code.
+    """
+    from torchvision.transforms import v2
+
+    if augmentation is None:
+        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+    else:
+        steps = [
+            v2.RandomResizedCrop(size),
+            v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0),
+            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
+        ]
+    transform: Callable[[object], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
+    return transform

@@ -6,7 +6,7 @@ normalised on the device. In both cases, iterating over a loader again gives the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augment import Augmentation, augment, cutout, normalize, send
+from istanas.data.augment import Augmentation, augment, cutout, file_transform, normalize, send
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError
@@ -272,7 +272,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | DataError:
-        transform = _transform(self.pictures.image_size, self.augmentation)
+        transform = file_transform(self.pictures.image_size, self.augmentation)
         images: list[Tensor] = []
         for index in self.parts[i].tolist():
             try:
@@ -283,25 +283,6 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
             with _global_generator_at(_batch_seed(self.seed, index)):
                 images.append(transform(picture))
         return torch.stack(images), self.pictures.labels[self.parts[i]]
-
-
-def _transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
-    """Return the standard preprocessing of ImageNet, from a picture to (3, size, size) bytes.
-
-    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter as in its published code.
-    """
-    from torchvision.transforms import v2
-
-    if augmentation is None:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    else:
-        steps = [
-            v2.RandomResizedCrop(size),
-            v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
-        ]
-    transform: Callable[[object], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
-    return transform
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from pipeline.base.addresses import sqlite_file
 from pipeline.base.servers import by_proxy, unreachable
 from pipeline.base.text import count, one_line
 from pipeline.config.schema import DataSettings
-from pipeline.config.workers import Node, parse_workers, threads_per_worker, usable_cores
+from pipeline.config.threads import threads_per_worker, usable_cores
+from pipeline.config.workers import Node, parse_workers
 from pipeline.tracking.store import open_client, public_uri, store_uri
 
 State = Literal["ok", "warn", "fail"]

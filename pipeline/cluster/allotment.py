@@ -9,7 +9,8 @@ from istanas.errors import IstanasError
 from istanas.training import Compute
 from pipeline.base.text import count
 from pipeline.config.schema import RuntimeSettings
-from pipeline.config.workers import Node, WorkerRange, threads_per_worker, usable_cores, workers_that_fit
+from pipeline.config.threads import threads_per_worker, usable_cores
+from pipeline.config.workers import Node, WorkerRange, workers_that_fit
 from pipeline.training.compute import choose_compute
 
 

@@ -43,7 +43,8 @@ from pipeline.cluster.allotment import (
 from pipeline.cluster.ray_logs import collect_logs, log_to, send_errors_to_log, session_of
 from pipeline.cluster.reservations import release_leftovers
 from pipeline.config.schema import RuntimeSettings
-from pipeline.config.workers import Node, largest, usable_cores, workers_that_fit
+from pipeline.config.threads import usable_cores
+from pipeline.config.workers import Node, largest, workers_that_fit
 from pipeline.runs.layout import LOG_FOLDER
 
 SECONDS_BEFORE_MESSAGE = 3.0

@@ -1,8 +1,7 @@
-"""Numbers of workers and threads for the cores of a machine or a cluster. Imports neither Ray nor torch."""
+"""Numbers of workers: their notation, and how many fit on the nodes of a cluster. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,32 +86,3 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
             high = number - 1
         number = (low + high + 1) // 2
     return low
-
-
-def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
-    """Return the largest number of threads with which as many workers fit as with one thread.
-
-    Example:
-        >>> threads_per_worker([Node(8)], 2, gpu=False), threads_per_worker([Node(3), Node(3)], 3, gpu=False)
-        (4, 1)
-    """
-    wanted = min(workers, workers_that_fit(nodes, 1, gpu))
-    most = max((node.cpus for node in nodes), default=1)
-    return max((t for t in range(1, most + 1) if workers_that_fit(nodes, t, gpu) >= wanted), default=1)
-
-
-def threads_in_process(threads: int | None) -> int:
-    """Return the number of threads of a job in this process: as set, or all usable cores."""
-    return usable_cores() if threads is None else threads
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use. Containers and batch systems may grant only some of them.
-
-    Example:
-        >>> usable_cores() >= 1
-        True
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -19,7 +19,7 @@ from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import count
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.config.workers import threads_in_process
+from pipeline.config.threads import threads_in_process
 from pipeline.jobs.context import say_to
 from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run

@@ -30,7 +30,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord, new_key
-from pipeline.runs.tags import Tag
+from pipeline.runs.tags import Tag, common_tags
 from pipeline.tracking.store import store_uri
 from pipeline.training.epoch_record import EpochRecord, load_progress, read_records
 
@@ -203,7 +203,7 @@ def open_record(
     """Write and return the record of a new run, or the updated record of a run that resumes."""
     if run.exists():
         old = run.read()
-        tags = {**old.tags, **_common_tags(spec.config)}
+        tags = {**old.tags, **common_tags(spec.config)}
         # The pictures of the first start; `check_same_pictures` has shown that they are the same.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
@@ -229,7 +229,7 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
         dataset=spec.config.data.name,
         key=new_key(),
         params=flat_params(spec.config, spec.sections),
-        tags={**_common_tags(spec.config), **spec.tags},
+        tags={**common_tags(spec.config), **spec.tags},
         description=spec.description,
         parent=spec.parent,
         status="RUNNING",
@@ -239,11 +239,6 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
         result={},
         datasets=datasets,
     )
-
-
-def _common_tags(config: Config) -> dict[str, str]:
-    """Return the tags of every run, by which runs are found in MLflow."""
-    return {Tag.SEED: str(config.seed), Tag.WORKERS: str(config.runtime.workers)}
 
 
 def clear(path: Path) -> None:

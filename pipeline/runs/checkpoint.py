@@ -1,5 +1,16 @@
 """Checkpoints of a run: written atomically and checksummed. The last two are kept, damaged ones are skipped.
 
+What a checkpoint holds (`training.loop` assembles it):
+
+| key | content |
+|---|---|
+| search | of a search: supernet, both optimisers, codes, node states, epoch (`istanas.search.state.SearchState.state_dict`) |
+| net, optimizer, genotype, kind | of a retraining: network, optimiser and cells (`training.epochs.RetrainJob.state`) |
+| progress | number of epochs, sums over them, and the position in the epoch log (`training.epoch_record.Progress.to_state`) |
+| data | digest of the pictures |
+
+No generator states are needed, because all random numbers of an epoch follow from the seed and the epoch.
+
 A checkpoint consists of two files: `epoch-0003.pt` (only tensors and plain containers, loaded with
 `weights_only=True`) and the manifest `epoch-0003.json` with its SHA-256, which is written after it. A checkpoint
 without a matching manifest does not count.

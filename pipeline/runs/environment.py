@@ -23,7 +23,7 @@ import torch
 import istanas
 from pipeline.base.files import atomic_write
 from pipeline.base.redaction import without_secrets
-from pipeline.config.workers import usable_cores
+from pipeline.config.threads import usable_cores
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, GENOTYPE_FILE
 

@@ -1,8 +1,13 @@
-"""Names of the tags that runs and registered models have in MLflow.
+"""The tags that runs and registered models have in MLflow: their names, and the values that follow from a run's record.
 
-`tracking.tracker` sends the tags of a run: those that follow from its record, and those that the job has added to
-`RunRecord.tags`. Tags that link runs to each other are in `tracking.lineage`.
+`tracking.tracker` sends `tags_of` a run, and `tracking.lineage` adds those that link runs to each other. The tags of
+registered versions are set in `tracking.model_registry` and `tracking.promote`.
 """
+
+from __future__ import annotations
+
+from pipeline.config.schema import Config
+from pipeline.runs.record import OWN_PICTURES, RunRecord
 
 
 class Tag:
@@ -33,3 +38,29 @@ class Tag:
     # ----- Registered versions.
     PROMOTED = "istanas.promoted"  # why this version became the champion
     CHAMPION_BEFORE = "istanas.champion_before"  # the champion that this version replaced
+
+
+def tags_of(record: RunRecord, run_dir: str) -> dict[str, str]:
+    """Return the tags of a run: those that follow from its record, and those that its job has added.
+
+    Args:
+        record: The record of the run.
+        run_dir: The run directory, absolute, or its address.
+    """
+    tags = {
+        Tag.KIND: record.kind,
+        Tag.METHOD: record.method,
+        Tag.DATASET: record.dataset,
+        **({Tag.FOLDER: record.data_label} if record.dataset == OWN_PICTURES else {}),
+        Tag.KEY: record.key,
+        Tag.RUN_DIR: run_dir,
+        **record.tags,
+    }
+    if isinstance(record.result.get("seconds"), int | float):
+        tags[Tag.SECONDS] = str(record.result["seconds"])
+    return tags
+
+
+def common_tags(config: Config) -> dict[str, str]:
+    """Return the tags that every job adds to its record."""
+    return {Tag.SEED: str(config.seed), Tag.WORKERS: str(config.runtime.workers)}

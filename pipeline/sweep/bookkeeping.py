@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,12 +25,12 @@ from pipeline.report.trials import write_table
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.outcome import INTERRUPTED, PRUNED
-from pipeline.runs.record import MetricsLine
 from pipeline.runs.tags import Tag
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.report import sweep_frame
+from pipeline.sweep.resume import describe_resumed, finished, metrics_of_trials
 from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
-from pipeline.sweep.study import FAILED, NODE, WARNED, first_number, own_trials, save_study
+from pipeline.sweep.study import FAILED, NODE, WARNED, own_trials, save_study
 from pipeline.tracking.store import public_uri, store_uri
 from pipeline.training.pictures import settle_stems
 
@@ -55,20 +54,11 @@ class TrialRuns:
         self._delivered = not own_trials(study)  # MLflow may lack trials of an earlier process.
 
     def resume(self) -> None:
-        """Report what an earlier process has done, and rebuild the metrics and the table from the study."""
+        """Rebuild the metrics and the table from the study, and report what an earlier process has done."""
         bucket.fetch_records(self._run.path)
-        done, sweep = self._finished(), sweep_of(self._config)
-        self._run.replace_metrics(metrics_of_trials(self._config, done))
-        started, known = len(own_trials(self._study)) - len(done), first_number(self._study)
-        if sweep.start_from:
-            self._observer.note(
-                f"the sampler learns from {count(known, 'trial')} of {sweep.start_from} that lie in this space"
-            )
-        if done or started:
-            self._observer.note(
-                f"resumed: {count(len(done), 'trial')} done, {started} to resume, "
-                f"{sweep.trials - len(done) - started} to start"
-            )
+        self._run.replace_metrics(metrics_of_trials(self._config, finished(self._study)))
+        for line in describe_resumed(self._config, self._study):
+            self._observer.note(line)
         self._update_table()
 
     def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
@@ -93,7 +83,7 @@ class TrialRuns:
 
     def warm_ups(self) -> list[dict[str, Any]]:
         """Return a warm-up task for each process that trials will share."""
-        left = sweep_of(self._config).trials - len(self._finished())
+        left = sweep_of(self._config).trials - len(finished(self._study))
         # The workers of a trial are new processes, which a warm-up does not reach.
         number = 0 if self._plan.workers else min(self._plan.at_once, left)
         return [{"warm_up": self._trial_config({})}] * number
@@ -134,7 +124,7 @@ class TrialRuns:
 
     def study_updated(self, index: int) -> None:
         """Update metrics, table and progress bar after the study has recorded the end of a trial."""
-        done = self._finished()
+        done = finished(self._study)
         self._run.replace_metrics(metrics_of_trials(self._config, done))
         self._update_table()
         self._save()
@@ -146,9 +136,6 @@ class TrialRuns:
         )
         self._observer.deliver()
 
-    def _finished(self) -> list[FrozenTrial]:
-        return [t for t in own_trials(self._study) if t.state.is_finished()]
-
     def _save(self) -> None:
         """Save the study and the run directory in the bucket, if the run is in one."""
         save_study(self._config, self._run.path)
@@ -156,7 +143,7 @@ class TrialRuns:
 
     def _update_table(self) -> None:
         write_table(self._run.path, sweep_frame(self._config, self._study))
-        done = len(self._finished())
+        done = len(finished(self._study))
         if done > 0:
             self._observer.step(done - 1, 1, 1, lambda: None)
 
@@ -213,21 +200,3 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
         text += f", rolled back {count(figures['rollbacks'], 'time')}"
     text = f"{text}; {readable(figures.get('settings', {}))}"
     return "\n".join([text, *(f"warning: trial {index}: {warned}" for warned in figures.get(WARNED, ()))])
-
-
-def metrics_of_trials(config: Config, done: Sequence[FrozenTrial]) -> list[MetricsLine]:
-    """Return the sweep's metrics: one line for each ended trial, in the order in which they ended."""
-    lines: list[MetricsLine] = []
-    best: float | None = None
-    states: Counter[str] = Counter()
-    place = sweep_of(config).objectives.index("top1")
-    for step, trial in enumerate(sorted(done, key=lambda t: (t.datetime_complete, t.number)), start=1):
-        states[trial.state.name.lower()] += 1
-        metrics = {f"sweep/{s}": float(states[s]) for s in ("complete", "pruned", "fail")}
-        if trial.state == TrialState.COMPLETE:
-            best = trial.values[place] if best is None else max(best, trial.values[place])
-        if best is not None:
-            metrics["sweep/best_top1"] = best
-        assert trial.datetime_complete is not None
-        lines.append(MetricsLine(step, int(trial.datetime_complete.timestamp() * 1000), metrics))
-    return lines

@@ -31,16 +31,16 @@ from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import SweepResult
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import DatasetUse, MetricsLine
-from pipeline.sweep.bookkeeping import TrialRuns, metrics_of_trials
+from pipeline.sweep.bookkeeping import TrialRuns
 from pipeline.sweep.check import check_sweep, warnings_of_space
 from pipeline.sweep.finish import finish_sweep
 from pipeline.sweep.plan import Plan, divide, plan_trials
+from pipeline.sweep.resume import finished, metrics_of_trials
 from pipeline.sweep.searcher import first_settings
 from pipeline.sweep.space import check_space, readable, sweep_of
 from pipeline.sweep.study import (
     ended_study,
     open_study,
-    own_trials,
     storage_uri,
 )
 from pipeline.sweep.tune import run_tune
@@ -119,7 +119,7 @@ def run_sweep(context: JobContext) -> SweepResult:
             trials.close()
 
     def rebuild_metrics() -> list[MetricsLine]:
-        done = [t for t in own_trials(ended_study(config, spec.path.name)) if t.state.is_finished()]
+        done = finished(ended_study(config, spec.path.name))
         if len(done) < sweep_of(config).trials:
             raise IstanasError(
                 f"the study {spec.path.name} has {count(len(done), 'finished trial')} of {sweep_of(config).trials}"

@@ -20,6 +20,7 @@ from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
 from pipeline.base.text import one_line
 from pipeline.config.schema import OBJECTIVES, Config
+from pipeline.sweep.resume import unfinished
 from pipeline.sweep.space import Settings, suggest, sweep_of
 from pipeline.sweep.study import (
     BLOCKED,
@@ -123,7 +124,7 @@ class StudySearcher(Searcher):
         self._sweep = sweep_of(config)
         started = own_trials(study)
         self._first = first_number(study)
-        self._unfinished = [t.number for t in started if t.state == TrialState.RUNNING]
+        self._unfinished = unfinished(study)
         self._n_started = len(started)
         self._trials: dict[str, Trial] = {}  # Tune's id -> Optuna's trial
         # Tune's id -> the last report, which Tune does not repeat for a lost trial.

@@ -28,8 +28,8 @@ from pipeline.runs.bucket import local, shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import DELIVERY_LOCK
 from pipeline.runs.mlflow_link import Link, read_link
-from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord
-from pipeline.runs.tags import Tag
+from pipeline.runs.record import DatasetUse, RunRecord
+from pipeline.runs.tags import Tag, tags_of
 from pipeline.tracking import lineage, model_registry
 from pipeline.tracking.notices import OF_THIS_PROCESS, Notices
 from pipeline.tracking.store import (
@@ -305,14 +305,8 @@ class MLflowTracker:
         from mlflow.entities import RunTag
 
         wanted = {
-            Tag.KIND: record.kind,
-            Tag.METHOD: record.method,
-            Tag.DATASET: record.dataset,
-            **({Tag.FOLDER: record.data_label} if record.dataset == OWN_PICTURES else {}),
-            Tag.KEY: record.key,
-            Tag.RUN_DIR: shown(self.run_dir.path.absolute()),
             **_commit_tag(self.run_dir),
-            **record.tags,
+            **tags_of(record, shown(self.run_dir.path.absolute())),
             **lineage.lineage_tags(kin),
         }
         if kin:
@@ -321,10 +315,6 @@ class MLflowTracker:
             wanted[lineage.DESCRIPTION] = lineage.with_links(
                 record.description, kin, run.info.run_id, record.artifacts
             )
-        if isinstance(record.result.get("seconds"), int | float):
-            wanted[Tag.SECONDS] = str(
-                record.result["seconds"]
-            )  # without the time for which it was interrupted
         tags = [RunTag(name, value) for name, value in wanted.items() if run.data.tags.get(name) != value]
         for start in range(0, len(tags), CHUNK_TAGS):
             client.log_batch(run.info.run_id, tags=tags[start : start + CHUNK_TAGS], synchronous=True)

@@ -10,7 +10,7 @@ from istanas.errors import ConfigError
 from istanas.training import Compute
 from pipeline.base.text import count
 from pipeline.config.schema import RuntimeSettings
-from pipeline.config.workers import threads_in_process, usable_cores
+from pipeline.config.threads import threads_in_process, usable_cores
 
 
 def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.config.workers import usable_cores
+from pipeline.config.threads import usable_cores
 from tests.chaos.victims import Case
 
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"

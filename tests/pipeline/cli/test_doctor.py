@@ -24,7 +24,7 @@ from pipeline.cli.doctor import (
 )
 from pipeline.config.load import load
 from pipeline.config.schema import DataSettings
-from pipeline.config.workers import usable_cores
+from pipeline.config.threads import usable_cores
 from pipeline.training.pictures import datasets_used, describe_pictures, load_pictures, open_dataset
 
 DIGITS = DataSettings()

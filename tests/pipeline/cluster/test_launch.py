@@ -26,7 +26,8 @@ from pipeline.cluster.loss import watch_cluster
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
-from pipeline.config.workers import Node, usable_cores
+from pipeline.config.threads import usable_cores
+from pipeline.config.workers import Node
 from pipeline.training.epoch_record import FolderStore
 from pipeline.training.observer import Silent
 from tests.ports import unused_port

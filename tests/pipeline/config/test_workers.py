@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
 from pipeline.base.text import count
-from pipeline.config.workers import (
-    Node,
-    WorkerRange,
-    largest,
-    parse_workers,
-    threads_in_process,
-    threads_per_worker,
-    usable_cores,
-    workers_that_fit,
-)
+from pipeline.config.threads import threads_in_process, threads_per_worker, usable_cores
+from pipeline.config.workers import Node, WorkerRange, largest, parse_workers, workers_that_fit
 
 NODES = st.lists(st.builds(Node, st.integers(0, 12), st.integers(0, 4)), max_size=4)
 

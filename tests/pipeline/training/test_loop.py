@@ -20,7 +20,7 @@ from istanas.training import Compute, Metrics
 from pipeline.base.text import count
 from pipeline.config.load import load
 from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
-from pipeline.config.workers import usable_cores
+from pipeline.config.threads import usable_cores
 from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
 from pipeline.runs import checkpoint
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
