@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of small pictures: crop, flip, normalise, cutout in a few tensor operations.
+"""Augmentation: crop, flip, normalisation and cutout of batches of small pictures, and the transform of picture files.
 
 Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
 drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
@@ -6,7 +6,7 @@ drawn on the generator's device and then moved: with a CPU generator, all device
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch

@@ -4,9 +4,9 @@ What a checkpoint holds (`training.loop` assembles it):
 
 | key | content |
 |---|---|
-| search | of a search: supernet, both optimisers, codes, node states, epoch (`istanas.search.state.SearchState.state_dict`) |
+| search | of a search: supernet, optimisers, codes, node states, epoch (`istanas.search.SearchState.state_dict`) |
 | net, optimizer, genotype, kind | of a retraining: network, optimiser and cells (`training.epochs.RetrainJob.state`) |
-| progress | number of epochs, sums over them, and the position in the epoch log (`training.epoch_record.Progress.to_state`) |
+| progress | number of epochs, sums over them, position in the epoch log (`training.epoch_record.Progress.to_state`) |
 | data | digest of the pictures |
 
 No generator states are needed, because all random numbers of an epoch follow from the seed and the epoch.
