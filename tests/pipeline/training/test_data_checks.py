@@ -176,5 +176,5 @@ def test_a_sweep_warns_once_of_its_settings_and_of_each_value_of_its_space(
 
 @pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", "."])
 def test_a_name_that_leaves_the_runs_folder_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"tracking\.name is .*: it names a folder"):
+    with pytest.raises(ConfigError, match=r"tracking\.name: .* cannot name a folder"):
         load(None, [f"tracking.name={name}"])
