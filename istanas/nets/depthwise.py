@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from istanas.nets.phases import pixel_phases
+from istanas.nets.pixel_phases import pixel_phases
 
 
 class DepthwiseConv2d(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from istanas.nets.depthwise import DepthwiseConv2d
-from istanas.nets.phases import pixel_phases, to_even_size
+from istanas.nets.pixel_phases import pixel_phases, to_even_size
 
 
 class ScaledBatchNorm2d(nn.BatchNorm2d):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from istanas.errors import ConfigError
 from istanas.nets.operations import make_operation
-from istanas.nets.phases import SharedReads
+from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.skeleton import (
     AuxiliaryHead,
     CellNetwork,

@@ -16,7 +16,7 @@ from istanas.nets.operations import (
     dense_gradient,
     make_operation,
 )
-from istanas.nets.phases import SharedReads
+from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.skeleton import (
     AuxiliaryHead,
     CellNetwork,

@@ -103,7 +103,7 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
     if "retrained_top1" in result:
         table.add_row("top-1 after retraining", f"{100 * result['retrained_top1']:.2f} %")
         tau = result["kendall_tau"]
-        table.add_row("Kendall's tau of the two", "not defined" if tau is None else f"{tau:.2f}")
+        table.add_row("Kendall's tau of both accuracies", "not defined" if tau is None else f"{tau:.2f}")
     for key, label in (
         ("params", "parameters"),
         ("macs", "multiply-adds"),

@@ -46,7 +46,7 @@ from pipeline.runs.outcome import INTERRUPTED
 from pipeline.runs.record import DatasetUse, MetricsLine, RunRecord
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.compute import compute_for
-from pipeline.training.data_checks import check_left_for_training, warnings_of
+from pipeline.training.data_checks import warnings_of
 from pipeline.training.epoch_record import EpochRecord
 from pipeline.training.pictures import (
     check_fit,
@@ -127,13 +127,11 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         if old is not None and old.status == "FINISHED":
             return _finished_result(run, old, spec, steps, context)
         dataset = _load_for(run, spec, old, context.console)
-        check_left_for_training(config, dataset, (spec.kind,))  # before the remaining pictures are split
         used, digest = steps.datasets(dataset), data_digest(config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        networks = (
-            () if spec.kind == "sweep" else (spec.kind,)
-        )  # the trials of a sweep may have different stems
+        # The trials of a sweep may have different stems, which they print themselves.
+        networks = () if spec.kind == "sweep" else (spec.kind,)
         pictures = describe_pictures(config, dataset, used, networks)
         prepared = steps.prepare(dataset)
         say_pictures((*pictures, *steps.warn(dataset)), context.say)
@@ -366,7 +364,6 @@ def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> No
     """Check the settings of the jobs to come against the pictures and, without workers, against this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
-    check_left_for_training(config, dataset, jobs)
     check_fit(config, dataset, jobs)
 
 

@@ -22,7 +22,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import LINK_FILE, RECORD_FILE
 from pipeline.runs.lease import Timing
 from pipeline.runs.mirror import Mirror, Wanted
-from pipeline.runs.objects import StorageError, stamp_of
+from pipeline.runs.object_storage import StorageError, stamp_of
 
 __all__ = [
     "StorageError",

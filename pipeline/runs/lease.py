@@ -22,7 +22,7 @@ import tenacity
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.runs.layout import OWNER_OBJECT
-from pipeline.runs.objects import Objects, reason_of
+from pipeline.runs.object_storage import Objects, reason_of
 
 _LOG = logging.getLogger(__name__)
 OWNER_LENGTH = 512  # bytes of the owner's object

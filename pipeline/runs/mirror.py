@@ -18,7 +18,7 @@ from pipeline.base.files import atomic_write
 from pipeline.runs.copies import make_private, shown
 from pipeline.runs.layout import CHECKPOINT_MANIFEST, CHECKPOINTS, LOG_FOLDER, RECORD_FILE, RUN_FOLDER
 from pipeline.runs.lease import Lease, Timing
-from pipeline.runs.objects import Objects, Stamp, stamp_of
+from pipeline.runs.object_storage import Objects, Stamp, stamp_of
 
 _LOG = logging.getLogger(__name__)
 

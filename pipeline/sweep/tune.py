@@ -17,7 +17,7 @@ from ray.tune.result import EXPR_ERROR_FILE
 
 from istanas.errors import IstanasError
 from pipeline.base.text import last_line
-from pipeline.cluster.loss import watch_cluster
+from pipeline.cluster.lost_cluster import watch_cluster
 from pipeline.config.keys import known_methods
 from pipeline.config.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
 from pipeline.jobs.observer import RunObserver

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from istanas.data import ImageDataset
 from istanas.limits import SMALL_SIDE
 from pipeline.config.schema import Config, TwoStageConfig
-from pipeline.training.splits import check_splits, splits_of
-
-# Jobs call it before anything else is split, although `check_fit` calls it, too.
-check_left_for_training = check_splits
+from pipeline.training.splits import splits_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from istanas.nets import depthwise, target
 from istanas.nets.depthwise import depthwise_conv2d
 from istanas.nets.operations import ScaledBatchNorm2d, dense_gradient
-from istanas.nets.phases import pixel_phases
+from istanas.nets.pixel_phases import pixel_phases
 from istanas.search import TwoStageSearch
 from tests.benchmarks import harness
 from tests.benchmarks.pairs import make_search, ours_of, random_batch, random_codes, two_stage_step

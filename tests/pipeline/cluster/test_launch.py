@@ -18,11 +18,11 @@ from pipeline.base.interruption import signals_interrupt, uninterrupted
 from pipeline.base.text import last_line
 from pipeline.cli.commands import run
 from pipeline.cli.doctor import check_cluster
-from pipeline.cluster import loss
+from pipeline.cluster import lost_cluster
 from pipeline.cluster.address import ask_ray, check_address
 from pipeline.cluster.allotment import allotment, check_machine
 from pipeline.cluster.launch import _on_workers, _RayJob
-from pipeline.cluster.loss import watch_cluster
+from pipeline.cluster.lost_cluster import watch_cluster
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
@@ -267,7 +267,7 @@ def test_sigterm_is_delivered_after_uninterruptible_work_despite_ray() -> None:
 STUCK = """
 import signal, time
 from pathlib import Path
-from pipeline.cluster.loss import watch_cluster
+from pipeline.cluster.lost_cluster import watch_cluster
 with watch_cluster("sweep", Path("logs"), "127.0.0.1:{port}", 0.1, seconds_to_unwind=0.5):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # like a call into a library that handles no signals
     time.sleep(60)
@@ -296,7 +296,7 @@ def test_the_loss_of_the_head_interrupts_the_main_thread() -> None:
 
 def test_uninterruptible_work_finishes_before_a_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     exits: list[str] = []
-    monkeypatch.setattr(loss, "_exit_process", exits.append)
+    monkeypatch.setattr(lost_cluster, "_exit_process", exits.append)
     finished: list[bool] = []
 
     def deliver() -> None:

@@ -37,7 +37,7 @@ from pipeline.runs.epoch_log import BrokenCheckpointWarning
 from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.runs.lease import Owner
 from pipeline.runs.mirror import Mirror
-from pipeline.runs.objects import Objects, file_system
+from pipeline.runs.object_storage import Objects, file_system
 from pipeline.sweep.study import BLOCKED
 from pipeline.sweep.trial import failure
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest, load_progress, read_records
@@ -475,7 +475,7 @@ def test_a_job_waits_for_an_unreachable_storage(
     run = RunDir(storage.local(result["run_dir"]))
     assert comparable(run) == comparable(undisturbed[1])
     assert server.objects(result["run_dir"].removeprefix(f"s3://{BUCKET}/")) == files(run.path)
-    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.objects"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.object_storage"]
     assert len(said) == 2
     assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
     assert "can be reached again" in said[1]
