@@ -1,7 +1,7 @@
-"""Jobs around `istanas`: configuration, command line, worker loop, MLflow. Nothing reports home by default.
+"""Everything around the algorithms of `istanas`: configuration, runs, tracking, Ray, reports and the command line.
 
-The three variables are read when Ray and MLflow are first imported, so they are set before either can be;
-who wants the statistics sets them to something else.
+No usage statistics leave the machine by default. Ray and MLflow read these variables when they are first imported, so
+they are set here; other values in the environment are kept.
 """
 
 import os

@@ -66,7 +66,7 @@ class EpochBar:
         self._task = self._progress.add_task(label, total=None, figures="")
         self._clock, self._seconds_between_readings = clock, seconds_between_readings
         self._read = 0.0
-        self._begun = self._said = clock()
+        self._start = self._last_line = clock()
         self._before: int | None = None  # epochs that were done when this process started
 
     def __enter__(self) -> EpochBar:
@@ -80,7 +80,7 @@ class EpochBar:
 
     def begin(self, done: int) -> None:
         """Start the estimate of the time left, once the job is set up and `done` epochs are done."""
-        self._before, self._begun = done, self._clock()
+        self._before, self._start = done, self._clock()
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """Advance the bar; `epoch` counts from 0, `step` from 1. `read` returns the epoch's figures so far, or None."""
@@ -123,7 +123,7 @@ class EpochBar:
 
     def _sign_of_life(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
         """Write a line during a long epoch to the log file."""
-        if self._clock() - self._said < SECONDS_BETWEEN_SIGNS or step == n_steps:
+        if self._clock() - self._last_line < SECONDS_BETWEEN_SIGNS or step == n_steps:
             return
         m = read()
         figures = "" if m is None else f", loss {m.loss:.3f}, top-1 {100 * m.top1:.1f} %"
@@ -135,10 +135,10 @@ class EpochBar:
     def _left(self, done: float) -> str:
         """Return the estimated time left, from the epochs of this process."""
         assert self._before is not None
-        seconds = (self._clock() - self._begun) / max(done - self._before, 1e-9) * (self._epochs - done)
+        seconds = (self._clock() - self._start) / max(done - self._before, 1e-9) * (self._epochs - done)
         return duration(seconds)
 
     def line(self, text: str) -> None:
         """Write a permanent line."""
-        self._said = self._clock()
+        self._last_line = self._clock()
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
