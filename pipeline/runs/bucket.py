@@ -1,11 +1,11 @@
-"""Run directories on `s3://` and `gs://`, for jobs and commands.
+"""Run directories in a storage (`s3://` or `gs://`), as jobs and commands use them.
 
-A job works in a local copy of the run directory below the user's cache folder (`runs.copies`). It acquires the run,
-which locks it for other machines (`runs.lease`), and sends what it writes (`RunDir.push`, `runs.mirror`). For folders
-and `file://` addresses the functions of this module do nothing.
+A job works in a local copy of the run directory below the user's cache folder (`runs.copies`). The job acquires the
+run, which excludes other machines (`runs.lease`), and sends its changes to the storage (`RunDir.push`, `runs.mirror`).
+The functions of this module do nothing for folders and `file://` addresses.
 
-The trials of a sweep are run directories inside the sweep's. The process that works on a trial, on any machine,
-acquires and sends it; the process of the sweep only writes the records of trials.
+The trials of a sweep are run directories inside the sweep's run directory. The process that runs a trial, on any
+machine, acquires the trial and sends its changes; the process of the sweep only writes the records of trials.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def acquired(
     """Acquire a run in a storage for this process, and fetch it.
 
     Args:
-        run: The run directory. One in a folder, or one that is acquired already, is returned as it is.
+        run: The run directory. It is yielded unchanged if it is in a folder, or acquired already.
         say: Receives a line if another process may work on the run.
         wait: Seconds to wait for another process that works on the run; -1 waits without limit.
         timing: See `Timing`.
 
     Yields:
-        The run directory, whose `push` sends it.
+        The run directory, whose `push` sends changes to the storage.
 
     Raises:
-        StorageError: the storage cannot be used; nothing was written then.
+        StorageError: the storage cannot be used; nothing was written.
         ConfigError: another process works on the run.
     """
     if run.mirror is not None or not is_copy(run.path):
@@ -70,7 +70,7 @@ def acquired(
         try:
             with mirror.objects.failures():
                 mirror.lease.acquire(say, wait)
-                renewing.start()  # before fetching, which may take longer than others wait for a renewal
+                renewing.start()  # before fetching, which may take longer than the lease is valid
                 mirror.pull()
         except StorageError:
             mirror.is_unreachable = True
@@ -85,9 +85,9 @@ def acquired(
 
 
 def fetch(address: str) -> Path:
-    """Return the run directory at an address, brought up to date if it is a copy.
+    """Return the run directory at an address, and update it if it is a local copy.
 
-    A copy that a process on this machine works on is newer than the storage, and stays as it is.
+    A copy in use by a process on this machine is newer than the storage, and is not changed.
 
     Raises:
         StorageError: the storage cannot be used.
@@ -109,7 +109,7 @@ def fetch(address: str) -> Path:
 
 
 def fetch_parts(path: Path, wanted: Wanted) -> None:
-    """Bring some files of a run directory up to date as `fetch` does, whether it holds a run or not.
+    """Update some files of a local copy as `fetch` does, even if the copy holds no run.
 
     Raises:
         StorageError: the storage cannot be used.
@@ -120,7 +120,7 @@ def fetch_parts(path: Path, wanted: Wanted) -> None:
 
 
 def fetch_records(folder: Path) -> None:
-    """Bring the records of all runs below a folder of runs, or a sweep's run directory, up to date.
+    """Update the records of all runs below a folder of runs or a sweep's run directory.
 
     The records suffice to find a run.
 
@@ -142,7 +142,7 @@ def fetch_records(folder: Path) -> None:
 
 
 def send(path: Path, *names: str) -> None:
-    """Send some files of a run, which another process may have acquired.
+    """Send some files of a run, even if another process has acquired the run.
 
     Raises:
         StorageError: the storage was unreachable for `Timing.retry` seconds.
@@ -163,7 +163,7 @@ def _pull_unless_in_use(mirror: Mirror, wanted: Wanted | None = None) -> None:
     lock = contextlib.ExitStack()
     try:
         lock.enter_context(RunDir(mirror.path).lock())
-    except ConfigError:  # by a process on this machine
+    except ConfigError:  # in use by a process on this machine
         return
     with lock:
         mirror.pull(wanted)

@@ -1,22 +1,23 @@
-"""Checkpoints of a run: written atomically and checksummed. The last two are kept, damaged ones are skipped.
+"""Checkpoints of a run.
 
-What a checkpoint holds (`training.loop` assembles it):
+Checkpoints are written atomically with a checksum. The last two are kept, and damaged ones are skipped. `training.loop`
+assembles their content:
 
 | key | content |
 |---|---|
-| search | of a search: supernet, optimisers, codes, node states, epoch (`istanas.search.SearchState.state_dict`) |
-| net, optimizer, genotype, kind | of a retraining: network, optimiser and cells (`training.epochs.RetrainJob.state`) |
+| search | supernet, optimisers, codes, node states and epoch of a search (`istanas.search.SearchState.state_dict`) |
+| net, optimizer, genotype, kind | network, optimiser and cells of a retraining (`training.epochs.RetrainJob.state`) |
 | progress | number of epochs, sums over them, position in the epoch log (`training.epoch_record.Progress.to_state`) |
 | data | digest of the pictures |
 
-No generator states are needed, because all random numbers of an epoch follow from the seed and the epoch.
+States of random generators are not stored, because the seed and the epoch determine all random numbers of an epoch.
 
 A checkpoint consists of two files: `epoch-0003.pt` (only tensors and plain containers, loaded with
 `weights_only=True`) and the manifest `epoch-0003.json` with its SHA-256, which is written after it. A checkpoint
-without a matching manifest does not count.
+without a matching manifest is ignored.
 
-The records of all epochs are in the epoch log beside the checkpoints (`runs.epoch_log`). It is written first, so that
-after a kill it holds at least the epochs of the newest checkpoint.
+The records of all epochs are in the epoch log beside the checkpoints (`runs.epoch_log`). The log is written before the
+checkpoint, so that it holds at least the epochs of the newest checkpoint, even if the process was killed.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ KEEP = 2
 
 
 class Store(Protocol):
-    """Where a worker's checkpoints are kept: in a folder, or by the process that owns the folder."""
+    """Interface that stores a worker's checkpoints in a folder, or sends them to the process that owns the folder."""
 
     def read(self) -> bytes | None:
         """Return the newest checkpoint as `serialize` made it, or None."""
 
     def write(self, epoch: int, data: bytes, line: bytes, offset: int) -> None:
-        """Store an epoch's line of the log and its checkpoint, see `write`; both are durable when this returns."""
+        """Store an epoch's log line and checkpoint durably; the arguments are those of the function `write`."""
 
 
 class Checkpoint(NamedTuple):
@@ -79,12 +80,12 @@ def deserialize(data: bytes) -> dict[str, Any]:
     try:
         _check_sizes(data)
         with warnings.catch_warnings():
-            # torch warns of pickles that it did not write; those that it refuses are reported below.
+            # torch warns about pickles of other programs; the pickles that it rejects are reported below.
             warnings.simplefilter("ignore")
             state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-    except pickle.UnpicklingError:  # torch's message suggests to execute the pickle
+    except pickle.UnpicklingError:  # torch's message suggests loading the pickle unsafely
         raise CheckpointError("no checkpoint (not plain data)", remedy="use the one before") from None
     except Exception as error:  # torch raises many types of errors on invalid bytes
         if is_out_of_memory(error):
@@ -95,12 +96,12 @@ def deserialize(data: bytes) -> dict[str, Any]:
 
 
 def _check_sizes(data: bytes) -> None:
-    """Refuse archives that need more memory than their size.
+    """Reject archives that would need more memory than their size.
 
     `torch.save` writes an uncompressed zip archive whose pickle is small and creates no buffers.
 
     Raises:
-        ValueError: it is not such an archive.
+        ValueError: the data is not such an archive.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
@@ -112,7 +113,7 @@ def _check_sizes(data: bytes) -> None:
             if member.filename.endswith(".pkl"):
                 if member.file_size > CHECKPOINT_PICKLE_BYTES:
                     raise ValueError(f"its pickle is larger than {CHECKPOINT_PICKLE_BYTES} bytes")
-                if b"bytearray" in archive.read(member):  # a number gives it any length
+                if b"bytearray" in archive.read(member):  # one number in the pickle sets its length
                     raise ValueError("its pickle creates a bytearray")
 
 
@@ -126,12 +127,12 @@ def write(folder: Path, epoch: int, data: bytes, line: bytes, offset: int) -> No
         line, offset: See `epoch_log.append_line`.
 
     Raises:
-        OSError: the files cannot be written. Earlier checkpoints then stay as they were, and nothing of this one
-            is left.
+        OSError: the files cannot be written. Earlier checkpoints are then unchanged, and this one leaves
+            no files.
         CheckpointError: both copies of the log were damaged after they had been read.
     """
-    # A run resumes from the newest intact checkpoint that matches the log, so checkpoints of this and later epochs
-    # were skipped. They must not count any more once the log is overwritten, even after a power failure.
+    # A run resumes from the newest intact checkpoint that matches the log, so existing checkpoints of this and later
+    # epochs were skipped. They must be invalid before the log is overwritten, even after a power failure.
     skipped = [manifest for manifest in _manifests(folder) if _epoch(manifest) >= epoch]
     for manifest in skipped:
         manifest.unlink()
@@ -150,7 +151,7 @@ def write_state(folder: Path, epoch: int, data: bytes) -> None:
     try:
         atomic_write(file.with_suffix(".json"), json.dumps(manifest))
     except OSError:
-        file.unlink()  # it takes space, and does not count without a manifest
+        file.unlink()  # it takes space, and is ignored without a manifest
         raise
     kept = {path.stem for path in [p for p in _manifests(folder) if _epoch(p) <= epoch][:KEEP]}
     for path in folder.glob("epoch-*.*"):
@@ -223,7 +224,7 @@ def _read(manifest: Path) -> Checkpoint:
     if file.exists() and not file.is_file():  # reading a pipe would block
         raise ValueError("it is no file")
     size = file.stat().st_size
-    if size != expected.get("bytes", size):  # earlier versions did not write it
+    if size != expected.get("bytes", size):  # earlier versions did not write the size
         raise ValueError(f"it has {size} bytes, not {expected['bytes']}")
     with open(file, "rb") as stream:  # in pieces, because a damaged file may be larger than the memory
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Local copies of run directories in a storage: the path of the copy for an address, and the reverse."""
+"""Local copies of run directories in a storage, and the conversion between their paths and addresses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.base.addresses import is_remote, joined_address, names_in
 
 
 def local(address: str) -> Path:
-    """Return the path of an address: of a folder its own path, of a storage that of the local copy.
+    """Return the path for an address: the path of a folder itself, or of the local copy of a storage.
 
     Nothing is read or created.
 
@@ -28,7 +28,7 @@ def local(address: str) -> Path:
 
 
 def shown(path: Path) -> str:
-    """Return a path as messages and records show it: a local copy by the address in the storage.
+    """Return a path as messages and records show it: for a local copy, the address in the storage.
 
     Example:
         >>> shown(Path("runs/digits")), shown(local("s3://bucket/runs?region=eu-west-1") / "digits")
@@ -44,7 +44,7 @@ def shown(path: Path) -> str:
 
 
 def named(path: Path) -> str:
-    """Return a name of a path that holds on other machines: absolute, or the address in the storage.
+    """Return a path in a form that is valid on other machines: absolute, or the address in the storage.
 
     Example:
         >>> named(Path("/runs/digits")), named(local("s3://bucket/runs") / "digits")
@@ -60,13 +60,13 @@ def is_copy(path: Path) -> bool:
 
 def root() -> Path:
     """Return the folder of all local copies, in the user's cache folder."""
-    from istanas.data.cache import default_cache_dir  # imports torch, which most commands can do without
+    from istanas.data.cache import default_cache_dir  # imports torch, which most commands do not need
 
     return default_cache_dir() / "storage"
 
 
 def make_private(path: Path) -> None:
-    """Create the folder of a copy; only the user may read below the root."""
+    """Create the folder of a copy; only the user has access to the root folder."""
     root().mkdir(parents=True, exist_ok=True)
     root().chmod(0o700)
     path.mkdir(parents=True, exist_ok=True)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def is_absent(error: BaseException) -> bool:
-    """Return whether an error of reading a file means that the file does not exist.
+    """Return whether an error from reading a file means that the file does not exist.
 
     Only an absent or damaged file may be replaced. A file without read permission, or on a disk or network that
-    fails at the moment, may be intact.
+    fails temporarily, may be intact.
 
     Example:
         >>> import errno
@@ -91,12 +91,12 @@ class RunDir:
             self.mirror.push(once=once)
 
     def push_cleared(self) -> None:
-        """Send a run directory that was cleared to start over, and delete the runs inside it in the storage."""
+        """Send a run directory that was cleared to start over, and delete the runs inside it from the storage."""
         if self.mirror is not None:
             self.mirror.push_cleared()
 
     def exists(self) -> bool:
-        """Return whether a run was started here (there is a `run.json`)."""
+        """Return whether a run was started here, which creates `run.json`."""
         return (self.path / RECORD_FILE).is_file()
 
     def read(self) -> RunRecord:
@@ -148,7 +148,7 @@ class RunDir:
         return metrics_file.read_lines(self._metrics)[0]
 
     def metrics_from(self, start: int) -> tuple[list[MetricsLine], int]:
-        """Return the complete lines of metrics from an offset on, and their end; see `metrics_file.read_lines`."""
+        """Return the complete lines of metrics after an offset, and the end offset; see `metrics_file.read_lines`."""
         return metrics_file.read_lines(self._metrics, start)
 
     def metrics_digest(self, end: int) -> str:
@@ -160,7 +160,7 @@ class RunDir:
         return metrics_file.ends_in_mid_line(self._metrics)
 
     def replace_metrics(self, lines: Iterable[MetricsLine]) -> None:
-        """Replace all metrics atomically; a resumed run drops those that it will measure again."""
+        """Replace all metrics atomically; a resumed run removes those of the epochs that it repeats."""
         metrics_file.replace_lines(self._metrics, lines)
 
     @property
@@ -168,7 +168,7 @@ class RunDir:
         return self.path / METRICS_FILE
 
     def environment(self) -> dict[str, Any]:
-        """Return the environment of the run (`runs.environment`); empty if there is none yet, or in an old run.
+        """Return the environment of the run (`runs.environment`), or {} if none was written.
 
         Raises:
             CheckpointError: the file was not written by `write_environment`.

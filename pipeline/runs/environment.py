@@ -1,4 +1,4 @@
-"""The environment of a run: versions, git commit, hardware and the command that repeats it (`environment.json`).
+"""The environment of a run: versions, git commit, hardware and the command that reproduces it (`environment.json`).
 
 The file holds no secrets: no environment variables, and no passwords in addresses on the command line.
 """
@@ -43,7 +43,7 @@ CHECKOUT = Path(istanas.__file__).resolve().parent.parent
 
 
 def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
-    """Return the environment of this process, and the command that repeats the run.
+    """Return the environment of this process, and the command that reproduces the run.
 
     Args:
         folder: The run directory.
@@ -78,7 +78,9 @@ def write_environment(run: RunDir, kind: str) -> None:
 
 
 def reproducing_command(folder: Path, kind: str) -> str:
-    """Return the command line as it was typed, without secrets, or one that uses the files of the run directory.
+    """Return a command that reproduces the run: the command line without secrets, if `istanas` was called.
+
+    Otherwise, the command uses the files of the run directory.
 
     Args:
         folder, kind: See `collect_environment`.
@@ -93,7 +95,7 @@ def reproducing_command(folder: Path, kind: str) -> str:
 
 @functools.cache
 def git_state(checkout: Path = CHECKOUT) -> dict[str, Any] | None:
-    """Return the commit of the git checkout that istanas runs from, and whether files differ; None outside of one."""
+    """Return the commit of istanas' git checkout, and whether files were changed; None without a checkout."""
     if not (checkout / ".git").exists():  # an installation may lie inside an unrelated checkout
         return None
     commit, changes = (

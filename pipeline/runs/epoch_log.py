@@ -1,10 +1,10 @@
-"""The epoch log of a run: one line per epoch, appended when its checkpoint is written and never rewritten.
+"""The epoch log of a run: one line per epoch, appended when the epoch's checkpoint is written.
 
 The log is kept in two copies beside the checkpoints: the folders `epochs` and `epochs-copy`. Each copy consists of
-segments of `SEGMENT` lines, so that only a bounded part must be sent to a bucket, which takes whole files. A line is a
-SHA-256 digest, a space and the record of the epoch as JSON. The digest covers the previous line's digest and the
-record; a segment starts with the digest of the previous segment's last line. A checkpoint holds the last digest, which
-authenticates all lines: a damaged segment is detected and replaced from the other copy.
+segments of `SEGMENT` lines, so that each epoch sends only one segment to a bucket, where files cannot be appended to. A
+line is a SHA-256 digest, a space and the record of the epoch as JSON. The digest covers the previous line's digest and
+the record; a segment starts with the digest of the previous segment's last line. A checkpoint holds the last digest,
+which authenticates all lines. A damaged segment is detected and replaced from the other copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.runs.layout import EPOCH_LOGS
 
 SEGMENT = 100
 LINE_BYTES = LOG_SEGMENT_BYTES // SEGMENT
-"""Maximum size of a line, so that a segment stays within the size that is read."""
+"""Maximum size of a line, which limits a segment to `LOG_SEGMENT_BYTES`."""
 
 
 class BrokenCheckpointWarning(UserWarning):
@@ -37,7 +37,7 @@ class LogError(CheckpointError):
 
 @dataclass(frozen=True)
 class LogEnd:
-    """The end of a log, which a checkpoint holds.
+    """The end of a log, as a checkpoint stores it.
 
     Args:
         epochs: Number of lines.
@@ -55,7 +55,9 @@ class LogEnd:
     offset: int = 0
 
     def after(self, text: str) -> tuple[LogEnd, bytes]:
-        """Return the end of the log after one more line, and that line, preceded by the start of its segment.
+        """Return the end of the log after one more line, and the bytes of that line.
+
+        For the first line of a segment, the bytes include the digest with which the segment starts.
 
         Args:
             text: The record, in one line.
@@ -78,7 +80,7 @@ class LogEnd:
 
 
 def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
-    """Write the line of an epoch to both copies; earlier lines of this and later epochs are removed.
+    """Append the line of an epoch to both copies, and remove older lines of this and later epochs.
 
     A copy that became shorter after it was verified is restored from the other copy.
 
@@ -89,7 +91,7 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
         offset: The offset of the `LogEnd` before this line.
 
     Raises:
-        OSError: the files cannot be written; the earlier lines then stay as they were.
+        OSError: the files cannot be written; the earlier lines are then unchanged.
         CheckpointError: both copies are damaged.
 
     Warns:
@@ -124,7 +126,7 @@ def append_line(folder: Path, epoch: int, line: bytes, offset: int) -> None:
 
 
 def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
-    """Give both copies of the log exactly these records; an identical copy is not written.
+    """Replace the content of both copies by these records; identical files are not written.
 
     Args:
         folder: The folder of the checkpoints.
@@ -146,7 +148,7 @@ def rewrite(folder: Path, texts: Iterable[str]) -> LogEnd:
 
 
 def read(folder: Path, end: LogEnd) -> Iterator[str]:
-    """Yield the records of all epochs up to an end of the log, verified as by `verify`; later lines are ignored.
+    """Verify the log up to an end, and yield the records of its epochs; later lines are ignored.
 
     Arguments, errors and warnings are those of `verify`; errors are raised before the first record is yielded.
     """
@@ -158,15 +160,15 @@ def read(folder: Path, end: LogEnd) -> Iterator[str]:
 
 
 def verify(folder: Path, end: LogEnd) -> None:
-    """Check the log up to an end, and replace a segment that is damaged in one copy from the other copy.
+    """Check the log up to an end, and replace segments that are damaged in one copy from the other copy.
 
     Args:
         folder: The folder of the checkpoints.
         end: The end that a checkpoint holds.
 
     Raises:
-        LogError: both copies of a segment are damaged, or do not belong to this end.
-        CheckpointError: a segment cannot be read at the moment, though it may be intact.
+        LogError: both copies of a segment are damaged, or do not match this end.
+        CheckpointError: a segment cannot be read, though it may be intact.
 
     Warns:
         BrokenCheckpointWarning: for every segment that was replaced.

@@ -40,7 +40,7 @@ def write_genotype(
     Args:
         folder: The run directory.
         genotype: The genotype.
-        weights: Weights of the edges by cell, drawn as widths.
+        weights: Weights of the edges by cell, drawn as line widths.
     """
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
     weights = weights or {}

@@ -1,6 +1,6 @@
 """Names of the files and folders in a run directory.
 
-The names are stored in records, in MLflow and in documents, so they never change.
+Records, MLflow runs and documents contain these names, so they must not change.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 # ----- Every run.
-RECORD_FILE = "run.json"  # what the run is and where it stands: `runs.record.RunRecord`
+RECORD_FILE = "run.json"  # identity, settings and status of the run: `runs.record.RunRecord`
 METRICS_FILE = "metrics.jsonl"  # one line of metrics per epoch, or per trial
 CONFIG_FILE = "config.yaml"  # the resolved configuration
 ENVIRONMENT_FILE = "environment.json"  # versions, commit, hardware and command line
@@ -16,7 +16,7 @@ LINK_FILE = "mlflow.json"  # the MLflow run that mirrors this run, and what was 
 REPORT_PAGE = "report.html"  # the report of a finished run
 LOG_FOLDER = "ray"  # log files of Ray and of its workers
 LOCK_FILE = ".run.lock"  # locked by the process that works on the run
-OWNER_FILE = ".run.lock.owner"  # the host and the number of that process, for error messages
+OWNER_FILE = ".run.lock.owner"  # host and id of that process, for error messages
 DELIVERY_LOCK = ".mlflow.lock"  # locked while the run is sent to MLflow
 OWNER_OBJECT = ".owner.json"  # in a bucket: the lease of the process that works on the run
 CLEARING_FILE = ".clearing"  # exists while --fresh deletes the run
@@ -26,19 +26,19 @@ CHECKPOINTS = "checkpoints"  # folder of the checkpoints and of the epoch log
 CHECKPOINT_MANIFEST = re.compile(r"epoch-([0-9]+)\.json")  # a checkpoint's checksum, beside its `.pt`
 EPOCH_LOGS = ("epochs", "epochs-copy")  # folders with the two copies of the epoch log
 
-# ----- Searches, and the genotype and network that a run leaves.
-GENOTYPE_FILE = "genotype.json"  # the architecture that was found, retrained, or won the sweep
+# ----- Searches, genotypes and trained networks.
+GENOTYPE_FILE = "genotype.json"  # the architecture that a run found or retrained, or the best of a sweep
 CELLS_FOLDER = "cells"  # drawings of the two cells
 CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
 TRAJECTORY_FILE = "trajectory.csv"  # the selected edges after every epoch
 CODES_FILE = "codes.csv"  # the recovered codes after every epoch
-TRAJECTORY_PAGE = "trajectory.html"  # both of them as a page
+TRAJECTORY_PAGE = "trajectory.html"  # both tables as a page
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")  # one-stage: when each node was frozen
 WEIGHTS_FILE = "model.safetensors"  # weights of the trained network
 NETWORK_FILE = "network.json"  # how to build that network and what to feed it
 EXPORT_FOLDER = "export"  # the network in other formats
-PROGRAM_FILE = "model.pt2"  # in the export folder: for torch.export
-ONNX_FILE = "model.onnx"  # in the export folder: for ONNX
+PROGRAM_FILE = "model.pt2"  # in the export folder: the network as a program of torch.export
+ONNX_FILE = "model.onnx"  # in the export folder: the network in ONNX format
 
 # ----- Sweeps.
 TRIALS_TABLE = "trials.csv"  # all trials with their settings and figures

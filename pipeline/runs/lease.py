@@ -1,7 +1,7 @@
 """The lease of a run directory in a storage: at most one process works on a run.
 
-The owner writes the object `.owner.json` and renews it at intervals. An owner that is silent for too long, or whose
-process has ended, loses the lease to the next process.
+The owner writes the object `.owner.json` and renews it at intervals. An owner that does not renew its lease for too
+long, or whose process has ended, loses the lease to the next process.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Timing:
     """Durations of a lease, in seconds.
 
     Args:
-        retry: For how long a running job waits for an unreachable storage; pyarrow itself tries for some seconds.
+        retry: How long a running job retries an unreachable storage; pyarrow itself retries for some seconds.
         interval: Interval at which an owner renews its lease.
-        silence: After which an owner without a renewal counts as dead.
-        settle: In which two processes that write the lease at the same moment see each other.
+        silence: An owner counts as dead after this time without a renewal.
+        settle: Wait after writing the lease, so that a process notices another that wrote it at the same moment.
     """
 
     retry: float = 300.0
@@ -50,10 +50,10 @@ class Owner:
     """The process that works on a run.
 
     Args:
-        host, process, started: Which process it is.
-        key: Unique for each acquisition.
-        beats: How often the lease was renewed.
-        place: Where process numbers have the meaning that they have here; host names are not always unique.
+        host, process, started: Host name, process id and start time.
+        key: Unique id of the acquisition.
+        beats: Number of renewals.
+        place: Boot and container in which the process id is valid; host names are not always unique.
     """
 
     host: str
@@ -68,7 +68,7 @@ class Owner:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it was a process of this machine that has ended."""
+        """Whether the owner was a process on this machine that has ended."""
         if (self.host, self.place) != (socket.gethostname(), _process_namespace()):
             return False
         try:
@@ -81,7 +81,7 @@ class Lease:
     """The lease of one run directory, as this process acquires, renews and releases it.
 
     Args:
-        objects: Of the run directory.
+        objects: The objects of the run directory.
         timing: See `Timing`.
     """
 
@@ -176,7 +176,7 @@ class Lease:
             _LOG.info("%s: %s", self._objects.address, reason_of(error))
 
     def read(self) -> Owner | None:
-        """Return the present owner, or None."""
+        """Return the current owner, or None."""
         try:
             return Owner(**json.loads(self._objects.get(OWNER_OBJECT)))
         except FileNotFoundError:
@@ -186,7 +186,7 @@ class Lease:
 
     def write(self, owner: Owner) -> None:
         """Write the owner."""
-        # Always of one length, because pyarrow asks for the length first and the object may change before it reads.
+        # The length is constant, because pyarrow requests it before the content, and the object may change in between.
         self._objects.put(OWNER_OBJECT, json.dumps(asdict(owner)).ljust(OWNER_LENGTH).encode())
 
     def _is_mine(self, owner: Owner | None) -> bool:
@@ -194,7 +194,7 @@ class Lease:
 
 
 def _process_namespace() -> str:
-    """Return the boot of this machine and the container, outside of which a process number means another process."""
+    """Return the boot id and the container of this process; process ids are unique only within them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""Writes and reads `metrics.jsonl`, to which a run appends one line of metrics per epoch, or per trial.
+"""Writing and reading of `metrics.jsonl`, to which a run appends one line of metrics per epoch or trial.
 
 Every line is flushed. A killed writer leaves at most an incomplete last line, which is ignored.
 """
@@ -16,11 +16,11 @@ from pipeline.base.files import append, ensure_content
 from pipeline.runs.record import MetricsLine
 
 _LOG = logging.getLogger(__name__)
-_DIGESTED_BYTES = 4096  # the last lines before an offset
+_DIGESTED_BYTES = 4096  # length of the part before an offset that is hashed
 
 
 def append_line(file: Path, line: MetricsLine) -> None:
-    """Append one step's metrics; they are on the disk when this returns.
+    """Append one step's metrics durably.
 
     Args:
         file: The file, which need not exist.
@@ -94,7 +94,7 @@ def _dump_line(line: MetricsLine) -> bytes:
 
 
 def _end_of_whole_lines(file: Path) -> int:
-    """Return the offset of the next line: an incomplete line that a killed writer left is overwritten."""
+    """Return the offset at which to write the next line; an incomplete last line is overwritten."""
     if not file.exists():
         return 0
     with open(file, "rb") as stream:

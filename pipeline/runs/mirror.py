@@ -1,8 +1,8 @@
 """The mirror of one run directory: its local copy on this machine and its objects in a storage.
 
-The storage is authoritative. A mirror pulls the objects before a job starts, and pushes changed files before they
-count: a checkpoint before its epoch is done, the results before the run is finished. Files are pushed in an order that
-is consistent wherever it is interrupted (`_rank`).
+The storage is authoritative. A mirror pulls the objects before a job starts. It pushes a checkpoint before the epoch
+counts as done, and the results before the run counts as finished. The order of the files (`_rank`) keeps the storage
+consistent if a push is interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.runs.object_storage import Objects, Stamp, stamp_of
 
 _LOG = logging.getLogger(__name__)
 
-Wanted = Callable[[str], bool]  # of a file, by its name in the run directory
+Wanted = Callable[[str], bool]  # receives a file's name in the run directory
 
 
 class Mirror:
@@ -33,7 +33,7 @@ class Mirror:
         timing: See `Timing`.
 
     Attributes:
-        is_unreachable: Whether the storage was given up; nothing more is sent then.
+        is_unreachable: Whether the storage has failed, after which nothing more is sent.
 
     Raises:
         ConfigError: the address is invalid.
@@ -47,10 +47,10 @@ class Mirror:
         self._there: dict[str, Stamp] = {}
 
     def push(self, *, once: bool = False) -> None:
-        """Send what has changed in the copy.
+        """Send all changes of the copy.
 
         Args:
-            once: Try once, and only warn if that fails: the run has failed already.
+            once: Try once, and log a warning if that fails; for a run that has failed already.
 
         Raises:
             StorageError: the storage was unreachable for `Timing.retry` seconds.
@@ -67,14 +67,14 @@ class Mirror:
             _LOG.warning("%s", error)
 
     def push_cleared(self) -> None:
-        """Send a run directory that was cleared to start over, and delete the runs in it."""
+        """Send a run directory that was cleared to start over, and delete the runs inside it from the storage."""
         self.push()
         self.objects.retrying(self._delete_runs, self.timing.retry)
 
     def pull(self, wanted: Wanted | None = None) -> None:
-        """Bring the copy up to date with the storage, as a whole or only the wanted files.
+        """Update the copy, or only its wanted files, from the storage.
 
-        Files without an object are deleted; files that are up to date stay untouched.
+        Files without an object are deleted; files that are up to date are not written.
         """
         make_private(self.path)
         here = self._here()
@@ -95,7 +95,7 @@ class Mirror:
         self.lease.check()
         here = self._here()
         gone = sorted(self._there.keys() - here.keys(), key=_rank, reverse=True)
-        # When a run starts over, its old record must not stand beside new files.
+        # When a run starts over, its old record must not exist beside new files.
         first = gone if RECORD_FILE in gone else self._outdated_manifests(here)
         for name in first:
             self._delete(name)
@@ -105,7 +105,7 @@ class Mirror:
         for name in gone:
             if name in self._there:
                 self._delete(name)
-        # Only the folders that changed: a sweep has many trials.
+        # Lists only the folders that changed, because a sweep has many trials.
         for folder in sorted({posixpath.dirname(name) for name in changed}):
             self._there |= {n: stamp for n, stamp in self.objects.stamps(folder).items() if _is_mirrored(n)}
         after = self._here()
@@ -124,7 +124,7 @@ class Mirror:
     def _outdated_manifests(self, here: Mapping[str, Stamp]) -> Sequence[str]:
         """Return the manifests of epochs that were repeated or abandoned.
 
-        They are deleted before anything is sent, because the log that their checkpoints match is overwritten.
+        They are deleted before anything is sent, because the push overwrites the log that their checkpoints match.
         """
         newest = max(map(_epoch, filter(_is_manifest, here)), default=0)
         return [
@@ -160,10 +160,9 @@ def _epoch(manifest: str) -> int:
 
 
 def _rank(name: str) -> int:
-    """Return the rank in which objects are written; they are deleted in the opposite order.
+    """Return the position of an object in the order of writing; objects are deleted in the reverse order.
 
-    The epoch log comes first, then the checkpoint, then its manifest, which makes it count, then the files that
-    report on it, and the record last.
+    The order is: epoch log, checkpoint, the manifest that makes the checkpoint valid, other files, record.
     """
     if not name.startswith(f"{CHECKPOINTS}/"):
         return 4 if name == RECORD_FILE else 3

@@ -34,13 +34,13 @@ class Link:
     metrics_digest: str = ""
 
     def write(self, run_dir: RunDir) -> None:
-        """Write the link atomically; the path of a store above the run directory is relative, so that both may move."""
+        """Write the link atomically; a store above the run directory gets a relative path, so that both can move."""
         written = dataclasses.asdict(self) | {"tracking_uri": _portable(self.tracking_uri, run_dir)}
         atomic_write(run_dir.path / LINK_FILE, json.dumps(written, indent=2) + "\n")
 
 
 def read_link(run_dir: RunDir) -> Link | None:
-    """Read `mlflow.json`; None if there is none, in which case the MLflow run is found by its key.
+    """Read `mlflow.json`; return None if it is missing or invalid. The MLflow run is then found by its key.
 
     Example:
         >>> read_link(RunDir("nowhere")) is None

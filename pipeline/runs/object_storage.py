@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class StorageError(IstanasError):
-    """A storage that cannot be used: unreachable, without permission, or full."""
+    """A storage is unreachable or full, or denies access."""
 
 
 class Stamp(NamedTuple):
@@ -43,7 +43,7 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 class Objects:
-    """The objects below one address. An object appears as a whole or not at all.
+    """The objects below one address. An object is written completely or not at all.
 
     Args:
         address: `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`.
@@ -85,7 +85,7 @@ class Objects:
             self._fs.delete_file(f"{self._base}/{name}")
 
     def delete_folder(self, name: str = "") -> None:
-        """Delete all objects in a folder, by default all that there are."""
+        """Delete all objects in a folder, by default all below the address."""
         self._fs.delete_dir(f"{self._base}/{name}" if name else self._base)
 
     def stamps(self, folder: str | None = None) -> dict[str, Stamp]:
@@ -99,7 +99,7 @@ class Objects:
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
-        """Turn the errors of the storage into a `StorageError`."""
+        """Convert errors of the storage to `StorageError`."""
         try:
             yield
         except OSError as error:
@@ -116,11 +116,11 @@ class Objects:
         """Repeat work that fails while the storage is unreachable.
 
         Args:
-            work: what to do; safe to run repeatedly.
-            seconds: how long to try.
+            work: The function to call; it must be safe to repeat.
+            seconds: How long to try.
 
         Raises:
-            StorageError: the storage was unreachable for so long.
+            StorageError: the storage was unreachable for this time.
         """
 
         def warn(state: tenacity.RetryCallState) -> None:
@@ -146,9 +146,9 @@ class Objects:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Return pyarrow's file system of an address, and the path in it.
+    """Return pyarrow's file system for an address, and the path in it.
 
-    The path is not taken from pyarrow, which reads some characters of a name as parts of the address.
+    The path is not taken from pyarrow, which interprets some characters of a name as parts of the address.
     """
     from pyarrow.fs import FileSystem
 
@@ -170,13 +170,13 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """Return the message of a storage's error, shortened and without secrets."""
+    """Return the message of a storage error, shortened and without secrets."""
     text = " ".join(str(error).split())
     return without_secrets(text.partition("AWS Error ")[2] or text)[:200]
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    """Return whether an error comes from a storage: those of the local disk have an error number."""
+    """Return whether an error comes from a storage; errors of the local disk have an error number."""
     return isinstance(error, OSError) and error.errno is None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pipeline.runs.tags import Tag
 
-INTERRUPTED = "INTERRUPTED"  # by Ctrl-C or a signal, or the process was killed; the same command resumes it
+INTERRUPTED = "INTERRUPTED"  # stopped by Ctrl-C or a signal, or killed; the same command resumes it
 PRUNED = "PRUNED"  # a trial that was stopped early
 _WITH_DETAILS = ("FAILED", "KILLED")
 
@@ -16,7 +16,7 @@ def outcome(status: str, tags: Mapping[str, str]) -> str:
 
     Args:
         status: The status in MLflow and in the record.
-        tags: The tags of the run. Old runs have no outcome, but trials always have their state.
+        tags: The tags of the run. Old runs lack the tag for the outcome, but trials always have their state.
 
     Example:
         >>> interrupted = {"istanas.outcome": "INTERRUPTED"}

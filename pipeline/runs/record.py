@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OWN_PICTURES = "folder"  # the `data.name` of a folder of own pictures
+OWN_PICTURES = "folder"  # the `data.name` of a folder with the user's own pictures
 
 
 def data_label(name: str, root: str | None) -> str:
@@ -49,7 +49,7 @@ class DatasetUse:
         name: Label of the data set, see `data_label`.
         context: The purpose: "training", "alphas", "hold-out" or "test".
         digest: Digest of the pictures and their labels (16 hexadecimal digits), the same on every machine.
-        source: The folder that they come from, or the package that ships them.
+        source: The folder or the package that contains the pictures.
         pictures, classes: Numbers of pictures and classes.
         shape: Shape of a picture as a network sees it, (C, H, W).
         missing: Names of the classes without a picture.
@@ -103,7 +103,7 @@ class RunRecord:
         status: "RUNNING", "FINISHED", "FAILED" or "KILLED".
         started_ms, ended_ms: Start and end.
         artifacts: Files that are sent to MLflow, relative to the run directory.
-        result: The figures of `--json`.
+        result: The figures that `--json` prints.
         datasets: The data that the run uses.
         data_digest: Digest of all pictures that the run may read; "" if it is unknown.
         pictures: Lines for the report about the pictures and how they are read.

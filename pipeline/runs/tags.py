@@ -1,7 +1,7 @@
-"""The tags that runs and registered models have in MLflow: their names, and the values that follow from a run's record.
+"""Tags of runs and registered models in MLflow: their names, and the values that a run's record determines.
 
-`tracking.tracker` sends `tags_of` a run, and `tracking.lineage` adds those that link runs to each other. The tags of
-registered versions are set in `tracking.model_registry` and `tracking.promote`.
+`tracking.tracker` sends the tags from `tags_of`, and `tracking.lineage` adds tags that link runs to each other. The
+tags of registered versions are set in `tracking.model_registry` and `tracking.promote`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Tag:
     FOLDER = "istanas.data_folder"  # label of a picture folder, whose data set is always called "folder"
     MISSING_CLASSES = "istanas.missing_classes"  # classes without pictures in a part of the data set
     GENOTYPE = "istanas.genotype"  # digest of the genotype
-    ORIGIN = "istanas.genotype_from"  # a run, a file, a random or a published cell
+    ORIGIN = "istanas.genotype_from"  # origin of the genotype: a run, a file, or a random or published cell
     SEED = "istanas.seed"  # seed of the run
     WORKERS = "istanas.workers"  # configured number of workers
     SECONDS = "istanas.seconds"  # seconds of training, without interruptions
-    OUTCOME = "istanas.outcome"  # how the run ended, where MLflow's status does not say it
-    KEY = "istanas.key"  # key by which a run directory finds its MLflow run again
+    OUTCOME = "istanas.outcome"  # how the run ended, if MLflow's status cannot express it
+    KEY = "istanas.key"  # key by which the MLflow run of a run directory is found
     RUN_DIR = "istanas.run_dir"  # the run directory, or its address
 
     # ----- Trials of a sweep.
@@ -41,7 +41,7 @@ class Tag:
 
 
 def tags_of(record: RunRecord, run_dir: str) -> dict[str, str]:
-    """Return the tags of a run: those that follow from its record, and those that its job has added.
+    """Return the tags of a run: those that its record determines, and those that its job has added.
 
     Args:
         record: The record of the run.
