@@ -97,7 +97,8 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     folder = Path(folder)
     try:
         card = read_card(folder)
-        with torch.device("meta"):  # without memory: a malicious card may describe a huge network
+        # The meta device allocates no memory, because a malicious card may describe a huge network.
+        with torch.device("meta"):
             promised = _build(card).state_dict()
         size = sum(value.nbytes for value in promised.values())
         weights = safetensors.torch.load(read_at_most(folder / WEIGHTS_FILE, size + WEIGHTS_HEADER_BYTES))

@@ -1,1 +1,1 @@
-"""MLflow: the tracker, its store, the model registry, lineage, queries, references, promotion and the interface."""
+"""MLflow: the tracker, its store, the model registry, lineage, queries, references, promotion and user interface."""

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 DESCRIPTION = "mlflow.note.content"
 LENGTH = 5000  # characters, the width of the model registry's columns
-# The SVG files, because MLflow shows pictures in their own size, in which the PNG files are too large.
+# SVG files, because MLflow shows pictures in their original size, and the PNG files are too large.
 PICTURES = {CELL_FIGURES[0]: "normal cell", CELL_FIGURES[2]: "reduction cell"}
 
 
 @dataclass(frozen=True)
 class Kin:
-    """A related run, as the page of another run links to it.
+    """A related run, to which the page of another run links.
 
     Args:
         kind: "search", "retrain" or "sweep".
@@ -78,7 +78,7 @@ def ancestors(client: "MlflowClient", parent_id: str | None) -> tuple[Kin, ...]:
 
 
 def lineage_tags(kin: Sequence[Kin]) -> dict[str, str]:
-    """Return tags by which a run is found from its ancestors.
+    """Return tags with the ids of a run's ancestors, by which MLflow finds the run.
 
     Example:
         >>> lineage_tags([Kin("search", "a", "1", "ab"), Kin("sweep", "b", "1", "cd")])
@@ -115,7 +115,7 @@ def with_links(
         for name in artifacts
         if name in PICTURES
     )
-    # The first paragraph stays first, because tables show nothing else of a description.
+    # The first paragraph stays first, because tables show only the first paragraph of a description.
     title, _, rest = description.rstrip().partition("\n\n")
     room = limit - len(title) - len(links) - len(pictures) - 20
     if len(rest) > room:

@@ -1,6 +1,6 @@
 """The trained network of a run in MLflow: the logged model with its metrics, and its version in the model registry.
 
-All functions use an explicit client and are safe to repeat, also after a kill at any point.
+All functions use an explicit client and are safe to repeat, even after a crash at any point.
 """
 
 import json
@@ -42,7 +42,7 @@ NetworkLoader = Callable[[Path], "tuple[torch.nn.Module, torch.Tensor]"]
 
 
 class UnusableNetworkError(Exception):
-    """A run's network cannot be loaded, or not be written in MLflow's format."""
+    """A run's network cannot be loaded or written in MLflow's format."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -152,7 +152,7 @@ def _link_model(client: "MlflowClient", run_id: str, model_id: str, run_dir: Run
 
 
 def _log_figures(client: "MlflowClient", run_id: str, model: "LoggedModel", run_dir: RunDir) -> None:
-    """Log the run's last metrics as those of the model, each with its data set, unless they were logged before."""
+    """Log the run's last metrics as metrics of the model, each with its data set, unless they were logged before."""
     from mlflow.entities import Metric
 
     record = run_dir.read()
@@ -162,7 +162,7 @@ def _log_figures(client: "MlflowClient", run_id: str, model: "LoggedModel", run_
     for name in FIGURES:
         if name in logged or name not in measured:
             continue
-        # The value, time and step of the store, so that the run's own history gets no second entry.
+        # Value, time and step are those of the store, so that the run's own history gets no second entry.
         last = max(client.get_metric_history(run_id, name), key=lambda m: (m.step, m.timestamp))
         use = record.measured_on(name)
         figures.append(
@@ -235,7 +235,7 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
 
 
 def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion") -> None:
-    """Note the version in the tags of the logged model, which MLflow's pages read; a server does so by itself."""
+    """Record the version in the logged model's tags, which MLflow's pages read; an MLflow server does this itself."""
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
@@ -246,7 +246,7 @@ def _link_version(client: "MlflowClient", model_id: str, version: "ModelVersion"
 
 
 def _point_candidate(client: "MlflowClient", name: str) -> None:
-    """Move the alias to the newest version of all runs."""
+    """Move the alias `candidate` to the newest version."""
     for _ in range(3):  # another run may register a version in between
         model = client.get_registered_model(name)
         newest = str(max(int(version.version) for version in model.latest_versions))
@@ -277,7 +277,7 @@ def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logge
             ),
             signature=infer_signature(pictures.numpy(), logits.numpy()),
             input_example=pictures.numpy(),
-            # Explicit, because MLflow infers them in a second interpreter, which takes half a minute.
+            # Explicit, because MLflow would infer them in a second interpreter, which takes half a minute.
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
             serialization_format="pt2",
         )

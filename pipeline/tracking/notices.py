@@ -1,4 +1,4 @@
-"""Warnings about MLflow that are given once, however many runs they concern."""
+"""Warnings about MLflow that are logged once for any number of runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Notices:
-    """Warnings that were given already."""
+    """The warnings that were logged so far."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -18,17 +18,17 @@ class Notices:
 
         Args:
             message: The warning.
-            about: What it is about.
+            about: Key of the subject, about which only one warning is logged.
         """
         if about not in self._given:
             self._given.add(about)
             _LOG.warning(message)
 
     def clear(self) -> None:
-        """Forget what was given."""
+        """Forget the logged warnings, so that they may be logged again."""
         self._given.clear()
 
 
-# The default of all trackers: a process opens one per run, a sweep one per trial, and one warning about an unreachable
-# store is enough.
+# The default of all trackers. A process opens a tracker for each run, but one warning about an unreachable store is
+# enough.
 OF_THIS_PROCESS = Notices()

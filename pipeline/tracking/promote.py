@@ -1,4 +1,4 @@
-"""Promotion: the alias `champion` of a registered model moves to a version that is better on the same pictures."""
+"""Promotion: moving the alias `champion` of a registered model to a version that is better on the same pictures."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ class Promotion:
 
     Args:
         champion: Whether the run's version is the champion now.
-        moved: Whether it has become the champion by this promotion.
+        moved: Whether this promotion has made it the champion.
         registered_model, version: The run's version of the registered model.
         metric, value: The metric that was compared, and its value; None if the run has none.
         before, before_value: The previous champion and its value; None if there was none.
@@ -47,7 +47,10 @@ class Promotion:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A metric of a run, and the data it was measured on: data set and digest, None if it does not depend on them."""
+    """A metric of a run, and the name and digest of the data that it was measured on.
+
+    `pictures` is None if the data is unknown; the digest is None if the metric does not depend on the pictures.
+    """
 
     value: float | None
     pictures: tuple[str, str | None] | None
@@ -130,7 +133,7 @@ def _comparable(metric: str, number: int, mine: _Figure, before: int, theirs: _F
     field = f"metric {metric}"
     if mine.value is None:
         hint = "train it with data.holdout above 0, " if metric.startswith("valid") else ""
-        from istanas.training import TOP5_ABOVE  # imports torch, which the command line's help must not
+        from istanas.training import TOP5_ABOVE  # imports torch, which would delay the command line's help
 
         why = f" (top-5 is measured with more than {TOP5_ABOVE} classes)" if metric.endswith("top5") else ""
         remedy = f"{hint}name another --metric, or use --force"

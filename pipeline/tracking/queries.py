@@ -37,7 +37,7 @@ class Filters(TypedDict, total=False):
 
 
 def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]":
-    """Return sweeps, searches and retrainings in the order of `family_order`; none if there is no store yet.
+    """Return sweeps, searches and retrainings in the order of `family_order`; [] if there is no store yet.
 
     Args:
         uri: The store, as `pipeline.tracking.store.store_uri` returns it.
@@ -75,7 +75,7 @@ def load_runs(uri: str, experiment: str | None, filters: Filters) -> "list[Run]"
 
 @contextlib.contextmanager
 def readable(uri: str, *, what: str = "read") -> Iterator[None]:
-    """Turn every error of a store into a `ConfigError` which says that it can't be read, or `what` was tried."""
+    """Convert any error of a store to a `ConfigError` with the problem "can't be {what}"."""
     try:
         yield
     except ConfigError:
@@ -89,7 +89,7 @@ def readable(uri: str, *, what: str = "read") -> Iterator[None]:
 
 
 def family_order(runs: "list[Run]") -> "list[Run]":
-    """Sort runs by families, the newest first; in a family each run is followed by its children by start time.
+    """Sort runs by family, newest first; within a family, each run precedes its children, sorted by start time.
 
     A run whose parent is not in the list starts a family.
     """
@@ -104,7 +104,7 @@ def family_order(runs: "list[Run]") -> "list[Run]":
 
 
 def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
-    """Return the run's ancestors in the list, the oldest first, and the run."""
+    """Return the run's ancestors in `by_id`, the oldest first, and the run itself."""
     line = [run]
     while (parent := by_id.get(line[0].data.tags.get("mlflow.parentRunId", ""))) is not None:
         if parent in line:  # edited tags may have a cycle
@@ -135,7 +135,7 @@ def _query(filters: Filters) -> str:
 
 @contextlib.contextmanager
 def _explained(where: str | None) -> Iterator[None]:
-    """Turn MLflow's error for an invalid condition of the user into a `ConfigError`."""
+    """Convert MLflow's error for an invalid condition of the user to a `ConfigError`."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,7 +1,7 @@
 """References to runs and genotypes on the command line, and how they are resolved.
 
-A RUN is a run directory, an MLflow run id, or a unique name. Local files come first, so that a finished run is found
-without MLflow.
+A RUN is a run directory, an MLflow run id, or a unique name. Local files are searched first, so that a finished run
+is found without MLflow.
 """
 
 import difflib
@@ -36,7 +36,7 @@ _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir:
-    """Find the run of a reference.
+    """Find the run that a reference names.
 
     Args:
         ref: A run directory or its address, an MLflow run id, or a name: that of a directory in `runs_dir`, or the
@@ -45,7 +45,7 @@ def resolve_run(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> RunDir
         tracking_uri: The MLflow store in which run ids are looked up, see `pipeline.tracking.store.store_uri`.
 
     Returns:
-        A run directory with a record; for a run in a storage its local copy, brought up to date.
+        A run directory with a record; for a run in a storage, its updated local copy.
 
     Raises:
         ConfigError: no run or more than one run matches.
@@ -87,7 +87,7 @@ def is_mlflow_id(ref: str) -> bool:
 def resolve_genotype(
     ref: str, *, space: CellSpace, runs_dir: Path, tracking_uri: str | None
 ) -> tuple[Genotype, str | None]:
-    """Find the genotype of a reference, and the run that found the genotype.
+    """Find the genotype that a reference names, and the run that found the genotype.
 
     Args:
         ref: A file (JSON, or the text form of DARTS), a published name, "random:SEED", or a RUN as in `resolve_run`.
@@ -96,8 +96,8 @@ def resolve_genotype(
         tracking_uri: The MLflow store in which run ids are looked up.
 
     Returns:
-        The genotype, and the directory of the search that found it or None; for a sweep, the search of its best
-        trial. The search of a file is found if the file still has the genotype that the run wrote.
+        The genotype, and the directory of the search that found it, or None. For a sweep, this is the search of its
+        best trial. For a file in a run directory, it is the search of that run, if the genotype is the same.
 
     Raises:
         ConfigError: the reference matches nothing, or a run without a genotype.
@@ -170,7 +170,7 @@ def origin_of(ref: str) -> str | None:
 
 
 def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
-    """Find the genotype of a reference for a job that trains its network with a configuration's `retrain` settings.
+    """Find the genotype that a reference names, for a job that trains it with a configuration's `retrain` settings.
 
     Raises:
         ConfigError: as `resolve_genotype` does; or the genotype comes from a one-stage search and
@@ -192,9 +192,9 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
 def _from_one_stage(
     ref: str, genotype: Genotype, finder: str | None, runs_dir: Path, tracking_uri: str | None
 ) -> bool:
-    """Return whether a genotype comes from a one-stage search, as far as its reference tells.
+    """Return whether a genotype is known to come from a one-stage search.
 
-    The run that found the genotype decides; if it is gone, the run of the reference, in its directory or in MLflow.
+    This is looked up in the run that found the genotype, else in the reference's run, in its directory or in MLflow.
     """
     if origin_of(ref) is not None or genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
         return genotype.digest() == PUBLISHED["ISTA_onestage"].digest()
@@ -211,7 +211,7 @@ def _from_one_stage(
 def _runs_of_genotype(
     ref: str, finder: str | None, runs_dir: Path, tracking_uri: str | None
 ) -> Iterator[RunDir]:
-    """Yield the run that found a genotype, then the run of its reference; either may be gone."""
+    """Yield the run that found a genotype, then the run of its reference; either may no longer exist."""
     if finder is not None:
         yield RunDir(bucket.local(finder))
     file = Path(ref).expanduser()
@@ -242,8 +242,8 @@ def run_of_config(file: Path) -> RunDir | None:
 def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration that a run has written, and update its paths if the project was moved.
 
-    The file has absolute paths of the MLflow store and perhaps of the folder of runs. If they are gone and not
-    overridden, the present paths are derived from the run directory.
+    The file has absolute paths of the MLflow store and perhaps of the folder of runs. If these do not exist
+    and are not overridden, the current paths are derived from the run directory.
 
     Args:
         file: The configuration.
@@ -275,7 +275,7 @@ class Origin:
     Args:
         run: The run directory or MLflow run id, as messages show it.
         name: The name of the run without its kind.
-        config: The configuration of the run; of a sweep, that of its best trial with all training pictures.
+        config: The configuration of the run; for a sweep, that of its best trial with all training pictures.
     """
 
     run: str
@@ -292,7 +292,7 @@ def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Ori
         tracking_uri: The MLflow store in which run ids are looked up.
 
     Raises:
-        ConfigError: the run has no configuration any more, or an invalid one.
+        ConfigError: the run's configuration is missing or invalid.
     """
     if ref in PUBLISHED or ref.startswith(_RANDOM):
         return None
@@ -359,7 +359,7 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
 def _with_pictures_of(config: Config, sources: Sequence[str]) -> Config:
     """Return the configuration with the picture folder that a run has read, if it still exists.
 
-    A relative `data.root` starts at the working directory of the run, which may differ from the present one.
+    A relative `data.root` refers to the working directory of the run, which may differ from the current one.
 
     Args:
         config: The configuration of the run.
@@ -380,7 +380,7 @@ def _stored_in(config: Config, tracking_uri: str | None) -> Config:
 def _finder(run: RunDir) -> str | None:
     """Return the directory of the run that found the genotype of a run."""
     record = run.read()
-    if record.kind == "retrain":  # retraining it again belongs to the same search
+    if record.kind == "retrain":  # a retraining of the same genotype belongs to the same search
         return record.parent
     if record.kind == "sweep" and record.result.get("best_run_dir"):
         best = bucket.local(record.result["best_run_dir"])
@@ -413,7 +413,7 @@ def _runs(runs_dir: Path) -> Iterator[RunDir]:
 def _name(run: RunDir) -> str:
     try:
         return run.read().name
-    except CheckpointError:  # a broken run must not prevent that another one is found
+    except CheckpointError:  # a broken run must not prevent finding another one
         return run.path.name
 
 
@@ -459,7 +459,7 @@ def _run_of_mlflow_id(run_id: str, runs: list[RunDir], tracking_uri: str | None)
         )
     try:
         tags = open_client(uri).get_run(run_id).data.tags
-    except Exception as error:  # no such run or no such server, each store in its own words
+    except Exception as error:  # stores raise many types of errors for a missing run or server
         raise ConfigError(
             f"{unknown} ({one_line(error)})",
             field=f"run {run_id}",

@@ -1,4 +1,4 @@
-"""The MLflow store: which store is used, and how processes open it without conflicts."""
+"""The MLflow store: its selection, and its use by several processes without conflicts."""
 
 import contextlib
 import errno
@@ -63,7 +63,7 @@ def public_uri(uri: str) -> str:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Return where a new experiment keeps its files: `mlartifacts` beside a SQLite file; None if a server decides.
+    """Return the artifact location of a new experiment: `mlartifacts` beside a SQLite file; None if a server decides.
 
     Example:
         >>> artifact_root("sqlite:////data/mlflow.db"), artifact_root("http://host:5000")
@@ -78,7 +78,7 @@ def open_client(uri: str, *, lock_seconds: float = 10.0) -> "MlflowClient":
 
     Args:
         uri: The store, as `store_uri` returns it.
-        lock_seconds: How long another program may lock a SQLite file.
+        lock_seconds: How long to wait if another program has locked a SQLite file.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -100,7 +100,7 @@ def open_client(uri: str, *, lock_seconds: float = 10.0) -> "MlflowClient":
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs every retry
     logging.getLogger("mlflow.store.db.utils").setLevel(
         logging.CRITICAL
-    )  # it logs the traceback of what it raises
+    )  # it logs a traceback of every error that it raises
     check_folder(uri)
     with database_lock(uri):
         _check_not_locked(sqlite_file(uri), lock_seconds)
@@ -121,8 +121,8 @@ _ADDRESSES = (
 def follow_move(uri: str, *, lock_seconds: float) -> None:
     """Correct the addresses of files in a SQLite store that was moved together with the files of its runs.
 
-    A folder of artifacts may have any name. It is recognised beside the store by the id of a run, which is part of
-    the path. Nothing changes if the folder at the old address still exists, or if there is none beside the store.
+    A folder of artifacts may have any name. The moved folder is recognised by the id of a run, which is part of its
+    path. Nothing changes if the folder at the old address still exists, or if there is none beside the store.
     """
     file = sqlite_file(uri)
     if file is None or not file.exists():
@@ -168,7 +168,7 @@ def _is_folder(address: str) -> bool:
 
 
 def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
-    """Return {old address: new address} of the folder with a run's files, if the folder is in `here` now."""
+    """Return {old address: new address} of the folder with a run's files, if the folder has moved to `here`."""
     folder = folder_of(address)
     if folder is None or run_id not in folder.parts or folder.is_dir():
         return {}
@@ -182,7 +182,7 @@ def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
 
 
 def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
-    """Return the same for an experiment without files, whose folder has our name for the folder beside the store."""
+    """Return the same for an experiment without files, whose folder is recognised by the name `ARTIFACTS`."""
     folder, new = folder_of(place), here / ARTIFACTS
     if folder is None or folder.name != ARTIFACTS or (folder.parent.is_dir() and not new.is_dir()):
         return {}
@@ -195,7 +195,7 @@ def _like(address: str, folder: Path) -> str:
 
 
 def check_folder(uri: str) -> None:
-    """Refuse a SQLite store in a folder that does not exist, because the project was moved or its name is misspelt.
+    """Reject a SQLite store whose folder does not exist, for example because the project was moved.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -205,7 +205,7 @@ def check_folder(uri: str) -> None:
 
 
 def _check_not_locked(file: Path | None, lock_seconds: float) -> None:
-    """Refuse a database that another program has locked: MLflow would retry for minutes and log every attempt.
+    """Reject a database that another program has locked, because MLflow would retry for minutes and log each try.
 
     Raises:
         sqlite3.OperationalError: "database is locked".
@@ -217,7 +217,7 @@ def _check_not_locked(file: Path | None, lock_seconds: float) -> None:
 
 @contextlib.contextmanager
 def database_lock(uri: str) -> Iterator[None]:
-    """Lock a SQLite store, which two processes that create its tables at the same time would damage."""
+    """Lock a SQLite store, because two processes that create its tables at the same time would damage it."""
     file = sqlite_file(uri)
     if file is None:
         yield
@@ -227,6 +227,6 @@ def database_lock(uri: str) -> Iterator[None]:
 
 
 def folder_is_missing(uri: str) -> bool:
-    """Return whether the folder of a SQLite store is missing. A file that is missing alone is created again."""
+    """Return whether the folder of a SQLite store is missing. If only the file is missing, it is created again."""
     file = sqlite_file(uri)
     return file is not None and not file.parent.exists()

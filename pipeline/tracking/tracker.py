@@ -1,7 +1,7 @@
 """Trackers, which mirror run directories in MLflow.
 
-A tracker has one operation, `deliver`, which brings the MLflow run up to date with the run directory. It sends only
-what the store lacks, and is safe to repeat: after every epoch, after a crash, or later from another process.
+A tracker has one operation, `deliver`, which updates the MLflow run from the run directory. It sends only what the
+store lacks, and is safe to repeat: after every epoch, after a crash, or later from another process.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a call of `deliver` sent: numbers of entries, and the names of artifacts.
+    """The result of `deliver`: numbers of entries and names of artifacts that were sent.
 
     Attributes:
         run_id, tracking_uri: The MLflow run.
@@ -78,14 +78,14 @@ class Delivery:
 
 
 class Tracker(Protocol):
-    """Mirrors a run; used by rank 0 only."""
+    """Interface that mirrors a run; only rank 0 uses it."""
 
     @property
     def run_id(self) -> str | None:
         """The id of the MLflow run, if there is one."""
 
     def deliver(self) -> bool:
-        """Bring the store up to date with the run directory; return False if the store is unreachable."""
+        """Update the store from the run directory; return False if the store is unreachable."""
 
 
 class NullTracker:
@@ -142,14 +142,14 @@ class MLflowTracker:
 
     Args:
         run_dir: The run directory; it must have a `run.json` when `deliver` is called.
-        tracking_uri: See `store_uri`; None keeps the store that has the run already.
+        tracking_uri: See `store_uri`; None selects the store that has the run already.
         experiment: Name of the experiment in which a new MLflow run is created.
         models: Whether a trained network is logged and registered.
         registered_model: Name in the model registry under which a trained network gets a version; None means
             `istanas-` and the label of the data set.
         load_network: Loads the network in eval mode and example pictures (2, C, H, W) from a run directory; by
             default `pipeline.runs.network_files.load_network`.
-        notices: Warnings that were given already.
+        notices: Warnings that were logged already.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class MLflowTracker:
         return self._link.run_id if self._link else None
 
     def deliver(self) -> bool:
-        """Bring the store up to date with the run directory; safe to call repeatedly.
+        """Update the store from the run directory; safe to call repeatedly.
 
         Returns:
             False if the store is unreachable. This is reported once per process, and the store is tried again at most
@@ -321,7 +321,7 @@ class MLflowTracker:
         return len(tags)
 
     def _parent_id(self, client: "MlflowClient", parent: str | None) -> str | None:
-        """Return the MLflow run of the parent's run directory, and deliver that run if it is not in the store yet."""
+        """Deliver the parent's run directory, and return the id of its MLflow run; None without a usable directory."""
         if parent is None:
             return None
         given = RunDir(local(parent))
@@ -358,10 +358,10 @@ class MLflowTracker:
             for line in lines
             for name, value in line.metrics.items()
         }
-        if not known:  # a killed process may have sent more than it has noted, or than is in the file now
+        if not known:  # a killed process may have sent more metrics than the link or the file has
             history = (m for name in run.data.metrics for m in client.get_metric_history(run_id, name))
             self._in_store = {(metric.key, metric.step) for metric in history}
-        # A resumed run measures some epochs again; the values in the store stay.
+        # A resumed run measures some epochs again; the values in the store are kept.
         new = [value for key, value in values.items() if key not in self._in_store]
         for start in range(0, len(new), CHUNK_METRICS):
             client.log_batch(run_id, metrics=new[start : start + CHUNK_METRICS], synchronous=True)
@@ -383,7 +383,7 @@ class MLflowTracker:
         missing: list[str] = []
         for name in record.artifacts:
             file = self.run_dir.path / name
-            # Files outside of the run directory, to which a link or a name may lead, are not sent.
+            # Files outside of the run directory, to which a link or a name may point, are not sent.
             if not file.is_file() or not file.resolve().is_relative_to(self.run_dir.path.resolve()):
                 missing.append(name)
                 continue
@@ -436,7 +436,7 @@ class MLflowTracker:
 
 
 def _check_artifact_folder(client: "MlflowClient", run_id: str, here: Path) -> None:
-    """Refuse to write artifacts to a folder that has gone, which MLflow would create again.
+    """Reject a folder of artifacts that no longer exists, because MLflow would create it again.
 
     Args:
         client: A client of the store.
@@ -515,7 +515,7 @@ def _commit_tag(run_dir: RunDir) -> dict[str, str]:
 def _send_params(client: "MlflowClient", run: "Run", record: RunRecord) -> int:
     from mlflow.entities import Param
 
-    # Only new ones, because MLflow refuses to change a parameter.
+    # Only new parameters, because MLflow does not change existing ones.
     new = [Param(name, str(value)) for name, value in record.params.items() if name not in run.data.params]
     for start in range(0, len(new), CHUNK_PARAMS):
         client.log_batch(run.info.run_id, params=new[start : start + CHUNK_PARAMS], synchronous=True)

@@ -1,4 +1,4 @@
-"""MLflow's user interface on a local store, served by a child process until Ctrl-C."""
+"""MLflow's user interface for a local store, served by a child process until Ctrl-C."""
 
 import contextlib
 import logging
@@ -36,7 +36,7 @@ Announce = Callable[[str, str, str | None], None]  # (address, store, address of
 
 
 def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None:
-    """Print the address of the pages: those of a server that is its own store, or of ours."""
+    """Print the address of the user interface, served by the store itself or by this command."""
     note = "it runs already" if address == store else f"store {store}; Ctrl-C ends it"
     lines = [f"MLflow: {address} ({note})"]
     if newest_run is not None:
@@ -45,7 +45,7 @@ def announce_on_stdout(address: str, store: str, newest_run: str | None) -> None
 
 
 def table_of_runs(run_page: str) -> str:
-    """Return the address of an experiment's table of runs, given the page of one run.
+    """Return the address of an experiment's table of runs, given the address of a run's page.
 
     Example:
         >>> table_of_runs("http://here/#/experiments/1/runs/ab?workflowType=machine_learning")
@@ -56,11 +56,11 @@ def table_of_runs(run_page: str) -> str:
 
 
 def newest_run(uri: str, address: str) -> str | None:
-    """Return the page of the newest run of all experiments; None if there is none, or the store does not answer.
+    """Return the address of the newest run's page; None if there is no run, or the store does not answer.
 
     Args:
         uri: The store, as `pipeline.tracking.store.store_uri` returns it; a missing SQLite file is not created.
-        address: The address of its pages.
+        address: The address of the user interface.
     """
     if not store_exists(uri):
         return None
@@ -93,10 +93,10 @@ def serve_ui(
     """Serve MLflow's user interface until Ctrl-C or SIGTERM.
 
     Args:
-        tracking_uri: See `pipeline.tracking.store.store_uri`; the interface of a server is only announced.
-        host: The interface to listen on; the default is reachable from this machine only.
+        tracking_uri: See `pipeline.tracking.store.store_uri`; the user interface of a server is only announced.
+        host: The network interface to listen on; the default is reachable from this machine only.
         port: The first port to try, 1..65535; the next free port is taken if it is in use.
-        announce: Called with the address of the pages, the store, and the newest run's page, once they answer.
+        announce: Called with the addresses of the user interface, the store and the newest run when the server answers.
 
     Returns:
         The exit code: 0 after Ctrl-C.
@@ -146,12 +146,12 @@ def free_port(host: str, port: int, tries: int = 100) -> int:
     """Return the first unused port from `port` on.
 
     Args:
-        host: The interface.
+        host: The network interface.
         port: The first port to try, 1..65535.
         tries: How many ports to try, >= 1.
 
     Raises:
-        ConfigError: no port is free, the number is out of range, or the host is not an interface of this machine.
+        ConfigError: no port is free, the number is out of range, or this machine has no such network interface.
 
     Example:
         >>> with socket.socket() as taken:
@@ -220,8 +220,8 @@ def _server(uri: str, host: str, port: int, log: IO[str]) -> Iterator[subprocess
 
 
 def _stop(server: "subprocess.Popen[str]") -> None:
-    # The whole group, because MLflow starts the web server as a child process. SIGKILL is always sent: it ends
-    # children that outlived the leader, and has no effect on an empty group.
+    # The whole group, because MLflow starts the web server as a child process. SIGKILL is always sent: it terminates
+    # children that are still running after the server has exited, and has no effect on an empty group.
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, how)
