@@ -24,13 +24,13 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def find_address(address: str | None) -> str | None:
-    """Return the cluster's address: as given, from RAY_ADDRESS, or, for "auto", of the newest cluster on this machine.
+    """Return the cluster's address: as given, from RAY_ADDRESS, or, for "auto", that of the newest cluster here.
 
     Returns:
         HOST:PORT, or None to start Ray on this machine. "auto" is returned if Ray itself has to find the cluster.
 
     Raises:
-        ConfigError: It is an address for Ray Client (ray://), which is not supported.
+        ConfigError: The address is for Ray Client (ray://), which is not supported.
 
     Example:
         >>> find_address("local"), find_address("head:6379")
@@ -54,7 +54,7 @@ def find_address(address: str | None) -> str | None:
 
 
 def from_environment(address: str | None) -> bool:
-    """Return whether the user's RAY_ADDRESS sets an address. In a submitted job, Ray sets the variable instead."""
+    """Return whether an address comes from the user's RAY_ADDRESS. In a submitted job, Ray itself sets RAY_ADDRESS."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return bool(address) and address == os.environ.get(RAY_ADDRESS) and not submitted
 
@@ -78,7 +78,7 @@ def address_error(address: str, problem: str, remedy: str) -> IstanasError:
 
 
 def check_address(address: str) -> None:
-    """Reject an address at which no process listens: Ray would try to connect for minutes.
+    """Reject an address at which no process listens, because Ray would try to connect for minutes.
 
     Raises:
         IstanasError: No process listens there, or the job server's address was given.
@@ -99,9 +99,9 @@ def check_address(address: str) -> None:
 
 
 def ask_ray(address: str | None, seconds: float = SECONDS_TO_ANSWER) -> Callable[[], None]:
-    """Start to ask whether Ray listens at an address. Call the result to wait for the answer.
+    """Start a check whether Ray listens at an address. Call the result to wait for the answer.
 
-    A process of its own asks, because Ray's client tries to connect for minutes and can't be stopped.
+    The check runs in a separate process, because Ray's client tries to connect for minutes and can't be stopped.
 
     Args:
         address: The address as `find_address` returns it.
@@ -145,7 +145,7 @@ def is_loopback_only(address: str) -> bool:
     own = [a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == socket.AF_INET]
     for other in own:
         if not other.startswith("127."):
-            with contextlib.suppress(OSError):  # A refused connection is what a loopback-only cluster gives.
+            with contextlib.suppress(OSError):  # A loopback-only cluster refuses the connection.
                 socket.create_connection((other, int(port)), timeout=2).close()
                 return False
     return True

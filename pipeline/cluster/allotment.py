@@ -40,7 +40,7 @@ class Allotment:
 
 
 def workers_in_sum(free: dict[str, float], allotment: Allotment) -> int:
-    """Return the number of workers that free resources are enough for, ignoring how nodes divide them."""
+    """Return the number of workers that fit into the sum of free resources, ignoring their division into nodes."""
     return min(int(free.get(name, 0) // each) for name, each in allotment.bundle.items())
 
 
@@ -67,9 +67,9 @@ def allotment(settings: RuntimeSettings, nodes: Sequence[Node], *, may_come: boo
 
 
 def check_machine(settings: RuntimeSettings) -> None:
-    """Reject workers that exceed this machine before Ray starts here: waiting for them would not help.
+    """Reject more workers than this machine can ever run, before Ray starts and waits for them.
 
-    At most two workers share a core. With `runtime.threads`, threads may not exceed the cores.
+    At most two workers share a core. With `runtime.threads`, the threads may not exceed the cores.
 
     Raises:
         IstanasError: This machine is too small.
@@ -106,11 +106,11 @@ def cluster_nodes() -> list[Node]:
 
 
 def describe_workers(number: int, allotment: Allotment) -> str:
-    """Return the resources of so many workers in words."""
+    """Describe the resources of a number of workers."""
     each = f"{count(allotment.threads, 'core')}{' and 1 GPU' if allotment.gpu else ''}"
     return f"{count(number, 'worker')} of {each}"
 
 
 def cores_and_gpus(free: dict[str, float]) -> str:
-    """Return resources, by Ray's names, in words."""
+    """Describe the cores and GPUs in resources by Ray's names."""
     return f"{count(int(free.get('CPU', 0)), 'core')}, {count(int(free.get('GPU', 0)), 'GPU')}"

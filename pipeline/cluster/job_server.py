@@ -1,9 +1,9 @@
 """Ray's job server at an address: submit, list, follow and stop jobs, with one-line errors.
 
-Jobs are handled by Ray's own `JobSubmissionClient`. Only the first request and the search for the token are ours (as
-measured with Ray 2.60): the client has no time limit and waits for ever for a server that accepts connections but does
-not answer; it sends the token to any server; and it finds the token only if RAY_AUTH_MODE was set before Ray was
-imported, without checking that a header can hold it.
+Ray's own `JobSubmissionClient` handles jobs. This module sends the first request and finds the token itself, because of
+three limitations of the client in Ray 2.60. It has no timeout, and waits forever for a server that accepts connections
+but does not answer. It sends the token to any server. It finds the token only if RAY_AUTH_MODE was set before Ray was
+imported, and does not check that a header can hold the token.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECONDS_WITHOUT_ANSWER = 60.0  # A server that does not answer for this long cou
 # After this time without a line, the log is requested again: connections break unnoticed when a laptop sleeps.
 SECONDS_OF_SILENCE = 120.0
 SECONDS_TO_STOP = 60  # Time that a terminated job has before Ray kills it; Ray's default is 3.
-# Names of jobs. The client does not quote them: other characters would change the address of a request.
+# Names of jobs. The client does not quote names, so other characters would change the address of a request.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 STOPPED = "STOPPED"
 ENDED = (STOPPED, "SUCCEEDED", "FAILED")
@@ -151,7 +151,7 @@ class JobServer:
     def follow(self, job_id: str, write: Write) -> Job:
         """Write a job's log, from its beginning and as it grows, until the job has ended.
 
-        A broken connection is replaced.
+        The connection is opened again if it breaks.
 
         Args:
             job_id: The job.
@@ -219,7 +219,7 @@ class JobServer:
         """Stop a job, and wait until it has ended.
 
         Returns:
-            The job, and whether it was stopped rather than had ended by itself.
+            The job, and whether it was stopped; False if it had ended by itself.
 
         Raises:
             IstanasError: The job does not end.
@@ -242,7 +242,7 @@ class JobServer:
     def _authentication(self) -> dict[str, str]:
         """Return the headers of requests, after the server has answered as Ray's job server does.
 
-        The token is sent only to a server that requests it in Ray's words, not to any mistyped address.
+        The token is sent only to a server that requests it with Ray's message, never to any mistyped address.
         """
         answer = self._request_version({})
         headers: dict[str, str] = {}
@@ -287,7 +287,7 @@ class JobServer:
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
-        """Inside, raise the client's errors as ours. An impossible name of a job is rejected without a request."""
+        """Convert the client's errors within the context to ours. An invalid job name is rejected without a request."""
         import requests
 
         unknown = ConfigError(
@@ -318,7 +318,7 @@ def job_address(text: str) -> str:
     """Return the address of a dashboard, with its scheme.
 
     Raises:
-        ConfigError: It is no such address.
+        ConfigError: The text is no such address.
 
     Example:
         >>> job_address("head:8265"), job_address("https://head/ray/")
@@ -390,7 +390,7 @@ def _job(details: Any) -> Job:
 
 @contextmanager
 def _hidden_addresses() -> Iterator[None]:
-    """Inside, hide the addresses of the environment: Ray's client prefers them to its argument."""
+    """Within the context, hide address variables of the environment, which Ray's client prefers to its argument."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

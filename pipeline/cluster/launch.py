@@ -1,8 +1,8 @@
 """Execution of a job's worker function: in this process, or on Ray Train's workers, which report to this process.
 
 Workers need no shared disk and no MLflow: rank 0 sends every checkpoint and every metric to a mailbox (a small actor
-next to this process), and this process writes them to the run directory. Only one process ever writes there, and
-no dying worker leaves a half-written file.
+next to this process), and this process writes them to the run directory. Since no other process writes there, a
+worker that dies leaves no incomplete file.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def run_job(
 
 
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Start or join Ray, run the pre-flight checks, and wait for room, if the job has workers.
+    """Start or join Ray, run the pre-flight checks, and wait for free resources, if the job has workers.
 
     A failure leaves nothing behind.
 
     Raises:
-        IstanasError: Ray does not answer at the address, a check failed, or there was no room in time.
+        IstanasError: Ray does not answer at the address, a check failed, or the resources were not free in time.
     """
     if config.runtime.worker_range.maximum == 0:
         return
@@ -97,7 +97,7 @@ def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callab
             there = sum(node.gpus for node in cluster_nodes())
             check_gpus(allotment.workers.minimum, there, config.runtime.wait_minutes, say)
     runtime.wait(allotment, say)
-    if runtime.joined:  # nodes that were added meanwhile
+    if runtime.joined:  # checks nodes that were added meanwhile
         check_nodes(config, say, trials=False, known=runtime.examined)
 
 
@@ -118,9 +118,9 @@ class _RayJob:
         self._folder, self._runtime, self._arguments = store.folder, runtime, arguments
         self._epochs = config.retrain.epochs if job == "retrain" else config.search.max_epochs
         self._progress = Progress()
-        self._reservation = ""  # the placement group of the present workers
-        self._stuck_at = float("inf")  # time at which the job counts as stuck, unless workers start before
-        # Counts lost controllers, and lost workers of elastic jobs. Ray Train counts those of other jobs.
+        self._reservation = ""  # the placement group of the current workers
+        self._stuck_at = float("inf")  # time at which the job counts as stuck, unless workers start earlier
+        # Counts lost controllers, and lost workers of elastic jobs. Ray Train counts lost workers of other jobs.
         self._failures_left = config.runtime.max_failures
         self._ended = ""  # how the last group of workers ended: "finished", or "made room" for a larger group
 
@@ -170,7 +170,7 @@ class _RayJob:
                 break
             if time.monotonic() > self._stuck_at:
                 raise self._failed(f"no worker has started for {self._patience() / 60:.0f} minutes")
-        if self._ended:  # What happened to Ray's processes afterwards does not matter.
+        if self._ended:  # Later errors of Ray's processes do not matter.
             return
         if isinstance(fit.error, ray.exceptions.RayActorError) and self._failures_left > 0:
             self._failures_left -= 1
@@ -195,7 +195,7 @@ class _RayJob:
         )
 
     def _number_of_workers(self, allotment: Allotment) -> int | tuple[int, int]:
-        """Return the number of workers to start: for an elastic job, as many as fit, once the minimum does."""
+        """Return the number of workers to start; an elastic job waits for its minimum and takes all that fit."""
         workers = allotment.workers
         if not workers.elastic:
             return workers.maximum
@@ -203,8 +203,8 @@ class _RayJob:
         self._runtime.wait(allotment, self._observer.note)
         self._stuck_at += time.monotonic() - began
         number = self._runtime.room(allotment)
-        # With the range, Ray Train requests the maximum, so that an autoscaling cluster grows. But it counts resources
-        # of other jobs as free, and gets a plain number if there are other jobs.
+        # With the range, Ray Train requests the maximum, so that an autoscaling cluster grows. But Ray Train counts
+        # resources of other jobs as free, so it gets a single number if there are other jobs.
         alone = number >= self._runtime.capacity(allotment)
         return (workers.minimum, workers.maximum) if alone else number
 
@@ -214,7 +214,7 @@ class _RayJob:
 
         if not isinstance(error, TrainingFailedError):
             return False
-        if not isinstance(error, WorkerGroupError):  # `_make_loss_callback` has reported that one.
+        if not isinstance(error, WorkerGroupError):  # `_make_loss_callback` has reported that error.
             what = str(error.controller_failure if isinstance(error, ControllerError) else error)
             reason = " ".join(what.split()).partition(". ")[0]
             self._observer.note(f"the workers ended, or did not start ({reason:.200}): starting them again")
@@ -291,9 +291,10 @@ def _trainer(
     mailbox: Any,
     folder: Path,
 ) -> Any:
-    """Return Ray Train's trainer of a job. Its storage is not needed again, because we write the checkpoints.
+    """Return Ray Train's trainer of a job. Its storage is not read again, because this module stores the checkpoints.
 
-    The trainer of an elastic job does not restart workers: the caller counts how many fit, and creates another one.
+    The trainer of an elastic job does not restart workers: the caller counts how many fit, and creates another
+    trainer.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -311,7 +312,7 @@ def _trainer(
         "num_workers": number,
         "use_gpu": allotment.gpu,
         "resources_per_worker": allotment.bundle,
-        # Ray would resize the group within an epoch. We end the workers between epochs instead.
+        # Ray would resize the group within an epoch. This module ends the workers between epochs instead.
         "elastic_resize_monitor_interval_s": 1e9,
     }
     return TorchTrainer(
@@ -337,7 +338,7 @@ def _on_workers(config: Config, allotment: Allotment) -> Config:
 
 
 def with_absolute_paths(data: DataSettings) -> DataSettings:
-    """Return the settings with absolute paths, which hold in any working directory."""
+    """Return the settings with absolute paths, which are valid in any working directory."""
     paths = {key: getattr(data, key) for key in ("root", "cache_dir")}
     return data.model_copy(
         update={key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
@@ -362,7 +363,7 @@ def _make_loss_callback(mailbox: Any) -> Any:
 class _Reporter:
     """The store and observer of rank 0 on a Ray worker, which sends everything to the mailbox.
 
-    Each call waits for the one before: an asynchronous actor may execute two calls of one caller in any order.
+    Each call waits for the previous one, because an asynchronous actor may execute calls in any order.
     """
 
     mailbox: Any

@@ -24,23 +24,23 @@ SECONDS_TO_UNWIND = (
 
 
 class _ClusterLost(KeyboardInterrupt):
-    """Interrupts the main thread in any library: none of them handles a KeyboardInterrupt as its own error."""
+    """Interrupts the main thread in any library, because libraries do not handle a KeyboardInterrupt."""
 
 
 @contextlib.contextmanager
 def watch_cluster(
     job: str, logs: Path, head: str, seconds: float, *, seconds_to_unwind: float = SECONDS_TO_UNWIND
 ) -> Iterator[None]:
-    """Inside, interrupt the main thread if the cluster's head is lost, before Ray ends the process without a message.
+    """Interrupt the main thread within the context if the cluster's head is lost, before Ray exits without a message.
 
-    Outside the main thread, the only one that can be interrupted, it does nothing.
+    In other threads, which cannot be interrupted, this does nothing.
 
     Args:
         job: The name of the job, for the message.
         logs: The folder of Ray's logs, for the message.
         head: HOST:PORT of the cluster's head.
-        seconds: The head counts as lost after this time without an answer.
-        seconds_to_unwind: The process exits if the interrupted thread takes longer than this.
+        seconds: The time without an answer after which the head counts as lost.
+        seconds_to_unwind: The time to end the interrupted thread, after which the process exits.
 
     Raises:
         IstanasError: The cluster was lost.
@@ -88,7 +88,7 @@ def watch_cluster(
 
 
 def _exit_process(message: str) -> NoReturn:
-    """Exit with a message: the main thread hangs in a call of Ray, which later ends the process without one."""
+    """Exit with a message, because the main thread hangs in a call of Ray, which would end the process without one."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # The progress bar hides it.
     try:
         os.write(2, f"{show_cursor}\nerror: {message}\n".encode(errors="replace"))

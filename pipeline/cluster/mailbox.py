@@ -1,6 +1,6 @@
-"""The actor between Ray Train's workers and the process that started them: new events, and the newest checkpoint.
+"""The actor that passes events and checkpoints between Ray Train's workers and the process that started them.
 
-It has a process of its own. To keep that process small, this module imports nothing large.
+The actor runs in its own process. To keep that process small, this module imports no large packages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pre-flight checks of a job on a cluster: storage, data, versions, MLflow's store and GPUs, one line each.
 
-Mistakes that a node would otherwise report hours later stop the job before it queues.
+The checks find mistakes before the job is queued, which a node would otherwise report hours later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.config.schema import Config, DataSettings
 from pipeline.runs.bucket import local
 from pipeline.tracking.store import public_uri, store_uri
 
-# The modules that run on the nodes. They are sent as code, because a node may lack this project, and must report that.
+# Modules that run on the nodes. They are sent as code, so that a node that lacks this project can report that.
 SENT_AS_CODE = (probe, servers)
 # A node may have to start a process first, and to fetch the files of a submitted job.
 SECONDS_TO_ANSWER = 60.0
@@ -63,7 +63,7 @@ def check_nodes(
         config: The job's configuration.
         say: Receives one line for each passed check.
         trials: Whether the nodes write to runs and to the store themselves, as trials of a sweep do.
-        known: Ids of nodes that were checked before and are skipped. The nodes checked now are added.
+        known: Ids of nodes that were checked before, which are skipped. Ids of newly checked nodes are added.
         seconds: The longest time to wait for a node's answer.
 
     Raises:
@@ -90,7 +90,7 @@ def check_nodes(
         blind = _blind(question, nodes, marks, answers)
     finally:
         _delete_marks(question, ["", *marks])
-    passed = (  # All checks come before the first line: a failure prints one line only.
+    passed = (  # All checks run before the first line is printed, so that a failure prints one line only.
         _check_versions(nodes, answers, here),
         _check_storage(nodes, blind, store_setting),
         _check_data(nodes, answers, here, question),
@@ -102,7 +102,7 @@ def check_nodes(
 
 
 def check_gpus(requested: int, there: int, wait_minutes: float, say: Say) -> None:
-    """Report whether the cluster has the requested GPUs, or the job waits for them.
+    """Report how many of the requested GPUs the cluster has, and whether the job waits for the others.
 
     Args:
         requested: The number of GPUs that the job needs.
@@ -184,7 +184,7 @@ def store_folder(store: str) -> str | None:
 
 
 def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
-    """Return the folder of the pictures on every node, and the parts of it that matter; see `Question`."""
+    """Return the folder of the pictures on every node, and the parts of it to compare; see `Question`."""
     if data.name not in FILES or data.download:  # part of a package, or downloaded by each node
         return None, ()
     if data.root is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.base.servers import unreachable
 
 OURS = ("istanas", "pipeline")
-MOST_FILES = 2000  # of a data set, which may have millions, on a network disk
+MOST_FILES = 2000  # read from a data set, which may have millions of files on a network disk
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Question:
         storage: Folders or URIs that must be shared. Each contains a mark, a small file named by the token.
         token: The content of the marks, and the first part of their names.
         data: The folder of the pictures; "" for torchvision's cache on the node, None for no check.
-        parts: The parts of that folder that matter.
+        parts: The parts of that folder that are compared.
         store: The address of MLflow's store that the node must reach, or None.
         store_in_environment: Whether MLFLOW_TRACKING_URI must contain that address on the node.
     """
@@ -68,10 +68,10 @@ def examine(question: dict[str, Any], mark: str) -> dict[str, Any]:
 
     Args:
         question: The fields of `Question`.
-        mark: The last part of the name of the mark that is left in the storage; "" leaves none.
+        mark: Suffix of the name of the mark to write to the storage; "" skips the check of the storage.
 
     Returns:
-        The fields of `Answer`, as plain values: the module has another name in the process that receives them.
+        The fields of `Answer` as plain values, because this module has another name in the receiving process.
     """
     asked = Question(**question)
     answer = Answer(
@@ -88,7 +88,7 @@ def examine(question: dict[str, Any], mark: str) -> dict[str, Any]:
 
 # ---------- storage
 def meet(place: str, token: str, mark: str) -> str:
-    """Read the mark of the user's process, and leave another for it to read.
+    """Read the mark of the user's process, and write another mark, which that process reads.
 
     Returns:
         The reason why that failed, or "".

@@ -12,7 +12,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-_STORES: list[Any] = []  # keeps the store of rank 0 alive until the process group has it
+_STORES: list[Any] = []  # keeps the store of rank 0 alive until the process group refers to it
 
 
 def torch_config(backend: str) -> Any:
@@ -55,7 +55,7 @@ def _listen() -> tuple[str, int]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
     port = listener.getsockname()[1]
-    # With a port only, the store would listen on every address. It now owns the socket.
+    # Without the socket, the store would listen on every address. The store owns the socket from here on.
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     _STORES.append(store)
     return host, port
@@ -72,7 +72,7 @@ def _join(backend: str, host: str, port: int, rank: int, size: int, seconds: flo
         if rank == 0
         else dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     )
-    if backend == "nccl":  # Like Ray: a rank that waits for a dead one exits.
+    if backend == "nccl":  # As in Ray: a rank that waits for a dead rank exits.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""Ray's logs: in files while Ray runs, and in the run directory when it has ended."""
+"""Ray's logs, which are written to files and moved to the run directory when Ray has ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def send_errors_to_log() -> None:
-    """Write Ray's messages about lost workers and nodes to its log: stdout is for the user, or for `--json`.
+    """Write Ray's messages about lost workers and nodes to its log, because stdout is for the user or for `--json`.
 
     Ray prints them even with `log_to_driver=False`, and has no public option to turn them off.
     """
@@ -24,7 +24,7 @@ def send_errors_to_log() -> None:
 
 
 class _Log(logging.FileHandler):
-    """A log file that stays incomplete on a full disk, without a traceback for every line."""
+    """A log handler that drops lines on a full disk, without a traceback for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         if not isinstance(sys.exc_info()[1], OSError):

@@ -64,7 +64,7 @@ Say = Callable[[str], None]
 class Runtime:
     """Ray, from its first use in a command to the end of the `with` block.
 
-    A process in which Ray is already initialized (a notebook, a trial of a sweep) keeps that Ray.
+    A process in which Ray is already initialized (a notebook, a trial of a sweep) keeps using that Ray.
 
     Args:
         settings: The address, the device and the number of workers.
@@ -104,9 +104,9 @@ class Runtime:
         if self._connected:
             import ray
 
-            ray.shutdown()  # This also ends what still runs for this process on a cluster.
+            ray.shutdown()  # This also ends everything on a cluster that still runs for this process.
         self._connected = False
-        # The logs of another command that has started in this run directory meanwhile are left to it.
+        # If another command has started in this run directory meanwhile, that command collects its logs.
         if self._logs is not None and session_of(self._logs) == self._temp_dir:
             collect_logs(self._logs)
         if self._temp_dir is not None:
@@ -114,22 +114,22 @@ class Runtime:
                 os.environ.pop("RAY_TMPDIR", None)
             else:
                 os.environ["RAY_TMPDIR"] = self._tmpdir
-            # A refused job has no run directory that `collect_logs` could have copied to.
+            # For a rejected job, which has no run directory, `collect_logs` has not deleted it.
             shutil.rmtree(self._temp_dir, ignore_errors=True)
 
     def start(self, run_dir: Path, *, dashboard: bool = False, say: Say | None = None) -> None:
-        """Start or join Ray, unless that has been done.
+        """Start or join Ray, unless this was done already.
 
         Args:
             run_dir: The run directory of the job, which receives Ray's logs.
             dashboard: Start Ray's dashboard, on 127.0.0.1. Ray Train asks it which jobs are alive, to release the
-                resources of workers whose job was stopped from outside. It takes some seconds, and memory.
-            say: Receives a line if the workers' place is set by RAY_ADDRESS alone.
+                resources of workers whose job was stopped from outside. The dashboard takes some seconds, and memory.
+            say: Receives a line if only RAY_ADDRESS determines where the workers run.
 
         Raises:
             IstanasError: Ray does not answer at the address, or this machine is too small for the workers.
         """
-        if self._connected:  # for another run of this command
+        if self._connected:  # by another run of this command
             self._release_leftovers(run_dir / LOG_FOLDER)
             return
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -143,33 +143,33 @@ class Runtime:
         else:
             check_address(self._address)
         if self._address is None or is_loopback_only(self._address):
-            # Every port of a Ray that is started here listens on 127.0.0.1 only, and a cluster that does so is found
-            # there; otherwise Ray takes 127.0.0.1 for the machine's outer address.
+            # A Ray that is started here listens on 127.0.0.1 only. To join a cluster that does so, this process needs
+            # the same setting; otherwise Ray replaces 127.0.0.1 by the machine's external address.
             os.environ.update({**LOOPBACK_ONLY, **os.environ})
-        # The end of workers is noticed within this time.
+        # Ray Train notices the end of workers within this time.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-        # The import of Ray takes seconds, in which the answer arrives.
+        # Importing Ray takes seconds, during which the answer arrives.
         wait_for_answer = ask_ray(self._address)
         import ray
         from ray._private import ray_constants
 
-        # Ray reads the variable when it is imported, which a sweep has done earlier.
+        # Ray reads the variable when it is imported, and a sweep has imported Ray earlier.
         ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR) != "0"
 
         wait_for_answer()
         self._logs = run_dir / LOG_FOLDER
-        collect_logs(self._logs)  # of a run that was killed
+        collect_logs(self._logs)  # left by a killed run
         log_to(self._logs / "driver.log")
         options: dict[str, Any] = {"log_to_driver": False}
         if self._address is None:
-            # Not in the run directory: it may lie on a shared disk, where Unix sockets do not always work.
+            # Not in the run directory, which may lie on a shared disk, where Unix sockets do not always work.
             short = short_temporary_folder(RAY_SOCKET_PATH)
             self._temp_dir = Path(tempfile.mkdtemp(prefix="istanas-", dir=short))
             (self._logs / "session").symlink_to(self._temp_dir)  # before Ray starts, in case of a kill
             # Ray's processes look for their cluster's address in this folder, see below.
             os.environ["RAY_TMPDIR"] = str(self._temp_dir)
-            # Nobody preempts this machine or reads Ray's metrics: collectors would only slow down the workers.
+            # This machine is not preempted, and Ray's metrics are not read: collectors would only slow down workers.
             os.environ.update({**NO_COLLECTORS, **os.environ})
             cores = max(usable_cores(), self._settings.worker_range.minimum)
             options |= {"address": "local", "include_dashboard": dashboard, "_temp_dir": str(self._temp_dir)}
@@ -182,7 +182,7 @@ class Runtime:
                 ray.init(**options)
                 self._connected = True
                 if self._temp_dir is not None:
-                    # Without the file, they join any Ray of this machine, or none if there are several.
+                    # Without this file, Ray's processes join any Ray of this machine, or none if there are several.
                     current = self._temp_dir / "ray" / "ray_current_cluster"
                     current.parent.mkdir(exist_ok=True)
                     current.write_text(ray.get_runtime_context().gcs_address)
@@ -200,7 +200,7 @@ class Runtime:
 
     @property
     def address_from_environment(self) -> str | None:
-        """The cluster's address if only the user's RAY_ADDRESS sends the job there, otherwise None."""
+        """The cluster's address if only the user's RAY_ADDRESS selects that cluster, otherwise None."""
         given = self._settings.address not in (None, "auto")
         return self._address if not given and from_environment(self._address) else None
 
@@ -210,7 +210,7 @@ class Runtime:
         return self._connected and self._address is not None
 
     def nodes(self, run_dir: Path, say: Say) -> list[Node]:
-        """Return the nodes of the cluster, which is joined, or, without an address, this machine.
+        """Join the cluster and return its nodes; without an address, return this machine.
 
         Args:
             run_dir, say: See `start`.
@@ -224,7 +224,7 @@ class Runtime:
         return cluster_nodes()
 
     def allot(self) -> Allotment:
-        """Divide what the cluster has now among the workers.
+        """Divide the current resources of the cluster among the workers.
 
         Raises:
             ConfigError: The cluster has no device of the requested kind.
@@ -241,7 +241,7 @@ class Runtime:
             say: Receives one line that says what is missing.
 
         Raises:
-            IstanasError: There was no room within `runtime.wait_minutes`.
+            IstanasError: The resources were not free within `runtime.wait_minutes`.
         """
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
@@ -268,15 +268,15 @@ class Runtime:
             remove_placement_group(group)
 
     def _release_leftovers(self, logs: Path) -> bool:
-        """Return whether a killed process of the run still held resources on this cluster, which are free now."""
-        # A Ray that is started here is new.
+        """Release what a killed process of the run still holds on this cluster; return whether there was anything."""
+        # A Ray that was started here has no leftovers.
         return self.joined and release_leftovers(logs) > 0
 
     def room(self, allotment: Allotment) -> int:
-        """Return the number of workers that would fit now, at least the minimum, which was waited for.
+        """Return the number of workers that would fit now, but at least the minimum, for which `wait` has waited.
 
-        Placement groups are tried: the sum of free cores ignores how nodes divide them, and workers that have just
-        ended release theirs a moment later.
+        This tries placement groups, because the sum of free cores ignores their division into nodes, and workers that
+        have just ended release their cores with a delay.
         """
         import ray
 
@@ -287,7 +287,7 @@ class Runtime:
         return largest(low, high, lambda n: self._fits(n, allotment, 2 * SECONDS_PER_WAIT))
 
     def capacity(self, allotment: Allotment) -> int:
-        """Return the number of workers that the nodes could hold without other jobs."""
+        """Return the number of workers that the nodes could hold if there were no other jobs."""
         there = workers_that_fit(cluster_nodes(), allotment.threads, allotment.gpu)
         return min(allotment.workers.maximum, there)
 

@@ -1,8 +1,8 @@
 """Release of the reservations (placement groups) on a cluster that a killed process of a run left behind.
 
-Ray releases what a dead job has reserved, but not what its controller reserves while the job dies: those cores would
-stay reserved as long as the cluster lives. Therefore a run directory records the Ray jobs, and their clusters, in
-which the run was executed.
+Ray releases the reservations of a dead job, except those that its controller makes while the job ends. These would
+remain until the cluster stops. Therefore, a run directory records all Ray jobs that executed the run, with their
+clusters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ JOBS_FILE = "jobs.json"  # [[session name of the cluster, Ray's job id], ...]
 
 
 def release_leftovers(logs: Path) -> int:
-    """Release what earlier processes of a run reserved on this cluster, and record the present Ray job.
+    """Release what earlier processes of a run reserved on this cluster, and record the current Ray job.
 
-    The caller must have locked the run, so that the earlier processes are certainly dead.
+    The caller must have locked the run, so that the earlier processes have certainly ended.
 
     Args:
         logs: The run's folder for Ray's logs.
@@ -43,13 +43,13 @@ def release_leftovers(logs: Path) -> int:
     for group in left:
         release(group)
     if (session, job) not in jobs:
-        here = [(s, j) for s, j in jobs if s == session]  # Jobs on other clusters are no longer of interest.
+        here = [(s, j) for s, j in jobs if s == session]  # Jobs on other clusters are no longer needed.
         atomic_write(logs / JOBS_FILE, json.dumps([*here, (session, job)]))
     return len(left)
 
 
 def release(reservation: str) -> None:
-    """Release one reservation by its hexadecimal id. A released one may be released again."""
+    """Release one reservation by its hexadecimal id. Releasing it again is safe."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 

@@ -1,4 +1,4 @@
-"""Submission of a command to a cluster's job server: checked on this machine, then shipped with the working tree.
+"""Submission of a command to a cluster's job server, with checks on this machine and the files of the working tree.
 
 The command runs on the cluster as it would here, in a copy of the working directory that Ray deletes after the job.
 Results must therefore be stored elsewhere, and files that the job would not find are rejected before the upload.
@@ -44,7 +44,7 @@ class Submission:
         options: The parsed options, by name.
         config: The configuration of the job.
         name: The name of the runs.
-        store_of_cluster: MLFLOW_TRACKING_URI is set on the cluster's nodes, and not sent.
+        store_of_cluster: Whether the cluster's nodes have MLFLOW_TRACKING_URI set, so that it is not sent.
     """
 
     job: str
@@ -137,7 +137,7 @@ def check(submission: Submission, address: str) -> None:
 
 
 def _lost_results(submission: Submission) -> list[ConfigError]:
-    """Return an error for each place of results that is deleted with the job."""
+    """Return an error for each location of results that would be deleted with the job."""
     config, problems = submission.config, []
     lost = "would be deleted with the job's working directory"
     folder = config.runtime.runs_dir
@@ -154,7 +154,7 @@ def _lost_results(submission: Submission) -> list[ConfigError]:
 
 
 def _unreachable(submission: Submission, address: str) -> list[ConfigError]:
-    """Return an error for each setting that does not hold on the cluster."""
+    """Return an error for each setting that is not valid on the cluster."""
     config, problems = submission.config, []
     if config.runtime.address is not None:
         problems.append(
@@ -190,7 +190,7 @@ def _unreachable_store(submission: Submission, address: str) -> list[ConfigError
         problem = f"{uri} would be deleted with the job's working directory"
     elif uri.startswith(("http://", "https://")):
         if not _is_url(uri):
-            problem = "not the address of a server"  # not shown, because a password in it cannot be found
+            problem = "not the address of a server"  # not shown: a password cannot be found in an invalid address
         elif is_loopback(uri) and not is_loopback(address):
             problem = f"{public_uri(uri)} is another machine on the cluster"
     if problem is None:
@@ -230,7 +230,7 @@ def _is_relative(uri: str) -> bool:
 
 
 def _exposed_passwords(submission: Submission) -> list[ConfigError]:
-    """Return an error for each password that everyone who sees the job would see."""
+    """Return an error for each password that would be visible to everyone who sees the job."""
     contains = "contains a password, and jobs show their command and environment"
     remedy = "remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes"
     problems = [
@@ -264,7 +264,7 @@ def environment(submission: Submission) -> dict[str, str]:
 
 
 def pack(submission: Submission, package: Package) -> list[str]:
-    """Add the files that the command names to the package, and return the command with their names there.
+    """Add the files that the command names to the package, and return the command with their names in it.
 
     Raises:
         ConfigError: The cluster cannot find a genotype.
@@ -283,7 +283,7 @@ def pack(submission: Submission, package: Package) -> list[str]:
 
 
 def _shipped_genotype(reference: str, config: Config, package: Package) -> str:
-    """Return the reference to a genotype that holds on the cluster; a file is added to the package."""
+    """Return a reference to the genotype that is valid on the cluster; a file is added to the package."""
     from pipeline.runs.directory import RunDir
     from pipeline.tracking.references import genotype_to_train
 
@@ -313,10 +313,10 @@ def _shipped_genotype(reference: str, config: Config, package: Package) -> str:
 
 
 def _check_settings_are_shipped(genotype: str, config: Config) -> None:
-    """Reject a genotype file that is shipped without its run, whose settings a retraining without `--config` uses.
+    """Reject a genotype file of a run for a retraining without `--config`, which would need the run's settings.
 
     Raises:
-        ConfigError: The cluster would train on the digits.
+        ConfigError: The job would use the default settings instead, which train on the digits.
     """
     from pipeline.tracking.references import resolve_origin
 

@@ -1,6 +1,6 @@
 """The files that are shipped with a submitted job: code and configurations, but no data, runs or known secrets.
 
-Ray's own packaging is not used: it follows links, and knows neither secrets nor the folders of data and runs.
+Ray's own packaging is not used, because it follows links, and does not exclude secrets, data and runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathspec.patterns.gitignore import GitIgnorePatternError
 
 from istanas.errors import ConfigError
 
-IGNORE_FILES = (".gitignore", ".rayignore")  # respected in every folder, as Ray does
+IGNORE_FILES = (".gitignore", ".rayignore")  # respected in every folder, as in Ray
 # Patterns of .gitignore: passwords, tokens, keys and licences, in any folder.
 SECRET = (
     *(
@@ -61,9 +61,9 @@ NEVER = (
     *("/data/", "/runs/", "mlruns/", "mlartifacts/", "mlflow.db*", ".submitted/"),
     *SECRET,
 )
-ADDED = ".submitted"  # the folder of files from elsewhere
+ADDED = ".submitted"  # the package's folder of files from outside the working directory
 MAX_BYTES = 100 * 1024**2  # limit of Ray's dashboard
-MAX_FILES = 50_000  # stops the search in a home folder, or any other that is no working directory
+MAX_FILES = 50_000  # stops the search if the working directory is a home folder, for example
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Package:
         return [f"{name} ({megabytes(size)})" for name, size in sizes.most_common(most)]
 
     def write(self, file: Path) -> None:
-        """Write a zip file. The same files give the same bytes, which Ray then does not upload again."""
+        """Write a zip file. The same files give the same bytes, which Ray does not upload again."""
         with zipfile.ZipFile(
             file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False
         ) as archive:  # Some files are dated before 1980.
@@ -137,7 +137,7 @@ def working_tree(folder: Path, not_shipped: Collection[Path] = (), *, max_files:
 
     Args:
         folder: The working directory.
-        not_shipped: More folders to leave out, beside those that are never shipped.
+        not_shipped: Additional folders to leave out.
         max_files: The search stops after this number of files, and `Package.check` fails.
 
     Raises:
@@ -169,7 +169,7 @@ def _portable(path: Path) -> str:
 
 
 def _ignored(file: Path) -> GitIgnoreSpec:
-    """Return the rules of a file. As in git, lines that are no patterns ignore nothing."""
+    """Return the rules of a file. As in git, invalid lines are skipped."""
     lines = []
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(GitIgnorePatternError):
@@ -179,7 +179,7 @@ def _ignored(file: Path) -> GitIgnoreSpec:
 
 
 def _leads_to_excluded(link: Path, base: Path, stay: set[Path]) -> bool:
-    """Return whether a link leads to a secret, or into data or runs."""
+    """Return whether a link points to a secret, or into data or runs."""
     target = link.resolve()
     if not stay.isdisjoint((target, *target.parents)):
         return True
@@ -205,7 +205,7 @@ def _files(
             secret = entry.is_symlink() and _leads_to_excluded(path, rules[0][0], stay)
             if entry.is_file() and not secret:  # no sockets, pipes or broken links
                 yield path
-        elif entry.is_symlink():  # Most of them lead to data.
+        elif entry.is_symlink():  # Most links to folders point to data.
             links.append(entry.path)
         else:
             yield from _files(path, rules, stay, links)
