@@ -1,4 +1,4 @@
-"""Ray's job server at an address: submit, list, follow and stop jobs, with one-line errors.
+"""Client of Ray's job server, which submits, lists, follows and stops jobs, and raises one-line errors.
 
 Ray's own `JobSubmissionClient` handles jobs. This module sends the first request and finds the token itself, because of
 three limitations of the client in Ray 2.60. It has no timeout, and waits forever for a server that accepts connections
@@ -287,7 +287,7 @@ class JobServer:
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
-        """Convert the client's errors within the context to ours. An invalid job name is rejected without a request."""
+        """Convert the client's errors to those of this project. An invalid job name is rejected without a request."""
         import requests
 
         unknown = ConfigError(
@@ -299,7 +299,7 @@ class JobServer:
             raise unknown
         try:
             yield
-        except (AttributeError, TypeError, ValueError) as error:  # The client parses any answer.
+        except (AttributeError, TypeError, ValueError) as error:  # from parsing the answer
             raise IstanasError(
                 f"{self.shown} does not answer as Ray's job server does ({one_line(error)})",
                 remedy=GIVE_DASHBOARD,
@@ -318,7 +318,7 @@ def job_address(text: str) -> str:
     """Return the address of a dashboard, with its scheme.
 
     Raises:
-        ConfigError: The text is no such address.
+        ConfigError: The text is not such an address.
 
     Example:
         >>> job_address("head:8265"), job_address("https://head/ray/")
@@ -390,7 +390,7 @@ def _job(details: Any) -> Job:
 
 @contextmanager
 def _hidden_addresses() -> Iterator[None]:
-    """Within the context, hide address variables of the environment, which Ray's client prefers to its argument."""
+    """Hide address variables of the environment, which Ray's client prefers to its argument."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

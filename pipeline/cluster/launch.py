@@ -41,7 +41,7 @@ Job = Literal["search", "retrain"]
 WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain": retrain_worker}
 
 SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
-SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive at once
+SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive immediately
 SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
 RESUMES = "run it again: the same command resumes from the last checkpoint"
 
@@ -263,7 +263,7 @@ class _RayJob:
 
 
 class _Fit:
-    """`trainer.fit` in a thread of its own, because the main thread handles events and Ctrl-C."""
+    """`trainer.fit` in a separate thread, because the main thread handles events and Ctrl-C."""
 
     def __init__(self, fit: Callable[[], Any]) -> None:
         self._fit = fit

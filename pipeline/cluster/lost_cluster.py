@@ -24,14 +24,14 @@ SECONDS_TO_UNWIND = (
 
 
 class _ClusterLost(KeyboardInterrupt):
-    """Interrupts the main thread in any library, because libraries do not handle a KeyboardInterrupt."""
+    """Interruption of the main thread, which libraries do not handle because it is a KeyboardInterrupt."""
 
 
 @contextlib.contextmanager
 def watch_cluster(
     job: str, logs: Path, head: str, seconds: float, *, seconds_to_unwind: float = SECONDS_TO_UNWIND
 ) -> Iterator[None]:
-    """Interrupt the main thread within the context if the cluster's head is lost, before Ray exits without a message.
+    """Interrupt the main thread if the cluster's head is lost, before Ray ends the process without a message.
 
     In other threads, which cannot be interrupted, this does nothing.
 
@@ -40,7 +40,7 @@ def watch_cluster(
         logs: The folder of Ray's logs, for the message.
         head: HOST:PORT of the cluster's head.
         seconds: The time without an answer after which the head counts as lost.
-        seconds_to_unwind: The time to end the interrupted thread, after which the process exits.
+        seconds_to_unwind: The time that the interrupted thread may take, after which the process exits.
 
     Raises:
         IstanasError: The cluster was lost.

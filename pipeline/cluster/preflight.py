@@ -1,6 +1,6 @@
 """Pre-flight checks of a job on a cluster: storage, data, versions, MLflow's store and GPUs, one line each.
 
-The checks find mistakes before the job is queued, which a node would otherwise report hours later.
+The checks report mistakes before the job is queued. Otherwise, a node would report them hours later.
 """
 
 from __future__ import annotations

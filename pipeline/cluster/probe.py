@@ -1,7 +1,7 @@
 """The part of the pre-flight checks that runs on a node: storage, data, versions, and MLflow's store.
 
-It is sent to the nodes as code, because they may lack this project. It therefore uses the standard library only, and
-pyarrow (a part of Ray's installation) for storage that is not a folder.
+This module is sent to the nodes as code, because they may lack this project. It therefore uses only the standard
+library, and pyarrow (a part of Ray's installation) for storage that is not a folder.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def write_mark(place: str, name: str, text: str) -> None:
     """Write a small file in a folder or under a URI that pyarrow supports (s3://, gs://, file://).
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     if "://" not in place:
         Path(place, _file_name(name)).write_text(text)
@@ -117,10 +117,10 @@ def write_mark(place: str, name: str, text: str) -> None:
 
 
 def read_mark(place: str, name: str) -> str:
-    """Return the content of a file of `write_mark`.
+    """Return the content of a file that `write_mark` wrote.
 
     Raises:
-        OSError: There is none.
+        OSError: There is no such file.
     """
     if "://" not in place:
         return Path(place, _file_name(name)).read_text()
@@ -131,7 +131,7 @@ def read_mark(place: str, name: str) -> str:
 
 
 def delete_mark(place: str, name: str) -> None:
-    """Delete a file of `write_mark`, if there is one."""
+    """Delete a file that `write_mark` wrote, if it exists."""
     if "://" not in place:
         Path(place, _file_name(name)).unlink(missing_ok=True)
         return
@@ -156,7 +156,7 @@ def _remote(place: str, name: str) -> tuple[Any, str]:
 
 # ---------- versions
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of Python (3.11) and the packages, without build tags such as +cu130."""
+    """Return the versions of Python (such as 3.11) and the packages, without build tags such as +cu130."""
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in packages:
         try:

@@ -48,7 +48,7 @@ from pipeline.config.workers import Node, largest, workers_that_fit
 from pipeline.runs.layout import LOG_FOLDER
 
 SECONDS_BEFORE_MESSAGE = 3.0
-# Timeouts of `PlacementGroup.wait` are whole seconds: Ray truncates fractions, and would not wait at all.
+# Timeouts of `PlacementGroup.wait` must be whole seconds, because Ray truncates fractions.
 SECONDS_PER_WAIT = 1
 SECONDS_TO_RELEASE = 5  # Ended workers may hold their resources for this long.
 NO_COLLECTORS = {
@@ -88,7 +88,7 @@ class Runtime:
         return find_address(self._settings.address)
 
     def check_address(self) -> None:
-        """Reject an address that Ray cannot use, before any work.
+        """Reject an address that Ray cannot use, before any work starts.
 
         Raises:
             ConfigError: See `find_address`.

@@ -1,7 +1,7 @@
 """Release of the reservations (placement groups) on a cluster that a killed process of a run left behind.
 
 Ray releases the reservations of a dead job, except those that its controller makes while the job ends. These would
-remain until the cluster stops. Therefore, a run directory records all Ray jobs that executed the run, with their
+remain until the cluster stops. Therefore, a run directory records the Ray jobs that executed the run, with their
 clusters.
 """
 

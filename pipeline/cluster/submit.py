@@ -36,7 +36,7 @@ SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCE
 
 @dataclass(frozen=True)
 class Submission:
-    """A command to submit, parsed.
+    """A parsed command to submit.
 
     Args:
         job: search, retrain, run or sweep.
@@ -74,7 +74,7 @@ def submit(submission: Submission, address: str, job_id: str | None, say: Write)
         The server, and the job's name.
 
     Raises:
-        ConfigError: One line per mistake; nothing was uploaded.
+        ConfigError: The command has mistakes, listed one per line; nothing was uploaded.
         IstanasError: The server rejects the job.
     """
     check(submission, address)
@@ -112,7 +112,7 @@ def check(submission: Submission, address: str) -> None:
     """Reject a command that would fail on the cluster or lose its results there, as far as this machine can tell.
 
     Raises:
-        ConfigError: One line per mistake.
+        ConfigError: The command has mistakes, listed one per line.
     """
     config = submission.config
     if submission.options.get("dry_run"):
@@ -190,7 +190,7 @@ def _unreachable_store(submission: Submission, address: str) -> list[ConfigError
         problem = f"{uri} would be deleted with the job's working directory"
     elif uri.startswith(("http://", "https://")):
         if not _is_url(uri):
-            problem = "not the address of a server"  # not shown: a password cannot be found in an invalid address
+            problem = "not the address of a server"  # not shown, because it may contain a password
         elif is_loopback(uri) and not is_loopback(address):
             problem = f"{public_uri(uri)} is another machine on the cluster"
     if problem is None:
@@ -264,7 +264,7 @@ def environment(submission: Submission) -> dict[str, str]:
 
 
 def pack(submission: Submission, package: Package) -> list[str]:
-    """Add the files that the command names to the package, and return the command with their names in it.
+    """Add the files that the command names to the package, and return the command with their new names.
 
     Raises:
         ConfigError: The cluster cannot find a genotype.

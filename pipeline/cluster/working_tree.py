@@ -102,7 +102,7 @@ class Package:
         """Reject a package that Ray would not accept, before it is written.
 
         Raises:
-            ConfigError: It has too many files, or is too large.
+            ConfigError: The package has too many files, or is too large.
         """
         remedy = "list files that the job does not need in a .rayignore here, or submit from the folder of your code"
         if len(self.files) > self.max_files:

@@ -1,8 +1,8 @@
 """Run directories in a storage (`s3://` or `gs://`), as jobs and commands use them.
 
 A job works in a local copy of the run directory below the user's cache folder (`runs.copies`). The job acquires the
-run, which excludes other machines (`runs.lease`), and sends its changes to the storage (`RunDir.push`, `runs.mirror`).
-The functions of this module do nothing for folders and `file://` addresses.
+run, so that no other process works on it (`runs.lease`), and sends its changes to the storage (`RunDir.push`,
+`runs.mirror`). The functions of this module do nothing for folders and `file://` addresses.
 
 The trials of a sweep are run directories inside the sweep's run directory. The process that runs a trial, on any
 machine, acquires the trial and sends its changes; the process of the sweep only writes the records of trials.

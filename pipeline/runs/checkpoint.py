@@ -172,8 +172,8 @@ def read_latest(
             tried.
 
     Raises:
-        CheckpointError: there are checkpoints of more than one epoch, and none can be used; or a file cannot be read
-            at the moment, though it may be intact; or raised by `prepare`.
+        CheckpointError: there are checkpoints of more than one epoch, and none can be used; a file cannot be read,
+            though it may be intact; or `prepare` raises it.
 
     Warns:
         BrokenCheckpointWarning: for every newer checkpoint that was skipped.

@@ -96,7 +96,7 @@ class RunDir:
             self.mirror.push_cleared()
 
     def exists(self) -> bool:
-        """Return whether a run was started here, which creates `run.json`."""
+        """Return whether a run was started here, that is, whether `run.json` exists."""
         return (self.path / RECORD_FILE).is_file()
 
     def read(self) -> RunRecord:

@@ -174,7 +174,7 @@ def verify(folder: Path, end: LogEnd) -> None:
         BrokenCheckpointWarning: for every segment that was replaced.
     """
     digest = end.digest
-    # Backwards, because the checkpoint holds the last digest.
+    # In reverse order, because the checkpoint holds the last digest.
     for number, count in reversed(list(enumerate(_counts(end)))):
         digest = _restore_segment(folder, number, count, digest)
 

@@ -36,7 +36,7 @@ class Timing:
         retry: How long a running job retries an unreachable storage; pyarrow itself retries for some seconds.
         interval: Interval at which an owner renews its lease.
         silence: An owner counts as dead after this time without a renewal.
-        settle: Wait after writing the lease, so that a process notices another that wrote it at the same moment.
+        settle: Pause after writing the lease, in which a process notices another that wrote it at the same moment.
     """
 
     retry: float = 300.0

@@ -74,7 +74,7 @@ class Objects:
             with self._fs.open_input_stream(f"{self._base}/{name}") as stream:
                 data: bytes = stream.read()
         except OSError as error:
-            if "NO_SUCH_KEY" in str(error):  # deleted after pyarrow had asked for its length
+            if "NO_SUCH_KEY" in str(error):  # deleted after pyarrow had requested its length
                 raise FileNotFoundError(name) from None
             raise
         return data

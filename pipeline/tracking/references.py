@@ -194,7 +194,7 @@ def _from_one_stage(
 ) -> bool:
     """Return whether a genotype is known to come from a one-stage search.
 
-    This is looked up in the run that found the genotype, else in the reference's run, in its directory or in MLflow.
+    The answer comes from the run that found the genotype or, if that run no longer exists, from the reference's run.
     """
     if origin_of(ref) is not None or genotype.digest() == PUBLISHED["ISTA_onestage"].digest():
         return genotype.digest() == PUBLISHED["ISTA_onestage"].digest()
@@ -328,7 +328,7 @@ def _origin(run: RunDir) -> Origin:
     config = load_of_run(run.path / file, run)
     uri = config.tracking.uri
     default = store_uri(None)
-    # The file has no password; the environment may name the same store with one.
+    # The file contains no password, but the environment may name the same store with a password.
     config = _stored_in(config, None if default != uri == public_uri(default) else uri)
     config = _with_pictures_of(config, [use.source for use in record.datasets])
     return Origin(shown, record.name.removesuffix(f"-{record.kind}"), config)
@@ -343,7 +343,7 @@ def _origin_in_mlflow(run_id: str, tracking_uri: str | None) -> Origin:
             config = load(client.download_artifacts(run_id, _config_of(kind), scratch))
         except ConfigError:
             raise
-        except Exception as error:  # no such file, no such server
+        except Exception as error:  # for example, a missing file or server
             raise ConfigError(
                 f"no {CONFIG_FILE} in the MLflow store, which says on which pictures to train ({one_line(error)})",
                 field=f"run {run_id}",
@@ -488,7 +488,7 @@ def _download_genotype(run_id: str, tracking_uri: str | None) -> Genotype:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = open_client(uri).download_artifacts(run_id, GENOTYPE_FILE, scratch)
-        except Exception as error:  # no such run, no such file, no such server
+        except Exception as error:  # for example, a missing run, file or server
             raise ConfigError(
                 f"no {GENOTYPE_FILE} in the MLflow store {public_uri(uri)} ({one_line(error)})",
                 field=f"run {run_id}",

@@ -23,7 +23,7 @@ LOCK_SECONDS = 60.0
 
 
 def store_uri(tracking_uri: str | None, *, known: str | None = None) -> str:
-    """Return the MLflow store to use: the argument, `MLFLOW_TRACKING_URI`, `known`, or `sqlite:///mlflow.db`.
+    """Return the MLflow store: the first of `tracking_uri`, `MLFLOW_TRACKING_URI`, `known` and `sqlite:///mlflow.db`.
 
     Args:
         tracking_uri: An MLflow tracking URI, or None.
@@ -182,7 +182,7 @@ def _moved_folder(run_id: str, address: str, here: Path) -> dict[str, str]:
 
 
 def _moved_before_its_first_file(place: str, here: Path) -> dict[str, str]:
-    """Return the same for an experiment without files, whose folder is recognised by the name `ARTIFACTS`."""
+    """Return the same as `_moved_folder` for an experiment without files, recognised by the folder name `ARTIFACTS`."""
     folder, new = folder_of(place), here / ARTIFACTS
     if folder is None or folder.name != ARTIFACTS or (folder.parent.is_dir() and not new.is_dir()):
         return {}
