@@ -81,7 +81,7 @@ def run_job(
 def prepare_workers(config: Config, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
     """Start or join Ray, run the pre-flight checks, and wait for free resources, if the job has workers.
 
-    A failure leaves nothing behind.
+    A failure leaves no run behind.
 
     Raises:
         IstanasError: Ray does not answer at the address, a check failed, or the resources were not free in time.
