@@ -28,7 +28,7 @@ class SearchResult(_Result):
 
 
 class OneStageResult(_Result):
-    """Result of a one-stage search: `test_top1` of the absorbed network, `valid_top1` of the last epoch's supernet."""
+    """Result of a one-stage search. `test_top1` belongs to the absorbed network, `valid_top1` to the last supernet."""
 
     test_top1: NotRequired[float]  # unless search.test_every = 0
     test_top5: NotRequired[float]
