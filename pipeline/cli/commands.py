@@ -30,7 +30,7 @@ ENDS = {
     signal.SIGTERM: ("terminated (SIGTERM)", TERMINATED),
     signal.SIGHUP: ("the terminal was closed (SIGHUP)", HUNG_UP),
 }
-"""The message and the exit code of a command that a signal has ended."""
+"""Signal -> message and exit code of a command that it terminated."""
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Search and train": search_and_train.COMMANDS,

@@ -50,7 +50,7 @@ def show_result(
         as_json: Whether to print it for programs, too.
         console: The console for people.
         config: The job's configuration.
-        kind: Kind of the run that the validation accuracy was measured in.
+        kind: Kind of the run in which the validation accuracy was measured.
     """
     from rich.table import Table
 

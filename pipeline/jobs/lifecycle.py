@@ -71,7 +71,7 @@ class Outcome:
     """What a job's `run` step returns.
 
     Args:
-        result: The figures of `--json`.
+        result: The figures that `--json` prints.
         artifacts: Files in the run directory that MLflow receives.
         tags: MLflow tags of the finished run.
         description: Description of the finished run in MLflow, in Markdown.
@@ -115,7 +115,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         steps: The steps of the job.
 
     Returns:
-        The figures of `--json`.
+        The figures that `--json` prints.
 
     Raises:
         CheckpointError: The pictures have changed since the run was started.

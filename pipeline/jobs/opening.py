@@ -242,7 +242,7 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
 
 
 def clear(path: Path) -> None:
-    """Delete everything but the lock and Ray's logs.
+    """Delete the contents of a run directory, except the lock and Ray's logs.
 
     The record is deleted first, so that a process killed in between leaves nothing that looks like a run.
     """

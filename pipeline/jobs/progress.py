@@ -78,7 +78,7 @@ class EpochBar:
         self._progress.stop()
 
     def begin(self, done: int) -> None:
-        """Start the estimate of the time left, once the job is set up and `done` epochs are done."""
+        """Start the estimate of the time left. It is called after the setup of the job, when `done` epochs are done."""
         self._before, self._start = done, self._clock()
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:

@@ -74,9 +74,8 @@ class SweepResult(TypedDict):
     objective_top1: float
     valid_top1: float
     retrained_top1: NotRequired[float]  # with sweep.objective = retrained
-    kendall_tau: NotRequired[
-        float | None
-    ]  # between valid_top1 and retrained_top1, over the trials that have both
+    # Between valid_top1 and retrained_top1, over the trials that have both.
+    kendall_tau: NotRequired[float | None]
     retrain_seconds: NotRequired[float]  # of all retrainings
     params: int
     macs: int

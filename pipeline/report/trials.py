@@ -76,7 +76,7 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Convert columns to nullable types, so that missing values leave integers as they are; mixed ones become text."""
+    """Convert columns to nullable types, which keep integers next to missing values; mixed columns become text."""
     keys = [name for name in frame.columns if name not in COLUMNS]
     kinds = {key: frame[key].convert_dtypes().dtype for key in keys}
     return frame.astype(
