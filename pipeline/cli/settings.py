@@ -112,7 +112,7 @@ def _check_store_of(origin: Origin, config: Config) -> None:
     """Check that a store from another run's settings still exists. In a copied project, it may be missing.
 
     Raises:
-        ConfigError: Its folder is missing. Nobody would look for a new store there.
+        ConfigError: Its folder is missing, and a new store there would be overlooked.
     """
     from pipeline.tracking.store import folder_is_missing, public_uri
 

@@ -219,7 +219,7 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
 
 
 def _notes(runs: Sequence[ReadRun]) -> list[str]:
-    """Return warnings that matter when the figures are compared."""
+    """Return notes on differences that affect the comparison."""
     notes = []
     if len({run.dataset for run in runs}) > 1:
         notes.append("the runs are on different data sets: their accuracies cannot be compared")
@@ -268,10 +268,8 @@ def _network(number: int, run: ReadRun, notes: list[str]) -> Network | None:
             channels, height, width = example.shape[1:]
             return net, (channels, height, width), TRAINED
         return _untrained(run)
-    except (
-        IstanasError,
-        OSError,
-    ) as error:  # pictures or weights are missing; the other figures can be compared
+    except (IstanasError, OSError) as error:
+        # Pictures or weights are missing. The other figures can still be compared.
         notes.append(f"latency of {number}: not measured ({error})")
         return None
 

@@ -259,7 +259,7 @@ def _check_finished(
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Write FAILED to the record and to MLflow. An error of this must not hide the error of the run."""
+    """Write FAILED to the record and to MLflow. An error here must not hide the error of the run."""
     try:
         run.write(dataclasses.replace(record, status="FAILED", ended_ms=now_ms()))
         tracker.deliver()

@@ -40,10 +40,7 @@ WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.F
 
 
 class TrialRuns:
-    """The runs of a sweep's trials, which it opens and closes, and the sweep's table, metrics and progress bar.
-
-    It is the sweep's `TrialListener`.
-    """
+    """A `TrialListener` that opens and closes the trials' runs, and updates the sweep's table, metrics and bar."""
 
     def __init__(self, config: Config, plan: Plan, run: RunDir, study: Study, observer: RunObserver) -> None:
         self._config, self._plan, self._run, self._study = config, plan, run, study

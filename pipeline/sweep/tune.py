@@ -107,7 +107,7 @@ def run_tune(
 
 
 class _LossReasons(Callback):
-    """A record of why processes of trials were lost, which Tune does not pass to its searcher.
+    """A callback that records why processes of trials were lost; Tune does not tell its searcher.
 
     Args:
         note: Called with a line for the user.
