@@ -79,7 +79,7 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
 
 
 def _status(run: RunDir) -> str | None:
-    """Return the status of a run; None if its record is damaged, which the run's own command repairs."""
+    """Return the status of a run; None if its record is damaged. The run's own command repairs it."""
     try:
         return run.read().status
     except CheckpointError:
@@ -93,7 +93,7 @@ def runs_below(path: Path) -> list[RunDir]:
 
 
 def fetch_for_mlflow(run: RunDir) -> None:
-    """Download the files of a run in a bucket that MLflow may lack; another machine may have written them."""
+    """Download those files of a run from its bucket that MLflow may lack, because another machine wrote them."""
     bucket.fetch_parts(
         run.path, lambda name: not name.startswith(f"{CHECKPOINTS}/") and not name.endswith(".log")
     )

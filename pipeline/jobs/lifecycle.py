@@ -130,7 +130,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         used, digest = steps.datasets(dataset), data_digest(config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        # The trials of a sweep may have different stems, which they print themselves.
+        # The trials of a sweep may have different stems, so each trial prints its own.
         networks = () if spec.kind == "sweep" else (spec.kind,)
         pictures = describe_pictures(config, dataset, used, networks)
         prepared = steps.prepare(dataset)

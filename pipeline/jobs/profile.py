@@ -47,7 +47,7 @@ from pipeline.training.profiling import (
 )
 from pipeline.training.splits import splits_of
 
-WARM_UP = 2  # steps that are not measured, in which memory is allocated and kernels are chosen
+WARM_UP = 2  # unmeasured steps, which allocate memory and choose kernels
 
 
 @dataclass(frozen=True)

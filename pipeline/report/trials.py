@@ -138,7 +138,7 @@ def write_table(folder: Path, frame: pd.DataFrame) -> None:
 
 
 def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
-    """Return the values for the template's table of trials, which are sorted from best to worst.
+    """Return the values for the template's table of trials, sorted from the best trial to the worst.
 
     Args:
         folder: The sweep's run directory, which contains those of the trials.

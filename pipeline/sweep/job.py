@@ -48,7 +48,7 @@ from pipeline.tracking.store import public_uri
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
-# Ray Tune's settings: no result files, no terminal output, and no handler of Ctrl-C, which interrupts the sweep.
+# Ray Tune's settings: no result files, no terminal output, and no handling of Ctrl-C.
 ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # The last report of a trial has no epoch.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

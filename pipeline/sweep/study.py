@@ -294,7 +294,7 @@ def own_study(study: Study) -> Study:
 
 
 def first_number(study: Study) -> int:
-    """Return the number of this sweep's first trial in the study, which is preceded by those of `sweep.start_from`."""
+    """Return the number of this sweep's first trial; the trials of `sweep.start_from` come before it in the study."""
     return sum("start_from" in t.user_attrs for t in study.get_trials(deepcopy=False))
 
 
@@ -312,13 +312,13 @@ def make_sampler(sweep: SweepSettings, seed: int) -> BaseSampler:
         return NSGAIISampler(seed=seed, population_size=min(50, max(2, sweep.trials // 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # The constant liar keeps concurrent trials apart, which a single trial at a time does not need.
+        # The constant liar keeps concurrent trials apart; without concurrency, it is not needed.
         concurrent = sweep.max_concurrent != 1
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=concurrent)
 
 
 def best_trial(own: Study) -> FrozenTrial | None:
-    """Return the best finished trial, or `None` without one; of a Pareto front, the trial with the best top-1.
+    """Return the best finished trial (on a Pareto front, the one with the best top-1), or `None` without one.
 
     Args:
         own: The study that `own_study` returns.

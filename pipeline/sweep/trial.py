@@ -36,7 +36,7 @@ from pipeline.training.pictures import open_dataset
 # How long a restarted trial waits for its run directory. If its first process is on a node that lost the network, Ray
 # ends that process only after a minute.
 SECONDS_TO_LET_GO = 120.0
-RETRAINED_NAME = "cell"  # the name of all retrainings of a sweep, which trials share
+RETRAINED_NAME = "cell"  # the name of all retrainings of a sweep; trials share them
 
 
 def run_trial(task: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ def _retrained(context: JobContext, genotype: dict[str, Any], search_dir: str) -
     retraining = JobContext(
         context.config, RETRAINED_NAME, context.console, context.runtime, parent=search_dir, wait=-1
     )
-    # Canonical, so that genotypes of equal digest share a run directory.
+    # In canonical form, genotypes with equal digests share a run directory.
     result = run_retrain(retraining, Genotype.from_dict(genotype).canonical())
     reused = RunDir(bucket.local(result["run_dir"])).read().parent != search_dir
     return {

@@ -58,7 +58,7 @@ class EpochJob(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """Return the state from which `load` resumes bit for bit."""
+        """Return the state from which `load` resumes with identical results."""
 
 
 class TwoStageJob:
