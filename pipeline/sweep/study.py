@@ -93,7 +93,7 @@ def save_study(config: Config, run_dir: Path) -> None:
 def _restore(database: Path, run_dir: Path) -> None:
     """Replace the local database with the copy from the bucket.
 
-    Local entries that the copy lacks had no effect, because the study is always saved before it is used.
+    Local entries that the copy lacks had no effect, because the study is saved before a trial depends on it.
     """
     for file in database.parent.glob(f"{database.name}*"):
         file.unlink()

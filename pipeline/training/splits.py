@@ -25,7 +25,7 @@ class Splits:
     Args:
         training: Pictures that train the network's weights.
         alphas: Pictures that train the architecture parameters of a two-stage search; None for other jobs.
-        holdout: Pictures for the validation of trained networks; None without `data.holdout`.
+        holdout: Pictures for validation; None without `data.holdout`.
     """
 
     training: Tensor
