@@ -181,7 +181,7 @@ def _check_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int,
     """Check that a diverged run may be rolled back, and was not rolled back too often.
 
     Raises:
-        DivergedError: The run must not be rolled back. The message names the epoch, the last good checkpoint and the remedy.
+        DivergedError: It may not. The message names the epoch, the last good checkpoint and the remedy.
     """
     if settings.on_nan == "rollback" and before < settings.max_rollbacks:
         return
