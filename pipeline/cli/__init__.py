@@ -1,4 +1,4 @@
-"""The command line `istanas`."""
+"""The command-line interface `istanas`."""
 
 from pipeline.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""`python -m pipeline.cli` is `istanas`."""
+"""Run `istanas` as `python -m pipeline.cli`."""
 
 from pipeline.cli import main
 

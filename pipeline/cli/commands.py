@@ -1,4 +1,4 @@
-"""The command line `istanas`: arguments in, exit code out. The commands are in one file per section of the help.
+"""The entry point of the command line `istanas`. Each section of the help has a module with its commands.
 
 Exit codes: 0 done, 1 failed job, 2 bad argument or configuration, 129 terminal closed (SIGHUP), 130 interrupted, 143
 terminated (SIGTERM). Errors are one line each on stderr. The modules of this package import only cheap modules at their
@@ -30,7 +30,7 @@ ENDS = {
     signal.SIGTERM: ("terminated (SIGTERM)", TERMINATED),
     signal.SIGHUP: ("the terminal was closed (SIGHUP)", HUNG_UP),
 }
-"""The message and the exit code of a command that a signal has ended."""
+"""Signal -> message and exit code of a command that it terminated."""
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Search and train": search_and_train.COMMANDS,
@@ -48,10 +48,10 @@ def main() -> None:
 
 
 def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
-    """Run one command line (None: the process's) and return its exit code.
+    """Run one command line and return its exit code.
 
     Args:
-        arguments: The arguments without the program's name.
+        arguments: The arguments without the program's name; None for those of the process.
         leaving: Whether the process exits after this call.
     """
     signals: list[int] = []
@@ -90,7 +90,7 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: out of memory{reason}: {remedy}", err=True)
         return 1
     except OSError as error:  # a full disk, a folder that may not be written
-        if error.strerror is None:  # not from the system but a bug, whose traceback is needed
+        if error.strerror is None:  # a bug, not an error of the system: show the traceback
             raise
         where = f"{error.filename}: " if error.filename else ""
         remedy = "correct the path or its permissions"

@@ -31,7 +31,7 @@ class Check:
 
     Args:
         name: What was checked.
-        state: Whether a run can use it.
+        state: Whether a run can use what was checked.
         message: What was found.
         remedy: What to do, or an empty string.
     """

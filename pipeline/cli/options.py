@@ -56,7 +56,7 @@ class Workers(click.ParamType):
 
 
 def placement_options(command: Command) -> Command:
-    """Add the options that decide where workers run. They stand for settings of `runtime`."""
+    """Add the options that decide where workers run. Each sets a key of `runtime`."""
     command = click.option(
         "--address",
         metavar="ADDR",

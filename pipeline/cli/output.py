@@ -50,7 +50,7 @@ def show_result(
         as_json: Whether to print it for programs, too.
         console: The console for people.
         config: The job's configuration.
-        kind: Kind of the run that the validation accuracy was measured in.
+        kind: Kind of the run in which the validation accuracy was measured.
     """
     from rich.table import Table
 
@@ -73,7 +73,7 @@ def show_result(
     if "valid_top1" in result:
         console.print(terminal.validation_note(kind, config.method), highlight=False)
     runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
-    pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # opened on this machine
+    pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # those on this machine
     paths = [("report", str(page)) for page in pages]
     paths += [
         (label, bucket.shown(runs[0] / n))
@@ -143,14 +143,14 @@ def show_store(console: Console, config: Config) -> None:
 
 
 def program_name() -> str:
-    """Return how to call this program again: its bare name if the shell finds it."""
+    """Return the command that runs this program: its bare name if the shell finds it."""
     if shutil.which("istanas"):
         return "istanas"
     return f"{sys.executable} -m pipeline.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
 
 
 def write_csv(file: Path, text: str) -> None:
-    """Write a table. A file is written atomically; a pipe or device is written to as it is."""
+    """Write a table: to a file atomically, to a pipe or device directly."""
     from pipeline.base.files import atomic_write
 
     if file.is_dir():

@@ -105,7 +105,7 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, **settings: Any) -> None:
 def _context(
     config: Config, name: str, as_json: bool, fresh: bool, parent: str | None = None
 ) -> Iterator[JobContext]:
-    """Yield what a job needs; Ray, if the job has started it, is shut down at the end."""
+    """Yield the context of a job. At the end, shut down Ray if the job has started it."""
     from pipeline.cluster.ray_runtime import Runtime
     from pipeline.jobs.context import JobContext
 

@@ -1,4 +1,4 @@
-"""Loads the configuration of a command from its file and options, or from the run that it names."""
+"""Loading of a command's configuration from its file and options, or from the run that it names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = {
     "address": "runtime.address",
     "max_concurrent": "sweep.max_concurrent",
 }
-"""The setting that each of these options stands for."""
+"""Option -> the setting that it sets."""
 
 
 def load_config(
@@ -36,7 +36,7 @@ def load_config(
     Args:
         file: The configuration file; None for the default one.
         overrides: The values of --set.
-        short: The values of options that stand for a setting, see `SHORT`.
+        short: The values of options that set a single key, see `SHORT`.
     """
     from pipeline.config.load import default_file, load
     from pipeline.tracking.references import load_of_run, run_of_config
@@ -56,7 +56,7 @@ def load_config(
 def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """Return a run, and the configuration that names its MLflow store.
 
-    That is the configuration of the given file or, without one, of the run; with the overrides.
+    The configuration comes from the given file or, without a file, from the run.
     """
     from pipeline.runs import bucket
     from pipeline.tracking.references import load_of_run, resolve_run
@@ -73,7 +73,7 @@ def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...])
 def load_for_genotype(
     reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | int | None
 ) -> tuple[Genotype, str | None, Config, str]:
-    """Return what a retraining trains.
+    """Return the genotype and the settings of a retraining.
 
     Returns:
         The genotype, the directory of the run that found it, the configuration, and the name of the runs.
@@ -109,10 +109,10 @@ def load_for_genotype(
 
 
 def _check_store_of(origin: Origin, config: Config) -> None:
-    """Check that a store that was taken from another run's settings still exists; in a copied project it may not.
+    """Check that a store from another run's settings still exists. In a copied project, it may be missing.
 
     Raises:
-        ConfigError: Its folder is missing. A new store in that place would not be found.
+        ConfigError: Its folder is missing, and a new store there would be overlooked.
     """
     from pipeline.tracking.store import folder_is_missing, public_uri
 
@@ -131,14 +131,14 @@ def _check_store_of(origin: Origin, config: Config) -> None:
 
 
 def _with_short(overrides: tuple[str, ...], short: Mapping[str, str | int | None]) -> tuple[str, ...]:
-    """Return the overrides with those of the options that stand for a setting."""
+    """Return the overrides, followed by those that the options set."""
     return overrides + tuple(
         f"{SHORT[option]}={json.dumps(value)}" for option, value in short.items() if value is not None
     )
 
 
 def _name_of(path: Path, run: RunDir | None) -> str:
-    """Return the name of the runs of a configuration: that of its file, or of the run whose configuration it is."""
+    """Return the name of a configuration's runs: its file's name, or the name of the run that saved it."""
     if run is None:
         return path.stem
     try:

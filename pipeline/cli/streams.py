@@ -1,4 +1,4 @@
-"""Standard streams that survive the loss of their reader: `| head`, a closed terminal, `>&-`."""
+"""Standard streams that tolerate a closed reader, such as `| head` or a closed terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Outlet(io.FileIO):
         except OSError as error:
             if not _is_closed(error, self.fileno()):
                 raise
-            _redirect_to_null(self.fileno())  # also for what other code writes there
+            _redirect_to_null(self.fileno())  # so that other code can write there, too
             return memoryview(b).nbytes
 
 
@@ -31,10 +31,10 @@ def _is_closed(error: OSError, descriptor: int) -> bool:
 
 
 def ignore_closed_readers() -> None:
-    """Let this process continue when its terminal or the reader of its pipe is closed; its output is then discarded.
+    """Discard output whose terminal or pipe reader is closed, instead of ending this process.
 
-    Standard descriptors that are closed from the start are redirected to the null device, too. Otherwise, the next file
-    that is opened would get the number of one, and output for the terminal would be written into it.
+    Standard descriptors that are closed from the start are redirected to the null device, too. Otherwise, the next
+    opened file would get the number of one of them and receive the output for the terminal.
     """
     for descriptor in (0, 1, 2):
         try:

@@ -1,1 +1,1 @@
-"""The jobs: each builds its run and returns the figures of `--json`."""
+"""The jobs. Each executes a run and returns the result that `--json` prints."""

@@ -1,4 +1,4 @@
-"""Closes runs in their records and in MLflow, including the runs of killed processes."""
+"""Closing of runs, in their records and in MLflow, including the runs of killed processes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pipeline.tracking.tracker import Tracker, open_tracker
 
 
 def close(path: Path, config: Config, status: str, tags: dict[str, str], result: dict[str, Any]) -> bool:
-    """Close a run whose process has ended, or waits to be ended, in its record and in MLflow.
+    """Close a run, whose process has exited or waits to be terminated, in its record and in MLflow.
 
-    A finished run only gets the tags. The function does not take the run's lock, which a process that waits to be ended
-    still holds.
+    A finished run only gets the tags. The run is not locked, because a process that waits to be terminated still holds
+    its lock.
 
     Args:
         path: The run directory.
         config: The configuration of the run.
         status: MLflow's status: FINISHED, FAILED or KILLED.
         tags: MLflow tags that say how the run ended.
-        result: The figures that the run has reached.
+        result: The run's figures so far.
 
     Returns:
         Whether MLflow has received everything.
@@ -61,12 +61,12 @@ def deliver_below(path: Path, config: Config) -> bool:
 
 
 def close_below(path: Path, config: Config) -> bool:
-    """Close the runs in a sweep's run directory that still say RUNNING; see `close_running`."""
+    """Close the runs in a sweep's run directory whose status is still RUNNING; see `close_running`."""
     return close_running(runs_below(path), config)
 
 
 def close_running(runs: Sequence[RunDir], config: Config) -> bool:
-    """Close those runs that still say RUNNING although no process works on them any more.
+    """Close those runs whose status is still RUNNING although no process executes them.
 
     Returns:
         Whether MLflow has received all of them.
@@ -79,7 +79,7 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
 
 
 def _status(run: RunDir) -> str | None:
-    """Return the status of a run; None if its record is damaged, which the run's own command repairs."""
+    """Return the status of a run; None if its record is damaged. The run's own command repairs it."""
     try:
         return run.read().status
     except CheckpointError:
@@ -93,7 +93,7 @@ def runs_below(path: Path) -> list[RunDir]:
 
 
 def fetch_for_mlflow(run: RunDir) -> None:
-    """Download the files of a run in a bucket that MLflow may lack; another machine may have written them."""
+    """Download those files of a run from its bucket that MLflow may lack, because another machine wrote them."""
     bucket.fetch_parts(
         run.path, lambda name: not name.startswith(f"{CHECKPOINTS}/") and not name.endswith(".log")
     )
@@ -104,7 +104,7 @@ def _without_models(config: Config) -> Config:
 
 
 def tracker_of(run: RunDir, config: Config) -> Tracker:
-    """Return the tracker that mirrors a run to MLflow as its configuration says."""
+    """Return the tracker that mirrors a run to MLflow with the settings of its configuration."""
     t = config.tracking
     return open_tracker(
         run,

@@ -1,4 +1,4 @@
-"""Compares runs: settings, curves, cells and figures, on the terminal and as a page."""
+"""The comparison of runs: settings, curves, cells and figures, on the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.training.pictures import load_pictures
 
 PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
-ROUNDS, PASSES = 7, 10  # forward passes of every network in each round, for the latency
+ROUNDS, PASSES = 7, 10  # latency: rounds, and forward passes of each network in a round
 
 Network = tuple[TargetNet, tuple[int, int, int], str]  # network, (C, H, W), TRAINED or UNTRAINED
 
@@ -66,7 +66,7 @@ class CompareResult(TypedDict):
     """What `--json` prints: the runs in the given order, and the settings that differ, with a value for each run."""
 
     files: list[str]
-    threads: int  # with which the latencies were measured
+    threads: int  # used to measure the latencies
     runs: list[ComparedRun]
     differing: dict[str, list[str | None]]
     notes: list[str]
@@ -136,9 +136,9 @@ def differing_settings(runs: Sequence[ReadRun]) -> dict[str, list[str | None]]:
 
 
 def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
-    """Return the headings, and a row of texts for every run, as the terminal and the page show them.
+    """Return the headings and one row of text for each run, for the terminal and the page.
 
-    Valid and test are top-1; a split has a top-5 column if a run has one.
+    "valid" and "test" are top-1. A split has a top-5 column if a run has its top-5.
     """
     runs = result["runs"]
     tops = top_columns(key for run in runs for key, value in run.items() if value is not None)
@@ -174,7 +174,7 @@ def print_comparison(result: CompareResult, console: Console) -> None:
     from rich.table import Table
 
     headings, rows = figures_table(result)
-    shorter = headings.index("epochs")  # the page has the rest
+    shorter = headings.index("epochs")  # the page shows the others
     ranks = {"": 0, "run": 0, "params": 1, "MACs": 4, "latency": 3}
     columns = [
         Column(heading, right=heading not in ("", "run"), rank=ranks.get(heading, 2))
@@ -219,7 +219,7 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
 
 
 def _notes(runs: Sequence[ReadRun]) -> list[str]:
-    """Return what the reader should know before comparing the figures."""
+    """Return notes on differences that affect the comparison."""
     notes = []
     if len({run.dataset for run in runs}) > 1:
         notes.append("the runs are on different data sets: their accuracies cannot be compared")
@@ -268,10 +268,8 @@ def _network(number: int, run: ReadRun, notes: list[str]) -> Network | None:
             channels, height, width = example.shape[1:]
             return net, (channels, height, width), TRAINED
         return _untrained(run)
-    except (
-        IstanasError,
-        OSError,
-    ) as error:  # pictures or weights are missing; the other figures can be compared
+    except (IstanasError, OSError) as error:
+        # Pictures or weights are missing. The other figures can still be compared.
         notes.append(f"latency of {number}: not measured ({error})")
         return None
 
@@ -289,7 +287,7 @@ def _untrained(run: ReadRun) -> Network | None:
 
 
 def _latencies(networks: Sequence[Network | None]) -> list[tuple[float | None, str | None]]:
-    """Return the seconds of a forward pass, and which network was timed.
+    """Return the seconds of a forward pass, and the kind of the timed network, for each run.
 
     The networks take turns, so that a slow moment of the machine affects all of them.
     """

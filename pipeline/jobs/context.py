@@ -1,4 +1,4 @@
-"""What every job needs from its caller: configuration, name, console, Ray and the handling of an earlier run."""
+"""The context of a job: configuration, name, console, Ray and the handling of an earlier run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.training.epoch_record import Progress
 
 @dataclass(frozen=True)
 class JobContext:
-    """What a job needs from its caller.
+    """The context that a caller gives to a job.
 
     Args:
         config: The whole configuration.
@@ -26,7 +26,7 @@ class JobContext:
         parent: Run directory of the sweep or search that the run belongs to; None if there is none.
         tags: MLflow tags of the run, in addition to those of the job.
         on_epoch: Called after every epoch, and for every finished epoch when a run resumes. It may raise SystemExit to
-            leave the run unclosed; the caller then closes it.
+            leave the run open; the caller then closes it.
         wait: Seconds to wait for another process that uses the run directory; -1 waits without a limit.
         run: The run directory, if the caller has acquired it already.
     """

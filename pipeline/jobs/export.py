@@ -44,7 +44,7 @@ def run_export(config: Config, run_dir: str | Path, *, console: Console, again: 
         config: The whole configuration; its section `tracking` says where the run is mirrored.
         run_dir: Run directory of a finished retraining or one-stage search, or its address.
         console: Where lines for the user are written.
-        again: Whether to export a network again that was exported before.
+        again: Whether to repeat an earlier export.
 
     Returns:
         The result of `export_network`.
@@ -86,7 +86,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
     Raises:
         ConfigError: The run is not finished, is a two-stage search, or is in use by another process.
         CheckpointError: The run does not exist, or its network is missing or broken.
-        IstanasError: As `export_formats` raises it; an earlier export is kept.
+        IstanasError: See `export_formats`. An earlier export is kept.
 
     Example:
         >>> result = export_network(RunDir("runs/digits-retrain-0123abcd"), say=print)  # doctest: +SKIP
@@ -109,7 +109,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
             for name, exported in report.items()
         }
         _note_differences(run, exports)
-        # Last, so that only a run whose export was not interrupted lists the files.
+        # Written last, so that the record lists the files only if the export is complete.
         artifacts = tuple(dict.fromkeys((*record.artifacts, *EXPORT_ARTIFACTS)))
         run.write(dataclasses.replace(record, artifacts=artifacts))
     if say is not None:
@@ -190,7 +190,7 @@ def _tidy(folder: Path, new: Path, old: Path) -> None:
 
 
 def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
-    """Return what `export_network` returned for the present weights of the run; None if they were not exported."""
+    """Return the earlier result of `export_network` for the current weights; None if they were not exported."""
     folder, lines = run.path / EXPORT_FOLDER, run.metrics()
     files = [folder / file for file in EXPORTED_FILES] + [run.path / WEIGHTS_FILE]
     if not set(EXPORT_ARTIFACTS) <= set(run.read().artifacts) or not all(file.is_file() for file in files):

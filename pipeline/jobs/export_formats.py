@@ -1,4 +1,4 @@
-"""Writes a trained network in formats that other programs load, reads each back, and compares it.
+"""The export of a trained network to formats that other programs load, with a check of each file.
 
 | format | file | load it with |
 |---|---|---|
@@ -223,7 +223,7 @@ def load_program(file: Path) -> Model:
 
 def load_onnx(file: Path) -> Model:
     """Load an ONNX file in ONNX Runtime, with one CPU thread: (B, C, H, W) -> logits (B, classes)."""
-    onnxruntime = importlib.import_module("onnxruntime")  # has no types
+    onnxruntime = importlib.import_module("onnxruntime")  # it has no type annotations
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -1,7 +1,7 @@
 """The life cycle that all jobs share: run directory, lock, resuming, record, tracker, result.
 
-`execute` opens the run directory, returns the result of a finished run, or else checks the pictures, runs the job's
-own steps and closes the record.
+`execute` opens the run directory. If the run is finished, it returns the result. Otherwise, it checks the pictures,
+runs the job's steps and closes the record.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from pipeline.training.pictures import (
 
 _LOG = logging.getLogger(__name__)
 
-SECONDS_TO_END = 60.0  # for a process that was terminated and still holds the lock of its run
+SECONDS_TO_END = 60.0  # wait for a terminated process that still holds the lock of its run
 
 Prepared = TypeVar("Prepared")
 
@@ -71,7 +71,7 @@ class Outcome:
     """What a job's `run` step returns.
 
     Args:
-        result: The figures of `--json`.
+        result: The figures that `--json` prints.
         artifacts: Files in the run directory that MLflow receives.
         tags: MLflow tags of the finished run.
         description: Description of the finished run in MLflow, in Markdown.
@@ -90,7 +90,7 @@ class JobSteps(Generic[Prepared]):
     Args:
         datasets: Returns the parts of the pictures that the job uses.
         prepare: Checks the settings against the pictures and starts what the job needs. An error that it raises leaves
-            no run directory behind.
+            no new run directory behind.
         warn: Returns warnings about settings that make no sense with the pictures.
         run: Trains, and writes the results to the run directory.
         describe: Returns one line for the user about an epoch.
@@ -110,16 +110,16 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
     """Run a job to its end, resume it, or return the result of a finished one.
 
     Args:
-        context: What the caller gave; its configuration is the one of `spec`.
-        spec: Which run this is.
-        steps: What the job does.
+        context: The context of the job.
+        spec: The identity of the run, with the configuration that is used.
+        steps: The steps of the job.
 
     Returns:
-        The figures of `--json`.
+        The figures that `--json` prints.
 
     Raises:
-        CheckpointError: The pictures are not those that the run was started with.
-        IstanasError: Whatever `steps` raise. If `run` raises it, the record says FAILED, and the same command resumes.
+        CheckpointError: The pictures have changed since the run was started.
+        IstanasError: An error of `steps`. After an error of `run`, the status is FAILED, and the same command resumes.
     """
     config = spec.config
     with _locked(spec, context) as run:
@@ -130,7 +130,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         used, digest = steps.datasets(dataset), data_digest(config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        # The trials of a sweep may have different stems, which they print themselves.
+        # The trials of a sweep may have different stems, so each trial prints its own.
         networks = () if spec.kind == "sweep" else (spec.kind,)
         pictures = describe_pictures(config, dataset, used, networks)
         prepared = steps.prepare(dataset)
@@ -140,7 +140,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         record = open_record(run, spec, used, digest, pictures)
         write_environment(run, spec.kind)
         atomic_write(run.path / CONFIG_FILE, to_yaml(as_written(config)))
-        run.push()  # with the key by which the MLflow run is found again
+        run.push()  # includes the key that identifies the MLflow run
         tracker.deliver()
         context.say(f"{spec.kind}: {bucket.shown(run.path)}")
         return _run_and_close(run, record, tracker, spec, steps, prepared, context)
@@ -149,7 +149,7 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
 def _repaired_record(
     run: RunDir, spec: JobSpec, steps: JobSteps[Any], context: JobContext
 ) -> RunRecord | None:
-    """Return the record of the run that is there, after its damaged files were repaired; None if there is no run."""
+    """Repair the damaged files of an existing run and return its record; None if there is no run."""
     restore_lost_record(run, spec, context.say)
     if not run.exists():
         return None
@@ -170,7 +170,7 @@ def _finished_result(
 
 
 def _clear_old_run(run: RunDir, context: JobContext) -> None:
-    """Delete what `--fresh` replaces, or what is left of a `--fresh` that was killed."""
+    """Delete the run that `--fresh` replaces, or the remains of a killed `--fresh`."""
     if context.fresh and run.exists():
         close_running([run, *runs_below(run.path)], context.config)
     if context.fresh or not run.exists():
@@ -187,7 +187,7 @@ def _run_and_close(
     prepared: Prepared,
     context: JobContext,
 ) -> dict[str, Any]:
-    """Run the job's own step, and write how it ended to the record and to MLflow."""
+    """Run the job's `run` step, and write its outcome to the record and to MLflow."""
     space = spec.config.space.cell_space()
     try:
         with EpochBar(context.console, spec.kind, spec.epochs, spec.unit) as bar:
@@ -214,7 +214,7 @@ def _run_and_close(
         raise
     if not tracker.deliver():
         context.say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
-    run.push()  # with what the tracker has delivered
+    run.push()  # includes the state of the delivery
     return _with_ids(outcome.result, run, tracker)
 
 
@@ -259,7 +259,7 @@ def _check_finished(
 
 
 def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Write FAILED to the record and to MLflow; an error of doing so must not hide the error of the run."""
+    """Write FAILED to the record and to MLflow. An error here must not hide the error of the run."""
     try:
         run.write(dataclasses.replace(record, status="FAILED", ended_ms=now_ms()))
         tracker.deliver()
@@ -269,7 +269,7 @@ def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callabl
 
 
 def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:
-    """Write one of a run's pages. A page that cannot be written costs a line, not the run.
+    """Write one of a run's pages. An error is reported in one line and does not fail the run.
 
     Returns:
         Its name, if it was written.
@@ -300,7 +300,7 @@ def announce(spec: JobSpec) -> str | None:
     """Open a run that another process will execute: its record and its MLflow run.
 
     Args:
-        spec: The run; one that exists is resumed.
+        spec: The run; an existing one is resumed.
 
     Returns:
         The id of the MLflow run; None if tracking is disabled or MLflow is unreachable.
@@ -312,7 +312,7 @@ def announce(spec: JobSpec) -> str | None:
             repair(run, spec, _LOG.warning)
         else:
             open_record(run, spec)
-            bucket.send(run.path, RECORD_FILE)  # with the key by which the MLflow run is found again
+            bucket.send(run.path, RECORD_FILE)  # includes the key that identifies the MLflow run
         tracker = tracker_of(run, spec.config)
         tracker.deliver()
         bucket.send(run.path, LINK_FILE)
@@ -330,15 +330,15 @@ def load_data(config: Config, console: Console, *, download: bool = True) -> Ima
 
 
 def settled(config: Config, console: Console) -> Config:
-    """Return the configuration with the stems that fit the pictures, which may have to be examined for this."""
+    """Return the configuration with the stems that fit the pictures; this may read the pictures' headers."""
     return settle_stems(config, _progress("checking", console))
 
 
 def settled_spec(config: Config, console: Console, describe: Callable[[Config], JobSpec]) -> JobSpec:
     """Return the job with the stems that fit the pictures, which are part of the run's hash.
 
-    If the pictures cannot be read, it is the run that exists already: the result of a finished run, and the error about
-    missing pictures, do not depend on how the stem was given.
+    If the pictures cannot be read, the job is that of the only existing run with a possible stem, so that the result of
+    a finished run stays available.
 
     Args:
         config: The configuration.
@@ -346,7 +346,7 @@ def settled_spec(config: Config, console: Console, describe: Callable[[Config], 
         describe: Returns the job of a configuration whose stems are settled.
 
     Raises:
-        DataError: The pictures cannot be read, and not exactly one run exists that they may belong to.
+        DataError: The pictures cannot be read, and there is no such run or more than one.
         ConfigError: A network is too narrow for its stem.
     """
     try:
@@ -361,7 +361,7 @@ def settled_spec(config: Config, console: Console, describe: Callable[[Config], 
 
 
 def check_data(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
-    """Check the settings of the jobs to come against the pictures and, without workers, against this machine."""
+    """Check the settings of the given jobs against the pictures and, without workers, against this machine."""
     if config.runtime.worker_range.maximum == 0:
         compute_for(config.runtime)
     check_fit(config, dataset, jobs)
@@ -373,7 +373,7 @@ def own_warnings(spec: JobSpec) -> Callable[[ImageDataset], list[str]]:
 
 
 def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
-    """Return a function that prints, at every tenth, how many pictures are done."""
+    """Return a function that prints the number of processed pictures after every tenth of them."""
     printed = -1
 
     def progress(done: int, total: int) -> None:
@@ -387,7 +387,7 @@ def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
 
 
 def _missing_classes(record: RunRecord) -> list[str]:
-    """Return lines about the classes that a run's figures do not cover."""
+    """Return a line for each part of a run's pictures that lacks classes."""
     return [line for use in record.datasets if (line := use.describe_missing()) is not None]
 
 

@@ -1,4 +1,4 @@
-"""Records each epoch of a job: metrics, tables, MLflow and a line on the console."""
+"""The observer that records each epoch of a job: metrics, tables, MLflow and console."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.training.epoch_record import EpochRecord, Progress, read_progress,
 
 
 class RunObserver:
-    """Receives a job's progress events: writes the run directory first, then MLflow, and a line to the console.
+    """An observer that writes a job's events to the run directory first, then to MLflow and the console.
 
     Args:
         run: The run directory.
@@ -86,11 +86,11 @@ class RunObserver:
         return True
 
     def trial_done(self, text: str, done: int, seconds_left: float) -> None:
-        """Write the line of a trial that has ended, the last of `done`, with the estimated time of the others."""
+        """Write the line of an ended trial, with the number of ended trials and the estimated time of the others."""
         self._bar.epoch_line(text, done, seconds_left)
 
     def deliver(self) -> None:
-        """Deliver what was written to the run directory to MLflow."""
+        """Deliver new contents of the run directory to MLflow."""
         self._tracker.deliver()
 
     def _restore_tables(self, records: Iterable[EpochRecord]) -> None:

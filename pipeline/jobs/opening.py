@@ -1,4 +1,4 @@
-"""Opens runs: writes their records, and repairs the files that a killed run left damaged."""
+"""Opening of runs: their records, and the repair of files that a killed run left damaged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ NOT_THE_RUNS = {LOCK_FILE, OWNER_FILE, LOG_FOLDER, CLEARING_FILE}  # entries tha
 
 
 def with_outcome(record: RunRecord, word: str) -> RunRecord:
-    """Return the record with the tag that tells interrupted runs from failed ones, which MLflow's status does not."""
+    """Return the record with the tag that distinguishes interrupted from failed runs; MLflow's status does not."""
     if word != INTERRUPTED and Tag.OUTCOME not in record.tags:
         return record
     return dataclasses.replace(record, tags={**record.tags, Tag.OUTCOME: word})
@@ -110,7 +110,7 @@ def repair(
         run.environment()
     except CheckpointError as error:
         damaged = f"{ENVIRONMENT_FILE}.damaged"
-        # Nothing else says where a finished run was computed. A run that resumes writes a new file.
+        # The environment of a finished run cannot be rebuilt. A run that resumes writes a new file.
         done = "set aside as" if finished else "replaced, the damaged file is"
         say(f"warning: {_what(error)}: {done} {damaged}")
         os.replace(run.path / ENVIRONMENT_FILE, run.path / damaged)
@@ -136,7 +136,7 @@ def repair(
 
 
 def _what(error: CheckpointError) -> str:
-    """Return which file is damaged and how, without the remedy."""
+    """Return the damaged file and the problem, without the remedy."""
     return error.problem if error.field is None else f"{error.field}: {error.problem}"
 
 
@@ -146,7 +146,7 @@ def _restore_tables(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> N
     try:
         progress = load_progress(folder)
         if progress.epochs != (lines[-1].step if lines else 0):
-            return  # The checkpoints were deleted, or the last one is damaged, about which the user was warned.
+            return  # The checkpoints were deleted, or the last one is damaged and `load_progress` warned about it.
         tables = SearchTables(run.path, spec.config.space.cell_space())
         for file in tables.replace(read_records(folder, progress), finished=True):
             say(restored(file))
@@ -160,7 +160,7 @@ def _rebuilt(
     """Return the metrics of a finished run without checkpoints.
 
     Raises:
-        CheckpointError: They cannot be rebuilt; the error is the one about the damaged file, with the reason.
+        CheckpointError: They cannot be rebuilt. The message names the damaged file and the reason.
     """
     if rebuild_metrics is None:
         raise error
@@ -204,7 +204,7 @@ def open_record(
     if run.exists():
         old = run.read()
         tags = {**old.tags, **common_tags(spec.config)}
-        # The pictures of the first start; `check_same_pictures` has shown that they are the same.
+        # Keep those of the first start; `check_same_pictures` has verified that they are the same.
         used = old.datasets if old.datasets else datasets
         record = dataclasses.replace(old, status="RUNNING", ended_ms=None, tags=tags, datasets=used)
         record = with_outcome(record, "RUNNING")
@@ -242,7 +242,7 @@ def _new_record(spec: JobSpec, datasets: tuple[DatasetUse, ...] = ()) -> RunReco
 
 
 def clear(path: Path) -> None:
-    """Delete everything but the lock and Ray's logs.
+    """Delete the contents of a run directory, except the lock and Ray's logs.
 
     The record is deleted first, so that a process killed in between leaves nothing that looks like a run.
     """

@@ -1,6 +1,6 @@
-"""Profiles a few training steps of a job: where the time goes, the share of peak performance, and a run's duration.
+"""A profile of a job's training steps: time by operation, share of peak performance, and the duration of a run.
 
-The steps train in this process on the real pictures, and the result is discarded: no run directory, no MLflow.
+The steps run in this process on the real pictures. Nothing is written to a run directory or to MLflow.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from pipeline.training.profiling import (
 )
 from pipeline.training.splits import splits_of
 
-WARM_UP = 2  # steps that are not measured, in which memory is allocated and kernels are chosen
+WARM_UP = 2  # unmeasured steps, which allocate memory and choose kernels
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Work:
 
     Args:
         train: See `pipeline.training.profiling.Train`.
-        pictures_per_step: Pictures that pass forward and backward in a step.
+        pictures_per_step: Number of pictures in the forward and backward pass of a step.
         measure: Evaluates one batch of training pictures.
         pictures_measured: Number of pictures in that batch.
         recover: Recovers the codes of all nodes; None for a retraining.
@@ -145,7 +145,7 @@ def run_profile(
     """Measure a few steps of a search, or of the retraining of a genotype.
 
     Args:
-        config: The whole configuration; its method says which search. Workers and address are not used.
+        config: The whole configuration; its method selects the search. Workers and address are not used.
         genotype: The cells to retrain; None profiles a search.
         steps: Number of steps that are timed, and of steps that are profiled; >= 1.
         trace: File for the Chrome trace of the last profiled step.
@@ -186,7 +186,7 @@ def run_profile(
         dtype = compute.autocast_dtype or torch.float32
         peak = peak_flops(device, dtype)
         kinds, clock = time_by_kind(work.train, steps, device, target)
-    # No warm-up: building the search has recovered the first codes. A second call would start from this one's supports.
+    # Called once: building the search was the warm-up, and a second call would start from the supports of the first.
     per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {
         "job": job,
@@ -219,7 +219,7 @@ def run_profile(
 def make_work(
     config: Config, dataset: ImageDataset, compute: Compute, genotype: Genotype | None = None
 ) -> Work:
-    """Build a job at its start.
+    """Build a job in its initial state.
 
     Args:
         config: The whole configuration.
@@ -344,13 +344,13 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
 
 
 def _to_training_mode(net: torch.nn.Module) -> None:
-    """Switch to training mode only if needed: a job visits all modules once an epoch, not in every step."""
+    """Switch to training mode if needed. A real job does so once an epoch, not in every step."""
     if not net.training:
         net.train()
 
 
 def _endless(batches: Batches, purpose: str, indices: torch.Tensor, size: int) -> Iterator[Batch]:
-    """Yield the batches of one epoch after another, all of them full, so that their times are comparable."""
+    """Yield full batches, epoch after epoch, so that the times of the steps are comparable."""
     full = indices[: max(len(indices) // size * size, min(size, len(indices)))]
     passes = (batches.training(purpose, full, epoch) for epoch in itertools.count())
     return as_data(itertools.chain.from_iterable(passes))
@@ -424,7 +424,7 @@ def print_profile(result: ProfileResult, console: Console) -> None:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """Return a number with a prefix of the SI.
+    """Return a number with an SI prefix.
 
     Example:
         >>> _scaled(3.2e9, "FLOP"), _scaled(12, "FLOP/s")

@@ -1,6 +1,6 @@
-"""Shows the progress of a job: one bar with loss, accuracies and time left, and a line for each epoch.
+"""The progress of a job: one bar with loss, accuracies and time left, and a line for each epoch.
 
-A log file has no bar: its lines say how far the job is, and a long epoch writes a line every few minutes.
+A log file has no bar. Its lines include the progress, and a long epoch writes a line every few minutes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from rich.progress import (
 from istanas.training import Metrics
 from pipeline.base.text import duration
 
-SECONDS_BETWEEN_READINGS = (
-    0.5  # of the figures in the bar: reading them at every step would slow training down
-)
+# Reading the figures in the bar at every step would slow down training.
+SECONDS_BETWEEN_READINGS = 0.5
 SECONDS_BETWEEN_SIGNS = 120.0  # between two lines in a log file during a long epoch
 
 
 class EpochBar:
-    """A bar over all steps of a job; in a pipe or a log file, lines instead.
+    """A progress bar over all steps of a job; in a pipe or a log file, it writes lines instead.
 
     Args:
         console: Where to draw.
@@ -79,7 +78,7 @@ class EpochBar:
         self._progress.stop()
 
     def begin(self, done: int) -> None:
-        """Start the estimate of the time left, once the job is set up and `done` epochs are done."""
+        """Start the estimate of the time left. It is called after the setup of the job, when `done` epochs are done."""
         self._before, self._start = done, self._clock()
 
     def step(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
@@ -105,7 +104,7 @@ class EpochBar:
         )
 
     def epoch_line(self, text: str, done: int, seconds_left: float | None = None) -> None:
-        """Write the line of an epoch or trial that has ended; a log file's line also says how far the job is.
+        """Write the line of an ended epoch or trial; in a log file, it includes the progress of the job.
 
         Args:
             text: The line; further lines may follow it.
@@ -122,7 +121,7 @@ class EpochBar:
         self.line(text)
 
     def _sign_of_life(self, epoch: int, step: int, n_steps: int, read: Callable[[], Metrics | None]) -> None:
-        """Write a line during a long epoch to the log file."""
+        """Write a line to the log file during a long epoch."""
         if self._clock() - self._last_line < SECONDS_BETWEEN_SIGNS or step == n_steps:
             return
         m = read()

@@ -28,7 +28,7 @@ class SearchResult(_Result):
 
 
 class OneStageResult(_Result):
-    """Result of a one-stage search: `test_top1` of the absorbed network, `valid_top1` of the last epoch's supernet."""
+    """Result of a one-stage search. `test_top1` belongs to the absorbed network, `valid_top1` to the last supernet."""
 
     test_top1: NotRequired[float]  # unless search.test_every = 0
     test_top5: NotRequired[float]
@@ -74,9 +74,8 @@ class SweepResult(TypedDict):
     objective_top1: float
     valid_top1: float
     retrained_top1: NotRequired[float]  # with sweep.objective = retrained
-    kendall_tau: NotRequired[
-        float | None
-    ]  # between valid_top1 and retrained_top1, over the trials that have both
+    # Between valid_top1 and retrained_top1, over the trials that have both.
+    kendall_tau: NotRequired[float | None]
     retrain_seconds: NotRequired[float]  # of all retrainings
     params: int
     macs: int

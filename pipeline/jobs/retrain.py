@@ -40,9 +40,9 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
     """Train the network of a genotype from scratch.
 
     Args:
-        context: What every job needs; its parent is the run directory of the search that found the genotype, or None.
+        context: The context of the job; its parent is the run directory of the search that found the genotype, or None.
         genotype: The cells.
-        origin: Where a genotype comes from that no run has found: a file, a random or a published cell.
+        origin: Source of a genotype that no run has found: a file, a random or a published cell.
 
     Returns:
         See `RetrainResult`.
@@ -107,7 +107,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
 
 
 def _run_name(run_dir: str) -> str:
-    """Return the name of a run's directory; that of a sweep's trial follows the name of the sweep."""
+    """Return the name of a run's directory; for a trial, it starts with the name of the sweep."""
     path = bucket.local(run_dir)
     return f"{path.parent.name}/{path.name}" if RunDir(path.parent).exists() else path.name
 

@@ -1,4 +1,4 @@
-"""Runs a search to a trained network: two-stage searches and retrains, one-stage searches and exports."""
+"""The job `run`: a two-stage search with its retraining, or a one-stage search with its export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.jobs.search import run_search
 
 
 def run_whole(context: JobContext) -> RunResult | OneStageResult:
-    """Search an architecture, then retrain it (two-stage) or export the trained network (one-stage).
+    """Search for an architecture, then retrain it (two-stage) or export the trained network (one-stage).
 
     Returns:
         See `RunResult` (two-stage) and `OneStageResult`.

@@ -1,4 +1,4 @@
-"""The search job: searches an architecture and writes its genotype, figures and trajectory."""
+"""The search job: searches for an architecture and writes its genotype, figures and trajectory."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def search_spec(
 
 
 def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> SearchResult | OneStageResult:
-    """Search an architecture.
+    """Search for an architecture.
 
     Args:
-        context: What every job needs; the method in its configuration decides which search it is.
+        context: The context of the job; the method in its configuration selects the search.
         jobs: The jobs whose settings are checked against the pictures before any work; `run` adds "retrain".
 
     Returns:
@@ -188,7 +188,7 @@ def _describe_fallbacks(found: SearchRecord) -> str:
 
 
 def check_solver(solver: str) -> None:
-    """Recover one small problem, so that a solver that cannot run here (no licence) is rejected before any work.
+    """Solve one small problem, to reject a solver that cannot run here (no licence) before any work.
 
     Raises:
         SolverError: The solver cannot run.

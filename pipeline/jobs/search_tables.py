@@ -1,4 +1,4 @@
-"""Writes the tables of a search, `trajectory.csv` and `codes.csv`, to which every epoch appends its rows."""
+"""The tables of a search, `trajectory.csv` and `codes.csv`, to which every epoch appends its rows."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class SearchTables:
         return True
 
     def _rows(self, record: EpochRecord) -> dict[str, bytes]:
-        """Return an epoch's rows by table, after the header if they are the first; empty if the epoch has no search."""
+        """Return an epoch's rows by table, the first ones with the header; empty if the epoch has no search."""
         tables = {
             TRAJECTORY_FILE: (TRAJECTORY_COLUMNS, list(trajectory_rows(record))),
             CODES_FILE: (CODES_COLUMNS, list(codes_rows(record, self._space, self._kept))),
@@ -103,7 +103,7 @@ class SearchTables:
 
 
 def restored(file: Path) -> str:
-    """Return the warning for a table that was damaged."""
+    """Return the warning about a damaged table that was restored."""
     return f"warning: {file}: damaged: restored from the epoch log"
 
 

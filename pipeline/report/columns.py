@@ -26,7 +26,7 @@ COLUMNS: dict[str, str] = {
 - Accuracies are fractions; top-5 is NA with 10 classes or fewer.
 - `dataset` is the name of the data set or, for own pictures, that of their folder. `genotype` is the digest.
 - `seconds` is the time spent working.
-- `outcome` is the status, but INTERRUPTED and PRUNED where MLflow has FAILED or KILLED.
+- `outcome` is MLflow's status, or INTERRUPTED or PRUNED instead of its FAILED or KILLED.
 - `origin` is the source of a retrained cell: a run, a file, a random or a published cell. It is NA for other runs.
 """
 

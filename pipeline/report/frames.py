@@ -391,12 +391,12 @@ def _weights_row(client: "MlflowClient", search: "Run", retraining: "Run | None"
 
 
 def _epochs(client: "MlflowClient", run: "Run") -> int | None:
-    """Return the number of epochs of a run, counted in its metrics: the settings are only limits."""
+    """Return the number of epochs of a run, counted in its metrics, because the settings are only limits."""
     return max((m.step for m in client.get_metric_history(run.info.run_id, "train/loss")), default=None)
 
 
 def _seconds(run: "Run") -> float | None:
-    """Return the seconds that the job reported, else those from start to end; `None` while it runs."""
+    """Return the seconds that the job reported or, without them, the time from start to end; `None` while it runs."""
     try:
         return float(run.data.tags[Tag.SECONDS])
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""`report.html`: the page of one finished run, made from its run directory alone."""
+"""`report.html`: the page of one finished run, written from its run directory only."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
 
 
 def _origin(record: RunRecord) -> str:
-    """Return where the genotype of a retraining, or a trial, comes from."""
+    """Return the parent run of a trial, or the source of a retraining's genotype."""
     if Tag.ORIGIN in record.tags:
         return f", genotype from {record.tags[Tag.ORIGIN]}"
     if record.parent is None:

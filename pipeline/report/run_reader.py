@@ -1,4 +1,4 @@
-"""Reads a run for a comparison, from its run directory or, if that is not on this machine, from the MLflow store."""
+"""Reading of a run for a comparison, from its run directory or, if that is not on this machine, from MLflow."""
 
 from __future__ import annotations
 

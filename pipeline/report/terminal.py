@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WIDE = 120
-"""Width of a terminal from which a table of results has more columns."""
+"""Smallest width of a terminal for the additional columns of a table of results."""
 
 
 def results_table(frame: "pd.DataFrame", *, width: int = 80, none: str = "no runs yet") -> FittedTable:
     """Format a frame as a table, with trials indented under their sweep and retrainings under their search.
 
-    "valid" and "test" are top-1; top-5 has a column if a run has it. Runs that are not finished show their outcome, and
+    "valid" and "test" are top-1. Top-5 has a column if a run has it. Runs that are not finished show their outcome, and
     runs with the same name show their directory.
 
     Args:
         frame: A frame of `pipeline.report.results_frame`.
-        width: The width of the terminal. From `WIDE` on, the table has data set, method and start (local time) too;
-            below, it has at most one column of top-5, preferably that of the test split.
+        width: The width of the terminal. If it is at least `WIDE`, the table also has data set, method and start (local
+            time); otherwise, it has at most one top-5 column, preferably that of the test split.
         none: The title of a table without rows.
     """
     tops = top_columns(key for key in frame.columns if frame[key].notna().any())

@@ -1,4 +1,4 @@
-"""`trajectory.html`: a search epoch by epoch, selected by a slider, made from its run directory alone.
+"""`trajectory.html`: the epochs of a search, selected by a slider, written from its run directory only.
 
 Each distinct cell is drawn once. The script of the page sets the widths of its edges for the selected epoch.
 """
@@ -107,7 +107,7 @@ def _read(frame: pd.DataFrame) -> Table:
     for row in frame.to_dict("records"):
         picks = [(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())]
         weights = [float(weight) for weight in str(row["edge_weights"]).split()]
-        # Sorting makes cells equal that differ only in the order of their picks.
+        # With sorted picks, cells that differ only in the order of picks are equal.
         pairs = sorted(zip(picks, weights, strict=True), key=lambda pair: (pair[0][1], pair[0][0]))
         figures = {name: row[name] for name in ("state", "changed", "distance", "gap", "truncation")}
         figures["margin"] = row.get("margin", math.nan)

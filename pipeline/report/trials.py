@@ -76,7 +76,7 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Convert columns to nullable types, so that missing values leave integers as they are; mixed ones become text."""
+    """Convert columns to nullable types, which keep integers next to missing values; mixed columns become text."""
     keys = [name for name in frame.columns if name not in COLUMNS]
     kinds = {key: frame[key].convert_dtypes().dtype for key in keys}
     return frame.astype(
@@ -138,7 +138,7 @@ def write_table(folder: Path, frame: pd.DataFrame) -> None:
 
 
 def page_table(folder: Path, frame: pd.DataFrame) -> dict[str, Any]:
-    """Return the values for the template's table of trials, which are sorted from best to worst.
+    """Return the values for the template's table of trials, sorted from the best trial to the worst.
 
     Args:
         folder: The sweep's run directory, which contains those of the trials.

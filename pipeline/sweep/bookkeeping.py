@@ -40,16 +40,13 @@ WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.F
 
 
 class TrialRuns:
-    """Opens and closes the runs of a sweep's trials, and updates the sweep's table, metrics and progress bar.
-
-    A listener of `StudySearcher`.
-    """
+    """A `TrialListener` that opens and closes the trials' runs, and updates the sweep's table, metrics and bar."""
 
     def __init__(self, config: Config, plan: Plan, run: RunDir, study: Study, observer: RunObserver) -> None:
         self._config, self._plan, self._run, self._study = config, plan, run, study
         self._observer = observer
         self._open: dict[int, tuple[Path, Config]] = {}  # trials that are running
-        self._started: dict[int, float] = {}  # when they were started by this process
+        self._started: dict[int, float] = {}  # start times in this process
         self._durations: list[float] = []  # seconds of the trials that this process has ended
         self._delivered = not own_trials(study)  # MLflow may lack trials of an earlier process.
 

@@ -96,8 +96,8 @@ def warnings_of_space(config: Config, dataset: ImageDataset) -> list[str]:
 def _valid_trials(config: Config, candidates: Iterable[Settings]) -> Iterator[tuple[Settings, Config]]:
     """Yield the settings, with their configuration, that make a valid trial with the sweep's own pictures.
 
-    Bounds that contradict each other fail in their trial only. Trials with another picture size open another data
-    set, so they are not checked against this one.
+    Contradictory settings are skipped, because they fail only their own trial. Trials with another picture size are
+    skipped, because they open another data set.
     """
     for settings in candidates:
         try:

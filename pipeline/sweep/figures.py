@@ -27,7 +27,7 @@ from pipeline.sweep.study import SETTINGS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MIN_TRIALS_FOR_IMPORTANCES = 8  # finished trials; importances of fewer are noise
+MIN_TRIALS_FOR_IMPORTANCES = 8  # with fewer finished trials, importances are noise
 SCALE = ("#d9822b", "#8d8a99", "#2b8ae2")  # from the worst to the best trial
 TOP1 = "top-1"
 _GRID, _TRANSPARENT = "rgba(128,136,148,0.3)", "rgba(0,0,0,0)"

@@ -48,7 +48,7 @@ from pipeline.tracking.store import public_uri
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
-# Ray Tune's settings: no result files, no terminal output, and Ctrl-C interrupts the sweep instead of ending it.
+# Ray Tune's settings: no result files, no terminal output, and no handling of Ctrl-C.
 ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # The last report of a trial has no epoch.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -80,14 +80,14 @@ def run_sweep(context: JobContext) -> SweepResult:
     """Run searches with many settings, and keep the best.
 
     Args:
-        context: What every job needs; its configuration has a `sweep` section. `fresh` also deletes the study.
+        context: The context of the job; its configuration has a `sweep` section. `fresh` also deletes the study.
 
     Raises:
         ConfigError: If the space is invalid.
         IstanasError: If too many trials failed, or no trial fits. The same command resumes the sweep.
     """
     config, runtime = context.config, context.runtime
-    check_space(config)  # Reading the pictures, which comes next, may take long.
+    check_space(config)  # Checked first, because reading the pictures may take long.
     runtime.check_address()
     spec = settled_spec(config, context.console, lambda each: sweep_spec(each, context.name))
 

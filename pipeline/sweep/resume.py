@@ -1,4 +1,4 @@
-"""How a sweep resumes: from its Optuna study, which is the sweep's only persistent state.
+"""The steps of resuming a sweep from its Optuna study, which is its only persistent state.
 
 1. `study.open_study` opens the study in its database, or restores it from the bucket.
 2. The metrics and the table of the sweep are rebuilt from the finished trials (`bookkeeping.TrialRuns.resume`).
@@ -27,12 +27,12 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 
 def unfinished(study: Study) -> list[int]:
-    """Return the numbers of the trials that an earlier process has started and not ended."""
+    """Return the numbers of the trials that an earlier process started but did not end."""
     return [trial.number for trial in own_trials(study) if trial.state == TrialState.RUNNING]
 
 
 def describe_resumed(config: Config, study: Study) -> Iterator[str]:
-    """Yield lines for the user about the trials that the study has already."""
+    """Yield lines for the user about the trials that are already in the study."""
     sweep = sweep_of(config)
     done = len(finished(study))
     started = len(own_trials(study)) - done

@@ -39,7 +39,7 @@ from pipeline.sweep.study import (
 
 
 class TrialListener(Protocol):
-    """Receives the events of trials, in the process that the user started."""
+    """A receiver of the events of trials, in the process that the user started."""
 
     def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
         """Handle a trial that is about to start or to resume, and return the task for its process."""
@@ -48,11 +48,11 @@ class TrialListener(Protocol):
         """Handle the last report of a trial, before the study records its end."""
 
     def study_updated(self, index: int) -> None:
-        """Handle that the study has recorded the end of a trial."""
+        """Handle the end of a trial, after the study has recorded it."""
 
 
 class _NoListener:
-    """Ignores all events."""
+    """A listener that ignores all events."""
 
     def trial_started(self, index: int, settings: Settings) -> dict[str, Any]:
         return {}
@@ -79,8 +79,8 @@ def first_settings(config: Config, number: int) -> list[Settings]:
 class _Reseeded:
     """An Optuna trial whose sampler is seeded by (seed, number of the trial, key).
 
-    The settings of a trial depend on the study at its start only, whatever process samples them. A trial that was
-    interrupted between two parameters is therefore completed with the same settings.
+    The settings of a trial depend only on the study at its start, not on the process that samples them. A trial that
+    was interrupted between two parameters is therefore completed with the same settings.
     """
 
     def __init__(self, config: Config, trial: Trial, index: int) -> None:
@@ -105,7 +105,7 @@ class StudySearcher(Searcher):
         config: The sweep's configuration.
         study: The study that `open_study` returns.
         listener: Receives the events of trials.
-        loss_reason: Returns why the process of a trial, given by Tune's id, was lost the last time.
+        loss_reason: Returns the reason for the last loss of a trial's process; called with Tune's id.
         warm_ups: Tasks that run before all trials, one for each process. They are not part of the study.
     """
 
@@ -134,7 +134,7 @@ class StudySearcher(Searcher):
 
     @property
     def is_over(self) -> bool:
-        """Whether no trial may start any more: after an error of this process, or too many failed trials."""
+        """Whether no further trial may start, after an error of this process or too many failed trials."""
         return self.error is not None or n_failed(self._study) > self._sweep.max_failures
 
     def suggest(self, trial_id: str) -> Any:
@@ -201,7 +201,7 @@ class StudySearcher(Searcher):
             self._n_started += 1
         else:
             return None
-        # Sample the joint settings with this seed; otherwise the sampler of the first missing key would.
+        # Sample the joint settings here; otherwise the seed of the first missing key would be used.
         _ = trial.relative_params
         return trial
 
@@ -213,7 +213,7 @@ class StudySearcher(Searcher):
         return self._study.get_trials(deepcopy=False)[number]
 
     def _record(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Record the accuracy of an epoch, which a resumed trial may report again."""
+        """Record the accuracy of an epoch, unless a resumed trial reports it again."""
         if EPOCH not in result or len(self._sweep.objectives) > 1:
             return
         if result[EPOCH] not in self._frozen(trial.number).intermediate_values:
@@ -255,7 +255,7 @@ class StudySearcher(Searcher):
 
 
 def make_scheduler(config: Config, study: Study, max_epochs: int) -> TrialScheduler:
-    """Return the scheduler that stops trials early, with the reports of earlier processes.
+    """Return the scheduler that stops trials early, initialised with the reports of earlier processes.
 
     Args:
         config: The sweep's configuration.

@@ -163,7 +163,7 @@ def check_space(config: Config) -> None:
 
 
 def extreme_settings(config: Config) -> Iterator[Settings]:
-    """Yield settings for each value that the space lists: that value, and the lowest or first one of all other keys."""
+    """Yield settings with each value that the space lists, and the lowest or first value of all other keys."""
     for key, parameter in sweep_of(config).space.items():
         for value in values_of(parameter):
             yield settings_of_point(config, {**parameter.when, key: value})
@@ -278,7 +278,7 @@ def _point_errors(config: Config, point: Mapping[str, Any]) -> Iterator[ConfigEr
             yield ConfigError(
                 f"{value!r} is outside {space[key]}", field=key, remedy="choose a value that the space allows"
             )
-    # Keys that a point leaves open are sampled, so a condition on such a key may not hold.
+    # Keys that a point lacks are sampled, so a condition on such a key may not hold.
     for key in set(point) - set(settings_of_point(config, point)) if valid else ():
         wanted = ", ".join(f"{name}: {shown_value(v)}" for name, v in space[key].when.items())
         yield ConfigError("its condition does not hold in this point", field=key, remedy=f"add {wanted}")

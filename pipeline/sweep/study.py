@@ -30,9 +30,8 @@ from pipeline.tracking.store import database_lock, public_uri
 # Keys of the reports that a trial sends.
 EPOCH, TOP1 = "epoch", "valid/top1"  # after each epoch
 FINISHED, FAILED = "finished", "failed"  # in the last report; FAILED holds the reason
-BLOCKED = (
-    "blocked"  # instead of FINISHED and FAILED, if a full disk or an unreachable storage stops the sweep
-)
+# Instead of FINISHED and FAILED, if a full disk or an unreachable storage stops the sweep.
+BLOCKED = "blocked"
 WARNED = "warned"  # the warnings of the trial
 NODE = "node"  # the cluster node, in every report
 HOME, MEANING = "run_dir", "objectives"  # user attributes of the study
@@ -72,7 +71,7 @@ def storage_uri(config: Config, name: str) -> str:
 
 
 def _is_saved_in_bucket(config: Config) -> bool:
-    """Whether the study is a file of a run directory in a bucket, where a database cannot be opened in place."""
+    """Return whether the study is saved in a bucket, where a database cannot be opened in place."""
     return is_remote(config.runtime.runs_dir) and sweep_of(config).storage is None
 
 
@@ -92,9 +91,9 @@ def save_study(config: Config, run_dir: Path) -> None:
 
 
 def _restore(database: Path, run_dir: Path) -> None:
-    """Replace the local database by the copy from the bucket.
+    """Replace the local database with the copy from the bucket.
 
-    Local entries beyond that copy never took effect: the study is always saved before it is relied on.
+    Local entries that the copy lacks had no effect, because the study is saved before a trial depends on it.
     """
     for file in database.parent.glob(f"{database.name}*"):
         file.unlink()
@@ -271,7 +270,7 @@ def ended_study(config: Config, name: str) -> Study:
 
 
 def _meaning(sweep: SweepSettings) -> list[str]:
-    """Return what the values of a study's trials mean: studies that differ in it cannot be combined."""
+    """Return the objectives of a study's values; studies with different objectives cannot be combined."""
     return [sweep.objective, *sweep.objectives]
 
 
@@ -295,7 +294,7 @@ def own_study(study: Study) -> Study:
 
 
 def first_number(study: Study) -> int:
-    """Return the number of this sweep's first trial in the study, which is preceded by those of `sweep.start_from`."""
+    """Return the number of this sweep's first trial; the trials of `sweep.start_from` come before it in the study."""
     return sum("start_from" in t.user_attrs for t in study.get_trials(deepcopy=False))
 
 
@@ -313,13 +312,13 @@ def make_sampler(sweep: SweepSettings, seed: int) -> BaseSampler:
         return NSGAIISampler(seed=seed, population_size=min(50, max(2, sweep.trials // 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # The constant liar keeps concurrent trials apart, which a single trial at a time does not need.
+        # The constant liar keeps concurrent trials apart; without concurrency, it is not needed.
         concurrent = sweep.max_concurrent != 1
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=concurrent)
 
 
 def best_trial(own: Study) -> FrozenTrial | None:
-    """Return the best finished trial, or `None` without one; of a Pareto front, the trial with the best top-1.
+    """Return the best finished trial (on a Pareto front, the one with the best top-1), or `None` without one.
 
     Args:
         own: The study that `own_study` returns.

@@ -36,7 +36,7 @@ from pipeline.training.pictures import open_dataset
 # How long a restarted trial waits for its run directory. If its first process is on a node that lost the network, Ray
 # ends that process only after a minute.
 SECONDS_TO_LET_GO = 120.0
-RETRAINED_NAME = "cell"  # the name of all retrainings of a sweep, which trials share
+RETRAINED_NAME = "cell"  # the name of all retrainings of a sweep; trials share them
 
 
 def run_trial(task: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def run_trial(task: dict[str, Any]) -> None:
 
 
 def _warm_up(config: Config) -> None:
-    """Load modules and pictures, for which the first trial of a process would wait otherwise."""
+    """Load modules and pictures in advance, so that the first trial of a process starts sooner."""
     with contextlib.suppress(Exception):  # The trial fails for the same reason, and reports it.
         for module in ("torch._dynamo", "matplotlib.figure"):  # for the optimisers and the cell figures
             importlib.import_module(module)
@@ -92,7 +92,7 @@ def _logged_run(task: dict[str, Any], log: TextIO, run: RunDir) -> dict[str, Any
     previous, warnings.showwarning = warnings.showwarning, warn
     try:
         return {FINISHED: True, **_run(task, Console(file=log, width=120, markup=False), reached, run)}
-    except Exception as error:  # No failure of a trial ends the sweep's other trials.
+    except Exception as error:  # A failed trial must not end the others.
         with contextlib.suppress(OSError):  # The disk may be full.
             log.write(traceback.format_exc())
         return {**reached, **failure(error)}
@@ -116,7 +116,7 @@ def failure(error: Exception) -> dict[str, Any]:
 def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """Run a trial, and return its figures; `reached` is updated with the figures so far."""
     config: Config = task["config"]
-    reported = 0  # epochs
+    reported = 0  # number of epochs
     reached[NODE] = _node()
     console.print(f"on node {reached[NODE]}", highlight=False)
 
@@ -161,7 +161,7 @@ def _retrained(context: JobContext, genotype: dict[str, Any], search_dir: str) -
     retraining = JobContext(
         context.config, RETRAINED_NAME, context.console, context.runtime, parent=search_dir, wait=-1
     )
-    # Canonical, so that genotypes of equal digest share a run directory.
+    # In canonical form, genotypes with equal digests share a run directory.
     result = run_retrain(retraining, Genotype.from_dict(genotype).canonical())
     reused = RunDir(bucket.local(result["run_dir"])).read().parent != search_dir
     return {

@@ -1,4 +1,4 @@
-"""Ray Tune as a sweep uses it: it places trials and stops them early."""
+"""The interface to Ray Tune, which places trials and stops them early."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs"
 def run_tune(
     config: Config, plan: Plan, folder: Path, study: Study, trials: TrialRuns, observer: RunObserver
 ) -> None:
-    """Run Ray Tune until no trial is left. Its own files are deleted: a sweep resumes from the study.
+    """Run Ray Tune until no trial is left. Its own files are deleted, because a sweep resumes from the study.
 
     Raises:
         IstanasError: If Ray Tune fails or a trial cannot continue.
@@ -49,7 +49,7 @@ def run_tune(
     searcher = StudySearcher(config, study, trials, losses.reason, trials.warm_ups())
 
     class StopOnError(tune.Stopper):
-        """Stops Ray Tune after an error of the searcher."""
+        """A stopper that ends Ray Tune after an error of the searcher."""
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
@@ -107,7 +107,7 @@ def run_tune(
 
 
 class _LossReasons(Callback):
-    """Records why processes of trials were lost, which Tune does not pass to its searcher.
+    """A callback that records why processes of trials were lost; Tune does not tell its searcher.
 
     Args:
         note: Called with a line for the user.
@@ -152,8 +152,8 @@ def _watch_cluster(logs: Path) -> AbstractContextManager[None]:
 def _keep_aws_keys_out_of_logs() -> None:
     """Stop Ray from sending AWS keys to trials, which would write them into its logs.
 
-    Trials use the keys of their node instead: a Ray that was started here inherits those of this process, and on a
-    cluster the pre-flight checks each node.
+    Trials use the keys of their node instead. A local Ray inherits those of this process; on a cluster, the pre-flight
+    check covers each node.
     """
     from ray.tune.execution import class_cache
 

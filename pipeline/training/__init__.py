@@ -1,1 +1,1 @@
-"""What runs on every worker: pictures, networks, epochs, the training loop, compute devices and profiling."""
+"""The code that runs on every worker: pictures, networks, epochs, the training loop, compute devices and profiling."""

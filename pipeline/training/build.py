@@ -1,4 +1,4 @@
-"""Building networks and searches from a configuration and its data set."""
+"""Construction of networks and searches from a configuration and its data set."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def build_retraining(
 def network_cost(
     sizes: schema.SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype
 ) -> Cost:
-    """Parameters and multiply-adds of a genotype's network under a one-stage search's or a retraining's settings."""
+    """Return parameters and multiply-adds of a genotype's network, see `target_network`."""
     return target_cost(
         genotype,
         init_channels=sizes.init_channels,

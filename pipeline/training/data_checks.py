@@ -67,7 +67,7 @@ def doubtful_settings(config: Config, dataset: ImageDataset, jobs: Sequence[str]
 
 
 def _name_of_training(config: Config, job: str) -> str:
-    """Return what the pictures that train the weights of a job's network are called."""
+    """Return the name of the pictures that train the weights of a job's network."""
     if job == "retrain":
         return "training pictures"
     return (
@@ -86,7 +86,7 @@ def warnings_of_trials(
     """Return a line for the user about each setting of a sweep's trials that makes no sense for these pictures.
 
     Args:
-        trials: Configurations of trials that together have every value that the space names.
+        trials: Configurations of trials that together contain every value of the space.
         dataset: The sweep's pictures.
         jobs: The jobs of a trial: "search", "retrain".
         swept: Keys of the space.

@@ -1,4 +1,4 @@
-"""Processes that decode pictures (`runtime.data_workers`): the loss of one is an error, not an endless wait."""
+"""Error handling for the processes that decode pictures (`runtime.data_workers`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.base.socket_paths import shorten_data_worker_sockets
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCH_NOT_SENT = 74  # exit code of a worker that could not send a batch, EX_IOERR
-# Torch has no error class for its workers, but only the messages about them start like this.
+# Torch has no error class for lost workers, so they are recognised by the start of the message.
 WORKER_MESSAGES = ("DataLoader worker (pid", "Pin memory thread exited")
 
 
@@ -26,8 +26,8 @@ WORKER_MESSAGES = ("DataLoader worker (pid", "Pin memory thread exited")
 def report_lost_workers(workers: int) -> Iterator[None]:
     """Convert the loss of a data worker in this context to a one-line error.
 
-    A worker that cannot send a batch, because /dev/shm is full, exits. By default, Python prints a traceback, drops the
-    batch and lets the worker live, and the training process would wait for that batch for ever.
+    A worker that cannot send a batch, because /dev/shm is full, exits. By default, Python would drop the batch and keep
+    the worker, and the training process would wait for that batch forever.
 
     Args:
         workers: `runtime.data_workers`.
@@ -65,8 +65,8 @@ def _end_worker(_error: Exception, _batch: object) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Return the gist of torch's message, and the size of the shared memory, which is most often the cause."""
-    # If there is a cause, it names the signal.
+    """Return the first sentence of torch's message, and the size of the shared memory, the most frequent cause."""
+    # Only the cause, if there is one, names the signal.
     cause = error.__cause__ if str(error.__cause__).startswith(WORKER_MESSAGES) else error
     what = " ".join(str(cause).split()).partition(". ")[0].rstrip(".")
     if not SHARED_MEMORY.is_dir():

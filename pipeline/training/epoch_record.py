@@ -1,4 +1,4 @@
-"""The record of an epoch, and the sums over all epochs that a job needs when it resumes and when it finishes."""
+"""The record of an epoch, and the totals over all epochs that a job needs to resume and to finish."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SearchRecord:
         genotype: JSON of the architecture after the recovery.
         start_nodes: The nodes after the recovery before any training; only in the record of the first epoch.
         converged: Whether a two-stage search ends here, before its last epoch.
-        searching: False once the architecture of a one-stage search is fixed and only trained.
+        searching: False if a one-stage search only trains its final architecture.
         rejection: Why a one-stage search rejected the recovered architecture, or None.
         frozen: The nodes of a one-stage search that have frozen so far; None in a two-stage search.
     """
@@ -120,7 +120,7 @@ class EpochRecord:
             istanas.errors.CheckpointError: not the record of an epoch (epoch: Field required)
         """
         record = _parse_record(text)
-        # The parser accepts unknown keys, and missing ones that have a default.
+        # The parser also accepts unknown keys, and missing keys that have a default.
         if record.to_json() != text:
             raise CheckpointError(
                 "not the record of an epoch (it has other keys, or was written differently)"
@@ -304,8 +304,8 @@ class FolderStore:
     """Checkpoint store in a local folder.
 
     Args:
-        folder: the folder of the checkpoints.
-        push: sends the run directory to the storage that mirrors it; called after every checkpoint.
+        folder: Folder of the checkpoints.
+        push: Called after every checkpoint to send the run directory to its remote storage.
     """
 
     folder: Path
@@ -321,7 +321,7 @@ class FolderStore:
 
 
 def _with_log(folder: Path, found: Checkpoint) -> Checkpoint:
-    """Return a checkpoint after a check that it matches the log, or after a conversion from version 0.1."""
+    """Check that a checkpoint matches the log, or convert it from version 0.1, and return it."""
     if "history" in found.state:
         return _convert(folder, found.state)
     try:

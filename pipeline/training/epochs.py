@@ -54,11 +54,11 @@ class EpochJob(Protocol):
         """Train epoch `epoch` (from 0) and measure.
 
         Raises:
-            DivergedError: On every rank, if one diverged. The job is then unusable; a new one must load a checkpoint.
+            DivergedError: If a rank diverged; all ranks raise it. Afterwards, a new job must load a checkpoint.
         """
 
     def state(self) -> dict[str, Any]:
-        """Return the state from which `load` resumes bit for bit."""
+        """Return the state from which `load` resumes with identical results."""
 
 
 class TwoStageJob:
@@ -185,7 +185,7 @@ class OneStageJob:
         return EpochResult(metrics, found)
 
     def _test(self) -> Metrics:
-        """Measure the network that would be exported now on the test split."""
+        """Measure the network, as it would be exported now, on the test split."""
         net = to_channels_last(absorb_into_batchnorm(self._search.supernet))
         return evaluate(net, self._batches.measuring("test", None), self._compute, self._ranks)
 

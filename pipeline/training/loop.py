@@ -169,7 +169,7 @@ def _start_or_resume(
 def _attempt(
     job: EpochJob, epoch: int, on_step: Callable[[int, int, Totals], None], lr_factor: float
 ) -> EpochResult | DivergedError:
-    """Return the epoch's result, or on every rank the error if one of them diverged."""
+    """Return the epoch's result; if a rank diverged, return the error on every rank."""
     try:
         return job.run_epoch(epoch, on_step, lr_factor)
     except DivergedError as error:
@@ -178,10 +178,10 @@ def _attempt(
 
 
 def _check_rollback(settings: RuntimeSettings, error: DivergedError, epoch: int, before: int) -> None:
-    """Raise if a diverged run must not be rolled back, or was rolled back too often.
+    """Check that a diverged run may be rolled back, and was not rolled back too often.
 
     Raises:
-        DivergedError: With the epoch, the last good checkpoint and the remedy.
+        DivergedError: It may not. The message names the epoch, the last good checkpoint and the remedy.
     """
     if settings.on_nan == "rollback" and before < settings.max_rollbacks:
         return
@@ -261,7 +261,7 @@ def _last(folder: Path, epochs: int) -> dict[str, Any]:
 
 
 def _load(store: Store, dataset: ImageDataset, ranks: Ranks) -> dict[str, Any] | None:
-    """Return rank 0's newest checkpoint on every rank, after a check that all ranks have its pictures."""
+    """Check that all ranks have the checkpoint's pictures, and return rank 0's newest checkpoint on each."""
     ranks.check_same(f"data set {dataset.name}", dataset.digest)
     data = ranks.from_first(store.read)
     if data is None:
@@ -304,6 +304,6 @@ def _mismatch_as_checkpoint_error() -> Iterator[None]:
 
 
 def _seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:
-    """Seed the global generator, from which drop path draws, with a stream of its own on every rank."""
+    """Seed the global generator, from which drop path draws, with a different stream on every rank."""
     rank = (ranks.rank,) if ranks.rank else ()  # rank 0 draws the same numbers as a run in one process
     torch.manual_seed(derive_seed(config.seed, "epoch", epoch, *rank))

@@ -10,7 +10,7 @@ from pipeline.training.epoch_record import Progress
 
 
 class Observer(Protocol):
-    """Receives a job's progress events."""
+    """A receiver of a job's progress events."""
 
     def note(self, text: str) -> None:
         """Receive a line for the user."""
@@ -25,7 +25,7 @@ class Observer(Protocol):
         """
 
     def epoch_done(self, progress: Progress) -> None:
-        """Receive the progress after an epoch, whose checkpoint has been written; its last record is the epoch's."""
+        """Receive the progress after an epoch, whose record is `progress.last` and whose checkpoint is written."""
 
     def go_on(self) -> bool:
         """Return whether these workers continue after an epoch; otherwise, other workers resume the job."""

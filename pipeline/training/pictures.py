@@ -33,7 +33,7 @@ from pipeline.config.schema import Config, DataSettings, OneStageConfig
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
 from pipeline.training.splits import check_splits, splits_of
 
-DIGEST_LENGTH = 16  # hexadecimal digits: MLflow's pages show all of them, its column holds 36
+DIGEST_LENGTH = 16  # hexadecimal digits; MLflow's pages show all of them, its database column holds 36
 
 Progress = Callable[[int, int], None]
 """Receives (pictures done, pictures in total)."""
@@ -89,7 +89,7 @@ def settle_stems(config: Config, checking: Progress | None = None) -> Config:
     A job does this first, because it hashes and records the stems that its networks have.
 
     Args:
-        config: The configuration. Only for a picture folder without `data.image_size`, the pictures are inspected.
+        config: The configuration. The pictures are inspected only for a folder without `data.image_size`.
         checking: Called while the headers of the folder are read.
 
     Raises:
@@ -195,7 +195,7 @@ def check_size(name: str, height: int, width: int) -> None:
 def describe_pictures(
     config: Config, dataset: ImageDataset, used: Sequence[DatasetUse], jobs: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return lines for the user about the pictures of a job: what there is, and possible surprises.
+    """Return lines for the user about the pictures of a job and their unexpected properties.
 
     Args:
         config: The configuration.
@@ -204,7 +204,7 @@ def describe_pictures(
         jobs: The jobs whose networks are built: "search", "retrain".
     """
     missing = filter(None, (use.describe_missing() for use in used))
-    # The picture sizes of well-known data sets, and so the stems for them, are no surprise.
+    # The stems for well-known data sets are expected, because their picture sizes are known.
     stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs if config.data.name == OWN_PICTURES)
     return (*dataset.notes, *missing, *stems)
 
@@ -282,7 +282,7 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
     """
     splits = splits_of(config, dataset, job)
     parts: dict[str, tuple[Pictures, torch.Tensor]] = {"training": (dataset.train, splits.training)}
-    if splits.alphas is not None:  # a two-stage search, which measures on this part and on no other
+    if splits.alphas is not None:  # a two-stage search, which measures on this part only
         parts["alphas"] = dataset.train, splits.alphas
     elif splits.holdout is not None:
         parts["hold-out"] = dataset.train, splits.holdout
@@ -323,7 +323,7 @@ def _is_ever_tested(config: Config, job: str) -> bool:
 
 
 class Batches:
-    """Makes this rank's batches of a job; every pass is determined by (seed, purpose, epoch, rank)."""
+    """This rank's batches of a job. Each pass is determined by (seed, purpose, epoch, rank)."""
 
     def __init__(
         self,
@@ -359,7 +359,7 @@ class Batches:
         )
 
     def measuring(self, split: Any, indices: torch.Tensor | None) -> Any:
-        """Return the batches for an evaluation, in order and only normalised."""
+        """Return the batches for an evaluation, in order and without augmentation."""
         return batches(
             self._dataset,
             split,

@@ -1,4 +1,4 @@
-"""Measurements of training steps: seconds, FLOPs, and by torch's profiler where the time goes by kind of operation."""
+"""Measurements of training steps: seconds, FLOPs and, with torch's profiler, the time of each kind of operation."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def time_by_kind(
     seconds: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     clock = "cpu"
-    # The profiler's records prevent memory from being reused, so that steps profiled together take twice their time.
-    # If steps are profiled one by one, only the first is slow, and it is not counted.
+    # The profiler's records prevent the reuse of memory, so steps that are profiled together take twice their time.
+    # Steps are therefore profiled one by one. The first of them is still slow, so it is not counted.
     for step in range(steps + 1):
         profiler = _profile_step(train, device)
         if step > 0:

@@ -1,4 +1,4 @@
-"""Which training pictures a job uses, and for what."""
+"""The splits of the training pictures among the purposes of a job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from istanas.seeds import derive_seed
 from pipeline.config.schema import Config, TwoStageConfig
 
 MIN_TRAINING = 2  # batch norm needs two pictures, and so do the two halves of a search
-_REMEMBERED = 4  # splits per data set; a job needs one, a sweep checks many configurations
+_REMEMBERED = 4  # cached splits per data set; a sweep checks many configurations
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Splits:
     Args:
         training: Pictures that train the network's weights.
         alphas: Pictures that train the architecture parameters of a two-stage search; None for other jobs.
-        holdout: Pictures that are kept for choosing; None without `data.holdout`.
+        holdout: Pictures for validation; None without `data.holdout`.
     """
 
     training: Tensor
@@ -77,7 +77,7 @@ def check_splits(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> 
 
 
 def _key(config: Config, job: str) -> Hashable:
-    """Return the settings that the splits follow from."""
+    """Return the settings that determine the splits."""
     if job != "search":
         return config.seed, config.data.holdout
     fraction = config.search.alpha_fraction if isinstance(config, TwoStageConfig) else None
