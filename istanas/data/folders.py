@@ -191,7 +191,7 @@ class Survey:
             image_size: See `side`.
 
         Raises:
-            DataError: If pictures that are not scaled differ in size. It names the first whose size is not the commonest.
+            DataError: If unscaled pictures differ in size. It names the first whose size is not the most common one.
         """
         side = self.side(image_size)
         if side is not None:

@@ -138,7 +138,7 @@ class Genotype:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def canonical(self) -> Genotype:
-        """Return the same network with each node's picks sorted; it is equal for all genotypes of one digest."""
+        """Return the genotype with each node's picks sorted. It is equal for all genotypes with the same digest."""
         normal, reduce = (tuple(tuple(sorted(node)) for node in self.picks(cell)) for cell in CELLS)
         return replace(self, normal=normal, reduce=reduce)
 

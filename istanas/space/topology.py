@@ -1,4 +1,4 @@
-"""The topology of a cell's search space, and all arithmetic between (node, edge, operation) and flat indices.
+"""The topology of a cell's search space, and the conversion between (node, edge, operation) and flat indices.
 
 States 0 and 1 are the outputs of the two previous cells, state 2 + i is node i. Node i may read every state before it,
 so it has i + 2 incoming edges. Edges are numbered over the whole cell, those of node 0 first. The candidates of a node
