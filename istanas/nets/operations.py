@@ -125,7 +125,7 @@ class DilConv(RectifiedBlock):
 
 
 class FactorizedReduce(nn.Module):
-    """A block that halves the picture by two 1x1 convolutions of stride 2, the second on the picture shifted by a pixel.
+    """Two 1x1 convolutions of stride 2 that halve the picture, the second on the picture shifted by a pixel.
 
     Each convolution reads one of the four pixel phases. Only these two are rectified, which halves the work of the
     ReLU (1.1 to 2 times faster, slicing included) and gives the same numbers. Odd sizes are padded by a row and a

@@ -1,4 +1,4 @@
-"""Describes the keys of a configuration: type, range, default and meaning, for the terminal, editors and the docs."""
+"""Descriptions of configuration keys: type, range, default and meaning, for the terminal, editors and the docs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def sections() -> dict[str, str]:
 
 
 def describe(prefix: str = "") -> list[Key]:
-    """Return the key with this name, the keys of this section, or the keys that begin with this text.
+    """Return the key with a name, the keys of a section, or the keys that begin with a text.
 
     Args:
         prefix: A key, a section or the beginning of a key; empty for all keys.
@@ -200,7 +200,7 @@ def _walk(
     Args:
         model: The section.
         node: Its JSON schema, from which the types are easier to read.
-        definitions: The JSON schemas that it refers to.
+        definitions: The JSON schemas to which `node` refers.
         prefix: Path of the section with a final dot.
     """
     for name, field in model.model_fields.items():
