@@ -252,7 +252,7 @@ def draw_freezing(
     """Draw how far each node's code moved in every epoch of a one-stage search, and when the node froze.
 
     Args:
-        distances: (cell, node) -> (epoch, ||z_t - z_(t-1)||_2), the latter >= 0. Distances below a thousandth of the
+        distances: (cell, node) -> (epoch, distance ||z_t - z_(t-1)||_2 >= 0). Distances below a thousandth of the
             tolerance are raised to it, because the axis is logarithmic.
         tolerance: The threshold, >= 0; 0 is not drawn.
         rejected: Epochs whose new architecture was too large, drawn as dotted lines.

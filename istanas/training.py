@@ -57,7 +57,7 @@ class Metrics:
         loss: Mean cross-entropy.
         top1: Fraction in [0, 1] of the pictures whose class has the largest logit.
         count: Number of pictures.
-        top5: Fraction in [0, 1] of the pictures whose class is among the five largest logits; None with
+        top5: Fraction in [0, 1] of the pictures whose class has one of the five largest logits; None with
             `TOP5_ABOVE` classes or fewer.
     """
 

@@ -65,7 +65,7 @@ _FACTS = np.dtype(
 )
 
 BRIGHTEST_SHARE = 0.01
-"""Share of the training pictures, the brightest ones, that are ignored when the number of bits is determined."""
+"""The brightest training pictures are ignored, up to this share, when the number of bits is determined."""
 
 
 class FileState(NamedTuple):
@@ -422,7 +422,7 @@ class _LeftOuts:
         """Count the left-out files (path, reason) of a folder of which `n_read` pictures are read.
 
         Raises:
-            DataError: If too many are left out.
+            DataError: If too many files are left out.
         """
         here = _by_reason({}, files)
         self.count(files)

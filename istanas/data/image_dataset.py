@@ -42,7 +42,7 @@ class FilePictures:
         paths: Paths of the N files.
         labels: (N,) int64 in [0, number of classes).
         image_size: Side in pixels of the square that a network receives.
-        fingerprints: 8 bytes per file: a digest of its size and of samples of its content.
+        fingerprints: Digests of each file's size and of samples of its content, 8 bytes per file.
         decode_settings: How the pixels are decoded.
     """
 

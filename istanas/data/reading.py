@@ -38,7 +38,7 @@ _WHOLE = 4 * _BLOCK  # files up to this size are read completely
 _PADDING = b"\0\r\n\t "  # bytes that some programs append to a complete file
 _HOLE = bytes(512)  # a sector of zeros, which is rare in compressed data
 _STRAY_SHARE = (
-    0.001  # share of the brightest pixels, such as a camera's hot pixels, that are ignored (at least one)
+    0.001  # the brightest pixels, such as a camera's hot pixels, are ignored up to this share (at least one)
 )
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION, _ORIENTATIONS, _SIDEWAYS = 0x0112, range(1, 9), (5, 6, 7, 8)
@@ -84,7 +84,7 @@ class Facts(NamedTuple):
         width: Width in pixels of the upright picture.
         height: Height in pixels of the upright picture.
         peak: Largest value of a grey picture with more than 8 bits; 0 for other pictures.
-        level: The same without the brightest 0.1 % of the pixels (at least one pixel).
+        level: As `peak`, but without the brightest 0.1 % of the pixels (at least one pixel).
         flags: See `Flag`.
         fingerprint: 8 bytes, a digest of the file's size and of samples of its content (up to 64 KiB: all of it).
     """
@@ -284,8 +284,8 @@ def decode_pictures(
 
     Args:
         paths: N files, at least one.
-        size: Side of the square to which they are scaled; None keeps their sizes, which must be equal.
-        settings: How they are decoded.
+        size: Side of the square to which the pictures are scaled; None keeps their sizes, which must be equal.
+        settings: How the pictures are decoded.
         progress: Called with (pictures decoded, N).
         pool: How the work is distributed over processes.
 

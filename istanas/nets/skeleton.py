@@ -73,7 +73,7 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
 
 
 def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozenset[int]:
-    """Return the live states of a cell: those that its output depends on. The others are not computed.
+    """Return the live states of a cell: those on which its output depends. The others are not computed.
 
     Args:
         reads: For each node the states that its operations read; 0 and 1 are the cell's inputs, 2 + i is node i.
@@ -93,7 +93,7 @@ def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozen
 def live_places(
     kinds: Sequence[str], states: Mapping[str, Collection[int]], auxiliary: int | None = None
 ) -> tuple[bool, ...]:
-    """Return which outputs of the stem and which cells the network's output depends on.
+    """Return on which outputs of the stem and on which cells the network's output depends.
 
     Cell i reads the places i and i + 1 of [stem s0, stem s1, cell 0, ..., cell L - 1], if its inputs 0 and 1 are live.
 
@@ -262,7 +262,7 @@ class CellNetwork(nn.Module):
         return list(self._active_parameters)
 
     def active_buffers(self) -> list[Tensor]:
-        """Return the running statistics that a training step changes: floating-point buffers of the live parts."""
+        """Return the running statistics that a training step changes: the live parts' floating-point buffers."""
         # Not stored, because moving a network to another device or type replaces its buffers.
         return [b for part in self._live_parts for b in part.buffers() if b.is_floating_point()]
 

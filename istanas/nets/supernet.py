@@ -37,7 +37,7 @@ Support = tuple[int, ...]
 
 
 class NodeState(Enum):
-    """Whether a node is still searched.
+    """Whether the search still changes a node.
 
     The code of an ACTIVE node is recovered from its b in every epoch. The b, the code and the edge weights of a FROZEN
     node are fixed (one-stage search only).

@@ -71,7 +71,7 @@ class OneStageSearch(SearchState):
     """A one-stage search: its state, its steps and its epochs.
 
     Args:
-        supernet: The network, of the target network's size, with `op_batchnorm`, on its device. Its compressed alphas
+        supernet: The network on its device. It has the target network's size and `op_batchnorm`. Its compressed alphas
             are initialised here.
         settings: Hyperparameters of the search.
         compute: Device and precision.
@@ -154,7 +154,7 @@ class OneStageSearch(SearchState):
         )
 
     def active_places(self) -> list[Place]:
-        """Return the (cell, node) that are ACTIVE."""
+        """Return the ACTIVE nodes as (cell, node)."""
         states = self.supernet.node_states
         return [(c, n) for c, n in self.places if states[c][n] is NodeState.ACTIVE]
 
@@ -276,7 +276,7 @@ class OneStageSearch(SearchState):
         return None
 
     def _install_and_freeze(self, codes: Mapping[Place, NodeCode], distances: Mapping[Place, float]) -> None:
-        """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all after the last epoch.
+        """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all of them after the last epoch.
 
         A node does not freeze by the tolerance if the epoch did not train its b, because no cell of its kind was live.
 

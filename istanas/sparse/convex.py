@@ -1,4 +1,4 @@
-"""The LASSO as a convex program: CVXPY with CLARABEL (needs no licence) or MOSEK (needs one).
+"""The LASSO as a convex program: CVXPY with CLARABEL, or with MOSEK, which requires a licence.
 
 CVXPY and MOSEK are imported inside the functions, because `istanas` must work without them. The solver is always
 passed by name, because CVXPY would choose MOSEK even without a licence.

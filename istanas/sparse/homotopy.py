@@ -334,7 +334,7 @@ def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
 def _gram(A_S: Array, used: Mask) -> Array:
     """Return A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
     gram = A_S @ A_S.swapaxes(1, 2)
-    diagonals = np.einsum("bkk->bk", gram)  # A view: the next line changes `gram`.
+    diagonals = np.einsum("bkk->bk", gram)  # A view, so that the next line changes `gram`.
     diagonals += ~used
     return gram
 

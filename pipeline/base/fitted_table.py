@@ -20,7 +20,7 @@ class Column:
         heading: The heading. If the column has numbers, the heading may be broken at spaces.
         right: Whether the column has numbers, which are aligned to the right.
         rank: Columns of the highest rank are dropped first; those of rank 0 never are.
-        prose: Whether its texts are sentences, which may be wrapped between words.
+        prose: Whether the column has sentences, which may be wrapped between words.
     """
 
     heading: str

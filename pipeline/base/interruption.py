@@ -130,7 +130,7 @@ def uninterrupted() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def children_ignore_hangups() -> Iterator[None]:
-    """Let processes that start in the body survive a closed terminal. This process stops them itself.
+    """Keep a closed terminal from terminating processes that start in the body. This process stops them itself.
 
     The terminal sends SIGHUP to all processes of the command at once. The signal is blocked, which new processes
     inherit. It is not ignored, because the handler of this process must still receive it afterwards.

@@ -1,4 +1,4 @@
-"""Checks of whether a server answers, and of whether a proxy of the environment is used for it."""
+"""Tests of whether a server answers, and of whether a proxy of the environment is used for it."""
 
 import http.client
 import os

@@ -153,7 +153,7 @@ def as_text(keys: Sequence[Key], width: int) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of a configuration file, which editors use to complete and check."""
+    """Return the JSON schema (draft 2020-12) of a configuration file, with which editors complete and check keys."""
     definitions: dict[str, Any] = {}
     for schema in SCHEMAS.values():
         document = schema.model_json_schema()

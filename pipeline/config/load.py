@@ -82,7 +82,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     Args:
         config: The configuration of the sweep.
         settings: "key.path" -> value.
-        source: The source of the values, which errors name.
+        source: Name of the source of the settings, for error messages.
 
     Raises:
         ConfigError: The settings are invalid.
@@ -296,7 +296,7 @@ def _text(value: str) -> str | None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a command-line argument was UTF-8; Python represents other bytes by lone surrogates."""
+    """Return whether a command-line argument was UTF-8. Python represents other bytes by lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -101,7 +101,7 @@ def _contains(tree: Any, location: Sequence[Any]) -> bool:
 
 
 def _source_of_conflict(source: str, conflict: ConfigError, overrides: Sequence[str]) -> str:
-    """Return the overrides of the conflict's keys; if there are none, the file with all overrides."""
+    """Return the overrides of the conflict's keys. If there are none, return the file, and mention any overrides."""
     keys = fields_of(conflict)
     named = [override for override in overrides if override.partition("=")[0] in keys]
     if named:
