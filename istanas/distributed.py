@@ -1,4 +1,4 @@
-"""The processes that train one network together: they average gradients, sum metrics, and follow rank 0.
+"""The processes that train one network together: they average gradients, sum metrics, and share rank 0's results.
 
 A single process is the special case of one rank, for which all operations are the identity. The algorithms therefore
 need not distinguish the two cases.
@@ -97,7 +97,7 @@ class Ranks:
         """Return the result of rank 0 on every rank.
 
         Raises:
-            IstanasError: If `compute` raises it on rank 0. Then every rank raises it.
+            IstanasError: If `compute` raises it on rank 0. Every rank then raises it.
         """
         if self.size == 1:
             return compute()

@@ -112,7 +112,7 @@ def cell_svg(
     """Draw the graph of `draw_cell` as one small `<svg>` element for a page with a white background.
 
     It has no title, no id and no style sheet. The lines of the picks have the class "pick", in the order of the picks.
-    A page can show the same cell with other weights by changing their widths (`edge_widths`).
+    A page can show the same cell with other weights by changing the widths of these lines (`edge_widths`).
 
     Args:
         picks: As in `draw_cell`.
@@ -253,7 +253,7 @@ def draw_freezing(
 
     Args:
         distances: (cell, node) -> (epoch, distance ||z_t - z_(t-1)||_2 >= 0). Distances below a thousandth of the
-            tolerance are raised to it, because the axis is logarithmic.
+            tolerance are raised to that value, because the axis is logarithmic.
         tolerance: The threshold, >= 0; 0 is not drawn.
         rejected: Epochs whose new architecture was too large, drawn as dotted lines.
         frozen: (cell, node) -> (epoch, "tolerance" or "limit"), drawn as filled dots or hollow squares.
@@ -455,7 +455,7 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
 
     @functools.cache
     def beside_path(j: int, bend: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Return which samples of all curves are on this edge j, and how many of its samples each label covers."""
+        """Return which samples of all curves are on the path of edge j, and how many path samples each label covers."""
         path = free[j, bend]
         path = path[~np.isnan(path[:, 0])]
         close = np.zeros(free.shape[:-1], dtype=bool)

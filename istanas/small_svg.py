@@ -1,6 +1,6 @@
 """Conversion of a matplotlib figure to one small `<svg>` element, without ids and style sheets, with text as text.
 
-Unlike matplotlib's own SVG, many such elements can share one page.
+Many such elements can share one page, unlike several SVG images of matplotlib.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ class Survey:
     def decode_settings(self, background: tuple[int, int, int]) -> DecodeSettings:
         """Return how the pixels are decoded; the training pictures determine the number of bits of grey pictures.
 
-        This number is the smallest, but at least 8, that represents the levels (see `Facts`) of all deep training
-        pictures except the brightest 1 %.
+        This is the smallest number of bits, at least 8, that can represent the levels (see `Facts`) of all deep
+        training pictures except the brightest 1 %.
 
         Raises:
             DataError: If the levels of more than half of the deep test pictures need more bits.

@@ -222,8 +222,8 @@ def opened(file: BinaryIO) -> Iterator[Image.Image]:
     Pillow itself only warns about pictures with up to twice that number.
 
     Args:
-        file: An open file, not a path. Pillow would map an uncompressed file into memory by its path, and then distort
-            the pixels of a rotated TIFF.
+        file: An open file, not a path. Given a path, Pillow would map an uncompressed file into memory, and then
+            distort the pixels of a rotated TIFF.
 
     Raises:
         ValueError: If the file is empty or its format is unknown.

@@ -14,7 +14,7 @@ def stratified_split(labels: Tensor | Sequence[int], fraction: float, seed: int)
     """Split the indices in two so that each class is split in the same proportion.
 
     The second part has round(fraction N) pictures. Class c gives floor(q_c) or floor(q_c) + 1 of its pictures, where
-    q_c = fraction n_c; the classes with the largest remainders give one more.
+    q_c = fraction n_c. The classes with the largest remainders give one more.
 
     Args:
         labels: (N,) integers.

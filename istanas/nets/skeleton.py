@@ -76,7 +76,7 @@ def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozen
     """Return the live states of a cell: those on which its output depends. The others are not computed.
 
     Args:
-        reads: For each node the states that its operations read; 0 and 1 are the cell's inputs, 2 + i is node i.
+        reads: For each node, the states that its operations read; 0 and 1 are the cell's inputs, and 2 + i is node i.
         concat: The states that the output concatenates.
 
     Example:
@@ -99,7 +99,7 @@ def live_places(
 
     Args:
         kinds: The kinds of the L >= 1 cells, from input to output.
-        states: For each kind the live states of such a cell, see `live_states`.
+        states: For each kind, the live states of its cells, see `live_states`.
         auxiliary: Index of the cell whose output the auxiliary head reads, or `None`.
 
     Returns:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from istanas.sparse.lasso import Array, Indices, estimated_gap, kkt_holds, matvec, objective, rmatvec
 
 # A candidate whose |A_j^T r| falls as fast as the penalty never reaches it. Up to rounding, this is the case for
-# columns in the span of those of S.
+# columns in the span of the columns of S.
 _PARALLEL = 1e-9
 
 Mask: TypeAlias = npt.NDArray[np.bool_]

@@ -48,8 +48,8 @@ class RecoveryResult:
         objective: P(z).
         solver: Name of the solver that found the code.
         support_reused: Whether the given support was still right and no path was followed.
-        decision_gap: The same bound in units of P(z), on which the choice of the largest entries depends; NaN if it was
-            not computed.
+        decision_gap: The same bound in units of P(z), which decides whether the largest entries can be trusted; NaN if
+            it was not computed.
     """
 
     z: Any
