@@ -1,4 +1,4 @@
-"""Checks of arguments that the library and the configuration of a program share.
+"""Argument checks that the library and the configuration share.
 
 This module does not import torch, so that a configuration can be checked quickly.
 """
@@ -9,7 +9,7 @@ from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 
 MIN_STEM_CHANNELS = {"cifar": 1, "imagenet": 2}
-"""Smallest `init_channels` for each stem; the ImageNet stem halves them."""
+"""Smallest `init_channels` for each stem. The first layer of the ImageNet stem has half as many channels."""
 
 
 def check_dataset_arguments(name: str, *, has_root: bool, image_size: int | None) -> None:
@@ -54,7 +54,7 @@ def check_stem(stem: str, init_channels: int) -> None:
         init_channels: Channels of the first cells' nodes.
 
     Raises:
-        ConfigError: If the stem is unknown, or the network too narrow for it.
+        ConfigError: If the stem is unknown, or the network is too narrow for it.
 
     Example:
         >>> check_stem("imagenet", 1)

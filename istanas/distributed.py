@@ -1,4 +1,4 @@
-"""The processes that train one network together: they average gradients, sum metrics, and follow rank 0.
+"""The processes that train one network together: they average gradients, sum metrics, and share rank 0's results.
 
 A single process is the special case of one rank, for which all operations are the identity. The algorithms therefore
 need not distinguish the two cases.
@@ -26,7 +26,7 @@ class Ranks:
 
     Args:
         rank: Rank of this process, in [0, size).
-        size: Number of processes, >= 1. More than 1 require torch's default process group.
+        size: Number of processes, >= 1. More than one process requires torch's default process group.
         device: Device of tensors that are sent: with the nccl backend, the rank's GPU. `None` uses the CPU.
 
     Example:
@@ -54,10 +54,10 @@ class Ranks:
     def data_parallel(
         self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]
     ) -> Callable[..., Any]:
-        """Return `forward` such that a backward pass averages the gradients of the parameters over the ranks.
+        """Return a form of `forward` whose backward pass averages the gradients of the parameters over the ranks.
 
-        Only the gradients of `parameters` are sent, and each of them must get one. Parameters of inactive operations
-        must not be in the list: they cost no communication then, and torch need not search for unused parameters.
+        Only the gradients of `parameters` are sent, and each parameter must get one. The list must not contain
+        parameters of inactive operations, so that torch neither sends nor searches for unused ones.
 
         Args:
             forward: Computes a loss, or outputs from which a loss is computed.
@@ -83,7 +83,7 @@ class Ranks:
         return result
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace floating-point tensors by their means over the ranks, with one message."""
+        """Replace floating-point tensors by their means over the ranks, in one all-reduce."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.detach().flatten() for t in tensors])
@@ -97,7 +97,7 @@ class Ranks:
         """Return the result of rank 0 on every rank.
 
         Raises:
-            IstanasError: The error of rank 0, on every rank.
+            IstanasError: If `compute` raises it on rank 0. Every rank then raises it.
         """
         if self.size == 1:
             return compute()
@@ -121,7 +121,7 @@ class Ranks:
             digest: Its digest on this rank.
 
         Raises:
-            IstanasError: If it is not; the message has every digest and its ranks.
+            IstanasError: If the digests differ. The message lists every digest with its ranks.
 
         Example:
             >>> Ranks().check_same("genotype", "27c9e710")
@@ -144,14 +144,14 @@ class Ranks:
 
 
 class _Replica(nn.Module):
-    """A function as a module that has only the parameters whose gradients are averaged."""
+    """A module that wraps a function and has only the parameters whose gradients are averaged."""
 
     def __init__(self, forward: Callable[..., Any], parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.averaged = nn.ParameterList(parameters)
         self._function = (
             forward,
-        )  # In a tuple, because a module would be registered with all its parameters.
+        )  # In a tuple, because torch would register a module with all its parameters.
 
     def forward(self, *args: Any) -> Any:
         return self._function[0](*args)

@@ -1,8 +1,8 @@
 """Figures: cells as graphs from left to right, and the freezing of the nodes of a one-stage search.
 
-networkx places the states (topological generations, multipartite layout), and matplotlib draws. `_route` chooses the
-bend of each edge and the place of its label, by coordinate descent on a cost that counts overlapping labels, edges
-through boxes, and edges on top of each other.
+networkx places the states (topological generations, multipartite layout), and matplotlib draws them. `_route` chooses
+the bend of each edge and the place of its label, by coordinate descent on a cost that counts overlapping labels, edges
+through boxes, and overlapping edges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 Place = tuple[str, int]  # (cell, node).
 
-# Dark enough to be read on white. Labels distinguish the operations without colour vision.
+# The colours are dark enough to be read on white. Readers without colour vision can use the labels.
 COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
 OTHER_COLOUR = "#8a1c7c"
 CONCAT_COLOUR = "#6f7682"
@@ -43,13 +43,13 @@ _NODE_SIZE = (0.74, 0.36)
 _FONT_FAMILY, _FONT_SIZE = "DejaVu Sans", 10.0
 _BENDS = np.outer([0.0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.8, 1.0], [1, -1]).ravel()[1:]
 _STOPS = np.array([0.5, 0.44, 0.56, 0.38, 0.62, 0.32, 0.68, 0.26, 0.74])
-_EVEN_WIDTH = 1.8  # Points, of edges without weights.
+_EVEN_WIDTH = 1.8  # Width in points of edges without weights.
 _SAMPLES = np.linspace(0, 1, 41)
 _FROZEN_BY: dict[str, dict[str, Any]] = {
     "tolerance": {"marker": "o"},
     "limit": {"marker": "s", "markerfacecolor": "white"},
 }
-_PICK = "pick"  # Label of the lines of the picks.
+_PICK = "pick"  # Label of the lines that show picks.
 _LEAST_DISTANCE = 1e-6  # Lower end of the logarithmic axis if the tolerance is 0.
 
 
@@ -88,7 +88,7 @@ def draw_cell(
             draws all edges alike.
 
     Returns:
-        A figure with a white background, at least 8 inches wide. Two operations on one edge are two curves.
+        A figure with a white background, at least 8 inches wide. Two operations on one edge are drawn as two curves.
 
     Raises:
         GenotypeError: If a state does not precede its use, or the weights do not fit the picks.
@@ -111,17 +111,17 @@ def cell_svg(
 ) -> str:
     """Draw the graph of `draw_cell` as one small `<svg>` element for a page with a white background.
 
-    It has no title, no id and no style sheet. The lines of the picks have class "pick", in the order of the picks: a
-    page may give them other widths (`edge_widths`), and so show the same cell with other weights.
+    It has no title, no id and no style sheet. The lines of the picks have the class "pick", in the order of the picks.
+    A page can show the same cell with other weights by changing the widths of these lines (`edge_widths`).
 
     Args:
-        picks: As `draw_cell` takes them.
-        concat: As `draw_cell` takes it.
+        picks: As in `draw_cell`.
+        concat: As in `draw_cell`.
         label: Text for screen readers.
-        weights: As `draw_cell` takes them.
+        weights: As in `draw_cell`.
 
     Raises:
-        GenotypeError: As `draw_cell`.
+        GenotypeError: As in `draw_cell`.
 
     Example:
         >>> cell_svg([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], label="normal cell").count('class="pick"')
@@ -223,7 +223,7 @@ def save_genotype_figures(
         The four paths.
 
     Raises:
-        GenotypeError: As `draw_cell`.
+        GenotypeError: As in `draw_cell`.
 
     Example:
         >>> import tempfile
@@ -252,8 +252,8 @@ def draw_freezing(
     """Draw how far each node's code moved in every epoch of a one-stage search, and when the node froze.
 
     Args:
-        distances: (cell, node) -> (epoch, ||z_t - z_(t-1)||_2), the latter >= 0. On the logarithmic axis, values below
-            a thousandth of the tolerance are drawn there.
+        distances: (cell, node) -> (epoch, distance ||z_t - z_(t-1)||_2 >= 0). Distances below a thousandth of the
+            tolerance are raised to that value, because the axis is logarithmic.
         tolerance: The threshold, >= 0; 0 is not drawn.
         rejected: Epochs whose new architecture was too large, drawn as dotted lines.
         frozen: (cell, node) -> (epoch, "tolerance" or "limit"), drawn as filled dots or hollow squares.
@@ -311,7 +311,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Text stays text, which is small and can be searched. Without random ids and dates, equal figures are equal files.
+    # Text is kept as text, which is small and searchable. Without random ids and dates, equal figures are equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
         for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
             content = io.BytesIO()
@@ -394,7 +394,7 @@ def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
 
 
 def _curve(start: Array, end: Array, bend: float | Array, t: float | Array) -> Array:
-    """Return points of a quadratic Bezier curve whose control point is `bend` lengths beside the middle."""
+    """Return points of a quadratic Bezier curve whose control point is `bend` edge lengths beside the midpoint."""
     along = end - start
     control = (start + end) / 2 + np.asarray(bend)[..., None] * np.array([along[1], -along[0]])
     t = np.asarray(t)[..., None]
@@ -427,7 +427,7 @@ def _arrow(source: Array, target: Array, bend: float) -> tuple[Array, Array, Arr
 def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, Array]:
     """Return the bend of each edge and the position of its label along it, in 0 .. 1, both (E,).
 
-    One edge after another takes the cheapest (bend, position), given the others, until none changes.
+    Each edge in turn takes the cheapest (bend, position), given the others, until no edge changes.
     """
     ends = [(places[edge.source], places[edge.target]) for edge in edges]
     curves = np.array([_curve(*pair, _BENDS[:, None], _SAMPLES) for pair in ends])  # (E, bends, samples, 2)
@@ -455,7 +455,7 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
 
     @functools.cache
     def beside_path(j: int, bend: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Return which samples of all curves are on edge j with this bend, and how much of it is under all labels."""
+        """Return which samples of all curves are on the path of edge j, and how many path samples each label covers."""
         path = free[j, bend]
         path = path[~np.isnan(path[:, 0])]
         close = np.zeros(free.shape[:-1], dtype=bool)
@@ -491,7 +491,7 @@ def _route(edges: Sequence[_Edge], places: Array, page: Array) -> tuple[Array, A
 def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[np.bool_]:
     """Return which points (..., 2) are in which boxes of half size `half` around centres (M, 2), as (..., M).
 
-    NaN is in no box.
+    A point with NaN is in no box.
     """
     across, along = (half[..., 0], half[..., 1]) if isinstance(half, np.ndarray) else (half, half)
     near = np.abs(points[..., None, 0] - centres[:, 0]) < across
@@ -499,9 +499,9 @@ def _touches(points: Array, centres: Array, half: float | Array) -> npt.NDArray[
     return near
 
 
-@functools.cache  # Measuring a text takes longer than everything else about it.
+@functools.cache  # Measuring a text takes longer than placing and drawing it.
 def _text_size(text: str | None) -> tuple[float, float]:
-    """Return width and height in inches, or NaN for no text, so that it overlaps nothing."""
+    """Return the width and height of a text in inches. For no text they are NaN, which overlaps nothing."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 

@@ -1,4 +1,4 @@
-"""The errors that the project raises on purpose. Each has a field, a problem and a remedy, and reads as one line."""
+"""The errors that the project raises on purpose. Each has a field, a problem and a remedy, and is shown on one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class IstanasError(Exception):
         problem: What is wrong, with the value.
         field: The setting, argument or file that is wrong.
         remedy: What the user can do about it.
-        source: The configuration file, override or data file in which the field stands.
+        source: The configuration file, override or data file that contains the field.
 
     Example:
         >>> error = ConfigError("0 is too small", field="search.epochs", remedy="use 1 or more")
@@ -40,7 +40,7 @@ class IstanasError(Exception):
         return text if self.remedy is None else f"{text}; {self.remedy}"
 
     def in_source(self, source: str) -> Self:
-        """Return a copy of the error that names where its field stands."""
+        """Return a copy of the error that names the source of its field."""
         named = copy.copy(self)
         named.source = source if self.source is None else f"{source}: {self.source}"
         return named

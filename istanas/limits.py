@@ -1,7 +1,7 @@
 """Limits of the files that are read. Larger files are rejected before they take memory or time.
 
-Each limit is far above what the program writes, and so low that the worst file takes seconds and some hundreds of
-megabytes. The exception is a checkpoint of empty lists only, which takes 70 times its size and 1 s a megabyte.
+Each limit is far above what the program writes, but low enough that the worst file takes seconds and some hundreds of
+megabytes. The exception is a checkpoint of empty lists only, which takes 70 times its size and 1 s per megabyte.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ GENOTYPE_TEXT_BYTES = 64 * 1024
 """Limit of the text form of a genotype, whose syntax tree takes a hundred times as much memory."""
 
 GENOTYPE_NODES = 32
-"""Nodes of a cell; a search has at most 16."""
+"""Largest number of nodes of a cell; a search has at most 16."""
 
 GENOTYPE_PICKS = 256
-"""Picks of a cell; 16 nodes that keep 14 candidates each have 224."""
+"""Largest number of picks of a cell; 16 nodes that keep 14 candidates each have 224."""
 
 CONFIG_BYTES = 256 * KB
 CONFIG_VALUES = 5_000
-"""Keys and values of a configuration. Those that an alias repeats count again."""
+"""Largest number of keys and values of a configuration. Those that an alias repeats are counted again."""
 
 CONFIG_DEPTH = 12
-"""Nested sections and lists of a configuration, and parts of a key of --set."""
+"""Largest depth of nested sections and lists of a configuration, and of a key of --set."""
 
 CONFIG_ERRORS = 20
-"""Errors of a configuration that are reported together."""
+"""Largest number of errors of a configuration that are reported together."""
 
 RECORD_BYTES = 8 * MB
 """Limit of a JSON file of a run directory, such as run.json, network.json or a checkpoint's manifest."""
@@ -41,7 +41,7 @@ LOG_SEGMENT_BYTES = 32 * MB
 """Limit of a segment of the log of epochs: the 100 records of a segment take 5 MB for a search with 16 nodes."""
 
 TABLE_BYTES = 64 * MB
-"""Limit of trials.csv (some 300 bytes a trial), trajectory.csv and codes.csv."""
+"""Limit of trials.csv (about 300 bytes per trial), trajectory.csv and codes.csv."""
 
 CHECKPOINT_PICKLE_BYTES = 32 * MB
 """Limit of a checkpoint without its tensors: less than 1 MB in the published search, after any number of epochs.
@@ -72,11 +72,11 @@ def read_at_most(path: str | os.PathLike[str], limit: int, *, start: int = 0, pi
         path: The file.
         limit: Largest number of bytes from `start` on.
         start: Offset of the first byte.
-        pipe: Whether the file may be a pipe, such as a shell's `<(...)`, whose writer is then waited for.
+        pipe: Whether the file may be a pipe, such as a shell's `<(...)`. The call then waits for the writer.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is larger than the limit, or a pipe.
+        ValueError: If the file is larger than the limit, or a pipe that is not allowed.
 
     Example:
         >>> read_at_most("/dev/zero", 10)

@@ -98,7 +98,7 @@ def measure_latency(
         shape: (C, H, W) of a picture.
         batch_size: Pictures in a batch, >= 1.
         repeats: Number of measured passes, >= 1.
-        warm_up: Number of passes before them, >= 0.
+        warm_up: Number of passes before the measured ones, >= 0.
 
     Returns:
         The median time in seconds.
@@ -134,7 +134,7 @@ def target_cost(
     stem: str = "cifar",
     op_batchnorm: bool = False,
 ) -> Cost:
-    """Return the cost of a genotype's target network, computed without building it, as a search does every epoch.
+    """Return the cost of a genotype's target network without building it, because a search does this in every epoch.
 
     Args:
         genotype: As in `TargetNet`.

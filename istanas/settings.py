@@ -91,9 +91,9 @@ class OneStageSettings(SearchSettings):
         max_search_epochs: Epochs after which the nodes that are still ACTIVE freeze, >= 1.
         train_epochs: Epochs of training after the search, >= 0. The learning rate of the weights is `lr` during the
             search and falls to `lr_min` over these epochs.
-        schedule: How it falls.
-        warmup_epochs: First epochs, in which the learning rate rises to `lr`, >= 0. The warm-up continues in the
-            training if the search ends earlier.
+        schedule: How the learning rate falls.
+        warmup_epochs: Number of epochs at the start in which the learning rate rises to `lr`, >= 0. The warm-up
+            continues in the training if the search ends earlier.
         drop_path: Drop-path probability at the end, in [0, 1); it rises linearly from 0 over the `train_epochs`.
         auxiliary_weight: Weight of the auxiliary head's loss, >= 0.
         label_smoothing: Label smoothing of the training loss, in [0, 1).

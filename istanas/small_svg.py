@@ -1,6 +1,6 @@
-"""A matplotlib figure as one small `<svg>` element, without ids and style sheets, with text as text.
+"""Conversion of a matplotlib figure to one small `<svg>` element, without ids and style sheets, with text as text.
 
-Unlike the SVG of matplotlib, many such elements can be in one page.
+Many such elements can share one page, unlike several SVG images of matplotlib.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def figure_svg(figure: Figure, attributes: Mapping[str, str]) -> str:
     return ET.tostring(renderer.svg, encoding="unicode")
 
 
-@functools.cache  # Measuring a text takes longer than everything else about it.
+@functools.cache  # Measuring a text takes longer than writing it.
 def _text_metrics(s: str, prop: FontProperties, ismath: bool | Literal["TeX"]) -> tuple[float, float, float]:
     return RendererBase().get_text_width_height_descent(s, prop, ismath)
 
 
 class _Renderer(RendererBase):
-    """Writes what matplotlib draws as SVG elements, in points from the top left corner."""
+    """A matplotlib renderer that writes SVG elements, in points from the top left corner."""
 
     def __init__(self, figure: Figure, attributes: Mapping[str, str]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _Renderer(RendererBase):
         ismath: bool | Literal["TeX"] = False,
         mtext: Text | None = None,
     ) -> None:
-        # The viewer may use another font with other widths, so that only the middle of the text is known.
+        # The viewer may use another font with other widths, so only the middle of the text is known.
         assert mtext is not None
         middle, _ = mtext.get_transform().transform(mtext.get_unitless_position())
         at = dict(zip("xy", self._point(middle, self.height - y).split(), strict=True))

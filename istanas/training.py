@@ -27,7 +27,7 @@ BatchLike = Batch | tuple[Tensor, Tensor]  # The third field of `Batch`, the wei
 Observer = Callable[[int, "Totals"], None]
 
 SCHEDULES = get_args(Schedule)  # See `learning_rate`.
-TAIL_EPOCHS = 5  # Last epochs of the schedule linear_by_epoch.
+TAIL_EPOCHS = 5  # Largest number of tail epochs of the schedule linear_by_epoch.
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Metrics:
         loss: Mean cross-entropy.
         top1: Fraction in [0, 1] of the pictures whose class has the largest logit.
         count: Number of pictures.
-        top5: Fraction in [0, 1] of the pictures whose class is among the five largest logits; None with
+        top5: Fraction in [0, 1] of the pictures whose class has one of the five largest logits; None with
             `TOP5_ABOVE` classes or fewer.
     """
 
@@ -114,8 +114,8 @@ def learning_rate(
 
     - cosine: minimum + (base - minimum) (1 + cos(pi t)) / 2
     - linear: base + (minimum - base) t
-    - linear_by_epoch: minimum + (base - minimum) f, one value for each whole epoch e = floor(epoch), counted from the
-      start of the run whatever the warm-up. Let n = min(`TAIL_EPOCHS`, epochs // 2). Until n epochs remain,
+    - linear_by_epoch: minimum + (base - minimum) f, one value for each whole epoch e = floor(epoch). Warm-up epochs
+      count, too. Let n = min(`TAIL_EPOCHS`, epochs // 2). Until n epochs remain,
       f = (epochs - n - e) / (epochs - n); after that f = (epochs - e) / (n (epochs - n)).
 
     Before epoch W the rate is `base` times `warmup_factor`.
@@ -204,7 +204,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy of (B, classes) logits and (B,) labels, computed at least in float32."""
+    """Return the mean cross-entropy of (B, classes) logits and (B,) labels, computed in float32 or float64."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
@@ -257,7 +257,7 @@ def check_finite(
     """
     loss, bound = metrics.loss, ""
     is_infinite = not torch.stack([p.detach().isfinite().all() for p in parameters]).all()
-    # All ranks call `sum`, even those with an infinite loss; the others would wait for them otherwise.
+    # All ranks call `sum`, even those with an infinite loss, because the others would wait for them.
     (infinite_ranks,) = (ranks or Ranks()).sum([float(is_infinite)])
     if math.isfinite(loss) and infinite_ranks > 0:
         loss = math.nan
@@ -329,7 +329,7 @@ def train_target_epoch(
         optimizer: Optimiser of the network's parameters.
         batches: Batches on `compute.device`, see `istanas.data.Batch`.
         compute: Device and precision.
-        lr_at: Returns the learning rate of the step with this index.
+        lr_at: Maps the index of a step to its learning rate.
         auxiliary_weight: Weight of the auxiliary head's loss, >= 0.
         label_smoothing: Label smoothing of the loss, in [0, 1).
         grad_clip: Largest joint norm of the gradients, > 0; `None` disables clipping.

@@ -28,11 +28,11 @@ TORCHVISION = {
     "kmnist": "KMNIST",
     "svhn": "SVHN",
 }
-"""Names of torchvision's data sets and of their classes."""
+"""Name of the torchvision class of each data set."""
 
 
 def load_digits(request: DatasetRequest) -> ImageDataset:
-    """Load scikit-learn's 1,797 handwritten digits; the test split is the same fifth for every seed."""
+    """Load scikit-learn's 1,797 handwritten digits. The test split is the same 20 % for every seed."""
     # Only the data file is read, because importing scikit-learn takes a second in every worker and trial.
     file = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = np.loadtxt(str(file), delimiter=",")  # 64 grey values in 0..16, then the digit
@@ -67,7 +67,7 @@ def load_torchvision(request: DatasetRequest) -> ImageDataset:
 
 
 def _open_torchvision(request: DatasetRequest, root: Path, train: bool) -> Any:
-    """Construct torchvision's data set, and turn whatever it raises into a DataError."""
+    """Construct torchvision's data set, and convert any exception to a DataError."""
     import torchvision.datasets
 
     split = {"split": "train" if train else "test"} if request.name == "svhn" else {"train": train}
@@ -103,13 +103,13 @@ def array_dataset(
 
     Args:
         name: The data set.
-        class_names: One per label.
+        class_names: Name of each label.
         train: The training split.
         test: The test split.
         size: Side in pixels to which the pictures are scaled; None keeps their size.
 
     Raises:
-        DataError: If a split is empty, or its labels fit neither its pictures nor the classes.
+        DataError: If a split is empty, or its labels do not match its pictures or the classes.
     """
     for split, pictures in (("train", train), ("test", test)):
         _check_split(f"{split} split of {name}", pictures, len(class_names))
@@ -156,7 +156,7 @@ def _check_split(what: str, pictures: ArrayPictures, n_classes: int) -> None:
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
-    """Scale (N, C, H, W) bytes to (N, C, size, size), antialiased."""
+    """Scale (N, C, H, W) bytes to (N, C, size, size) with antialiasing."""
     if images.shape[2:] == (size, size):
         return images
     resized = [

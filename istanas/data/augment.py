@@ -162,7 +162,7 @@ def augment(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Crop, flip, normalise and cut out, in the published order: the padding is black, the cut-out square the mean.
+    """Crop, flip, normalise and cut out, in the published order. Padding is black; cut-out squares have the mean.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -225,9 +225,9 @@ def _within(size: int, length: int, centre: Tensor) -> Tensor:
 
 
 def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
-    """Return the standard preprocessing of ImageNet, from a picture to (3, size, size) bytes.
+    """Return the standard preprocessing of ImageNet, which maps a picture to (3, size, size) bytes.
 
-    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter as in its published code.
+    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter is that of its published code.
     """
     from torchvision.transforms import v2
 

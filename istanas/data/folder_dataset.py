@@ -87,7 +87,7 @@ def _file_dataset(
 def _cached_pictures(
     request: DatasetRequest, listing: Listing, settings: DecodeSettings
 ) -> NDArray[np.uint8]:
-    """Return the decoded folder (N, C, H, W), from the cache if that matches the folder's present state."""
+    """Return the decoded folder (N, C, H, W), from the cache if it matches the folder's current state."""
     state = f"{_CACHE_VERSION} {request.image_size} {settings.cache_key()} {listing.state}"
     file = cache_file(request.cache_dir, listing.root, "pictures", request.image_size)
     images = read_cache(file, state)

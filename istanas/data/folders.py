@@ -65,7 +65,7 @@ _FACTS = np.dtype(
 )
 
 BRIGHTEST_SHARE = 0.01
-"""Share of the training pictures, the brightest ones, that are ignored when the number of bits is determined."""
+"""The brightest training pictures are ignored, up to this share, when the number of bits is determined."""
 
 
 class FileState(NamedTuple):
@@ -106,9 +106,9 @@ class Listing:
 
     Args:
         root: The folder.
-        class_names: Sorted.
-        paths: Relative to the root.
-        labels: (N,) int64.
+        class_names: Names of the classes, sorted.
+        paths: Paths of the files, relative to the root.
+        labels: Class indices, (N,) int64.
         n_train: Number of training pictures.
         state: Digest of all metadata of the files; a cache is valid if it was made in the same state.
         left_out: Ignored files, by reason.
@@ -161,8 +161,8 @@ class Survey:
     def decode_settings(self, background: tuple[int, int, int]) -> DecodeSettings:
         """Return how the pixels are decoded; the training pictures determine the number of bits of grey pictures.
 
-        It is the number of bits that the levels (see `Facts`) of all but the brightest 1 % of the deep training
-        pictures need, or 8 if no training picture is deep.
+        This is the smallest number of bits, at least 8, that can represent the levels (see `Facts`) of all deep
+        training pictures except the brightest 1 %.
 
         Raises:
             DataError: If the levels of more than half of the deep test pictures need more bits.
@@ -191,7 +191,7 @@ class Survey:
             image_size: See `side`.
 
         Raises:
-            DataError: If they are not scaled and differ in size; it names the first that differs from the most common.
+            DataError: If unscaled pictures differ in size. It names the first whose size is not the most common one.
         """
         side = self.side(image_size)
         if side is not None:
@@ -205,7 +205,7 @@ class Survey:
         return common[1], common[0]
 
     def notes(self, image_size: int | None, settings: DecodeSettings) -> Iterator[str]:
-        """Yield lines for the user: the folder's content, and possible surprises."""
+        """Yield lines for the user: the folder's content, and unusual properties of its pictures."""
         listing, side = self.listing, self.side(image_size)
         how = "as they are" if side is None else f"scaled and cropped to {side}x{side}"
         is_in_memory = side is None or side <= SMALL_SIDE
@@ -348,7 +348,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
         allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
 
     Raises:
-        DataError: If it is not a picture folder, or too many files would be left out.
+        DataError: If the root is not a picture folder, or too many files would be left out.
     """
     _check_text(root, str(root))
     if not root.is_dir():
@@ -406,7 +406,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
 
 @dataclass
 class _LeftOuts:
-    """Counts the files that are left out, and limits their share.
+    """Counts of the files that are left out, with a limit on their share.
 
     Args:
         root: The picture folder.
@@ -422,7 +422,7 @@ class _LeftOuts:
         """Count the left-out files (path, reason) of a folder of which `n_read` pictures are read.
 
         Raises:
-            DataError: If too many are left out.
+            DataError: If too many files are left out.
         """
         here = _by_reason({}, files)
         self.count(files)
@@ -441,14 +441,14 @@ class _LeftOuts:
 
 
 def _by_reason(counted: dict[str, LeftOut], files: Iterable[tuple[str, str]]) -> dict[str, LeftOut]:
-    """Add files (path, reason) to the counts, and return these."""
+    """Add files (path, reason) to the counts, and return the counts."""
     for path, why in files:
         counted.setdefault(why, LeftOut(why, path)).count += 1
     return counted
 
 
 def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str, FileState]]:
-    """List the pictures of a class, by name, as paths relative to the root."""
+    """Return the pictures of a class, sorted by name, as paths relative to the root."""
     pictures: list[tuple[str, FileState]] = []
     others: list[tuple[str, str]] = []
     for entry in _entries(folder) if folder.is_dir() else []:
@@ -490,7 +490,7 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
-    """Return the classes, sorted: the folders in `train`; `test` may lack some of them."""
+    """Return the sorted classes, which are the folders in `train`. `test` may lack some of them."""
     class_names = _directories(train, root)
     if len(class_names) < 2:
         raise DataError(
@@ -529,7 +529,7 @@ def _code_points(first: str, second: str) -> str:
 
 
 def _check_text(path: Path, name: str) -> None:
-    """Raise for a name that is not UTF-8, because it could not be written into the files of a run."""
+    """Raise an error if a name is not UTF-8, because it could not be written into the files of a run."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -559,7 +559,7 @@ def _directories(folder: Path, root: Path) -> tuple[str, ...]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name, without hidden ones."""
+    """Return the entries of a folder that are not hidden, sorted by name."""
     try:
         with os.scandir(folder) as scan:
             return sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
@@ -572,7 +572,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
-    """Raise if the path is a link to a place outside of the root.
+    """Raise an error if the path is a link that leads out of the root.
 
     A picture folder may come from an untrusted source, and must not expose other files.
     """
@@ -588,10 +588,10 @@ def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
 
 
 def _inspect_all(files: Sequence[str], progress: Progress | None, pool: Pool) -> NDArray[np.void]:
-    """Read the headers of all pictures: (N,) records.
+    """Read the headers of all pictures, and return (N,) records.
 
     Raises:
-        DataError: If pictures are broken; it names the first one and their number.
+        DataError: If pictures are broken. It names the first one and their number.
     """
     facts: list[NDArray[np.void]] = []
     broken: list[Broken] = []

@@ -1,4 +1,4 @@
-"""What a data set is: its pictures in memory or in files, what a network must know about them, and their digest."""
+"""Data sets: pictures in memory or in files, the properties that a network depends on, and digests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings
 
 FILES_VERSION = 3
-"""Version of how large pictures are read; part of their digests, because another version yields other pixels."""
+"""Version of the code that reads large pictures. Their digests contain it, because other versions give other pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayPictures:
-    """Small pictures, decoded, in memory.
+    """Small, decoded pictures in memory.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -39,10 +39,10 @@ class FilePictures:
     """Large pictures, decoded from their files for each batch.
 
     Args:
-        paths: N files.
+        paths: Paths of the N files.
         labels: (N,) int64 in [0, number of classes).
         image_size: Side in pixels of the square that a network receives.
-        fingerprints: 8 bytes per file: a digest of its size and of samples of its content.
+        fingerprints: Digests of each file's size and of samples of its content, 8 bytes per file.
         decode_settings: How the pixels are decoded.
     """
 
@@ -62,23 +62,23 @@ Pictures = ArrayPictures | FilePictures
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A data set: two splits, and what a network must know about the pictures.
+    """A data set: two splits, and the properties of its pictures that a network depends on.
 
     Args:
         name: Name in the registry.
-        class_names: One per label, in the order of the labels.
+        class_names: Name of each label, in the order of the labels.
         train: Pictures to train on.
-        test: Pictures to measure with; they never choose anything.
+        test: Pictures to measure the accuracy on. No choice depends on them.
         channels: 1 or 3.
-        height: In pixels, as a network receives the pictures.
-        width: In pixels, as a network receives the pictures.
-        mean: Per channel, in [0, 1], of the training split (for large pictures: of ImageNet).
-        std: Per channel, in (0, 1]; at least 1/255, so that it is safe to divide by.
+        height: Height in pixels of the pictures that a network receives.
+        width: Width in pixels of the pictures that a network receives.
+        mean: Mean of each channel, in [0, 1], over the training split; for large pictures, that of ImageNet.
+        std: Standard deviation of each channel, in [1/255, 1], so that dividing by it is safe.
         digest: SHA-256 of the content (arrays), or of the files' names, sizes and samples of their content (large
             pictures). It is equal on every machine that has the same pictures.
         train_digest: Digest of the training pictures alone; "" for a data set that is not from the registry.
         decode_settings: How the pixels of picture files are decoded.
-        notes: Lines for the user: what the data set contains, how it is preprocessed, and possible surprises.
+        notes: Lines for the user: the data set's content, its preprocessing, and unusual properties of its pictures.
     """
 
     name: str
@@ -107,7 +107,7 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
     Args:
         pictures: The split.
         indices: (n,) int64, the selected pictures.
-        class_names: One per label.
+        class_names: Name of each label.
 
     Returns:
         64 hexadecimal digits, equal on every machine that has the same pictures. Decoded pictures are digested by

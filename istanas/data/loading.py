@@ -47,10 +47,10 @@ class BatchLoader:
     Args:
         pictures: The split.
         parts: Indices into the pictures, one tensor per batch.
-        weights: See `Batch`, one per batch.
-        mean: Per channel, in [0, 1].
-        std: Per channel, > 0.
-        augmentation: None only normalises.
+        weights: Weight of each batch, see `Batch`.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, > 0.
+        augmentation: The augmentation; None only normalises.
         device: The device of the batches.
         dtype: Type of the images.
         seed: Seed for each picture's augmentation in this epoch (large pictures are augmented one by one).
@@ -80,7 +80,7 @@ class BatchLoader:
         return sum(part.numel() for part in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches on the device, the pictures in channels_last."""
+        """Yield batches on the device, with pictures in channels_last."""
         generator = torch.Generator().manual_seed(self.rank_seed)
         if isinstance(self.pictures, FilePictures):
             pairs = self._from_files(self.pictures, generator)
@@ -153,8 +153,8 @@ def batches(
         split: "train" or "test".
         indices: (N,) int64 indices of the pictures to use, None for all.
         batch_size: Number of pictures in a global batch, over all ranks, >= world_size.
-        augmentation: None only normalises (evaluation). Small pictures are cropped, flipped and cut out as it says.
-            Large ones are flipped and cut out as it says, and always get a random resized crop and colour jitter.
+        augmentation: The augmentation; None only normalises (evaluation). For large pictures, a random resized crop
+            and colour jitter replace `crop_padding`.
         device: The device of the batches. An array of small pictures is moved there once and stays there.
         seed: Seed of order and augmentation.
         epoch: Epoch, which changes order and augmentation.
@@ -241,7 +241,7 @@ def _global_batches(order: Tensor, batch_size: int, world_size: int, drop_last: 
 def _batch_seed(*parts: object) -> int:
     """Return a seed for a part of a batch's randomness.
 
-    It differs from `derive_seed` in how the parts become a text. With the latter, every run would have other batches.
+    `derive_seed` converts the parts to another text. Using it here would change the batches of every run.
     """
     return seed_from_text(repr(parts))
 
@@ -289,7 +289,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
 def _global_generator_at(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator, from which torchvision draws, and restore its state on exit.
 
-    `torch.manual_seed` would also seed the GPUs, on which training draws its drop path.
+    `torch.manual_seed` would also seed the GPUs, whose generators drop path uses in training.
     """
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)

@@ -30,7 +30,7 @@ PICTURE_SUFFIXES = frozenset(
     }
 )
 
-# The formats that Pillow may detect, whatever the suffix: others are unsafe, as PostScript would start Ghostscript.
+# Pillow may detect only these formats, whatever the suffix. Others are unsafe; PostScript would start Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _BLOCK = 16 * 1024  # size in bytes of a sample of a large file
@@ -38,7 +38,7 @@ _WHOLE = 4 * _BLOCK  # files up to this size are read completely
 _PADDING = b"\0\r\n\t "  # bytes that some programs append to a complete file
 _HOLE = bytes(512)  # a sector of zeros, which is rare in compressed data
 _STRAY_SHARE = (
-    0.001  # share of the brightest pixels, such as a camera's hot pixels, that are ignored (at least one)
+    0.001  # the brightest pixels, such as a camera's hot pixels, are ignored up to this share (at least one)
 )
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION, _ORIENTATIONS, _SIDEWAYS = 0x0112, range(1, 9), (5, 6, 7, 8)
@@ -47,7 +47,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How the pixels of a file become 8 bits per channel; a trained network needs the same settings again.
+    """How the pixels of a file are converted to 8 bits per channel. A trained network requires the same settings.
 
     Args:
         background: (red, green, blue) in 0..255, over which transparent pictures are composited.
@@ -59,17 +59,17 @@ class DecodeSettings:
     bits: int = 16
 
     def cache_key(self) -> str:
-        """Return the text that stands for the settings in the state of a cache."""
+        """Return the text that identifies the settings in the state of a cache."""
         # The class was once called Reading; with another text, the caches of existing folders would be recomputed.
         return f"Reading(background={self.background!r}, bits={self.bits!r})"
 
 
 DEFAULT_DECODING = DecodeSettings()
-"""Settings for opaque pictures with 8 bits, which all settings decode alike."""
+"""Default settings, for opaque pictures with 8 bits per channel. All settings decode those alike."""
 
 
 class Flag(IntFlag):
-    """Facts in a picture's header besides its size."""
+    """Properties of a picture in its header, apart from its size."""
 
     TRANSPARENT = 1
     DEEP = 2
@@ -81,10 +81,10 @@ class Facts(NamedTuple):
     """Facts about a picture file that are known before its pixels are used.
 
     Args:
-        width: In pixels, upright.
-        height: In pixels, upright.
+        width: Width in pixels of the upright picture.
+        height: Height in pixels of the upright picture.
         peak: Largest value of a grey picture with more than 8 bits; 0 for other pictures.
-        level: The same without the brightest 0.1 % of the pixels (at least one pixel).
+        level: As `peak`, but without the brightest 0.1 % of the pixels (at least one pixel).
         flags: See `Flag`.
         fingerprint: 8 bytes, a digest of the file's size and of samples of its content (up to 64 KiB: all of it).
     """
@@ -113,7 +113,7 @@ class Broken:
 
     @classmethod
     def by(cls, path: str, error: Exception) -> Broken:
-        """Convert an error about a file; the error itself may not be picklable, so a process could not return it."""
+        """Convert an error about a file. A process could not return the error itself, which may not be picklable."""
         return cls(path, reason(error), error.remedy if isinstance(error, _UnfitError) else "")
 
 
@@ -128,7 +128,7 @@ class _UnfitError(ValueError):
 def inspect_picture(path: str) -> Facts | Broken:
     """Read a picture's header and check that the file is complete and can be decoded without loss.
 
-    Files of up to 64 KiB are decoded. Larger files are decoded only if header and end do not prove them complete.
+    Files of up to 64 KiB are decoded. Larger ones are decoded only if their header and end do not prove them complete.
 
     Args:
         path: The file.
@@ -155,7 +155,7 @@ def _facts(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size:
         flags |= Flag.TRANSPARENT
     if _is_grey(picture):
         flags |= Flag.GREY
-    # The second frame of an MPO is the gain map or depth map of the first, as telephones store it in JPEG files.
+    # Telephones store a gain map or depth map in a JPEG file as the second frame of an MPO.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         flags |= Flag.SEVERAL_FRAMES
     width, height = picture.size
@@ -217,13 +217,13 @@ def read_picture(path: str, settings: DecodeSettings = DEFAULT_DECODING) -> tupl
 
 @contextmanager
 def opened(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture, and refuse one with more pixels than Pillow considers safe.
+    """Open a picture, and reject it if it has more pixels than Pillow considers safe.
 
     Pillow itself only warns about pictures with up to twice that number.
 
     Args:
-        file: An open file, not a path: Pillow maps an uncompressed file that it opened by its path into memory, and
-            then shears the pixels of a TIFF that lies sideways.
+        file: An open file, not a path. Given a path, Pillow would map an uncompressed file into memory, and then
+            distort the pixels of a rotated TIFF.
 
     Raises:
         ValueError: If the file is empty or its format is unknown.
@@ -255,7 +255,7 @@ def _scale_transparent_value(picture: Image.Image) -> None:
 
 
 def _alpha_of_bmp(picture: Image.Image, file: BinaryIO) -> Image.Image | None:
-    """Return the picture of a 32-bit BMP file with its fourth channel; None if that channel is unused.
+    """Return the picture of a 32-bit BMP file with its fourth channel, or None if that channel is unused.
 
     Such a file does not say whether its fourth byte is alpha, and Pillow drops it. As in other programs, it is
     interpreted as alpha unless it is zero everywhere.
@@ -284,8 +284,8 @@ def decode_pictures(
 
     Args:
         paths: N files, at least one.
-        size: Side of the square to which they are scaled; None keeps their sizes, which must be equal.
-        settings: How they are decoded.
+        size: Side of the square to which the pictures are scaled; None keeps their sizes, which must be equal.
+        settings: How the pictures are decoded.
         progress: Called with (pictures decoded, N).
         pool: How the work is distributed over processes.
 
@@ -391,7 +391,7 @@ def _samples(file: BinaryIO, size: int) -> list[bytes]:
 
 
 def _check_end(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size: int) -> bool:
-    """Check the end of a file; most large files are checked no further.
+    """Check the end of a file. For most large files, this is the only check.
 
     Returns:
         Whether the file is certainly complete; otherwise it must be decoded to find out.
@@ -403,7 +403,7 @@ def _check_end(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], s
     has_hole = any(_HOLE in sample for sample in samples)
     match picture.format:
         case "JPEG" | "MPO":
-            # Cameras and telephones append data of their own, in which case the end mark must be searched.
+            # Cameras and telephones append their own data, in which case the end mark must be searched for.
             if not end.rstrip(_PADDING).endswith(b"\xff\xd9") and not _has_end_of_jpeg(_content(file)):
                 raise ValueError("it is truncated: a JPEG file ends with FF D9")
             return True
@@ -433,7 +433,7 @@ def _content(file: BinaryIO) -> bytes:
 
 
 def _has_end_of_jpeg(content: bytes) -> bool:
-    """Return whether an end mark follows the pixels; the thumbnail in the metadata before them has its own."""
+    """Return whether an end mark follows the pixels. A thumbnail in the metadata before them has its own end mark."""
     position = 2
     while content[position : position + 1] == b"\xff":
         marker = content[position + 1 : position + 2]
@@ -447,7 +447,7 @@ def _has_end_of_jpeg(content: bytes) -> bool:
 
 
 def _check_png(content: bytes) -> None:
-    """Raise unless all chunks of a PNG file are present and the checksums of the critical ones are correct."""
+    """Check that all chunks of a PNG file are present and the checksums of the critical ones are correct."""
     start, view = 8, memoryview(content)
     while (end := start + 12 + int.from_bytes(view[start : start + 4])) <= len(view):
         kind = content[start + 4 : start + 8]
@@ -502,7 +502,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _is_deep(picture: Image.Image) -> bool:
-    """Return whether it is a grey picture with more than 8 bits; Pillow scales those of PGM files to 16 bits."""
+    """Return whether a picture is grey with more than 8 bits. Pillow scales such PGM files to 16 bits."""
     return picture.mode in _DEEP_MODES or (picture.mode == "I" and picture.format == "PPM")
 
 
@@ -512,7 +512,7 @@ def _is_grey(picture: Image.Image) -> bool:
 
 
 def _check_depth(picture: Image.Image) -> None:
-    """Raise for pixels that Pillow would truncate to 8 bits, or whose range is unknown."""
+    """Raise an error if Pillow would truncate the pixels to 8 bits, or if their range is unknown."""
     if _is_deep(picture):
         if "transparency" in picture.info:
             raise _UnfitError("16 bits with a transparent value", "scale such pictures to 8 bits")
@@ -531,7 +531,7 @@ def _check_depth(picture: Image.Image) -> None:
 
 
 def _bits(picture: Image.Image) -> int:
-    """Return the stored bits per channel, exact only above 8; the mode of Pillow's decoded picture does not tell."""
+    """Return the stored bits per channel, exact only above 8. The mode of a decoded picture does not show them."""
     match picture.format:
         case "TIFF":
             bits = _tag(picture, _BITS_PER_SAMPLE)

@@ -41,10 +41,10 @@ def load_dataset(
         name: A key of `DATASETS`.
         root: The picture folder, or the folder with torchvision's files (by default `cache_dir`/downloads).
         download: Whether to download torchvision's files if they are missing.
-        cache_dir: Folder for decoded picture folders; by default `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`.
-        image_size: Side in pixels to which the pictures are scaled. Up to 64, they are kept in memory; above, the
-            files are decoded for each batch (folders only). By default, small pictures keep their size and large ones
-            are scaled to 224.
+        cache_dir: Cache folder; by default `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`.
+        image_size: Side in pixels to which the pictures are scaled. Pictures of up to 64 pixels are kept in memory;
+            larger ones (folders only) are decoded for each batch. By default, small pictures keep their size and large
+            ones are scaled to 224.
         background: (red, green, blue) in 0..255, over which transparent pictures of a folder are composited.
         allow_left_out: Whether more than 1 % of the files of a class of a folder may be ignored, because they lie in
             sub-folders or have an unsupported suffix.

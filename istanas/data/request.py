@@ -10,7 +10,7 @@ from istanas.data.pool import Progress
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """The arguments of `load_dataset`, which explains them, with the defaults filled in."""
+    """The arguments of `load_dataset` with the defaults filled in. See that function for their meanings."""
 
     name: str
     root: Path | None

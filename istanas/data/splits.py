@@ -14,7 +14,7 @@ def stratified_split(labels: Tensor | Sequence[int], fraction: float, seed: int)
     """Split the indices in two so that each class is split in the same proportion.
 
     The second part has round(fraction N) pictures. Class c gives floor(q_c) or floor(q_c) + 1 of its pictures, where
-    q_c = fraction n_c; the classes with the largest remainders give one more.
+    q_c = fraction n_c. The classes with the largest remainders give one more.
 
     Args:
         labels: (N,) integers.
@@ -67,7 +67,7 @@ def stratified_subset(labels: Tensor | Sequence[int], count: int, seed: int) -> 
 
 
 def _stratified_part(labels: Tensor, fraction: float, total: int, seed: int) -> Tensor:
-    """Mark `total` indices, the share `fraction` of each class to within one: (N,) bools."""
+    """Return a mask (N,) of `total` indices that has the share `fraction` of each class to within one picture."""
     sizes = torch.bincount(labels)
     generator = torch.Generator().manual_seed(seed)
     quota = sizes.double() * fraction
@@ -76,7 +76,7 @@ def _stratified_part(labels: Tensor, fraction: float, total: int, seed: int) -> 
     tie_break = torch.rand(sizes.numel(), generator=generator, dtype=torch.float64)
     missing = total - int(taken.sum())
     taken[torch.argsort(quota - taken + 1e-9 * tie_break, descending=True)[:missing]] += 1
-    # A random order, stably sorted by class: the first `taken` of each class are a draw without replacement.
+    # After a random permutation and a stable sort by class, the first `taken` of each class are a random draw.
     order = torch.randperm(labels.numel(), generator=generator)
     order = order[torch.argsort(labels[order], stable=True)]
     rank = torch.arange(labels.numel()) - (sizes.cumsum(0) - sizes)[labels[order]]

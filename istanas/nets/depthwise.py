@@ -1,11 +1,11 @@
-"""Depthwise convolution with a fast dilated form on CPUs.
+"""Depthwise convolution that is fast on CPUs when dilated.
 
 On CPUs, torch's backward pass of a dilated depthwise convolution is many times slower than that of a plain one. The two
-rewrites below are exact, and call only torch functions, so that autograd computes the gradients. Times of torch -> here
-for 64 pictures of 32x32, one thread, forward and both gradients: 32 channels, stride 2: 37 -> 2.4 ms (3x3) and
-68 -> 6.4 ms (5x5). With stride 1 a single convolution gains little or nothing (16 channels: 9 -> 11 ms and 17 -> 15 to
-18 ms), but a two-stage step with 16 channels, 8 layers and 64 pictures is 2 to 8 % faster
-(`python -m tests.benchmarks.tricks`).
+rewrites below are exact, and call only torch functions, so that autograd computes the gradients. For 64 pictures of
+32x32 on one thread, the forward pass and both gradients take the following times (torch -> this module). With 32
+channels and stride 2: 37 -> 2.4 ms (3x3) and 68 -> 6.4 ms (5x5). With 16 channels and stride 1, a single convolution
+gains little or nothing: 9 -> 11 ms and 17 -> 15 to 18 ms. A two-stage step with 16 channels, 8 layers and 64 pictures
+is nevertheless 2 to 8 % faster (`python -m tests.benchmarks.tricks`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
 def depthwise_on_even(even: Tensor, weight: Tensor) -> Tensor:
     """Return `depthwise_conv2d` of stride and dilation 2, given the even pixels.
 
-    Only even pixels are read, so that this is a convolution of the even pixels with stride and dilation 1.
+    It reads only even pixels, so it is a convolution of them with stride and dilation 1.
 
     Args:
         even: x[:, :, ::2, ::2], (B, C, H, W).
@@ -93,7 +93,7 @@ def depthwise_on_even(even: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_phases(x: Tensor, weight: Tensor) -> Tensor:
-    """Return a convolution of dilation 2 as an undilated one of the four pixel phases, stacked in the batch."""
+    """Compute a convolution of dilation 2 as an undilated one on the four pixel phases, stacked in the batch."""
     channels, kernel = weight.shape[0], weight.shape[-1]
     batch, _, height, width = x.shape
     x = F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x

@@ -61,7 +61,7 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
     width = STEM_MULTIPLIER * init_channels if stem == "cifar" else init_channels
     c_prev_prev = c_prev = width
     channels = init_channels
-    reduction_prev = stem == "imagenet"  # Its second input is half as large as the first one.
+    reduction_prev = stem == "imagenet"  # The second output of this stem is half as large as the first.
     places = []
     for layer in range(layers):
         kind = "reduce" if layer in (layers // 3, 2 * layers // 3) else "normal"
@@ -73,10 +73,10 @@ def cell_places(init_channels: int, layers: int, stem: str, n_concat: Mapping[st
 
 
 def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozenset[int]:
-    """Return the live states of a cell: those that its output depends on. The others are not computed.
+    """Return the live states of a cell: those on which its output depends. The others are not computed.
 
     Args:
-        reads: For each node the states that its operations read; 0 and 1 are the cell's inputs, 2 + i is node i.
+        reads: For each node, the states that its operations read; 0 and 1 are the cell's inputs, and 2 + i is node i.
         concat: The states that the output concatenates.
 
     Example:
@@ -93,17 +93,17 @@ def live_states(reads: Sequence[Iterable[int]], concat: Iterable[int]) -> frozen
 def live_places(
     kinds: Sequence[str], states: Mapping[str, Collection[int]], auxiliary: int | None = None
 ) -> tuple[bool, ...]:
-    """Return which outputs of the stem and which cells the network's output depends on.
+    """Return on which outputs of the stem and on which cells the network's output depends.
 
     Cell i reads the places i and i + 1 of [stem s0, stem s1, cell 0, ..., cell L - 1], if its inputs 0 and 1 are live.
 
     Args:
         kinds: The kinds of the L >= 1 cells, from input to output.
-        states: For each kind the live states of such a cell, see `live_states`.
+        states: For each kind, the live states of its cells, see `live_states`.
         auxiliary: Index of the cell whose output the auxiliary head reads, or `None`.
 
     Returns:
-        L + 2 truth values, one a place.
+        L + 2 booleans, one per place.
 
     Example:
         >>> live_places(["normal", "reduce", "normal"], {"normal": [0, 2], "reduce": [0, 1, 2]})
@@ -124,7 +124,7 @@ def check_sizes(**sizes: int) -> None:
     """Check that sizes are at least 1.
 
     Raises:
-        ConfigError: If one is not; its field is the first such name.
+        ConfigError: If a size is below 1. Its field is the first such name.
 
     Example:
         >>> check_sizes(num_classes=10, in_channels=1)
@@ -147,14 +147,14 @@ def make_preprocess(place: CellPlace, affine: bool) -> tuple[Preprocess, Preproc
 def live_inputs(
     preprocess: Sequence[Preprocess], inputs: Sequence[Tensor | None], live: Collection[int]
 ) -> dict[int, Tensor]:
-    """Return the live inputs of a cell, which are rectified, brought to the cell's width and size."""
+    """Return the live inputs of a cell, converted to its width and size. The given `inputs` are rectified."""
     return {i: preprocess[i].after_relu(s) for i, s in enumerate(inputs) if s is not None and i in live}
 
 
 class Stem(nn.Module):
-    """Maps a picture to the two inputs of the first cell, which are rectified, as are those of all cells.
+    """First layers, which map a picture to the two inputs of the first cell. The inputs of all cells are rectified.
 
-    It has one convolution (cifar), or three of stride 2 (imagenet).
+    The stem has one convolution (cifar), or three of stride 2 (imagenet).
     """
 
     def __init__(self, kind: str, in_channels: int, init_channels: int) -> None:
@@ -236,8 +236,8 @@ class AuxiliaryHead(nn.Module):
 class CellNetwork(nn.Module):
     """Stem, cells and classifier: the forward pass that both networks share.
 
-    Only live parts run, on which the outputs depend. Other parts get no gradient, for which data-parallel training
-    would wait. The auxiliary head is an output only in training.
+    Only live parts run: those on which the outputs depend. The others get no gradient, so data-parallel training must
+    not wait for one. The auxiliary head is an output only in training.
 
     The outputs of the stem and of all cells but the last are rectified in place: both cells that read such an output,
     and the auxiliary head, begin with ReLU.
@@ -262,12 +262,12 @@ class CellNetwork(nn.Module):
         return list(self._active_parameters)
 
     def active_buffers(self) -> list[Tensor]:
-        """Return the running statistics that a training step changes: floating-point buffers of the live parts."""
+        """Return the running statistics that a training step changes: the live parts' floating-point buffers."""
         # Not stored, because moving a network to another device or type replaces its buffers.
         return [b for part in self._live_parts for b in part.buffers() if b.is_floating_point()]
 
     def _set_live(self, states: Mapping[str, Collection[int]]) -> None:
-        """Set the live parts from each kind's live states. This takes milliseconds, too long for each step."""
+        """Set the live parts from each kind's live states. This takes milliseconds, which is too slow for each step."""
         kinds = [str(cell.kind) for cell in self.cells]
         self._live_in_training = self._live_in_eval = live_places(kinds, states)
         if self.auxiliary_head is not None:
@@ -334,13 +334,13 @@ class CellNetwork(nn.Module):
             state: Name -> tensor, as `torch.load(FILE, weights_only=True)` returns it.
 
         Raises:
-            CheckpointError: If a tensor is missing, unexpected, or of another shape. The network is not changed then.
+            CheckpointError: If a tensor is missing, unexpected, or of another shape. The network is then unchanged.
         """
         own = self.state_dict()
         renamed: dict[str, Tensor] = {}
         for key, value in state.items():
             alphas = re.fullmatch(r"alphas_(normal|reduce)_", key)
-            if alphas:  # One tensor (nodes, m) in the published code, one parameter a node here.
+            if alphas:  # One tensor (nodes, m) in the published code, one parameter per node here.
                 renamed.update({f"compressed_alphas.{alphas[1]}.{i}": b for i, b in enumerate(value)})
             else:
                 renamed[_own_key(key, self.stem.kind)] = value
@@ -360,8 +360,8 @@ class CellNetwork(nn.Module):
 class _UnchangedStatistics:
     """A context in which batch norms in training mode do not change their running statistics and batch counts.
 
-    It is for a forward pass that is repeated. The statistics are still passed to torch, whose graph would otherwise
-    store other tensors than in the first pass; with momentum 0, torch writes the same values back.
+    It is used when a forward pass is repeated. The statistics are still passed to torch, because its graph must store
+    the same tensors as in the first pass. With momentum 0, torch writes the same values back.
     """
 
     def __init__(self, norms: Sequence[nn.BatchNorm2d]) -> None:

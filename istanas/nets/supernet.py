@@ -1,8 +1,8 @@
 """`Supernet`, the network of the search, which computes only the operations that the sparse codes keep.
 
-Its parameters are the weights of all candidates and the compressed parameters b of all nodes. Once an epoch the
-recovered codes are installed (`install_codes`), which defines the active operations. The others cost nothing: no
-forward pass, no gradient, no optimiser step.
+Its parameters are the weights of all candidates and the compressed parameters b of all nodes. In every epoch,
+`install_codes` installs the recovered codes, which define the active operations. The others take part in neither the
+forward pass nor the backward pass nor the optimiser step.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Support = tuple[int, ...]
 
 
 class NodeState(Enum):
-    """Whether a node is still searched.
+    """Whether the search still changes a node.
 
-    The code of an ACTIVE node follows its b. The b, the code and the edge weights of a FROZEN node are fixed (one-stage
-    search only).
+    The code of an ACTIVE node is recovered from its b in every epoch. The b, the code and the edge weights of a FROZEN
+    node are fixed (one-stage search only).
     """
 
     ACTIVE = "active"
@@ -54,7 +54,7 @@ class NodeCode:
     Args:
         measurement_matrix: A, (m, n) float64.
         sparse_code: z, (n,) float64, before its truncation to the support.
-        support: The kept candidates in rising order.
+        support: The kept candidates in ascending order.
     """
 
     measurement_matrix: Tensor
@@ -64,7 +64,7 @@ class NodeCode:
 
 @dataclass(frozen=True)
 class _KeptColumns:
-    """The constants in the edge weights of a cell, float64 on b's device, so that no step copies them there."""
+    """The constants in the edge weights of a cell, float64 on b's device, so that steps need not copy them."""
 
     columns: Tensor  # A_S, (nodes, m, s).
     codes: Tensor  # z_S, (nodes, s).
@@ -75,7 +75,7 @@ def _kept_columns(nodes: Sequence[NodeCode], like: Tensor) -> _KeptColumns:
     supports = [list(node.support) for node in nodes]
     columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
     codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
-    # They are rounded to the precision of b, that of the network, so that only a float64 network has exact values.
+    # They are rounded to the network's precision, which is that of b. Only a float64 network has exact values.
     columns, codes = (t.to(like.device, like.dtype).double() for t in (columns, codes))
     return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
 
@@ -206,7 +206,7 @@ class Supernet(CellNetwork):
             AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
-        # One parameter a node, so that the b of a frozen node takes no part in optimiser steps and all-reduce.
+        # One parameter per node, so that optimiser steps and all-reduce leave out the b of a frozen node.
         self.compressed_alphas = nn.ModuleDict(
             {
                 cell: nn.ParameterList(
@@ -243,12 +243,12 @@ class Supernet(CellNetwork):
         """Make the kept candidates active until the next call.
 
         Args:
-            codes: For "normal" and "reduce", one `NodeCode` a node.
-            states: For "normal" and "reduce", one state a node; `None` makes all nodes ACTIVE. The b of a FROZEN node
+            codes: For "normal" and "reduce", one `NodeCode` per node.
+            states: For "normal" and "reduce", one state per node; `None` makes all nodes ACTIVE. The b of a FROZEN node
                 is not trained, but the affine parts of the batch norms in its operations are.
 
         Raises:
-            ConfigError: If the number of codes or of kept candidates is not that of the space.
+            ConfigError: If the number of codes or of kept candidates does not match the space.
         """
         for cell in CELLS:
             if len(codes[cell]) != self.space.n_nodes:
@@ -322,7 +322,7 @@ class Supernet(CellNetwork):
         return [cell.ops[edge][op] for node in self._plans[str(cell.kind)] for _, edge, op in node]  # type: ignore[index,misc]
 
     def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
-        """Return the logits (B, classes). `weights` are those of `edge_weights`, which `None` computes here."""
+        """Return the logits (B, classes). `weights` is the result of `edge_weights`; `None` computes it."""
         return self.forward_with_auxiliary(x, weights)[0]
 
     def forward_with_auxiliary(

@@ -143,7 +143,7 @@ def apply_operation(
     state: int,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Return `op` of a state of the cell, times `scale`. `reads` computes once what several operations read."""
+    """Apply `op` to a state of the cell and multiply by `scale`. Operations share their inputs through `reads`."""
     if isinstance(op, DilConv) and op.stride == 2:
         return op.on_even(reads.phases(state, (0,))[0], scale)
     if isinstance(op, FactorizedReduce):

@@ -1,4 +1,4 @@
-"""One-stage ISTA-NAS: search and training of the target network in one run, on a sparse supernet of its size.
+"""One-stage ISTA-NAS: search and training of the target network in one run, on a sparse supernet of the same size.
 
 While a node is ACTIVE its code is recovered after each epoch. It becomes FROZEN when its code stops moving. When all
 nodes are frozen the architecture is fixed. The search ends after one more epoch at the full learning rate. The training
@@ -40,7 +40,7 @@ from istanas.training import (
     warmup_factor,
 )
 
-MAX_REDRAWS = 100  # Largest number of further draws of b for a first architecture within the limits.
+MAX_REDRAWS = 100  # Largest number of redraws of b until the first architecture is within the limits.
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class OneStageSearch(SearchState):
     """A one-stage search: its state, its steps and its epochs.
 
     Args:
-        supernet: The network, of the target network's size, with `op_batchnorm`, on its device. Its compressed alphas
+        supernet: The network on its device. It has the target network's size and `op_batchnorm`. Its compressed alphas
             are initialised here.
         settings: Hyperparameters of the search.
         compute: Device and precision.
@@ -141,7 +141,7 @@ class OneStageSearch(SearchState):
 
     @property
     def search_epochs(self) -> int | None:
-        """Number of epochs of the search, the closing one included, or `None` while a node is ACTIVE."""
+        """Number of epochs of the search, including the closing one, or `None` while a node is ACTIVE."""
         if self.is_searching:
             return None
         return max(freezing.epoch for freezing in self.freezings) + CLOSING_EPOCHS
@@ -154,7 +154,7 @@ class OneStageSearch(SearchState):
         )
 
     def active_places(self) -> list[Place]:
-        """Return the (cell, node) that are ACTIVE."""
+        """Return the ACTIVE nodes as (cell, node)."""
         states = self.supernet.node_states
         return [(c, n) for c, n in self.places if states[c][n] is NodeState.ACTIVE]
 
@@ -163,7 +163,7 @@ class OneStageSearch(SearchState):
         return 0.0 if self.search_epochs is None else max(epoch - self.search_epochs, 0.0)
 
     def learning_rate(self, epoch: float) -> float:
-        """Return the weights' learning rate after `epoch` epochs in total, fractions of an epoch included."""
+        """Return the weights' learning rate after `epoch` epochs in total, which may be a fraction."""
         s = self.settings
         warmup = warmup_factor(epoch, s.warmup_epochs, s.schedule)
         # With train_epochs = 0 the rate stays at lr. `max` avoids a division by zero.
@@ -231,8 +231,8 @@ class OneStageSearch(SearchState):
     def recover(self) -> RecoveryReport:
         """Recover the codes of ACTIVE nodes, install them if the architecture is within the limits, and freeze nodes.
 
-        The new codes of all nodes are accepted or rejected together. They are rejected if the architecture exceeds a
-        limit; the previous codes are kept then. As published, a node freezes in both cases if its new code is within
+        The new codes of all nodes are accepted or rejected together. If the architecture exceeds a limit, they are
+        rejected and the previous codes are kept. As published, a node freezes in both cases if its new code is within
         the tolerance of its last accepted one; after a rejection it keeps the accepted code. After `max_search_epochs`
         epochs all nodes freeze.
 
@@ -276,7 +276,7 @@ class OneStageSearch(SearchState):
         return None
 
     def _install_and_freeze(self, codes: Mapping[Place, NodeCode], distances: Mapping[Place, float]) -> None:
-        """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all after the last epoch.
+        """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all of them after the last epoch.
 
         A node does not freeze by the tolerance if the epoch did not train its b, because no cell of its kind was live.
 

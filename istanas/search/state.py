@@ -1,10 +1,10 @@
-"""The state that both searches share and that survives a crash: A, b, z, node states, optimisers and epochs.
+"""The state that both searches share and that checkpoints store: A, b, z, node states, optimisers and epochs.
 
 `SearchState` recovers codes from b, installs them in the supernet, reports them, and converts itself to plain tensors
 and back. `two_stage` and `one_stage` add the algorithms.
 
 The state has no random generators, because all randomness of an epoch is derived from (seed, purpose, epoch), see
-`istanas.training.derive_seed`. It has no learning rate either, which is a function of the epoch.
+`istanas.training.derive_seed`. It has no learning rate either, because that is a function of the epoch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class NodeReport:
         truncation: ||z - z_S||_2, >= 0.
         changed: Whether the kept operations changed.
         converged: Whether the code is certified.
-        recovered: Whether the node was recovered. A node that was FROZEN before is not.
+        recovered: Whether the node was recovered. Nodes that were already FROZEN are not.
         state: Name of the node's state after the recovery.
         magnitudes: |z| of every candidate, in the order of `CellSpace.candidate`; empty if the node was not recovered.
         solver: The solver that found the code; empty if the node was not recovered.
@@ -93,8 +93,8 @@ class RecoveryReport:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the epoch by their names in MLflow.
 
-        They are, over the recovered nodes, the smallest margin, the numbers of changes and fallbacks, and the largest
-        value of the others.
+        Over the recovered nodes, they give the smallest margin, the numbers of changes and fallbacks, and the largest
+        values of the gap, the truncation and the distance.
         """
         nodes = [n for n in self.nodes if n.recovered]
         if not nodes:
@@ -370,7 +370,7 @@ def check_state_version(state: Mapping[str, Any], kind: str) -> None:
     """Check the kind and the version of a state.
 
     Raises:
-        CheckpointError: If they are not those of this search.
+        CheckpointError: If the state is of another kind or version.
     """
     found = (state.get("kind"), state.get("version"))
     if found != (kind, STATE_VERSION):

@@ -79,13 +79,14 @@ class TwoStageSearch(SearchState):
         *,
         lr_factor: float = 1.0,
     ) -> Metrics:
-        """Run one epoch: for every weight batch an alpha step on an alpha batch, then a weight step.
+        """Run one epoch: for every weight batch, an alpha step on an alpha batch and then a weight step.
 
         Afterwards the running statistics of batch norm are averaged over the ranks.
 
         Args:
-            weight_batches: Batches of the weight half.
-            alpha_batches: Returns the batches of a pass over the alpha half; called again when a pass ends.
+            weight_batches: Batches of the pictures that train the weights.
+            alpha_batches: Returns the batches of one pass over the pictures that train the alphas. It is called again
+                when a pass ends.
             n_steps: Number of weight batches, >= 1.
             observe: Called after every step.
             lr_factor: Factor of the weights' learning rate, > 0; below 1 after a divergence.
@@ -94,7 +95,7 @@ class TwoStageSearch(SearchState):
             Mean loss and accuracies of the weight steps, over the pictures of all ranks.
 
         Raises:
-            DataError: If a pass over the alpha half has no batch.
+            DataError: If a pass over the pictures that train the alphas has no batch.
         """
         self.supernet.train()
         totals = Totals(self.compute.device)
@@ -159,7 +160,7 @@ class TwoStageSearch(SearchState):
         Rank 0 recovers the codes for all ranks.
 
         Returns:
-            What changed, with each node's certificate. Distances are 0 at the first recovery.
+            The changes and each node's certificate. Distances are 0 at the first recovery.
 
         Raises:
             SolverError: If no solver certifies the code of a node.
@@ -183,7 +184,7 @@ def endless(make_batches: Callable[[], Iterable[BatchLike]]) -> Iterator[BatchLi
     """Yield the batches of one pass after another without end.
 
     Raises:
-        DataError: If a pass has no batch. Otherwise the loop would never yield.
+        DataError: If a pass has no batch, because the loop would then never yield.
     """
     while True:
         empty = True

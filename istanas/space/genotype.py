@@ -31,7 +31,7 @@ class Genotype:
 
     Args:
         normal: For each node of the normal cell its picks (operation, state), at least one. States 0 and 1 are the
-            outputs of the two previous cells, state 2 + i is node i.
+            outputs of the two previous cells, and state 2 + i is node i.
         reduce: The same for the reduction cell.
         normal_concat: States that the normal cell's output concatenates, each in 0 .. nodes + 1. Empty: all nodes.
         reduce_concat: The same for the reduction cell, each in 2 .. nodes + 1.
@@ -138,7 +138,7 @@ class Genotype:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def canonical(self) -> Genotype:
-        """Return the same network with each node's picks sorted; it is equal for all genotypes of one digest."""
+        """Return the genotype with each node's picks sorted. It is equal for all genotypes with the same digest."""
         normal, reduce = (tuple(tuple(sorted(node)) for node in self.picks(cell)) for cell in CELLS)
         return replace(self, normal=normal, reduce=reduce)
 

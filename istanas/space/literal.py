@@ -19,7 +19,7 @@ from istanas.space.topology import N_CELL_INPUTS
 _PICKS_FORM = "give [('operation', state), ...]"
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _MOST_STATES = GENOTYPE_NODES + N_CELL_INPUTS
-_PICKS_OF_A_NODE = 2  # DARTS lists the picks of all nodes of a cell in one row, two for each node.
+_PICKS_OF_A_NODE = 2  # DARTS lists the picks of all nodes of a cell in one list, two for each node.
 # A text may begin with comments, a name and a module, as in `# found\nDARTS_V2 = genotypes.Genotype(`.
 _BEGINNING = re.compile(r"(?:\s|#[^\n]*\n)*([A-Za-z_]\w*\s*=\s*)?([A-Za-z_]\w*\.)?Genotype\s*\(", re.ASCII)
 

@@ -1,4 +1,4 @@
-"""Names of the candidate operations. Their order is that of the published code, and of every sparse code."""
+"""Names of the candidate operations, in the order of the published code and of every sparse code."""
 
 from typing import Literal, get_args
 

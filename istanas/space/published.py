@@ -1,4 +1,4 @@
-"""The cells that Yang et al. (NeurIPS 2020) published. Their picks have the order of the published weights."""
+"""The cells that Yang et al. (NeurIPS 2020) published, with their picks in the order of the published weights."""
 
 from istanas.space.genotype import Genotype
 

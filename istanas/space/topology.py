@@ -1,8 +1,8 @@
-"""The topology of a cell's search space, and all arithmetic between (node, edge, operation) and flat indices.
+"""The topology of a cell's search space, and the conversion between (node, edge, operation) and flat indices.
 
-States 0 and 1 are the outputs of the two previous cells, state 2 + i is node i. Node i may read every state before it,
-so it has i + 2 incoming edges. Edges are numbered over the whole cell, those of node 0 first. The candidates of a node
-are its (edge, operation) pairs, row by row: candidate = state * n_ops + op.
+States 0 and 1 are the outputs of the two previous cells, and state 2 + i is node i. Node i may read every state before
+it, so it has i + 2 incoming edges. Edges are numbered over the whole cell, starting with those of node 0. The
+candidates of a node are its (edge, operation) pairs, row by row: candidate = state * n_ops + op.
 """
 
 from __future__ import annotations

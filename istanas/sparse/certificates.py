@@ -76,13 +76,14 @@ def duality_gap(A: Any, b: Any, z: Any, l1_weight: float = 1e-5, *, relative: bo
     computed as 1/2 (1 - s)^2 ||r||^2 + sum_i (l1 |z_i| - s z_i A_i^T r), a sum of terms that are never negative. The
     difference P - D has the same value, but loses all digits to cancellation.
 
-    The allowance, with u = 2^-53, alpha = max |A_ij| and zeta = max |z_i|: A z is computed in two parts, the leading
-    one exactly, so that r has an error of at most 3 u |r_i| + e, e = n (2n + 6) 2^(1 - q) u alpha zeta, where q is
-    about 23. Then A_i^T r is known to within d = sqrt(m) alpha ((m + 5) u ||r|| + sqrt(m) e), and with M =
-    max(||A^T r||_inf, l1) and d' = d + 16 u M, s to within d' s / M. The gap is computed with the smallest s and
-    raised by 4 d' ||z||_1 and by 4 (m + n + 16) u of itself, which covers the worst s and A^T r and the rounding of
-    every term. Where d' exceeds M / 5 the gap is inf. Extreme b are scaled by the power of two at max |b|, so that no
-    intermediate value overflows before the result does. The underflow of values below 1e-300 max |b| is not bounded.
+    The allowance for rounding is as follows. Let u = 2^-53, alpha = max |A_ij| and zeta = max |z_i|. A z is computed in
+    two parts, the leading one exactly. Therefore r has an error of at most 3 u |r_i| + e, where
+    e = n (2n + 6) 2^(1 - q) u alpha zeta and q is about 23. A_i^T r is then known to within
+    d = sqrt(m) alpha ((m + 5) u ||r|| + sqrt(m) e). With M = max(||A^T r||_inf, l1) and d' = d + 16 u M, the scale s is
+    known to within d' s / M. The gap is computed with the smallest s and raised by 4 d' ||z||_1 and by
+    4 (m + n + 16) u of itself, which covers the worst s and A^T r and the rounding of every term. Where d' exceeds
+    M / 5, the gap is inf. Extreme b are scaled by the power of two at max |b|, so that no intermediate value overflows
+    before the result does. The underflow of values below 1e-300 max |b| is not bounded.
 
     Args:
         A: Measurement matrices, (..., m, n).
@@ -153,7 +154,9 @@ def _bound_in_units(A: Array, b: Array, z: Array, l1: Any, exponent: Any) -> _Bo
 
 
 def _residual(A: Array, b: Array, z: Array, largest: Array) -> tuple[Array, Array, Array]:
-    """Return r = b - A z to nearly full precision, rest with |dr| <= 3 u |r| + rest, and the largest |entry| of A.
+    """Return r = b - A z to nearly full precision, its error term `rest`, and the largest |entry| of A.
+
+    The error of r is at most 3 u |r| + rest.
 
     A and z are split at a bit for which the product of the leading parts is exact in any order of summation.
     """

@@ -1,4 +1,4 @@
-"""The LASSO as a convex program: CVXPY with CLARABEL (needs no licence) or MOSEK (needs one).
+"""The LASSO as a convex program: CVXPY with CLARABEL, or with MOSEK, which requires a licence.
 
 CVXPY and MOSEK are imported inside the functions, because `istanas` must work without them. The solver is always
 passed by name, because CVXPY would choose MOSEK even without a licence.
@@ -51,7 +51,7 @@ def solve_convex(
         b: Compressed parameters, float64 (B, m).
         l1_weight: l1 > 0.
         solver: "clarabel" or "mosek".
-        max_iter: Bound on the interior-point iterations, >= 1; `None` uses the solver's own.
+        max_iter: Bound on the interior-point iterations, >= 1; `None` uses the solver's own bound.
 
     Returns:
         The codes and the numbers of iterations.
@@ -87,7 +87,7 @@ def solve_convex(
 
 
 def mosek_licence() -> str | None:
-    """Return whether MOSEK has a usable licence. The licence is checked once a process.
+    """Return whether MOSEK has a usable licence. The licence is checked once per process.
 
     Returns:
         "usable (MOSEK x.y.z)", or `None` without the package or without a valid licence.
@@ -140,7 +140,7 @@ def _interior_point(
     if max_iter is not None and solver == "mosek":
         options["mosek_params"] = {**options["mosek_params"], "MSK_IPAR_INTPNT_MAX_ITERATIONS": max_iter}
     with warnings.catch_warnings():
-        # CVXPY warns that a solution may be inaccurate. The duality gap decides that here.
+        # CVXPY warns that a solution may be inaccurate. Here, the duality gap decides whether it is.
         warnings.simplefilter("ignore")
         try:
             A_.value, b_.value, l1_.value = A, b, l1_weight
@@ -163,7 +163,7 @@ def _interior_point(
 
 
 def _polish(A: Array, b: Array, z: Array, l1_weight: float) -> Array:
-    """Return the code of smallest duality gap among z, 0, and the closed forms on the supports of `_CUTS`."""
+    """Return the code with the smallest duality gap among z, 0, and the closed forms on the supports of `_CUTS`."""
     size = np.linalg.norm(z)
     signs = np.stack([np.where(np.abs(z) > cut * size, np.sign(z), 0).astype(np.int8) for cut in _CUTS])
     # Supports with dependent columns have no closed form. Their codes have a large gap and are not chosen.

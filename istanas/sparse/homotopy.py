@@ -4,8 +4,8 @@ Between two breakpoints the support S and its signs are constant, and the minimi
 z_S(t) = G^-1 (A_S^T b - t sign_S), G = A_S^T A_S. A breakpoint is the next t at which a candidate joins S (its
 |A_j^T r| reaches t) or leaves it (its z_i reaches 0). In each iteration, every node of the batch takes its own step.
 
-Squares of values beyond 1e154 overflow. `errstate` silences numpy's warnings of it, because the optimality conditions
-of such a code do not hold, so that it is never certified.
+Squares of values beyond 1e154 overflow. `errstate` silences numpy's warnings about this, because such a code violates
+the optimality conditions and is therefore never certified.
 
 Rounding and dependent columns can lead to a wrong support. The optimality conditions detect this, and a primal
 active-set method, which requires neither general position nor independent columns, then repairs the node's code.
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from istanas.sparse.lasso import Array, Indices, estimated_gap, kkt_holds, matvec, objective, rmatvec
 
 # A candidate whose |A_j^T r| falls as fast as the penalty never reaches it. Up to rounding, this is the case for
-# columns in the span of those of S.
+# columns in the span of the columns of S.
 _PARALLEL = 1e-9
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -69,9 +69,9 @@ def solve_path(A: Array, b: Array, l1_weight: float, max_iter: int | None = None
 
 
 class _Restricted(NamedTuple):
-    """The quantities of problems restricted to supports S that do not depend on the signs."""
+    """Quantities of problems that are restricted to supports S, as far as they do not depend on the signs."""
 
-    slots: Indices  # The members of S in rising order, then masked slots.
+    slots: Indices  # The members of S in ascending order, then masked slots.
     used: Mask
     A_S: Array  # Transposed: (B, |S|, m).
     gram: Array
@@ -99,7 +99,7 @@ class _Restricted(NamedTuple):
         return np.where(self.used, z_S, 0.0)
 
     def to_candidates(self, z_S: Array, n: int) -> Array:
-        """Return z (B, n) of z_S. Unused slots name candidates outside of S, whose code is 0."""
+        """Convert z_S to z (B, n). Unused slots refer to candidates outside S, whose code is 0."""
         z = np.zeros((len(z_S), n))
         z[self.rows, self.slots] = z_S
         return z
@@ -131,7 +131,7 @@ def on_support(A: Array, b: Array, l1_weight: float, signs: Signs) -> Array:
 def try_supports(A: Array, b: Array, l1_weight: float, supports: Mask) -> tuple[Array, Mask]:
     """Return the codes in closed form on given supports, and whether they satisfy the optimality conditions.
 
-    The signs are those of the least-squares fit on S, then those of the code itself.
+    The signs are first those of the least-squares fit on S, and then those of the resulting code.
 
     Args:
         A: Measurement matrices, float64 (B, m, n).
@@ -164,14 +164,14 @@ def active_set(A: Array, b: Array, l1_weight: float, z: Array, max_iter: int) ->
     """Return a minimiser of one node by a primal active-set method. Columns may be dependent.
 
     Each step lowers P on the signed support: a Newton step if the Gram matrix is regular, else a step in its null
-    space. A step ends where a coefficient reaches 0, which then leaves the support. When P is minimal on the support,
-    the candidate of largest |A_j^T r| joins it.
+    space. A step ends where a coefficient reaches 0; its candidate then leaves the support. When P is minimal on the
+    support, the candidate with the largest |A_j^T r| joins it.
 
     Args:
         A: Measurement matrix, float64 (m, n).
         b: Compressed parameters, float64 (m,).
         l1_weight: l1 > 0.
-        z: Start, (n,).
+        z: Initial code, (n,).
         max_iter: Bound on the steps.
 
     Returns:
@@ -222,7 +222,7 @@ def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs,
     correlation = rmatvec(A, b)
     first = np.abs(correlation).argmax(-1)
     penalty = np.abs(correlation[np.arange(batch), first])
-    # From here on, all arrays are those of the nodes whose path is not complete.
+    # From here on, all arrays contain only the nodes whose path is not complete.
     nodes = np.flatnonzero(penalty > l1_weight)
     A, b, penalty, first = A[nodes], b[nodes], penalty[nodes], first[nodes]
     columns = np.ascontiguousarray(A.swapaxes(1, 2))
@@ -284,7 +284,7 @@ def _follow(A: Array, b: Array, l1_weight: float, max_iter: int) -> tuple[Signs,
 
 
 class _Segment(NamedTuple):
-    """A segment of the paths: the values at its upper end, and their change as the penalty falls by 1."""
+    """A segment of each path: the values at its upper end, and their change as the penalty falls by 1."""
 
     code: Array
     grows: Array
@@ -321,7 +321,7 @@ def _steps_to_zero(segment: _Segment, sign_S: Array) -> Array:
 
 
 def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
-    """Return a direction that lowers P and its longest step: 1 for Newton's, inf in the null space."""
+    """Return a direction that lowers P, and its longest step: 1 for a Newton step, inf in the null space."""
     _, singular, right = np.linalg.svd(A_S, full_matrices=False)
     rank = int((singular > 1e-10 * singular[0]).sum())
     basis = right[:rank]
@@ -334,7 +334,7 @@ def _descent(A_S: Array, downhill: Array) -> tuple[Array, float]:
 def _gram(A_S: Array, used: Mask) -> Array:
     """Return A_S^T A_S of columns stored as rows (B, k, m), with 1 on the diagonal of unused slots."""
     gram = A_S @ A_S.swapaxes(1, 2)
-    diagonals = np.einsum("bkk->bk", gram)  # A view: the next line changes `gram`.
+    diagonals = np.einsum("bkk->bk", gram)  # A view, so that the next line changes `gram`.
     diagonals += ~used
     return gram
 
@@ -345,8 +345,8 @@ def _solve(gram: Array, right: Array) -> Array:
     try:
         solution = np.linalg.solve(gram, columns)
     except np.linalg.LinAlgError:
-        # numpy fails for the whole batch if one matrix is singular. A ridge of the size of rounding avoids that; the
-        # active-set method repairs the node.
+        # numpy fails for the whole batch if one matrix is singular. A ridge of the size of rounding avoids this, and
+        # the active-set method later repairs the node.
         k = gram.shape[-1]
         ridge = np.finfo(np.float64).eps * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(k)
         solution = np.linalg.solve(gram + ridge + np.finfo(np.float64).tiny * np.eye(k), columns)

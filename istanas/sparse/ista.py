@@ -1,7 +1,7 @@
 """ISTA and FISTA, batched over nodes: the published solver and its accelerated form.
 
 Both converge slowly on the published problem (uniform A, l1 = 1e-5; `homotopy` is exact). They stop when the code is
-certified, and not when a step is small, because steps are small long before the code is accurate.
+certified, not when a step is small, because steps become small long before the code is accurate.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def iterate(
     """
     limit = (FISTA_MAX_ITER if accelerate else ISTA_MAX_ITER) if max_iter is None else max_iter
     lipschitz = torch.linalg.matrix_norm(A, ord=2).square()
-    # A matrix of zeros has gradient 0, so that any step size is valid.
+    # A matrix of zeros has gradient 0, so any step size is valid.
     step = (1.0 / torch.where(lipschitz > 0, lipschitz, 1.0))[:, None]
     z_out = torch.zeros(A.shape[0], A.shape[2], dtype=A.dtype, device=A.device)
     iterations = torch.zeros(A.shape[0], dtype=torch.int64, device=A.device)
     nodes = torch.arange(A.shape[0], device=A.device)
 
-    # One matrix product an iteration: y - step A^T (A y - b) = pull y + push.
+    # One matrix product per iteration: y - step A^T (A y - b) = pull y + push.
     pull = torch.eye(A.shape[2], dtype=A.dtype, device=A.device) - step[..., None] * (A.mT @ A)
     push = step[..., None] * (A.mT @ b[..., None])
     threshold = step[..., None] * l1_weight

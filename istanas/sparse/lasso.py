@@ -15,7 +15,7 @@ from istanas.errors import ConfigError, SolverError
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
-# Range of max |b|. Outside of it squares may under- or overflow, so that problems are solved in units of their b.
+# Range of max |b|. Outside this range squares may under- or overflow, so problems are solved in units of their b.
 ORDINARY = (1e-75, 1e75)
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -56,7 +56,7 @@ def rmatvec(A: Array, r: Array) -> Array:
 
 
 def objective(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
-    """Return the LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, divided by neither m nor n.
+    """Return the LASSO objective, P(z) = 1/2 ||A z - b||^2 + l1 ||z||_1, without division by m or n.
 
     Args:
         A: Measurement matrices, (..., m, n).
@@ -108,7 +108,7 @@ def dual_point(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Array:
 def estimated_gap(A: Array, b: Array, z: Array, l1_weight: float = 1e-5) -> Any:
     """Return the relative duality gap in float64: the formula of `duality_gap` without its allowance for rounding.
 
-    It is faster, and serves to compare codes. It is not a certificate.
+    It is faster and is used to compare codes. It is not a certificate.
 
     Args:
         A: Measurement matrices, (..., m, n).
@@ -210,9 +210,9 @@ def kkt_holds(A: Any, b: Any, z: Any, l1_weight: float = 1e-5) -> Any:
 
 
 def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> Indices:
-    """Return the indices of the `sparsity` largest |z|; of equal entries, those of lower index come first.
+    """Return the indices of the `sparsity` largest |z|; among equal entries, those with lower indices are preferred.
 
-    If z has fewer nonzeros, zeros of lowest index are added, because a node of the network needs `sparsity` operations.
+    If z has fewer nonzeros, the first zeros are added, because a node of the network needs `sparsity` operations.
 
     Args:
         z: One code, (n,), array or tensor.
@@ -220,7 +220,7 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
         groups: The group (edge) of every candidate, (n,). If given, at most one entry of each group is kept.
 
     Returns:
-        The indices in rising order, int64 of shape (sparsity,).
+        The indices in ascending order, int64 of shape (sparsity,).
 
     Raises:
         ConfigError: If `sparsity` is out of range or `groups` is not of length n.
@@ -238,8 +238,8 @@ def top_support(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[An
 def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray[Any] | None = None) -> float:
     """Return the margin of `top_support`: by how much entries of |z| must change before another candidate is kept.
 
-    This is the s-th largest |z| minus the next one. With groups, a kept candidate may be replaced by one of a group of
-    which none is kept, or by one of its own group; the margin is the smallest of these differences.
+    This is the s-th largest |z| minus the next one. With groups, a kept candidate may be replaced by one of its own
+    group, or by one of a group without a kept candidate. The margin is the smallest of these differences.
 
     Args:
         z: One code, (n,), array or tensor.
@@ -250,7 +250,7 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
         The margin, >= 0; inf if no other candidate could be kept.
 
     Raises:
-        ConfigError: As `top_support`.
+        ConfigError: As in `top_support`.
 
     Example:
         >>> support_margin([0.5, -3.0, 2.0], 2)
@@ -271,7 +271,7 @@ def support_margin(z: Any, sparsity: int, *, groups: Sequence[int] | npt.NDArray
 
 
 def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray[Any] | None) -> Indices:
-    """Return the candidates that can be kept, in the order of falling |z|."""
+    """Return the candidates that can be kept, in descending order of |z|."""
     if magnitude.ndim != 1:
         raise SolverError(f"shape {magnitude.shape}", field="z", remedy="give one code of shape (n,)")
     if not np.isfinite(magnitude).all():
@@ -285,7 +285,7 @@ def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray
                 field="groups",
                 remedy=f"give one group for each of the {len(magnitude)} candidates",
             )
-        # The first occurrence of a group in the order of falling |z| is its best candidate.
+        # In descending order of |z|, the first candidate of a group is its best.
         order = order[np.sort(np.unique(label[order], return_index=True)[1])]
     if not 1 <= sparsity <= len(order):
         what = "candidates" if groups is None else "edges, each with one operation"
@@ -298,7 +298,7 @@ def _ranked(magnitude: Array, sparsity: int, groups: Sequence[int] | npt.NDArray
 
 
 def truncation_error(z: Any, support: Any) -> float:
-    """Return the norm of the entries outside of the support: ||z - z_S||_2.
+    """Return the norm of the entries outside the support: ||z - z_S||_2.
 
     Args:
         z: One code, (n,), array or tensor.

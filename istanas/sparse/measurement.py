@@ -90,7 +90,7 @@ def initial_compressed_alphas(
 
 
 def gram_bias(A: Any, z: Any) -> Any:
-    """Return the part of A^T A z beside the code itself: (A^T A - I) z.
+    """Return the difference between A^T A z and the code z: (A^T A - I) z.
 
     Args:
         A: Measurement matrix, (m, n), array or tensor.
@@ -131,7 +131,7 @@ def edge_weights(
         b: Compressed parameters, (m,), array or tensor.
         z: Code, (n,), array or tensor.
         sparsity: If given, S = `top_support(z, sparsity, groups=groups)`.
-        support: S itself, instead of `sparsity`. With neither, S is the set of the nonzeros of z.
+        support: S itself, instead of `sparsity`. If neither is given, S is the set of the nonzeros of z.
         groups: As in `top_support`.
 
     Returns:
@@ -172,7 +172,7 @@ def _edge_weights(A: Tensor, b: Tensor, z: Tensor, support: Tensor) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor:
-    # Arrays are copied, because torch warns of read-only ones, which jobs do pass.
+    # Arrays are copied, because torch warns about read-only arrays, and jobs pass such arrays.
     return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 

@@ -23,7 +23,7 @@ from istanas.sparse.lasso import ORDINARY, Array, Indices, as_float64, critical_
 SOLVERS: tuple[str, ...] = get_args(Solver)
 FALLBACKS = ("homotopy", "clarabel", "fista")  # Tried in this order after the requested solver.
 FALLBACK_FISTA_ITER = 300_000  # Iterations of FISTA as the last fallback.
-# Errors of a solver that fails. Invalid arguments are rejected before.
+# Errors that a failing solver raises. Invalid arguments are rejected earlier.
 _SOLVER_FAILURES = (SolverError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)
 _LEAST, _LARGEST = 5e-324, float(np.finfo(np.float64).max)  # The smallest and the largest positive number.
 _CHUNK = 128  # Nodes certified at a time: their matrices fit into the processor's cache.
@@ -32,7 +32,7 @@ Members: TypeAlias = npt.NDArray[np.bool_] | None
 
 
 class RecoveryWarning(UserWarning):
-    """Warns that the codes of some nodes are not certified to the tolerance, with the gaps."""
+    """A warning that the codes of some nodes are not certified to the tolerance. It gives their gaps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ class RecoveryResult:
         converged: Whether gap <= tol and decision_gap <= DECISION_TOL, of the float64 code.
         objective: P(z).
         solver: Name of the solver that found the code.
-        support_reused: Whether the given support was still right, so that no path was followed.
-        decision_gap: The same bound in units of P(z), on which the choice of the largest entries depends; NaN if it was
-            not computed.
+        support_reused: Whether the given support was still right and no path was followed.
+        decision_gap: The same bound in units of P(z), which decides whether the largest entries can be trusted; NaN if
+            it was not computed.
     """
 
     z: Any
@@ -63,7 +63,7 @@ class RecoveryResult:
 
     @property
     def support(self) -> Indices:
-        """The indices of the nonzeros of z in rising order, for the `support` of the next `recover`."""
+        """The indices of the nonzeros of z in ascending order, for the `support` of the next `recover`."""
         return np.flatnonzero(as_float64(self.z)).astype(np.int64)
 
 
@@ -85,11 +85,11 @@ def recover(
         l1_weight: l1 > 0.
         solver: "homotopy" (exact), "clarabel", "mosek" (requires a licence), "ista" or "fista" (approximate).
         tol: Relative duality gap to reach, > 0.
-        max_iter: Bound on the solver's steps, >= 1; `None` uses the solver's own.
+        max_iter: Bound on the solver's steps, >= 1; `None` uses the solver's own bound.
         support: The nonzeros of an earlier code (`RecoveryResult.support`), which are tried first; only for "homotopy".
 
     Returns:
-        The code and its certificate. If columns are dependent the minimiser need not be unique; any of them may be
+        The code and its certificate. If columns are dependent, there may be several minimisers; any of them may be
         returned.
 
     Raises:
@@ -130,10 +130,10 @@ def recover_nodes(
         supports: For every node an earlier support or `None`.
 
     Returns:
-        One result a node, in order.
+        One result per node, in order.
 
     Raises:
-        SolverError: As `recover`; the message names the node.
+        SolverError: As in `recover`. The message names the node.
 
     Warns:
         RecoveryWarning: Once, with the gaps of all nodes that did not converge.
@@ -159,7 +159,7 @@ def recover_certified(
 ) -> list[RecoveryResult]:
     """Recover certified codes of many nodes. Nodes on which a solver fails are passed to the next solver.
 
-    The solvers are `solver`, then those of `FALLBACKS`, the last one with many steps.
+    The solvers are `solver` and then those of `FALLBACKS`, the last of which may take many steps.
 
     Args:
         As: As in `recover_nodes`.
@@ -171,10 +171,10 @@ def recover_certified(
         names: Names of the nodes for the error message; `None` uses their numbers.
 
     Returns:
-        One result a node, in order, all converged; their `solver` is the one that succeeded.
+        One converged result per node, in order. Its `solver` is the one that succeeded.
 
     Raises:
-        SolverError: As `recover_nodes`; or if no solver certifies a node, with the gap of each.
+        SolverError: As in `recover_nodes`; also if no solver certifies a node, with the gap of each solver.
 
     Example:
         >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
@@ -280,7 +280,7 @@ def _certify(
 
 
 def _certificates(A: Array, b: Array, z: Array, l1_weight: float) -> Certificate:
-    """Return the certificates of a batch, computed in parts: for thousands of nodes, temporary arrays are slow."""
+    """Return the certificates of a batch, computed in parts because large temporary arrays are slow."""
     if len(A) <= _CHUNK:
         return certificate(A, b, z, l1_weight)
     parts = [slice(start, start + _CHUNK) for start in range(0, len(A), _CHUNK)]
@@ -320,7 +320,7 @@ def _solve(
 def _solve_in_units(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
-    """Do the work of `_solve` for b whose squares are in the range of float64."""
+    """Return the results of `_solve` for b whose squares are in the range of float64."""
     A, b, _, given, members = problems
     reused = np.zeros(len(A), dtype=np.bool_)
     if solver == "homotopy":
@@ -483,7 +483,7 @@ def _like(b: Any, z: Array) -> Any:
 
 
 def _missed(result: RecoveryResult, tol: float) -> str:
-    """Return the gap that is above its tolerance, in words."""
+    """Return a text about the gap that is above its tolerance."""
     if result.gap <= tol:
         return f"gap {result.decision_gap:.2g} of P(z), above {DECISION_TOL:g}"
     return f"gap {result.gap:.2g}"

@@ -1,1 +1,1 @@
-"""Basics of all packages above: files, addresses, texts, interruption, redaction, and writable folders."""
+"""Helpers of all other packages: files, addresses, texts, interruption, redaction, and writable folders."""

@@ -53,18 +53,18 @@ def checked_address(text: str) -> str:
 
 
 def names_in(url: SplitResult) -> list[str]:
-    """Return the names in an address, with per cent encoding removed."""
+    """Return the names in an address, without percent-encoding."""
     path = url.path.strip("/")
     return [unquote(part) for part in path.split("/")] if path else []
 
 
 def joined_address(scheme: str, names: Sequence[str], query: str) -> str:
-    """Return the address of these names, which is the inverse of `names_in`. The first name is the bucket."""
+    """Return the address of these names, the inverse of `names_in`. The first name is the bucket."""
     return f"{scheme}://{'/'.join(map(quote, names))}{'?' if query else ''}{query}"
 
 
 def is_remote(text: str) -> bool:
-    """Return whether an address names object storage, of which runs have a local copy.
+    """Return whether an address names object storage, for which runs also have a local copy.
 
     Example:
         >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")

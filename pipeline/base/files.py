@@ -28,7 +28,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = data.encode() if isinstance(data, str) else data
-    # Beside the target, because a rename is atomic only within one file system.
+    # In the folder of the target, because a rename is atomic only within one file system.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # first, so that the error reports the free space without it
+        temporary.unlink(missing_ok=True)  # before the error reports the free space
         raise detailed_error(error, target, len(content)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def append(path: Path, data: bytes, *, at: int) -> None:
-    """Truncate a file, append to it, and return when the data is on the disk.
+    """Truncate a file, append to it, and wait until the data is on the disk.
 
     Args:
         path: The file. It and its directory are created if necessary.
@@ -94,7 +94,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the machine or its GPU is out of memory. Torch reports both only in its texts.
+    """Return whether an error says that the machine or its GPU is out of memory. Torch says so only in the text.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("no"))
@@ -105,7 +105,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def detailed_error(error: OSError, path: Path, needed: int) -> OSError:
-    """Return an error of writing with the file and, if the disk is full, the needed and the free space.
+    """Return a write error with the file and, if the disk is full, the required and the free space.
 
     Args:
         error: The error.
@@ -126,7 +126,7 @@ def sync_directory(directory: Path) -> None:
     """Flush a directory to the disk, so that created, renamed and deleted files survive a power failure.
 
     Args:
-        directory: The directory. Nothing is done on systems that cannot open one.
+        directory: The directory. On systems that cannot open directories, this function does nothing.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
@@ -144,7 +144,7 @@ def ensure_content(path: Path, content: bytes) -> None:
         content: The whole content.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
 
     Example:
         >>> import tempfile

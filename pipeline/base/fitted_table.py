@@ -1,4 +1,4 @@
-"""A table that fits every terminal: it drops columns, then prints one block per row, and never breaks names."""
+"""A table that fits every terminal: it drops columns or prints one block per row, and never breaks names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Column:
     """A column of a `FittedTable`.
 
     Args:
-        heading: The heading. That of a column of numbers may be broken at spaces.
+        heading: The heading. If the column has numbers, the heading may be broken at spaces.
         right: Whether the column has numbers, which are aligned to the right.
         rank: Columns of the highest rank are dropped first; those of rank 0 never are.
-        prose: Whether its texts are sentences, which may be wrapped between words.
+        prose: Whether the column has sentences, which may be wrapped between words.
     """
 
     heading: str
@@ -42,7 +42,7 @@ class FittedTable:
     Args:
         columns, rows: The whole table.
         title: Title above the table, or None.
-        rest: Where the user finds the columns that are dropped.
+        rest: Text that says where the user finds the dropped columns.
     """
 
     def __init__(

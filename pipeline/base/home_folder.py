@@ -1,7 +1,7 @@
-"""A replacement of the home folder for users without a writable one, as in many containers.
+"""A replacement for the home folder of users without a writable one, as in many containers.
 
-Ray's token and the caches of istanas, matplotlib and torch are in the home folder. Without one, some of these libraries
-fail.
+Ray's token and the caches of istanas, matplotlib and torch are in the home folder. Some of these libraries fail if it
+is not writable.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TOKEN = Path(".ray", "auth_token")  # below the home folder, where Ray reads and
 
 
 def ensure_usable_home() -> None:
-    """Set environment variables of this process and its children that name writable folders.
+    """Set environment variables to writable folders, for this process and its children.
 
     HOME itself is not changed if the folder exists, because it may contain files to read (licences, credentials).
 
     Raises:
-        IstanasError: No folder is writable, not even for temporary files.
+        IstanasError: No folder is writable, not even one for temporary files.
     """
     home = _home()
     if home is None or not (_exists(home) or _can_be_written(home)):
@@ -64,7 +64,7 @@ def _home() -> Path | None:
 
 
 def _write_once(file: Path, text: str) -> None:
-    """Write a private file unless it exists, atomically: commands may start at the same time."""
+    """Write a private file unless it exists, atomically because several commands may start at the same time."""
     with tempfile.NamedTemporaryFile("w", dir=file.parent) as written:
         written.write(text)
         written.flush()
@@ -82,7 +82,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether a path exists. It does not if a parent is not accessible or its file system is unreachable."""
+    """Return whether a path exists; False if a parent is not accessible or the file system is unreachable."""
     try:
         return path.exists()
     except OSError:
@@ -101,7 +101,7 @@ def _can_be_read(file: Path) -> bool:
 
 
 def _substitute(problem: str) -> Path:
-    """Return this user's replacement folder among the temporary files, which all commands share."""
+    """Return this user's replacement folder, a private temporary folder that all commands share."""
     try:
         folder = Path(tempfile.gettempdir(), f"istanas-home-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -27,14 +27,14 @@ signals_deferred = threading.Event()  # set while `uninterrupted` defers signals
 def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the body on the first Ctrl-C, SIGTERM or SIGHUP, and yield the list of signals.
 
-    Later signals would interrupt the closing of the run and leave processes behind, so that they only print a message.
+    Later signals only print a message, because interrupting the closing of the run would leave processes behind.
     Cluster managers and schedulers (Ray's jobs, SLURM, Kubernetes) send SIGTERM some seconds before SIGKILL. SIGHUP is
     sent when the terminal or the SSH connection is closed; under nohup it stays ignored.
 
     If Python swallows a KeyboardInterrupt (in a `__del__` or a callback), the signal is sent again shortly after.
 
-    A signal often reaches the whole process group. Torch's DataLoader would raise a RuntimeError in this process when a
-    child dies, so that its handler of SIGCHLD is removed after a signal.
+    A signal often reaches the whole process group. When a child dies, the SIGCHLD handler of torch's DataLoader would
+    raise a RuntimeError in this process. The handler is therefore removed after a signal.
 
     Args:
         leaving: Whether the process exits after the body; it then ignores further signals after the first one.
@@ -42,7 +42,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     noted: list[int] = []
     repeats: list[threading.Timer] = []
     children: list[Any] = []  # the handler of SIGCHLD
-    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield noted
         return
 
@@ -71,7 +71,7 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
     main = threading.get_ident()
     unraisable_hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    # A shell's background jobs ignore Ctrl-C, and those of nohup ignore SIGHUP; they continue to do so.
+    # A shell's background jobs ignore Ctrl-C, and jobs under nohup ignore SIGHUP. They must continue to do so.
     taken = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in taken:
         signal.signal(number, interrupt)
@@ -95,11 +95,11 @@ def signals_interrupt(*, leaving: bool = False) -> Iterator[list[int]]:
 def uninterrupted() -> Iterator[list[int]]:
     """Defer Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (a lost cluster) to the end of the body, and yield the list of them.
 
-    Some short operations must not be interrupted: Ray would leave processes behind while it starts, and a database its
-    lock while it is written. Ray replaces the handler of SIGTERM; the previous one is restored at the end.
+    Some short operations must not be interrupted: a start of Ray would leave processes behind, and a write to a
+    database would leave its lock behind. Ray replaces the handler of SIGTERM; the previous one is restored at the end.
     """
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield noted
         return
     before: dict[int, Callable[[int, FrameType | None], object]] = {}
@@ -115,7 +115,7 @@ def uninterrupted() -> Iterator[list[int]]:
         signals_deferred.set()
         for number in (*SIGNALS, signal.SIGUSR1):
             handler = signal.getsignal(number)
-            if callable(handler):  # neither the default action nor ignored
+            if callable(handler):  # otherwise the signal is ignored or has its default action
                 before[number] = handler
                 signal.signal(number, note)
         yield noted
@@ -130,10 +130,10 @@ def uninterrupted() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def children_ignore_hangups() -> Iterator[None]:
-    """Start processes in the body that a closed terminal does not terminate; this process stops them itself.
+    """Keep a closed terminal from terminating processes that start in the body. This process stops them itself.
 
-    The terminal sends SIGHUP to all processes of the command at once. It is blocked, which new processes inherit, and
-    not ignored, because the handler of this process must still receive it afterwards.
+    The terminal sends SIGHUP to all processes of the command at once. The signal is blocked, which new processes
+    inherit. It is not ignored, because the handler of this process must still receive it afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# The form that the template `links.html` writes. Text in a page is escaped and cannot have this form.
+# The template `links.html` writes links in this form. Other text in a page is escaped and cannot have it.
 _FILE_LINK = re.compile(r'<a data-file href="[^"]*">(.*?)</a>', re.DOTALL)
 
 

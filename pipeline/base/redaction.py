@@ -2,7 +2,7 @@
 
 import re
 
-# Everything up to the last @ before a slash. A password may contain a slash, too, unless HOST:PORT/ precedes it.
+# Everything up to the last @ before a slash. A password may also contain a slash, unless HOST:PORT/ precedes it.
 _CREDENTIALS = re.compile(r"://(?:[^/\s]*@|(?![^/@\s]*:\d+/)[^/:@\s]*:\S*@)")
 _SECRET = re.compile(
     r"([?&;][\w.-]*(?:pass|pwd|token|secret|key|auth|sig|credential|odbc_connect)[\w.-]*=)[^&;#\s]*",

@@ -1,4 +1,4 @@
-"""Checks whether a server answers, and whether a proxy of the environment is used for it."""
+"""Tests of whether a server answers, and of whether a proxy of the environment is used for it."""
 
 import http.client
 import os
@@ -53,7 +53,7 @@ def by_proxy(uri: str) -> str:
 
 
 def _proxy_of(uri: str) -> tuple[str, str]:
-    """Return the variable that names the proxy of MLflow's client for a server, and the proxy; "" if there is none.
+    """Return the variable that sets the proxy of MLflow's client for a server, and the proxy; "" if there is none.
 
     The client uses requests, whose rules differ from urllib's: it supports ALL_PROXY, and networks in NO_PROXY.
     """

@@ -57,7 +57,7 @@ def shown_value(value: Any) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the name of each key in tables and figures: its last part, or the whole key if two keys share that.
+    """Return the name of each key in tables and figures: its last part, or the whole key if keys share their last part.
 
     Args:
         keys: The keys of a sweep's space.
@@ -72,7 +72,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return an error as one line without passwords: the message of the system if that is the cause.
+    """Return an error as one line without passwords. If an error of the system is its cause, return that one's message.
 
     Args:
         error: The error. Its causes are searched for an error of the system.
@@ -93,6 +93,6 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def last_line(error: BaseException | str) -> str:
-    """Return the last line of an error's text, which in a worker's traceback says what happened."""
+    """Return the last line of an error's text, which names the error in a worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1] if lines else type(error).__name__:.200}"

@@ -9,6 +9,6 @@ METHODS = ("two_stage", "one_stage")
 HIGHER = ("valid/top1", "test/top1", "valid/top5", "test/top5")
 LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")
 METRICS = (*HIGHER, *LOWER)
-"""Metrics that a champion can be chosen by. Those in `HIGHER` are better if higher, those in `LOWER` if lower."""
+"""Metrics by which a champion can be chosen. Higher values are better in `HIGHER`, lower values in `LOWER`."""
 
 DEFAULT_METRIC = "valid/top1"

@@ -1,4 +1,4 @@
-"""Checks of settings that are valid one by one but cannot be combined."""
+"""Checks for settings that are valid individually but cannot be combined."""
 
 from __future__ import annotations
 

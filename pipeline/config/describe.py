@@ -1,4 +1,4 @@
-"""Describes the keys of a configuration: type, range, default and meaning, for the terminal, editors and the docs."""
+"""Descriptions of configuration keys: type, range, default and meaning, for the terminal, editors and the docs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def sections() -> dict[str, str]:
 
 
 def describe(prefix: str = "") -> list[Key]:
-    """Return the key with this name, the keys of this section, or the keys that begin with this text.
+    """Return the key with a name, the keys of a section, or the keys that begin with a text.
 
     Args:
         prefix: A key, a section or the beginning of a key; empty for all keys.
@@ -153,7 +153,7 @@ def as_text(keys: Sequence[Key], width: int) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of a configuration file, which editors use to complete and check."""
+    """Return the JSON schema (draft 2020-12) of a configuration file, with which editors complete and check keys."""
     definitions: dict[str, Any] = {}
     for schema in SCHEMAS.values():
         document = schema.model_json_schema()
@@ -200,7 +200,7 @@ def _walk(
     Args:
         model: The section.
         node: Its JSON schema, from which the types are easier to read.
-        definitions: The JSON schemas that it refers to.
+        definitions: The JSON schemas to which `node` refers.
         prefix: Path of the section with a final dot.
     """
     for name, field in model.model_fields.items():

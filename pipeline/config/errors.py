@@ -1,4 +1,4 @@
-"""Errors of a configuration: one mistake, a combination that cannot work, or several mistakes at once."""
+"""Errors of a configuration: one mistake, settings that cannot be combined, or several mistakes at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_error(mistakes: Sequence[ConfigError]) -> ConfigError:
 
 
 def mistakes_of(error: ConfigError) -> tuple[ConfigError, ...]:
-    """Return the mistakes that an error carries, which is the error itself unless it carries several.
+    """Return the mistakes in an error. A `ConfigErrors` has several; any other error is the only mistake.
 
     Example:
         >>> [mistake.field for mistake in mistakes_of(ConfigError("0 is too small", field="search.epochs"))]

@@ -62,7 +62,7 @@ def section_of(annotation: Any) -> type[pydantic.BaseModel] | None:
 
 
 def known_keys(schema: type[Config], location: Sequence[Any]) -> list[str]:
-    """Return the keys of a section; empty for a value, and for a sweep's space, which takes any key."""
+    """Return the keys of a section. The list is empty for a value, and for a sweep's space, which takes any key."""
     model: Any = schema
     for part in location:
         if model is dict:

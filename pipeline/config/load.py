@@ -1,4 +1,4 @@
-"""Reads configurations: YAML files and `--set key.path=value`, validated before any work starts.
+"""Loading of configurations: YAML files and `--set key.path=value`, validated before any work starts.
 
 Unknown keys, wrong types and impossible combinations are `ConfigError`s that name file, field and remedy.
 """
@@ -30,8 +30,8 @@ _HASHED = {
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
-# Settings that were added after version 0.1, with the value that has no effect. With this value they are not hashed, so
-# that the runs of earlier versions keep their hashes.
+# Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
+# value, so that the runs of earlier versions keep their hashes.
 _ADDED = {"data.background": "#ffffff"}
 _NOT_HASHED_SWEEP = (
     "storage",
@@ -44,25 +44,25 @@ _NOT_HASHED_SWEEP = (
 
 
 def default_file() -> Path:
-    """Return the configuration file of job commands without --config: the digits that scikit-learn ships."""
+    """Return the configuration file that job commands use without --config. Its data are scikit-learn's digits."""
     return Path(__file__).resolve().parents[2] / "tune_configs" / "digits_quickstart.yaml"
 
 
 def load(
     path: str | Path | None, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read a YAML file, apply overrides, validate.
+    """Read a YAML file, apply overrides, and validate the result.
 
     Args:
         path: The file; None for the schema's defaults.
-        overrides: "key.path=value" each. The value is YAML, except that the value of a text key is taken as written.
+        overrides: Each "key.path=value". The value is YAML, but the value of a text key is taken as written.
         sections: Whole sections that replace those of the file.
 
     Returns:
         The validated configuration.
 
     Raises:
-        ConfigError: The configuration is invalid. Several mistakes are a `pipeline.config.errors.ConfigErrors`.
+        ConfigError: The configuration is invalid. Several mistakes raise a `pipeline.config.errors.ConfigErrors`.
     """
     source = "command line" if path is None else str(path)
     tree = ({} if path is None else read_file(Path(path))) | dict(sections or {})
@@ -75,14 +75,14 @@ def load(
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> Config:
-    """Return the configuration of one trial of a sweep: that of the sweep with other values at some keys.
+    """Return the configuration of a trial: the sweep's configuration with other values for some keys.
 
     The trial has no sweep section. Keys that the sweep's file does not set have the default of the trial's method.
 
     Args:
         config: The configuration of the sweep.
         settings: "key.path" -> value.
-        source: What an error names as the source of an invalid value.
+        source: Name of the source of the settings, for error messages.
 
     Raises:
         ConfigError: The settings are invalid.
@@ -133,7 +133,7 @@ def _check_method(
 
 
 def _check_sweep_section(of_file: dict[str, Any], source: str, overrides: Sequence[str]) -> None:
-    """Reject single settings of a sweep if neither the file nor an override has a space."""
+    """Reject overrides of a sweep's settings if neither the file nor an override has its space."""
     keys = [override.partition("=")[0] for override in overrides]
     if of_file.get("sweep") is not None or any(
         f"{key}.".startswith("sweep.space.") or key == "sweep" for key in keys
@@ -152,8 +152,8 @@ def _check_sweep_section(of_file: dict[str, Any], source: str, overrides: Sequen
 def with_stems(config: Config, side: int) -> Config:
     """Return the configuration with every stem `auto` replaced by the one that fits the pictures.
 
-    The replaced stems are hashed and recorded. They do not count as set, so that a trial of a sweep that changes the
-    size of the pictures chooses its own.
+    The replaced stems are hashed and recorded. They are not marked as set, so that a sweep's trial with pictures of
+    another size chooses its own stem.
 
     Args:
         config: The configuration.
@@ -223,12 +223,12 @@ def without_passwords(config: Config) -> Config:
 
 
 def run_hash(config: Config, job: str, **extra: str) -> str:
-    """Return ten hex digits that identify all settings that determine a job's result.
+    """Return ten hex digits that identify the settings on which a job's result depends.
 
     Args:
         config: The configuration.
         job: "search", "retrain" or "sweep".
-        extra: Other input that determines the result, such as the genotype of a retraining.
+        extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
     decisive = config.model_dump(mode="json", include=set(_HASHED[job]))
     for key in _NOT_HASHED_DATA:
@@ -278,7 +278,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _text(value: str) -> str | None:
-    """Return the value of a text key as it was written, because a path may contain characters of YAML.
+    """Return the value of a text key as it was written, because a path may contain special characters of YAML.
 
     Example:
         >>> _text("/data/my pics #1"), _text("2024-01-01"), _text("~"), _text("null"), _text("'null'")
@@ -296,7 +296,7 @@ def _text(value: str) -> str | None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a command-line argument was UTF-8; Python represents other bytes by lone surrogates."""
+    """Return whether a command-line argument was UTF-8. Python represents other bytes by lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

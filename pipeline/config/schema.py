@@ -49,7 +49,7 @@ BatchSize = Annotated[int, Field(ge=2), _unit("pictures")]
 
 
 def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a validator for a function that raises ConfigError: pydantic takes only ValueError, which carries it."""
+    """Return a validator that converts a ConfigError of `check` to a ValueError, which pydantic requires."""
 
     def validate(value: Any) -> Any:
         try:

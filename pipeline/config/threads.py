@@ -1,7 +1,7 @@
-"""Numbers of threads: of each worker, and of a job in this process. Imports neither Ray nor torch.
+"""Numbers of threads of each worker and of a job in this process. The module imports neither Ray nor torch.
 
-`runtime.threads` decides if it is set. Otherwise the cores are divided: on workers by `threads_per_worker`, which
-`cluster.allotment` calls, and in this process by `threads_in_process`, which `training.compute` calls.
+`runtime.threads` takes precedence if it is set. Otherwise `threads_per_worker` (called by `cluster.allotment`) divides
+the cores among workers, and `threads_in_process` (called by `training.compute`) gives all of them to this process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
 
 
 def threads_in_process(threads: int | None) -> int:
-    """Return the number of threads of a job in this process: as set, or all usable cores."""
+    """Return the number of threads of a job in this process: the setting, or else one per usable core."""
     return usable_cores() if threads is None else threads
 
 

@@ -1,4 +1,4 @@
-"""Validates a tree of settings against the schema, and names the file or the override that each mistake is due to."""
+"""Validation of settings against the schema. Each mistake names the file or the override that caused it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, Config
 def validate(
     tree: Mapping[str, Any], source: str, overrides: Sequence[str], of_file: Mapping[str, Any]
 ) -> Config:
-    """Return the configuration of a tree of settings, each of which is valid by itself.
+    """Return the configuration of a tree of settings, after checking each setting individually.
 
     Args:
         tree: The file's settings with the overrides applied.
@@ -36,7 +36,7 @@ def validate(
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        # The method decides the schema: if it is wrong, the other errors may not apply.
+        # The method determines the schema. If the method is wrong, the other errors may not apply.
         found = [e for e in error.errors() if e["loc"] == ("method",)] or error.errors()
         given = {override.partition("=")[0]: override for override in overrides}
         mistakes = [
@@ -52,7 +52,7 @@ def check_combinations(config: Config, source: str, overrides: Sequence[str]) ->
     """Check that the settings of a configuration can be combined.
 
     Raises:
-        ConfigError: They cannot.
+        ConfigError: They cannot be combined.
     """
     try:
         config.space.cell_space()
@@ -74,7 +74,7 @@ def shown_override(override: str) -> str:
 
 
 def _source_of(source: str, error: Any, given: Mapping[str, str], of_file: Mapping[str, Any]) -> str:
-    """Return the override that one of pydantic's errors is due to, or else the file.
+    """Return the override that caused one of pydantic's errors, or else the file.
 
     Args:
         source: The file.
@@ -85,7 +85,7 @@ def _source_of(source: str, error: Any, given: Mapping[str, str], of_file: Mappi
     path = ".".join(str(part) for part in error["loc"])
     found = source
     for key, override in given.items():
-        # `serach.epochs=3` creates the section `serach`, at which the error lies.
+        # `serach.epochs=3` creates the section `serach`, for which pydantic reports the error.
         created = key.startswith(f"{path}.") and not _contains(of_file, error["loc"])
         if path == key or path.startswith(f"{key}.") or created:
             found = shown_override(override)
@@ -101,7 +101,7 @@ def _contains(tree: Any, location: Sequence[Any]) -> bool:
 
 
 def _source_of_conflict(source: str, conflict: ConfigError, overrides: Sequence[str]) -> str:
-    """Return the overrides of the conflict's keys; if there are none, the file with all overrides."""
+    """Return the overrides of the conflict's keys. If there are none, return the file, and mention any overrides."""
     keys = fields_of(conflict)
     named = [override for override in overrides if override.partition("=")[0] in keys]
     if named:
@@ -110,7 +110,7 @@ def _source_of_conflict(source: str, conflict: ConfigError, overrides: Sequence[
 
 
 def _mistake(error: Any, schema: type[Config]) -> ConfigError:
-    """Return one of pydantic's errors as an error of ours."""
+    """Convert one of pydantic's errors to a ConfigError."""
     location = error["loc"]
     field = ".".join(
         printable(part) for part in location if not str(part).startswith(("function-", "constrained-"))
@@ -138,7 +138,7 @@ def _mistake(error: Any, schema: type[Config]) -> ConfigError:
 
 
 def _hint(location: Sequence[Any], schema: type[Config]) -> str:
-    """Return what to write in the place of an unknown key."""
+    """Return a hint about what to write instead of an unknown key."""
     for method, other in SCHEMAS.items():
         if other is not schema and is_known(other, location):
             return f"it belongs to method: {method}"

@@ -1,4 +1,4 @@
-"""Numbers of workers: their notation, and how many fit on the nodes of a cluster. Imports neither Ray nor torch."""
+"""Numbers of workers: notation, and how many fit on a cluster's nodes. The module imports neither Ray nor torch."""
 
 from __future__ import annotations
 

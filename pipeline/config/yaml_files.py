@@ -45,7 +45,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def parse(text: str) -> Any:
     """Return the value of a YAML text.
 
-    The number of values is limited before they are built: nested aliases could otherwise fill the memory.
+    The number of values is checked before they are built, because nested aliases could fill the memory.
 
     Raises:
         YAMLError, ValueError, RecursionError: The text is not YAML, or exceeds the limits.
@@ -66,7 +66,7 @@ def dump(tree: dict[str, Any]) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return what is wrong with a text, and where; ruamel's own message calls the text `<unicode string>`."""
+    """Return what is wrong with a text, and where. ruamel's own message calls the text `<unicode string>`."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark, problem = error.problem_mark, error.problem or error.context or "cannot be read"
         return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
