@@ -171,7 +171,7 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     return code, out, err.splitlines()
 
 
-def test_jobs_are_followed_detached_stopped_and_resumed_as_without_a_cluster(
+def test_jobs_are_followed_detached_stopped_and_resumed(
     local: LocalCluster,
     here: Path,
     tmp_path: Path,
