@@ -73,6 +73,7 @@ def _run(call: Callable[[], int], folder: Path, out: Path, errors: Path, before:
         # Logs and warnings go to stderr, not to pytest.
         logging.getLogger().handlers.clear()
         warnings.resetwarnings()
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # else pytest-timeout's
         signal.setitimer(signal.ITIMER_REAL, 4 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))

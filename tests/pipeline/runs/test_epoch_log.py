@@ -639,7 +639,7 @@ def test_a_run_of_five_thousand_epochs_resumes(memory: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(memory, *smallest, tell=stop)
+        search(memory, *smallest, on_epoch=stop)
     (path,) = memory.iterdir()
     folder = path / "checkpoints"
     found, progress = load_latest(folder), load_progress(folder)

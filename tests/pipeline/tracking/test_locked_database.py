@@ -43,7 +43,7 @@ def test_a_search_with_a_locked_store_delivers_later(
             if progress.epochs == 2 and until != "the end":
                 other.execute("ROLLBACK")
 
-        found, seen = search(tmp_path / "runs", *settings, tell=release)
+        found, seen = search(tmp_path / "runs", *settings, on_epoch=release)
     path = Path(found["run_dir"])
     assert RunDir(path).read().status == "FINISHED"
     said = [r.getMessage() for r in caplog.records if "can't be used" in r.getMessage()]

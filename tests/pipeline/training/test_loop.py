@@ -251,10 +251,10 @@ def test_a_batch_has_two_pictures_for_every_worker() -> None:
             if enough > 2:  # one picture is none of the schema's batches
                 assert open_dataset(tiny(place, few), (other,))
                 with pytest.raises(
-                    ConfigError, match=rf"^{job}\.batch_size is {enough - 1}, .* lower runtime\.workers$"
+                    ConfigError, match=rf"^{job}\.batch_size: {enough - 1} is too small .* lower runtime\.workers$"
                 ) as caught:
                     open_dataset(tiny(place, few), ("search", "retrain"))
-                assert f"need at least {enough}, raise it" in str(caught.value)
+                assert f"use at least {enough}" in str(caught.value)
                 assert "\n" not in str(caught.value)
 
 
