@@ -223,7 +223,7 @@ def test_what_cannot_be_compared_is_refused(
     sweep = RunDir(shutil.copytree(first, tmp_path / "sweep"))
     record = json.loads((sweep.path / "run.json").read_text())
     (sweep.path / "run.json").write_text(json.dumps({**record, "kind": "sweep"}))
-    with pytest.raises(ConfigError, match="is a sweep, compare its trials"):
+    with pytest.raises(ConfigError, match="is a sweep, not a run; compare its trials"):
         compare(folder, first, str(sweep.path), out=tmp_path)
     assert not list(tmp_path.glob("compare.*"))
 
