@@ -85,7 +85,7 @@ def _open_torchvision(request: DatasetRequest, root: Path, train: bool) -> Any:
                 remedy="check the network and the disk, or set data.root to a copy of it",
             ) from error
         raise DataError(
-            f"{root} holds no complete {request.name}",
+            f"{root} does not contain a complete {request.name}",
             field="data.root",
             remedy="set data.root to its folder, or download it with --set data.download=true",
         ) from error

@@ -526,7 +526,7 @@ def _check_depth(picture: Image.Image) -> None:
     if _bits(picture) > 8:
         raise _UnfitError(
             "colour or transparency with more than 8 bits per channel",
-            "scale such pictures to 8 bits, all by the same range",
+            "scale all such pictures to 8 bits with the same range",
         )
 
 

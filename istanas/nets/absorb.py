@@ -54,7 +54,7 @@ def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
                 raise ConfigError(
                     f"node {node} of the {cell} cell is still {state.name}, not FROZEN",
                     field="supernet",
-                    remedy="let the search end first",
+                    remedy="finish the search first",
                 )
     net = TargetNet(supernet.genotype(), **supernet.arguments, auxiliary=supernet.auxiliary_head is not None)
     first = supernet.classifier.weight

@@ -145,7 +145,7 @@ def _concat(cell: str, node: ast.expr) -> tuple[int, ...]:
             raise GenotypeError(
                 f"more than {_MOST_STATES} states",
                 field=f"genotype.{field}",
-                remedy="give those of its nodes",
+                remedy="give the states of the cell's nodes",
             )
         states: Sequence[int] = range(first, end)
     elif isinstance(node, ast.List | ast.Tuple):

@@ -68,7 +68,7 @@ class FittedTable:
         yield self._table(places)
         dropped = [column.heading.strip() for i, column in enumerate(self.columns) if i not in places]
         if dropped and self.rows:
-            yield Text(f"left out for lack of room: {', '.join(dropped)}; {self._rest}")
+            yield Text(f"columns that did not fit: {', '.join(dropped)}; {self._rest}")
 
     def places(self, width: int) -> list[int] | None:
         """Return the columns that fit into a width; None if the columns of rank 0 do not fit."""

@@ -24,7 +24,9 @@ def unreachable(uri: str) -> str:
             code = _health(f"{uri.rstrip('/')}/health")
             if code in ANSWERS:
                 return ""
-            return f"it answers with HTTP status {code}, as MLflow does not{by_proxy(uri)}"
+            return (
+                f"it answers with HTTP status {code}, which an MLflow server does not return{by_proxy(uri)}"
+            )
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
         if parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=SECONDS_TO_CONNECT).close()

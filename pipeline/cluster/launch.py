@@ -176,7 +176,7 @@ class _RayJob:
             self._failures_left -= 1
             reason = last_line(fit.error)
             self._observer.note(
-                f"lost Ray Train's controller ({reason}): another starts, the epoch starts again"
+                f"lost Ray Train's controller ({reason}): starting a new one and repeating the epoch"
             )
             # The workers end with their controller, but Ray keeps their resources reserved.
             if self._reservation:
@@ -259,7 +259,7 @@ class _RayJob:
             (error,) = payload
             raise error
         elif kind == "lost":
-            self._observer.note(f"{payload[0]}: replacing it, the epoch starts again")
+            self._observer.note(f"{payload[0]}: replacing it and repeating the epoch")
 
 
 class _Fit:

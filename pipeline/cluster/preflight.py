@@ -348,7 +348,7 @@ def _check_data(
     if lacking:
         raise _failed(
             "data.root",
-            f"{place} contains no such pictures on {_named(lacking)}",
+            f"{place} does not contain the data set on {_named(lacking)}",
             "copy them there, to the same path, or mount a folder that all nodes share",
         )
     other = [node for node, answer in zip(nodes, answers, strict=True) if answer.data != here.data]

@@ -80,7 +80,7 @@ def submit(submission: Submission, address: str, job_id: str | None, say: Write)
     check(submission, address)
     if job_id is not None and ID.fullmatch(job_id) is None:
         raise ConfigError(
-            f"{job_id!r:.80} is no name of a job",
+            f"{job_id!r:.80} is not a valid job name",
             field="--name",
             remedy="use letters, digits, dots, dashes and underscores only",
         )

@@ -87,7 +87,7 @@ def _size_of(node: Any, known: dict[int, int], depth: int = 0) -> int:
     if id(node) not in known:
         children = node.value if isinstance(node, CollectionNode) else []
         if any(isinstance(child, tuple) and isinstance(child[0], CollectionNode) for child in children):
-            raise ValueError("a list or a section as a key, write a name")
+            raise ValueError("a key is a list or a section; write a name")
         parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
         known[id(node)] = 1 + sum(_size_of(part, known, depth + 1) for part in parts)
         if known[id(node)] > CONFIG_VALUES:

@@ -162,7 +162,7 @@ def figures_table(result: CompareResult) -> tuple[list[str], list[list[str]]]:
 def latency_note(result: CompareResult) -> str:
     """Return a sentence about how the latencies were measured."""
     threads = count(result["threads"], "thread")
-    note = f"latency: one picture at a time on this CPU, {threads}, median over passes, the runs taking turns"
+    note = f"latency: one picture at a time on this CPU, {threads}, median over passes of runs in turn"
     if any(run["latency_of"] == UNTRAINED for run in result["runs"]):
         note += "; * marks an untrained network built from the run's settings"
     return note
@@ -192,7 +192,7 @@ def print_comparison(result: CompareResult, console: Console) -> None:
         console.print(settings)
     say = say_to(console)
     if not result["differing"]:
-        say("no setting that these runs share differs")
+        say("all shared settings are equal")
     for note in (*result["notes"], latency_note(result)):
         say(note)
     for file in result["files"]:

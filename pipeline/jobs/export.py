@@ -134,7 +134,7 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"is {outcome(record.status, record.tags)}, only a finished run has a network to export",
+            f"is {outcome(record.status, record.tags)}, only finished runs can be exported",
             field=f"run {shown}",
             remedy="let it finish, or resume it with the command that started it",
         )

@@ -265,7 +265,10 @@ def _close_failed(run: RunDir, record: RunRecord, tracker: Tracker, say: Callabl
         tracker.deliver()
         run.push(once=True)
     except (OSError, IstanasError) as error:
-        say(f"{bucket.shown(run.path)}: still says RUNNING ({one_line(error)}); the same command corrects it")
+        say(
+            f"{bucket.shown(run.path)}: the status is still RUNNING ({one_line(error)}); run the same command again to "
+            "correct it"
+        )
 
 
 def write_page(name: str, write: Callable[[], Any], say: Callable[[str], None]) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def repair(
     except CheckpointError as error:
         damaged = f"{ENVIRONMENT_FILE}.damaged"
         # The environment of a finished run cannot be rebuilt. A run that resumes writes a new file.
-        done = "set aside as" if finished else "replaced, the damaged file is"
+        done = "renamed to" if finished else "replaced, the damaged file is"
         say(f"warning: {_what(error)}: {done} {damaged}")
         os.replace(run.path / ENVIRONMENT_FILE, run.path / damaged)
     try:
@@ -176,7 +176,7 @@ def restore_lost_record(run: RunDir, spec: JobSpec, say: Callable[[str], None]) 
     """Recreate a missing record if there are checkpoints, unless a killed `--fresh` was about to delete them."""
     checkpoints = any((run.path / CHECKPOINTS).glob("epoch-*.pt"))
     if checkpoints and not run.exists() and not (run.path / CLEARING_FILE).exists():
-        say(f"warning: {run.path / RECORD_FILE}: missing, though there are checkpoints: restored")
+        say(f"warning: {run.path / RECORD_FILE}: missing although there are checkpoints: restored")
         run.write(_new_record(spec))
 
 

@@ -382,7 +382,7 @@ def _writable(trace: Path) -> Path:
         raise ConfigError(
             f"{trace} cannot be written",
             field="trace",
-            remedy="name a regular file in an existing folder of yours",
+            remedy="name a regular file in a writable folder",
         )
     return target
 

@@ -86,12 +86,16 @@ def deserialize(data: bytes) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except pickle.UnpicklingError:  # torch's message suggests loading the pickle unsafely
-        raise CheckpointError("no checkpoint (not plain data)", remedy="use the one before") from None
+        raise CheckpointError(
+            "no checkpoint (not plain data)", remedy="use the previous checkpoint"
+        ) from None
     except Exception as error:  # torch raises many types of errors on invalid bytes
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from None
         reason = " ".join(str(error).split()) or type(error).__name__  # torch's errors have many lines
-        raise CheckpointError(f"no checkpoint ({reason:.200})", remedy="use the one before") from None
+        raise CheckpointError(
+            f"no checkpoint ({reason:.200})", remedy="use the previous checkpoint"
+        ) from None
     return state
 
 
@@ -204,12 +208,12 @@ def read_latest(
         except LogError as error:
             skipped.append(f"checkpoint {file} does not match the log of epochs ({error})")
             continue
-        _warn(skipped, "the one before is used")
+        _warn(skipped, "the previous checkpoint is used")
         return found
     if not skipped:
         return None
     if [_epoch(manifest) for manifest in manifests] == [1]:
-        _warn(skipped, "there is none before, the run begins again")
+        _warn(skipped, "there is no earlier checkpoint, the run starts over")
         return None
     # Starting over would lose more than one epoch, so the user must decide.
     raise CheckpointError(
@@ -222,7 +226,7 @@ def _read(manifest: Path) -> Checkpoint:
     expected = json.loads(read_at_most(manifest, RECORD_BYTES))
     file = manifest.with_suffix(".pt")
     if file.exists() and not file.is_file():  # reading a pipe would block
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     size = file.stat().st_size
     if size != expected.get("bytes", size):  # earlier versions did not write the size
         raise ValueError(f"it has {size} bytes, not {expected['bytes']}")

@@ -22,7 +22,7 @@ def read_genotype(file: Path) -> Genotype:
         return genotype_from_text(read_at_most(file, GENOTYPE_BYTES, pipe=True).decode())
     except UnicodeDecodeError:
         raise GenotypeError(
-            "is no text", source=str(file), remedy="give a file that holds a genotype"
+            "is not a text file", source=str(file), remedy="give a file that holds a genotype"
         ) from None
     except GenotypeError as error:
         raise error.in_source(str(file)) from None

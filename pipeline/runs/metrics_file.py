@@ -50,7 +50,7 @@ def read_lines(file: Path, start: int = 0) -> tuple[list[MetricsLine], int]:
             str(error), field=str(file), remedy="restore it, or start over with --fresh"
         ) from None
     if torn:
-        _LOG.warning("%s: ignored a half-written last line (the writer was killed)", file)
+        _LOG.warning("%s: ignored a incomplete last line (the writer was killed)", file)
     where = "line" if start == 0 else f"after byte {start}, line"
     lines = [_parse_line(line, file, f"{where} {number}") for number, line in enumerate(complete, 1)]
     return lines, start + sum(len(line) + 1 for line in complete)
@@ -101,7 +101,7 @@ def _end_of_whole_lines(file: Path) -> int:
         size = stream.seek(0, os.SEEK_END)
         if size == 0 or os.pread(stream.fileno(), 1, size - 1) == b"\n":
             return size
-        _LOG.warning("%s: dropped a half-written last line (the writer was killed)", file)
+        _LOG.warning("%s: dropped a incomplete last line (the writer was killed)", file)
         return os.pread(stream.fileno(), size, 0).rfind(b"\n") + 1
 
 
@@ -114,5 +114,5 @@ def _parse_line(line: bytes, file: Path, where: str) -> MetricsLine:
         raise CheckpointError(
             f"{where} is not a line of metrics",
             field=str(file),
-            remedy="run the command of the run again, which restores the file",
+            remedy="run the same command again to restore the file",
         ) from None

@@ -109,7 +109,7 @@ def load_network(folder: str | Path) -> tuple[TargetNet, torch.Tensor]:
     except (OSError, ValueError, TypeError, RuntimeError, IstanasError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())  # torch's errors have many lines
         raise CheckpointError(
-            f"holds no whole trained network ({reason:.200})",
+            f"does not contain a complete trained network ({reason:.200})",
             field=str(folder),
             remedy="train it again, or copy the run again",
         ) from None

@@ -38,7 +38,7 @@ def describe_resumed(config: Config, study: Study) -> Iterator[str]:
     started = len(own_trials(study)) - done
     if sweep.start_from:
         known = count(first_number(study), "trial")
-        yield f"the sampler learns from {known} of {sweep.start_from} that lie in this space"
+        yield f"the sampler learns from {known} of {sweep.start_from} that fit this space"
     if done or started:
         left = sweep.trials - done - started
         yield f"resumed: {count(done, 'trial')} done, {started} to resume, {left} to start"

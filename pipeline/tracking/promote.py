@@ -215,7 +215,7 @@ def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") ->
 
 def _named(figure: _Figure) -> str:
     if figure.pictures is None:
-        return "pictures that MLflow does not know"
+        return "unknown pictures"
     name, digest = figure.pictures
     return name if digest is None else f"{name} {digest[:8]}"
 

@@ -27,7 +27,7 @@ def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:
     """
     if settings.device == "cuda" and gpus == 0:
         raise ConfigError(
-            "cuda needs a GPU, and none is usable here",
+            "cuda requires a GPU, but none is usable here",
             field="runtime.device",
             remedy="choose cpu or auto, or see `istanas doctor`",
         )

@@ -153,7 +153,7 @@ def kill_worker(case: Case, times: int) -> None:
 
 
 def kill_controller(case: Case, times: int) -> None:
-    """Kill Ray Train's controller, with which its workers end; another starts while the command continues."""
+    """Kill Ray Train's controller, with which its workers end; a new one starts while the command continues."""
     cluster = one_of(case)
 
     def strike() -> None:

@@ -261,7 +261,7 @@ def test_storage_with_an_address_is_checked_across_nodes(
 def test_missing_data_on_a_node_are_reported(joined: None, tmp_path: Path, apart: Path) -> None:
     picture_folder(apart / "pictures")
     config = config_of(tmp_path, "data.name=folder", f"data.root={apart}/pictures")
-    assert f"{apart}/pictures contains no such pictures on node {blind_node()}" in refusal(config)
+    assert f"{apart}/pictures does not contain the data set on node {blind_node()}" in refusal(config)
 
 
 def test_trials_must_reach_the_store_from_every_node(joined: None, tmp_path: Path, apart: Path) -> None:

@@ -338,7 +338,7 @@ def test_a_search_that_is_killed_in_every_way_has_the_same_result(
     assert list((path / "ray").glob("session_*/raylet.out")), "the killed Ray's logs are lost"
     assert not (path / "ray" / "session").is_symlink()
     cluster.workers()[0].kill()
-    second.until(r"lost worker \d .*: replacing it, the epoch starts again")
+    second.until(r"lost worker \d .*: replacing it and repeating the epoch")
     second.until("resumed after epoch")
     second.until("epoch ")
     # Then all processes of the job are killed.

@@ -377,7 +377,7 @@ def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path
         result = finish(process)
     finally:
         other.close()
-    assert re.search(r"lost worker \d .*: replacing it, the epoch starts again", first_log(tmp_path))
+    assert re.search(r"lost worker \d .*: replacing it and repeating the epoch", first_log(tmp_path))
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)

@@ -288,7 +288,7 @@ def test_a_node_that_is_still_active_is_refused(cell: str, node: int) -> None:
     nodes = states(space, FROZEN)
     nodes[cell][node] = ACTIVE
     net.install_codes(codes_of(space, spread(space, 0)), nodes)
-    message = rf"node {node} of the {cell} cell is still ACTIVE, not FROZEN; let the search end first"
+    message = rf"node {node} of the {cell} cell is still ACTIVE, not FROZEN; finish the search first"
     with pytest.raises(ConfigError, match=message) as caught:
         absorb_into_batchnorm(net)
     assert "\n" not in str(caught.value)

@@ -302,7 +302,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def test_a_network_larger_than_its_weights_is_not_built(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "network.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NETWORKS[name]}))
-    assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
+    assert_refused(
+        confined(reading("export", folder), folder), 1, "does not contain a complete trained network"
+    )
 
 
 def test_weights_are_never_unpickled(folder: Path) -> None:
@@ -310,7 +312,9 @@ def test_weights_are_never_unpickled(folder: Path) -> None:
     bomb = pickle.dumps(Bomb(folder / "executed"))
     for content in (bomb, struct.pack("<Q", 10**12) + b"{}", struct.pack("<Q", 10**7) + b" " * 10**7, b""):
         weights.write_bytes(content)
-        assert_refused(confined(reading("export", folder), folder), 1, "holds no whole trained network")
+        assert_refused(
+            confined(reading("export", folder), folder), 1, "does not contain a complete trained network"
+        )
     assert not (folder / "executed").exists()
 
 
@@ -387,7 +391,7 @@ def pipe(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "says"),
     [
-        ("epoch-0001.pt", pipe, "it is no file"),
+        ("epoch-0001.pt", pipe, "it is not a regular file"),
         ("epoch-0001.pt", sparse, f"it has {HUGE} bytes, not "),
         ("epoch-0001.json", pipe, "a pipe, not a file"),
         ("epoch-0001.json", sparse, "larger than "),
@@ -412,7 +416,7 @@ def test_a_network_and_a_table_of_trials_of_64_gigabytes_are_not_read(folder: Pa
     for harm, says in ((pipe, "a pipe, not a file"), (sparse, "larger")):
         harm(retrained / "model.safetensors")
         outcome = confined(["export", str(retrained)], folder)
-        assert_refused(outcome, 1, f"holds no whole trained network ({says}")
+        assert_refused(outcome, 1, f"does not contain a complete trained network ({says}")
         (retrained / "model.safetensors").unlink()
     sparse(retrained / "trials.csv")
     table = ["results", "--sweep", str(retrained)]
@@ -524,6 +528,6 @@ def test_a_data_set_of_pickles_is_unpickled_only_if_it_is_published(tmp_path: Pa
         (raw / name).write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     (tmp_path / "tiny.yaml").write_text(CONFIG + "data: {name: cifar10, root: data}\n")
     assert_refused(
-        confined(["search", "--config", "tiny.yaml"], tmp_path), 1, "data holds no complete cifar10"
+        confined(["search", "--config", "tiny.yaml"], tmp_path), 1, "data does not contain a complete cifar10"
     )
     assert not (tmp_path / "executed").exists()

@@ -200,7 +200,7 @@ def test_absent_data_name_the_root_and_the_remedy(name: str, tmp_path: Path) -> 
     with pytest.raises(DataError) as caught:
         load_dataset(name, root=tmp_path)
     text = str(caught.value)
-    assert text.startswith(f"data.root: {tmp_path} holds no complete {name};")
+    assert text.startswith(f"data.root: {tmp_path} does not contain a complete {name};")
     assert "--set data.download=true" in text
     assert "\n" not in text
     assert list(tmp_path.iterdir()) == []
@@ -210,7 +210,7 @@ def test_truncated_data_are_an_error_of_one_line(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw")
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"data\.root: .* holds no complete mnist") as caught:
+    with pytest.raises(DataError, match=r"data\.root: .* does not contain a complete mnist") as caught:
         load_dataset("mnist", root=tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -52,7 +52,7 @@ def test_names_of_runs_never_break(width: int) -> None:
 
 def test_what_is_left_out_is_said_and_in_blocks_nothing_is() -> None:
     narrow = printed(results_table(results({}), width=80), 80)
-    assert "left out for lack of room: MACs; --csv and --json have everything" in narrow
+    assert "columns that did not fit: MACs; --csv and --json have everything" in narrow
     block = printed(results_table(results({}), width=30), 30)
     assert block.splitlines()[0] == NAME
     assert "  MACs: 1,234,567" in block

@@ -152,7 +152,7 @@ def test_the_terminal_shows_it_in_80_columns(compared: tuple[CompareResult, str,
     assert str(out / "compare.html") in seen
     quiet = io.StringIO()
     print_comparison({**result, "differing": {}}, Console(file=quiet, width=80))
-    assert "no setting that these runs share differs" in quiet.getvalue()
+    assert "all shared settings are equal" in quiet.getvalue()
 
 
 def test_the_page_needs_nothing_else_and_shows_every_cell_once(

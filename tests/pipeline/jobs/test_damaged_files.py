@@ -128,7 +128,7 @@ def test_a_resumed_run_with_a_damaged_file_equals_an_undisturbed_one(
 def test_a_run_without_its_record_resumes_from_its_checkpoints(stopped: Path, undisturbed: Path) -> None:
     (stopped / "run.json").unlink()
     _, seen = search(stopped.parent)
-    assert f"warning: {stopped / 'run.json'}: missing, though there are checkpoints: restored" in seen
+    assert f"warning: {stopped / 'run.json'}: missing although there are checkpoints: restored" in seen
     assert "resumed after epoch 2" in seen
     assert decided(stopped) == decided(undisturbed)
 
@@ -223,7 +223,7 @@ def test_a_damaged_environment_of_a_finished_run_is_renamed(finished: Path) -> N
     assert "already finished" in seen
     (line,) = warnings_in(seen)
     assert line.startswith(f"warning: {finished / 'environment.json'}: not JSON")
-    assert line.endswith(": set aside as environment.json.damaged")
+    assert line.endswith(": renamed to environment.json.damaged")
     assert (finished / "environment.json.damaged").read_bytes() == damaged
     _, seen = search(finished.parent)
     assert warnings_in(seen) == []
@@ -244,7 +244,9 @@ def test_a_restored_record_keeps_its_run_in_mlflow(tmp_path: Path) -> None:
 
 def test_a_broken_checkpoint_costs_one_epoch_and_is_reported(stopped: Path, undisturbed: Path) -> None:
     cut(stopped / "checkpoints" / "epoch-0002.pt")
-    with pytest.warns(BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .*: the one before is used"):
+    with pytest.warns(
+        BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .*: the previous checkpoint is used"
+    ):
         _, seen = search(stopped.parent)
     assert "resumed after epoch 1" in seen
     assert decided(stopped) == decided(undisturbed)

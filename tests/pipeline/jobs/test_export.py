@@ -370,7 +370,7 @@ def test_a_broken_network_is_a_one_line_error(tmp_path: Path, name: str) -> None
     run = make_run(tmp_path / "run")
     (run.path / name).write_bytes(b"{}")
     before = files(run.path)
-    with pytest.raises(CheckpointError, match=r"^.*holds no whole trained network .*$"):
+    with pytest.raises(CheckpointError, match=r"^.*does not contain a complete trained network .*$"):
         export_network(run)
     assert files(run.path) == before
 

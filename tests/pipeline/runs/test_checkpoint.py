@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
 ) -> None:
     damage(folder)
     with pytest.warns(
-        BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the one before is used"
+        BrokenCheckpointWarning, match=r"epoch-0002\.pt is broken .* the previous checkpoint is used"
     ) as told:
         assert epoch_found(folder) == 1
     assert len(told) == 1
@@ -352,7 +352,7 @@ def test_files_of_a_killed_writer_are_removed_with_the_next_epoch(folder: Path) 
 def test_a_damaged_first_checkpoint_starts_the_run_over(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "epoch-0001.pt").write_bytes(b"")
-    with pytest.warns(BrokenCheckpointWarning, match="there is none before, the run begins again"):
+    with pytest.warns(BrokenCheckpointWarning, match="there is no earlier checkpoint, the run starts over"):
         assert read_latest(tmp_path) is None
     save(tmp_path, 1)
     assert epoch_found(tmp_path) == 1

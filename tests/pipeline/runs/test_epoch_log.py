@@ -255,7 +255,7 @@ def test_a_checkpoint_without_its_log_lines_is_skipped(
     assert all(
         f"{folder / copy / NAMES[2]} is damaged (it ends after line 203)" in line for copy in EPOCH_LOGS
     )
-    assert line.endswith(": the one before is used")
+    assert line.endswith(": the previous checkpoint is used")
     assert "\n" not in line
     assert [record.epoch for record in read_records(folder, progress)] == list(range(1, 204))
     save_epoch(folder, progress)

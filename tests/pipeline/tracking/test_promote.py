@@ -112,7 +112,7 @@ def test_a_run_whose_pictures_are_not_known_is_not_compared(trained: Trained, st
     old.write(dataclasses.replace(old.read(), datasets=()))
     assert MLflowTracker(old, tracking_uri=store, experiment="tests", load_network=small_network).deliver()
     promoted(first, store)
-    with pytest.raises(ConfigError, match="pictures that MLflow does not know"):
+    with pytest.raises(ConfigError, match="unknown pictures"):
         promoted(old, store)
 
 

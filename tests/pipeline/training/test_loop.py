@@ -251,7 +251,8 @@ def test_a_batch_has_two_pictures_for_every_worker() -> None:
             if enough > 2:  # one picture is none of the schema's batches
                 assert open_dataset(tiny(place, few), (other,))
                 with pytest.raises(
-                    ConfigError, match=rf"^{job}\.batch_size: {enough - 1} is too small .* lower runtime\.workers$"
+                    ConfigError,
+                    match=rf"^{job}\.batch_size: {enough - 1} is too small .* lower runtime\.workers$",
                 ) as caught:
                     open_dataset(tiny(place, few), ("search", "retrain"))
                 assert f"use at least {enough}" in str(caught.value)
@@ -824,7 +825,7 @@ def test_only_bf16_lets_gpus_round_float32_to_tf32(precision: Literal["auto", "f
         (
             "runtime.device=cuda",
             0,
-            "runtime.device: cuda needs a GPU, and none is usable here; choose cpu or auto",
+            "runtime.device: cuda requires a GPU, but none is usable here; choose cpu or auto",
         ),
         (
             "runtime.precision=bf16",

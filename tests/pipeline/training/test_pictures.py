@@ -288,7 +288,7 @@ def test_how_pictures_are_read_is_written_beside_the_network(folder: Folder) -> 
     load_network(run.path)
     for odd in ({"bits": 7}, {"bits": 17}, {"background": [0, 0, 256]}):
         (run.path / "network.json").write_text(json.dumps(data | odd))
-        with pytest.raises(CheckpointError, match="holds no whole trained network"):
+        with pytest.raises(CheckpointError, match="does not contain a complete trained network"):
             load_network(run.path)
 
 
