@@ -428,7 +428,8 @@ class MLflowTracker:
         except Exception as error:  # the run is delivered without a version in the registry
             self._notices.warn_once(
                 f"MLflow registered model {name!r}: {shown(self.run_dir.path)} could not be registered "
-                f"({one_line(error)}); set tracking.registered_model or try again with: istanas sync {shown(self.run_dir.path)}",
+                f"({one_line(error)}); set tracking.registered_model or try again with: istanas sync "
+                f"{shown(self.run_dir.path)}",
                 about=f"registry {self.run_dir.path}",
             )
             return None

@@ -248,7 +248,7 @@ def test_names_with_special_characters_have_distinct_addresses(name: str) -> Non
 
 @pytest.mark.parametrize("address", ["s3:/b/x", "file:/x", "s3://b/%2e%2e/x", "s3://b/a%2fb", "s3://b/x//y"])
 def test_a_malformed_address_is_not_a_folder(address: str) -> None:
-    with pytest.raises(ValueError, match="write"):
+    with pytest.raises(ConfigError, match="write"):
         checked_address(address)
 
 
