@@ -2,6 +2,8 @@
 
 Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
 drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
+`data.loading` applies `augment` to batches of pictures in memory, and `file_transform`, which crops at a random place
+and size, to each picture that it reads from a file.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ assembles their content:
 
 | key | content |
 |---|---|
-| search | supernet, optimisers, codes, node states and epoch of a search (`istanas.search.SearchState.state_dict`) |
+| search | supernet, optimisers, codes, node states, epoch; of a one-stage search also its freezings (`state_dict`) |
 | net, optimizer, genotype, kind | network, optimiser and cells of a retraining (`training.epochs.RetrainJob.state`) |
 | progress | number of epochs, sums over them, position in the epoch log (`training.epoch_record.Progress.to_state`) |
 | data | digest of the pictures |

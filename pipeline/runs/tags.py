@@ -1,6 +1,6 @@
 """Tags of runs and registered models in MLflow: their names, and the values that a run's record determines.
 
-`tracking.tracker` sends the tags from `tags_of`, and `tracking.lineage` adds tags that link runs to each other. The
+`tracking.tracker` sends the tags from `tags_of` and the commit; `tracking.lineage` adds tags that link runs. The
 tags of registered versions are set in `tracking.model_registry` and `tracking.promote`.
 """
 
