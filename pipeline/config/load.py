@@ -261,7 +261,7 @@ def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    source = f"--set {override!r}"
+    source = shown_override(override)
     if not equals or not all(key.split(".")):
         raise ConfigError(
             "not of the form key.path=value", field=source, remedy="write for example search.epochs=10"

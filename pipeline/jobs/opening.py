@@ -168,7 +168,9 @@ def _rebuilt(
         return rebuild_metrics()
     except IstanasError as reason:
         raise CheckpointError(
-            f"{error.problem} ({one_line(reason)})", field=error.field, remedy=error.remedy
+            f"{error.problem}, and it cannot be rebuilt ({one_line(reason)})",
+            field=error.field,
+            remedy="restore it, or start over with --fresh",
         ) from None
 
 

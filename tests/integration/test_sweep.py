@@ -263,7 +263,8 @@ def test_a_finished_sweep_restores_damaged_metrics(whole: tuple[Path, Any]) -> N
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     assert re.fullmatch(
-        r"error: \S+/metrics.jsonl: line 1 is not a line of metrics; .*: missing\)", err.strip()
+        r"error: \S+/metrics.jsonl: line 1 is not a line of metrics, .*: no such file\); restore it, .*",
+        err.strip(),
     )
     assert not study.exists()
     (folder / "elsewhere").rename(study)

@@ -162,7 +162,7 @@ def test_every_mistake_has_its_line(tmp_path: Path) -> None:
         ("seed: 1\n---\nseed: 2\n", "not valid YAML"),
         ("? [a, b]\n: 1\n", "config.yaml"),
         ("[" * 3000, "not valid YAML"),
-        ("search: {[[lr]]: 1}", "not valid YAML: a list or a section as a key"),
+        ("search: {[[lr]]: 1}", "not valid YAML: a key is a list or a section"),
     ],
 )
 def test_what_is_no_configuration_file_is_refused_in_one_line(
