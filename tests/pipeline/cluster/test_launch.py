@@ -88,7 +88,7 @@ def test_device_backend_and_threads_are_chosen_once_for_all_workers() -> None:
     gpu = allotment(auto, [Node(16, 2), Node(16, 2)])
     assert (gpu.threads, gpu.compute.backend, gpu.bundle) == (8, "nccl", {"CPU": 8, "GPU": 1})
     assert gpu.compute.autocast_dtype is torch.bfloat16
-    with pytest.raises(ConfigError, match=r"runtime\.device: cuda needs a GPU"):
+    with pytest.raises(ConfigError, match=r"runtime\.device: cuda requires a GPU"):
         allotment(load(None, ["runtime.workers=4", "runtime.device=cuda"]).runtime, [Node(8)])
 
 

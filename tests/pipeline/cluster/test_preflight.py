@@ -136,7 +136,7 @@ def test_gpus_are_present_or_waited_for() -> None:
     ]
     wanted = RuntimeSettings(device="cuda", workers=2)
     assert allotment(wanted, [Node(8)], may_come=True).bundle == {"CPU": 1, "GPU": 1}
-    with pytest.raises(ConfigError, match=r"runtime\.device: cuda needs a GPU"):
+    with pytest.raises(ConfigError, match=r"runtime\.device: cuda requires a GPU"):
         allotment(wanted, [Node(8)])
 
 

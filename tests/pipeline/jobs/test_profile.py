@@ -220,7 +220,7 @@ def test_a_missing_gpu_is_reported_before_any_step(refused: Command) -> None:
         pytest.skip("a GPU: there is one here")
     code, _, err = refused("--set", "runtime.device=cuda")
     assert code == 2
-    assert "runtime.device: cuda needs a GPU" in err
+    assert "runtime.device: cuda requires a GPU" in err
 
 
 # ---------- FLOPs
