@@ -35,12 +35,7 @@ class TwoStageSearch(SearchState):
     """A two-stage search: its state, its steps and its epochs.
 
     Args:
-        supernet: The network, on its device. Its compressed alphas are initialised here.
-        settings: Hyperparameters of the search.
-        compute: Device and precision.
-        seed: Seed of the compressed alphas.
-        ranks: The processes that search together; `None` means only this one. All make the same calls, each with its
-            share of every batch, and have the same network and codes after each call.
+        supernet, settings, compute, seed, ranks: See `SearchState`.
 
     Example:
         >>> from istanas.space import CellSpace
