@@ -96,7 +96,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 
 
 def test_norms_in_docstrings_stay_as_they_are_written(site: Path) -> None:
-    assert "largest |z|; of equal entries" in text_of(site / "reference" / "python.html")
+    assert "largest |z|; among equal entries" in text_of(site / "reference" / "python.html")
 
 
 BROKEN = {

@@ -16,7 +16,7 @@ from pipeline.training.data_checks import warnings_of
 
 @pytest.mark.parametrize("job", ["search", "retrain"])
 def test_a_holdout_that_leaves_nothing_is_blamed(job: str) -> None:
-    config = load(None, ["data.holdout=0.9995"])
+    config = load(None, ["data.holdout=0.9995", "retrain.cutout=0"])
     with pytest.raises(ConfigError) as caught:
         check_data(config, load_dataset("digits"), (job,))
     assert str(caught.value).startswith("data.holdout: 0.9995 leaves ")
