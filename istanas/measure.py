@@ -5,6 +5,7 @@ The auxiliary head is left out, as in the literature, because it is used only in
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.nets.skeleton import STEM_MULTIPLIER, cell_places, live_places, live_states
-from istanas.space import CELLS, N_CELL_INPUTS, Genotype
+from istanas.space import CELLS, N_CELL_INPUTS, Genotype, NetworkSize, SearchSpace
 
 _AUXILIARY = "auxiliary_head"
 
@@ -185,6 +186,23 @@ def target_cost(
                 total += _operation(op, c, stride, h * w if node in alive else 0, op_batchnorm)
         width = n_concat[place.kind] * c
     return total + Cost((width + 1) * num_classes, width * num_classes)
+
+
+@functools.lru_cache(maxsize=512)
+def network_cost(
+    space: SearchSpace, genotype: Genotype, size: NetworkSize, shape: tuple[int, int, int]
+) -> Cost:
+    """Build the target network of a genotype without memory for its weights, and count its cost.
+
+    Args:
+        space: The search space of the genotype.
+        genotype: The genotype.
+        size: The size of the network.
+        shape: (C, H, W) of the picture.
+    """
+    with torch.device("meta"):
+        net = space.target(genotype, size)
+        return Cost(count_params(net), count_macs(net, shape))
 
 
 def _convolution(c_in: int, c_out: int, taps: int, pixels: int) -> Cost:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from istanas.errors import ConfigError
@@ -69,13 +70,13 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if registered is not None:
             registered.append((self, name))
 
-    def find(self, name: str) -> Entry:
-        """Return the entry of a name that a user gave.
+    def find(self, name: Any) -> Entry:
+        """Return the entry of a name that a user gave, which may be any value.
 
         Raises:
             ConfigError: If the name is not registered. The error names the nearest name and all others.
         """
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             near = difflib.get_close_matches(str(name), self._entries, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
@@ -97,6 +98,17 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    # A registry is compared by identity, so that annotations can contain it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An annotation of a settings field whose text must be a name in a registry."""
+
+    registry: Registry[Any]
 
 
 @contextmanager

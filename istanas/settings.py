@@ -1,13 +1,16 @@
-"""The settings of the search algorithms. Their defaults are the published ones and are written only here.
+"""The settings of the built-in searches that load without torch. Their defaults are the published ones.
 
-This module does not import torch: the schema of the configuration takes its defaults from it, and the command line
-must start quickly.
+A settings class is a dataclass whose fields are the keys of the section `search` of a configuration. Its annotations
+hold types and ranges, and its docstring describes each field: the schema, `istanas config --describe` and the reference
+are generated from them. This module does not import torch, because the command line must start quickly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 Matrix = Literal["uniform", "gaussian"]
 """Distributions of a measurement matrix, see `istanas.sparse.measurement_matrix`."""
@@ -18,6 +21,9 @@ Solver = Literal["homotopy", "ista", "fista", "clarabel", "mosek"]
 Schedule = Literal["cosine", "linear", "linear_by_epoch"]
 """Schedules of the learning rate, see `istanas.training.learning_rate`."""
 
+Stem = Literal["auto", "cifar", "imagenet"]
+"""First layers of a network, see `istanas.nets.skeleton.Stem`."""
+
 CLOSING_EPOCHS = 1
 """Epochs of a one-stage search after its last node has frozen.
 
@@ -27,19 +33,97 @@ and without drop path.
 
 
 @dataclass(frozen=True)
+class Unit:
+    """The unit of a number, which descriptions show beside its range."""
+
+    name: str
+
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Epochs = Annotated[int, Ge(1), Unit("epochs")]
+EpochsFromZero = Annotated[int, Ge(0), Unit("epochs")]
+Pixels = Annotated[int, Ge(0), Unit("pixels")]
+BatchSize = Annotated[int, Ge(2), Unit("pictures")]
+
+
+@dataclass(frozen=True)
 class SearchSettings:
-    """Hyperparameters that both searches have.
+    """Settings that all searches have: the size and the training of the supernet.
 
     Args:
-        lr: Learning rate of SGD on the weights at the start, > 0.
-        lr_min: Learning rate at the end, >= 0.
-        momentum: Momentum of SGD, in [0, 1).
-        weight_decay: Weight decay of SGD, >= 0.
-        grad_clip: Largest joint norm of the weights' gradients, > 0; `None` disables clipping. (The published code
-            includes the gradients of the alphas in the norm and clips them, too.)
-        arch_lr: Learning rate of Adam on the compressed alphas, > 0.
-        arch_betas: Betas of Adam, each in [0, 1).
-        arch_weight_decay: Weight decay of Adam, >= 0.
+        batch_size: Number of pictures in a batch, over all workers together.
+        init_channels: Number of channels of the first cell.
+        layers: Number of cells. With fewer than 3 there would be no normal cell.
+        stem: First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet for
+            larger ones.
+        lr: Initial learning rate of SGD on the weights.
+        lr_min: Learning rate of the weights at the end.
+        momentum: Momentum of SGD on the weights.
+        weight_decay: Weight decay of the weights.
+        grad_clip: Largest norm of the weights' gradient; longer ones are scaled down. null disables clipping. The
+            published code of ISTA-NAS includes the gradients of the alphas in the norm and clips them, too.
+        arch_lr: Learning rate of Adam on the alphas.
+        arch_betas: Betas of Adam on the alphas.
+        arch_weight_decay: Weight decay of the alphas.
+        max_pictures: Largest number of training pictures to search on, chosen stratified by class. null uses all.
+        cutout: Side of the square that is masked in each training picture. 0 disables it.
+    """
+
+    trains_target: ClassVar[bool] = False
+    """Whether the search also trains the network that it finds, so that no retraining is needed."""
+
+    shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of fields, of which the first must be less than the second."""
+
+    batch_size: BatchSize = 256
+    init_channels: PositiveInt = 16
+    layers: Annotated[int, Ge(3)] = 8
+    stem: Stem = "auto"
+    lr: PositiveFloat = 0.1
+    lr_min: NonNegativeFloat = 0.001
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 3e-4
+    grad_clip: PositiveFloat | None = 5.0
+    arch_lr: PositiveFloat = 6e-4
+    arch_betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    arch_weight_decay: NonNegativeFloat = 1e-3
+    max_pictures: Annotated[int, Ge(2), Unit("pictures")] | None = None
+    cutout: Pixels = 0
+
+    @property
+    def max_epochs(self) -> int:
+        """Largest number of epochs that a search may take."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AlternatingSettings(SearchSettings):
+    """Settings of a search that trains weights and alphas in turn, each on its own part of the pictures.
+
+    Args:
+        epochs: Number of epochs of the search. The learning rate of the weights falls from lr to lr_min over them
+            (cosine, updated in every step).
+        alpha_fraction: Fraction of the training pictures that trains the alphas; the rest trains the weights.
+    """
+
+    epochs: Epochs = 50
+    alpha_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5
+
+    @property
+    def max_epochs(self) -> int:
+        """Largest number of epochs that a search may take."""
+        return self.epochs
+
+
+@dataclass(frozen=True)
+class SparseCodingSettings:
+    """Settings of the sparse codes, which the section `space` of a configuration holds.
+
+    Args:
         n_measurements: Rows m of the measurement matrices, >= 1.
         matrix: Distribution of their entries.
         matrix_seed: Seed of the measurement matrices, >= 0.
@@ -48,14 +132,6 @@ class SearchSettings:
         solver: Solver of the LASSO.
     """
 
-    lr: float = 0.1
-    lr_min: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    grad_clip: float | None = 5.0
-    arch_lr: float = 6e-4
-    arch_betas: tuple[float, float] = (0.5, 0.999)
-    arch_weight_decay: float = 1e-3
     n_measurements: int = 7
     matrix: Matrix = "uniform"
     matrix_seed: int = 0
@@ -65,57 +141,71 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class TwoStageSettings(SearchSettings):
-    """Hyperparameters of a two-stage search, in addition to those of `SearchSettings`.
+class TwoStageSettings(AlternatingSettings, SparseCodingSettings):
+    """Two-stage search. The defaults are the published settings.
 
     Args:
-        epochs: Number of epochs, >= 1. The learning rate of the weights falls from `lr` to `lr_min` over them
-            (cosine, updated in every step).
-        termination_tol: The search stops early after an epoch in which every code moved by at most this, >= 0;
-            `None` disables early stopping.
+        termination_tol: The search stops early after an epoch in which every sparse code moved by at most this
+            (Euclidean distance). null disables early stopping.
 
     Example:
         >>> TwoStageSettings().epochs, TwoStageSettings(lr=0.05).lr
         (50, 0.05)
     """
 
-    epochs: int = 50
-    termination_tol: float | None = None
+    termination_tol: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True)
-class OneStageSettings(SearchSettings):
-    """Hyperparameters of a one-stage search, in addition to those of `SearchSettings`.
+class OneStageSettings(SearchSettings, SparseCodingSettings):
+    """One-stage search, whose supernet becomes the trained network. The defaults are published for CIFAR-10.
 
     Args:
-        max_search_epochs: Epochs after which the nodes that are still ACTIVE freeze, >= 1.
-        train_epochs: Epochs of training after the search, >= 0. The learning rate of the weights is `lr` during the
-            search and falls to `lr_min` over these epochs.
-        schedule: How the learning rate falls.
-        warmup_epochs: Number of epochs at the start in which the learning rate rises to `lr`, >= 0. The warm-up
+        max_search_epochs: Epochs after which the nodes that are still active freeze.
+        train_epochs: Number of epochs of training after the search, which ends one epoch after the last node has
+            frozen. The learning rate of the weights is lr during the search and falls to lr_min over these epochs.
+        schedule: How the learning rate falls during the training epochs. linear_by_epoch keeps one rate for each epoch.
+        warmup_epochs: Epochs at the beginning of the search during which the learning rate rises to lr. The warm-up
             continues in the training if the search ends earlier.
-        drop_path: Drop-path probability at the end, in [0, 1); it rises linearly from 0 over the `train_epochs`.
-        auxiliary_weight: Weight of the auxiliary head's loss, >= 0.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        termination_tol: A node freezes after an epoch in which its code moved by at most this, >= 0.
-        max_params: Largest accepted number of parameters of an architecture, >= 1; `None` disables the limit.
-        max_macs: Largest accepted number of multiply-adds, >= 1; `None` disables the limit.
+        auxiliary_weight: Weight of the auxiliary head's loss. 0 builds no auxiliary head.
+        drop_path: Drop-path probability at the end of training; it rises linearly from 0 in the training epochs.
+        label_smoothing: Label smoothing of the loss. 0 disables it.
+        termination_tol: A node freezes after an epoch in which its sparse code moved by at most this (Euclidean
+            distance).
+        max_params: Largest number of parameters of an architecture, without the auxiliary head; larger ones are
+            rejected. null disables the limit.
+        max_macs: Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the limit.
+        test_every: Interval at which the test split is measured during training, and after the last epoch. 0 disables
+            it.
 
     Example:
         >>> OneStageSettings().lr, OneStageSettings().momentum
         (0.025, 0.9)
     """
 
-    max_search_epochs: int = 600
-    train_epochs: int = 600
-    lr: float = 0.025
-    lr_min: float = 0.001
+    trains_target: ClassVar[bool] = True
+    shorter: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_epochs", "max_search_epochs"),)
+
+    max_search_epochs: Epochs = 600
+    train_epochs: EpochsFromZero = 600
+    batch_size: BatchSize = 96
+    init_channels: PositiveInt = 36
+    layers: Annotated[int, Ge(3)] = 20
+    lr: PositiveFloat = 0.025
+    lr_min: NonNegativeFloat = 0.001
     schedule: Schedule = "cosine"
-    warmup_epochs: float = 0.0
-    arch_lr: float = 3e-4
-    drop_path: float = 0.2
-    auxiliary_weight: float = 0.4
-    label_smoothing: float = 0.0
-    termination_tol: float = 1e-3
-    max_params: int | None = 3_700_000
-    max_macs: int | None = None
+    warmup_epochs: Annotated[float, Ge(0), Unit("epochs")] = 0.0
+    arch_lr: PositiveFloat = 3e-4
+    cutout: Pixels = 16
+    auxiliary_weight: NonNegativeFloat = 0.4
+    drop_path: Fraction = 0.2
+    label_smoothing: Fraction = 0.0
+    termination_tol: NonNegativeFloat = 1e-3
+    max_params: Annotated[int, Ge(1), Unit("parameters")] | None = 3_700_000
+    max_macs: Annotated[int, Ge(1), Unit("multiply-adds")] | None = None
+    test_every: EpochsFromZero = 1
+
+    @property
+    def max_epochs(self) -> int:
+        """Largest number of epochs that a search may take."""
+        return self.max_search_epochs + CLOSING_EPOCHS + self.train_epochs

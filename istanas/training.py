@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import DivergedError
-from istanas.nets import TargetNet
+from istanas.nets import TargetNetwork
 from istanas.seeds import derive_seed as derive_seed  # callers import it from here, too
 from istanas.settings import Schedule
 
@@ -308,7 +308,7 @@ def train_target_step(
 
 
 def train_target_epoch(
-    net: TargetNet,
+    net: TargetNetwork,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[BatchLike],
     compute: Compute,

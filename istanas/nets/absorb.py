@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
+from istanas.nets.networks import NodeState, SearchNetwork, TargetNetwork
 from istanas.nets.operations import final_batchnorm
-from istanas.nets.supernet import NodeState, Supernet
-from istanas.nets.target import TargetNet
-from istanas.space import CELLS
 
 
-def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
+def absorb_into_batchnorm(supernet: SearchNetwork) -> TargetNetwork:
     """Return the target network that computes the same function as a finished one-stage supernet.
 
     alpha (gamma x + beta) = (alpha gamma) x + alpha beta: the edge weight of a kept operation scales the affine part of
@@ -29,7 +27,7 @@ def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
         ConfigError: If a node is still ACTIVE, or the operations do not end in batch norm.
 
     Example:
-        >>> from istanas.nets import NodeCode
+        >>> from istanas.nets import NodeCode, Supernet
         >>> from istanas.space import CellSpace
         >>> net = Supernet(CellSpace(n_nodes=1, sparsity=1), 2, 3, 10, n_measurements=2, op_batchnorm=True)
         >>> code = NodeCode(torch.ones(2, 14).double(), torch.zeros(14).double(), support=(3,))
@@ -42,43 +40,27 @@ def absorb_into_batchnorm(supernet: Supernet) -> TargetNet:
     Source:
         Yang et al., ISTA-NAS, NeurIPS 2020, section 3.4 (one-stage framework).
     """
-    if not supernet.arguments["op_batchnorm"]:
+    if not supernet.size.op_batchnorm:
         raise ConfigError(
             "false, so that no batch norm can absorb the edge weights",
             field="op_batchnorm",
             remedy="search with method: one_stage",
         )
-    for cell in CELLS:
-        for node, state in enumerate(supernet.node_states[cell]):
+    for kind, states in supernet.node_states.items():
+        for node, state in enumerate(states):
             if state is not NodeState.FROZEN:
                 raise ConfigError(
-                    f"node {node} of the {cell} cell is still {state.name}, not FROZEN",
+                    f"node {node} of the {kind} cell is still {state.name}, not FROZEN",
                     field="supernet",
                     remedy="finish the search first",
                 )
-    net = TargetNet(supernet.genotype(), **supernet.arguments, auxiliary=supernet.auxiliary_head is not None)
-    first = supernet.classifier.weight
+    auxiliary = supernet.auxiliary_head is not None
+    net = supernet.space.target(supernet.genotype(), supernet.size, auxiliary=auxiliary)
+    first = next(supernet.parameters())
     net.to(first.device, first.dtype)
-    pairs: list[tuple[nn.Module, nn.Module]] = [
-        (net.stem, supernet.stem),
-        (net.classifier, supernet.classifier),
-    ]
-    if net.auxiliary_head is not None and supernet.auxiliary_head is not None:
-        pairs.append((net.auxiliary_head, supernet.auxiliary_head))
     with torch.no_grad():
-        edge_weights = supernet.edge_weights()
-        for ours, theirs in zip(net.cells, supernet.cells, strict=True):
-            kind = str(theirs.kind)
-            pairs += [(ours.preprocess0, theirs.preprocess0), (ours.preprocess1, theirs.preprocess1)]  # type: ignore[list-item]
-            kept = [(edge, op) for node in supernet.plan(kind) for _, edge, op in node]
-            for position, ((edge, op), alpha) in enumerate(
-                zip(kept, edge_weights[kind].flatten(), strict=True)
-            ):
-                operation: nn.Module = ours.ops[position]  # type: ignore[index, assignment]
-                operation.load_state_dict(theirs.ops[edge][op].state_dict())  # type: ignore[index, union-attr]
-                _scale(operation, alpha)
-        for ours, theirs in pairs:
-            ours.load_state_dict(theirs.state_dict())
+        for operation, alpha in supernet.copy_weights(net):
+            _scale(operation, alpha)
     return net.eval()
 
 

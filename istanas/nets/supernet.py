@@ -1,21 +1,18 @@
-"""`Supernet`, the network of the search, which computes only the operations that the sparse codes keep.
+"""`Supernet`, the network of a search in the DARTS space, which computes only the active operations.
 
-Its parameters are the weights of all candidates and the compressed parameters b of all nodes. In every epoch,
-`install_codes` installs the recovered codes, which define the active operations. The others take part in neither the
-forward pass nor the backward pass nor the optimiser step.
+Its parameters are the weights of all candidates and the alphas of all nodes (in ISTA-NAS the compressed parameters b).
+In every epoch, `install_codes` installs the recovered codes, which define the active operations. The others take part
+in neither the forward pass nor the backward pass nor the optimiser step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from istanas.errors import ConfigError
+from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support
 from istanas.nets.operations import make_operation
 from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.skeleton import (
@@ -30,54 +27,8 @@ from istanas.nets.skeleton import (
     live_states,
     make_preprocess,
 )
-from istanas.nets.target import apply_operation, drop_path, sum_terms
-from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Genotype, genotype_from_supports
-
-Support = tuple[int, ...]
-
-
-class NodeState(Enum):
-    """Whether the search still changes a node.
-
-    The code of an ACTIVE node is recovered from its b in every epoch. The b, the code and the edge weights of a FROZEN
-    node are fixed (one-stage search only).
-    """
-
-    ACTIVE = "active"
-    FROZEN = "frozen"
-
-
-@dataclass(frozen=True)
-class NodeCode:
-    """The code of one node.
-
-    Args:
-        measurement_matrix: A, (m, n) float64.
-        sparse_code: z, (n,) float64, before its truncation to the support.
-        support: The kept candidates in ascending order.
-    """
-
-    measurement_matrix: Tensor
-    sparse_code: Tensor
-    support: Support
-
-
-@dataclass(frozen=True)
-class _KeptColumns:
-    """The constants in the edge weights of a cell, float64 on b's device, so that steps need not copy them."""
-
-    columns: Tensor  # A_S, (nodes, m, s).
-    codes: Tensor  # z_S, (nodes, s).
-    measured: Tensor  # A_S z_S, (nodes, m).
-
-
-def _kept_columns(nodes: Sequence[NodeCode], like: Tensor) -> _KeptColumns:
-    supports = [list(node.support) for node in nodes]
-    columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
-    codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])
-    # They are rounded to the network's precision, which is that of b. Only a float64 network has exact values.
-    columns, codes = (t.to(like.device, like.dtype).double() for t in (columns, codes))
-    return _KeptColumns(columns, codes, torch.einsum("nms,ns->nm", columns, codes))
+from istanas.nets.target import TargetNet, apply_operation, drop_path, sum_terms
+from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Decision, NetworkSize
 
 
 class SearchCell(nn.Module):
@@ -113,7 +64,7 @@ class SearchCell(nn.Module):
         s1: Tensor | None,
         live: Collection[int],
         plan: Plan,
-        weights: Tensor,
+        weights: Sequence[Tensor] | Tensor,
         drop_path_prob: float,
     ) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), live)
@@ -143,10 +94,9 @@ class SearchCell(nn.Module):
 
 
 Plan = list[list[tuple[int, int, int]]]  # For each node the active (state, edge of the cell, op).
-EdgeWeights = dict[str, Tensor]  # For each cell the weights (nodes, s) of the active operations.
 
 
-class Supernet(CellNetwork):
+class Supernet(CellNetwork, SearchNetwork):
     """The network of a search.
 
     Args:
@@ -159,6 +109,8 @@ class Supernet(CellNetwork):
         in_channels: Channels of the pictures, >= 1.
         op_batchnorm: Whether every candidate ends in batch norm with an affine part, as one-stage search requires.
         auxiliary: Whether the network has an auxiliary head, which is used only in training (one-stage search).
+        alpha_size: Returns the number of alphas of a decision; `None` returns m.
+        partial: The operations run on 1 / `partial` of the channels of a node; 1 for all.
 
     Raises:
         ConfigError: If a size is too small or the stem is unknown.
@@ -184,19 +136,13 @@ class Supernet(CellNetwork):
         in_channels: int = 3,
         op_batchnorm: bool = False,
         auxiliary: bool = False,
+        alpha_size: Callable[[Decision], int] | None = None,
+        partial: int = 1,
     ) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes, in_channels=in_channels, n_measurements=n_measurements)
-        self.space = space
-        # The arguments of a `TargetNet` of the same size, except genotype and auxiliary.
-        self.arguments: dict[str, Any] = {
-            "init_channels": init_channels,
-            "layers": layers,
-            "num_classes": num_classes,
-            "stem": stem,
-            "op_batchnorm": op_batchnorm,
-            "in_channels": in_channels,
-        }
+        self.space: CellSpace = space
+        self.size = NetworkSize(init_channels, layers, num_classes, stem, in_channels, op_batchnorm)
         self.drop_path_prob = 0.0
         places = cell_places(init_channels, layers, stem, dict.fromkeys(CELLS, space.n_nodes))
         self.stem = Stem(stem, in_channels, init_channels)
@@ -206,70 +152,15 @@ class Supernet(CellNetwork):
             AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
-        # One parameter per node, so that optimiser steps and all-reduce leave out the b of a frozen node.
-        self.compressed_alphas = nn.ModuleDict(
-            {
-                cell: nn.ParameterList(
-                    [nn.Parameter(torch.zeros(n_measurements)) for _ in range(space.n_nodes)]
-                )
-                for cell in CELLS
-            }
-        )
-        self.node_states = {cell: [NodeState.ACTIVE] * space.n_nodes for cell in CELLS}
-        self._codes: dict[str, list[NodeCode]] = {}
-        self._kept: dict[str, _KeptColumns] = {}
+        self.set_alphas(alpha_size or (lambda decision: n_measurements))
         self._plans: dict[str, Plan] = {}
         self._states: dict[str, frozenset[int]] = {}
-        self._active_alphas: Sequence[nn.Parameter] = ()
 
-    def weights(self) -> list[nn.Parameter]:
-        """Return all parameters except the compressed alphas. SGD trains them."""
-        alphas = {id(b) for b in self.alphas()}
-        return [p for p in self.parameters() if id(p) not in alphas]
-
-    def alphas(self) -> list[nn.Parameter]:
-        """Return the compressed alphas b, (m,) each, of the normal and the reduction cell. Adam trains them."""
-        return [b for cell in CELLS for b in self.node_alphas(cell)]
-
-    def node_alphas(self, cell: str) -> list[nn.Parameter]:
-        """Return the compressed alphas of one cell's nodes."""
-        return list(self.compressed_alphas[cell].parameters())
-
-    def install_codes(
-        self,
-        codes: Mapping[str, Sequence[NodeCode]],
-        states: Mapping[str, Sequence[NodeState]] | None = None,
-    ) -> None:
-        """Make the kept candidates active until the next call.
-
-        Args:
-            codes: For "normal" and "reduce", one `NodeCode` per node.
-            states: For "normal" and "reduce", one state per node; `None` makes all nodes ACTIVE. The b of a FROZEN node
-                is not trained, but the affine parts of the batch norms in its operations are.
-
-        Raises:
-            ConfigError: If the number of codes or of kept candidates does not match the space.
-        """
-        for cell in CELLS:
-            if len(codes[cell]) != self.space.n_nodes:
-                raise ConfigError(
-                    f"{len(codes[cell])} codes for the {self.space.n_nodes} nodes of the {cell} cell",
-                    field="codes",
-                    remedy="give one for each node",
-                )
-            sizes = {len(node.support) for node in codes[cell]} - {self.space.sparsity}
-            if sizes:
-                raise ConfigError(
-                    f"a node of the {cell} cell keeps {sizes.pop()} operations",
-                    field="codes",
-                    remedy=f"keep {self.space.sparsity}, the sparsity of the space",
-                )
-        self._codes = {cell: list(codes[cell]) for cell in CELLS}
-        self._kept = {cell: _kept_columns(codes[cell], self.node_alphas(cell)[0]) for cell in CELLS}
+    def activate(self, supports: Mapping[str, Sequence[Support]]) -> set[str]:
         self._plans = {
             cell: [
-                [(state, self.space.edge(i, state), op) for state, op in map(self.space.split, node.support)]
-                for i, node in enumerate(codes[cell])
+                [(state, self.space.edge(i, state), op) for state, op in map(self.space.split, support)]
+                for i, support in enumerate(supports[cell])
             ]
             for cell in CELLS
         }
@@ -278,60 +169,43 @@ class Supernet(CellNetwork):
             cell: live_states([[state for state, _, _ in node] for node in plan], concat=nodes)
             for cell, plan in self._plans.items()
         }
-        self.node_states = {
-            cell: list(states[cell]) if states is not None else [NodeState.ACTIVE] * self.space.n_nodes
-            for cell in CELLS
-        }
-        for kind in CELLS:
-            for b, state in zip(self.node_alphas(kind), self.node_states[kind], strict=True):
-                b.requires_grad_(state is NodeState.ACTIVE)
         for module in self.cells:
             module.train_affine(self.node_states[str(module.kind)])  # type: ignore[operator]
         self._set_live(self._states)
-        kinds = {str(module.kind) for module in self._live_cells()}
-        self._active_alphas = [
-            b for kind in CELLS if kind in kinds for b in self.node_alphas(kind) if b.requires_grad
-        ]
+        return {str(module.kind) for module in self._live_cells()}
 
     def plan(self, cell: str) -> Plan:
         """Return, for each node of a cell, its active (state, edge of the cell, op)."""
         return self._plans[cell]
 
-    def genotype(self) -> Genotype:
-        """Return the active architecture."""
-        supports = {cell: [node.support for node in self._codes[cell]] for cell in CELLS}
-        return genotype_from_supports(self.space, supports)
-
-    def edge_weights(self) -> EdgeWeights:
-        """Return, for each cell, the weights (nodes, s) of its active operations, differentiable in b.
-
-        alpha_S = z_S + A_S^T (b - A_S z_S), in float64: `istanas.sparse.edge_weights` for all nodes of a cell at once.
-        """
-        weights: EdgeWeights = {}
-        for cell, kept in self._kept.items():
-            b = torch.stack([*self.node_alphas(cell)])
-            alphas = kept.codes + torch.einsum("nms,nm->ns", kept.columns, b.double() - kept.measured)
-            weights[cell] = alphas.to(b.dtype)
-        return weights
-
-    def active_alphas(self) -> list[nn.Parameter]:
-        """Return the compressed alphas that get a gradient: those of ACTIVE nodes of kinds that have a live cell."""
-        return list(self._active_alphas)
-
     def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
         return [cell.ops[edge][op] for node in self._plans[str(cell.kind)] for _, edge, op in node]  # type: ignore[index,misc]
-
-    def forward(self, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
-        """Return the logits (B, classes). `weights` is the result of `edge_weights`; `None` computes it."""
-        return self.forward_with_auxiliary(x, weights)[0]
 
     def forward_with_auxiliary(
         self, x: Tensor, weights: EdgeWeights | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return (logits, auxiliary logits). The latter are `None` in eval mode or without an auxiliary head."""
-        if not self._plans:
-            raise ConfigError("no active operations", field="supernet", remedy="call install_codes first")
         weights = self.edge_weights() if weights is None else weights
         drop = self.drop_path_prob if self.training else 0.0
         arguments = {cell: (self._states[cell], self._plans[cell], weights[cell], drop) for cell in CELLS}
         return self._logits(x, arguments)
+
+    def copy_weights(self, target: TargetNet) -> list[tuple[nn.Module, Tensor]]:
+        pairs: list[tuple[nn.Module, nn.Module]] = [
+            (target.stem, self.stem),
+            (target.classifier, self.classifier),
+        ]
+        if target.auxiliary_head is not None and self.auxiliary_head is not None:
+            pairs.append((target.auxiliary_head, self.auxiliary_head))
+        edge_weights, scaled = self.edge_weights(), []
+        for ours, theirs in zip(target.cells, self.cells, strict=True):
+            kind = str(theirs.kind)
+            pairs += [(ours.preprocess0, theirs.preprocess0), (ours.preprocess1, theirs.preprocess1)]  # type: ignore[list-item]
+            kept = [(edge, op) for node in self.plan(kind) for _, edge, op in node]
+            alphas = [alpha for node in edge_weights[kind] for alpha in node]
+            for position, ((edge, op), alpha) in enumerate(zip(kept, alphas, strict=True)):
+                operation: nn.Module = ours.ops[position]  # type: ignore[index, assignment]
+                pairs.append((operation, theirs.ops[edge][op]))  # type: ignore[index, arg-type]
+                scaled.append((operation, alpha))
+        for mine, other in pairs:
+            mine.load_state_dict(other.state_dict())
+        return scaled

@@ -8,6 +8,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from istanas.nets.networks import TargetNetwork
 from istanas.nets.operations import (
     DilConv,
     FactorizedReduce,
@@ -71,7 +72,7 @@ class TargetCell(nn.Module):
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
-class TargetNet(CellNetwork):
+class TargetNet(CellNetwork, TargetNetwork):
     """The network of a genotype.
 
     Args:
@@ -126,9 +127,6 @@ class TargetNet(CellNetwork):
 
     def _live_operations(self, cell: nn.Module) -> list[nn.Module]:
         return [cell.ops[position] for _, picks in cell.plan for position, _ in picks]  # type: ignore[index,misc,union-attr]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_with_auxiliary(x)[0]
 
     def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (logits, auxiliary logits). The latter are `None` in eval mode or without an auxiliary head."""

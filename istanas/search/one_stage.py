@@ -17,15 +17,11 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.measure import Cost
-from istanas.nets import NodeCode, NodeState, Supernet
-from istanas.search.state import (
-    Place,
-    Recovered,
-    RecoveryReport,
-    SearchState,
-)
+from istanas.nets import NodeCode, NodeState, SearchNetwork
+from istanas.search.base import Batches, Place, RecoveryReport
+from istanas.search.sparse_coding import Recovered, SparseCodingSearch
 from istanas.settings import CLOSING_EPOCHS, OneStageSettings
-from istanas.space import CELLS, Genotype, genotype_from_supports
+from istanas.space import Genotype
 from istanas.training import (
     BatchLike,
     Compute,
@@ -34,7 +30,6 @@ from istanas.training import (
     Totals,
     clip_gradients,
     cross_entropy,
-    evaluate,
     learning_rate,
     set_learning_rate,
     warmup_factor,
@@ -67,7 +62,7 @@ class _Excess(NamedTuple):
     text: str
 
 
-class OneStageSearch(SearchState):
+class OneStageSearch(SparseCodingSearch[OneStageSettings]):
     """A one-stage search: its state, its steps and its epochs.
 
     Args:
@@ -76,21 +71,22 @@ class OneStageSearch(SearchState):
         settings: Hyperparameters of the search.
         compute: Device and precision.
         seed: Seed of the compressed alphas.
-        cost: Returns the parameters and multiply-adds of a genotype's target network, which are compared with the
-            limits.
         ranks: The processes that search together; `None` means only this one.
+        cost: Returns the parameters and multiply-adds of a genotype's target network, which are compared with the
+            limits; `None` if the settings have no limits.
 
     Raises:
         ConfigError: If neither the first random architecture nor 100 others are within the limits.
 
     Example:
         >>> import torch
+        >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, op_batchnorm=True)
-        >>> settings = OneStageSettings(max_search_epochs=1, train_epochs=1)
-        >>> search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0, lambda genotype: Cost(1, 1))
+        >>> settings = OneStageSettings(max_search_epochs=1, train_epochs=1, max_params=None)
+        >>> search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
-        >>> search.train_epoch([batch], n_steps=1).count, len(search.recover().nodes)
+        >>> search.train_epoch([batch], None, n_steps=1).count, len(search.recover().nodes)
         (2, 4)
         >>> search.is_searching, search.search_epochs, search.is_done
         (False, 2, False)
@@ -103,16 +99,14 @@ class OneStageSearch(SearchState):
 
     def __init__(
         self,
-        supernet: Supernet,
+        supernet: SearchNetwork,
         settings: OneStageSettings,
         compute: Compute,
         seed: int,
-        cost: Callable[[Genotype], Cost],
         ranks: Ranks | None = None,
+        cost: Callable[[Genotype], Cost] | None = None,
     ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks)
-        self.settings = settings
-        self.cost = cost
+        super().__init__(supernet, settings, compute, seed, ranks, cost)
         self.freezings: list[Freezing] = []
         self.n_rejected = 0  # Number of rejected architectures after the first accepted one.
         self.first_recovery = self._first_recovery(seed)
@@ -174,7 +168,8 @@ class OneStageSearch(SearchState):
 
     def train_epoch(
         self,
-        batches: Iterable[BatchLike],
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Batches | None,
         n_steps: int,
         observe: Observer | None = None,
         *,
@@ -185,7 +180,8 @@ class OneStageSearch(SearchState):
         Afterwards the running statistics of batch norm are averaged over the ranks.
 
         Args:
-            batches: Batches on the device, see `istanas.data.Batch`.
+            weight_batches: Batches on the device, see `istanas.data.Batch`.
+            alpha_batches: Not used.
             n_steps: Number of batches, >= 1.
             observe: Called after every step.
             lr_factor: Factor of the weights' learning rate, > 0; below 1 after a divergence.
@@ -197,7 +193,7 @@ class OneStageSearch(SearchState):
         self.supernet.train()
         self.supernet.drop_path_prob = s.drop_path * self.trained_epochs(self.epoch) / max(s.train_epochs, 1)
         totals = Totals(self.compute.device)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(weight_batches):
             rate = self.learning_rate(self.epoch + step / n_steps)
             set_learning_rate(self.weight_optimizer, lr_factor * rate)
             self.step(batch, totals)
@@ -224,9 +220,27 @@ class OneStageSearch(SearchState):
         self.alpha_optimizer.step()  # Adam skips the b of frozen nodes, which have no gradient.
         totals.add(loss, logits, target)
 
-    def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks."""
-        return evaluate(self.supernet.eval(), batches, self.compute, self.ranks)
+    def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
+        """Run one step of an epoch, to measure its time."""
+        self.step(batch, Totals(self.compute.device))
+
+    @property
+    def trained(self) -> tuple[int, int] | None:
+        """(completed, total) epochs of the training of the fixed architecture; `None` before its beginning."""
+        if self.search_epochs is None:
+            return None
+        return self.epoch - self.search_epochs, self.settings.train_epochs
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of frozen nodes and of rejected architectures."""
+        return {
+            "arch/frozen_nodes": float(len(self.freezings)),
+            "arch/rejected": float(self.n_rejected),
+        }
+
+    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+        """Recover the codes of ACTIVE nodes, see `recover`."""
+        return self.recover()
 
     def recover(self) -> RecoveryReport:
         """Recover the codes of ACTIVE nodes, install them if the architecture is within the limits, and freeze nodes.
@@ -260,16 +274,20 @@ class OneStageSearch(SearchState):
 
     def _excess(self, recovered: Sequence[Recovered]) -> _Excess | None:
         """Return a limit that the architecture with these new codes exceeds, or `None`."""
+        s, space = self.settings, self.supernet.space
+        if self.cost is None:
+            assert s.max_params is s.max_macs is None, "limits require a cost"
+            return None
         supports = {cell: [code.support for code in codes] for cell, codes in self.codes.items()}
         if not supports:
-            supports = {cell: [()] * self.supernet.space.n_nodes for cell in CELLS}
+            supports = {kind: [()] * len(each) for kind, each in space.decisions.items()}
         for new in recovered:
             cell, node = new.place
             supports[cell][node] = new.code.support
-        cost = self.cost(genotype_from_supports(self.supernet.space, supports))
+        cost = self.cost(space.genotype(supports))
         for value, limit, name, unit in (
-            (cost.params, self.settings.max_params, "max_params", "parameters"),
-            (cost.macs, self.settings.max_macs, "max_macs", "multiply-adds"),
+            (cost.params, s.max_params, "max_params", "parameters"),
+            (cost.macs, s.max_macs, "max_macs", "multiply-adds"),
         ):
             if limit is not None and value > limit:
                 return _Excess(name, f"{value:,} {unit} are above {name} = {limit:,}")
@@ -284,7 +302,7 @@ class OneStageSearch(SearchState):
             codes: The code of every node.
             distances: For every ACTIVE node, the distance of its new code to its last accepted one.
         """
-        states = {cell: list(self.supernet.node_states[cell]) for cell in CELLS}
+        states = {kind: list(each) for kind, each in self.supernet.node_states.items()}
         trained = {id(b) for b in self.supernet.active_alphas()}
         for (cell, node), distance in distances.items():
             was_trained = id(self.supernet.node_alphas(cell)[node]) in trained

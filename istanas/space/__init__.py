@@ -1,9 +1,18 @@
-"""The search space: the topology of a cell, candidate operations, genotypes and the published cells."""
+"""Search spaces: their decisions and networks, candidate operations, genotypes and the published cells."""
 
+from istanas.space.base import (
+    DEFAULT_SPACE,
+    SPACES,
+    Decision,
+    Drawing,
+    NetworkSize,
+    Pick,
+    SearchSpace,
+    register_space,
+)
 from istanas.space.genotype import (
     CELLS,
     Genotype,
-    Pick,
     Picks,
     genotype_from_supports,
     random_genotype,
@@ -16,16 +25,23 @@ from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
 __all__ = [
     "CELLS",
+    "DEFAULT_SPACE",
     "N_CELL_INPUTS",
     "PRIMITIVES",
     "PUBLISHED",
+    "SPACES",
     "CellSpace",
+    "Decision",
+    "Drawing",
     "Genotype",
+    "NetworkSize",
     "Pick",
     "Picks",
     "Primitive",
+    "SearchSpace",
     "genotype_from_supports",
     "genotype_from_text",
     "random_genotype",
+    "register_space",
     "state_name",
 ]

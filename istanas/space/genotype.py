@@ -1,4 +1,4 @@
-"""Genotypes: the operations that each node of the two cells keeps, and their JSON form.
+"""Genotypes: the candidates that each decision of a search space keeps, and their JSON form.
 
 The stored order of a node's picks matters, because trained weights follow it. The digest ignores it, because two
 genotypes that differ only in this order describe the same network.
@@ -12,22 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
+from istanas.space.base import Pick, SearchSpace
 from istanas.space.primitives import PRIMITIVES, SKIP
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
-Pick = tuple[str, int]
 Picks = tuple[tuple[Pick, ...], ...]
 VERSION = 1
+DARTS = CellSpace.name
 CELLS = ("normal", "reduce")
 
 
 @dataclass(frozen=True)
 class Genotype:
-    """The two cells of a network.
+    """The architecture of a network: the two cells of the DARTS space, or the choices in another space.
 
     Args:
         normal: For each node of the normal cell its picks (operation, state), at least one. States 0 and 1 are the
@@ -35,6 +34,9 @@ class Genotype:
         reduce: The same for the reduction cell.
         normal_concat: States that the normal cell's output concatenates, each in 0 .. nodes + 1. Empty: all nodes.
         reduce_concat: The same for the reduction cell, each in 2 .. nodes + 1.
+        space: Name of the search space.
+        choices: In other spaces than "darts", each kind of decision with the picks of its decisions. Whether they are
+            candidates is checked by the space, see `istanas.space.SearchSpace.check`.
 
     Raises:
         GenotypeError: If an operation is unknown, a state does not precede its node, a concatenation repeats a state
@@ -44,14 +46,21 @@ class Genotype:
         >>> g = Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),))
         >>> Genotype.from_json(g.to_json()) == g
         True
+        >>> Genotype(space="chain", choices=(("block", ((("conv3", 0),), (("skip", 0),))),)).picks("block")[1]
+        (('skip', 0),)
     """
 
-    normal: Picks
-    reduce: Picks
+    normal: Picks = ()
+    reduce: Picks = ()
     normal_concat: tuple[int, ...] = ()
     reduce_concat: tuple[int, ...] = ()
+    space: str = DARTS
+    choices: tuple[tuple[str, Picks], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.space != DARTS:
+            _check_choices(self)
+            return
         for cell in CELLS:
             picks = getattr(self, cell)
             if not getattr(self, f"{cell}_concat"):
@@ -60,9 +69,16 @@ class Genotype:
                 )
             _check_cell(cell, picks, getattr(self, f"{cell}_concat"))
 
-    def picks(self, cell: str) -> Picks:
-        """Return the picks of the "normal" or "reduce" cell."""
-        return self.normal if cell == "normal" else self.reduce
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of decisions: "normal" and "reduce" in the DARTS space."""
+        return CELLS if self.space == DARTS else tuple(kind for kind, _ in self.choices)
+
+    def picks(self, kind: str) -> Picks:
+        """Return the picks of the decisions of one kind."""
+        if self.space != DARTS:
+            return dict(self.choices)[kind]
+        return self.normal if kind == "normal" else self.reduce
 
     def concat(self, cell: str) -> tuple[int, ...]:
         """Return the concatenated states of the "normal" or "reduce" cell."""
@@ -70,11 +86,17 @@ class Genotype:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object as Python lists and dicts."""
+        if self.space != DARTS:
+            return {
+                "version": VERSION,
+                "space": self.space,
+                "choices": {kind: _as_lists(picks) for kind, picks in self.choices},
+            }
         return {
             "version": VERSION,
-            "normal": [[list(pick) for pick in node] for node in self.normal],
+            "normal": _as_lists(self.normal),
             "normal_concat": list(self.normal_concat),
-            "reduce": [[list(pick) for pick in node] for node in self.reduce],
+            "reduce": _as_lists(self.reduce),
             "reduce_concat": list(self.reduce_concat),
         }
 
@@ -100,9 +122,13 @@ class Genotype:
             raise GenotypeError(
                 f"unknown version {version!r:.60}", field="genotype.version", remedy=f"use version {VERSION}"
             )
-        unknown = sorted(set(data) - {"version", "normal", "reduce", "normal_concat", "reduce_concat"})
+        space = data.get("space", DARTS)
+        fields = {"normal", "reduce", "normal_concat", "reduce_concat"} if space == DARTS else {"choices"}
+        unknown = sorted(set(data) - {"version", "space"} - fields)
         if unknown:
             raise GenotypeError(f"unknown field {unknown[0]!r:.60}", field="genotype", remedy="remove it")
+        if space != DARTS:
+            return cls(space=_parse_space(space), choices=_parse_choices(data.get("choices")))
         cells: dict[str, Any] = {}
         for cell in CELLS:
             cells[cell] = _parse_picks(cell, data.get(cell))
@@ -139,48 +165,47 @@ class Genotype:
 
     def canonical(self) -> Genotype:
         """Return the genotype with each node's picks sorted. It is equal for all genotypes with the same digest."""
-        normal, reduce = (tuple(tuple(sorted(node)) for node in self.picks(cell)) for cell in CELLS)
-        return replace(self, normal=normal, reduce=reduce)
+        ordered = {kind: tuple(tuple(sorted(node)) for node in self.picks(kind)) for kind in self.kinds}
+        if self.space != DARTS:
+            return replace(self, choices=tuple(ordered.items()))
+        return replace(self, normal=ordered["normal"], reduce=ordered["reduce"])
 
     def skip_ratio(self) -> float:
-        """Return the fraction of skip connections among all picks of both cells, in [0, 1]."""
-        ops = [op for cell in CELLS for node in self.picks(cell) for op, _ in node]
+        """Return the fraction of skip connections among all picks, in [0, 1]."""
+        ops = [op for kind in self.kinds for node in self.picks(kind) for op, _ in node]
         return ops.count(SKIP) / len(ops)
 
     def __str__(self) -> str:
         lines = []
-        for cell in CELLS:
-            for i, node in enumerate(self.picks(cell)):
-                lines.append(
-                    f"{cell:6} node {i}: " + ", ".join(f"{op} <- {state_name(state)}" for op, state in node)
-                )
+        for kind in self.kinds:
+            for i, node in enumerate(self.picks(kind)):
+                if self.space == DARTS:
+                    text = ", ".join(f"{op} <- {state_name(state)}" for op, state in node)
+                    lines.append(f"{kind:6} node {i}: {text}")
+                else:
+                    lines.append(f"{kind} {i}: {', '.join(op for op, _ in node)}")
         return "\n".join(lines)
 
 
-def genotype_from_supports(space: CellSpace, supports: Mapping[str, Sequence[Sequence[int]]]) -> Genotype:
-    """Return the genotype whose picks are the candidates that each node's sparse code keeps.
+def genotype_from_supports(space: SearchSpace, supports: Mapping[str, Sequence[Sequence[int]]]) -> Genotype:
+    """Return the genotype whose picks are the candidates that each decision keeps.
 
     Args:
-        space: The cell space that defines the candidates.
-        supports: For "normal" and "reduce", the kept candidates of each node (indices into its sparse code).
+        space: The search space that defines the candidates.
+        supports: For each kind, such as "normal", the kept candidates of each decision (indices into its sparse code).
 
     Example:
         >>> space = CellSpace(n_nodes=1, sparsity=1)
         >>> genotype_from_supports(space, {"normal": [[2]], "reduce": [[7]]}).reduce
         ((('max_pool_3x3', 1),),)
     """
-
-    def picks(nodes: Sequence[Sequence[int]]) -> Picks:
-        split = [[space.split(int(c)) for c in sorted(node)] for node in nodes]
-        return tuple(tuple((space.ops[op], state) for state, op in node) for node in split)
-
-    return Genotype(normal=picks(supports["normal"]), reduce=picks(supports["reduce"]))
+    return space.genotype(supports)
 
 
-def random_genotype(seed: int, space: CellSpace) -> Genotype:
+def random_genotype(seed: int, space: SearchSpace) -> Genotype:
     """Draw a genotype uniformly from a space: the random baseline of a search.
 
-    Each node keeps `space.sparsity` distinct candidates (on distinct edges with `one_op_per_edge`).
+    In the DARTS space each node keeps `space.sparsity` distinct candidates (on distinct edges with `one_op_per_edge`).
 
     Args:
         seed: An integer >= 0; equal seeds give equal genotypes.
@@ -190,17 +215,46 @@ def random_genotype(seed: int, space: CellSpace) -> Genotype:
         >>> random_genotype(0, CellSpace()) == random_genotype(0, CellSpace())
         True
     """
-    rng = np.random.Generator(np.random.PCG64(seed))
+    return space.random(seed)
 
-    def support(node: int) -> list[int]:
-        if not space.one_op_per_edge:
-            return [int(c) for c in rng.choice(space.n_candidates(node), space.sparsity, replace=False)]
-        states = rng.choice(space.n_node_edges(node), space.sparsity, replace=False)
-        return [space.candidate(node, int(state), int(rng.integers(space.n_ops))) for state in states]
 
-    return genotype_from_supports(
-        space, {cell: [support(node) for node in range(space.n_nodes)] for cell in CELLS}
-    )
+def _as_lists(picks: Picks) -> list[list[list[Any]]]:
+    return [[list(pick) for pick in node] for node in picks]
+
+
+def _check_choices(genotype: Genotype) -> None:
+    """Check the form of the choices in another space than DARTS."""
+    field = "genotype.choices"
+    if genotype.normal or genotype.reduce or genotype.normal_concat or genotype.reduce_concat:
+        raise GenotypeError(
+            f"cells of the space {DARTS} in the space {genotype.space}", field=field, remedy="give choices"
+        )
+    if not genotype.choices or not all(picks and all(picks) for _, picks in genotype.choices):
+        raise GenotypeError("a decision without a choice", field=field, remedy="give at least one for each")
+    n_decisions = sum(len(picks) for _, picks in genotype.choices)
+    n_picks = sum(len(node) for _, picks in genotype.choices for node in picks)
+    if n_decisions > GENOTYPE_NODES or n_picks > GENOTYPE_PICKS:
+        raise GenotypeError(
+            f"{n_decisions} decisions with {n_picks} choices are too many",
+            field=field,
+            remedy=f"use at most {GENOTYPE_NODES} decisions with {GENOTYPE_PICKS} choices in total",
+        )
+
+
+def _parse_space(value: Any) -> str:
+    if not isinstance(value, str) or not value.isidentifier() or len(value) > 64:
+        raise GenotypeError(
+            f"{value!r:.60} is not the name of a search space", field="genotype.space", remedy="give its name"
+        )
+    return value
+
+
+def _parse_choices(value: Any) -> tuple[tuple[str, Picks], ...]:
+    if not isinstance(value, dict) or not all(isinstance(kind, str) for kind in value):
+        raise GenotypeError(
+            "not an object", field="genotype.choices", remedy="give {kind: [[[op, state], ...], ...]}"
+        )
+    return tuple((kind, _parse_picks(f"choices.{kind:.20}", picks)) for kind, picks in value.items())
 
 
 def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:

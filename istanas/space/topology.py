@@ -7,27 +7,38 @@ candidates of a node are its (edge, operation) pairs, row by row: candidate = st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Le
 
 from istanas.errors import ConfigError
-from istanas.space.primitives import PRIMITIVES
+from istanas.settings import PositiveInt
+from istanas.space.base import Decision, Drawing, NetworkSize, SearchSpace, Supports, register_space
+from istanas.space.primitives import PRIMITIVES, Primitive
+
+if TYPE_CHECKING:
+    from istanas.measure import Cost
+    from istanas.nets import Supernet, TargetNet
+    from istanas.space.genotype import Genotype
 
 N_CELL_INPUTS = 2
 
 
 @dataclass(frozen=True)
-class CellSpace:
-    """The search space of a cell: its nodes, its candidate operations, and how many of them a node keeps.
+class CellSpace(SearchSpace):
+    """The DARTS space: a normal and a reduction cell, of whose candidates each node keeps some.
 
     Args:
-        n_nodes: Number of intermediate nodes, >= 1.
-        ops: Names of the candidate operations, at least one of `PRIMITIVES`, without repetition.
-        sparsity: Number of operations that a node keeps, 1 .. candidates of node 0 (with `one_op_per_edge`: 1 .. 2).
-        one_op_per_edge: Whether the picks of a node must lie on different edges. The published code does not require
-            it.
+        n_nodes: Number of intermediate nodes of a cell.
+        ops: Candidate operations on each edge, each named once.
+        sparsity: Number of operations that each node keeps: at most the candidates of node 0, or 2 with
+            one_op_per_edge.
+        one_op_per_edge: Whether the operations that a node keeps must lie on different edges. The published code does
+            not require it.
 
     Raises:
         ConfigError: If a field is out of range.
@@ -40,9 +51,13 @@ class CellSpace:
         (1, 2)
     """
 
-    n_nodes: int = 4
-    ops: tuple[str, ...] = field(default=PRIMITIVES)
-    sparsity: int = 2
+    name: ClassVar[str] = "darts"
+    has_auxiliary: ClassVar[bool] = True
+    has_partial_channels: ClassVar[bool] = True
+
+    n_nodes: Annotated[int, Ge(1), Le(16)] = field(default=4, metadata={"key": "nodes"})
+    ops: tuple[Primitive, ...] = field(default=PRIMITIVES)
+    sparsity: PositiveInt = 2
     one_op_per_edge: bool = False
 
     def __post_init__(self) -> None:
@@ -115,3 +130,110 @@ class CellSpace:
         if not self.one_op_per_edge:
             return None
         return np.repeat(np.arange(self.n_node_edges(node)), self.n_ops)
+
+    # ---------- the interface of `SearchSpace`
+
+    def make_decisions(self) -> list[Decision]:
+        """Return the nodes of both cells."""
+        return [
+            Decision(
+                kind,
+                node,
+                tuple((op, state) for state in range(self.n_node_edges(node)) for op in self.ops),
+                self.sparsity,
+                one_per_edge=self.one_op_per_edge,
+            )
+            for kind in ("normal", "reduce")
+            for node in range(self.n_nodes)
+        ]
+
+    def genotype(self, supports: Supports) -> Genotype:
+        """Return the genotype that keeps these candidates."""
+        from istanas.space.genotype import Genotype
+
+        return Genotype(
+            normal=self.picks("normal", supports["normal"]), reduce=self.picks("reduce", supports["reduce"])
+        )
+
+    def check(self, genotype: Genotype) -> None:
+        """Check that a genotype belongs to the DARTS space. Its cells may have any number of nodes and picks."""
+        self.check_name(genotype)
+
+    def supernet(
+        self,
+        size: NetworkSize,
+        alpha_size: Callable[[Decision], int],
+        *,
+        auxiliary: bool = False,
+        partial: int = 1,
+    ) -> Supernet:
+        """Return the network of a search."""
+        from istanas.nets import Supernet
+
+        return Supernet(
+            self,
+            size.init_channels,
+            size.layers,
+            size.num_classes,
+            stem=size.stem,
+            in_channels=size.in_channels,
+            op_batchnorm=size.op_batchnorm,
+            auxiliary=auxiliary,
+            alpha_size=alpha_size,
+            partial=partial,
+        )
+
+    def target(self, genotype: Genotype, size: NetworkSize, *, auxiliary: bool = False) -> TargetNet:
+        """Return the network of a genotype."""
+        from istanas.nets import TargetNet
+
+        return TargetNet(
+            genotype,
+            size.init_channels,
+            size.layers,
+            size.num_classes,
+            stem=size.stem,
+            auxiliary=auxiliary,
+            op_batchnorm=size.op_batchnorm,
+            in_channels=size.in_channels,
+        )
+
+    def cost(self, genotype: Genotype, size: NetworkSize, shape: tuple[int, int, int]) -> Cost:
+        """Return parameters and multiply-adds of a genotype's network, computed from the genotype."""
+        from istanas.measure import target_cost
+
+        return target_cost(
+            genotype,
+            init_channels=size.init_channels,
+            layers=size.layers,
+            num_classes=size.num_classes,
+            shape=shape,
+            stem=size.stem,
+            op_batchnorm=size.op_batchnorm,
+        )
+
+    def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:
+        """Return the drawings of both cells."""
+        return {kind: cell_drawing(genotype.picks(kind), genotype.concat(kind)) for kind in genotype.kinds}
+
+
+def cell_drawing(picks: Any, concat: Any) -> Drawing:
+    """Return the drawing of a cell, from its inputs on the left to the concatenation on the right.
+
+    Args:
+        picks: For each node its inputs (operation, state).
+        concat: The states that the output concatenates.
+    """
+    n_nodes = len(picks)
+    output = N_CELL_INPUTS + n_nodes
+    states = ("$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(n_nodes)), "concat")
+    chosen = [
+        (state, N_CELL_INPUTS + node, op, node, position)
+        for node, row in enumerate(picks)
+        for position, (op, state) in enumerate(row)
+    ]
+    joined = [(state, output, None, -1, -1) for state in concat]
+    return Drawing(states, tuple(chosen + joined), frozenset({0, 1, output}))
+
+
+register_space(CellSpace)

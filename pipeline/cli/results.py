@@ -10,15 +10,16 @@ from pathlib import Path
 import click
 
 from istanas.errors import IstanasError
+from istanas.methods import METHODS
 from pipeline.cli.options import complete_file, complete_folder, config_options, json_option
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.cli.settings import load_config, run_and_config
-from pipeline.config.choices import DEFAULT_METRIC, KINDS, METHODS, METRICS
+from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
 
 
 @click.command()
 @click.option("--kind", type=click.Choice(KINDS), help="Show only runs of this kind.")
-@click.option("--method", type=click.Choice(METHODS), help="Show only runs of this method.")
+@click.option("--method", type=click.Choice(tuple(METHODS)), help="Show only runs of this method.")
 @click.option("--dataset", metavar="NAME", help="Show only runs on this data set.")
 @click.option(
     "--where",
@@ -173,7 +174,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 
     genotype, _ = resolve_genotype(
         reference,
-        space=config.space.cell_space(),
+        space=config.space.build(),
         runs_dir=bucket.local(config.runtime.runs_dir),
         tracking_uri=config.tracking.uri,
     )

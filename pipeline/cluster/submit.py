@@ -24,7 +24,7 @@ from pipeline.base.redaction import without_secrets
 from pipeline.cluster.job_server import ID, PROGRAM, JobServer, Write, is_loopback
 from pipeline.cluster.working_tree import Package, megabytes, working_tree
 from pipeline.config.combinations import check_batch_sizes
-from pipeline.config.schema import Config, OneStageConfig
+from pipeline.config.schema import Config
 from pipeline.runs.bucket import local
 from pipeline.tracking.store import public_uri
 
@@ -122,7 +122,7 @@ def check(submission: Submission, address: str) -> None:
             remedy="run the same command on this machine, without submit",
         )
     if submission.job != "sweep":  # The command line checks the space of a sweep, see `check_space`.
-        both = submission.job == "run" and not isinstance(config, OneStageConfig)
+        both = submission.job == "run" and not config.trains_target
         first = "retrain" if submission.job == "retrain" else "search"
         check_batch_sizes(config, ("search", "retrain") if both else (first,))
     problems = [

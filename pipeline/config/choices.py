@@ -3,9 +3,6 @@
 KINDS = ("sweep", "search", "retrain")
 """Kinds of runs, from the outermost to the innermost."""
 
-METHODS = ("two_stage", "one_stage")
-"""Search methods. Each has a schema in `pipeline.config.schema`."""
-
 HIGHER = ("valid/top1", "test/top1", "valid/top5", "test/top5")
 LOWER = ("valid/loss", "test/loss", "target/params", "target/macs")
 METRICS = (*HIGHER, *LOWER)

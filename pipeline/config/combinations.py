@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from istanas.checks import check_dataset_arguments, check_stem
 from istanas.errors import ConfigError
 from pipeline.config.errors import ConflictError
-from pipeline.config.schema import Config, OneStageConfig
+from pipeline.config.schema import Config
 
 
 def conflicts_of(config: Config) -> Iterator[ConflictError]:
@@ -89,11 +89,10 @@ def _warmup_conflicts(config: Config) -> Iterator[ConflictError]:
     lengths = [
         ("retrain.warmup_epochs", config.retrain.warmup_epochs, "retrain.epochs", config.retrain.epochs)
     ]
-    if isinstance(config, OneStageConfig):
-        s = config.search
-        lengths.append(
-            ("search.warmup_epochs", s.warmup_epochs, "search.max_search_epochs", s.max_search_epochs)
-        )
+    lengths += [
+        (f"search.{key}", getattr(config.search, key), f"search.{other}", getattr(config.search, other))
+        for key, other in config.search.settings_class.shorter
+    ]
     for key, warmup, other, epochs in lengths:
         if warmup >= epochs:
             yield ConflictError(
@@ -130,7 +129,7 @@ def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
             fields=("sweep.start_from", "sweep.searcher"),
             remedy="leave it out, or choose another searcher",
         )
-    if config.data.holdout == 0 and (sweep.objective == "retrained" or config.method == "one_stage"):
+    if config.data.holdout == 0 and (sweep.objective == "retrained" or config.trains_target):
         yield ConflictError(
             "0 leaves no pictures to measure the objective on",
             fields=("data.holdout", "sweep.objective"),

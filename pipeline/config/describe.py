@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import itertools
 import json
 import re
 import textwrap
@@ -13,15 +15,21 @@ from typing import Any
 import pydantic
 
 from istanas.errors import ConfigError
-from pipeline.config.keys import section_of
-from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, UNIT, WORDS
+from istanas.methods import DEFAULT_METHOD, METHODS
+from istanas.registry import OWN, Registry
+from istanas.space import DEFAULT_SPACE, SPACES
+from pipeline.config.keys import all_schemas, schemas_of_methods, schemas_of_spaces, section_of
+from pipeline.config.schema import config_class
+from pipeline.config.sections import UNIT, WORDS
 
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, SPACES)
+"""The registries whose names are values of keys."""
 ANY_KEY = "KEY"  # placeholder for the swept keys in `sweep.space.KEY.uniform`
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A key as one method defines it.
+    """A key as one method or one search space defines it.
 
     Args:
         type: Type, range and unit in words.
@@ -47,56 +55,80 @@ class Key:
 
     Args:
         path: The key with its sections, such as "search.epochs".
-        variants: The key as each method defines it; methods without the key are left out.
+        variants: The key as each method defines it, or each search space for the keys of the section `space`. Those
+            without the key are left out.
+        names: The names in the key's registry, each with who registered it; empty for keys without a registry.
     """
 
     path: str
     variants: Mapping[str, Variant]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def owner(self) -> str:
+        """What defines the key: "space" for the keys of the section `space`, otherwise "method"."""
+        return "space" if self.path.startswith("space.") else "method"
 
     @property
     def only(self) -> str:
-        """The methods that have the key, or an empty string if all have it."""
-        return "" if len(self.variants) == len(SCHEMAS) else " and ".join(self.variants)
+        """The methods or spaces that have the key, or an empty string if all have it."""
+        everyone = SPACES if self.owner == "space" else METHODS
+        return "" if len(self.variants) == len(everyone) else " and ".join(self.variants)
 
     def fact(self, name: str) -> list[tuple[str, str]]:
-        """Return an attribute of the variants as pairs (methods, value); methods is empty if all variants agree.
+        """Return an attribute of the variants as pairs (owners, value); owners is empty if all variants agree.
 
         Example:
             >>> key, = describe("search.layers")
-            >>> key.fact("shown_default"), key.fact("type")
-            ([('two_stage', '8'), ('one_stage', '20')], [('', 'integer, at least 3')])
+            >>> key.fact("shown_default")[1], key.fact("type")
+            (('one_stage', '20'), [('', 'integer, at least 3')])
         """
         values: dict[str, list[str]] = {}
-        for method, variant in self.variants.items():
-            values.setdefault(getattr(variant, name), []).append(method)
+        for owner, variant in self.variants.items():
+            values.setdefault(getattr(variant, name), []).append(owner)
         if len(values) == 1:
             return [("", next(iter(values)))]
-        return [(", ".join(methods), value) for value, methods in values.items()]
+        return [(", ".join(owners), value) for value, owners in values.items()]
 
     def as_json(self) -> dict[str, Any]:
         """Return the key as a JSON object."""
-        methods = {
-            method: {"type": v.type, "default": v.default, "required": v.required, "meaning": v.meaning}
-            for method, v in self.variants.items()
+        variants = {
+            owner: {"type": v.type, "default": v.default, "required": v.required, "meaning": v.meaning}
+            for owner, v in self.variants.items()
         }
-        return {"key": self.path, "methods": methods}
+        registered = {"registered": dict(self.names)} if self.names else {}
+        return {"key": self.path, f"{self.owner}s": variants, **registered}
 
 
 def all_keys() -> list[Key]:
-    """Return every key of every method, in the order of the schema."""
+    """Return every key of every method and search space, in the order of the schema."""
     found: dict[str, dict[str, Variant]] = {}
-    for method, schema in SCHEMAS.items():
-        document = schema.model_json_schema()
-        for path, variant in _walk(schema, document, document["$defs"], ""):
-            found.setdefault(path, {})[method] = variant
-    methods = found["method"]
-    names = f"one of {', '.join(SCHEMAS)}"  # each schema allows only its own method
-    found["method"] = {
-        method: Variant(names, DEFAULT_METHOD, False, variant.meaning) for method, variant in methods.items()
-    }
-    order = list(dict.fromkeys(path.partition(".")[0] for path in found))
+    for of_space, schemas in ((False, schemas_of_methods()), (True, schemas_of_spaces())):
+        for owner, schema in schemas.items():
+            document = schema.model_json_schema()
+            for path, variant in _walk(schema, document, document["$defs"], ""):
+                if path.startswith("space.") is of_space:
+                    found.setdefault(path, {})[owner] = variant
+    # Each schema allows only its own method and space.
+    for path, registry, default in (
+        ("method", METHODS, DEFAULT_METHOD),
+        ("space.name", SPACES, DEFAULT_SPACE),
+    ):
+        names = f"one of {', '.join(registry)}"
+        found[path] = {
+            owner: Variant(names, default, False, variant.meaning) for owner, variant in found[path].items()
+        }
+    order = list(config_class().model_fields)
     paths = sorted(found, key=lambda path: order.index(path.partition(".")[0]))  # stable within a section
-    return [Key(path, found[path]) for path in paths]
+    registries = {registry.field: registry for registry in REGISTRIES}
+    return [
+        Key(path, found[path], _origins(registries[path]) if path in registries else {}) for path in paths
+    ]
+
+
+def _origins(registry: Registry[Any]) -> dict[str, str]:
+    """Return who registered each name."""
+    return {name: registry.origin(name) for name in registry}
 
 
 def sections() -> dict[str, str]:
@@ -107,7 +139,7 @@ def sections() -> dict[str, str]:
         "Tracking in MLflow. These keys are not part of the configuration's hash."
     """
     found: dict[str, list[str]] = {}
-    for schema in SCHEMAS.values():
+    for schema in all_schemas():
         for path, model in _sections(schema, ""):
             meanings = found.setdefault(path, [])
             text = " ".join((model.__doc__ or "").split())
@@ -155,28 +187,46 @@ def as_text(keys: Sequence[Key], width: int) -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a configuration file, with which editors complete and check keys."""
     definitions: dict[str, Any] = {}
-    for schema in SCHEMAS.values():
+    cases: list[dict[str, Any]] = []
+    for method, space in itertools.product(METHODS, SPACES):
+        schema = config_class(method, space)
         document = schema.model_json_schema()
         definitions |= document.pop("$defs") | {schema.__name__: document}
-    by_method: list[dict[str, Any]] = [
-        {
-            "if": {"properties": {"method": {"const": method}}, "required": ["method"]},
-            "then": {"$ref": f"#/$defs/{schema.__name__}"},
-        }
-        for method, schema in SCHEMAS.items()
-    ]
-    default = {
-        "if": {"not": {"required": ["method"]}},
-        "then": {"$ref": f"#/$defs/{SCHEMAS[DEFAULT_METHOD].__name__}"},
-    }
+        of_space = _chooses("name", space, DEFAULT_SPACE)
+        cases.append(
+            {
+                "if": {
+                    "allOf": [
+                        _chooses("method", method, DEFAULT_METHOD),
+                        {
+                            "properties": {"space": of_space},
+                            **({} if space == DEFAULT_SPACE else _NEEDS_SPACE),
+                        },
+                    ]
+                },
+                "then": {"$ref": f"#/$defs/{schema.__name__}"},
+            }
+        )
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Configuration of istanas",
         "type": "object",
-        "properties": {"method": {"enum": list(SCHEMAS)}},
-        "allOf": [*by_method, default],
+        "properties": {
+            "method": {"enum": list(METHODS)},
+            "space": {"properties": {"name": {"enum": list(SPACES)}}},
+        },
+        "allOf": cases,
         "$defs": definitions,
     }
+
+
+_NEEDS_SPACE = {"required": ["space"]}
+
+
+def _chooses(key: str, value: str, default: str) -> dict[str, Any]:
+    """Return the condition that an object has this value of a key; a missing key has the default."""
+    required = {} if value == default else {"required": [key]}
+    return {"properties": {key: {"const": value}}, **required}
 
 
 def as_yaml(value: Any) -> str:
@@ -285,10 +335,10 @@ def _number(value: float) -> str:
 
 
 def _lines(key: Key, width: int) -> Iterator[str]:
-    yield f"{key.path} (method {key.only} only)" if key.only else key.path
+    yield f"{key.path} ({key.owner} {key.only} only)" if key.only else key.path
     for label, name in (("", "meaning"), ("type", "type"), ("default", "shown_default")):
-        for methods, value in key.fact(name):
-            start = " ".join(word for word in (label, f"({methods})" if methods else "") if word)
+        for owners, value in key.fact(name):
+            start = " ".join(word for word in (label, f"({owners})" if owners else "") if word)
             yield from textwrap.wrap(
                 f"{start}: {value}" if start else value,
                 width,
@@ -297,3 +347,8 @@ def _lines(key: Key, width: int) -> Iterator[str]:
                 break_on_hyphens=False,
                 break_long_words=False,
             )
+    others = [f"{name} ({origin})" for name, origin in key.names.items() if origin != OWN]
+    if others:
+        yield from textwrap.wrap(
+            f"from plugins: {', '.join(others)}", width, initial_indent="  ", subsequent_indent="    "
+        )

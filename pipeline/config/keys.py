@@ -1,4 +1,4 @@
-"""The keys of a configuration: which methods have a key, what its type is, and which known key resembles a text."""
+"""The keys of a configuration: which methods and spaces have a key, its type, and which key resembles a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 
-from pipeline.config.schema import SCHEMAS, Config, Parameter
+from istanas.methods import DEFAULT_METHOD, METHODS
+from istanas.space import DEFAULT_SPACE, SPACES
+from pipeline.config.schema import Config, Parameter, config_class
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -26,14 +28,38 @@ def value_at(config: Config, key: str) -> Any:
     return found
 
 
+def schemas_of_methods() -> dict[str, type[Config]]:
+    """Return the schema of every method in the default search space."""
+    return {method: config_class(method) for method in METHODS}
+
+
+def schemas_of_spaces() -> dict[str, type[Config]]:
+    """Return the schema of every search space with the default method."""
+    return {space: config_class(DEFAULT_METHOD, space) for space in SPACES}
+
+
+def all_schemas() -> list[type[Config]]:
+    """Return schemas that together have every key."""
+    others = [schema for space, schema in schemas_of_spaces().items() if space != DEFAULT_SPACE]
+    return [*schemas_of_methods().values(), *others]
+
+
 def known_methods(key: str) -> list[str]:
-    """Return the methods whose schema has "key.path".
+    """Return the methods that have "key.path" in some search space.
 
     Example:
-        >>> known_methods("search.epochs"), known_methods("seed"), known_methods("search.epoch")
-        (['two_stage'], ['two_stage', 'one_stage'], [])
+        >>> known_methods("search.max_search_epochs"), known_methods("search.epoch")
+        (['one_stage'], [])
     """
-    return [name for name, schema in SCHEMAS.items() if is_known(schema, key.split("."))]
+    path = key.split(".")
+    if path[0] == "space":
+        return list(METHODS) if known_spaces(key) else []
+    return [name for name, schema in schemas_of_methods().items() if is_known(schema, path)]
+
+
+def known_spaces(key: str) -> list[str]:
+    """Return the search spaces that have "key.path"."""
+    return [name for name, schema in schemas_of_spaces().items() if is_known(schema, key.split("."))]
 
 
 def nearest_key(key: str) -> str:
@@ -45,7 +71,7 @@ def nearest_key(key: str) -> str:
     """
     known = {
         f"{name}.{field}"
-        for schema in SCHEMAS.values()
+        for schema in all_schemas()
         for name, section in schema.model_fields.items()
         if name != "sweep" and (model := section_of(section.annotation)) is not None
         for field in model.model_fields
@@ -91,7 +117,7 @@ def is_text(key: str) -> bool:
         >>> is_text("data.root"), is_text("runtime.workers")
         (True, False)
     """
-    for schema in SCHEMAS.values():
+    for schema in all_schemas():
         model: Any = schema
         *parents, last = key.split(".")
         for name in parents:

@@ -18,9 +18,10 @@ from ruamel.yaml import YAMLError
 from istanas.checks import MIN_STEM_CHANNELS
 from istanas.errors import ConfigError
 from istanas.limits import CONFIG_DEPTH, SMALL_SIDE
+from istanas.space import DEFAULT_SPACE
 from pipeline.base.redaction import without_secrets
-from pipeline.config.keys import is_known, is_text, known_methods
-from pipeline.config.schema import SCHEMAS, Config
+from pipeline.config.keys import is_known, is_text, known_methods, schemas_of_methods
+from pipeline.config.schema import Config
 from pipeline.config.validation import check_combinations, printable, shown_override, validate
 from pipeline.config.yaml_files import NOT_YAML, describe_error, dump, parse, read_file
 
@@ -32,7 +33,7 @@ _HASHED = {
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
 # value, so that the runs of earlier versions keep their hashes.
-_ADDED = {"data.background": "#ffffff"}
+_ADDED = {"data.background": "#ffffff", "space.name": DEFAULT_SPACE}
 _NOT_HASHED_SWEEP = (
     "storage",
     "max_concurrent",
@@ -46,6 +47,12 @@ _NOT_HASHED_SWEEP = (
 def default_file() -> Path:
     """Return the configuration file that job commands use without --config. Its data are scikit-learn's digits."""
     return Path(__file__).resolve().parents[2] / "tune_configs" / "digits_quickstart.yaml"
+
+
+def example_file(method: str) -> Path:
+    """Return a configuration file of a method for the digits, or the default file if there is none."""
+    file = default_file().with_name(f"{method}_digits.yaml")
+    return file if file.exists() else default_file()
 
 
 def load(
@@ -109,7 +116,7 @@ def _check_method(
 ) -> None:
     """Reject an override of the method if the file has settings of another method."""
     method = tree.get("method")
-    schema = SCHEMAS.get(method) if isinstance(method, str) else None
+    schema = schemas_of_methods().get(method) if isinstance(method, str) else None
     given = [override for override in overrides if override.partition("=")[0] == "method"]
     section, merged = of_file.get("search"), tree.get("search")
     if not given or schema is None or not isinstance(section, dict) or not isinstance(merged, dict):
@@ -120,9 +127,7 @@ def _check_method(
         if key in merged and not is_known(schema, ["search", key]) and known_methods(f"search.{key}")
     ]
     if foreign:
-        example = default_file().with_name(
-            "one_stage_digits.yaml" if method == "one_stage" else default_file().name
-        )
+        example = example_file(str(method))
         is_default = source == str(default_file())
         where = f"without --config the settings come from {source}, which" if is_default else source
         raise ConfigError(
@@ -230,7 +235,9 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
         job: "search", "retrain" or "sweep".
         extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
-    decisive = config.model_dump(mode="json", include=set(_HASHED[job]))
+    # The networks of other spaces may depend on the settings of the space, not only on the genotype.
+    space = {"space"} if config.space.name != DEFAULT_SPACE else set()
+    decisive = config.model_dump(mode="json", include=set(_HASHED[job]) | space)
     for key in _NOT_HASHED_DATA:
         del decisive["data"][key]
     for path, neutral in _ADDED.items():

@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from istanas.errors import ConfigError
 from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
-from istanas.settings import CLOSING_EPOCHS, Matrix, OneStageSettings, Schedule, Solver, TwoStageSettings
-from istanas.space import PRIMITIVES, CellSpace, Primitive
+from istanas.methods import DEFAULT_METHOD, METHODS
+from istanas.settings import (
+    Matrix,
+    Schedule,
+    SearchSettings,
+    Solver,
+    SparseCodingSettings,
+    Stem,
+    TwoStageSettings,
+)
+from istanas.space import DEFAULT_SPACE, SPACES, SearchSpace
 from pipeline.base.addresses import checked_address
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
-from pipeline.config.choices import METHODS
+from pipeline.config.sections import (
+    Section,
+    checked,
+    found_by,
+    in_words,
+    section_from,
+    settings_from,
+    unit,
+)
 from pipeline.config.workers import WorkerRange, parse_workers
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
-Stem = Literal["auto", "cifar", "imagenet"]
 
 
-def _unit(name: str) -> Any:
-    """Attach the unit of a number, which `istanas config --describe` and the reference show beside its range."""
-    return Field(json_schema_extra={UNIT: name})
-
-
-def _in_words(type_: str) -> Any:
-    """Attach a description of the type that is more precise than the JSON schema."""
-    return Field(json_schema_extra={WORDS: type_})
-
-
-UNIT, WORDS = "x-unit", "x-type"  # extensions of a key's JSON schema
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Epochs = Annotated[PositiveInt, _unit("epochs")]
-EpochsFromZero = Annotated[NonNegativeInt, _unit("epochs")]
-WarmupEpochs = Annotated[NonNegativeFloat, _unit("epochs")]
-Pixels = Annotated[NonNegativeInt, _unit("pixels")]
-BatchSize = Annotated[int, Field(ge=2), _unit("pictures")]
-
-
-def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a validator that converts a ConfigError of `check` to a ValueError, which pydantic requires."""
-
-    def validate(value: Any) -> Any:
-        try:
-            return check(value)
-        except ConfigError as error:
-            raise ValueError(error) from None
-
-    return validate
+Epochs = Annotated[PositiveInt, unit("epochs")]
+EpochsFromZero = Annotated[NonNegativeInt, unit("epochs")]
+WarmupEpochs = Annotated[NonNegativeFloat, unit("epochs")]
+Pixels = Annotated[NonNegativeInt, unit("pixels")]
+BatchSize = Annotated[int, Field(ge=2), unit("pictures")]
 
 
 def _checked_workers(value: Any) -> Any:
@@ -95,11 +89,7 @@ def _without_password(address: str) -> str:
     return address
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
-
-
-class DataSettings(_Section):
+class DataSettings(Section):
     """The pictures, and their augmentation during training."""
 
     name: DatasetName = Field(
@@ -111,12 +101,12 @@ class DataSettings(_Section):
         "needs none.",
     )
     download: bool = Field(False, description="Whether torchvision may download the data set into data.root.")
-    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE), _unit("pixels")] | None = Field(
+    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE), unit("pixels")] | None = Field(
         None,
         description="Side to which pictures are resized. null keeps small pictures as they are, and uses 224 for large "
         "ones.",
     )
-    background: Annotated[str, AfterValidator(_checked(_checked_colour)), _in_words("colour")] = Field(
+    background: Annotated[str, AfterValidator(checked(_checked_colour)), in_words("colour")] = Field(
         "#ffffff",
         description="Colour behind the transparent pictures of a folder: a name such as white, or #rrggbb.",
     )
@@ -147,24 +137,9 @@ class DataSettings(_Section):
         return SMALL_SIDE if self.name != "folder" else self.image_size
 
 
-class SpaceSettings(_Section):
-    """The cells that a search may find, and how their sparse codes are measured and recovered."""
+class _SparseCodingKeys(Section):
+    """The keys of the section `space` about sparse codes, which every search space has."""
 
-    nodes: Annotated[int, Field(ge=1, le=16)] = Field(
-        CellSpace.n_nodes, description="Number of intermediate nodes of a cell."
-    )
-    ops: list[Primitive] = Field(
-        default_factory=lambda: list(PRIMITIVES),
-        description="Candidate operations on each edge, each named once.",
-    )
-    sparsity: PositiveInt = Field(
-        CellSpace.sparsity, description="Number of operations that each node keeps."
-    )
-    one_op_per_edge: bool = Field(
-        CellSpace.one_op_per_edge,
-        description="Whether the operations that a node keeps must lie on different edges. The published code does "
-        "not require it.",
-    )
     n_measurements: Annotated[int, Field(ge=1, le=1024)] = Field(
         TwoStageSettings.n_measurements,
         description="Number of rows m of the measurement matrix A, and length of the compressed alphas b.",
@@ -184,167 +159,73 @@ class SpaceSettings(_Section):
         "licence.",
     )
 
-    def cell_space(self) -> CellSpace:
-        """Return the space in the form that the algorithms take."""
-        return CellSpace(self.nodes, tuple(self.ops), self.sparsity, self.one_op_per_edge)
+
+class SpaceSection(Section):
+    """The architectures that a search may find, and how their sparse codes are measured and recovered."""
+
+    space_class: ClassVar[type[SearchSpace]]
+
+    if TYPE_CHECKING:  # Every subclass has these keys.
+        name: str
+        n_measurements: int
+        matrix_seed: int | None
+        solver: Solver
+
+    def build(self) -> SearchSpace:
+        """Return the search space.
+
+        Raises:
+            ConfigError: If its settings are impossible.
+        """
+        space = settings_from(self.space_class, self)
+        _ = space.decisions  # checks them
+        return space
 
 
-class SearchSettings(_Section):
-    """Settings of the supernet that both methods share. A subclass has the defaults of its method."""
+class SearchSection(Section):
+    """The supernet of a search and its training. A subclass has the keys of its method."""
 
-    batch_size: BatchSize = Field(
-        256, description="Number of pictures in a batch, over all workers together."
-    )
-    init_channels: PositiveInt = Field(16, description="Number of channels of the first cell.")
-    layers: Annotated[int, Field(ge=3)] = Field(
-        8, description="Number of cells. With fewer than 3 there would be no normal cell."
-    )
-    stem: Stem = Field(
-        "auto",
-        description="First layers of the network. auto chooses cifar for pictures of at most 64x64 pixels and imagenet "
-        "for larger ones.",
-    )
-    lr: PositiveFloat = Field(TwoStageSettings.lr, description="Initial learning rate of the weights.")
-    lr_min: NonNegativeFloat = Field(
-        TwoStageSettings.lr_min, description="Learning rate of the weights at the end."
-    )
-    momentum: Fraction = Field(TwoStageSettings.momentum, description="Momentum of SGD on the weights.")
-    weight_decay: NonNegativeFloat = Field(
-        TwoStageSettings.weight_decay, description="Weight decay of the weights."
-    )
-    grad_clip: PositiveFloat | None = Field(
-        TwoStageSettings.grad_clip,
-        description="Largest norm of the weights' gradient; longer ones are scaled down. null disables clipping.",
-    )
-    arch_lr: PositiveFloat = Field(
-        TwoStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
-    )
-    arch_betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: list(TwoStageSettings.arch_betas),
-        description="Betas of Adam on the compressed alphas.",
-    )
-    arch_weight_decay: NonNegativeFloat = Field(
-        TwoStageSettings.arch_weight_decay, description="Weight decay of the compressed alphas."
-    )
-    max_pictures: Annotated[int, Field(ge=2), _unit("pictures")] | None = Field(
-        None,
-        description="Largest number of training pictures to search on, chosen stratified by class. null uses all.",
-    )
-    cutout: Pixels = Field(
-        0, description="Side of the square that is masked in each training picture. 0 disables it."
-    )
+    settings_class: ClassVar[type[SearchSettings]]
+
+    if TYPE_CHECKING:  # Every subclass has the keys of `istanas.settings.SearchSettings`, these among them.
+        batch_size: int
+        init_channels: int
+        layers: int
+        stem: Stem
+        lr: float
+        lr_min: float
+        cutout: int
+        max_pictures: int | None
 
     @property
     def max_epochs(self) -> int:
         """Largest number of epochs that a search may take."""
-        raise NotImplementedError
+        return settings_from(self.settings_class, self).max_epochs
+
+    @property
+    def trains_target(self) -> bool:
+        """Whether the search also trains the network that it finds."""
+        return self.settings_class.trains_target
 
     @property
     def op_batchnorm(self) -> bool:
-        """Whether every candidate operation ends in batch norm."""
-        return False
-
-
-class TwoStageSearchSettings(SearchSettings):
-    """The two-stage supernet and its training. The defaults are the published settings."""
-
-    epochs: Epochs = Field(TwoStageSettings.epochs, description="Number of epochs of the search.")
-    alpha_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5,
-        description="Fraction of the training pictures that trains the compressed alphas; the rest trains the weights.",
-    )
-    termination_tol: NonNegativeFloat | None = Field(
-        TwoStageSettings.termination_tol,
-        description="The search stops early after an epoch in which every sparse code moved by at most this (Euclidean "
-        "distance). null disables early stopping.",
-    )
+        """Whether every candidate operation ends in batch norm, which the training of the found network requires."""
+        return self.trains_target
 
     @property
-    def max_epochs(self) -> int:
-        """Largest number of epochs that a search may take."""
-        return self.epochs
-
-
-class OneStageSearchSettings(SearchSettings):
-    """The one-stage supernet, which becomes the trained network. The defaults are published for CIFAR-10."""
-
-    max_search_epochs: Epochs = Field(
-        OneStageSettings.max_search_epochs,
-        description="Epochs after which the nodes that are still active freeze.",
-    )
-    train_epochs: EpochsFromZero = Field(
-        OneStageSettings.train_epochs,
-        description="Number of epochs of training after the search, which ends one epoch after the last node has "
-        "frozen.",
-    )
-    batch_size: BatchSize = Field(96, description="Number of pictures in a batch, over all workers together.")
-    init_channels: PositiveInt = Field(36, description="Number of channels of the first cell.")
-    layers: Annotated[int, Field(ge=3)] = Field(
-        20, description="Number of cells. With fewer than 3 there would be no normal cell."
-    )
-    lr: PositiveFloat = Field(OneStageSettings.lr, description="Initial learning rate of the weights.")
-    lr_min: NonNegativeFloat = Field(
-        OneStageSettings.lr_min, description="Learning rate of the weights at the end."
-    )
-    schedule: Schedule = Field(
-        OneStageSettings.schedule,
-        description="How the learning rate falls during the training epochs. linear_by_epoch keeps one rate for each "
-        "epoch.",
-    )
-    warmup_epochs: WarmupEpochs = Field(
-        OneStageSettings.warmup_epochs,
-        description="Epochs at the beginning of the search during which the learning rate rises to lr.",
-    )
-    arch_lr: PositiveFloat = Field(
-        OneStageSettings.arch_lr, description="Learning rate of Adam on the compressed alphas."
-    )
-    cutout: Pixels = Field(
-        16, description="Side of the square that is masked in each training picture. 0 disables it."
-    )
-    auxiliary_weight: NonNegativeFloat = Field(
-        OneStageSettings.auxiliary_weight,
-        description="Weight of the auxiliary head's loss. 0 builds no auxiliary head.",
-    )
-    drop_path: Fraction = Field(
-        OneStageSettings.drop_path,
-        description="Drop-path probability at the end of training; it rises linearly from 0 in the training epochs.",
-    )
-    label_smoothing: Fraction = Field(
-        OneStageSettings.label_smoothing, description="Label smoothing of the loss. 0 disables it."
-    )
-    termination_tol: NonNegativeFloat = Field(
-        OneStageSettings.termination_tol,
-        description="A node freezes after an epoch in which its sparse code moved by at most this (Euclidean "
-        "distance).",
-    )
-    max_params: Annotated[PositiveInt, _unit("parameters")] | None = Field(
-        OneStageSettings.max_params,
-        description="Largest number of parameters of an architecture, without the auxiliary head; larger ones are "
-        "rejected. null disables the limit.",
-    )
-    max_macs: Annotated[PositiveInt, _unit("multiply-adds")] | None = Field(
-        OneStageSettings.max_macs,
-        description="Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the "
-        "limit.",
-    )
-    test_every: EpochsFromZero = Field(
-        1,
-        description="Interval at which the test split is measured during training, and after the last epoch. 0 "
-        "disables it.",
-    )
+    def alpha_fraction_or_none(self) -> float | None:
+        """Fraction of the training pictures that trains the alphas; None if the method does not divide them."""
+        fraction: float | None = getattr(self, "alpha_fraction", None)
+        return fraction
 
     @property
-    def max_epochs(self) -> int:
-        """Largest number of epochs that a search may take."""
-        return self.max_search_epochs + CLOSING_EPOCHS + self.train_epochs
-
-    @property
-    def op_batchnorm(self) -> bool:
-        """Whether every candidate operation ends in batch norm."""
-        return True
+    def test_interval(self) -> int:
+        """Interval in epochs at which the test split is measured; 0 if the method has no key for it."""
+        interval: int = getattr(self, "test_every", 0)
+        return interval
 
 
-class RetrainSettings(_Section):
+class RetrainSettings(Section):
     """Training of the found network from scratch. The defaults are published for CIFAR-10."""
 
     epochs: Epochs = Field(600, description="Number of epochs of the retraining.")
@@ -393,7 +274,7 @@ class RetrainSettings(_Section):
     )
 
 
-class RuntimeSettings(_Section):
+class RuntimeSettings(Section):
     """Where and how a job runs. These keys are not part of the configuration's hash."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -412,22 +293,22 @@ class RuntimeSettings(_Section):
         description="Whether each cell is computed again in the backward pass. This takes about half the memory and "
         "more time, and does not change the result.",
     )
-    data_workers: Annotated[NonNegativeInt, _unit("processes")] = Field(
+    data_workers: Annotated[NonNegativeInt, unit("processes")] = Field(
         0,
         description="Processes of each worker that decode large pictures. 0 decodes them in the worker itself.",
     )
     workers: Annotated[
-        int | str, BeforeValidator(_checked(_checked_workers)), _in_words("integer, at least 0, or MIN:MAX")
+        int | str, BeforeValidator(checked(_checked_workers)), in_words("integer, at least 0, or MIN:MAX")
     ] = Field(
         0,
         description="Ray Train workers: a number, or MIN:MAX for a number that follows the cluster. 0 runs the job in "
         "this process, without Ray.",
     )
-    address: Annotated[str, Field(min_length=1), AfterValidator(_checked(_without_password))] | None = Field(
+    address: Annotated[str, Field(min_length=1), AfterValidator(checked(_without_password))] | None = Field(
         None,
         description="Address of a Ray cluster. null uses RAY_ADDRESS, and without it starts Ray on this machine.",
     )
-    wait_minutes: Annotated[NonNegativeFloat, _unit("minutes")] = Field(
+    wait_minutes: Annotated[NonNegativeFloat, unit("minutes")] = Field(
         10.0, description="Longest time to wait for a cluster's resources."
     )
     max_failures: NonNegativeInt = Field(
@@ -446,7 +327,7 @@ class RuntimeSettings(_Section):
         description="Mean training loss of an epoch above which training counts as diverged. null accepts every finite "
         "loss.",
     )
-    runs_dir: Annotated[str, AfterValidator(_checked(checked_address))] = Field(
+    runs_dir: Annotated[str, AfterValidator(checked(checked_address))] = Field(
         "runs",
         description="Where run directories are kept: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH.",
     )
@@ -457,7 +338,7 @@ class RuntimeSettings(_Section):
         return parse_workers(self.workers)
 
 
-class TrackingSettings(_Section):
+class TrackingSettings(Section):
     """Tracking in MLflow. These keys are not part of the configuration's hash."""
 
     enabled: bool = Field(True, description="Whether the run is tracked in MLflow.")
@@ -480,11 +361,11 @@ class TrackingSettings(_Section):
 
 
 Value = Annotated[  # the value of a swept key
-    bool | int | float | str | list[bool | int | float | str] | None, _in_words("plain value or list of them")
+    bool | int | float | str | list[bool | int | float | str] | None, in_words("plain value or list of them")
 ]
 
 
-class Parameter(_Section):
+class Parameter(Section):
     """One dimension of a sweep's space: exactly one of the five kinds, and the conditions under which it applies."""
 
     uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
@@ -577,7 +458,7 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
 }
 
 
-class SweepSettings(_Section):
+class SweepSettings(Section):
     """A sweep: the space of settings, the sampler, early stopping, and the objectives."""
 
     space: Annotated[dict[str, Parameter], Field(min_length=1)] = Field(
@@ -618,10 +499,10 @@ class SweepSettings(_Section):
     max_concurrent: PositiveInt | None = Field(
         None, description="Largest number of trials at once. null runs as many as fit."
     )
-    cpus_per_trial: Annotated[PositiveInt, _unit("cores")] = Field(
+    cpus_per_trial: Annotated[PositiveInt, unit("cores")] = Field(
         1, description="CPU cores, and threads, of a trial that runs in its own process."
     )
-    gpus_per_trial: Annotated[NonNegativeFloat, _unit("GPUs")] | None = Field(
+    gpus_per_trial: Annotated[NonNegativeFloat, unit("GPUs")] | None = Field(
         None,
         description="GPUs of a trial; a fraction shares one. null uses 1 where there are GPUs.",
     )
@@ -633,22 +514,16 @@ class SweepSettings(_Section):
     )
 
 
-METHOD = (
-    "Search method. two_stage searches a cell and retrains its network from scratch; one_stage searches and trains the "
-    "network in one run."
-)
-
-
-class Config(_Section):
-    """A configuration. Each method has its own subclass."""
+class Config(Section):
+    """A configuration. Each method and each search space have their own subclass, see `config_class`."""
 
     method: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Seed of everything that is random in a run."
     )
     data: DataSettings = Field(default_factory=DataSettings)
-    space: SpaceSettings = Field(default_factory=SpaceSettings)
-    search: SearchSettings
+    space: SpaceSection
+    search: SearchSection
     retrain: RetrainSettings = Field(default_factory=RetrainSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
@@ -661,23 +536,79 @@ class Config(_Section):
         """The seed of the measurement matrices."""
         return self.seed if self.space.matrix_seed is None else self.space.matrix_seed
 
-
-class TwoStageConfig(Config):
-    """Search, then train the found network from scratch."""
-
-    method: Literal["two_stage"] = Field("two_stage", description=METHOD)
-    search: TwoStageSearchSettings = Field(default_factory=TwoStageSearchSettings)
+    @property
+    def trains_target(self) -> bool:
+        """Whether the search also trains the network that it finds, so that it needs no retraining."""
+        return self.search.trains_target
 
 
-class OneStageConfig(Config):
-    """Search and train the target network in one run."""
+@functools.cache
+def search_section(method: str) -> type[SearchSection]:
+    """Return the section `search` of a method.
 
-    method: Literal["one_stage"] = Field("one_stage", description=METHOD)
-    search: OneStageSearchSettings = Field(default_factory=OneStageSearchSettings)
+    Raises:
+        ConfigError: If the method is not registered.
+    """
+    settings = METHODS.find(method).settings_class
+    coding = {field.name for field in fields(SparseCodingSettings)}
+    section = section_from(settings, SearchSection, locator=("search_section", method), exclude=coding)
+    section.settings_class = settings
+    return section
 
 
-SCHEMAS: dict[str, type[Config]] = {"two_stage": TwoStageConfig, "one_stage": OneStageConfig}
-DEFAULT_METHOD = "two_stage"
+@functools.cache
+def space_section(name: str) -> type[SpaceSection]:
+    """Return the section `space` of a search space.
+
+    Raises:
+        ConfigError: If the space is not registered.
+    """
+    space = SPACES.find(name)
+    words = "Search space: the kinds of cells, their decisions, and the networks that are built from them."
+    section = section_from(
+        space,
+        SpaceSection,
+        locator=("space_section", name),
+        before={"name": (Literal[name], Field(name, description=words))},
+        after={key: (field.annotation, field) for key, field in _SparseCodingKeys.model_fields.items()},
+    )
+    section.space_class = space
+    return section
 
 
-assert tuple(SCHEMAS) == METHODS, "every method has its schema"
+def config_class(method: str = DEFAULT_METHOD, space: str = DEFAULT_SPACE) -> type[Config]:
+    """Return the schema of a method and a search space.
+
+    Raises:
+        ConfigError: If the method or the space is not registered.
+
+    Example:
+        >>> config_class("one_stage").model_fields["method"].default, config_class("one_stage")().search.layers
+        ('one_stage', 20)
+    """
+    return _config_class(method, space)
+
+
+@functools.cache
+def _config_class(method: str, space: str) -> type[Config]:
+    search, of_space = search_section(method), space_section(space)
+    name = "".join(word.capitalize() for word in f"{method}_{space}_config".split("_"))
+    schema = pydantic.create_model(
+        name,
+        __base__=Config,
+        __module__=__name__,
+        __doc__=Config.__doc__,
+        method=(cast(Any, Literal[method]), Field(method, description=_describe_methods())),
+        space=(of_space, Field(default_factory=of_space)),
+        search=(search, Field(default_factory=search)),
+    )
+    schema.locator = ("_config_class", method, space)
+    return schema
+
+
+for _find in (search_section, space_section, _config_class):
+    found_by(_find)
+
+
+def _describe_methods() -> str:
+    return "; ".join(["Search method", *(f"{name} {each.summary}" for name, each in METHODS.items())]) + "."

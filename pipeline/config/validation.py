@@ -10,11 +10,14 @@ import pydantic
 
 from istanas.errors import ConfigError
 from istanas.limits import CONFIG_ERRORS
+from istanas.methods import DEFAULT_METHOD, METHODS
+from istanas.registry import Registry
+from istanas.space import DEFAULT_SPACE, SPACES
 from pipeline.base.redaction import without_secrets
 from pipeline.config.combinations import conflicts_of
 from pipeline.config.errors import fields_of, one_error
-from pipeline.config.keys import is_known, known_keys
-from pipeline.config.schema import DEFAULT_METHOD, SCHEMAS, Config
+from pipeline.config.keys import is_known, known_keys, schemas_of_methods, schemas_of_spaces
+from pipeline.config.schema import Config, config_class
 
 
 def validate(
@@ -31,21 +34,41 @@ def validate(
     Raises:
         ConfigError: A key is unknown, or a value has the wrong type or range.
     """
-    method = tree.get("method", DEFAULT_METHOD)
-    schema = SCHEMAS.get(method if isinstance(method, str) else DEFAULT_METHOD, SCHEMAS[DEFAULT_METHOD])
+    given = {override.partition("=")[0]: override for override in overrides}
+    schema = _schema_of(tree, source, given)
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        # The method determines the schema. If the method is wrong, the other errors may not apply.
-        found = [e for e in error.errors() if e["loc"] == ("method",)] or error.errors()
-        given = {override.partition("=")[0]: override for override in overrides}
+        found = error.errors()
         mistakes = [
-            _mistake(e, schema).in_source(_source_of(source, e, given, of_file))
+            _mistake(e, schema).in_source(_source_of(source, e["loc"], given, of_file))
             for e in found[:CONFIG_ERRORS]
         ]
         if len(found) > CONFIG_ERRORS:
             mistakes.append(ConfigError(f"{len(found) - CONFIG_ERRORS} more mistakes", source=source))
         raise one_error(mistakes) from None
+
+
+def _schema_of(tree: Mapping[str, Any], source: str, given: Mapping[str, str]) -> type[Config]:
+    """Return the schema of the tree's method and search space, which determine all other keys.
+
+    Raises:
+        ConfigError: The method or the space is not registered.
+    """
+    section = tree.get("space")
+    chosen: dict[str, tuple[Registry[Any], Any]] = {
+        "method": (METHODS, tree.get("method", DEFAULT_METHOD)),
+        "space.name": (
+            SPACES,
+            section.get("name", DEFAULT_SPACE) if isinstance(section, Mapping) else DEFAULT_SPACE,
+        ),
+    }
+    for field, (registry, name) in chosen.items():
+        try:
+            registry.find(name)
+        except ConfigError as error:
+            raise error.in_source(_source_of(source, field.split("."), given, {})) from None
+    return config_class(*(name for _, name in chosen.values()))
 
 
 def check_combinations(config: Config, source: str, overrides: Sequence[str]) -> None:
@@ -55,7 +78,7 @@ def check_combinations(config: Config, source: str, overrides: Sequence[str]) ->
         ConfigError: They cannot be combined.
     """
     try:
-        config.space.cell_space()
+        config.space.build()
         conflicts: list[ConfigError] = [*conflicts_of(config)]
     except ConfigError as error:
         conflicts = [error]
@@ -73,20 +96,22 @@ def shown_override(override: str) -> str:
     return f"--set {without_secrets(override)!r:.80}"
 
 
-def _source_of(source: str, error: Any, given: Mapping[str, str], of_file: Mapping[str, Any]) -> str:
-    """Return the override that caused one of pydantic's errors, or else the file.
+def _source_of(
+    source: str, location: Sequence[Any], given: Mapping[str, str], of_file: Mapping[str, Any]
+) -> str:
+    """Return the override that caused a mistake, or else the file.
 
     Args:
         source: The file.
-        error: One of pydantic's errors.
+        location: The key of the mistake, as a list of names.
         given: The key of each override, and the override as it was written.
         of_file: The file's settings without the overrides.
     """
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in location)
     found = source
     for key, override in given.items():
         # `serach.epochs=3` creates the section `serach`, for which pydantic reports the error.
-        created = key.startswith(f"{path}.") and not _contains(of_file, error["loc"])
+        created = key.startswith(f"{path}.") and not _contains(of_file, location)
         if path == key or path.startswith(f"{key}.") or created:
             found = shown_override(override)
     return found
@@ -123,8 +148,6 @@ def _mistake(error: Any, schema: type[Config]) -> ConfigError:
         return ConfigError(
             f"{value} is not a section", field=field, remedy=f"give its keys, such as {field}.{example}"
         )
-    if location == ("method",):
-        return ConfigError(f"{value} is unknown", field=field, remedy=f"choose {' or '.join(SCHEMAS)}")
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ValueError) and cause.args and isinstance(cause.args[0], ConfigError):
         own = cause.args[0]  # raised by a validator of the schema
@@ -139,9 +162,12 @@ def _mistake(error: Any, schema: type[Config]) -> ConfigError:
 
 def _hint(location: Sequence[Any], schema: type[Config]) -> str:
     """Return a hint about what to write instead of an unknown key."""
-    for method, other in SCHEMAS.items():
+    for method, other in schemas_of_methods().items():
         if other is not schema and is_known(other, location):
             return f"it belongs to method: {method}"
+    for space, other in schemas_of_spaces().items():
+        if is_known(other, location):
+            return f"it belongs to space.name: {space}"
     known = known_keys(schema, location[:-1])
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.measure import measure_latency
-from istanas.nets import TargetNet
+from istanas.methods import trains_target
+from istanas.nets import TargetNetwork
 from pipeline.base.files import atomic_write
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import count
@@ -35,7 +36,7 @@ PAGE_FILE, PICTURE_FILE = "compare.html", "compare.png"
 TRAINED, UNTRAINED = "trained network", "untrained target network"
 ROUNDS, PASSES = 7, 10  # latency: rounds, and forward passes of each network in a round
 
-Network = tuple[TargetNet, tuple[int, int, int], str]  # network, (C, H, W), TRAINED or UNTRAINED
+Network = tuple[TargetNetwork, tuple[int, int, int], str]  # network, (C, H, W), TRAINED or UNTRAINED
 
 
 class ComparedRun(TypedDict):
@@ -280,9 +281,9 @@ def _untrained(run: ReadRun) -> Network | None:
     if genotype is None or not (run.files / CONFIG_FILE).is_file():
         return None
     config = load(run.files / CONFIG_FILE)
-    sizes = config.search if (run.kind, run.method) == ("search", "one_stage") else config.retrain
+    sizes = config.search if run.kind == "search" and trains_target(run.method) else config.retrain
     dataset = load_pictures(config.data, download=False)
-    net = target_network(sizes, genotype, dataset)
+    net = target_network(config, sizes, genotype, dataset)
     return net, (dataset.channels, dataset.height, dataset.width), UNTRAINED
 
 

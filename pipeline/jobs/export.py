@@ -13,6 +13,7 @@ from typing import NotRequired, TypedDict
 from rich.console import Console
 
 from istanas.errors import ConfigError
+from istanas.methods import trains_target
 from istanas.space import Genotype
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
@@ -126,9 +127,9 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
         ConfigError: It has none.
     """
     shown = bucket.shown(run.path)
-    if record.kind == "search" and record.method == "two_stage":
+    if record.kind == "search" and not trains_target(record.method):
         raise ConfigError(
-            "a two-stage search has no trained network",
+            f"a {record.method.replace('_', '-')} search has no trained network",
             field=f"run {shown}",
             remedy=f"give its retraining, or retrain it first: istanas retrain --genotype {shown}",
         )

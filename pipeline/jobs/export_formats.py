@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from istanas.errors import IstanasError
-from istanas.nets import TargetNet
+from istanas.nets import TargetNetwork
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
@@ -47,7 +47,7 @@ class ExportedFormat(TypedDict):
     difference: float
 
 
-def export_formats(net: TargetNet, card: NetworkCard, folder: Path) -> dict[str, ExportedFormat]:
+def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[str, ExportedFormat]:
     """Write a network in every format, load each again from the disk, and compare it with the network.
 
     Args:
@@ -169,7 +169,7 @@ def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
 
     Example:
         >>> from istanas.space import PUBLISHED
-        >>> net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
+        >>> net = TargetNetwork(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
         >>> trace_program(net, (3, 8, 8)).module()(torch.zeros(5, 3, 8, 8)).shape
         torch.Size([5, 10])
     """
@@ -237,5 +237,5 @@ def load_onnx(file: Path) -> Model:
 
 
 def _dynamic_shapes() -> dict[str, dict[int, torch.export.Dim]]:
-    """Return the dynamic shapes of `TargetNet.forward`: any number of pictures of a fixed size."""
+    """Return the dynamic shapes of `TargetNetwork.forward`: any number of pictures of a fixed size."""
     return {"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}}

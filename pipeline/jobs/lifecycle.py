@@ -188,7 +188,7 @@ def _run_and_close(
     context: JobContext,
 ) -> dict[str, Any]:
     """Run the job's `run` step, and write its outcome to the record and to MLflow."""
-    space = spec.config.space.cell_space()
+    space = spec.config.space.build()
     try:
         with EpochBar(context.console, spec.kind, spec.epochs, spec.unit) as bar:
             observer = RunObserver(run, tracker, bar, space, steps.describe, context.on_epoch)

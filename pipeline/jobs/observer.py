@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from istanas.space import CellSpace
+from istanas.space import SearchSpace
 from istanas.training import Metrics
 from pipeline.base.text import count
 from pipeline.jobs.opening import metrics_line
@@ -23,7 +23,7 @@ class RunObserver:
         run: The run directory.
         tracker: The mirror in MLflow.
         bar: The progress bar.
-        space: The cell space, for the tables of a search.
+        space: The space, for the tables of a search.
         describe: Returns the console's line about an epoch.
         on_epoch: Called after every epoch, and for every finished epoch when the run resumes.
     """
@@ -33,7 +33,7 @@ class RunObserver:
         run: RunDir,
         tracker: Tracker,
         bar: EpochBar,
-        space: CellSpace,
+        space: SearchSpace,
         describe: Callable[[EpochRecord], str],
         on_epoch: Callable[[Progress], None] | None = None,
     ) -> None:

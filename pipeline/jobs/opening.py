@@ -147,7 +147,7 @@ def _restore_tables(run: RunDir, spec: JobSpec, say: Callable[[str], None]) -> N
         progress = load_progress(folder)
         if progress.epochs != (lines[-1].step if lines else 0):
             return  # The checkpoints were deleted, or the last one is damaged and `load_progress` warned about it.
-        tables = SearchTables(run.path, spec.config.space.cell_space())
+        tables = SearchTables(run.path, spec.config.space.build())
         for file in tables.replace(read_records(folder, progress), finished=True):
             say(restored(file))
     except CheckpointError as error:  # the result of a finished run does not depend on its checkpoints

@@ -24,11 +24,12 @@ from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
 from pipeline.base.text import duration
-from pipeline.config.schema import Config, OneStageConfig, TwoStageConfig
+from pipeline.config.keys import value_at
+from pipeline.config.schema import Config
 from pipeline.jobs.context import say_pictures, say_to
 from pipeline.jobs.lifecycle import check_data, load_data, settled
 from pipeline.runs.record import data_label
-from pipeline.training.build import build_one_stage, build_retraining, build_two_stage
+from pipeline.training.build import build_retraining, build_search
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_checks import warnings_of
 from pipeline.training.data_workers import report_lost_workers
@@ -232,72 +233,50 @@ def make_work(
     """
     if genotype is not None:
         return _retraining(config, dataset, compute, genotype)
-    if isinstance(config, OneStageConfig):
-        return _one_stage(config, dataset, compute)
-    assert isinstance(config, TwoStageConfig)
-    return _two_stage(config, dataset, compute)
+    return _search(config, dataset, compute)
 
 
-def _two_stage(config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
+def _search(config: Config, dataset: ImageDataset, compute: Compute) -> Work:
+    """Build a search; epochs that train the found network are projected with the time of a search step."""
     s, splits = config.search, splits_of(config, dataset, "search")
-    training, alphas = splits.training, splits.alpha_half()
-    search = build_two_stage(config, dataset, compute, Ranks())
+    training, alphas = splits.training, splits.alphas
+    search = build_search(config, dataset, compute, Ranks())
     batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
     for_weights = _endless(batches, "weights", training, s.batch_size)
-    for_alphas = _endless(batches, "alphas", alphas, s.batch_size)
-    totals = Totals(compute.device)
-
-    def train(steps: int, done: Callable[[], None]) -> None:
-        _to_training_mode(search.supernet)
-        for _ in range(steps):
-            search.alpha_step(next(for_alphas))
-            search.weight_step(next(for_weights), totals)
-            done()
-
-    sample = alphas[: _measuring_size(s.batch_size)]
-    return Work(
-        train=train,
-        pictures_per_step=min(s.batch_size, len(training)) + min(s.batch_size, len(alphas)),
-        measure=lambda: search.validate(batches.measuring("train", sample)),
-        pictures_measured=len(sample),
-        recover=search.recover,
-        plan=Plan(
-            epochs=s.epochs,
-            steps_per_epoch=len(batches.training("weights", training, 0)),
-            recoveries=s.epochs,
-            measured_pictures=s.epochs * len(alphas),
-            upper_bound=s.termination_tol is not None,
-        ),
+    for_alphas = (
+        itertools.repeat(None) if alphas is None else _endless(batches, "alphas", alphas, s.batch_size)
     )
 
-
-def _one_stage(config: OneStageConfig, dataset: ImageDataset, compute: Compute) -> Work:
-    """Build a one-stage search; its training epochs are projected with the time of a search step."""
-    s, indices = config.search, splits_of(config, dataset, "search").training
-    search = build_one_stage(config, dataset, compute, Ranks())
-    batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
-    stream = _endless(batches, "weights", indices, s.batch_size)
-    totals = Totals(compute.device)
-
     def train(steps: int, done: Callable[[], None]) -> None:
         _to_training_mode(search.supernet)
         for _ in range(steps):
-            search.step(next(stream), totals)
+            search.train_step(next(for_weights), next(for_alphas))
             done()
 
-    sample = indices[: _measuring_size(s.batch_size)]
+    measured = training if alphas is None else alphas
+    sample = measured[: _measuring_size(s.batch_size)]
+    n_epochs = s.max_epochs
     return Work(
         train=train,
-        pictures_per_step=min(s.batch_size, len(indices)),
+        pictures_per_step=sum(
+            min(s.batch_size, len(part)) for part in (training, alphas) if part is not None
+        ),
         measure=lambda: search.validate(batches.measuring("train", sample)),
         pictures_measured=len(sample),
-        recover=search.recover,
+        recover=search.finish_epoch,
         plan=Plan(
-            epochs=s.max_epochs,
-            steps_per_epoch=len(batches.training("weights", indices, 0)),
-            recoveries=s.max_search_epochs,
-            measured_pictures=_measured(config, dataset, s.max_epochs, s.train_epochs, s.test_every),
-            upper_bound=True,  # nodes may freeze before max_search_epochs
+            epochs=n_epochs,
+            steps_per_epoch=len(batches.training("weights", training, 0)),
+            recoveries=value_at(config, "search.max_search_epochs") or n_epochs,
+            measured_pictures=(
+                _measured(
+                    config, dataset, n_epochs, value_at(config, "search.train_epochs") or 0, s.test_interval
+                )
+                if alphas is None
+                else n_epochs * len(alphas)
+            ),
+            # The search may end earlier.
+            upper_bound=value_at(config, "search.termination_tol") is not None,
         ),
     )
 

@@ -76,7 +76,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
         store = FolderStore(run.path / CHECKPOINTS, run.push)
         progress = run_job("retrain", config, dataset, store, observer, context.runtime, genotype)
         net = trained_network(config, genotype, dataset, store.folder)
-        save_network(run.path, net, genotype, config.retrain, dataset)
+        save_network(run.path, net, genotype, config.retrain, dataset, config.space.build())
         m = progress.newest.metrics
         result: dict[str, Any] = {
             "digest": genotype.digest(),

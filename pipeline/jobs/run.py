@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import cast
 
 from istanas.space import Genotype
-from pipeline.config.schema import OneStageConfig
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.export import run_export
 from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
@@ -20,7 +19,7 @@ def run_whole(context: JobContext) -> RunResult | OneStageResult:
     Returns:
         See `RunResult` (two-stage) and `OneStageResult`.
     """
-    if isinstance(context.config, OneStageConfig):
+    if context.config.trains_target:
         result = run_search(context)
         exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}

@@ -14,13 +14,14 @@ from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure
 from istanas.search import CLOSING_EPOCHS, Freezing
-from istanas.space import CELLS, Genotype
+from istanas.space import Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
 from pipeline.base.text import count
 from pipeline.cluster.launch import prepare_workers, run_job
+from pipeline.config.keys import value_at
 from pipeline.config.load import run_hash
-from pipeline.config.schema import Config, OneStageConfig
+from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import (
     JobSteps,
@@ -52,7 +53,7 @@ from pipeline.runs.layout import (
 )
 from pipeline.runs.network_files import save_network
 from pipeline.runs.tags import Tag
-from pipeline.training.build import build_one_stage
+from pipeline.training.build import build_search
 from pipeline.training.epoch_record import EpochRecord, FolderStore, Progress, SearchRecord, read_records
 from pipeline.training.loop import searched_network
 from pipeline.training.pictures import datasets_used
@@ -104,43 +105,44 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_solver(config.space.solver)
         check_data(config, dataset, jobs)
-        if isinstance(config, OneStageConfig):  # raises an error if no architecture is within the limits
-            build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
+        if config.trains_target:  # raises an error if no architecture is within the limits
+            build_search(config, dataset, Compute(torch.device("cpu")), Ranks())
         prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
     def train(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         store = FolderStore(run.path / CHECKPOINTS, run.push)
         progress = run_job("search", config, dataset, store, observer, context.runtime)
-        if isinstance(config, OneStageConfig):
-            return _finish_one_stage(run, progress, dataset, config, observer.note)
-        return _finish_two_stage(run, progress, observer.note)
+        if config.trains_target:
+            return _finish_trained(run, progress, dataset, config, observer.note)
+        return _finish_searched(run, progress, observer.note)
 
-    one_stage = isinstance(config, OneStageConfig)
     steps = JobSteps(
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
         prepare=prepare,
         warn=own_warnings(spec),
         run=train,
-        describe=describe_one_stage_epoch if one_stage else describe_epoch,
+        describe=describe_trained_epoch if config.trains_target else describe_epoch,
     )
     result = execute(context.with_config(config), spec, steps)
-    return cast(OneStageResult, result) if one_stage else cast(SearchResult, result)
+    return cast(OneStageResult, result) if config.trains_target else cast(SearchResult, result)
 
 
 def describe_epoch(record: EpochRecord) -> str:
-    """Return one line for the user about an epoch of a two-stage search."""
+    """Return one line for the user about an epoch of a search that does not train the network that it finds."""
     m, found = record.metrics, record.found()
     changes = int(m["recovery/support_changes"])
-    return (
-        f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
-        f"(validation {_describe_tops(m, 'valid')}), {changes} of {len(found.nodes)} nodes changed, "
-        f"{record.seconds:.1f} s{_describe_fallbacks(found)}"
-    )
+    text = f"epoch {record.epoch}: "
+    if "train/loss" in m:
+        text += f"loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
+    if "valid/top1" in m:
+        text += f"(validation {_describe_tops(m, 'valid')}), "
+    text += f"{changes} of {len(found.nodes)} nodes changed, {record.seconds:.1f} s"
+    return text + _describe_fallbacks(found)
 
 
-def describe_one_stage_epoch(record: EpochRecord) -> str:
-    """Return lines for the user about an epoch of a one-stage search."""
+def describe_trained_epoch(record: EpochRecord) -> str:
+    """Return lines for the user about an epoch of a search that also trains the network that it finds."""
     m, found = record.metrics, record.found()
     frozen = found.frozen or ()
     text = describe_figures(record)
@@ -196,38 +198,42 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_two_stage(run: RunDir, progress: Progress, say: Callable[[str], None]) -> Outcome:
-    genotype = _write_last_genotype(run, progress.newest)
+def _finish_searched(run: RunDir, progress: Progress, say: Callable[[str], None]) -> Outcome:
+    genotype, record = _write_last_genotype(run, progress.newest), run.read()
     result = {**_figures(genotype, progress), **accuracies(progress.newest.metrics, "valid")}
     return Outcome(
         result=result,
         artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
         tags={Tag.GENOTYPE: genotype.digest()},
-        description=mlflow_note.of_two_stage_search(run.read().data_label, progress.epochs, result, genotype),
+        description=mlflow_note.of_search(
+            record.method, record.data_label, progress.epochs, result, genotype
+        ),
     )
 
 
-def _finish_one_stage(
+def _finish_trained(
     run: RunDir,
     progress: Progress,
     dataset: ImageDataset,
-    config: OneStageConfig,
+    config: Config,
     say: Callable[[str], None],
 ) -> Outcome:
     net = searched_network(config, dataset, run.path / CHECKPOINTS, progress.epochs)
-    genotype = _write_last_genotype(run, progress.newest)
-    save_network(run.path, net, genotype, config.search, dataset)
+    genotype, record = _write_last_genotype(run, progress.newest), run.read()
+    save_network(run.path, net, genotype, config.search, dataset, config.space.build())
     m, frozen = progress.newest.metrics, progress.newest.found().frozen or ()
-    _draw_freezing(run, progress, frozen, config)
-    search_epochs = max(freezing.epoch for freezing in frozen) + CLOSING_EPOCHS
-    result = {
-        **_figures(genotype, progress),
-        **accuracies(m, "test", "valid"),
-        "search_epochs": search_epochs,
-        "train_epochs": progress.epochs - search_epochs,
-        "rejected": int(m["arch/rejected"]),
-        "frozen": [asdict(freezing) for freezing in frozen],
-    }
+    figures: tuple[str, ...] = ()
+    result = {**_figures(genotype, progress), **accuracies(m, "test", "valid")}
+    if frozen:
+        _draw_freezing(run, progress, frozen, config)
+        figures = FREEZING_FIGURES
+        search_epochs = max(freezing.epoch for freezing in frozen) + CLOSING_EPOCHS
+        result |= {
+            "search_epochs": search_epochs,
+            "train_epochs": progress.epochs - search_epochs,
+            "rejected": int(m["arch/rejected"]),
+            "frozen": [asdict(freezing) for freezing in frozen],
+        }
     return Outcome(
         result=result,
         artifacts=(
@@ -236,18 +242,18 @@ def _finish_one_stage(
             *CELL_FIGURES,
             *TRAJECTORY,
             *_trajectory_page(run, say),
-            *FREEZING_FIGURES,
+            *figures,
             NETWORK_FILE,
             WEIGHTS_FILE,
         ),
         tags={Tag.GENOTYPE: genotype.digest()},
-        description=mlflow_note.of_one_stage_search(run.read().data_label, result, genotype),
+        description=mlflow_note.of_trained_search(
+            record.method, record.data_label, progress.epochs, result, genotype
+        ),
     )
 
 
-def _draw_freezing(
-    run: RunDir, progress: Progress, frozen: Sequence[Freezing], config: OneStageConfig
-) -> None:
+def _draw_freezing(run: RunDir, progress: Progress, frozen: Sequence[Freezing], config: Config) -> None:
     """Draw the nodes' distances over the epochs of the search."""
     distances: dict[tuple[str, int], list[tuple[int, float]]] = {}
     rejected = []
@@ -263,7 +269,7 @@ def _draw_freezing(
     save_freezing_figure(
         run.path,
         distances,
-        tolerance=config.search.termination_tol,
+        tolerance=value_at(config, "search.termination_tol"),
         rejected=rejected,
         frozen={(f.cell, f.node): (f.epoch, f.reason) for f in frozen},
     )
@@ -289,6 +295,6 @@ def _trajectory_page(run: RunDir, say: Callable[[str], None]) -> tuple[str, ...]
 def _write_last_genotype(run: RunDir, last: EpochRecord) -> Genotype:
     found = last.found()
     genotype = Genotype.from_json(found.genotype)
-    weights = {cell: [n.edge_weights for n in found.nodes if n.cell == cell] for cell in CELLS}
+    weights = {kind: [n.edge_weights for n in found.nodes if n.cell == kind] for kind in genotype.kinds}
     write_genotype(run.path, genotype, weights)
     return genotype

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from istanas.search import NodeReport
-from istanas.space import CellSpace
+from istanas.space import SearchSpace
 from pipeline.base.files import append, ensure_content
 from pipeline.runs.layout import CODES_FILE, TRAJECTORY_FILE
 from pipeline.training.epoch_record import EpochRecord
@@ -35,10 +35,10 @@ class SearchTables:
 
     Args:
         folder: The run directory.
-        space: The cell space of the search.
+        space: The space of the search.
     """
 
-    def __init__(self, folder: Path, space: CellSpace) -> None:
+    def __init__(self, folder: Path, space: SearchSpace) -> None:
         self._folder, self._space = folder, space
         self._kept: KeptCodes = {}
         self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0}
@@ -134,7 +134,7 @@ KeptCodes = dict[tuple[str, int], list[float]]  # (cell, node) -> magnitudes of 
 
 
 def codes_rows(
-    record: EpochRecord, space: CellSpace, kept: KeptCodes
+    record: EpochRecord, space: SearchSpace, kept: KeptCodes
 ) -> Iterator[tuple[int, str, int, int, str, str]]:
     """Yield the magnitudes of the sparse codes: one row of `CODES_COLUMNS` for each recovery, node and candidate.
 
@@ -142,7 +142,7 @@ def codes_rows(
 
     Args:
         record: An epoch of a search.
-        space: The cell space of the search.
+        space: The space of the search.
         kept: The last code of each node, updated here: a frozen node is not recovered any more and keeps its code.
     """
     for epoch, nodes in _recoveries(record):
@@ -150,9 +150,9 @@ def codes_rows(
             place = node.cell, node.node
             if node.recovered:
                 kept[place] = node.magnitudes
-            for candidate, magnitude in enumerate(kept.get(place, ())):
-                state, op = space.split(candidate)
-                yield epoch, *place, state, space.ops[op], f"{magnitude:.6g}"
+            candidates = space.decisions[node.cell][node.node].candidates
+            for (op, state), magnitude in zip(candidates, kept.get(place, ()), strict=False):
+                yield epoch, *place, state, op, f"{magnitude:.6g}"
 
 
 def _recoveries(record: EpochRecord) -> Iterator[tuple[int, tuple[NodeReport, ...]]]:

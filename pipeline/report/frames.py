@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Unpack
 
+from istanas.methods import trains_target
 from pipeline.report.columns import (
     COLUMNS,
     EPOCHS_KEYS,
@@ -230,7 +231,9 @@ def weights_frame(
     pairs: list[tuple[Run, Run | None]] = [
         (search, retraining)
         for search in runs
-        if search.info.status == "FINISHED" and _has(search, kind="search", method="one_stage")
+        if search.info.status == "FINISHED"
+        and _has(search, kind="search")
+        and trains_target(search.data.tags.get(Tag.METHOD))
         for retraining in (*_of_search(search, retrainings),) or (None,)
     ]
     rows = []

@@ -11,40 +11,48 @@ from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 _SPLITS = {"test": "test", "valid": "validation"}
 
 
-def of_two_stage_search(dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
-    """Describe a two-stage search.
+def of_search(method: str, dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
+    """Describe a search that does not train the network that it finds.
 
     Args:
+        method: The search method.
         dataset: The name of the data set.
         epochs: The number of epochs.
         result: The result, see `pipeline.jobs.results`.
         genotype: The genotype that it found.
     """
     return _page(
-        f"{percent(result['valid_top1'])} validation top-1: two-stage search on {dataset}, {count(epochs, 'epoch')}.",
+        f"{_headline(result)}{_words(method)} search on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result, {"valid": "validation"}), *_common(result)],
         genotype,
         again=f"istanas search --config {CONFIG_FILE}",
-        more=validation_note("search", "two_stage"),
+        more=_note(result, "search", method),
     )
 
 
-def of_one_stage_search(dataset: str, result: Mapping[str, Any], genotype: Genotype) -> str:
-    """Describe a one-stage search, with the epochs after which its nodes froze.
+def of_trained_search(
+    method: str, dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype
+) -> str:
+    """Describe a search that also trained its network, with the epochs after which its nodes froze.
 
     Args:
-        dataset, result, genotype: As in `of_two_stage_search`.
+        method, dataset, epochs, result, genotype: As in `of_search`.
     """
-    frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
-    nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
-    table = _table(("node", "frozen after epoch", "reason"), nodes)
+    duration, figures, table = count(epochs, "epoch"), [*_tops(result), *_common(result)], ""
+    if "frozen" in result:
+        frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
+        nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
+        table = _table(("node", "frozen after epoch", "reason"), nodes)
+        figures.append(("architectures rejected by limits", str(result["rejected"])))
+        duration = (
+            f"{count(result['search_epochs'], 'epoch')} of search, {result['train_epochs']} of training"
+        )
     return _page(
-        f"{_headline(result)}one-stage search on {dataset}, {count(result['search_epochs'], 'epoch')} of search, "
-        f"{result['train_epochs']} of training.",
-        [*_tops(result), *_common(result), ("architectures rejected by limits", str(result["rejected"]))],
+        f"{_headline(result)}{_words(method)} search on {dataset}, {duration}.",
+        figures,
         genotype,
         again=f"istanas search --config {CONFIG_FILE}",
-        more="\n\n".join(filter(None, [table, _note(result, "search", "one_stage")])),
+        more="\n\n".join(filter(None, [table, _note(result, "search", method)])),
     )
 
 
@@ -54,7 +62,7 @@ def of_retraining(
     """Describe a retraining.
 
     Args:
-        dataset, epochs, result, genotype: As in `of_two_stage_search`.
+        dataset, epochs, result, genotype: As in `of_search`.
         origin: The source of the genotype, if it is not the parent run.
     """
     return _page(
@@ -138,6 +146,11 @@ def _common(result: Mapping[str, Any], time: str = "time") -> list[tuple[str, st
         ("digest", f"`{result['digest'][:12]}`"),
         *([("halvings of the learning rate", str(result["rollbacks"]))] if "rollbacks" in result else []),
     ]
+
+
+def _words(method: str) -> str:
+    """Return a method's name in running text."""
+    return method.replace("_", "-")
 
 
 def _headline(result: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from istanas.methods import trains_target
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import duration
 from pipeline.runs.outcome import shown_outcome
@@ -151,10 +152,10 @@ def validation_note(kind: str, method: str) -> str:
         >>> validation_note("retrain", "two_stage") == validation_note("search", "one_stage")
         True
     """
-    if method == "two_stage" and kind != "retrain":
+    if kind != "retrain" and not trains_target(method):
         return (
-            "Validation accuracy of a two-stage search is measured on the alpha half: the part of the training "
-            "pictures (search.alpha_fraction) that trains the alphas, not the weights."
+            f"Validation accuracy of a {method.replace('_', '-')} search is measured on the alpha half: the part of "
+            "the training pictures (search.alpha_fraction) that trains the alphas, not the weights."
         )
     return (
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "

@@ -95,7 +95,7 @@ class RunRecord:
     Args:
         name: Name of the run, without its hash.
         kind: "search", "retrain" or "sweep".
-        method: "two_stage" or "one_stage".
+        method: The search method.
         dataset: The setting `data.name`.
         key: Unique id, by which the MLflow run is found.
         params, tags, description: As MLflow shows them.

@@ -15,7 +15,7 @@ class Tag:
 
     # ----- Every run.
     KIND = "istanas.kind"  # search, retrain or sweep
-    METHOD = "istanas.method"  # two_stage or one_stage
+    METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
     FOLDER = "istanas.data_folder"  # label of a picture folder, whose data set is always called "folder"
     MISSING_CLASSES = "istanas.missing_classes"  # classes without pictures in a part of the data set

@@ -120,7 +120,7 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
     """
     trial = with_settings(config, settings, source)
     update: dict[str, Any] = {"retrain": trial.retrain.model_copy(update={"test_every": 0})}
-    if trial.method == "one_stage":
+    if trial.trains_target:
         update["search"] = trial.search.model_copy(update={"test_every": 0})
         if trial.data.holdout == 0:
             raise ConfigError(

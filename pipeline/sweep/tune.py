@@ -19,7 +19,7 @@ from istanas.errors import IstanasError
 from pipeline.base.text import last_line
 from pipeline.cluster.lost_cluster import watch_cluster
 from pipeline.config.keys import known_methods
-from pipeline.config.schema import Config, OneStageSearchSettings, SearchSettings, TwoStageSearchSettings
+from pipeline.config.schema import Config, SearchSection, config_class
 from pipeline.jobs.observer import RunObserver
 from pipeline.runs.layout import LOG_FOLDER
 from pipeline.sweep.bookkeeping import TrialRuns
@@ -165,15 +165,13 @@ def _keep_aws_keys_out_of_logs() -> None:
 def max_epochs(config: Config) -> int:
     """Return the largest number of epochs that a trial may report, over all values of the space."""
     space = sweep_of(config).space
-    defaults: dict[str, SearchSettings] = {
-        "two_stage": TwoStageSearchSettings(),
-        "one_stage": OneStageSearchSettings(),
-    }
 
     def most(method: str) -> int:
-        settings = config.search if method == config.method else defaults[method]
-        swept = [key for key in EPOCH_KEYS if key in space and method in known_methods(key)]
-        highest = {key.partition(".")[2]: max(map(int, values_of(space[key]))) for key in swept}
+        settings: SearchSection = config.search if method == config.method else config_class(method)().search  # type: ignore[call-arg]
+        swept = [key for key in space if key.startswith("search.") and method in known_methods(key)]
+        highest = {
+            key.partition(".")[2]: max(map(int, values_of(space[key]))) for key in swept if key in EPOCH_KEYS
+        }
         return settings.model_copy(update=highest).max_epochs
 
     return max(map(most, methods_of(config)))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from istanas.errors import ConfigError
+from istanas.methods import trains_target
 from pipeline.config.choices import HIGHER
 from pipeline.runs.directory import RunDir
 from pipeline.runs.outcome import data_of, outcome
@@ -199,7 +200,7 @@ def _version(client: "MlflowClient", run_id: str, name: str) -> "ModelVersion | 
 
 def _no_version(run: RunDir, record: RunRecord, tracking: "TrackingSettings") -> ConfigError:
     """Return the error for a run without a version in the registry."""
-    if record.kind == "sweep" or (record.kind == "search" and record.method == "two_stage"):
+    if record.kind == "sweep" or (record.kind == "search" and not trains_target(record.method)):
         why = " (it found an architecture and has no network)"
         remedy = f"name its retraining, or retrain it with istanas retrain --genotype {run.path}"
     elif not has_network(record):

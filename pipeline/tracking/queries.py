@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from istanas.errors import ConfigError
+from istanas.methods import METHODS
 from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
-from pipeline.config.choices import KINDS, METHODS
+from pipeline.config.choices import KINDS
 from pipeline.runs.tags import Tag
 from pipeline.tracking.store import open_client, public_uri, store_exists
 
@@ -25,7 +26,7 @@ class Filters(TypedDict, total=False):
 
     Attributes:
         kind: "sweep", "search" or "retrain".
-        method: "two_stage" or "one_stage".
+        method: The name of a search method.
         dataset: The name of a data set, "folder" for all picture folders, or the label of one of them.
         where: A condition of MLflow's own search, such as ``metrics.`test/top1` > 0.9 and params.seed = '1'``.
     """
@@ -117,7 +118,7 @@ def _query(filters: Filters) -> str:
     """Return the filters as a condition of MLflow's search."""
     from pipeline.config.schema import DatasetName
 
-    known = {"kind": KINDS, "method": METHODS, "dataset": get_args(DatasetName)}
+    known = {"kind": KINDS, "method": tuple(METHODS), "dataset": get_args(DatasetName)}
     wanted: dict[str, str] = {name: value for name in known if (value := filters.get(name)) is not None}  # type: ignore[misc]
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():

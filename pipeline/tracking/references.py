@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
-from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
+from istanas.methods import trains_target
+from istanas.space import PUBLISHED, Genotype, SearchSpace, random_genotype
 from pipeline.base.addresses import checked_address, sqlite_file
 from pipeline.base.text import one_line
 from pipeline.config.load import load
@@ -85,7 +86,7 @@ def is_mlflow_id(ref: str) -> bool:
 
 
 def resolve_genotype(
-    ref: str, *, space: CellSpace, runs_dir: Path, tracking_uri: str | None
+    ref: str, *, space: SearchSpace, runs_dir: Path, tracking_uri: str | None
 ) -> tuple[Genotype, str | None]:
     """Find the genotype that a reference names, and the run that found the genotype.
 
@@ -177,7 +178,7 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
             `retrain.op_batchnorm` is false, so that the network would differ from the searched one.
     """
     runs_dir, tracking_uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
-    space = config.space.cell_space()
+    space = config.space.build()
     genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
         raise ConfigError(
@@ -229,7 +230,7 @@ def _is_one_stage(kind: str | None, method: str | None, params: Mapping[str, Any
     """Return whether a run's cell has the batch norms of a one-stage search; a retraining has a setting for it."""
     if kind == "retrain":
         return str(params.get("retrain.op_batchnorm")) == "True"
-    return method == "one_stage"
+    return trains_target(method)
 
 
 def run_of_config(file: Path) -> RunDir | None:

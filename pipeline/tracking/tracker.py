@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from filelock import FileLock
 
 from istanas.errors import CheckpointError, ConfigError
+from istanas.methods import trains_target
 from pipeline.base.addresses import sqlite_file
 from pipeline.base.interruption import uninterrupted
 from pipeline.base.page_links import without_file_links
@@ -569,8 +570,8 @@ def _columns(use: DatasetUse) -> list[dict[str, str]]:
 
 
 def has_network(record: RunRecord) -> bool:
-    """Return whether the run has a trained network; a two-stage search only finds an architecture."""
-    trains = record.kind == "retrain" or (record.kind == "search" and record.method == "one_stage")
+    """Return whether the run has a trained network; other searches only find an architecture."""
+    trains = record.kind == "retrain" or (record.kind == "search" and trains_target(record.method))
     return trains and record.status == "FINISHED"
 
 

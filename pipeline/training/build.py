@@ -2,87 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
-from istanas.measure import Cost, target_cost
-from istanas.nets import Supernet, TargetNet, to_channels_last
-from istanas.search import OneStageSearch, OneStageSettings, SearchSettings, TwoStageSearch, TwoStageSettings
-from istanas.space import Genotype
+from istanas.measure import Cost
+from istanas.methods import METHODS
+from istanas.nets import SearchNetwork, TargetNetwork, to_channels_last
+from istanas.search import Search
+from istanas.settings import SearchSettings, SparseCodingSettings
+from istanas.space import Genotype, NetworkSize
 from istanas.training import Compute, derive_seed
-from pipeline.config import schema
-from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, TwoStageConfig
+from pipeline.config.schema import Config, RetrainSettings, SearchSection
+from pipeline.config.sections import settings_from
 
-Settings = TypeVar("Settings", bound=SearchSettings)
-
-
-def build_two_stage(
-    config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
-) -> TwoStageSearch:
-    """Return the search in its initial state."""
-    supernet = _build_supernet(config, dataset, compute, auxiliary=False)
-    settings = settings_of(config, TwoStageSettings)
-    return TwoStageSearch(supernet, settings, compute, config.seed, ranks)
+Sizes = SearchSection | RetrainSettings
+"""Settings that determine the size of a network."""
 
 
-def build_one_stage(
-    config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks
-) -> OneStageSearch:
-    """Return the search in its initial state.
+def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> Search[Any]:
+    """Return the search of the configuration's method, in its initial state.
 
     Raises:
-        ConfigError: If no architecture satisfies `search.max_params` and `search.max_macs`.
+        ConfigError: If the method and the space do not fit, or no architecture satisfies the method's limits.
     """
-    supernet = _build_supernet(config, dataset, compute, auxiliary=config.search.auxiliary_weight > 0)
-    settings = settings_of(config, OneStageSettings)
+    method = METHODS[config.method].search_class
+    settings = settings_of(config)
+    supernet = _build_supernet(config, dataset, compute, method, settings)
     try:
-        return OneStageSearch(
+        return method(
             supernet,
             settings,
             compute,
             config.seed,
-            lambda genotype: network_cost(config.search, dataset, genotype),
             ranks,
+            lambda genotype: network_cost(config, config.search, dataset, genotype),
         )
     except ConfigError as error:
         raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
 
 
-def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNet:
+def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNetwork:
     """Return the network of a retraining, newly initialised."""
     r = config.retrain
     torch.manual_seed(derive_seed(config.seed, "init"))
-    return target_network(r, genotype, dataset, auxiliary=r.auxiliary_weight > 0)
+    return target_network(config, r, genotype, dataset, auxiliary=r.auxiliary_weight > 0)
 
 
 def target_network(
-    sizes: schema.SearchSettings | RetrainSettings,
-    genotype: Genotype,
-    dataset: ImageDataset,
-    *,
-    auxiliary: bool = False,
-) -> TargetNet:
-    """Return a genotype's network under the settings of a one-stage search or a retraining."""
-    return TargetNet(
-        genotype,
+    config: Config, sizes: Sizes, genotype: Genotype, dataset: ImageDataset, *, auxiliary: bool = False
+) -> TargetNetwork:
+    """Return a genotype's network under the settings of a search that trains its network, or of a retraining."""
+    space = config.space.build()
+    return space.target(genotype, network_size(sizes, dataset), auxiliary=auxiliary and space.has_auxiliary)
+
+
+def network_size(sizes: Sizes, dataset: ImageDataset) -> NetworkSize:
+    """Return the size of a network under the settings of a search or a retraining."""
+    return NetworkSize(
         sizes.init_channels,
         sizes.layers,
         dataset.num_classes,
         stem=sizes.stem,
-        auxiliary=auxiliary,
-        op_batchnorm=sizes.op_batchnorm,
         in_channels=dataset.channels,
+        op_batchnorm=sizes.op_batchnorm,
     )
 
 
 def build_retraining(
     config: Config, genotype: Genotype, dataset: ImageDataset, compute: Compute
-) -> tuple[TargetNet, torch.optim.SGD]:
+) -> tuple[TargetNetwork, torch.optim.SGD]:
     """Return the network of `build_target` on its device, ready for training, and its optimiser."""
     r = config.retrain
     net = build_target(config, genotype, dataset)
@@ -99,50 +92,65 @@ def build_retraining(
     return net, optimizer
 
 
-def network_cost(
-    sizes: schema.SearchSettings | RetrainSettings, dataset: ImageDataset, genotype: Genotype
-) -> Cost:
+def network_cost(config: Config, sizes: Sizes, dataset: ImageDataset, genotype: Genotype) -> Cost:
     """Return parameters and multiply-adds of a genotype's network, see `target_network`."""
-    return target_cost(
-        genotype,
-        init_channels=sizes.init_channels,
-        layers=sizes.layers,
-        num_classes=dataset.num_classes,
-        shape=(dataset.channels, dataset.height, dataset.width),
-        stem=sizes.stem,
-        op_batchnorm=sizes.op_batchnorm,
-    )
+    shape = (dataset.channels, dataset.height, dataset.width)
+    return config.space.build().cost(genotype, network_size(sizes, dataset), shape)
 
 
-def _build_supernet(config: Config, dataset: ImageDataset, compute: Compute, *, auxiliary: bool) -> Supernet:
-    s, space = config.search, config.space
+def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:
+    """Check that the search space has networks of the sizes of these jobs, and supports the method.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    space = config.space.build()
+    for job in jobs:
+        try:
+            space.check_size(network_size(getattr(config, job), dataset))
+        except ConfigError as error:
+            raise ConfigError(error.problem, field=f"{job}.{error.field}", remedy=error.remedy) from None
+    if "search" in jobs:
+        _partial_channels(config, METHODS[config.method].search_class, settings_of(config))
+
+
+def _partial_channels(config: Config, method: type[Search[Any]], settings: SearchSettings) -> int:
+    partial = method.partial_channels(settings)
+    if partial > 1 and not config.space.space_class.has_partial_channels:
+        raise ConfigError(
+            f"{config.method} runs operations on a part of the channels, which {config.space.name} does not support",
+            field="method",
+            remedy="choose another method or another space.name",
+        )
+    return partial
+
+
+def _build_supernet(
+    config: Config,
+    dataset: ImageDataset,
+    compute: Compute,
+    method: type[Search[Any]],
+    settings: SearchSettings,
+) -> SearchNetwork:
+    space = config.space.build()
     torch.manual_seed(derive_seed(config.seed, "init"))
-    supernet = Supernet(
-        space.cell_space(),
-        s.init_channels,
-        s.layers,
-        dataset.num_classes,
-        n_measurements=space.n_measurements,
-        stem=s.stem,
-        in_channels=dataset.channels,
-        op_batchnorm=s.op_batchnorm,
-        auxiliary=auxiliary,
+    supernet = space.supernet(
+        network_size(config.search, dataset),
+        lambda decision: method.alpha_size(settings, decision),
+        auxiliary=getattr(settings, "auxiliary_weight", 0) > 0 and space.has_auxiliary,
+        partial=_partial_channels(config, method, settings),
     )
     supernet.activation_checkpointing = config.runtime.activation_checkpointing
     to_channels_last(supernet.to(compute.device))
     return supernet
 
 
-def settings_of(config: Config, kind: type[Settings]) -> Settings:
-    """Return the settings of a search algorithm.
+def settings_of(config: Config) -> SearchSettings:
+    """Return the settings of the search.
 
     Each field takes the value of the configuration's key of the same name, in `search` or `space`. The seed of the
     matrices is a property of the whole configuration. A field without a key keeps its default.
     """
-    values: dict[str, Any] = {"matrix_seed": config.matrix_seed}
-    for name in {field.name for field in fields(kind)} - values.keys():
-        for section in (config.search, config.space):
-            if name in type(section).model_fields:
-                value = getattr(section, name)
-                values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+    kind = config.search.settings_class
+    own = {"matrix_seed": config.matrix_seed} if issubclass(kind, SparseCodingSettings) else {}
+    return settings_from(kind, config.search, config.space, **own)

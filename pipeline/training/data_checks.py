@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from istanas.data import ImageDataset
 from istanas.limits import SMALL_SIDE
-from pipeline.config.schema import Config, TwoStageConfig
+from pipeline.config.schema import Config
 from pipeline.training.splits import splits_of
 
 
@@ -42,10 +42,12 @@ def doubtful_settings(config: Config, dataset: ImageDataset, jobs: Sequence[str]
         jobs: The jobs to be run: "search", "retrain".
     """
     doubts = []
-    side, space = min(dataset.height, dataset.width), config.space
+    side = min(dataset.height, dataset.width)
     size = f"pictures of {dataset.height}x{dataset.width} pixels"
-    if "search" in jobs and len(space.ops) <= 1 and space.sparsity > 1:
-        reason = f"with space.sparsity = {space.sparsity} only the edges are searched; give more operations"
+    decisions = config.space.build().all_decisions() if "search" in jobs else []
+    n_ops = max((len({op for op, _ in decision.candidates}) for decision in decisions), default=0)
+    if n_ops == 1 and (sparsity := decisions[0].sparsity) > 1:
+        reason = f"with space.sparsity = {sparsity} only the edges are searched; give more operations"
         doubts.append(Doubt("space.ops", "has one operation", reason))
     if config.data.crop_padding > side // 2:
         reason = f"most crops of {size} contain little or nothing of the picture; give at most {side // 2}"
@@ -71,7 +73,9 @@ def _name_of_training(config: Config, job: str) -> str:
     if job == "retrain":
         return "training pictures"
     return (
-        "pictures that train the weights" if isinstance(config, TwoStageConfig) else "pictures of the search"
+        "pictures of the search"
+        if config.search.alpha_fraction_or_none is None
+        else "pictures that train the weights"
     )
 
 

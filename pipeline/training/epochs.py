@@ -24,8 +24,8 @@ from istanas.training import (
     learning_rate,
     train_target_epoch,
 )
-from pipeline.config.schema import Config, OneStageConfig, RetrainSettings, TwoStageConfig
-from pipeline.training.build import build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.config.schema import Config, RetrainSettings
+from pipeline.training.build import build_retraining, build_search, network_cost
 from pipeline.training.epoch_record import Progress, SearchRecord
 from pipeline.training.pictures import Batches
 from pipeline.training.splits import splits_of
@@ -61,13 +61,13 @@ class EpochJob(Protocol):
         """Return the state from which `load` resumes with identical results."""
 
 
-class TwoStageJob:
-    """A two-stage search."""
+class SearchJob:
+    """A search, including the training of the network that it found if the method trains it."""
 
-    def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
-        self._config, self._dataset = config, dataset
+    def __init__(self, config: Config, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
+        self._config, self._dataset, self._compute, self._ranks = config, dataset, compute, ranks
         self._splits = splits_of(config, dataset, "search")
-        self._search = build_two_stage(config, dataset, compute, ranks)
+        self._search = build_search(config, dataset, compute, ranks)
         self._batches = Batches(
             config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
         )
@@ -77,112 +77,71 @@ class TwoStageJob:
 
     def is_done(self, progress: Progress) -> bool:
         converged = progress.last is not None and progress.last.found().converged
-        return self._search.epoch >= self._config.search.epochs or converged
+        return self._search.is_done or converged
 
     def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
-        search, alphas = self._search, self._splits.alpha_half()
-        weight_batches = self._batches.training("weights", self._splits.training, epoch)
-        n_steps = len(weight_batches)
-        passes = itertools.count()  # an alpha half that is shorter than the weight half is used several times
+        search = self._search
+        searching = search.is_searching
+        metrics = self._train(epoch, on_step, lr_factor)
+        trained = search.genotype()
+        choosing = self._splits.alphas if self._splits.alphas is not None else self._splits.holdout
 
-        def alpha_batches(passes: Iterator[int] = passes) -> Any:
-            n = next(passes)
-            purpose = "alphas" if n == 0 else f"alphas/{n}"
-            return self._batches.training(purpose, alphas, epoch)
+        def measure() -> Metrics:
+            return search.validate(self._batches.measuring("train", choosing))
 
-        start = time.perf_counter()
-        train = search.train_epoch(
-            weight_batches,
-            alpha_batches,
-            n_steps,
-            lambda step, totals: on_step(step, n_steps, totals),
-            lr_factor=lr_factor,
-        )
-        seconds = time.perf_counter() - start
-        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
-        trained = search.supernet.genotype()
-        valid = search.validate(self._batches.measuring("train", alphas))
-        recovery = search.recover()
-        genotype = search.supernet.genotype()
-        metrics = {
-            **_named("train", train),
-            **_named("valid", valid),
+        if choosing is not None and metrics:
+            metrics |= _named("valid", measure())
+        recovery = search.finish_epoch(None if choosing is None else measure)
+        genotype = search.genotype()
+        sizes = self._config.search if self._config.trains_target else self._config.retrain
+        metrics |= {
             **recovery.metrics(),
             "arch/skip_ratio": genotype.skip_ratio(),
-            "arch/frozen_nodes": 0.0,  # nodes freeze in one-stage search only
-            **_cost_metrics(network_cost(self._config.retrain, self._dataset, genotype)),
-            # Each step trains on a weight batch and an alpha batch.
-            "images_per_second": 2 * train.count / seconds,
+            **search.metrics(),
+            **_cost_metrics(network_cost(self._config, sizes, self._dataset, genotype)),
         }
+        if search.trained is not None and is_tested(*search.trained, self._config.search.test_interval):
+            metrics |= _named("test", self._test())
+        frozen = search.freezings
         found = SearchRecord(
             nodes=tuple(recovery.nodes),
             trained_genotype=trained.to_json(),
             genotype=genotype.to_json(),
             start_nodes=tuple(search.first_recovery.nodes) if epoch == 0 else (),
             converged=search.has_converged(recovery),
-        )
-        return EpochResult(metrics, found)
-
-    def state(self) -> dict[str, Any]:
-        return {"search": self._search.state_dict()}
-
-
-class OneStageJob:
-    """A one-stage search, including the training of the architecture that it found."""
-
-    def __init__(self, config: OneStageConfig, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
-        self._config, self._dataset, self._compute, self._ranks = config, dataset, compute, ranks
-        self._splits = splits_of(config, dataset, "search")
-        self._search = build_one_stage(config, dataset, compute, ranks)
-        self._batches = Batches(
-            config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
-        )
-
-    def load(self, saved: dict[str, Any]) -> None:
-        self._search.load_state_dict(saved["search"])
-
-    def is_done(self, progress: Progress) -> bool:
-        return self._search.is_done
-
-    def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
-        search = self._search
-        searching = search.is_searching
-        batches = self._batches.training("weights", self._splits.training, epoch)
-        n_steps = len(batches)
-        start = time.perf_counter()
-        train = search.train_epoch(
-            batches, n_steps, lambda step, totals: on_step(step, n_steps, totals), lr_factor=lr_factor
-        )
-        seconds = time.perf_counter() - start
-        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
-        trained = search.supernet.genotype()
-        metrics = {**_named("train", train), "images_per_second": train.count / seconds}
-        if self._splits.holdout is not None:
-            valid = search.validate(self._batches.measuring("train", self._splits.holdout))
-            metrics |= _named("valid", valid)
-        recovery = search.recover()
-        genotype = search.supernet.genotype()
-        metrics |= {
-            **recovery.metrics(),
-            "arch/skip_ratio": genotype.skip_ratio(),
-            "arch/frozen_nodes": float(len(search.freezings)),
-            "arch/rejected": float(search.n_rejected),
-            **_cost_metrics(network_cost(self._config.search, self._dataset, genotype)),
-        }
-        if search.search_epochs is not None:
-            s, done = self._config.search, search.epoch - search.search_epochs
-            if is_tested(done, s.train_epochs, s.test_every):
-                metrics |= _named("test", self._test())
-        found = SearchRecord(
-            nodes=tuple(recovery.nodes),
-            trained_genotype=trained.to_json(),
-            genotype=genotype.to_json(),
-            start_nodes=tuple(search.first_recovery.nodes) if epoch == 0 else (),
             searching=searching,
             rejection=recovery.rejection,
-            frozen=tuple(search.freezings),
+            frozen=None if frozen is None else tuple(frozen),
         )
         return EpochResult(metrics, found)
+
+    def _train(self, epoch: int, on_step: OnStep, lr_factor: float) -> dict[str, float]:
+        """Train an epoch and return its metrics; there are none if the method trains nothing."""
+        search, alphas = self._search, self._splits.alphas
+        batches = self._batches.training("weights", self._splits.training, epoch)
+        n_steps = len(batches)
+        passes = itertools.count()  # an alpha half that is shorter than the weight half is used several times
+
+        def alpha_batches(passes: Iterator[int] = passes) -> Any:
+            n = next(passes)
+            purpose = "alphas" if n == 0 else f"alphas/{n}"
+            return self._batches.training(purpose, self._splits.alpha_half(), epoch)
+
+        start = time.perf_counter()
+        train = search.train_epoch(
+            batches,
+            None if alphas is None else alpha_batches,
+            n_steps,
+            lambda step, totals: on_step(step, n_steps, totals),
+            lr_factor=lr_factor,
+        )
+        seconds = time.perf_counter() - start
+        if train is None:
+            return {}
+        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
+        # With an alpha half, each step trains on a weight batch and an alpha batch.
+        n_pictures = train.count if alphas is None else 2 * train.count
+        return {**_named("train", train), "images_per_second": n_pictures / seconds}
 
     def _test(self) -> Metrics:
         """Measure the network, as it would be exported now, on the test split."""
@@ -204,7 +163,7 @@ class RetrainJob:
         self._net, self._optimizer = build_retraining(config, genotype, dataset, compute)
         self._splits = splits_of(config, dataset, "retrain")
         self._batches = Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
-        self._cost = _cost_metrics(network_cost(r, dataset, genotype))
+        self._cost = _cost_metrics(network_cost(config, r, dataset, genotype))
 
     def load(self, saved: dict[str, Any]) -> None:
         check_same_genotype(saved, self._genotype)

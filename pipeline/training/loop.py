@@ -19,24 +19,23 @@ import torch
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, DivergedError
-from istanas.nets import TargetNet, absorb_into_batchnorm
+from istanas.nets import TargetNetwork, absorb_into_batchnorm
 from istanas.seeds import derive_seed
 from istanas.space import Genotype
 from istanas.training import Compute, Totals
 from pipeline.base.text import count
-from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
+from pipeline.config.schema import Config, RuntimeSettings
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Store
-from pipeline.training.build import build_one_stage, build_target
+from pipeline.training.build import build_search, build_target
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.epoch_record import EpochRecord, Progress, Rollback, load_latest
 from pipeline.training.epochs import (
     EpochJob,
     EpochResult,
-    OneStageJob,
     RetrainJob,
-    TwoStageJob,
+    SearchJob,
     check_same_genotype,
 )
 from pipeline.training.observer import Observer, Silent
@@ -49,8 +48,8 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
     Args:
         config: The whole configuration; its method selects the search.
         dataset: The data set from `open_dataset`.
-        store: Checkpoint store; only rank 0's is used. The last checkpoint of a one-stage search contains the trained
-            network, see `searched_network`.
+        store: Checkpoint store; only rank 0's is used. The last checkpoint of a search that trains its network
+            contains it, see `searched_network`.
         observer: Receives the events; only rank 0's is used.
 
     Returns:
@@ -58,10 +57,7 @@ def search_worker(config: Config, dataset: ImageDataset, store: Store, observer:
     """
 
     def make(compute: Compute, ranks: Ranks) -> EpochJob:
-        if isinstance(config, OneStageConfig):
-            return OneStageJob(config, dataset, compute, ranks)
-        assert isinstance(config, TwoStageConfig)
-        return TwoStageJob(config, dataset, compute, ranks)
+        return SearchJob(config, dataset, compute, ranks)
 
     digest = data_digest(config, dataset, "search")
     return _run_epochs(make, config, dataset, digest, store, observer)
@@ -209,7 +205,7 @@ def _describe_rollback(settings: RuntimeSettings, error: DivergedError, epoch: i
     )
 
 
-def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNet:
+def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNetwork:
     """Return the network of a finished retraining, with the last epoch's weights, in eval mode.
 
     Args:
@@ -229,8 +225,8 @@ def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, f
     return net.eval()
 
 
-def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path, epochs: int) -> TargetNet:
-    """Return the network of a finished one-stage search: absorbed, on the CPU, in eval mode.
+def searched_network(config: Config, dataset: ImageDataset, folder: Path, epochs: int) -> TargetNetwork:
+    """Return the network of a finished search that has trained it: absorbed, on the CPU, in eval mode.
 
     Args:
         config: The whole configuration.
@@ -243,7 +239,7 @@ def searched_network(config: OneStageConfig, dataset: ImageDataset, folder: Path
         ConfigError: If a node is still ACTIVE.
     """
     saved = _last(folder, epochs)
-    search = build_one_stage(config, dataset, Compute(torch.device("cpu")), Ranks())
+    search = build_search(config, dataset, Compute(torch.device("cpu")), Ranks())
     with _mismatch_as_checkpoint_error():
         search.load_state_dict(saved["search"])
     return absorb_into_batchnorm(search.supernet)

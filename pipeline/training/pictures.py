@@ -29,8 +29,9 @@ from istanas.seeds import derive_seed
 from istanas.training import Compute
 from pipeline.config.combinations import check_batch_sizes
 from pipeline.config.load import with_stems
-from pipeline.config.schema import Config, DataSettings, OneStageConfig
+from pipeline.config.schema import Config, DataSettings
 from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
+from pipeline.training.build import check_networks
 from pipeline.training.splits import check_splits, splits_of
 
 DIGEST_LENGTH = 16  # hexadecimal digits; MLflow's pages show all of them, its database column holds 36
@@ -174,6 +175,7 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
             raise ConfigError(
                 f"{cutout} is above the pictures' side of {side}", field=f"{job}.cutout", remedy="lower it"
             )
+    check_networks(config, dataset, jobs)
     check_batch_sizes(config, jobs)
     check_splits(config, dataset, jobs)
 
@@ -316,9 +318,9 @@ def _missing(dataset: ImageDataset, labels: torch.Tensor) -> tuple[str, ...]:
 
 
 def _is_ever_tested(config: Config, job: str) -> bool:
-    """Return whether a job measures the test split; two-stage searches and sweeps never do."""
+    """Return whether a job measures the test split; sweeps and searches that train no network never do."""
     if job == "search":
-        return isinstance(config, OneStageConfig) and config.search.test_every > 0
+        return config.search.test_interval > 0
     return job == "retrain" and config.retrain.test_every > 0
 
 

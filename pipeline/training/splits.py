@@ -12,7 +12,7 @@ from torch import Tensor
 from istanas.data import ImageDataset, stratified_split, stratified_subset
 from istanas.errors import ConfigError
 from istanas.seeds import derive_seed
-from pipeline.config.schema import Config, TwoStageConfig
+from pipeline.config.schema import Config
 
 MIN_TRAINING = 2  # batch norm needs two pictures, and so do the two halves of a search
 _REMEMBERED = 4  # cached splits per data set; a sweep checks many configurations
@@ -24,7 +24,8 @@ class Splits:
 
     Args:
         training: Pictures that train the network's weights.
-        alphas: Pictures that train the architecture parameters of a two-stage search; None for other jobs.
+        alphas: Pictures that train the alphas of a search; None for other jobs, and for methods that train weights and
+            alphas on the same pictures.
         holdout: Pictures for validation; None without `data.holdout`.
     """
 
@@ -33,8 +34,8 @@ class Splits:
     holdout: Tensor | None
 
     def alpha_half(self) -> Tensor:
-        """Return `alphas` of a two-stage search."""
-        assert self.alphas is not None, "only a two-stage search has an alpha half"
+        """Return `alphas` of a search that has them."""
+        assert self.alphas is not None, "the method does not divide the pictures"
         return self.alphas
 
 
@@ -80,8 +81,8 @@ def _key(config: Config, job: str) -> Hashable:
     """Return the settings that determine the splits."""
     if job != "search":
         return config.seed, config.data.holdout
-    fraction = config.search.alpha_fraction if isinstance(config, TwoStageConfig) else None
-    return config.seed, config.data.holdout, config.search.max_pictures, fraction
+    s = config.search
+    return config.seed, config.data.holdout, s.max_pictures, s.alpha_fraction_or_none
 
 
 def _compute(config: Config, dataset: ImageDataset, job: str) -> Splits:
@@ -89,9 +90,9 @@ def _compute(config: Config, dataset: ImageDataset, job: str) -> Splits:
     if job != "search":
         return Splits(usable, None, holdout)
     usable = _searched(config, dataset, usable)
-    if not isinstance(config, TwoStageConfig):
+    fraction = config.search.alpha_fraction_or_none
+    if fraction is None:
         return Splits(usable, None, holdout)
-    fraction = config.search.alpha_fraction
     weights, alphas = stratified_split(
         dataset.train.labels[usable], fraction, derive_seed(config.seed, "split")
     )

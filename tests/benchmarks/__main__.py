@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from istanas.data import Augmentation, augment
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
 from pipeline.training.profiling import count_flops

@@ -15,13 +15,12 @@ import torch
 
 from istanas.distributed import Ranks
 from istanas.measure import target_cost
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, CellSpace, genotype_from_supports
 from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
 from istanas.training import Compute, Totals, cross_entropy, derive_seed, evaluate, set_learning_rate
 from pipeline.config.load import load
-from pipeline.config.schema import TwoStageConfig
-from pipeline.training.build import build_two_stage
+from pipeline.training.build import build_search
 from pipeline.training.pictures import Batches, open_dataset
 from pipeline.training.splits import splits_of
 
@@ -64,11 +63,11 @@ def two_stage(root: Path) -> None:
     file = ROOT / "tune_configs" / "two_stage_cifar10.yaml"
     sizes = ["search.init_channels=8", "search.layers=5", "search.batch_size=64", "runtime.threads=1"]
     config = load(file, ["data.name=folder", f"data.root={root}", *sizes])
-    assert isinstance(config, TwoStageConfig)
+    assert config.method == "two_stage"
     dataset, compute, ranks = open_dataset(config, ["search"]), Compute(torch.device("cpu")), Ranks()
     splits = splits_of(config, dataset, "search")
     training, of_alphas = splits.training, splits.alpha_half()
-    search = build_two_stage(config, dataset, compute, ranks)
+    search = build_search(config, dataset, compute, ranks)
     batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
     alphas = search.supernet.alphas()
     measured = of_alphas[::5]  # the halves are in the order of the folder: every class

@@ -20,8 +20,8 @@ from istanas.distributed import Ranks
 from istanas.search import TwoStageSearch
 from istanas.training import Compute
 from pipeline.config.load import load
-from pipeline.config.schema import TwoStageConfig
-from pipeline.training.build import build_two_stage
+from pipeline.config.schema import Config
+from pipeline.training.build import build_search
 from pipeline.training.compute import compute_for
 from pipeline.training.pictures import Batches
 from pipeline.training.splits import splits_of
@@ -89,10 +89,10 @@ class Loop:
         compute: The result of `compute_for`.
     """
 
-    def __init__(self, config: TwoStageConfig, dataset: ImageDataset, compute: Compute) -> None:
+    def __init__(self, config: Config, dataset: ImageDataset, compute: Compute) -> None:
         ranks = Ranks()
         self.compute, self.batch_size = compute, config.search.batch_size
-        self.search: TwoStageSearch = build_two_stage(config, dataset, compute, ranks)
+        self.search: TwoStageSearch = build_search(config, dataset, compute, ranks)
         self.splits = splits_of(config, dataset, "search")
         self.batches = Batches(config, dataset, compute, ranks, self.batch_size, config.search.cutout)
 
@@ -158,11 +158,11 @@ def measure(loop: Loop) -> Speed:
     return Speed(trained, validated, len(loop.search.places) / recovered, share)
 
 
-def published(batch_size: int) -> TwoStageConfig:
+def published(batch_size: int) -> Config:
     """Return the published search's configuration: 16 channels, 8 layers, 50 epochs; crop and flip."""
     settings = [f"search.batch_size={batch_size}", "data.crop_padding=4", "data.horizontal_flip=true"]
     config = load(None, settings)
-    assert isinstance(config, TwoStageConfig)
+    assert config.method == "two_stage"
     return config
 
 

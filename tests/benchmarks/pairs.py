@@ -9,7 +9,7 @@ from torch import Tensor
 from istanas.measure import Cost
 from istanas.nets import NodeCode, Supernet, TargetNet, to_channels_last
 from istanas.search import OneStageSearch, OneStageSettings, TwoStageSearch, TwoStageSettings
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, CellSpace, Genotype
 from istanas.training import Compute, Totals, train_target_epoch
 from tests.benchmarks import reference
@@ -78,7 +78,7 @@ def make_search(
     search: Any
     if one_stage:
         settings = OneStageSettings(lr=0.025, arch_lr=3e-4, auxiliary_weight=0.4 * auxiliary)
-        search = OneStageSearch(net, settings, CPU, seed, lambda genotype: Cost(0, 0))
+        search = OneStageSearch(net, settings, CPU, seed, cost=lambda genotype: Cost(0, 0))
     else:
         search = TwoStageSearch(net, TwoStageSettings(lr=0.025, arch_lr=3e-4), CPU, seed)
     search.install({(cell, node): codes[cell][node] for cell, node in search.places})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from istanas.nets import NodeState
 from istanas.nets.operations import final_batchnorm
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, genotype_from_supports
 from istanas.sparse import recover_nodes, top_support
 from tests.benchmarks import reference

@@ -10,7 +10,6 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from istanas.training import Compute
 from pipeline.config.load import load
-from pipeline.config.schema import TwoStageConfig
 from pipeline.training.compute import compute_for
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu import Loop, Speed, measure, published, random_pictures
@@ -22,7 +21,7 @@ def tiny(device: str) -> tuple[Loop, Compute]:
     settings = ["init_channels=4", "layers=3", f"batch_size={BATCH}", "arch_lr=0.05", "epochs=50"]
     overrides = [f"search.{setting}" for setting in settings]
     config = load(None, [*overrides, f"runtime.device={device}", "runtime.threads=1", "data.crop_padding=1"])
-    assert isinstance(config, TwoStageConfig)
+    assert config.method == "two_stage"
     compute = compute_for(config.runtime)
     return Loop(config, random_pictures(PICTURES, 8), compute), compute
 

@@ -148,7 +148,7 @@ def test_a_sweep_on_both_nodes_is_complete_and_readable_on_another_machine(
         assert json.loads(lines[-1])["digest"] == result["digest"]
     _, parent_dir = resolve_genotype(
         result["run_dir"],
-        space=load(None).space.cell_space(),
+        space=load(None).space.build(),
         runs_dir=storage.local(PLACE),
         tracking_uri=store,
     )

@@ -12,7 +12,7 @@ from istanas.errors import ConfigError
 from istanas.measure import count_params
 from istanas.nets import NodeCode, NodeState, Supernet, TargetNet, absorb_into_batchnorm
 from istanas.nets.operations import final_batchnorm
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace
 
 Supports = dict[str, list[tuple[int, ...]]]

@@ -120,7 +120,7 @@ def test_supernet_in_float64(golden_dir: Path, file: str, op_batchnorm: bool, co
     for cell, nodes in net.edge_weights().items():
         alphas = np.zeros((space.n_edges, space.n_ops))
         for node, weights in enumerate(nodes):
-            for candidate, weight in zip(net._codes[cell][node].support, weights.tolist(), strict=True):
+            for candidate, weight in zip(net._supports[cell][node], weights.tolist(), strict=True):
                 state, op = space.split(candidate)
                 alphas[space.edge(node, state), op] = weight
         assert relative(alphas, golden[f"alpha_{cell}"]) < 1e-9
@@ -202,7 +202,7 @@ def test_four_one_stage_steps(golden_dir: Path, which: str) -> None:
         lr=0.025, weight_decay=3e-4, arch_lr=3e-4, arch_weight_decay=1e-3, grad_clip=5.0
     )
     net.double()
-    search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0, lambda _: Cost(1, 1))
+    search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0, cost=lambda _: Cost(1, 1))
     start = {k.removeprefix("start/"): torch.tensor(v) for k, v in golden.items() if k.startswith("start/")}
     net.load_darts_state_dict(start)
     codes, states = {}, {}
@@ -219,7 +219,7 @@ def test_four_one_stage_steps(golden_dir: Path, which: str) -> None:
         (torch.tensor(images).double(), torch.tensor(targets))
         for images, targets in zip(golden["inputs"], golden["targets"], strict=True)
     ]
-    metrics = search.train_epoch(batches, len(batches))
+    metrics = search.train_epoch(batches, None, len(batches))
 
     assert abs(metrics.loss - golden["mean_loss"]) < 1e-9 * golden["mean_loss"]
     end = {k.removeprefix("end/"): v for k, v in golden.items() if k.startswith("end/")}

@@ -18,7 +18,7 @@ from istanas.nets.depthwise import depthwise_conv2d
 from istanas.nets.operations import FactorizedReduce, SepConv, make_operation
 from istanas.nets.skeleton import AuxiliaryHead, auxiliary_position, cell_places, live_places, live_states
 from istanas.nets.target import drop_path
-from istanas.search.state import draw_matrices
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, PRIMITIVES, PUBLISHED, CellSpace, Genotype, Picks
 from istanas.sparse import top_support
 
@@ -45,15 +45,20 @@ def supernet(
     with torch.no_grad():
         for b in net.alphas():
             b.normal_()
-    codes = {}
-    for cell, matrices in draw_matrices(space, net.alphas()[0].numel(), "uniform", seed).items():
+    install(net, supports, seed)
+    return net
+
+
+def install(net: Supernet, supports: dict[str, list[tuple[int, ...]]] | None, seed: int = 0) -> None:
+    """Install random codes, or codes with the given supports."""
+    codes: dict[str, list[NodeCode]] = {}
+    for cell, matrices in draw_matrices(net.space, net.alphas()[0].numel(), "uniform", seed).items():
         codes[cell] = []
         for node, A in enumerate(matrices):
             z = rand(A.shape[1], seed=100 * seed + node)
-            support = supports[cell][node] if supports else tuple(top_support(z, space.sparsity).tolist())
+            support = supports[cell][node] if supports else tuple(top_support(z, net.space.sparsity).tolist())
             codes[cell].append(NodeCode(A, z, support))
     net.install_codes(codes)
-    return net
 
 
 # --- depthwise convolution ---
@@ -787,7 +792,7 @@ def test_a_dead_second_stem_does_not_run() -> None:
     assert {name.split(".")[1] for name in executed(net) if name.startswith("stem.")} == {"stem0"}
     assert not any(name.startswith("stem.stem1") for name in names_of(net, net.active_parameters()))
     # The reductions are live again, and therefore the stem.
-    net.install_codes(supernet({"normal": ON_BOTH, "reduce": ON_BOTH}, space=net.space)._codes)
+    install(net, {"normal": ON_BOTH, "reduce": ON_BOTH})
     assert {name.split(".")[1] for name in executed(net) if name.startswith("stem.")} == {"stem0", "stem1"}
     assert net.active_alphas() == net.alphas()
 

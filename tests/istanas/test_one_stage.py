@@ -22,7 +22,7 @@ from istanas.nets import NodeState, Supernet, absorb_into_batchnorm
 from istanas.nets.operations import SepConv
 from istanas.search import OneStageSearch, OneStageSettings, RecoveryReport, TwoStageSearch, TwoStageSettings
 from istanas.search.one_stage import CLOSING_EPOCHS, MAX_REDRAWS, Freezing
-from istanas.search.state import Place
+from istanas.search.sparse_coding import Place
 from istanas.space import CellSpace, Genotype
 from istanas.training import Compute, Totals, learning_rate
 from tests.istanas.test_distributed import freeze_batchnorm, gradients, loader
@@ -66,7 +66,7 @@ def make_search(
 ) -> OneStageSearch:
     torch.manual_seed(weights_seed)
     net = Supernet(space, 2, 3, 5, in_channels=1, op_batchnorm=True, auxiliary=auxiliary).to(dtype)
-    return OneStageSearch(net, settings, CPU, seed, size or Size())
+    return OneStageSearch(net, settings, CPU, seed, cost=size or Size())
 
 
 def change(**values: Any) -> OneStageSettings:
@@ -82,12 +82,12 @@ def batch(seed: int, n: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
 def run_epoch(search: OneStageSearch, n: int = 2) -> RecoveryReport:
     epoch = search.epoch
     torch.manual_seed(epoch)  # Seeds drop path, as the pipeline does.
-    search.train_epoch([batch(100 * epoch + i) for i in range(n)], n)
+    search.train_epoch([batch(100 * epoch + i) for i in range(n)], None, n)
     return search.recover()
 
 
 def epoch_without_batches(search: OneStageSearch) -> RecoveryReport:
-    search.train_epoch([], 0)
+    search.train_epoch([], None, 0)
     return search.recover()
 
 
@@ -303,7 +303,7 @@ def test_schedules_of_both_phases() -> None:
     while not search.is_done:
         assert search.is_searching == (search.epoch < 2)
         assert search.search_epochs == (None if search.is_searching else 3)
-        search.train_epoch([batch(0), batch(1)], 2, observe)
+        search.train_epoch([batch(0), batch(1)], None, 2, observe)
         search.recover()
     assert search.epoch == 7
     cosine = [learning_rate(s.lr, s.lr_min, i / 2, 4) for i in range(8)]
@@ -424,13 +424,13 @@ def test_drop_path_acts_on_the_supernet_in_training_only() -> None:
 def test_momentum_is_kept_across_the_switch() -> None:
     s = change(max_search_epochs=1, grad_clip=None, drop_path=0.0)
     search = make_search(s, dtype=torch.float64)
-    search.train_epoch([batch(i, dtype=torch.float64) for i in range(2)], 2)
+    search.train_epoch([batch(i, dtype=torch.float64) for i in range(2)], None, 2)
     optimizer = search.weight_optimizer
     search.recover()
     assert not search.is_searching
     kept = {p: optimizer.state[p]["momentum_buffer"].clone() for p in search.weights if p in optimizer.state}
     before = {p: p.detach().clone() for p in search.weights}
-    search.train_epoch([batch(9, dtype=torch.float64)], 1)
+    search.train_epoch([batch(9, dtype=torch.float64)], None, 1)
     continued = started = 0
     for p in search.supernet.active_parameters():
         assert p.grad is not None
@@ -739,13 +739,13 @@ def test_a_node_that_no_live_cell_has_trained_does_not_freeze_by_tolerance() -> 
     """Normal cells of six cells read only their first input, so that the reductions are dead: b gets no gradient."""
     torch.manual_seed(0)
     net = Supernet(SMALL, 2, 6, 5, in_channels=1, op_batchnorm=True)
-    search = OneStageSearch(net, change(termination_tol=1e9), CPU, 0, Size())
+    search = OneStageSearch(net, change(termination_tol=1e9), CPU, 0, cost=Size())
     codes = search.codes_by_place()
     for node in range(SMALL.n_nodes):
         on_first = [i for i in range(SMALL.n_candidates(node)) if SMALL.split(i)[0] == 0]
         codes["normal", node] = dataclasses.replace(codes["normal", node], support=tuple(on_first[:2]))
     search.install(codes)
-    search.train_epoch([batch(0)], n_steps=1)
+    search.train_epoch([batch(0)], None, n_steps=1)
     assert all(b.grad is None for b in net.node_alphas("reduce"))
     search.recover()
     assert net.node_states == {"normal": [FROZEN] * 2, "reduce": [ACTIVE] * 2}
@@ -809,9 +809,9 @@ def test_the_report_of_a_rejection() -> None:
 
 def test_metrics_are_means_over_pictures_and_validation_changes_nothing() -> None:
     search = make_search()
-    metrics = search.train_epoch([batch(0), batch(1, n=2)], 2)
+    metrics = search.train_epoch([batch(0), batch(1, n=2)], None, 2)
     assert metrics.count == 6
-    assert math.isnan(search.train_epoch([], 0).loss)
+    assert math.isnan(search.train_epoch([], None, 0).loss)
     before = copy.deepcopy(search.supernet.state_dict())
     one = search.validate([batch(8)])
     assert all(torch.equal(v, before[k]) for k, v in search.supernet.state_dict().items())
@@ -829,7 +829,7 @@ def test_search_and_training_learn() -> None:
     search = make_search(s, auxiliary=True)
     losses = []
     while not search.is_done:
-        losses.append(search.train_epoch([batch(0, n=10)] * 4, 4).loss)
+        losses.append(search.train_epoch([batch(0, n=10)] * 4, None, 4).loss)
         search.recover()
     assert losses[3] < 0.9 * losses[0]
     assert losses[-1] < 0.6 * losses[3]
@@ -965,7 +965,7 @@ def ranked_search(
     net = Supernet(SMALL, 2, 3, 10, in_channels=1, op_batchnorm=True, auxiliary=True).to(dtype)
     if eval_norms:
         freeze_batchnorm(net)
-    return OneStageSearch(net, settings, CPU, 0, Size(), ranks)
+    return OneStageSearch(net, settings, CPU, 0, ranks, Size())
 
 
 def whole_run() -> dict[str, Any]:
@@ -980,7 +980,7 @@ def whole_run() -> dict[str, Any]:
 
     while not search.is_done:
         batches = loader(0, search.epoch, PICTURES, ranks)
-        train = search.train_epoch(batches, len(batches), observe)
+        train = search.train_epoch(batches, None, len(batches), observe)
         valid = search.validate(loader(1, 0, 11, ranks))
         seen["metrics"].append(dataclasses.astuple(train) + dataclasses.astuple(valid))
         search.recover()
@@ -1025,7 +1025,7 @@ def bytes_per_step() -> dict[str, Any]:
     statistics = []
     for end_epoch in (False, True):
         if end_epoch:
-            search.train_epoch([], 0)
+            search.train_epoch([], None, 0)
         statistics.append(torch.cat([b.flatten() for b in search.supernet.active_buffers()]))
     return {"steps": seen, "statistics": statistics}
 

@@ -17,8 +17,8 @@ from istanas.data import Batch
 from istanas.errors import CheckpointError, ConfigError, DataError
 from istanas.nets import NodeCode, Supernet
 from istanas.search import NodeReport, RecoveryReport, TwoStageSearch, TwoStageSettings
-from istanas.search.state import codes_from_state, codes_to_state, draw_matrices
-from istanas.search.two_stage import endless
+from istanas.search.alternating import endless
+from istanas.search.sparse_coding import codes_from_state, codes_to_state, draw_matrices
 from istanas.space import CELLS, CellSpace
 from istanas.sparse import duality_gap, recover, top_support
 from istanas.training import Compute, Totals, learning_rate

@@ -192,7 +192,7 @@ def test_the_trajectory_has_every_node_of_every_epoch_and_of_the_start(finished:
 def test_codes_have_every_candidate_of_every_epoch_and_keep_the_largest(job: Job, finished: Path) -> None:
     codes = pd.read_csv(finished / "codes.csv")
     assert list(codes.columns) == ["epoch", "cell", "node", "state", "op", "magnitude"]
-    space = job.config().space.cell_space()
+    space = job.config().space.build()
     candidates = [(state, op) for node in (0, 1) for state in range(node + 2) for op in space.ops]
     assert [*zip(codes["state"], codes["op"], strict=True)] == 6 * candidates  # three recoveries, two cells
     assert (codes["magnitude"] >= 0).all()

@@ -19,7 +19,7 @@ from istanas.search import CLOSING_EPOCHS
 from istanas.space import Genotype
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
-from pipeline.config.schema import OneStageConfig
+from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.search import run_search
 from pipeline.runs.directory import RunDir
@@ -42,9 +42,9 @@ TINY = [
 N_EPOCHS = 2 + CLOSING_EPOCHS + 3
 
 
-def tiny(*overrides: str) -> OneStageConfig:
+def tiny(*overrides: str) -> Config:
     config = load(None, [*TINY, *overrides])
-    assert isinstance(config, OneStageConfig)
+    assert config.method == "one_stage"
     return config
 
 
@@ -57,7 +57,7 @@ def few() -> ImageDataset:
 
 
 def search(
-    config: OneStageConfig, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
+    config: Config, dataset: ImageDataset, folder: Path, watcher: Watcher | None = None
 ) -> list[EpochRecord]:
     return all_records(folder, search_worker(config, dataset, FolderStore(folder), watcher or Watcher()))
 
@@ -254,7 +254,7 @@ def test_a_rejected_architecture_is_reported_and_counted(tmp_path: Path) -> None
     unlimited = tiny(f"runtime.runs_dir={tmp_path / 'a'}", *overrides)
     out = io.StringIO()
 
-    def run(config: OneStageConfig) -> Any:
+    def run(config: Config) -> Any:
         with Runtime(config.runtime) as runtime:
             return run_search(JobContext(config, "tiny", Console(file=out, width=200), runtime))
 

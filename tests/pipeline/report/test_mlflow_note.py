@@ -39,8 +39,8 @@ def rows(text: str) -> list[list[str]]:
 def test_figures_and_genotype_of_every_kind() -> None:
     frozen = [{"cell": "normal", "node": 0, "epoch": 3, "reason": "limit"}]
     one_stage = {**RESULT, "frozen": frozen, "search_epochs": 3, "train_epochs": 5, "rejected": 0}
-    two = mlflow_note.of_two_stage_search("digits", 12, RESULT, GENOTYPE)
-    one = mlflow_note.of_one_stage_search("digits", one_stage, GENOTYPE)
+    two = mlflow_note.of_search("two_stage", "digits", 12, RESULT, GENOTYPE)
+    one = mlflow_note.of_trained_search("one_stage", "digits", 15, one_stage, GENOTYPE)
     retrain = mlflow_note.of_retraining("digits", 1, RESULT, GENOTYPE)
     sweep = mlflow_note.of_sweep("digits", {"search.lr": "uniform 0 .. 1"}, SWEEP, GENOTYPE, ["trials.csv"])
     for text in (two, one, retrain, sweep):
@@ -85,7 +85,7 @@ def test_top5_is_shown_below_top1_where_it_was_measured() -> None:
         ["validation top-5", "99.00 %"],
     ]
     assert retrain.startswith("99.16 % test top-1, 97.50 % validation top-1: retraining")
-    two = mlflow_note.of_two_stage_search("cifar100", 12, result, GENOTYPE)
+    two = mlflow_note.of_search("two_stage", "cifar100", 12, result, GENOTYPE)
     assert rows(two)[:2] == [["validation top-1", "97.50 %"], ["validation top-5", "99.00 %"]]
     assert "top-5" not in mlflow_note.of_retraining("digits", 1, RESULT, GENOTYPE)
 

@@ -43,7 +43,7 @@ def test_the_network_comes_back_without_its_auxiliary_head(
 ) -> None:
     net = trained(config, digits)
     assert any(key.startswith("auxiliary_head") for key in net.state_dict())
-    save_network(tmp_path, net, GENOTYPE, config.retrain, digits)
+    save_network(tmp_path, net, GENOTYPE, config.retrain, digits, config.space.build())
     again, example = load_network(tmp_path)
     assert not again.training
     assert example.shape == (2, 1, 8, 8)
@@ -54,7 +54,7 @@ def test_the_network_comes_back_without_its_auxiliary_head(
 
 
 def test_the_card_says_how_to_feed_it(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
     card = json.loads((tmp_path / NETWORK_FILE).read_text())
     assert card["shape"] == [1, 8, 8]
     assert card["mean"] == list(digits.mean)
@@ -64,7 +64,7 @@ def test_the_card_says_how_to_feed_it(tmp_path: Path, digits: ImageDataset, conf
 
 
 def test_other_cells_do_not_fit_the_weights(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
     card = json.loads((tmp_path / NETWORK_FILE).read_text())
     card["genotype"] = random_genotype(0, CellSpace()).to_json()
     (tmp_path / NETWORK_FILE).write_text(json.dumps(card))
@@ -82,7 +82,7 @@ def assert_one_line(error: IstanasError, folder: Path) -> None:
 def test_a_missing_or_broken_file_is_one_line(
     tmp_path: Path, digits: ImageDataset, config: Config, name: str, content: bytes | None
 ) -> None:
-    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits)
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
     if content is None:
         (tmp_path / name).unlink()
     else:
@@ -94,7 +94,7 @@ def test_a_missing_or_broken_file_is_one_line(
 
 def test_weights_are_plain_tensors(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
     net = trained(config, digits).to(memory_format=torch.channels_last)
-    save_network(tmp_path, net, GENOTYPE, config.retrain, digits)
+    save_network(tmp_path, net, GENOTYPE, config.retrain, digits, config.space.build())
     weights = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")}
     assert weights.keys() == state.keys()

@@ -19,12 +19,12 @@ from istanas.sparse import mosek_licence
 from istanas.training import Compute, Metrics
 from pipeline.base.text import count
 from pipeline.config.load import load
-from pipeline.config.schema import Config, OneStageConfig, RuntimeSettings, TwoStageConfig
+from pipeline.config.schema import Config, RuntimeSettings
 from pipeline.config.threads import usable_cores
-from pipeline.jobs.search import describe_epoch, describe_one_stage_epoch
+from pipeline.jobs.search import describe_epoch, describe_trained_epoch
 from pipeline.runs import checkpoint
 from pipeline.runs.epoch_log import BrokenCheckpointWarning
-from pipeline.training.build import build_one_stage, build_retraining, build_two_stage, network_cost
+from pipeline.training.build import build_retraining, build_search, network_cost
 from pipeline.training.compute import choose_compute, compute_for, describe_place, set_float32_precision
 from pipeline.training.epoch_record import (
     EpochRecord,
@@ -361,7 +361,7 @@ def test_a_search_record_has_the_metrics_and_nodes_of_an_epoch(few: ImageDataset
         ]
     # What an epoch trains is what the recovery before it has found.
     assert history[1].found().trained_genotype == history[0].found().genotype
-    cost = network_cost(config.retrain, few, Genotype.from_json(history[-1].found().genotype))
+    cost = network_cost(config, config.retrain, few, Genotype.from_json(history[-1].found().genotype))
     m = history[-1].metrics
     assert (m["target/params"], m["target/macs"]) == (cost.params, cost.macs)
 
@@ -387,7 +387,7 @@ def test_another_solver_recovers_nodes_that_the_first_failed_on(
         without = [dataclasses.replace(each.found(), nodes=(), start_nodes=()) for each in (one, two)]
         assert without[0] == without[1]
         assert one.metrics == two.metrics
-    describe = {"two_stage": describe_epoch, "one_stage": describe_one_stage_epoch}[method]
+    describe = {"two_stage": describe_epoch, "one_stage": describe_trained_epoch}[method]
     line = "space.solver failed, recovered normal node 0, normal node 1, reduce node 0, reduce node 1 by homotopy"
     assert line in describe(other[-1]).splitlines()
     assert "space.solver" not in describe(asked[-1])
@@ -891,11 +891,11 @@ def test_activation_checkpointing_reaches_every_network(few: ImageDataset, on: b
     setting, compute, ranks = f"runtime.activation_checkpointing={str(on).lower()}", Compute(CPU), Ranks()
     config = tiny(setting)
     one_stage = load(None, [setting, "method=one_stage", "search={init_channels: 2, layers: 3}"])
-    assert isinstance(config, TwoStageConfig)
-    assert isinstance(one_stage, OneStageConfig)
+    assert config.method == "two_stage"
+    assert one_stage.method == "one_stage"
     nets = (
-        build_two_stage(config, few, compute, ranks).supernet,
-        build_one_stage(one_stage, few, compute, ranks).supernet,
+        build_search(config, few, compute, ranks).supernet,
+        build_search(one_stage, few, compute, ranks).supernet,
         build_retraining(config, GENOTYPE, few, compute)[0],
     )
     assert [net.activation_checkpointing for net in nets] == [on] * 3
@@ -904,6 +904,6 @@ def test_activation_checkpointing_reaches_every_network(few: ImageDataset, on: b
 def test_the_cost_is_that_of_the_retrained_network(digits: ImageDataset) -> None:
     config = load(None)
     dataset = dataclasses.replace(digits, channels=3, height=32, width=32)
-    assert network_cost(config.retrain, dataset, PUBLISHED["ISTA_twostage"]).params == 3_316_726
-    one_stage = load(None, ["method=one_stage"]).search
-    assert network_cost(one_stage, dataset, PUBLISHED["ISTA_onestage"]).params == 3_371_806
+    assert network_cost(config, config.retrain, dataset, PUBLISHED["ISTA_twostage"]).params == 3_316_726
+    one_stage = load(None, ["method=one_stage"])
+    assert network_cost(one_stage, one_stage.search, dataset, PUBLISHED["ISTA_onestage"]).params == 3_371_806

@@ -1,0 +1,103 @@
+"""The registry of search methods. A method is its settings and its search, which may be named by module and class.
+
+This module does not import torch: the classes of the built-in methods are imported when they are needed, because the
+command line must start quickly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from istanas.registry import Registry
+from istanas.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from istanas.search.base import Search
+
+
+@dataclass(frozen=True)
+class SearchMethod:
+    """A search method.
+
+    Args:
+        name: Its name, the value of `method` in a configuration.
+        summary: What it does, in one sentence for the user.
+        settings: Its settings, a dataclass that derives from `istanas.settings.SearchSettings`, or "module:Class".
+        search: Its search, a class that derives from `istanas.search.Search`, or "module:Class".
+
+    Example:
+        >>> METHODS["two_stage"].settings_class().epochs
+        50
+    """
+
+    name: str
+    summary: str
+    settings: type[SearchSettings] | str
+    search: type[Search[Any]] | str
+
+    @property
+    def settings_class(self) -> type[SearchSettings]:
+        """The class of the settings."""
+        found: type[SearchSettings] = _imported(self.settings)
+        return found
+
+    @property
+    def search_class(self) -> type[Search[Any]]:
+        """The class of the search."""
+        found: type[Search[Any]] = _imported(self.search)
+        return found
+
+
+def _imported(named: Any) -> Any:
+    """Return a class, or the class that "module:Class" names."""
+    if not isinstance(named, str):
+        return named
+    module, _, name = named.partition(":")
+    return getattr(import_module(module), name)
+
+
+METHODS: Registry[SearchMethod] = Registry("search method", "method")
+"""The search methods by name."""
+
+DEFAULT_METHOD = "two_stage"
+
+
+def register_method(method: SearchMethod) -> None:
+    """Make a search method available as `method: NAME`.
+
+    Raises:
+        ConfigError: If the name is taken or invalid.
+    """
+    METHODS.register(method.name, method)
+
+
+def trains_target(name: str | None) -> bool:
+    """Return whether a method also trains the network that it finds; False for a method that is not registered.
+
+    Args:
+        name: The method of a run, which a plugin of an earlier command may have registered.
+
+    Example:
+        >>> trains_target("one_stage"), trains_target("two_stage"), trains_target("unknown")
+        (True, False, False)
+    """
+    return name is not None and name in METHODS and METHODS[name].settings_class.trains_target
+
+
+for _method in (
+    SearchMethod(
+        "two_stage",
+        "searches a cell by sparse coding, and its network is retrained from scratch",
+        settings="istanas.settings:TwoStageSettings",
+        search="istanas.search.two_stage:TwoStageSearch",
+    ),
+    SearchMethod(
+        "one_stage",
+        "searches by sparse coding and trains the network in one run",
+        settings="istanas.settings:OneStageSettings",
+        search="istanas.search.one_stage:OneStageSearch",
+    ),
+):
+    register_method(_method)

@@ -1,0 +1,301 @@
+"""What every search has: a network, two optimisers, the number of completed epochs, and a report after each epoch.
+
+A search method derives its search from `Search`, or from `istanas.search.alternating.AlternatingSearch`, which trains
+weights and alphas in turn.
+
+The state of a search has no random generators, because all randomness of an epoch is derived from (seed, purpose,
+epoch), see `istanas.training.derive_seed`. It has no learning rate either, because that is a function of the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from istanas.distributed import Ranks
+from istanas.errors import CheckpointError
+from istanas.measure import Cost
+from istanas.nets import NodeState, SearchNetwork
+from istanas.settings import SearchSettings
+from istanas.space import Decision, Genotype
+from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
+
+if TYPE_CHECKING:
+    from istanas.search.one_stage import Freezing
+
+Settings = TypeVar("Settings", bound=SearchSettings)
+Place = tuple[str, int]  # (kind, index) of a decision, such as (cell, node).
+Batches = Callable[[], Iterable[BatchLike]]
+STATE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One decision, such as a node, at the end of an epoch: its kept operations and the certificate of its code.
+
+    Searches without sparse codes have no gap and no truncation.
+
+    Args:
+        cell: The kind of the decision: "normal" or "reduce" in the DARTS space.
+        node: Index of the decision among those of its kind, >= 0.
+        picks: The kept operations, each as "op<-state".
+        edge_weights: Their edge weights.
+        distance: ||z_t - z_(t-1)||_2 to the last accepted code, >= 0; 0 if the node was not recovered.
+        gap: Relative duality gap, >= 0, an upper bound that includes rounding; 0 if the node was not recovered.
+        truncation: ||z - z_S||_2, >= 0.
+        changed: Whether the kept operations changed.
+        converged: Whether the code is certified.
+        recovered: Whether the node was recovered. Nodes that were already FROZEN are not.
+        state: Name of the node's state after the recovery.
+        magnitudes: |z| of every candidate, in the order of `Decision.candidates`; empty if the node was not recovered.
+        solver: The solver that found the code; empty if the node was not recovered.
+        fallback: Whether the requested solver failed on the node, so that another one found the code.
+        margin: `support_margin` of the code; `None` if no other candidate could be kept.
+    """
+
+    cell: str
+    node: int
+    picks: list[str]
+    edge_weights: list[float]
+    distance: float
+    gap: float
+    truncation: float
+    changed: bool
+    converged: bool
+    recovered: bool = True
+    state: str = NodeState.ACTIVE.name
+    magnitudes: list[float] = field(default_factory=list)
+    solver: str = ""
+    fallback: bool = False
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """All decisions at the end of an epoch.
+
+    Args:
+        nodes: The reports of all decisions.
+        rejection: Why the new architecture was rejected, or `None` if it was accepted (one-stage search only).
+        certified: Whether the nodes have sparse codes with certificates.
+    """
+
+    nodes: list[NodeReport]
+    rejection: str | None = None
+    certified: bool = True
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the epoch by their names in MLflow.
+
+        Over the recovered nodes, they give the smallest margin, the numbers of changes and fallbacks, and the largest
+        values of the gap, the truncation and the distance.
+        """
+        nodes = [n for n in self.nodes if n.recovered]
+        if not nodes:
+            return {}
+        changes = {"recovery/support_changes": float(sum(n.changed for n in nodes))}
+        distance = {"recovery/distance": max(n.distance for n in nodes)}
+        if not self.certified:
+            return {**distance, **changes}
+        fallbacks = sum(n.fallback for n in nodes)
+        margins = [n.margin for n in nodes if n.margin is not None]
+        return {
+            **({"recovery/fallbacks": float(fallbacks)} if fallbacks else {}),
+            "recovery/gap": max(n.gap for n in nodes),
+            "recovery/truncation": max(n.truncation for n in nodes),
+            **({"recovery/margin": min(margins)} if margins else {}),
+            **distance,
+            **changes,
+        }
+
+
+class Search(Generic[Settings]):
+    """A search: its state and its epochs.
+
+    Args:
+        supernet: The network, on its device.
+        settings: Hyperparameters of the search.
+        compute: Device and precision.
+        seed: Seed of everything that the search draws.
+        ranks: The processes that search together; `None` means only this one. All make the same calls, each with its
+            share of every batch, and have the same network and architecture after each call.
+        cost: Returns the parameters and multiply-adds of a genotype's target network; `None` for a search without
+            limits.
+
+    Attributes:
+        epoch: Number of completed epochs.
+        first_recovery: The decisions before any training.
+        freezings: When and why decisions froze; `None` if the method freezes none.
+    """
+
+    kind: ClassVar[str]
+    """Name of the method."""
+
+    first_recovery: RecoveryReport
+    freezings: list[Freezing] | None = None
+
+    @classmethod
+    def alpha_size(cls, settings: Settings, decision: Decision) -> int:
+        """Return the number of alphas of a decision. By default there is one for each candidate."""
+        return decision.n_candidates
+
+    @classmethod
+    def partial_channels(cls, settings: Settings) -> int:
+        """Return k, if the operations of the supernet run on 1 / k of the channels. By default they run on all."""
+        return 1
+
+    def __init__(
+        self,
+        supernet: SearchNetwork,
+        settings: Settings,
+        compute: Compute,
+        seed: int,
+        ranks: Ranks | None = None,
+        cost: Callable[[Genotype], Cost] | None = None,
+    ) -> None:
+        self.supernet = supernet
+        self.settings = settings
+        self.ranks = ranks or Ranks()
+        self.compute = compute
+        self.seed = seed
+        self.cost = cost
+        self.epoch = 0
+        self.decisions = supernet.space.all_decisions()
+        self.places: list[Place] = [(decision.kind, decision.index) for decision in self.decisions]
+        self.weights = supernet.weights()
+        self.alphas = supernet.alphas()
+        fused = compute.device.type == "cuda"
+        self.weight_optimizer = torch.optim.SGD(
+            self.weights,
+            settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+        self.alpha_optimizer = torch.optim.Adam(
+            self.alphas,
+            settings.arch_lr,
+            betas=settings.arch_betas,
+            weight_decay=settings.arch_weight_decay,
+            fused=fused,
+        )
+
+    # ---------- what a method defines
+
+    def train_epoch(
+        self,
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Batches | None,
+        n_steps: int,
+        observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
+    ) -> Metrics | None:
+        """Run one epoch.
+
+        Args:
+            weight_batches: Batches on the device that train the weights, see `istanas.data.Batch`.
+            alpha_batches: Returns the batches of one pass over the pictures that train the alphas; `None` if the
+                settings have no `alpha_fraction`.
+            n_steps: Number of weight batches, >= 1.
+            observe: Called after every step.
+            lr_factor: Factor of the weights' learning rate, > 0; below 1 after a divergence.
+
+        Returns:
+            Mean loss (without that of the auxiliary head) and accuracies, over the pictures of all ranks; `None` if the
+            method trains nothing.
+        """
+        raise NotImplementedError
+
+    def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
+        """Run one step of an epoch, to measure its time."""
+        raise NotImplementedError
+
+    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+        """Choose the architecture at the end of an epoch, and report its decisions.
+
+        Args:
+            measure: Returns the metrics of `validate` for the installed architecture; `None` if there are no pictures
+                for choosing.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no epoch is left."""
+        raise NotImplementedError
+
+    def has_converged(self, report: RecoveryReport) -> bool:
+        """Return whether the search ends before its last epoch, given the report of the newest one."""
+        return False
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the architecture may still change."""
+        return True
+
+    @property
+    def trained(self) -> tuple[int, int] | None:
+        """(completed, total) epochs of the training of a fixed architecture; `None` before its beginning."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the method's own metrics of an epoch, by their names in MLflow."""
+        return {}
+
+    # ---------- what all methods share
+
+    def genotype(self) -> Genotype:
+        """Return the architecture that the search would hand over now."""
+        return self.supernet.genotype()
+
+    def validate(self, batches: Iterable[BatchLike]) -> Metrics:
+        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks."""
+        self.supernet.eval()
+        with torch.no_grad():
+            edge_weights = self.supernet.edge_weights()
+
+        def forward(images: Tensor) -> Tensor:
+            logits: Tensor = self.supernet(images, edge_weights)
+            return logits
+
+        return evaluate(forward, batches, self.compute, self.ranks)
+
+    def describe_picks(self, place: Place, support: Sequence[int]) -> list[str]:
+        """Return the candidates of a decision as "op<-state"."""
+        kind, index = place
+        candidates = self.supernet.space.decisions[kind][index].candidates
+        return [f"{op}<-{state}" for op, state in (candidates[c] for c in support)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
+        return {
+            "kind": self.kind,
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "supernet": self.supernet.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`.
+
+        Raises:
+            CheckpointError: If the state is of another kind or version.
+        """
+        found = (state.get("kind"), state.get("version"))
+        if found != (self.kind, STATE_VERSION):
+            raise CheckpointError(
+                f"{found[0]!r} version {found[1]!r} is not {self.kind!r} version {STATE_VERSION}, which this job needs",
+                field="checkpoint",
+                remedy="use another run directory or --fresh",
+            )
+        self.supernet.load_state_dict(state["supernet"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.epoch = int(state["epoch"])

@@ -1,0 +1,363 @@
+"""Search spaces: the decisions of a search, and the networks that a space builds for search and for training.
+
+A decision is the unit at which a search chooses. It has candidates, of which a fixed number is kept. In the DARTS space
+a decision is a node of a cell, and its candidates are all operations on all its incoming edges.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from istanas.errors import ConfigError, GenotypeError
+from istanas.registry import Registry
+
+if TYPE_CHECKING:
+    from istanas.measure import Cost
+    from istanas.nets.networks import SearchNetwork, TargetNetwork
+    from istanas.space.genotype import Genotype
+
+Pick = tuple[str, int]  # (operation, state that it reads).
+Supports = Mapping[str, Sequence[Sequence[int]]]
+"""For each kind the kept candidates of each of its decisions."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice among candidates.
+
+    Args:
+        kind: The kind of cell or block to which the decision belongs, such as "normal".
+        index: Its index among the decisions of this kind, >= 0.
+        candidates: The candidates as (operation, state that it reads), in the order of the sparse code.
+        sparsity: Number of candidates that are kept, >= 1.
+        edges: The edge of each candidate, numbered from 0 within the decision; by default the state that it reads.
+        one_per_edge: Whether at most one candidate of each edge may be kept.
+
+    Raises:
+        ConfigError: If there are too few candidates.
+
+    Example:
+        >>> Decision("block", 0, (("conv3", 0), ("conv5", 0)), sparsity=1).n_candidates
+        2
+    """
+
+    kind: str
+    index: int
+    candidates: tuple[Pick, ...]
+    sparsity: int
+    edges: tuple[int, ...] = ()
+    one_per_edge: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.edges:
+            object.__setattr__(self, "edges", tuple(state for _, state in self.candidates))
+        if not self.candidates or len(set(self.candidates)) < len(self.candidates):
+            raise ConfigError(
+                f"{self.kind} {self.index} has no candidates, or names one twice",
+                field="space",
+                remedy="give each candidate once, at least one",
+            )
+        limit = len(set(self.edges)) if self.one_per_edge else len(self.candidates)
+        if not 1 <= self.sparsity <= limit:
+            raise ConfigError(
+                f"{self.sparsity} cannot be chosen among the {limit} candidates of {self.kind} {self.index}",
+                field="space.sparsity",
+                remedy=f"choose 1 to {limit}",
+            )
+
+    @property
+    def n_candidates(self) -> int:
+        """Number of candidates, which is the length of the sparse code."""
+        return len(self.candidates)
+
+    @cached_property
+    def n_edges(self) -> int:
+        """Number of edges."""
+        return max(self.edges) + 1
+
+    @property
+    def groups(self) -> npt.NDArray[np.int64] | None:
+        """The edge of every candidate if at most one candidate of each edge may be kept, else `None`."""
+        return np.array(self.edges) if self.one_per_edge else None
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """The size of a network, and the pictures that it takes.
+
+    Args:
+        init_channels: Channels of the first cells, >= 1.
+        layers: Number of cells, >= 1.
+        num_classes: Number of classes, >= 1.
+        stem: "cifar" or "imagenet".
+        in_channels: Channels of the pictures, >= 1.
+        op_batchnorm: Whether every operation ends in batch norm, as a one-stage search requires.
+    """
+
+    init_channels: int
+    layers: int
+    num_classes: int
+    stem: str = "cifar"
+    in_channels: int = 3
+    op_batchnorm: bool = False
+
+
+class SearchSpace(ABC):
+    """A search space. A subclass is a frozen dataclass, whose fields are keys of the section `space`.
+
+    Its objects must be hashable and small, because they are compared and sent to workers.
+    """
+
+    name: ClassVar[str]
+    """Name of the space, the value of `space.name`."""
+
+    has_auxiliary: ClassVar[bool] = False
+    """Whether the networks of the space can have an auxiliary head."""
+
+    has_partial_channels: ClassVar[bool] = False
+    """Whether the supernet can run its operations on a part of the channels, which `pc_darts` requires."""
+
+    published: ClassVar[Mapping[str, Any]] = {}
+    """Genotypes of the space that have names."""
+
+    @abstractmethod
+    def make_decisions(self) -> Sequence[Decision]:
+        """Return all decisions. The indices of each kind count from 0, and all of a kind keep equally many."""
+
+    @abstractmethod
+    def supernet(
+        self, size: NetworkSize, alpha_size: Callable[[Decision], int], *, auxiliary: bool, partial: int
+    ) -> SearchNetwork:
+        """Return the network of a search.
+
+        Args:
+            size: The size of the network.
+            alpha_size: Returns the length of a decision's alphas.
+            auxiliary: Whether the network has an auxiliary head.
+            partial: The operations run on 1 / `partial` of the channels; 1 for all.
+        """
+
+    @abstractmethod
+    def target(self, genotype: Genotype, size: NetworkSize, *, auxiliary: bool = False) -> TargetNetwork:
+        """Return the network of a genotype, for training from scratch or with the weights of a one-stage search."""
+
+    def cost(self, genotype: Genotype, size: NetworkSize, shape: tuple[int, int, int]) -> Cost:
+        """Return parameters and multiply-adds of a genotype's network, without an auxiliary head.
+
+        By default the network is built without memory for its weights, and counted.
+
+        Args:
+            genotype: The genotype.
+            size: The size of the network.
+            shape: (C, H, W) of the picture.
+        """
+        from istanas.measure import network_cost
+
+        return network_cost(self, genotype, size, shape)
+
+    def check_size(self, size: NetworkSize) -> None:  # noqa: B027 (a default, not an abstract method)
+        """Check that the space has a network of this size. By default every size is accepted.
+
+        Raises:
+            ConfigError: If there is none. Its field is the key without its section, such as "layers".
+        """
+
+    @cached_property
+    def decisions(self) -> Mapping[str, tuple[Decision, ...]]:
+        """The decisions of each kind.
+
+        Raises:
+            ConfigError: If there are none, or their indices do not count from 0.
+        """
+        found: dict[str, list[Decision]] = {}
+        for decision in self.make_decisions():
+            found.setdefault(decision.kind, []).append(decision)
+        if not found:
+            raise ConfigError(
+                f"the space {self.name} has no decisions", field="space", remedy="give it at least one"
+            )
+        for kind, each in found.items():
+            in_order = [decision.index for decision in each] == list(range(len(each)))
+            if not in_order or len({decision.sparsity for decision in each}) > 1:
+                raise ConfigError(
+                    f"the decisions of kind {kind} do not count from 0, or keep different numbers of candidates",
+                    field=f"space {self.name}",
+                    remedy="correct make_decisions",
+                )
+        return {kind: tuple(each) for kind, each in found.items()}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of decisions."""
+        return tuple(self.decisions)
+
+    def all_decisions(self) -> list[Decision]:
+        """Return the decisions of all kinds."""
+        return [decision for each in self.decisions.values() for decision in each]
+
+    def genotype(self, supports: Supports) -> Genotype:
+        """Return the genotype that keeps these candidates.
+
+        Args:
+            supports: For each kind the kept candidates of each decision.
+        """
+        from istanas.space.genotype import Genotype
+
+        choices = tuple((kind, self.picks(kind, supports[kind])) for kind in self.kinds)
+        return Genotype(space=self.name, choices=choices)
+
+    def picks(self, kind: str, supports: Sequence[Sequence[int]]) -> tuple[tuple[Pick, ...], ...]:
+        """Return the kept candidates of one kind's decisions as (operation, state), sorted by candidate."""
+        return tuple(
+            tuple(decision.candidates[int(c)] for c in sorted(support))
+            for decision, support in zip(self.decisions[kind], supports, strict=True)
+        )
+
+    def supports(self, genotype: Genotype) -> dict[str, list[tuple[int, ...]]]:
+        """Return the candidates that a genotype keeps, the inverse of `genotype`.
+
+        Raises:
+            GenotypeError: If the genotype is not one of this space.
+        """
+        self.check(genotype)
+        return {
+            kind: [
+                tuple(sorted(decision.candidates.index(pick) for pick in picks))
+                for decision, picks in zip(decisions, genotype.picks(kind), strict=True)
+            ]
+            for kind, decisions in self.decisions.items()
+        }
+
+    def check(self, genotype: Genotype) -> None:
+        """Check that a genotype is one of this space.
+
+        Raises:
+            GenotypeError: If it is not.
+        """
+        self.check_name(genotype)
+        for kind, decisions in self.decisions.items():
+            chosen = genotype.picks(kind) if kind in genotype.kinds else ()
+            if len(chosen) != len(decisions):
+                raise GenotypeError(
+                    f"{len(chosen)} decisions of kind {kind}, and the space {self.name} has {len(decisions)}",
+                    field="genotype",
+                    remedy="give a genotype that was found with the same settings of space",
+                )
+            for decision, picks in zip(decisions, chosen, strict=True):
+                unknown = [pick for pick in picks if pick not in decision.candidates]
+                if unknown or len(picks) != decision.sparsity:
+                    what = f"{unknown[0]} is no candidate" if unknown else f"{len(picks)} candidates are kept"
+                    raise GenotypeError(
+                        f"{what} of {kind} {decision.index} in the space {self.name}",
+                        field="genotype",
+                        remedy="give a genotype that was found with the same settings of space",
+                    )
+
+    def check_name(self, genotype: Genotype) -> None:
+        """Check that a genotype belongs to a space of this name.
+
+        Raises:
+            GenotypeError: If it belongs to another one.
+        """
+        if genotype.space != self.name:
+            raise GenotypeError(
+                f"belongs to the space {genotype.space}, not to {self.name}",
+                field="genotype",
+                remedy=f"set space.name={genotype.space}, or give a genotype of {self.name}",
+            )
+
+    def random(self, seed: int) -> Genotype:
+        """Draw a genotype uniformly: the random baseline of a search.
+
+        Args:
+            seed: An integer >= 0; equal seeds give equal genotypes.
+        """
+        rng = np.random.Generator(np.random.PCG64(seed))
+        return self.genotype(
+            {
+                kind: [random_support(rng, decision) for decision in each]
+                for kind, each in self.decisions.items()
+            }
+        )
+
+    def parse(self, text: str) -> Genotype | None:
+        """Return the genotype in a text form of the space, or `None` if the text has another form."""
+        return None
+
+    def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:
+        """Return the drawing of each kind. By default each kind is a chain of its decisions."""
+        return {
+            kind: chain_drawing([[op for op, _ in picks] for picks in genotype.picks(kind)])
+            for kind in genotype.kinds
+        }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A directed graph of states from left to right, as `istanas.draw` draws it.
+
+    Args:
+        states: Labels of the states.
+        edges: (source, target, operation, decision, position of the pick in its decision); the operation is `None` for
+            a connection without one, whose last two numbers are -1.
+        ends: Indices of the states that are inputs or outputs, not nodes.
+    """
+
+    states: tuple[str, ...]
+    edges: tuple[tuple[int, int, str | None, int, int], ...]
+    ends: frozenset[int] = field(default_factory=frozenset)
+
+
+def chain_drawing(chosen: Sequence[Sequence[str]]) -> Drawing:
+    """Return the drawing of a chain whose steps have these operations.
+
+    Example:
+        >>> chain_drawing([["conv3"], ["skip"]]).states
+        ('input', '1', 'output')
+    """
+    n = len(chosen)
+    states = ("input", *(str(i) for i in range(1, n)), "output")
+    edges = tuple(
+        (i, i + 1, op, i, position) for i, ops in enumerate(chosen) for position, op in enumerate(ops)
+    )
+    return Drawing(states, edges, frozenset({0, n}))
+
+
+def random_support(rng: np.random.Generator, decision: Decision) -> list[int]:
+    """Draw the kept candidates of a decision uniformly, on distinct edges if it keeps one of each edge."""
+    if not decision.one_per_edge:
+        return [int(c) for c in rng.choice(decision.n_candidates, decision.sparsity, replace=False)]
+    support = []
+    for edge in rng.choice(decision.n_edges, decision.sparsity, replace=False):
+        on_edge = [c for c, e in enumerate(decision.edges) if e == edge]
+        support.append(on_edge[int(rng.integers(len(on_edge)))])
+    return support
+
+
+SPACES: Registry[type[SearchSpace]] = Registry("search space", "space.name")
+"""The search spaces by name."""
+
+DEFAULT_SPACE = "darts"
+
+
+def register_space(space: type[SearchSpace]) -> None:
+    """Make a search space available as `space.name: NAME`.
+
+    Raises:
+        ConfigError: If the name is taken or invalid, or the class is not a search space.
+    """
+    name = getattr(space, "name", None)
+    if not (isinstance(space, type) and issubclass(space, SearchSpace) and isinstance(name, str)):
+        raise ConfigError(
+            f"{space!r:.80} is not a search space with a name",
+            field="register_space",
+            remedy="give a subclass of SearchSpace",
+        )
+    SPACES.register(name, space)

@@ -1,0 +1,231 @@
+"""Sections of a configuration that are generated from settings classes, such as those of search methods and spaces.
+
+A settings class is a dataclass. Its annotations hold types and ranges, and the part `Args` of its docstring describes
+each field. The generated section has one key for each field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from istanas.errors import ConfigError, IstanasError
+from istanas.registry import Registered, Registry
+from istanas.settings import Unit
+
+UNIT, WORDS = "x-unit", "x-type"  # extensions of a key's JSON schema
+
+
+class Section(BaseModel):
+    """A section of a configuration. Unknown keys are rejected, and values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+    locator: ClassVar[tuple[str, ...]] = ()
+    """How `find` finds a generated class, whose objects cannot be pickled by the name of their class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.locator:
+            return super().__reduce_ex__(protocol)
+        return _restored, (self.locator, self.__getstate__())
+
+
+S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+Find = Callable[..., type[Section]]
+_finders: dict[str, Find] = {}
+
+
+def found_by(find: Find) -> None:
+    """Register a function that returns a generated class, so that objects of that class can be pickled."""
+    _finders[find.__name__] = find
+
+
+def _restored(locator: tuple[str, ...], state: dict[Any, Any]) -> Section:
+    finder, *names = locator
+    section = _finders[finder](*names)
+    restored = section.__new__(section)
+    restored.__setstate__(state)
+    return restored
+
+
+def unit(name: str) -> Any:
+    """Return an annotation that attaches the unit of a number, which is shown beside its range."""
+    return Field(json_schema_extra={UNIT: name})
+
+
+def in_words(type_: str) -> Any:
+    """Return an annotation that attaches a description of the type that is more precise than the JSON schema."""
+    return Field(json_schema_extra={WORDS: type_})
+
+
+def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a validator that converts a ConfigError of `check` to a ValueError, which pydantic requires."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return check(value)
+        except ConfigError as error:
+            raise ValueError(error) from None
+
+    return validate
+
+
+def name_in(registry: Registry[Any]) -> Any:
+    """Return an annotation of a text that must be a name in a registry; the JSON schema lists its names."""
+
+    def check(name: str) -> str:
+        registry.find(name)
+        return name
+
+    def describe(schema: dict[str, Any]) -> None:
+        schema["enum"] = list(registry)
+
+    return Annotated[str, AfterValidator(checked(check)), Field(json_schema_extra=describe)]
+
+
+def section_from(
+    settings: type,
+    base: type[S],
+    *,
+    locator: tuple[str, ...],
+    exclude: Collection[str] = (),
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+) -> type[S]:
+    """Return the section with the fields of a settings class as keys.
+
+    Args:
+        settings: The settings class, a dataclass whose fields have defaults.
+        base: The base class of the section.
+        locator: See `Section`.
+        exclude: Fields that are no keys.
+        before: Other keys that come first, each with its annotation and pydantic's `Field`.
+        after: Other keys that come last.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Chain:
+        ...     '''A chain of blocks.
+        ...
+        ...     Args:
+        ...         blocks: Number of blocks.
+        ...     '''
+        ...     blocks: int = 6
+        >>> section = section_from(Chain, Section, locator=())
+        >>> section().blocks, section.model_fields["blocks"].description
+        (6, 'Number of blocks.')
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    meanings = descriptions(settings)
+    keys: dict[str, Any] = dict(before or {})
+    for field in dataclasses.fields(settings):
+        if field.name not in exclude:
+            default = _default(field)
+            key = key_of(field)
+            keys[key] = (_annotation(hints[field.name]), _field(default, meanings.get(field.name)))
+    keys |= after or {}
+    section = pydantic.create_model(
+        settings.__name__,
+        __base__=base,
+        __module__=__name__,
+        __doc__=summary(settings),
+        **keys,
+    )
+    section.locator = locator
+    return section
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """Return the key of a settings field: its name, or the `key` in its metadata."""
+    key: str = field.metadata.get("key", field.name)
+    return key
+
+
+def settings_from(kind: type[T], *sections: Section, **values: Any) -> T:
+    """Return a settings object whose fields have the values of the keys in some sections; lists become tuples.
+
+    Args:
+        kind: The settings class. A field without a key keeps its default.
+        sections: The sections, of which the first that has a key decides.
+        values: Values of fields that are not in the sections.
+    """
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = key_of(field)
+        found = [getattr(each, key) for each in sections if key in type(each).model_fields]
+        if found and field.name not in values:
+            values[field.name] = tuple(found[0]) if isinstance(found[0], list) else found[0]
+    return kind(**values)
+
+
+def summary(settings: type) -> str:
+    """Return the first paragraph of a class's docstring in one line; empty if it has none of its own.
+
+    Example:
+        >>> summary(Unit)
+        'The unit of a number, which descriptions show beside its range.'
+    """
+    return " ".join(inspect.cleandoc(settings.__doc__ or "").split("\n\n")[0].split())
+
+
+def descriptions(settings: type) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say about each field, in their part `Args`.
+
+    Example:
+        >>> from istanas.settings import TwoStageSettings
+        >>> found = descriptions(TwoStageSettings)
+        >>> found["epochs"][:31], found["momentum"]
+        ('Number of epochs of the search.', 'Momentum of SGD on the weights.')
+    """
+    found: dict[str, str] = {}
+    for each in reversed(settings.__mro__):
+        text = inspect.cleandoc(each.__dict__.get("__doc__") or "")
+        part = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+        if part is not None:
+            for names, meaning in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", part[1], re.MULTILINE):
+                found[names] = " ".join(meaning.split())
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    raise IstanasError("a key of a settings class has no default", field=field.name, remedy="give it one")
+
+
+def _field(default: Any, description: str | None) -> Any:
+    if isinstance(default, tuple):
+        return Field(default_factory=lambda: list(default), description=description)
+    return Field(default, description=description)
+
+
+def _annotation(hint: Any) -> Any:
+    """Return the annotation of a key: tuples are lists, as in YAML, floats are finite, and units are kept."""
+    if get_origin(hint) is Annotated:
+        inner, *metadata = get_args(hint)
+        for each in metadata:
+            if isinstance(each, Registered):
+                return name_in(each.registry)
+        extra = [unit(each.name) if isinstance(each, Unit) else each for each in metadata]
+        return Annotated[_annotation(inner), *extra]
+    if hint is float:
+        return Annotated[float, Field(allow_inf_nan=False)]
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        if len(items) == 2 and items[1] is Ellipsis:
+            return list[_annotation(items[0])]  # type: ignore[misc]
+        length = Field(min_length=len(items), max_length=len(items))
+        return Annotated[list[_annotation(items[0])], length]  # type: ignore[misc]
+    arguments = get_args(hint)
+    if arguments and get_origin(hint) is not list and type(None) in arguments:
+        (inner,) = (each for each in arguments if each is not type(None))
+        return _annotation(inner) | None
+    return hint
