@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -319,8 +319,7 @@ class CellNetwork(nn.Module):
         """Run a cell, with checkpointing if it is enabled."""
         out: Tensor
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            contexts = nullcontext(), _UnchangedStatistics(self._live_norms[cell])
-            out = checkpoint(cell, *arguments, use_reentrant=False, context_fn=lambda: contexts)
+            out = checkpointed(cell, self._live_norms[cell], *arguments)
         else:
             out = cell(*arguments)
         return out
@@ -355,6 +354,18 @@ class CellNetwork(nn.Module):
                     remedy="build the network with the settings that the weights were trained with",
                 )
         self.load_state_dict(renamed, strict=False)
+
+
+def checkpointed(function: Callable[..., Any], norms: Sequence[nn.BatchNorm2d], *arguments: Any) -> Any:
+    """Call a function that is called again in the backward pass, instead of storing its activations.
+
+    Args:
+        function: The function, such as a module.
+        norms: The batch norms that it runs, whose running statistics change only in the first call.
+        arguments: Its arguments.
+    """
+    contexts = nullcontext(), _UnchangedStatistics(norms)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class _UnchangedStatistics:

@@ -10,6 +10,7 @@ from istanas.space.base import (
     SearchSpace,
     register_space,
 )
+from istanas.space.choice import ChoiceSpace
 from istanas.space.genotype import (
     CELLS,
     Genotype,
@@ -31,6 +32,7 @@ __all__ = [
     "PUBLISHED",
     "SPACES",
     "CellSpace",
+    "ChoiceSpace",
     "Decision",
     "Drawing",
     "Genotype",

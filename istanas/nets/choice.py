@@ -1,0 +1,243 @@
+"""The networks of a `ChoiceSpace`: `Choice`, the module of a decision, and the networks for search and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from istanas.errors import ConfigError
+from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support, TargetNetwork
+from istanas.nets.operations import NormalizedPool, ScaledBatchNorm2d, final_batchnorm, make_operation
+from istanas.nets.skeleton import checkpointed
+from istanas.nets.target import drop_path, sum_terms
+from istanas.space import ChoiceSpace, Decision, Genotype, NetworkSize
+from istanas.space.choice import Build
+
+Places = Mapping[tuple[str, int], list["Choice"]]  # The modules of each decision (kind, index).
+
+
+class Choice(nn.Module):
+    """A decision at one place of a network: the sum of the active candidates' outputs, times their edge weights.
+
+    Args:
+        candidates: The candidates by their index in the decision.
+    """
+
+    def __init__(self, candidates: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleDict({str(index): module for index, module in candidates.items()})
+        self.active: Support = tuple(candidates)
+        self.weights: Sequence[Tensor] | None = None  # set for the duration of a forward pass of a supernet
+        self.drop_path_prob = 0.0
+        self.activation_checkpointing = False
+
+    def operations(self) -> list[nn.Module]:
+        """Return the active candidates."""
+        return [self.candidates[str(index)] for index in self.active]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [] if self.weights is None else list(self.weights)
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            norms = [m for op in self.operations() for m in op.modules() if isinstance(m, nn.BatchNorm2d)]
+            out: Tensor = checkpointed(self.mix, norms, x, *weights)
+            return out
+        return self.mix(x, *weights)
+
+    def mix(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """Return the sum of the active candidates' outputs, times their weights if there are any."""
+        terms = []
+        for position, operation in enumerate(self.operations()):
+            out = operation(x)
+            out = weights[position] * out if weights else out
+            terms.append(drop_path(out, operation, self.drop_path_prob if self.training else 0.0))
+        return sum_terms(terms)
+
+
+class _Chooser:
+    """Creates the choices of a network, see `istanas.space.choice.Choose`.
+
+    Args:
+        space: The search space.
+        size: The size of the network.
+        supports: The candidates to build for each decision; `None` builds all.
+        affine: Whether batch norms learn scale and shift.
+    """
+
+    def __init__(
+        self,
+        space: ChoiceSpace,
+        size: NetworkSize,
+        supports: Mapping[str, Sequence[Support]] | None,
+        affine: bool,
+    ) -> None:
+        self._space, self._size, self._supports, self._affine = space, size, supports, affine
+        self.places: dict[tuple[str, int], list[Choice]] = {}
+
+    def __call__(self, kind: str, index: int, channels: int, build: Build) -> nn.Module:
+        decision = self._space.decisions[kind][index]
+        chosen = range(decision.n_candidates) if self._supports is None else self._supports[kind][index]
+        choice = Choice({c: self._candidate(decision, c, channels, build) for c in chosen})
+        self.places.setdefault((kind, index), []).append(choice)
+        return choice
+
+    def operation(self, kind: str, index: int, channels: int, stride: int = 1) -> nn.Module:
+        return self(
+            kind,
+            index,
+            channels,
+            lambda operation, affine: make_operation(operation, channels, stride, affine=affine),
+        )
+
+    def _candidate(self, decision: Decision, candidate: int, channels: int, build: Build) -> nn.Module:
+        operation, _ = decision.candidates[candidate]
+        module = build(operation, self._affine)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"the candidate {operation} of {decision.kind} {decision.index} is {module!r:.60}",
+                field=f"space {self._space.name}",
+                remedy="return a module",
+            )
+        if self._size.op_batchnorm and final_batchnorm(module) is None:
+            return NormalizedPool(module, ScaledBatchNorm2d(channels, affine=self._affine))
+        return module
+
+    def check(self) -> None:
+        """Check that every decision has a place.
+
+        Raises:
+            ConfigError: If one has none.
+        """
+        for decision in self._space.all_decisions():
+            if (decision.kind, decision.index) not in self.places:
+                raise ConfigError(
+                    f"its network has no choice for {decision.kind} {decision.index}",
+                    field=f"space {self._space.name}",
+                    remedy="call choose for every decision",
+                )
+
+
+class ChoiceTarget(TargetNetwork):
+    """The network of a genotype of a `ChoiceSpace`.
+
+    Args:
+        space: The search space.
+        genotype: The genotype.
+        size: The size of the network.
+
+    Raises:
+        GenotypeError: If the genotype is not one of the space.
+    """
+
+    def __init__(self, space: ChoiceSpace, genotype: Genotype, size: NetworkSize) -> None:
+        super().__init__()
+        self.auxiliary_head = None
+        chooser = _Chooser(space, size, space.supports(genotype), affine=True)
+        self.network = space.network(size, chooser)
+        chooser.check()
+        self.places: Places = chooser.places
+
+    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, None]:
+        for choice in _all(self.places):
+            choice.drop_path_prob = self.drop_path_prob
+            choice.activation_checkpointing = self.activation_checkpointing
+        return self.network(x), None
+
+    def active_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def active_buffers(self) -> list[Tensor]:
+        return [b for b in self.buffers() if b.is_floating_point()]
+
+
+class ChoiceSupernet(SearchNetwork):
+    """The network of a search in a `ChoiceSpace`.
+
+    Args:
+        space: The search space.
+        size: The size of the network.
+        alpha_size: Returns the number of alphas of a decision.
+        partial: The candidates run on 1 / `partial` of the channels; only 1 is supported.
+    """
+
+    def __init__(
+        self,
+        space: ChoiceSpace,
+        size: NetworkSize,
+        alpha_size: Callable[[Decision], int],
+        *,
+        partial: int = 1,
+    ) -> None:
+        super().__init__()
+        assert partial == 1, "checked by the caller"
+        self.space: ChoiceSpace = space
+        self.size = size
+        self.auxiliary_head = None
+        chooser = _Chooser(space, size, None, affine=size.op_batchnorm)
+        self.network = space.network(size, chooser)
+        chooser.check()
+        self.places: Places = chooser.places
+        self._active_modules: list[nn.Module] = []
+        self.set_alphas(alpha_size)
+
+    def activate(self, supports: Mapping[str, Sequence[Support]]) -> set[str]:
+        inactive: set[int] = set()
+        for (kind, index), choices in self.places.items():
+            is_frozen = self.node_states[kind][index] is NodeState.FROZEN
+            for choice in choices:
+                choice.active = tuple(supports[kind][index])
+                _train_affine(choice, is_frozen)
+                inactive |= {
+                    id(part)
+                    for candidate, module in choice.candidates.items()
+                    if int(candidate) not in choice.active
+                    for part in (*module.parameters(), *module.buffers())
+                }
+        self._inactive = inactive
+        return set(self.space.kinds)
+
+    def active_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.network.parameters() if p.requires_grad and id(p) not in self._inactive]
+
+    def active_buffers(self) -> list[Tensor]:
+        buffers = self.network.buffers()
+        return [b for b in buffers if b.is_floating_point() and id(b) not in self._inactive]
+
+    def forward_with_auxiliary(self, x: Tensor, weights: EdgeWeights | None = None) -> tuple[Tensor, None]:
+        weights = self.edge_weights() if weights is None else weights
+        for (kind, index), choices in self.places.items():
+            alphas = list(weights[kind][index])
+            for choice in choices:
+                choice.weights = alphas
+                choice.drop_path_prob = self.drop_path_prob
+                choice.activation_checkpointing = self.activation_checkpointing
+        try:
+            return self.network(x), None
+        finally:
+            for choice in _all(self.places):
+                choice.weights = None
+
+    def copy_weights(self, target: ChoiceTarget) -> list[tuple[nn.Module, Tensor]]:
+        own = self.network.state_dict()
+        target.network.load_state_dict({name: own[name] for name in target.network.state_dict()})
+        edge_weights = self.edge_weights()
+        return [
+            (operation, alpha)
+            for (kind, index), choices in target.places.items()
+            for choice in choices
+            for operation, alpha in zip(choice.operations(), edge_weights[kind][index], strict=True)
+        ]
+
+
+def _train_affine(choice: Choice, is_frozen: bool) -> None:
+    """Train the affine parts of all batch norms in the operations of a FROZEN decision, and no others."""
+    for norm in choice.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            norm.weight.requires_grad_(is_frozen)
+            norm.bias.requires_grad_(is_frozen)
+
+
+def _all(places: Places) -> list[Any]:
+    return [choice for choices in places.values() for choice in choices]
