@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from istanas.errors import GenotypeError
+from istanas.space import Drawing, cell_drawing, kind_title, space_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from istanas.space.genotype import Genotype
+    from istanas.space import Genotype
 
 Array = npt.NDArray[np.float64]
 Place = tuple[str, int]  # (cell, node).
@@ -98,8 +99,8 @@ def draw_cell(
         >>> sorted(text.get_text() for text in figure.texts)
         ['$c_{k-1}$', '$c_{k-2}$', 'concat', 'node 0', 'normal', 'sep_conv_3x3', 'skip_connect']
     """
-    edges = _edges(picks, concat, weights)
-    return _figure(edges, len(picks), title)
+    _check_cell(picks, concat)
+    return draw_graph(cell_drawing(picks, concat), title=title, weights=weights)
 
 
 def cell_svg(
@@ -127,9 +128,31 @@ def cell_svg(
         >>> cell_svg([[("skip_connect", 0), ("sep_conv_3x3", 1)]], [2], label="normal cell").count('class="pick"')
         2
     """
+    _check_cell(picks, concat)
+    return graph_svg(cell_drawing(picks, concat), label=label, weights=weights)
+
+
+def draw_graph(
+    drawing: Drawing, *, title: str = "", weights: Sequence[Sequence[float]] | None = None
+) -> Figure:
+    """Draw the kept operations of one kind of decisions, from the first state on the left to the last one.
+
+    Args:
+        drawing: The graph, see `SearchSpace.drawing`.
+        title: Title above the graph.
+        weights: Finite edge weights for each decision and pick, see `draw_cell`.
+
+    Raises:
+        GenotypeError: If the weights do not fit the picks.
+    """
+    return _figure(drawing, _edges(drawing, weights), title)
+
+
+def graph_svg(drawing: Drawing, *, label: str, weights: Sequence[Sequence[float]] | None = None) -> str:
+    """Draw the graph of `draw_graph` as one small `<svg>` element, see `cell_svg`."""
     from istanas.small_svg import figure_svg
 
-    figure = _figure(_edges(picks, concat, weights), len(picks), title=None)
+    figure = _figure(drawing, _edges(drawing, weights), title=None)
     figure.patch.set_visible(False)
     for artist in figure.artists:
         if artist.get_label() == _PICK:
@@ -140,15 +163,15 @@ def cell_svg(
     )
 
 
-def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
-    """Return the figure of a cell. A title, even an empty one, takes space above the graph."""
+def _figure(drawing: Drawing, edges: Sequence[_Edge], title: str | None) -> Figure:
+    """Return the figure of a graph. A title, even an empty one, takes space above the graph."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import FancyBboxPatch, Patch, PathPatch, Polygon
     from matplotlib.path import Path as Line
 
-    places, page = _places(edges, n_nodes)
+    places, page = _places(edges, len(drawing.states))
     bends, stops = _route(edges, places, page)
     width, height = page[0], page[1] + (0.0 if title is None else _TITLE)
 
@@ -169,9 +192,8 @@ def _figure(edges: Sequence[_Edge], n_nodes: int, title: str | None) -> Figure:
         figure.add_artist(patch)
 
     half = np.array(_NODE_SIZE) / 2
-    names = ["$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(n_nodes)), "concat"]
-    fills = [_END_FILL, _END_FILL, *(_NODE_FILL for _ in range(n_nodes)), _END_FILL]
-    for place, name, fill in zip(places, names, fills, strict=True):
+    fills = [_END_FILL if i in drawing.ends else _NODE_FILL for i in range(len(drawing.states))]
+    for place, name, fill in zip(places, drawing.states, fills, strict=True):
         corner = (place[0] - half[0], place[1] - half[1])
         shape = "round,pad=0,rounding_size=0.1"
         draw(FancyBboxPatch(corner, *_NODE_SIZE, boxstyle=shape, facecolor=fill, edgecolor=_INK, zorder=3))
@@ -205,22 +227,17 @@ def edge_widths(weights: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def save_genotype_figures(
-    genotype: Genotype,
-    folder: Path,
-    *,
-    weights_normal: Sequence[Sequence[float]] | None = None,
-    weights_reduce: Sequence[Sequence[float]] | None = None,
+    genotype: Genotype, folder: Path, *, weights: Mapping[str, Sequence[Sequence[float]]] | None = None
 ) -> list[Path]:
-    """Write both cells as SVG and PNG. The same genotype gives the same bytes.
+    """Write the kept operations of each kind, such as both cells, as SVG and PNG. Equal genotypes give equal bytes.
 
     Args:
         genotype: The genotype.
         folder: The folder, which is created if it does not exist. Files are written atomically.
-        weights_normal: Edge weights of the normal cell, in the shape of its picks.
-        weights_reduce: Edge weights of the reduction cell, in the shape of its picks.
+        weights: For each kind, edge weights in the shape of its picks.
 
     Returns:
-        The four paths.
+        The paths, two for each kind.
 
     Raises:
         GenotypeError: As in `draw_cell`.
@@ -232,13 +249,10 @@ def save_genotype_figures(
         ...     [path.name for path in save_genotype_figures(PUBLISHED["ISTA_twostage"], Path(folder))]
         ['normal.svg', 'normal.png', 'reduce.svg', 'reduce.png']
     """
-    cells = (
-        ("normal", genotype.normal, genotype.normal_concat, weights_normal),
-        ("reduce", genotype.reduce, genotype.reduce_concat, weights_reduce),
-    )
     paths = []
-    for name, picks, concat, weights in cells:
-        paths += _save(draw_cell(picks, concat, title=f"{name} cell", weights=weights), folder, name)
+    for kind, drawing in space_of(genotype).drawing(genotype).items():
+        figure = draw_graph(drawing, title=kind_title(kind), weights=(weights or {}).get(kind))
+        paths += _save(figure, folder, kind)
     return paths
 
 
@@ -327,12 +341,8 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
-def _edges(
-    picks: Sequence[Sequence[tuple[str, int]]],
-    concat: Sequence[int],
-    weights: Sequence[Sequence[float]] | None,
-) -> list[_Edge]:
-    """Check the arguments of `draw_cell` and return the edges; the concatenation is state len(picks) + 2."""
+def _check_cell(picks: Sequence[Sequence[tuple[str, int]]], concat: Sequence[int]) -> None:
+    """Check that each state of a cell precedes its use."""
     last = len(picks) + 1
     for node, inputs in enumerate(picks):
         for op, state in inputs:
@@ -345,13 +355,22 @@ def _edges(
     for state in concat:
         if not 0 <= state <= last:
             raise GenotypeError(f"no state {state}", field="concat", remedy=f"choose 0 to {last}")
+
+
+def _edges(drawing: Drawing, weights: Sequence[Sequence[float]] | None) -> list[_Edge]:
+    """Check the weights and return the edges with their widths."""
+    n_picks: dict[int, int] = {}
+    for _, _, op, decision, _ in drawing.edges:
+        if op is not None:
+            n_picks[decision] = n_picks.get(decision, 0) + 1
+    expected = [n_picks.get(decision, 0) for decision in range(drawing.n_decisions)]
     if weights is not None and len(weights) == 0:
         weights = None
-    if weights is not None and [len(row) for row in weights] != [len(inputs) for inputs in picks]:
+    if weights is not None and [len(row) for row in weights] != expected:
         raise GenotypeError(
             f"the nodes have {[len(row) for row in weights]} values",
             field="weights",
-            remedy=f"give one for each pick, {[len(inputs) for inputs in picks]}",
+            remedy=f"give one for each pick, {expected}",
         )
     if not all(np.isfinite(w) for row in weights or () for w in row):
         raise GenotypeError(
@@ -360,20 +379,18 @@ def _edges(
             remedy="give finite numbers, or none to draw all edges alike",
         )
 
-    widths = edge_widths(weights or [[0.0] * len(inputs) for inputs in picks])
-    edges = [
-        _Edge(state, node + 2, op, width)
-        for node, inputs in enumerate(picks)
-        for (op, state), width in zip(inputs, widths[node], strict=True)
+    widths = edge_widths(weights or [[0.0] * n for n in expected])
+    return [
+        _Edge(source, target, op, 1.2 if op is None else widths[decision][position])
+        for source, target, op, decision, position in drawing.edges
     ]
-    return edges + [_Edge(state, last + 1, None, 1.2) for state in concat]
 
 
-def _places(edges: Sequence[_Edge], n_nodes: int) -> tuple[Array, Array]:
-    """Return the centres of all states, (n_nodes + 3, 2), and the size (width, height) of the page below the title."""
+def _places(edges: Sequence[_Edge], n_states: int) -> tuple[Array, Array]:
+    """Return the centres of all states, (n_states, 2), and the size (width, height) of the page below the title."""
     import networkx
 
-    output = n_nodes + 2
+    output = n_states - 1
     graph = networkx.MultiDiGraph()
     graph.add_nodes_from(range(output))
     graph.add_edges_from((edge.source, edge.target) for edge in edges if edge.target != output)

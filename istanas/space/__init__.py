@@ -8,7 +8,9 @@ from istanas.space.base import (
     NetworkSize,
     Pick,
     SearchSpace,
+    kind_title,
     register_space,
+    space_of,
 )
 from istanas.space.choice import ChoiceSpace
 from istanas.space.genotype import (
@@ -17,12 +19,11 @@ from istanas.space.genotype import (
     Picks,
     genotype_from_supports,
     random_genotype,
-    state_name,
 )
 from istanas.space.literal import genotype_from_text
 from istanas.space.primitives import PRIMITIVES, Primitive
 from istanas.space.published import PUBLISHED
-from istanas.space.topology import N_CELL_INPUTS, CellSpace
+from istanas.space.topology import N_CELL_INPUTS, CellSpace, cell_drawing, state_name
 
 __all__ = [
     "CELLS",
@@ -41,9 +42,12 @@ __all__ = [
     "Picks",
     "Primitive",
     "SearchSpace",
+    "cell_drawing",
     "genotype_from_supports",
     "genotype_from_text",
+    "kind_title",
     "random_genotype",
     "register_space",
+    "space_of",
     "state_name",
 ]

@@ -291,6 +291,21 @@ class SearchSpace(ABC):
         """Return the genotype in a text form of the space, or `None` if the text has another form."""
         return None
 
+    def state_name(self, state: int) -> str | None:
+        """Return the name of a state that candidates read, or `None` if the space has only one."""
+        return None
+
+    def describe_pick(self, op: str, state: int, word: str = "<-") -> str:
+        """Return a pick in words, such as "skip_connect <- node 0".
+
+        Args:
+            op: The operation.
+            state: The state that it reads.
+            word: The word or sign between both.
+        """
+        name = self.state_name(state)
+        return op if name is None else f"{op} {word} {name}"
+
     def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:
         """Return the drawing of each kind. By default each kind is a chain of its decisions."""
         return {
@@ -305,13 +320,15 @@ class Drawing:
 
     Args:
         states: Labels of the states.
-        edges: (source, target, operation, decision, position of the pick in its decision); the operation is `None` for
-            a connection without one, whose last two numbers are -1.
+        edges: (source, target, operation, decision, position of the pick in its decision), in the order of the
+            decisions; the operation is `None` for a connection without one, whose last two numbers are -1.
+        n_decisions: Number of decisions.
         ends: Indices of the states that are inputs or outputs, not nodes.
     """
 
     states: tuple[str, ...]
     edges: tuple[tuple[int, int, str | None, int, int], ...]
+    n_decisions: int
     ends: frozenset[int] = field(default_factory=frozenset)
 
 
@@ -327,7 +344,7 @@ def chain_drawing(chosen: Sequence[Sequence[str]]) -> Drawing:
     edges = tuple(
         (i, i + 1, op, i, position) for i, ops in enumerate(chosen) for position, op in enumerate(ops)
     )
-    return Drawing(states, edges, frozenset({0, n}))
+    return Drawing(states, edges, n, frozenset({0, n}))
 
 
 def random_support(rng: np.random.Generator, decision: Decision) -> list[int]:
@@ -341,10 +358,29 @@ def random_support(rng: np.random.Generator, decision: Decision) -> list[int]:
     return support
 
 
+def kind_title(kind: str) -> str:
+    """Return the title of one kind of decisions.
+
+    Example:
+        >>> kind_title("normal"), kind_title("block")
+        ('normal cell', 'block')
+    """
+    return f"{kind} cell" if kind in ("normal", "reduce") else kind
+
+
 SPACES: Registry[type[SearchSpace]] = Registry("search space", "space.name")
 """The search spaces by name."""
 
 DEFAULT_SPACE = "darts"
+
+
+def space_of(genotype: Genotype) -> SearchSpace:
+    """Return the search space of a genotype, with its default settings.
+
+    Raises:
+        ConfigError: If the space is not registered.
+    """
+    return SPACES.find(genotype.space)()
 
 
 def register_space(space: type[SearchSpace]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +17,13 @@ from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
 from istanas.space.base import Pick, SearchSpace
 from istanas.space.primitives import PRIMITIVES, SKIP
-from istanas.space.topology import N_CELL_INPUTS, CellSpace
+from istanas.space.topology import N_CELL_INPUTS, CellSpace, state_name
 
 Picks = tuple[tuple[Pick, ...], ...]
 VERSION = 1
 DARTS = CellSpace.name
 CELLS = ("normal", "reduce")
+_OPERATION = re.compile(r"[A-Za-z0-9_.+-]{1,64}")  # also the names that user spaces give to their candidates
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ class Genotype:
     def concat(self, cell: str) -> tuple[int, ...]:
         """Return the concatenated states of the "normal" or "reduce" cell."""
         return self.normal_concat if cell == "normal" else self.reduce_concat
+
+    def with_picks(self, kind: str, picks: Picks) -> Genotype:
+        """Return the genotype with other picks of one kind.
+
+        Raises:
+            GenotypeError: If they are invalid.
+        """
+        if self.space != DARTS:
+            return replace(self, choices=tuple((k, picks if k == kind else old) for k, old in self.choices))
+        return replace(self, normal=picks) if kind == "normal" else replace(self, reduce=picks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object as Python lists and dicts."""
@@ -231,6 +243,14 @@ def _check_choices(genotype: Genotype) -> None:
         )
     if not genotype.choices or not all(picks and all(picks) for _, picks in genotype.choices):
         raise GenotypeError("a decision without a choice", field=field, remedy="give at least one for each")
+    names = [op for _, picks in genotype.choices for node in picks for op, _ in node]
+    invalid = [op for op in names if _OPERATION.fullmatch(op) is None]
+    if invalid:
+        raise GenotypeError(
+            f"{invalid[0]!r:.60} cannot name an operation",
+            field=field,
+            remedy="use letters, digits and underscores",
+        )
     n_decisions = sum(len(picks) for _, picks in genotype.choices)
     n_picks = sum(len(node) for _, picks in genotype.choices for node in picks)
     if n_decisions > GENOTYPE_NODES or n_picks > GENOTYPE_PICKS:
@@ -294,19 +314,6 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
             field=f"{field}_concat",
             remedy=f"give distinct states from {first} to {end - 1}",
         )
-
-
-def state_name(state: int) -> str:
-    """Return the name of a state: an output of one of the two previous cells, or a node of this cell.
-
-    Args:
-        state: Index of the state, >= 0.
-
-    Example:
-        >>> state_name(0), state_name(1), state_name(2)
-        ('c(k-2)', 'c(k-1)', 'node 0')
-    """
-    return f"c(k-{N_CELL_INPUTS - state})" if state < N_CELL_INPUTS else f"node {state - N_CELL_INPUTS}"
 
 
 def _is_int(value: Any) -> bool:

@@ -7,9 +7,9 @@ candidates of a node are its (edge, operation) pairs, row by row: candidate = st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from annotated_types import Ge, Le
 
 from istanas.errors import ConfigError
 from istanas.settings import PositiveInt
-from istanas.space.base import Decision, Drawing, NetworkSize, SearchSpace, Supports, register_space
+from istanas.space.base import Decision, Drawing, NetworkSize, Pick, SearchSpace, Supports, register_space
 from istanas.space.primitives import PRIMITIVES, Primitive
 
 if TYPE_CHECKING:
@@ -212,12 +212,29 @@ class CellSpace(SearchSpace):
             op_batchnorm=size.op_batchnorm,
         )
 
+    def state_name(self, state: int) -> str:
+        """Return the name of a state: an output of one of the two previous cells, or a node of this cell."""
+        return state_name(state)
+
     def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:
         """Return the drawings of both cells."""
         return {kind: cell_drawing(genotype.picks(kind), genotype.concat(kind)) for kind in genotype.kinds}
 
 
-def cell_drawing(picks: Any, concat: Any) -> Drawing:
+def state_name(state: int) -> str:
+    """Return the name of a state: an output of one of the two previous cells, or a node of this cell.
+
+    Args:
+        state: Index of the state, >= 0.
+
+    Example:
+        >>> state_name(0), state_name(1), state_name(2)
+        ('c(k-2)', 'c(k-1)', 'node 0')
+    """
+    return f"c(k-{N_CELL_INPUTS - state})" if state < N_CELL_INPUTS else f"node {state - N_CELL_INPUTS}"
+
+
+def cell_drawing(picks: Sequence[Sequence[Pick]], concat: Iterable[int]) -> Drawing:
     """Return the drawing of a cell, from its inputs on the left to the concatenation on the right.
 
     Args:
@@ -227,13 +244,13 @@ def cell_drawing(picks: Any, concat: Any) -> Drawing:
     n_nodes = len(picks)
     output = N_CELL_INPUTS + n_nodes
     states = ("$c_{k-2}$", "$c_{k-1}$", *(f"node {i}" for i in range(n_nodes)), "concat")
-    chosen = [
+    chosen: list[tuple[int, int, str | None, int, int]] = [
         (state, N_CELL_INPUTS + node, op, node, position)
         for node, row in enumerate(picks)
         for position, (op, state) in enumerate(row)
     ]
-    joined = [(state, output, None, -1, -1) for state in concat]
-    return Drawing(states, tuple(chosen + joined), frozenset({0, 1, output}))
+    joined: list[tuple[int, int, str | None, int, int]] = [(state, output, None, -1, -1) for state in concat]
+    return Drawing(states, (*chosen, *joined), n_nodes, frozenset({0, 1, output}))
 
 
 register_space(CellSpace)

@@ -165,7 +165,7 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
 @config_options
 @json_option
 def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Draw the two cells of a genotype (SVG and PNG)."""
+    """Draw the cells of a genotype (SVG and PNG)."""
     config, _ = load_config(file, overrides)
     console = console_for(as_json)
     from istanas.draw import save_genotype_figures

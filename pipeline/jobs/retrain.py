@@ -20,12 +20,12 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
-    CELL_FIGURES,
     CHECKPOINTS,
     CONFIG_FILE,
     GENOTYPE_FILE,
     NETWORK_FILE,
     WEIGHTS_FILE,
+    cell_figures,
 )
 from pipeline.runs.network_files import save_network
 from pipeline.runs.tags import Tag
@@ -89,7 +89,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
         }
         return Outcome(
             result=result,
-            artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, NETWORK_FILE, WEIGHTS_FILE),
+            artifacts=(CONFIG_FILE, GENOTYPE_FILE, *cell_figures(genotype.kinds), NETWORK_FILE, WEIGHTS_FILE),
             tags={},
             description=mlflow_note.of_retraining(
                 run.read().data_label, progress.epochs, result, genotype, origin

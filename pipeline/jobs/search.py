@@ -40,7 +40,6 @@ from pipeline.report.trajectory_page import write_trajectory_page
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
-    CELL_FIGURES,
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
@@ -50,6 +49,7 @@ from pipeline.runs.layout import (
     TRAJECTORY_FILE,
     TRAJECTORY_PAGE,
     WEIGHTS_FILE,
+    cell_figures,
 )
 from pipeline.runs.network_files import save_network
 from pipeline.runs.tags import Tag
@@ -203,7 +203,13 @@ def _finish_searched(run: RunDir, progress: Progress, say: Callable[[str], None]
     result = {**_figures(genotype, progress), **accuracies(progress.newest.metrics, "valid")}
     return Outcome(
         result=result,
-        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, *TRAJECTORY, *_trajectory_page(run, say)),
+        artifacts=(
+            CONFIG_FILE,
+            GENOTYPE_FILE,
+            *cell_figures(genotype.kinds),
+            *TRAJECTORY,
+            *_trajectory_page(run, say),
+        ),
         tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_search(
             record.method, record.data_label, progress.epochs, result, genotype
@@ -239,7 +245,7 @@ def _finish_trained(
         artifacts=(
             CONFIG_FILE,
             GENOTYPE_FILE,
-            *CELL_FIGURES,
+            *cell_figures(genotype.kinds),
             *TRAJECTORY,
             *_trajectory_page(run, say),
             *figures,

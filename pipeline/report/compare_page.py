@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from istanas.draw import draw_cell
-from istanas.space import CELLS, Genotype
-from pipeline.report.html import cell_label, chart_svg, render
+from istanas.draw import draw_graph
+from istanas.space import Genotype, kind_title, space_of
+from pipeline.report.html import chart_svg, kind_label, render
 from pipeline.report.run_reader import ReadRun
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def render_page(
     for digest, places in runs_of.items():
         genotype = genotypes[places[0]]
         # Cells are drawn again, because the pictures in a run directory may come from an untrusted source.
-        figures = [] if genotype is None else [_cell(genotype, kind) for kind in CELLS]
+        figures = [] if genotype is None else [_cell(genotype, kind) for kind in genotype.kinds]
         cells.append({"runs": places, "digest": digest, "figures": figures})
     return render(
         TEMPLATE,
@@ -143,7 +143,8 @@ def draw_whole(
     strips.append([curves.png])
     for number, genotype in enumerate(genotypes, start=1):
         if genotype is not None:
-            strips.append([_png(_cell_figure(genotype, kind, f"{number}: {kind} cell")) for kind in CELLS])
+            titles = {kind: f"{number}: {kind_title(kind)}" for kind in genotype.kinds}
+            strips.append([_png(_figure_of(genotype, kind, title)) for kind, title in titles.items()])
     rows = [[Image.open(io.BytesIO(png)) for png in strip] for strip in strips]
     width = max(sum(image.width for image in row) for row in rows)
     whole = Image.new("RGB", (width, sum(max(i.height for i in row) for row in rows)), "white")
@@ -192,9 +193,9 @@ def _styles(n: int) -> list[tuple[str, str]]:
 
 
 def _cell(genotype: Genotype, kind: str) -> Markup:
-    figure = _cell_figure(genotype, kind, f"{kind} cell")
-    return chart_svg(figure, f"{genotype.digest()[:8]}-{kind}", cell_label(kind, genotype.picks(kind)))
+    figure = _figure_of(genotype, kind, kind_title(kind))
+    return chart_svg(figure, f"{genotype.digest()[:8]}-{kind}", kind_label(genotype, kind))
 
 
-def _cell_figure(genotype: Genotype, kind: str, title: str) -> Figure:
-    return draw_cell(genotype.picks(kind), genotype.concat(kind), title=title)
+def _figure_of(genotype: Genotype, kind: str, title: str) -> Figure:
+    return draw_graph(space_of(genotype).drawing(genotype)[kind], title=title)

@@ -10,14 +10,14 @@ import base64
 import functools
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup, escape
 
-from istanas.space import state_name
+from istanas.space import Genotype, kind_title, space_of
 from pipeline.base.text import duration, percent
 from pipeline.runs.record import RunRecord
 
@@ -85,19 +85,21 @@ def job_title(record: RunRecord) -> str:
     return f"{kind[0].upper()}{kind[1:]} on {record.data_label}"
 
 
-def cell_label(cell: str, picks: Sequence[Sequence[tuple[str, int]]]) -> str:
-    """Describe a cell for screen readers.
+def kind_label(genotype: Genotype, kind: str) -> str:
+    """Describe the kept operations of one kind of decisions, such as a cell, for screen readers.
 
     Args:
-        cell: The kind of the cell, such as "normal".
-        picks: The operations of each node, with the states that they read.
+        genotype: The genotype.
+        kind: The kind, such as "normal".
 
     Example:
-        >>> cell_label("normal", [[("skip_connect", 0), ("sep_conv_3x3", 1)]])
+        >>> picks = ((("skip_connect", 0), ("sep_conv_3x3", 1)),)
+        >>> kind_label(Genotype(normal=picks, reduce=picks), "normal")
         'normal cell: node 0: skip_connect from c(k-2), sep_conv_3x3 from c(k-1)'
     """
-    nodes = (", ".join(f"{op} from {state_name(state)}" for op, state in node) for node in picks)
-    return f"{cell} cell: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
+    describe = space_of(genotype).describe_pick
+    nodes = (", ".join(describe(*pick, word="from") for pick in node) for node in genotype.picks(kind))
+    return f"{kind_title(kind)}: " + "; ".join(f"node {i}: {node}" for i, node in enumerate(nodes))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from istanas.space import CELLS, Genotype
+from istanas.space import Genotype, kind_title
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration, percent
 from pipeline.report.columns import SPACE_PREFIX
@@ -19,7 +19,6 @@ from pipeline.report.html import (
     GREEN,
     ORANGE,
     add_axes,
-    cell_label,
     chart,
     chart_svg,
     data_uri,
@@ -27,6 +26,7 @@ from pipeline.report.html import (
     figure,
     inline_svg,
     job_title,
+    kind_label,
     render,
 )
 from pipeline.report.terminal import validation_note
@@ -80,7 +80,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         ],
         "validation": validation_note(record.kind, record.method) if "valid_top1" in result else "",
         "tiles": list(_tiles(record, genotype, len(run.metrics()))),
-        "cells": [(cell, _cell(run.path, cell, genotype)) for cell in CELLS],
+        "cells": [(kind_title(cell), _cell(run.path, cell, genotype)) for cell in genotype.kinds],
         "digest": genotype.digest()[:12],
         "genotype": str(genotype),
         "curves": _curves(run.metrics(), record.kind),
@@ -142,7 +142,7 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
 
 
 def _cell(folder: Path, cell: str, genotype: Genotype) -> Markup:
-    return _svg(folder / CELLS_FOLDER / f"{cell}.svg", cell, cell_label(cell, genotype.picks(cell)))
+    return _svg(folder / CELLS_FOLDER / f"{cell}.svg", cell, kind_label(genotype, cell))
 
 
 def _svg(file: Path, name: str, label: str) -> Markup:

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from istanas.draw import cell_svg, edge_widths
+from istanas.draw import edge_widths, graph_svg
 from istanas.limits import TABLE_BYTES, read_at_most
-from istanas.space import CELLS, Genotype, state_name
+from istanas.space import Genotype, SearchSpace, kind_title, space_of
 from istanas.space.primitives import SKIP
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, percent
@@ -26,19 +26,19 @@ from pipeline.report.html import (
     BLUE,
     ORANGE,
     add_axes,
-    cell_label,
     chart,
     chart_svg,
     data_uri,
     epoch_axis,
     job_title,
+    kind_label,
     render,
 )
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
 from pipeline.runs.layout import CODES_FILE, GENOTYPE_FILE, REPORT_PAGE, TRAJECTORY_FILE, TRAJECTORY_PAGE
 
-_STYLES = {"normal": (BLUE, "-"), "reduce": (ORANGE, "--")}
+_STYLES = ((BLUE, "-", "solid blue"), (ORANGE, "--", "dashed orange"))
 _ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # sizes in the heat map, whose font size is 11
 
 
@@ -72,17 +72,18 @@ def write_trajectory_page(run: RunDir) -> None:
     """
     record = run.read()
     genotype = read_genotype(run.path / GENOTYPE_FILE)
+    space = space_of(genotype)
     table = _read(_frame(run.path / TRAJECTORY_FILE))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
-    places: Places = [(cell, node) for cell in CELLS for node in range(len(genotype.picks(cell)))]
+    places: Places = [(kind, node) for kind in genotype.kinds for node in range(len(genotype.picks(kind)))]
     cells, cells_at, widths = _draw(genotype, table, epochs)
     data = {
         "cells": cells_at,
         "widths": widths,
         "summaries": [_summary(table, epoch, places) for epoch in epochs],
-        "rows": [[_row(table[epoch, *place]) for place in places] for epoch in epochs],
+        "rows": [[_row(table[epoch, *place], space) for place in places] for epoch in epochs],
     }
-    maps = _maps(run, table, epochs)
+    maps = _maps(run, genotype, table, epochs)
     page = render(
         "trajectory.html",
         title=f"{record.name}: epoch by epoch",
@@ -93,6 +94,9 @@ def write_trajectory_page(run: RunDir) -> None:
         last=epochs[-1],
         cells=cells,
         nodes=[f"{cell} node {node}" for cell, node in places],
+        lines=[
+            f"{_STYLES[i % len(_STYLES)][2]}: {kind_title(kind)}" for i, kind in enumerate(genotype.kinds)
+        ],
         data=data,
         curves=_curves(table, epochs, places),
         maps=maps,
@@ -127,31 +131,32 @@ def _draw(
         each epoch and cell.
     """
     numbers: dict[tuple[str, Any], int] = {}
-    drawings: dict[str, list[tuple[int, Markup]]] = {cell: [] for cell in CELLS}
+    space = space_of(genotype)
+    drawings: dict[str, list[tuple[int, Markup]]] = {kind: [] for kind in genotype.kinds}
     cells_at: list[list[int]] = []
     widths: list[list[list[float]]] = []
     for epoch in epochs:
         cells_at.append([])
         widths.append([])
-        for cell in CELLS:
+        for cell in genotype.kinds:
             nodes = [table[epoch, cell, node] for node in range(len(genotype.picks(cell)))]
             picks = tuple(node.picks for node in nodes)
             if (cell, picks) not in numbers:
                 numbers[cell, picks] = len(numbers)
-                concat = genotype.normal_concat if cell == "normal" else genotype.reduce_concat
-                # The drawing contains only names of known operations, so it is safe markup.
-                drawing = Markup(cell_svg(picks, concat, label=cell_label(cell, picks)))
+                then = genotype.with_picks(cell, picks)
+                # A genotype contains only valid names of operations, so its drawing is safe markup.
+                drawing = Markup(graph_svg(space.drawing(then)[cell], label=kind_label(then, cell)))
                 drawings[cell].append((numbers[cell, picks], drawing))
             cells_at[-1].append(numbers[cell, picks])
             flat = [width for row in edge_widths([node.edge_weights for node in nodes]) for width in row]
             widths[-1].append([round(width, 2) for width in flat])
-    return list(drawings.items()), cells_at, widths
+    return [(kind_title(kind), each) for kind, each in drawings.items()], cells_at, widths
 
 
-def _row(node: _Node) -> list[Any]:
+def _row(node: _Node, space: SearchSpace) -> list[Any]:
     """Return whether a node changed, followed by the texts of its table row."""
     picks = zip(node.picks, node.edge_weights, strict=True)
-    keeps = ", ".join(f"{op} ← {state_name(state)} ({weight:.2g})" for (op, state), weight in picks)
+    keeps = ", ".join(f"{space.describe_pick(*pick, word='←')} ({weight:.2g})" for pick, weight in picks)
     figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
     figures.append("–" if math.isnan(node.margin) else f"{node.margin:.2g}")  # noqa: RUF001
     return [bool(node.changed), keeps, node.state.lower(), *figures]
@@ -178,6 +183,8 @@ def _skip_ratio(nodes: Sequence[_Node]) -> float:
 def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
     """Draw distance, gap, truncation and skip ratio, each with a line that marks the selected epoch."""
     first, last = epochs[0], epochs[-1]
+    kinds = dict.fromkeys(kind for kind, _ in places)
+    styles = {kind: _STYLES[i % len(_STYLES)] for i, kind in enumerate(kinds)}
     with chart(9.6, 5.2, left=0.07, right=0.99, top=0.94, bottom=0.09, wspace=0.16, hspace=0.34) as page:
         # A logarithmic axis has no zero, so smaller values are drawn at its lower end.
         panels = (("distance", 1e-6), ("gap", 1e-17), ("truncation", 1e-9))
@@ -191,7 +198,7 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
                 axes.set_ylim(bottom=0)
             else:
                 for cell, node in places:
-                    colour, style = _STYLES[cell]
+                    colour, style, _ = styles[cell]
                     # There is no distance before training.
                     shown = [epoch for epoch in epochs if name != "distance" or epoch > 0]
                     values = [max(getattr(table[epoch, cell, node], name), least) for epoch in shown]
@@ -213,13 +220,16 @@ def _frame(file: Path) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(read_at_most(file, TABLE_BYTES)))
 
 
-def _maps(run: RunDir, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
-    """Return the template's values for the heat maps of both cells; none if no codes were recorded."""
+def _maps(run: RunDir, genotype: Genotype, table: Table, epochs: Epochs) -> list[dict[str, Any]]:
+    """Return the template's values for the heat map of each kind; none if no codes were recorded."""
     frame = _frame(run.path / CODES_FILE) if (run.path / CODES_FILE).is_file() else pd.DataFrame()
-    return [] if frame.empty else [_map(frame[frame["cell"] == cell], cell, table, epochs) for cell in CELLS]
+    if frame.empty:
+        return []
+    space = space_of(genotype)
+    return [_map(frame[frame["cell"] == kind], kind, space, table, epochs) for kind in genotype.kinds]
 
 
-def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[str, Any]:
+def _map(frame: pd.DataFrame, cell: str, space: SearchSpace, table: Table, epochs: Epochs) -> dict[str, Any]:
     step = max(1.0, min(24.0, _SPAN / len(epochs)))
     largest = float(frame["magnitude"].max())
     nodes, top = [], 0
@@ -237,7 +247,7 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
                 "top": top,
                 "height": _ROW * len(names),
                 "names": [
-                    (top + _ROW * i + 0.77 * _ROW, f"{op} ← {state_name(state)}")
+                    (top + _ROW * i + 0.77 * _ROW, space.describe_pick(op, state, word="←"))
                     for i, (op, state) in enumerate(names)
                 ],
                 "uri": data_uri(_picture(values / largest if largest > 0 else values, kept)),
@@ -246,7 +256,7 @@ def _map(frame: pd.DataFrame, cell: str, table: Table, epochs: Epochs) -> dict[s
         top += _ROW * len(names)
     every = max(1, round(len(epochs) / 12))
     return {
-        "cell": cell,
+        "cell": kind_title(cell),
         "gaps": frame["epoch"].nunique() < len(epochs),
         "largest": f"{largest:.2g}",
         "left": _LEFT,

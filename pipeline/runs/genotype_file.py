@@ -35,7 +35,7 @@ def read_genotype(file: Path) -> Genotype:
 def write_genotype(
     folder: Path, genotype: Genotype, weights: dict[str, list[list[float]]] | None = None
 ) -> None:
-    """Write `genotype.json` and the four drawings of its cells.
+    """Write `genotype.json` and the drawings of its cells.
 
     Args:
         folder: The run directory.
@@ -43,10 +43,4 @@ def write_genotype(
         weights: Weights of the edges by cell, drawn as line widths.
     """
     atomic_write(folder / GENOTYPE_FILE, genotype.to_json() + "\n")
-    weights = weights or {}
-    save_genotype_figures(
-        genotype,
-        folder / CELLS_FOLDER,
-        weights_normal=weights.get("normal"),
-        weights_reduce=weights.get("reduce"),
-    )
+    save_genotype_figures(genotype, folder / CELLS_FOLDER, weights=weights)

@@ -6,6 +6,7 @@ Records, MLflow runs and documents contain these names, so they must not change.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # ----- Every run.
 RECORD_FILE = "run.json"  # identity, settings and status of the run: `runs.record.RunRecord`
@@ -28,8 +29,9 @@ EPOCH_LOGS = ("epochs", "epochs-copy")  # folders with the two copies of the epo
 
 # ----- Searches, genotypes and trained networks.
 GENOTYPE_FILE = "genotype.json"  # the architecture that a run found or retrained, or the best of a sweep
-CELLS_FOLDER = "cells"  # drawings of the two cells
-CELL_FIGURES = ("cells/normal.svg", "cells/normal.png", "cells/reduce.svg", "cells/reduce.png")
+CELLS_FOLDER = (
+    "cells"  # drawings of the kept operations: two files for each kind, such as normal.svg and normal.png
+)
 TRAJECTORY_FILE = "trajectory.csv"  # the selected edges after every epoch
 CODES_FILE = "codes.csv"  # the recovered codes after every epoch
 TRAJECTORY_PAGE = "trajectory.html"  # both tables as a page
@@ -58,3 +60,13 @@ def checkpoint_file(epoch: int) -> str:
         'epoch-0003.pt'
     """
     return f"epoch-{epoch:04d}.pt"
+
+
+def cell_figures(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Return the drawings of a genotype with these kinds of decisions.
+
+    Example:
+        >>> cell_figures(["normal"])
+        ('cells/normal.svg', 'cells/normal.png')
+    """
+    return tuple(f"{CELLS_FOLDER}/{kind}.{suffix}" for kind in kinds for suffix in ("svg", "png"))

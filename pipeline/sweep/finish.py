@@ -26,11 +26,11 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.layout import (
     BEST_FOLDER,
-    CELL_FIGURES,
     CONFIG_FILE,
     GENOTYPE_FILE,
     SWEEP_PAGE,
     TRIALS_TABLE,
+    cell_figures,
 )
 from pipeline.runs.tags import Tag
 from pipeline.sweep.report import sweep_frame, write_figures
@@ -63,7 +63,14 @@ def finish_sweep(config: Config, run: RunDir, study: Study, say: Callable[[str],
     best_files = (f"{BEST_FOLDER}/{CONFIG_FILE}", f"{BEST_FOLDER}/{GENOTYPE_FILE}")
     return Outcome(
         result=result,
-        artifacts=(CONFIG_FILE, GENOTYPE_FILE, *CELL_FIGURES, TRIALS_TABLE, *figures, *best_files),
+        artifacts=(
+            CONFIG_FILE,
+            GENOTYPE_FILE,
+            *cell_figures(genotype.kinds),
+            TRIALS_TABLE,
+            *figures,
+            *best_files,
+        ),
         tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_sweep(
             run.read().data_label,

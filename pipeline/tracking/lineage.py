@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from pipeline.runs.layout import CELL_FIGURES
+from istanas.space import kind_title
+from pipeline.runs.layout import CELLS_FOLDER
 from pipeline.runs.tags import Tag
 
 if TYPE_CHECKING:
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 DESCRIPTION = "mlflow.note.content"
 LENGTH = 5000  # characters, the width of the model registry's columns
-# SVG files, because MLflow shows pictures in their original size, and the PNG files are too large.
-PICTURES = {CELL_FIGURES[0]: "normal cell", CELL_FIGURES[2]: "reduction cell"}
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def with_links(
         ![normal cell](get-artifact?path=cells/normal.svg&run_uuid=cd)
     """
     links = f"Of {', '.join(k.link for k in kin)}." if kin else ""
+    # SVG files, because MLflow shows pictures in their original size, and the PNG files are too large.
+    drawings = [name for name in artifacts if name.startswith(f"{CELLS_FOLDER}/") and name.endswith(".svg")]
     pictures = "\n\n".join(
-        f"![{PICTURES[name]}](get-artifact?path={quote(name)}&run_uuid={run_id})"
-        for name in artifacts
-        if name in PICTURES
+        f"![{kind_title(PurePosixPath(name).stem)}](get-artifact?path={quote(name)}&run_uuid={run_id})"
+        for name in drawings
     )
     # The first paragraph stays first, because tables show only the first paragraph of a description.
     title, _, rest = description.rstrip().partition("\n\n")

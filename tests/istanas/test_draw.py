@@ -161,7 +161,7 @@ def test_a_node_without_inputs_or_outputs_is_drawn() -> None:
 
 def test_four_files_that_are_what_they_say(tmp_path: Path) -> None:
     genotype = PUBLISHED["ISTA_twostage"]
-    paths = save_genotype_figures(genotype, tmp_path / "cells", weights_normal=[[1.0, 0.5]] * 4)
+    paths = save_genotype_figures(genotype, tmp_path / "cells", weights={"normal": [[1.0, 0.5]] * 4})
     assert [p.name for p in paths] == ["normal.svg", "normal.png", "reduce.svg", "reduce.png"]
     assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # No partial files are left.
 

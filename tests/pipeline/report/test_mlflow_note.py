@@ -101,4 +101,4 @@ def test_a_truncated_description_keeps_its_links_and_closes_its_code() -> None:
     assert 4900 < len(text) <= 5000
     assert text.startswith("Title.\n\nOf [search s](#/experiments/1/runs/ab).\n\n```\nsep_conv")
     assert text.count("```") == 2
-    assert text.endswith("![reduction cell](get-artifact?path=cells/reduce.svg&run_uuid=cd)")
+    assert text.endswith("![reduce cell](get-artifact?path=cells/reduce.svg&run_uuid=cd)")
