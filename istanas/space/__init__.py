@@ -10,22 +10,25 @@ from istanas.space.genotype import (
     state_name,
 )
 from istanas.space.literal import genotype_from_text
-from istanas.space.primitives import PRIMITIVES, Primitive
+from istanas.space.operations import OPERATIONS, Operation, register_operation
+from istanas.space.primitives import PRIMITIVES
 from istanas.space.published import PUBLISHED
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
 __all__ = [
     "CELLS",
     "N_CELL_INPUTS",
+    "OPERATIONS",
     "PRIMITIVES",
     "PUBLISHED",
     "CellSpace",
     "Genotype",
+    "Operation",
     "Pick",
     "Picks",
-    "Primitive",
     "genotype_from_supports",
     "genotype_from_text",
     "random_genotype",
+    "register_operation",
     "state_name",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from istanas.errors import ConfigError
+from istanas.space.operations import OPERATIONS
 from istanas.space.primitives import PRIMITIVES
 
 N_CELL_INPUTS = 2
@@ -24,7 +25,7 @@ class CellSpace:
 
     Args:
         n_nodes: Number of intermediate nodes, >= 1.
-        ops: Names of the candidate operations, at least one of `PRIMITIVES`, without repetition.
+        ops: Names of the candidate operations, registered ones, at least one, without repetition.
         sparsity: Number of operations that a node keeps, 1 .. candidates of node 0 (with `one_op_per_edge`: 1 .. 2).
         one_op_per_edge: Whether the picks of a node must lie on different edges. The published code does not require
             it.
@@ -48,13 +49,8 @@ class CellSpace:
     def __post_init__(self) -> None:
         if self.n_nodes < 1:
             raise ConfigError(f"{self.n_nodes} is too small", field="space.nodes", remedy="use 1 or more")
-        unknown = [op for op in self.ops if op not in PRIMITIVES]
-        if unknown:
-            raise ConfigError(
-                f"unknown operation {unknown[0]!r}",
-                field="space.ops",
-                remedy=f"choose from {', '.join(PRIMITIVES)}",
-            )
+        for op in self.ops:
+            OPERATIONS.find(op)
         if not self.ops or len(set(self.ops)) != len(self.ops):
             raise ConfigError(
                 f"{list(self.ops)} is empty or names an operation twice",

@@ -9,12 +9,23 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from istanas.errors import ConfigError
 from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
+from istanas.registry import Registry
 from istanas.settings import CLOSING_EPOCHS, Matrix, OneStageSettings, Schedule, Solver, TwoStageSettings
-from istanas.space import PRIMITIVES, CellSpace, Primitive
+from istanas.space import OPERATIONS, PRIMITIVES, CellSpace
 from pipeline.base.addresses import checked_address
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
@@ -58,6 +69,26 @@ def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise ValueError(error) from None
 
     return validate
+
+
+class _NameIn:
+    """Marks a text as a name in a registry. It is checked, and described with the names registered by then."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self._registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(_checked(self._check), handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        names = [f"{name} ({self._registry.origin(name)})" for name in self._registry]
+        return {**handler(schema), "enum": list(self._registry), WORDS: f"one of {', '.join(names)}"}
+
+    def _check(self, name: str) -> str:
+        self._registry.find(name)
+        return name
 
 
 def _checked_workers(value: Any) -> Any:
@@ -153,7 +184,7 @@ class SpaceSettings(_Section):
     nodes: Annotated[int, Field(ge=1, le=16)] = Field(
         CellSpace.n_nodes, description="Number of intermediate nodes of a cell."
     )
-    ops: list[Primitive] = Field(
+    ops: list[Annotated[str, _NameIn(OPERATIONS)]] = Field(
         default_factory=lambda: list(PRIMITIVES),
         description="Candidate operations on each edge, each named once.",
     )
