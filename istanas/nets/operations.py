@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import cast
 
@@ -208,10 +208,8 @@ def make_operation(
         >>> make_operation("sep_conv_3x3", 4, 2, affine=True)(torch.zeros(1, 4, 8, 8)).shape
         torch.Size([1, 4, 4, 4])
     """
-    operation = OPERATIONS[name]
-    if OPERATIONS.origin(name) != OWN:
-        check_operation(operation, channels)
-    module = _build(operation, channels, stride, affine)
+    check_plugin_operations([name], channels)
+    module = _build(OPERATIONS[name], channels, stride, affine)
     required = identity_batchnorm if isinstance(module, nn.Identity) else batchnorm
     if required and final_batchnorm(module) is None:
         return Normalized(module, ScaledBatchNorm2d(channels, affine=affine))
@@ -239,6 +237,26 @@ def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
     sequence = isinstance(operation, nn.Sequential) and type(operation).forward is nn.Sequential.forward
     layers = list(operation.children()) if sequence else []
     return final_batchnorm(layers[-1]) if layers else None
+
+
+def check_plugin_operations(names: Iterable[str], channels: int) -> None:
+    """Apply `check_operation` to those of the named operations that plugins have registered.
+
+    The package's own operations are left out, because its tests check them.
+
+    Args:
+        names: Names of registered operations.
+        channels: C, >= 1.
+
+    Raises:
+        ConfigError: If an operation violates what `check_operation` requires.
+
+    Example:
+        >>> check_plugin_operations(["skip_connect"], 16)
+    """
+    for name in names:
+        if OPERATIONS.origin(name) != OWN:
+            check_operation(OPERATIONS[name], channels)
 
 
 def check_operation(operation: Operation, channels: int = 8) -> None:

@@ -144,7 +144,11 @@ class Genotype:
 
     def skip_ratio(self) -> float:
         """Return the fraction of skip connections among all picks of both cells, in [0, 1]."""
-        return skip_ratio(op for cell in CELLS for node in self.picks(cell) for op, _ in node)
+        return skip_ratio(self.operations())
+
+    def operations(self) -> list[str]:
+        """Return the operations of all picks of both cells, with repetitions."""
+        return [op for cell in CELLS for node in self.picks(cell) for op, _ in node]
 
     def __str__(self) -> str:
         lines = []
