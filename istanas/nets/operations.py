@@ -260,7 +260,7 @@ def check_plugin_operations(names: Iterable[str], channels: int) -> None:
 
 
 def check_operation(operation: Operation, channels: int = 8) -> None:
-    """Check an operation on small tensors, once per process and number of channels.
+    """Check an operation on small tensors on the CPU, once per process and number of channels.
 
     For both strides, a batch of two pictures of odd height and even width must keep its channels, and its sizes must be
     divided by the stride and rounded up. The input must not be changed. A batch norm at the end must be that of the
@@ -306,7 +306,7 @@ def _build(operation: Operation, channels: int, stride: int, affine: bool) -> nn
         raise _refusal(
             operation,
             f"build raises {_in_words(error)} for (channels, stride, affine) = {arguments}",
-            "correct it",
+            "build a module for any number of channels and both strides",
         ) from error
     if not isinstance(module, nn.Module):
         raise _refusal(
@@ -325,7 +325,9 @@ def _check_module(operation: Operation, module: nn.Module, channels: int, stride
     try:
         out = module(given)
     except Exception as error:  # any error of the user's module
-        raise _refusal(operation, f"raises {_in_words(error)} {case}", "correct it") from error
+        raise _refusal(
+            operation, f"raises {_in_words(error)} {case}", "accept pictures of any size"
+        ) from error
     expected = (*shape[:2], ceil(shape[2] / stride), ceil(shape[3] / stride))
     if not isinstance(out, Tensor) or tuple(out.shape) != expected:
         returned = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
