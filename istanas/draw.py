@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from istanas.errors import GenotypeError
 from istanas.space import Drawing, cell_drawing, kind_title, space_of
+from istanas.space.operations import OPERATIONS, OTHER_COLOUR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 Place = tuple[str, int]  # (cell, node).
 
-# The colours are dark enough to be read on white. Readers without colour vision can use the labels.
-COLOURS = {"sep_conv": "#0b5fa5", "dil_conv": "#b3400e", "pool": "#1b7a3d", "skip": "#555555"}
-OTHER_COLOUR = "#8a1c7c"
 CONCAT_COLOUR = "#6f7682"
 _INK, _NODE_FILL, _END_FILL = "#222222", "#fdf3d1", "#e4ecf4"
 
@@ -63,13 +61,13 @@ class _Edge:
 
 
 def colour_of(op: str) -> str:
-    """Return the colour of an operation's kind, or `OTHER_COLOUR` for an unknown kind.
+    """Return the colour of an operation, or `OTHER_COLOUR` if it is not registered (as in runs of a lost plugin).
 
     Example:
         >>> colour_of("sep_conv_5x5") == colour_of("sep_conv_3x3")
         True
     """
-    return next((colour for kind, colour in COLOURS.items() if kind in op), OTHER_COLOUR)
+    return OPERATIONS[op].colour if op in OPERATIONS else OTHER_COLOUR
 
 
 def draw_cell(

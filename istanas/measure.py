@@ -9,14 +9,25 @@ import functools
 import statistics
 import time
 from dataclasses import dataclass
-from math import ceil
+from functools import lru_cache
+from math import ceil, prod
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from istanas.nets.depthwise import DepthwiseConv2d
+from istanas.nets.operations import make_operation
 from istanas.nets.skeleton import STEM_MULTIPLIER, cell_places, live_places, live_states
-from istanas.space import CELLS, N_CELL_INPUTS, Genotype, NetworkSize, SearchSpace
+from istanas.space import (
+    CELLS,
+    N_CELL_INPUTS,
+    OPERATIONS,
+    Genotype,
+    NetworkSize,
+    Operation,
+    SearchSpace,
+)
 
 _AUXILIARY = "auxiliary_head"
 
@@ -55,7 +66,10 @@ def count_params(net: nn.Module) -> int:
 
 
 def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Count the multiply-adds of the convolutions and linear layers of one forward pass, without the auxiliary head.
+    """Count the multiply-adds of one forward pass in eval mode, in which the auxiliary head does not run.
+
+    Those of convolutions, linear layers and matrix products are counted, whether they are modules such as `nn.Conv2d`
+    or calls of torch's functions.
 
     Args:
         net: Any network that maps (B, C, H, W) to logits. It is not changed.
@@ -65,28 +79,45 @@ def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
         >>> count_macs(nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8))
         6912
     """
-    total = 0
-
-    def count(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal total
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        total += out[0].numel() * weight[0].numel()
-
-    hooks = [
-        m.register_forward_hook(count)
-        for m in net.modules()
-        if isinstance(m, nn.Conv2d | nn.Linear | DepthwiseConv2d)
-    ]
+    products = _Products()
     was_training = net.training
     first = next(net.parameters())
     try:
-        with torch.no_grad():
+        with products, torch.no_grad():
             net.eval()(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
     finally:
         net.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return total
+    return products.macs
+
+
+_F, _T = torch.nn.functional, torch.Tensor
+_CONVOLUTIONS: frozenset[Any] = frozenset({_F.conv1d, _F.conv2d, _F.conv3d})
+_TRANSPOSED: frozenset[Any] = frozenset({_F.conv_transpose1d, _F.conv_transpose2d, _F.conv_transpose3d})
+_MATRIX_PRODUCTS: frozenset[Any] = frozenset(
+    {torch.matmul, torch.mm, torch.bmm, _T.matmul, _T.mm, _T.bmm, _T.__matmul__}
+)
+
+
+class _Products(TorchFunctionMode):
+    """A context that counts the multiply-adds of torch's convolutions, linear layers and matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _CONVOLUTIONS or func in _TRANSPOSED:
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            # Each pixel, of the input if the convolution is transposed, meets the kernels of one channel.
+            self.macs += (x if func in _TRANSPOSED else out).numel() * prod(weight.shape[1:])
+        elif func is _F.linear or func in _MATRIX_PRODUCTS:
+            self.macs += out.numel() * (args[0] if args else kwargs["input"]).shape[-1]
+        return out
 
 
 def measure_latency(
@@ -176,14 +207,16 @@ def target_cost(
         c = place.channels
         # Parts that are not live have parameters, but do not run.
         alive = states[place.kind] if is_live else frozenset[int]()
+        inputs = h, w
         for state, c_in in enumerate((place.c_prev_prev, place.c_prev)):
             total += _convolution(c_in, c, 1, h * w if state in alive else 0)
         if place.stride == 2:
             h, w = ceil(h / 2), ceil(w / 2)
         for node, picks in enumerate(genotype.picks(place.kind), N_CELL_INPUTS):
             for op, state in picks:
-                stride = place.stride if state < N_CELL_INPUTS else 1
-                total += _operation(op, c, stride, h * w if node in alive else 0, op_batchnorm)
+                stride, size = (place.stride, inputs) if state < N_CELL_INPUTS else (1, (h, w))
+                cost = _operation_cost(OPERATIONS[op], c, stride, size, op_batchnorm)
+                total += cost if node in alive else Cost(cost.params, 0)
         width = n_concat[place.kind] * c
     return total + Cost((width + 1) * num_classes, width * num_classes)
 
@@ -211,11 +244,19 @@ def _convolution(c_in: int, c_out: int, taps: int, pixels: int) -> Cost:
     return Cost(weights + 2 * c_out, weights * pixels)
 
 
-def _operation(op: str, c: int, stride: int, pixels: int, op_batchnorm: bool) -> Cost:
-    if op.endswith("pool_3x3") or (op == "skip_connect" and stride == 1):
-        return Cost(2 * c if op_batchnorm else 0, 0)
-    if op == "skip_connect":
-        return _convolution(c, c, 1, pixels)
-    taps = 9 if op.endswith("3x3") else 25
-    once = _convolution(c, c, 1, pixels) + Cost(taps * c, taps * c * pixels)
-    return once + once if op.startswith("sep") else once
+@lru_cache(maxsize=4096)
+def _operation_cost(
+    operation: Operation, channels: int, stride: int, size: tuple[int, int], op_batchnorm: bool
+) -> Cost:
+    """Measure an operation of a target network on an input of (height, width) = `size`.
+
+    It is measured once, because a search needs the costs of its operations in every epoch. It runs on the CPU, because
+    operations of plugins may not run on tensors without memory, and because those take seconds when first used.
+    """
+    options = {"batchnorm": op_batchnorm, "identity_batchnorm": op_batchnorm}
+    products = _Products()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        module = make_operation(operation.name, channels, stride, affine=True, **options).eval()
+        with products, torch.no_grad():
+            module(torch.zeros(1, channels, *size))
+    return Cost(sum(p.numel() for p in module.parameters()), products.macs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from istanas.errors import ConfigError
 from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support, TargetNetwork
-from istanas.nets.operations import NormalizedPool, ScaledBatchNorm2d, final_batchnorm, make_operation
+from istanas.nets.operations import Normalized, ScaledBatchNorm2d, final_batchnorm, make_operation
 from istanas.nets.skeleton import checkpointed
 from istanas.nets.target import drop_path, sum_terms
 from istanas.space import ChoiceSpace, Decision, Genotype, NetworkSize
@@ -93,7 +93,7 @@ class _Chooser:
 
     def _candidate(self, decision: Decision, candidate: int, channels: int, build: Build) -> nn.Module:
         operation, _ = decision.candidates[candidate]
-        module = build(operation, self._affine)
+        module: object = build(operation, self._affine)
         if not isinstance(module, nn.Module):
             raise ConfigError(
                 f"the candidate {operation} of {decision.kind} {decision.index} is {module!r:.60}",
@@ -101,7 +101,7 @@ class _Chooser:
                 remedy="return a module",
             )
         if self._size.op_batchnorm and final_batchnorm(module) is None:
-            return NormalizedPool(module, ScaledBatchNorm2d(channels, affine=self._affine))
+            return Normalized(module, ScaledBatchNorm2d(channels, affine=self._affine))
         return module
 
     def check(self) -> None:

@@ -1,20 +1,27 @@
-"""The candidate operations and the fixed blocks of both networks (DARTS, Liu et al., ICLR 2019).
+"""The modules of the published operations, the fixed blocks of both networks, and what holds for any operation.
 
-Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). Modules have the same positions in `op`
+Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). The published ones are those of DARTS
+(Liu et al., ICLR 2019); their modules have the same positions in `op`
 as in the published code, so that the published weights load by name.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from math import ceil
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from istanas.errors import ConfigError
 from istanas.nets.depthwise import DepthwiseConv2d
 from istanas.nets.pixel_phases import pixel_phases, to_even_size
+from istanas.registry import OWN
+from istanas.space.operations import OPERATIONS, Operation
 
 
 class ScaledBatchNorm2d(nn.BatchNorm2d):
@@ -49,8 +56,16 @@ def dense_gradient(x: Tensor) -> Tensor:
     return x
 
 
-class NormalizedPool(nn.Sequential):
-    """A layer without weights, followed by batch norm."""
+class Normalized(nn.Sequential):
+    """An operation that does not end in batch norm, followed by one."""
+
+    def __init__(self, operation: nn.Module, norm: ScaledBatchNorm2d) -> None:
+        super().__init__(operation, norm)
+
+    @property
+    def final_batchnorm(self) -> nn.BatchNorm2d:
+        """The batch norm whose output is the block's output."""
+        return cast(nn.BatchNorm2d, self[1])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return the block's output times `scale`."""
@@ -62,6 +77,11 @@ class RectifiedBlock(nn.Module):
     """A sequence `op` from ReLU to batch norm. Callers whose input is already rectified can skip the ReLU."""
 
     op: nn.Sequential
+
+    @property
+    def final_batchnorm(self) -> nn.BatchNorm2d:
+        """The batch norm whose output is the block's output."""
+        return cast(nn.BatchNorm2d, self.op[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after_relu(F.relu(x))
@@ -139,6 +159,11 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = nn.Conv2d(c_in, c_out - half, 1, bias=False)
         self.bn = ScaledBatchNorm2d(c_out, affine=affine)
 
+    @property
+    def final_batchnorm(self) -> nn.BatchNorm2d:
+        """The batch norm whose output is the block's output."""
+        return self.bn
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return the block's output times `scale`."""
         return self.on_phases([F.relu(phase) for phase in pixel_phases(to_even_size(x), (0, 1))], scale)
@@ -154,63 +179,48 @@ class FactorizedReduce(nn.Module):
         return out
 
 
-def _pool(name: str, stride: int) -> nn.Module:
-    if name == "max_pool_3x3":
-        return nn.MaxPool2d(3, stride=stride, padding=1)
-    return nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
-
-
-_CONVOLUTIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "sep_conv_3x3": lambda c, stride, affine: SepConv(c, 3, stride, affine),
-    "sep_conv_5x5": lambda c, stride, affine: SepConv(c, 5, stride, affine),
-    "dil_conv_3x3": lambda c, stride, affine: DilConv(c, 3, stride, affine),
-    "dil_conv_5x5": lambda c, stride, affine: DilConv(c, 5, stride, affine),
-}
-
-
 def make_operation(
     name: str,
     channels: int,
     stride: int,
     *,
     affine: bool,
-    pool_batchnorm: bool = False,
-    skip_batchnorm: bool = False,
+    batchnorm: bool = False,
+    identity_batchnorm: bool = False,
 ) -> nn.Module:
-    """Build the module of a candidate operation.
+    """Build the module of a candidate operation, with batch norm at its end where the network requires it.
 
     Args:
-        name: One of `istanas.space.PRIMITIVES`.
+        name: Name of a registered operation.
         channels: C, >= 1.
         stride: 1 or 2.
         affine: Whether batch norms learn scale and shift. They do not in the two-stage supernet, where the edge weight
             is the scale.
-        pool_batchnorm: Whether pooling ends in batch norm, as in both supernets.
-        skip_batchnorm: Whether the identity ends in batch norm, as in one-stage networks.
+        batchnorm: Whether an operation that does not end in batch norm, such as pooling, gets one, as in both supernets
+            and in one-stage networks. `identity_batchnorm` decides about an `nn.Identity`.
+        identity_batchnorm: Whether an `nn.Identity` gets a batch norm, as in one-stage networks.
 
     Raises:
-        KeyError: If the name is unknown. Genotypes are checked earlier.
+        KeyError: If the name is not registered. Genotypes are checked earlier.
+        ConfigError: If the operation of a plugin fails `check_operation`.
 
     Example:
         >>> make_operation("sep_conv_3x3", 4, 2, affine=True)(torch.zeros(1, 4, 8, 8)).shape
         torch.Size([1, 4, 4, 4])
     """
-    if name in ("max_pool_3x3", "avg_pool_3x3"):
-        pool = _pool(name, stride)
-        return NormalizedPool(pool, ScaledBatchNorm2d(channels, affine=affine)) if pool_batchnorm else pool
-    if name == "skip_connect":
-        if stride == 2:
-            return FactorizedReduce(channels, channels, affine)
-        return (
-            NormalizedPool(nn.Identity(), ScaledBatchNorm2d(channels, affine=affine))
-            if skip_batchnorm
-            else nn.Identity()
-        )
-    return _CONVOLUTIONS[name](channels, stride, affine)
+    check_plugin_operations([name], channels)
+    module = _build(OPERATIONS[name], channels, stride, affine)
+    required = identity_batchnorm if isinstance(module, nn.Identity) else batchnorm
+    if required and final_batchnorm(module) is None:
+        return Normalized(module, ScaledBatchNorm2d(channels, affine=affine))
+    return module
 
 
 def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
     """Return the batch norm at the end of an operation, whose affine part can absorb a factor, or `None`.
+
+    A sequence ends in batch norm if its last layer does. Other modules declare theirs in an attribute or property
+    `final_batchnorm`; `check_operation` compares the declaration with what the module computes.
 
     Example:
         >>> final_batchnorm(make_operation("skip_connect", 4, 1, affine=True)) is None
@@ -218,11 +228,151 @@ def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
         >>> final_batchnorm(make_operation("sep_conv_3x3", 4, 2, affine=True)).num_features
         4
     """
-    if isinstance(operation, FactorizedReduce):
-        return operation.bn
-    last = operation
-    if isinstance(last, RectifiedBlock):
-        last = last.op
-    if isinstance(last, nn.Sequential):
-        last = last[-1]
-    return last if isinstance(last, nn.BatchNorm2d) else None
+    if isinstance(operation, nn.BatchNorm2d):
+        return operation
+    declared = getattr(operation, "final_batchnorm", None)
+    if isinstance(declared, nn.BatchNorm2d):
+        return declared
+    # A subclass with its own forward pass may use its layers in another way.
+    sequence = isinstance(operation, nn.Sequential) and type(operation).forward is nn.Sequential.forward
+    layers = list(operation.children()) if sequence else []
+    return final_batchnorm(layers[-1]) if layers else None
+
+
+def check_plugin_operations(names: Iterable[str], channels: int) -> None:
+    """Apply `check_operation` to those of the named operations that plugins have registered.
+
+    The package's own operations are left out, because its tests check them.
+
+    Args:
+        names: Names of registered operations.
+        channels: C, >= 1.
+
+    Raises:
+        ConfigError: If an operation violates what `check_operation` requires.
+
+    Example:
+        >>> check_plugin_operations(["skip_connect"], 16)
+    """
+    for name in names:
+        if OPERATIONS.origin(name) != OWN:
+            check_operation(OPERATIONS[name], channels)
+
+
+def check_operation(operation: Operation, channels: int = 8) -> None:
+    """Check an operation on small tensors on the CPU, once per process and number of channels.
+
+    For both strides, a batch of two pictures of odd height and even width must keep its channels, and its sizes must be
+    divided by the stride and rounded up. The input must not be changed. A batch norm at the end must be that of the
+    output: scaling its affine part must scale the output. The random numbers of the caller do not change.
+
+    Args:
+        operation: The operation, registered or not.
+        channels: C, >= 1.
+
+    Raises:
+        ConfigError: If the operation violates this. The error names the operation and what it did.
+
+    Example:
+        >>> check_operation(Operation("smaller", lambda channels, stride, affine: nn.AvgPool2d(3, stride)))
+        Traceback (most recent call last):
+        istanas.errors.ConfigError: operation smaller: returns (2, 8, 7, 6) for (2, 8, 9, 8) and stride 1; keep the \
+channels, divide the sizes by the stride and round them up: (2, 8, 9, 8)
+    """
+    _check_once(operation, channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_once(operation: Operation, channels: int) -> None:
+    seen: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        for stride, affine in itertools.product((1, 2), (True, False)):
+            module = _build(operation, channels, stride, affine).eval()
+            if any(module is other for other in seen):
+                raise _refusal(
+                    operation,
+                    "build returns the same module twice, which would share weights between edges",
+                    "build a new module in each call",
+                )
+            seen.append(module)
+            _check_module(operation, module, channels, stride, affine)
+
+
+def _build(operation: Operation, channels: int, stride: int, affine: bool) -> nn.Module:
+    arguments = f"({channels}, {stride}, {affine})"
+    try:
+        module = operation.build(channels, stride, affine)
+    except Exception as error:  # any error of the user's function
+        raise _refusal(
+            operation,
+            f"build raises {_in_words(error)} for (channels, stride, affine) = {arguments}",
+            "build a module for any number of channels and both strides",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise _refusal(
+            operation,
+            f"build returns a {type(module).__name__} for (channels, stride, affine) = {arguments}",
+            "return a torch.nn.Module",
+        )
+    return module
+
+
+def _check_module(operation: Operation, module: nn.Module, channels: int, stride: int, affine: bool) -> None:
+    shape = (2, channels, 9, 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    given = x.clone()
+    case = f"for {shape} and stride {stride}"
+    try:
+        out = module(given)
+    except Exception as error:  # any error of the user's module
+        raise _refusal(
+            operation, f"raises {_in_words(error)} {case}", "accept pictures of any size"
+        ) from error
+    expected = (*shape[:2], ceil(shape[2] / stride), ceil(shape[3] / stride))
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
+        returned = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise _refusal(
+            operation,
+            f"returns {returned} {case}",
+            f"keep the channels, divide the sizes by the stride and round them up: {expected}",
+        )
+    if not torch.equal(given, x):
+        raise _refusal(
+            operation,
+            "changes its input, which other operations read, too",
+            "do not begin with an operation in place",
+        )
+    norm = final_batchnorm(module)
+    if norm is not None and affine:
+        _check_final_batchnorm(operation, module, norm, x)
+
+
+def _check_final_batchnorm(operation: Operation, module: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> None:
+    if not norm.affine:
+        raise _refusal(
+            operation,
+            "its last batch norm has no scale and shift",
+            "pass affine to it: nn.BatchNorm2d(C, affine=affine)",
+        )
+    nn.init.normal_(norm.bias)
+    before = module(x)
+    factor = -1.5  # A ReLU after the batch norm would let a positive factor pass.
+    norm.weight.mul_(factor)
+    norm.bias.mul_(factor)
+    expected, after = factor * before, module(x)
+    if not torch.allclose(after, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        raise _refusal(
+            operation,
+            "does not end in the batch norm that it declares as its last",
+            "remove the attribute final_batchnorm, or let it be the last layer",
+        )
+
+
+def _refusal(operation: Operation, problem: str, remedy: str) -> ConfigError:
+    return ConfigError(problem, field=f"operation {operation.name}", remedy=remedy)
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error's type and the first line of its text."""
+    text = f"{error}".strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text:.160}" if text else type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from istanas.checks import check_stem
@@ -254,7 +255,7 @@ class CellNetwork(nn.Module):
     _live_in_training: tuple[bool, ...] = ()  # See `live_places`.
     _live_in_eval: tuple[bool, ...] = ()
     _live_parts: Sequence[nn.Module] = ()
-    _live_norms: dict[nn.Module, Sequence[nn.BatchNorm2d]]  # The batch norms of each live cell.
+    _live_norms: dict[nn.Module, Sequence[_BatchNorm]]  # The batch norms of each live cell.
     _active_parameters: Sequence[nn.Parameter] = ()
 
     def active_parameters(self) -> list[nn.Parameter]:
@@ -280,7 +281,9 @@ class CellNetwork(nn.Module):
             preprocess: list[Any] = [cell.preprocess0, cell.preprocess1]
             inside = [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
             inside += self._live_operations(cell)
-            norms = [m for part in inside for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+            # Operations of plugins may have batch norms of any dimension, with or without running statistics.
+            norms = [m for part in inside for m in part.modules() if isinstance(m, _BatchNorm)]
+            norms = [norm for norm in norms if norm.track_running_stats]
             self._live_norms[cell] = norms
             parts += inside
         self._live_parts = parts
@@ -356,7 +359,7 @@ class CellNetwork(nn.Module):
         self.load_state_dict(renamed, strict=False)
 
 
-def checkpointed(function: Callable[..., Any], norms: Sequence[nn.BatchNorm2d], *arguments: Any) -> Any:
+def checkpointed(function: Callable[..., Any], norms: Sequence[_BatchNorm], *arguments: Any) -> Any:
     """Call a function that is called again in the backward pass, instead of storing its activations.
 
     Args:
@@ -375,7 +378,7 @@ class _UnchangedStatistics:
     the same tensors as in the first pass. With momentum 0, torch writes the same values back.
     """
 
-    def __init__(self, norms: Sequence[nn.BatchNorm2d]) -> None:
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
         self._norms = norms
 
     def __enter__(self) -> None:

@@ -49,8 +49,8 @@ class SearchCell(nn.Module):
                     place.channels,
                     place.stride if state < N_CELL_INPUTS else 1,
                     affine=affine,
-                    pool_batchnorm=True,
-                    skip_batchnorm=op_batchnorm,
+                    batchnorm=True,
+                    identity_batchnorm=op_batchnorm,
                 )
                 for op in space.ops
             )

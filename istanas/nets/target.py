@@ -12,7 +12,7 @@ from istanas.nets.networks import TargetNetwork
 from istanas.nets.operations import (
     DilConv,
     FactorizedReduce,
-    NormalizedPool,
+    Normalized,
     RectifiedBlock,
     dense_gradient,
     make_operation,
@@ -53,8 +53,8 @@ class TargetCell(nn.Module):
                 place.channels,
                 place.stride if state < N_CELL_INPUTS else 1,
                 affine=True,
-                pool_batchnorm=op_batchnorm,
-                skip_batchnorm=op_batchnorm,
+                batchnorm=op_batchnorm,
+                identity_batchnorm=op_batchnorm,
             )
             for node in picks
             for op, state in node
@@ -82,7 +82,7 @@ class TargetNet(CellNetwork, TargetNetwork):
         num_classes: Number of classes, >= 1.
         stem: "cifar" (one convolution) or "imagenet" (three of stride 2).
         auxiliary: Whether the network has an auxiliary head, which is used only in training.
-        op_batchnorm: Whether pooling and identity end in batch norm, as after a one-stage search.
+        op_batchnorm: Whether every operation ends in batch norm, as after a one-stage search.
         in_channels: Channels of the pictures, >= 1.
 
     Raises:
@@ -149,7 +149,7 @@ def apply_operation(
     if isinstance(op, RectifiedBlock):
         return op.after_relu(reads.rectified(state), scale)
     out: Tensor
-    if isinstance(op, NormalizedPool):
+    if isinstance(op, Normalized):
         out = op(states[state], scale)
         return out
     out = op(states[state])

@@ -21,7 +21,8 @@ from istanas.space.genotype import (
     random_genotype,
 )
 from istanas.space.literal import genotype_from_text
-from istanas.space.primitives import PRIMITIVES, Primitive
+from istanas.space.operations import OPERATIONS, Operation, register_operation
+from istanas.space.primitives import PRIMITIVES
 from istanas.space.published import PUBLISHED
 from istanas.space.topology import N_CELL_INPUTS, CellSpace, cell_drawing, state_name
 
@@ -29,6 +30,7 @@ __all__ = [
     "CELLS",
     "DEFAULT_SPACE",
     "N_CELL_INPUTS",
+    "OPERATIONS",
     "PRIMITIVES",
     "PUBLISHED",
     "SPACES",
@@ -38,15 +40,16 @@ __all__ = [
     "Drawing",
     "Genotype",
     "NetworkSize",
+    "Operation",
     "Pick",
     "Picks",
-    "Primitive",
     "SearchSpace",
     "cell_drawing",
     "genotype_from_supports",
     "genotype_from_text",
     "kind_title",
     "random_genotype",
+    "register_operation",
     "register_space",
     "space_of",
     "state_name",

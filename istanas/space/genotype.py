@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from istanas.errors import GenotypeError
+from istanas.errors import ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
 from istanas.space.base import Pick, SearchSpace
-from istanas.space.primitives import PRIMITIVES, SKIP
+from istanas.space.operations import OPERATIONS, skip_ratio
 from istanas.space.topology import N_CELL_INPUTS, CellSpace, state_name
 
 Picks = tuple[tuple[Pick, ...], ...]
@@ -184,8 +184,11 @@ class Genotype:
 
     def skip_ratio(self) -> float:
         """Return the fraction of skip connections among all picks, in [0, 1]."""
-        ops = [op for kind in self.kinds for node in self.picks(kind) for op, _ in node]
-        return ops.count(SKIP) / len(ops)
+        return skip_ratio(self.operations())
+
+    def operations(self) -> list[str]:
+        """Return the operations of all picks, with repetitions."""
+        return [op for kind in self.kinds for node in self.picks(kind) for op, _ in node]
 
     def __str__(self) -> str:
         lines = []
@@ -293,12 +296,7 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
             raise GenotypeError(f"node {i} has no input", field=field, remedy="give at least one")
         last = i + N_CELL_INPUTS - 1
         for op, state in node:
-            if op not in PRIMITIVES:
-                raise GenotypeError(
-                    f"node {i} has the unknown operation {op!r:.60}",
-                    field=field,
-                    remedy=f"choose from {', '.join(PRIMITIVES)}",
-                )
+            _check_operation(op, field, i)
             if not _is_int(state) or not 0 <= state <= last:
                 raise GenotypeError(
                     f"state {state!r:.60} of node {i} is out of range",
@@ -314,6 +312,13 @@ def _check_cell(cell: str, picks: Picks, concat: Iterable[int]) -> None:
             field=f"{field}_concat",
             remedy=f"give distinct states from {first} to {end - 1}",
         )
+
+
+def _check_operation(op: str, field: str, node: int) -> None:
+    try:
+        OPERATIONS.find(op)
+    except ConfigError as error:
+        raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=error.remedy) from None
 
 
 def _is_int(value: Any) -> bool:

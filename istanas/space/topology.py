@@ -16,9 +16,11 @@ import numpy.typing as npt
 from annotated_types import Ge, Le
 
 from istanas.errors import ConfigError
+from istanas.registry import Registered
 from istanas.settings import PositiveInt
 from istanas.space.base import Decision, Drawing, NetworkSize, Pick, SearchSpace, Supports, register_space
-from istanas.space.primitives import PRIMITIVES, Primitive
+from istanas.space.operations import OPERATIONS
+from istanas.space.primitives import PRIMITIVES
 
 if TYPE_CHECKING:
     from istanas.measure import Cost
@@ -56,20 +58,15 @@ class CellSpace(SearchSpace):
     has_partial_channels: ClassVar[bool] = True
 
     n_nodes: Annotated[int, Ge(1), Le(16)] = field(default=4, metadata={"key": "nodes"})
-    ops: tuple[Primitive, ...] = field(default=PRIMITIVES)
+    ops: tuple[Annotated[str, Registered(OPERATIONS)], ...] = field(default=PRIMITIVES)
     sparsity: PositiveInt = 2
     one_op_per_edge: bool = False
 
     def __post_init__(self) -> None:
         if self.n_nodes < 1:
             raise ConfigError(f"{self.n_nodes} is too small", field="space.nodes", remedy="use 1 or more")
-        unknown = [op for op in self.ops if op not in PRIMITIVES]
-        if unknown:
-            raise ConfigError(
-                f"unknown operation {unknown[0]!r}",
-                field="space.ops",
-                remedy=f"choose from {', '.join(PRIMITIVES)}",
-            )
+        for op in self.ops:
+            OPERATIONS.find(op)
         if not self.ops or len(set(self.ops)) != len(self.ops):
             raise ConfigError(
                 f"{list(self.ops)} is empty or names an operation twice",

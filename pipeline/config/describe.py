@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import itertools
 import json
@@ -16,14 +15,11 @@ import pydantic
 
 from istanas.errors import ConfigError
 from istanas.methods import DEFAULT_METHOD, METHODS
-from istanas.registry import OWN, Registry
 from istanas.space import DEFAULT_SPACE, SPACES
 from pipeline.config.keys import all_schemas, schemas_of_methods, schemas_of_spaces, section_of
 from pipeline.config.schema import config_class
-from pipeline.config.sections import UNIT, WORDS
+from pipeline.config.sections import UNIT, WORDS, names_in
 
-REGISTRIES: tuple[Registry[Any], ...] = (METHODS, SPACES)
-"""The registries whose names are values of keys."""
 ANY_KEY = "KEY"  # placeholder for the swept keys in `sweep.space.KEY.uniform`
 
 
@@ -57,12 +53,10 @@ class Key:
         path: The key with its sections, such as "search.epochs".
         variants: The key as each method defines it, or each search space for the keys of the section `space`. Those
             without the key are left out.
-        names: The names in the key's registry, each with who registered it; empty for keys without a registry.
     """
 
     path: str
     variants: Mapping[str, Variant]
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def owner(self) -> str:
@@ -96,8 +90,7 @@ class Key:
             owner: {"type": v.type, "default": v.default, "required": v.required, "meaning": v.meaning}
             for owner, v in self.variants.items()
         }
-        registered = {"registered": dict(self.names)} if self.names else {}
-        return {"key": self.path, f"{self.owner}s": variants, **registered}
+        return {"key": self.path, f"{self.owner}s": variants}
 
 
 def all_keys() -> list[Key]:
@@ -114,21 +107,13 @@ def all_keys() -> list[Key]:
         ("method", METHODS, DEFAULT_METHOD),
         ("space.name", SPACES, DEFAULT_SPACE),
     ):
-        names = f"one of {', '.join(registry)}"
         found[path] = {
-            owner: Variant(names, default, False, variant.meaning) for owner, variant in found[path].items()
+            owner: Variant(names_in(registry), default, False, variant.meaning)
+            for owner, variant in found[path].items()
         }
     order = list(config_class().model_fields)
     paths = sorted(found, key=lambda path: order.index(path.partition(".")[0]))  # stable within a section
-    registries = {registry.field: registry for registry in REGISTRIES}
-    return [
-        Key(path, found[path], _origins(registries[path]) if path in registries else {}) for path in paths
-    ]
-
-
-def _origins(registry: Registry[Any]) -> dict[str, str]:
-    """Return who registered each name."""
-    return {name: registry.origin(name) for name in registry}
+    return [Key(path, found[path]) for path in paths]
 
 
 def sections() -> dict[str, str]:
@@ -347,8 +332,3 @@ def _lines(key: Key, width: int) -> Iterator[str]:
                 break_on_hyphens=False,
                 break_long_words=False,
             )
-    others = [f"{name} ({origin})" for name, origin in key.names.items() if origin != OWN]
-    if others:
-        yield from textwrap.wrap(
-            f"from plugins: {', '.join(others)}", width, initial_indent="  ", subsequent_indent="    "
-        )

@@ -24,7 +24,7 @@ from istanas.settings import (
     Stem,
     TwoStageSettings,
 )
-from istanas.space import DEFAULT_SPACE, SPACES, SearchSpace
+from istanas.space import DEFAULT_SPACE, OPERATIONS, SPACES, SearchSpace
 from pipeline.base.addresses import checked_address
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
@@ -180,6 +180,12 @@ class SpaceSection(Section):
         space = settings_from(self.space_class, self)
         _ = space.decisions  # checks them
         return space
+
+    def operations(self) -> list[str]:
+        """Return the registered operations among the candidates of the space."""
+        decisions = self.build().all_decisions()
+        names = dict.fromkeys(op for decision in decisions for op, _ in decision.candidates)
+        return [name for name in names if name in OPERATIONS]
 
 
 class SearchSection(Section):
@@ -542,14 +548,27 @@ class Config(Section):
         return self.search.trains_target
 
 
-@functools.cache
 def search_section(method: str) -> type[SearchSection]:
     """Return the section `search` of a method.
 
     Raises:
         ConfigError: If the method is not registered.
     """
-    settings = METHODS.find(method).settings_class
+    return _search_section(method, METHODS.find(method).settings_class)
+
+
+def space_section(name: str) -> type[SpaceSection]:
+    """Return the section `space` of a search space.
+
+    Raises:
+        ConfigError: If the space is not registered.
+    """
+    return _space_section(name, SPACES.find(name))
+
+
+# The caches depend on the registered classes, because a name may be registered again by another plugin.
+@functools.cache
+def _search_section(method: str, settings: type[SearchSettings]) -> type[SearchSection]:
     coding = {field.name for field in fields(SparseCodingSettings)}
     section = section_from(settings, SearchSection, locator=("search_section", method), exclude=coding)
     section.settings_class = settings
@@ -557,13 +576,7 @@ def search_section(method: str) -> type[SearchSection]:
 
 
 @functools.cache
-def space_section(name: str) -> type[SpaceSection]:
-    """Return the section `space` of a search space.
-
-    Raises:
-        ConfigError: If the space is not registered.
-    """
-    space = SPACES.find(name)
+def _space_section(name: str, space: type[SearchSpace]) -> type[SpaceSection]:
     words = "Search space: the kinds of cells, their decisions, and the networks that are built from them."
     section = section_from(
         space,
@@ -586,12 +599,12 @@ def config_class(method: str = DEFAULT_METHOD, space: str = DEFAULT_SPACE) -> ty
         >>> config_class("one_stage").model_fields["method"].default, config_class("one_stage")().search.layers
         ('one_stage', 20)
     """
-    return _config_class(method, space)
+    return _config_class(method, search_section(method), space_section(space))
 
 
 @functools.cache
-def _config_class(method: str, space: str) -> type[Config]:
-    search, of_space = search_section(method), space_section(space)
+def _config_class(method: str, search: type[SearchSection], of_space: type[SpaceSection]) -> type[Config]:
+    space = of_space.space_class.name
     name = "".join(word.capitalize() for word in f"{method}_{space}_config".split("_"))
     schema = pydantic.create_model(
         name,
@@ -602,11 +615,11 @@ def _config_class(method: str, space: str) -> type[Config]:
         space=(of_space, Field(default_factory=of_space)),
         search=(search, Field(default_factory=search)),
     )
-    schema.locator = ("_config_class", method, space)
+    schema.locator = ("config_class", method, space)
     return schema
 
 
-for _find in (search_section, space_section, _config_class):
+for _find in (search_section, space_section, config_class):
     found_by(_find)
 
 

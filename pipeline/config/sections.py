@@ -78,16 +78,21 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def name_in(registry: Registry[Any]) -> Any:
-    """Return an annotation of a text that must be a name in a registry; the JSON schema lists its names."""
+    """Return an annotation of a text that must be a name in a registry; the JSON schema lists the registered names."""
 
     def check(name: str) -> str:
         registry.find(name)
         return name
 
     def describe(schema: dict[str, Any]) -> None:
-        schema["enum"] = list(registry)
+        schema |= {"enum": list(registry), WORDS: names_in(registry)}
 
     return Annotated[str, AfterValidator(checked(check)), Field(json_schema_extra=describe)]
+
+
+def names_in(registry: Registry[Any]) -> str:
+    """Return the names in a registry and who registered them, in words."""
+    return f"one of {', '.join(f'{name} ({registry.origin(name)})' for name in registry)}"
 
 
 def section_from(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from istanas.data import ImageDataset
+from istanas.nets.operations import check_plugin_operations
 from istanas.space import Genotype
 from pipeline.cluster.launch import prepare_workers, run_job
 from pipeline.config.load import run_hash
@@ -67,6 +68,7 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
     config = spec.config
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
+        check_plugin_operations(sorted(set(genotype.operations())), config.retrain.init_channels)
         check_data(config, dataset, ("retrain",))
         prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset

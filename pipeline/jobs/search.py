@@ -13,6 +13,7 @@ import torch
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure
+from istanas.nets.operations import check_plugin_operations
 from istanas.search import CLOSING_EPOCHS, Freezing
 from istanas.space import Genotype
 from istanas.sparse import recover
@@ -104,6 +105,8 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         check_solver(config.space.solver)
+        for job in jobs:
+            check_plugin_operations(config.space.operations(), getattr(config, job).init_channels)
         check_data(config, dataset, jobs)
         if config.trains_target:  # raises an error if no architecture is within the limits
             build_search(config, dataset, Compute(torch.device("cpu")), Ranks())

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from istanas.draw import edge_widths, graph_svg
 from istanas.limits import TABLE_BYTES, read_at_most
 from istanas.space import Genotype, SearchSpace, kind_title, space_of
-from istanas.space.primitives import SKIP
+from istanas.space.operations import skip_ratio
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, percent
 from pipeline.report.html import (
@@ -176,8 +176,7 @@ def _summary(table: Table, epoch: int, places: Places) -> str:
 
 
 def _skip_ratio(nodes: Sequence[_Node]) -> float:
-    ops = [op for node in nodes for op, _ in node.picks]
-    return ops.count(SKIP) / len(ops)
+    return skip_ratio(op for node in nodes for op, _ in node.picks)
 
 
 def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:

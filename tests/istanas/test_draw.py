@@ -18,9 +18,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from istanas.draw import (
-    COLOURS,
     CONCAT_COLOUR,
-    OTHER_COLOUR,
     cell_svg,
     colour_of,
     draw_cell,
@@ -30,17 +28,11 @@ from istanas.draw import (
     save_genotype_figures,
 )
 from istanas.errors import GenotypeError
-from istanas.space import PUBLISHED
+from istanas.space import OPERATIONS, PRIMITIVES, PUBLISHED
+from istanas.space.operations import OTHER_COLOUR
 
-OPS = (
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-)
+OPS = PRIMITIVES
+COLOURS = {op: OPERATIONS[op].colour for op in OPS}
 TWO_ON_AN_EDGE = ((("sep_conv_3x3", 0), ("dil_conv_5x5", 0)), (("max_pool_3x3", 2), ("skip_connect", 2)))
 
 Picks = tuple[tuple[tuple[str, int], ...], ...]
@@ -113,12 +105,13 @@ def test_two_ops_on_one_edge_are_two_curves() -> None:
 def test_every_pick_and_every_concatenated_state_is_an_edge_of_its_colour() -> None:
     picks = ((("sep_conv_3x3", 0), ("mystery", 1)), (("max_pool_3x3", 1),))
     colours = [to_hex(line.get_edgecolor()) for line in edge_lines(draw_cell(picks, [3]))]
-    assert colours[:3] == [COLOURS["sep_conv"], OTHER_COLOUR, COLOURS["pool"]]
+    assert colours[:3] == [COLOURS["sep_conv_3x3"], OTHER_COLOUR, COLOURS["max_pool_3x3"]]
     assert len(colours) == 4
 
 
 def test_operations_have_the_colours_of_their_kinds_or_a_fallback() -> None:
-    assert {colour_of(op) for op in OPS} == set(COLOURS.values())
+    kinds = {"pool": "#1b7a3d", "skip": "#555555", "sep_conv": "#0b5fa5", "dil_conv": "#b3400e"}
+    assert all(colour_of(op) == colour for op in OPS for kind, colour in kinds.items() if kind in op)
     assert colour_of("fused_conv_7x7") == OTHER_COLOUR
     assert OTHER_COLOUR not in COLOURS.values()
 

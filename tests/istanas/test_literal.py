@@ -61,7 +61,7 @@ def test_json_is_read_as_before() -> None:
         (GOOD.replace("range(2, 3)", "range(True, 3)"), "not an integer"),
         (GOOD.replace("range(2, 3)", "range(2, 3, 0)"), "neither a list"),
         (GOOD.replace("[2]", "[-1]"), "not an integer"),
-        (GOOD.replace("skip_connect", "none"), "unknown operation 'none'"),
+        (GOOD.replace("skip_connect", "none"), "'none' is not a registered operation"),
         (GOOD.replace("('skip_connect', 0), ", ""), "1 inputs are odd or too many; give 2 for each node"),
         (GOOD.replace("('skip_connect', 0)", "('skip_connect', 0.0)"), "not an integer"),
         (GOOD.replace("('skip_connect', 0)", "*[]"), "genotype.normal: not a list of"),

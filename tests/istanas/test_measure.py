@@ -78,6 +78,24 @@ def test_macs_by_hand() -> None:
     assert count_params(net) == (4 * 27 + 4) + 4 * 25 + 8 + (800 + 10)
 
 
+def test_macs_of_other_layers_and_of_functions_by_hand() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+            self.row = nn.Conv1d(6, 2, 5, padding=2)
+            self.mix = nn.Parameter(torch.zeros(3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x)  # each of 4 x 30 inputs meets 3 kernels of 3x3
+            x = self.row(x.flatten(2))  # 2 maps of 11x13 pixels, 6 x 5 weights each
+            x = self.mix @ x  # 3 maps, 2 weights a pixel
+            return nn.functional.conv1d(input=x, weight=torch.zeros(1, 3, 1))  # 3 weights a pixel
+
+    expected = 4 * 30 * 3 * 9 + 2 * 143 * 30 + 3 * 143 * 2 + 143 * 3
+    assert count_macs(Mixed(), (4, 5, 6)) == expected
+
+
 def test_counting_leaves_the_network_as_it_was() -> None:
     net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 3, 10, auxiliary=True).double().train()
     before = {k: v.clone() for k, v in net.state_dict().items()}

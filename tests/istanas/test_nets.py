@@ -107,7 +107,7 @@ def test_depthwise_gradients_by_finite_differences() -> None:
 def test_operation_maps_to_the_ceiling(
     name: str, stride: int, size: tuple[int, int], batchnorm: bool
 ) -> None:
-    op = make_operation(name, 4, stride, affine=True, pool_batchnorm=batchnorm, skip_batchnorm=batchnorm)
+    op = make_operation(name, 4, stride, affine=True, batchnorm=batchnorm, identity_batchnorm=batchnorm)
     out = op.eval()(rand(2, 4, *size, dtype=torch.float32))
     assert out.shape == (2, 4, -(-size[0] // stride), -(-size[1] // stride))
 
@@ -121,7 +121,7 @@ def test_batch_norms_at_the_end_of_an_operation(name: str) -> None:
 
     bare = {"max_pool_3x3": 0, "avg_pool_3x3": 0, "skip_connect": 0, "sep_conv_3x3": 2, "sep_conv_5x5": 2}
     assert len(batchnorms(affine=True)) == bare.get(name, 1)
-    assert len(batchnorms(affine=True, pool_batchnorm=True, skip_batchnorm=True)) == max(1, bare.get(name, 1))
+    assert len(batchnorms(affine=True, batchnorm=True, identity_batchnorm=True)) == max(1, bare.get(name, 1))
     assert all(bn.affine for bn in batchnorms(affine=True))
     assert not any(bn.affine for bn in batchnorms(affine=False))
 

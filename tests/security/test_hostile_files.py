@@ -117,7 +117,7 @@ GENOTYPES: dict[str, tuple[str, str]] = {
     "a concatenation of much": (json.dumps({**GOOD, "reduce_concat": list(range(100_000))}), "reduce_concat"),
     "letters that are none": (
         json.dumps(GOOD).replace("skip_connect", "\\ud800\\u001b[2J\\n"),
-        "unknown operation",
+        "is not a registered operation",
     ),
 }
 

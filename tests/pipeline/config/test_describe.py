@@ -17,6 +17,7 @@ from pipeline.cli.commands import run
 from pipeline.config.describe import all_keys, describe, json_schema, sections
 from pipeline.config.load import load, to_tree
 from pipeline.config.schema import config_class
+from tests.user_operations import SE_CONV, registered
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
@@ -178,6 +179,14 @@ def test_a_section_or_the_beginning_of_a_key_lists_its_keys() -> None:
 def test_the_operations_are_those_of_the_search_space(istanas: Command) -> None:
     _, out, _ = istanas("--describe", "space.ops")
     assert set(PRIMITIVES) <= set(out.replace(",", " ").split())
+    with registered(SE_CONV):
+        key, _, _ = istanas("--describe", "space.ops")[1].partition("default")
+        assert " ".join(key.split()).endswith("dil_conv_5x5 (istanas), se_conv_3x3 (my_ops.py)")
+        tree = {"space": {"ops": ["se_conv_3x3", "sep_conv_3x3"]}}
+        jsonschema.Draft202012Validator(json_schema()).validate(tree)
+        assert load(None, ["space.ops=[se_conv_3x3]"]).space.ops == ["se_conv_3x3"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(json_schema()).validate(tree)
 
 
 def test_the_explanation_for_programs(istanas: Command) -> None:

@@ -77,6 +77,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("search: {arch_betas: [0.5, 2]}", "search.arch_betas.1", "2", "less than 1"),
         ("search: {stem: resnet}", "search.stem", "'resnet'", "'cifar' or 'imagenet'"),
         ("space: {ops: [conv_7x1]}", "space.ops.0", "'conv_7x1'", "skip_connect"),
+        ("space: {ops: [sep_conv_3]}", "space.ops.0", "'sep_conv_3'", "(did you mean sep_conv_3x3?)"),
+        ("space: {ops: [3]}", "space.ops.0", "3", "valid string"),
         ("space: {ops: sep_conv_3x3}", "space.ops", "'sep_conv_3x3'", "valid list"),
         ("space: {solver: lars}", "space.solver", "'lars'", "'homotopy'"),
         ("space: {l1_weight: -1}", "space.l1_weight", "-1", "greater than 0"),

@@ -43,6 +43,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
 from pipeline.runs.network_files import NetworkCard, load_network, write_network
 from pipeline.runs.record import RunRecord
+from tests.user_operations import USER_OPERATIONS, registered
 
 # Node 1 and the last cell but one are dead, since their outputs are never read: only strided dilated convolutions, a
 # strided identity and the blocks around them remain.
@@ -117,6 +118,15 @@ class Exported:
 
 
 SLOW = {"ImageNet, odd": [pytest.mark.slow]}
+
+
+def test_operations_of_a_plugin_are_exported(tmp_path: Path) -> None:
+    first, second, third = (operation.name for operation in USER_OPERATIONS)
+    with registered(*USER_OPERATIONS):
+        cell = (((first, 0), (second, 1)), ((third, 2), (first, 1)), ((second, 0), (third, 1)))
+        case = Case(Genotype(normal=cell, reduce=cell), (1, 9, 11), 4, 2, op_batchnorm=True)
+        net, card = network(case)
+        assert set(export_formats(net, card, tmp_path)) == {"safetensors", "program", "onnx"}
 
 
 @pytest.fixture(

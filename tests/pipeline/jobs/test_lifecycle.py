@@ -18,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 
 from istanas.errors import CheckpointError, ConfigError, IstanasError
+from istanas.measure import count_macs, count_params
 from istanas.search import NodeReport
-from istanas.space import CellSpace, Genotype, random_genotype
+from istanas.space import CellSpace, Genotype, Operation, random_genotype
 from istanas.sparse import mosek_licence
 from pipeline.base.files import atomic_write
 from pipeline.cluster.ray_runtime import Runtime
@@ -48,6 +49,7 @@ from pipeline.tracking.store import open_client
 from pipeline.tracking.tracker import MLflowTracker
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.training.made_up import as_version_0_1, record_of, save_epoch
+from tests.user_operations import USER_OPERATIONS, registered
 
 TINY = [
     "space.nodes=2",
@@ -69,14 +71,16 @@ class Job:
     def config(self, *overrides: str) -> Config:
         return load(None, [*TINY, f"runtime.runs_dir={self.folder}", *overrides])
 
-    def __call__(self, kind: str, *overrides: str, fresh: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, kind: str, *overrides: str, fresh: bool = False, genotype: Genotype = GENOTYPE
+    ) -> dict[str, Any]:
         out = io.StringIO()
         config = self.config(*overrides)
         try:
             with Runtime(config.runtime) as runtime:
                 context = JobContext(config, "tiny", Console(file=out, width=200), runtime, fresh)
                 jobs: Any = {"search": run_search, "run": run_whole}
-                return run_retrain(context, GENOTYPE) if kind == "retrain" else jobs[kind](context)
+                return run_retrain(context, genotype) if kind == "retrain" else jobs[kind](context)
         finally:
             self.seen = out.getvalue()
 
@@ -376,6 +380,30 @@ def test_invalid_settings_are_refused_before_any_work_and_leave_nothing(
         job(kind, override)
     assert "\n" not in str(refusal.value)
     assert not job.folder.exists() or list(job.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["search", "retrain"])
+def test_an_operation_that_changes_the_size_is_refused_before_work(job: Job, kind: str) -> None:
+    with registered(Operation("smaller", lambda channels, stride, affine: torch.nn.AvgPool2d(3, stride))):
+        picks = ((("smaller", 0),),)
+        genotype = Genotype(normal=picks, reduce=picks)
+        message = r"^operation smaller: returns \(2, 2, 7, 6\) for \(2, 2, 9, 8\) and stride 1; keep"
+        with pytest.raises(ConfigError, match=message) as refusal:
+            job(kind, "space.ops=[skip_connect, smaller]", genotype=genotype)
+    assert "\n" not in str(refusal.value)
+    assert not job.folder.exists() or list(job.folder.iterdir()) == []
+
+
+def test_operations_of_a_plugin_are_searched_and_retrained(job: Job) -> None:
+    names = [operation.name for operation in USER_OPERATIONS]
+    with registered(*USER_OPERATIONS):
+        result = job("run", f"space.ops=[{', '.join(names)}]", "runtime.activation_checkpointing=true")
+        genotype = Genotype.from_json((Path(result["run_dir"]) / "genotype.json").read_text())
+        assert set(genotype.operations()) <= set(names)
+        net, _ = load_network(result["retrain_run_dir"])
+        assert count_params(net) == result["params"]
+        assert count_macs(net, (1, 8, 8)) == result["macs"]
+    assert 0 < result["test_top1"] <= 1
 
 
 def test_a_refused_fresh_start_deletes_nothing(job: Job, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ search.lr: {uniform: [0.1, 1], when: {search.max_pictures: null}}
     assert "7 is outside choice null, 500" in refusal(
         tmp_path, space, "  points: [{search.max_pictures: 7}]\n"
     )
-    assert "space.ops.1: 'conv' is invalid" in refusal(
+    assert "space.ops.1: 'conv' is not a registered operation" in refusal(
         tmp_path, "space.ops: {choice: [[skip_connect, conv]]}"
     )
 
