@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import core_schema
 
+from istanas.data.registry import DATASETS, DatasetEntry
 from istanas.errors import ConfigError
-from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
+from istanas.limits import MIN_IMAGE_SIZE
+from istanas.registry import Registry
 from istanas.settings import CLOSING_EPOCHS, Matrix, OneStageSettings, Schedule, Solver, TwoStageSettings
 from istanas.space import PRIMITIVES, CellSpace, Primitive
 from pipeline.base.addresses import checked_address
@@ -21,7 +24,6 @@ from pipeline.base.text import shown_value
 from pipeline.config.choices import METHODS
 from pipeline.config.workers import WorkerRange, parse_workers
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
 Stem = Literal["auto", "cifar", "imagenet"]
 
 
@@ -58,6 +60,31 @@ def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise ValueError(error) from None
 
     return validate
+
+
+class _Registered:
+    """The annotation of a key that names an entry of a registry, which plugins extend.
+
+    Args:
+        registry: The registry.
+    """
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self._registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(_checked(self._check), handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self._registry)}
+
+    def _check(self, name: str) -> str:
+        try:
+            self._registry.find(name)
+        except ConfigError as error:
+            remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
+            raise ConfigError(error.problem, remedy=remedy) from None
+        return name
 
 
 def _checked_workers(value: Any) -> Any:
@@ -102,7 +129,7 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """The pictures, and their augmentation during training."""
 
-    name: DatasetName = Field(
+    name: Annotated[str, _Registered(DATASETS)] = Field(
         "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
     )
     root: str | None = Field(
@@ -143,8 +170,13 @@ class DataSettings(_Section):
 
     @property
     def known_side(self) -> int | None:
-        """Largest possible side of the pictures; None if it depends on the files in data.root."""
-        return SMALL_SIDE if self.name != "folder" else self.image_size
+        """Largest possible side of the pictures; None if only the pictures tell."""
+        return self.entry.side if self.entry.side is not None else self.image_size
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """What is registered under the name."""
+        return DATASETS.find(self.name)
 
 
 class SpaceSettings(_Section):

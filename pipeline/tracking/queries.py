@@ -3,8 +3,9 @@
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypedDict, get_args
+from typing import TYPE_CHECKING, TypedDict
 
+from istanas.data.registry import DATASETS
 from istanas.errors import ConfigError
 from pipeline.base.servers import by_proxy
 from pipeline.base.text import one_line
@@ -115,9 +116,7 @@ def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
 
 def _query(filters: Filters) -> str:
     """Return the filters as a condition of MLflow's search."""
-    from pipeline.config.schema import DatasetName
-
-    known = {"kind": KINDS, "method": METHODS, "dataset": get_args(DatasetName)}
+    known = {"kind": KINDS, "method": METHODS, "dataset": tuple(DATASETS)}
     wanted: dict[str, str] = {name: value for name in known if (value := filters.get(name)) is not None}  # type: ignore[misc]
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
