@@ -82,13 +82,16 @@ def register_dataset(
     Example:
         >>> import numpy as np
         >>> from istanas.data import dataset_from_arrays
+        >>> from istanas.registry import registering_for, unregister
         >>> def noise(request):
         ...     pictures = np.random.default_rng(0).integers(256, size=(20, 8, 8), dtype=np.uint8)
         ...     labels = np.arange(20) % 2
         ...     return dataset_from_arrays(request, pictures, labels, pictures, labels)
-        >>> register_dataset("noise_example", noise)
-        >>> load_dataset("noise_example").num_classes
+        >>> with registering_for("example") as registered:
+        ...     register_dataset("noise", noise)
+        >>> load_dataset("noise").num_classes
         2
+        >>> unregister(registered)
     """
     if not callable(load):
         raise ConfigError(
