@@ -82,7 +82,7 @@ def test_a_process_executes_each_content_once(tmp_path: Path) -> None:
         ("import nowhere\n", "line 1: ModuleNotFoundError: No module named 'nowhere'; correct the plugin"),
         ("import sys\nsys.exit()\n", "line 2: SystemExit"),
         ("x = 1\n", "registers nothing; call register_dataset"),
-        (f"{SOURCE}\nregister_dataset('bright', bright)\n", "line 15: data.name: the data set 'bright' is"),
+        (f"{SOURCE}\nregister_dataset('bright', bright)\n", "line 14: data.name: the data set 'bright' is"),
         (SOURCE.replace('"bright"', '"digits"'), "line 12: data.name: the data set 'digits' is already reg"),
         (SOURCE.replace(", bright)", ", None)"), "line 12: data.name: 'bright' has no function that loads"),
         ("x = '\0'\n", "null bytes"),
