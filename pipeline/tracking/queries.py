@@ -121,7 +121,9 @@ def _query(filters: Filters) -> str:
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
         if value not in known[name] and not (name == "dataset" and folder):
-            raise ConfigError("unknown", field=f"{name} {value!r}", remedy=f"choose {', '.join(known[name])}")
+            own = ", or name the plugin that registers it with --plugin FILE" if name == "dataset" else ""
+            remedy = f"choose {', '.join(known[name])}{own}"
+            raise ConfigError("unknown", field=f"{name} {value!r}", remedy=remedy)
     conditions = [
         f"tags.`{Tag.FOLDER if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
         for name, value in wanted.items()
