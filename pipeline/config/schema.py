@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import core_schema
 
 from istanas.data.registry import DATASETS, DatasetEntry
 from istanas.errors import ConfigError
@@ -62,29 +61,27 @@ def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return validate
 
 
-class _Registered:
-    """The annotation of a key that names an entry of a registry, which plugins extend.
+def _registered_in(registry: Registry[Any]) -> Callable[[str], str]:
+    """Return a check that a registry, which plugins extend, has an entry of a name."""
 
-    Args:
-        registry: The registry.
-    """
-
-    def __init__(self, registry: Registry[Any]) -> None:
-        self._registry = registry
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_after_validator_function(_checked(self._check), handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self._registry)}
-
-    def _check(self, name: str) -> str:
+    def check(name: str) -> str:
         try:
-            self._registry.find(name)
+            registry.find(name)
         except ConfigError as error:
             remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
             raise ConfigError(error.problem, remedy=remedy) from None
         return name
+
+    return check
+
+
+def _names_of(registry: Registry[Any]) -> Any:
+    """Attach the names of a registry, as they are when the JSON schema is written."""
+
+    def list_names(schema: dict[str, Any]) -> None:
+        schema["enum"] = list(registry)
+
+    return Field(json_schema_extra=list_names)
 
 
 def _checked_workers(value: Any) -> Any:
@@ -129,7 +126,7 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """The pictures, and their augmentation during training."""
 
-    name: Annotated[str, _Registered(DATASETS)] = Field(
+    name: Annotated[str, AfterValidator(_checked(_registered_in(DATASETS))), _names_of(DATASETS)] = Field(
         "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
     )
     root: str | None = Field(
