@@ -214,6 +214,12 @@ def _loaded_by_user(entry: DatasetEntry, request: DatasetRequest) -> ImageDatase
             field="data.image_size",
             remedy="leave it out, or let the function scale the pictures to request.image_size",
         )
+    if size is None and entry.side is not None and max(dataset.height, dataset.width) > entry.side:
+        raise DataError(
+            f"{name} is registered with side={entry.side}, and its pictures have {dataset.height}x{dataset.width}",
+            field=DATASETS.field,
+            remedy="correct the side, or leave it out",
+        )
     return dataset
 
 

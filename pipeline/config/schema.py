@@ -168,7 +168,9 @@ class DataSettings(_Section):
     @property
     def known_side(self) -> int | None:
         """Largest possible side of the pictures; None if only the pictures tell."""
-        return self.entry.side if self.entry.side is not None else self.image_size
+        if self.image_size is not None and self.entry.max_image_size is None:
+            return self.image_size
+        return self.entry.side
 
     @property
     def entry(self) -> DatasetEntry:

@@ -138,6 +138,12 @@ def test_a_function_that_ignores_the_size_is_noticed(register: Register) -> None
         load_dataset("own", image_size=16)
 
 
+def test_pictures_above_the_registered_side_are_refused(register: Register) -> None:
+    register(from_arrays(PICTURES, LABELS, PICTURES, LABELS), side=7)
+    with pytest.raises(DataError, match=r"own is registered with side=7, and its pictures have 8x8"):
+        load_dataset("own")
+
+
 def test_a_missing_root_is_refused_before_the_function_is_called(register: Register) -> None:
     register(lambda request: pytest.fail("called"), needs_root=True)
     with pytest.raises(ConfigError, match=r"data\.root: missing; name the data of own with --set data\.root"):

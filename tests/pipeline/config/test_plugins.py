@@ -143,6 +143,13 @@ def test_a_configuration_names_what_a_plugin_registers(tmp_path: Path) -> None:
         load(None, ["data.name=bright", "data.image_size=16"])
 
 
+def test_the_registered_side_or_the_size_decides_about_the_stem(tmp_path: Path) -> None:
+    known = SOURCE.replace(", bright)", ", bright, side=8, resizable=True)")
+    load_plugins([written(tmp_path, known)])
+    assert load(None, ["data.name=bright"]).search.stem == "cifar"
+    assert load(None, ["data.name=bright", "data.image_size=96"]).search.stem == "imagenet"
+
+
 def test_another_process_loads_plugins_before_it_unpickles(tmp_path: Path) -> None:
     """The value contains an object of a class that only the plugin defines; the file is gone."""
     file = written(tmp_path)
