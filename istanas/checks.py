@@ -5,44 +5,57 @@ This module does not import torch, so that a configuration can be checked quickl
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from istanas.errors import ConfigError
-from istanas.limits import SMALL_SIDE
+
+if TYPE_CHECKING:
+    from istanas.data.registry import DatasetEntry
 
 MIN_STEM_CHANNELS = {"cifar": 1, "imagenet": 2}
 """Smallest `init_channels` for each stem. The first layer of the ImageNet stem has half as many channels."""
 
 
-def check_dataset_arguments(name: str, *, has_root: bool, image_size: int | None) -> None:
+def check_dataset_arguments(
+    name: str, entry: DatasetEntry, *, has_root: bool, image_size: int | None
+) -> None:
     """Check arguments of `istanas.data.load_dataset` that depend on each other.
 
     Args:
         name: The data set.
+        entry: What is registered under that name.
         has_root: Whether a root is given.
         image_size: Side in pixels to which the pictures are scaled; None keeps their size.
 
     Raises:
-        ConfigError: If a picture folder has no root, or the size is impossible.
+        ConfigError: If the data set needs a root and has none, or the size is impossible.
 
     Example:
-        >>> check_dataset_arguments("digits", has_root=False, image_size=96)
+        >>> from istanas.data.registry import DATASETS
+        >>> check_dataset_arguments("digits", DATASETS["digits"], has_root=False, image_size=96)
         Traceback (most recent call last):
         istanas.errors.ConfigError: data.image_size: 96 is too large for digits, which is kept in memory; use at most 64
     """
-    if name == "folder" and not has_root:
-        raise ConfigError(
-            "missing", field="data.root", remedy="name the picture folder with --set data.root=DIR"
-        )
+    if entry.needs_root and not has_root:
+        what, example = ("the picture folder", "DIR") if entry.survey else (f"the data of {name}", "PATH")
+        raise ConfigError("missing", field="data.root", remedy=f"name {what} with --set data.root={example}")
     if image_size is None:
         return
     if image_size < 1:
         raise ConfigError(
             f"{image_size} is too small", field="data.image_size", remedy="use 1 or more pixels"
         )
-    if name != "folder" and image_size > SMALL_SIDE:
+    if not entry.resizable:
+        raise ConfigError(
+            f"{image_size} has no effect on {name}, whose pictures keep their size",
+            field="data.image_size",
+            remedy="leave it out",
+        )
+    if entry.max_image_size is not None and image_size > entry.max_image_size:
         raise ConfigError(
             f"{image_size} is too large for {name}, which is kept in memory",
             field="data.image_size",
-            remedy=f"use at most {SMALL_SIDE}",
+            remedy=f"use at most {entry.max_image_size}",
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Entry = TypeVar("Entry")
 OWN = "istanas"  # the origin of the package's own entries
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _origin: ContextVar[str] = ContextVar("origin", default=OWN)
-_registered: ContextVar[list[tuple[Registry[Any], str]] | None] = ContextVar("registered", default=None)
+_registered: ContextVar[list[Registration] | None] = ContextVar("registered", default=None)
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
@@ -68,7 +68,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._entries[name] = (entry, _origin.get())
         registered = _registered.get()
         if registered is not None:
-            registered.append((self, name))
+            registered.append(Registration(self, name, entry))
 
     def find(self, name: Any) -> Entry:
         """Return the entry of a name that a user gave, which may be any value.
@@ -111,9 +111,30 @@ class Registered:
     registry: Registry[Any]
 
 
+@dataclass(frozen=True)
+class Registration:
+    """An entry that was registered.
+
+    Args:
+        registry, name, entry: The registry, and what it holds under that name.
+    """
+
+    registry: Registry[Any]
+    name: str
+    entry: Any
+
+
+def unregister(registrations: Iterable[Registration]) -> None:
+    """Remove the entries of a plugin that is no longer used."""
+    for registration in registrations:
+        del registration.registry._entries[registration.name]
+
+
 @contextmanager
-def registering_for(origin: str) -> Iterator[None]:
+def registering_for(origin: str) -> Iterator[list[Registration]]:
     """Return a context in which entries are registered for a plugin. After an error, all of them are removed.
+
+    The context's value is the list of what has been registered in it so far.
 
     Args:
         origin: Name of the plugin.
@@ -125,13 +146,12 @@ def registering_for(origin: str) -> Iterator[None]:
         >>> colours.origin("blue")
         'my_colours.py'
     """
-    registered: list[tuple[Registry[Any], str]] = []
+    registered: list[Registration] = []
     tokens = _origin.set(origin), _registered.set(registered)
     try:
-        yield
+        yield registered
     except BaseException:
-        for registry, name in registered:
-            del registry._entries[name]
+        unregister(registered)
         raise
     finally:
         _origin.reset(tokens[0])

@@ -28,13 +28,13 @@ _CACHE_VERSION = 3
 
 def load_folder(request: DatasetRequest) -> ImageDataset:
     """Load a picture folder."""
-    survey = _survey(request)
-    size = survey.side(request.image_size)
-    survey.shape(request.image_size)  # raises on unequal sizes before any picture is decoded
-    settings = survey.decode_settings(request.background)
+    facts = survey(request)
+    size = facts.side(request.image_size)
+    facts.shape(request.image_size)  # raises on unequal sizes before any picture is decoded
+    settings = facts.decode_settings(request.background)
     if size is not None and size > SMALL_SIDE:
-        return _file_dataset(request, survey, size, settings)
-    listing, n = survey.listing, survey.listing.n_train
+        return _file_dataset(request, facts, size, settings)
+    listing, n = facts.listing, facts.listing.n_train
     images = torch.from_numpy(_cached_pictures(request, listing, settings))
     dataset = array_dataset(
         request.name,
@@ -42,26 +42,28 @@ def load_folder(request: DatasetRequest) -> ImageDataset:
         ArrayPictures(images[:n], listing.labels[:n]),
         ArrayPictures(images[n:], listing.labels[n:]),
     )
-    notes = tuple(survey.notes(request.image_size, settings))
+    notes = tuple(facts.notes(request.image_size, settings))
     return replace(dataset, decode_settings=settings, notes=notes)
 
 
-def _survey(request: DatasetRequest) -> Survey:
+def survey(request: DatasetRequest, keep: bool = True) -> Survey:
+    """Return the facts in the headers of a picture folder; `keep` says whether they are written to the cache."""
     assert request.root is not None, "checked by `load_dataset`"
     return survey_folder(
         request.root,
         cache_dir=request.cache_dir,
         allow_left_out=request.allow_left_out,
         progress=request.checking,
+        keep=keep,
     )
 
 
 def _file_dataset(
-    request: DatasetRequest, survey: Survey, size: int, settings: DecodeSettings
+    request: DatasetRequest, facts: Survey, size: int, settings: DecodeSettings
 ) -> ImageDataset:
     """Return the data set of a folder whose pictures stay in their files."""
-    listing, n = survey.listing, survey.listing.n_train
-    prints = survey.facts["fingerprint"]
+    listing, n = facts.listing, facts.listing.n_train
+    prints = facts.facts["fingerprint"]
     train, test = (
         FilePictures(listing.files[part], listing.labels[part], size, prints[part].tobytes(), settings)
         for part in (slice(n), slice(n, None))
@@ -80,7 +82,7 @@ def _file_dataset(
         digest=sha256(json.dumps(digests).encode()),
         train_digest=digests[0],
         decode_settings=settings,
-        notes=tuple(survey.notes(request.image_size, settings)),
+        notes=tuple(facts.notes(request.image_size, settings)),
     )
 
 

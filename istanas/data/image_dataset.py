@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings
+from istanas.errors import DataError
 
 FILES_VERSION = 3
 """Version of the code that reads large pictures. Their digests contain it, because other versions give other pixels."""
@@ -136,3 +139,56 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
     for chunk in indices.split(4096):  # in chunks, because a copy of all pictures could take many GB
         digest.update(pictures.images[chunk].contiguous().numpy().reshape(-1).data)
     return digest.hexdigest()
+
+
+def checked_dataset(name: str, dataset: Any) -> ImageDataset:
+    """Check what the function of a user's data set has returned, and fill in the name and missing digests.
+
+    Args:
+        name: The name under which the data set is registered.
+        dataset: What the function has returned.
+
+    Raises:
+        DataError: If networks cannot be trained on it.
+    """
+    remedy = "correct the function; dataset_from_arrays builds the data set from arrays"
+    if not isinstance(dataset, ImageDataset):
+        raise DataError(
+            f"the function of {name} returned {type(dataset).__name__}, not an ImageDataset",
+            field="data.name",
+            remedy=remedy,
+        )
+    for split, pictures in (("train", dataset.train), ("test", dataset.test)):
+        problem = _problem_of(pictures, dataset)
+        if problem is not None:
+            raise DataError(f"the {split} split of {name} {problem}", field="data.name", remedy=remedy)
+    if dataset.digest and dataset.train_digest:
+        return replace(dataset, name=name)
+    train, test = (
+        pictures_digest(part, torch.arange(len(part)), dataset.class_names)
+        for part in (dataset.train, dataset.test)
+    )
+    digest = hashlib.sha256(json.dumps([train, test]).encode()).hexdigest()
+    return replace(dataset, name=name, digest=digest, train_digest=train)
+
+
+def _problem_of(pictures: Any, dataset: ImageDataset) -> str | None:
+    """Return what is wrong with a split of a user's data set, or None."""
+    if not isinstance(pictures, ArrayPictures | FilePictures):
+        return f"is {type(pictures).__name__}, not ArrayPictures or FilePictures"
+    labels = pictures.labels
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        return "has labels that are not a tensor of the shape (N,) with dtype int64"
+    if len(labels) == 0:
+        return "is empty"
+    if int(labels.min()) < 0 or int(labels.max()) >= dataset.num_classes:
+        return f"has labels {int(labels.min())}..{int(labels.max())} for {dataset.num_classes} classes"
+    if isinstance(pictures, FilePictures):
+        return None
+    images = pictures.images
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        return "has pictures that are not a tensor with dtype uint8"
+    expected = (len(labels), dataset.channels, dataset.height, dataset.width)
+    if tuple(images.shape) != expected:
+        return f"has pictures of the shape {tuple(images.shape)}, not {expected} (N, C, H, W)"
+    return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augment import Augmentation, augment, cutout, file_transform, normalize, send
+from istanas.data.augmentation import Augmentation, augment, cutout, file_transform, normalize, send
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.reading import read_picture
 from istanas.errors import ConfigError, DataError

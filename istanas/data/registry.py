@@ -1,26 +1,111 @@
-"""The registry of data sets: scikit-learn's digits (no download), torchvision's data sets, and picture folders."""
+"""The registry of data sets: scikit-learn's digits (no download), torchvision's data sets, and picture folders.
+
+This module does not import torch, so that a configuration can be checked quickly.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from istanas.checks import check_dataset_arguments
-from istanas.data.arrays import TORCHVISION, load_digits, load_torchvision
-from istanas.data.cache import default_cache_dir
-from istanas.data.folder_dataset import load_folder
-from istanas.data.image_dataset import ImageDataset
 from istanas.data.pool import Progress
 from istanas.data.request import DatasetRequest
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, DataError, IstanasError
+from istanas.limits import SMALL_SIDE
+from istanas.registry import OWN, Registry
 
-DATASETS: Mapping[str, Callable[[DatasetRequest], ImageDataset]] = {
-    "digits": load_digits,
-    **dict.fromkeys(TORCHVISION, load_torchvision),
-    "folder": load_folder,
-}
-"""The function that loads each data set, by name."""
+if TYPE_CHECKING:
+    from istanas.data.folders import Survey
+    from istanas.data.image_dataset import ImageDataset
+
+Load = Callable[[DatasetRequest], "ImageDataset"]
+"""Loads a data set. The request holds the settings, see `load_dataset`."""
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A registered data set: how it is loaded, and what is known about it before it is loaded.
+
+    Args:
+        load: Returns the data set.
+        needs_root: Whether `data.root` must be given.
+        resizable: Whether `data.image_size` has an effect.
+        side: Largest side of its pictures in pixels; None if only the pictures tell. The pictures are then loaded or
+            inspected before a stem is chosen.
+        max_image_size: Largest `data.image_size`; None for any.
+        parts: The parts of `data.root` that hold the data, which a job compares between the nodes of a cluster. ""
+            is all of it; without parts, nothing is compared.
+        downloads: Whether the data lie in the cache's folder of downloads if there is no `data.root`.
+        is_named_by_root: Whether `data.root` decides which pictures these are. Results are then listed under the name
+            of that folder.
+        survey: Returns the facts in the headers of its files, without decoding any; the second argument says whether
+            the facts are cached. None if the data set has to be loaded.
+    """
+
+    load: Load
+    needs_root: bool = False
+    resizable: bool = False
+    side: int | None = None
+    max_image_size: int | None = None
+    parts: tuple[str, ...] = ("",)
+    downloads: bool = False
+    is_named_by_root: bool = True
+    survey: Callable[[DatasetRequest, bool], Survey] | None = None
+
+
+DATASETS: Registry[DatasetEntry] = Registry("data set", "data.name")
+"""The registered data sets, by name."""
+
+
+def register_dataset(
+    name: str, load: Load, *, needs_root: bool = False, resizable: bool = False, side: int | None = None
+) -> None:
+    """Register a data set, which `data.name` can then name.
+
+    Args:
+        name: Its name: a letter followed by letters, digits and underscores.
+        load: Returns the data set; `istanas.data.dataset_from_arrays` builds it from NumPy arrays.
+        needs_root: Whether `data.root`, a file or a folder, must be given. The function receives it as
+            `request.root`.
+        resizable: Whether the function scales the pictures to `request.image_size`, as `dataset_from_arrays` does.
+            Otherwise, `data.image_size` is refused.
+        side: Largest side of its pictures in pixels, if it is always the same. Otherwise, the pictures are loaded
+            before `stem: auto` chooses the stem that fits them.
+
+    Raises:
+        ConfigError: If the name is taken or invalid, or `load` is not a function.
+
+    Example:
+        >>> import numpy as np
+        >>> from istanas.data import dataset_from_arrays
+        >>> from istanas.registry import registering_for, unregister
+        >>> def noise(request):
+        ...     pictures = np.random.default_rng(0).integers(256, size=(20, 8, 8), dtype=np.uint8)
+        ...     labels = np.arange(20) % 2
+        ...     return dataset_from_arrays(request, pictures, labels, pictures, labels)
+        >>> with registering_for("example") as registered:
+        ...     register_dataset("noise", noise)
+        >>> load_dataset("noise").num_classes
+        2
+        >>> unregister(registered)
+    """
+    if not callable(load):
+        raise ConfigError(
+            f"{name!r:.80} has no function that loads it, but {load!r:.60}",
+            field=DATASETS.field,
+            remedy="call register_dataset(name, function)",
+        )
+    if side is not None and (not isinstance(side, int) or side < 1):
+        raise ConfigError(
+            f"{side!r:.60} is not the side of the pictures of {name!r:.80}",
+            field=DATASETS.field,
+            remedy="give the largest side in pixels",
+        )
+    DATASETS.register(name, DatasetEntry(load, needs_root=needs_root, resizable=resizable, side=side))
 
 
 def load_dataset(
@@ -56,30 +141,139 @@ def load_dataset(
 
     Raises:
         ConfigError: If the name is unknown or the size is impossible.
-        DataError: If pictures are missing or broken.
+        DataError: If pictures are missing or broken, or the function of a registered data set fails.
 
     Example:
         >>> digits = load_dataset("digits")
         >>> len(digits.train), len(digits.test), digits.num_classes
         (1438, 359, 10)
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise ConfigError(
-            f"{name!r} is not a data set" + (f" (did you mean {near[0]!r}?)" if near else ""),
-            field="data.name",
-            remedy=f"choose one of {', '.join(DATASETS)}",
-        )
-    check_dataset_arguments(name, has_root=root is not None, image_size=image_size)
-    request = DatasetRequest(
-        name=name,
-        root=None if root is None else Path(root).expanduser(),
+    entry = DATASETS.find(name)
+    check_dataset_arguments(name, entry, has_root=root is not None, image_size=image_size)
+    request = dataset_request(
+        name,
+        root=root,
         download=download,
-        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+        cache_dir=cache_dir,
         image_size=image_size,
         background=background,
         allow_left_out=allow_left_out,
         progress=progress,
         checking=checking,
     )
-    return DATASETS[name](request)
+    if DATASETS.origin(name) == OWN:
+        return entry.load(request)
+    return _loaded_by_user(entry, request)
+
+
+def dataset_request(
+    name: str, *, root: str | Path | None, cache_dir: str | Path | None, **settings: Any
+) -> DatasetRequest:
+    """Return the request that a data set's function receives, with the default cache folder filled in.
+
+    Args:
+        name, root, cache_dir, settings: As for `load_dataset`.
+    """
+    from istanas.data.cache import default_cache_dir
+
+    return DatasetRequest(
+        name=name,
+        root=None if root is None else Path(root).expanduser(),
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+        **settings,
+    )
+
+
+def _loaded_by_user(entry: DatasetEntry, request: DatasetRequest) -> ImageDataset:
+    """Call the function of a user's data set, and check what it returns.
+
+    Raises:
+        DataError: If the function fails or returns something that the networks cannot be trained on.
+    """
+    from istanas.data.cache import reason
+    from istanas.data.image_dataset import checked_dataset
+
+    name = request.name
+    try:
+        dataset = entry.load(request)
+    except IstanasError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the function of {name} failed ({type(error).__name__}: {reason(error)})",
+            field=DATASETS.field,
+            remedy=f"correct {DATASETS.origin(name)}, or the data that it reads",
+        ) from error
+    dataset = checked_dataset(name, dataset)
+    size = request.image_size
+    if size is not None and (dataset.height, dataset.width) != (size, size):
+        raise DataError(
+            f"{size} has no effect: the function of {name} returned pictures of {dataset.height}x{dataset.width}",
+            field="data.image_size",
+            remedy="leave it out, or let the function scale the pictures to request.image_size",
+        )
+    if size is None and entry.side is not None and max(dataset.height, dataset.width) > entry.side:
+        raise DataError(
+            f"{name} is registered with side={entry.side}, and its pictures have {dataset.height}x{dataset.width}",
+            field=DATASETS.field,
+            remedy="correct the side, or leave it out",
+        )
+    return dataset
+
+
+# ---------- the package's own data sets
+def _own(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a module that is imported when it is called, because the module imports torch."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"istanas.data.{module}"), function)(*arguments)
+
+    return call
+
+
+TORCHVISION = {
+    "cifar10": ("CIFAR10", ("cifar-10-batches-py",)),
+    "cifar100": ("CIFAR100", ("cifar-100-python",)),
+    "mnist": ("MNIST", ("MNIST/raw",)),
+    "fashion_mnist": ("FashionMNIST", ("FashionMNIST/raw",)),
+    "kmnist": ("KMNIST", ("KMNIST/raw",)),
+    "svhn": ("SVHN", ("train_32x32.mat", "test_32x32.mat")),
+}
+"""Name of the torchvision class of each data set, and its files in the root folder."""
+
+DATASETS.register(
+    "digits",
+    DatasetEntry(
+        _own("arrays", "load_digits"),
+        resizable=True,
+        side=SMALL_SIDE,
+        max_image_size=SMALL_SIDE,
+        parts=(),
+        is_named_by_root=False,
+    ),
+)
+for _name, (_, _files) in TORCHVISION.items():
+    DATASETS.register(
+        _name,
+        DatasetEntry(
+            _own("arrays", "load_torchvision"),
+            resizable=True,
+            side=SMALL_SIDE,
+            max_image_size=SMALL_SIDE,
+            parts=_files,
+            downloads=True,
+            is_named_by_root=False,
+        ),
+    )
+DATASETS.register(
+    "folder",
+    DatasetEntry(
+        _own("folder_dataset", "load_folder"),
+        needs_root=True,
+        resizable=True,
+        parts=("train", "test", "val"),
+        survey=_own("folder_dataset", "survey"),
+    ),
+)

@@ -10,7 +10,10 @@ from istanas.data.pool import Progress
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """The arguments of `load_dataset` with the defaults filled in. See that function for their meanings."""
+    """The arguments of `load_dataset` with the defaults filled in. See that function for their meanings.
+
+    A relative `root` refers to the working directory of the command.
+    """
 
     name: str
     root: Path | None

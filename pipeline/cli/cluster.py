@@ -10,7 +10,7 @@ import click
 
 from pipeline.base.redaction import without_secrets
 from pipeline.cli import search_and_train
-from pipeline.cli.options import Command, json_option
+from pipeline.cli.options import GIVEN_PLUGINS, Command, json_option
 from pipeline.cli.output import console_for, print_json, program_name
 from pipeline.cli.settings import load_config
 
@@ -162,7 +162,8 @@ def _parse(context: click.Context, command: tuple[str, ...]) -> tuple[str, dict[
     inner = {job.name: job for job in search_and_train.COMMANDS if job.name in JOBS}.get(first)
     if inner is None:
         raise click.UsageError(f"COMMAND: {first!r:.40} can't be submitted, choose {', '.join(JOBS)}")
-    options = inner.make_context(first, list(rest), parent=context.parent).params
+    parsed = inner.make_context(first, list(rest), parent=context.parent)
+    options = {**parsed.params, "plugins": parsed.meta[GIVEN_PLUGINS]}
     placed_by = {key: options[key] for key in ("file", "overrides", "workers", "address")}
     config, name = load_config(**placed_by)
     return first, options, config, name

@@ -190,16 +190,18 @@ def check_data(data: DataSettings) -> Check:
         data: The settings of the data set.
     """
     try:
-        return _check_folder(data) if data.name == "folder" else _check_data_set(data)
+        return _check_data_set(data) if data.entry.survey is None else _check_folder(data)
     except IstanasError as error:
         message = ": ".join(part for part in (error.source, error.field, error.problem) if part is not None)
         return Check("data", "fail", message, error.remedy or "set data.name and data.root")
 
 
 def _check_data_set(data: DataSettings) -> Check:
-    from pipeline.training.pictures import load_pictures
+    from pipeline.training.pictures import check_size, load_pictures
 
-    return Check("data", "ok", "; ".join(load_pictures(data, download=False).notes))
+    dataset = load_pictures(data, download=False)
+    check_size(dataset.name, dataset.height, dataset.width)
+    return Check("data", "ok", "; ".join(dataset.notes) or f"{data.name} can be loaded")
 
 
 def _check_folder(data: DataSettings) -> Check:
@@ -207,6 +209,7 @@ def _check_folder(data: DataSettings) -> Check:
     from pipeline.training.pictures import check_size, decode_settings_of, survey_of
 
     survey = survey_of(data, keep=False)
+    assert survey is not None, "the caller has checked that the files can be surveyed"
     check_size(data.name, *survey.shape(data.image_size))
     lines, remedies = [*survey.notes(data.image_size, decode_settings_of(data, survey))], []
     listing = survey.listing

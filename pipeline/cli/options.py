@@ -23,8 +23,33 @@ def complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str)
     return [CompletionItem(incomplete, type="dir")]
 
 
+GIVEN_PLUGINS = "istanas.plugins"
+"""The key of a command's `click.Context.meta` that holds the files of --plugin as they were given."""
+
+
+def _load_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    """Load the plugins before anything else of a command, because its configuration may depend on them."""
+    if ctx.resilient_parsing:  # a shell that completes must not execute them
+        return
+    from pipeline.config.plugins import load_plugins
+
+    load_plugins(value)
+    ctx.meta[GIVEN_PLUGINS] = value
+
+
 def config_options(command: Command) -> Command:
     """Add the options that every command with a configuration has."""
+    command = click.option(
+        "--plugin",
+        multiple=True,
+        metavar="FILE",
+        shell_complete=complete_file,
+        callback=_load_plugins,
+        expose_value=False,
+        is_eager=True,
+        help="Python file that registers your own operations, spaces, methods or data sets; repeatable. The file is "
+        "executed.",
+    )(command)
     command = click.option(
         "--set",
         "overrides",

@@ -30,6 +30,7 @@ from pipeline.cluster.preflight import check_gpus, check_nodes
 from pipeline.cluster.process_group import torch_config
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.cluster.reservations import release
+from pipeline.config.plugins import ship
 from pipeline.config.schema import Config, DataSettings
 from pipeline.runs.layout import LOG_FOLDER
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest
@@ -317,10 +318,9 @@ def _trainer(
     }
     return TorchTrainer(
         _worker_loop,
+        # The configuration and the genotype may depend on plugins, which the worker loads first.
         train_loop_config={
-            "job": job,
-            "config": _on_workers(config, allotment),
-            "arguments": arguments,
+            "work": ship((job, _on_workers(config, allotment), arguments)),
             "mailbox": mailbox,
         },
         torch_config=torch_config(allotment.compute.backend),
@@ -437,13 +437,13 @@ def _worker_loop(settings: dict[str, Any]) -> None:
 
     ensure_usable_home()  # The home folder of this node may differ.
     context = get_context()
-    job, config = settings["job"], settings["config"]
     reporter = _Reporter(settings["mailbox"], uuid.uuid4().hex, context.get_world_size())
     if context.get_world_rank() == 0:
         warnings.showwarning = lambda message, *_, **__: reporter.note(f"warning: {message}")
     try:
+        job, config, arguments = settings["work"].open()
         dataset = open_dataset(config, (job,))
-        progress = WORKERS[job](config, dataset, reporter, reporter, *settings["arguments"])
+        progress = WORKERS[job](config, dataset, reporter, reporter, *arguments)
     except IstanasError as error:
         # A restart would fail again. The user's process stops the job, because other ranks may be waiting for this one.
         reporter.failed(error)

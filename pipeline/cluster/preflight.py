@@ -31,17 +31,6 @@ SECONDS_TO_ANSWER = 60.0
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "scipy", "cvxpy", "scikit-learn", "pydantic", "optuna")
 SHOWN_VERSIONS = ("Python", "ray", "torch")
 START_SERVER = "start the server, let it listen where nodes reach it, or correct the address"
-SPLITS = ("train", "test", "val")
-# The files of torchvision's data sets in their root folder.
-FILES = {
-    "cifar10": ("cifar-10-batches-py",),
-    "cifar100": ("cifar-100-python",),
-    "mnist": ("MNIST/raw",),
-    "fashion_mnist": ("FashionMNIST/raw",),
-    "kmnist": ("KMNIST/raw",),
-    "svhn": ("train_32x32.mat", "test_32x32.mat"),
-    "folder": SPLITS,
-}
 
 Say = Callable[[str], None]
 
@@ -185,13 +174,18 @@ def store_folder(store: str) -> str | None:
 
 def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
     """Return the folder of the pictures on every node, and the parts of it to compare; see `Question`."""
-    if data.name not in FILES or data.download:  # part of a package, or downloaded by each node
+    entry = data.entry
+    if not entry.parts or data.download:  # part of a package, or downloaded by each node
         return None, ()
     if data.root is not None:
-        return str(Path(data.root).expanduser().resolve()), FILES[data.name]
+        root = Path(data.root).expanduser().resolve()
+        is_file = entry.parts == ("",) and root.is_file()
+        return (str(root.parent), (root.name,)) if is_file else (str(root), entry.parts)
+    if not entry.downloads:  # the code of a plugin is the same everywhere
+        return None, ()
     if data.cache_dir is not None:
-        return str(Path(data.cache_dir).expanduser().resolve() / "downloads"), FILES[data.name]
-    return "", FILES[data.name]
+        return str(Path(data.cache_dir).expanduser().resolve() / "downloads"), entry.parts
+    return "", entry.parts
 
 
 # ---------- the question to the nodes

@@ -273,6 +273,9 @@ def pack(submission: Submission, package: Package) -> list[str]:
     given = submission.options.get("file")
     if given is not None:
         arguments = _renamed(arguments, "--config", given, package.add(Path(given)))
+    for plugin in dict.fromkeys(submission.options.get("plugins", ())):
+        # Ray's workers get the plugin from the job; the job reads this copy.
+        arguments = _renamed(arguments, "--plugin", plugin, package.add(Path(plugin).expanduser()))
     genotype = submission.options.get("genotype")
     if genotype is not None:
         name = _shipped_genotype(genotype, submission.config, package)

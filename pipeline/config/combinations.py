@@ -45,7 +45,8 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
         )
     data = config.data
     try:
-        check_dataset_arguments(data.name, has_root=data.root is not None, image_size=data.image_size)
+        has_root = data.root is not None
+        check_dataset_arguments(data.name, data.entry, has_root=has_root, image_size=data.image_size)
     except ConfigError as error:
         yield ConflictError(error.problem, fields=(str(error.field), "data.name"), remedy=error.remedy)
     runs = config.tracking.name

@@ -21,6 +21,7 @@ from istanas.limits import CONFIG_DEPTH, SMALL_SIDE
 from istanas.space import DEFAULT_SPACE
 from pipeline.base.redaction import without_secrets
 from pipeline.config.keys import is_known, is_text, known_methods, schemas_of_methods
+from pipeline.config.plugins import plugin_digests
 from pipeline.config.schema import Config
 from pipeline.config.validation import check_combinations, printable, shown_override, validate
 from pipeline.config.yaml_files import NOT_YAML, describe_error, dump, parse, read_file
@@ -228,7 +229,10 @@ def without_passwords(config: Config) -> Config:
 
 
 def run_hash(config: Config, job: str, **extra: str) -> str:
-    """Return ten hex digits that identify the settings on which a job's result depends.
+    """Return ten hex digits that identify the settings, and the plugins, on which a job's result depends.
+
+    All loaded plugins count, whether the settings name something of them or not, because only a plugin's own code
+    knows what it changes.
 
     Args:
         config: The configuration.
@@ -248,6 +252,8 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
         del decisive["sweep"][key]
     if decisive["data"]["root"] is not None:
         decisive["data"]["root"] = str(Path(decisive["data"]["root"]).expanduser().resolve())
+    if digests := plugin_digests():
+        decisive["plugins"] = digests
     text = json.dumps({"job": job, **decisive, **extra}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from istanas.data.registry import DATASETS, DatasetEntry
 from istanas.errors import ConfigError
-from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
+from istanas.limits import MIN_IMAGE_SIZE
 from istanas.methods import DEFAULT_METHOD, METHODS
 from istanas.settings import (
     Matrix,
@@ -33,14 +34,12 @@ from pipeline.config.sections import (
     checked,
     found_by,
     in_words,
+    name_in,
     section_from,
     settings_from,
     unit,
 )
 from pipeline.config.workers import WorkerRange, parse_workers
-
-DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "folder"]
-
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -92,7 +91,7 @@ def _without_password(address: str) -> str:
 class DataSettings(Section):
     """The pictures, and their augmentation during training."""
 
-    name: DatasetName = Field(
+    name: Annotated[str, name_in(DATASETS)] = Field(
         "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
     )
     root: str | None = Field(
@@ -133,8 +132,15 @@ class DataSettings(Section):
 
     @property
     def known_side(self) -> int | None:
-        """Largest possible side of the pictures; None if it depends on the files in data.root."""
-        return SMALL_SIDE if self.name != "folder" else self.image_size
+        """Largest possible side of the pictures; None if only the pictures tell."""
+        if self.image_size is not None and self.entry.max_image_size is None:
+            return self.image_size
+        return self.entry.side
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """What is registered under the name."""
+        return DATASETS.find(self.name)
 
 
 class _SparseCodingKeys(Section):
@@ -554,7 +560,9 @@ def search_section(method: str) -> type[SearchSection]:
     Raises:
         ConfigError: If the method is not registered.
     """
-    return _search_section(method, METHODS.find(method).settings_class)
+    settings: Any = METHODS.find(method).settings_class
+    section: type[SearchSection] = _search_section(method, settings)
+    return section
 
 
 def space_section(name: str) -> type[SpaceSection]:

@@ -81,13 +81,26 @@ def name_in(registry: Registry[Any]) -> Any:
     """Return an annotation of a text that must be a name in a registry; the JSON schema lists the registered names."""
 
     def check(name: str) -> str:
-        registry.find(name)
+        find(registry, name)
         return name
 
     def describe(schema: dict[str, Any]) -> None:
         schema |= {"enum": list(registry), WORDS: names_in(registry)}
 
     return Annotated[str, AfterValidator(checked(check)), Field(json_schema_extra=describe)]
+
+
+def find(registry: Registry[T], name: Any) -> T:
+    """Return the entry of a name in a configuration.
+
+    Raises:
+        ConfigError: If the name is not registered; a plugin may be missing.
+    """
+    try:
+        return registry.find(name)
+    except ConfigError as error:
+        remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
+        raise ConfigError(error.problem, field=error.field, remedy=remedy) from None
 
 
 def names_in(registry: Registry[Any]) -> str:

@@ -18,6 +18,7 @@ from pipeline.config.combinations import conflicts_of
 from pipeline.config.errors import fields_of, one_error
 from pipeline.config.keys import is_known, known_keys, schemas_of_methods, schemas_of_spaces
 from pipeline.config.schema import Config, config_class
+from pipeline.config.sections import find
 
 
 def validate(
@@ -65,7 +66,7 @@ def _schema_of(tree: Mapping[str, Any], source: str, given: Mapping[str, str]) -
     }
     for field, (registry, name) in chosen.items():
         try:
-            registry.find(name)
+            find(registry, name)
         except ConfigError as error:
             raise error.in_source(_source_of(source, field.split("."), given, {})) from None
     return config_class(*(name for _, name in chosen.values()))

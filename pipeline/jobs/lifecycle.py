@@ -54,6 +54,7 @@ from pipeline.training.pictures import (
     data_digest,
     data_folder_is_missing,
     describe_pictures,
+    has_own_root,
     load_pictures,
     possible_stems,
     settle_stems,
@@ -227,7 +228,7 @@ def _load_for(run: RunDir, spec: JobSpec, old: RunRecord | None, console: Consol
     try:
         return load_data(spec.config, console)
     except DataError as error:
-        if old is None or spec.config.data.name != "folder" or not data_folder_is_missing(spec.config.data):
+        if old is None or not has_own_root(spec.config.data) or not data_folder_is_missing(spec.config.data):
             raise
         raise DataError(
             error.problem,

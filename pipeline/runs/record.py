@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OWN_PICTURES = "folder"  # the `data.name` of a folder with the user's own pictures
+from istanas.data.registry import DATASETS
 
 
 def data_label(name: str, root: str | None) -> str:
-    """Return the label of a data set: its name, or the last parts of the path of a picture folder.
+    """Return the label of a data set: its name, or the last parts of the path that decides which pictures it has.
 
-    A digest of the whole path distinguishes folders whose last parts are the same.
+    A digest of the whole path distinguishes folders whose last parts are the same. A data set of a plugin that is not
+    loaded here is labelled by its path, as if the plugin were loaded.
 
     Args:
         name: The setting `data.name`.
@@ -24,7 +25,8 @@ def data_label(name: str, root: str | None) -> str:
         >>> data_label("digits", None), data_label("folder", "/data/Pets/my cats")
         ('digits', 'pets-my-cats-be8e75')
     """
-    if name != OWN_PICTURES or root is None:
+    entry = DATASETS.get(name)
+    if root is None or (entry is not None and not entry.is_named_by_root):
         return name
     source = str(Path(root).expanduser().absolute())
     parts = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in Path(source).parts[-2:]]

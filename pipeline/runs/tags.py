@@ -7,7 +7,7 @@ tags of registered versions are set in `tracking.model_registry` and `tracking.p
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.runs.record import OWN_PICTURES, RunRecord
+from pipeline.runs.record import RunRecord
 
 
 class Tag:
@@ -17,7 +17,7 @@ class Tag:
     KIND = "istanas.kind"  # search, retrain or sweep
     METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
-    FOLDER = "istanas.data_folder"  # label of a picture folder, whose data set is always called "folder"
+    FOLDER = "istanas.data_folder"  # label of a data set whose pictures data.root decides, such as "folder"
     MISSING_CLASSES = "istanas.missing_classes"  # classes without pictures in a part of the data set
     GENOTYPE = "istanas.genotype"  # digest of the genotype
     ORIGIN = "istanas.genotype_from"  # origin of the genotype: a run, a file, or a random or published cell
@@ -51,7 +51,7 @@ def tags_of(record: RunRecord, run_dir: str) -> dict[str, str]:
         Tag.KIND: record.kind,
         Tag.METHOD: record.method,
         Tag.DATASET: record.dataset,
-        **({Tag.FOLDER: record.data_label} if record.dataset == OWN_PICTURES else {}),
+        **({Tag.FOLDER: record.data_label} if record.data_label != record.dataset else {}),
         Tag.KEY: record.key,
         Tag.RUN_DIR: run_dir,
         **record.tags,

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from istanas.errors import IstanasError
 from pipeline.base.text import count, one_line
 from pipeline.cluster.launch import with_absolute_paths
+from pipeline.config.plugins import ship
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close, close_below, deliver_below
 from pipeline.jobs.lifecycle import announce
@@ -68,7 +69,7 @@ class TrialRuns:
         announce(spec)
         self._open[index] = spec.path, config
         self._started[index] = time.monotonic()
-        return {
+        task = {
             "config": config,
             "name": name,
             "parent": parent,
@@ -77,13 +78,14 @@ class TrialRuns:
             "objective": sweep_of(self._config).objective,
             "objectives": sweep_of(self._config).objectives,
         }
+        return {"task": ship(task)}
 
     def warm_ups(self) -> list[dict[str, Any]]:
         """Return a warm-up task for each process that trials will share."""
         left = sweep_of(self._config).trials - len(finished(self._study))
         # The workers of a trial are new processes, which a warm-up does not reach.
         number = 0 if self._plan.workers else min(self._plan.at_once, left)
-        return [{"warm_up": self._trial_config({})}] * number
+        return [{"task": ship({"warm_up": self._trial_config({})})}] * number
 
     def trial_ended(self, index: int, state: TrialState, result: dict[str, Any]) -> None:
         """Close the trial's run with its figures."""

@@ -21,6 +21,7 @@ from pipeline.base.files import is_full
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.text import one_line
 from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.plugins import Shipped
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.retrain import run_retrain
@@ -39,16 +40,21 @@ SECONDS_TO_LET_GO = 120.0
 RETRAINED_NAME = "cell"  # the name of all retrainings of a sweep; trials share them
 
 
-def run_trial(task: dict[str, Any]) -> None:
+def run_trial(sent: dict[str, Shipped]) -> None:
     """Run one trial; this is Ray Tune's trainable.
 
     Args:
-        task: "config" (`Config`), "name", "parent" (the sweep's run directory), "tags", "run_dir", "objective" and
-            "objectives"; or only "warm_up" (`Config`), to warm up the process.
+        sent: "task", a dictionary with "config" (`Config`), "name", "parent" (the sweep's run directory), "tags",
+            "run_dir", "objective" and "objectives"; or only with "warm_up" (`Config`), to warm up the process.
     """
     from ray import tune
 
     ensure_usable_home()
+    try:
+        task = sent["task"].open()
+    except IstanasError as error:  # a plugin that cannot be loaded on this node
+        tune.report(failure(error))
+        return
     if "warm_up" in task:
         _warm_up(task["warm_up"])
         tune.report({FINISHED: True})

@@ -3,8 +3,9 @@
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypedDict, get_args
+from typing import TYPE_CHECKING, TypedDict
 
+from istanas.data.registry import DATASETS
 from istanas.errors import ConfigError
 from istanas.methods import METHODS
 from pipeline.base.servers import by_proxy
@@ -116,14 +117,14 @@ def _lineage(run: "Run", by_id: "dict[str, Run]") -> "list[Run]":
 
 def _query(filters: Filters) -> str:
     """Return the filters as a condition of MLflow's search."""
-    from pipeline.config.schema import DatasetName
-
-    known = {"kind": KINDS, "method": tuple(METHODS), "dataset": get_args(DatasetName)}
+    known = {"kind": KINDS, "method": tuple(METHODS), "dataset": tuple(DATASETS)}
     wanted: dict[str, str] = {name: value for name in known if (value := filters.get(name)) is not None}  # type: ignore[misc]
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
         if value not in known[name] and not (name == "dataset" and folder):
-            raise ConfigError("unknown", field=f"{name} {value!r}", remedy=f"choose {', '.join(known[name])}")
+            own = ", or name the plugin that registers it with --plugin FILE" if name == "dataset" else ""
+            remedy = f"choose {', '.join(known[name])}{own}"
+            raise ConfigError("unknown", field=f"{name} {value!r}", remedy=remedy)
     conditions = [
         f"tags.`{Tag.FOLDER if name == 'dataset' and folder else f'istanas.{name}'}` = '{value}'"
         for name, value in wanted.items()

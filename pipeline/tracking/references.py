@@ -19,6 +19,7 @@ from istanas.space import PUBLISHED, Genotype, SearchSpace, random_genotype
 from pipeline.base.addresses import checked_address, sqlite_file
 from pipeline.base.text import one_line
 from pipeline.config.load import load
+from pipeline.config.plugins import explain_missing
 from pipeline.config.schema import Config
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
@@ -254,7 +255,11 @@ def load_of_run(file: Path, run: RunDir, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: as `pipeline.config.load.load` does.
     """
-    config, given = load(file, overrides), {override.partition("=")[0] for override in overrides}
+    try:
+        config = load(file, overrides)
+    except ConfigError as error:
+        raise explain_missing(error, run.environment) from None
+    given = {override.partition("=")[0] for override in overrides}
     if not given & {"tracking", "tracking.uri"}:
         tracking = config.tracking.model_copy(update={"uri": store_of_run(run, config.tracking.uri)})
         config = config.model_copy(update={"tracking": tracking})

@@ -18,19 +18,19 @@ from istanas.data import (
     batches,
     load_dataset,
     pictures_digest,
-    survey_folder,
 )
-from istanas.data.cache import default_cache_dir
+from istanas.data.registry import DATASETS, dataset_request
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
+from istanas.registry import OWN
 from istanas.seeds import derive_seed
 from istanas.training import Compute
 from pipeline.config.combinations import check_batch_sizes
 from pipeline.config.load import with_stems
 from pipeline.config.schema import Config, DataSettings
-from pipeline.runs.record import OWN_PICTURES, DatasetUse, RunRecord, data_label
+from pipeline.runs.record import DatasetUse, RunRecord, data_label
 from pipeline.training.build import check_networks
 from pipeline.training.splits import check_splits, splits_of
 
@@ -90,11 +90,12 @@ def settle_stems(config: Config, checking: Progress | None = None) -> Config:
     A job does this first, because it hashes and records the stems that its networks have.
 
     Args:
-        config: The configuration. The pictures are inspected only for a folder without `data.image_size`.
+        config: The configuration. The pictures are inspected, or else loaded, only if the settings do not determine
+            their size.
         checking: Called while the headers of the folder are read.
 
     Raises:
-        DataError: If the folder cannot be used.
+        DataError: If the pictures cannot be used.
         ConfigError: If a network is too narrow for its stem.
     """
     data = config.data
@@ -102,7 +103,11 @@ def settle_stems(config: Config, checking: Progress | None = None) -> Config:
         return config
     if data.known_side is not None:
         return with_stems(config, data.known_side)
-    return with_stems(config, survey_of(data, checking).side(None) or SMALL_SIDE)
+    survey = survey_of(data, checking)
+    if survey is not None:
+        return with_stems(config, survey.side(None) or SMALL_SIDE)
+    dataset = load_pictures(data)
+    return with_stems(config, max(dataset.height, dataset.width))
 
 
 def possible_stems(config: Config) -> Iterator[Config]:
@@ -115,25 +120,32 @@ def possible_stems(config: Config) -> Iterator[Config]:
             yield with_stems(config, side)
 
 
-def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey:
-    """Return the facts in the headers of a picture folder.
+def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey | None:
+    """Return the facts in the headers of the pictures; None if the data set has to be loaded instead.
 
     Args:
-        data: The settings of a folder.
+        data: The settings.
         checking: Called while the headers are read.
         keep: Whether the facts are written to the cache.
 
     Raises:
         DataError: If the folder cannot be used.
     """
-    assert data.root is not None, "the configuration of a folder has a root"
-    return survey_folder(
-        Path(data.root).expanduser(),
-        cache_dir=default_cache_dir() if data.cache_dir is None else Path(data.cache_dir).expanduser(),
+    survey = data.entry.survey
+    if survey is None:
+        return None
+    request = dataset_request(
+        data.name,
+        root=data.root,
+        download=False,
+        cache_dir=data.cache_dir,
+        image_size=data.image_size,
+        background=_rgb(data.background),
         allow_left_out=data.allow_left_out,
-        progress=checking,
-        keep=keep,
+        progress=None,
+        checking=checking,
     )
+    return survey(request, keep)
 
 
 def decode_settings_of(data: DataSettings, survey: Survey) -> DecodeSettings:
@@ -147,7 +159,12 @@ def decode_settings_of(data: DataSettings, survey: Survey) -> DecodeSettings:
 
 def data_folder_is_missing(data: DataSettings) -> bool:
     """Return whether data that failed to load are missing, rather than changed."""
-    return data.name != "folder" or data.root is None or not Path(data.root).expanduser().exists()
+    return not has_own_root(data) or not Path(str(data.root)).expanduser().exists()
+
+
+def has_own_root(data: DataSettings) -> bool:
+    """Return whether `data.root` decides which pictures these are."""
+    return data.entry.is_named_by_root and data.root is not None
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -207,7 +224,7 @@ def describe_pictures(
     """
     missing = filter(None, (use.describe_missing() for use in used))
     # The stems for well-known data sets are expected, because their picture sizes are known.
-    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs if config.data.name == OWN_PICTURES)
+    stems = (f"{job}.stem: {getattr(config, job).stem}" for job in jobs if config.data.entry.side is None)
     return (*dataset.notes, *missing, *stems)
 
 
@@ -292,7 +309,7 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
         parts["test"] = dataset.test, torch.arange(len(dataset.test))
     root = config.data.root
     source = (
-        f"{dataset.name}, as its library ships it"
+        f"{dataset.name}, as {_who_ships(dataset.name)} ships it"
         if root is None
         else str(Path(root).expanduser().absolute())
     )
@@ -309,6 +326,12 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
         )
         for context, (pictures, indices) in parts.items()
     )
+
+
+def _who_ships(name: str) -> str:
+    """Return who provides the pictures of a data set that has no `data.root`."""
+    origin = DATASETS.origin(name)
+    return "its library" if origin == OWN else origin
 
 
 def _missing(dataset: ImageDataset, labels: torch.Tensor) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from istanas.data import register_dataset
 from istanas.errors import ConfigError, IstanasError
+from istanas.registry import registering_for, unregister
 from pipeline.cluster import preflight, probe
 from pipeline.cluster.address import find_address
 from pipeline.cluster.allotment import allotment
@@ -103,6 +105,25 @@ def test_the_place_of_the_pictures(tmp_path: Path) -> None:
     assert place("data.name=cifar10") == ("", ("cifar-10-batches-py",))
     assert place("data.name=svhn", f"data.cache_dir={tmp_path}")[0] == f"{tmp_path}/downloads"
     assert place("data.name=folder", f"data.root={tmp_path}") == (str(tmp_path), ("train", "test", "val"))
+
+
+def test_the_place_of_a_users_pictures_is_a_file_or_a_folder(tmp_path: Path) -> None:
+    """Everything in it is compared between nodes; without a root, the pictures come from the plugin's code."""
+    with registering_for("own.py") as registered:
+        register_dataset("own", print)
+    try:
+        inside = tmp_path / "folder"
+        (inside / "deep").mkdir(parents=True)
+        (inside / "deep" / "a.npy").write_text("a")
+        assert data_place(load(None, ["data.name=own"]).data) == (None, ())
+        for root, parts in ((inside, ("",)), (inside / "deep" / "a.npy", ("a.npy",))):
+            place = data_place(load(None, ["data.name=own", f"data.root={root}"]).data)
+            assert place == (str(root if root.is_dir() else root.parent), parts)
+            before = probe.listing_digest(str(place[0]), parts)
+            (inside / "deep" / "a.npy").write_text(f"longer than before {root}")
+            assert "" != before != probe.listing_digest(str(place[0]), parts) != ""
+    finally:
+        unregister(registered)
 
 
 def test_trials_share_runs_and_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from pipeline.cluster.job_server import JobServer, job_address
 from pipeline.cluster.submit import Submission, _not_shipped, check, command_line, environment, pack
 from pipeline.cluster.working_tree import working_tree
 from pipeline.config.load import load
+from pipeline.config.plugins import load_plugins
 from tests.pipeline.tracking.test_references import make_run
 
 Write = Callable[..., Path]
@@ -389,6 +390,45 @@ def test_the_command_names_files_as_in_the_package(here: Path, tmp_path: Path) -
     assert packed("ISTA_onestage", "retrain.op_batchnorm=true")[-1] == "ISTA_onestage"
     with pytest.raises(ConfigError, match="--genotype: sub is a folder on this machine, which the cluster"):
         packed("sub")
+
+
+def test_plugins_are_shipped_from_anywhere_and_named_in_the_package(here: Path, tmp_path: Path) -> None:
+    """One lies outside the working directory, one is ignored by git, and one is shipped anyway."""
+    write(here, "ours.py", "ignored.py", "a.yaml")
+    write(tmp_path, "mine.py")
+    (here / ".gitignore").write_text("ignored.py")
+    files = ("../mine.py", "ignored.py", "./ours.py", "../mine.py")
+    given = [part for file in files for part in ("--plugin", file)]
+    options = {"file": "a.yaml", "plugins": files}
+    command = ("search", "--config", "a.yaml", *given[:-2], "--plugin=../mine.py")
+    package = working_tree(here)
+    arguments = pack(Submission("search", command, options, load(None, GOOD), "tiny", False), package)
+    assert arguments == [
+        *("search", "--config", "a.yaml"),
+        *("--plugin", ".submitted/0/mine.py", "--plugin", ".submitted/1/ignored.py"),
+        *("--plugin", "ours.py", "--plugin=.submitted/0/mine.py"),
+    ]
+    package.write(tmp_path / "package.zip")
+    with zipfile.ZipFile(tmp_path / "package.zip") as archive:
+        assert archive.read(".submitted/0/mine.py") == (tmp_path / "mine.py").read_bytes()
+        assert archive.read(".submitted/1/ignored.py") == (here / "ignored.py").read_bytes()
+
+
+def test_the_plugins_of_a_submitted_command_are_loaded_here(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The configuration is checked on this machine, and may name what a plugin registers."""
+    (here / "own.py").write_text(
+        "from istanas.data import register_dataset\nregister_dataset('own_pictures', print)\n"
+    )
+    search = ("search", "--set", "data.name=own_pictures", "--set", "tracking.enabled=false")
+    assert run(["submit", "--", *search]) == 2
+    assert "'own_pictures' is not a registered data set" in capsys.readouterr().err
+    assert run(["submit", "--", *search, "--plugin", "own.py"]) == 2
+    err = capsys.readouterr().err
+    assert "own_pictures" not in err
+    assert "runtime.runs_dir: runs would be deleted" in err
+    load_plugins([])
 
 
 @pytest.mark.parametrize("folder", ["../elsewhere", "runs"])

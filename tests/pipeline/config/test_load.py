@@ -82,7 +82,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("space: {ops: sep_conv_3x3}", "space.ops", "'sep_conv_3x3'", "valid list"),
         ("space: {solver: lars}", "space.solver", "'lars'", "'homotopy'"),
         ("space: {l1_weight: -1}", "space.l1_weight", "-1", "greater than 0"),
-        ("data: {name: imagenet21k}", "data.name", "'imagenet21k'", "'folder'"),
+        ("data: {name: imagenet21k}", "data.name", "'imagenet21k'", "folder"),
         ("data: {holdout: 1}", "data.holdout", "1", "less than 1"),
         ("data: {root: 5}", "data.root", "5", "valid string"),
         ("data: {image_size: 4}", "data.image_size", "4", "greater than or equal to 8"),
