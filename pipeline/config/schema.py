@@ -30,11 +30,11 @@ from pipeline.base.addresses import checked_address
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
 from pipeline.config.sections import (
+    NameIn,
     Section,
     checked,
     found_by,
     in_words,
-    name_in,
     section_from,
     settings_from,
     unit,
@@ -91,7 +91,7 @@ def _without_password(address: str) -> str:
 class DataSettings(Section):
     """The pictures, and their augmentation during training."""
 
-    name: Annotated[str, name_in(DATASETS)] = Field(
+    name: Annotated[str, NameIn(DATASETS)] = Field(
         "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
     )
     root: str | None = Field(

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from istanas.errors import ConfigError, IstanasError
 from istanas.registry import Registered, Registry
@@ -77,17 +79,27 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return validate
 
 
-def name_in(registry: Registry[Any]) -> Any:
-    """Return an annotation of a text that must be a name in a registry; the JSON schema lists the registered names."""
+class NameIn:
+    """An annotation of a text that must be a name in a registry; descriptions list the names registered by then.
 
-    def check(name: str) -> str:
-        find(registry, name)
+    Args:
+        registry: The registry.
+    """
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self._registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(checked(self._check), handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self._registry), WORDS: names_in(self._registry)}
+
+    def _check(self, name: str) -> str:
+        find(self._registry, name)
         return name
-
-    def describe(schema: dict[str, Any]) -> None:
-        schema |= {"enum": list(registry), WORDS: names_in(registry)}
-
-    return Annotated[str, AfterValidator(checked(check)), Field(json_schema_extra=describe)]
 
 
 def find(registry: Registry[T], name: Any) -> T:
@@ -231,7 +243,7 @@ def _annotation(hint: Any) -> Any:
         inner, *metadata = get_args(hint)
         for each in metadata:
             if isinstance(each, Registered):
-                return name_in(each.registry)
+                return Annotated[str, NameIn(each.registry)]
         extra = [unit(each.name) if isinstance(each, Unit) else each for each in metadata]
         return Annotated[_annotation(inner), *extra]
     if hint is float:

@@ -9,6 +9,7 @@ from pipeline.report.terminal import validation_note
 from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 
 _SPLITS = {"test": "test", "valid": "validation"}
+_VALIDATION = {"valid": "validation"}
 
 
 def of_search(method: str, dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype) -> str:
@@ -22,8 +23,8 @@ def of_search(method: str, dataset: str, epochs: int, result: Mapping[str, Any],
         genotype: The genotype that it found.
     """
     return _page(
-        f"{_headline(result)}{_words(method)} search on {dataset}, {count(epochs, 'epoch')}.",
-        [*_tops(result, {"valid": "validation"}), *_common(result)],
+        f"{_headline(result, _VALIDATION)}{_words(method)} search on {dataset}, {count(epochs, 'epoch')}.",
+        [*_tops(result, _VALIDATION), *_common(result)],
         genotype,
         again=f"istanas search --config {CONFIG_FILE}",
         more=_note(result, "search", method),
@@ -153,10 +154,10 @@ def _words(method: str) -> str:
     return method.replace("_", "-")
 
 
-def _headline(result: Mapping[str, Any]) -> str:
+def _headline(result: Mapping[str, Any], splits: Mapping[str, str] = _SPLITS) -> str:
     """Return the accuracies, which come first because MLflow's tables truncate descriptions."""
     measured = [
-        (result[f"{split}_top1"], name) for split, name in _SPLITS.items() if f"{split}_top1" in result
+        (result[f"{split}_top1"], name) for split, name in splits.items() if f"{split}_top1" in result
     ]
     tops = ", ".join(f"{percent(top)} {name} top-1" for top, name in measured)
     return f"{tops}: " if tops else "Not measured: "

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from istanas.search.state import draw_matrices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from istanas.nets import NodeCode, NodeState, Supernet, TargetNet, absorb_into_b
 from istanas.nets.operations import check_operation, final_batchnorm, make_operation
 from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.target import apply_operation, drop_path
+from istanas.search.sparse_coding import draw_matrices
 from istanas.space import CELLS, OPERATIONS, PRIMITIVES, CellSpace, Genotype, Operation, register_operation
 from istanas.space.operations import skip_ratio
 from tests.user_operations import (

@@ -157,7 +157,7 @@ def test_every_key_and_section_has_a_meaning_in_sentences() -> None:
         ("seed", ["  type: integer in [0, 2^63)", "  default: 0"]),
         ("runtime.workers", ["  type: integer, at least 0, or MIN:MAX"]),
         ("sweep.space.KEY.int", ["  type: list of 2 values, each an integer, or null"]),
-        ("method", ["  type: one of two_stage, one_stage", "  default: two_stage"]),
+        ("method", ["  type: one of two_stage (istanas), one_stage (istanas)", "  default: two_stage"]),
     ],
 )  # fmt: skip
 def test_a_key_is_explained_with_range_unit_and_default(istanas: Command, key: str, lines: list[str]) -> None:
