@@ -143,7 +143,7 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
     ):
         job, stopped = server.stop(job_id)
     if stopped:
-        say(f"{job_id}: stopped; submitted again, the same command resumes")
+        say(f"{job_id}: stopped; submit the same command again to resume")
     else:
         say(f"{job_id}: had already ended, {job.status} with exit code {job.exit_code}")
     if as_json:
@@ -193,7 +193,7 @@ def _follow(server: JobServer, job_id: str, as_json: bool) -> None:
 
 @contextmanager
 def _interruptible(hint: str) -> Iterator[None]:
-    """On Ctrl-C, print this hint instead of "the same command resumes"."""
+    """On Ctrl-C, print this hint instead of "run the same command again to resume"."""
     try:
         yield
     except KeyboardInterrupt:
@@ -202,7 +202,7 @@ def _interruptible(hint: str) -> Iterator[None]:
 
 def _say_end(job: Job, say: Callable[[str], None]) -> None:
     reason = f": {job.message}" if job.message else ""
-    again = "" if job.exit_code == 0 else "; submitted again, the same command resumes"
+    again = "" if job.exit_code == 0 else "; submit the same command again to resume"
     say(f"{job.id}: {job.status}, exit code {job.exit_code}{reason}{again}")
 
 

@@ -62,7 +62,7 @@ def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
         what, code = ENDS[signal.Signals(signals[0]) if signals else signal.SIGINT]
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `cluster._interruptible`
-        click.echo(f"{what}: {hint or 'the same command resumes'}", err=True)
+        click.echo(f"{what}: {hint or 'run the same command again to resume'}", err=True)
         return code
 
 
@@ -96,7 +96,9 @@ def _run(arguments: list[str] | None) -> int:
         remedy = "correct the path or its permissions"
         if is_full(error):
             remedy = "free space there (old runs, their ray folders, mlartifacts)"
-        click.echo(f"error: {where}{error.strerror}: {remedy}, the same command resumes", err=True)
+        click.echo(
+            f"error: {where}{error.strerror}: {remedy}, then run the same command again to resume", err=True
+        )
         return 1
 
 

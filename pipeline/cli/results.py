@@ -97,7 +97,7 @@ def results(
 def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, str | None]) -> None:
     """Reject options that do not apply to the requested table."""
     if one_stage and sweep_run is not None:
-        raise click.UsageError("--one-stage and --sweep: two tables, give one of them")
+        raise click.UsageError("--one-stage and --sweep show different tables; give one of them")
     taken = {"dataset"} if one_stage else set() if sweep_run is not None else set(filters)
     for name, value in filters.items():
         if value is not None and name not in taken:

@@ -44,7 +44,7 @@ WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain
 SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
 SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive immediately
 SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
-RESUMES = "run it again: the same command resumes from the last checkpoint"
+RESUMES = "run the same command again to resume from the last checkpoint"
 
 
 def run_job(
@@ -406,7 +406,7 @@ class _Reporter:
     def epoch_done(self, progress: Progress) -> None:
         self._post("epoch", progress)
 
-    def go_on(self) -> bool:
+    def should_continue(self) -> bool:
         return self._continue
 
     def finished(self, progress: Progress) -> None:

@@ -51,7 +51,7 @@ def watch_cluster(
     host, _, port = head.rpartition(":")
     lost = IstanasError(
         f"{job}: Ray was lost (no answer from {head} for {seconds:.0f} s), see {logs}",
-        remedy="run it again: the same command resumes, also on another cluster",
+        remedy="run the same command again to resume, also on another cluster",
     )
     ended, main = threading.Event(), threading.get_ident()
 

@@ -64,10 +64,10 @@ class Mailbox:
         self._arrived.clear()
         return events
 
-    async def kept(self, epoch: int, go_on: bool) -> None:
+    async def kept(self, epoch: int, should_continue: bool) -> None:
         """Confirm that the checkpoint of an epoch is on the disk, and say whether the workers continue."""
         for key in [key for key in self._answers if key[1] == epoch]:
-            self._answers.pop(key).set_result(go_on)
+            self._answers.pop(key).set_result(should_continue)
 
     def _add(self, *event: Any) -> None:
         self._events.append(event)

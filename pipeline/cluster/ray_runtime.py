@@ -262,7 +262,8 @@ class Runtime:
                     raise IstanasError(
                         f"no room within {self._settings.wait_minutes:g} minutes for {needs}",
                         field="runtime.wait_minutes",
-                        remedy="add nodes, wait for other jobs, or lower --workers; the same command resumes",
+                        remedy="add nodes, wait for other jobs, or lower --workers, then run the same command again to "
+                        "resume",
                     )
         finally:
             remove_placement_group(group)

@@ -137,7 +137,7 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
         raise ConfigError(
             f"is {outcome(record.status, record.tags)}, only finished runs can be exported",
             field=f"run {shown}",
-            remedy="let it finish, or resume it with the command that started it",
+            remedy="wait until it has finished, or resume it with the command that started it",
         )
 
 

@@ -61,7 +61,7 @@ class RunObserver:
             if workers != before:
                 self._bar.line(
                     f"{count(workers, 'worker')} instead of {before}: the global batch and the schedule stay the "
-                    "same, but the result is no longer bit for bit that of an undisturbed run"
+                    "same, but the result is no longer identical to that of an undisturbed run"
                 )
             if self._on_epoch is not None:
                 for earlier in read_progress(self._run.path / CHECKPOINTS, progress):
@@ -82,7 +82,7 @@ class RunObserver:
         if self._on_epoch is not None:
             self._on_epoch(progress)
 
-    def go_on(self) -> bool:
+    def should_continue(self) -> bool:
         return True
 
     def trial_done(self, text: str, done: int, seconds_left: float) -> None:

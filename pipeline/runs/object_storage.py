@@ -142,7 +142,7 @@ class Objects:
         with self.failures():
             attempts(work)
         if attempts.statistics["attempt_number"] > 1:
-            _LOG.warning("%s: can be reached again and is complete", self.address)
+            _LOG.warning("%s: is reachable again and complete", self.address)
 
 
 def file_system(address: str) -> tuple[Any, str]:

@@ -66,7 +66,7 @@ def run_tune(
         )
     files = (folder / LOG_FOLDER / "tune").resolve()
     shutil.rmtree(files, ignore_errors=True)  # files of interrupted processes
-    name = f"sitting-{uuid.uuid4().hex[:8]}"
+    name = f"session-{uuid.uuid4().hex[:8]}"
     _keep_aws_keys_out_of_logs()
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),

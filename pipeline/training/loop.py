@@ -142,7 +142,7 @@ def _run_epochs(
             state = {**job.state(), "progress": progress.to_state(), "data": digest}
             store.write(epoch + 1, checkpoint.serialize(state), line, offset)
         observer.epoch_done(progress)
-        if not ranks.from_first(observer.go_on):
+        if not ranks.from_first(observer.should_continue):
             break
     return progress
 

@@ -27,7 +27,7 @@ class Observer(Protocol):
     def epoch_done(self, progress: Progress) -> None:
         """Receive the progress after an epoch, whose record is `progress.last` and whose checkpoint is written."""
 
-    def go_on(self) -> bool:
+    def should_continue(self) -> bool:
         """Return whether these workers continue after an epoch; otherwise, other workers resume the job."""
 
 
@@ -46,5 +46,5 @@ class Silent:
     def epoch_done(self, progress: Progress) -> None:
         pass
 
-    def go_on(self) -> bool:
+    def should_continue(self) -> bool:
         return True

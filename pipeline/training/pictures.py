@@ -190,7 +190,9 @@ def check_fit(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> Non
         cutout = getattr(config, job).cutout
         if cutout > side:
             raise ConfigError(
-                f"{cutout} is above the pictures' side of {side}", field=f"{job}.cutout", remedy="lower it"
+                f"{cutout} is larger than the pictures' shorter side, {side}",
+                field=f"{job}.cutout",
+                remedy=f"choose at most {side}",
             )
     check_networks(config, dataset, jobs)
     check_batch_sizes(config, jobs)

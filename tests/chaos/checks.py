@@ -124,7 +124,7 @@ def check_reported_once(case: Case) -> None:
     """Check that no epoch is repeated that was reported on the terminal or in a trial's log."""
     logs = [file.read_text().splitlines() for file in case.runs.glob("job-sweep-*/trial-*/trial.log")]
     repeated = 0
-    for lines in ([line for sitting in case.sittings for line in sitting.lines], *logs):
+    for lines in ([line for attempt in case.attempts for line in attempt.lines], *logs):
         reported = 0
         for line in lines:
             if found := re.match(r"epoch (\d+):", line):

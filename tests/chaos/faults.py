@@ -19,14 +19,14 @@ import psutil
 from pipeline.runs.directory import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import OneMachine, TwoMachines
-from tests.chaos.victims import Case, Sitting
+from tests.chaos.victims import Attempt, Case
 from tests.mlflow_server import server
 from tests.namespaces import refusal
 from tests.pipeline.runs.test_bucket import BUCKET, bucket, keys_of_the_bucket
 from tests.ports import unused_port
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
-SAME_COMMAND_GOES_ON = "the same command (resumes|goes on)"
+RESUMES = "run the same command again to resume"
 
 
 @dataclass(frozen=True)
@@ -57,48 +57,48 @@ class Fault:
 
 
 # ---------- sequences of strikes
-def end_each_time(case: Case, times: int, strike: Callable[[Sitting], None], code: int) -> None:
+def end_each_time(case: Case, times: int, strike: Callable[[Attempt], None], code: int) -> None:
     """Start the command again after each strike, which ends it."""
     for left in range(times, 0, -1):
-        sitting = case.start()
-        case.moment(sitting, left, going=False)
-        strike(sitting)
-        ended = sitting.end()
-        assert ended == code, f"exit code {ended}:\n{sitting.words}"
+        attempt = case.start()
+        case.moment(attempt, left, going=False)
+        strike(attempt)
+        ended = attempt.end()
+        assert ended == code, f"exit code {ended}:\n{attempt.words}"
         check_nothing_lives(case)
     case.finish()
 
 
 def while_it_goes_on(case: Case, times: int, strike: Callable[[], None]) -> None:
     """Hit one command, which must survive all strikes."""
-    sitting = case.start()
+    attempt = case.start()
     for left in range(times, 0, -1):
-        case.moment(sitting, left)
+        case.moment(attempt, left)
         strike()
-    assert sitting.end() == 0, sitting.words
+    assert attempt.end() == 0, attempt.words
 
 
 # ---------- the job's own process
 def kill_driver(case: Case, times: int) -> None:
-    end_each_time(case, times, lambda sitting: sitting.process.kill(), -signal.SIGKILL)
+    end_each_time(case, times, lambda attempt: attempt.process.kill(), -signal.SIGKILL)
 
 
 def terminate(case: Case, times: int) -> None:
-    def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens, "its signal handlers")
-        sitting.process.terminate()
+    def strike(attempt: Attempt) -> None:
+        attempt.wait(attempt.listens, "its signal handlers")
+        attempt.process.terminate()
 
     end_each_time(case, times, strike, 143)
-    assert all(sitting.said(SAME_COMMAND_GOES_ON) for sitting in case.sittings[:-1])
+    assert all(attempt.said(RESUMES) for attempt in case.attempts[:-1])
 
 
 def interrupt_twice(case: Case, times: int) -> None:
-    def strike(sitting: Sitting) -> None:
-        sitting.wait(sitting.listens, "its signal handlers")
-        os.killpg(sitting.process.pid, signal.SIGINT)
+    def strike(attempt: Attempt) -> None:
+        attempt.wait(attempt.listens, "its signal handlers")
+        os.killpg(attempt.process.pid, signal.SIGINT)
         time.sleep(case.draw.uniform(0, 0.5))  # a random moment
         with contextlib.suppress(ProcessLookupError):  # it has already ended
-            os.killpg(sitting.process.pid, signal.SIGINT)
+            os.killpg(attempt.process.pid, signal.SIGINT)
 
     end_each_time(case, times, strike, 130)
 
@@ -180,11 +180,11 @@ def kill_head(case: Case, times: int) -> None:
     """Kill the whole cluster, and resume on a new one with another address."""
     cluster = one_of(case)
     for left in range(times, 0, -1):
-        sitting = case.start()
-        case.moment(sitting, left)
+        attempt = case.start()
+        case.moment(attempt, left)
         cluster.kill()
-        assert sitting.end() == 1, sitting.words
-        assert sitting.said(SAME_COMMAND_GOES_ON), sitting.words
+        assert attempt.end() == 1, attempt.words
+        assert attempt.said(RESUMES), attempt.words
         cluster.start()
     case.finish()
 
@@ -199,11 +199,11 @@ def lose_machine(case: Case, times: int) -> None:
         case.environment = {**keys_of_the_bucket(), "XDG_CACHE_HOME": str(disk)}
         done = 0
         for left in range(times, 0, -1):
-            sitting = case.start(*where)
-            sitting.wait(lambda done=done: case.epochs_done() >= done, "the files of the bucket")  # type: ignore[misc]
-            case.moment(sitting, left, going=False)
-            sitting.process.kill()
-            sitting.end()
+            attempt = case.start(*where)
+            attempt.wait(lambda done=done: case.epochs_done() >= done, "the files of the bucket")  # type: ignore[misc]
+            case.moment(attempt, left, going=False)
+            attempt.process.kill()
+            attempt.end()
             check_nothing_lives(case)
             there = server.objects(prefix)
             done = sum(there[name].count(b"\n") for name in there if is_of_epochs(name))
@@ -247,19 +247,19 @@ def kill_mlflow(case: Case, times: int) -> None:
     store.mkdir()
     shutil.copy(case.folder / "mlflow.db", store)
     case.environment = {**case.environment, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
-    sitting = None
+    attempt = None
     for left in range(times, 0, -1):
         with server(store, port):
-            if sitting is None:
-                sitting = case.start()
-            sitting.process.send_signal(signal.SIGCONT)
-            case.moment(sitting, left)
+            if attempt is None:
+                attempt = case.start()
+            attempt.process.send_signal(signal.SIGCONT)
+            case.moment(attempt, left)
         if left > 1:
             time.sleep(case.draw.uniform(0, 1))  # a random moment without a server
-            sitting.process.send_signal(signal.SIGSTOP)
-    assert sitting is not None
-    assert sitting.end() == 0, sitting.words
-    assert sitting.said("MLflow store .* can't be used"), sitting.words
+            attempt.process.send_signal(signal.SIGSTOP)
+    assert attempt is not None
+    assert attempt.end() == 0, attempt.words
+    assert attempt.said("MLflow store .* can't be used"), attempt.words
     with server(store, port):
         typed(case, "sync", str(case.run))
     (case.folder / "mlflow.db").unlink()
@@ -271,15 +271,15 @@ def lock_sqlite(case: Case, times: int) -> None:
 
     A sweep is always locked for seconds only: each trial, and the sweep for each trial, would wait for the lock.
     """
-    sitting = case.start()
+    attempt = case.start()
     for left in range(times, 0, -1):
-        case.moment(sitting, left)
+        case.moment(attempt, left)
         with writer(case.folder / "mlflow.db"):
             if left == 1 and case.job.name != "sweep":
-                assert sitting.end() == 0, sitting.words
+                assert attempt.end() == 0, attempt.words
             else:
                 time.sleep(case.draw.uniform(0, 8))  # how long the lock lasts
-    assert sitting.end() == 0, sitting.words
+    assert attempt.end() == 0, attempt.words
     typed(case, "sync", str(case.run))
 
 
@@ -306,11 +306,11 @@ def fill_disk(case: Case, times: int) -> None:
     filler = case.runs / "filler"
     try:
         for left in range(times, 0, -1):
-            sitting = case.start()
-            case.moment(sitting, left, going=False)
+            attempt = case.start()
+            case.moment(attempt, left, going=False)
             fill(filler)
-            assert sitting.end() == 1, sitting.words
-            assert sitting.said("(No space left|disk is full)"), sitting.words
+            assert attempt.end() == 1, attempt.words
+            assert attempt.said("(No space left|disk is full)"), attempt.words
             filler.unlink()
             check_nothing_lives(case)
         case.finish()
@@ -334,10 +334,10 @@ def damage(case: Case, times: int) -> None:
     ways = [cut_checkpoint, flip_bit, spoil_sweep if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
     for left in range(times, 0, -1):
-        sitting = case.start()
-        case.moment(sitting, left)
-        sitting.process.kill()
-        sitting.end()
+        attempt = case.start()
+        case.moment(attempt, left)
+        attempt.process.kill()
+        attempt.end()
         check_nothing_lives(case)
         way = ways[left % len(ways)]
         way(case)

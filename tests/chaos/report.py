@@ -37,7 +37,7 @@ def note(fault: str, job: str, case: Case, loss: str, *, seed: int, seconds: flo
         "fault": fault,
         "job": job,
         "moments": case.strikes,
-        "starts": len(case.sittings),
+        "starts": len(case.attempts),
         "lost": bool(loss),
         "seed": seed,
         "seconds": seconds,

@@ -94,7 +94,7 @@ class Case:
     cluster: OneMachine | TwoMachines | None = None
     may_repeat: int = 0  # reported epochs that may be repeated, since their checkpoint was damaged
     strikes: list[str] = field(default_factory=list)
-    sittings: list[Sitting] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -113,18 +113,18 @@ class Case:
         (path,) = self.runs.glob(f"job-{kind}-*")
         return path
 
-    def start(self, *arguments: str) -> Sitting:
+    def start(self, *arguments: str) -> Attempt:
         """Start the command."""
-        sitting = Sitting(self, arguments)
-        self.sittings.append(sitting)
-        return sitting
+        attempt = Attempt(self, arguments)
+        self.attempts.append(attempt)
+        return attempt
 
-    def finish(self, *arguments: str) -> Sitting:
+    def finish(self, *arguments: str) -> Attempt:
         """Run the command to its end, and check that it succeeds."""
-        sitting = self.start(*arguments)
-        code = sitting.end()
-        assert code == 0, sitting.words
-        return sitting
+        attempt = self.start(*arguments)
+        code = attempt.end()
+        assert code == 0, attempt.words
+        return attempt
 
     def epochs_done(self) -> int:
         """Return the number of epochs in the metrics of all runs in the folder."""
@@ -133,23 +133,23 @@ class Case:
         epochs = [file for file in files if not file.parent.name.startswith("job-sweep")]
         return sum(read_or_nothing(file).count(b"\n") for file in epochs)
 
-    def moment(self, sitting: Sitting, left: int, *, going: bool = True) -> None:
+    def moment(self, attempt: Attempt, left: int, *, going: bool = True) -> None:
         """Wait for a random moment that leaves enough epochs for the moments after it.
 
         Args:
-            sitting: The running command, which must not end before.
+            attempt: The running command, which must not end before.
             left: Number of moments to come, with this one.
-            going: Whether at least one epoch must end in this sitting or since the last strike.
+            going: Whether at least one epoch must end in this attempt or since the last strike.
         """
         done = self.epochs_done()
         spare = self.job.epochs - done - 1 - left
         more = self.draw.randint(int(going), max(int(going), spare // left))
         seconds = self.draw.uniform(0, 0.6)
-        sitting.wait(
+        attempt.wait(
             lambda: self.began() and self.epochs_done() >= done + more, f"{more} more epochs after {done}"
         )
         time.sleep(seconds)  # the random moment
-        assert sitting.alive, f"it had ended before the strike:\n{sitting.words}"
+        assert attempt.alive, f"it had ended before the strike:\n{attempt.words}"
         self.strikes.append(f"after epoch {self.epochs_done()}, {seconds:.2f} s")
 
     def began(self) -> bool:
@@ -169,7 +169,7 @@ class Case:
     def told(self) -> list[str]:
         """Return all output, on the terminal and in the logs of trials."""
         return [
-            *(sitting.words for sitting in self.sittings),
+            *(attempt.words for attempt in self.attempts),
             *(file.read_text() for file in self.runs.glob("job-sweep-*/trial-*/trial.log")),
         ]
 
@@ -178,7 +178,7 @@ class Case:
         kill(self.processes())
 
 
-class Sitting:
+class Attempt:
     """A running command of a case, whose output is read by a thread."""
 
     def __init__(self, case: Case, arguments: tuple[str, ...]) -> None:

@@ -211,10 +211,10 @@ def test_jobs_are_followed_detached_stopped_and_resumed(
     threading.Thread(target=resume_when_terminated, args=(driver,), daemon=True).start()
     code, out, _ = command("stop", *at, "digits", capsys=capsys)
     assert code == 0
-    assert out.splitlines()[-1] == "digits: stopped; submitted again, the same command resumes"
+    assert out.splitlines()[-1] == "digits: stopped; submit the same command again to resume"
     assert attached.end() == 143
     log = "\n".join(attached.lines)
-    assert "terminated (SIGTERM): the same command resumes" in log
+    assert "terminated (SIGTERM): run the same command again to resume" in log
     assert "Traceback" not in log
     (path,) = runs.iterdir()
     stopped = RunDir(path)

@@ -288,7 +288,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
         assert wait_for(lambda: len(cluster.workers()) == 1, 150)  # as many as there was room for
         cluster.add(1)
         command.until(r"1 worker \(")
-        command.until(r"1 worker instead of 2: .* no longer bit for bit")
+        command.until(r"1 worker instead of 2: .* no longer identical")
         command.until("epoch ")
         assert command.until(r"\d workers? \(").startswith("2 "), "it was stopped although it could not grow"
         command.until(r"2 workers instead of 1")
@@ -304,7 +304,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
     start = time.monotonic()
     assert command.interrupt() == 130
     assert wait_for(lambda: not any(map(alive, workers)), 10 - (time.monotonic() - start))
-    assert command.lines[-1] == "interrupted: the same command resumes"
+    assert command.lines[-1] == "interrupted: run the same command again to resume"
     path = run_directory(copy)
     assert json.loads((path / "run.json").read_text())["status"] == "FAILED"
     assert (path / "ray" / "driver.log").exists()

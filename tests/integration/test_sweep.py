@@ -289,7 +289,10 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     others = family(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted: the same command resumes")
+    assert (process.returncode, err.splitlines()[-1]) == (
+        130,
+        "interrupted: run the same command again to resume",
+    )
     assert not psutil.wait_procs(others, timeout=10)[1]
     (parent,) = [r for r in runs_of(tmp_path) if r.data.tags["istanas.kind"] == "sweep"]
     assert {r.info.status for r in runs_of(tmp_path)} <= {"FINISHED", "KILLED", "FAILED"}

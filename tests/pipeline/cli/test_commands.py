@@ -172,7 +172,7 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["results", "--dataset", "cifar"], "dataset 'cifar': unknown; choose digits, cifar10"),
         (["results", "--sweep", "x", "--where", "a"], "--where: --sweep has all trials of one run"),
         (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),
-        (["results", "--one-stage", "--sweep", "x"], "two tables, give one of them"),
+        (["results", "--one-stage", "--sweep", "x"], "different tables; give one of them"),
         (["draw"], "FILE"),
         (["search", "--set"], "--set"),
         (["ui", "--port", "http"], "http"),
@@ -655,9 +655,9 @@ def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "code", "says"),
     [
-        (signal.SIGINT, 130, "interrupted: the same command resumes"),
-        (signal.SIGTERM, 143, "terminated (SIGTERM): the same command resumes"),
-        (signal.SIGHUP, 129, "the terminal was closed (SIGHUP): the same command resumes"),
+        (signal.SIGINT, 130, "interrupted: run the same command again to resume"),
+        (signal.SIGTERM, 143, "terminated (SIGTERM): run the same command again to resume"),
+        (signal.SIGHUP, 129, "the terminal was closed (SIGHUP): run the same command again to resume"),
     ],
     ids=["ctrl-c", "sigterm", "sighup"],
 )
@@ -717,7 +717,10 @@ def test_an_interrupt_ends_the_command_wherever_it_strikes(where: str, here: Pat
     done = subprocess.run(
         command, cwd=here, capture_output=True, text=True, preexec_fn=unignore_sigint, timeout=50
     )
-    assert (done.returncode, done.stderr.strip()) == (130, "interrupted: the same command resumes")
+    assert (done.returncode, done.stderr.strip()) == (
+        130,
+        "interrupted: run the same command again to resume",
+    )
 
 
 @pytest.mark.parametrize("job", ["search", "run", "retrain", "sweep"])
@@ -780,7 +783,7 @@ def test_repeated_signals_do_not_interrupt_the_closing(here: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     *closing, last = err.strip().splitlines()
-    assert last == "interrupted: the same command resumes"
+    assert last == "interrupted: run the same command again to resume"
     assert set(filter(None, closing)) == {STILL_CLOSING.decode().strip()}
     assert sent > 1
     (path,) = (here / "runs").iterdir()

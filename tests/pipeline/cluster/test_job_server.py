@@ -178,7 +178,7 @@ def test_the_end_of_a_job_is_noticed_without_its_log(ray: Server, capsys: pytest
     assert run(asked) == 3
     out = capsys.readouterr().out
     assert f"the rest of the log cannot be read: {ray.address}: " in out
-    assert out.endswith("\ndigits: FAILED, exit code 3; submitted again, the same command resumes\n")
+    assert out.endswith("\ndigits: FAILED, exit code 3; submit the same command again to resume\n")
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,9 @@ def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED"])
 def test_an_unfinished_run_has_nothing_to_export(tmp_path: Path, status: str) -> None:
     run = make_run(tmp_path / "run", status=status, kind="search", method="one_stage")
-    with pytest.raises(ConfigError, match=rf"^run .*: is {status}, .*; let it finish, or resume it .*$"):
+    with pytest.raises(
+        ConfigError, match=rf"^run .*: is {status}, .*; wait until it has finished, or resume it .*$"
+    ):
         export_network(run)
     assert not (run.path / "export").exists()
 

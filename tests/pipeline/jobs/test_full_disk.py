@@ -159,7 +159,7 @@ def test_the_command_says_in_one_line_what_to_free(
     (line,) = err.splitlines()
     assert re.fullmatch(
         rf"error: {disk}/\S+/checkpoints/epoch-0001\.pt: {FULL_DISK}: free space there \(old runs, their ray folders, "
-        "mlartifacts\\), the same command resumes",
+        "mlartifacts\\), then run the same command again to resume",
         line,
     ), line
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())
@@ -193,8 +193,8 @@ def test_a_full_disk_stops_the_sweep_and_loses_no_trial(tmp_path: Path) -> None:
     )
     (trial,) = own_trials(study)
     assert trial.state.name == "RUNNING"
-    next_sitting = StudySearcher(config, study, Ends())
-    next_sitting.suggest("b")
+    next_process = StudySearcher(config, study, Ends())
+    next_process.suggest("b")
     assert len(own_trials(study)) == 1, "another trial was started in place of the blocked one"
 
 

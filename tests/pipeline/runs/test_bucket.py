@@ -274,7 +274,7 @@ def test_fetch_replaces_the_local_files(server: Server, elsewhere: Elsewhere, pr
     storage.fetch(address)
     untouched = (path / "same.txt").stat()
     (path / "folder/other.txt").write_text("here!")
-    (path / "stale.txt").write_text("of a sitting whose end nobody saw")
+    (path / "stale.txt").write_text("of a process that was killed")
     (path / "ray").mkdir()
     (path / "ray" / "log").write_text("of this machine")
     storage.fetch(address)
@@ -478,7 +478,7 @@ def test_a_job_waits_for_an_unreachable_storage(
     said = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.object_storage"]
     assert len(said) == 2
     assert "can't be reached (NETWORK_CONNECTION during HeadObject operation); trying again" in said[0]
-    assert "can be reached again" in said[1]
+    assert "is reachable again" in said[1]
 
 
 @pytest.mark.slow  # pyarrow tries for six seconds

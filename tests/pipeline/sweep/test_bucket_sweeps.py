@@ -247,7 +247,7 @@ def test_a_trial_waits_for_a_live_owner_and_replaces_a_silent_one(
             mirror.push()
 
 
-def sitting(config: Config, *, fresh: bool = False) -> optuna.Study:
+def opened(config: Config, *, fresh: bool = False) -> optuna.Study:
     run_dir = bucket.local(config.runtime.runs_dir) / SWEEP
     return open_study(config, SWEEP, fresh=fresh, run_dir=run_dir)
 
@@ -265,7 +265,7 @@ def test_the_study_is_restored_from_the_bucket_on_any_machine(
         return bucket.local(f"{place}/{SWEEP}")
 
     with acquired(run_dir()) as sweep:
-        study = sitting(config)
+        study = opened(config)
         (run_dir() / "run.json").write_text("{}")
         trial = study.ask()
         trial.suggest_float("search.lr", 0.01, 0.3, log=True)
@@ -277,13 +277,13 @@ def test_the_study_is_restored_from_the_bucket_on_any_machine(
         study.tell(trial, 0.9)  # The process is killed here, before it saves the study.
     for _ in range(2):  # on this machine, and on one with an empty disk
         with acquired(run_dir()):
-            again = sitting(config)
+            again = opened(config)
             assert contents(again) == sent
             assert again.user_attrs["run_dir"] == f"{place}/{SWEEP}"
         elsewhere()
     with acquired(run_dir()):
-        assert not contents(sitting(config, fresh=True))
-        assert contents(sitting(config)) == sent  # The new study was not sent.
+        assert not contents(opened(config, fresh=True))
+        assert contents(opened(config)) == sent  # The new study was not sent.
     assert server.objects(f"{prefix}/{SWEEP}").keys() == {"run.json", "optuna.db"}
 
     # Another sweep in the same bucket learns from its trials; unknown names are rejected.
@@ -304,7 +304,7 @@ def test_the_study_is_restored_from_the_bucket_on_any_machine(
     elsewhere()
     database = f"sqlite:///{tmp_path}/study.db"
     own = load(None, [*TINY, SPACE, f"runtime.runs_dir={place}", f"sweep.storage={database}"])
-    sitting(own)
+    opened(own)
     save_study(own, run_dir())
     assert optuna.get_all_study_names(database) == [SWEEP]
     assert not (run_dir() / "optuna.db").exists()

@@ -497,7 +497,7 @@ def inputs_of(client: MlflowClient, run_id: str) -> dict[str, Dataset]:
 def test_pictures_are_inputs_of_the_run_once(tmp_path: Path, store: str) -> None:
     run = make_run(tmp_path / "run", datasets=(TRAINING, ALPHAS))
     assert [delivered(tracker_of(run, store)).datasets for _ in range(2)] == [2, 0]
-    run.write(dataclasses.replace(run.read(), datasets=(TRAINING, ALPHAS, TEST)))  # of a later sitting
+    run.write(dataclasses.replace(run.read(), datasets=(TRAINING, ALPHAS, TEST)))  # of a later process
     end_run(run)
     sent = delivered(tracker_of(run, store))
     assert sent.datasets == 1

@@ -100,7 +100,7 @@ class Watcher:
         self.done.append(progress.epochs)
         self.last = progress.last
 
-    def go_on(self) -> bool:
+    def should_continue(self) -> bool:
         return self.done[-1] not in self.leave_after
 
 
@@ -236,7 +236,10 @@ def test_a_split_that_cannot_be_is_refused(digits: ImageDataset, overrides: list
 
 
 def test_settings_that_do_not_fit_the_pictures_are_refused_before_any_work() -> None:
-    with pytest.raises(ConfigError, match=r"retrain\.cutout: 9 is above the pictures' side of 8; lower it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"retrain\.cutout: 9 is larger than the pictures' shorter side, 8; choose at most 8",
+    ):
         open_dataset(tiny("retrain.cutout=9"), ("search", "retrain"))
     assert open_dataset(tiny("retrain.cutout=9"), ("search",)).height == 8
     assert open_dataset(tiny("data.image_size=16", "retrain.cutout=9"), ("retrain",)).height == 16
