@@ -19,7 +19,8 @@ from istanas.space.genotype import (
     random_genotype,
     state_name,
 )
-from istanas.space.literal import genotype_from_text
+from istanas.space.literal import genotype_from_text, parsed_genotype
+from istanas.space.nas_bench_201 import NasBench201Space
 from istanas.space.primitives import PRIMITIVES, Primitive
 from istanas.space.published import PUBLISHED
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
@@ -36,6 +37,7 @@ __all__ = [
     "Decision",
     "Drawing",
     "Genotype",
+    "NasBench201Space",
     "NetworkSize",
     "Pick",
     "Picks",
@@ -43,6 +45,7 @@ __all__ = [
     "SearchSpace",
     "genotype_from_supports",
     "genotype_from_text",
+    "parsed_genotype",
     "random_genotype",
     "register_space",
     "state_name",

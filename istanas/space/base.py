@@ -288,7 +288,23 @@ class SearchSpace(ABC):
         )
 
     def parse(self, text: str) -> Genotype | None:
-        """Return the genotype in a text form of the space, or `None` if the text has another form."""
+        """Return the genotype in a text form of the space, or `None` if the text has another form.
+
+        Files with genotypes and `--genotype` accept such texts.
+
+        Raises:
+            GenotypeError: If the text has the form of the space, but is no genotype.
+        """
+        return None
+
+    @classmethod
+    def text(cls, genotype: Genotype) -> str | None:
+        """Return the text form of a genotype, which `parse` reads, or `None` if there is none."""
+        return None
+
+    @classmethod
+    def reference(cls, genotype: Genotype) -> str | None:
+        """Return a short text, such as a number in a benchmark, that `parse` reads, or `None` if there is none."""
         return None
 
     def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
-from istanas.space.base import Pick, SearchSpace
+from istanas.space.base import SPACES, Pick, SearchSpace
 from istanas.space.primitives import PRIMITIVES, SKIP
 from istanas.space.topology import N_CELL_INPUTS, CellSpace
 
@@ -175,7 +175,15 @@ class Genotype:
         ops = [op for kind in self.kinds for node in self.picks(kind) for op, _ in node]
         return ops.count(SKIP) / len(ops)
 
+    @property
+    def reference(self) -> str | None:
+        """A short text that names the genotype, such as its number in a benchmark, or `None` if there is none."""
+        return SPACES[self.space].reference(self) if self.space in SPACES else None
+
     def __str__(self) -> str:
+        text = SPACES[self.space].text(self) if self.space in SPACES else None
+        if text is not None:
+            return text
         lines = []
         for kind in self.kinds:
             for i, node in enumerate(self.picks(kind)):
