@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from istanas.errors import ConfigError, GenotypeError
 from istanas.space.base import Decision, Drawing, NetworkSize, Pick, register_space
-from istanas.space.choice import Choose, ChoiceSpace
+from istanas.space.choice import ChoiceSpace, Choose
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,7 +130,9 @@ class NasBench201Space(ChoiceSpace):
         if picks is None:
             return None
         nodes = [
-            "".join(f"{op}~{source}|" for (op, source), (_, end) in zip(picks, EDGES, strict=True) if end == node)
+            "".join(
+                f"{op}~{source}|" for (op, source), (_, end) in zip(picks, EDGES, strict=True) if end == node
+            )
             for node in range(1, N_NODES)
         ]
         return "+".join(f"|{node}" for node in nodes)
@@ -224,7 +226,9 @@ def _picks_of_string(text: str) -> list[Pick]:
         inputs = part[1:-1].split("|")
         if len(part) < 2 or part[0] != "|" or part[-1] != "|" or len(inputs) != node:
             raise GenotypeError(
-                f"node {node} is {part!r:.60}, not {node} operations between |", field="genotype", remedy=_FORM
+                f"node {node} is {part!r:.60}, not {node} operations between |",
+                field="genotype",
+                remedy=_FORM,
             )
         picks += [_pick(node, state, each) for state, each in enumerate(inputs)]
     return picks

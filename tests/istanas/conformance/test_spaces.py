@@ -111,9 +111,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def pictures(seed: int = 0, count: int = 4) -> Tensor:
-    return torch.randn(
-        count, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_supports(space: SearchSpace, seed: int) -> dict[str, list[tuple[int, ...]]]:
@@ -314,7 +312,9 @@ def test_the_drawing_has_every_pick(case: Case, seed: int) -> None:
     for kind, drawing in drawings.items():
         drawn = Counter((decision, at, op) for _, _, op, decision, at in drawing.edges if op is not None)
         picks = genotype.picks(kind)
-        assert drawn == Counter((i, at, op) for i, node in enumerate(picks) for at, (op, _) in enumerate(node))
+        assert drawn == Counter(
+            (i, at, op) for i, node in enumerate(picks) for at, (op, _) in enumerate(node)
+        )
         assert all(0 <= source < target < len(drawing.states) for source, target, *_ in drawing.edges)
         assert drawing.ends <= set(range(len(drawing.states)))
         assert all((op is None) == (decision == at == -1) for _, _, op, decision, at in drawing.edges)
