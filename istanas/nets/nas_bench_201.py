@@ -1,4 +1,4 @@
-"""The network of NAS-Bench-201 (Dong and Yang, ICLR 2020): three stages of equal cells, and residual blocks between them.
+"""The network of NAS-Bench-201 (Dong and Yang, ICLR 2020): stages of equal cells, and residual blocks between them.
 
 The network is written once for the search and for training, with a `Choice` on each edge of each cell.
 """
