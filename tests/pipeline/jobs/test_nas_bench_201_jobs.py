@@ -86,7 +86,7 @@ def test_two_stages_with_checkpointing_are_the_same(project: Path, capfd: pytest
     assert net(pictures).shape == (2, 10)
     exported = result(capfd, "export", str(retrainings[0]))
     assert set(exported["exports"]) == {"safetensors", "program", "onnx"}
-    assert all(each["max_diff"] <= 1e-4 for each in exported["exports"].values())
+    assert all(each["difference"] <= 1e-4 for each in exported["exports"].values())
 
 
 @pytest.mark.parametrize("search", [TWO_STAGE, ONE_STAGE], ids=["two_stage", "one_stage"])
@@ -137,7 +137,7 @@ def test_a_cell_without_any_path_is_trained_to_chance(
     if form == "text":
         assert RunDir(Path(found["run_dir"])).read().tags["istanas.genotype_from"] == ALL_NONE
         exported = result(capfd, "export", found["run_dir"])
-        assert all(each["max_diff"] <= 1e-4 for each in exported["exports"].values())
+        assert all(each["difference"] <= 1e-4 for each in exported["exports"].values())
         profiled = result(
             capfd, "profile", "--config", config, "--job", "retrain", "--genotype", genotype, "--steps", "1"
         )
