@@ -5,6 +5,8 @@ The network is written once for the search and for training, with a `Choice` on 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,7 +140,7 @@ def make_operation(name: str, channels: int, *, affine: bool) -> nn.Module:
 
 
 _KERNELS = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}
-_WITHOUT_WEIGHTS = {
+_WITHOUT_WEIGHTS: Mapping[str, Callable[[], nn.Module]] = {
     "none": Zero,
     "skip_connect": nn.Identity,
     "avg_pool_3x3": lambda: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
