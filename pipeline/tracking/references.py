@@ -106,6 +106,7 @@ def resolve_genotype(
         GenotypeError: the file holds no genotype.
 
     Example:
+        >>> from istanas.space import CellSpace
         >>> where = {"runs_dir": Path("runs"), "tracking_uri": None}
         >>> genotype, run = resolve_genotype("ISTA_twostage", space=CellSpace(), **where)
         >>> genotype == PUBLISHED["ISTA_twostage"], run
