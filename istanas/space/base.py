@@ -242,6 +242,13 @@ class SearchSpace(ABC):
             GenotypeError: If it is not.
         """
         self.check_name(genotype)
+        for kind in genotype.kinds:
+            if kind not in self.decisions:
+                raise GenotypeError(
+                    f"{kind!r:.60} is no kind of decision of the space {self.name}",
+                    field="genotype",
+                    remedy=f"give {', '.join(self.kinds)} only",
+                )
         for kind, decisions in self.decisions.items():
             chosen = genotype.picks(kind) if kind in genotype.kinds else ()
             if len(chosen) != len(decisions):

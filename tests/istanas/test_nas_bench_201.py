@@ -129,6 +129,12 @@ def test_a_genotype_that_is_not_in_the_benchmark_has_no_string() -> None:
     short = dataclasses.replace(whole, choices=(("cell", whole.picks("cell")[:5]),))
     assert short.reference is None
     assert "|" not in str(short)
+    long = dataclasses.replace(whole, choices=(*whole.choices, ("stem", whole.picks("cell"))))
+    assert long.reference is None
+    with pytest.raises(
+        GenotypeError, match="'stem' is no kind of decision of the space nas_bench_201; give cell only"
+    ):
+        SPACE.check(long)
     with pytest.raises(GenotypeError, match="5 decisions of kind cell"):
         index_of(short)
 
