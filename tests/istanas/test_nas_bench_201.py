@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from typing import Any
 
 import pytest
@@ -117,6 +118,23 @@ def test_other_texts_are_refused_in_one_line(text: str, message: str) -> None:
         genotype_from_text(text)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+def test_damaged_strings_are_refused_or_mean_what_they_say() -> None:
+    draw, refused = random.Random(0), 0
+    for _ in range(2000):
+        text = list(str(genotype_at(draw.randrange(15_625))))
+        for _ in range(draw.randint(1, 2)):
+            at = draw.randrange(1, len(text))  # It still begins with |.
+            text[at : at + draw.randint(0, 2)] = draw.choice(
+                ["", "|", "~", "+", "0", "2", " ", "x", "none", "\0"]
+            )
+        damaged = "".join(text)
+        try:
+            assert str(SPACE.parse(damaged)) == damaged.strip()
+        except GenotypeError:
+            refused += 1
+    assert 1000 < refused < 2000
 
 
 @pytest.mark.parametrize("text", ["nor_conv_3x3~0", "nas_bench_301:1", "{}", "ISTA_twostage", ""])
