@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from istanas.errors import ConfigError
 from istanas.nets.networks import NodeState, SearchNetwork, TargetNetwork
-from istanas.nets.operations import final_batchnorm
+from istanas.nets.operations import Zero, final_batchnorm
 
 
 def absorb_into_batchnorm(supernet: SearchNetwork) -> TargetNetwork:
@@ -65,6 +65,8 @@ def absorb_into_batchnorm(supernet: SearchNetwork) -> TargetNetwork:
 
 
 def _scale(operation: nn.Module, alpha: Tensor) -> None:
+    if isinstance(operation, Zero):
+        return
     norm = final_batchnorm(operation)
     assert norm is not None, "with op_batchnorm, every operation ends in batch norm"
     norm.weight.mul_(alpha)

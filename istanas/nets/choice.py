@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from istanas.errors import ConfigError
 from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support, TargetNetwork
-from istanas.nets.operations import Normalized, ScaledBatchNorm2d, final_batchnorm, make_operation
+from istanas.nets.operations import (
+    Normalized,
+    RectifiedBlock,
+    ScaledBatchNorm2d,
+    Zero,
+    final_batchnorm,
+    make_operation,
+)
 from istanas.nets.skeleton import checkpointed
 from istanas.nets.target import drop_path, sum_terms
 from istanas.space import ChoiceSpace, Decision, Genotype, NetworkSize
@@ -50,8 +58,7 @@ class Choice(nn.Module):
         """Return the sum of the active candidates' outputs, times their weights if there are any."""
         terms = []
         for position, operation in enumerate(self.operations()):
-            out = operation(x)
-            out = weights[position] * out if weights else out
+            out = _weighted(operation, x, weights[position] if weights else None)
             terms.append(drop_path(out, operation, self.drop_path_prob if self.training else 0.0))
         return sum_terms(terms)
 
@@ -100,7 +107,8 @@ class _Chooser:
                 field=f"space {self._space.name}",
                 remedy="return a module",
             )
-        if self._size.op_batchnorm and final_batchnorm(module) is None:
+        # Zeros need no batch norm: they are the same with any edge weight.
+        if self._size.op_batchnorm and final_batchnorm(module) is None and not isinstance(module, Zero):
             return Normalized(module, ScaledBatchNorm2d(channels, affine=self._affine))
         return module
 
@@ -229,6 +237,18 @@ class ChoiceSupernet(SearchNetwork):
             for choice in choices
             for operation, alpha in zip(choice.operations(), edge_weights[kind][index], strict=True)
         ]
+
+
+def _weighted(operation: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the output of an operation times its weight, which a batch norm at its end applies at no cost."""
+    out: Tensor
+    if isinstance(operation, RectifiedBlock):
+        return operation.after_relu(F.relu(x), weight)
+    if isinstance(operation, Normalized):
+        out = operation(x, weight)
+        return out
+    out = operation(x)
+    return out if weight is None else weight * out
 
 
 def _train_affine(choice: Choice, is_frozen: bool) -> None:

@@ -73,6 +73,17 @@ class Normalized(nn.Sequential):
         return out
 
 
+class Zero(nn.Module):
+    """An operation that returns zeros, as if its edge did not exist.
+
+    The zeros depend on the input, so that all parameters before it get gradients, even if the output of a network
+    depends on no input. Data-parallel training waits for these gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.0
+
+
 class RectifiedBlock(nn.Module):
     """A sequence `op` from ReLU to batch norm. Callers whose input is already rectified can skip the ReLU."""
 

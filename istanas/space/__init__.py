@@ -20,7 +20,8 @@ from istanas.space.genotype import (
     genotype_from_supports,
     random_genotype,
 )
-from istanas.space.literal import genotype_from_text
+from istanas.space.literal import genotype_from_text, parsed_genotype
+from istanas.space.nas_bench_201 import NasBench201Space
 from istanas.space.operations import OPERATIONS, Operation, register_operation
 from istanas.space.primitives import PRIMITIVES
 from istanas.space.published import PUBLISHED
@@ -39,6 +40,7 @@ __all__ = [
     "Decision",
     "Drawing",
     "Genotype",
+    "NasBench201Space",
     "NetworkSize",
     "Operation",
     "Pick",
@@ -48,6 +50,7 @@ __all__ = [
     "genotype_from_supports",
     "genotype_from_text",
     "kind_title",
+    "parsed_genotype",
     "random_genotype",
     "register_operation",
     "register_space",

@@ -242,6 +242,13 @@ class SearchSpace(ABC):
             GenotypeError: If it is not.
         """
         self.check_name(genotype)
+        for kind in genotype.kinds:
+            if kind not in self.decisions:
+                raise GenotypeError(
+                    f"{kind!r:.60} is no kind of decision of the space {self.name}",
+                    field="genotype",
+                    remedy=f"give {', '.join(self.kinds)} only",
+                )
         for kind, decisions in self.decisions.items():
             chosen = genotype.picks(kind) if kind in genotype.kinds else ()
             if len(chosen) != len(decisions):
@@ -288,7 +295,23 @@ class SearchSpace(ABC):
         )
 
     def parse(self, text: str) -> Genotype | None:
-        """Return the genotype in a text form of the space, or `None` if the text has another form."""
+        """Return the genotype in a text form of the space, or `None` if the text has another form.
+
+        Files with genotypes and `--genotype` accept such texts.
+
+        Raises:
+            GenotypeError: If the text has the form of the space, but is no genotype.
+        """
+        return None
+
+    @classmethod
+    def text(cls, genotype: Genotype) -> str | None:
+        """Return the text form of a genotype, which `parse` reads, or `None` if there is none."""
+        return None
+
+    @classmethod
+    def reference(cls, genotype: Genotype) -> str | None:
+        """Return a short text, such as a number in a benchmark, that `parse` reads, or `None` if there is none."""
         return None
 
     def state_name(self, state: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from istanas.errors import ConfigError, GenotypeError
 from istanas.limits import GENOTYPE_BYTES, GENOTYPE_NODES, GENOTYPE_PICKS
-from istanas.space.base import Pick, SearchSpace
+from istanas.space.base import SPACES, Pick, SearchSpace
 from istanas.space.operations import OPERATIONS, skip_ratio
 from istanas.space.topology import N_CELL_INPUTS, CellSpace, state_name
 
@@ -190,7 +190,15 @@ class Genotype:
         """Return the operations of all picks, with repetitions."""
         return [op for kind in self.kinds for node in self.picks(kind) for op, _ in node]
 
+    @property
+    def reference(self) -> str | None:
+        """A short text that names the genotype, such as its number in a benchmark, or `None` if there is none."""
+        return SPACES[self.space].reference(self) if self.space in SPACES else None
+
     def __str__(self) -> str:
+        text = SPACES[self.space].text(self) if self.space in SPACES else None
+        if text is not None:
+            return text
         lines = []
         for kind in self.kinds:
             for i, node in enumerate(self.picks(kind)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from istanas.errors import GenotypeError
 from istanas.limits import GENOTYPE_NODES, GENOTYPE_PICKS, GENOTYPE_TEXT_BYTES
+from istanas.space.base import SPACES
 from istanas.space.genotype import Genotype, Picks
 from istanas.space.topology import N_CELL_INPUTS
 
@@ -25,10 +26,11 @@ _BEGINNING = re.compile(r"(?:\s|#[^\n]*\n)*([A-Za-z_]\w*\s*=\s*)?([A-Za-z_]\w*\.
 
 
 def genotype_from_text(text: str) -> Genotype:
-    """Return the genotype in a file's text, which is JSON or the text form of DARTS.
+    """Return the genotype in a file's text, which is JSON or a text form of a search space.
 
     Args:
-        text: JSON as `Genotype.to_json` writes it, or `Genotype(...)`, or `NAME = Genotype(...)`.
+        text: JSON as `Genotype.to_json` writes it; `Genotype(...)` or `NAME = Genotype(...)` as in DARTS; or a text
+            form of another space, such as the strings of NAS-Bench-201.
 
     Raises:
         GenotypeError: If the text is not a genotype.
@@ -40,7 +42,8 @@ def genotype_from_text(text: str) -> Genotype:
     """
     text = text.removeprefix("\ufeff")  # Some editors begin a UTF-8 file with this mark.
     if _BEGINNING.match(text) is None:
-        return Genotype.from_json(text)
+        named = parsed_genotype(text)
+        return Genotype.from_json(text) if named is None else named
     if len(text) > GENOTYPE_TEXT_BYTES:
         raise GenotypeError(
             f"larger than {GENOTYPE_TEXT_BYTES} bytes",
@@ -54,6 +57,26 @@ def genotype_from_text(text: str) -> Genotype:
         cells[cell] = _picks(cell, given[cell])
         cells[f"{cell}_concat"] = _concat(cell, given[f"{cell}_concat"])
     return Genotype(**cells)
+
+
+def parsed_genotype(text: str) -> Genotype | None:
+    """Return the genotype in the own text form of a registered search space, or `None` if no space has this form.
+
+    Args:
+        text: The text, see `SearchSpace.parse`.
+
+    Raises:
+        GenotypeError: If the text has the form of a space, but is no genotype.
+
+    Example:
+        >>> parsed_genotype("nas_bench_201:0").space, parsed_genotype("ISTA_twostage")
+        ('nas_bench_201', None)
+    """
+    for space in SPACES.values():
+        found = space().parse(text)
+        if found is not None:
+            return found
+    return None
 
 
 def _only_call(text: str) -> ast.Call:

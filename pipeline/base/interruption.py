@@ -16,7 +16,10 @@ TERMINATED = 128 + signal.SIGTERM
 HUNG_UP = 128 + signal.SIGHUP
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_REPEAT = 0.1  # delay before a swallowed signal is sent again
-STILL_CLOSING = b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once; run the same command again to resume\n"
+STILL_CLOSING = (
+    b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once; "
+    b"run the same command again to resume\n"
+)
 
 signals_deferred = threading.Event()  # set while `uninterrupted` defers signals
 

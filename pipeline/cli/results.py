@@ -154,7 +154,7 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
 
 
 @click.command()
-@click.argument("reference", metavar="FILE|NAME|RUN|random:SEED", shell_complete=complete_file)
+@click.argument("reference", metavar="FILE|NAME|RUN|random:SEED|TEXT", shell_complete=complete_file)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -179,7 +179,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
         tracking_uri=config.tracking.uri,
     )
     files = save_genotype_figures(genotype, out)
-    console.print(str(genotype), highlight=False)
+    console.print(str(genotype), highlight=False, soft_wrap=True)
     for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
     if as_json:

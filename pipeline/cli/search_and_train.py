@@ -35,10 +35,11 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
 @click.option(
     "--genotype",
     required=True,
-    metavar="FILE|NAME|RUN|random:SEED",
+    metavar="FILE|NAME|RUN|random:SEED|TEXT",
     shell_complete=complete_file,
     help="Genotype to train: a JSON file, a published cell (ISTA_twostage, ISTA_onestage, ISTA_ImageNet), a search "
-    "(run directory, MLflow run id or unique name), or random:SEED for a random cell of the same space.",
+    "(run directory, MLflow run id or unique name), random:SEED for a random cell of the same space, or "
+    "the text of a cell of NAS-Bench-201, such as nas_bench_201:1462.",
 )
 @job_options
 def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:

@@ -98,7 +98,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--genotype",
-    metavar="FILE|NAME|RUN|random:SEED",
+    metavar="FILE|NAME|RUN|random:SEED|TEXT",
     shell_complete=complete_file,
     help="Genotype to retrain, as for istanas retrain.",
 )

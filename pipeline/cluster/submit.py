@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from istanas.errors import ConfigError
-from istanas.space import PUBLISHED
 from pipeline.base.addresses import is_remote
 from pipeline.base.redaction import without_secrets
 from pipeline.cluster.job_server import ID, PROGRAM, JobServer, Write, is_loopback
@@ -288,14 +287,15 @@ def pack(submission: Submission, package: Package) -> list[str]:
 def _shipped_genotype(reference: str, config: Config, package: Package) -> str:
     """Return a reference to the genotype that is valid on the cluster; a file is added to the package."""
     from pipeline.runs.directory import RunDir
-    from pipeline.tracking.references import genotype_to_train
+    from pipeline.tracking.references import genotype_to_train, origin_of
 
     path, runs = Path(reference).expanduser(), config.runtime.runs_dir
     shared = path.is_absolute() and not is_remote(runs)
     # A file in the runs folder has the same path on the cluster.
     in_runs = shared and path.resolve().is_relative_to(local(runs).resolve())
     run_here = any(RunDir(folder).exists() for folder in (path, local(runs) / reference))
-    if reference in PUBLISHED or reference.startswith("random:") or path.is_file() or run_here:
+    described = origin_of(reference) is not None
+    if described or path.is_file() or run_here:
         genotype_to_train(reference, config)  # rejects an invalid genotype
     if path.is_file() and not in_runs:
         return package.add(path)
@@ -305,7 +305,7 @@ def _shipped_genotype(reference: str, config: Config, package: Package) -> str:
             field="--genotype",
             remedy=f"give {reference}/genotype.json, which is shipped",
         )
-    names_a_file = "/" in reference or path.suffix == ".json"
+    names_a_file = not described and ("/" in reference or path.suffix == ".json")
     if names_a_file and "://" not in reference and not path.is_absolute():
         raise ConfigError(
             f"no such file on this machine: {reference}",

@@ -163,9 +163,11 @@ def _mistake(error: Any, schema: type[Config]) -> ConfigError:
 
 def _hint(location: Sequence[Any], schema: type[Config]) -> str:
     """Return a hint about what to write instead of an unknown key."""
-    for method, other in schemas_of_methods().items():
-        if other is not schema and is_known(other, location):
-            return f"it belongs to method: {method}"
+    # The schemas of all methods have the default space, whose keys belong to the space and not to a method.
+    if location[0] != "space":
+        for method, other in schemas_of_methods().items():
+            if other is not schema and is_known(other, location):
+                return f"it belongs to method: {method}"
     for space, other in schemas_of_spaces().items():
         if is_known(other, location):
             return f"it belongs to space.name: {space}"

@@ -115,9 +115,10 @@ def of_sweep(
 def _page(
     title: str, figures: Sequence[tuple[str, str]], genotype: Genotype, *, again: str, more: str = ""
 ) -> str:
+    named = [("genotype", f"`{genotype.reference}`")] if genotype.reference is not None else []
     parts = [
         title,
-        "\n".join(f"- {label}: {value}" for label, value in figures),
+        "\n".join(f"- {label}: {value}" for label, value in [*figures, *named]),
         f"```\n{genotype}\n```",
         more,
         f"To repeat this run with its files: `{again}`",

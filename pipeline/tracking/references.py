@@ -15,7 +15,7 @@ from typing import Any
 
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.methods import trains_target
-from istanas.space import PUBLISHED, Genotype, SearchSpace, random_genotype
+from istanas.space import PUBLISHED, Genotype, SearchSpace, parsed_genotype, random_genotype
 from pipeline.base.addresses import checked_address, sqlite_file
 from pipeline.base.text import one_line
 from pipeline.config.load import load
@@ -92,7 +92,8 @@ def resolve_genotype(
     """Find the genotype that a reference names, and the run that found the genotype.
 
     Args:
-        ref: A file (JSON, or the text form of DARTS), a published name, "random:SEED", or a RUN as in `resolve_run`.
+        ref: A file (JSON, or a text form of its space), a published name, "random:SEED", a text form of a space such as
+            "nas_bench_201:INDEX", or a RUN as in `resolve_run`.
         space: The space from which a random cell is drawn.
         runs_dir: The folder of runs.
         tracking_uri: The MLflow store in which run ids are looked up.
@@ -106,6 +107,7 @@ def resolve_genotype(
         GenotypeError: the file holds no genotype.
 
     Example:
+        >>> from istanas.space import CellSpace
         >>> where = {"runs_dir": Path("runs"), "tracking_uri": None}
         >>> genotype, run = resolve_genotype("ISTA_twostage", space=CellSpace(), **where)
         >>> genotype == PUBLISHED["ISTA_twostage"], run
@@ -115,6 +117,9 @@ def resolve_genotype(
         return PUBLISHED[ref], None
     if ref.startswith(_RANDOM):
         return random_genotype(_seed(ref), space), None
+    written = _written_genotype(ref)
+    if written is not None:
+        return written, None
     file = Path(ref).expanduser()
     if file.suffix in GENOTYPE_SUFFIXES and "://" not in ref and not file.exists():
         raise ConfigError("no such file", field=f"genotype {ref!r}", remedy="give an existing one")
@@ -146,6 +151,14 @@ def resolve_genotype(
     return read_genotype(found), _finder(run)
 
 
+def _written_genotype(ref: str) -> Genotype | None:
+    """Return the genotype that a reference itself describes in the text form of a space, or None."""
+    try:
+        return parsed_genotype(ref)
+    except GenotypeError as error:
+        raise GenotypeError(error.problem, field="--genotype", remedy=error.remedy) from None
+
+
 def _without_file(ref: str) -> str:
     """Remove the genotype file from an address, because runs are fetched as a whole.
 
@@ -162,13 +175,16 @@ def _without_file(ref: str) -> str:
 
 
 def origin_of(ref: str) -> str | None:
-    """Return the reference if it names a random or published cell, which no run has found; otherwise None.
+    """Return the reference if it describes a cell by itself, so that no run has found it; otherwise None.
+
+    Such a reference names a random or published cell, or is the text form of a space.
 
     Example:
         >>> origin_of("random:0"), origin_of("ISTA_twostage"), origin_of("runs/search")
         ('random:0', 'ISTA_twostage', None)
     """
-    return ref if ref in PUBLISHED or ref.startswith(_RANDOM) else None
+    written = ref in PUBLISHED or ref.startswith(_RANDOM) or _written_genotype(ref) is not None
+    return ref if written else None
 
 
 def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
@@ -177,10 +193,15 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
     Raises:
         ConfigError: as `resolve_genotype` does; or the genotype comes from a one-stage search and
             `retrain.op_batchnorm` is false, so that the network would differ from the searched one.
+        GenotypeError: as `resolve_genotype` does; or the genotype is not one of the configuration's space.
     """
     runs_dir, tracking_uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
     space = config.space.build()
     genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    try:
+        space.check(genotype)
+    except GenotypeError as error:
+        raise GenotypeError(error.problem, field=f"genotype {ref}", remedy=error.remedy) from None
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
         raise ConfigError(
             f"false, but genotype {ref} comes from a one-stage search, whose network has batch norm after pooling and "
@@ -300,7 +321,7 @@ def resolve_origin(ref: str, *, runs_dir: Path, tracking_uri: str | None) -> Ori
     Raises:
         ConfigError: the run's configuration is missing or invalid.
     """
-    if ref in PUBLISHED or ref.startswith(_RANDOM):
+    if origin_of(ref) is not None:
         return None
     file = Path(ref).expanduser()
     if file.is_file():

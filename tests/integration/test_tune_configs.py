@@ -69,6 +69,29 @@ PUBLISHED = {
             "weight_decay": 3e-4,
         },
     },
+    "nas_bench_201_cifar10": {
+        "method": "two_stage",
+        "data": {"name": "cifar10", "crop_padding": 4, "horizontal_flip": True},
+        "space": {"name": "nas_bench_201"},
+        "search": {"init_channels": 16, "layers": 17},
+        "retrain": {
+            "epochs": 200,
+            "batch_size": 256,
+            "init_channels": 16,
+            "layers": 17,
+            "stem": "cifar",
+            "lr": 0.1,
+            "lr_min": 0.0,
+            "schedule": "cosine",
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "grad_clip": None,
+            "auxiliary_weight": 0.0,
+            "drop_path": 0.0,
+            "cutout": 0,
+        },
+    },
     "one_stage_cifar10": {
         "method": "one_stage",
         "data": {"name": "cifar10"},
@@ -130,7 +153,7 @@ PUBLISHED = {
 
 def test_the_number_of_files() -> None:
     """The number is explicit, so that a file which is not found fails the test."""
-    assert len(FILES) == 14
+    assert len(FILES) == 16
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -189,6 +212,7 @@ def test_learning_rates_of_the_published_imagenet_retraining() -> None:
     [
         ("retrain_cifar10", "ISTA_twostage", 3_316_726),
         ("retrain_one_stage_cifar10", "ISTA_onestage", 3_371_806),
+        ("nas_bench_201_cifar10", "nas_bench_201:1462", 1_531_546),
     ],
 )
 def test_the_published_cells_are_built_at_their_published_size(file: str, cell: str, params: int) -> None:

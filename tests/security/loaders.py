@@ -20,6 +20,7 @@ import torch
 
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
+from istanas.space.nas_bench_201 import genotype_at
 from pipeline.config import load as config
 from pipeline.runs import checkpoint
 from pipeline.runs.directory import RunDir
@@ -291,7 +292,7 @@ def _logged() -> tuple[Progress, bytes]:
 _LOGGED, _LOG = _logged()
 _SAVED = _saved({**_STATE, "progress": _LOGGED.to_state()})
 _OLD_HISTORY = [as_version_0_1(record) for record in _RECORDS]
-_GENOTYPES = [genotype.to_dict() for genotype in PUBLISHED.values()] + [
+_GENOTYPES = [genotype.to_dict() for genotype in (*PUBLISHED.values(), genotype_at(123))] + [
     Genotype(normal=((("skip_connect", 0),),), reduce=((("max_pool_3x3", 1),),)).to_dict()
 ]
 _CONFIGS: list[Any] = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, IstanasError
 from istanas.space import PUBLISHED
 from pipeline.cli.commands import run
 from pipeline.cluster import working_tree as shipping
@@ -378,6 +378,10 @@ def test_the_command_names_files_as_in_the_package(here: Path, tmp_path: Path) -
     assert packed("sub/c.json") == ["a.yaml", "--genotype", "sub/c.json"]
     for reference in ("ISTA_ImageNet", "random:3", "/shared/runs/x-search-1", "x-search"):
         assert packed(reference) == ["a.yaml", "--genotype", reference]
+    space = "space.name=nas_bench_201"
+    assert packed("nas_bench_201:3", space) == ["a.yaml", "--genotype", "nas_bench_201:3"]
+    with pytest.raises(IstanasError, match="belongs to the space nas_bench_201, not to darts"):
+        packed("nas_bench_201:3")
     for runs in (tmp_path, f"file://{tmp_path}", f"{here}/.."):
         assert packed(str(tmp_path / "g.json"), f"runtime.runs_dir={runs}")[-1] == str(tmp_path / "g.json")
     for reference in ("nope/genotype.json", "nope.json"):

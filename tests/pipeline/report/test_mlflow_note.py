@@ -3,6 +3,7 @@
 from typing import Any
 
 from istanas.space import PUBLISHED
+from istanas.space.nas_bench_201 import genotype_at
 from pipeline.report import mlflow_note
 from pipeline.tracking.lineage import Kin, with_links
 
@@ -102,3 +103,12 @@ def test_a_truncated_description_keeps_its_links_and_closes_its_code() -> None:
     assert text.startswith("Title.\n\nOf [search s](#/experiments/1/runs/ab).\n\n```\nsep_conv")
     assert text.count("```") == 2
     assert text.endswith("![reduce cell](get-artifact?path=cells/reduce.svg&run_uuid=cd)")
+
+
+def test_a_cell_of_a_benchmark_is_named_by_its_string_and_index() -> None:
+    genotype = genotype_at(1462)
+    text = mlflow_note.of_retraining("digits", 1, RESULT, genotype)
+    assert f"\n\n```\n{genotype}\n```\n\n" in text
+    assert str(genotype).startswith("|nor_conv_3x3~0|+|")
+    assert "- genotype: `nas_bench_201:1462`\n" in text
+    assert "- genotype: " not in mlflow_note.of_retraining("digits", 1, RESULT, GENOTYPE)

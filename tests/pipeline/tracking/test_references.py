@@ -8,6 +8,7 @@ import pytest
 
 from istanas.errors import ConfigError, GenotypeError
 from istanas.space import PUBLISHED, CellSpace, random_genotype
+from istanas.space.nas_bench_201 import genotype_at
 from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import RunRecord, new_key
@@ -146,6 +147,12 @@ def test_genotypes(runs_dir: Path, tmp_path: Path) -> None:
     for name, published in PUBLISHED.items():
         assert genotype(name) == (published, None)
     assert genotype("random:7") == (random_genotype(7, space), None)
+    of_benchmark = genotype_at(1462)
+    assert genotype("nas_bench_201:1462") == genotype(str(of_benchmark)) == (of_benchmark, None)
+    with pytest.raises(
+        GenotypeError, match=r"^--genotype: '99999' is not an index of nas_bench_201; choose 0"
+    ):
+        genotype("nas_bench_201:99999")
     assert genotype("digits-search") == (FOUND, str(runs_dir / "digits-1111"))
     file = tmp_path / "mine.json"
     file.write_text(FOUND.to_json())
