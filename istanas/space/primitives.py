@@ -15,3 +15,6 @@ Primitive = Literal[
 PRIMITIVES: tuple[Primitive, ...] = get_args(Primitive)
 
 SKIP = "skip_connect"
+
+NONE = "none"
+"""The operation without output, where a space has it. The DARTS space does not."""
