@@ -102,13 +102,13 @@ for _method in (
     SearchMethod(
         "darts",
         "mixes all operations, weighted by a softmax",
-        settings="istanas.search.darts:DartsSettings",
+        settings="istanas.settings:DartsSettings",
         search="istanas.search.darts:DartsSearch",
     ),
     SearchMethod(
         "pc_darts",
         "mixes all operations on a part of the channels, and weights the edges, too",
-        settings="istanas.search.pc_darts:PcDartsSettings",
+        settings="istanas.settings:PcDartsSettings",
         search="istanas.search.pc_darts:PcDartsSearch",
     ),
 ):

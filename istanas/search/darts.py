@@ -9,37 +9,17 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from istanas.data import Batch
 from istanas.search.softmax import SoftmaxSearch
-from istanas.settings import AlternatingSettings, BatchSize, PositiveFloat
+from istanas.settings import DartsSettings
 from istanas.training import BatchLike, Totals, cross_entropy, without_gradients
 
 FINITE_DIFFERENCE = 0.01
 """Length of the step of the finite difference, as published: the weights move by this, in the direction of a vector."""
-
-
-@dataclass(frozen=True)
-class DartsSettings(AlternatingSettings):
-    """DARTS. The defaults are published for CIFAR-10.
-
-    Args:
-        second_order: Whether the gradient of the alphas includes its second-order part, through one step of the
-            weights. A step then takes about three times as long.
-
-    Example:
-        >>> DartsSettings().lr, DartsSettings().second_order
-        (0.025, False)
-    """
-
-    batch_size: BatchSize = 64
-    lr: PositiveFloat = 0.025
-    arch_lr: PositiveFloat = 3e-4
-    second_order: bool = False
 
 
 class DartsSearch(SoftmaxSearch[DartsSettings]):

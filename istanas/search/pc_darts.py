@@ -9,36 +9,13 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge
 from torch import Tensor
 
 from istanas.search.softmax import SoftmaxSearch, grouped_softmax, n_edges
-from istanas.settings import AlternatingSettings, EpochsFromZero, NonNegativeFloat
+from istanas.settings import PcDartsSettings
 from istanas.space import Decision
-
-
-@dataclass(frozen=True)
-class PcDartsSettings(AlternatingSettings):
-    """PC-DARTS. The defaults are published for CIFAR-10.
-
-    Args:
-        warmup_epochs: Epochs at the beginning in which the weights are trained and the alphas are not.
-        partial: The operations run on 1 / partial of the channels, which it must divide.
-
-    Example:
-        >>> PcDartsSettings().batch_size, PcDartsSettings().partial
-        (256, 4)
-    """
-
-    shorter: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_epochs", "epochs"),)
-
-    lr_min: NonNegativeFloat = 0.0
-    warmup_epochs: EpochsFromZero = 15
-    partial: Annotated[int, Ge(2)] = 4
 
 
 class PcDartsSearch(SoftmaxSearch[PcDartsSettings]):

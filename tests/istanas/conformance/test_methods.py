@@ -16,9 +16,14 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.methods import METHODS
-from istanas.search import OneStageSettings, RecoveryReport, Search, SearchSettings, TwoStageSettings
-from istanas.search.darts import DartsSettings
-from istanas.search.pc_darts import PcDartsSettings
+from istanas.search import RecoveryReport, Search
+from istanas.settings import (
+    DartsSettings,
+    OneStageSettings,
+    PcDartsSettings,
+    SearchSettings,
+    TwoStageSettings,
+)
 from istanas.space import CellSpace, ChoiceSpace, Decision, NetworkSize, SearchSpace
 from istanas.training import Compute
 from tests.ranks import run_ranks

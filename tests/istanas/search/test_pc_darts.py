@@ -13,7 +13,8 @@ from istanas.data import Batch
 from istanas.errors import ConfigError
 from istanas.nets import Supernet, to_channels_last
 from istanas.nets.partial import shuffle
-from istanas.search.pc_darts import PcDartsSearch, PcDartsSettings
+from istanas.search.pc_darts import PcDartsSearch
+from istanas.settings import PcDartsSettings
 from istanas.space import CellSpace, ChoiceSpace, Decision, NetworkSize
 from istanas.training import Compute
 
