@@ -151,7 +151,7 @@ def test_every_key_and_section_has_a_meaning_in_sentences() -> None:
     [
         ("search.layers", ["  type: integer, at least 3", "  default (one_stage): 20"]),
         ("data.image_size", ["  type: integer, at least 8 (pixels), or null", "  default: null"]),
-        ("search.second_order", ["search.second_order (method darts only)", "  type: true or false", "  default: false"]),
+        ("search.second_order", ["search.second_order (method darts only)", "  type: true or false"]),
         ("search.termination_tol", ["  type (two_stage): number, at least 0, or null"]),
         ("seed", ["  type: integer in [0, 2^63)", "  default: 0"]),
         ("runtime.workers", ["  type: integer, at least 0, or MIN:MAX"]),
