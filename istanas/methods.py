@@ -99,5 +99,17 @@ for _method in (
         settings="istanas.settings:OneStageSettings",
         search="istanas.search.one_stage:OneStageSearch",
     ),
+    SearchMethod(
+        "darts",
+        "mixes all operations, weighted by a softmax",
+        settings="istanas.settings:DartsSettings",
+        search="istanas.search.darts:DartsSearch",
+    ),
+    SearchMethod(
+        "pc_darts",
+        "mixes all operations on a part of the channels, and weights the edges, too",
+        settings="istanas.settings:PcDartsSettings",
+        search="istanas.search.pc_darts:PcDartsSearch",
+    ),
 ):
     register_method(_method)

@@ -209,3 +209,42 @@ class OneStageSettings(SearchSettings, SparseCodingSettings):
     def max_epochs(self) -> int:
         """Largest number of epochs that a search may take."""
         return self.max_search_epochs + CLOSING_EPOCHS + self.train_epochs
+
+
+@dataclass(frozen=True)
+class DartsSettings(AlternatingSettings):
+    """DARTS. The defaults are published for CIFAR-10.
+
+    Args:
+        second_order: Whether the gradient of the alphas includes its second-order part, through one step of the
+            weights. A step then has five forward and backward passes instead of two.
+
+    Example:
+        >>> DartsSettings().lr, DartsSettings().second_order
+        (0.025, False)
+    """
+
+    batch_size: BatchSize = 64
+    lr: PositiveFloat = 0.025
+    arch_lr: PositiveFloat = 3e-4
+    second_order: bool = False
+
+
+@dataclass(frozen=True)
+class PcDartsSettings(AlternatingSettings):
+    """PC-DARTS. The defaults are published for CIFAR-10.
+
+    Args:
+        warmup_epochs: Epochs at the beginning in which the weights are trained and the alphas are not.
+        partial: The operations run on 1 / partial of the channels, which it must divide.
+
+    Example:
+        >>> PcDartsSettings().batch_size, PcDartsSettings().partial
+        (256, 4)
+    """
+
+    shorter: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_epochs", "epochs"),)
+
+    lr_min: NonNegativeFloat = 0.0
+    warmup_epochs: EpochsFromZero = 15
+    partial: Annotated[int, Ge(2)] = 4

@@ -19,6 +19,7 @@ from istanas.nets.operations import (
     final_batchnorm,
     make_operation,
 )
+from istanas.nets.partial import bypass, join, partial_width, split
 from istanas.nets.skeleton import checkpointed
 from istanas.nets.target import drop_path, sum_terms
 from istanas.space import ChoiceSpace, Decision, Genotype, NetworkSize
@@ -63,6 +64,28 @@ class Choice(nn.Module):
         return sum_terms(terms)
 
 
+class PartialChoice(Choice):
+    """A `Choice` whose candidates run on a part of the channels, see `istanas.nets.partial`.
+
+    Args:
+        candidates: The candidates by their index in the decision, with 1 / `k` of the channels.
+        k: Number of parts of the channels.
+        stride: The stride of the candidates, 1 or 2.
+    """
+
+    def __init__(self, candidates: Mapping[int, nn.Module], k: int, stride: int) -> None:
+        super().__init__(candidates)
+        self.k, self.stride = k, stride
+
+    def mix(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """Return the mixed part of the channels and the others, which have the sum of the weights, shuffled."""
+        part, rest = split(x, self.k)
+        passed = bypass(rest, self.stride)
+        if weights:
+            passed = torch.stack(weights).sum() * passed
+        return join(super().mix(part, *weights), passed, self.k)
+
+
 class _Chooser:
     """Creates the choices of a network, see `istanas.space.choice.Choose`.
 
@@ -71,6 +94,7 @@ class _Chooser:
         size: The size of the network.
         supports: The candidates to build for each decision; `None` builds all.
         affine: Whether batch norms learn scale and shift.
+        partial: Candidates run on 1 / `partial` of the channels, which only `operation` can build.
     """
 
     def __init__(
@@ -79,24 +103,42 @@ class _Chooser:
         size: NetworkSize,
         supports: Mapping[str, Sequence[Support]] | None,
         affine: bool,
+        partial: int = 1,
     ) -> None:
         self._space, self._size, self._supports, self._affine = space, size, supports, affine
+        self._partial = partial
         self.places: dict[tuple[str, int], list[Choice]] = {}
 
     def __call__(self, kind: str, index: int, channels: int, build: Build) -> nn.Module:
-        decision = self._space.decisions[kind][index]
-        chosen = range(decision.n_candidates) if self._supports is None else self._supports[kind][index]
-        choice = Choice({c: self._candidate(decision, c, channels, build) for c in chosen})
+        if self._partial > 1:
+            raise ConfigError(
+                f"{kind} {index} of the space {self._space.name} builds its own candidates, which cannot run on a part "
+                "of the channels",
+                field="partial",
+                remedy="choose another method, or create the decision with choose.operation",
+            )
+        return self._choice(kind, index, Choice(self._candidates(kind, index, channels, build)))
+
+    def operation(self, kind: str, index: int, channels: int, stride: int = 1) -> nn.Module:
+        width = partial_width(channels, self._partial)
+        candidates = self._candidates(
+            kind,
+            index,
+            width,
+            lambda operation, affine: make_operation(operation, width, stride, affine=affine),
+        )
+        if self._partial == 1:
+            return self._choice(kind, index, Choice(candidates))
+        return self._choice(kind, index, PartialChoice(candidates, self._partial, stride))
+
+    def _choice(self, kind: str, index: int, choice: Choice) -> Choice:
         self.places.setdefault((kind, index), []).append(choice)
         return choice
 
-    def operation(self, kind: str, index: int, channels: int, stride: int = 1) -> nn.Module:
-        return self(
-            kind,
-            index,
-            channels,
-            lambda operation, affine: make_operation(operation, channels, stride, affine=affine),
-        )
+    def _candidates(self, kind: str, index: int, channels: int, build: Build) -> dict[int, nn.Module]:
+        decision = self._space.decisions[kind][index]
+        chosen = range(decision.n_candidates) if self._supports is None else self._supports[kind][index]
+        return {c: self._candidate(decision, c, channels, build) for c in chosen}
 
     def _candidate(self, decision: Decision, candidate: int, channels: int, build: Build) -> nn.Module:
         operation, _ = decision.candidates[candidate]
@@ -167,7 +209,10 @@ class ChoiceSupernet(SearchNetwork):
         space: The search space.
         size: The size of the network.
         alpha_size: Returns the number of alphas of a decision.
-        partial: The candidates run on 1 / `partial` of the channels; only 1 is supported.
+        partial: The candidates run on 1 / `partial` of the channels.
+
+    Raises:
+        ConfigError: If the space cannot be built, or its candidates cannot run on a part of the channels.
     """
 
     def __init__(
@@ -179,11 +224,10 @@ class ChoiceSupernet(SearchNetwork):
         partial: int = 1,
     ) -> None:
         super().__init__()
-        assert partial == 1, "checked by the caller"
         self.space: ChoiceSpace = space
         self.size = size
         self.auxiliary_head = None
-        chooser = _Chooser(space, size, None, affine=size.op_batchnorm)
+        chooser = _Chooser(space, size, None, affine=size.op_batchnorm, partial=partial)
         self.network = space.network(size, chooser)
         chooser.check()
         self.places: Places = chooser.places

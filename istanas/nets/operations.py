@@ -161,10 +161,19 @@ class FactorizedReduce(nn.Module):
     Each convolution reads one of the four pixel phases. Only these two are rectified, which halves the work of the
     ReLU (1.1 to 2 times faster, slicing included) and gives the same numbers. Odd sizes are padded by a row and a
     column of zeros, so that sizes are rounded up.
+
+    Raises:
+        ConfigError: If there is only one output channel.
     """
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
         super().__init__()
+        if c_out < 2:
+            raise ConfigError(
+                "an identity of stride 2 with a single channel cannot be built from two convolutions",
+                field="init_channels",
+                remedy="choose more channels",
+            )
         half = c_out // 2
         self.conv_1 = nn.Conv2d(c_in, half, 1, bias=False)
         self.conv_2 = nn.Conv2d(c_in, c_out - half, 1, bias=False)

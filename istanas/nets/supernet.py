@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support
 from istanas.nets.operations import make_operation
+from istanas.nets.partial import PartialStates, partial_width
 from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.skeleton import (
     AuxiliaryHead,
@@ -34,10 +35,12 @@ from istanas.space import CELLS, N_CELL_INPUTS, CellSpace, Decision, NetworkSize
 class SearchCell(nn.Module):
     """A cell with every candidate operation on every edge: `ops[edge][op]`."""
 
-    def __init__(self, space: CellSpace, place: CellPlace, op_batchnorm: bool) -> None:
+    def __init__(self, space: CellSpace, place: CellPlace, op_batchnorm: bool, partial: int = 1) -> None:
         super().__init__()
         self.kind = place.kind
         self.n_nodes = space.n_nodes
+        self.stride = place.stride
+        self.partial = partial
         # In a two-stage search the edge weight is the scale, and batch norms have no affine part. In a one-stage search
         # the affine parts of an operation are trained only after its node has frozen (see `train_affine`).
         affine = op_batchnorm
@@ -46,7 +49,7 @@ class SearchCell(nn.Module):
             nn.ModuleList(
                 make_operation(
                     op,
-                    place.channels,
+                    partial_width(place.channels, partial),
                     place.stride if state < N_CELL_INPUTS else 1,
                     affine=affine,
                     batchnorm=True,
@@ -68,14 +71,20 @@ class SearchCell(nn.Module):
         drop_path_prob: float,
     ) -> Tensor:
         states = live_inputs((self.preprocess0, self.preprocess1), (s0, s1), live)
-        reads = SharedReads(states)
+        parts = PartialStates(states, self.partial, self.stride) if self.partial > 1 else None
+        read = states if parts is None else parts.first
+        reads = SharedReads(read)
         for i, (node, alphas) in enumerate(zip(plan, weights, strict=True)):
-            terms = []
+            terms, edges = [], []
             for (state, edge, op), alpha in zip(node, alphas.unbind(), strict=True):
                 operation: nn.Module = self.ops[edge][op]  # type: ignore[index]
-                out = apply_operation(operation, states, reads, state, alpha)
+                out = apply_operation(operation, read, reads, state, alpha)
                 terms.append(drop_path(out, operation, drop_path_prob))
-            states[N_CELL_INPUTS + i] = sum_terms(terms)
+                edges.append((state, alpha))
+            total = sum_terms(terms)
+            states[N_CELL_INPUTS + i] = total if parts is None else parts.join(total, edges)
+            if parts is not None:
+                parts.add(N_CELL_INPUTS + i, states[N_CELL_INPUTS + i])
         return torch.cat([states[N_CELL_INPUTS + i] for i in range(self.n_nodes)], dim=1)
 
     def train_affine(self, states: Sequence[NodeState]) -> None:
@@ -113,7 +122,7 @@ class Supernet(CellNetwork, SearchNetwork):
         partial: The operations run on 1 / `partial` of the channels of a node; 1 for all.
 
     Raises:
-        ConfigError: If a size is too small or the stem is unknown.
+        ConfigError: If a size is too small, the stem is unknown, or `partial` does not divide the channels.
 
     Example:
         >>> net = Supernet(CellSpace(n_nodes=2), init_channels=2, layers=2, num_classes=10)
@@ -146,7 +155,7 @@ class Supernet(CellNetwork, SearchNetwork):
         self.drop_path_prob = 0.0
         places = cell_places(init_channels, layers, stem, dict.fromkeys(CELLS, space.n_nodes))
         self.stem = Stem(stem, in_channels, init_channels)
-        self.cells = nn.ModuleList(SearchCell(space, place, op_batchnorm) for place in places)
+        self.cells = nn.ModuleList(SearchCell(space, place, op_batchnorm, partial) for place in places)
         widths = [space.n_nodes * place.channels for place in places]
         self.auxiliary_head = (
             AuxiliaryHead(stem, widths[auxiliary_position(layers)], num_classes) if auxiliary else None

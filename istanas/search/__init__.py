@@ -3,12 +3,16 @@
 from istanas.methods import METHODS, SearchMethod, register_method
 from istanas.search.alternating import AlternatingSearch
 from istanas.search.base import NodeReport, RecoveryReport, Search
+from istanas.search.darts import DartsSearch
 from istanas.search.one_stage import Freezing, OneStageSearch
+from istanas.search.pc_darts import PcDartsSearch
 from istanas.search.two_stage import TwoStageSearch
 from istanas.settings import (
     CLOSING_EPOCHS,
     AlternatingSettings,
+    DartsSettings,
     OneStageSettings,
+    PcDartsSettings,
     SearchSettings,
     TwoStageSettings,
 )
@@ -18,10 +22,14 @@ __all__ = [
     "METHODS",
     "AlternatingSearch",
     "AlternatingSettings",
+    "DartsSearch",
+    "DartsSettings",
     "Freezing",
     "NodeReport",
     "OneStageSearch",
     "OneStageSettings",
+    "PcDartsSearch",
+    "PcDartsSettings",
     "RecoveryReport",
     "Search",
     "SearchMethod",

@@ -75,15 +75,12 @@ class AlternatingSearch(Search[Settings]):
         self.supernet.train()
         totals = Totals(self.compute.device)
         s = self.settings
-        for step, (batch, alpha_batch) in enumerate(
-            zip(weight_batches, endless(alpha_batches), strict=False)
-        ):
+        passes = endless(alpha_batches)
+        for step, batch in enumerate(weight_batches):
             lr = lr_factor * learning_rate(s.lr, s.lr_min, self.epoch + step / n_steps, s.epochs)
             set_learning_rate(self.weight_optimizer, lr)
             self.begin_step(step, n_steps)
-            if self.trains_alphas:
-                self.alpha_step(alpha_batch)
-            self.weight_step(batch, totals)
+            self.step(batch, next(passes) if self.trains_alphas else None, totals)
             if observe is not None:
                 observe(step + 1, totals)
         self.ranks.average(self.supernet.active_buffers())
@@ -94,9 +91,7 @@ class AlternatingSearch(Search[Settings]):
         """Run one step of an epoch, to measure its time."""
         assert alpha_batch is not None, "the settings have an alpha_fraction"
         self.begin_step(0, 1)
-        if self.trains_alphas:
-            self.alpha_step(alpha_batch)
-        self.weight_step(batch, Totals(self.compute.device))
+        self.step(batch, alpha_batch if self.trains_alphas else None, Totals(self.compute.device))
 
     def begin_step(self, step: int, n_steps: int) -> None:
         """Prepare a step, such as by choosing the operations that it computes. By default nothing is done.
@@ -105,6 +100,18 @@ class AlternatingSearch(Search[Settings]):
             step: Number of the step in its epoch, from 0.
             n_steps: Number of steps of the epoch.
         """
+
+    def step(self, batch: BatchLike, alpha_batch: BatchLike | None, totals: Totals) -> None:
+        """Run an alpha step and then a weight step.
+
+        Args:
+            batch: The batch that trains the weights.
+            alpha_batch: The batch that trains the alphas; `None` leaves them unchanged.
+            totals: The totals to which the weight step is added.
+        """
+        if alpha_batch is not None:
+            self.alpha_step(alpha_batch)
+        self.weight_step(batch, totals)
 
     def alpha_step(self, batch: BatchLike) -> None:
         """Run one Adam step on the alphas. Gradients of the weights are not computed."""

@@ -71,6 +71,9 @@ class Operation:
             )
 
 
+NONE = "none"
+"""The operation without output, where a space has it. The DARTS space does not."""
+
 OPERATIONS: Registry[Operation] = Registry("operation", "space.ops")
 """All operations that cells may name."""
 

@@ -83,6 +83,7 @@ METRICS = (
     "arch/skip_ratio",
     "arch/frozen_nodes",
     "arch/rejected",
+    "arch/entropy",
     "target/params",
     "target/macs",
     "images_per_second",

@@ -111,7 +111,27 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
         except ConfigError as error:
             raise ConfigError(error.problem, field=f"{job}.{error.field}", remedy=error.remedy) from None
     if "search" in jobs:
-        _partial_channels(config, METHODS[config.method].search_class, settings_of(config))
+        _check_partial_channels(config, dataset)
+
+
+def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
+    """Check that the operations can run on a part of the channels, if the method requires it.
+
+    The network is built without memory for its weights, because only its space knows the channels of its operations.
+    """
+    method, settings = METHODS[config.method].search_class, settings_of(config)
+    partial = _partial_channels(config, method, settings)
+    if partial > 1:
+        try:
+            with torch.device("meta"):
+                config.space.build().supernet(
+                    network_size(config.search, dataset),
+                    lambda decision: method.alpha_size(settings, decision),
+                    auxiliary=False,
+                    partial=partial,
+                )
+        except ConfigError as error:
+            raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
 
 
 def _partial_channels(config: Config, method: type[Search[Any]], settings: SearchSettings) -> int:

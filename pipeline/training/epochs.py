@@ -139,8 +139,8 @@ class SearchJob:
         if train is None:
             return {}
         _check_finite(self._config, train, search.supernet, epoch, search.ranks)
-        # With an alpha half, each step trains on a weight batch and an alpha batch.
-        n_pictures = train.count if alphas is None else 2 * train.count
+        # If the alphas are trained, each step trains on a weight batch and an alpha batch.
+        n_pictures = train.count if next(passes) == 0 else 2 * train.count
         return {**_named("train", train), "images_per_second": n_pictures / seconds}
 
     def _test(self) -> Metrics:

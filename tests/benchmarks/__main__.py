@@ -23,7 +23,7 @@ from istanas.search.sparse_coding import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
 from pipeline.training.profiling import count_flops
-from tests.benchmarks import harness, multiprocess, reference
+from tests.benchmarks import harness, methods, multiprocess, reference
 from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.memory import peaks as measure_peaks
 from tests.benchmarks.pairs import (
@@ -241,6 +241,7 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
     "augmentation": lambda: augmentation(256, 6.0, 15),
     "recovery": lambda: recovery(7),
     "memory": lambda: memory(3),
+    "methods": lambda: methods.costs(3),
     "reduced": multiprocess.bytes_all_reduced,
     "ray": lambda: multiprocess.ray_against_torchrun(5),
     "growth": lambda: growth(3),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from istanas.methods import METHODS
 from tests.benchmarks import __main__ as bench
+from tests.benchmarks import methods
 from tests.benchmarks.harness import Row, growth
 from tests.benchmarks.multiprocess import measure_bytes
 
@@ -56,6 +58,17 @@ def test_growth_is_an_exponent_with_its_spread() -> None:
     assert row.met, "it has no bound"
     rows = [[1, 1, 1], [2, 4, 8], [4, 16, 64]]
     assert growth("x, x^2, x^3", (1, 2, 4), rows).spread == pytest.approx((1, 3))
+
+
+@pytest.mark.slow
+def test_every_method_that_trains_has_its_cost() -> None:
+    tiny = (4, 3, 4)
+    trained = methods.with_steps()
+    assert {"two_stage", "one_stage", "darts", "pc_darts"} <= set(trained) <= set(METHODS)
+    rows = [*methods.seconds(trained, 2, tiny), *methods.memory(["two_stage", "darts"], 2, tiny)]
+    assert len(rows) == len(trained) + 2
+    assert all(row.bound is None and row.met and row.ours > 0 for row in rows)
+    assert (rows[0].ratio, rows[-2].ratio) == (1, 1), "the method that the others are compared with"
 
 
 @pytest.mark.slow

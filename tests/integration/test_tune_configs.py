@@ -52,6 +52,53 @@ PUBLISHED = {
             "alpha_fraction": 0.5,
         },
     },
+    "darts_cifar10": {
+        "method": "darts",
+        "data": {"name": "cifar10", "crop_padding": 4, "horizontal_flip": True},
+        "space": {"nodes": 4, "sparsity": 2},
+        "search": {
+            "epochs": 50,
+            "batch_size": 64,
+            "init_channels": 16,
+            "layers": 8,
+            "stem": "cifar",
+            "lr": 0.025,
+            "lr_min": 0.001,
+            "momentum": 0.9,
+            "weight_decay": 3e-4,
+            "grad_clip": 5.0,
+            "arch_lr": 3e-4,
+            "arch_betas": [0.5, 0.999],
+            "arch_weight_decay": 1e-3,
+            "alpha_fraction": 0.5,
+            "cutout": 0,
+            "second_order": False,
+        },
+    },
+    "pc_darts_cifar10": {
+        "method": "pc_darts",
+        "data": {"name": "cifar10", "crop_padding": 4, "horizontal_flip": True},
+        "space": {"nodes": 4, "sparsity": 2},
+        "search": {
+            "epochs": 50,
+            "batch_size": 256,
+            "init_channels": 16,
+            "layers": 8,
+            "stem": "cifar",
+            "lr": 0.1,
+            "lr_min": 0.0,
+            "momentum": 0.9,
+            "weight_decay": 3e-4,
+            "grad_clip": 5.0,
+            "arch_lr": 6e-4,
+            "arch_betas": [0.5, 0.999],
+            "arch_weight_decay": 1e-3,
+            "alpha_fraction": 0.5,
+            "cutout": 0,
+            "warmup_epochs": 15,
+            "partial": 4,
+        },
+    },
     "retrain_cifar10": {
         "data": {"name": "cifar10"},
         "retrain": {
@@ -153,7 +200,7 @@ PUBLISHED = {
 
 def test_the_number_of_files() -> None:
     """The number is explicit, so that a file which is not found fails the test."""
-    assert len(FILES) == 16
+    assert len(FILES) == 20
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -249,9 +296,10 @@ def test_every_one_stage_file_keeps_the_published_tolerance() -> None:
     assert {config.search.termination_tol for config in one_stage} == {1e-3}
 
 
-def test_the_defaults_of_one_stage_search_are_the_published_settings() -> None:
-    published = load(ROOT / "tune_configs" / "one_stage_cifar10.yaml").search
-    assert load(None, ["method=one_stage"]).search == published
+@pytest.mark.parametrize("method", ["one_stage", "darts", "pc_darts"])
+def test_the_defaults_of_a_method_are_its_published_settings(method: str) -> None:
+    published = load(ROOT / "tune_configs" / f"{method}_cifar10.yaml").search
+    assert load(None, [f"method={method}"]).search == published
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("data: {horizontal_flip: 1}", "data.horizontal_flip", "1", "valid boolean"),
         ("seed: -1", "seed", "-1", "greater than or equal to 0"),
         ("seed: 9223372036854775808", "seed", "9223372036854775808", "less than"),
-        ("method: darts", "method", "'darts'", "choose from two_stage, one_stage"),
+        ("method: dart", "method", "'dart'", "choose from two_stage, one_stage"),
         ("runtime: {threads: 0}", "runtime.threads", "0", "greater than or equal to 1"),
         ("runtime: {workers: many}", "runtime.workers", "'many'", "give a number or MIN:MAX"),
         ("runtime: {workers: -1}", "runtime.workers", "-1", "give a number or MIN:MAX"),

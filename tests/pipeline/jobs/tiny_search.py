@@ -38,10 +38,10 @@ def stop_after_two(progress: Progress) -> None:
         raise KeyboardInterrupt
 
 
-def search_stopped_after_two(folder: Path) -> Path:
+def search_stopped_after_two(folder: Path, *overrides: str) -> Path:
     """Run a search that is interrupted after two of its three epochs, and return the folder."""
     with pytest.raises(KeyboardInterrupt):
-        search(folder, on_epoch=stop_after_two)
+        search(folder, *overrides, on_epoch=stop_after_two)
     return folder
 
 

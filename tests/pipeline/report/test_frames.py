@@ -294,8 +294,8 @@ def test_an_invalid_filter_is_rejected(tmp_path: Path) -> None:
         results_frame(tracking_uri=uri, dataset="cifar")
     with pytest.raises(ConfigError, match="kind 'trial': unknown; choose sweep, search, retrain"):
         epochs_frame(tracking_uri=uri, kind="trial")
-    with pytest.raises(ConfigError, match="method 'darts': unknown; choose two_stage, one_stage"):
-        searches_frame(tracking_uri=uri, method="darts")
+    with pytest.raises(ConfigError, match="method 'dart': unknown; choose two_stage, one_stage"):
+        searches_frame(tracking_uri=uri, method="dart")
 
 
 def test_a_wide_terminal_shows_more(store: str) -> None:

@@ -1,0 +1,241 @@
+"""Searches in which all candidates are mixed: a softmax over the operations of each edge gives the edge weights.
+
+`darts` and `pc_darts` add their settings and what they change. The network that is trained has all candidates, while
+`genotype` is the architecture that the top-2 rule keeps (in general, the `sparsity` strongest edges of each decision).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from istanas.distributed import Ranks
+from istanas.measure import Cost
+from istanas.nets import SearchNetwork
+from istanas.search.alternating import AlternatingSearch
+from istanas.search.base import NodeReport, RecoveryReport
+from istanas.settings import AlternatingSettings
+from istanas.space import Decision, Genotype
+from istanas.space.operations import NONE
+from istanas.training import Compute, Metrics, derive_seed
+
+Settings = TypeVar("Settings", bound=AlternatingSettings)
+Strengths = dict[str, list[Tensor]]
+"""For each kind the strengths of each decision's candidates, float64 on the CPU."""
+
+ALPHAS_SCALE = 1e-3
+"""Standard deviation of the initial alphas, as published for DARTS and PC-DARTS."""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The edges of one kind's decisions, which are numbered one decision after another.
+
+    Args:
+        sizes: Number of candidates of each decision.
+        edge_of: The edge of each candidate, int64 (candidates,).
+        candidates: Whether a candidate lies on an edge, bool (edges, candidates).
+        decisions: Whether an edge belongs to a decision, bool (decisions, edges).
+    """
+
+    sizes: list[int]
+    edge_of: Tensor
+    candidates: Tensor
+    decisions: Tensor
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision], device: torch.device) -> Edges:
+        """Return the edges of these decisions."""
+        owners = [(d.index, edge) for d in decisions for edge in sorted(set(d.edges))]
+        edge_of = torch.tensor(
+            [owners.index((d.index, edge)) for d in decisions for edge in d.edges], device=device
+        )
+        decision_of = torch.tensor([index for index, _ in owners], device=device)
+        return cls(
+            [d.n_candidates for d in decisions],
+            edge_of,
+            edge_of == torch.arange(len(owners), device=device)[:, None],
+            decision_of == torch.arange(len(decisions), device=device)[:, None],
+        )
+
+
+def n_edges(decision: Decision) -> int:
+    """Return the number of edges of a decision that have candidates."""
+    return len(set(decision.edges))
+
+
+def grouped_softmax(values: Tensor, groups: Tensor) -> Tensor:
+    """Return the softmax within each group: exp(v_i) / sum of exp(v_j) over the group of i.
+
+    Args:
+        values: (n,).
+        groups: Whether a value belongs to a group, bool (groups, n). Each value belongs to exactly one.
+
+    Returns:
+        (n,), differentiable in `values`. The values of a group are at least 0 and add up to 1.
+
+    Example:
+        >>> groups = torch.tensor([[True, True, False], [False, False, True]])
+        >>> grouped_softmax(torch.tensor([0.0, 0.0, 5.0]), groups).tolist()
+        [0.5, 0.5, 1.0]
+    """
+    return values.expand(groups.shape).masked_fill(~groups, -torch.inf).softmax(1).sum(0)
+
+
+def strongest(decision: Decision, strengths: Sequence[float]) -> tuple[int, ...]:
+    """Return the candidates that the top-2 rule keeps, in ascending order.
+
+    These are the `sparsity` edges whose strongest operation is strongest, each with that operation. The operation
+    `none` does not count. If too few edges are left, the next strongest candidates follow, `none` at the end.
+
+    Args:
+        decision: The decision.
+        strengths: The strength of each candidate. Of equal ones, the first is kept.
+
+    Example:
+        >>> ops = [(op, state) for state in (0, 1, 2) for op in ("none", "skip", "conv")]
+        >>> strongest(Decision("cell", 1, tuple(ops), 2), [0.8, 0.1, 0.1, 0.2, 0.3, 0.5, 0.0, 0.6, 0.4])
+        (5, 7)
+
+    Source:
+        Liu et al., DARTS: Differentiable Architecture Search, ICLR 2019, section 2.4.
+    """
+
+    def is_none(candidate: int) -> bool:
+        return decision.candidates[candidate][0] == NONE
+
+    best: dict[int, int] = {}  # the strongest candidate of each edge, strongest first
+    others: list[int] = []
+    for c in sorted(range(decision.n_candidates), key=lambda c: (is_none(c), -strengths[c])):
+        if best.setdefault(decision.edges[c], c) != c and not decision.one_per_edge:
+            others.append(c)
+    ranked = sorted([*best.values(), *others], key=is_none)
+    return tuple(sorted(ranked[: decision.sparsity]))
+
+
+class SoftmaxSearch(AlternatingSearch[Settings]):
+    """A search that trains the network of all candidates. For the arguments see `Search`.
+
+    Attributes:
+        edges: The edges of each kind.
+        supports: For each kind the candidates that the top-2 rule keeps.
+    """
+
+    def __init__(
+        self,
+        supernet: SearchNetwork,
+        settings: Settings,
+        compute: Compute,
+        seed: int,
+        ranks: Ranks | None = None,
+        cost: Callable[[Genotype], Cost] | None = None,
+    ) -> None:
+        super().__init__(supernet, settings, compute, seed, ranks, cost)
+        decisions = supernet.space.decisions
+        self.edges = {kind: Edges.of(each, compute.device) for kind, each in decisions.items()}
+        self._draw_alphas()
+        everything = {kind: [tuple(range(d.n_candidates)) for d in each] for kind, each in decisions.items()}
+        supernet.install(everything, self.weigh)
+        self._wrap()
+        self.first_recovery = self._choose(None)
+
+    def _draw_alphas(self) -> None:
+        """Draw the alphas of every decision from a normal distribution."""
+        with torch.no_grad():
+            for kind, index in self.places:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "alphas", kind, index))
+                alphas = self.supernet.node_alphas(kind)[index]
+                drawn = torch.randn(len(alphas), generator=generator, dtype=torch.float64)
+                alphas.copy_(ALPHAS_SCALE * drawn)
+
+    # ---------- the formula
+
+    def probabilities(self, kind: str, alphas: Sequence[Tensor]) -> Tensor:
+        """Return the softmax over the operations of each edge, for the candidates of all decisions of a kind."""
+        edges = self.edges[kind]
+        candidates = [a[:n] for a, n in zip(alphas, edges.sizes, strict=True)]
+        return grouped_softmax(torch.cat(candidates), edges.candidates)
+
+    def weigh(self, kind: str, alphas: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the edge weights of all candidates of each decision of a kind. By default they are the softmax."""
+        return torch.split(self.probabilities(kind, alphas), self.edges[kind].sizes)
+
+    # ---------- the end of an epoch
+
+    def genotype(self) -> Genotype:
+        """Return the architecture that the top-2 rule has kept at the end of the last epoch."""
+        return self.supernet.space.genotype(self.supports)
+
+    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+        """Apply the top-2 rule to the edge weights, and report how far they have moved.
+
+        Raises:
+            IstanasError: If the ranks have different architectures.
+        """
+        report = self._choose(self._strengths)
+        # New functions for each epoch, because torch reorders its buckets after the first step, and a resumed search
+        # must add gradients in the same order.
+        self._wrap()
+        return report
+
+    def _choose(self, before: Strengths | None) -> RecoveryReport:
+        """Apply the top-2 rule, and report each decision, compared with its strengths of the last epoch."""
+        old = None if before is None else self.supports
+        with torch.no_grad():
+            weights = self.supernet.edge_weights()
+        self._set_strengths({kind: [w.double().cpu() for w in each] for kind, each in weights.items()})
+        self.ranks.check_same("genotype", self.genotype().digest())
+        nodes = []
+        for kind, index in self.places:
+            strengths, kept = self._strengths[kind][index], self.supports[kind][index]
+            nodes.append(
+                NodeReport(
+                    cell=kind,
+                    node=index,
+                    picks=self.describe_picks((kind, index), kept),
+                    edge_weights=strengths[list(kept)].tolist(),
+                    distance=0.0 if before is None else float((strengths - before[kind][index]).norm()),
+                    gap=0.0,
+                    truncation=0.0,
+                    changed=old is not None and old[kind][index] != kept,
+                    converged=True,
+                    magnitudes=strengths.tolist(),
+                )
+            )
+        return RecoveryReport(nodes, certified=False)
+
+    def _set_strengths(self, strengths: Strengths) -> None:
+        self._strengths = strengths
+        self.supports = {
+            kind: [strongest(d, s.tolist()) for d, s in zip(decisions, strengths[kind], strict=True)]
+            for kind, decisions in self.supernet.space.decisions.items()
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean entropy of the softmax over the edges, in nats."""
+        entropies = []
+        with torch.no_grad():
+            for kind, edges in self.edges.items():
+                p = self.probabilities(kind, self.supernet.node_alphas(kind)).double()
+                entropies.append((torch.special.entr(p) * edges.candidates).sum(1))
+        return {"arch/entropy": float(torch.cat(entropies).mean())}
+
+    # ---------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
+        return {**super().state_dict(), "strengths": self._strengths}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`.
+
+        Raises:
+            CheckpointError: If the state is of another kind or version.
+        """
+        super().load_state_dict(state)
+        self._set_strengths({kind: [s.cpu() for s in each] for kind, each in state["strengths"].items()})
+        self._wrap()
