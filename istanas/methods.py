@@ -99,5 +99,23 @@ for _method in (
         settings="istanas.settings:OneStageSettings",
         search="istanas.search.one_stage:OneStageSearch",
     ),
+    SearchMethod(
+        "gdas",
+        "samples one operation on each edge by Gumbel-softmax in every step",
+        settings="istanas.search.gdas:GdasSettings",
+        search="istanas.search.gdas:GdasSearch",
+    ),
+    SearchMethod(
+        "random_nas",
+        "trains random architectures with shared weights, and chooses the best of many",
+        settings="istanas.search.random_nas:RandomNasSettings",
+        search="istanas.search.random_nas:RandomNasSearch",
+    ),
+    SearchMethod(
+        "random",
+        "draws a random architecture without a search",
+        settings="istanas.search.random_search:RandomSettings",
+        search="istanas.search.random_search:RandomSearch",
+    ),
 ):
     register_method(_method)

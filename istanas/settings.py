@@ -76,6 +76,9 @@ class SearchSettings:
     trains_target: ClassVar[bool] = False
     """Whether the search also trains the network that it finds, so that no retraining is needed."""
 
+    validates: ClassVar[bool] = True
+    """Whether the search measures a validation accuracy if there are pictures for it."""
+
     shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs of fields, of which the first must be less than the second."""
 
