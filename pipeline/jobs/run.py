@@ -23,7 +23,7 @@ def run_whole(context: JobContext) -> RunResult | OneStageResult:
         result = run_search(context)
         exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}
-    search = cast(SearchResult, run_search(context, jobs=("search", "retrain")))
+    search = run_search(context, jobs=("search", "retrain"))
     retrain = run_retrain(replace(context, parent=search["run_dir"]), Genotype.from_dict(search["genotype"]))
     both: RunResult = {
         **search,
