@@ -110,7 +110,9 @@ def test_a_step_computes_one_operation_per_edge_and_trains_only_those() -> None:
         sampled |= {f"cells.{i}.ops.{edge}.{op}" for _, edge, op in picks}
     assert ran
     assert ran <= sampled
-    trained = {name for name, p in search.supernet.named_parameters() if p.grad is not None and ".ops." in name}
+    trained = {
+        name for name, p in search.supernet.named_parameters() if p.grad is not None and ".ops." in name
+    }
     assert trained
     for name in before:
         if ".ops." in name and name not in trained:
@@ -139,12 +141,8 @@ def test_the_table_of_edges_pads_and_sorts_candidates_of_any_order() -> None:
     assert table.choice([0, 1]) == ([(1, 2)], [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "kept"), [(1, (4,)), (2, (0, 4)), (3, (0, 3, 4)), (4, (0, 2, 3, 4))]
-)
-def test_the_strongest_edges_are_kept_and_then_other_operations(
-    sparsity: int, kept: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("sparsity", "kept"), [(1, (4,)), (2, (0, 4)), (3, (0, 3, 4)), (4, (0, 2, 3, 4))])
+def test_the_strongest_edges_are_kept_and_then_other_operations(sparsity: int, kept: tuple[int, ...]) -> None:
     candidates = (("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2))
     decision = Decision("normal", 0, candidates, sparsity)
     assert strongest([0.6, 0.4, 0.48, 0.52, 0.9, 0.1], decision) == kept
