@@ -8,7 +8,7 @@ from typing import cast
 from istanas.space import Genotype
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.export import run_export
-from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
+from pipeline.jobs.results import OneStageResult, RunResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 

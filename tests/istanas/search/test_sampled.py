@@ -1,4 +1,4 @@
-"""Searches with an architecture per step: resuming, spaces with one edge per decision, several ranks, and their cost."""
+"""Searches with an architecture per step: resuming, single edges, several ranks, and the cost of installing."""
 
 import copy
 import time
