@@ -550,7 +550,8 @@ def search_section(method: str) -> type[SearchSection]:
         ConfigError: If the method is not registered.
     """
     settings = METHODS.find(method).settings_class
-    coding = {field.name for field in fields(SparseCodingSettings)}
+    has_codes = issubclass(settings, SparseCodingSettings)  # their keys are in the section `space`
+    coding = {field.name for field in fields(SparseCodingSettings)} if has_codes else set()
     section = section_from(settings, SearchSection, locator=("search_section", method), exclude=coding)
     section.settings_class = settings
     return section
