@@ -121,7 +121,7 @@ def test_every_key_of_a_configuration_is_described() -> None:
         }
         for method in METHODS
     }
-    sweep = "sweep={space: {seed: {choice: [1, 2]}}}"
+    sweep = "sweep={objective: retrained, space: {seed: {choice: [1, 2]}}}"
     for method in METHODS:
         config = load(None, [f"method={method}", sweep, "data.holdout=0.1"])
         assert set(values(to_tree(config))) == described[method]
