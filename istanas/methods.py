@@ -111,5 +111,23 @@ for _method in (
         settings="istanas.settings:PcDartsSettings",
         search="istanas.search.pc_darts:PcDartsSearch",
     ),
+    SearchMethod(
+        "gdas",
+        "samples one operation on each edge by Gumbel-softmax in every step",
+        settings="istanas.settings:GdasSettings",
+        search="istanas.search.gdas:GdasSearch",
+    ),
+    SearchMethod(
+        "random_nas",
+        "trains random architectures with shared weights, and chooses the best of many",
+        settings="istanas.settings:RandomNasSettings",
+        search="istanas.search.random_nas:RandomNasSearch",
+    ),
+    SearchMethod(
+        "random",
+        "draws a random architecture without a search",
+        settings="istanas.settings:RandomSettings",
+        search="istanas.search.random_search:RandomSearch",
+    ),
 ):
     register_method(_method)

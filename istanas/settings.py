@@ -24,6 +24,8 @@ Schedule = Literal["cosine", "linear", "linear_by_epoch"]
 Stem = Literal["auto", "cifar", "imagenet"]
 """First layers of a network, see `istanas.nets.skeleton.Stem`."""
 
+Statistics = Literal["batch", "recalibrated", "running"]
+
 CLOSING_EPOCHS = 1
 """Epochs of a one-stage search after its last node has frozen.
 
@@ -75,6 +77,9 @@ class SearchSettings:
 
     trains_target: ClassVar[bool] = False
     """Whether the search also trains the network that it finds, so that no retraining is needed."""
+
+    validates: ClassVar[bool] = True
+    """Whether the search measures a validation accuracy if there are pictures for it."""
 
     shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs of fields, of which the first must be less than the second."""
@@ -248,3 +253,61 @@ class PcDartsSettings(AlternatingSettings):
     lr_min: NonNegativeFloat = 0.0
     warmup_epochs: EpochsFromZero = 15
     partial: Annotated[int, Ge(2)] = 4
+
+
+@dataclass(frozen=True)
+class GdasSettings(AlternatingSettings):
+    """GDAS. The defaults are the published settings for CIFAR-10.
+
+    Args:
+        tau_max: Temperature of the Gumbel-softmax in the first epoch.
+        tau_min: Temperature in the last epoch. It falls linearly, epoch by epoch.
+        alphas_scale: Standard deviation of the initial alphas.
+    """
+
+    epochs: Epochs = 240
+    batch_size: BatchSize = 64
+    lr: PositiveFloat = 0.025
+    arch_lr: PositiveFloat = 3e-4
+    tau_max: PositiveFloat = 10.0
+    tau_min: PositiveFloat = 0.1
+    alphas_scale: NonNegativeFloat = 1e-3
+
+
+@dataclass(frozen=True)
+class RandomNasSettings(AlternatingSettings):
+    """Random search with weight sharing. The defaults are those of the published code for CIFAR-10, but `statistics`.
+
+    No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect, and the pictures of
+    alpha_fraction only choose.
+
+    Args:
+        candidates: Number of random architectures that are measured after the last epoch.
+        candidate_pictures: Number of pictures on which each candidate is measured, stratified by class. null uses all.
+        finalists: Number of the best candidates that are then measured on all pictures.
+        statistics: Mean and variance that batch norm uses to measure an architecture. batch uses those of each batch;
+            recalibrated those of calibration_batches training batches in this architecture; running, as published, the
+            running statistics of the training, which mix all architectures.
+        calibration_batches: Number of training batches for the statistics of each architecture (recalibrated only).
+    """
+
+    epochs: Epochs = 100
+    batch_size: BatchSize = 64
+    lr: PositiveFloat = 0.025
+    candidates: PositiveInt = 1000
+    candidate_pictures: Annotated[int, Ge(2), Unit("pictures")] | None = 640
+    finalists: PositiveInt = 10
+    statistics: Statistics = "batch"
+    calibration_batches: PositiveInt = 20
+
+
+@dataclass(frozen=True)
+class RandomSettings(SearchSettings):
+    """A random architecture. All keys but `seed` and those of `space` have no effect, because nothing is trained."""
+
+    validates: ClassVar[bool] = False
+
+    @property
+    def max_epochs(self) -> int:
+        """One epoch, which trains nothing."""
+        return 1

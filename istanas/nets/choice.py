@@ -231,31 +231,44 @@ class ChoiceSupernet(SearchNetwork):
         self.network = space.network(size, chooser)
         chooser.check()
         self.places: Places = chooser.places
-        self._active_modules: list[nn.Module] = []
+        candidates = [m for choice in _all(self.places) for m in choice.candidates.values()]
+        # Each parameter with the candidates that contain it. Some searches choose other candidates in every step, and
+        # torch's traversal of the modules would take milliseconds.
+        owners: dict[int, set[nn.Module]] = {}
+        for module in candidates:
+            for p in module.parameters():
+                owners.setdefault(id(p), set()).add(module)
+        self._owned = [(p, owners.get(id(p), set())) for p in self.network.parameters()]
+        self._inactive: set[nn.Module] = set()
+        self._frozen: dict[tuple[str, int], bool] = {}  # whether the affine parts of a decision are trained
+        self._active_parameters: list[nn.Parameter] = []
         self.set_alphas(alpha_size)
 
     def activate(self, supports: Mapping[str, Sequence[Support]]) -> set[str]:
-        inactive: set[int] = set()
+        self._inactive = set()
         for (kind, index), choices in self.places.items():
             is_frozen = self.node_states[kind][index] is NodeState.FROZEN
+            changed = self._frozen.get((kind, index)) is not is_frozen
+            self._frozen[kind, index] = is_frozen
             for choice in choices:
                 choice.active = tuple(supports[kind][index])
-                _train_affine(choice, is_frozen)
-                inactive |= {
-                    id(part)
-                    for candidate, module in choice.candidates.items()
-                    if int(candidate) not in choice.active
-                    for part in (*module.parameters(), *module.buffers())
-                }
-        self._inactive = inactive
+                if changed:
+                    _train_affine(choice, is_frozen)
+                for candidate, module in choice.candidates.items():
+                    if int(candidate) not in choice.active:
+                        self._inactive.add(module)
+        self._active_parameters = [
+            p for p, owners in self._owned if p.requires_grad and self._inactive.isdisjoint(owners)
+        ]
         return set(self.space.kinds)
 
     def active_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.network.parameters() if p.requires_grad and id(p) not in self._inactive]
+        return list(self._active_parameters)
 
     def active_buffers(self) -> list[Tensor]:
-        buffers = self.network.buffers()
-        return [b for b in buffers if b.is_floating_point() and id(b) not in self._inactive]
+        # Not stored, because moving a network to another device or type replaces its buffers.
+        inactive = {id(b) for module in self._inactive for b in module.buffers()}
+        return [b for b in self.network.buffers() if b.is_floating_point() and id(b) not in inactive]
 
     def forward_with_auxiliary(self, x: Tensor, weights: EdgeWeights | None = None) -> tuple[Tensor, None]:
         weights = self.edge_weights() if weights is None else weights

@@ -256,6 +256,40 @@ class SearchNetwork(nn.Module):
         raise NotImplementedError
 
 
+class NoNetwork(SearchNetwork):
+    """The network of a search that trains none: it has no parameters, and only knows the installed architecture.
+
+    Args:
+        space: The search space.
+        size: The size that a network would have.
+    """
+
+    def __init__(self, space: SearchSpace, size: NetworkSize) -> None:
+        super().__init__()
+        self.space, self.size, self.auxiliary_head = space, size, None
+        self.node_states = {}
+
+    def alphas(self) -> list[nn.Parameter]:
+        return []
+
+    def node_alphas(self, kind: str) -> list[nn.Parameter]:
+        return []
+
+    def install(
+        self,
+        supports: Mapping[str, Sequence[Support]],
+        weigh: Weigh,
+        states: Mapping[str, Sequence[NodeState]] | None = None,
+    ) -> None:
+        self._supports, self._weigh = {kind: list(supports[kind]) for kind in self.space.kinds}, weigh
+
+    def active_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def active_buffers(self) -> list[Tensor]:
+        return []
+
+
 @dataclass(frozen=True)
 class _KeptColumns:
     """The constants in the edge weights of one kind, float64 on b's device, so that steps need not copy them."""

@@ -257,6 +257,7 @@ class CellNetwork(nn.Module):
     _live_parts: Sequence[nn.Module] = ()
     _live_norms: dict[nn.Module, Sequence[_BatchNorm]]  # The batch norms of each live cell.
     _active_parameters: Sequence[nn.Parameter] = ()
+    _contents: dict[nn.Module, tuple[Sequence[nn.Parameter], Sequence[_BatchNorm]]]
 
     def active_parameters(self) -> list[nn.Parameter]:
         """Return the weights that get a gradient in a training step."""
@@ -268,7 +269,7 @@ class CellNetwork(nn.Module):
         return [b for part in self._live_parts for b in part.buffers() if b.is_floating_point()]
 
     def _set_live(self, states: Mapping[str, Collection[int]]) -> None:
-        """Set the live parts from each kind's live states. This takes milliseconds, which is too slow for each step."""
+        """Set the live parts from each kind's live states."""
         kinds = [str(cell.kind) for cell in self.cells]
         self._live_in_training = self._live_in_eval = live_places(kinds, states)
         if self.auxiliary_head is not None:
@@ -281,13 +282,24 @@ class CellNetwork(nn.Module):
             preprocess: list[Any] = [cell.preprocess0, cell.preprocess1]
             inside = [part for i, part in enumerate(preprocess) if i in states[str(cell.kind)]]
             inside += self._live_operations(cell)
-            # Operations of plugins may have batch norms of any dimension, with or without running statistics.
-            norms = [m for part in inside for m in part.modules() if isinstance(m, _BatchNorm)]
-            norms = [norm for norm in norms if norm.track_running_stats]
-            self._live_norms[cell] = norms
+            self._live_norms[cell] = [norm for part in inside for norm in self._inside(part)[1]]
             parts += inside
         self._live_parts = parts
-        self._active_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+        self._active_parameters = [p for part in parts for p in self._inside(part)[0] if p.requires_grad]
+
+    def _inside(self, part: nn.Module) -> tuple[Sequence[nn.Parameter], Sequence[_BatchNorm]]:
+        """Return the parameters and the batch norms of a part.
+
+        They are remembered, because some searches choose other parts in every step, and torch's traversal of the
+        modules would take milliseconds.
+        """
+        known = self.__dict__.setdefault("_contents", {})
+        if part not in known:
+            # Operations of plugins may have batch norms of any dimension, with or without running statistics.
+            norms = [m for m in part.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+            known[part] = list(part.parameters()), norms
+        found: tuple[Sequence[nn.Parameter], Sequence[_BatchNorm]] = known[part]
+        return found
 
     def _live_cells(self) -> list[nn.Module]:
         live = self._live_in_training[N_CELL_INPUTS:]
@@ -367,15 +379,16 @@ def checkpointed(function: Callable[..., Any], norms: Sequence[_BatchNorm], *arg
         norms: The batch norms that it runs, whose running statistics change only in the first call.
         arguments: Its arguments.
     """
-    contexts = nullcontext(), _UnchangedStatistics(norms)
+    contexts = nullcontext(), UnchangedStatistics(norms)
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: contexts)
 
 
-class _UnchangedStatistics:
+class UnchangedStatistics:
     """A context in which batch norms in training mode do not change their running statistics and batch counts.
 
-    It is used when a forward pass is repeated. The statistics are still passed to torch, because its graph must store
-    the same tensors as in the first pass. With momentum 0, torch writes the same values back.
+    It is used when a forward pass is repeated, or measures with the statistics of the batch. The running statistics are
+    still passed to torch, because its graph must store the same tensors as in the first pass. With momentum 0, torch
+    writes the same values back.
     """
 
     def __init__(self, norms: Sequence[_BatchNorm]) -> None:

@@ -164,6 +164,7 @@ class Supernet(CellNetwork, SearchNetwork):
         self.set_alphas(alpha_size or (lambda decision: n_measurements))
         self._plans: dict[str, Plan] = {}
         self._states: dict[str, frozenset[int]] = {}
+        self._affine_states: dict[str, list[NodeState]] = {}  # whose affine parts are set
 
     def activate(self, supports: Mapping[str, Sequence[Support]]) -> set[str]:
         self._plans = {
@@ -178,8 +179,10 @@ class Supernet(CellNetwork, SearchNetwork):
             cell: live_states([[state for state, _, _ in node] for node in plan], concat=nodes)
             for cell, plan in self._plans.items()
         }
-        for module in self.cells:
-            module.train_affine(self.node_states[str(module.kind)])  # type: ignore[operator]
+        if self._affine_states != self.node_states:
+            for module in self.cells:
+                module.train_affine(self.node_states[str(module.kind)])  # type: ignore[operator]
+            self._affine_states = dict(self.node_states)
         self._set_live(self._states)
         return {str(module.kind) for module in self._live_cells()}
 

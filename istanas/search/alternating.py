@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from istanas.data import Batch
 from istanas.errors import DataError
@@ -83,7 +83,7 @@ class AlternatingSearch(Search[Settings]):
             self.step(batch, next(passes) if self.trains_alphas else None, totals)
             if observe is not None:
                 observe(step + 1, totals)
-        self.ranks.average(self.supernet.active_buffers())
+        self.ranks.average(self.trained_buffers())
         self.epoch += 1
         return totals.metrics(self.ranks)
 
@@ -113,6 +113,16 @@ class AlternatingSearch(Search[Settings]):
             self.alpha_step(alpha_batch)
         self.weight_step(batch, totals)
 
+    def after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Change the gradients of these parameters before they are used. By default nothing is done.
+
+        The forward functions of `_wrap` have already averaged them over the ranks.
+        """
+
+    def trained_buffers(self) -> list[Tensor]:
+        """Return the running statistics that the steps of an epoch have changed."""
+        return self.supernet.active_buffers()
+
     def alpha_step(self, batch: BatchLike) -> None:
         """Run one Adam step on the alphas. Gradients of the weights are not computed."""
         images, target, weight = Batch(*batch)
@@ -122,6 +132,7 @@ class AlternatingSearch(Search[Settings]):
             loss = cross_entropy(logits, target)
             self.alpha_optimizer.zero_grad(set_to_none=True)
             (loss * weight).backward()
+        self.after_backward(self.supernet.active_alphas())
         self.alpha_optimizer.step()
 
     def weight_step(self, batch: BatchLike, totals: Totals) -> None:
@@ -138,7 +149,9 @@ class AlternatingSearch(Search[Settings]):
         loss = cross_entropy(logits, target)
         self.weight_optimizer.zero_grad(set_to_none=True)
         (loss * weight).backward()
-        clip_gradients(self.supernet.active_parameters(), self.settings.grad_clip)
+        active = self.supernet.active_parameters()
+        self.after_backward(active)
+        clip_gradients(active, self.settings.grad_clip)
         self.weight_optimizer.step()
         totals.add(loss, logits, target)
 

@@ -10,16 +10,19 @@ epoch), see `istanas.training.derive_seed`. It has no learning rate either, beca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError
 from istanas.measure import Cost
 from istanas.nets import NodeState, SearchNetwork
+from istanas.nets.skeleton import UnchangedStatistics
 from istanas.settings import SearchSettings
 from istanas.space import Decision, Genotype
 from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
@@ -113,6 +116,26 @@ class RecoveryReport:
         }
 
 
+class Choosing(Protocol):
+    """The pictures for choosing at the end of an epoch: `search.validate_epoch` measures on them.
+
+    Calling it returns the metrics of `validate` on all of them, in order.
+    """
+
+    def __call__(self) -> Metrics:
+        """Return the metrics of the installed architecture."""
+
+    def pictures(self, count: int | None = None) -> Iterable[BatchLike]:
+        """Return shuffled batches without augmentation, the same in every call.
+
+        Args:
+            count: Number of pictures, chosen stratified by class; `None` for all.
+        """
+
+    def training(self) -> Iterable[BatchLike]:
+        """Return batches of the pictures that train the weights, the same in every call."""
+
+
 class Search(Generic[Settings]):
     """A search: its state and its epochs.
 
@@ -134,6 +157,9 @@ class Search(Generic[Settings]):
 
     kind: ClassVar[str]
     """Name of the method."""
+
+    has_network: ClassVar[bool] = True
+    """Whether the search has a network. Without one, `supernet` is a `NoNetwork`."""
 
     first_recovery: RecoveryReport
     freezings: list[Freezing] | None = None
@@ -168,7 +194,11 @@ class Search(Generic[Settings]):
         self.places: list[Place] = [(decision.kind, decision.index) for decision in self.decisions]
         self.weights = supernet.weights()
         self.alphas = supernet.alphas()
-        fused = compute.device.type == "cuda"
+        if self.has_network:
+            self._make_optimizers()
+
+    def _make_optimizers(self) -> None:
+        settings, fused = self.settings, self.compute.device.type == "cuda"
         self.weight_optimizer = torch.optim.SGD(
             self.weights,
             settings.lr,
@@ -224,6 +254,16 @@ class Search(Generic[Settings]):
         """
         raise NotImplementedError
 
+    def validate_epoch(self, choosing: Choosing) -> Metrics:
+        """Return the validation metrics of an epoch, after `train_epoch` and before `finish_epoch`.
+
+        By default they are those of `validate` for the installed architecture.
+
+        Args:
+            choosing: The pictures for choosing.
+        """
+        return choosing()
+
     @property
     def is_done(self) -> bool:
         """Whether no epoch is left."""
@@ -253,9 +293,16 @@ class Search(Generic[Settings]):
         """Return the architecture that the search would hand over now."""
         return self.supernet.genotype()
 
-    def validate(self, batches: Iterable[BatchLike]) -> Metrics:
-        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks."""
+    def validate(self, batches: Iterable[BatchLike], *, batch_statistics: bool = False) -> Metrics:
+        """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks.
+
+        Args:
+            batches: Batches on the device.
+            batch_statistics: Whether batch norm uses the mean and variance of each batch (on each rank), as in
+                training, instead of its running statistics, which do not change.
+        """
         self.supernet.eval()
+        norms = self._batch_norms() if batch_statistics else []
         with torch.no_grad():
             edge_weights = self.supernet.edge_weights()
 
@@ -263,7 +310,36 @@ class Search(Generic[Settings]):
             logits: Tensor = self.supernet(images, edge_weights)
             return logits
 
-        return evaluate(forward, batches, self.compute, self.ranks)
+        for norm in norms:
+            norm.train()
+        with UnchangedStatistics(norms) if norms else nullcontext():
+            metrics = evaluate(forward, batches, self.compute, self.ranks)
+        self.supernet.eval()
+        return metrics
+
+    def recalibrate(self, batches: Iterable[BatchLike]) -> None:
+        """Replace the running statistics of batch norm by the means over these batches, and over the ranks.
+
+        Args:
+            batches: Batches of training pictures on the device. They are passed through the active architecture in
+                training mode, without gradients.
+        """
+        norms = self._batch_norms()
+        momenta = [norm.momentum for norm in norms]
+        self.supernet.train()
+        with torch.no_grad():
+            edge_weights = self.supernet.edge_weights()
+            for done, batch in enumerate(batches):
+                for norm in norms:
+                    norm.momentum = 1.0 / (done + 1)  # the mean over all batches so far
+                with self.compute.autocast():
+                    self.supernet(Batch(*batch).images, edge_weights)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.ranks.average(self.supernet.active_buffers())
+
+    def _batch_norms(self) -> list[nn.BatchNorm2d]:
+        return [m for m in self.supernet.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def describe_picks(self, place: Place, support: Sequence[int]) -> list[str]:
         """Return the candidates of a decision as "op<-state"."""
@@ -273,10 +349,11 @@ class Search(Generic[Settings]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""
+        state = {"kind": self.kind, "version": STATE_VERSION, "epoch": self.epoch}
+        if not self.has_network:
+            return state
         return {
-            "kind": self.kind,
-            "version": STATE_VERSION,
-            "epoch": self.epoch,
+            **state,
             "supernet": self.supernet.state_dict(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
@@ -295,7 +372,8 @@ class Search(Generic[Settings]):
                 field="checkpoint",
                 remedy="use another run directory or --fresh",
             )
-        self.supernet.load_state_dict(state["supernet"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        if self.has_network:
+            self.supernet.load_state_dict(state["supernet"])
+            self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+            self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.epoch = int(state["epoch"])

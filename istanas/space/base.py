@@ -286,13 +286,15 @@ class SearchSpace(ABC):
         Args:
             seed: An integer >= 0; equal seeds give equal genotypes.
         """
+        return self.genotype(self.random_supports(seed))
+
+    def random_supports(self, seed: int) -> dict[str, list[tuple[int, ...]]]:
+        """Return the candidates that `random` keeps, in ascending order."""
         rng = np.random.Generator(np.random.PCG64(seed))
-        return self.genotype(
-            {
-                kind: [random_support(rng, decision) for decision in each]
-                for kind, each in self.decisions.items()
-            }
-        )
+        return {
+            kind: [tuple(sorted(random_support(rng, decision))) for decision in each]
+            for kind, each in self.decisions.items()
+        }
 
     def parse(self, text: str) -> Genotype | None:
         """Return the genotype in a text form of the space, or `None` if the text has another form.

@@ -99,9 +99,11 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
     table.add_row("best trial", str(result["best_trial"]))
     for key, value in result["settings"].items():
         table.add_row(f"  {key}", f"{value:.4g}" if isinstance(value, float) else shown_value(value))
-    table.add_row("top-1 in search", f"{100 * result['valid_top1']:.2f} %")
+    if "valid_top1" in result:
+        table.add_row("top-1 in search", f"{100 * result['valid_top1']:.2f} %")
     if "retrained_top1" in result:
         table.add_row("top-1 after retraining", f"{100 * result['retrained_top1']:.2f} %")
+    if "valid_top1" in result and "retrained_top1" in result:
         tau = result["kendall_tau"]
         table.add_row("Kendall's tau of both accuracies", "not defined" if tau is None else f"{tau:.2f}")
     for key, label in (

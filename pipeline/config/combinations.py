@@ -130,7 +130,13 @@ def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
             fields=("sweep.start_from", "sweep.searcher"),
             remedy="leave it out, or choose another searcher",
         )
-    if config.data.holdout == 0 and (sweep.objective == "retrained" or config.trains_target):
+    if sweep.objective == "valid" and not config.search.settings_class.validates:
+        yield ConflictError(
+            f"method {config.method} trains nothing, so that it has no validation accuracy",
+            fields=("sweep.objective", "method"),
+            remedy="set sweep.objective=retrained and data.holdout=0.1",
+        )
+    elif config.data.holdout == 0 and (sweep.objective == "retrained" or config.trains_target):
         yield ConflictError(
             "0 leaves no pictures to measure the objective on",
             fields=("data.holdout", "sweep.objective"),

@@ -577,7 +577,8 @@ def space_section(name: str) -> type[SpaceSection]:
 # The caches depend on the registered classes, because a name may be registered again by another plugin.
 @functools.cache
 def _search_section(method: str, settings: type[SearchSettings]) -> type[SearchSection]:
-    coding = {field.name for field in fields(SparseCodingSettings)}
+    has_codes = issubclass(settings, SparseCodingSettings)  # their keys are in the section `space`
+    coding = {field.name for field in fields(SparseCodingSettings)} if has_codes else set()
     section = section_from(settings, SearchSection, locator=("search_section", method), exclude=coding)
     section.settings_class = settings
     return section

@@ -134,13 +134,13 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
 def describe_epoch(record: EpochRecord) -> str:
     """Return one line for the user about an epoch of a search that does not train the network that it finds."""
     m, found = record.metrics, record.found()
+    if "train/loss" not in m:
+        return f"epoch {record.epoch}: nothing is trained, {record.seconds:.1f} s"
     changes = int(m["recovery/support_changes"])
-    text = f"epoch {record.epoch}: "
-    if "train/loss" in m:
-        text += f"loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')} "
+    text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     if "valid/top1" in m:
-        text += f"(validation {_describe_tops(m, 'valid')}), "
-    text += f"{changes} of {len(found.nodes)} nodes changed, {record.seconds:.1f} s"
+        text += f" (validation {_describe_tops(m, 'valid')})"
+    text += f", {changes} of {len(found.nodes)} nodes changed, {record.seconds:.1f} s"
     return text + _describe_fallbacks(found)
 
 

@@ -91,12 +91,14 @@ def of_sweep(
         genotype: The genotype of the best trial.
         files: Files that show all trials.
     """
-    rows = [("top-1 in search", percent(result["valid_top1"]))]
+    rows = []
+    if "valid_top1" in result:
+        rows.append(("top-1 in search", percent(result["valid_top1"])))
     if "retrained_top1" in result:
-        tau = result["kendall_tau"]
-        rows.append(
-            ("Kendall's tau between search and retraining", "not defined" if tau is None else f"{tau:.2f}")
-        )
+        if rows:
+            tau = result["kendall_tau"]
+            shown = "not defined" if tau is None else f"{tau:.2f}"
+            rows.append(("Kendall's tau between search and retraining", shown))
         rows.append(("top-1 on the hold-out after retraining", percent(result["retrained_top1"])))
     best = result["settings"]
     settings = [(key, text, shown_value(best[key]) if key in best else "") for key, text in space.items()]

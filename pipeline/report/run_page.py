@@ -129,7 +129,7 @@ def _tiles(record: RunRecord, genotype: Genotype, epochs: int) -> Iterator[tuple
     yield "skip connections", percent(genotype.skip_ratio())
     if sweep:
         yield "trials", f"{result['complete']} done, {result['pruned']} stopped, {result['failed']} failed"
-        if "kendall_tau" in result:
+        if "kendall_tau" in result and "valid_top1" in result:
             tau = result["kendall_tau"]
             yield "Kendall's tau", "not defined" if tau is None else f"{tau:.2f}"
     if "search_epochs" in result:
@@ -151,7 +151,8 @@ def _svg(file: Path, name: str, label: str) -> Markup:
 
 def _curves(lines: Sequence[MetricsLine], kind: str) -> Markup | None:
     """Draw loss, top-1 and top-5 of all measured splits or, for a sweep, the best top-1 so far."""
-    if not lines:
+    measured = {name for line in lines for name in line.metrics}
+    if not lines or (kind != "sweep" and measured.isdisjoint(f"{split}/loss" for split in _SPLITS)):
         return None
     steps = [line.step for line in lines]
     panels, label = [("loss", "loss"), ("top1", "top-1, %")], "Loss and top-1 over the epochs"

@@ -155,7 +155,7 @@ def validation_note(kind: str, method: str) -> str:
     if kind != "retrain" and not trains_target(method):
         return (
             f"Validation accuracy of a {method.replace('_', '-')} search is measured on the alpha half: the part of "
-            "the training pictures (search.alpha_fraction) that trains the alphas, not the weights."
+            "the training pictures (search.alpha_fraction) that does not train the weights."
         )
     return (
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "

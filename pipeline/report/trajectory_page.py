@@ -76,12 +76,13 @@ def write_trajectory_page(run: RunDir) -> None:
     table = _read(_frame(run.path / TRAJECTORY_FILE))
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(kind, node) for kind in genotype.kinds for node in range(len(genotype.picks(kind)))]
+    certified = _is_certified(table)
     cells, cells_at, widths = _draw(genotype, table, epochs)
     data = {
         "cells": cells_at,
         "widths": widths,
-        "summaries": [_summary(table, epoch, places) for epoch in epochs],
-        "rows": [[_row(table[epoch, *place], space) for place in places] for epoch in epochs],
+        "summaries": [_summary(table, epoch, places, certified) for epoch in epochs],
+        "rows": [[_row(table[epoch, *place], space, certified) for place in places] for epoch in epochs],
     }
     maps = _maps(run, genotype, table, epochs)
     page = render(
@@ -98,7 +99,8 @@ def write_trajectory_page(run: RunDir) -> None:
             f"{_STYLES[i % len(_STYLES)][2]}: {kind_title(kind)}" for i, kind in enumerate(genotype.kinds)
         ],
         data=data,
-        curves=_curves(table, epochs, places),
+        curves=_curves(table, epochs, places, certified),
+        certified=certified,
         maps=maps,
         gaps=any(heat["gaps"] for heat in maps),
         margins=not any(math.isnan(node.margin) for node in table.values()),
@@ -153,24 +155,36 @@ def _draw(
     return [(kind_title(kind), each) for kind, each in drawings.items()], cells_at, widths
 
 
-def _row(node: _Node, space: SearchSpace) -> list[Any]:
+def _is_certified(table: Table) -> bool:
+    """Return whether the nodes have sparse codes, whose gaps include rounding and are therefore above 0."""
+    return any(node.gap > 0 for node in table.values())
+
+
+def _row(node: _Node, space: SearchSpace, certified: bool) -> list[Any]:
     """Return whether a node changed, followed by the texts of its table row."""
     picks = zip(node.picks, node.edge_weights, strict=True)
     keeps = ", ".join(f"{space.describe_pick(*pick, word='←')} ({weight:.2g})" for pick, weight in picks)
+    if not certified:
+        return [bool(node.changed), keeps, node.state.lower(), f"{node.distance:.2g}"]
     figures = [f"{value:.2g}" for value in (node.distance, node.gap, node.truncation)]
     figures.append("–" if math.isnan(node.margin) else f"{node.margin:.2g}")  # noqa: RUF001
     return [bool(node.changed), keeps, node.state.lower(), *figures]
 
 
-def _summary(table: Table, epoch: int, places: Places) -> str:
+def _summary(table: Table, epoch: int, places: Places, certified: bool) -> str:
     """Describe an epoch in one sentence."""
     nodes = [table[epoch, *place] for place in places]
     changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
     start = "Before training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
     margins = [node.margin for node in nodes if not math.isnan(node.margin)]
-    return (
+    common = (
         f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
-        f"{max(node.distance for node in nodes):.2g}, relative gap {max(node.gap for node in nodes):.2g}, truncation "
+        f"{max(node.distance for node in nodes):.2g}"
+    )
+    if not certified:
+        return f"{common}."
+    return (
+        f"{common}, relative gap {max(node.gap for node in nodes):.2g}, truncation "
         f"{max(node.truncation for node in nodes):.2g}{f'; smallest margin {min(margins):.2g}' if margins else ''}."
     )
 
@@ -179,18 +193,24 @@ def _skip_ratio(nodes: Sequence[_Node]) -> float:
     return skip_ratio(op for node in nodes for op, _ in node.picks)
 
 
-def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
-    """Draw distance, gap, truncation and skip ratio, each with a line that marks the selected epoch."""
+def _curves(table: Table, epochs: Epochs, places: Places, certified: bool) -> Markup:
+    """Draw distance, gap, truncation and skip ratio, each with a line that marks the selected epoch.
+
+    Gap and truncation are left out if the nodes have no sparse codes.
+    """
     first, last = epochs[0], epochs[-1]
     kinds = dict.fromkeys(kind for kind, _ in places)
     styles = {kind: _STYLES[i % len(_STYLES)] for i, kind in enumerate(kinds)}
-    with chart(9.6, 5.2, left=0.07, right=0.99, top=0.94, bottom=0.09, wspace=0.16, hspace=0.34) as page:
+    inches, top, bottom, rows = (5.2, 0.94, 0.09, 2) if certified else (2.8, 0.88, 0.17, 1)
+    with chart(9.6, inches, left=0.07, right=0.99, top=top, bottom=bottom, wspace=0.16, hspace=0.34) as page:
         # A logarithmic axis has no zero, so smaller values are drawn at its lower end.
-        panels = (("distance", 1e-6), ("gap", 1e-17), ("truncation", 1e-9))
+        panels: tuple[tuple[str, float], ...] = (("distance", 1e-6),)
+        if certified:
+            panels = (*panels, ("gap", 1e-17), ("truncation", 1e-9))
         cursors = []
         for number, (name, least) in enumerate((*panels, ("skip ratio, %", None)), start=1):
             title = "relative gap" if name == "gap" else name
-            axes = add_axes(page, 2, 2, number, title, log=least is not None)
+            axes = add_axes(page, rows, 2, number, title, log=least is not None)
             if least is None:
                 ratios = [100 * _skip_ratio([table[epoch, *place] for place in places]) for epoch in epochs]
                 axes.plot(epochs, ratios, "o-", color="#1d2129", markersize=3.5)
@@ -203,7 +223,7 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
                     values = [max(getattr(table[epoch, cell, node], name), least) for epoch in shown]
                     axes.plot(shown, values, style, color=colour, linewidth=1.2, marker="o", markersize=2)
             epoch_axis(axes, first, last)
-            if number > 2:
+            if number > 2 * (rows - 1):
                 axes.set_xlabel("epoch")
             (x, _), (after, _) = axes.transData.transform([(last, 0), (last + 1, 0)]).tolist()
             box, height = axes.get_window_extent(), page.bbox.height
@@ -211,7 +231,8 @@ def _curves(table: Table, epochs: Epochs, places: Places) -> Markup:
                 f'<line class="cursor" x1="{x:.1f}" x2="{x:.1f}" y1="{height - box.y1:.1f}" '
                 f'y2="{height - box.y0:.1f}" data-step="{after - x:.2f}"/>'
             )
-        svg = chart_svg(page, "curves", "Distance, relative gap, truncation and skip ratio over the epochs")
+        shown_names = "Distance, relative gap, truncation" if certified else "Distance"
+        svg = chart_svg(page, "curves", f"{shown_names} and skip ratio over the epochs")
     return Markup(str(svg).rstrip().removesuffix("</svg>") + "".join(cursors) + "</svg>")
 
 

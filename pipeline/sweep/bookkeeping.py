@@ -189,12 +189,11 @@ def describe_trial(index: int, trial: FrozenTrial) -> str:
     text = f"trial {index} {WORDS[trial.state]}"
     if FAILED in figures:
         text += f" ({figures[FAILED]})"
-    if "valid_top1" in figures:
-        text += f": top-1 {100 * figures['valid_top1']:.1f} %"
-        if "retrained_top1" in figures:
-            again = " (by an earlier trial)" if figures.get("reused") else ""
-            text += f", retrained {100 * figures['retrained_top1']:.1f} %{again}"
-        text += f", {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
+    again = " (by an earlier trial)" if figures.get("reused") else ""
+    named = (("valid_top1", "top-1", ""), ("retrained_top1", "retrained", again))
+    tops = [f"{name} {100 * figures[key]:.1f} %{note}" for key, name, note in named if key in figures]
+    if tops:
+        text += f": {', '.join(tops)}, {count(figures['epochs'], 'epoch')}, {figures['seconds']:.1f} s"
     if "rollbacks" in figures:
         text += f", rolled back {count(figures['rollbacks'], 'time')}"
     text = f"{text}; {readable(figures.get('settings', {}))}"

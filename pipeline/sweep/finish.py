@@ -133,7 +133,7 @@ def _result(
         "digest": genotype.digest(),
         "genotype": genotype.to_dict(),
         "objective_top1": best.values[sweep.objectives.index("top1")],
-        "valid_top1": figures["valid_top1"],
+        **({"valid_top1": figures["valid_top1"]} if "valid_top1" in figures else {}),
         "params": figures["params"],
         "macs": figures["macs"],
         "trials": len(trials),

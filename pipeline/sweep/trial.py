@@ -133,7 +133,8 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: R
         if progress.epochs > reported:
             reported = progress.epochs
             reached.update(_figures(progress))
-            tune.report({EPOCH: reported, TOP1: progress.newest.metrics[TOP1], **reached})
+            if TOP1 in progress.newest.metrics:
+                tune.report({EPOCH: reported, TOP1: progress.newest.metrics[TOP1], **reached})
 
     with Runtime(config.runtime) as runtime:
         context = JobContext(
@@ -154,10 +155,9 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: R
             for earlier in read_progress(folder, progress):
                 report(earlier)
         figures = {**reached, **_figures(progress)}
-        top1 = figures["valid_top1"]
         if task["objective"] == "retrained":
             figures |= _retrained(context, search["genotype"], search["run_dir"])
-            top1 = figures["retrained_top1"]
+        top1 = figures["retrained_top1" if task["objective"] == "retrained" else "valid_top1"]
     values = {"top1": top1, "params": figures["params"], "macs": figures["macs"]}
     return {**figures, **{f"objective/{name}": float(values[name]) for name in task["objectives"]}}
 
@@ -191,7 +191,7 @@ def _figures(progress: Progress) -> dict[str, Any]:
     """Return the figures of a search so far."""
     m, found = progress.newest.metrics, progress.newest.found()
     return {
-        "valid_top1": m[TOP1],
+        **({"valid_top1": m[TOP1]} if TOP1 in m else {}),  # a method that trains nothing measures none
         "digest": Genotype.from_json(found.genotype).digest(),
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),

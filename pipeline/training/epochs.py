@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from istanas.data import ImageDataset
+from istanas.data import ImageDataset, stratified_subset
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError
 from istanas.measure import Cost
 from istanas.nets import absorb_into_batchnorm, to_channels_last
+from istanas.search import Search
+from istanas.seeds import derive_seed
 from istanas.space import Genotype
 from istanas.training import (
     Compute,
@@ -83,15 +86,11 @@ class SearchJob:
         search = self._search
         searching = search.is_searching
         metrics = self._train(epoch, on_step, lr_factor)
-        trained = search.genotype()
-        choosing = self._splits.alphas if self._splits.alphas is not None else self._splits.holdout
-
-        def measure() -> Metrics:
-            return search.validate(self._batches.measuring("train", choosing))
-
+        choosing = self._choosing()
         if choosing is not None and metrics:
-            metrics |= _named("valid", measure())
-        recovery = search.finish_epoch(None if choosing is None else measure)
+            metrics |= _named("valid", search.validate_epoch(choosing))
+        trained = search.genotype()
+        recovery = search.finish_epoch(choosing)
         genotype = search.genotype()
         sizes = self._config.search if self._config.trains_target else self._config.retrain
         metrics |= {
@@ -114,6 +113,22 @@ class SearchJob:
             frozen=None if frozen is None else tuple(frozen),
         )
         return EpochResult(metrics, found)
+
+    def _choosing(self) -> _Choosing | None:
+        """Return the pictures for choosing: the alpha half, otherwise the hold-out; `None` if there is neither."""
+        splits = self._splits
+        indices = splits.alphas if splits.alphas is not None else splits.holdout
+        if indices is None:
+            return None
+        labels = self._dataset.train.labels[indices]
+        return _Choosing(
+            self._search,
+            self._batches,
+            indices,
+            labels,
+            splits.training,
+            derive_seed(self._config.seed, "choosing"),
+        )
 
     def _train(self, epoch: int, on_step: OnStep, lr_factor: float) -> dict[str, float]:
         """Train an epoch and return its metrics; there are none if the method trains nothing."""
@@ -150,6 +165,30 @@ class SearchJob:
 
     def state(self) -> dict[str, Any]:
         return {"search": self._search.state_dict()}
+
+
+@dataclass(frozen=True)
+class _Choosing:
+    """The pictures for choosing at the end of an epoch, see `istanas.search.base.Choosing`."""
+
+    search: Search[Any]
+    batches: Batches
+    indices: torch.Tensor
+    labels: torch.Tensor
+    weight_indices: torch.Tensor
+    seed: int
+
+    def __call__(self) -> Metrics:
+        return self.search.validate(self.batches.measuring("train", self.indices))
+
+    def pictures(self, count: int | None = None) -> Any:
+        chosen = self.indices
+        if count is not None and count < len(chosen):
+            chosen = chosen[stratified_subset(self.labels, count, self.seed)]
+        return self.batches.shuffled("choosing", chosen)
+
+    def training(self) -> Any:
+        return self.batches.shuffled("statistics", self.weight_indices)
 
 
 class RetrainJob:

@@ -385,6 +385,29 @@ class Batches:
             workers=self._workers,
         )
 
+    def shuffled(self, purpose: str, indices: torch.Tensor) -> Any:
+        """Return batches in an order that is the same in every call, without augmentation.
+
+        Unlike those of `measuring`, the batches of a folder, which is sorted by class, have pictures of all classes. A
+        small last batch, which has no useful mean and variance, is left out.
+        """
+        return batches(
+            self._dataset,
+            "train",
+            indices,
+            batch_size=self._batch_size,
+            augmentation=None,
+            device=self._compute.device,
+            seed=derive_seed(self._seed, purpose),
+            epoch=0,
+            shuffle=True,
+            drop_last=0 < len(indices) % self._batch_size < 2 * self._ranks.size
+            and len(indices) > self._batch_size,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
+            workers=self._workers,
+        )
+
     def measuring(self, split: Any, indices: torch.Tensor | None) -> Any:
         """Return the batches for an evaluation, in order and without augmentation."""
         return batches(

@@ -99,6 +99,46 @@ PUBLISHED = {
             "partial": 4,
         },
     },
+    "gdas_cifar10": {
+        "method": "gdas",
+        "data": {"name": "cifar10"},
+        "search": {
+            "epochs": 240,
+            "batch_size": 64,
+            "init_channels": 16,
+            "layers": 8,
+            "lr": 0.025,
+            "lr_min": 0.001,
+            "momentum": 0.9,
+            "weight_decay": 3e-4,
+            "grad_clip": 5.0,
+            "arch_lr": 3e-4,
+            "arch_betas": [0.5, 0.999],
+            "arch_weight_decay": 1e-3,
+            "tau_max": 10.0,
+            "tau_min": 0.1,
+            "alpha_fraction": 0.5,
+        },
+    },
+    "random_nas_cifar10": {
+        "method": "random_nas",
+        "data": {"name": "cifar10"},
+        "space": {"nodes": 4, "sparsity": 2, "one_op_per_edge": True},
+        "search": {
+            "epochs": 100,
+            "batch_size": 64,
+            "init_channels": 16,
+            "layers": 8,
+            "lr": 0.025,
+            "lr_min": 0.001,
+            "momentum": 0.9,
+            "weight_decay": 3e-4,
+            "candidates": 1000,
+            "candidate_pictures": 640,
+            "finalists": 10,
+            "statistics": "running",
+        },
+    },
     "retrain_cifar10": {
         "data": {"name": "cifar10"},
         "retrain": {
@@ -200,7 +240,7 @@ PUBLISHED = {
 
 def test_the_number_of_files() -> None:
     """The number is explicit, so that a file which is not found fails the test."""
-    assert len(FILES) == 20
+    assert len(FILES) == 26
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from istanas.data import Batch
 from istanas.nets import Supernet
 from istanas.search.darts import DartsSearch, restore
-from istanas.search.softmax import strongest
+from istanas.search.selection import strongest
 from istanas.settings import DartsSettings
 from istanas.space import CellSpace, Decision
 from istanas.training import Compute, Totals

@@ -122,7 +122,7 @@ def test_every_key_of_a_configuration_is_described() -> None:
         }
         for method in METHODS
     }
-    sweep = "sweep={space: {seed: {choice: [1, 2]}}}"
+    sweep = "sweep={objective: retrained, space: {seed: {choice: [1, 2]}}}"
     for method in METHODS:
         config = load(None, [f"method={method}", sweep, "data.holdout=0.1"])
         assert set(values(to_tree(config))) == described[method]
@@ -153,6 +153,7 @@ def test_every_key_and_section_has_a_meaning_in_sentences() -> None:
         ("search.layers", ["  type: integer, at least 3", "  default (one_stage): 20"]),
         ("data.image_size", ["  type: integer, at least 8 (pixels), or null", "  default: null"]),
         ("search.second_order", ["search.second_order (method darts only)", "  type: true or false"]),
+        ("search.alpha_fraction", ["  type: number in (0, 1)", "  default: 0.5"]),
         ("search.termination_tol", ["  type (two_stage): number, at least 0, or null"]),
         ("seed", ["  type: integer in [0, 2^63)", "  default: 0"]),
         ("runtime.workers", ["  type: integer, at least 0, or MIN:MAX"]),

@@ -1,0 +1,176 @@
+"""Random search with weight sharing: every step trains one uniformly random architecture of the space.
+
+After the last epoch random candidates are measured on the alpha half with the shared weights, first on some of its
+pictures, and the best of them on all. The best is the result.
+
+Differences from the paper and from the published code:
+
+- The candidates are architectures of the space. In the DARTS space a node may read one state twice, as in ISTA-NAS;
+  `space.one_op_per_edge: true` draws two distinct edges, as published. The operation `none` is no candidate.
+- The published code measures every candidate on other pictures of the alpha half; here all see the same ones.
+- The published code repeats the choice for every 10,000 steps of training, and takes the best of all. Here it is done
+  once; `candidates` may be larger.
+- The running statistics of batch norm are a mixture of all architectures. The published code measures with them
+  (`statistics: running`); the default is the statistics of each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from istanas.distributed import Ranks
+from istanas.measure import Cost
+from istanas.nets import SearchNetwork
+from istanas.nets.networks import Support
+from istanas.search.base import Batches, Choosing, RecoveryReport
+from istanas.search.sampled import SampledSearch, Supports
+from istanas.settings import RandomNasSettings
+from istanas.space import Decision, Genotype
+from istanas.training import BatchLike, Compute, Metrics, Observer, Totals, derive_seed
+
+
+class RandomNasSearch(SampledSearch[RandomNasSettings]):
+    """A random search with weight sharing: its state, its steps and its epochs.
+
+    During the search, reports and validation concern one random architecture of each epoch.
+
+    Args:
+        supernet, settings, compute, seed, ranks, cost: See `Search`.
+
+    Example:
+        >>> import torch
+        >>> from istanas.nets import Supernet
+        >>> from istanas.space import CellSpace
+        >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, alpha_size=lambda decision: 0)
+        >>> search = RandomNasSearch(net, RandomNasSettings(epochs=2), Compute(torch.device("cpu")), seed=0)
+        >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+        >>> search.train_epoch([batch], lambda: [batch], n_steps=1).count
+        2
+        >>> search.finish_epoch().nodes[0].edge_weights
+        [1.0, 1.0]
+
+    Source:
+        Li and Talwalkar, Random Search and Reproducibility for Neural Architecture Search, UAI 2019.
+    """
+
+    kind = "random_nas"
+
+    @classmethod
+    def alpha_size(cls, settings: RandomNasSettings, decision: Decision) -> int:
+        """Return 0, because there are no alphas."""
+        return 0
+
+    def __init__(
+        self,
+        supernet: SearchNetwork,
+        settings: RandomNasSettings,
+        compute: Compute,
+        seed: int,
+        ranks: Ranks | None = None,
+        cost: Callable[[Genotype], Cost] | None = None,
+    ) -> None:
+        super().__init__(supernet, settings, compute, seed, ranks, cost)
+        self._wrap()
+        self._before: Supports = self._drawn("shown", 0)
+        self.install_unweighted(self._before)
+        self.first_recovery = self._report(self._before)
+
+    @property
+    def trains_alphas(self) -> bool:
+        """False: there are no alphas."""
+        return False
+
+    def _drawn(self, purpose: str, *numbers: int) -> dict[str, list[Support]]:
+        seed = derive_seed(self.seed, self.kind, purpose, *numbers)
+        return self.supernet.space.random_supports(seed)
+
+    def weight_step(self, batch: BatchLike, totals: Totals) -> None:
+        """Draw an architecture, and run one SGD step on its weights."""
+        self.install_unweighted(self.supernet.space.random_supports(self.step_seed("weights")))
+        super().weight_step(batch, totals)
+
+    def train_epoch(
+        self,
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Batches | None,
+        n_steps: int,
+        observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
+    ) -> Metrics:
+        """Run one epoch, see `AlternatingSearch`; then install the random architecture that the epoch shows."""
+        metrics = super().train_epoch(weight_batches, alpha_batches, n_steps, observe, lr_factor=lr_factor)
+        self.install_unweighted(self._drawn("shown", self.epoch))
+        return metrics
+
+    # ---------- measuring and choosing
+
+    def validate_epoch(self, choosing: Choosing) -> Metrics:
+        """Measure the installed architecture; after the last epoch, first choose the best candidate."""
+        if self.is_done:
+            self.install_unweighted(self._best(choosing))
+        return self._measured(choosing)
+
+    def _best(self, choosing: Choosing) -> Supports:
+        """Return the best candidate: by top-1, then by loss, then the one that was drawn first."""
+        s = self.settings
+        candidates = [self._drawn("candidate", number) for number in range(s.candidates)]
+        if s.candidate_pictures is not None:
+            candidates = self._ranked(candidates, choosing, s.candidate_pictures)[: s.finalists]
+        return candidates[0] if len(candidates) == 1 else self._ranked(candidates, choosing)[0]
+
+    def _ranked(
+        self, candidates: list[dict[str, list[Support]]], choosing: Choosing, n_pictures: int | None = None
+    ) -> list[dict[str, list[Support]]]:
+        scores = []
+        for number, supports in enumerate(candidates):
+            self.install_unweighted(supports)
+            measured = self._measured(choosing, n_pictures)
+            scores.append((-measured.top1, measured.loss, number))
+        return [candidates[number] for _, _, number in sorted(scores)]
+
+    def _measured(self, choosing: Choosing, n_pictures: int | None = None) -> Metrics:
+        s = self.settings
+        if s.statistics == "recalibrated":
+            self.recalibrate(islice(choosing.training(), s.calibration_batches))
+        return self.validate(choosing.pictures(n_pictures), batch_statistics=s.statistics == "batch")
+
+    # ---------- the state
+
+    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+        """Report the installed architecture."""
+        self.ranks.check_same("genotype", self.genotype().digest())
+        before, self._before = self._before, self.installed
+        return self._report(before)
+
+    def _report(self, before: Supports) -> RecoveryReport:
+        now = self.installed
+        return RecoveryReport(
+            self.node_reports(
+                now,
+                {kind: [[1.0] * len(support) for support in each] for kind, each in now.items()},
+                {kind: [0.0] * len(each) for kind, each in now.items()},
+                before,
+                {kind: [[] for _ in each] for kind, each in now.items()},
+            ),
+            certified=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
+        supports = {kind: [list(support) for support in each] for kind, each in self.installed.items()}
+        return {**super().state_dict(), "supports": supports}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`.
+
+        Raises:
+            CheckpointError: If the state is of another kind or version.
+        """
+        super().load_state_dict(state)
+        self._before = {
+            kind: [tuple(support) for support in each] for kind, each in state["supports"].items()
+        }
+        self.install_unweighted(self._before)

@@ -1,0 +1,107 @@
+"""No search: a random architecture of the space, the baseline of every search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from istanas.distributed import Ranks
+from istanas.errors import ConfigError
+from istanas.measure import Cost
+from istanas.nets import SearchNetwork
+from istanas.search.base import Batches, NodeReport, RecoveryReport, Search
+from istanas.settings import RandomSettings
+from istanas.space import Decision, Genotype
+from istanas.training import BatchLike, Compute, Metrics, Observer
+
+
+class RandomSearch(Search[RandomSettings]):
+    """A random architecture, as a search of one epoch that trains nothing.
+
+    The architecture of `method: random` and `seed: S` is that of `istanas retrain --genotype random:S`.
+
+    Args:
+        supernet, settings, compute, seed, ranks, cost: See `Search`.
+
+    Example:
+        >>> import torch
+        >>> from istanas.nets import NoNetwork
+        >>> from istanas.space import CellSpace, NetworkSize
+        >>> net = NoNetwork(CellSpace(), NetworkSize(2, 3, 10))
+        >>> search = RandomSearch(net, RandomSettings(), Compute(torch.device("cpu")), seed=7)
+        >>> search.train_epoch([], None, 0) is None, search.is_done
+        (True, True)
+        >>> search.genotype() == CellSpace().random(7)
+        True
+    """
+
+    kind = "random"
+    has_network = False
+
+    @classmethod
+    def alpha_size(cls, settings: RandomSettings, decision: Decision) -> int:
+        """Return 0, because there are no alphas."""
+        return 0
+
+    def __init__(
+        self,
+        supernet: SearchNetwork,
+        settings: RandomSettings,
+        compute: Compute,
+        seed: int,
+        ranks: Ranks | None = None,
+        cost: Callable[[Genotype], Cost] | None = None,
+    ) -> None:
+        super().__init__(supernet, settings, compute, seed, ranks, cost)
+        self._supports = supernet.space.random_supports(seed)
+        self.first_recovery = self._report()
+
+    def train_epoch(
+        self,
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Batches | None,
+        n_steps: int,
+        observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
+    ) -> None:
+        """Count the epoch. Nothing is trained."""
+        self.epoch += 1
+
+    def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
+        """Raise an error, because there is no step.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("random trains nothing", field="method", remedy="choose another method")
+
+    def genotype(self) -> Genotype:
+        """Return the random architecture."""
+        return self.supernet.space.genotype(self._supports)
+
+    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+        """Report the architecture."""
+        self.ranks.check_same("genotype", self.genotype().digest())
+        return self._report()
+
+    def _report(self) -> RecoveryReport:
+        nodes = [
+            NodeReport(
+                cell=kind,
+                node=index,
+                picks=self.describe_picks((kind, index), self._supports[kind][index]),
+                edge_weights=[1.0] * len(self._supports[kind][index]),
+                distance=0.0,
+                gap=0.0,
+                truncation=0.0,
+                changed=False,
+                converged=True,
+            )
+            for kind, index in self.places
+        ]
+        return RecoveryReport(nodes, certified=False)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the one epoch is over."""
+        return self.epoch >= self.settings.max_epochs
