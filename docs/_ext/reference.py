@@ -47,7 +47,8 @@ def _configuration_blocks() -> Iterator[str]:
 
 def _key_blocks(key: Key) -> Iterator[str]:
     if key.only:
-        yield f"Only with `method: {key.only}`."
+        name = "space.name" if key.owner == "space" else "method"
+        yield f"Only with `{name}`: {key.only}."
     for methods, meaning in key.fact("meaning"):
         yield _with_methods(methods, _escaped(meaning))
     facts = [

@@ -67,7 +67,7 @@ class Key:
     def only(self) -> str:
         """The methods or spaces that have the key, or an empty string if all have it."""
         everyone = SPACES if self.owner == "space" else METHODS
-        return "" if len(self.variants) == len(everyone) else " and ".join(self.variants)
+        return "" if len(self.variants) == len(everyone) else ", ".join(self.variants)
 
     def fact(self, name: str) -> list[tuple[str, str]]:
         """Return an attribute of the variants as pairs (owners, value); owners is empty if all variants agree.
@@ -320,7 +320,10 @@ def _number(value: float) -> str:
 
 
 def _lines(key: Key, width: int) -> Iterator[str]:
-    yield f"{key.path} ({key.owner} {key.only} only)" if key.only else key.path
+    owners = f"{key.owner}{'s' if len(key.variants) > 1 else ''} {key.only}"
+    yield from textwrap.wrap(
+        f"{key.path} ({owners} only)" if key.only else key.path, width, subsequent_indent="    "
+    )
     for label, name in (("", "meaning"), ("type", "type"), ("default", "shown_default")):
         for owners, value in key.fact(name):
             start = " ".join(word for word in (label, f"({owners})" if owners else "") if word)

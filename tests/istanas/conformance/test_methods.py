@@ -16,16 +16,20 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.methods import METHODS
+from istanas.nets import NoNetwork, SearchNetwork
 from istanas.search import RecoveryReport, Search
 from istanas.settings import (
     DartsSettings,
+    GdasSettings,
     OneStageSettings,
     PcDartsSettings,
+    RandomNasSettings,
+    RandomSettings,
     SearchSettings,
     TwoStageSettings,
 )
 from istanas.space import CellSpace, ChoiceSpace, Decision, NetworkSize, SearchSpace
-from istanas.training import Compute
+from istanas.training import Compute, Metrics
 from tests.ranks import run_ranks
 
 # The alphas move fast, so that an epoch of a few steps changes the architecture.
@@ -35,6 +39,12 @@ CASES: dict[str, tuple[str, SearchSettings]] = {
     "darts": ("darts", DartsSettings(epochs=3, arch_lr=0.1)),
     "darts, second order": ("darts", DartsSettings(epochs=3, arch_lr=0.1, second_order=True)),
     "pc_darts": ("pc_darts", PcDartsSettings(epochs=3, arch_lr=0.1, warmup_epochs=1)),
+    "gdas": ("gdas", GdasSettings(epochs=3, arch_lr=0.1)),
+    "random_nas": (
+        "random_nas",
+        RandomNasSettings(epochs=3, candidates=4, candidate_pictures=None, finalists=2),
+    ),
+    "random": ("random", RandomSettings()),
 }
 CPU, N_STEPS, CLASSES = Compute(torch.device("cpu")), 3, 5
 
@@ -74,12 +84,14 @@ def make(case: str, space: SearchSpace, *, seed: int = 0, ranks: Ranks | None = 
     name, settings = CASES[case]
     method = METHODS[name].search_class
     torch.manual_seed(seed)
-    net = space.supernet(
-        size_of(settings),
-        lambda decision: method.alpha_size(settings, decision),
-        auxiliary=False,
-        partial=method.partial_channels(settings),
-    )
+    net: SearchNetwork = NoNetwork(space, size_of(settings))
+    if method.has_network:
+        net = space.supernet(
+            size_of(settings),
+            lambda decision: method.alpha_size(settings, decision),
+            auxiliary=False,
+            partial=method.partial_channels(settings),
+        )
     if ranks is not None:  # The output must not depend on the other pictures of the batch, nor on rounding.
         net.double()
         for module in net.modules():
@@ -98,14 +110,37 @@ def batch(seed: int, ranks: Ranks | None = None) -> Batch:
     return Batch(images[ranks.rank :: ranks.size], target[ranks.rank :: ranks.size])
 
 
-def run_epoch(search: Search[Any], ranks: Ranks | None = None) -> tuple[Any, RecoveryReport]:
-    def batches(first: int) -> list[Batch]:
-        return [batch(first + step, ranks) for step in range(N_STEPS)]
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures for choosing, see `istanas.search.base.Choosing`."""
 
+    search: Search[Any]
+    ranks: Ranks | None
+
+    def __call__(self) -> Metrics:
+        return self.search.validate(self.pictures())
+
+    def pictures(self, count: int | None = None) -> list[Batch]:
+        return batches(900, self.ranks)
+
+    def training(self) -> list[Batch]:
+        return batches(950, self.ranks)
+
+
+def batches(first: int, ranks: Ranks | None) -> list[Batch]:
+    return [batch(first + step, ranks) for step in range(N_STEPS)]
+
+
+def run_epoch(search: Search[Any], ranks: Ranks | None = None) -> tuple[Any, RecoveryReport]:
     start = 100 * search.epoch
     divides = hasattr(search.settings, "alpha_fraction")
-    metrics = search.train_epoch(batches(start), (lambda: batches(start + 50)) if divides else None, N_STEPS)
-    return metrics, search.finish_epoch((lambda: search.validate(batches(900))) if divides else None)
+    metrics = search.train_epoch(
+        batches(start, ranks), (lambda: batches(start + 50, ranks)) if divides else None, N_STEPS
+    )
+    pictures = Pictures(search, ranks) if divides else None
+    if pictures is not None:
+        search.validate_epoch(pictures)
+    return metrics, search.finish_epoch(pictures)
 
 
 def values(state: Any) -> Iterator[Any]:
@@ -135,9 +170,9 @@ def test_every_registered_method_is_tested() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_an_epoch_trains_the_weights_that_are_active(case: str, space: SearchSpace) -> None:
     search = make(case, space)
-    before = [w.detach().clone() for w in search.weights]
+    before = [w.detach().clone() for w in search.supernet.weights()]
     metrics, _ = run_epoch(search)
-    moved = [not torch.equal(w, old) for w, old in zip(search.weights, before, strict=True)]
+    moved = [not torch.equal(w, old) for w, old in zip(search.supernet.weights(), before, strict=True)]
     assert search.epoch == 1
     assert any(moved) == (metrics is not None)
     if metrics is not None:
@@ -155,7 +190,8 @@ def test_gradients_exist_for_the_active_parameters_and_no_others(case: str, spac
         for parameter in search.supernet.parameters():
             parameter.grad = None
         search.train_step(batch(0), batch(1) if hasattr(search.settings, "alpha_fraction") else None)
-    active = {id(p) for p in (*search.supernet.active_parameters(), *search.supernet.active_alphas())}
+    alphas = [p for p in search.supernet.active_alphas() if p.numel() > 0]  # `random_nas` has none
+    active = {id(p) for p in (*search.supernet.active_parameters(), *alphas)}
     assert {id(p) for p in search.supernet.parameters() if p.grad is not None} == active
 
 
@@ -193,7 +229,7 @@ def test_reports_have_one_node_per_decision(case: str, space: SearchSpace) -> No
 @pytest.mark.parametrize("case", CASES)
 def test_the_final_genotype_is_one_of_the_space(case: str, space: SearchSpace) -> None:
     search = make(case, space)
-    assert not search.is_done
+    assert not search.is_done or not search.has_network
     while not search.is_done:
         run_epoch(search)
     genotype = search.genotype()
