@@ -22,6 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# The package's own entries are registered before any plugin is imported, so that none of them counts as a plugin's.
+import istanas.data.registry
+import istanas.methods
+import istanas.space  # noqa: F401
 from istanas.errors import ConfigError, IstanasError
 from istanas.limits import MB, read_at_most
 from istanas.registry import Registration, registering_for, unregister

@@ -231,3 +231,18 @@ def test_a_shipped_package_that_is_not_installed_is_one_line() -> None:
     plugin = plugins.Plugin("ours (my-search 1.2)", "0", "", entry_point="my_search_c")
     with pytest.raises(ConfigError, match="it is not installed where this process runs; install the same"):
         Shipped((plugin,), b"").open()
+
+
+def test_own_entries_are_not_those_of_the_first_plugin(tmp_path: Path) -> None:
+    """A plugin may be the first that imports the package's modules, in a process of its own."""
+    (tmp_path / "bright.py").write_text(SOURCE + "from istanas.space import SPACES, OPERATIONS\n")
+    code = (
+        "from pipeline.config.plugins import load_plugins; load_plugins(['bright.py'])\n"
+        "from istanas.data.registry import DATASETS; from istanas.methods import METHODS\n"
+        "from istanas.space import OPERATIONS, SPACES\n"
+        "print({r.origin(n) for r in (DATASETS, METHODS, OPERATIONS, SPACES) for n in r if n != 'bright'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{'istanas'}\n"
