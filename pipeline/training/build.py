@@ -105,7 +105,9 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
         ConfigError: If it does not.
     """
     space = config.space.build()
-    for job in jobs:
+    # The cost of what a search finds is that of the network of its retraining.
+    costed = () if config.trains_target or "search" not in jobs else ("retrain",)
+    for job in dict.fromkeys((*jobs, *costed)):
         try:
             space.check_size(network_size(getattr(config, job), dataset))
         except ConfigError as error:

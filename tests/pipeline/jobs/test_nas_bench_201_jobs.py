@@ -197,3 +197,13 @@ def test_a_cell_of_the_benchmark_does_not_fit_the_darts_space(
 ) -> None:
     message = error(capfd, "retrain", "--genotype", "nas_bench_201:12")
     assert "belongs to the space nas_bench_201, not to darts; set space.name=nas_bench_201" in message
+
+
+def test_the_size_of_the_retraining_is_checked_before_a_search(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The cost of what a search finds is that of the network of its retraining."""
+    file = write(project / "two.yaml")
+    line = error(capfd, "search", "--config", file, "--set", "retrain.layers=7")
+    assert line.startswith("error: retrain.layers: 7 is not 3 N + 2")
+    assert not list(project.glob("runs/*"))
