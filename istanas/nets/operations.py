@@ -320,6 +320,10 @@ def _check_once(operation: Operation, channels: int) -> None:
 
 
 def _build(operation: Operation, channels: int, stride: int, affine: bool) -> nn.Module:
+    if operation.name in OPERATIONS and OPERATIONS.origin(operation.name) == OWN:
+        return operation.build(
+            channels, stride, affine
+        )  # An error, such as one of memory, is not the operation's.
     arguments = f"({channels}, {stride}, {affine})"
     try:
         module = operation.build(channels, stride, affine)

@@ -168,8 +168,9 @@ def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
         shape: (C, H, W).
 
     Example:
+        >>> from istanas.nets import TargetNet
         >>> from istanas.space import PUBLISHED
-        >>> net = TargetNetwork(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
+        >>> net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
         >>> trace_program(net, (3, 8, 8)).module()(torch.zeros(5, 3, 8, 8)).shape
         torch.Size([5, 10])
     """

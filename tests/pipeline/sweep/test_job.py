@@ -118,7 +118,10 @@ def test_passwords_of_databases_are_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "line"),
     [
-        ("search.cutout: {int: [0, 9]}", "sweep.space allows search.cutout=9: search.cutout: 9 is above the"),
+        (
+            "search.cutout: {int: [0, 9]}",
+            "sweep.space allows search.cutout=9: search.cutout: 9 is larger than the",
+        ),
         (
             "space.matrix: {choice: [uniform, gaussian]}, "
             "search.max_pictures: {int: [9, 5000], when: {space.matrix: gaussian}}",
