@@ -26,16 +26,16 @@ from pipeline.config.yaml_files import dump
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 PICTURES_PER_CLASS = 500
-SEARCH = {"epochs": 6, "max_pictures": 2000, "batch_size": 64, "init_channels": 8, "layers": 5, "lr": 0.1}
+SEARCH = {"epochs": 4, "max_pictures": 2000, "batch_size": 64, "init_channels": 8, "layers": 5, "lr": 0.1}
 ALPHAS = {"arch_lr": 0.01}
-ONE_STAGE = {"max_search_epochs": 6, "train_epochs": 15, "cutout": 0, "max_params": None, "test_every": 15}
+ONE_STAGE = {"max_search_epochs": 4, "train_epochs": 8, "cutout": 0, "max_params": None, "test_every": 8}
 NAS_BENCH_201 = {
     "name": "nas_bench_201",
     "ops": ["skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"],
     "n_measurements": 3,
 }
 RETRAIN = {
-    "epochs": 15,
+    "epochs": 8,
     "batch_size": 64,
     "init_channels": 8,
     "layers": 5,
@@ -43,7 +43,7 @@ RETRAIN = {
     "auxiliary_weight": 0.0,
     "drop_path": 0.0,
     "cutout": 0,
-    "test_every": 15,  # only after the last epoch
+    "test_every": 8,  # only after the last epoch
 }
 # name -> (method, settings of the search beside `SEARCH`, settings of the space)
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
