@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.methods_cifar10 DIR OUT
 
-DIR is a picture folder, DIR/train/CLASS/*, DIR/test/CLASS/*. OUT receives the first 500 training pictures of each class
-as links, the configurations, the runs and `table.csv`. All runs have the same settings but for the method and the
-space, one thread and one seed, and two run at a time. A run that is interrupted resumes with the same command. The
-figures say what each method costs and that it runs. One seed and short trainings cannot rank the methods.
+DIR is a picture folder, DIR/train/CLASS/*, DIR/test/CLASS/*. OUT receives copies of the first 500 training pictures of
+each class and of all test pictures, the configurations, the runs and `table.csv`. All runs have the same settings but
+for the method and the space, one thread and one seed, and two run at a time. A run that is interrupted resumes with the
+same command. The figures say what each method costs, and that it runs. One seed and short trainings cannot rank the
+methods.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    link_pictures(options.pictures.resolve(), out / "pictures")
+    copy_pictures(options.pictures.resolve(), out / "pictures")
     write_plugin(out)
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda name: run(name, out), RUNS))
@@ -78,15 +80,15 @@ def main() -> None:
     print((out / "table.csv").read_text())
 
 
-def link_pictures(pictures: Path, folder: Path) -> None:
-    """Link the first training pictures and all test pictures of each class."""
+def copy_pictures(pictures: Path, folder: Path) -> None:
+    """Copy the first training pictures and all test pictures of each class."""
     for split, most in (("train", PICTURES_PER_CLASS), ("test", None)):
         for source in sorted((pictures / split).iterdir()):
             target = folder / split / source.name
             target.mkdir(parents=True, exist_ok=True)
             for file in sorted(source.iterdir())[:most]:
                 if not (target / file.name).exists():
-                    (target / file.name).symlink_to(file)
+                    shutil.copyfile(file, target / file.name)
 
 
 def write_plugin(out: Path) -> None:
