@@ -137,10 +137,9 @@ def run_epoch(search: Search[Any], ranks: Ranks | None = None) -> tuple[Any, Rec
     metrics = search.train_epoch(
         batches(start, ranks), (lambda: batches(start + 50, ranks)) if divides else None, N_STEPS
     )
-    pictures = Pictures(search, ranks) if divides else None
-    if pictures is not None:
-        search.validate_epoch(pictures)
-    return metrics, search.finish_epoch(pictures)
+    if divides:
+        search.validate_epoch(Pictures(search, ranks))
+    return metrics, search.finish_epoch()
 
 
 def values(state: Any) -> Iterator[Any]:
