@@ -153,7 +153,7 @@ class Search(Generic[Settings]):
     """
 
     kind: ClassVar[str]
-    """Name of the method."""
+    """Name of the method, as it is registered."""
 
     has_network: ClassVar[bool] = True
     """Whether the search has a network. Without one, `supernet` is a `NoNetwork`."""
