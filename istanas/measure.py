@@ -5,7 +5,6 @@ The auxiliary head is left out, as in the literature, because it is used only in
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -68,8 +67,8 @@ def count_params(net: nn.Module) -> int:
 def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
     """Count the multiply-adds of one forward pass in eval mode, in which the auxiliary head does not run.
 
-    Those of convolutions, linear layers and matrix products are counted, whether they are modules such as `nn.Conv2d`
-    or calls of torch's functions.
+    Convolutions, linear layers and matrix products are counted, whether they are modules such as `nn.Conv2d` or calls
+    of torch's functions.
 
     Args:
         net: Any network that maps (B, C, H, W) to logits. It is not changed.
@@ -113,7 +112,7 @@ class _Products(TorchFunctionMode):
         if func in _CONVOLUTIONS or func in _TRANSPOSED:
             x = args[0] if args else kwargs["input"]
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            # Each pixel, of the input if the convolution is transposed, meets the kernels of one channel.
+            # Each pixel of the output (of the input, if the convolution is transposed) takes this many products.
             self.macs += (x if func in _TRANSPOSED else out).numel() * prod(weight.shape[1:])
         elif func is _F.linear or func in _MATRIX_PRODUCTS:
             self.macs += out.numel() * (args[0] if args else kwargs["input"]).shape[-1]
@@ -221,7 +220,7 @@ def target_cost(
     return total + Cost((width + 1) * num_classes, width * num_classes)
 
 
-@functools.lru_cache(maxsize=512)
+@lru_cache(maxsize=512)
 def network_cost(
     space: SearchSpace, genotype: Genotype, size: NetworkSize, shape: tuple[int, int, int]
 ) -> Cost:
@@ -250,8 +249,8 @@ def _operation_cost(
 ) -> Cost:
     """Measure an operation of a target network on an input of (height, width) = `size`.
 
-    It is measured once, because a search needs the costs of its operations in every epoch. It runs on the CPU, because
-    operations of plugins may not run on tensors without memory, and because those take seconds when first used.
+    The result is cached, because a search needs the costs of its operations in every epoch. The operation runs on the
+    CPU: operations of plugins might not support the device "meta", whose first use also takes seconds.
     """
     options = {"batchnorm": op_batchnorm, "identity_batchnorm": op_batchnorm}
     products = _Products()

@@ -1,7 +1,7 @@
-"""The registry of search methods. A method is its settings and its search, which may be named by module and class.
+"""The registry of search methods. A method has a class for its settings and a class for its search.
 
-This module does not import torch: the classes of the built-in methods are imported when they are needed, because the
-command line must start quickly.
+This module does not import torch, because the command line must start quickly. The classes of the built-in methods are
+therefore given as "module:Class", and imported when they are needed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class SearchMethod:
     Args:
         name: Its name, the value of `method` in a configuration.
         summary: What it does, in one sentence for the user.
-        settings: Its settings, a dataclass that derives from `istanas.settings.SearchSettings`, or "module:Class".
-        search: Its search, a class that derives from `istanas.search.Search`, or "module:Class".
+        settings: The class of its settings, a dataclass that derives from `istanas.settings.SearchSettings`, or
+            "module:Class".
+        search: The class of its search, which derives from `istanas.search.Search`, or "module:Class".
 
     Example:
         >>> METHODS["two_stage"].settings_class().epochs
@@ -77,7 +78,7 @@ def trains_target(name: str | None) -> bool:
     """Return whether a method also trains the network that it finds; False for a method that is not registered.
 
     Args:
-        name: The method of a run, which a plugin of an earlier command may have registered.
+        name: The method of a run. It is not registered if it comes from a plugin that is not loaded now.
 
     Example:
         >>> trains_target("one_stage"), trains_target("two_stage"), trains_target("unknown")

@@ -77,10 +77,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             ConfigError: If the name is not registered. The error names the nearest name and all others.
         """
         if not isinstance(name, str) or name not in self._entries:
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"{name!r:.80} is not a registered {self.kind}{hint}",
+                f"{name!r:.80} is not a registered {self.kind}{did_you_mean(str(name), self._entries)}",
                 field=self.field,
                 remedy=f"choose from {', '.join(self._entries)}",
             )
@@ -122,6 +120,17 @@ class Registration:
     registry: Registry[Any]
     name: str
     entry: Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean NAME?)" with the nearest known name, or "" if none is near.
+
+    Example:
+        >>> did_you_mean("skip_conect", ["none", "skip_connect"]), did_you_mean("x", ["none"])
+        (' (did you mean skip_connect?)', '')
+    """
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def unregister(registrations: Iterable[Registration]) -> None:

@@ -1,4 +1,4 @@
-"""The settings of the built-in searches that load without torch. Their defaults are the published ones.
+"""Settings of the built-in search methods. The defaults are the published ones.
 
 A settings class is a dataclass whose fields are the keys of the section `search` of a configuration. Its annotations
 hold types and ranges, and its docstring describes each field: the schema, `istanas config --describe` and the reference
@@ -25,6 +25,7 @@ Stem = Literal["auto", "cifar", "imagenet"]
 """First layers of a network, see `istanas.nets.skeleton.Stem`."""
 
 Statistics = Literal["batch", "recalibrated", "running"]
+"""Statistics that batch norm uses to measure an architecture, see `RandomNasSettings`."""
 
 CLOSING_EPOCHS = 1
 """Epochs of a one-stage search after its last node has frozen.
@@ -76,13 +77,16 @@ class SearchSettings:
     """
 
     trains_target: ClassVar[bool] = False
-    """Whether the search also trains the network that it finds, so that no retraining is needed."""
+    """Whether the search also trains the network that it finds, so that no retraining is needed.
+
+    All decisions of its finished supernet are then FROZEN, see `istanas.nets.absorb_into_batchnorm`.
+    """
 
     validates: ClassVar[bool] = True
     """Whether the search measures a validation accuracy if there are pictures for it."""
 
     shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Pairs of fields, of which the first must be less than the second."""
+    """Pairs (field, other field). The value of the field must be less than that of the other one."""
 
     batch_size: BatchSize = 256
     init_channels: PositiveInt = 16
@@ -126,7 +130,7 @@ class AlternatingSettings(SearchSettings):
 
 @dataclass(frozen=True)
 class SparseCodingSettings:
-    """Settings of the sparse codes, which the section `space` of a configuration holds.
+    """Settings of the sparse codes. A configuration has them in its section `space`.
 
     Args:
         n_measurements: Rows m of the measurement matrices, >= 1.
@@ -240,8 +244,8 @@ class PcDartsSettings(AlternatingSettings):
     """PC-DARTS. The defaults are published for CIFAR-10.
 
     Args:
-        warmup_epochs: Epochs at the beginning in which the weights are trained and the alphas are not.
-        partial: The operations run on 1 / partial of the channels, which it must divide.
+        warmup_epochs: Number of epochs at the beginning in which only the weights are trained.
+        partial: The operations run on 1 / partial of the channels. It must divide the number of channels.
 
     Example:
         >>> PcDartsSettings().batch_size, PcDartsSettings().partial
@@ -261,7 +265,7 @@ class GdasSettings(AlternatingSettings):
 
     Args:
         tau_max: Temperature of the Gumbel-softmax in the first epoch.
-        tau_min: Temperature in the last epoch. It falls linearly, epoch by epoch.
+        tau_min: Temperature in the last epoch. The temperature falls linearly from epoch to epoch.
         alphas_scale: Standard deviation of the initial alphas.
     """
 
@@ -276,18 +280,18 @@ class GdasSettings(AlternatingSettings):
 
 @dataclass(frozen=True)
 class RandomNasSettings(AlternatingSettings):
-    """Random search with weight sharing. The defaults are those of the published code for CIFAR-10, but `statistics`.
+    """Random search with weight sharing. Except for `statistics`, the defaults are those of the published code.
 
     No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect, and the pictures of
-    alpha_fraction only choose.
+    alpha_fraction are used only to choose an architecture.
 
     Args:
-        candidates: Number of random architectures that are measured after the last epoch.
+        candidates: Number of random architectures (candidates) that are measured after the last epoch.
         candidate_pictures: Number of pictures on which each candidate is measured, stratified by class. null uses all.
-        finalists: Number of the best candidates that are then measured on all pictures.
-        statistics: Mean and variance that batch norm uses to measure an architecture. batch uses those of each batch;
-            recalibrated those of calibration_batches training batches in this architecture; running, as published, the
-            running statistics of the training, which mix all architectures.
+        finalists: Number of the best candidates that are then measured on all pictures of alpha_fraction.
+        statistics: Mean and variance that batch norm uses to measure an architecture. batch uses those of each batch.
+            recalibrated uses those of calibration_batches training batches, which are first passed through the
+            architecture. running uses the running statistics of the training, as published; they mix all architectures.
         calibration_batches: Number of training batches for the statistics of each architecture (recalibrated only).
     """
 
@@ -303,7 +307,7 @@ class RandomNasSettings(AlternatingSettings):
 
 @dataclass(frozen=True)
 class RandomSettings(SearchSettings):
-    """A random architecture. All keys but `seed` and those of `space` have no effect, because nothing is trained."""
+    """A random architecture. The keys of `search` have no effect, because nothing is trained."""
 
     validates: ClassVar[bool] = False
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from istanas.registry import registering_for
+from istanas.registry import registering_for, unregister
 from istanas.space import Operation, register_operation
 
 ORIGIN = "my_ops.py"
@@ -66,15 +66,13 @@ TWO_KERNELS = Operation("two_kernels", TwoKernels)
 USER_OPERATIONS = (SE_CONV, SEPARABLE_7X7, TWO_KERNELS)
 
 
-class _FinishedError(Exception):
-    """Ends a registration, which the registry removes after an error."""
-
-
 @contextmanager
 def registered(*operations: Operation) -> Iterator[None]:
     """Return a context in which operations are registered as those of a plugin."""
-    with suppress(_FinishedError), registering_for(ORIGIN):
+    with registering_for(ORIGIN) as found:
         for operation in operations:
             register_operation(operation)
+    try:
         yield
-        raise _FinishedError
+    finally:
+        unregister(found)

@@ -34,16 +34,16 @@ class DatasetEntry:
         load: Returns the data set.
         needs_root: Whether `data.root` must be given.
         resizable: Whether `data.image_size` has an effect.
-        side: Largest side of its pictures in pixels; None if only the pictures tell. The pictures are then loaded or
-            inspected before a stem is chosen.
+        side: Largest side of its pictures in pixels. None if it is known only from the pictures, which are then loaded
+            or inspected before a stem is chosen.
         max_image_size: Largest `data.image_size`; None for any.
-        parts: The parts of `data.root` that hold the data, which a job compares between the nodes of a cluster. ""
-            is all of it; without parts, nothing is compared.
+        parts: The files and folders in `data.root` that hold the data. A job compares them between the nodes of a
+            cluster. "" is all of `data.root`; without parts, nothing is compared.
         downloads: Whether the data lie in the cache's folder of downloads if there is no `data.root`.
         is_named_by_root: Whether `data.root` decides which pictures these are. Results are then listed under the name
             of that folder.
-        survey: Returns the facts in the headers of its files, without decoding any; the second argument says whether
-            the facts are cached. None if the data set has to be loaded.
+        survey: Returns what the headers of its files say about the pictures, without decoding any; the second argument
+            says whether the result is cached. None if the data set has to be loaded to know it.
     """
 
     load: Load
@@ -67,7 +67,7 @@ def register_dataset(
     """Register a data set, which `data.name` can then name.
 
     Args:
-        name: Its name: a letter followed by letters, digits and underscores.
+        name: Its name: a letter followed by at most 63 letters, digits and underscores.
         load: Returns the data set; `istanas.data.dataset_from_arrays` builds it from NumPy arrays.
         needs_root: Whether `data.root`, a file or a folder, must be given. The function receives it as
             `request.root`.
@@ -196,9 +196,7 @@ def _loaded_by_user(entry: DatasetEntry, request: DatasetRequest) -> ImageDatase
     name = request.name
     try:
         dataset = entry.load(request)
-    except IstanasError:
-        raise
-    except MemoryError:
+    except (IstanasError, MemoryError):
         raise
     except Exception as error:
         raise DataError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from istanas.errors import ConfigError
 from istanas.nets.networks import NodeState, SearchNetwork, TargetNetwork
 from istanas.nets.operations import Zero, final_batchnorm
+from istanas.space import kind_title
 
 
 def absorb_into_batchnorm(supernet: SearchNetwork) -> TargetNetwork:
@@ -50,7 +51,7 @@ def absorb_into_batchnorm(supernet: SearchNetwork) -> TargetNetwork:
         for node, state in enumerate(states):
             if state is not NodeState.FROZEN:
                 raise ConfigError(
-                    f"node {node} of the {kind} cell is still {state.name}, not FROZEN",
+                    f"node {node} of the {kind_title(kind)} is still {state.name}, not FROZEN",
                     field="supernet",
                     remedy="finish the search first",
                 )

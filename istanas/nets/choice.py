@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from istanas.nets.operations import (
     Zero,
     final_batchnorm,
     make_operation,
+    train_affine,
 )
 from istanas.nets.partial import bypass, join, partial_width, split
 from istanas.nets.skeleton import checkpointed
@@ -78,7 +78,7 @@ class PartialChoice(Choice):
         self.k, self.stride = k, stride
 
     def mix(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """Return the mixed part of the channels and the others, which have the sum of the weights, shuffled."""
+        """Return the mixed part of the channels and the other channels times the sum of the weights, shuffled."""
         part, rest = split(x, self.k)
         passed = bypass(rest, self.stride)
         if weights:
@@ -94,7 +94,7 @@ class _Chooser:
         size: The size of the network.
         supports: The candidates to build for each decision; `None` builds all.
         affine: Whether batch norms learn scale and shift.
-        partial: Candidates run on 1 / `partial` of the channels, which only `operation` can build.
+        partial: Candidates run on 1 / `partial` of the channels. With more than 1, only `operation` can create choices.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class ChoiceSupernet(SearchNetwork):
                 owners.setdefault(id(p), set()).add(module)
         self._owned = [(p, owners.get(id(p), set())) for p in self.network.parameters()]
         self._inactive: set[nn.Module] = set()
-        self._frozen: dict[tuple[str, int], bool] = {}  # whether the affine parts of a decision are trained
+        self._frozen: dict[tuple[str, int], bool] = {}  # whether affine parts are trained
         self._active_parameters: list[nn.Parameter] = []
         self.set_alphas(alpha_size)
 
@@ -253,7 +253,7 @@ class ChoiceSupernet(SearchNetwork):
             for choice in choices:
                 choice.active = tuple(supports[kind][index])
                 if changed:
-                    _train_affine(choice, is_frozen)
+                    train_affine(choice, is_trained=is_frozen)
                 for candidate, module in choice.candidates.items():
                     if int(candidate) not in choice.active:
                         self._inactive.add(module)
@@ -308,13 +308,6 @@ def _weighted(operation: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:
     return out if weight is None else weight * out
 
 
-def _train_affine(choice: Choice, is_frozen: bool) -> None:
-    """Train the affine parts of all batch norms in the operations of a FROZEN decision, and no others."""
-    for norm in choice.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-            norm.weight.requires_grad_(is_frozen)
-            norm.bias.requires_grad_(is_frozen)
-
-
-def _all(places: Places) -> list[Any]:
+def _all(places: Places) -> list[Choice]:
+    """Return the choices of all decisions."""
     return [choice for choices in places.values() for choice in choices]

@@ -1,4 +1,4 @@
-"""What the networks of all search spaces have in common: `TargetNetwork` and `SearchNetwork`, the network of a search.
+"""The base classes of the networks of all search spaces: `SearchNetwork` and `TargetNetwork`.
 
 A search network has the weights of all candidates, and a vector of alphas for each decision of its space. A search
 installs the candidates that are computed, and a function that returns their edge weights.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from istanas.errors import ConfigError
-from istanas.space import Decision, Genotype, NetworkSize, SearchSpace
+from istanas.space import Decision, Genotype, NetworkSize, SearchSpace, kind_title
 
 Support = tuple[int, ...]
 EdgeWeights = Mapping[str, Sequence[Tensor] | Tensor]
@@ -190,7 +190,7 @@ class SearchNetwork(nn.Module):
         for kind, decisions in self.space.decisions.items():
             if len(codes[kind]) != len(decisions):
                 raise ConfigError(
-                    f"{len(codes[kind])} codes for the {len(decisions)} nodes of the {kind} cell",
+                    f"{len(codes[kind])} codes for the {len(decisions)} nodes of the {kind_title(kind)}",
                     field="codes",
                     remedy="give one for each node",
                 )
@@ -198,7 +198,7 @@ class SearchNetwork(nn.Module):
             sizes = {len(node.support) for node in codes[kind]} - {sparsity}
             if sizes:
                 raise ConfigError(
-                    f"a node of the {kind} cell keeps {sizes.pop()} operations",
+                    f"a node of the {kind_title(kind)} keeps {sizes.pop()} operations",
                     field="codes",
                     remedy=f"keep {sparsity}, the sparsity of the space",
                 )
@@ -300,7 +300,7 @@ class _KeptColumns:
 
 
 def kept_columns(nodes: Sequence[NodeCode], like: Tensor) -> _KeptColumns:
-    """Return the constants in the edge weights of these codes, on the device and with the precision of `like`."""
+    """Return the constants in the edge weights of these codes, on the device of `like` and rounded to its precision."""
     supports = [list(node.support) for node in nodes]
     columns = torch.stack([n.measurement_matrix[:, S] for n, S in zip(nodes, supports, strict=True)])
     codes = torch.stack([n.sparse_code[S] for n, S in zip(nodes, supports, strict=True)])

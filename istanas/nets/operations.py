@@ -1,8 +1,8 @@
-"""The modules of the published operations, the fixed blocks of both networks, and what holds for any operation.
+"""The modules of the published operations, the fixed blocks of the networks, and the checks of any operation.
 
 Every operation maps (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)). The published ones are those of DARTS
-(Liu et al., ICLR 2019); their modules have the same positions in `op`
-as in the published code, so that the published weights load by name.
+(Liu et al., ICLR 2019). Their modules have the same positions in `op` as in the published code, so that the published
+weights load by name.
 """
 
 from __future__ import annotations
@@ -257,6 +257,19 @@ def final_batchnorm(operation: nn.Module) -> nn.BatchNorm2d | None:
     sequence = isinstance(operation, nn.Sequential) and type(operation).forward is nn.Sequential.forward
     layers = list(operation.children()) if sequence else []
     return final_batchnorm(layers[-1]) if layers else None
+
+
+def train_affine(operations: nn.Module, *, is_trained: bool) -> None:
+    """Set whether the scale and shift of all batch norms in some operations are trained.
+
+    Args:
+        operations: A module that contains the operations.
+        is_trained: Whether they get gradients.
+    """
+    for norm in operations.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            norm.weight.requires_grad_(is_trained)
+            norm.bias.requires_grad_(is_trained)
 
 
 def check_plugin_operations(names: Iterable[str], channels: int) -> None:

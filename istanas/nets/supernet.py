@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from istanas.nets.networks import EdgeWeights, NodeState, SearchNetwork, Support
-from istanas.nets.operations import make_operation
+from istanas.nets.operations import make_operation, train_affine
 from istanas.nets.partial import PartialStates, partial_width
 from istanas.nets.pixel_phases import SharedReads
 from istanas.nets.skeleton import (
@@ -95,10 +95,7 @@ class SearchCell(nn.Module):
         edge = 0
         for node, state in enumerate(states):
             for _ in range(N_CELL_INPUTS + node):
-                for norm in self.ops[edge].modules():
-                    if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                        norm.weight.requires_grad_(state is NodeState.FROZEN)
-                        norm.bias.requires_grad_(state is NodeState.FROZEN)
+                train_affine(self.ops[edge], is_trained=state is NodeState.FROZEN)
                 edge += 1
 
 
@@ -164,7 +161,7 @@ class Supernet(CellNetwork, SearchNetwork):
         self.set_alphas(alpha_size or (lambda decision: n_measurements))
         self._plans: dict[str, Plan] = {}
         self._states: dict[str, frozenset[int]] = {}
-        self._affine_states: dict[str, list[NodeState]] = {}  # whose affine parts are set
+        self._affine_states: dict[str, list[NodeState]] = {}  # the states of the last call of `train_affine`
 
     def activate(self, supports: Mapping[str, Sequence[Support]]) -> set[str]:
         self._plans = {

@@ -116,7 +116,7 @@ class AlternatingSearch(Search[Settings]):
     def after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
         """Change the gradients of these parameters before they are used. By default nothing is done.
 
-        The forward functions of `_wrap` have already averaged them over the ranks.
+        The backward pass of the forward functions of `_wrap` has averaged the gradients over the ranks already.
         """
 
     def trained_buffers(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What every search has: a network, two optimisers, the number of completed epochs, and a report after each epoch.
+"""The base class of all searches: a network, two optimisers, the number of epochs, and a report after each epoch.
 
 A search method derives its search from `Search`, or from `istanas.search.alternating.AlternatingSearch`, which trains
 weights and alphas in turn.
@@ -117,13 +117,10 @@ class RecoveryReport:
 
 
 class Choosing(Protocol):
-    """The pictures for choosing at the end of an epoch: `search.validate_epoch` measures on them.
-
-    Calling it returns the metrics of `validate` on all of them, in order.
-    """
+    """The pictures on which `Search.validate_epoch` measures architectures and may choose one."""
 
     def __call__(self) -> Metrics:
-        """Return the metrics of the installed architecture."""
+        """Return the metrics of `Search.validate` for the installed architecture, on all pictures in order."""
 
     def pictures(self, count: int | None = None) -> Iterable[BatchLike]:
         """Return shuffled batches without augmentation, the same in every call.
@@ -156,7 +153,7 @@ class Search(Generic[Settings]):
     """
 
     kind: ClassVar[str]
-    """Name of the method."""
+    """Name of the method, as it is registered."""
 
     has_network: ClassVar[bool] = True
     """Whether the search has a network. Without one, `supernet` is a `NoNetwork`."""
@@ -171,7 +168,7 @@ class Search(Generic[Settings]):
 
     @classmethod
     def partial_channels(cls, settings: Settings) -> int:
-        """Return k, if the operations of the supernet run on 1 / k of the channels. By default they run on all."""
+        """Return k: the operations of the supernet run on 1 / k of the channels. By default they run on all (k = 1)."""
         return 1
 
     def __init__(
@@ -245,13 +242,8 @@ class Search(Generic[Settings]):
         """Run one step of an epoch, to measure its time."""
         raise NotImplementedError
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
-        """Choose the architecture at the end of an epoch, and report its decisions.
-
-        Args:
-            measure: Returns the metrics of `validate` for the installed architecture; `None` if there are no pictures
-                for choosing.
-        """
+    def finish_epoch(self) -> RecoveryReport:
+        """Choose the architecture at the end of an epoch, and report its decisions."""
         raise NotImplementedError
 
     def validate_epoch(self, choosing: Choosing) -> Metrics:
@@ -346,6 +338,37 @@ class Search(Generic[Settings]):
         kind, index = place
         candidates = self.supernet.space.decisions[kind][index].candidates
         return [f"{op}<-{state}" for op, state in (candidates[c] for c in support)]
+
+    def uncertified_report(
+        self,
+        place: Place,
+        support: Sequence[int],
+        edge_weights: Sequence[float],
+        *,
+        distance: float = 0.0,
+        changed: bool = False,
+        magnitudes: Sequence[float] = (),
+    ) -> NodeReport:
+        """Return the report of a decision without a sparse code, and therefore without gap and truncation.
+
+        Args:
+            place: The decision.
+            support: Its kept candidates.
+            edge_weights, distance, changed, magnitudes: See `NodeReport`.
+        """
+        kind, index = place
+        return NodeReport(
+            cell=kind,
+            node=index,
+            picks=self.describe_picks(place, support),
+            edge_weights=list(edge_weights),
+            distance=distance,
+            gap=0.0,
+            truncation=0.0,
+            changed=changed,
+            converged=True,
+            magnitudes=list(magnitudes),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""

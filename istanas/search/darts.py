@@ -19,7 +19,7 @@ from istanas.settings import DartsSettings
 from istanas.training import BatchLike, Totals, cross_entropy, without_gradients
 
 FINITE_DIFFERENCE = 0.01
-"""Length of the step of the finite difference, as published: the weights move by this, in the direction of a vector."""
+"""Euclidean length of the step of the finite difference, as published."""
 
 
 class DartsSearch(SoftmaxSearch[DartsSettings]):
@@ -103,9 +103,13 @@ class DartsSearch(SoftmaxSearch[DartsSettings]):
         directions: Sequence[Tensor],
         batch: BatchLike,
     ) -> list[Tensor]:
-        """Return the derivative of grad_alpha L_train along the directions, by a central finite difference.
+        """Return the derivative of grad_alpha L_train along a direction of the weights, by a central difference.
 
-        Afterwards the weights have their `values`, at which the derivative is taken.
+        Args:
+            weights: The weights.
+            values: Values of the weights at which the derivative is taken, and which the weights have afterwards.
+            directions: The direction, a tensor for each weight.
+            batch: The batch of L_train.
         """
         eps = FINITE_DIFFERENCE / torch.cat([d.flatten() for d in directions]).norm()
         sides = []

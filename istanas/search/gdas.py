@@ -16,8 +16,8 @@ Differences from the paper and from the published code:
   not have this term, and it is left out here.
 - The alpha step comes before the weight step, as in all alternating searches here; the published code reverses them.
   Each of the two steps samples its own architecture, as published.
-- In the DARTS space the operation `none` is no candidate, and both cells are searched. The paper's variant with a fixed
-  reduction cell (FRC) is not available.
+- In the DARTS space the operation `none` is not a candidate, and both cells are searched. The paper's variant with a
+  fixed reduction cell (FRC) is not available.
 - Validation measures the most probable operation of each edge; the published code samples.
 """
 
@@ -37,10 +37,10 @@ from istanas.nets import SearchNetwork
 from istanas.nets.networks import Support
 from istanas.search.base import Batches, RecoveryReport
 from istanas.search.sampled import SampledSearch
-from istanas.search.selection import strongest
+from istanas.search.selection import strongest_supports
 from istanas.settings import GdasSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Metrics, Observer, derive_seed
+from istanas.training import BatchLike, Compute, Metrics, Observer, Totals, derive_seed
 
 Arrays = dict[str, list[Tensor]]  # for each kind a tensor of each decision
 
@@ -48,7 +48,7 @@ Arrays = dict[str, list[Tensor]]  # for each kind a tensor of each decision
 def gumbel_softmax(alphas: Tensor, noise: Tensor, tau: float) -> Tensor:
     """Return the probabilities h of the Gumbel-softmax, in the last dimension.
 
-    h_k = exp((log p_k + o_k) / tau) / sum_j exp((log p_j + o_j) / tau) with p = softmax(a). As log p_k is a_k less a
+    h_k = exp((log p_k + o_k) / tau) / sum_j exp((log p_j + o_j) / tau) with p = softmax(a). As log p_k is a_k minus a
     constant, this is softmax((a + o) / tau).
 
     Args:
@@ -115,7 +115,10 @@ class EdgeTable:
         return table.masked_fill(self._padding.to(on), -torch.inf)
 
     def choice(self, positions: Sequence[int]) -> tuple[list[Support], list[int]]:
-        """Return the candidates at a position of each row.
+        """Return the supports that have one candidate of each row.
+
+        Args:
+            positions: The position of the candidate in each row.
 
         Returns:
             The support of each decision, and the rows in the order of these supports.
@@ -187,13 +190,17 @@ class GdasSearch(SampledSearch[GdasSettings]):
         self._install(self.step_seed("alphas"))
         super().alpha_step(batch)
 
-    def weight_step(self, batch: BatchLike, totals: Any) -> None:
+    def weight_step(self, batch: BatchLike, totals: Totals) -> None:
         """Sample an architecture, and run one SGD step on its weights."""
         self._install(self.step_seed("weights"))
         super().weight_step(batch, totals)
 
     def _install(self, seed: int | None = None) -> None:
-        """Install the operations that Gumbel noise samples; without a seed, the most probable ones."""
+        """Sample an operation on each edge with Gumbel noise, and install them.
+
+        Args:
+            seed: Seed of the noise; `None` installs the most probable operations.
+        """
         rng = None if seed is None else np.random.Generator(np.random.PCG64(seed))
         alphas = self._alphas_on_cpu()
         supports: dict[str, list[Support]] = {}
@@ -249,40 +256,41 @@ class GdasSearch(SampledSearch[GdasSettings]):
         alphas = {kind: [b.double() for b in each] for kind, each in self._alphas_on_cpu().items()}
         found = {kind: [torch.zeros_like(b) for b in each] for kind, each in alphas.items()}
         for kind, table in self._tables.items():
-            rows = EdgeTable.rows(table, alphas[kind]).softmax(1)
+            rows = table.rows(alphas[kind]).softmax(1)
             for (place, candidates), row in zip(table.candidates, rows, strict=True):
                 found[kind][place][candidates] = row[: len(candidates)]
         return found
 
     def kept(self, probabilities: Arrays) -> dict[str, list[Support]]:
         """Return the candidates that each decision keeps in the end, see `strongest`."""
-        return {
-            kind: [strongest(d, p.tolist()) for p, d in zip(probabilities[kind], each, strict=True)]
-            for kind, each in self.supernet.space.decisions.items()
-        }
+        return strongest_supports(self.supernet.space.decisions, probabilities)
 
     def genotype(self) -> Genotype:
         """Return the architecture of the strongest operations."""
         return self.supernet.space.genotype(self.kept(self.probabilities()))
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Report the strongest operations, with their probabilities as edge weights."""
         self.ranks.check_same("genotype", self.genotype().digest())
         before, self._before = self._before, self.probabilities()
         return self._report(before)
 
     def _report(self, before: Arrays) -> RecoveryReport:
-        now, kept = self._before, self.kept(self._before)
-        return RecoveryReport(
-            self.node_reports(
-                kept,
-                {k: [p[list(s)].tolist() for p, s in zip(now[k], kept[k], strict=True)] for k in now},
-                {k: [float((a - b).norm()) for a, b in zip(now[k], before[k], strict=True)] for k in now},
-                self.kept(before),
-                {k: [p.tolist() for p in each] for k, each in now.items()},
-            ),
-            certified=False,
-        )
+        now, kept, kept_before = self._before, self.kept(self._before), self.kept(before)
+        nodes = []
+        for kind, index in self.places:
+            p, support = now[kind][index], kept[kind][index]
+            nodes.append(
+                self.uncertified_report(
+                    (kind, index),
+                    support,
+                    p[list(support)].tolist(),
+                    distance=float((p - before[kind][index]).norm()),
+                    changed=support != kept_before[kind][index],
+                    magnitudes=p.tolist(),
+                )
+            )
+        return RecoveryReport(nodes, certified=False)
 
     def metrics(self) -> dict[str, float]:
         """Return the temperature of the newest epoch."""

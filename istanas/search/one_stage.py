@@ -43,8 +43,8 @@ class Freezing:
     """When and why a node froze.
 
     Args:
-        cell: "normal" or "reduce".
-        node: Index of the node in its cell, >= 0.
+        cell: The kind of the decision: "normal" or "reduce" in the DARTS space.
+        node: Index of the decision among those of its kind, >= 0.
         epoch: Number of completed epochs, >= 1.
         reason: "tolerance" if its code stopped moving, "limit" if the search reached `max_search_epochs`.
     """
@@ -238,7 +238,7 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
             "arch/rejected": float(self.n_rejected),
         }
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Recover the codes of ACTIVE nodes, see `recover`."""
         return self.recover()
 

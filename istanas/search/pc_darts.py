@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from istanas.search.softmax import SoftmaxSearch, grouped_softmax, n_edges
+from istanas.search.softmax import SoftmaxSearch, grouped_softmax
 from istanas.settings import PcDartsSettings
 from istanas.space import Decision
 
@@ -50,8 +50,8 @@ class PcDartsSearch(SoftmaxSearch[PcDartsSettings]):
 
     @classmethod
     def alpha_size(cls, settings: PcDartsSettings, decision: Decision) -> int:
-        """Return the number of candidates and edges."""
-        return decision.n_candidates + n_edges(decision)
+        """Return the number of candidates plus the number of edges."""
+        return decision.n_candidates + decision.n_edges
 
     @classmethod
     def partial_channels(cls, settings: PcDartsSettings) -> int:
@@ -64,7 +64,7 @@ class PcDartsSearch(SoftmaxSearch[PcDartsSettings]):
         return self.epoch >= self.settings.warmup_epochs
 
     def weigh(self, kind: str, alphas: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the product of both softmax functions for all candidates of each decision of a kind."""
+        """Return the product of the two softmax functions, for all candidates of each decision of a kind."""
         edges = self.edges[kind]
         betas = [a[n:] for a, n in zip(alphas, edges.sizes, strict=True)]
         of_edges = grouped_softmax(torch.cat(betas), edges.decisions)

@@ -1,13 +1,14 @@
 """Random search with weight sharing: every step trains one uniformly random architecture of the space.
 
-After the last epoch random candidates are measured on the alpha half with the shared weights, first on some of its
-pictures, and the best of them on all. The best is the result.
+After the last epoch, random candidates are measured with the shared weights: first all of them on some pictures of the
+alpha half, then the best of them on all pictures of the alpha half. The best candidate is the result.
 
 Differences from the paper and from the published code:
 
 - The candidates are architectures of the space. In the DARTS space a node may read one state twice, as in ISTA-NAS;
-  `space.one_op_per_edge: true` draws two distinct edges, as published. The operation `none` is no candidate.
-- The published code measures every candidate on other pictures of the alpha half; here all see the same ones.
+  `space.one_op_per_edge: true` draws two distinct edges, as published. The operation `none` is not a candidate.
+- The published code measures each candidate on the next pictures of the alpha half; here all candidates are measured on
+  the same ones.
 - The published code repeats the choice for every 10,000 steps of training, and takes the best of all. Here it is done
   once; `candidates` may be larger.
 - The running statistics of batch norm are a mixture of all architectures. The published code measures with them
@@ -34,7 +35,7 @@ from istanas.training import BatchLike, Compute, Metrics, Observer, Totals, deri
 class RandomNasSearch(SampledSearch[RandomNasSettings]):
     """A random search with weight sharing: its state, its steps and its epochs.
 
-    During the search, reports and validation concern one random architecture of each epoch.
+    Until the result is chosen, the report and the validation accuracy of an epoch are those of one random architecture.
 
     Args:
         supernet, settings, compute, seed, ranks, cost: See `Search`.
@@ -139,24 +140,21 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
 
     # ---------- the state
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Report the installed architecture."""
         self.ranks.check_same("genotype", self.genotype().digest())
         before, self._before = self._before, self.installed
         return self._report(before)
 
     def _report(self, before: Supports) -> RecoveryReport:
-        now = self.installed
-        return RecoveryReport(
-            self.node_reports(
-                now,
-                {kind: [[1.0] * len(support) for support in each] for kind, each in now.items()},
-                {kind: [0.0] * len(each) for kind, each in now.items()},
-                before,
-                {kind: [[] for _ in each] for kind, each in now.items()},
-            ),
-            certified=False,
-        )
+        nodes = []
+        for kind, index in self.places:
+            support = self.installed[kind][index]
+            changed = support != before[kind][index]
+            nodes.append(
+                self.uncertified_report((kind, index), support, [1.0] * len(support), changed=changed)
+            )
+        return RecoveryReport(nodes, certified=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""

@@ -8,10 +8,10 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.nets import SearchNetwork
-from istanas.search.base import Batches, NodeReport, RecoveryReport, Search
+from istanas.search.base import Batches, RecoveryReport, Search
 from istanas.settings import RandomSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Metrics, Observer
+from istanas.training import BatchLike, Compute, Observer
 
 
 class RandomSearch(Search[RandomSettings]):
@@ -79,26 +79,16 @@ class RandomSearch(Search[RandomSettings]):
         """Return the random architecture."""
         return self.supernet.space.genotype(self._supports)
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Report the architecture."""
         self.ranks.check_same("genotype", self.genotype().digest())
         return self._report()
 
     def _report(self) -> RecoveryReport:
-        nodes = [
-            NodeReport(
-                cell=kind,
-                node=index,
-                picks=self.describe_picks((kind, index), self._supports[kind][index]),
-                edge_weights=[1.0] * len(self._supports[kind][index]),
-                distance=0.0,
-                gap=0.0,
-                truncation=0.0,
-                changed=False,
-                converged=True,
-            )
-            for kind, index in self.places
-        ]
+        nodes = []
+        for kind, index in self.places:
+            support = self._supports[kind][index]
+            nodes.append(self.uncertified_report((kind, index), support, [1.0] * len(support)))
         return RecoveryReport(nodes, certified=False)
 
     @property

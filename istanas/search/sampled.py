@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from istanas.nets.networks import Support
 from istanas.search.alternating import AlternatingSearch
-from istanas.search.base import NodeReport
 from istanas.settings import AlternatingSettings
 from istanas.training import derive_seed
 
@@ -21,9 +20,12 @@ Supports = Mapping[str, Sequence[Support]]
 class SampledSearch(AlternatingSearch[Settings]):
     """A search whose steps each install an architecture, which is the same on all ranks.
 
-    The gradients of its parameters are averaged over the ranks after the backward pass. `Ranks.data_parallel`, which
-    other searches prepare once an epoch, takes too long to prepare in every step.
+    The gradients of its parameters are averaged over the ranks after the backward pass. Other searches use functions of
+    `Ranks.data_parallel` instead, which take too long to create in every step.
     """
+
+    installed: Supports
+    """The candidates that `install_unweighted` has installed."""
 
     _step = 0
 
@@ -54,34 +56,7 @@ class SampledSearch(AlternatingSearch[Settings]):
             torch.ones(len(support), device=like.device, dtype=like.dtype) for support in self.installed[kind]
         ]
 
-    installed: Supports
-
     def install_unweighted(self, supports: Supports) -> None:
         """Install candidates with edge weights of 1."""
         self.installed = supports
         self.supernet.install(supports, self.unit_weights)
-
-    def node_reports(
-        self,
-        supports: Supports,
-        edge_weights: Mapping[str, Sequence[Sequence[float]]],
-        distances: Mapping[str, Sequence[float]],
-        before: Supports,
-        magnitudes: Mapping[str, Sequence[list[float]]],
-    ) -> list[NodeReport]:
-        """Return a report of each decision; for the arguments see the fields of `NodeReport`."""
-        return [
-            NodeReport(
-                cell=kind,
-                node=index,
-                picks=self.describe_picks((kind, index), supports[kind][index]),
-                edge_weights=list(edge_weights[kind][index]),
-                distance=distances[kind][index],
-                gap=0.0,
-                truncation=0.0,
-                changed=tuple(supports[kind][index]) != tuple(before[kind][index]),
-                converged=True,
-                magnitudes=magnitudes[kind][index],
-            )
-            for kind, index in self.places
-        ]

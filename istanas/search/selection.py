@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from istanas.space import Decision
 from istanas.space.operations import NONE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def strongest(decision: Decision, strengths: Sequence[float]) -> tuple[int, ...]:
     """Return the candidates that the top-2 rule keeps, in ascending order.
 
-    These are the `sparsity` edges whose strongest operation is strongest, each with that operation. The operation
-    `none` does not count. If too few edges are left, the next strongest candidates follow, `none` at the end.
+    Each edge is represented by its strongest operation other than `none`, and the `sparsity` edges with the strongest
+    representatives are kept. If there are fewer edges, the next strongest candidates follow; `none` comes last.
 
     Args:
         decision: The decision.
@@ -37,3 +41,18 @@ def strongest(decision: Decision, strengths: Sequence[float]) -> tuple[int, ...]
             others.append(c)
     ranked = sorted([*best.values(), *others], key=is_none)
     return tuple(sorted(ranked[: decision.sparsity]))
+
+
+def strongest_supports(
+    decisions: Mapping[str, Sequence[Decision]], strengths: Mapping[str, Sequence[Tensor]]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Return the candidates that `strongest` keeps, for each kind those of each decision.
+
+    Args:
+        decisions: The decisions of each kind.
+        strengths: For each kind the strengths of each decision's candidates.
+    """
+    return {
+        kind: [strongest(d, s.tolist()) for d, s in zip(each, strengths[kind], strict=True)]
+        for kind, each in decisions.items()
+    }

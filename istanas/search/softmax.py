@@ -1,7 +1,7 @@
 """Searches in which all candidates are mixed: a softmax over the operations of each edge gives the edge weights.
 
-`darts` and `pc_darts` add their settings and what they change. The network that is trained has all candidates, while
-`genotype` is the architecture that the top-2 rule keeps (in general, the `sparsity` strongest edges of each decision).
+`darts` and `pc_darts` derive their searches from `SoftmaxSearch`. The network that is trained has all candidates, while
+`genotype` is the architecture that the top-2 rule keeps: in general, the `sparsity` strongest edges of each decision.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.nets import SearchNetwork
 from istanas.search.alternating import AlternatingSearch
-from istanas.search.base import NodeReport, RecoveryReport
-from istanas.search.selection import strongest
+from istanas.search.base import RecoveryReport
+from istanas.search.selection import strongest_supports
 from istanas.settings import AlternatingSettings
 from istanas.space import Decision, Genotype
-from istanas.training import Compute, Metrics, derive_seed
+from istanas.training import Compute, derive_seed
 
 Settings = TypeVar("Settings", bound=AlternatingSettings)
 Strengths = dict[str, list[Tensor]]
@@ -33,7 +33,7 @@ ALPHAS_SCALE = 1e-3
 
 @dataclass(frozen=True)
 class Edges:
-    """The edges of one kind's decisions, which are numbered one decision after another.
+    """The edges of all decisions of one kind, numbered one decision after another.
 
     Args:
         sizes: Number of candidates of each decision.
@@ -61,11 +61,6 @@ class Edges:
             edge_of == torch.arange(len(owners), device=device)[:, None],
             decision_of == torch.arange(len(decisions), device=device)[:, None],
         )
-
-
-def n_edges(decision: Decision) -> int:
-    """Return the number of edges of a decision that have candidates."""
-    return len(set(decision.edges))
 
 
 def grouped_softmax(values: Tensor, groups: Tensor) -> Tensor:
@@ -139,15 +134,15 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
         """Return the architecture that the top-2 rule has kept at the end of the last epoch."""
         return self.supernet.space.genotype(self.supports)
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Apply the top-2 rule to the edge weights, and report how far they have moved.
 
         Raises:
             IstanasError: If the ranks have different architectures.
         """
         report = self._choose(self._strengths)
-        # New functions for each epoch, because torch reorders its buckets after the first step, and a resumed search
-        # must add gradients in the same order.
+        # The forward functions are created again for each epoch, because torch reorders their gradient buckets after
+        # the first step. A resumed search begins with new ones, and must add gradients in the same order.
         self._wrap()
         return report
 
@@ -162,16 +157,12 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
         for kind, index in self.places:
             strengths, kept = self._strengths[kind][index], self.supports[kind][index]
             nodes.append(
-                NodeReport(
-                    cell=kind,
-                    node=index,
-                    picks=self.describe_picks((kind, index), kept),
-                    edge_weights=strengths[list(kept)].tolist(),
+                self.uncertified_report(
+                    (kind, index),
+                    kept,
+                    strengths[list(kept)].tolist(),
                     distance=0.0 if before is None else float((strengths - before[kind][index]).norm()),
-                    gap=0.0,
-                    truncation=0.0,
                     changed=old is not None and old[kind][index] != kept,
-                    converged=True,
                     magnitudes=strengths.tolist(),
                 )
             )
@@ -179,10 +170,7 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
 
     def _set_strengths(self, strengths: Strengths) -> None:
         self._strengths = strengths
-        self.supports = {
-            kind: [strongest(d, s.tolist()) for d, s in zip(decisions, strengths[kind], strict=True)]
-            for kind, decisions in self.supernet.space.decisions.items()
-        }
+        self.supports = strongest_supports(self.supernet.space.decisions, strengths)
 
     def metrics(self) -> dict[str, float]:
         """Return the mean entropy of the softmax over the edges, in nats."""

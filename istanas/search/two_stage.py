@@ -15,7 +15,7 @@ from istanas.search.base import RecoveryReport
 from istanas.search.sparse_coding import SparseCodingSearch
 from istanas.settings import TwoStageSettings
 from istanas.space import Genotype
-from istanas.training import Compute, Metrics
+from istanas.training import Compute
 
 
 class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[TwoStageSettings]):
@@ -70,7 +70,7 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
         self.install({new.place: new.code for new in recovered})
         return RecoveryReport(self.report(recovered))
 
-    def finish_epoch(self, measure: Callable[[], Metrics] | None = None) -> RecoveryReport:
+    def finish_epoch(self) -> RecoveryReport:
         """Recover the codes, see `recover`."""
         return self.recover()
 

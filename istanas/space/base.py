@@ -37,7 +37,7 @@ class Decision:
         index: Its index among the decisions of this kind, >= 0.
         candidates: The candidates as (operation, state that it reads), in the order of the sparse code.
         sparsity: Number of candidates that are kept, >= 1.
-        edges: The edge of each candidate, numbered from 0 within the decision; by default the state that it reads.
+        edges: The edge of each candidate, as a number within the decision; by default the state that it reads.
         one_per_edge: Whether at most one candidate of each edge may be kept.
 
     Raises:
@@ -79,8 +79,8 @@ class Decision:
 
     @cached_property
     def n_edges(self) -> int:
-        """Number of edges."""
-        return max(self.edges) + 1
+        """Number of edges that have candidates."""
+        return len(set(self.edges))
 
     @property
     def groups(self) -> npt.NDArray[np.int64] | None:
@@ -129,7 +129,10 @@ class SearchSpace(ABC):
 
     @abstractmethod
     def make_decisions(self) -> Sequence[Decision]:
-        """Return all decisions. The indices of each kind count from 0, and all of a kind keep equally many."""
+        """Return all decisions.
+
+        The indices of each kind count from 0, and all decisions of a kind keep the same number of candidates.
+        """
 
     @abstractmethod
     def supernet(
@@ -346,7 +349,7 @@ class Drawing:
     Args:
         states: Labels of the states.
         edges: (source, target, operation, decision, position of the pick in its decision), in the order of the
-            decisions; the operation is `None` for a connection without one, whose last two numbers are -1.
+            decisions. A connection without an operation is (source, target, None, -1, -1).
         n_decisions: Number of decisions.
         ends: Indices of the states that are inputs or outputs, not nodes.
     """
@@ -373,12 +376,13 @@ def chain_drawing(chosen: Sequence[Sequence[str]]) -> Drawing:
 
 
 def random_support(rng: np.random.Generator, decision: Decision) -> list[int]:
-    """Draw the kept candidates of a decision uniformly, on distinct edges if it keeps one of each edge."""
+    """Draw the kept candidates of a decision uniformly, on distinct edges if at most one of each edge may be kept."""
     if not decision.one_per_edge:
         return [int(c) for c in rng.choice(decision.n_candidates, decision.sparsity, replace=False)]
     support = []
-    for edge in rng.choice(decision.n_edges, decision.sparsity, replace=False):
-        on_edge = [c for c, e in enumerate(decision.edges) if e == edge]
+    edges = sorted(set(decision.edges))
+    for position in rng.choice(decision.n_edges, decision.sparsity, replace=False):
+        on_edge = [c for c, edge in enumerate(decision.edges) if edge == edges[position]]
         support.append(on_edge[int(rng.integers(len(on_edge)))])
     return support
 

@@ -37,8 +37,8 @@ class Genotype:
         normal_concat: States that the normal cell's output concatenates, each in 0 .. nodes + 1. Empty: all nodes.
         reduce_concat: The same for the reduction cell, each in 2 .. nodes + 1.
         space: Name of the search space.
-        choices: In other spaces than "darts", each kind of decision with the picks of its decisions. Whether they are
-            candidates is checked by the space, see `istanas.space.SearchSpace.check`.
+        choices: In other spaces than "darts", pairs (kind of decision, picks of each decision of this kind). The space
+            checks whether the picks are its candidates, see `istanas.space.SearchSpace.check`.
 
     Raises:
         GenotypeError: If an operation is unknown, a state does not precede its node, a concatenation repeats a state

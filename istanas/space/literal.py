@@ -60,7 +60,7 @@ def genotype_from_text(text: str) -> Genotype:
 
 
 def parsed_genotype(text: str) -> Genotype | None:
-    """Return the genotype in the own text form of a registered search space, or `None` if no space has this form.
+    """Return the genotype in the text form of a registered search space, or `None` if no space has this form.
 
     Args:
         text: The text, see `SearchSpace.parse`.

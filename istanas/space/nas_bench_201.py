@@ -6,7 +6,6 @@ is the cell's input and node 3 its output.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import random
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from istanas.errors import ConfigError, GenotypeError
+from istanas.registry import did_you_mean
 from istanas.space.base import Decision, Drawing, NetworkSize, Pick, register_space
 from istanas.space.choice import ChoiceSpace, Choose
 
@@ -34,6 +34,8 @@ EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 
 N_NODES = 4
 N_CELLS = len(OPERATIONS) ** len(EDGES)
+"""Number of cells in the benchmark."""
+
 N_STAGES = 3
 KIND = "cell"
 _PREFIX = "nas_bench_201:"
@@ -114,7 +116,7 @@ class NasBench201Space(ChoiceSpace):
         """Return the genotype of one of the benchmark's strings, or of `nas_bench_201:INDEX`.
 
         Raises:
-            GenotypeError: If the text begins like one of them, but is none.
+            GenotypeError: If the text begins like one of these forms, but is not valid.
         """
         text = text.strip()
         if text.startswith("|"):
@@ -252,8 +254,7 @@ def _pick(node: int, state: int, text: str) -> Pick:
 def _unknown_operation(
     op: object, where: str, kind: type[ConfigError] | type[GenotypeError] = ConfigError
 ) -> ConfigError | GenotypeError:
-    near = difflib.get_close_matches(str(op)[:60], OPERATIONS, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(str(op)[:60], OPERATIONS)
     return kind(
         f"unknown operation {op!r:.60}{hint}", field=where, remedy=f"choose from {', '.join(OPERATIONS)}"
     )

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 from annotated_types import Ge, Le
 
 from istanas.errors import ConfigError
@@ -32,7 +30,7 @@ N_CELL_INPUTS = 2
 
 @dataclass(frozen=True)
 class CellSpace(SearchSpace):
-    """The DARTS space: a normal and a reduction cell, of whose candidates each node keeps some.
+    """The DARTS space: a normal and a reduction cell, in which each node keeps some of its candidates.
 
     Args:
         n_nodes: Number of intermediate nodes of a cell.
@@ -121,12 +119,6 @@ class CellSpace(SearchSpace):
     def split(self, candidate: int) -> tuple[int, int]:
         """Return (state, op) of a candidate, the inverse of `candidate`."""
         return divmod(candidate, self.n_ops)
-
-    def edge_groups(self, node: int) -> npt.NDArray[np.int64] | None:
-        """Return the edge of every candidate of `node` if picks may not share an edge, else `None`."""
-        if not self.one_op_per_edge:
-            return None
-        return np.repeat(np.arange(self.n_node_edges(node)), self.n_ops)
 
     # ---------- the interface of `SearchSpace`
 

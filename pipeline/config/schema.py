@@ -132,7 +132,7 @@ class DataSettings(Section):
 
     @property
     def known_side(self) -> int | None:
-        """Largest possible side of the pictures; None if only the pictures tell."""
+        """Largest possible side of the pictures; None if it is known only from the pictures."""
         if self.image_size is not None and self.entry.max_image_size is None:
             return self.image_size
         return self.entry.side

@@ -1,7 +1,7 @@
 """Sections of a configuration that are generated from settings classes, such as those of search methods and spaces.
 
 A settings class is a dataclass. Its annotations hold types and ranges, and the part `Args` of its docstring describes
-each field. The generated section has one key for each field.
+each field. The generated section has a key for each field that is not excluded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
     locator: ClassVar[tuple[str, ...]] = ()
-    """How `find` finds a generated class, whose objects cannot be pickled by the name of their class."""
+    """How pickled objects refer to a generated class, which has no name to import: a function that was registered with
+    `found_by`, and its arguments."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.locator:
@@ -78,7 +79,7 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class NameIn:
-    """An annotation of a text that must be a name in a registry; descriptions list the names registered by then.
+    """An annotation of a text that must be a name in a registry. Descriptions list the names that are registered.
 
     Args:
         registry: The registry.
@@ -102,7 +103,7 @@ def find(registry: Registry[T], name: Any) -> T:
     """Return the entry of a name in a configuration.
 
     Raises:
-        ConfigError: If the name is not registered; a plugin may be missing.
+        ConfigError: If the name is not registered. The error also suggests a missing plugin.
     """
     try:
         return registry.find(name)
@@ -131,7 +132,7 @@ def section_from(
         settings: The settings class, a dataclass whose fields have defaults.
         base: The base class of the section.
         locator: See `Section`.
-        exclude: Fields that are no keys.
+        exclude: Fields that do not become keys.
         before: Other keys that come first, each with its annotation and pydantic's `Field`.
         after: Other keys that come last.
 
@@ -179,7 +180,7 @@ def settings_from(kind: type[T], *sections: Section, **values: Any) -> T:
 
     Args:
         kind: The settings class. A field without a key keeps its default.
-        sections: The sections, of which the first that has a key decides.
+        sections: The sections. If several have a key, the first one decides.
         values: Values of fields that are not in the sections.
     """
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

@@ -298,10 +298,12 @@ def _figures(genotype: Genotype, progress: Progress) -> dict[str, Any]:
 
 
 def _trajectory_page(run: RunDir, say: Callable[[str], None]) -> tuple[str, ...]:
+    """Write the trajectory page, and return its file; empty if the page failed."""
     return write_page(TRAJECTORY_PAGE, lambda: write_trajectory_page(run), say)
 
 
 def _write_last_genotype(run: RunDir, last: EpochRecord) -> Genotype:
+    """Write the genotype of the last epoch and its figures, and return it."""
     found = last.found()
     genotype = Genotype.from_json(found.genotype)
     weights = {kind: [n.edge_weights for n in found.nodes if n.cell == kind] for kind in genotype.kinds}

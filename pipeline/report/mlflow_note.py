@@ -34,22 +34,20 @@ def of_search(method: str, dataset: str, epochs: int, result: Mapping[str, Any],
 def of_trained_search(
     method: str, dataset: str, epochs: int, result: Mapping[str, Any], genotype: Genotype
 ) -> str:
-    """Describe a search that also trained its network, with the epochs after which its nodes froze.
+    """Describe a search that also trained its network. If its nodes froze, a table has the epochs.
 
     Args:
         method, dataset, epochs, result, genotype: As in `of_search`.
     """
-    duration, figures, table = count(epochs, "epoch"), [*_tops(result), *_common(result)], ""
+    length, figures, table = count(epochs, "epoch"), [*_tops(result), *_common(result)], ""
     if "frozen" in result:
         frozen = sorted(result["frozen"], key=lambda f: (f["cell"], f["node"]))
         nodes = [(f"{f['cell']} {f['node']}", str(f["epoch"]), f["reason"]) for f in frozen]
         table = _table(("node", "frozen after epoch", "reason"), nodes)
         figures.append(("architectures rejected by limits", str(result["rejected"])))
-        duration = (
-            f"{count(result['search_epochs'], 'epoch')} of search, {result['train_epochs']} of training"
-        )
+        length = f"{count(result['search_epochs'], 'epoch')} of search, {result['train_epochs']} of training"
     return _page(
-        f"{_headline(result)}{_words(method)} search on {dataset}, {duration}.",
+        f"{_headline(result)}{_words(method)} search on {dataset}, {length}.",
         figures,
         genotype,
         again=f"istanas search --config {CONFIG_FILE}",

@@ -109,6 +109,7 @@ def write_trajectory_page(run: RunDir) -> None:
 
 
 def _read(frame: pd.DataFrame) -> Table:
+    """Return the rows of trajectory.csv by (epoch, kind, node)."""
     table: Table = {}
     for row in frame.to_dict("records"):
         picks = [(op, int(state)) for op, state in (pick.split("<-") for pick in row["picks"].split())]
@@ -250,6 +251,7 @@ def _maps(run: RunDir, genotype: Genotype, table: Table, epochs: Epochs) -> list
 
 
 def _map(frame: pd.DataFrame, cell: str, space: SearchSpace, table: Table, epochs: Epochs) -> dict[str, Any]:
+    """Return the template's values for the heat map of one kind: a row for each candidate, a column for each epoch."""
     step = max(1.0, min(24.0, _SPAN / len(epochs)))
     largest = float(frame["magnitude"].max())
     nodes, top = [], 0

@@ -90,7 +90,7 @@ class SearchJob:
         if choosing is not None and metrics:
             metrics |= _named("valid", search.validate_epoch(choosing))
         trained = search.genotype()
-        recovery = search.finish_epoch(choosing)
+        recovery = search.finish_epoch()
         genotype = search.genotype()
         sizes = self._config.search if self._config.trains_target else self._config.retrain
         metrics |= {

@@ -73,6 +73,10 @@ def test_default_space_is_the_published_one() -> None:
     assert [space.n_candidates(i) for i in range(4)] == [14, 21, 28, 35]
 
 
+def groups_of(space: CellSpace, node: int) -> Any:
+    return space.decisions["normal"][node].groups
+
+
 @given(spaces)
 def test_candidates_and_edges_are_bijections(space: CellSpace) -> None:
     edges = []
@@ -91,13 +95,13 @@ def test_candidate_out_of_range(state: int, op: int) -> None:
         CellSpace().candidate(1, state, op)
 
 
-def test_edge_groups_name_the_edge_of_every_candidate() -> None:
+def test_groups_name_the_edge_of_every_candidate() -> None:
     space = CellSpace(one_op_per_edge=True)
     for node in range(space.n_nodes):
-        groups = space.edge_groups(node)
+        groups = groups_of(space, node)
         assert groups is not None
         assert groups.tolist() == [space.split(c)[0] for c in range(space.n_candidates(node))]
-    assert CellSpace().edge_groups(0) is None
+    assert groups_of(CellSpace(), 0) is None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_one_op_per_edge_never_shares_an_edge(node: int, sparsity: int, seed: in
     space = CellSpace(sparsity=sparsity, one_op_per_edge=True)
     rng = np.random.default_rng(seed)
     z = rng.integers(-2, 3, space.n_candidates(node)) * rng.random(space.n_candidates(node)).round(1)
-    support = top_support(z, sparsity, groups=space.edge_groups(node))
+    support = top_support(z, sparsity, groups=groups_of(space, node))
     states = [space.split(int(c))[0] for c in support]
     assert len(set(states)) == sparsity
     best = sorted((-np.abs(z).reshape(-1, space.n_ops).max(1)).tolist())[:sparsity]
@@ -156,8 +160,8 @@ def test_one_op_per_edge_never_shares_an_edge(node: int, sparsity: int, seed: in
 def test_without_the_rule_two_picks_may_share_an_edge() -> None:
     z = np.zeros(14)
     z[[8, 9]] = 1.0, 2.0
-    assert top_support(z, 2, groups=CellSpace().edge_groups(0)).tolist() == [8, 9]
-    assert top_support(z, 2, groups=CellSpace(one_op_per_edge=True).edge_groups(0)).tolist() == [0, 9]
+    assert top_support(z, 2, groups=groups_of(CellSpace(), 0)).tolist() == [8, 9]
+    assert top_support(z, 2, groups=groups_of(CellSpace(one_op_per_edge=True), 0)).tolist() == [0, 9]
 
 
 # --- genotypes ---

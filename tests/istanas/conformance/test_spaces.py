@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from istanas.space import (
     NetworkSize,
     SearchSpace,
 )
-from istanas.space.base import random_support
 from istanas.space.choice import Choose
 
 
@@ -114,14 +112,6 @@ def pictures(seed: int = 0, count: int = 4) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def random_supports(space: SearchSpace, seed: int) -> dict[str, list[tuple[int, ...]]]:
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return {
-        kind: [tuple(sorted(random_support(rng, decision))) for decision in each]
-        for kind, each in space.decisions.items()
-    }
-
-
 def install(net: SearchNetwork, supports: dict[str, list[tuple[int, ...]]], state: NodeState) -> None:
     """Make candidates active, each with its own alpha as its edge weight."""
 
@@ -173,7 +163,7 @@ def test_every_candidate_is_drawn(case: Case) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_supports_and_genotypes_are_inverse(case: Case, seed: int) -> None:
-    supports = random_supports(case.space, seed)
+    supports = case.space.random_supports(seed)
     genotype = case.space.genotype(supports)
     assert case.space.supports(genotype) == supports
     assert case.space.genotype(case.space.supports(genotype)) == genotype
@@ -192,7 +182,7 @@ def test_genotypes_survive_json_and_text(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_absorbed_supernet_equals_its_target_network(case: Case, seed: int) -> None:
     net = case.supernet(op_batchnorm=True)
-    supports = random_supports(case.space, seed)
+    supports = case.space.random_supports(seed)
     for state in (NodeState.ACTIVE, NodeState.FROZEN):
         install(net, supports, state)
         optimizer = torch.optim.SGD(net.parameters(), 0.02)
@@ -214,7 +204,7 @@ def test_an_absorbed_supernet_equals_its_target_network(case: Case, seed: int) -
 @pytest.mark.parametrize("state", NodeState)
 def test_active_parameters_are_those_with_gradients(case: Case, seed: int, state: NodeState) -> None:
     net = case.supernet(op_batchnorm=state is NodeState.FROZEN)
-    install(net, random_supports(case.space, seed), state)
+    install(net, case.space.random_supports(seed), state)
     target = case.target(seed)
     for each, active in (
         (net, [*net.active_parameters(), *net.active_alphas()]),
@@ -231,7 +221,7 @@ def test_active_parameters_are_those_with_gradients(case: Case, seed: int, state
 def test_inactive_operations_do_not_run(case: Case, seed: int) -> None:
     """Their weights may be anything, even NaN, and their statistics do not move."""
     net = case.supernet()
-    install(net, random_supports(case.space, seed), NodeState.ACTIVE)
+    install(net, case.space.random_supports(seed), NodeState.ACTIVE)
     expected = [copy.deepcopy(net)(pictures()), loss_of(copy.deepcopy(net))]
     active = {id(t) for t in (*net.active_parameters(), *net.active_buffers(), *net.alphas())}
     inactive = [p for p in net.parameters() if id(p) not in active]
@@ -266,14 +256,14 @@ def test_the_cost_is_that_of_the_network(case: Case, seed: int, op_batchnorm: bo
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_checkpointing_changes_no_bit(case: Case, seed: int, drop_path: float) -> None:
     net = case.supernet()
-    install(net, random_supports(case.space, seed), NodeState.ACTIVE)
+    install(net, case.space.random_supports(seed), NodeState.ACTIVE)
     for each in (net, case.target(seed)):
         each.drop_path_prob = drop_path
         found = []
         for on in (False, True):
             copied = copy.deepcopy(each)
             if isinstance(copied, SearchNetwork):
-                install(copied, random_supports(case.space, seed), NodeState.ACTIVE)
+                install(copied, case.space.random_supports(seed), NodeState.ACTIVE)
             copied.activation_checkpointing = on
             torch.manual_seed(0)
             loss_of(copied).backward()
@@ -290,7 +280,7 @@ def test_the_names_of_weights_do_not_depend_on_the_state(case: Case) -> None:
     net = case.supernet()
     names = list(net.state_dict())
     for seed in SEEDS:
-        install(net, random_supports(case.space, seed), NodeState.FROZEN)
+        install(net, case.space.random_supports(seed), NodeState.FROZEN)
         loss_of(net).backward()
         assert list(net.state_dict()) == names
         target = case.target(seed)

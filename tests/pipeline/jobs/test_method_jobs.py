@@ -5,7 +5,6 @@ A new method is tested by one line in `METHOD_SETTINGS`.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,15 +13,17 @@ from istanas.space import CellSpace, Genotype
 from pipeline.cli.commands import run
 from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search, search_stopped_after_two
 
-# The settings of a search of three epochs, in addition to those of `tiny_search`.
-METHOD_SETTINGS: dict[str, list[str]] = {
-    "darts": ["search.second_order=true"],
-    "pc_darts": ["search.warmup_epochs=1"],
+# The settings of a search of three epochs, in addition to those of `tiny_search`, and the method's own metrics.
+METHOD_SETTINGS: dict[str, tuple[list[str], set[str]]] = {
+    "darts": (["search.second_order=true"], {"arch/entropy"}),
+    "pc_darts": (["search.warmup_epochs=1"], {"arch/entropy"}),
+    "gdas": ([], {"arch/temperature"}),
+    "random_nas": (["search.candidates=4", "search.candidate_pictures=40", "search.finalists=2"], set()),
 }
 
 
 def overrides(method: str) -> list[str]:
-    return [f"method={method}", "search.max_pictures=100", *METHOD_SETTINGS[method]]
+    return [f"method={method}", "search.max_pictures=100", *METHOD_SETTINGS[method][0]]
 
 
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
@@ -42,19 +43,22 @@ def test_the_command_prints_the_genotype(
     (folder,) = (tmp_path / "runs").iterdir()
     metrics = [line for line in decided(folder) if "train/loss" in line]
     assert len(metrics) == 3
-    assert all(0 < line["arch/entropy"] < 3 and "recovery/gap" not in line for line in metrics)
+    assert result["valid_top1"] == metrics[-1]["valid/top1"]
+    for line in metrics:
+        assert "recovery/gap" not in line
+        own = {name: line[name] for name in line if name.startswith("arch/") and name != "arch/skip_ratio"}
+        assert set(own) == METHOD_SETTINGS[method][1]
+        assert all(0 < value <= 10 for value in own.values())
 
 
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
 def test_an_interrupted_search_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
-    found: list[Any] = []
-    for folder in ("whole", "stopped"):
-        if folder == "stopped":
-            search_stopped_after_two(tmp_path / folder, *overrides(method))
-        result, _ = search(tmp_path / folder, *overrides(method))
-        (run_dir,) = (tmp_path / folder).iterdir()
-        found.append((result["digest"], decided(run_dir)))
-    assert found[0] == found[1]
+    whole, text = search(tmp_path / "whole", *overrides(method))
+    search_stopped_after_two(tmp_path / "stopped", *overrides(method))
+    resumed, _ = search(tmp_path / "stopped", *overrides(method))
+    assert resumed["genotype"] == whole["genotype"]
+    assert decided(Path(resumed["run_dir"])) == decided(Path(whole["run_dir"]))
+    assert text.count("top-1") >= 3
 
 
 def test_channels_that_cannot_be_divided_are_an_error_before_any_work(tmp_path: Path) -> None:

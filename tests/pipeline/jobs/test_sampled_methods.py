@@ -9,7 +9,7 @@ import pytest
 from istanas.space import CellSpace, Genotype
 from pipeline.cli.commands import run
 from pipeline.runs.directory import RunDir
-from tests.pipeline.jobs.tiny_search import decided, search, stop_after_two
+from tests.pipeline.jobs.tiny_search import search
 
 GDAS = "method=gdas"
 RANDOM_NAS = "method=random_nas"
@@ -34,22 +34,6 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     assert run([*arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
-
-
-@pytest.mark.parametrize(("method", "more"), [(GDAS, ()), (RANDOM_NAS, FEW)])
-def test_an_interrupted_search_resumes_bit_for_bit(
-    method: str, more: tuple[str, ...], tmp_path: Path
-) -> None:
-    whole, text = search(tmp_path / "whole", method, *more)
-    with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "halves", method, *more, on_epoch=stop_after_two)
-    resumed, _ = search(tmp_path / "halves", method, *more)
-    assert resumed["genotype"] == whole["genotype"]
-    assert decided(Path(resumed["run_dir"])) == decided(Path(whole["run_dir"]))
-    metrics = decided(Path(whole["run_dir"]))
-    assert whole["valid_top1"] == metrics[-1]["valid/top1"]
-    assert len(metrics) == 3
-    assert text.count("top-1") >= 3
 
 
 @pytest.mark.parametrize(("method", "more"), [(GDAS, ()), (RANDOM_NAS, FEW)])
