@@ -74,6 +74,16 @@ def register_method(method: SearchMethod) -> None:
     METHODS.register(method.name, method)
 
 
+def has_alpha_half(name: str | None) -> bool:
+    """Return whether a method trains its alphas on a part of the pictures; True for one that is not registered.
+
+    Example:
+        >>> has_alpha_half("two_stage"), has_alpha_half("one_stage")
+        (True, False)
+    """
+    return name is None or name not in METHODS or hasattr(METHODS[name].settings_class, "alpha_fraction")
+
+
 def trains_target(name: str | None) -> bool:
     """Return whether a method also trains the network that it finds; False for a method that is not registered.
 

@@ -23,7 +23,7 @@ from istanas.nets.partial import bypass, join, partial_width, split
 from istanas.nets.skeleton import checkpointed
 from istanas.nets.target import drop_path, sum_terms
 from istanas.space import ChoiceSpace, Decision, Genotype, NetworkSize
-from istanas.space.choice import Build
+from istanas.space.choice import Build, Make
 
 Places = Mapping[tuple[str, int], list["Choice"]]  # The modules of each decision (kind, index).
 
@@ -119,13 +119,12 @@ class _Chooser:
             )
         return self._choice(kind, index, Choice(self._candidates(kind, index, channels, build)))
 
-    def operation(self, kind: str, index: int, channels: int, stride: int = 1) -> nn.Module:
-        width = partial_width(channels, self._partial)
+    def operation(
+        self, kind: str, index: int, channels: int, stride: int = 1, make: Make | None = None
+    ) -> nn.Module:
+        width, make = partial_width(channels, self._partial), make or _registered
         candidates = self._candidates(
-            kind,
-            index,
-            width,
-            lambda operation, affine: make_operation(operation, width, stride, affine=affine),
+            kind, index, width, lambda operation, affine: make(operation, width, stride, affine)
         )
         if self._partial == 1:
             return self._choice(kind, index, Choice(candidates))
@@ -167,6 +166,10 @@ class _Chooser:
                     field=f"space {self._space.name}",
                     remedy="call choose for every decision",
                 )
+
+
+def _registered(operation: str, channels: int, stride: int, affine: bool) -> nn.Module:
+    return make_operation(operation, channels, stride, affine=affine)
 
 
 class ChoiceTarget(TargetNetwork):

@@ -62,11 +62,9 @@ class NasBench201Cell(nn.Module):
 
     def __init__(self, channels: int, choose: Choose) -> None:
         super().__init__()
-
-        def build(operation: str, affine: bool) -> nn.Module:
-            return make_operation(operation, channels, affine=affine)
-
-        self.edges = nn.ModuleList(choose(KIND, index, channels, build) for index in range(len(EDGES)))
+        self.edges = nn.ModuleList(
+            choose.operation(KIND, index, channels, make=make_operation) for index in range(len(EDGES))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         states = [x]
@@ -118,12 +116,13 @@ class NasBench201Network(nn.Module):
         return logits
 
 
-def make_operation(name: str, channels: int, *, affine: bool) -> nn.Module:
+def make_operation(name: str, channels: int, stride: int = 1, affine: bool = True) -> nn.Module:
     """Return an operation of the benchmark, of stride 1 and without a change of width.
 
     Args:
         name: A name in `istanas.space.nas_bench_201.OPERATIONS`.
         channels: Channels of the input and of the output.
+        stride: 1.
         affine: Whether batch norms learn scale and shift.
 
     Raises:

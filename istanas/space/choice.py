@@ -18,6 +18,10 @@ Build = Callable[[str, bool], "nn.Module"]
 """Returns a candidate, given its operation and whether its batch norms learn scale and shift."""
 
 
+Make = Callable[[str, int, int, bool], "nn.Module"]
+"""Returns a candidate, given its operation, channels, stride, and whether its batch norms learn scale and shift."""
+
+
 class Choose(Protocol):
     """Creates the module of a decision at one place of a network. A decision may have several places."""
 
@@ -32,14 +36,20 @@ class Choose(Protocol):
                 whether its batch norms learn scale and shift.
         """
 
-    def operation(self, kind: str, index: int, channels: int, stride: int = 1) -> nn.Module:
-        """Return the module of a decision whose candidates are registered operations.
+    def operation(
+        self, kind: str, index: int, channels: int, stride: int = 1, make: Make | None = None
+    ) -> nn.Module:
+        """Return the module of a decision whose candidates keep the number of channels.
+
+        Such candidates can run on a part of the channels, which `pc_darts` requires.
 
         Args:
             kind: The kind of the decision.
             index: The index of the decision.
             channels: Channels of the input and of the output.
             stride: 1 or 2.
+            make: Returns a candidate, given the name of its operation, its channels, its stride, and whether its batch
+                norms learn scale and shift. By default it is the registered operation.
         """
 
 

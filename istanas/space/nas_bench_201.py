@@ -62,6 +62,7 @@ class NasBench201Space(ChoiceSpace):
     """
 
     name: ClassVar[str] = "nas_bench_201"
+    has_partial_channels: ClassVar[bool] = True
 
     ops: tuple[Operation, ...] = field(default=OPERATIONS)
 

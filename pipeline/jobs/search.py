@@ -152,7 +152,7 @@ def describe_trained_epoch(record: EpochRecord) -> str:
     if found.searching:
         text += (
             f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
-            f"{int(m['arch/frozen_nodes'])} of {len(found.nodes)} frozen"
+            f"{len(frozen)} of {len(found.nodes)} frozen"
         )
     text += f", {record.seconds:.1f} s{_describe_fallbacks(found)}"
     if found.rejection is not None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from istanas.methods import trains_target
+from istanas.methods import has_alpha_half
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.base.text import duration
 from pipeline.runs.outcome import shown_outcome
@@ -152,7 +152,7 @@ def validation_note(kind: str, method: str) -> str:
         >>> validation_note("retrain", "two_stage") == validation_note("search", "one_stage")
         True
     """
-    if kind != "retrain" and not trains_target(method):
+    if kind != "retrain" and has_alpha_half(method):
         return (
             f"Validation accuracy of a {method.replace('_', '-')} search is measured on the alpha half: the part of "
             "the training pictures (search.alpha_fraction) that does not train the weights."
