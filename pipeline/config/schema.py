@@ -613,10 +613,9 @@ def config_class(method: str = DEFAULT_METHOD, space: str = DEFAULT_SPACE) -> ty
 
 @functools.cache
 def _config_class(method: str, search: type[SearchSection], of_space: type[SpaceSection]) -> type[Config]:
-    space = of_space.space_class.name
-    name = "".join(word.capitalize() for word in f"{method}_{space}_config".split("_"))
+    locator = ("config_class", method, of_space.space_class.name)
     schema = pydantic.create_model(
-        name,
+        "-".join(locator),
         __base__=Config,
         __module__=__name__,
         __doc__=Config.__doc__,
@@ -624,7 +623,7 @@ def _config_class(method: str, search: type[SearchSection], of_space: type[Space
         space=(of_space, Field(default_factory=of_space)),
         search=(search, Field(default_factory=search)),
     )
-    schema.locator = ("config_class", method, space)
+    schema.locator = locator
     return schema
 
 

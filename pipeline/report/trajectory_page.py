@@ -237,7 +237,9 @@ def _curves(table: Table, epochs: Epochs, places: Places, certified: bool) -> Ma
 
 
 def _frame(file: Path) -> pd.DataFrame:
-    return pd.read_csv(io.BytesIO(read_at_most(file, TABLE_BYTES)))
+    # A plugin's operation may be called "nan" or "None".
+    names = dict.fromkeys(("cell", "picks", "op"), str)
+    return pd.read_csv(io.BytesIO(read_at_most(file, TABLE_BYTES)), converters=names)
 
 
 def _maps(run: RunDir, genotype: Genotype, table: Table, epochs: Epochs) -> list[dict[str, Any]]:

@@ -13,10 +13,12 @@ from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.methods import METHODS
 from istanas.nets import NoNetwork, SearchNetwork, TargetNetwork, to_channels_last
+from istanas.registry import OWN
 from istanas.search import Search
 from istanas.settings import SearchSettings, SparseCodingSettings
-from istanas.space import Genotype, NetworkSize
+from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from istanas.training import Compute, derive_seed
+from pipeline.base.text import one_line
 from pipeline.config.schema import Config, RetrainSettings, SearchSection
 from pipeline.config.sections import settings_from
 
@@ -110,8 +112,45 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
             space.check_size(network_size(getattr(config, job), dataset))
         except ConfigError as error:
             raise ConfigError(error.problem, field=f"{job}.{error.field}", remedy=error.remedy) from None
+        if SPACES.origin(space.name) != OWN and type(space).cost is SearchSpace.cost:
+            _check_network_of_plugin(space, network_size(getattr(config, job), dataset), dataset)
     if "search" in jobs:
         _check_partial_channels(config, dataset)
+
+
+def _check_network_of_plugin(space: SearchSpace, size: NetworkSize, dataset: ImageDataset) -> None:
+    """Check that a plugin's space has a network of this size, and that all candidates of a decision fit into it.
+
+    The network has no memory, as in `SearchSpace.cost`, which is computed in every search.
+
+    Raises:
+        ConfigError: If the network cannot be built, or does not map the pictures to logits.
+    """
+    pictures = (2, dataset.channels, dataset.height, dataset.width)
+    everything = {
+        kind: [tuple(range(d.n_candidates)) for d in each] for kind, each in space.decisions.items()
+    }
+    field = f"space {space.name}"
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net = space.supernet(size, lambda decision: decision.n_candidates, auxiliary=False, partial=1)
+            net.install(everything, lambda kind, alphas: alphas)
+            out = net(torch.zeros(pictures))
+    except ConfigError:
+        raise
+    except Exception as error:  # of the plugin's code
+        raise ConfigError(
+            f"its network raises {one_line(error)} for pictures {pictures}",
+            field=field,
+            remedy="correct network",
+        ) from error
+    if not isinstance(out, torch.Tensor) or out.shape != (2, size.num_classes):
+        found = tuple(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+        raise ConfigError(
+            f"its network returns {found} for pictures {pictures}",
+            field=field,
+            remedy=f"return logits, {(2, size.num_classes)}",
+        )
 
 
 def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
