@@ -409,9 +409,15 @@ def space_of(genotype: Genotype) -> SearchSpace:
     """Return the search space of a genotype, with its default settings.
 
     Raises:
-        ConfigError: If the space is not registered.
+        GenotypeError: If the space is not registered.
     """
-    return SPACES.find(genotype.space)()
+    if genotype.space not in SPACES:
+        raise GenotypeError(
+            f"belongs to the space {genotype.space}, which is not registered",
+            field="genotype",
+            remedy="name the plugin that registers it with --plugin FILE",
+        )
+    return SPACES[genotype.space]()
 
 
 def register_space(space: type[SearchSpace]) -> None:

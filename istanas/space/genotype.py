@@ -334,7 +334,8 @@ def _check_operation(op: str, field: str, node: int) -> None:
     try:
         OPERATIONS.find(op)
     except ConfigError as error:
-        raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=error.remedy) from None
+        remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
+        raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=remedy) from None
 
 
 def _is_int(value: Any) -> bool:

@@ -45,7 +45,13 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
             lambda genotype: network_cost(config, config.search, dataset, genotype),
         )
     except ConfigError as error:
-        raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
+        raise _in_section(error, "search") from None
+
+
+def _in_section(error: ConfigError, section: str) -> ConfigError:
+    """Return an error of the library with the key of a configuration, which its field is without the section."""
+    field = section if error.field is None else f"{section}.{error.field}"
+    return ConfigError(error.problem, field=field, remedy=error.remedy)
 
 
 def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNetwork:
@@ -111,7 +117,7 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
         try:
             space.check_size(network_size(getattr(config, job), dataset))
         except ConfigError as error:
-            raise ConfigError(error.problem, field=f"{job}.{error.field}", remedy=error.remedy) from None
+            raise _in_section(error, job) from None
         if SPACES.origin(space.name) != OWN and type(space).cost is SearchSpace.cost:
             _check_network_of_plugin(space, network_size(getattr(config, job), dataset), dataset)
     if "search" in jobs:
@@ -170,7 +176,7 @@ def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
                     partial=partial,
                 )
         except ConfigError as error:
-            raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
+            raise _in_section(error, "search") from None
 
 
 def _partial_channels(config: Config, method: type[Search[Any]], settings: SearchSettings) -> int:
