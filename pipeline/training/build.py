@@ -179,6 +179,15 @@ def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
             raise _in_section(error, "search") from None
 
 
+def check_method(config: Config) -> None:
+    """Check that the search space supports the method, as far as this is known without pictures.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    _partial_channels(config, METHODS[config.method].search_class, settings_of(config))
+
+
 def _partial_channels(config: Config, method: type[Search[Any]], settings: SearchSettings) -> int:
     partial = method.partial_channels(settings)
     if partial > 1 and not config.space.space_class.has_partial_channels:
