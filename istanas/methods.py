@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from istanas.errors import ConfigError
 from istanas.registry import Registry
 from istanas.settings import SearchSettings
 
@@ -72,6 +73,49 @@ def register_method(method: SearchMethod) -> None:
         ConfigError: If the name is taken or invalid.
     """
     METHODS.register(method.name, method)
+
+
+_DEFINED = ("train_epoch", "train_step", "finish_epoch", "is_done")  # by every search class
+
+
+def check_method(method: SearchMethod) -> None:
+    """Check that the classes of a method are what they have to be.
+
+    Args:
+        method: The method. Its search class imports torch.
+
+    Raises:
+        ConfigError: If the settings are no dataclass of their own, or the search has another name or lacks a function.
+
+    Example:
+        >>> check_method(METHODS["gdas"])
+    """
+    from istanas.search.base import Search
+
+    field, settings, search = f"method {method.name}", method.settings_class, method.search_class
+    if not (isinstance(settings, type) and issubclass(settings, SearchSettings)):
+        raise ConfigError(
+            f"{settings!r:.80} does not derive from SearchSettings", field=field, remedy="derive it from that"
+        )
+    if "__dataclass_params__" not in vars(settings):
+        raise ConfigError(
+            f"{settings.__name__} is no dataclass", field=field, remedy="add @dataclass(frozen=True) above it"
+        )
+    if not (isinstance(search, type) and issubclass(search, Search)):
+        raise ConfigError(
+            f"{search!r:.80} does not derive from Search", field=field, remedy="derive it from that"
+        )
+    for kind, base, names in ((settings, SearchSettings, ("max_epochs",)), (search, Search, _DEFINED)):
+        if missing := [name for name in names if getattr(kind, name) is getattr(base, name)]:
+            raise ConfigError(
+                f"{kind.__name__} lacks {', '.join(missing)}", field=field, remedy="define what is missing"
+            )
+    if getattr(search, "kind", None) != method.name:
+        raise ConfigError(
+            f"{search.__name__}.kind is {getattr(search, 'kind', None)!r:.80}",
+            field=field,
+            remedy=f"set it to {method.name!r}",
+        )
 
 
 def has_alpha_half(name: str | None) -> bool:

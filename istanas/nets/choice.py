@@ -135,7 +135,13 @@ class _Chooser:
         return choice
 
     def _candidates(self, kind: str, index: int, channels: int, build: Build) -> dict[int, nn.Module]:
-        decision = self._space.decisions[kind][index]
+        decision = next((d for d in self._space.all_decisions() if (d.kind, d.index) == (kind, index)), None)
+        if decision is None:
+            raise ConfigError(
+                f"its network has a choice for {kind} {index}, which is no decision",
+                field=f"space {self._space.name}",
+                remedy="correct network or make_decisions",
+            )
         chosen = range(decision.n_candidates) if self._supports is None else self._supports[kind][index]
         return {c: self._candidate(decision, c, channels, build) for c in chosen}
 

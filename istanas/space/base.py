@@ -56,6 +56,12 @@ class Decision:
     one_per_edge: bool = False
 
     def __post_init__(self) -> None:
+        if not all(isinstance(pick, tuple) and len(pick) == 2 for pick in self.candidates):
+            raise ConfigError(
+                f"{self.candidates!r:.80} are not the candidates of {self.kind} {self.index}",
+                field="space",
+                remedy="give candidates as (operation, state)",
+            )
         if not self.edges:
             object.__setattr__(self, "edges", tuple(state for _, state in self.candidates))
         if not self.candidates or len(set(self.candidates)) < len(self.candidates):
@@ -407,16 +413,23 @@ def space_of(genotype: Genotype) -> SearchSpace:
     """Return the search space of a genotype, with its default settings.
 
     Raises:
-        ConfigError: If the space is not registered.
+        GenotypeError: If the space is not registered.
     """
-    return SPACES.find(genotype.space)()
+    if genotype.space not in SPACES:
+        raise GenotypeError(
+            f"belongs to the space {genotype.space}, which is not registered",
+            field="genotype",
+            remedy="name the plugin that registers it with --plugin FILE",
+        )
+    return SPACES[genotype.space]()
 
 
 def register_space(space: type[SearchSpace]) -> None:
     """Make a search space available as `space.name: NAME`.
 
     Raises:
-        ConfigError: If the name is taken or invalid, or the class is not a search space.
+        ConfigError: If the name is taken or invalid, or the class is not a search space, lacks a method, or is no
+            dataclass.
     """
     name = getattr(space, "name", None)
     if not (isinstance(space, type) and issubclass(space, SearchSpace) and isinstance(name, str)):
@@ -424,5 +437,14 @@ def register_space(space: type[SearchSpace]) -> None:
             f"{space!r:.80} is not a search space with a name",
             field="register_space",
             remedy="give a subclass of SearchSpace",
+        )
+    missing = sorted(getattr(space, "__abstractmethods__", ()))
+    if missing or "__dataclass_params__" not in vars(space):
+        raise ConfigError(
+            f"{space.__name__} lacks {', '.join(missing)}"
+            if missing
+            else f"{space.__name__} is no dataclass",
+            field=f"space {name}",
+            remedy="define what is missing" if missing else "add @dataclass(frozen=True) above it",
         )
     SPACES.register(name, space)

@@ -24,6 +24,7 @@ VERSION = 1
 DARTS = CellSpace.name
 CELLS = ("normal", "reduce")
 _OPERATION = re.compile(r"[A-Za-z0-9_.+-]{1,64}")  # also the names that user spaces give to their candidates
+_KIND = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # files and elements of pages have these names
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,13 @@ def _check_choices(genotype: Genotype) -> None:
         )
     if not genotype.choices or not all(picks and all(picks) for _, picks in genotype.choices):
         raise GenotypeError("a decision without a choice", field=field, remedy="give at least one for each")
+    for kind, _ in genotype.choices:
+        if _KIND.fullmatch(kind) is None:
+            raise GenotypeError(
+                f"{kind!r:.60} cannot name a kind of decision",
+                field=field,
+                remedy="use a letter followed by at most 63 letters, digits and underscores",
+            )
     names = [op for _, picks in genotype.choices for node in picks for op, _ in node]
     invalid = [op for op in names if _OPERATION.fullmatch(op) is None]
     if invalid:
@@ -326,7 +334,8 @@ def _check_operation(op: str, field: str, node: int) -> None:
     try:
         OPERATIONS.find(op)
     except ConfigError as error:
-        raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=error.remedy) from None
+        remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
+        raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=remedy) from None
 
 
 def _is_int(value: Any) -> bool:

@@ -147,7 +147,12 @@ class NasBench201Space(ChoiceSpace):
         return None if text is None else f"{_PREFIX}{_indices()[text]}"
 
     def drawing(self, genotype: Genotype) -> Mapping[str, Drawing]:
-        """Return the drawing of the cell: 4 nodes, and an edge for each operation."""
+        """Return the drawing of the cell: 4 nodes, and an edge for each operation.
+
+        Raises:
+            GenotypeError: If the genotype is not in the benchmark.
+        """
+        NasBench201Space().check(genotype)
         edges = tuple(
             (source, target, op, index, 0)
             for index, ((source, target), ((op, _),)) in enumerate(

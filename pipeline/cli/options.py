@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from istanas.errors import ConfigError
+from istanas.methods import METHODS
 
 Command = Callable[..., Any]
 
@@ -21,6 +22,11 @@ def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -
 def complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Let the shell complete the name of a folder, such as a run directory."""
     return [CompletionItem(incomplete, type="dir")]
+
+
+def complete_method(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the name of a search method."""
+    return [CompletionItem(name) for name in METHODS if name.startswith(incomplete)]
 
 
 GIVEN_PLUGINS = "istanas.plugins"

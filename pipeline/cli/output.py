@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -93,6 +94,7 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
     from rich.table import Table
 
     from pipeline.base.text import shown_value
+    from pipeline.config.plugins import plugin_options
     from pipeline.runs import bucket
 
     table = Table("figure", "value")
@@ -116,12 +118,21 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
     table.add_row("trials", ended)
     console.print(table)
     here, program = bucket.local(result["run_dir"]), program_name()
+    plugins = map(shlex.quote, plugin_options())
     best = here / BEST_FOLDER
     for label, text in (
         ("report", here / REPORT_PAGE),
         ("all trials", bucket.shown(here / TRIALS_TABLE)),
         ("best", bucket.shown(best)),
-        ("retrain it", f"{program} retrain --genotype {best}/{GENOTYPE_FILE} --config {best}/{CONFIG_FILE}"),
+        (
+            "retrain it",
+            " ".join(
+                [
+                    f"{program} retrain --genotype {best}/{GENOTYPE_FILE} --config {best}/{CONFIG_FILE}",
+                    *plugins,
+                ]
+            ),
+        ),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
     show_store(console, config)

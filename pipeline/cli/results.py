@@ -10,8 +10,13 @@ from pathlib import Path
 import click
 
 from istanas.errors import IstanasError
-from istanas.methods import METHODS
-from pipeline.cli.options import complete_file, complete_folder, config_options, json_option
+from pipeline.cli.options import (
+    complete_file,
+    complete_folder,
+    complete_method,
+    config_options,
+    json_option,
+)
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.cli.settings import load_config, run_and_config
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
@@ -19,7 +24,9 @@ from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
 
 @click.command()
 @click.option("--kind", type=click.Choice(KINDS), help="Show only runs of this kind.")
-@click.option("--method", type=click.Choice(tuple(METHODS)), help="Show only runs of this method.")
+@click.option(
+    "--method", metavar="NAME", shell_complete=complete_method, help="Show only runs of this search method."
+)
 @click.option("--dataset", metavar="NAME", help="Show only runs on this data set.")
 @click.option(
     "--where",

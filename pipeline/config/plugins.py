@@ -16,20 +16,22 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 # The package's own entries are registered before any plugin is imported, so that none of them counts as a plugin's.
-import istanas.data.registry
-import istanas.methods
-import istanas.space  # noqa: F401
+import istanas.data.registry  # noqa: F401
 from istanas.errors import ConfigError, IstanasError
 from istanas.limits import MB, read_at_most
+from istanas.methods import METHODS, check_method
 from istanas.registry import Registration, registering_for, unregister
+from istanas.space import SPACES
 from pipeline.base.text import one_line
+from pipeline.config.schema import search_section, space_section
+from pipeline.config.sections import settings_from
 
 GROUP = "istanas.plugins"
 OPTION = "--plugin"
@@ -121,15 +123,38 @@ def _registered_by(plugin: Plugin) -> list[Registration]:
             for entry in _executed[plugin.digest]:
                 entry.registry.register(entry.name, entry.entry)
         else:
-            _execute(plugin)
+            with redirect_stdout(sys.stderr):  # Programs read the results of commands from stdout.
+                _execute(plugin)
             if not registered:
                 raise ConfigError(
                     "registers nothing",
                     field=plugin.where,
                     remedy="call register_dataset or another register function in it",
                 )
+            _check(registered)
             _executed[plugin.digest] = list(registered)
     return registered
+
+
+def _check(registered: Sequence[Registration]) -> None:
+    """Check what a plugin has registered as far as this is possible without pictures.
+
+    Raises:
+        ConfigError: If a method or a space cannot have a section in a configuration, or is impossible by default. Code
+            of the plugin may raise any other exception.
+    """
+    for entry in registered:
+        if entry.registry is METHODS:
+            check_method(entry.entry)
+            section: Any = search_section(entry.name)
+            settings_from(section.settings_class, section())
+            section.model_json_schema()
+        elif entry.registry is SPACES:
+            section = space_section(entry.name)
+            space = section().build()
+            hash(space)  # its costs are remembered
+            space.random(0)  # checks the names of kinds and candidates
+            section.model_json_schema()
 
 
 # ---------- files
@@ -184,11 +209,11 @@ def _one_line(plugin: Plugin) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, ConfigError) and error.field == plugin.where:
+        if isinstance(error, IstanasError) and error.field == plugin.where:
             raise
         line = _line_of(error, plugin)
         where = "" if line is None else f"line {line}: "
-        if isinstance(error, ConfigError):
+        if isinstance(error, IstanasError):
             what = error.problem if error.field is None else f"{error.field}: {error.problem}"
             raise ConfigError(f"{where}{what}", field=plugin.where, remedy=error.remedy) from error
         what = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) else one_line(error)
@@ -282,6 +307,16 @@ def ship(value: Any) -> Shipped:
 
 
 # ---------- runs that needed a plugin
+def plugin_options() -> list[str]:
+    """Return the options of a command that loads the files that are loaded here.
+
+    Example:
+        >>> plugin_options()
+        []
+    """
+    return [part for plugin in active_plugins() if plugin.path for part in (OPTION, plugin.path)]
+
+
 def recorded() -> list[dict[str, str]]:
     """Return the loaded plugins as `environment.json` records them."""
     return [{"name": plugin.name, "sha256": plugin.digest} for plugin in active_plugins()]

@@ -608,23 +608,24 @@ def config_class(method: str = DEFAULT_METHOD, space: str = DEFAULT_SPACE) -> ty
         >>> config_class("one_stage").model_fields["method"].default, config_class("one_stage")().search.layers
         ('one_stage', 20)
     """
-    return _config_class(method, search_section(method), space_section(space))
+    return _config_class(method, search_section(method), space_section(space), _describe_methods())
 
 
 @functools.cache
-def _config_class(method: str, search: type[SearchSection], of_space: type[SpaceSection]) -> type[Config]:
-    space = of_space.space_class.name
-    name = "".join(word.capitalize() for word in f"{method}_{space}_config".split("_"))
+def _config_class(
+    method: str, search: type[SearchSection], of_space: type[SpaceSection], methods: str
+) -> type[Config]:
+    locator = ("config_class", method, of_space.space_class.name)
     schema = pydantic.create_model(
-        name,
+        "-".join(locator),
         __base__=Config,
         __module__=__name__,
         __doc__=Config.__doc__,
-        method=(cast(Any, Literal[method]), Field(method, description=_describe_methods())),
+        method=(cast(Any, Literal[method]), Field(method, description=methods)),
         space=(of_space, Field(default_factory=of_space)),
         search=(search, Field(default_factory=search)),
     )
-    schema.locator = ("config_class", method, space)
+    schema.locator = locator
     return schema
 
 

@@ -7,10 +7,13 @@ each field. The generated section has a key for each field that is not excluded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -136,6 +139,9 @@ def section_from(
         before: Other keys that come first, each with its annotation and pydantic's `Field`.
         after: Other keys that come last.
 
+    Raises:
+        ConfigError: If a field has the name of another key or of a property of the section, or an impossible type.
+
     Example:
         >>> @dataclasses.dataclass(frozen=True)
         ... class Chain:
@@ -151,20 +157,32 @@ def section_from(
     """
     hints = get_type_hints(settings, include_extras=True)
     meanings = descriptions(settings)
-    keys: dict[str, Any] = dict(before or {})
+    others = {**(before or {}), **(after or {})}
+    keys: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         if field.name not in exclude:
             default = _default(field)
             key = key_of(field)
+            if key in others or hasattr(base, key):
+                raise ConfigError(
+                    "the name is taken",
+                    field=f"{settings.__name__}.{field.name}",
+                    remedy="choose another name",
+                )
             keys[key] = (_annotation(hints[field.name]), _field(default, meanings.get(field.name)))
-    keys |= after or {}
-    section = pydantic.create_model(
-        settings.__name__,
-        __base__=base,
-        __module__=__name__,
-        __doc__=summary(settings),
-        **keys,
-    )
+    try:
+        section = pydantic.create_model(
+            # A JSON schema tells sections by their names, and the settings classes of two plugins may share theirs.
+            "-".join(locator) or settings.__name__,
+            __base__=base,
+            __module__=__name__,
+            __doc__=summary(settings),
+            **{**(before or {}), **keys, **(after or {})},
+        )
+    except pydantic.errors.PydanticUserError:
+        for key, (annotation, _) in keys.items():
+            _check_type(annotation, f"{settings.__name__}.{key}")
+        raise
     section.locator = locator
     return section
 
@@ -220,6 +238,22 @@ def descriptions(settings: type) -> dict[str, str]:
     return found
 
 
+def _check_type(annotation: Any, field: str) -> None:
+    """Check that a key can have a type.
+
+    Raises:
+        ConfigError: If values of the type cannot be written in a configuration.
+    """
+    try:
+        pydantic.TypeAdapter(annotation)
+    except pydantic.errors.PydanticUserError:
+        raise ConfigError(
+            f"{annotation!r:.80} cannot be the type of a key",
+            field=field,
+            remedy="use bool, int, float, str, Literal, a tuple of them, or None",
+        ) from None
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
@@ -251,8 +285,6 @@ def _annotation(hint: Any) -> Any:
             return list[_annotation(items[0])]  # type: ignore[misc]
         length = Field(min_length=len(items), max_length=len(items))
         return Annotated[list[_annotation(items[0])], length]  # type: ignore[misc]
-    arguments = get_args(hint)
-    if arguments and get_origin(hint) is not list and type(None) in arguments:
-        (inner,) = (each for each in arguments if each is not type(None))
-        return _annotation(inner) | None
+    if get_origin(hint) in (Union, UnionType):
+        return functools.reduce(operator.or_, map(_annotation, get_args(hint)))
     return hint

@@ -1,10 +1,12 @@
 """Descriptions of runs for MLflow, in Markdown: results, genotype, and the command that repeats the run."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from istanas.space import Genotype
 from pipeline.base.text import count, duration, percent, shown_value
+from pipeline.config.plugins import plugin_options
 from pipeline.report.terminal import validation_note
 from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 
@@ -121,7 +123,7 @@ def _page(
         "\n".join(f"- {label}: {value}" for label, value in [*figures, *named]),
         f"```\n{genotype}\n```",
         more,
-        f"To repeat this run with its files: `{again}`",
+        f"To repeat this run with its files: `{' '.join([again, *map(shlex.quote, plugin_options())])}`",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from istanas.space import Genotype, kind_title
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration, percent
+from pipeline.config.plugins import plugin_options
 from pipeline.report.columns import SPACE_PREFIX
 from pipeline.report.html import (
     BLUE,
@@ -213,6 +214,10 @@ def _environment(found: dict[str, Any]) -> Rows:
         ("memory", f"{found['memory_gib']:,} GiB"),
         ("GPUs", ", ".join(found["gpus"]) or "none"),
     ]
+    if "plugins" in found:
+        rows.append(
+            ("plugins", ", ".join(f"{each['name']} {each['sha256'][:12]}" for each in found["plugins"]))
+        )
     if found["earlier"]:
         rows.append(("earlier environments", f"{len(found['earlier'])}, in environment.json"))
     return rows
@@ -239,6 +244,7 @@ def _sweep_contents(folder: Path, record: RunRecord) -> dict[str, Any]:
                 f"{best}/{GENOTYPE_FILE}",
                 "--config",
                 f"{best}/{CONFIG_FILE}",
+                *plugin_options(),
             ]
         ),
         "trials": page_table(folder, read_table(folder)),

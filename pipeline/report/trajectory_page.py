@@ -238,7 +238,10 @@ def _curves(table: Table, epochs: Epochs, places: Places, certified: bool) -> Ma
 
 
 def _frame(file: Path) -> pd.DataFrame:
-    return pd.read_csv(io.BytesIO(read_at_most(file, TABLE_BYTES)))
+    text = io.BytesIO(read_at_most(file, TABLE_BYTES))
+    # A plugin's operation may be called "nan", "None" or "3".
+    names = dict.fromkeys(("cell", "picks", "op"), str)
+    return pd.read_csv(text, dtype=names, keep_default_na=False, na_values=[""])
 
 
 def _maps(run: RunDir, genotype: Genotype, table: Table, epochs: Epochs) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import torch
 import istanas
 from pipeline.base.files import atomic_write
 from pipeline.base.redaction import without_secrets
-from pipeline.config.plugins import OPTION, active_plugins, recorded
+from pipeline.config.plugins import plugin_options, recorded
 from pipeline.config.threads import usable_cores
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CONFIG_FILE, ENVIRONMENT_FILE, GENOTYPE_FILE
@@ -92,8 +92,8 @@ def reproducing_command(folder: Path, kind: str) -> str:
         typed = [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv[1:]]
         return shlex.join(["istanas", *map(without_secrets, typed)])
     genotype = ["--genotype", str(folder / GENOTYPE_FILE)] if kind == "retrain" else []
-    plugins = [part for plugin in active_plugins() if plugin.path for part in (OPTION, plugin.path)]
-    return shlex.join(["istanas", kind, *genotype, *plugins, "--config", str(folder / CONFIG_FILE)])
+    config = ["--config", str(folder / CONFIG_FILE)]
+    return shlex.join(["istanas", kind, *genotype, *plugin_options(), *config])
 
 
 @functools.cache

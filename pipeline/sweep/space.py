@@ -119,6 +119,13 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
         ConfigError: If the settings contradict each other.
     """
     trial = with_settings(config, settings, source)
+    if sweep_of(config).objective == "valid" and not trial.search.settings_class.validates:
+        raise ConfigError(
+            f"{trial.method} trains nothing, so that it has no validation accuracy, the sweep's objective",
+            field="method",
+            remedy="set sweep.objective=retrained and data.holdout=0.1",
+            source=source,
+        )
     update: dict[str, Any] = {"retrain": trial.retrain.model_copy(update={"test_every": 0})}
     if trial.trains_target:
         update["search"] = trial.search.model_copy(update={"test_every": 0})
@@ -157,9 +164,19 @@ def check_space(config: Config) -> None:
 
     for number in range(N_CHECKED):
         settings = random_settings(config, derive_seed(config.seed, "check", number))
-        trial_config(config, settings, f"sweep.space allows {readable(settings)}")
+        _check_trial(config, settings, f"sweep.space allows {readable(settings)}")
     for number, point in enumerate(sweep.points):
-        trial_config(config, settings_of_point(config, point), f"sweep.points.{number}")
+        _check_trial(config, settings_of_point(config, point), f"sweep.points.{number}")
+
+
+def _check_trial(config: Config, settings: Settings, source: str) -> None:
+    from pipeline.training.build import check_method
+
+    trial = trial_config(config, settings, source)
+    try:
+        check_method(trial)
+    except ConfigError as error:
+        raise error.in_source(source) from None
 
 
 def extreme_settings(config: Config) -> Iterator[Settings]:

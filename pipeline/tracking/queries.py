@@ -122,7 +122,7 @@ def _query(filters: Filters) -> str:
     folder = _FOLDER_LABEL.fullmatch(wanted.get("dataset", "")) is not None
     for name, value in wanted.items():
         if value not in known[name] and not (name == "dataset" and folder):
-            own = ", or name the plugin that registers it with --plugin FILE" if name == "dataset" else ""
+            own = "" if name == "kind" else ", or name the plugin that registers it with --plugin FILE"
             remedy = f"choose {', '.join(known[name])}{own}"
             raise ConfigError("unknown", field=f"{name} {value!r}", remedy=remedy)
     conditions = [

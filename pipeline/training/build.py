@@ -13,10 +13,12 @@ from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.methods import METHODS
 from istanas.nets import NoNetwork, SearchNetwork, TargetNetwork, to_channels_last
+from istanas.registry import OWN
 from istanas.search import Search
 from istanas.settings import SearchSettings, SparseCodingSettings
-from istanas.space import Genotype, NetworkSize
+from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from istanas.training import Compute, derive_seed
+from pipeline.base.text import one_line
 from pipeline.config.schema import Config, RetrainSettings, SearchSection
 from pipeline.config.sections import settings_from
 
@@ -43,7 +45,13 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
             lambda genotype: network_cost(config, config.search, dataset, genotype),
         )
     except ConfigError as error:
-        raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
+        raise _in_section(error, "search") from None
+
+
+def _in_section(error: ConfigError, section: str) -> ConfigError:
+    """Return an error of the library with the key of a configuration, which its field is without the section."""
+    field = section if error.field is None else f"{section}.{error.field}"
+    return ConfigError(error.problem, field=field, remedy=error.remedy)
 
 
 def build_target(config: Config, genotype: Genotype, dataset: ImageDataset) -> TargetNetwork:
@@ -111,9 +119,46 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
         try:
             space.check_size(network_size(getattr(config, job), dataset))
         except ConfigError as error:
-            raise ConfigError(error.problem, field=f"{job}.{error.field}", remedy=error.remedy) from None
+            raise _in_section(error, job) from None
+        if SPACES.origin(space.name) != OWN and type(space).cost is SearchSpace.cost:
+            _check_network_of_plugin(space, network_size(getattr(config, job), dataset), dataset)
     if "search" in jobs:
         _check_partial_channels(config, dataset)
+
+
+def _check_network_of_plugin(space: SearchSpace, size: NetworkSize, dataset: ImageDataset) -> None:
+    """Check that a plugin's space has a network of this size, and that all candidates of a decision fit into it.
+
+    The network has no memory, as in `SearchSpace.cost`, which is computed in every search.
+
+    Raises:
+        ConfigError: If the network cannot be built, or does not map the pictures to logits.
+    """
+    pictures = (2, dataset.channels, dataset.height, dataset.width)
+    everything = {
+        kind: [tuple(range(d.n_candidates)) for d in each] for kind, each in space.decisions.items()
+    }
+    field = f"space {space.name}"
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net = space.supernet(size, lambda decision: decision.n_candidates, auxiliary=False, partial=1)
+            net.install(everything, lambda kind, alphas: alphas)
+            out = net(torch.zeros(pictures))
+    except ConfigError:
+        raise
+    except Exception as error:  # of the plugin's code
+        raise ConfigError(
+            f"its network raises {one_line(error)} for pictures {pictures}",
+            field=field,
+            remedy="correct network",
+        ) from error
+    if not isinstance(out, torch.Tensor) or out.shape != (2, size.num_classes):
+        found = tuple(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+        raise ConfigError(
+            f"its network returns {found} for pictures {pictures}",
+            field=field,
+            remedy=f"return logits, {(2, size.num_classes)}",
+        )
 
 
 def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
@@ -133,7 +178,16 @@ def _check_partial_channels(config: Config, dataset: ImageDataset) -> None:
                     partial=partial,
                 )
         except ConfigError as error:
-            raise ConfigError(error.problem, field=f"search.{error.field}", remedy=error.remedy) from None
+            raise _in_section(error, "search") from None
+
+
+def check_method(config: Config) -> None:
+    """Check that the search space supports the method, as far as this is known without pictures.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    _partial_channels(config, METHODS[config.method].search_class, settings_of(config))
 
 
 def _partial_channels(config: Config, method: type[Search[Any]], settings: SearchSettings) -> int:

@@ -345,3 +345,16 @@ def test_a_one_stage_search_absorbs_its_edge_weights(ops: Any) -> None:
         assert (net(x) - target(x)).abs().max() <= 1e-5
     kept = [op for ((op, _),) in search.genotype().picks("cell")]
     assert sum(isinstance(m, Zero) for m in target.modules()) == 3 * kept.count("none")
+
+
+@pytest.mark.parametrize("choices", [{"x": [[["none", 0]]]}, {"cell": [[["none", 0]], [["none", 0]]]}])
+def test_a_genotype_of_another_form_is_not_drawn(choices: Any) -> None:
+    genotype = Genotype.from_dict({"version": 1, "space": "nas_bench_201", "choices": choices})
+    with pytest.raises(GenotypeError, match=r"is no kind of decision|and the space nas_bench_201 has 6"):
+        SPACE.drawing(genotype)
+
+
+@pytest.mark.parametrize("kind", ["../cell", 'cell" onload="', "", "a b"])
+def test_a_kind_that_could_not_name_a_file_is_refused(kind: str) -> None:
+    with pytest.raises(GenotypeError, match="cannot name a kind of decision"):
+        Genotype(space="nas_bench_201", choices=((kind, ((("none", 0),),)),))

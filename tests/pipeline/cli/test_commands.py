@@ -168,7 +168,7 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["compare", "one"], "RUN: 1 given, name at least two runs to compare"),
         (["compare", "one", "two"], "run 'one': unknown"),
         (["results", "--kind", "trial"], "--kind"),
-        (["results", "--method", "dart"], "--method"),
+        (["results", "--method", "dart"], "method 'dart': unknown; choose two_stage, one_stage"),
         (["results", "--dataset", "cifar"], "dataset 'cifar': unknown; choose digits, cifar10"),
         (["results", "--sweep", "x", "--where", "a"], "--where: --sweep has all trials of one run"),
         (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),

@@ -149,3 +149,83 @@ def test_a_yaml_file_cannot_name_a_plugin(istanas: Command, here: Path) -> None:
     code, _, err = istanas("config", "--config", "tiny.yaml")
     assert code == 2
     assert "plugin: unknown key" in err
+
+
+CHAIN = """
+from dataclasses import dataclass
+from torch import nn
+from istanas.space import ChoiceSpace, Decision, register_space
+
+@dataclass(frozen=True)
+class Chain(ChoiceSpace):
+    name = "chain"
+
+    def make_decisions(self):
+        return [Decision("NA", i, (("nan", 0), ("None", 0)), sparsity=1) for i in range(2)]
+
+    def network(self, size, choose):
+        c = size.init_channels
+        blocks = [choose("NA", i, c, lambda op, affine: nn.Conv2d(c, c, 3, padding=1)) for i in range(2)]
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, size.num_classes)]
+        return nn.Sequential(nn.Conv2d(size.in_channels, c, 1), *blocks, *head)
+
+register_space(Chain)
+"""
+CHAIN_JOB = ("--plugin", "chain.py", "--set", "space={name: chain}", "--set", "data={name: digits}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("for i in range(2)]\n        head", "for i in range(1)]\n        head", "has no choice for NA 1"),
+        (
+            "for i in range(2)]\n        head",
+            "for i in range(3)]\n        head",
+            "a choice for NA 2, which is no",
+        ),
+        ("3, padding=1", "3 if op == 'nan' else 1", "its network raises RuntimeError"),
+        ("*blocks, *head", "*blocks", "its network returns (2, 2, 8, 8) for pictures (2, 1, 8, 8); return"),
+        ("c = size.init_channels", "c = size.channels", "its network raises AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("job", [("search",), ("retrain", "--genotype", "random:0")])
+def test_a_space_without_a_working_network_is_one_line(
+    istanas: Command, here: Path, job: tuple[str, ...], old: str, new: str, message: str
+) -> None:
+    assert old in CHAIN
+    (here / "chain.py").write_text(CHAIN.replace(old, new))
+    code, _, err = istanas(*job, "--config", "tiny.yaml", *CHAIN_JOB)
+    assert code == 2
+    assert err.startswith(
+        f"error: space chain: {'its network ' if 'its' not in message else ''}{message[:3]}"
+    )
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not list(here.glob("runs/*"))
+
+
+def test_names_that_tables_could_take_for_numbers_are_kept(istanas: Command, here: Path) -> None:
+    (here / "chain.py").write_text(CHAIN)
+    code, _, err = istanas("search", "--config", "tiny.yaml", *CHAIN_JOB)
+    assert code == 0, err
+    (page,) = here.glob("runs/*/trajectory.html")
+    assert "nan" in page.read_text()
+    assert "plugins" in (page.parent / "report.html").read_text()
+    file = str(page.parent / "genotype.json")
+    code, _, err = istanas("draw", file)
+    assert code == 2
+    assert "belongs to the space chain, which is not registered; name the plugin" in err
+
+
+def test_results_know_the_methods_of_plugins(istanas: Command, here: Path) -> None:
+    (here / "own.py").write_text(
+        "from istanas.methods import SearchMethod, register_method\n"
+        "from istanas.search.darts import DartsSearch\n"
+        "from istanas.settings import DartsSettings\n"
+        "class Own(DartsSearch):\n    kind = 'own'\n"
+        "register_method(SearchMethod('own', 'is own', DartsSettings, Own))\n"
+    )
+    assert istanas("results", "--method", "own", "--plugin", "own.py")[0] == 0
+    code, _, err = istanas("results", "--method", "own")
+    assert code == 2
+    assert "method 'own': unknown; choose two_stage" in err

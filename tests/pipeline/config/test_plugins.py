@@ -11,7 +11,10 @@ import pytest
 
 from istanas.data import DATASETS, load_dataset
 from istanas.errors import ConfigError
+from istanas.methods import METHODS
+from istanas.space import SPACES
 from pipeline.config import plugins
+from pipeline.config.describe import describe, json_schema
 from pipeline.config.load import load, run_hash
 from pipeline.config.plugins import Shipped, active_plugins, load_plugins, ship
 
@@ -246,3 +249,131 @@ def test_own_entries_are_not_those_of_the_first_plugin(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "{'istanas'}\n"
+
+
+# ---------- what a space and a method must have
+SPACE = """
+from dataclasses import dataclass, field
+from torch import nn
+from istanas.space import ChoiceSpace, Decision, register_space
+
+@dataclass(frozen=True)
+class Pair(ChoiceSpace):
+    name = "pair"
+    blocks: int = 2
+
+    def make_decisions(self):
+        return [Decision("block", i, (("conv", 0), ("skip", 0)), sparsity=1) for i in range(self.blocks)]
+
+    def network(self, size, choose):
+        return nn.Identity()
+
+register_space(Pair)
+"""
+METHOD = """
+from dataclasses import dataclass
+from istanas.search import Search, SearchMethod, register_method
+from istanas.search.softmax import SoftmaxSearch
+from istanas.settings import AlternatingSettings, SearchSettings
+
+@dataclass(frozen=True)
+class Settings(AlternatingSettings):
+    gain: float = 1.0
+
+class Sigmoids(SoftmaxSearch[Settings]):
+    kind = "sigmoid"
+
+    def weigh(self, kind, alphas):
+        return [each.sigmoid() for each in alphas]
+
+register_method(SearchMethod("sigmoid", "weighs by sigmoids", Settings, Sigmoids))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("@dataclass(frozen=True)", "", "space pair: Pair is no dataclass; add @dataclass(frozen=True)"),
+        ("@dataclass(frozen=True)", "@dataclass", "TypeError: unhashable type: 'Pair'"),
+        ("def network(", "def net(", "space pair: Pair lacks network; define what is missing"),
+        ("blocks: int = 2", "blocks: int", "blocks: a key of a settings class has no default"),
+        (
+            "blocks: int = 2",
+            "blocks: nn.Module = None",
+            "Pair.blocks: <class 'torch.nn.modules.module.Module'>",
+        ),
+        ("blocks: int = 2", "blocks: int = 'two'", "validation error"),
+        ("blocks: int = 2", "blocks: int = 2; solver: int = 1", "Pair.solver: the name is taken"),
+        ("blocks: int = 2", "blocks: int = 2; build: int = 1", "Pair.build: the name is taken"),
+        ('name = "pair"', 'name: str = "pair"', "Pair.name: the name is taken"),
+        (
+            "blocks: int = 2",
+            "blocks: int = 2; sizes: dict[str, int] = field(default_factory=dict)",
+            "unhashable type: 'dict'",
+        ),
+        ("blocks: int = 2", "blocks: int = 0", "the space pair has no decisions; give it at least one"),
+        ('(("conv", 0), ("skip", 0))', "()", "line 12: space: block 0 has no candidates"),
+        ('(("conv", 0), ("skip", 0))', '("conv", "skip")', "give candidates as (operation, state)"),
+        ('(("conv", 0), ("skip", 0))', '[["conv", 0], ["skip", 0]]', "give candidates as (operation, state)"),
+        ('"block", i', '"block", i + 1', "the decisions of kind block do not count from 0"),
+        ('"block", i', '"../block", i', "'../block' cannot name a kind of decision"),
+        ("return [Decision", "raise ValueError([Decision", "line 12: "),
+    ],
+)
+def test_a_space_that_cannot_work_is_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    source = SPACE.replace(old, new)
+    if "raise" in new:
+        source = source.replace("self.blocks)]", "self.blocks)])")
+    assert message in refusal(written(tmp_path, source))
+    assert "pair" not in SPACES
+    load_plugins([written(tmp_path, SPACE)])
+    assert load(None, ["space.name=pair", "space.blocks=3"]).space.build().blocks == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "sigmoid"', "", "Sigmoids.kind is None; set it to 'sigmoid'"),
+        ('kind = "sigmoid"', 'kind = "darts"', "Sigmoids.kind is 'darts'; set it to 'sigmoid'"),
+        ("SoftmaxSearch[Settings]", "", "does not derive from Search; derive it from that"),
+        (
+            "SoftmaxSearch[Settings]",
+            "Search[Settings]",
+            "Sigmoids lacks train_epoch, train_step, finish_epoch",
+        ),
+        ("(AlternatingSettings)", "", "does not derive from SearchSettings; derive it from that"),
+        ("(AlternatingSettings)", "(SearchSettings)", "Settings lacks max_epochs; define what is missing"),
+        ("@dataclass(frozen=True)", "", "Settings is no dataclass; add @dataclass(frozen=True)"),
+        ("gain: float = 1.0", "gain: float = 'loud'", "validation error"),
+        ("gain: float = 1.0", "gain: 'Loud' = 1", "NameError: name 'Loud' is not defined"),
+        ("gain: float = 1.0", "max_epochs: int = 1", "Settings.max_epochs: the name is taken"),
+        ("Settings, Sigmoids))", "'nowhere:Settings', Sigmoids))", "No module named 'nowhere'"),
+    ],
+)
+def test_a_method_that_cannot_work_is_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert message in refusal(written(tmp_path, METHOD.replace(old, new)))
+    assert "sigmoid" not in METHODS
+    load_plugins([written(tmp_path, METHOD)])
+    assert load(None, ["method=sigmoid", "search.gain=2.0"]).search.max_epochs == 50
+
+
+def test_settings_classes_of_one_name_do_not_share_a_schema(tmp_path: Path) -> None:
+    """Editors check a file against the schema, in which every section has a name."""
+    other = METHOD.replace('"sigmoid"', '"other"').replace("gain: float = 1.0", "loss: int = 1")
+    taken = SPACE.replace("Pair", "DataSettings")
+    load_plugins(
+        [written(tmp_path, METHOD), written(tmp_path, other, "b.py"), written(tmp_path, taken, "c.py")]
+    )
+    definitions = json_schema()["$defs"]
+    assert "gain" in definitions["search_section-sigmoid"]["properties"]
+    assert "loss" in definitions["search_section-other"]["properties"]
+    assert "blocks" in definitions["space_section-pair"]["properties"]
+    assert {key.path for key in describe("search.gain")} == {"search.gain"}
+
+
+def test_what_a_plugin_prints_does_not_reach_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs read a command's configuration or JSON from there."""
+    load_plugins([written(tmp_path, f"{SOURCE}\nprint('hello')\n")])
+    assert capsys.readouterr() == ("", "hello\n")

@@ -304,3 +304,19 @@ def test_a_key_outside_the_space_may_be_a_condition(tmp_path: Path) -> None:
     assert suggest(config, FromList(0.5, 3)) == {"search.lr": 0.5, "seed": 3}
     other = load(write(tmp_path, space), ["space.matrix=gaussian"])
     assert suggest(other, FromList(3)) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("space", "line"),
+    [
+        ("method: {choice: [gdas, random]}", "method: random trains nothing, so that it has no validation"),
+        (
+            "method: {choice: [gdas, pc_darts]}\nspace.name: {choice: [darts, nas_bench_201]}",
+            "method: pc_darts runs operations on a part of the channels, which nas_bench_201 does not support",
+        ),
+    ],
+)
+def test_a_method_that_some_trials_cannot_use_is_rejected(tmp_path: Path, space: str, line: str) -> None:
+    found = refusal(tmp_path, space)
+    assert found.startswith("sweep.space allows method=")
+    assert line in found
