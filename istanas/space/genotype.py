@@ -334,7 +334,7 @@ def _check_operation(op: str, field: str, node: int) -> None:
     try:
         OPERATIONS.find(op)
     except ConfigError as error:
-        remedy = f"{error.remedy}, or name the plugin that registers it with --plugin FILE"
+        remedy = f"{error.remedy}, or name its plugin with --plugin FILE"
         raise GenotypeError(f"node {node}: {error.problem}", field=field, remedy=remedy) from None
 
 
