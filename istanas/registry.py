@@ -78,7 +78,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """
         if not isinstance(name, str) or name not in self._entries:
             raise ConfigError(
-                f"{name!r:.80} is not a registered {self.kind}{did_you_mean(str(name), self._entries)}",
+                f"{name!r:.60} is not a registered {self.kind}{did_you_mean(str(name), self._entries)}",
                 field=self.field,
                 remedy=f"choose from {', '.join(self._entries)}",
             )

@@ -1,11 +1,16 @@
 """A sweep's space: errors are found before anything starts, and conditions hold in sampled settings."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from torch import nn
 
 from istanas.errors import ConfigError
+from istanas.registry import registering_for, unregister
+from istanas.space import ChoiceSpace, Decision, NetworkSize, register_space
+from istanas.space.choice import Choose
 from pipeline.config.load import load, run_hash, to_yaml
 from pipeline.sweep.space import (
     check_space,
@@ -306,17 +311,35 @@ def test_a_key_outside_the_space_may_be_a_condition(tmp_path: Path) -> None:
     assert suggest(other, FromList(3)) == {"seed": 3}
 
 
+@dataclass(frozen=True)
+class Whole(ChoiceSpace):
+    """A space whose candidates cannot run on a part of the channels."""
+
+    name: ClassVar[str] = "whole"
+
+    def make_decisions(self) -> list[Decision]:
+        return [Decision("block", 0, (("a", 0), ("b", 0)), sparsity=1)]
+
+    def network(self, size: NetworkSize, choose: Choose) -> nn.Module:
+        return nn.Sequential(choose("block", 0, 1, lambda *_: nn.Identity()), nn.Flatten(), nn.LazyLinear(10))
+
+
 @pytest.mark.parametrize(
     ("space", "line"),
     [
         ("method: {choice: [gdas, random]}", "method: random trains nothing, so that it has no validation"),
         (
-            "method: {choice: [gdas, pc_darts]}\nspace.name: {choice: [darts, nas_bench_201]}",
-            "method: pc_darts runs operations on a part of the channels, which nas_bench_201 does not support",
+            "method: {choice: [gdas, pc_darts]}\nspace.name: {choice: [darts, whole]}",
+            "method: pc_darts runs operations on a part of the channels, which whole does not support",
         ),
     ],
 )
 def test_a_method_that_some_trials_cannot_use_is_rejected(tmp_path: Path, space: str, line: str) -> None:
-    found = refusal(tmp_path, space)
+    with registering_for("test") as registered:
+        register_space(Whole)
+    try:
+        found = refusal(tmp_path, space)
+    finally:
+        unregister(registered)
     assert found.startswith("sweep.space allows method=")
     assert line in found
