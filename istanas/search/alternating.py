@@ -85,7 +85,9 @@ class AlternatingSearch(Search[Settings]):
                 observe(step + 1, totals)
         self.ranks.average(self.trained_buffers())
         self.epoch += 1
-        return totals.metrics(self.ranks)
+        metrics = totals.metrics(self.ranks)
+        self.end_steps()
+        return metrics
 
     def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
         """Run one step of an epoch, to measure its time."""
@@ -100,6 +102,9 @@ class AlternatingSearch(Search[Settings]):
             step: Number of the step in its epoch, from 0.
             n_steps: Number of steps of the epoch.
         """
+
+    def end_steps(self) -> None:
+        """Install what an epoch is measured with, after its last step. By default nothing is done."""
 
     def step(self, batch: BatchLike, alpha_batch: BatchLike | None, totals: Totals) -> None:
         """Run an alpha step and then a weight step.

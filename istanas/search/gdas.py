@@ -23,7 +23,7 @@ Differences from the paper and from the published code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,12 @@ from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.nets import SearchNetwork
 from istanas.nets.networks import Support
-from istanas.search.base import Batches, RecoveryReport
+from istanas.search.base import RecoveryReport
 from istanas.search.sampled import SampledSearch
 from istanas.search.selection import strongest_supports
 from istanas.settings import GdasSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Metrics, Observer, Totals, derive_seed
+from istanas.training import BatchLike, Compute, Totals, derive_seed
 
 Arrays = dict[str, list[Tensor]]  # for each kind a tensor of each decision
 
@@ -237,19 +237,9 @@ class GdasSearch(SampledSearch[GdasSettings]):
 
     # ---------- the epochs
 
-    def train_epoch(
-        self,
-        weight_batches: Iterable[BatchLike],
-        alpha_batches: Batches | None,
-        n_steps: int,
-        observe: Observer | None = None,
-        *,
-        lr_factor: float = 1.0,
-    ) -> Metrics:
-        """Run one epoch, see `AlternatingSearch`; then install the most probable operation of each edge."""
-        metrics = super().train_epoch(weight_batches, alpha_batches, n_steps, observe, lr_factor=lr_factor)
+    def end_steps(self) -> None:
+        """Install the most probable operation of each edge."""
         self._install()
-        return metrics
 
     def probabilities(self) -> Arrays:
         """Return, for each decision, the probabilities p of its candidates on their edges, float64."""

@@ -17,7 +17,7 @@ Differences from the paper and from the published code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -25,11 +25,11 @@ from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.nets import SearchNetwork
 from istanas.nets.networks import Support
-from istanas.search.base import Batches, Choosing, RecoveryReport
+from istanas.search.base import Choosing, RecoveryReport
 from istanas.search.sampled import SampledSearch, Supports
 from istanas.settings import RandomNasSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Metrics, Observer, Totals, derive_seed
+from istanas.training import BatchLike, Compute, Metrics, Totals, derive_seed
 
 
 class RandomNasSearch(SampledSearch[RandomNasSettings]):
@@ -92,19 +92,9 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
         self.install_unweighted(self.supernet.space.random_supports(self.step_seed("weights")))
         super().weight_step(batch, totals)
 
-    def train_epoch(
-        self,
-        weight_batches: Iterable[BatchLike],
-        alpha_batches: Batches | None,
-        n_steps: int,
-        observe: Observer | None = None,
-        *,
-        lr_factor: float = 1.0,
-    ) -> Metrics:
-        """Run one epoch, see `AlternatingSearch`; then install the random architecture that the epoch shows."""
-        metrics = super().train_epoch(weight_batches, alpha_batches, n_steps, observe, lr_factor=lr_factor)
+    def end_steps(self) -> None:
+        """Install the random architecture that the epoch shows."""
         self.install_unweighted(self._drawn("shown", self.epoch))
-        return metrics
 
     # ---------- measuring and choosing
 
