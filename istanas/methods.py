@@ -75,7 +75,7 @@ def register_method(method: SearchMethod) -> None:
     METHODS.register(method.name, method)
 
 
-_DEFINED = ("train_epoch", "train_step", "finish_epoch", "is_done")  # by every search class
+_DEFINED = ("train_epoch", "train_step", "finish_epoch", "is_done", "begin")  # by every search class
 
 
 def check_method(method: SearchMethod) -> None:

@@ -193,6 +193,7 @@ class Search(Generic[Settings]):
         self.alphas = supernet.alphas()
         if self.has_network:
             self._make_optimizers()
+        self.first_recovery = self.begin()
 
     def _make_optimizers(self) -> None:
         settings, fused = self.settings, self.compute.device.type == "cuda"
@@ -212,6 +213,13 @@ class Search(Generic[Settings]):
         )
 
     # ---------- what a method defines
+
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training.
+
+        It is called once, at the end of the construction.
+        """
+        raise NotImplementedError
 
     def train_epoch(
         self,

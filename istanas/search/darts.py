@@ -40,6 +40,7 @@ class DartsSearch(SoftmaxSearch[DartsSettings]):
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
         >>> from istanas.training import Compute
+        >>> from istanas.training import Compute
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, alpha_size=lambda decision: decision.n_candidates)
         >>> search = DartsSearch(net, DartsSettings(epochs=1), Compute(torch.device("cpu")), seed=0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))

@@ -23,7 +23,7 @@ Differences from the paper and from the published code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,16 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from istanas.distributed import Ranks
-from istanas.measure import Cost
-from istanas.nets import SearchNetwork
 from istanas.nets.networks import Support
 from istanas.search.base import RecoveryReport
 from istanas.search.sampled import SampledSearch
 from istanas.search.selection import strongest_supports
 from istanas.settings import GdasSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Totals, derive_seed
+from istanas.training import BatchLike, Totals, derive_seed
 
 Arrays = dict[str, list[Tensor]]  # for each kind a tensor of each decision
 
@@ -139,6 +136,7 @@ class GdasSearch(SampledSearch[GdasSettings]):
     Example:
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
+        >>> from istanas.training import Compute
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, alpha_size=lambda decision: decision.n_candidates)
         >>> search = GdasSearch(net, GdasSettings(epochs=1), Compute(torch.device("cpu")), seed=0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
@@ -153,29 +151,22 @@ class GdasSearch(SampledSearch[GdasSettings]):
 
     kind = "gdas"
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: GdasSettings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
         with torch.no_grad():
             for kind, index in self.places:
-                alphas = supernet.node_alphas(kind)[index]
-                rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "alphas", kind, index)))
-                drawn = settings.alphas_scale * rng.standard_normal(len(alphas))
+                alphas = self.supernet.node_alphas(kind)[index]
+                rng = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "alphas", kind, index)))
+                drawn = self.settings.alphas_scale * rng.standard_normal(len(alphas))
                 alphas.copy_(torch.as_tensor(drawn))
         self._tables = {
-            kind: EdgeTable(each, self.alphas[0].device) for kind, each in supernet.space.decisions.items()
+            kind: EdgeTable(each, self.alphas[0].device)
+            for kind, each in self.supernet.space.decisions.items()
         }
         self._wrap()
         self._before = self.probabilities()
         self._install()
-        self.first_recovery = self._report(self._before)
+        return self._report(self._before)
 
     @property
     def tau(self) -> float:

@@ -9,22 +9,18 @@ This module does no I/O: the caller passes batches and stores the results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from istanas.data import Batch
-from istanas.distributed import Ranks
 from istanas.errors import ConfigError
-from istanas.measure import Cost
-from istanas.nets import NodeCode, NodeState, SearchNetwork
+from istanas.nets import NodeCode, NodeState
 from istanas.search.base import Batches, Place, RecoveryReport
 from istanas.search.sparse_coding import Recovered, SparseCodingSearch
 from istanas.settings import CLOSING_EPOCHS, OneStageSettings
-from istanas.space import Genotype
 from istanas.training import (
     BatchLike,
-    Compute,
     Metrics,
     Observer,
     Totals,
@@ -82,6 +78,7 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         >>> import torch
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
+        >>> from istanas.training import Compute
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, op_batchnorm=True)
         >>> settings = OneStageSettings(max_search_epochs=1, train_epochs=1, max_params=None)
         >>> search = OneStageSearch(net, settings, Compute(torch.device("cpu")), 0)
@@ -97,19 +94,12 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
 
     kind = "one_stage"
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: OneStageSettings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
+        self.begin_coding()
         self.freezings: list[Freezing] = []
         self.n_rejected = 0  # Number of rejected architectures after the first accepted one.
-        self.first_recovery = self._first_recovery(seed)
+        return self._first_recovery(self.seed)
 
     def _first_recovery(self, seed: int) -> RecoveryReport:
         """Draw b until its architecture is within the limits."""

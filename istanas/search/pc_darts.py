@@ -31,6 +31,7 @@ class PcDartsSearch(SoftmaxSearch[PcDartsSettings]):
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
         >>> from istanas.training import Compute
+        >>> from istanas.training import Compute
         >>> settings = PcDartsSettings(epochs=2, warmup_epochs=0)
         >>> def alpha_size(decision: Decision) -> int:
         ...     return PcDartsSearch.alpha_size(settings, decision)

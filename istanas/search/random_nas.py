@@ -17,19 +17,16 @@ Differences from the paper and from the published code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from istanas.distributed import Ranks
-from istanas.measure import Cost
-from istanas.nets import SearchNetwork
 from istanas.nets.networks import Support
 from istanas.search.base import Choosing, RecoveryReport
 from istanas.search.sampled import SampledSearch, Supports
 from istanas.settings import RandomNasSettings
-from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Metrics, Totals, derive_seed
+from istanas.space import Decision
+from istanas.training import BatchLike, Metrics, Totals, derive_seed
 
 
 class RandomNasSearch(SampledSearch[RandomNasSettings]):
@@ -44,6 +41,7 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
         >>> import torch
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
+        >>> from istanas.training import Compute
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 3, 10, alpha_size=lambda decision: 0)
         >>> search = RandomNasSearch(net, RandomNasSettings(epochs=2), Compute(torch.device("cpu")), seed=0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
@@ -63,20 +61,12 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
         """Return 0, because there are no alphas."""
         return 0
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: RandomNasSettings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
         self._wrap()
         self._before: Supports = self._drawn("shown", 0)
         self.install_unweighted(self._before)
-        self.first_recovery = self._report(self._before)
+        return self._report(self._before)
 
     @property
     def trains_alphas(self) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from istanas.distributed import Ranks
 from istanas.errors import ConfigError
-from istanas.measure import Cost
-from istanas.nets import SearchNetwork
 from istanas.search.base import Batches, RecoveryReport, Search
 from istanas.settings import RandomSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Compute, Observer
+from istanas.training import BatchLike, Observer
 
 
 class RandomSearch(Search[RandomSettings]):
@@ -26,6 +23,7 @@ class RandomSearch(Search[RandomSettings]):
         >>> import torch
         >>> from istanas.nets import NoNetwork
         >>> from istanas.space import CellSpace, NetworkSize
+        >>> from istanas.training import Compute
         >>> net = NoNetwork(CellSpace(), NetworkSize(2, 3, 10))
         >>> search = RandomSearch(net, RandomSettings(), Compute(torch.device("cpu")), seed=7)
         >>> search.train_epoch([], None, 0) is None, search.is_done
@@ -42,18 +40,10 @@ class RandomSearch(Search[RandomSettings]):
         """Return 0, because there are no alphas."""
         return 0
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: RandomSettings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
-        self._supports = supernet.space.random_supports(seed)
-        self.first_recovery = self._report()
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
+        self._supports = self.supernet.space.random_supports(self.seed)
+        return self._report()
 
     def train_epoch(
         self,

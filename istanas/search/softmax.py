@@ -6,22 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from istanas.distributed import Ranks
-from istanas.measure import Cost
-from istanas.nets import SearchNetwork
 from istanas.search.alternating import AlternatingSearch
 from istanas.search.base import RecoveryReport
 from istanas.search.selection import strongest_supports
 from istanas.settings import AlternatingSettings
 from istanas.space import Decision, Genotype
-from istanas.training import Compute, derive_seed
+from istanas.training import derive_seed
 
 Settings = TypeVar("Settings", bound=AlternatingSettings)
 Strengths = dict[str, list[Tensor]]
@@ -89,23 +86,15 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
         supports: For each kind the candidates that the top-2 rule keeps.
     """
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: Settings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
-        decisions = supernet.space.decisions
-        self.edges = {kind: Edges.of(each, compute.device) for kind, each in decisions.items()}
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
+        decisions = self.supernet.space.decisions
+        self.edges = {kind: Edges.of(each, self.compute.device) for kind, each in decisions.items()}
         self._draw_alphas()
         everything = {kind: [tuple(range(d.n_candidates)) for d in each] for kind, each in decisions.items()}
-        supernet.install(everything, self.weigh)
+        self.supernet.install(everything, self.weigh)
         self._wrap()
-        self.first_recovery = self._choose(None)
+        return self._choose(None)
 
     def _draw_alphas(self) -> None:
         """Draw the alphas of every decision from a normal distribution."""

@@ -7,19 +7,17 @@ add the algorithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from istanas.distributed import Ranks
-from istanas.measure import Cost
-from istanas.nets import NodeCode, NodeState, SearchNetwork
+from istanas.nets import NodeCode, NodeState
 from istanas.search.base import NodeReport, Place, Search
 from istanas.settings import OneStageSettings, TwoStageSettings
-from istanas.space import Decision, Genotype, SearchSpace
+from istanas.space import Decision, SearchSpace
 from istanas.sparse import (
     RecoveryResult,
     initial_compressed_alphas,
@@ -29,7 +27,7 @@ from istanas.sparse import (
     top_support,
     truncation_error,
 )
-from istanas.training import Compute, derive_seed
+from istanas.training import derive_seed
 
 Codes = dict[str, list[NodeCode]]
 States = dict[str, list[NodeState]]
@@ -64,20 +62,11 @@ class SparseCodingSearch(Search[Settings]):
         """Return m, the length of b."""
         return settings.n_measurements
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: Settings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
-        self.draw_alphas(seed)
-        self._matrices = draw_matrices(
-            supernet.space, settings.n_measurements, settings.matrix, settings.matrix_seed
-        )
+    def begin_coding(self) -> None:
+        """Draw b and the measurement matrices. There are no codes yet."""
+        s = self.settings
+        self.draw_alphas(self.seed)
+        self._matrices = draw_matrices(self.supernet.space, s.n_measurements, s.matrix, s.matrix_seed)
         self.codes: Codes = {}
 
     def draw_alphas(self, seed: int, *attempt: int) -> None:

@@ -5,17 +5,10 @@ This module does no I/O: the caller passes batches and stores the results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from istanas.distributed import Ranks
-from istanas.measure import Cost
-from istanas.nets import SearchNetwork
 from istanas.search.alternating import AlternatingSearch
 from istanas.search.base import RecoveryReport
 from istanas.search.sparse_coding import SparseCodingSearch
 from istanas.settings import TwoStageSettings
-from istanas.space import Genotype
-from istanas.training import Compute
 
 
 class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[TwoStageSettings]):
@@ -28,6 +21,7 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
         >>> import torch
         >>> from istanas.nets import Supernet
         >>> from istanas.space import CellSpace
+        >>> from istanas.training import Compute
         >>> net = Supernet(CellSpace(n_nodes=2), 2, 2, 10)
         >>> search = TwoStageSearch(net, TwoStageSettings(epochs=1), Compute(torch.device("cpu")), seed=0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
@@ -42,17 +36,10 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
 
     kind = "two_stage"
 
-    def __init__(
-        self,
-        supernet: SearchNetwork,
-        settings: TwoStageSettings,
-        compute: Compute,
-        seed: int,
-        ranks: Ranks | None = None,
-        cost: Callable[[Genotype], Cost] | None = None,
-    ) -> None:
-        super().__init__(supernet, settings, compute, seed, ranks, cost)
-        self.first_recovery = self.recover()
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
+        self.begin_coding()
+        return self.recover()
 
     def recover(self) -> RecoveryReport:
         """Recover every node's code from its b, and make the operations of its largest entries active.
