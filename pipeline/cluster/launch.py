@@ -8,6 +8,7 @@ worker that dies leaves no incomplete file.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -346,14 +347,24 @@ def with_absolute_paths(data: DataSettings) -> DataSettings:
 
 
 def _make_loss_callback(mailbox: Any) -> Any:
+    import ray
     from ray.train import UserCallback
 
     class Losses(UserCallback):
-        """Reports lost workers, from Ray Train's controller."""
+        """Reports lost workers, from Ray Train's controller.
+
+        Workers also fail if the job has ended without them, for example because a sweep stopped its trial: the job
+        takes its mailbox with it. The controller must not start new workers then. If it did so while Ray ends it,
+        Ray would never release their reservation, and no other trial would find room.
+        """
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
-            mailbox.post.remote(None, "lost", pickle.dumps([f"lost {lost}"]))
+            posted = mailbox.post.remote(None, "lost", pickle.dumps([f"lost {lost}"]))
+            try:
+                ray.get(posted)
+            except ray.exceptions.RayActorError:
+                os._exit(1)  # Ray Train would handle an exception as a failure, and start new workers.
 
     return Losses()
 
