@@ -45,7 +45,8 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
 def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     """Train the network of a genotype from scratch and test it.
 
-    Without --config, the settings of data and tracking are those of the run that found the genotype, if a run found it.
+    Without --config, the settings of data, space and tracking are those of the run that found the genotype, if a run
+    found it.
     """
     cells, parent, config, name = load_for_genotype(genotype, console_for(as_json), **settings)
     from pipeline.jobs.retrain import run_retrain

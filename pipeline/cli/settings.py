@@ -80,11 +80,14 @@ def load_for_genotype(
     """
     from pipeline.config.load import default_file, load
     from pipeline.runs import bucket
-    from pipeline.tracking.references import genotype_to_train, resolve_origin
+    from pipeline.tracking.references import genotype_to_train, resolve_genotype, resolve_origin
 
     config, name = load_config(file, overrides, **short)
-    cells, parent = genotype_to_train(reference, config)
     runs_dir = bucket.local(config.runtime.runs_dir)
+    # The errors of a reference that names nothing come from here.
+    resolve_genotype(
+        reference, space=config.space.build(), runs_dir=runs_dir, tracking_uri=config.tracking.uri
+    )
     origin = (
         resolve_origin(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
         if file is None
@@ -93,18 +96,19 @@ def load_for_genotype(
     if origin is not None:
         sections = {
             section: getattr(origin.config, section).model_dump(mode="json")
-            for section in ("data", "tracking")
+            for section in ("data", "space", "tracking")
         }
         config = load(default_file(), _with_short(overrides, short), sections)
         _check_store_of(origin, config)
         name = config.tracking.name or origin.name
         root = f" in {config.data.root}" if config.data.root is not None else ""
         console.print(
-            f"data ({config.data.name}{root}) and tracking settings are those of {origin.run}; the others are those of "
-            f"{default_file().name}; --config replaces them",
+            f"data ({config.data.name}{root}), space and tracking settings are those of {origin.run}; the others are "
+            f"those of {default_file().name}; --config replaces them",
             highlight=False,
             soft_wrap=True,
         )
+    cells, parent = genotype_to_train(reference, config)
     return cells, parent, config, name
 
 

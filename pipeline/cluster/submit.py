@@ -327,7 +327,7 @@ def _check_settings_are_shipped(genotype: str, config: Config) -> None:
     origin = resolve_origin(genotype, runs_dir=runs_dir, tracking_uri=tracking_uri)
     if origin is not None:
         raise ConfigError(
-            f"{genotype} is a file of {origin.run}, whose data and tracking settings the cluster does not see",
+            f"{genotype} is a file of {origin.run}, whose data, space and tracking settings the cluster does not see",
             field="--genotype",
             remedy="give --config with a file that has the settings of the retraining",
         )

@@ -381,8 +381,8 @@ def test_without_a_file_a_retraining_is_on_the_pictures_of_its_run(istanas: Comm
         code, out, err = istanas("retrain", *arguments)
         assert code == 0, err
         assert (
-            f"data (folder in my pics #1) and tracking settings are those of {found['run_dir']}; the others are those "
-            "of digits_quickstart.yaml" in err
+            f"data (folder in my pics #1), space and tracking settings are those of {found['run_dir']}; the others are "
+            "those of digits_quickstart.yaml" in err
         )
         record = RunDir(json.loads(out)["run_dir"]).read()
         assert (record.dataset, record.name, record.parent) == ("folder", "tiny-retrain", found["run_dir"])

@@ -9,6 +9,7 @@ import pytest
 from istanas.space import Genotype
 from istanas.space.nas_bench_201 import index_of
 from pipeline.cli.commands import run
+from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
 
@@ -110,6 +111,20 @@ def test_an_interrupted_search_ends_as_an_undisturbed_one(
     cut = result(capfd, "search", "--config", config)
     assert cut["digest"] == whole["digest"]
     assert decided(cut["run_dir"]) == decided(whole["run_dir"])
+
+
+def test_a_run_is_retrained_in_its_own_space_without_its_configuration(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    search = result(capfd, "search", "--config", write(project / "tiny.yaml"))
+    settings = (
+        "retrain={epochs: 1, batch_size: 256, init_channels: 2, layers: 5, auxiliary_weight: 0, cutout: 0}"
+    )
+    short = ("--set", settings, "--set", "runtime={threads: 1, device: cpu}")
+    found = result(capfd, "retrain", "--genotype", search["run_dir"], *short)
+    assert found["digest"] == search["digest"]
+    assert load(Path(found["run_dir"]) / "config.yaml").space.n_measurements == 3
+    assert not (project / "mlflow.db").exists()
 
 
 @pytest.mark.slow

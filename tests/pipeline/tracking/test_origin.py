@@ -1,4 +1,4 @@
-"""`--genotype RUN` without `--config`: data and tracking settings are those of the run, wherever the run is kept."""
+"""`--genotype RUN` without `--config` takes data, space and tracking settings from the run, wherever it is kept."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ sweep:
 SHORT = (
     "--set=retrain={epochs: 1, batch_size: 4, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}",
 )
-SAID = "data (folder in pictures) and tracking settings are those of "
+SAID = "data (folder in pictures), space and tracking settings are those of "
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
@@ -215,7 +215,7 @@ def test_a_relative_folder_of_pictures_starts_where_the_run_did(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/store/mlflow.db")
     monkeypatch.chdir(other)
     trained, said = command(capsys, "retrain", "--genotype", reference, *SHORT)
-    assert f"data (folder in {project / 'pictures'}) and tracking settings are those of" in said
+    assert f"data (folder in {project / 'pictures'}), space and tracking settings are those of" in said
     assert RunDir(trained["run_dir"]).read().datasets[0].classes == 2
 
 
