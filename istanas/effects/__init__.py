@@ -1,0 +1,76 @@
+"""Effects of candidates from measured architectures: balanced designs, sparse and Bayesian fits, and choices.
+
+Architectures are the rows of a measurement matrix, their scores the measurements, and the effects of the candidates
+the sparse code. Everything is a pure function of numbers; nothing is trained here.
+"""
+
+from istanas.effects.choice import (
+    Improvement,
+    best_architecture,
+    improvement,
+    probability_best,
+    ranked_architectures,
+    thompson,
+)
+from istanas.effects.coding import (
+    Architecture,
+    Layout,
+    architecture,
+    coded,
+    incidence,
+    layout,
+    sum_to_zero,
+    supports_of,
+)
+from istanas.effects.design import balanced_design
+from istanas.effects.fidelity import join_fidelities, next_fidelity
+from istanas.effects.model import (
+    Fidelities,
+    System,
+    linear_system,
+    log_scores,
+    normal_scores,
+    offsets,
+    repeat_variance,
+    scores,
+)
+from istanas.effects.posterior import Posterior, log_evidence, ridge, ridge_moments, ridge_variances
+from istanas.effects.sparse_fit import SparsePath, sparse_path
+from istanas.effects.spike import gibbs_sweep, spike_and_slab
+
+__all__ = [
+    "Architecture",
+    "Fidelities",
+    "Improvement",
+    "Layout",
+    "Posterior",
+    "SparsePath",
+    "System",
+    "architecture",
+    "balanced_design",
+    "best_architecture",
+    "coded",
+    "gibbs_sweep",
+    "improvement",
+    "incidence",
+    "join_fidelities",
+    "layout",
+    "linear_system",
+    "log_evidence",
+    "log_scores",
+    "next_fidelity",
+    "normal_scores",
+    "offsets",
+    "probability_best",
+    "ranked_architectures",
+    "repeat_variance",
+    "ridge",
+    "ridge_moments",
+    "ridge_variances",
+    "scores",
+    "sparse_path",
+    "spike_and_slab",
+    "sum_to_zero",
+    "supports_of",
+    "thompson",
+]

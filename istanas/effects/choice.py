@@ -1,0 +1,244 @@
+"""Choices from the posterior: what to measure next, which architecture is best, and how sure that is."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from istanas.effects.coding import Architecture, Array, Layout, coded, layout
+from istanas.effects.posterior import Posterior
+from istanas.errors import ConfigError
+from istanas.space.base import SearchSpace
+
+_MOST_RANKED = 100_000  # Architectures that `best_architecture` looks at before it gives up.
+
+
+def ranked_architectures(space: SearchSpace, effects: Array) -> Iterator[Architecture]:
+    """Yield all architectures in descending order of their score under the additive model.
+
+    The best one keeps, in each decision, the candidates with the largest effects, at most one of an edge where the
+    space requires it. The others follow by a best-first search: after an architecture, all architectures that differ
+    from it in one kept candidate are put into a queue.
+
+    This is exact. The supports of a decision are the bases of a matroid (a uniform one, or a truncated partition
+    matroid with `one_per_edge`), and a basis that is not the heaviest has an exchange of one element by which it does
+    not become lighter and comes closer to the heaviest. So every architecture is reached from one that is yielded
+    before it.
+
+    Args:
+        space: The search space.
+        effects: Effects of all candidates, (N,).
+
+    Example:
+        >>> from istanas.space import NasBench201Space
+        >>> effects = np.tile([0.0, 0.1, 0.2, 3.0, 0.4], 6)
+        >>> next(ranked_architectures(NasBench201Space(), effects))
+        (3, 8, 13, 18, 23, 28)
+
+    Source: Edmonds, Matroids and the greedy algorithm, 1971; Lawler, Management Science 1972 (k best solutions).
+    """
+    flat = layout(space)
+    start = _heaviest(flat, effects)
+    queue = [(-float(effects[list(start)].sum()), start)]
+    seen = {start}
+    while queue:
+        _, kept = heapq.heappop(queue)
+        yield kept
+        for other in _exchanges(flat, kept):
+            if other not in seen:
+                seen.add(other)
+                heapq.heappush(queue, (-float(effects[list(other)].sum()), other))
+
+
+def best_architecture(
+    space: SearchSpace,
+    effects: Array,
+    *,
+    excluded: Collection[Architecture] = (),
+    allowed: Callable[[Architecture], bool] | None = None,
+) -> Architecture:
+    """Return the architecture with the highest score that is allowed and not excluded.
+
+    Args:
+        space: The search space.
+        effects: Effects of all candidates, (N,).
+        excluded: Architectures that must not be returned.
+        allowed: Whether an architecture may be chosen, such as by its number of parameters; `None` allows all.
+
+    Raises:
+        ConfigError: If there is none among the first 100,000.
+
+    Example:
+        >>> from istanas.space import NasBench201Space
+        >>> effects = np.tile([0.0, 0.1, 0.2, 3.0, 0.4], 6)
+        >>> effects[3] = 2.9
+        >>> best_architecture(NasBench201Space(), effects, excluded={(3, 8, 13, 18, 23, 28)})
+        (4, 8, 13, 18, 23, 28)
+    """
+    for kept in islice(ranked_architectures(space, effects), _MOST_RANKED):
+        if kept not in excluded and (allowed is None or allowed(kept)):
+            return kept
+    raise ConfigError(
+        f"no other architecture of {space.name} is left, or allowed, among the best {_MOST_RANKED}",
+        field="measurements",
+        remedy="measure fewer, or relax the limits of the search",
+    )
+
+
+def thompson(
+    space: SearchSpace,
+    posterior: Posterior,
+    n: int,
+    seed: int,
+    *,
+    excluded: Collection[Architecture] = (),
+    allowed: Callable[[Architecture], bool] | None = None,
+) -> list[Architecture]:
+    """Return what to measure next by Thompson sampling: for each free place the best architecture of one draw.
+
+    An architecture is thus measured with the probability that it is the best one. Draws for several places are
+    independent, so that they differ as far as the posterior is undecided, and no place waits for another one. Pending
+    measurements are excluded like finished ones. They change no mean, and a draw is random anyway, so that the regret
+    of asynchronous Thompson sampling is that of the sequential one up to a term for the number of places.
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+        n: Number of free places, 1 to the number of draws.
+        seed: An integer >= 0, different for each call.
+        excluded: Architectures that are measured or pending at this fidelity.
+        allowed: As in `best_architecture`.
+
+    Raises:
+        ConfigError: If n is out of range, or as in `best_architecture`.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space = NasBench201Space()
+        >>> rows = coded(space, [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)])
+        >>> posterior = ridge(System(rows - rows.mean(0), np.array([-1.0, 1.0])), 10, seed=0)
+        >>> len(set(thompson(space, posterior, 4, seed=0)))
+        4
+
+    Source: Thompson, Biometrika 1933; Kandasamy et al., Parallelised Bayesian optimisation via Thompson sampling,
+        AISTATS 2018.
+    """
+    if not 1 <= n <= len(posterior.draws):
+        raise ConfigError(
+            f"{n} places and {len(posterior.draws)} draws", field="n", remedy="use 1 to the number of draws"
+        )
+    rng = np.random.Generator(np.random.PCG64(seed))
+    chosen: list[Architecture] = []
+    for index in rng.choice(len(posterior.draws), n, replace=False):
+        taken = {*excluded, *chosen}
+        chosen.append(best_architecture(space, posterior.draws[index], excluded=taken, allowed=allowed))
+    return chosen
+
+
+def probability_best(space: SearchSpace, posterior: Posterior, considered: Sequence[Architecture]) -> Array:
+    """Return the probability that each architecture is the best of those considered, by the draws, (C,).
+
+    Equal scores of a draw share it. The standard error is at most 1 / (2 sqrt(S)) for S draws.
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+        considered: Different architectures, at least one.
+
+    Returns:
+        Probabilities, which sum to 1.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space, pair = NasBench201Space(), [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)]
+        >>> rows = coded(space, pair * 10)
+        >>> posterior = ridge(System(rows - rows.mean(0), np.tile([-1.0, 1.0], 10)), 100, seed=0)
+        >>> probability_best(space, posterior, pair).tolist()
+        [0.0, 1.0]
+    """
+    values = posterior.draws @ coded(space, considered).T
+    best = values >= values.max(1, keepdims=True)
+    return np.asarray((best / best.sum(1, keepdims=True)).mean(0))
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What the search can still gain over an architecture.
+
+    Args:
+        probability: Probability that some architecture is better by more than a margin.
+        expected: Expected score of the best architecture minus that of this one, >= 0.
+    """
+
+    probability: float
+    expected: float
+
+
+def improvement(
+    space: SearchSpace,
+    posterior: Posterior,
+    incumbent: Architecture,
+    *,
+    margin: float = 0.0,
+    allowed: Callable[[Architecture], bool] | None = None,
+) -> Improvement:
+    """Return the probability of an improvement over an architecture, and the expected one.
+
+    Each draw compares the incumbent with the draw's own best architecture of the whole space. The expected improvement
+    is the expected value of perfect information: no further measurement can be worth more. A search stops early when
+    the probability falls below a setting.
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+        incumbent: The architecture that would be the result now.
+        margin: Smallest improvement of the score that counts, >= 0.
+        allowed: As in `best_architecture`.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space, pair = NasBench201Space(), [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)]
+        >>> rows = coded(space, pair * 10)
+        >>> posterior = ridge(System(rows - rows.mean(0), np.tile([-1.0, 1.0], 10)), 100, seed=0)
+        >>> improvement(space, posterior, pair[0]).probability
+        1.0
+    """
+    flat, kept = layout(space), list(incumbent)
+    gains = np.zeros(len(posterior.draws))
+    for index, draw in enumerate(posterior.draws):
+        best = _heaviest(flat, draw) if allowed is None else best_architecture(space, draw, allowed=allowed)
+        gains[index] = draw[list(best)].sum() - draw[kept].sum()
+    # A difference of rounding is no improvement.
+    return Improvement(float((gains > margin + 1e-12).mean()), float(np.maximum(gains, 0.0).mean()))
+
+
+def _heaviest(flat: Layout, effects: Array) -> Architecture:
+    """Return the architecture with the largest effects; of equal effects, candidates with lower numbers."""
+    kept: list[int] = []
+    for decision, part in zip(flat.decisions, flat.parts(), strict=True):
+        edges: set[int] = set()
+        for c in part.start + np.argsort(-effects[part], kind="stable"):
+            if flat.edge[c] not in edges:
+                edges.add(int(flat.edge[c]))
+                kept.append(int(c))
+            if len(edges) == decision.sparsity:
+                break
+    return tuple(sorted(kept))
+
+
+def _exchanges(flat: Layout, kept: Architecture) -> Iterator[Architecture]:
+    """Yield all architectures that differ in one kept candidate."""
+    parts, edges = flat.parts(), {int(flat.edge[c]) for c in kept}
+    for out in kept:
+        part = parts[flat.decision[out]]
+        for new in range(part.start, part.stop):
+            own = int(flat.edge[new])
+            if new not in kept and (own not in edges or own == flat.edge[out]):
+                yield tuple(sorted((*(c for c in kept if c != out), new)))

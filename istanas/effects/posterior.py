@@ -1,0 +1,199 @@
+"""Posteriors of the effects: the Bayesian counterparts of the LASSO, for what a point estimate cannot say.
+
+Both have the likelihood b | z ~ N(A z, sigma^2 I). The prior of the ridge is z ~ N(0, tau^2 I). That of spike-and-slab
+has an additional probability 1 - pi that an effect is exactly 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from istanas.effects.coding import Array
+from istanas.effects.model import System
+from istanas.errors import ConfigError
+
+_RATIOS = (
+    -4.0,
+    6.0,
+)  # Decimal exponents of sigma^2 / tau^2, in units of the largest eigenvalue of A^T A / M.
+_LEAST = 1e-12  # Least noise variance in units of the variance of b, for systems without noise.
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """What the measurements say about the effects.
+
+    Args:
+        mean: Posterior mean, (N,).
+        covariance: Posterior covariance, (N, N).
+        noise_variance: Estimate of sigma^2, with the part of the scores that no effects describe, >= 0.
+        prior_variance: Estimate of the variance of an effect before the measurements, >= 0.
+        draws: Independent draws of the effects, (S, N).
+        inclusion: Probability that an effect is not 0, (N,); 1 for a ridge.
+    """
+
+    mean: Array
+    covariance: Array
+    noise_variance: float
+    prior_variance: float
+    draws: Array
+    inclusion: Array
+
+    def intervals(self, level: float = 0.9) -> Array:
+        """Return central intervals of the effects by the quantiles of the draws, (N, 2).
+
+        Args:
+            level: Probability of an interval, in (0, 1).
+
+        Example:
+            >>> system = System(np.array([[1.0], [-1.0]]), np.array([1.0, -1.0]))
+            >>> bool(np.ptp(ridge(system, 100, seed=0).intervals(0.5)) > 0)
+            True
+        """
+        tail = (1.0 - level) / 2
+        return np.quantile(self.draws, [tail, 1.0 - tail], axis=0).T
+
+
+def ridge_moments(system: System, noise_variance: float, prior_variance: float) -> tuple[Array, Array]:
+    """Return the mean and the covariance of the ridge posterior.
+
+    V = tau^2 (I - A^T (A A^T + (sigma^2 / tau^2) I)^-1 A), mean = tau^2 A^T (tau^2 A A^T + sigma^2 I)^-1 b, which equal
+    V = (A^T A / sigma^2 + I / tau^2)^-1 and V A^T b / sigma^2.
+
+    Args:
+        system: The equations.
+        noise_variance: sigma^2 > 0.
+        prior_variance: tau^2 > 0.
+
+    Example:
+        >>> mean, covariance = ridge_moments(System(np.array([[1.0]]), np.array([2.0])), 1.0, 1.0)
+        >>> mean.tolist(), covariance.tolist()
+        ([1.0], [[0.5]])
+
+    Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 3.3.
+    """
+    _, singular, right = np.linalg.svd(system.A, full_matrices=False)
+    ratio = noise_variance / prior_variance
+    shrink = singular**2 / (singular**2 + ratio)
+    covariance = prior_variance * (np.eye(system.A.shape[1]) - (right.T * shrink) @ right)
+    mean = right.T @ ((right @ (system.A.T @ system.b)) / (singular**2 + ratio))
+    return mean, covariance
+
+
+def log_evidence(system: System, ratio: float) -> float:
+    """Return the log marginal likelihood of the ridge, maximised over sigma^2, up to a constant.
+
+    b ~ N(0, sigma^2 C), C = I + A A^T / ratio, and with m = `System.freedom`
+    -1/2 (m log(b^T C^-1 b / m) + log det C). The removed offsets make it the restricted likelihood.
+
+    Args:
+        system: The equations.
+        ratio: sigma^2 / tau^2 > 0.
+
+    Example:
+        >>> rows = np.array([[0.5], [-0.5]] * 10)
+        >>> log_evidence(System(rows, 4 * rows[:, 0]), 1.0) < log_evidence(System(rows, 4 * rows[:, 0]), 0.1)
+        True
+
+    Source: Bishop, 2006, section 3.5; Patterson, Thompson, Biometrika 1971 (restricted likelihood).
+    """
+    left, singular, _ = np.linalg.svd(system.A, full_matrices=False)
+    return _Spectrum.of(left, singular, system).log_evidence(ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectrum:
+    """What the evidence needs: eigenvalues of A A^T, the parts of b along them, and the rest of |b|^2."""
+
+    eigenvalues: Array
+    along: Array
+    rest: float
+    freedom: int
+
+    @classmethod
+    def of(cls, left: Array, singular: Array, system: System) -> _Spectrum:
+        along = (left.T @ system.b) ** 2
+        energy = float(system.b @ system.b)
+        return cls(singular**2, along, max(energy - float(along.sum()), 0.0), system.freedom)
+
+    def noise_variance(self, ratio: float) -> float:
+        """Return b^T C^-1 b / m."""
+        energy = self.rest + float(self.along.sum())
+        inside = self.rest + float((self.along * ratio / (ratio + self.eigenvalues)).sum())
+        return max(inside, _LEAST * energy, np.finfo(np.float64).tiny) / self.freedom
+
+    def log_evidence(self, ratio: float) -> float:
+        determinant = float(np.log1p(self.eigenvalues / ratio).sum())
+        return -0.5 * (self.freedom * float(np.log(self.noise_variance(ratio))) + determinant)
+
+
+def ridge(system: System, n_draws: int, seed: int) -> Posterior:
+    """Return the ridge posterior, whose noise and prior variance maximise the marginal likelihood.
+
+    Args:
+        system: The equations, with at least one degree of freedom.
+        n_draws: Number of draws S, >= 1.
+        seed: An integer >= 0.
+
+    Returns:
+        The posterior; see `ridge_moments` for its mean and covariance.
+
+    Raises:
+        ConfigError: If there are too few measurements to estimate a variance.
+
+    Example:
+        >>> rows = np.array([[0.5], [-0.5]] * 10)
+        >>> ridge(System(rows, 4 * rows[:, 0]), 10, seed=0).mean.round(2).tolist()
+        [4.0]
+
+    Source: MacKay, Bayesian interpolation, Neural Computation 1992.
+    """
+    check_freedom(system)
+    noise, prior = ridge_variances(system)
+    mean, covariance = ridge_moments(system, noise, prior)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    values, vectors = np.linalg.eigh(covariance)
+    factor = vectors * np.sqrt(np.maximum(values, 0.0))
+    draws = mean + rng.standard_normal((n_draws, len(mean))) @ factor.T
+    return Posterior(mean, covariance, noise, prior, draws, np.ones(len(mean)))
+
+
+def ridge_variances(system: System) -> tuple[float, float]:
+    """Return (sigma^2, tau^2) that maximise the marginal likelihood of the ridge.
+
+    Example:
+        >>> rows = np.array([[0.5], [-0.5]] * 10)
+        >>> noise, prior = ridge_variances(System(rows, 4 * rows[:, 0]))
+        >>> noise < 0.01 < prior
+        True
+    """
+    left, singular, _ = np.linalg.svd(system.A, full_matrices=False)
+    spectrum = _Spectrum.of(left, singular, system)
+    unit = float(singular[0]) ** 2 if len(singular) and singular[0] > 0 else 1.0
+    grid = np.linspace(*_RATIOS, 41)
+    evidence = [spectrum.log_evidence(unit * 10.0**e) for e in grid]
+    best = int(np.argmax(evidence))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    found = minimize_scalar(
+        lambda e: -spectrum.log_evidence(unit * 10.0**e), bounds=(low, high), method="bounded"
+    )
+    ratio = unit * 10.0 ** float(found.x)
+    noise = spectrum.noise_variance(ratio)
+    return noise, noise / ratio
+
+
+def check_freedom(system: System) -> None:
+    """Check that a variance can be estimated.
+
+    Raises:
+        ConfigError: If there are not more measurements than fidelities.
+    """
+    if system.freedom < 1:
+        raise ConfigError(
+            f"{len(system.b)} measurements at {system.n_offsets} fidelities are too few",
+            field="measurements",
+            remedy="measure two architectures or more at one fidelity",
+        )
