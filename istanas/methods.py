@@ -179,6 +179,12 @@ for _method in (
         search="istanas.search.random_nas:RandomNasSearch",
     ),
     SearchMethod(
+        "measured",
+        "trains architectures shortly, and recovers the effects of their candidates",
+        settings="istanas.settings:MeasuredSettings",
+        search="istanas.search.measured:MeasuredSearch",
+    ),
+    SearchMethod(
         "random",
         "draws a random architecture without a search",
         settings="istanas.settings:RandomSettings",

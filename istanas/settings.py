@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 Matrix = Literal["uniform", "gaussian"]
 """Distributions of a measurement matrix, see `istanas.sparse.measurement_matrix`."""
@@ -303,6 +303,47 @@ class RandomNasSettings(AlternatingSettings):
     finalists: PositiveInt = 10
     statistics: Statistics = "batch"
     calibration_batches: PositiveInt = 20
+
+
+@dataclass(frozen=True)
+class MeasuredSettings(SearchSettings):
+    """Search by measurements, which trains architectures one after the other.
+
+    No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect.
+
+    Args:
+        stages: Pairs [measurements, epochs], the fidelities of the search in their order. A measurement trains one
+            architecture for this number of epochs, during which the learning rate falls from lr to lr_min (cosine,
+            updated in every step).
+        balanced: Share of the measurements, from the first on, whose architectures are a balanced design. Thompson
+            sampling draws the others.
+        alpha_fraction: Fraction of the training pictures that measures the architectures; the rest trains them.
+        calibration_batches: Number of training batches from which the statistics of batch norm are computed again
+            before an architecture is measured. After a few steps, running statistics are still close to their initial
+            values. 0 measures with running statistics.
+        stop_probability: The search stops early when the probability that an architecture is better than the best one
+            by more than stop_margin falls below this. null disables early stopping.
+        stop_margin: Smallest improvement that counts for stop_probability, in standard deviations of the measured
+            architectures.
+
+    Example:
+        >>> MeasuredSettings(stages=((100, 3), (20, 8))).max_epochs
+        460
+    """
+
+    batch_size: BatchSize = 64
+    init_channels: PositiveInt = 8
+    stages: tuple[tuple[PositiveInt, PositiveInt], ...] = ((120, 3), (30, 8))
+    balanced: Annotated[float, Ge(0), Le(1)] = 0.3
+    alpha_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5
+    calibration_batches: NonNegativeInt = 20
+    stop_probability: Annotated[float, Gt(0), Lt(1)] | None = None
+    stop_margin: NonNegativeFloat = 0.25
+
+    @property
+    def max_epochs(self) -> int:
+        """Sum of the epochs of all measurements."""
+        return sum(measurements * epochs for measurements, epochs in self.stages)
 
 
 @dataclass(frozen=True)

@@ -256,18 +256,29 @@ class SearchNetwork(nn.Module):
         raise NotImplementedError
 
 
-class NoNetwork(SearchNetwork):
-    """The network of a search that trains none: it has no parameters, and only knows the installed architecture.
+class CandidateNetwork(SearchNetwork):
+    """The network of a search without shared weights: that of one architecture at a time, or none.
 
     Args:
         space: The search space.
-        size: The size that a network would have.
+        size: The size of the networks.
+
+    Attributes:
+        candidate: The network that `hold` has received last, or `None`.
     """
+
+    candidate: Any  # A default here would hide the registered module.
 
     def __init__(self, space: SearchSpace, size: NetworkSize) -> None:
         super().__init__()
         self.space, self.size, self.auxiliary_head = space, size, None
         self.node_states = {}
+        self.candidate = None
+
+    def hold(self, candidate: TargetNetwork) -> None:
+        """Use the network of another architecture from now on."""
+        candidate.activation_checkpointing = self.activation_checkpointing
+        self.candidate = candidate
 
     def alphas(self) -> list[nn.Parameter]:
         return []
@@ -283,11 +294,20 @@ class NoNetwork(SearchNetwork):
     ) -> None:
         self._supports, self._weigh = {kind: list(supports[kind]) for kind in self.space.kinds}, weigh
 
+    def edge_weights(self) -> EdgeWeights:
+        return {}
+
     def active_parameters(self) -> list[nn.Parameter]:
-        return []
+        return [] if self.candidate is None else self.candidate.active_parameters()
 
     def active_buffers(self) -> list[Tensor]:
-        return []
+        return [] if self.candidate is None else self.candidate.active_buffers()
+
+    def forward_with_auxiliary(
+        self, x: Tensor, weights: EdgeWeights | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        logits: tuple[Tensor, Tensor | None] = self.candidate.forward_with_auxiliary(x)
+        return logits
 
 
 @dataclass(frozen=True)

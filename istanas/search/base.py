@@ -155,8 +155,8 @@ class Search(Generic[Settings]):
     kind: ClassVar[str]
     """Name of the method, as it is registered."""
 
-    has_network: ClassVar[bool] = True
-    """Whether the search has a network. Without one, `supernet` is a `NoNetwork`."""
+    has_supernet: ClassVar[bool] = True
+    """Whether the candidates of a search share weights in a supernet. Else `supernet` is a `CandidateNetwork`."""
 
     first_recovery: RecoveryReport
     freezings: list[Freezing] | None = None
@@ -191,7 +191,7 @@ class Search(Generic[Settings]):
         self.places: list[Place] = [(decision.kind, decision.index) for decision in self.decisions]
         self.weights = supernet.weights()
         self.alphas = supernet.alphas()
-        if self.has_network:
+        if self.has_supernet:
             self._make_optimizers()
         self.first_recovery = self.begin()
 
@@ -254,10 +254,10 @@ class Search(Generic[Settings]):
         """Choose the architecture at the end of an epoch, and report its decisions."""
         raise NotImplementedError
 
-    def validate_epoch(self, choosing: Choosing) -> Metrics:
+    def validate_epoch(self, choosing: Choosing) -> Metrics | None:
         """Return the validation metrics of an epoch, after `train_epoch` and before `finish_epoch`.
 
-        By default they are those of `validate` for the installed architecture.
+        By default they are those of `validate` for the installed architecture. `None` if nothing was validated.
 
         Args:
             choosing: The pictures for choosing.
@@ -292,6 +292,10 @@ class Search(Generic[Settings]):
     def genotype(self) -> Genotype:
         """Return the architecture that the search would hand over now."""
         return self.supernet.genotype()
+
+    def trained_genotype(self) -> Genotype:
+        """Return the architecture that the current epoch trains. By default it is `genotype`."""
+        return self.genotype()
 
     def validate(self, batches: Iterable[BatchLike], *, batch_statistics: bool = False) -> Metrics:
         """Return loss and accuracies of the active architecture in eval mode, over the pictures of all ranks.
@@ -381,7 +385,7 @@ class Search(Generic[Settings]):
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""
         state = {"kind": self.kind, "version": STATE_VERSION, "epoch": self.epoch}
-        if not self.has_network:
+        if not self.has_supernet:
             return state
         return {
             **state,
@@ -403,7 +407,7 @@ class Search(Generic[Settings]):
                 field="checkpoint",
                 remedy="use another run directory or --fresh",
             )
-        if self.has_network:
+        if self.has_supernet:
             self.supernet.load_state_dict(state["supernet"])
             self.weight_optimizer.load_state_dict(state["weight_optimizer"])
             self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])

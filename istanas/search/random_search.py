@@ -21,10 +21,10 @@ class RandomSearch(Search[RandomSettings]):
 
     Example:
         >>> import torch
-        >>> from istanas.nets import NoNetwork
+        >>> from istanas.nets import CandidateNetwork
         >>> from istanas.space import CellSpace, NetworkSize
         >>> from istanas.training import Compute
-        >>> net = NoNetwork(CellSpace(), NetworkSize(2, 3, 10))
+        >>> net = CandidateNetwork(CellSpace(), NetworkSize(2, 3, 10))
         >>> search = RandomSearch(net, RandomSettings(), Compute(torch.device("cpu")), seed=7)
         >>> search.train_epoch([], None, 0) is None, search.is_done
         (True, True)
@@ -33,7 +33,7 @@ class RandomSearch(Search[RandomSettings]):
     """
 
     kind = "random"
-    has_network = False
+    has_supernet = False
 
     @classmethod
     def alpha_size(cls, settings: RandomSettings, decision: Decision) -> int:

@@ -12,7 +12,7 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.methods import METHODS
-from istanas.nets import NoNetwork, SearchNetwork, TargetNetwork, to_channels_last
+from istanas.nets import CandidateNetwork, SearchNetwork, TargetNetwork, to_channels_last
 from istanas.registry import OWN
 from istanas.search import Search
 from istanas.settings import SearchSettings, SparseCodingSettings
@@ -209,8 +209,10 @@ def _build_supernet(
     settings: SearchSettings,
 ) -> SearchNetwork:
     space = config.space.build()
-    if not method.has_network:
-        return NoNetwork(space, network_size(config.search, dataset))
+    if not method.has_supernet:
+        candidate = CandidateNetwork(space, network_size(config.search, dataset))
+        candidate.activation_checkpointing = config.runtime.activation_checkpointing
+        return candidate
     torch.manual_seed(derive_seed(config.seed, "init"))
     supernet = space.supernet(
         network_size(config.search, dataset),

@@ -87,9 +87,10 @@ class SearchJob:
         searching = search.is_searching
         metrics = self._train(epoch, on_step, lr_factor)
         choosing = self._choosing()
-        if choosing is not None and metrics:
-            metrics |= _named("valid", search.validate_epoch(choosing))
-        trained = search.genotype()
+        validated = search.validate_epoch(choosing) if choosing is not None and metrics else None
+        if validated is not None:
+            metrics |= _named("valid", validated)
+        trained = search.trained_genotype()
         recovery = search.finish_epoch()
         genotype = search.genotype()
         sizes = self._config.search if self._config.trains_target else self._config.retrain

@@ -19,6 +19,10 @@ METHOD_SETTINGS: dict[str, tuple[list[str], set[str]]] = {
     "pc_darts": (["search.warmup_epochs=1"], {"arch/entropy"}),
     "gdas": ([], {"arch/temperature"}),
     "random_nas": (["search.candidates=4", "search.candidate_pictures=40", "search.finalists=2"], set()),
+    "measured": (
+        ["search={stages: [[3, 1]], batch_size: 64, init_channels: 4, layers: 3, max_pictures: 100}"],
+        {"measured/count", "measured/noise", "measured/expected_improvement"},
+    ),
 }
 
 
@@ -46,9 +50,11 @@ def test_the_command_prints_the_genotype(
     assert result["valid_top1"] == metrics[-1]["valid/top1"]
     for line in metrics:
         assert "recovery/gap" not in line
-        own = {name: line[name] for name in line if name.startswith("arch/") and name != "arch/skip_ratio"}
-        assert set(own) == METHOD_SETTINGS[method][1]
+        own = {name: line[name] for name in line if name.startswith(("arch/", "measured/"))}
+        assert own.pop("arch/skip_ratio") >= 0
+        assert set(own) <= METHOD_SETTINGS[method][1]
         assert all(0 < value <= 10 for value in own.values())
+    assert METHOD_SETTINGS[method][1] <= set(metrics[-1])
 
 
 @pytest.mark.parametrize("method", METHOD_SETTINGS)

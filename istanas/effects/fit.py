@@ -1,0 +1,53 @@
+"""The posterior of the effects from measured losses of any fidelities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from istanas.effects.coding import Architecture, coded
+from istanas.effects.fidelity import join_fidelities
+from istanas.effects.model import Score, linear_system, scores
+from istanas.effects.posterior import Posterior, ridge
+from istanas.space.base import SearchSpace
+
+
+def fit(
+    space: SearchSpace,
+    measured: Sequence[Architecture],
+    losses: Sequence[float],
+    fidelity: Sequence[int],
+    *,
+    n_draws: int,
+    seed: int,
+    score: Score = "normal",
+) -> Posterior:
+    """Return the ridge posterior of the effects, on the scale of the scores at the highest fidelity.
+
+    Args:
+        space: The search space.
+        measured: The measured architectures, (M,).
+        losses: Their losses, (M,); NaN and infinity are allowed with normal scores.
+        fidelity: Their fidelities, such as the epochs of their training; a larger number is a higher fidelity, (M,).
+        n_draws: Number of draws of the posterior, >= 1.
+        seed: An integer >= 0.
+        score: See `istanas.effects.model.scores`.
+
+    Raises:
+        ConfigError: If there are not more measurements than fidelities.
+
+    Example:
+        >>> from istanas.effects.design import balanced_design
+        >>> from istanas.space import NasBench201Space
+        >>> space = NasBench201Space()
+        >>> measured = balanced_design(space, 20, seed=0)
+        >>> losses = [1.0 if 3 in kept else 2.0 for kept in measured]  # the first edge has the candidate 3
+        >>> posterior = fit(space, measured, losses, [3] * 20, n_draws=10, seed=0)
+        >>> int(np.argmax(posterior.mean))
+        3
+    """
+    levels, index = np.unique(np.asarray(fidelity), return_inverse=True)
+    rows, values = coded(space, measured), scores(losses, index, score)
+    joined = join_fidelities(rows, values, index, len(levels))
+    return ridge(linear_system(rows, values, index, joined), n_draws, seed)

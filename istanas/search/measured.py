@@ -1,0 +1,320 @@
+"""Search by measurements: short trainings of whole architectures, which reveal the effects of the candidates.
+
+This is compressed sensing with architectures as rows of the measurement matrix: the unknowns are the effects of all
+candidates, a measurement is the loss of one architecture, and few effects are large. Nothing is shared between the
+trainings, so a measurement has no bias from other architectures, and the design of the measurements is free. The first
+architectures are a balanced design; each of the others is drawn by Thompson sampling from the posterior of the effects,
+so that the search measures where the best architecture may be.
+
+An epoch of the search trains one architecture for one epoch, and a measurement takes one or more epochs, see
+`MeasuredSettings.stages`. Later stages have fewer, longer and therefore more reliable measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from istanas.effects.choice import best_architecture, improvement, thompson
+from istanas.effects.coding import Architecture, layout, supports_of
+from istanas.effects.design import balanced_design
+from istanas.effects.fit import fit
+from istanas.effects.posterior import Posterior
+from istanas.nets import CandidateNetwork, to_channels_last
+from istanas.search.base import Batches, Choosing, RecoveryReport, Search
+from istanas.settings import MeasuredSettings
+from istanas.space import Decision, Genotype
+from istanas.training import (
+    BatchLike,
+    Metrics,
+    Observer,
+    Totals,
+    derive_seed,
+    learning_rate,
+    train_target_epoch,
+    train_target_step,
+)
+
+N_DRAWS = 1000  # from the posterior: the standard error of a probability is at most 0.016
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The measured loss of one architecture.
+
+    Args:
+        kept: Its candidates, see `istanas.effects.Architecture`.
+        epochs: Number of epochs that it was trained, its fidelity.
+        loss: Mean cross-entropy on the pictures for choosing; infinite if the training has diverged.
+        top1: Accuracy on these pictures, in [0, 1].
+    """
+
+    kept: Architecture
+    epochs: int
+    loss: float
+    top1: float
+
+
+class MeasuredSearch(Search[MeasuredSettings]):
+    """A search by measurements: the measurements so far, and the training of the current architecture.
+
+    The result is the architecture with the highest posterior mean, whether it was measured or not.
+
+    Args:
+        supernet: A `CandidateNetwork`, which has the space and the size of the networks.
+        settings, compute, seed, ranks, cost: See `Search`.
+
+    Attributes:
+        measurements: The finished measurements.
+        posterior: The posterior of the effects; `None` before there are two measurements.
+
+    Example:
+        >>> from istanas.space import CellSpace, NetworkSize
+        >>> from istanas.training import Compute
+        >>> net = CandidateNetwork(CellSpace(n_nodes=1), NetworkSize(2, 3, 10))
+        >>> search = MeasuredSearch(net, MeasuredSettings(stages=((2, 1),)), Compute(torch.device("cpu")), seed=0)
+        >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+        >>> search.train_epoch([batch], lambda: [batch], n_steps=1).count
+        2
+
+    Source:
+        Hazan, Klivans, Yuan, Hyperparameter Optimization: A Spectral Approach (Harmonica), ICLR 2018, and Cho, Soltani,
+        Hegde, One-Shot Neural Architecture Search via Compressive Sensing, 2019, recover sparse effects from random
+        designs. Thompson, Biometrika 1933.
+    """
+
+    kind = "measured"
+    has_supernet = False
+    supernet: CandidateNetwork
+
+    @classmethod
+    def alpha_size(cls, settings: MeasuredSettings, decision: Decision) -> int:
+        """Return 0, because there are no alphas."""
+        return 0
+
+    def begin(self) -> RecoveryReport:
+        """Prepare the search, and report its decisions before any training."""
+        self.space = self.supernet.space
+        self.measurements: list[Measurement] = []
+        self.posterior: Posterior | None = None
+        self._schedule = [epochs for count, epochs in self.settings.stages for _ in range(count)]
+        self._design = balanced_design(
+            self.space, self._n_balanced, derive_seed(self.seed, self.kind, "design")
+        )
+        self._best = self._design[0]
+        self._hold(self._design[0])
+        return self._report(self._best)
+
+    @property
+    def _n_balanced(self) -> int:
+        """Number of measurements of the balanced design, at least the two that a posterior needs."""
+        return min(len(self._schedule), max(2, math.ceil(self.settings.balanced * len(self._schedule))))
+
+    # ---------- the current architecture
+
+    def _hold(self, kept: Architecture) -> None:
+        """Create the network of the architecture that is measured next."""
+        s, number = self.settings, len(self.measurements)
+        self.current, self._trained = kept, 0
+        self._measured: Metrics | None = None
+        torch.manual_seed(derive_seed(self.seed, self.kind, "init", number))
+        net = self.space.target(self.space.genotype(supports_of(self.space, kept)), self.supernet.size)
+        to_channels_last(net.to(self.compute.device))
+        self.supernet.hold(net)
+        self._optimizer = torch.optim.SGD(
+            net.parameters(),
+            s.lr,
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+            fused=self.compute.device.type == "cuda",
+        )
+
+    @property
+    def _epochs(self) -> int:
+        """Number of epochs that the current architecture is trained."""
+        return self._schedule[len(self.measurements)]
+
+    def train_epoch(
+        self,
+        weight_batches: Iterable[BatchLike],
+        alpha_batches: Batches | None,
+        n_steps: int,
+        observe: Observer | None = None,
+        *,
+        lr_factor: float = 1.0,
+    ) -> Metrics | None:
+        """Train the current architecture for one epoch.
+
+        Returns:
+            The metrics of the training; `None` if it has diverged. Then the measurement ends.
+        """
+        s, start, total = self.settings, self._trained, self._epochs
+        metrics = train_target_epoch(
+            self.supernet.candidate,
+            self._optimizer,
+            weight_batches,
+            self.compute,
+            lr_at=lambda step: lr_factor * learning_rate(s.lr, s.lr_min, start + step / n_steps, total),
+            auxiliary_weight=0.0,
+            label_smoothing=0.0,
+            grad_clip=s.grad_clip,
+            observe=observe,
+            ranks=self.ranks,
+        )
+        self.epoch += 1
+        self._trained += 1
+        if math.isfinite(metrics.loss):
+            return metrics
+        self._trained = total
+        self._measured = Metrics(math.inf, 0.0, metrics.count)
+        return None
+
+    def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
+        """Run one step of the current architecture."""
+        train_target_step(
+            self.supernet.candidate.forward_with_auxiliary,
+            self._optimizer,
+            batch,
+            self.compute,
+            Totals(self.compute.device),
+            auxiliary_weight=0.0,
+            label_smoothing=0.0,
+            grad_clip=self.settings.grad_clip,
+        )
+
+    def validate_epoch(self, choosing: Choosing) -> Metrics | None:
+        """Measure the current architecture after its last epoch; before, return `None`."""
+        if self._trained == self._epochs and self._measured is None:
+            if self.settings.calibration_batches:
+                self.recalibrate(islice(choosing.training(), self.settings.calibration_batches))
+            self._measured = choosing()
+        return self._measured
+
+    # ---------- choosing
+
+    def finish_epoch(self) -> RecoveryReport:
+        """Add the measurement if it is complete, and choose the next architecture."""
+        before = self._best
+        if self._trained == self._epochs:
+            assert self._measured is not None, "the pictures for choosing measure every architecture"
+            measured = Measurement(self.current, self._epochs, self._measured.loss, self._measured.top1)
+            self.measurements.append(measured)
+            self._learn()
+            if not self.is_done:
+                self._hold(self._next())
+        self.ranks.check_same("genotype", self.genotype().digest())
+        return self._report(before)
+
+    def _learn(self) -> None:
+        """Fit the effects to all measurements, and find the best architecture."""
+        if len(self.measurements) < 2:
+            return
+        seed = derive_seed(self.seed, self.kind, "posterior", len(self.measurements))
+        self.posterior = fit(
+            self.space,
+            [m.kept for m in self.measurements],
+            [m.loss for m in self.measurements],
+            [m.epochs for m in self.measurements],
+            n_draws=N_DRAWS,
+            seed=seed,
+        )
+        self._best = best_architecture(self.space, self.posterior.mean)
+
+    def _next(self) -> Architecture:
+        """Return the next architecture: one of the design, or one that Thompson sampling draws."""
+        number = len(self.measurements)
+        if number < len(self._design) or self.posterior is None:
+            return self._design[number]
+        (chosen,) = thompson(
+            self.space,
+            self.posterior,
+            1,
+            derive_seed(self.seed, self.kind, "thompson", number),
+            excluded={m.kept for m in self.measurements if m.epochs == self._epochs},
+        )
+        return chosen
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all measurements are finished."""
+        return len(self.measurements) == len(self._schedule)
+
+    def has_converged(self, report: RecoveryReport) -> bool:
+        """Return whether an improvement has become improbable, see `MeasuredSettings.stop_probability`."""
+        s = self.settings
+        if s.stop_probability is None or self.posterior is None or len(self.measurements) < len(self._design):
+            return False
+        found = improvement(self.space, self.posterior, self._best, margin=s.stop_margin)
+        return found.probability < s.stop_probability
+
+    def genotype(self) -> Genotype:
+        """Return the architecture with the highest posterior mean."""
+        return self.space.genotype(supports_of(self.space, self._best))
+
+    def trained_genotype(self) -> Genotype:
+        """Return the architecture that is being trained."""
+        return self.space.genotype(supports_of(self.space, self.current))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of measurements, the noise of a score, and the expected improvement over the result."""
+        if self.posterior is None:
+            return {"measured/count": float(len(self.measurements))}
+        found = improvement(self.space, self.posterior, self._best)
+        return {
+            "measured/count": float(len(self.measurements)),
+            "measured/noise": math.sqrt(self.posterior.noise_variance),
+            "measured/expected_improvement": found.expected,
+        }
+
+    def _report(self, before: Architecture) -> RecoveryReport:
+        """Report the best architecture. The magnitudes are the effects above the smallest one of each decision."""
+        old, new = supports_of(self.space, before), supports_of(self.space, self._best)
+        parts = dict(zip(self.places, layout(self.space).parts(), strict=True))
+        nodes = []
+        for kind, index in self.places:
+            support = new[kind][index]
+            effects = None if self.posterior is None else self.posterior.mean[parts[kind, index]]
+            nodes.append(
+                self.uncertified_report(
+                    (kind, index),
+                    support,
+                    [1.0] * len(support),
+                    changed=support != old[kind][index],
+                    magnitudes=() if effects is None else (effects - effects.min()).tolist(),
+                )
+            )
+        return RecoveryReport(nodes, certified=False)
+
+    # ---------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes the search bit for bit."""
+        return {
+            **super().state_dict(),
+            "measurements": [astuple(each) for each in self.measurements],
+            "current": self.current,
+            "trained": self._trained,
+            "candidate": self.supernet.candidate.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`.
+
+        Raises:
+            CheckpointError: If the state is of another kind or version.
+        """
+        super().load_state_dict(state)
+        self.measurements = [
+            Measurement(tuple(kept), epochs, loss, top1) for kept, epochs, loss, top1 in state["measurements"]
+        ]
+        self._learn()
+        self._hold(tuple(state["current"]))
+        self._trained = int(state["trained"])
+        self.supernet.candidate.load_state_dict(state["candidate"])
+        self._optimizer.load_state_dict(state["optimizer"])

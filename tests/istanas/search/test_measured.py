@@ -1,0 +1,213 @@
+"""Search by measurements: what is trained and measured, what is measured next, and what the result is."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from istanas.data import Batch
+from istanas.effects.choice import best_architecture
+from istanas.effects.coding import Architecture, coded, layout, supports_of
+from istanas.effects.design import balanced_design
+from istanas.nets import CandidateNetwork
+from istanas.search.measured import MeasuredSearch, Measurement
+from istanas.settings import MeasuredSettings
+from istanas.space import CellSpace, NasBench201Space, NetworkSize, SearchSpace
+from istanas.training import Compute, Metrics, derive_seed
+
+CPU = Compute(torch.device("cpu"))
+BENCH = NasBench201Space()
+TINY = MeasuredSettings(stages=((2, 2), (1, 1)), calibration_batches=0)
+
+
+def make(
+    settings: MeasuredSettings = TINY, space: SearchSpace = BENCH, seed: int = 0, kind: Any = MeasuredSearch
+) -> Any:
+    layers = 5 if space is BENCH else 3
+    net = CandidateNetwork(space, NetworkSize(2, layers, 5, in_channels=1))
+    return kind(net, settings, CPU, seed=seed)
+
+
+def batch(seed: int, n: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 5)
+
+
+class Half:
+    """The pictures for choosing."""
+
+    def __init__(self, search: MeasuredSearch) -> None:
+        self.search = search
+
+    def __call__(self) -> Metrics:
+        return self.search.validate(self.pictures())
+
+    def pictures(self, count: int | None = None) -> list[Batch]:
+        return [batch(50), batch(51)]
+
+    def training(self) -> list[Batch]:
+        return [batch(step) for step in range(3)]
+
+
+def run_epoch(search: MeasuredSearch) -> tuple[Metrics | None, Metrics | None]:
+    trained = search.train_epoch([batch(step) for step in range(3)], lambda: [batch(9)], n_steps=3)
+    measured = search.validate_epoch(Half(search)) if trained is not None else None
+    search.finish_epoch()
+    return trained, measured
+
+
+class Planted(MeasuredSearch):
+    """A search whose measurements are planted effects with noise; nothing is trained."""
+
+    noise = 1.0
+
+    def begin(self) -> Any:
+        rng = np.random.default_rng(self.seed)
+        self.truth = rng.standard_normal(layout(self.supernet.space).n_candidates)
+        return super().begin()
+
+    def score(self, kept: Architecture) -> float:
+        return float(self.truth[list(kept)].sum())
+
+    def train_epoch(self, *_: Any, **__: Any) -> Metrics:
+        self.epoch += 1
+        self._trained += 1
+        return Metrics(0.0, 0.0, 1)
+
+    def validate_epoch(self, choosing: Any) -> Metrics | None:
+        rng = np.random.default_rng((self.seed, len(self.measurements)))
+        loss = math.exp(-self.score(self.current) - self.noise * rng.standard_normal())
+        self._measured = Metrics(loss, 0.0, 1)
+        return self._measured
+
+
+def planted(settings: MeasuredSettings, seed: int, space: SearchSpace = BENCH) -> Planted:
+    search: Planted = make(settings, space, seed, Planted)
+    report = search.first_recovery
+    while not search.is_done and not search.has_converged(report):
+        search.train_epoch([], None, 0)
+        search.validate_epoch(None)
+        report = search.finish_epoch()
+    return search
+
+
+# ---------- measurements
+
+
+@pytest.mark.parametrize("calibration_batches", [0, 3])
+def test_a_measurement_is_a_short_training_from_scratch(calibration_batches: int) -> None:
+    """The literal training of the second architecture has the same loss as the search's second measurement."""
+    settings = MeasuredSettings(stages=((3, 2),), grad_clip=None, calibration_batches=calibration_batches)
+    search = make(settings)
+    outcomes = [run_epoch(search) for _ in range(4)]
+    assert [measured is None for _, measured in outcomes] == [True, False, True, False]
+    torch.manual_seed(derive_seed(0, "measured", "init", 1))
+    kept = balanced_design(BENCH, 2, derive_seed(0, "measured", "design"))[1]
+    net = BENCH.target(BENCH.genotype(supports_of(BENCH, kept)), NetworkSize(2, 5, 5, in_channels=1)).train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=3e-4)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.001 + 0.099 * (1 + math.cos(math.pi * step / 6)) / 2
+        optimizer.zero_grad()
+        images, target = batch(step % 3)[:2]
+        F.cross_entropy(net(images), target).backward()
+        optimizer.step()
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if calibration_batches:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        with torch.no_grad():
+            for step in range(3):
+                net(batch(step).images)
+    net.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(net(b[0]), b[1]).item() for b in Half(search).pictures()]
+    assert search.measurements[1] == Measurement(
+        kept, 2, pytest.approx(sum(losses) / 2, rel=1e-5), search.measurements[1].top1
+    )
+    assert outcomes[3][1] is not None
+    assert outcomes[3][1].loss == search.measurements[1].loss
+
+
+def test_the_stages_have_their_own_epochs() -> None:
+    search = make(MeasuredSettings(stages=((2, 1), (1, 3)), balanced=0))
+    for _ in range(5):
+        assert not search.is_done
+        run_epoch(search)
+    assert search.is_done
+    assert [m.epochs for m in search.measurements] == [1, 1, 3]
+    assert search.settings.max_epochs == search.epoch == 5
+
+
+def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
+    """It ends at once, and the search continues with the next architecture."""
+    search = make(MeasuredSettings(stages=((3, 2),), lr=1e30, grad_clip=None))
+    trained, measured = run_epoch(search)
+    assert trained is None
+    assert measured is None
+    assert search.measurements[0].loss == math.inf
+    run_epoch(search)
+    run_epoch(search)
+    assert search.is_done
+    assert search.genotype() == BENCH.genotype(BENCH.supports(search.genotype()))
+
+
+# ---------- what is measured next
+
+
+def test_the_first_architectures_are_balanced_and_no_other_is_measured_twice() -> None:
+    search = planted(MeasuredSettings(stages=((40, 1), (10, 2)), balanced=0.3), seed=1)
+    kept = [m.kept for m in search.measurements]
+    assert kept[:15] == balanced_design(BENCH, 15, derive_seed(1, "measured", "design"))
+    assert kept[15:40] != balanced_design(BENCH, 40, derive_seed(1, "measured", "design"))[15:]
+    assert len(set(kept[:40])) == 40
+    assert len(set(kept[40:])) == 10
+
+
+def test_thompson_sampling_measures_better_and_better_architectures() -> None:
+    better = []
+    for seed in range(5):
+        search = planted(MeasuredSettings(stages=((60, 1),), balanced=0.33), seed)
+        scores = [search.score(m.kept) for m in search.measurements]
+        better.append(np.mean(scores[40:]) - np.mean(scores[:20]))
+    assert min(better) > 1.0  # a random architecture has a standard deviation of 2.2
+
+
+def test_planted_effects_are_found_with_few_noisy_measurements() -> None:
+    """60 of 15,625 architectures are measured, with noise of half the deviation of an architecture."""
+    ranks = []
+    for seed in range(8):
+        search = planted(MeasuredSettings(stages=((60, 1),), balanced=0.33), seed)
+        total = BENCH.all_decisions()[0].n_candidates ** 6
+        every = np.stack(np.unravel_index(np.arange(total), (5,) * 6), 1) + 5 * np.arange(6)
+        truth = search.truth[every].sum(1)
+        found = search.score(search._best)
+        ranks.append(1 + int((truth > found + 1e-9).sum()))
+    # Chance has a median of 7,812; the best 1 % are 156.
+    assert np.median(ranks) <= 60
+    assert max(ranks) <= 1500
+
+
+def test_the_result_has_the_highest_posterior_mean() -> None:
+    search = planted(MeasuredSettings(stages=((30, 1),)), seed=3, space=CellSpace(n_nodes=2))
+    assert search.posterior is not None
+    assert search._best == best_architecture(search.space, search.posterior.mean)
+    means = coded(search.space, [search._best, search.measurements[0].kept]) @ search.posterior.mean
+    assert means[0] >= means[1]
+    for node in search._report(search._best).nodes:
+        assert min(node.magnitudes) == 0
+        order = np.argsort(node.magnitudes)[::-1][:2]
+        candidates = next(
+            d for d in search.decisions if (d.kind, d.index) == (node.cell, node.node)
+        ).candidates
+        assert {f"{op}<-{state}" for op, state in (candidates[c] for c in order)} == set(node.picks)
+
+
+def test_it_stops_when_an_improvement_is_improbable() -> None:
+    settings = MeasuredSettings(stages=((200, 1),), stop_probability=0.5, stop_margin=1.0)
+    search = planted(settings, seed=0)
+    assert 60 <= len(search.measurements) < 200
+    assert search.metrics()["measured/count"] == len(search.measurements)
