@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 Matrix = Literal["uniform", "gaussian"]
 """Distributions of a measurement matrix, see `istanas.sparse.measurement_matrix`."""
@@ -333,7 +333,7 @@ class MeasuredSettings(SearchSettings):
 
     batch_size: BatchSize = 64
     init_channels: PositiveInt = 8
-    stages: tuple[tuple[PositiveInt, PositiveInt], ...] = ((120, 3), (30, 8))
+    stages: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], MinLen(1)] = ((120, 3), (30, 8))
     balanced: Annotated[float, Ge(0), Le(1)] = 0.3
     alpha_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5
     calibration_batches: NonNegativeInt = 20

@@ -205,8 +205,18 @@ def settings_from(kind: type[T], *sections: Section, **values: Any) -> T:
         key = key_of(field)
         found = [getattr(each, key) for each in sections if key in type(each).model_fields]
         if found and field.name not in values:
-            values[field.name] = tuple(found[0]) if isinstance(found[0], list) else found[0]
+            values[field.name] = _converted(found[0], list, tuple)
     return kind(**values)
+
+
+def _converted(value: Any, old: type[Any], new: Any) -> Any:
+    """Return a value whose lists are tuples or the reverse, nested ones too.
+
+    Example:
+        >>> _converted([[120, 3], [30, 8]], list, tuple)
+        ((120, 3), (30, 8))
+    """
+    return new(_converted(each, old, new) for each in value) if isinstance(value, old) else value
 
 
 def summary(settings: type) -> str:
@@ -264,7 +274,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _field(default: Any, description: str | None) -> Any:
     if isinstance(default, tuple):
-        return Field(default_factory=lambda: list(default), description=description)
+        return Field(default_factory=lambda: _converted(default, tuple, list), description=description)
     return Field(default, description=description)
 
 

@@ -1,4 +1,4 @@
-"""The cost of every registered search method: seconds of a step, and peak memory, beside those of two-stage search.
+"""The cost of every registered search method, beside that of two-stage search: time of a step and epoch, peak memory.
 
     python -m tests.benchmarks.methods METHOD
 
@@ -7,6 +7,7 @@ runs a step and prints the memory of its process; `memory` starts such processes
 
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,17 @@ def make_step(method: str, size: Size) -> Callable[[], None]:
     search.supernet.train()
     batches = [ours_of(random_batch(batch, 32, seed)) for seed in range(2)]
     return lambda: search.train_step(*batches)
+
+
+def steps_of_an_epoch(method: str, batch: int) -> int:
+    """Return the number of steps of an epoch on 50,000 pictures, of which a part may choose the architecture.
+
+    Example:
+        >>> steps_of_an_epoch("two_stage", 32), steps_of_an_epoch("one_stage", 32)
+        (782, 1563)
+    """
+    choosing = getattr(METHODS[method].settings_class, "alpha_fraction", 0.0)
+    return math.ceil(50_000 * (1 - choosing) / batch)
 
 
 def with_steps() -> list[str]:
@@ -86,7 +98,8 @@ def seconds(methods: list[str], rounds: int, size: Size) -> list[Row]:
                 None,
                 statistics.median(own),
                 statistics.median(measured[0]),
-                counted=f"{count_flops(step) / 1e9:.2f} GFLOP",
+                counted=f"{count_flops(step) / 1e9:.2f} GFLOP; an epoch of 50,000 pictures: "
+                f"{steps_of_an_epoch(method, size[2]) * statistics.median(own) / 60:.1f} min",
             )
         )
     return rows
