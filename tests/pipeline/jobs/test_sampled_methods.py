@@ -45,7 +45,7 @@ def test_pages_of_a_search_without_codes_show_no_gap(
     assert "relative gap" not in page
     assert "sparse codes" not in page
     assert "earlier version" not in page
-    assert ("Probabilities of the candidates" in page) == (method == GDAS)
+    assert ("Weights of the candidates" in page) == (method == GDAS)
 
 
 def test_a_random_architecture_passes_through_the_same_job(
