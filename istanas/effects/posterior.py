@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from istanas.effects.coding import Array
 from istanas.effects.model import System
@@ -19,6 +18,10 @@ _RATIOS = (
     -4.0,
     6.0,
 )  # Decimal exponents of sigma^2 / tau^2, in units of the largest eigenvalue of A^T A / M.
+_GRID, _REFINEMENTS = (
+    33,
+    4,
+)  # The last step of the exponent is 10 / 32 / 16^3, a change of the ratio by 0.02 %.
 _LEAST = 1e-12  # Least noise variance in units of the variance of b, for systems without noise.
 
 
@@ -75,12 +78,7 @@ def ridge_moments(system: System, noise_variance: float, prior_variance: float) 
 
     Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 3.3.
     """
-    _, singular, right = np.linalg.svd(system.A, full_matrices=False)
-    ratio = noise_variance / prior_variance
-    shrink = singular**2 / (singular**2 + ratio)
-    covariance = prior_variance * (np.eye(system.A.shape[1]) - (right.T * shrink) @ right)
-    mean = right.T @ ((right @ (system.A.T @ system.b)) / (singular**2 + ratio))
-    return mean, covariance
+    return _Spectrum.of(system).moments(noise_variance, prior_variance)
 
 
 def log_evidence(system: System, ratio: float) -> float:
@@ -100,34 +98,65 @@ def log_evidence(system: System, ratio: float) -> float:
 
     Source: Bishop, 2006, section 3.5; Patterson, Thompson, Biometrika 1971 (restricted likelihood).
     """
-    left, singular, _ = np.linalg.svd(system.A, full_matrices=False)
-    return _Spectrum.of(left, singular, system).log_evidence(ratio)
+    return float(_Spectrum.of(system).log_evidence(np.array([ratio]))[0])
 
 
 @dataclass(frozen=True, eq=False)
 class _Spectrum:
-    """What the evidence needs: eigenvalues of A A^T, the parts of b along them, and the rest of |b|^2."""
+    """A system by the singular value decomposition of A.
+
+    Args:
+        eigenvalues: Eigenvalues of A A^T in descending order, (K,), K = min(M, N).
+        along: b along the left singular vectors, (K,).
+        right: The right singular vectors as rows, (K, N).
+        rest: Squared norm of the rest of b.
+        freedom: Degrees of freedom of b.
+    """
 
     eigenvalues: Array
     along: Array
+    right: Array
     rest: float
     freedom: int
 
     @classmethod
-    def of(cls, left: Array, singular: Array, system: System) -> _Spectrum:
-        along = (left.T @ system.b) ** 2
-        energy = float(system.b @ system.b)
-        return cls(singular**2, along, max(energy - float(along.sum()), 0.0), system.freedom)
+    def of(cls, system: System) -> _Spectrum:
+        left, singular, right = np.linalg.svd(system.A, full_matrices=False)
+        along = left.T @ system.b
+        rest = max(float(system.b @ system.b - along @ along), 0.0)
+        return cls(singular**2, along, right, rest, system.freedom)
 
-    def noise_variance(self, ratio: float) -> float:
-        """Return b^T C^-1 b / m."""
-        energy = self.rest + float(self.along.sum())
-        inside = self.rest + float((self.along * ratio / (ratio + self.eigenvalues)).sum())
-        return max(inside, _LEAST * energy, np.finfo(np.float64).tiny) / self.freedom
+    def noise_variance(self, ratio: Array) -> Array:
+        """Return b^T C^-1 b / m of each ratio."""
+        energy = self.rest + float(self.along @ self.along)
+        inside = self.rest + (self.along**2 * (ratio / np.add.outer(self.eigenvalues, ratio)).T).sum(-1)
+        return np.asarray(np.maximum(inside, max(_LEAST * energy, np.finfo(np.float64).tiny)) / self.freedom)
 
-    def log_evidence(self, ratio: float) -> float:
-        determinant = float(np.log1p(self.eigenvalues / ratio).sum())
-        return -0.5 * (self.freedom * float(np.log(self.noise_variance(ratio))) + determinant)
+    def log_evidence(self, ratio: Array) -> Array:
+        determinant = np.log1p(np.divide.outer(self.eigenvalues, ratio)).sum(0)
+        return np.asarray(-0.5 * (self.freedom * np.log(self.noise_variance(ratio)) + determinant))
+
+    def variances(self) -> tuple[float, float]:
+        """Return (sigma^2, tau^2) at the maximum of the evidence, by a grid of the ratio that is refined."""
+        unit = float(self.eigenvalues[0]) or 1.0
+        low, high = _RATIOS
+        for _ in range(_REFINEMENTS):
+            grid = np.linspace(low, high, _GRID)
+            best = grid[int(np.argmax(self.log_evidence(unit * 10.0**grid)))]
+            step = grid[1] - grid[0]
+            low, high = max(best - step, _RATIOS[0]), min(best + step, _RATIOS[1])
+        ratio = unit * 10.0**best
+        noise = float(self.noise_variance(np.array([ratio]))[0])
+        return noise, noise / float(ratio)
+
+    def moments(self, noise_variance: float, prior_variance: float) -> tuple[Array, Array]:
+        """Return what `ridge_moments` returns."""
+        ratio = noise_variance / prior_variance
+        shrink = self.eigenvalues / (self.eigenvalues + ratio)
+        covariance = prior_variance * (np.eye(self.right.shape[1]) - (self.right.T * shrink) @ self.right)
+        # V A^T b / sigma^2 along the right singular vectors.
+        mean = self.right.T @ (np.sqrt(self.eigenvalues) * self.along / (self.eigenvalues + ratio))
+        return mean, covariance
 
 
 def ridge(system: System, n_draws: int, seed: int) -> Posterior:
@@ -152,8 +181,9 @@ def ridge(system: System, n_draws: int, seed: int) -> Posterior:
     Source: MacKay, Bayesian interpolation, Neural Computation 1992.
     """
     check_freedom(system)
-    noise, prior = ridge_variances(system)
-    mean, covariance = ridge_moments(system, noise, prior)
+    spectrum = _Spectrum.of(system)
+    noise, prior = spectrum.variances()
+    mean, covariance = spectrum.moments(noise, prior)
     rng = np.random.Generator(np.random.PCG64(seed))
     values, vectors = np.linalg.eigh(covariance)
     factor = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -170,19 +200,7 @@ def ridge_variances(system: System) -> tuple[float, float]:
         >>> noise < 0.01 < prior
         True
     """
-    left, singular, _ = np.linalg.svd(system.A, full_matrices=False)
-    spectrum = _Spectrum.of(left, singular, system)
-    unit = float(singular[0]) ** 2 if len(singular) and singular[0] > 0 else 1.0
-    grid = np.linspace(*_RATIOS, 41)
-    evidence = [spectrum.log_evidence(unit * 10.0**e) for e in grid]
-    best = int(np.argmax(evidence))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(
-        lambda e: -spectrum.log_evidence(unit * 10.0**e), bounds=(low, high), method="bounded"
-    )
-    ratio = unit * 10.0 ** float(found.x)
-    noise = spectrum.noise_variance(ratio)
-    return noise, noise / ratio
+    return _Spectrum.of(system).variances()
 
 
 def check_freedom(system: System) -> None:

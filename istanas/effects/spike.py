@@ -41,18 +41,19 @@ def gibbs_sweep(
 
     Source: George, McCulloch, Variable selection via Gibbs sampling, JASA 1993; Kuo, Mallick, Sankhya 1998.
     """
-    z = z.copy()
-    uniform, normal = rng.random(z.shape), rng.standard_normal(z.shape)
-    prior_odds = np.log(share) - np.log1p(-share)
-    for j in range(z.shape[1]):
-        c = pull[j] - z @ gram[j] + gram[j, j] * z[:, j]
-        v = 1.0 / (gram[j, j] / noise_variance + 1.0 / slab_variance)
-        mu = v * c / noise_variance
-        log_odds = prior_odds + 0.5 * np.log(v / slab_variance) + 0.5 * mu**2 / v
-        # log(u / (1 - u)) < log odds is u < probability, without an overflow.
-        kept = np.log(uniform[:, j]) - np.log1p(-uniform[:, j]) < log_odds
-        z[:, j] = np.where(kept, mu + np.sqrt(v) * normal[:, j], 0.0)
-    return z
+    # Everything that does not depend on z is computed for all effects at once; candidates are rows here.
+    own = gram.diagonal()[:, None]
+    v = 1.0 / (own / noise_variance + 1.0 / slab_variance)
+    weight, jump = v / noise_variance, np.sqrt(v) * rng.standard_normal(v.shape)
+    uniform = rng.random(v.shape)
+    # u < probability in logits, log(u / (1 - u)) < log odds, which does not overflow.
+    logit = np.log(uniform) - np.log1p(-uniform)
+    bar = logit - (np.log(share) - np.log1p(-share)) - 0.5 * np.log(v / slab_variance)
+    effects = z.T.copy()
+    for j, row in enumerate(gram):
+        mu = weight[j] * (pull[j] - row @ effects + own[j] * effects[j])
+        effects[j] = np.where(2.0 * v[j] * bar[j] < mu**2, mu + jump[j], 0.0)
+    return effects.T
 
 
 def spike_and_slab(

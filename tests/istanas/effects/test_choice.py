@@ -107,7 +107,7 @@ def test_free_places_get_different_architectures_that_are_not_pending() -> None:
             thompson(NAS_BENCH_201, posterior, n, seed=0)
 
 
-def test_probabilities_of_two_architectures_are_those_of_a_normal_difference() -> None:
+def test_probabilities_are_those_of_a_normal_difference() -> None:
     from scipy.stats import norm
 
     space = Blocks((2,), (1,))
@@ -132,7 +132,7 @@ def test_equal_architectures_share_the_probability() -> None:
     assert probability_best(Blocks((2,), (1,)), posterior, [(0,), (1,)]).tolist() == [0.5, 0.5]
 
 
-def test_no_improvement_is_left_where_the_posterior_is_certain_or_the_rest_is_forbidden() -> None:
+def test_no_improvement_is_left_under_certainty_or_where_it_is_forbidden() -> None:
     rng = np.random.default_rng(6)
     draws = np.repeat(rng.normal(size=(1, 30)), 5, axis=0)
     best = best_architecture(NAS_BENCH_201, draws[0])
