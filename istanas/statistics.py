@@ -54,9 +54,12 @@ class Interval:
     confidence: float = CONFIDENCE
 
     def __str__(self) -> str:
-        return (
-            f"{self.estimate:.3g} ({100 * self.confidence:.3g} % interval {self.low:.3g} to {self.high:.3g})"
-        )
+        return f"{_shown(self.estimate)} ({self.range})"
+
+    @property
+    def range(self) -> str:
+        """The ends in words."""
+        return f"{100 * self.confidence:.3g} % interval {_shown(self.low)} to {_shown(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -458,7 +461,7 @@ def describe_comparison(
     seeds = f"{d.n} seeds"
     figures = ", ".join(
         [
-            f"{100 * d.confidence:.3g} % interval {d.low:.3g} to {d.high:.3g}",
+            d.range,
             f"p = {c.adjusted_p:.2g}"
             + (f" corrected for {c.comparisons} comparisons" if c.comparisons > 1 else ""),
             *([] if effect is None else [f"effect size {effect:.3g}"]),
@@ -466,11 +469,11 @@ def describe_comparison(
         ]
     )
     if c.found:
-        return f"{better} is better than {worse} by {d.estimate:.3g} {unit} ({figures})."
+        return f"{better} is better than {worse} by {_shown(d.estimate)} {unit} ({figures})."
     means = (
         "the means are equal"
         if d.estimate == 0
-        else f"the mean of {better} is better by {d.estimate:.3g} {unit}"
+        else f"the mean of {better} is better by {_shown(d.estimate)} {unit}"
     )
     text = f"No difference between {better} and {worse} was found: {means} ({figures})."
     if c.detectable is None:
@@ -478,8 +481,13 @@ def describe_comparison(
     elif c.detectable == 0:
         limit = "all values are equal"
     else:
-        limit = f"differences below {c.detectable:.3g} {unit} would go unnoticed in at least one study out of five"
+        limit = f"differences below {_shown(c.detectable)} {unit} would go unnoticed in at least one study out of five"
     return f"{text} With {seeds}, {limit}."
+
+
+def _shown(value: float) -> str:
+    """Return a number with three digits, or without decimals if it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _fewest_seeds(comparison: Comparison) -> int:

@@ -42,16 +42,18 @@ class JobSpec:
     """The identity of a run: kind, name, configuration and hash.
 
     Args:
-        kind: "search", "retrain" or "sweep".
+        kind: "search", "retrain", "sweep" or "benchmark".
         name: Name of the run, without the configuration's hash.
         digits: Hash of everything that decides the result.
         config: The whole configuration.
         sections: Sections of the configuration that the job depends on.
-        parent: Run directory of the search that a retraining belongs to, or of the sweep that a trial belongs to.
+        parent: Run directory of the search that a retraining belongs to, of the sweep that a trial belongs to, or of
+            the benchmark that started a search.
         tags: MLflow tags.
         description: Description of the MLflow run.
         epochs: Number of epochs of the whole job, for the progress bar.
         unit: What the progress bar counts.
+        nested: Whether the job runs other jobs in this process, which draw their own progress bars.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class JobSpec:
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
     unit: str = "epoch"
+    nested: bool = False
 
     @property
     def path(self) -> Path:

@@ -32,9 +32,10 @@ class EpochBar:
 
     Args:
         console: Where to draw.
-        label: "search", "retrain" or "sweep".
+        label: "search", "retrain", "sweep" or "benchmark".
         epochs: Number of epochs, or trials, of the whole job.
         unit: What is counted.
+        hidden: Whether to write lines on a terminal, too, because other jobs draw their bars there.
         clock: Returns the time in seconds.
         seconds_between_readings: Shortest time between two readings of the figures in the bar.
     """
@@ -46,6 +47,7 @@ class EpochBar:
         epochs: int,
         unit: str = "epoch",
         *,
+        hidden: bool = False,
         clock: Callable[[], float] = time.monotonic,
         seconds_between_readings: float = SECONDS_BETWEEN_READINGS,
     ) -> None:
@@ -60,7 +62,7 @@ class EpochBar:
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=hidden or not console.is_terminal,
         )
         self._task = self._progress.add_task(label, total=None, figures="")
         self._clock, self._seconds_between_readings = clock, seconds_between_readings
