@@ -147,7 +147,7 @@ def show_benchmark_result(result: Mapping[str, Any], as_json: bool, console: Con
     from pipeline.report.benchmark_page import methods_table, table_note, tau_note
 
     headings, rows = methods_table(result)
-    ranks = {"method": 0, "rank": 0, "true accuracy, %": 1, "regret, points": 3, "deviation": 4}
+    ranks = {"method": 0, "rank": 0, "true accuracy (%)": 1, "regret (points)": 3, "deviation": 4}
     columns = [Column(heading, right=heading != "method", rank=ranks.get(heading, 2)) for heading in headings]
     console.print(FittedTable(columns, rows, rest=f"{BENCHMARK_PAGE} and --json have everything"), crop=False)
     notes = [note for note in (table_note(result), tau_note(result)) if note is not None]

@@ -29,7 +29,15 @@ from pipeline.base.files import atomic_write
 from pipeline.config.load import load, run_hash, with_method, with_search_of
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
-from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, settled_spec, write_page
+from pipeline.jobs.lifecycle import (
+    JobSteps,
+    Outcome,
+    check_data,
+    execute,
+    settled,
+    settled_spec,
+    write_page,
+)
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.results import OneStageResult, SearchResult
@@ -189,15 +197,15 @@ def run_benchmark(
             sections=SECTIONS,
             epochs=seeds * len(listed),
             unit="search",
-            nested=True,
         )
 
     spec = settled_spec(context.config, context.console, describe)
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
         for each in listed:
-            check_solver(each.config.space.solver)
-            check_data(each.config, dataset, ("search",))
+            config = settled(each.config, context.console)
+            check_solver(config.space.solver)
+            check_data(config, dataset, ("search",))
         return dataset
 
     def run_all(run: RunDir, observer: RunObserver, _: ImageDataset) -> Outcome:
@@ -270,6 +278,7 @@ def _search_all(
             result = run_search(child)
             durations.append(time.monotonic() - start)
             found.append(Found(each.label, config.seed, result))
+            observer.step(len(found) - 1, 1, 1, lambda: None)
             left = seeds * len(listed) - len(found)
             observer.trial_done(
                 f"{each.label}, seed {config.seed}: searched in {result['seconds']:.1f} s",

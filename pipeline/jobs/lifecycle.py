@@ -193,7 +193,7 @@ def _run_and_close(
     """Run the job's `run` step, and write its outcome to the record and to MLflow."""
     space = spec.config.space.build()
     try:
-        with EpochBar(context.console, spec.kind, spec.epochs, spec.unit, hidden=spec.nested) as bar:
+        with EpochBar(context.console, spec.kind, spec.epochs, spec.unit) as bar:
             observer = RunObserver(run, tracker, bar, space, steps.describe, context.on_epoch)
             outcome = steps.run(run, observer, prepared)
         final = dataclasses.replace(

@@ -53,7 +53,6 @@ class JobSpec:
         description: Description of the MLflow run.
         epochs: Number of epochs of the whole job, for the progress bar.
         unit: What the progress bar counts.
-        nested: Whether the job runs other jobs in this process, which draw their own progress bars.
     """
 
     kind: str
@@ -66,7 +65,6 @@ class JobSpec:
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     description: str = ""
     unit: str = "epoch"
-    nested: bool = False
 
     @property
     def path(self) -> Path:

@@ -35,7 +35,6 @@ class EpochBar:
         label: "search", "retrain", "sweep" or "benchmark".
         epochs: Number of epochs, or trials, of the whole job.
         unit: What is counted.
-        hidden: Whether to write lines on a terminal, too, because other jobs draw their bars there.
         clock: Returns the time in seconds.
         seconds_between_readings: Shortest time between two readings of the figures in the bar.
     """
@@ -47,7 +46,6 @@ class EpochBar:
         epochs: int,
         unit: str = "epoch",
         *,
-        hidden: bool = False,
         clock: Callable[[], float] = time.monotonic,
         seconds_between_readings: float = SECONDS_BETWEEN_READINGS,
     ) -> None:
@@ -62,7 +60,7 @@ class EpochBar:
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             transient=True,
-            disable=hidden or not console.is_terminal,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(label, total=None, figures="")
         self._clock, self._seconds_between_readings = clock, seconds_between_readings

@@ -18,7 +18,7 @@ from pipeline.runs.layout import BENCHMARK_EPOCHS, BENCHMARK_PAGE, BENCHMARK_TAB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADINGS = ["method", "seeds", "true accuracy, %", "deviation", "rank", "regret, points", "seconds", "tau"]
+HEADINGS = ["method", "seeds", "true accuracy (%)", "deviation", "rank", "regret (points)", "seconds", "tau"]
 
 
 def methods_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -211,6 +211,7 @@ def test_a_benchmark_that_was_killed_between_two_seeds_ends_as_an_undisturbed_on
     [folder] = project.glob("runs/*-benchmark-*")
     assert RunDir(folder).read().status == "RUNNING"
     assert not (folder / "benchmark.csv").exists()
+    assert "random has no search.epochs: left out, its defaults are used" in capfd.readouterr().out
     begun = {path: RunDir(path).read().key for path in project.glob("runs/*-search-*")}
     assert len(begun) == 3
     resumed = result(capfd, "--method", "random")
@@ -246,15 +247,31 @@ def test_more_seeds_and_other_methods_use_finished_searches_again(
     assert len(list(project.glob("runs/*-benchmark-*"))) == 3
 
 
-def test_no_search_can_read_the_table(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_search_can_read_the_table(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A table in which the last is the best and one in which the first is: the searches are the same.
 
-    The table's path is in no file of a search, and its accuracies are read after the last search has finished.
+    While they run, the tables are not even on the disk, and no file of a search names them.
     """
+    run_search = benchmark.run_search
     names = list(reversed(ARCHITECTURES))
-    write_table(project / "permuted.csv.gz", ascending(names), HEADING)
-    one = result(capfd, "--method", "darts", "--set", "runtime.runs_dir=one")
-    other = result(capfd, "--method", "darts", "--set", "runtime.runs_dir=other", table="permuted.csv.gz")
+    write_table(project / "permuted_table.csv", ascending(names), HEADING)
+
+    def without_tables(context: Any) -> Any:
+        for table in project.glob("*table.csv"):
+            shutil.move(table, table.with_suffix(".hidden"))
+        try:
+            return run_search(context)
+        finally:
+            for table in project.glob("*table.hidden"):
+                shutil.move(table, table.with_suffix(".csv"))
+
+    monkeypatch.setattr(benchmark, "run_search", without_tables)
+    one, other = (
+        result(capfd, "--method", "darts", "--set", f"runtime.runs_dir={table}-runs", table=f"{table}.csv")
+        for table in ("table", "permuted_table")
+    )
     assert [r["architecture"] for r in one["runs"]] == [r["architecture"] for r in other["runs"]]
     assert [r["valid_top1"] for r in one["runs"]] == [r["valid_top1"] for r in other["runs"]]
     for mine, theirs in zip(one["runs"], other["runs"], strict=True):
@@ -272,23 +289,6 @@ def test_no_search_can_read_the_table(project: Path, capfd: pytest.CaptureFixtur
         named = [path.name for path in files if b"table.csv" in path.read_bytes()]
         # environment.json has the command line of the process, for the user.
         assert set(named) <= {"environment.json"}
-
-
-def test_the_accuracies_are_read_after_the_last_search(
-    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the searches run, the table is not even on the disk."""
-    run_search, hidden = benchmark.run_search, project / "hidden.csv"
-
-    def without_table(context: Any) -> Any:
-        shutil.move(project / "table.csv", hidden)
-        try:
-            return run_search(context)
-        finally:
-            shutil.move(hidden, project / "table.csv")
-
-    monkeypatch.setattr(benchmark, "run_search", without_table)
-    assert len(result(capfd)["runs"]) == 2
 
 
 def test_other_settings_of_the_same_method_take_part_as_a_file(
