@@ -21,7 +21,7 @@ from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline.base.files import is_full, is_out_of_memory
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
-from pipeline.cli import cluster, results, search_and_train, tools
+from pipeline.cli import cluster, evaluation, results, search_and_train, tools
 from pipeline.cli.output import printable
 from pipeline.cli.streams import ignore_closed_readers
 
@@ -35,6 +35,7 @@ ENDS = {
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Search and train": search_and_train.COMMANDS,
     "Results": results.COMMANDS,
+    "Evaluation": evaluation.COMMANDS,
     "Cluster": cluster.COMMANDS,
     "Tools": tools.COMMANDS,
 }

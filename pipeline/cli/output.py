@@ -14,6 +14,7 @@ import click
 
 from istanas.errors import ConfigError
 from pipeline.runs.layout import (
+    BENCHMARK_PAGE,
     BEST_FOLDER,
     CELLS_FOLDER,
     CONFIG_FILE,
@@ -135,6 +136,23 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
         ),
     ):
         console.print(f"{label}: {text}", highlight=False, soft_wrap=True)
+    show_store(console, config)
+    if as_json:
+        print_json(result)
+
+
+def show_benchmark_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """Print the scores of the methods of a benchmark, their comparisons in words, and where the files are."""
+    from pipeline.base.fitted_table import Column, FittedTable
+    from pipeline.report.benchmark_page import methods_table, table_note, tau_note
+
+    headings, rows = methods_table(result)
+    ranks = {"method": 0, "rank": 0, "true accuracy (%)": 1, "regret (points)": 3, "deviation": 4}
+    columns = [Column(heading, right=heading != "method", rank=ranks.get(heading, 2)) for heading in headings]
+    console.print(FittedTable(columns, rows, rest=f"{BENCHMARK_PAGE} and --json have everything"), crop=False)
+    notes = [note for note in (table_note(result), tau_note(result)) if note is not None]
+    for line in (*notes, *result["sentences"], *result["files"]):
+        console.print(line, highlight=False, soft_wrap=True)
     show_store(console, config)
     if as_json:
         print_json(result)

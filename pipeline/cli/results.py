@@ -230,7 +230,7 @@ def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json
 def promote(
     reference: str, metric: str, force: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Make a run's network the champion of its model, if it is better.
+    """Make a run's network the champion of its model if it is better.
 
     RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). It is compared with
     the champion of its registered model on the same pictures; if there is no champion, it becomes the champion. Exit

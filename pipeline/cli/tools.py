@@ -113,7 +113,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
 def profile(
     job: str | None, genotype: str | None, steps: int, trace: Path | None, as_json: bool, **settings: Any
 ) -> None:
-    """Measure some training steps and estimate the time of a whole run.
+    """Measure some training steps and estimate the time of a run.
 
     The steps run in this process, on the real pictures, and their results are discarded. The report says where the time
     goes, and which share of the machine's peak performance is reached.

@@ -20,16 +20,17 @@ from istanas.errors import ConfigError
 from istanas.limits import CONFIG_DEPTH, SMALL_SIDE
 from istanas.space import DEFAULT_SPACE
 from pipeline.base.redaction import without_secrets
-from pipeline.config.keys import is_known, is_text, known_methods, schemas_of_methods
+from pipeline.config.keys import is_known, is_text, known_keys, known_methods, schemas_of_methods
 from pipeline.config.plugins import plugin_digests
 from pipeline.config.schema import Config
-from pipeline.config.validation import check_combinations, printable, shown_override, validate
+from pipeline.config.validation import check_combinations, printable, schema_of, shown_override, validate
 from pipeline.config.yaml_files import NOT_YAML, describe_error, dump, parse, read_file
 
 _HASHED = {
     "search": ("method", "seed", "data", "space", "search"),
     "retrain": ("seed", "data", "retrain"),
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
+    "benchmark": ("method", "seed", "data", "space", "search"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
@@ -100,6 +101,56 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     for key, value in settings.items():
         _set_value(tree, key, value, source)
     return _validated(tree, source, (), {})
+
+
+def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
+    """Return the configuration with another search method, and the keys of `search` that this method does not have.
+
+    These keys are left out. Keys that only the other method has, and those that the file does not set, have the other
+    method's defaults.
+
+    Args:
+        config: The configuration.
+        method: Name of the method.
+
+    Raises:
+        ConfigError: The method is unknown, or does not accept a setting.
+
+    Example:
+        >>> changed, left_out = with_method(load(None, ["search.epochs=3"]), "one_stage")
+        >>> changed.method, left_out
+        ('one_stage', ('epochs',))
+    """
+    if method == config.method:
+        return config, ()
+    source, tree = f"--method {method}", _without_sweep(config) | {"method": method}
+    own, given = known_keys(schema_of(tree, source), ["search"]), tree.get("search", {})
+    tree["search"] = {key: value for key, value in given.items() if key in own}
+    return _validated(tree, source, (), {}), tuple(key for key in given if key not in own)
+
+
+def with_search_of(config: Config, other: Config, source: str) -> Config:
+    """Return the configuration with the method and the section `search` of another one.
+
+    Args:
+        config: The configuration.
+        other: The configuration with the other method and section.
+        source: Name of the other one, for error messages.
+
+    Raises:
+        ConfigError: The section does not fit the configuration.
+    """
+    theirs = _without_sweep(other)
+    tree = _without_sweep(config) | {"method": other.method, "search": theirs.get("search", {})}
+    return _validated(tree, source, (), {})
+
+
+def _without_sweep(config: Config) -> dict[str, Any]:
+    """Return what a configuration sets, without a sweep, as nested dictionaries of plain values."""
+    tree: dict[str, Any] = config.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude={"sweep"}
+    )
+    return tree
 
 
 def _validated(
@@ -236,7 +287,7 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
     Args:
         config: The configuration.
-        job: "search", "retrain" or "sweep".
+        job: "search", "retrain", "sweep" or "benchmark".
         extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
     # The networks of other spaces may depend on the settings of the space, not only on the genotype.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -36,7 +37,7 @@ def validate(
         ConfigError: A key is unknown, or a value has the wrong type or range.
     """
     given = {override.partition("=")[0]: override for override in overrides}
-    schema = _schema_of(tree, source, given)
+    schema = schema_of(tree, source, given)
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -50,8 +51,15 @@ def validate(
         raise one_error(mistakes) from None
 
 
-def _schema_of(tree: Mapping[str, Any], source: str, given: Mapping[str, str]) -> type[Config]:
+def schema_of(
+    tree: Mapping[str, Any], source: str, given: Mapping[str, str] = MappingProxyType({})
+) -> type[Config]:
     """Return the schema of the tree's method and search space, which determine all other keys.
+
+    Args:
+        tree: The settings.
+        source: The file.
+        given: The key of each override, and the override as it was written.
 
     Raises:
         ConfigError: The method or the space is not registered.

@@ -26,7 +26,7 @@ from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run
 from pipeline.report.terminal import shown, shown_time, top_columns, validation_note
 from pipeline.runs import bucket
-from pipeline.runs.layout import CONFIG_FILE
+from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE
 from pipeline.runs.network_files import load_network
 from pipeline.runs.outcome import shown_outcome
 from pipeline.training.build import target_network
@@ -86,7 +86,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
         See `CompareResult`.
 
     Raises:
-        ConfigError: A run is unknown, given twice, or a sweep.
+        ConfigError: A run is unknown, given twice, a sweep, or a benchmark.
     """
     torch.set_num_threads(threads_in_process(config.runtime.threads))
     with tempfile.TemporaryDirectory() as scratch:
@@ -208,6 +208,12 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
                 "is a sweep, not a run",
                 field=f"run {ref!r}",
                 remedy=f"compare its trials (directories in it); istanas results --sweep {ref} lists them",
+            )
+        if run.kind == "benchmark":
+            raise ConfigError(
+                "is a benchmark, not a run",
+                field=f"run {ref!r}",
+                remedy=f"compare its searches, which {BENCHMARK_TABLE} in its directory lists",
             )
         same = run.files.resolve() if run.run_dir is not None else run.mlflow_run_id
         if same in seen:

@@ -97,6 +97,7 @@ class JobSteps(Generic[Prepared]):
         describe: Returns one line for the user about an epoch.
         rebuild_metrics: Returns the metrics of a finished run without checkpoints whose metrics file is damaged; None
             if they cannot be rebuilt.
+        has_report: Whether the run gets the page `report.html`, which shows one genotype.
     """
 
     datasets: Callable[[ImageDataset], tuple[DatasetUse, ...]]
@@ -105,6 +106,7 @@ class JobSteps(Generic[Prepared]):
     run: Callable[[RunDir, RunObserver, Prepared], Outcome]
     describe: Callable[[EpochRecord], str]
     rebuild_metrics: Callable[[], list[MetricsLine]] | None = None
+    has_report: bool = True
 
 
 def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> dict[str, Any]:
@@ -131,8 +133,8 @@ def execute(context: JobContext, spec: JobSpec, steps: JobSteps[Prepared]) -> di
         used, digest = steps.datasets(dataset), data_digest(config, dataset, spec.kind)
         if old is not None:
             check_same_pictures(old, dataset, digest, used)
-        # The trials of a sweep may have different stems, so each trial prints its own.
-        networks = () if spec.kind == "sweep" else (spec.kind,)
+        # The trials of a sweep may have different stems, so each prints its own, as each search of a benchmark does.
+        networks = (spec.kind,) if spec.kind in ("search", "retrain") else ()
         pictures = describe_pictures(config, dataset, used, networks)
         prepared = steps.prepare(dataset)
         say_pictures((*pictures, *steps.warn(dataset)), context.say)
@@ -203,8 +205,9 @@ def _run_and_close(
             tags={**with_outcome(record, "FINISHED").tags, **outcome.tags},
             description="\n\n".join([outcome.description, *_missing_classes(record)]),
         )
-        page = write_page(REPORT_PAGE, lambda: write_report(run, final), context.say)
-        final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
+        if steps.has_report:
+            page = write_page(REPORT_PAGE, lambda: write_report(run, final), context.say)
+            final = dataclasses.replace(final, artifacts=(*final.artifacts, *page))
         run.write(final)
         run.push()
     except SystemExit:

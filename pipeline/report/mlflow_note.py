@@ -114,6 +114,27 @@ def of_sweep(
     )
 
 
+def of_benchmark(dataset: str, result: Mapping[str, Any]) -> str:
+    """Describe a benchmark.
+
+    Args:
+        dataset: The name of the data set.
+        result: The result, see `pipeline.jobs.benchmark`.
+    """
+    from pipeline.report.benchmark_page import methods_table, table_note
+
+    headings, rows = methods_table(result)
+    searches = f"{count(len(result['runs']), 'search')}".replace("searchs", "searches")
+    return "\n\n".join(
+        [
+            f"Benchmark on {dataset}: {searches} of {', '.join(m['method'] for m in result['methods'])}.",
+            _table(headings, rows),
+            table_note(result),
+            "\n".join(f"- {sentence}" for sentence in result["sentences"]),
+        ]
+    )
+
+
 def _page(
     title: str, figures: Sequence[tuple[str, str]], genotype: Genotype, *, again: str, more: str = ""
 ) -> str:

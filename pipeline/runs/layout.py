@@ -51,6 +51,11 @@ STUDY_FILE = "optuna.db"  # the Optuna study of a sweep in a bucket
 TRIAL_LOG = "trial.log"  # in a trial's run directory: the output of its process
 RUN_FOLDER = re.compile(r".+-(search|retrain)-[0-9a-f]{10}")  # run directory of a trial or of its retraining
 
+# ----- Benchmarks.
+BENCHMARK_TABLE = "benchmark.csv"  # all searches with their true accuracies and ranks
+BENCHMARK_EPOCHS = "benchmark_epochs.csv"  # true accuracy and rank after each epoch of each search
+BENCHMARK_PAGE = "benchmark.html"  # both tables and the comparisons as a page
+
 
 def checkpoint_file(epoch: int) -> str:
     """Return the name of an epoch's checkpoint.

@@ -14,7 +14,7 @@ class Tag:
     """The names of all tags."""
 
     # ----- Every run.
-    KIND = "istanas.kind"  # search, retrain or sweep
+    KIND = "istanas.kind"  # search, retrain, sweep or benchmark
     METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
     FOLDER = "istanas.data_folder"  # label of a data set whose pictures data.root decides, such as "folder"
@@ -34,6 +34,9 @@ class Tag:
     TRIAL_STATE = "istanas.trial_state"  # Optuna's state of the trial
     NODE = "istanas.node"  # node of the cluster on which the trial ran
     REASON = "istanas.reason"  # why the trial failed
+
+    # ----- Searches of a benchmark.
+    BENCHMARK = "istanas.benchmark"  # name of the run directory of the benchmark that started the search
 
     # ----- Registered versions.
     PROMOTED = "istanas.promoted"  # why this version became the champion

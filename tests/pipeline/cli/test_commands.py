@@ -30,6 +30,7 @@ runtime: {threads: 1, device: cpu}
 tracking: {enabled: false}
 """
 COMMANDS = (
+    "benchmark",
     "search",
     "retrain",
     "run",
@@ -119,7 +120,7 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
     assert ("--config FILE" in out) == (command not in SERVED)
     assert ("--address URL" in out) == (command in SERVED)
-    jobs = command in ("search", "retrain", "run", "sweep")
+    jobs = command in ("search", "retrain", "run", "sweep", "benchmark")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
         assert (option in out) == (jobs or command == "doctor")
@@ -140,7 +141,8 @@ def test_help_groups_the_commands_with_a_whole_line_each(
     code, out, _ = istanas("--help")
     assert code == 0
     groups = out.partition("Search and train:\n")[2]
-    assert [line for line in groups.splitlines() if line.endswith(":")] == ["Results:", "Cluster:", "Tools:"]
+    headings = [line for line in groups.splitlines() if line.endswith(":")]
+    assert headings == ["Results:", "Evaluation:", "Cluster:", "Tools:"]
     entries = [line for line in groups.splitlines() if line.startswith("  ")]
     assert sorted(line.split()[0] for line in entries) == sorted(COMMANDS)
     assert all(re.fullmatch(r"  [a-z]+ +[A-Z].*[^.]\.", line) for line in entries), entries

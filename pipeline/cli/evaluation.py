@@ -1,0 +1,74 @@
+"""The commands that measure whether a search is worth its cost: benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import complete_file, job_options
+from pipeline.cli.output import console_for, show_benchmark_result
+from pipeline.cli.settings import load_config
+
+
+def _split(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names in all values, which commas separate."""
+    return tuple(name.strip() for each in value for name in each.split(",") if name.strip())
+
+
+@click.command()
+@click.option(
+    "--table",
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=complete_file,
+    help="Table of true accuracies (CSV or .csv.gz): a column architecture with the text form of each architecture, "
+    "then one or more columns with accuracies in per cent.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Number of searches of each method. Their seeds are seed, seed + 1, ...",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    callback=_split,
+    metavar="NAME,...",
+    help="Other methods that take part; repeatable. A name uses the configuration with another method; a "
+    "configuration file uses its method and its section search.",
+)
+@click.option("--column", metavar="NAME", help="Column of the table that scores. Default: the first one.")
+@job_options
+def benchmark(
+    table: Path,
+    seeds: int,
+    methods: tuple[str, ...],
+    column: str | None,
+    as_json: bool,
+    fresh: bool,
+    **settings: Any,
+) -> None:
+    """Score searches by a table of true accuracies.
+
+    The configured search and those of --method run for several seeds, one after the other. The table is read when all
+    have finished: no search can see it. The command writes benchmark.csv and benchmark.html; run again, it resumes.
+    """
+    config, name = load_config(**settings)
+    from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.benchmark import run_benchmark
+    from pipeline.jobs.context import JobContext
+
+    console = console_for(as_json)
+    with Runtime(config.runtime) as runtime:
+        context = JobContext(config, name, console, runtime, fresh)
+        result = run_benchmark(context, table, seeds=seeds, methods=methods, column=column)
+    show_benchmark_result(result, as_json, console, config)
+
+
+COMMANDS = (benchmark,)
