@@ -1,7 +1,8 @@
 """Posteriors of the effects: the Bayesian counterparts of the LASSO, for what a point estimate cannot say.
 
 Both have the likelihood b | z ~ N(A z, sigma^2 I). The prior of the ridge is z ~ N(0, tau^2 I). That of spike-and-slab
-has an additional probability 1 - pi that an effect is exactly 0.
+has an additional probability 1 - pi that an effect is exactly 0. In simulated searches Thompson sampling from the ridge
+found better architectures (tests/benchmarks/results/README.md).
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ SPACES: dict[str, SearchSpace] = {
 }
 SMALL: dict[str, SearchSpace] = {
     "nas_bench_201, 2 operations": NasBench201Space(("none", "skip_connect")),
-    "darts, 2 nodes": CellSpace(n_nodes=2, ops=("skip_connect", "max_pool_3x3"), sparsity=2),
+    "darts, 1 node": CellSpace(n_nodes=1, ops=("skip_connect", "max_pool_3x3", "sep_conv_3x3")),
     "darts, 2 nodes, one per edge": CellSpace(
-        n_nodes=2, ops=("skip_connect", "max_pool_3x3"), sparsity=2, one_op_per_edge=True
+        n_nodes=2, ops=("skip_connect", "max_pool_3x3"), one_op_per_edge=True
     ),
     "blocks": Blocks(),
 }

@@ -37,7 +37,7 @@ def test_least_squares_of_minimum_norm_does_not_find_them() -> None:
     for seed in range(3):
         system, _ = planted(120, 0.1, seed)
         code = np.linalg.lstsq(system.A, system.b, rcond=None)[0]
-        lasso = sparse_path(system).code
+        lasso = sparse_path(system, n=15, ratio=0.03).code
         truth = planted(120, 0.1, seed)[1]
         missed += np.linalg.norm(code - truth) > 3 * np.linalg.norm(lasso - truth)
     assert missed == 3
