@@ -45,6 +45,9 @@ def written_by(page: str) -> set[str]:
 
 
 RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
+ELSEWHERE = (
+    "docs/extending.md"  # Its blocks run in tests/integration/test_extending.py, which uses their runs.
+)
 
 
 def options(words: list[str], name: str) -> list[str]:
@@ -130,7 +133,7 @@ def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNABLE)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page != ELSEWHERE])
 def test_runnable_blocks_run(page: str, tmp_path: Path) -> None:
     """All blocks of a page run in one shell, so that a block may use the files of an earlier one."""
     done = run_blocks(runnable_blocks(page), tmp_path)
@@ -147,4 +150,4 @@ def test_a_failing_block_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_pages_with_runnable_blocks() -> None:
-    assert {"docs/completion.md", "docs/reference/configuration.md"} <= set(RUNNABLE)
+    assert {"docs/completion.md", "docs/reference/configuration.md", ELSEWHERE} <= set(RUNNABLE)

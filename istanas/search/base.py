@@ -23,6 +23,7 @@ from istanas.errors import CheckpointError
 from istanas.measure import Cost
 from istanas.nets import NodeState, SearchNetwork
 from istanas.nets.skeleton import UnchangedStatistics
+from istanas.optimizers import SGD, Adam
 from istanas.settings import SearchSettings
 from istanas.space import Decision, Genotype
 from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
@@ -197,14 +198,14 @@ class Search(Generic[Settings]):
 
     def _make_optimizers(self) -> None:
         settings, fused = self.settings, self.compute.device.type == "cuda"
-        self.weight_optimizer = torch.optim.SGD(
+        self.weight_optimizer = SGD(
             self.weights,
             settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=fused,
         )
-        self.alpha_optimizer = torch.optim.Adam(
+        self.alpha_optimizer = Adam(
             self.alphas,
             settings.arch_lr,
             betas=settings.arch_betas,

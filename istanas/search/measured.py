@@ -26,6 +26,7 @@ from istanas.effects.design import balanced_design
 from istanas.effects.fit import fit
 from istanas.effects.posterior import Posterior
 from istanas.nets import CandidateNetwork, to_channels_last
+from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
 from istanas.settings import MeasuredSettings
 from istanas.space import Decision, Genotype
@@ -126,7 +127,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         net = self.space.target(self.space.genotype(supports_of(self.space, kept)), self.supernet.size)
         to_channels_last(net.to(self.compute.device))
         self.supernet.hold(net)
-        self._optimizer = torch.optim.SGD(
+        self._optimizer = SGD(
             net.parameters(),
             s.lr,
             momentum=s.momentum,

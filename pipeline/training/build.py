@@ -13,6 +13,7 @@ from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.methods import METHODS
 from istanas.nets import CandidateNetwork, SearchNetwork, TargetNetwork, to_channels_last
+from istanas.optimizers import SGD
 from istanas.registry import OWN
 from istanas.search import Search
 from istanas.settings import SearchSettings, SparseCodingSettings
@@ -83,13 +84,13 @@ def network_size(sizes: Sizes, dataset: ImageDataset) -> NetworkSize:
 
 def build_retraining(
     config: Config, genotype: Genotype, dataset: ImageDataset, compute: Compute
-) -> tuple[TargetNetwork, torch.optim.SGD]:
+) -> tuple[TargetNetwork, SGD]:
     """Return the network of `build_target` on its device, ready for training, and its optimiser."""
     r = config.retrain
     net = build_target(config, genotype, dataset)
     net.activation_checkpointing = config.runtime.activation_checkpointing
     to_channels_last(net.to(compute.device))
-    optimizer = torch.optim.SGD(
+    optimizer = SGD(
         net.parameters(),
         r.lr,
         momentum=r.momentum,

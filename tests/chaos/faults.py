@@ -434,7 +434,6 @@ FAULTS = {
         Fault(
             "SIGKILL of Ray Train's controller",
             kill_controller,
-            "retraining",
             place=OneMachine,
             workers=2,
             sweep_workers=2,

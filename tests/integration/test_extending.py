@@ -1,20 +1,24 @@
-"""The plugin of the guide, from end to end: its operation, its data set and its search space, as for built-ins."""
+"""The guide's page on plugins: its blocks run, and its plugin works in every kind of job, as built-ins do."""
 
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.config.plugins import load_plugins
 from pipeline.runs.directory import RunDir
+from tests import in_process
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
+from tests.test_docs import ROOT, run_blocks, runnable_blocks
 from tests.waiting import poll
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+GUIDE = "docs/extending.md"
 CONFIG = """
 data: {name: numpy, root: digits.npz, holdout: 0.1}
 space: {name: mobile_chain, blocks: 3}
@@ -42,19 +46,28 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def plugin_of_the_guide() -> str:
-    (text,) = re.findall(
-        r"^cat > mobile\.py <<'PYTHON'\n(.*?)^PYTHON\n", GUIDE.read_text(), re.DOTALL | re.MULTILINE
-    )
+    page = (ROOT / GUIDE).read_text()
+    (text,) = re.findall(r"^cat > mobile\.py <<'PYTHON'\n(.*?)^PYTHON\n", page, re.DOTALL | re.MULTILINE)
     return str(text)
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all blocks of the page have run in one shell: two plugins' searches, and a retraining."""
+    folder = tmp_path_factory.mktemp("guide")
+    done = run_blocks(runnable_blocks(GUIDE), folder)
+    assert done.returncode == 0, done.stdout
+    return folder
 
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
+    """A folder with configurations and pictures. Python cannot import the plugin, whose file is in another folder."""
     import numpy as np
     from sklearn.datasets import load_digits
 
-    (tmp_path / "mobile.py").write_text(plugin_of_the_guide())
-    (tmp_path / "mobile.yaml").write_text(CONFIG)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mobile.py").write_text(plugin_of_the_guide())
     (tmp_path / "one.yaml").write_text(ONE_STAGE)
     (tmp_path / "sweep.yaml").write_text(CONFIG + SWEEP)
     digits = load_digits()
@@ -63,43 +76,48 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(*arguments: str) -> list[str]:
-    return [*PROGRAM, *arguments, "--plugin", "mobile.py"]
+@pytest.fixture(autouse=True)
+def without_plugins() -> Iterator[None]:
+    """After each test, this process forgets the plugins of the commands that ran in it."""
+    yield
+    load_plugins([])
+
+
+def command(here: Path, *arguments: str) -> list[str]:
+    (plugin,) = here.rglob("mobile.py")
+    return [*arguments, "--plugin", str(plugin.relative_to(here))]
 
 
 def istanas(here: Path, *arguments: str) -> Any:
-    done = subprocess.run(
-        [*command(*arguments), "--json"],
-        cwd=here,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
+    """Run a command in this process, and return its result."""
+    return in_process.istanas(here, [*command(here, *arguments), "--json"]).result
+
+
+def start(here: Path, *arguments: str, stdout: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*PROGRAM, *command(here, *arguments)], cwd=here, env=ENVIRONMENT, stdout=stdout, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+
+def on_workers(here: Path, *arguments: str) -> Any:
+    """Run a command that starts Ray in a process of its own, and return its result."""
+    process = start(here, *arguments, "--json", stdout=subprocess.PIPE)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return json.loads(out)
 
 
 def test_the_plugin_of_the_guide_has_at_most_60_lines() -> None:
     assert len(plugin_of_the_guide().splitlines()) <= 60
 
 
-def test_a_run_that_is_killed_equals_an_undisturbed_one(here: Path) -> None:
-    process = subprocess.Popen(
-        command("run", "--config", "mobile.yaml"), cwd=here, env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
-    poll(lambda: [*here.glob("runs/mobile-search-*/metrics.jsonl")], seconds=120)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    (found,) = here.glob("runs/mobile-search-*")
-    assert RunDir(found).read().status == "RUNNING"
-    resumed = istanas(here, "run", "--config", "mobile.yaml")
-    again = istanas(here, "run", "--config", "mobile.yaml", "--set", "runtime.runs_dir=undisturbed")
-    same = ("digest", "genotype", "valid_top1", "test_top1", "params", "macs")
-    assert {key: resumed[key] for key in same} == {key: again[key] for key in same}
-    drawn = istanas(here, "draw", resumed["run_dir"], "--out", "drawn")
-    assert [Path(file).name for file in drawn["files"]] == ["block.svg", "block.png"]
-    exports = istanas(here, "export", resumed["retrain_run_dir"])["exports"]
+def test_the_blocks_of_the_page_leave_finished_runs_and_files(guide: Path) -> None:
+    runs = [RunDir(path).read() for path in guide.glob("runs/*")]
+    assert {run.status for run in runs} == {"FINISHED"}
+    names = ["digits_quickstart-search"] * 2 + ["mobile-retrain", "mobile-search"]
+    assert sorted(run.name for run in runs) == names
+    assert {"block.svg", "block.png"} <= {file.name for file in (guide / "cells").iterdir()}
+    exports = istanas(guide, "export", "mobile-retrain")["exports"]  # It is already done.
     assert {name for name, each in exports.items() if each["difference"] <= 1e-4} == {
         "safetensors",
         "program",
@@ -107,18 +125,39 @@ def test_a_run_that_is_killed_equals_an_undisturbed_one(here: Path) -> None:
     }
 
 
+def test_a_run_that_is_killed_equals_an_undisturbed_one(guide: Path, tmp_path: Path) -> None:
+    for name in ("mobile.py", "mobile.yaml", "digits.npz"):
+        shutil.copy(guide / name, tmp_path)
+    run = ("run", "--config", "mobile.yaml")
+    process = start(tmp_path, *run, stdout=subprocess.DEVNULL)
+    assert poll(lambda: [*tmp_path.glob("runs/mobile-search-*/metrics.jsonl")], seconds=120)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it had ended before the kill"
+    (found,) = tmp_path.glob("runs/mobile-search-*")
+    assert RunDir(found).read().status == "RUNNING"
+    resumed, undisturbed = istanas(tmp_path, *run), istanas(guide, *run)
+    same = ("digest", "genotype", "valid_top1", "test_top1", "params", "macs")
+    assert {key: resumed[key] for key in same} == {key: undisturbed[key] for key in same}
+
+
 def test_it_runs_on_workers_one_stage_and_exports(here: Path) -> None:
-    found = istanas(here, "run", "--config", "one.yaml", "--workers", "2")
+    found = on_workers(here, "run", "--config", "one.yaml", "--workers", "2")
     assert found["genotype"]["space"] == "mobile_chain"
-    assert RunDir(here / found["run_dir"]).read().status == "FINISHED"
-    assert istanas(here, "export", found["run_dir"])["digest"] == found["digest"]
+    assert set(found["exports"]) == {"safetensors", "program", "onnx"}
+    record = RunDir(here / found["run_dir"]).read()
+    assert record.status == "FINISHED"
+    # The number of workers and the process that loads the plugin do not change the hash.
+    assert istanas(here, "run", "--config", "one.yaml", "--workers", "0") == found
+    assert RunDir(here / found["run_dir"]).read() == record
 
 
 def test_a_sweep_over_its_own_keys(here: Path) -> None:
-    found = istanas(here, "sweep", "--config", "sweep.yaml")
+    found = on_workers(here, "sweep", "--config", "sweep.yaml")
     assert found["complete"] == 2
     trials = here.glob("runs/sweep-sweep-*/trial-*/genotype.json")
     assert sorted(len(json.loads(file.read_text())["choices"]["block"]) for file in trials) == [2, 3]
+    records = [RunDir(file.parent).read() for file in here.glob("runs/sweep-sweep-*/trial-*/run.json")]
+    assert [(record.status, record.dataset) for record in records] == [("FINISHED", "numpy")] * 2
 
 
 def test_its_operation_in_the_darts_space(here: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
 from pipeline.runs.network_files import load_network
 from pipeline.tracking.store import open_client
+from tests.in_process import istanas
 
 pytestmark = pytest.mark.slow
 
@@ -50,28 +51,22 @@ RETRAIN_METRICS = {
 }
 
 
-def istanas(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
+    """The quickstart's folder, configuration, output, seconds and result, from a process of its own."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    file = repo_root / "tune_configs" / "digits_quickstart.yaml"
+    begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
+        [sys.executable, "-m", "pipeline.cli", "run", "--config", str(file), "--json"],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=290,
-        check=False,
     )
+    seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
-    """The quickstart's folder, configuration, output, seconds and result."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    file = repo_root / "tune_configs" / "digits_quickstart.yaml"
-    begun = time.monotonic()
-    done = istanas(folder, "run", "--config", str(file), "--set", "runtime.threads=1", "--json")
-    seconds = time.monotonic() - begun
     result = json.loads(done.stdout)
     return {
         "folder": folder,
@@ -213,14 +208,14 @@ def test_the_model_of_mlflow_is_the_network_of_the_run_directory(
 
 def test_results_has_both_rows_and_sync_is_safe_to_repeat(quickstart: dict[str, Any], client: Any) -> None:
     folder, result = quickstart["folder"], quickstart["result"]
-    istanas(folder, "sync", result["run_dir"])
-    istanas(folder, "sync", result["retrain_run_dir"])
+    istanas(folder, ["sync", result["run_dir"]])
+    istanas(folder, ["sync", result["retrain_run_dir"]])
     epochs = quickstart["config"].retrain.epochs
     assert len(client.get_metric_history(result["retrain_run_id"], "test/top1")) == epochs
     assert (
         len(client.search_logged_models([client.get_run(result["retrain_run_id"]).info.experiment_id])) == 1
     )
-    istanas(folder, "results", "--csv", "table.csv")
+    istanas(folder, ["results", "--csv", "table.csv"])
     with (folder / "table.csv").open() as stream:
         rows = {row["kind"]: row for row in csv.DictReader(stream)}
     assert rows.keys() == {"search", "retrain"}
@@ -253,37 +248,27 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
         "runtime: {threads: 1}\n"
         "tracking: {enabled: false}\n"
     )
-    done = istanas(tmp_path, "run", "--config", "pictures.yaml", "--json")
-    result = json.loads(done.stdout)
+    done = istanas(tmp_path, ["run", "--config", "pictures.yaml", "--json"])
+    result = done.result
     assert result["test_top1"] >= 0.9
     assert "decoding pictures" in done.stderr
     card = json.loads((tmp_path / result["retrain_run_dir"] / "network.json").read_text())
     assert card["class_names"] == ["four", "null", "one"]
     assert card["shape"] == [1, 8, 8]
     # The second job decodes nothing, and another baseline uses the same cached pictures.
-    done = istanas(
-        tmp_path,
-        "retrain",
-        "--genotype",
-        "random:0",
-        "--config",
-        "pictures.yaml",
-        "--set",
-        "retrain.epochs=1",
-        "--json",
-    )
+    baseline = ["retrain", "--genotype", "random:0", "--config", "pictures.yaml", "--set", "retrain.epochs=1"]
+    done = istanas(tmp_path, [*baseline, "--json"])
     assert "decoding pictures" not in done.stderr
-    assert json.loads(done.stdout)["digest"] != result["digest"]
+    assert done.result["digest"] != result["digest"]
 
 
 def test_one_stage_digits_search_train_export_and_register_in_one_run(
     tmp_path: Path, repo_root: Path
 ) -> None:
-    file = repo_root / "tune_configs" / "one_stage_digits.yaml"
+    command = ["run", "--config", str(repo_root / "tune_configs" / "one_stage_digits.yaml"), "--json"]
     begun = time.monotonic()
-    done = istanas(tmp_path, "run", "--config", str(file), "--json")
+    result = istanas(tmp_path, command).result
     assert time.monotonic() - begun < 240
-    result = json.loads(done.stdout)
     assert result["test_top1"] >= 0.96
     assert set(result["exports"]) == {"safetensors", "program", "onnx"}
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [Path(result["run_dir"]).name], (
@@ -298,13 +283,12 @@ def test_one_stage_digits_search_train_export_and_register_in_one_run(
     assert version.run_id == result["mlflow_run_id"]
 
     # The same commands again repeat nothing; the export uses the run's own configuration.
-    again = json.loads(istanas(tmp_path, "run", "--config", str(file), "--json").stdout)
-    assert again == result
-    once_more = json.loads(istanas(tmp_path, "export", result["run_dir"], "--json").stdout)
+    assert istanas(tmp_path, command).result == result
+    once_more = istanas(tmp_path, ["export", result["run_dir"], "--json"]).result
     assert once_more["digest"] == result["digest"]
     assert once_more["mlflow_run_id"] == result["mlflow_run_id"]
     assert len(client.search_model_versions("name = 'istanas-digits'")) == 1
-    table = json.loads(istanas(tmp_path, "results", "--one-stage", "--json").stdout)["results"]
+    table = istanas(tmp_path, ["results", "--one-stage", "--json"]).result["results"]
     (row,) = table
     assert (row["genotype"], row["retrained_top1"]) == (result["digest"], None)
     assert row["one_stage_top1"] == pytest.approx(result["test_top1"])
@@ -318,8 +302,8 @@ def test_a_run_that_is_not_tracked_is_exported_without_a_store(tmp_path: Path, r
         "tracking={enabled: false, name: tiny}",
         "runtime={runs_dir: deep/runs, threads: 1}",
     ]
-    istanas(tmp_path, "search", *(part for setting in tiny for part in ("--set", setting)))
-    istanas(tmp_path, "export", "tiny-search", "--set", "runtime.runs_dir=deep/runs")
+    istanas(tmp_path, ["search", *(f"--set={setting}" for setting in tiny)])
+    istanas(tmp_path, ["export", "tiny-search", "--set", "runtime.runs_dir=deep/runs"])
     (run,) = (tmp_path / "deep" / "runs").iterdir()
     assert (run / "export" / "model.onnx").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "a store was created"

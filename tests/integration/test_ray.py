@@ -33,10 +33,10 @@ CONFIG = """
 space: {nodes: 2}
 search: {epochs: 8, batch_size: 32, init_channels: 8, layers: 4, arch_lr: 0.05, cutout: 2}
 runtime: {threads: 1, device: cpu}
-retrain: {epochs: 2, batch_size: 256, init_channels: 4, layers: 2, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
+retrain: {epochs: 8, batch_size: 256, init_channels: 4, layers: 2, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
 tracking: {enabled: false}
 """
-EPOCHS = 8
+EPOCHS = 8  # of each job
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -325,7 +325,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
 def test_a_search_that_is_killed_in_every_way_has_the_same_result(
     cluster: RayCluster, folder: Path, reference: Path
 ) -> None:
-    """The driver was killed in the first test."""
+    """The driver was killed in the first test; here a worker, all processes, and Ray Train's controller are."""
     place = ("--workers", "2", "--address", cluster.address)
     path = run_directory(folder)
 
@@ -345,21 +345,34 @@ def test_a_search_that_is_killed_in_every_way_has_the_same_result(
     kill(cluster.workers())
     assert second.kill() == -signal.SIGKILL
 
-    # The rest of the search, and the retraining of its result.
+    # The rest of the search, and the retraining of its result, in which Ray Train's controller is killed. The workers
+    # of the next controller need all cores, so that those of the first must be released.
     third = Command(folder, *place, job="run")
     third.until("resumed after epoch")
     third.until(f"epoch {EPOCHS}:")
     seen = len(third.lines)
+    third.until("2 workers")
+    controller = max(
+        cluster.named("TrainController"), key=psutil.Process.create_time
+    )  # the search's may still end
+    third.until("epoch 1:")
+    controller.kill()
+    third.until("lost Ray Train's controller .*: starting a new one and repeating the epoch")
+    third.until("resumed after epoch")
     assert third.end() == 0, "\n".join(third.lines)
     # Ray may release the search's reservations late.
     after = [line for line in third.lines[seen:] if not line.startswith("waiting for ")]
-    pictures, retrain, workers, one, two, table = after[:6]
+    pictures, retrain, workers, *_ = after
     assert pictures.startswith("pictures: digits: ")
     assert retrain.startswith("retrain: runs/ray-retrain-")
     assert workers.startswith("2 workers (cpu, gloo)")
-    assert one.startswith("epoch 1: ")
-    assert two.startswith("epoch 2: ")
-    assert table.startswith("┏"), "lines between the epochs and the table"
+    epochs = [number for number, line in enumerate(after) if line.startswith("epoch ")]
+    assert [after[n].partition(":")[0] for n in epochs] == [f"epoch {e}" for e in range(1, EPOCHS + 1)]
+    assert after[epochs[-1] + 1].startswith("┏"), "lines between the epochs and the table"
+    kinds = ("RayTrainWorker", "TrainController", "ray::Mailbox")
+    assert wait_for(lambda: not any(map(cluster.named, kinds)), 30), (
+        "a process of the job is left on the cluster"
+    )
 
     assert "other" in left_on(cluster), "the reservation of another job is gone"
     assert decided(path) == decided(reference / "search")

@@ -6,12 +6,14 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.in_process import istanas
+from tests.ray_cluster import PROGRAM
 
 CONFIG = """
 space: {nodes: 2}
@@ -19,27 +21,19 @@ data: {crop_padding: 1}
 search: {epochs: 6, batch_size: 32, init_channels: 4, layers: 3, max_pictures: 400, arch_lr: 0.05, cutout: 2}
 retrain: {epochs: 6, batch_size: 64, init_channels: 4, layers: 3, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
 runtime: {threads: 1, device: cpu}
+tracking: {models: false}
 """
 EPOCHS = 6
 EPOCHS_BETWEEN_KILLS = (0, 1)  # in random order; few enough that all kills come before the phase's end
-COMMAND = [sys.executable, "-m", "pipeline.cli", "run", "--config", "killed.yaml"]
+RUN = ["run", "--config", "killed.yaml"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run_to_the_end(folder: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [*COMMAND, "--json"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
+    """Run to the end in this process, which saves the start of another one, and return the result."""
+    result: dict[str, Any] = istanas(folder, [*RUN, "--json"]).result
     return result
 
 
@@ -49,7 +43,9 @@ def run_and_kill(folder: Path, phase: str, new_epochs: int, epoch_fraction: floa
     Returns:
         Number of the phase's epochs in metrics.jsonl after the kill.
     """
-    process = subprocess.Popen(COMMAND, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PROGRAM, *RUN], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     in_phase, seen, seconds = False, 0, 1.0  # assumed for the time before the first epoch
     try:

@@ -25,6 +25,7 @@ from pipeline.report.trials import COLUMNS, read_table, trials_table
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import STUDY_FILE
 from pipeline.tracking.store import open_client
+from tests.in_process import Done, istanas
 from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 from tests.waiting import wait_until
@@ -76,6 +77,11 @@ def finish(process: subprocess.Popen[str]) -> Any:
     return json.loads(line)
 
 
+def again(folder: Path, *arguments: str, code: int = 0) -> Done:
+    """Run the command in this process, if it finds the sweep finished or rejects it, and so does not start Ray."""
+    return istanas(folder, ["sweep", "--config", "tiny.yaml", "--json", *arguments], code)
+
+
 def sweep_directory(folder: Path) -> Path:
     # Runs of the best trial's configuration also have the sweep's name.
     (path,) = (path for path in (folder / "runs").glob("tiny-sweep-*") if "-best-" not in path.name)
@@ -103,8 +109,10 @@ def n_ended(folder: Path) -> int:
     return len([state for state in states if state != "RUNNING"]) if states else -1
 
 
-def first_log(folder: Path) -> str:
-    return "".join(file.read_text() for file in folder.glob("runs/tiny-sweep-*/trial-0000-*/trial.log"))
+def log_of(folder: Path, trial: int) -> str:
+    """Return what a trial has written, which is nothing before it begins."""
+    files = folder.glob(f"runs/tiny-sweep-*/trial-{trial:04d}-*/trial.log")
+    return "".join(file.read_text() for file in files)
 
 
 def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
@@ -259,16 +267,13 @@ def test_a_finished_sweep_restores_damaged_metrics(whole: tuple[Path, Any]) -> N
     record = (metrics.parent / "run.json").read_bytes()
     study = folder / "runs" / STUDY_FILE
     study.rename(folder / "elsewhere")
-    process = start(folder, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1
     assert re.fullmatch(
         r"error: \S+/metrics.jsonl: line 1 is not a line of metrics, .*: no such file\); restore it, .*",
-        err.strip(),
+        again(folder, code=1).stderr.strip(),
     )
     assert not study.exists()
     (folder / "elsewhere").rename(study)
-    assert finish(start(folder, stderr=subprocess.PIPE)) == result
+    assert again(folder).result == result
     assert metrics.read_bytes() == before
     assert (metrics.parent / "run.json").read_bytes() == record
 
@@ -281,10 +286,16 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     moments = random.Random(seed)
     for ended in (0, 2):
         kill_driver(start(tmp_path), lambda n=ended: n_ended(tmp_path) >= n, moments.uniform(0, 3))  # type: ignore[misc]
-    # Then Ctrl-C, as a terminal sends it.
+    # Then a trial's own process, which is replaced, and Ctrl-C, as a terminal sends it.
     process = start(tmp_path, stderr=subprocess.PIPE)
     family = psutil.Process(process.pid).children
-    wait_until(lambda: running_trials(process), 120, "a trial's process")
+    killed = wait_until(lambda: running_trials(process), 120, "a trial's process")
+    time.sleep(moments.uniform(0, 2))
+    killed += running_trials(process)
+    for each in set(killed):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    wait_until(lambda: set(running_trials(process)) - set(killed), 120, "another process of a trial")
     time.sleep(moments.uniform(0, 2))
     others = family(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -297,13 +308,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     (parent,) = [r for r in runs_of(tmp_path) if r.data.tags["istanas.kind"] == "sweep"]
     assert {r.info.status for r in runs_of(tmp_path)} <= {"FINISHED", "KILLED", "FAILED"}
     assert parent.info.status == "FAILED"
-    # Then a trial's own process.
-    process = start(tmp_path, stderr=subprocess.PIPE)
-    wait_until(lambda: running_trials(process), 120, "a trial's process")
-    time.sleep(moments.uniform(0, 2))
-    for each in running_trials(process):
-        os.kill(each.pid, signal.SIGKILL)
-    result = finish(process)
+    result = finish(start(tmp_path, stderr=subprocess.PIPE))
 
     folder, undisturbed = whole
     assert decided(tmp_path) == decided(folder)
@@ -317,38 +322,31 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
         assert steps == list(range(1, len(steps) + 1))
 
 
-def test_an_interrupted_sweep_shows_which_trial_the_same_command_resumes(tmp_path: Path) -> None:
-    process = start(tmp_path, "--set", "sweep.trials=3", "--set", "search.epochs=40", stderr=subprocess.PIPE)
-    wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
-    frame = table(tmp_path)
-    assert list(frame["state"]) == ["INTERRUPTED"]
-    assert trials_table(frame).rows[0][1] == "interrupted, resumable"
-    found = {run.data.tags["istanas.kind"]: run.data.tags["istanas.outcome"] for run in runs_of(tmp_path)}
-    assert found == {"sweep": "INTERRUPTED", "search": "INTERRUPTED"}
-
-
-def test_a_trial_that_loses_its_process_too_often_fails_alone(tmp_path: Path) -> None:
-    """Its row has Ray's reason, and the sweep continues with the next trial."""
+def test_a_lost_trial_fails_alone_and_an_interrupted_one_is_resumable(tmp_path: Path) -> None:
+    """The first trial fails with Ray's reason; the sweep continues with the second, and is interrupted there."""
     process = start(
         tmp_path,
-        *("--set", "sweep.trials=2", "--set", "sweep.objective=valid"),
+        *("--set", "sweep.trials=3", "--set", "search.epochs=40", "--set", "sweep.objective=valid"),
         *("--set", "sweep.max_restarts=0"),
         stderr=subprocess.PIPE,
     )
     # A process that is only warmed up has no trial to lose.
-    wait_until(lambda: first_log(tmp_path), 120, "the first trial's log")
+    wait_until(lambda: log_of(tmp_path, 0), 120, "the first trial's log")
     for each in running_trials(process):
-        os.kill(each.pid, signal.SIGKILL)
-    finish(process)
-    first, second = decided(tmp_path)
-    assert (first["state"], second["state"]) == ("FAIL", "COMPLETE")
+        each.kill()
+    wait_until(lambda: "epoch 1:" in log_of(tmp_path, 1), 120, "the second trial's first epoch")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    frame = table(tmp_path)
+    assert list(frame["state"]) == ["FAIL", "INTERRUPTED"]
     assert re.match(
         r"its process was lost more than 0 times \(sweep.max_restarts\): .*(worker process|actor) .*died",
-        first["reason"],
+        frame["reason"][0],
     )
+    assert trials_table(frame).rows[1][1] == "interrupted, resumable"
+    found = [(run.data.tags["istanas.kind"], run.data.tags["istanas.outcome"]) for run in runs_of(tmp_path)]
+    assert sorted(found) == [("search", "FAILED"), ("search", "INTERRUPTED"), ("sweep", "INTERRUPTED")]
 
 
 def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path) -> None:
@@ -373,15 +371,15 @@ def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path
     other = RayCluster(1)  # the sweep must not use another Ray cluster of this machine
     try:
         # The worker is looked up before the first epoch ends, since two epochs take half a second.
-        wait_until(lambda: "2 workers (cpu" in first_log(tmp_path), 120, "the first trial's workers")
+        wait_until(lambda: "2 workers (cpu" in log_of(tmp_path, 0), 120, "the first trial's workers")
         family = psutil.Process(process.pid).children(recursive=True)
         worker = next(p for p in family if "RayTrainWorker" in title(p))
-        wait_until(lambda: "epoch 1:" in first_log(tmp_path), 120, "the first trial's first epoch")
+        wait_until(lambda: "epoch 1:" in log_of(tmp_path, 0), 120, "the first trial's first epoch")
         worker.kill()
         result = finish(process)
     finally:
         other.close()
-    assert re.search(r"lost worker \d .*: replacing it and repeating the epoch", first_log(tmp_path))
+    assert re.search(r"lost worker \d .*: replacing it and repeating the epoch", log_of(tmp_path, 0))
     frame = table(tmp_path)
     assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
     assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)
@@ -415,15 +413,12 @@ def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Pa
     trial = RunDir(Path(tmp_path / result["best_run_dir"])).read()
     assert trial.data_digest == record.data_digest
     (tmp_path / "pictures" / "test" / "ant" / "0.png").unlink()
-    assert finish(start(tmp_path, *arguments))["digest"] == result["digest"]
+    assert again(tmp_path, *arguments).result["digest"] == result["digest"]
     file = tmp_path / "pictures" / "train" / "ant" / "0.png"
     file.rename(tmp_path / "pictures" / "train" / "bee" / "16.png")
     for status in ("FINISHED", "RUNNING"):
         RunDir(sweep_directory(tmp_path)).write(dataclasses.replace(record, status=status))
-        process = start(tmp_path, *arguments, stderr=subprocess.PIPE)
-        _, err = process.communicate(timeout=400)
-        assert process.returncode == 1
         assert (
             "error: data set folder has changed since this run began; restore it, start over with --fresh"
-            in err
+            in again(tmp_path, *arguments, code=1).stderr
         )

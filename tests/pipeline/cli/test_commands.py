@@ -91,7 +91,7 @@ def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return command
 
 
-def in_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def as_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *arguments],
@@ -359,7 +359,7 @@ def test_without_a_file_a_retraining_is_on_the_pictures_of_its_run(istanas: Comm
         "search={batch_size: 8, epochs: 1, init_channels: 2, layers: 3}",
         *own,
         "--set",
-        "tracking.enabled=true",
+        "tracking={enabled: true, models: false}",
     ]
     found = json.loads(istanas("search", *config, "--set", "tracking.experiment=mine", "--json")[1])
     short = ["--set", "retrain={epochs: 1, batch_size: 16, init_channels: 2, layers: 2, auxiliary_weight: 0}"]
@@ -559,13 +559,13 @@ def test_results_are_filtered_and_runs_compared(istanas: Command, here: Path) ->
     assert "latency: one picture at a time" in err
 
 
-def test_an_unreachable_store_is_one_line_and_sync_delivers_later(here: Path) -> None:
+def test_an_unreachable_store_is_one_line_and_sync_delivers_later(istanas: Command, here: Path) -> None:
     """Missing records are sent to the store of the configuration, not to the default one."""
     (here / "away").write_text("")  # a file where the store's folder belongs
     store = f"sqlite:///{here / 'away' / 'mlflow.db'}"
-    settings = ["tracking.enabled=true", f"tracking.uri={store}", "tracking.experiment=elsewhere"]
+    settings = [f"tracking={{enabled: true, models: false, uri: '{store}', experiment: elsewhere}}"]
     overrides = [part for setting in settings for part in ("--set", setting)]
-    done = in_process(here, "run", "--config", "tiny.yaml", *overrides, "--json")
+    done = as_process(here, "run", "--config", "tiny.yaml", *overrides, "--json")  # pytest captures warnings
     assert done.returncode == 0, done.stderr
     result, err = json.loads(done.stdout), done.stderr
     assert result["mlflow_run_id"] is None
@@ -577,9 +577,9 @@ def test_an_unreachable_store_is_one_line_and_sync_delivers_later(here: Path) ->
 
     (here / "away").unlink()
     (here / "away").mkdir()
-    done = in_process(here, "sync", result["retrain_run_dir"], "--json")
-    assert done.returncode == 0, done.stderr
-    retrain_id = json.loads(done.stdout)["mlflow_run_id"]
+    code, out, err = istanas("sync", result["retrain_run_dir"], "--json")
+    assert code == 0, err
+    retrain_id = json.loads(out)["mlflow_run_id"]
     assert not (here / "mlflow.db").exists()
 
     from mlflow import MlflowClient
@@ -609,11 +609,11 @@ def test_a_password_in_the_stores_address_reaches_no_file(istanas: Command, here
 def test_a_process_has_the_same_codes_and_streams_in_any_directory(
     here: Path,
 ) -> None:
-    bad = in_process(here, "search", "--set", "search.epochs=0")
+    bad = as_process(here, "search", "--set", "search.epochs=0")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert len(error_lines(bad.stderr)) == 1
     nowhere = ("--set", "data={name: folder, root: nowhere}", "--set", "tracking.enabled=false")
-    failed = in_process(here, "search", *nowhere)
+    failed = as_process(here, "search", *nowhere)
     assert failed.returncode == 1
     assert len(error_lines(failed.stderr)) == 1
     assert failed.stdout == ""
@@ -664,7 +664,7 @@ def searching(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
     ids=["ctrl-c", "sigterm", "sighup"],
 )
 def test_an_interrupt_in_mid_epoch_is_one_line_and_the_run_resumes(
-    here: Path, number: signal.Signals, code: int, says: str
+    istanas: Command, here: Path, number: signal.Signals, code: int, says: str
 ) -> None:
     arguments = ["search", "--config", "tiny.yaml", "--set", "search.epochs=12", "--set", "search.layers=4"]
     process = searching(here, arguments)
@@ -678,12 +678,12 @@ def test_an_interrupt_in_mid_epoch_is_one_line_and_the_run_resumes(
     assert stopped.read().tags["istanas.outcome"] == "INTERRUPTED"
     done = len(stopped.metrics())
     assert 2 <= done < 12
-    resumed = in_process(here, *arguments, "--json")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("\n") == 1
-    assert json.loads(resumed.stdout).keys() >= KEYS["search"]
-    assert "resumed after epoch" in resumed.stderr
-    assert f"epoch {done - 1}: loss" not in resumed.stderr
+    resumed, out, err = istanas(*arguments, "--json")
+    assert resumed == 0, err
+    assert out.count("\n") == 1
+    assert json.loads(out).keys() >= KEYS["search"]
+    assert "resumed after epoch" in err
+    assert f"epoch {done - 1}: loss" not in err
     assert [m.step for m in stopped.metrics()] == list(range(1, 13))
     assert stopped.read().tags["istanas.outcome"] == "FINISHED"
 

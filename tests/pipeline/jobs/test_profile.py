@@ -99,8 +99,10 @@ def istanas(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line that profiles nothing, in this process: a new one takes seconds to import torch."""
+def in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """As `istanas`, in this process, if stderr is that of an error or not examined: a new one imports torch again."""
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments: str) -> Outcome:
@@ -182,43 +184,45 @@ def test_tables_are_for_people_and_a_trace_on_demand(istanas: Command, tmp_path:
         (["--trace", "/dev/null"], 2, "trace: /dev/null"),
     ],
 )
-def test_bad_input_is_a_one_line_error(refused: Command, arguments: list[str], code: int, says: str) -> None:
-    outcome, out, err = refused(*arguments)
+def test_bad_input_is_a_one_line_error(
+    in_this_process: Command, arguments: list[str], code: int, says: str
+) -> None:
+    outcome, out, err = in_this_process(*arguments)
     assert (outcome, out) == (code, "")
     assert says in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
 
 
-def test_a_trace_does_not_replace_a_pipe(refused: Command, tmp_path: Path) -> None:
+def test_a_trace_does_not_replace_a_pipe(in_this_process: Command, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
-        code, out, err = refused(*RETRAIN, "--trace", name)
+        code, out, err = in_this_process(*RETRAIN, "--trace", name)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert f"trace: {name} cannot be written" in err
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_trace_follows_a_link_and_keeps_it(istanas: Command, tmp_path: Path) -> None:
+def test_a_trace_follows_a_link_and_keeps_it(in_this_process: Command, tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "link").symlink_to("traces/step.json")
     for _ in range(2):  # to a missing file, and to an existing one
         settings = ("retrain.layers=1", "runtime.workers=2")
-        code, out, err = istanas(
-            *RETRAIN, *(a for s in settings for a in ("--set", s)), "--steps", "1", "--trace", "link"
+        code, out, err = in_this_process(
+            *RETRAIN, *(f"--set={each}" for each in settings), "--steps", "1", "--trace", "link"
         )
-        assert (code, err) == (0, "")
+        assert code == 0, err
         assert "measured and projected for one process; runtime.workers is 2" in out
         assert (tmp_path / "link").is_symlink()
         assert json.loads((tmp_path / "traces" / "step.json").read_text())["traceEvents"]
         assert len(list(tmp_path.rglob("*"))) == 3, "nothing else is left"
 
 
-def test_a_missing_gpu_is_reported_before_any_step(refused: Command) -> None:
+def test_a_missing_gpu_is_reported_before_any_step(in_this_process: Command) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU: there is one here")
-    code, _, err = refused("--set", "runtime.device=cuda")
+    code, _, err = in_this_process("--set", "runtime.device=cuda")
     assert code == 2
     assert "runtime.device: cuda requires a GPU" in err
 
