@@ -141,6 +141,16 @@ def trains_target(name: str | None) -> bool:
     return name is not None and name in METHODS and METHODS[name].settings_class.trains_target
 
 
+def validates(name: str | None) -> bool:
+    """Return whether a method measures the validation accuracy of its result; True for one that is not registered.
+
+    Example:
+        >>> validates("two_stage"), validates("measured")
+        (True, False)
+    """
+    return name is None or name not in METHODS or METHODS[name].settings_class.validates
+
+
 for _method in (
     SearchMethod(
         "two_stage",
@@ -180,7 +190,7 @@ for _method in (
     ),
     SearchMethod(
         "measured",
-        "trains architectures shortly, and recovers the effects of their candidates",
+        "trains architectures for a few epochs each, and estimates the effects of their candidates",
         settings="istanas.settings:MeasuredSettings",
         search="istanas.search.measured:MeasuredSearch",
     ),

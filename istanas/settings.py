@@ -1,4 +1,4 @@
-"""Settings of the built-in search methods. The defaults are the published ones.
+"""Settings of the built-in search methods. The defaults are the published ones, if there are any.
 
 A settings class is a dataclass whose fields are the keys of the section `search` of a configuration. Its annotations
 hold types and ranges, and its docstring describes each field: the schema, `istanas config --describe` and the reference
@@ -83,7 +83,7 @@ class SearchSettings:
     """
 
     validates: ClassVar[bool] = True
-    """Whether the search measures a validation accuracy if there are pictures for it."""
+    """Whether the search measures the validation accuracy of its result if there are pictures for it."""
 
     shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs (field, other field). The value of the field must be less than that of the other one."""
@@ -315,14 +315,15 @@ class MeasuredSettings(SearchSettings):
         stages: Pairs [measurements, epochs], the fidelities of the search in their order. A measurement trains one
             architecture for this number of epochs, during which the learning rate falls from lr to lr_min (cosine,
             updated in every step).
-        balanced: Share of the measurements, from the first on, whose architectures are a balanced design. Thompson
-            sampling draws the others.
+        balanced: Fraction of the measurements, beginning with the first, that form a balanced design, at least two of
+            them. Thompson sampling draws the others.
         alpha_fraction: Fraction of the training pictures that measures the architectures; the rest trains them.
         calibration_batches: Number of training batches from which the statistics of batch norm are computed again
             before an architecture is measured. After a few steps, running statistics are still close to their initial
             values. 0 measures with running statistics.
-        stop_probability: The search stops early when the probability that an architecture is better than the best one
-            by more than stop_margin falls below this. null disables early stopping.
+        stop_probability: The search stops early, in any stage after the balanced design, when the probability that an
+            architecture is better than the best one by more than stop_margin falls below this. null disables early
+            stopping.
         stop_margin: Smallest improvement that counts for stop_probability, in standard deviations of the measured
             architectures.
 
@@ -330,6 +331,8 @@ class MeasuredSettings(SearchSettings):
         >>> MeasuredSettings(stages=((100, 3), (20, 8))).max_epochs
         460
     """
+
+    validates: ClassVar[bool] = False  # The measured architectures are validated, but the result is not.
 
     batch_size: BatchSize = 64
     init_channels: PositiveInt = 8

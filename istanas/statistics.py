@@ -199,10 +199,10 @@ def permutation_p_value(first: ArrayLike, second: ArrayLike, *, paired: bool = T
     """Return the two-sided p-value of the difference of two means, by a permutation test.
 
     If two methods are equal, the two values of a seed can be swapped (paired: the sign of each difference can be
-    flipped), or any value can belong to any method (not paired). The p-value is the fraction of these permutations
-    whose difference is at least as large as the observed one. All permutations are computed if there are at most 4,000,
-    which makes the test exact (up to 11 pairs); otherwise, 4,000 random ones are used, and the observed one is counted
-    with them.
+    flipped), or any value can belong to any method (not paired). The p-value is twice the smaller of two fractions, at
+    most 1: of the permutations whose difference is at least, and at most, the observed one. All permutations are
+    computed if there are at most 4,000, which makes the test exact (up to 11 pairs); otherwise, 4,000 random ones are
+    used, and the observed one is counted with them.
 
     Args:
         first: Shape (n,), n >= 2, finite.
@@ -476,8 +476,11 @@ def describe_comparison(
         else f"the mean of {better} is better by {_shown(d.estimate)} {unit}"
     )
     text = f"No difference between {better} and {worse} was found: {means} ({figures})."
-    if c.detectable is None:
-        limit = f"this test cannot find any difference; at least {_fewest_seeds(c)} are required"
+    fewest = _fewest_seeds(c) if c.detectable is None else None
+    if c.detectable is None and fewest is None:
+        limit = f"this test cannot find any difference among {c.comparisons} comparisons"
+    elif c.detectable is None:
+        limit = f"this test cannot find any difference; at least {fewest} are required"
     elif c.detectable == 0:
         limit = "all values are equal"
     else:
@@ -490,9 +493,14 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _fewest_seeds(comparison: Comparison) -> int:
-    """Return the fewest seeds of each method with which the first test of Holm's procedure can find a difference."""
+def _fewest_seeds(comparison: Comparison) -> int | None:
+    """Return the fewest seeds of each method with which the first test of Holm's procedure can find a difference.
+
+    `None` if the p-value of `RESAMPLES` random permutations is never small enough for so many comparisons.
+    """
     level = comparison.alpha / comparison.comparisons
+    if level < 2 / (RESAMPLES + 1):
+        return None
     return next(
         n for n in itertools.count(2) if smallest_p_value(n, None if comparison.paired else n) <= level
     )
@@ -503,8 +511,9 @@ def kendall(x: ArrayLike, y: ArrayLike, *, confidence: float = CONFIDENCE) -> In
 
         tau_b = sum sign(x_i - x_j) sign(y_i - y_j) / sqrt(sum [x_i != x_j] sum [y_i != y_j]),    sums over i < j
 
-    The interval consists of quantiles of tau-b over 4,000 resamples of the pairs (x, y). Resamples in which all x or
-    all y are equal have no correlation and are left out.
+    The interval consists of quantiles of tau-b over 4,000 resamples of the pairs (x, y). With fewer than 6 pairs, it
+    covers clearly less often than its confidence says. Resamples in which all x or all y are equal have no correlation
+    and are left out.
 
     Args:
         x: Shape (n,), n >= 4, finite, not all equal.

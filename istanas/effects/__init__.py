@@ -24,6 +24,7 @@ from istanas.effects.coding import (
 )
 from istanas.effects.design import balanced_design
 from istanas.effects.fidelity import join_fidelities, next_fidelity
+from istanas.effects.fit import fit_effects
 from istanas.effects.model import (
     Fidelities,
     System,
@@ -50,6 +51,7 @@ __all__ = [
     "balanced_design",
     "best_architecture",
     "coded",
+    "fit_effects",
     "gibbs_sweep",
     "improvement",
     "incidence",

@@ -83,9 +83,9 @@ def best_architecture(
         if kept not in excluded and (allowed is None or allowed(kept)):
             return kept
     raise ConfigError(
-        f"no other architecture of {space.name} is left, or allowed, among the best {_MOST_RANKED}",
+        f"no other architecture of {space.name} is left or allowed",
         field="measurements",
-        remedy="measure fewer, or relax the limits of the search",
+        remedy="measure fewer",
     )
 
 
@@ -100,10 +100,11 @@ def thompson(
 ) -> list[Architecture]:
     """Return what to measure next by Thompson sampling: for each free place the best architecture of one draw.
 
-    An architecture is thus measured with the probability that it is the best one. Draws for several places are
-    independent, so that they differ as far as the posterior is undecided, and no place waits for another one. Pending
-    measurements are excluded like finished ones. They change no mean, and a draw is random anyway, so that the regret
-    of asynchronous Thompson sampling is that of the sequential one up to a term for the number of places.
+    An architecture is thus measured with the probability that it is the best one of those not excluded. Draws for
+    several places are independent, so that they differ as far as the posterior is undecided, and no place waits for
+    another one. Pending measurements are excluded like finished ones. They change no mean, and a draw is random anyway,
+    so that the regret of asynchronous Thompson sampling is that of the sequential one up to a term for the number of
+    places.
 
     Args:
         space: The search space.

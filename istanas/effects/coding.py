@@ -1,7 +1,7 @@
 """Architectures as rows of a measurement matrix: which candidates of the decisions of a space they keep.
 
-The candidates of all decisions are numbered through, in the order of the decisions: these are the N unknowns of the
-model. An architecture keeps `sparsity` candidates of each decision.
+The candidates of all decisions are numbered consecutively, in the order of the decisions: these are the N unknowns of
+the model. An architecture keeps `sparsity` candidates of each decision.
 
 The model is additive, score = offset + sum of the effects of the kept candidates. A constant that is added to all
 effects of a decision moves the offset only, so the effects of a decision are defined as deviations from their mean:
@@ -35,11 +35,11 @@ from istanas.space.base import Decision, SearchSpace, Supports
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Architecture: TypeAlias = tuple[int, ...]
-"""The kept candidates of all decisions, numbered through, in ascending order."""
+"""The kept candidates of all decisions, numbered consecutively, in ascending order."""
 
 
 class Layout(NamedTuple):
-    """The candidates of a space, numbered through.
+    """The candidates of a space, numbered consecutively.
 
     Args:
         decisions: The decisions in order.
@@ -84,7 +84,7 @@ def layout(space: SearchSpace) -> Layout:
 
 
 def architecture(space: SearchSpace, supports: Supports) -> Architecture:
-    """Return the kept candidates of all decisions, numbered through.
+    """Return the kept candidates of all decisions, numbered consecutively.
 
     Args:
         space: The search space.

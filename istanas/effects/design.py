@@ -73,7 +73,8 @@ def _balanced_row(flat: Layout, pairs: npt.NDArray[np.float64], rng: np.random.G
         for _ in range(flat.decisions[index].sparsity):
             own = np.arange(part.start, part.stop)[free]
             met = pairs[own][:, row].sum(1)
-            # The last key is the first to sort by. The load keeps the edges even where one of each may be kept.
+            # The last key is the first to sort by. Ties are broken by how often the edge occurred, so that edges
+            # occur equally often where one candidate of each may be kept.
             best = own[np.lexsort((rng.random(len(own)), met, load[own], count[own]))[0]]
             row.append(int(best))
             free &= flat.edge[part] != flat.edge[best]

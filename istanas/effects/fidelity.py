@@ -11,9 +11,9 @@ from istanas.effects.model import Fidelities, Levels, linear_system
 from istanas.effects.posterior import ridge_moments, ridge_variances
 from istanas.errors import ConfigError
 
-_SLOPE_SPREAD = (
-    0.5  # Prior standard deviation of a slope around 1. Scores have the same spread at each fidelity.
-)
+# Prior standard deviation of a slope around 1. It is wide, because later stages of a search measure a selection, whose
+# normal scores have the same spread as those of all architectures, so that the slope of a first stage is below 1.
+_SLOPE_SPREAD = 0.5
 _PSEUDO = 2.0  # Measurements that the common noise counts for, in the estimate of a fidelity's own noise.
 _STEPS, _SETTLED = 100, 1e-4
 
@@ -28,7 +28,7 @@ def join_fidelities(rows: Array, score: Array, fidelity: Levels, n_fidelities: i
         noise_f^2 = (sum (y - slope_f x mean)^2 + slope_f^2 x V x + 2 noise^2) / (M_f + 1),
 
     with a prior N(1, s^2 = 0.25) of the slopes, and the common noise as two further measurements. The term x V x
-    prevents that a slope grows because the posterior mean is shrunk. The slope of the highest fidelity in use is 1.
+    prevents a slope from growing because the posterior mean is shrunk. The slope of the highest fidelity in use is 1.
 
     Args:
         rows: Coded architectures, (M, N).
@@ -52,7 +52,7 @@ def join_fidelities(rows: Array, score: Array, fidelity: Levels, n_fidelities: i
     slopes, noise = np.ones(n_fidelities), np.ones(n_fidelities)
     plain = linear_system(rows, score, levels, Fidelities(tuple(slopes), tuple(noise)))
     used = np.unique(levels)
-    if len(used) < 2 or plain.freedom < 2:
+    if len(used) < 2 or plain.freedom < 2 or not plain.b.any():
         return Fidelities(tuple(slopes.tolist()), tuple(noise.tolist()))
     highest = used[-1]
     for _ in range(_STEPS):

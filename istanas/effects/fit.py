@@ -12,8 +12,10 @@ from istanas.effects.model import Score, linear_system, scores
 from istanas.effects.posterior import Posterior, ridge
 from istanas.space.base import SearchSpace
 
+LEAST_SHARE = 0.1  # of the variance of the scores, which the prior attributes to the effects, see `ridge`
 
-def fit(
+
+def fit_effects(
     space: SearchSpace,
     measured: Sequence[Architecture],
     losses: Sequence[float],
@@ -43,11 +45,11 @@ def fit(
         >>> space = NasBench201Space()
         >>> measured = balanced_design(space, 20, seed=0)
         >>> losses = [1.0 if 3 in kept else 2.0 for kept in measured]  # the first edge has the candidate 3
-        >>> posterior = fit(space, measured, losses, [3] * 20, n_draws=10, seed=0)
+        >>> posterior = fit_effects(space, measured, losses, [3] * 20, n_draws=10, seed=0)
         >>> int(np.argmax(posterior.mean))
         3
     """
     levels, index = np.unique(np.asarray(fidelity), return_inverse=True)
     rows, values = coded(space, measured), scores(losses, index, score)
     joined = join_fidelities(rows, values, index, len(levels))
-    return ridge(linear_system(rows, values, index, joined), n_draws, seed)
+    return ridge(linear_system(rows, values, index, joined), n_draws, seed, least_share=LEAST_SHARE)

@@ -15,10 +15,8 @@ from istanas.effects.coding import Array
 from istanas.effects.model import System
 from istanas.errors import ConfigError
 
-_RATIOS = (
-    -4.0,
-    6.0,
-)  # Decimal exponents of sigma^2 / tau^2, in units of the largest eigenvalue of A^T A / M.
+# Decimal exponents of sigma^2 / tau^2, in units of the largest eigenvalue of A^T A.
+_RATIOS = (-4.0, 6.0)
 _GRID, _REFINEMENTS = (
     33,
     4,
@@ -137,8 +135,11 @@ class _Spectrum:
         determinant = np.log1p(np.divide.outer(self.eigenvalues, ratio)).sum(0)
         return np.asarray(-0.5 * (self.freedom * np.log(self.noise_variance(ratio)) + determinant))
 
-    def variances(self) -> tuple[float, float]:
-        """Return (sigma^2, tau^2) at the maximum of the evidence, by a grid of the ratio that is refined."""
+    def variances(self, least_share: float = 0.0) -> tuple[float, float]:
+        """Return (sigma^2, tau^2) at the maximum of the evidence, by a grid of the ratio that is refined.
+
+        The ratio is bounded such that tau^2 tr(A A^T) / m is at least `least_share` of itself plus sigma^2.
+        """
         unit = float(self.eigenvalues[0]) or 1.0
         low, high = _RATIOS
         for _ in range(_REFINEMENTS):
@@ -147,6 +148,8 @@ class _Spectrum:
             step = grid[1] - grid[0]
             low, high = max(best - step, _RATIOS[0]), min(best + step, _RATIOS[1])
         ratio = unit * 10.0**best
+        if least_share > 0 and self.eigenvalues[0] > 0:
+            ratio = min(ratio, float(self.eigenvalues.sum()) / self.freedom * (1 - least_share) / least_share)
         noise = float(self.noise_variance(np.array([ratio]))[0])
         return noise, noise / float(ratio)
 
@@ -160,13 +163,16 @@ class _Spectrum:
         return mean, covariance
 
 
-def ridge(system: System, n_draws: int, seed: int) -> Posterior:
+def ridge(system: System, n_draws: int, seed: int, *, least_share: float = 0.0) -> Posterior:
     """Return the ridge posterior, whose noise and prior variance maximise the marginal likelihood.
 
     Args:
         system: The equations, with at least one degree of freedom.
         n_draws: Number of draws S, >= 1.
         seed: An integer >= 0.
+        least_share: The prior attributes at least this share of the variance of the scores to the effects, in [0, 1).
+            With few measurements, the marginal likelihood is often largest without any effects, and the posterior would
+            be certain that no architecture is better than another.
 
     Returns:
         The posterior; see `ridge_moments` for its mean and covariance.
@@ -183,7 +189,7 @@ def ridge(system: System, n_draws: int, seed: int) -> Posterior:
     """
     check_freedom(system)
     spectrum = _Spectrum.of(system)
-    noise, prior = spectrum.variances()
+    noise, prior = spectrum.variances(least_share)
     mean, covariance = spectrum.moments(noise, prior)
     rng = np.random.Generator(np.random.PCG64(seed))
     values, vectors = np.linalg.eigh(covariance)

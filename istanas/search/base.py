@@ -159,6 +159,9 @@ class Search(Generic[Settings]):
     has_supernet: ClassVar[bool] = True
     """Whether the candidates of a search share weights in a supernet. Else `supernet` is a `CandidateNetwork`."""
 
+    accepts_divergence: ClassVar[bool] = False
+    """Whether the search continues after a training that diverged. Then `train_epoch` returns `None`."""
+
     first_recovery: RecoveryReport
     freezings: list[Freezing] | None = None
 
@@ -243,7 +246,7 @@ class Search(Generic[Settings]):
 
         Returns:
             Mean loss (without that of the auxiliary head) and accuracies, over the pictures of all ranks; `None` if the
-            method trains nothing.
+            method trains nothing, or the training has diverged and the method accepts that.
         """
         raise NotImplementedError
 

@@ -1,8 +1,9 @@
 """Search by measurements: short trainings of whole architectures, which reveal the effects of the candidates.
 
-This is compressed sensing with architectures as rows of the measurement matrix: the unknowns are the effects of all
-candidates, a measurement is the loss of one architecture, and few effects are large. Nothing is shared between the
-trainings, so a measurement has no bias from other architectures, and the design of the measurements is free. The first
+The model is linear, with one effect for each candidate, and is fitted by Bayesian ridge regression. It is related to
+compressed sensing with architectures as rows of the measurement matrix (Harmonica, CoNAS), which fits sparse effects.
+Nothing is shared between the trainings, so a measurement has no bias from other architectures, and the design of the
+measurements is free. The first
 architectures are a balanced design; each of the others is drawn by Thompson sampling from the posterior of the effects,
 so that the search measures where the best architecture may be.
 
@@ -20,11 +21,12 @@ from typing import Any
 
 import torch
 
-from istanas.effects.choice import best_architecture, improvement, thompson
+from istanas.effects.choice import Improvement, best_architecture, improvement, thompson
 from istanas.effects.coding import Architecture, layout, supports_of
 from istanas.effects.design import balanced_design
-from istanas.effects.fit import fit
+from istanas.effects.fit import fit_effects
 from istanas.effects.posterior import Posterior
+from istanas.errors import ConfigError, DivergedError
 from istanas.nets import CandidateNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
@@ -35,6 +37,7 @@ from istanas.training import (
     Metrics,
     Observer,
     Totals,
+    check_finite,
     derive_seed,
     learning_rate,
     train_target_epoch,
@@ -51,7 +54,7 @@ class Measurement:
     Args:
         kept: Its candidates, see `istanas.effects.Architecture`.
         epochs: Number of epochs that it was trained, its fidelity.
-        loss: Mean cross-entropy on the pictures for choosing; infinite if the training has diverged.
+        loss: Mean cross-entropy on the pictures for choosing; infinite or NaN if the training has diverged.
         top1: Accuracy on these pictures, in [0, 1].
     """
 
@@ -91,6 +94,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     kind = "measured"
     has_supernet = False
+    accepts_divergence = True
     supernet: CandidateNetwork
 
     @classmethod
@@ -101,6 +105,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
         self.space = self.supernet.space
+        self._check_stages()
         self.measurements: list[Measurement] = []
         self.posterior: Posterior | None = None
         self._schedule = [epochs for count, epochs in self.settings.stages for _ in range(count)]
@@ -108,8 +113,32 @@ class MeasuredSearch(Search[MeasuredSettings]):
             self.space, self._n_balanced, derive_seed(self.seed, self.kind, "design")
         )
         self._best = self._design[0]
+        self._improvement: Improvement | None = None
         self._hold(self._design[0])
         return self._report(self._best)
+
+    def _check_stages(self) -> None:
+        """Check that there is a posterior after the first stage, and an architecture for each measurement.
+
+        Raises:
+            ConfigError: If the first of several stages has one measurement, or a fidelity has too many.
+        """
+        stages = self.settings.stages
+        if len(stages) > 1 and stages[0][0] < 2:
+            raise ConfigError(
+                f"the first of {len(stages)} stages has 1 measurement",
+                field="stages",
+                remedy="give it 2 or more",
+            )
+        available = math.prod(decision.n_supports for decision in self.decisions)
+        for fidelity in {epochs for _, epochs in stages}:
+            wanted = sum(count for count, epochs in stages if epochs == fidelity)
+            if wanted > available:
+                raise ConfigError(
+                    f"{wanted} measurements of {fidelity} epochs, and the space has {available} architectures",
+                    field="stages",
+                    remedy=f"use at most {available} for each number of epochs",
+                )
 
     @property
     def _n_balanced(self) -> int:
@@ -169,11 +198,13 @@ class MeasuredSearch(Search[MeasuredSettings]):
         )
         self.epoch += 1
         self._trained += 1
-        if math.isfinite(metrics.loss):
-            return metrics
-        self._trained = total
-        self._measured = Metrics(math.inf, 0.0, metrics.count)
-        return None
+        try:
+            check_finite(metrics, self.supernet.parameters(), self.epoch, ranks=self.ranks)
+        except DivergedError:
+            self._trained = total
+            self._measured = Metrics(math.inf, 0.0, metrics.count)
+            return None
+        return metrics
 
     def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
         """Run one step of the current architecture."""
@@ -206,17 +237,31 @@ class MeasuredSearch(Search[MeasuredSettings]):
             measured = Measurement(self.current, self._epochs, self._measured.loss, self._measured.top1)
             self.measurements.append(measured)
             self._learn()
+            self._check_trained()
             if not self.is_done:
                 self._hold(self._next())
         self.ranks.check_same("genotype", self.genotype().digest())
+        self.ranks.check_same("next architecture", self.trained_genotype().digest())
         return self._report(before)
+
+    def _check_trained(self) -> None:
+        """Check that not all trainings have diverged.
+
+        Raises:
+            DivergedError: If all measurements of the balanced design have infinite losses.
+        """
+        n = len(self.measurements)
+        if n >= len(self._design) and not any(math.isfinite(m.loss) for m in self.measurements):
+            raise DivergedError(
+                f"all {n} trainings have diverged", field="search.lr", remedy="lower it, or search.grad_clip"
+            )
 
     def _learn(self) -> None:
         """Fit the effects to all measurements, and find the best architecture."""
         if len(self.measurements) < 2:
             return
         seed = derive_seed(self.seed, self.kind, "posterior", len(self.measurements))
-        self.posterior = fit(
+        self.posterior = fit_effects(
             self.space,
             [m.kept for m in self.measurements],
             [m.loss for m in self.measurements],
@@ -225,6 +270,9 @@ class MeasuredSearch(Search[MeasuredSettings]):
             seed=seed,
         )
         self._best = best_architecture(self.space, self.posterior.mean)
+        self._improvement = improvement(
+            self.space, self.posterior, self._best, margin=self.settings.stop_margin
+        )
 
     def _next(self) -> Architecture:
         """Return the next architecture: one of the design, or one that Thompson sampling draws."""
@@ -248,10 +296,13 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def has_converged(self, report: RecoveryReport) -> bool:
         """Return whether an improvement has become improbable, see `MeasuredSettings.stop_probability`."""
         s = self.settings
-        if s.stop_probability is None or self.posterior is None or len(self.measurements) < len(self._design):
+        if (
+            s.stop_probability is None
+            or self._improvement is None
+            or len(self.measurements) < len(self._design)
+        ):
             return False
-        found = improvement(self.space, self.posterior, self._best, margin=s.stop_margin)
-        return found.probability < s.stop_probability
+        return self._improvement.probability < s.stop_probability
 
     def genotype(self) -> Genotype:
         """Return the architecture with the highest posterior mean."""
@@ -263,13 +314,12 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def metrics(self) -> dict[str, float]:
         """Return the number of measurements, the noise of a score, and the expected improvement over the result."""
-        if self.posterior is None:
+        if self.posterior is None or self._improvement is None:
             return {"measured/count": float(len(self.measurements))}
-        found = improvement(self.space, self.posterior, self._best)
         return {
             "measured/count": float(len(self.measurements)),
             "measured/noise": math.sqrt(self.posterior.noise_variance),
-            "measured/expected_improvement": found.expected,
+            "measured/expected_improvement": self._improvement.expected,
         }
 
     def _report(self, before: Architecture) -> RecoveryReport:

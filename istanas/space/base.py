@@ -6,6 +6,7 @@ a decision is a node of a cell, and its candidates are all operations on all its
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,26 @@ class Decision:
     def n_edges(self) -> int:
         """Number of edges that have candidates."""
         return len(set(self.edges))
+
+    @property
+    def n_supports(self) -> int:
+        """Number of ways to keep `sparsity` candidates.
+
+        With `one_per_edge` it is the elementary symmetric polynomial of this degree of the candidates per edge.
+
+        Example:
+            >>> Decision("node", 0, (("a", 0), ("b", 0), ("a", 1)), sparsity=2).n_supports
+            3
+            >>> Decision("node", 0, (("a", 0), ("b", 0), ("a", 1)), sparsity=2, one_per_edge=True).n_supports
+            2
+        """
+        if not self.one_per_edge:
+            return math.comb(self.n_candidates, self.sparsity)
+        ways = [1] + [0] * self.sparsity
+        for edge in set(self.edges):
+            for kept in range(self.sparsity, 0, -1):
+                ways[kept] += ways[kept - 1] * self.edges.count(edge)
+        return ways[self.sparsity]
 
     @property
     def groups(self) -> npt.NDArray[np.int64] | None:

@@ -84,7 +84,7 @@ def load_for_genotype(
 
     config, name = load_config(file, overrides, **short)
     runs_dir = bucket.local(config.runtime.runs_dir)
-    # The errors of a reference that names nothing come from here.
+    # `resolve_origin` has less helpful errors for an unknown reference, so it is checked first.
     resolve_genotype(
         reference, space=config.space.build(), runs_dir=runs_dir, tracking_uri=config.tracking.uri
     )

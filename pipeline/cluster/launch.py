@@ -44,6 +44,7 @@ WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain
 
 SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
 SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive immediately
+SECONDS_TO_POST = 30.0  # before a message of the controller is given up
 SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
 RESUMES = "run the same command again to resume from the last checkpoint"
 
@@ -362,7 +363,9 @@ def _make_loss_callback(mailbox: Any) -> Any:
             lost = ", ".join(f"worker {r} ({last_line(e)})" for r, e in sorted(worker_exceptions.items()))
             posted = mailbox.post.remote(None, "lost", pickle.dumps([f"lost {lost}"]))
             try:
-                ray.get(posted)
+                ray.get(posted, timeout=SECONDS_TO_POST)
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+                pass  # The mailbox may come back. Only the message is lost.
             except ray.exceptions.RayActorError:
                 os._exit(1)  # Ray Train would handle an exception as a failure, and start new workers.
 

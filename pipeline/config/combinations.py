@@ -132,7 +132,7 @@ def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
         )
     if sweep.objective == "valid" and not config.search.settings_class.validates:
         yield ConflictError(
-            f"method {config.method} trains nothing, so that it has no validation accuracy",
+            f"method {config.method} measures no validation accuracy of its result",
             fields=("sweep.objective", "method"),
             remedy="set sweep.objective=retrained and data.holdout=0.1",
         )

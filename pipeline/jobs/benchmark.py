@@ -59,7 +59,7 @@ from pipeline.runs.tags import Tag
 from pipeline.training.epoch_record import load_progress, read_records
 
 SECTIONS = ("data", "space", "search")
-FEWEST_FOR_TAU = 4  # `istanas.statistics.kendall` requires as many
+FEWEST_FOR_TAU = 6  # With fewer, the interval of `istanas.statistics.kendall` is too narrow.
 
 
 class BenchmarkRun(TypedDict):
@@ -209,7 +209,7 @@ def run_benchmark(
         return dataset
 
     def run_all(run: RunDir, observer: RunObserver, _: ImageDataset) -> Outcome:
-        found = _search_all(replace(context, config=spec.config), run, observer, listed, seeds)
+        found = _search_all(context, run, observer, listed, seeds)
         truth = read_truth(table, space, facts)
         return _finish(run, observer, spec, truth, found, space)
 
@@ -448,9 +448,12 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 
 
 def runs_frame(runs: Sequence[BenchmarkRun]) -> pd.DataFrame:
-    """Return one row for each search; each column of the table of true accuracies is a column."""
+    """Return one row for each search; each column of the table of true accuracies is a column table/NAME."""
     rows = [
-        {**{key: value for key, value in run.items() if key != "accuracies"}, **run["accuracies"]}
+        {
+            **{key: value for key, value in run.items() if key != "accuracies"},
+            **{f"table/{name}": value for name, value in run["accuracies"].items()},
+        }
         for run in runs
     ]
     return pd.DataFrame(rows)

@@ -23,7 +23,7 @@ class _Result(TypedDict):
 class SearchResult(_Result):
     """Result of a search whose cell is retrained; `params` and `macs` belong to the network of that retraining."""
 
-    valid_top1: NotRequired[float]  # unless the method trains nothing
+    valid_top1: NotRequired[float]  # unless the method measures none of its result
     valid_top5: NotRequired[float]
 
 
@@ -72,7 +72,7 @@ class SweepResult(TypedDict):
     digest: str
     genotype: dict[str, Any]
     objective_top1: float
-    valid_top1: NotRequired[float]  # unless the method trains nothing
+    valid_top1: NotRequired[float]  # unless the method measures none of its result
     retrained_top1: NotRequired[float]  # with sweep.objective = retrained
     # Between valid_top1 and retrained_top1, over the trials that have both.
     kendall_tau: NotRequired[float | None]

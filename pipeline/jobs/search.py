@@ -13,6 +13,7 @@ import torch
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.draw import save_freezing_figure
+from istanas.methods import validates
 from istanas.nets.operations import check_plugin_operations
 from istanas.search import CLOSING_EPOCHS, Freezing
 from istanas.space import Genotype
@@ -135,7 +136,8 @@ def describe_epoch(record: EpochRecord) -> str:
     """Return one line for the user about an epoch of a search that does not train the network that it finds."""
     m, found = record.metrics, record.found()
     if "train/loss" not in m:
-        return f"epoch {record.epoch}: nothing is trained, {record.seconds:.1f} s"
+        what = "the training has diverged" if "measured/count" in m else "nothing is trained"
+        return f"epoch {record.epoch}: {what}, {record.seconds:.1f} s"
     changes = int(m["recovery/support_changes"])
     text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     if "valid/top1" in m:
@@ -203,7 +205,8 @@ def check_solver(solver: str) -> None:
 
 def _finish_searched(run: RunDir, progress: Progress, say: Callable[[str], None]) -> Outcome:
     genotype, record = _write_last_genotype(run, progress.newest), run.read()
-    result = {**_figures(genotype, progress), **accuracies(progress.newest.metrics, "valid")}
+    valid = accuracies(progress.newest.metrics, "valid") if validates(record.method) else {}
+    result = {**_figures(genotype, progress), **valid}
     return Outcome(
         result=result,
         artifacts=(

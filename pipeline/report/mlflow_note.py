@@ -124,7 +124,7 @@ def of_benchmark(dataset: str, result: Mapping[str, Any]) -> str:
     from pipeline.report.benchmark_page import methods_table, table_note
 
     headings, rows = methods_table(result)
-    searches = f"{count(len(result['runs']), 'search')}".replace("searchs", "searches")
+    searches = f"{len(result['runs'])} searches"
     return "\n\n".join(
         [
             f"Benchmark on {dataset}: {searches} of {', '.join(m['method'] for m in result['methods'])}.",

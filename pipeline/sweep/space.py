@@ -121,7 +121,7 @@ def trial_config(config: Config, settings: Settings, source: str = "trial") -> C
     trial = with_settings(config, settings, source)
     if sweep_of(config).objective == "valid" and not trial.search.settings_class.validates:
         raise ConfigError(
-            f"{trial.method} trains nothing, so that it has no validation accuracy, the sweep's objective",
+            f"{trial.method} measures no validation accuracy of its result, the sweep's objective",
             field="method",
             remedy="set sweep.objective=retrained and data.holdout=0.1",
             source=source,

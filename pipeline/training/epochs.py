@@ -154,7 +154,8 @@ class SearchJob:
         seconds = time.perf_counter() - start
         if train is None:
             return {}
-        _check_finite(self._config, train, search.supernet, epoch, search.ranks)
+        if not search.accepts_divergence:
+            _check_finite(self._config, train, search.supernet, epoch, search.ranks)
         # If the alphas are trained, each step trains on a weight batch and an alpha batch.
         n_pictures = train.count if next(passes) == 0 else 2 * train.count
         return {**_named("train", train), "images_per_second": n_pictures / seconds}

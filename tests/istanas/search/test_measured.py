@@ -1,6 +1,7 @@
 """Search by measurements: what is trained and measured, what is measured next, and what the result is."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from istanas.data import Batch
 from istanas.effects.choice import best_architecture
 from istanas.effects.coding import Architecture, coded, layout, supports_of
 from istanas.effects.design import balanced_design
+from istanas.errors import ConfigError, DivergedError
 from istanas.nets import CandidateNetwork
 from istanas.search.measured import MeasuredSearch, Measurement
 from istanas.settings import MeasuredSettings
@@ -26,7 +28,7 @@ TINY = MeasuredSettings(stages=((2, 2), (1, 1)), calibration_batches=0)
 def make(
     settings: MeasuredSettings = TINY, space: SearchSpace = BENCH, seed: int = 0, kind: Any = MeasuredSearch
 ) -> Any:
-    layers = 5 if space is BENCH else 3
+    layers = 5 if isinstance(space, NasBench201Space) else 3
     net = CandidateNetwork(space, NetworkSize(2, layers, 5, in_channels=1))
     return kind(net, settings, CPU, seed=seed)
 
@@ -143,22 +145,57 @@ def test_the_stages_have_their_own_epochs() -> None:
 
 
 def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
-    """It ends at once, and the search continues with the next architecture."""
+    """It ends at once, and the search continues with the next architecture, unless all of the design diverge."""
     search = make(MeasuredSettings(stages=((3, 2),), lr=1e30, grad_clip=None))
+    first = search.current
     trained, measured = run_epoch(search)
     assert trained is None
     assert measured is None
-    assert search.measurements[0].loss == math.inf
-    run_epoch(search)
-    run_epoch(search)
-    assert search.is_done
-    assert search.genotype() == BENCH.genotype(BENCH.supports(search.genotype()))
+    assert search.measurements == [Measurement(first, 2, math.inf, 0.0)]
+    assert search.current != first
+    with pytest.raises(DivergedError, match=r"^search\.lr: all 2 trainings have diverged; lower it"):
+        run_epoch(search)
+
+
+def test_a_search_of_two_fidelities_survives_diverged_trainings() -> None:
+    """The losses of a stage may all be infinite; the effects are then those of the other stage."""
+
+    class Diverging(Planted):
+        def validate_epoch(self, choosing: Any) -> Metrics | None:
+            super().validate_epoch(choosing)
+            if self._epochs == 2:
+                self._measured = Metrics(math.inf, 0.0, 1)
+            return self._measured
+
+    search = make(MeasuredSettings(stages=((30, 1), (5, 2))), BENCH, 0, Diverging)
+    while not search.is_done:
+        search.train_epoch([], None, 0)
+        search.validate_epoch(None)
+        search.finish_epoch()
+    assert [m.loss for m in search.measurements[30:]] == [math.inf] * 5
+    assert np.isfinite(search.posterior.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        (((1, 1), (5, 2)), "stages: the first of 2 stages has 1 measurement; give it 2 or more"),
+        (
+            ((30, 1), (35, 1)),
+            "stages: 65 measurements of 1 epochs, and the space has 64 architectures; use at most 64",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_measured_are_rejected(stages: Any, says: str) -> None:
+    space = NasBench201Space(ops=("skip_connect", "nor_conv_1x1"))
+    with pytest.raises(ConfigError, match=f"^{re.escape(says)}"):
+        make(MeasuredSettings(stages=stages), space)
 
 
 # ---------- what is measured next
 
 
-def test_the_first_architectures_are_balanced_and_no_other_is_measured_twice() -> None:
+def test_first_architectures_are_balanced_and_none_is_measured_twice() -> None:
     search = planted(MeasuredSettings(stages=((40, 1), (10, 2)), balanced=0.3), seed=1)
     kept = [m.kept for m in search.measurements]
     assert kept[:15] == balanced_design(BENCH, 15, derive_seed(1, "measured", "design"))

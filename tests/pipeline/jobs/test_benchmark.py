@@ -193,7 +193,7 @@ def test_searches_are_scored_by_the_table(project: Path, capfd: pytest.CaptureFi
     assert "is a benchmark, not a run" in capfd.readouterr().err
 
 
-def test_a_benchmark_that_was_killed_between_two_seeds_ends_as_an_undisturbed_one(
+def test_a_benchmark_killed_between_two_seeds_equals_an_undisturbed_one(
     project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = result(capfd, "--method", "random", "--set", "runtime.runs_dir=whole")
@@ -494,12 +494,12 @@ def test_planted_truths_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("valid", "accuracies", "tau"),
     [
-        ([0.1, 0.2, 0.3, 0.4], [0.6, 0.7, 0.8, 0.9], 1.0),
-        ([0.1, 0.2, 0.3], [0.6, 0.7, 0.8], None),
-        ([None] * 4, [0.6, 0.7, 0.8, 0.9], None),
-        ([0.1, 0.2, 0.3, 0.4, None], [0.6, 0.7, 0.8, 0.9, 0.95], None),
-        ([0.1] * 4, [0.6, 0.7, 0.8, 0.9], None),
-        ([0.1, 0.2, 0.3, 0.4], [0.6] * 4, None),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 1.0),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.6, 0.7, 0.8, 0.9], None),
+        ([None] * 6, [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], None),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, None], [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], None),
+        ([0.1] * 6, [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], None),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.6] * 6, None),
     ],
 )
 def test_tau_is_not_defined_without_values_that_differ(

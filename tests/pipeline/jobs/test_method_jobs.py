@@ -43,11 +43,11 @@ def test_the_command_prints_the_genotype(
     assert all(
         len(picks) == 2 for kind in genotype.kinds for picks in CellSpace(n_nodes=2).supports(genotype)[kind]
     )
-    assert 0 <= result["valid_top1"] <= 1
+    assert ("valid_top1" in result) == (method != "measured")
     (folder,) = (tmp_path / "runs").iterdir()
     metrics = [line for line in decided(folder) if "train/loss" in line]
     assert len(metrics) == 3
-    assert result["valid_top1"] == metrics[-1]["valid/top1"]
+    assert result.get("valid_top1", metrics[-1]["valid/top1"]) == metrics[-1]["valid/top1"]
     for line in metrics:
         assert "recovery/gap" not in line
         own = {name: line[name] for name in line if name.startswith(("arch/", "measured/"))}

@@ -89,7 +89,7 @@ def test_a_sweep_by_validation_accuracy_needs_a_method_that_has_one(
     config = configured(tmp_path, "random", "sweep: {trials: 2, space: {seed: {int: [0, 9]}}}")
     assert run(["sweep", "--config", config]) == 2
     errors = capsys.readouterr().err
-    assert "sweep.objective: method random trains nothing" in errors
+    assert "sweep.objective: method random measures no validation accuracy" in errors
     assert "set sweep.objective=retrained" in errors
     assert not (tmp_path / "runs").exists()
 

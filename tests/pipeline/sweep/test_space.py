@@ -327,7 +327,7 @@ class Whole(ChoiceSpace):
 @pytest.mark.parametrize(
     ("space", "line"),
     [
-        ("method: {choice: [gdas, random]}", "method: random trains nothing, so that it has no validation"),
+        ("method: {choice: [gdas, random]}", "method: random measures no validation accuracy"),
         (
             "method: {choice: [gdas, pc_darts]}\nspace.name: {choice: [darts, whole]}",
             "method: pc_darts runs operations on a part of the channels, which whole does not support",
