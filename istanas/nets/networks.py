@@ -256,7 +256,7 @@ class SearchNetwork(nn.Module):
         raise NotImplementedError
 
 
-class CandidateNetwork(SearchNetwork):
+class ArchitectureNetwork(SearchNetwork):
     """The network of a search without shared weights: that of one architecture at a time, or none.
 
     Args:
@@ -264,21 +264,21 @@ class CandidateNetwork(SearchNetwork):
         size: The size of the networks.
 
     Attributes:
-        candidate: The network that `hold` has received last, or `None`.
+        network: The network that `replace_network` has received last, or `None`.
     """
 
-    candidate: Any  # A default here would hide the registered module.
+    network: Any  # A default here would hide the registered module.
 
     def __init__(self, space: SearchSpace, size: NetworkSize) -> None:
         super().__init__()
         self.space, self.size, self.auxiliary_head = space, size, None
         self.node_states = {}
-        self.candidate = None
+        self.network = None
 
-    def hold(self, candidate: TargetNetwork) -> None:
+    def replace_network(self, network: TargetNetwork) -> None:
         """Use the network of another architecture from now on."""
-        candidate.activation_checkpointing = self.activation_checkpointing
-        self.candidate = candidate
+        network.activation_checkpointing = self.activation_checkpointing
+        self.network = network
 
     def alphas(self) -> list[nn.Parameter]:
         return []
@@ -298,15 +298,15 @@ class CandidateNetwork(SearchNetwork):
         return {}
 
     def active_parameters(self) -> list[nn.Parameter]:
-        return [] if self.candidate is None else self.candidate.active_parameters()
+        return [] if self.network is None else self.network.active_parameters()
 
     def active_buffers(self) -> list[Tensor]:
-        return [] if self.candidate is None else self.candidate.active_buffers()
+        return [] if self.network is None else self.network.active_buffers()
 
     def forward_with_auxiliary(
         self, x: Tensor, weights: EdgeWeights | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        logits: tuple[Tensor, Tensor | None] = self.candidate.forward_with_auxiliary(x)
+        logits: tuple[Tensor, Tensor | None] = self.network.forward_with_auxiliary(x)
         return logits
 
 

@@ -157,7 +157,7 @@ class Search(Generic[Settings]):
     """Name of the method, as it is registered."""
 
     has_supernet: ClassVar[bool] = True
-    """Whether the candidates of a search share weights in a supernet. Else `supernet` is a `CandidateNetwork`."""
+    """Whether the candidates of a search share weights in a supernet. Else `supernet` is a `ArchitectureNetwork`."""
 
     accepts_divergence: ClassVar[bool] = False
     """Whether the search continues after a training that diverged. Then `train_epoch` returns `None`."""

@@ -27,7 +27,7 @@ from istanas.effects.design import balanced_design
 from istanas.effects.fit import fit_effects
 from istanas.effects.posterior import Posterior
 from istanas.errors import ConfigError, DivergedError
-from istanas.nets import CandidateNetwork, to_channels_last
+from istanas.nets import ArchitectureNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
 from istanas.settings import MeasuredSettings
@@ -70,7 +70,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     The result is the architecture with the highest posterior mean, whether it was measured or not.
 
     Args:
-        supernet: A `CandidateNetwork`, which has the space and the size of the networks.
+        supernet: A `ArchitectureNetwork`, which has the space and the size of the networks.
         settings, compute, seed, ranks, cost: See `Search`.
 
     Attributes:
@@ -80,7 +80,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     Example:
         >>> from istanas.space import CellSpace, NetworkSize
         >>> from istanas.training import Compute
-        >>> net = CandidateNetwork(CellSpace(n_nodes=1), NetworkSize(2, 3, 10))
+        >>> net = ArchitectureNetwork(CellSpace(n_nodes=1), NetworkSize(2, 3, 10))
         >>> search = MeasuredSearch(net, MeasuredSettings(stages=((2, 1),)), Compute(torch.device("cpu")), seed=0)
         >>> batch = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
         >>> search.train_epoch([batch], lambda: [batch], n_steps=1).count
@@ -95,7 +95,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     kind = "measured"
     has_supernet = False
     accepts_divergence = True
-    supernet: CandidateNetwork
+    supernet: ArchitectureNetwork
 
     @classmethod
     def alpha_size(cls, settings: MeasuredSettings, decision: Decision) -> int:
@@ -155,7 +155,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         torch.manual_seed(derive_seed(self.seed, self.kind, "init", number))
         net = self.space.target(self.space.genotype(supports_of(self.space, kept)), self.supernet.size)
         to_channels_last(net.to(self.compute.device))
-        self.supernet.hold(net)
+        self.supernet.replace_network(net)
         self._optimizer = SGD(
             net.parameters(),
             s.lr,
@@ -185,7 +185,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """
         s, start, total = self.settings, self._trained, self._epochs
         metrics = train_target_epoch(
-            self.supernet.candidate,
+            self.supernet.network,
             self._optimizer,
             weight_batches,
             self.compute,
@@ -209,7 +209,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def train_step(self, batch: BatchLike, alpha_batch: BatchLike | None) -> None:
         """Run one step of the current architecture."""
         train_target_step(
-            self.supernet.candidate.forward_with_auxiliary,
+            self.supernet.network.forward_with_auxiliary,
             self._optimizer,
             batch,
             self.compute,
@@ -350,7 +350,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
             "measurements": [astuple(each) for each in self.measurements],
             "current": self.current,
             "trained": self._trained,
-            "candidate": self.supernet.candidate.state_dict(),
+            "network": self.supernet.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
 
@@ -367,5 +367,5 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self._learn()
         self._hold(tuple(state["current"]))
         self._trained = int(state["trained"])
-        self.supernet.candidate.load_state_dict(state["candidate"])
+        self.supernet.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])

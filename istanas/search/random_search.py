@@ -21,10 +21,10 @@ class RandomSearch(Search[RandomSettings]):
 
     Example:
         >>> import torch
-        >>> from istanas.nets import CandidateNetwork
+        >>> from istanas.nets import ArchitectureNetwork
         >>> from istanas.space import CellSpace, NetworkSize
         >>> from istanas.training import Compute
-        >>> net = CandidateNetwork(CellSpace(), NetworkSize(2, 3, 10))
+        >>> net = ArchitectureNetwork(CellSpace(), NetworkSize(2, 3, 10))
         >>> search = RandomSearch(net, RandomSettings(), Compute(torch.device("cpu")), seed=7)
         >>> search.train_epoch([], None, 0) is None, search.is_done
         (True, True)

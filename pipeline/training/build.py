@@ -12,7 +12,7 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.measure import Cost
 from istanas.methods import METHODS
-from istanas.nets import CandidateNetwork, SearchNetwork, TargetNetwork, to_channels_last
+from istanas.nets import ArchitectureNetwork, SearchNetwork, TargetNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.registry import OWN
 from istanas.search import Search
@@ -211,9 +211,9 @@ def _build_supernet(
 ) -> SearchNetwork:
     space = config.space.build()
     if not method.has_supernet:
-        candidate = CandidateNetwork(space, network_size(config.search, dataset))
-        candidate.activation_checkpointing = config.runtime.activation_checkpointing
-        return candidate
+        net = ArchitectureNetwork(space, network_size(config.search, dataset))
+        net.activation_checkpointing = config.runtime.activation_checkpointing
+        return net
     torch.manual_seed(derive_seed(config.seed, "init"))
     supernet = space.supernet(
         network_size(config.search, dataset),

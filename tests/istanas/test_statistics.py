@@ -322,6 +322,6 @@ def test_too_many_comparisons_are_said_to_find_nothing() -> None:
     values = {f"method {k}": rng.normal(size=4).tolist() for k in range(15)}
     comparisons = s.compare(values)
     assert len(comparisons) == 105
-    assert "this test cannot find any difference among 105 comparisons." in describe_comparison(
+    assert "this test cannot find any difference among 105 comparisons." in s.describe_comparison(
         comparisons[0]
     )

@@ -16,7 +16,7 @@ from istanas.data import Batch
 from istanas.distributed import Ranks
 from istanas.measure import Cost
 from istanas.methods import METHODS
-from istanas.nets import CandidateNetwork, SearchNetwork
+from istanas.nets import ArchitectureNetwork, SearchNetwork
 from istanas.search import RecoveryReport, Search
 from istanas.settings import (
     DartsSettings,
@@ -110,7 +110,7 @@ def make(case: str, space: SearchSpace, *, seed: int = 0, ranks: Ranks | None = 
     name, settings = CASES[case]
     method = METHODS[name].search_class
     torch.manual_seed(seed)
-    net: SearchNetwork = CandidateNetwork(space, size_of(settings, space))
+    net: SearchNetwork = ArchitectureNetwork(space, size_of(settings, space))
     if method.has_supernet:
         net = space.supernet(
             size_of(settings, space),
@@ -120,9 +120,9 @@ def make(case: str, space: SearchSpace, *, seed: int = 0, ranks: Ranks | None = 
         )
     if ranks is not None:
         exact(net)
-        if isinstance(net, CandidateNetwork):
-            hold = net.hold
-            net.hold = lambda candidate: hold(exact(candidate))  # type: ignore[method-assign]
+        if isinstance(net, ArchitectureNetwork):
+            replace = net.replace_network
+            net.replace_network = lambda network: replace(exact(network))  # type: ignore[method-assign]
     return method(net, settings, CPU, 0, ranks, lambda genotype: Cost(0, 0))
 
 

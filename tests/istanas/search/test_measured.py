@@ -14,7 +14,7 @@ from istanas.effects.choice import best_architecture
 from istanas.effects.coding import Architecture, coded, layout, supports_of
 from istanas.effects.design import balanced_design
 from istanas.errors import ConfigError, DivergedError
-from istanas.nets import CandidateNetwork
+from istanas.nets import ArchitectureNetwork
 from istanas.search.measured import MeasuredSearch, Measurement
 from istanas.settings import MeasuredSettings
 from istanas.space import CellSpace, NasBench201Space, NetworkSize, SearchSpace
@@ -29,7 +29,7 @@ def make(
     settings: MeasuredSettings = TINY, space: SearchSpace = BENCH, seed: int = 0, kind: Any = MeasuredSearch
 ) -> Any:
     layers = 5 if isinstance(space, NasBench201Space) else 3
-    net = CandidateNetwork(space, NetworkSize(2, layers, 5, in_channels=1))
+    net = ArchitectureNetwork(space, NetworkSize(2, layers, 5, in_channels=1))
     return kind(net, settings, CPU, seed=seed)
 
 

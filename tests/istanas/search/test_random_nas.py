@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from istanas.data import Batch
-from istanas.nets import CandidateNetwork, Supernet
+from istanas.nets import ArchitectureNetwork, Supernet
 from istanas.search.base import Search
 from istanas.search.random_nas import RandomNasSearch, RandomNasSettings
 from istanas.search.random_search import RandomSearch, RandomSettings
@@ -158,7 +158,7 @@ def test_active_parameters_are_those_with_a_gradient_in_each_step() -> None:
 
 def test_a_random_architecture_is_that_of_its_seed_and_costs_nothing() -> None:
     for seed in (0, 5):
-        net = CandidateNetwork(SPACE, NetworkSize(16, 8, 10))
+        net = ArchitectureNetwork(SPACE, NetworkSize(16, 8, 10))
         search = RandomSearch(net, RandomSettings(), CPU, seed)
         assert list(net.parameters()) == []
         assert search.train_epoch([], None, 0) is None
