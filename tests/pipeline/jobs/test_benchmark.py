@@ -145,7 +145,9 @@ def test_searches_are_scored_by_the_table(project: Path, capfd: pytest.CaptureFi
 
     written = rows(folder / "benchmark.csv")
     assert [row["architecture"] for row in written] == [each["architecture"] for each in found["runs"]]
-    assert [float(row["test_accuracy"]) for row in written] == [e["true_accuracy"] for e in found["runs"]]
+    assert [float(row["table/test_accuracy"]) for row in written] == [
+        e["true_accuracy"] for e in found["runs"]
+    ]
     epochs = rows(folder / "benchmark_epochs.csv")
     assert [(row["method"], row["seed"], row["epoch"]) for row in epochs] == [
         ("two_stage", "0", "1"),
