@@ -17,10 +17,8 @@ from istanas.errors import ConfigError
 
 # Decimal exponents of sigma^2 / tau^2, in units of the largest eigenvalue of A^T A.
 _RATIOS = (-4.0, 6.0)
-_GRID, _REFINEMENTS = (
-    33,
-    4,
-)  # The last step of the exponent is 10 / 32 / 16^3, a change of the ratio by 0.02 %.
+# The last step of the exponent is 10 / 32 / 16^3, which changes the ratio by 0.02 %.
+_GRID, _REFINEMENTS = 33, 4
 _LEAST = 1e-12  # Least noise variance in units of the variance of b, for systems without noise.
 
 

@@ -3,9 +3,8 @@
 The model is linear, with one effect for each candidate, and is fitted by Bayesian ridge regression. It is related to
 compressed sensing with architectures as rows of the measurement matrix (Harmonica, CoNAS), which fits sparse effects.
 Nothing is shared between the trainings, so a measurement has no bias from other architectures, and the design of the
-measurements is free. The first
-architectures are a balanced design; each of the others is drawn by Thompson sampling from the posterior of the effects,
-so that the search measures where the best architecture may be.
+measurements is free. The first architectures are a balanced design; each of the others is drawn by Thompson sampling
+from the posterior of the effects, so that the search measures where the best architecture may be.
 
 An epoch of the search trains one architecture for one epoch, and a measurement takes one or more epochs, see
 `MeasuredSettings.stages`. Later stages have fewer, longer and therefore more reliable measurements.
@@ -70,7 +69,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     The result is the architecture with the highest posterior mean, whether it was measured or not.
 
     Args:
-        supernet: A `ArchitectureNetwork`, which has the space and the size of the networks.
+        supernet: An `ArchitectureNetwork`, which has the space and the size of the networks.
         settings, compute, seed, ranks, cost: See `Search`.
 
     Attributes:

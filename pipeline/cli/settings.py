@@ -80,19 +80,15 @@ def load_for_genotype(
     """
     from pipeline.config.load import default_file, load
     from pipeline.runs import bucket
-    from pipeline.tracking.references import genotype_to_train, resolve_genotype, resolve_origin
+    from pipeline.tracking.references import check_to_train, resolve_genotype, resolve_origin
 
     config, name = load_config(file, overrides, **short)
     runs_dir = bucket.local(config.runtime.runs_dir)
-    # `resolve_origin` has less helpful errors for an unknown reference, so it is checked first.
-    resolve_genotype(
-        reference, space=config.space.build(), runs_dir=runs_dir, tracking_uri=config.tracking.uri
+    uri = config.tracking.uri
+    cells, parent = resolve_genotype(
+        reference, space=config.space.build(), runs_dir=runs_dir, tracking_uri=uri
     )
-    origin = (
-        resolve_origin(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
-        if file is None
-        else None
-    )
+    origin = resolve_origin(reference, runs_dir=runs_dir, tracking_uri=uri) if file is None else None
     if origin is not None:
         sections = {
             section: getattr(origin.config, section).model_dump(mode="json")
@@ -108,7 +104,7 @@ def load_for_genotype(
             highlight=False,
             soft_wrap=True,
         )
-    cells, parent = genotype_to_train(reference, config)
+    check_to_train(reference, cells, parent, config, tracking_uri=uri)
     return cells, parent, config, name
 
 

@@ -195,11 +195,30 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
             `retrain.op_batchnorm` is false, so that the network would differ from the searched one.
         GenotypeError: as `resolve_genotype` does; or the genotype is not one of the configuration's space.
     """
-    runs_dir, tracking_uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
-    space = config.space.build()
-    genotype, finder = resolve_genotype(ref, space=space, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    runs_dir, uri = bucket.local(config.runtime.runs_dir), config.tracking.uri
+    genotype, finder = resolve_genotype(ref, space=config.space.build(), runs_dir=runs_dir, tracking_uri=uri)
+    check_to_train(ref, genotype, finder, config, tracking_uri=uri)
+    return genotype, finder
+
+
+def check_to_train(
+    ref: str, genotype: Genotype, finder: str | None, config: Config, *, tracking_uri: str | None
+) -> None:
+    """Check that a genotype can be trained with a configuration's `space` and `retrain` settings.
+
+    Args:
+        ref: The reference that names the genotype.
+        genotype: The genotype.
+        finder: The directory of the run that found it, or None.
+        config: The configuration.
+        tracking_uri: The MLflow store in which run ids are looked up.
+
+    Raises:
+        ConfigError, GenotypeError: as `genotype_to_train` does.
+    """
+    runs_dir = bucket.local(config.runtime.runs_dir)
     try:
-        space.check(genotype)
+        config.space.build().check(genotype)
     except GenotypeError as error:
         raise GenotypeError(error.problem, field=f"genotype {ref}", remedy=error.remedy) from None
     if not config.retrain.op_batchnorm and _from_one_stage(ref, genotype, finder, runs_dir, tracking_uri):
@@ -209,7 +228,6 @@ def genotype_to_train(ref: str, config: Config) -> tuple[Genotype, str | None]:
             field="retrain.op_batchnorm",
             remedy="set retrain.op_batchnorm=true",
         )
-    return genotype, finder
 
 
 def _from_one_stage(
