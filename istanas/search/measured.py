@@ -113,7 +113,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         )
         self._best = self._design[0]
         self._improvement: Improvement | None = None
-        self._hold(self._design[0])
+        self.hold(self._design[0])
         return self._report(self._best)
 
     def _check_stages(self) -> None:
@@ -146,7 +146,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     # ---------- the current architecture
 
-    def _hold(self, kept: Architecture) -> None:
+    def hold(self, kept: Architecture) -> None:
         """Create the network of the architecture that is measured next."""
         s, number = self.settings, len(self.measurements)
         self.current, self._trained = kept, 0
@@ -238,7 +238,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
             self._learn()
             self._check_trained()
             if not self.is_done:
-                self._hold(self._next())
+                self.hold(self._next())
         self.ranks.check_same("genotype", self.genotype().digest())
         self.ranks.check_same("next architecture", self.trained_genotype().digest())
         return self._report(before)
@@ -364,7 +364,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
             Measurement(tuple(kept), epochs, loss, top1) for kept, epochs, loss, top1 in state["measurements"]
         ]
         self._learn()
-        self._hold(tuple(state["current"]))
+        self.hold(tuple(state["current"]))
         self._trained = int(state["trained"])
         self.supernet.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])

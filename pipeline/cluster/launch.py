@@ -44,6 +44,8 @@ WORKERS: dict[Job, Callable[..., Progress]] = {"search": search_worker, "retrain
 
 SECONDS_BETWEEN_STEPS = 1.0  # between reported steps: each report costs time on a worker's core
 SECONDS_BETWEEN_LOOKS = 1.0  # between checks whether workers have ended; their messages arrive immediately
+SECONDS_TO_END = 10.0  # for Ray Train's controller, after Ctrl-C or an error
+SECONDS_BETWEEN_KILLS = 0.2  # between attempts to end it: it may not have started yet
 SECONDS_TO_POST = 30.0  # before a message of the controller is given up
 SECONDS_TO_START = 180.0  # least time that new workers have to start before the job counts as stuck
 RESUMES = "run the same command again to resume from the last checkpoint"
@@ -159,20 +161,10 @@ class _RayJob:
             self._job, self._config, allotment, number, self._arguments, self._mailbox, self._folder
         )
         fit = _Fit(trainer.fit)
-        self._stuck_at = min(self._stuck_at, time.monotonic() + self._patience())
-        while True:
-            ended = fit.ended
-            events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
-            for kind, *payload in events:
-                if kind not in OWN_KINDS:
-                    payload = pickle.loads(payload[0])
-                if kind in ("started", "lost"):
-                    self._stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
-                self._handle(kind, payload, allotment)
-            if ended and not events:
-                break
-            if time.monotonic() > self._stuck_at:
-                raise self._failed(f"no worker has started for {self._patience() / 60:.0f} minutes")
+        try:
+            self._follow(fit, allotment)
+        finally:
+            self._end(fit)
         if self._ended:  # Later errors of Ray's processes do not matter.
             return
         if isinstance(fit.error, ray.exceptions.RayActorError) and self._failures_left > 0:
@@ -190,6 +182,40 @@ class _RayJob:
             raise self._failed(f"the workers failed too often ({last_line(fit.error)})") from fit.error
         else:
             raise self._failed("the workers ended without a result")
+
+    def _follow(self, fit: _Fit, allotment: Allotment) -> None:
+        """Handle the events of a group of workers until `fit` has ended."""
+        import ray
+
+        self._stuck_at = min(self._stuck_at, time.monotonic() + self._patience())
+        while True:
+            ended = fit.ended
+            events = ray.get(self._mailbox.take.remote(timeout=SECONDS_BETWEEN_LOOKS))
+            for kind, *payload in events:
+                if kind not in OWN_KINDS:
+                    payload = pickle.loads(payload[0])
+                if kind in ("started", "lost"):
+                    self._stuck_at = time.monotonic() + self._patience() if kind == "lost" else float("inf")
+                self._handle(kind, payload, allotment)
+            if ended and not events:
+                break
+            if time.monotonic() > self._stuck_at:
+                raise self._failed(f"no worker has started for {self._patience() / 60:.0f} minutes")
+
+    def _end(self, fit: _Fit) -> None:
+        """End Ray Train's controller if it still runs, as after Ctrl-C, and wait for the thread of `fit`.
+
+        Ray ends this process if a thread uses Ray while it shuts down.
+        """
+        import ray
+
+        deadline = time.monotonic() + SECONDS_TO_END
+        with contextlib.suppress(ray.exceptions.RayError):  # The mailbox, or Ray itself, was lost.
+            while not fit.ended and time.monotonic() < deadline:
+                controller = ray.get(self._mailbox.controller.remote(), timeout=SECONDS_TO_END)
+                if controller is not None:
+                    ray.kill(controller)
+                fit.wait(SECONDS_BETWEEN_KILLS)
 
     def _failed(self, problem: str) -> IstanasError:
         return IstanasError(
@@ -284,6 +310,9 @@ class _Fit:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
 
 def _trainer(
     job: Job,
@@ -309,7 +338,7 @@ def _trainer(
         name=f"{job}-{uuid.uuid4().hex[:8]}",
         storage_path=str((folder.parent / LOG_FOLDER / "train").resolve()),
         failure_config=FailureConfig(**failures),
-        callbacks=[_make_loss_callback(mailbox)],
+        callbacks=[_make_loss_callback(mailbox), _make_start_callback(mailbox)],
     )
     scaling: dict[str, Any] = {
         "num_workers": number,
@@ -370,6 +399,22 @@ def _make_loss_callback(mailbox: Any) -> Any:
                 os._exit(1)  # Ray Train would handle an exception as a failure, and start new workers.
 
     return Losses()
+
+
+def _make_start_callback(mailbox: Any) -> Any:
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Starts(ControllerCallback):
+        """Sends a handle of Ray Train's controller, from that controller, so that `_RayJob` can end it.
+
+        Ray Train's public callbacks are not called when a controller starts.
+        """
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
+
+    return Starts()
 
 
 # ---------- on a worker

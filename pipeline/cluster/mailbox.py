@@ -28,6 +28,12 @@ class Mailbox:
         self._events: list[tuple[Any, ...]] = []
         self._arrived = asyncio.Event()
         self._answers: dict[tuple[str, int], asyncio.Future[bool]] = {}
+        self._controller: Any = None
+
+    # called by Ray Train's controller
+    async def controlled_by(self, controller: Any) -> None:
+        """Keep the handle of the controller that has just started."""
+        self._controller = controller
 
     # called by workers
     async def begin(self, token: str, reservation: str) -> bytes | None:
@@ -63,6 +69,10 @@ class Mailbox:
         events, self._events = self._events, []
         self._arrived.clear()
         return events
+
+    async def controller(self) -> Any:
+        """Return the handle of the controller that started last, or None if none has."""
+        return self._controller
 
     async def kept(self, epoch: int, should_continue: bool) -> None:
         """Confirm that the checkpoint of an epoch is on the disk, and say whether the workers continue."""

@@ -70,20 +70,20 @@ class SearchJob:
     def __init__(self, config: Config, dataset: ImageDataset, compute: Compute, ranks: Ranks) -> None:
         self._config, self._dataset, self._compute, self._ranks = config, dataset, compute, ranks
         self._splits = splits_of(config, dataset, "search")
-        self._search = build_search(config, dataset, compute, ranks)
+        self.search = build_search(config, dataset, compute, ranks)
         self._batches = Batches(
             config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
         )
 
     def load(self, saved: dict[str, Any]) -> None:
-        self._search.load_state_dict(saved["search"])
+        self.search.load_state_dict(saved["search"])
 
     def is_done(self, progress: Progress) -> bool:
         converged = progress.last is not None and progress.last.found().converged
-        return self._search.is_done or converged
+        return self.search.is_done or converged
 
     def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
-        search = self._search
+        search = self.search
         searching = search.is_searching
         metrics = self._train(epoch, on_step, lr_factor)
         choosing = self._choosing()
@@ -123,7 +123,7 @@ class SearchJob:
             return None
         labels = self._dataset.train.labels[indices]
         return _Choosing(
-            self._search,
+            self.search,
             self._batches,
             indices,
             labels,
@@ -133,7 +133,7 @@ class SearchJob:
 
     def _train(self, epoch: int, on_step: OnStep, lr_factor: float) -> dict[str, float]:
         """Train an epoch and return its metrics; there are none if the method trains nothing."""
-        search, alphas = self._search, self._splits.alphas
+        search, alphas = self.search, self._splits.alphas
         batches = self._batches.training("weights", self._splits.training, epoch)
         n_steps = len(batches)
         passes = itertools.count()  # an alpha half that is shorter than the weight half is used several times
@@ -162,11 +162,11 @@ class SearchJob:
 
     def _test(self) -> Metrics:
         """Measure the network, as it would be exported now, on the test split."""
-        net = to_channels_last(absorb_into_batchnorm(self._search.supernet))
+        net = to_channels_last(absorb_into_batchnorm(self.search.supernet))
         return evaluate(net, self._batches.measuring("test", None), self._compute, self._ranks)
 
     def state(self) -> dict[str, Any]:
-        return {"search": self._search.state_dict()}
+        return {"search": self.search.state_dict()}
 
 
 @dataclass(frozen=True)
