@@ -195,6 +195,31 @@ reporter.resumed(Progress(), 1)
 reporter.finished(Progress())
 print(*(kind for kind, *_ in ray.get(mailbox.take.remote(1))))
 """
+INTERRUPTED = """
+import sys, threading
+from pathlib import Path
+from pipeline.cluster.launch import prepare_workers, run_job
+from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.load import load
+from pipeline.training.epoch_record import FolderStore
+from pipeline.training.observer import Silent
+from pipeline.training.pictures import open_dataset
+
+class Interrupts(Silent):
+    def note(self, text):
+        raise KeyboardInterrupt
+
+run = Path(sys.argv[3])
+config = load(sys.argv[2], [f"runtime.address={sys.argv[1]}", "runtime.workers=1"])
+dataset = open_dataset(config, ("search",))
+with Runtime(config.runtime) as runtime:
+    prepare_workers(config, run, runtime, lambda line: None)
+    before = set(threading.enumerate())
+    try:
+        run_job("search", config, dataset, FolderStore(run / "checkpoints"), Interrupts(), runtime)
+    except KeyboardInterrupt:
+        print("interrupted", *(t.name for t in threading.enumerate() if t not in before and t.is_alive()))
+"""
 LEFT = """
 import sys, ray
 from ray.util import placement_group_table
@@ -302,7 +327,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_same_schedule(
     workers = cluster.workers()
     assert workers
     start = time.monotonic()
-    assert command.interrupt() == 130
+    assert command.interrupt() == 130, command.lines
     assert wait_for(lambda: not any(map(alive, workers)), 10 - (time.monotonic() - start))
     assert command.lines[-1] == "interrupted: run the same command again to resume"
     path = run_directory(copy)
@@ -384,6 +409,14 @@ def test_a_search_that_is_killed_in_every_way_has_the_same_result(
 def test_messages_of_a_worker_arrive_in_order(cluster: RayCluster) -> None:
     """Ray lets an asynchronous actor execute calls in any order. Here, the first call takes longest."""
     assert on_cluster(cluster, POST_WITH_DELAY) == ["started", "note", "resumed", "finished"]
+
+
+def test_no_thread_uses_ray_while_an_interrupted_job_shuts_it_down(
+    cluster: RayCluster, folder: Path, tmp_path: Path
+) -> None:
+    """Such a thread made Ray end the process, with exit code 1 or by SIGSEGV."""
+    arguments = (str(folder / "ray.yaml"), str(tmp_path))
+    assert on_cluster(cluster, INTERRUPTED, *arguments) == ["interrupted"]
 
 
 def test_doctor_recognises_ray_at_an_address(cluster: RayCluster) -> None:
