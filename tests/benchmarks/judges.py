@@ -41,7 +41,18 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "16px-20k-6": (*MANY, *SMALL, "search.stages=[[1,6]]"),
     "32px-8": (*FEW, "search.stages=[[1,8]]"),
 }
-FIELDS = ("index", "stratum", "kept", "true_score", "judge", "seconds", "loss", "top1", "train_loss", "sum_train_loss")
+FIELDS = (
+    "index",
+    "stratum",
+    "kept",
+    "true_score",
+    "judge",
+    "seconds",
+    "loss",
+    "top1",
+    "train_loss",
+    "sum_train_loss",
+)
 
 
 def drawn(table: Table, count: int, seed: int) -> Iterator[tuple[str, Architecture]]:
@@ -59,7 +70,9 @@ def drawn(table: Table, count: int, seed: int) -> Iterator[tuple[str, Architectu
         yield stratum, kept
 
 
-def measure(config_file: Path, root: Path, settings: tuple[str, ...], kept: Architecture, seed: int) -> dict[str, float]:
+def measure(
+    config_file: Path, root: Path, settings: tuple[str, ...], kept: Architecture, seed: int
+) -> dict[str, float]:
     """Train and measure one architecture, and return its figures with the seconds of CPU time."""
     config = settle_stems(load(config_file, [f"data.root={root}", f"seed={seed}", *settings]))
     dataset = open_dataset(config, ("search",))
