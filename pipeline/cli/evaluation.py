@@ -1,4 +1,4 @@
-"""The commands that measure whether a search is worth its cost: benchmark."""
+"""The commands that measure whether a search is worth its cost: benchmark, rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import complete_file, job_options
-from pipeline.cli.output import console_for, show_benchmark_result
-from pipeline.cli.settings import load_config
+from pipeline.cli.options import complete_file, complete_folder, job_options
+from pipeline.cli.output import console_for, show_benchmark_result, show_rank_result
+from pipeline.cli.settings import config_of_search, load_config
 
 
 def _split(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -71,4 +71,70 @@ def benchmark(
     show_benchmark_result(result, as_json, console, config)
 
 
-COMMANDS = (benchmark,)
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return the whole numbers in a text, which commas separate."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{value!r:.80} is not a list such as 1,3,10") from None
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter(f"{min(numbers)} is not a number of epochs: use 1 or more")
+    return numbers
+
+
+@click.command()
+@click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_folder)
+@click.option(
+    "--cells",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Number of random cells, 6 or more.",
+)
+@click.option(
+    "--epochs",
+    callback=_numbers,
+    metavar="N,...",
+    help="Epochs of the short retrainings that are compared; an empty list leaves them out. Default: an eighth, a "
+    "quarter and half of retrain.epochs, or none with --table.",
+)
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_file,
+    help="Compare with a table of true accuracies instead of retraining each cell, see istanas benchmark.",
+)
+@click.option("--column", metavar="NAME", help="Column of the table that counts. Default: the first one.")
+@job_options
+def rank(
+    run: str | None,
+    cells: int,
+    epochs: tuple[int, ...] | None,
+    table: Path | None,
+    column: str | None,
+    as_json: bool,
+    fresh: bool,
+    **settings: Any,
+) -> None:
+    """Measure how well cheap measurements rank cells.
+
+    Random cells are retrained, and measured cheaply: by short retrainings, with the shared weights of the search (of
+    RUN, or of the configured search, which runs first), and for method: measured by its measurements. The command
+    writes rank.csv and rank.html; run again, it resumes.
+    """
+    config, name = load_config(**settings) if run is None else config_of_search(run, **settings)
+    from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
+    from pipeline.jobs.rank import run_rank
+
+    console = console_for(as_json)
+    with Runtime(config.runtime) as runtime:
+        context = JobContext(config, name, console, runtime, fresh)
+        result = run_rank(context, cells=cells, epochs=epochs, table=table, column=column)
+    show_rank_result(result, as_json, console, config)
+
+
+COMMANDS = (benchmark, rank)

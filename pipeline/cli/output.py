@@ -19,6 +19,7 @@ from pipeline.runs.layout import (
     CELLS_FOLDER,
     CONFIG_FILE,
     GENOTYPE_FILE,
+    RANK_PAGE,
     REPORT_PAGE,
     TRIALS_TABLE,
     WEIGHTS_FILE,
@@ -152,6 +153,22 @@ def show_benchmark_result(result: Mapping[str, Any], as_json: bool, console: Con
     console.print(FittedTable(columns, rows, rest=f"{BENCHMARK_PAGE} and --json have everything"), crop=False)
     notes = [note for note in (table_note(result), tau_note(result)) if note is not None]
     for line in (*notes, *result["sentences"], *result["files"]):
+        console.print(line, highlight=False, soft_wrap=True)
+    show_store(console, config)
+    if as_json:
+        print_json(result)
+
+
+def show_rank_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """Print how well the judges rank, what that says in words, and where the files are."""
+    from pipeline.base.fitted_table import Column, FittedTable
+    from pipeline.report.rank_page import judges_note, judges_table
+
+    headings, rows = judges_table(result)
+    ranks = {"judge": 0, "tau": 0, "seconds": 1, "nats per minute": 1}
+    columns = [Column(heading, right=heading != "judge", rank=ranks.get(heading, 2)) for heading in headings]
+    console.print(FittedTable(columns, rows, rest=f"{RANK_PAGE} and --json have everything"), crop=False)
+    for line in (judges_note(result), *result["sentences"], *result["files"]):
         console.print(line, highlight=False, soft_wrap=True)
     show_store(console, config)
     if as_json:

@@ -70,6 +70,28 @@ def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...])
     return run, config
 
 
+def config_of_search(
+    reference: str, file: str | None, overrides: tuple[str, ...], **short: str | int | None
+) -> tuple[Config, str]:
+    """Return the configuration of a search, and the name of its runs.
+
+    Raises:
+        ConfigError: There is also a configuration file, or the run is no search.
+    """
+    if file is not None:
+        raise ConfigError(
+            f"{reference!r:.80} has its own configuration",
+            field="--config",
+            remedy="give a run or --config, not both",
+        )
+    run, _ = run_and_config(reference, None, overrides)
+    kind = run.read().kind
+    if kind != "search":
+        raise ConfigError(f"is a {kind}", field=f"run {reference!r:.80}", remedy="name a search")
+    config, name = load_config(str(run.path / CONFIG_FILE), overrides, **short)
+    return config, name.removesuffix("-search")  # the kind, which each job adds to its name
+
+
 def load_for_genotype(
     reference: str, console: Console, file: str | None, overrides: tuple[str, ...], **short: str | int | None
 ) -> tuple[Genotype, str | None, Config, str]:

@@ -31,6 +31,7 @@ _HASHED = {
     "retrain": ("seed", "data", "retrain"),
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
     "benchmark": ("method", "seed", "data", "space", "search"),
+    "rank": ("method", "seed", "data", "space", "search", "retrain"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
@@ -287,7 +288,7 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
     Args:
         config: The configuration.
-        job: "search", "retrain", "sweep" or "benchmark".
+        job: "search", "retrain", "sweep", "benchmark" or "rank".
         extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
     # The networks of other spaces may depend on the settings of the space, not only on the genotype.

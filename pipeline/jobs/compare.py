@@ -26,7 +26,7 @@ from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run
 from pipeline.report.terminal import shown, shown_time, top_columns, validation_note
 from pipeline.runs import bucket
-from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE
+from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE, RANK_TABLE
 from pipeline.runs.network_files import load_network
 from pipeline.runs.outcome import shown_outcome
 from pipeline.training.build import target_network
@@ -209,11 +209,15 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
                 field=f"run {ref!r}",
                 remedy=f"compare its trials (directories in it); istanas results --sweep {ref} lists them",
             )
-        if run.kind == "benchmark":
+        if run.kind in ("benchmark", "rank"):
+            what, file = {
+                "benchmark": ("searches", BENCHMARK_TABLE),
+                "rank": ("retrainings", RANK_TABLE),
+            }[run.kind]
             raise ConfigError(
-                "is a benchmark, not a run",
+                f"is a {run.kind}, not a run",
                 field=f"run {ref!r}",
-                remedy=f"compare its searches, which {BENCHMARK_TABLE} in its directory lists",
+                remedy=f"compare its {what}, which {file} in its directory lists",
             )
         same = run.files.resolve() if run.run_dir is not None else run.mlflow_run_id
         if same in seen:

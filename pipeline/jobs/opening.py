@@ -42,7 +42,7 @@ class JobSpec:
     """The identity of a run: kind, name, configuration and hash.
 
     Args:
-        kind: "search", "retrain", "sweep" or "benchmark".
+        kind: "search", "retrain", "sweep", "benchmark" or "rank".
         name: Name of the run, without the configuration's hash.
         digits: Hash of everything that decides the result.
         config: The whole configuration.

@@ -135,6 +135,25 @@ def of_benchmark(dataset: str, result: Mapping[str, Any]) -> str:
     )
 
 
+def of_rank(dataset: str, result: Mapping[str, Any]) -> str:
+    """Describe a comparison of judges.
+
+    Args:
+        dataset: The name of the data set.
+        result: The result, see `pipeline.jobs.rank`.
+    """
+    from pipeline.report.rank_page import judges_note, judges_table
+
+    return "\n\n".join(
+        [
+            f"How well cheap measurements rank cells on {dataset}.",
+            _table(*judges_table(result)),
+            judges_note(result),
+            *result["sentences"],
+        ]
+    )
+
+
 def _page(
     title: str, figures: Sequence[tuple[str, str]], genotype: Genotype, *, again: str, more: str = ""
 ) -> str:

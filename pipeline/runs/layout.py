@@ -56,6 +56,10 @@ BENCHMARK_TABLE = "benchmark.csv"  # all searches with their true accuracies and
 BENCHMARK_EPOCHS = "benchmark_epochs.csv"  # true accuracy and rank after each epoch of each search
 BENCHMARK_PAGE = "benchmark.html"  # both tables and the comparisons as a page
 
+# ----- Comparisons of judges.
+RANK_TABLE = "rank.csv"  # the score of each cell by each judge
+RANK_PAGE = "rank.html"  # how well each judge ranks, with a scatter plot
+
 
 def checkpoint_file(epoch: int) -> str:
     """Return the name of an epoch's checkpoint.

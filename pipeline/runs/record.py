@@ -96,7 +96,7 @@ class RunRecord:
 
     Args:
         name: Name of the run, without its hash.
-        kind: "search", "retrain", "sweep" or "benchmark".
+        kind: "search", "retrain", "sweep", "benchmark" or "rank".
         method: The search method.
         dataset: The setting `data.name`.
         key: Unique id, by which the MLflow run is found.

@@ -86,7 +86,7 @@ class SearchJob:
         search = self.search
         searching = search.is_searching
         metrics = self._train(epoch, on_step, lr_factor)
-        choosing = self._choosing()
+        choosing = self.choosing()
         validated = search.validate_epoch(choosing) if choosing is not None and metrics else None
         if validated is not None:
             metrics |= _named("valid", validated)
@@ -115,7 +115,7 @@ class SearchJob:
         )
         return EpochResult(metrics, found)
 
-    def _choosing(self) -> _Choosing | None:
+    def choosing(self) -> _Choosing | None:
         """Return the pictures for choosing: the alpha half, otherwise the hold-out; `None` if there is neither."""
         splits = self._splits
         indices = splits.alphas if splits.alphas is not None else splits.holdout

@@ -245,6 +245,19 @@ def searched_network(config: Config, dataset: ImageDataset, folder: Path, epochs
     return absorb_into_batchnorm(search.supernet)
 
 
+def searched_job(config: Config, dataset: ImageDataset, folder: Path, epochs: int) -> SearchJob:
+    """Return a finished search as it was after its last epoch.
+
+    Args, Raises: See `searched_network`.
+    """
+    saved = _last(folder, epochs)
+    compute = compute_for(config.runtime)
+    job = SearchJob(config, dataset, compute, Ranks.current(compute.device))
+    with _mismatch_as_checkpoint_error():
+        job.load(saved)
+    return job
+
+
 def _last(folder: Path, epochs: int) -> dict[str, Any]:
     found = load_latest(folder)
     if found is None or Progress.from_state(found.state["progress"]).epochs != epochs:

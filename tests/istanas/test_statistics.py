@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, kendalltau
 
 from istanas import statistics as s
 from istanas.errors import ConfigError
@@ -248,6 +248,20 @@ def test_intervals_of_rank_correlations_cover(correlation: Any, truth: float) ->
         return interval
 
     assert covered(study, truth) >= FEWEST
+
+
+def test_information_of_a_tau_is_that_of_two_normal_variables() -> None:
+    """With a correlation of 0.6, from draws: tau, and the information as the difference of two entropies."""
+    rho = 0.6
+    x, noise = np.random.default_rng(0).normal(size=(2, 4000))
+    y = rho * x + np.sqrt(1 - rho**2) * noise
+    entropy_of_y, entropy_of_y_given_x = (0.5 * np.log(2 * np.pi * np.e * v) for v in (1.0, 1 - rho**2))
+    tau = float(kendalltau(x, y).statistic)
+    assert s.information_of_tau(tau) == pytest.approx(entropy_of_y - entropy_of_y_given_x, abs=0.02)
+    assert s.information_of_tau(-0.5) == s.information_of_tau(0.0) == 0.0
+    assert s.information_of_tau(1.0) == np.inf
+    with pytest.raises(ConfigError, match=r"1\.5 is not in -1\.\.1"):
+        s.information_of_tau(1.5)
 
 
 def test_precision_at_the_top() -> None:

@@ -1,0 +1,94 @@
+"""Cheap measurements of architectures in this process: with a search's shared weights, or by short trainings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from istanas.data import ImageDataset
+from istanas.distributed import Ranks
+from istanas.effects.coding import architecture
+from istanas.search.judging import STATISTICS, measure_with_shared_weights
+from istanas.search.measured import MeasuredSearch
+from istanas.settings import MeasuredSettings
+from istanas.space import Genotype
+from pipeline.base.text import count
+from pipeline.config.schema import Config
+from pipeline.training.build import settings_of
+from pipeline.training.compute import compute_for
+from pipeline.training.epochs import SearchJob
+from pipeline.training.loop import searched_job
+
+CALIBRATION_BATCHES = 20
+
+Score = tuple[str, float, float]
+"""Name of a judge, score (higher is better), and seconds."""
+
+
+class SharedWeights:
+    """The network of a finished search, which measures any architecture of the space.
+
+    Args:
+        config: The configuration of the search.
+        dataset: Its pictures.
+        folder: Folder of its checkpoints.
+        epochs: Number of its epochs.
+
+    Raises:
+        CheckpointError: The last epoch's checkpoint is missing, damaged, or of another search.
+    """
+
+    names = tuple(f"shared weights, {statistics} statistics" for statistics in STATISTICS)
+
+    def __init__(self, config: Config, dataset: ImageDataset, folder: Path, epochs: int) -> None:
+        self._job = searched_job(config, dataset, folder, epochs)
+        self._space = config.space.build()
+
+    def measure(self, genotype: Genotype) -> Iterator[Score]:
+        """Yield minus the loss with each kind of batch-norm statistics. The seconds are those of one of them."""
+        choosing = self._job.choosing()
+        assert choosing is not None, "the caller has checked that there are pictures for choosing"
+        start = time.perf_counter()
+        measured = measure_with_shared_weights(
+            self._job.search,
+            self._space.supports(genotype),
+            choosing,
+            calibration_batches=CALIBRATION_BATCHES,
+        )
+        seconds = (time.perf_counter() - start) / len(measured)
+        for name, statistics in zip(self.names, STATISTICS, strict=True):
+            yield name, -measured[statistics].loss, seconds
+
+
+class ShortTrainings:
+    """The measurements of a search by measurements, at each of its fidelities.
+
+    Args:
+        config: A configuration with `method: measured`.
+        dataset: The pictures.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset) -> None:
+        self._config, self._dataset = config, dataset
+        self._compute = compute_for(config.runtime)
+        settings = settings_of(config)
+        assert isinstance(settings, MeasuredSettings)
+        self._epochs = sorted({epochs for _, epochs in settings.stages})
+        self.names = tuple(f"measurement of {count(epochs, 'epoch')}" for epochs in self._epochs)
+
+    def measure(self, genotype: Genotype) -> Iterator[Score]:
+        """Yield minus the loss after a training of each length."""
+        space = self._config.space.build()
+        kept = architecture(space, space.supports(genotype))
+        for name, epochs in zip(self.names, self._epochs, strict=True):
+            search = self._config.search.model_copy(update={"stages": ((1, epochs),)})
+            config = self._config.model_copy(update={"search": search})
+            job = SearchJob(config, self._dataset, self._compute, Ranks.current(self._compute.device))
+            assert isinstance(job.search, MeasuredSearch)
+            job.search.hold(kept)
+            start = time.perf_counter()
+            for epoch in range(epochs):
+                job.run_epoch(epoch, lambda *_: None, 1.0)
+            (measured,) = job.search.measurements
+            yield name, -measured.loss, time.perf_counter() - start
