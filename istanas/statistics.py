@@ -637,7 +637,9 @@ def information_of_tau(tau: float) -> float:
     """
     if not -1 <= tau <= 1:
         raise ConfigError(f"{tau} is not in -1..1", field="tau", remedy="use a rank correlation")
-    return math.inf if tau == 1 else -math.log(math.cos(math.pi * max(tau, 0.0) / 2))
+    if tau <= 0:
+        return 0.0
+    return math.inf if tau == 1 else -math.log(math.cos(math.pi * tau / 2))
 
 
 def _pooled_deviation(x: Values, y: Values) -> float:

@@ -165,7 +165,7 @@ def show_rank_result(result: Mapping[str, Any], as_json: bool, console: Console,
     from pipeline.report.rank_page import judges_note, judges_table
 
     headings, rows = judges_table(result)
-    ranks = {"judge": 0, "tau": 0, "seconds": 1, "nats per minute": 1}
+    ranks = {"judge": 0, "tau": 0, "seconds": 1, "nats/min": 1}
     columns = [Column(heading, right=heading != "judge", rank=ranks.get(heading, 2)) for heading in headings]
     console.print(FittedTable(columns, rows, rest=f"{RANK_PAGE} and --json have everything"), crop=False)
     for line in (judges_note(result), *result["sentences"], *result["files"]):

@@ -11,12 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.base.files import atomic_write
-from pipeline.base.text import percent
+from pipeline.base.text import count, percent
 from pipeline.report.compare_page import COLOURS
 from pipeline.report.html import add_axes, chart, chart_svg, render
 from pipeline.runs.layout import RANK_PAGE, RANK_TABLE
 
-HEADINGS = ["judge", "tau", "Spearman", "best found", "seconds", "seconds once", "nats per minute"]
+HEADINGS = ["judge", "tau", "Spearman", "best found", "seconds", "search", "nats/min"]
 COLUMNS = 3  # of the figure
 
 
@@ -46,9 +46,10 @@ def judges_note(result: Mapping[str, Any]) -> str:
     truth = "" if result["truth_seconds"] is None else f" ({result['truth_seconds']:.1f} s for a cell)"
     return (
         f"{result['cells']} random cells. The truth is the {result['truth']}{truth}. Tau and Spearman are rank "
-        f"correlations with it, with 95 % intervals. Best found: the share of the {result['top']} best cells that are "
-        f"among the judge's {result['top']} best; by chance it is {percent(result['top'] / result['cells'])}. Nats per "
-        "minute: the information of a measurement, divided by its time and its share of the time of the search."
+        f"correlations with it, with 95 % intervals. Best found: the share of the best {count(result['top'], 'cell')} "
+        f"that is also among the judge's best; by chance it is {percent(result['top'] / result['cells'])}. Search: "
+        "seconds of the search whose weights are shared. Nats/min: the information of a measurement, divided by its "
+        "time and its share of the search."
     )
 
 
@@ -84,14 +85,13 @@ def _chart(names: list[str], result: Mapping[str, Any]) -> Markup:
         scores.setdefault(row["judge"], {})[row["cell"]] = row["score"]
     true = scores["truth"]
     lines = ceil(len(names) / COLUMNS)
-    with chart(
-        9.6, 0.6 + 2.7 * lines, left=0.08, right=0.99, top=0.95, bottom=0.16 / lines, wspace=0.3
-    ) as page:
+    margins = {"left": 0.07, "right": 0.98, "top": 1 - 0.1 / lines, "bottom": 0.18 / lines}
+    with chart(9.6, 2.9 * lines, hspace=0.5, wspace=0.35, **margins) as page:
         for place, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False), start=1):
             finite = {cell: score for cell, score in scores[name].items() if isfinite(score)}
             # Minus the loss has a sign of its own; an accuracy is shown in per cent.
             scale = 100 if min(finite.values(), default=-inf) >= 0 else 1
-            axes = add_axes(page, lines, min(COLUMNS, len(names)), place, name)
+            axes = add_axes(page, lines, min(COLUMNS, len(names)), place, name.removesuffix(" statistics"))
             axes.scatter(
                 [100 * true[cell] for cell in finite],
                 [scale * score for score in finite.values()],
