@@ -2,6 +2,7 @@
 
 from istanas.sparse.certificates import DECISION_TOL, Certificate, certificate, duality_gap
 from istanas.sparse.convex import mosek_licence
+from istanas.sparse.costs import cost_weights
 from istanas.sparse.lasso import (
     critical_l1,
     dual_point,
@@ -31,6 +32,7 @@ __all__ = [
     "RecoveryResult",
     "RecoveryWarning",
     "certificate",
+    "cost_weights",
     "critical_l1",
     "dual_point",
     "duality_gap",

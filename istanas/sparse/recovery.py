@@ -76,8 +76,12 @@ def recover(
     tol: float = 1e-9,
     max_iter: int | None = None,
     support: Sequence[int] | npt.NDArray[Any] | None = None,
+    costs: Sequence[float] | npt.NDArray[Any] | None = None,
 ) -> RecoveryResult:
-    """Recover the sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 ||z||_1.
+    """Recover the sparse code of one node: z = argmin 1/2 ||A z - b||^2 + l1 sum_i c_i |z_i|.
+
+    Without costs, all c_i are 1. With costs, y_i = c_i z_i turns the problem into the one without costs, with the
+    columns A_i / c_i, so every solver solves it, and the gaps of the result are certified for y.
 
     Args:
         A: Measurement matrix, (m, n), array or tensor; m >= n is allowed.
@@ -87,6 +91,7 @@ def recover(
         tol: Relative duality gap to reach, > 0.
         max_iter: Bound on the solver's steps, >= 1; `None` uses the solver's own bound.
         support: The nonzeros of an earlier code (`RecoveryResult.support`), which are tried first; only for "homotopy".
+        costs: Weights c of the l1 norm, (n,), > 0, see `cost_weights`; `None` for 1.
 
     Returns:
         The code and its certificate. If columns are dependent, there may be several minimisers; any of them may be
@@ -103,8 +108,8 @@ def recover(
         >>> result.z, result.converged
         (array([0.5, 0. ]), True)
     """
-    supports = None if support is None else [support]
-    problems = _checked([A], [b], l1_weight, solver, tol, max_iter, supports)
+    supports, all_costs = (None if each is None else [each] for each in (support, costs))
+    problems = _checked([A], [b], l1_weight, solver, tol, max_iter, supports, all_costs)
     return _warned_of(problems, l1_weight, solver, tol, max_iter)[0]
 
 
@@ -117,6 +122,7 @@ def recover_nodes(
     tol: float = 1e-9,
     max_iter: int | None = None,
     supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
+    costs: Sequence[Sequence[float] | npt.NDArray[Any]] | None = None,
 ) -> list[RecoveryResult]:
     """Recover the codes of many nodes at once. Nodes may differ in size, and do not influence each other.
 
@@ -128,6 +134,7 @@ def recover_nodes(
         tol: As in `recover`.
         max_iter: As in `recover`.
         supports: For every node an earlier support or `None`.
+        costs: For every node the weights of `recover`, or `None` for 1 everywhere.
 
     Returns:
         One result per node, in order.
@@ -143,7 +150,7 @@ def recover_nodes(
         >>> [result.z.tolist() for result in results]
         [[0.5, 0.5], [0.0]]
     """
-    problems = _checked(list(As), list(bs), l1_weight, solver, tol, max_iter, supports)
+    problems = _checked(list(As), list(bs), l1_weight, solver, tol, max_iter, supports, costs)
     return _warned_of(problems, l1_weight, solver, tol, max_iter)
 
 
@@ -155,6 +162,7 @@ def recover_certified(
     *,
     tol: float = 1e-9,
     supports: Sequence[Sequence[int] | npt.NDArray[Any] | None] | None = None,
+    costs: Sequence[Sequence[float] | npt.NDArray[Any]] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[RecoveryResult]:
     """Recover certified codes of many nodes. Nodes on which a solver fails are passed to the next solver.
@@ -168,6 +176,7 @@ def recover_certified(
         solver: As in `recover`.
         tol: As in `recover`.
         supports: As in `recover_nodes`.
+        costs: As in `recover_nodes`.
         names: Names of the nodes for the error message; `None` uses their numbers.
 
     Returns:
@@ -180,7 +189,7 @@ def recover_certified(
         >>> [result.solver for result in recover_certified([np.eye(2)], [np.ones(2)], 0.5)]
         ['homotopy']
     """
-    problems = _checked(list(As), list(bs), l1_weight, solver, tol, None, supports)
+    problems = _checked(list(As), list(bs), l1_weight, solver, tol, None, supports, costs)
     stages: list[tuple[str, int | None, Members]] = [(solver, None, problems.members)]
     for name in FALLBACKS:
         # The requested solver is repeated only where the result can differ: without a support, or with more steps.
@@ -216,13 +225,14 @@ def recover_certified(
 
 
 class _Problems(NamedTuple):
-    """A batch of checked problems."""
+    """A batch of checked problems, in the variables y = c z if there are costs."""
 
     A: Array
     b: Array
     sizes: list[int]
     given: list[Any]  # The vectors b as the caller passed them.
     members: Members  # Whether each candidate is in the given support.
+    costs: Array | None  # c, (B, n). The columns of A are divided by them.
 
     def of(self, nodes: list[int]) -> _Problems:
         """Return the problems of these nodes."""
@@ -234,6 +244,7 @@ class _Problems(NamedTuple):
             [self.sizes[node] for node in nodes],
             [self.given[node] for node in nodes],
             None if self.members is None else self.members[nodes],
+            None if self.costs is None else self.costs[nodes],
         )
 
 
@@ -264,13 +275,14 @@ def _certify(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> list[RecoveryResult]:
     """Return one solver's codes with their certificates."""
-    A, b, sizes, bs, _ = problems
+    A, b, sizes, bs, _, costs = problems
     if len(sizes) == 0:
         return []
-    z, n_iter, reused = _solve(problems, l1_weight, solver, tol, max_iter)
+    y, n_iter, reused = _solve(problems, l1_weight, solver, tol, max_iter)
 
-    found = _certificates(A, b, z, l1_weight)
-    figures = (found.gap, n_iter, found.holds(tol), objective(A, b, z, l1_weight), reused, found.decision_gap)
+    found = _certificates(A, b, y, l1_weight)
+    figures = (found.gap, n_iter, found.holds(tol), objective(A, b, y, l1_weight), reused, found.decision_gap)
+    z = y if costs is None else y / costs
     return [
         RecoveryResult(_like(given, code[:size]), gap, steps, converged, value, solver, again, decision_gap)
         for given, code, size, gap, steps, converged, value, again, decision_gap in zip(
@@ -321,7 +333,7 @@ def _solve_in_units(
     problems: _Problems, l1_weight: float, solver: str, tol: float, max_iter: int | None
 ) -> tuple[Array, Indices, npt.NDArray[np.bool_]]:
     """Return the results of `_solve` for b whose squares are in the range of float64."""
-    A, b, _, given, members = problems
+    A, b, _, given, members, _ = problems
     reused = np.zeros(len(A), dtype=np.bool_)
     if solver == "homotopy":
         if members is None:
@@ -353,6 +365,7 @@ def _checked(
     tol: float,
     max_iter: int | None,
     supports: Any,
+    costs: Any,
 ) -> _Problems:
     """Check the arguments and return the problems as a batch.
 
@@ -361,7 +374,7 @@ def _checked(
     """
     _check_arguments(As, bs, l1_weight, solver, tol, max_iter, supports)
     if len(As) == 0:
-        return _Problems(np.zeros((0, 1, 1)), np.zeros((0, 1)), [], [], None)
+        return _Problems(np.zeros((0, 1, 1)), np.zeros((0, 1)), [], [], None, None)
     matrices, vectors = [as_float64(A) for A in As], [as_float64(b) for b in bs]
     for node, (A, b) in enumerate(zip(matrices, vectors, strict=True)):
         if A.ndim != 2 or 0 in A.shape or b.shape != A.shape[:1]:
@@ -369,7 +382,12 @@ def _checked(
     sizes = [A.shape[1] for A in matrices]
     A, b = _pad(matrices, vectors)
     _check_finite(A, b)
-    return _Problems(A, b, sizes, list(bs), _memberships(supports, sizes, A.shape[2]))
+    weights = _weights(costs, sizes, A.shape[2])
+    if weights is not None:
+        with np.errstate(over="ignore"):
+            A = A / weights[:, None, :]
+        _check_finite(A, b)
+    return _Problems(A, b, sizes, list(bs), _memberships(supports, sizes, A.shape[2]), weights)
 
 
 def _check_arguments(
@@ -451,6 +469,34 @@ def _pad(matrices: list[Array], vectors: list[Array]) -> tuple[Array, Array]:
         batch_A[i, : A.shape[0], : A.shape[1]] = A
         batch_b[i, : b.shape[0]] = b
     return batch_A, batch_b
+
+
+def _weights(costs: Any, sizes: list[int], width: int) -> Array | None:
+    """Return the weights of the l1 norm as one batch, padded by 1.
+
+    Raises:
+        SolverError: If there is not one positive, finite weight for each candidate.
+    """
+    if costs is None:
+        return None
+    if len(costs) != len(sizes):
+        raise SolverError(
+            f"{len(costs)} entries for {len(sizes)} nodes",
+            field="costs",
+            remedy="give the weights of each node",
+        )
+    batch = np.ones((len(sizes), width))
+    for node, (given, size) in enumerate(zip(costs, sizes, strict=True)):
+        own, of_node = as_float64(given), _of_node(node, len(sizes))
+        if own.shape != (size,):
+            raise SolverError(f"shape {own.shape}{of_node}", field="costs", remedy=f"use {(size,)}")
+        wrong = own[~((own > 0) & np.isfinite(own))]
+        if len(wrong):
+            raise SolverError(
+                f"an entry{of_node} is {wrong[0]}", field="costs", remedy="give finite positive numbers"
+            )
+        batch[node, :size] = own
+    return batch
 
 
 def _memberships(supports: Any, sizes: list[int], width: int) -> npt.NDArray[np.bool_] | None:
