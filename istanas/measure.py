@@ -71,8 +71,8 @@ def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
     of torch's functions.
 
     Args:
-        net: Any network that maps (B, C, H, W) to logits. It is not changed.
-        shape: (C, H, W) of the picture.
+        net: Any network or operation that takes (B, C, H, W). It is not changed.
+        shape: (C, H, W) of its input.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8))
@@ -80,10 +80,10 @@ def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
     """
     products = _Products()
     was_training = net.training
-    first = next(net.parameters())
+    like = next(net.parameters(), torch.empty(0))  # such as pooling, which has no parameters
     try:
         with products, torch.no_grad():
-            net.eval()(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+            net.eval()(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
     finally:
         net.train(was_training)
     return products.macs

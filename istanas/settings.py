@@ -149,9 +149,35 @@ class SparseCodingSettings:
     solver: Solver = "homotopy"
 
 
+CostUnit = Literal["macs", "params"]
+"""What a candidate costs: multiply-adds of one picture, or parameters, see `istanas.candidates`."""
+
+
 @dataclass(frozen=True)
-class TwoStageSettings(AlternatingSettings, SparseCodingSettings):
-    """Two-stage search. The defaults are the published settings.
+class CostSettings:
+    """Settings of a search that prefers architectures of low cost. The cost is that of the target network.
+
+    Args:
+        cost: Cost of a candidate: multiply-adds (macs) or parameters (params), averaged over the cells of the target
+            network.
+        cost_weight: Weight mu of the costs. The l1 norm of the sparse codes weighs each candidate by
+            1 + mu cost / mean cost. 0 ignores the costs, as published.
+        max_params: Largest number of parameters of an architecture, without the auxiliary head. null disables the
+            limit.
+        max_macs: Largest number of multiply-adds of an architecture for one picture. null disables the limit.
+    """
+
+    cost: CostUnit = "macs"
+    cost_weight: NonNegativeFloat = 0.0
+    max_params: Annotated[int, Ge(1), Unit("parameters")] | None = None
+    max_macs: Annotated[int, Ge(1), Unit("multiply-adds")] | None = None
+
+
+@dataclass(frozen=True)
+class TwoStageSettings(AlternatingSettings, CostSettings, SparseCodingSettings):
+    """Two-stage search. The defaults are the published settings, which have no costs and no limits.
+
+    While an architecture exceeds a limit, the weight of the costs is raised to the smallest value that keeps the limit.
 
     Args:
         termination_tol: The search stops early after an epoch in which every sparse code moved by at most this
@@ -166,7 +192,7 @@ class TwoStageSettings(AlternatingSettings, SparseCodingSettings):
 
 
 @dataclass(frozen=True)
-class OneStageSettings(SearchSettings, SparseCodingSettings):
+class OneStageSettings(SearchSettings, CostSettings, SparseCodingSettings):
     """One-stage search, whose supernet becomes the trained network. The defaults are published for CIFAR-10.
 
     Args:
@@ -181,9 +207,8 @@ class OneStageSettings(SearchSettings, SparseCodingSettings):
         label_smoothing: Label smoothing of the loss. 0 disables it.
         termination_tol: A node freezes after an epoch in which its sparse code moved by at most this (Euclidean
             distance).
-        max_params: Largest number of parameters of an architecture, without the auxiliary head; larger ones are
-            rejected. null disables the limit.
-        max_macs: Largest number of multiply-adds of an architecture; larger ones are rejected. null disables the limit.
+        over_limit: What happens to an architecture that exceeds a limit. reject keeps the previous one, as published.
+            reweigh raises the weight of the costs to the smallest value that keeps the limit.
         test_every: Interval at which the test split is measured during training, and after the last epoch. 0 disables
             it.
 
@@ -211,7 +236,7 @@ class OneStageSettings(SearchSettings, SparseCodingSettings):
     label_smoothing: Fraction = 0.0
     termination_tol: NonNegativeFloat = 1e-3
     max_params: Annotated[int, Ge(1), Unit("parameters")] | None = 3_700_000
-    max_macs: Annotated[int, Ge(1), Unit("multiply-adds")] | None = None
+    over_limit: Literal["reject", "reweigh"] = "reject"
     test_every: EpochsFromZero = 1
 
     @property

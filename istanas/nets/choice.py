@@ -178,6 +178,18 @@ def _registered(operation: str, channels: int, stride: int, affine: bool) -> nn.
     return make_operation(operation, channels, stride, affine=affine)
 
 
+def chosen_network(space: ChoiceSpace, size: NetworkSize) -> tuple[nn.Module, Places]:
+    """Return the network of a `ChoiceSpace` with all candidates as they are in the networks of genotypes.
+
+    Raises:
+        ConfigError: If the space cannot be built.
+    """
+    chooser = _Chooser(space, size, None, affine=True)
+    network = space.network(size, chooser)
+    chooser.check()
+    return network, chooser.places
+
+
 class ChoiceTarget(TargetNetwork):
     """The network of a genotype of a `ChoiceSpace`.
 

@@ -24,8 +24,9 @@ from istanas.measure import Cost
 from istanas.nets import NodeState, SearchNetwork
 from istanas.nets.skeleton import UnchangedStatistics
 from istanas.optimizers import SGD, Adam
-from istanas.settings import SearchSettings
+from istanas.settings import CostUnit, SearchSettings
 from istanas.space import Decision, Genotype
+from istanas.sparse.lasso import Array
 from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class Search(Generic[Settings]):
             share of every batch, and have the same network and architecture after each call.
         cost: Returns the parameters and multiply-adds of a genotype's target network; `None` for a search without
             limits.
+        candidate_costs: Returns the costs of all candidates in a unit, see `istanas.candidates.candidate_costs`; `None`
+            for a search without costs.
 
     Attributes:
         epoch: Number of completed epochs.
@@ -183,13 +186,14 @@ class Search(Generic[Settings]):
         seed: int,
         ranks: Ranks | None = None,
         cost: Callable[[Genotype], Cost] | None = None,
+        candidate_costs: Callable[[CostUnit], Mapping[str, tuple[Array, ...]]] | None = None,
     ) -> None:
         self.supernet = supernet
         self.settings = settings
         self.ranks = ranks or Ranks()
         self.compute = compute
         self.seed = seed
-        self.cost = cost
+        self.cost, self.candidate_costs = cost, candidate_costs
         self.epoch = 0
         self.decisions = supernet.space.all_decisions()
         self.places: list[Place] = [(decision.kind, decision.index) for decision in self.decisions]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from istanas.data import Batch
 from istanas.errors import ConfigError
@@ -51,13 +51,6 @@ class Freezing:
     reason: str
 
 
-class _Excess(NamedTuple):
-    """A limit that an architecture exceeds."""
-
-    limit: str
-    text: str
-
-
 class OneStageSearch(SparseCodingSearch[OneStageSettings]):
     """A one-stage search: its state, its steps and its epochs.
 
@@ -70,6 +63,7 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         ranks: The processes that search together; `None` means only this one.
         cost: Returns the parameters and multiply-adds of a genotype's target network, which are compared with the
             limits; `None` if the settings have no limits.
+        candidate_costs: See `Search`.
 
     Raises:
         ConfigError: If neither the first random architecture nor 100 others are within the limits.
@@ -98,6 +92,8 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         """Prepare the search, and report its decisions before any training."""
         self.begin_coding()
         self.freezings: list[Freezing] = []
+        if self.settings.over_limit == "reweigh":
+            self.check_limits()
         self.n_rejected = 0  # Number of rejected architectures after the first accepted one.
         return self._first_recovery(self.seed)
 
@@ -106,8 +102,8 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         for attempt in range(MAX_REDRAWS + 1):
             if attempt > 0:
                 self.draw_alphas(seed, attempt)
-            recovered = self.recover_codes(self.places)
-            excess = self._excess(recovered)
+            recovered = self._recovered(self.places)
+            excess = self.excess(recovered)
             if excess is None:
                 self.install({new.place: new.code for new in recovered})
                 return RecoveryReport(self.report(recovered))
@@ -226,6 +222,7 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         return {
             "arch/frozen_nodes": float(len(self.freezings)),
             "arch/rejected": float(self.n_rejected),
+            **self.cost_metrics(),
         }
 
     def finish_epoch(self) -> RecoveryReport:
@@ -248,8 +245,8 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
             IstanasError: If the ranks have different architectures.
         """
         active = self.active_places()
-        recovered = self.recover_codes(active)
-        excess = self._excess(recovered)
+        recovered = self._recovered(active)
+        excess = self.excess(recovered)
         codes = self.codes_by_place()
         if excess is None:
             codes.update({new.place: new.code for new in recovered})
@@ -262,26 +259,11 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
             [nodes[place] for place in self.places], None if excess is None else excess.text
         )
 
-    def _excess(self, recovered: Sequence[Recovered]) -> _Excess | None:
-        """Return a limit that the architecture with these new codes exceeds, or `None`."""
-        s, space = self.settings, self.supernet.space
-        if self.cost is None:
-            assert s.max_params is s.max_macs is None, "limits require a cost"
-            return None
-        supports = {cell: [code.support for code in codes] for cell, codes in self.codes.items()}
-        if not supports:
-            supports = {kind: [()] * len(each) for kind, each in space.decisions.items()}
-        for new in recovered:
-            cell, node = new.place
-            supports[cell][node] = new.code.support
-        cost = self.cost(space.genotype(supports))
-        for value, limit, name, unit in (
-            (cost.params, s.max_params, "max_params", "parameters"),
-            (cost.macs, s.max_macs, "max_macs", "multiply-adds"),
-        ):
-            if limit is not None and value > limit:
-                return _Excess(name, f"{value:,} {unit} are above {name} = {limit:,}")
-        return None
+    def _recovered(self, places: Sequence[Place]) -> list[Recovered]:
+        """Recover new codes of these nodes; with over_limit = reweigh, within the limits if possible."""
+        if self.settings.over_limit == "reweigh":
+            return self.recover_within_limits(places)
+        return self.recover_codes(places)
 
     def _install_and_freeze(self, codes: Mapping[Place, NodeCode], distances: Mapping[Place, float]) -> None:
         """Install the codes, and freeze the ACTIVE nodes within the tolerance, or all of them after the last epoch.

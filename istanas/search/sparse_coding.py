@@ -7,19 +7,22 @@ add the algorithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from istanas.errors import ConfigError
 from istanas.nets import NodeCode, NodeState
 from istanas.search.base import NodeReport, Place, Search
-from istanas.settings import OneStageSettings, TwoStageSettings
+from istanas.search.limits import Excess, cheapest, exceeded, has_limits
+from istanas.settings import CostUnit, OneStageSettings, TwoStageSettings
 from istanas.space import Decision, SearchSpace
 from istanas.sparse import (
     RecoveryResult,
+    cost_weights,
     initial_compressed_alphas,
     measurement_matrix,
     recover_certified,
@@ -27,7 +30,12 @@ from istanas.sparse import (
     top_support,
     truncation_error,
 )
+from istanas.sparse.lasso import Array
 from istanas.training import derive_seed
+
+FIRST_WEIGHT = 0.1  # of the costs, where an architecture exceeds a limit
+LARGEST_WEIGHT = 1e6
+WEIGHT_TOLERANCE = 0.01  # relative difference at which the bisection of the weight ends
 
 Codes = dict[str, list[NodeCode]]
 States = dict[str, list[NodeState]]
@@ -68,6 +76,12 @@ class SparseCodingSearch(Search[Settings]):
         self.draw_alphas(self.seed)
         self._matrices = draw_matrices(self.supernet.space, s.n_measurements, s.matrix, s.matrix_seed)
         self.codes: Codes = {}
+        self.cost_weight = s.cost_weight  # of the last recovery
+
+    def cost_metrics(self) -> dict[str, float]:
+        """Return the weight of the costs in the last recovery, if the search considers costs."""
+        considers = self.settings.cost_weight > 0 or has_limits(self.settings)
+        return {"arch/cost_weight": self.cost_weight} if considers else {}
 
     def draw_alphas(self, seed: int, *attempt: int) -> None:
         """Draw every node's b."""
@@ -79,10 +93,133 @@ class SparseCodingSearch(Search[Settings]):
                 self.supernet.node_alphas(cell)[node].copy_(torch.as_tensor(b))
 
     def recover_codes(self, places: Sequence[Place]) -> list[Recovered]:
-        """Recover new codes of these nodes from their b, on rank 0 for all ranks."""
+        """Recover new codes of these nodes from their b, with the configured weight of the costs."""
+        self.cost_weight = self.settings.cost_weight
+        return self._recover_with(places, self.cost_weight)
+
+    def recover_within_limits(self, places: Sequence[Place]) -> list[Recovered]:
+        """Recover new codes of these nodes whose architecture keeps the limits.
+
+        If the configured weight mu of the costs does not keep them, mu is raised to the smallest value that does: it is
+        doubled until they are kept, and then bisected to a relative difference of `WEIGHT_TOLERANCE`. With many costs
+        of 0 there may be no such value, because a code needs other candidates to represent b. The codes of the largest
+        mu are then kept, and candidates are exchanged for cheaper ones, beginning with those whose exchange loses the
+        least |z| for what it saves.
+        """
+        recovered = self.recover_codes(places)
+        if self.excess(recovered) is None:
+            return recovered
+        low, high = self.cost_weight, max(2 * self.cost_weight, FIRST_WEIGHT)
+        within = None
+        while high <= LARGEST_WEIGHT:
+            recovered = self._recover_with(places, high)
+            if self.excess(recovered) is None:
+                within = recovered
+                break
+            low, high = high, 2 * high
+        if within is None:
+            self.cost_weight = low
+            return self._exchanged(recovered)
+        while high - low > WEIGHT_TOLERANCE * high:
+            middle = (low + high) / 2
+            recovered = self._recover_with(places, middle)
+            if self.excess(recovered) is None:
+                within, high = recovered, middle
+            else:
+                low = middle
+        self.cost_weight = high
+        return within
+
+    def excess(self, recovered: Sequence[Recovered]) -> Excess | None:
+        """Return a limit that the architecture with these new codes exceeds, or `None`."""
+        if self.cost is None:
+            assert not has_limits(self.settings), "limits require a cost"
+            return None
+        space = self.supernet.space
+        supports = {cell: [code.support for code in codes] for cell, codes in self.codes.items()}
+        if not supports:
+            supports = {kind: [()] * len(each) for kind, each in space.decisions.items()}
+        for new in recovered:
+            cell, node = new.place
+            supports[cell][node] = new.code.support
+        return exceeded(self.settings, self.cost(space.genotype(supports)))
+
+    def check_limits(self) -> None:
+        """Check that the cheapest architecture keeps the limits.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        if not has_limits(self.settings):
+            return
+        assert self.cost is not None, "limits require a cost"
+        units: tuple[tuple[CostUnit, str], ...] = (("params", "max_params"), ("macs", "max_macs"))
+        for unit, limit in units:
+            if (most := getattr(self.settings, limit)) is None:
+                continue
+            least = getattr(self.cost(cheapest(self.supernet.space, self._costs_in(unit))), unit)
+            if least > most:
+                raise ConfigError(
+                    f"{most:,} is below the cheapest architecture, which has {least:,}",
+                    field=limit,
+                    remedy=f"use {least:,} or more, or a smaller network",
+                )
+
+    def _costs_in(self, unit: CostUnit) -> dict[str, tuple[Array, ...]]:
+        assert self.candidate_costs is not None, "limits and weights of costs require the costs of candidates"
+        return dict(self.candidate_costs(unit))
+
+    def _weights(self, cost_weight: float) -> dict[Place, Array] | None:
+        """Return the weights of the l1 norm of each node; `None` for 1."""
+        if cost_weight == 0:
+            return None
+        costs = self._costs_in(self.settings.cost)
+        weights = cost_weights([costs[cell][node] for cell, node in self.places], cost_weight)
+        return dict(zip(self.places, weights, strict=True))
+
+    def _exchanged(self, recovered: Sequence[Recovered]) -> list[Recovered]:
+        """Exchange kept candidates for cheaper ones until the limits are kept.
+
+        If no exchange saves anything, the candidates of the cheapest architecture are kept, which is within the limits.
+        """
+        current = list(recovered)
+        while (found := self.excess(current)) is not None:
+            costs = self._costs_in("macs" if found.limit == "max_macs" else "params")
+            options = [
+                (lost / saved, number, support)
+                for number, new in enumerate(current)
+                for lost, saved, support in self._exchanges(new, costs)
+            ]
+            if not options:
+                # Parts of the network that no candidate reads cost nothing. `check_limits` counts this.
+                least = self.supernet.space.supports(cheapest(self.supernet.space, costs))
+                return [_with_support(new, least[new.place[0]][new.place[1]]) for new in current]
+            _, number, support = min(options)
+            current[number] = _with_support(current[number], support)
+        return current
+
+    def _exchanges(
+        self, new: Recovered, costs: Mapping[str, tuple[Array, ...]]
+    ) -> Iterator[tuple[float, float, tuple[int, ...]]]:
+        """Yield the exchanges of a kept candidate for a cheaper one: lost |z|, saved cost, and the new support."""
+        kind, index = new.place
+        decision, cost = self.supernet.space.decisions[kind][index], costs[kind][index]
+        magnitude = new.code.sparse_code.abs().double().tolist()
+        for kept in new.code.support:
+            others = [c for c in new.code.support if c != kept]
+            taken = {decision.edges[c] for c in others} if decision.one_per_edge else set()
+            for candidate in range(decision.n_candidates):
+                saved = float(cost[kept] - cost[candidate])
+                if saved > 0 and candidate not in others and decision.edges[candidate] not in taken:
+                    lost = max(magnitude[kept] - magnitude[candidate], 0.0)
+                    yield lost, saved, tuple(sorted([*others, candidate]))
+
+    def _recover_with(self, places: Sequence[Place], cost_weight: float) -> list[Recovered]:
+        """Recover new codes of these nodes with a weight of the costs, on rank 0 for all ranks."""
         decisions = self.supernet.space.decisions
         before = [self.codes[cell][node] if self.codes else None for cell, node in places]
-        results = self.ranks.from_first(lambda: self._solve(places, before))
+        weights = self._weights(cost_weight)
+        results = self.ranks.from_first(lambda: self._solve(places, before, weights))
         recovered = []
         for (cell, node), old, result in zip(places, before, results, strict=True):
             z = torch.as_tensor(result.z)
@@ -92,7 +229,12 @@ class SparseCodingSearch(Search[Settings]):
             recovered.append(Recovered((cell, node), code, old, result))
         return recovered
 
-    def _solve(self, places: Sequence[Place], before: Sequence[NodeCode | None]) -> list[RecoveryResult]:
+    def _solve(
+        self,
+        places: Sequence[Place],
+        before: Sequence[NodeCode | None],
+        weights: Mapping[Place, Array] | None,
+    ) -> list[RecoveryResult]:
         alphas = {kind: self.supernet.node_alphas(kind) for kind in self.supernet.space.kinds}
         return recover_certified(
             [self._matrices[cell][node] for cell, node in places],
@@ -100,6 +242,7 @@ class SparseCodingSearch(Search[Settings]):
             l1_weight=self.settings.l1_weight,
             solver=self.settings.solver,
             supports=[None if old is None else old.sparse_code.nonzero().flatten().numpy() for old in before],
+            costs=None if weights is None else [weights[place] for place in places],
             names=[f"{cell} node {node}" for cell, node in places],
         )
 
@@ -203,6 +346,12 @@ class SparseCodingSearch(Search[Settings]):
             {(cell, node): codes[cell][node] for cell, node in self.places},
             {c: [NodeState[name] for name in names] for c, names in state["node_states"].items()},
         )
+
+
+def _with_support(new: Recovered, support: Sequence[int]) -> Recovered:
+    """Return a recovered code that keeps other candidates."""
+    code = NodeCode(new.code.measurement_matrix, new.code.sparse_code, tuple(support))
+    return replace(new, code=code)
 
 
 def draw_matrices(space: SearchSpace, n_measurements: int, kind: str, seed: int) -> dict[str, list[Tensor]]:

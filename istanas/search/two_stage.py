@@ -39,12 +39,13 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
         self.begin_coding()
+        self.check_limits()
         return self.recover()
 
     def recover(self) -> RecoveryReport:
         """Recover every node's code from its b, and make the operations of its largest entries active.
 
-        Rank 0 recovers the codes for all ranks.
+        Rank 0 recovers the codes for all ranks. The architecture is within the limits, see `recover_within_limits`.
 
         Returns:
             The changes and each node's certificate. Distances are 0 at the first recovery.
@@ -53,7 +54,7 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
             SolverError: If no solver certifies the code of a node.
             IstanasError: If the ranks have different architectures.
         """
-        recovered = self.recover_codes(self.places)
+        recovered = self.recover_within_limits(self.places)
         self.install({new.place: new.code for new in recovered})
         return RecoveryReport(self.report(recovered))
 
@@ -67,5 +68,5 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
         return tol is not None and all(node.distance <= tol for node in report.nodes)
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of frozen nodes, which is 0: nodes freeze in one-stage search only."""
-        return {"arch/frozen_nodes": 0.0}
+        """Return the weight of the costs, and the number of frozen nodes: 0, nodes freeze in one-stage search only."""
+        return {"arch/frozen_nodes": 0.0, **self.cost_metrics()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,7 @@ from istanas.errors import ConfigError, GenotypeError
 from istanas.registry import Registry
 
 if TYPE_CHECKING:
+    from istanas.candidates import PlacedCandidate
     from istanas.measure import Cost
     from istanas.nets.networks import SearchNetwork, TargetNetwork
     from istanas.space.genotype import Genotype
@@ -191,6 +192,24 @@ class SearchSpace(ABC):
         from istanas.measure import network_cost
 
         return network_cost(self, genotype, size, shape)
+
+    def placed_candidates(self, size: NetworkSize, shape: tuple[int, int, int]) -> Iterator[PlacedCandidate]:
+        """Yield every candidate at every place where it can stand in the network of a genotype.
+
+        Searches that consider the costs of candidates need this. Each candidate has at least one place.
+
+        Args:
+            size: The size of the network.
+            shape: (C, H, W) of a picture.
+
+        Raises:
+            ConfigError: If the space does not define this function.
+        """
+        raise ConfigError(
+            f"the space {self.name} does not say where its candidates stand",
+            field="space.name",
+            remedy="define placed_candidates, derive the space from ChoiceSpace, or set search.cost_weight to 0",
+        )
 
     def check_size(self, size: NetworkSize) -> None:  # noqa: B027 (a default, not an abstract method)
         """Check that the space has a network of this size. By default every size is accepted.

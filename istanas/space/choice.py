@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from istanas.space.base import Decision, NetworkSize, SearchSpace
@@ -11,6 +11,7 @@ from istanas.space.base import Decision, NetworkSize, SearchSpace
 if TYPE_CHECKING:
     from torch import nn
 
+    from istanas.candidates import PlacedCandidate
     from istanas.nets.choice import ChoiceSupernet, ChoiceTarget
     from istanas.space.genotype import Genotype
 
@@ -89,3 +90,9 @@ class ChoiceSpace(SearchSpace):
 
         assert not auxiliary, "a choice space has no auxiliary head"
         return ChoiceTarget(self, genotype, size)
+
+    def placed_candidates(self, size: NetworkSize, shape: tuple[int, int, int]) -> Iterator[PlacedCandidate]:
+        """Yield every candidate at every place of the network."""
+        from istanas.candidates import choice_candidates
+
+        return choice_candidates(self, size, shape)

@@ -7,7 +7,7 @@ candidates of a node are its (edge, operation) pairs, row by row: candidate = st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -21,6 +21,7 @@ from istanas.space.operations import OPERATIONS
 from istanas.space.primitives import PRIMITIVES
 
 if TYPE_CHECKING:
+    from istanas.candidates import PlacedCandidate
     from istanas.measure import Cost
     from istanas.nets import Supernet, TargetNet
     from istanas.space.genotype import Genotype
@@ -200,6 +201,12 @@ class CellSpace(SearchSpace):
             stem=size.stem,
             op_batchnorm=size.op_batchnorm,
         )
+
+    def placed_candidates(self, size: NetworkSize, shape: tuple[int, int, int]) -> Iterator[PlacedCandidate]:
+        """Yield every candidate in every cell of the network."""
+        from istanas.candidates import cell_candidates
+
+        return cell_candidates(self, size, shape)
 
     def state_name(self, state: int) -> str:
         """Return the name of a state: an output of one of the two previous cells, or a node of this cell."""

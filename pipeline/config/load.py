@@ -22,7 +22,7 @@ from istanas.space import DEFAULT_SPACE
 from pipeline.base.redaction import without_secrets
 from pipeline.config.keys import is_known, is_text, known_keys, known_methods, schemas_of_methods
 from pipeline.config.plugins import plugin_digests
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, considers_costs
 from pipeline.config.validation import check_combinations, printable, schema_of, shown_override, validate
 from pipeline.config.yaml_files import NOT_YAML, describe_error, dump, parse, read_file
 
@@ -34,9 +34,19 @@ _HASHED = {
     "rank": ("method", "seed", "data", "space", "search", "retrain"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
-# Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
-# value, so that the runs of earlier versions keep their hashes.
-_ADDED = {"data.background": "#ffffff", "space.name": DEFAULT_SPACE}
+# Settings that were added after version 0.1, with the value that has no effect, for all methods ("") or one. They are
+# not hashed if they have this value, so that the runs of earlier versions keep their hashes.
+_ADDED: dict[str, dict[str, Any]] = {
+    "": {"data.background": "#ffffff", "space.name": DEFAULT_SPACE},
+    "two_stage": {
+        "search.cost": "macs",
+        "search.cost_weight": 0.0,
+        "search.max_params": None,
+        "search.max_macs": None,
+    },
+    "one_stage": {"search.cost": "macs", "search.cost_weight": 0.0, "search.over_limit": "reject"},
+}
+_NOTHING = object()
 _NOT_HASHED_SWEEP = (
     "storage",
     "max_concurrent",
@@ -296,12 +306,20 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
     decisive = config.model_dump(mode="json", include=set(_HASHED[job]) | space)
     for key in _NOT_HASHED_DATA:
         del decisive["data"][key]
-    for path, neutral in _ADDED.items():
+    for path, neutral in (_ADDED[""] | _ADDED.get(config.method, {})).items():
         section, key = path.split(".")
-        if decisive.get(section, {}).get(key) == neutral:
+        if decisive.get(section, {}).get(key, _NOTHING) == neutral:
             del decisive[section][key]
     for key in _NOT_HASHED_SWEEP if job == "sweep" else ():
         del decisive["sweep"][key]
+    if (
+        "search" in decisive
+        and "retrain" not in decisive
+        and considers_costs(config)
+        and not config.trains_target
+    ):
+        sizes = {"init_channels", "layers", "stem", "op_batchnorm"}
+        decisive["target"] = config.retrain.model_dump(mode="json", include=sizes)
     if decisive["data"]["root"] is not None:
         decisive["data"]["root"] = str(Path(decisive["data"]["root"]).expanduser().resolve())
     if digests := plugin_digests():

@@ -635,3 +635,8 @@ for _find in (search_section, space_section, config_class):
 
 def _describe_methods() -> str:
     return "; ".join(["Search method", *(f"{name} {each.summary}" for name, each in METHODS.items())]) + "."
+
+
+def considers_costs(config: Config) -> bool:
+    """Return whether a search considers what its target network costs, see `istanas.settings.CostSettings`."""
+    return any(getattr(config.search, key, None) for key in ("cost_weight", "max_params", "max_macs"))

@@ -23,7 +23,7 @@ from pipeline.base.text import count
 from pipeline.cluster.launch import prepare_workers, run_job
 from pipeline.config.keys import value_at
 from pipeline.config.load import run_hash
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, considers_costs
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.lifecycle import (
     JobSteps,
@@ -109,7 +109,9 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         for job in jobs:
             check_plugin_operations(config.space.operations(), getattr(config, job).init_channels)
         check_data(config, dataset, jobs)
-        if config.trains_target:  # raises an error if no architecture is within the limits
+        if config.trains_target or considers_costs(
+            config
+        ):  # raises an error if no architecture is within the limits
             build_search(config, dataset, Compute(torch.device("cpu")), Ranks())
         prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
@@ -142,7 +144,7 @@ def describe_epoch(record: EpochRecord) -> str:
     text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     if "valid/top1" in m:
         text += f" (validation {_describe_tops(m, 'valid')})"
-    text += f", {changes} of {len(found.nodes)} nodes changed, {record.seconds:.1f} s"
+    text += f", {changes} of {len(found.nodes)} nodes changed{_describe_weight(m)}, {record.seconds:.1f} s"
     return text + _describe_fallbacks(found)
 
 
@@ -154,7 +156,7 @@ def describe_trained_epoch(record: EpochRecord) -> str:
     if found.searching:
         text += (
             f", distance {m['recovery/distance']:.2g}, {count(int(m['recovery/support_changes']), 'node')} changed, "
-            f"{len(frozen)} of {len(found.nodes)} frozen"
+            f"{len(frozen)} of {len(found.nodes)} frozen{_describe_weight(m)}"
         )
     text += f", {record.seconds:.1f} s{_describe_fallbacks(found)}"
     if found.rejection is not None:
@@ -174,6 +176,12 @@ def describe_figures(record: EpochRecord) -> str:
         if f"{split}/top1" in m:
             text += f", {word} {_describe_tops(m, split)}"
     return text
+
+
+def _describe_weight(metrics: Mapping[str, float]) -> str:
+    """Return the weight of the costs, if the search considers costs."""
+    weight = metrics.get("arch/cost_weight")
+    return "" if weight is None else f", cost weight {weight:.3g}"
 
 
 def _describe_tops(metrics: Mapping[str, float], split: str) -> str:

@@ -38,6 +38,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
 from pipeline.runs.layout import CODES_FILE, GENOTYPE_FILE, REPORT_PAGE, TRAJECTORY_FILE, TRAJECTORY_PAGE
 
+COST_WEIGHT = "arch/cost_weight"  # in metrics.jsonl
 _STYLES = ((BLUE, "-", "solid blue"), (ORANGE, "--", "dashed orange"))
 _ROW, _HEADING, _LEFT, _SPAN = 14, 24, 170, 420  # sizes in the heat map, whose font size is 11
 
@@ -77,11 +78,12 @@ def write_trajectory_page(run: RunDir) -> None:
     epochs: Epochs = sorted({epoch for epoch, _, _ in table})
     places: Places = [(kind, node) for kind in genotype.kinds for node in range(len(genotype.picks(kind)))]
     certified = _is_certified(table)
+    weights = {line.step: line.metrics.get(COST_WEIGHT) for line in run.metrics()}
     cells, cells_at, widths = _draw(genotype, table, epochs)
     data = {
         "cells": cells_at,
         "widths": widths,
-        "summaries": [_summary(table, epoch, places, certified) for epoch in epochs],
+        "summaries": [_summary(table, epoch, places, certified, weights.get(epoch)) for epoch in epochs],
         "rows": [[_row(table[epoch, *place], space, certified) for place in places] for epoch in epochs],
     }
     maps = _maps(run, genotype, table, epochs)
@@ -172,8 +174,16 @@ def _row(node: _Node, space: SearchSpace, certified: bool) -> list[Any]:
     return [bool(node.changed), keeps, node.state.lower(), *figures]
 
 
-def _summary(table: Table, epoch: int, places: Places, certified: bool) -> str:
-    """Describe an epoch in one sentence."""
+def _summary(table: Table, epoch: int, places: Places, certified: bool, cost_weight: float | None) -> str:
+    """Describe an epoch in one sentence.
+
+    Args:
+        table: The rows of trajectory.csv.
+        epoch: The epoch.
+        places: All decisions.
+        certified: Whether the nodes have sparse codes.
+        cost_weight: The weight of the costs; None if the search considers none.
+    """
     nodes = [table[epoch, *place] for place in places]
     changed, frozen = sum(node.changed for node in nodes), sum(node.state == "FROZEN" for node in nodes)
     start = "Before training" if epoch == 0 else f"{changed} of {count(len(nodes), 'node')} changed"
@@ -182,6 +192,8 @@ def _summary(table: Table, epoch: int, places: Places, certified: bool) -> str:
         f"{start}{f', {frozen} frozen' if frozen else ''}; skip ratio {percent(_skip_ratio(nodes))}; largest distance "
         f"{max(node.distance for node in nodes):.2g}"
     )
+    if cost_weight is not None:
+        common += f", weight of the costs {cost_weight:.3g}"
     if not certified:
         return f"{common}."
     return (

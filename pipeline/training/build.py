@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from istanas.candidates import candidate_costs
 from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
@@ -36,6 +37,8 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
     method = METHODS[config.method].search_class
     settings = settings_of(config)
     supernet = _build_supernet(config, dataset, compute, method, settings)
+    sizes = target_sizes(config)
+    shape = (dataset.channels, dataset.height, dataset.width)
     try:
         return method(
             supernet,
@@ -43,10 +46,16 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
             compute,
             config.seed,
             ranks,
-            lambda genotype: network_cost(config, config.search, dataset, genotype),
+            lambda genotype: network_cost(config, sizes, dataset, genotype),
+            lambda unit: candidate_costs(config.space.build(), network_size(sizes, dataset), shape, unit),
         )
     except ConfigError as error:
         raise _in_section(error, "search") from None
+
+
+def target_sizes(config: Config) -> Sizes:
+    """Return the settings of the network that a search is for: its own, or that of the retraining."""
+    return config.search if config.trains_target else config.retrain
 
 
 def _in_section(error: ConfigError, section: str) -> ConfigError:

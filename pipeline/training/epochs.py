@@ -28,7 +28,7 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.config.schema import Config, RetrainSettings
-from pipeline.training.build import build_retraining, build_search, network_cost
+from pipeline.training.build import build_retraining, build_search, network_cost, target_sizes
 from pipeline.training.epoch_record import Progress, SearchRecord
 from pipeline.training.pictures import Batches
 from pipeline.training.splits import splits_of
@@ -93,7 +93,7 @@ class SearchJob:
         trained = search.trained_genotype()
         recovery = search.finish_epoch()
         genotype = search.genotype()
-        sizes = self._config.search if self._config.trains_target else self._config.retrain
+        sizes = target_sizes(self._config)
         metrics |= {
             **recovery.metrics(),
             "arch/skip_ratio": genotype.skip_ratio(),

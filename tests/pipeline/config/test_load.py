@@ -478,7 +478,10 @@ ANOTHER = {
     "search.train_epochs": 0,
     "search.auxiliary_weight": 0.0,
     "search.drop_path": 0.0,
-    "search.max_params": None,
+    "search.max_params": 123_456,
+    "search.cost": "params",
+    "search.cost_weight": 0.5,
+    "search.over_limit": "reweigh",
     "search.max_macs": 10**9,
     "search.test_every": 2,
     "retrain.epochs": 1,
@@ -549,6 +552,19 @@ def test_the_hash_follows_exactly_what_decides_the_result(method: str, path: str
     }
     for job, changes in decides.items():
         assert (run_hash(before, job) != run_hash(after, job)) == changes, job
+
+
+def test_a_search_with_costs_depends_on_the_size_of_the_retraining() -> None:
+    """Its costs are those of the network of the retraining. Without costs, the size has no influence."""
+    for override, depends in (
+        ("search.cost_weight=0.5", True),
+        ("search.max_macs=100", True),
+        ("seed=0", False),
+    ):
+        one, other = (load(None, [override, f"retrain.init_channels={width}"]) for width in (8, 16))
+        assert (run_hash(one, "search") != run_hash(other, "search")) == depends
+    one, other = (load(None, ["search.max_macs=100", f"retrain.lr={lr}"]) for lr in (0.1, 0.2))
+    assert run_hash(one, "search") == run_hash(other, "search")
 
 
 def test_the_hash_depends_on_seed_genotype_and_job_not_on_path_spelling(
