@@ -131,7 +131,7 @@ def main() -> None:
         done = {(int(row["index"]), row["judge"]) for row in csv.DictReader(options.out.open())}
     with options.out.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        if not done:
+        if options.out.stat().st_size == 0:
             writer.writeheader()
         for index, (stratum, kept) in enumerate(drawn(table, options.count, options.seed)):
             for judge in options.judge:
