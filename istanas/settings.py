@@ -154,23 +154,33 @@ CostUnit = Literal["macs", "params"]
 
 
 @dataclass(frozen=True)
-class CostSettings:
-    """Settings of a search that prefers architectures of low cost. The cost is that of the target network.
+class LimitSettings:
+    """Limits of the target network of the architecture that a search finds.
 
     Args:
-        cost: Cost of a candidate: multiply-adds (macs) or parameters (params), averaged over the cells of the target
-            network.
-        cost_weight: Weight mu of the costs. The l1 norm of the sparse codes weighs each candidate by
-            1 + mu cost / mean cost. 0 ignores the costs, as published.
         max_params: Largest number of parameters of an architecture, without the auxiliary head. null disables the
             limit.
         max_macs: Largest number of multiply-adds of an architecture for one picture. null disables the limit.
     """
 
-    cost: CostUnit = "macs"
-    cost_weight: NonNegativeFloat = 0.0
     max_params: Annotated[int, Ge(1), Unit("parameters")] | None = None
     max_macs: Annotated[int, Ge(1), Unit("multiply-adds")] | None = None
+
+
+@dataclass(frozen=True)
+class CostSettings(LimitSettings):
+    """Settings of a search that prefers architectures of low cost. The cost is that of the target network.
+
+    Args:
+        cost: Cost of a candidate: multiply-adds (macs) or parameters (params), averaged over the cells of the target
+            network.
+        cost_weight: Weight mu of the costs; 0 ignores them, as published. In searches by sparse coding, the l1 norm of
+            the codes weighs each candidate by 1 + mu cost / mean cost. In the other searches, mu times the expected
+            cost, in units of that of equal probabilities, is added to the loss of the alphas.
+    """
+
+    cost: CostUnit = "macs"
+    cost_weight: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ class OneStageSettings(SearchSettings, CostSettings, SparseCodingSettings):
 
 
 @dataclass(frozen=True)
-class DartsSettings(AlternatingSettings):
+class DartsSettings(AlternatingSettings, CostSettings):
     """DARTS. The defaults are published for CIFAR-10.
 
     Args:
@@ -265,7 +275,7 @@ class DartsSettings(AlternatingSettings):
 
 
 @dataclass(frozen=True)
-class PcDartsSettings(AlternatingSettings):
+class PcDartsSettings(AlternatingSettings, CostSettings):
     """PC-DARTS. The defaults are published for CIFAR-10.
 
     Args:
@@ -285,7 +295,7 @@ class PcDartsSettings(AlternatingSettings):
 
 
 @dataclass(frozen=True)
-class GdasSettings(AlternatingSettings):
+class GdasSettings(AlternatingSettings, CostSettings):
     """GDAS. The defaults are the published settings for CIFAR-10.
 
     Args:
@@ -304,7 +314,7 @@ class GdasSettings(AlternatingSettings):
 
 
 @dataclass(frozen=True)
-class RandomNasSettings(AlternatingSettings):
+class RandomNasSettings(AlternatingSettings, LimitSettings):
     """Random search with weight sharing. Except for `statistics`, the defaults are those of the published code.
 
     No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect, and the pictures of
@@ -375,8 +385,11 @@ class MeasuredSettings(SearchSettings):
 
 
 @dataclass(frozen=True)
-class RandomSettings(SearchSettings):
-    """A random architecture. The keys of `search` have no effect, because nothing is trained."""
+class RandomSettings(SearchSettings, LimitSettings):
+    """A random architecture, drawn again until it is within the limits.
+
+    The other keys of `search` have no effect, because nothing is trained.
+    """
 
     validates: ClassVar[bool] = False
 

@@ -124,6 +124,9 @@ class AlternatingSearch(Search[Settings]):
         The backward pass of the forward functions of `_wrap` has averaged the gradients over the ranks already.
         """
 
+    def before_alpha_update(self) -> None:
+        """Change the gradients of the alphas, which are those over all ranks. By default nothing is done."""
+
     def trained_buffers(self) -> list[Tensor]:
         """Return the running statistics that the steps of an epoch have changed."""
         return self.supernet.active_buffers()
@@ -138,6 +141,7 @@ class AlternatingSearch(Search[Settings]):
             self.alpha_optimizer.zero_grad(set_to_none=True)
             (loss * weight).backward()
         self.after_backward(self.supernet.active_alphas())
+        self.before_alpha_update()
         self.alpha_optimizer.step()
 
     def weight_step(self, batch: BatchLike, totals: Totals) -> None:

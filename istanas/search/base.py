@@ -24,9 +24,9 @@ from istanas.measure import Cost
 from istanas.nets import NodeState, SearchNetwork
 from istanas.nets.skeleton import UnchangedStatistics
 from istanas.optimizers import SGD, Adam
-from istanas.settings import CostUnit, SearchSettings
+from istanas.search.limits import CandidateCosts, Limits
+from istanas.settings import CostUnit, LimitSettings, SearchSettings
 from istanas.space import Decision, Genotype
-from istanas.sparse.lasso import Array
 from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Search(Generic[Settings]):
     Attributes:
         epoch: Number of completed epochs.
         first_recovery: The decisions before any training.
+        limits: The limits of the architecture.
         freezings: When and why decisions froze; `None` if the method freezes none.
     """
 
@@ -186,14 +187,17 @@ class Search(Generic[Settings]):
         seed: int,
         ranks: Ranks | None = None,
         cost: Callable[[Genotype], Cost] | None = None,
-        candidate_costs: Callable[[CostUnit], Mapping[str, tuple[Array, ...]]] | None = None,
+        candidate_costs: Callable[[CostUnit], CandidateCosts] | None = None,
     ) -> None:
         self.supernet = supernet
         self.settings = settings
         self.ranks = ranks or Ranks()
         self.compute = compute
         self.seed = seed
-        self.cost, self.candidate_costs = cost, candidate_costs
+        self.cost = cost
+        # The settings of a plugin's method may have no limits.
+        limits = settings if isinstance(settings, LimitSettings) else LimitSettings()
+        self.limits = Limits(supernet.space, limits, cost, candidate_costs)
         self.epoch = 0
         self.decisions = supernet.space.all_decisions()
         self.places: list[Place] = [(decision.kind, decision.index) for decision in self.decisions]

@@ -82,6 +82,7 @@ class DartsSearch(SoftmaxSearch[DartsSettings]):
         seconds = self._second_derivatives(weights, before, directions, batch)
         for b, first, second in zip(alphas, gradients, seconds, strict=True):
             b.grad = first - xi * second
+        self.before_alpha_update()
         self.alpha_optimizer.step()
 
     def _move_one_step(self, weights: Sequence[Tensor], batch: BatchLike, xi: float) -> None:

@@ -35,6 +35,7 @@ from istanas.nets.networks import Support
 from istanas.search.base import RecoveryReport
 from istanas.search.sampled import SampledSearch
 from istanas.search.selection import strongest_supports
+from istanas.search.softmax import alphas_of, cost_metrics, cost_penalty
 from istanas.settings import GdasSettings
 from istanas.space import Decision, Genotype
 from istanas.training import BatchLike, Totals, derive_seed
@@ -163,6 +164,8 @@ class GdasSearch(SampledSearch[GdasSettings]):
             kind: EdgeTable(each, self.alphas[0].device)
             for kind, each in self.supernet.space.decisions.items()
         }
+        self.limits.check()
+        self._penalty = cost_penalty(self)
         self._wrap()
         self._before = self.probabilities()
         self._install()
@@ -180,6 +183,11 @@ class GdasSearch(SampledSearch[GdasSettings]):
         """Sample an architecture, and run one Adam step on the alphas."""
         self._install(self.step_seed("alphas"))
         super().alpha_step(batch)
+
+    def before_alpha_update(self) -> None:
+        """Add the gradient of the expected cost."""
+        if self._penalty is not None:
+            self._penalty.add_gradients(alphas_of(self))
 
     def weight_step(self, batch: BatchLike, totals: Totals) -> None:
         """Sample an architecture, and run one SGD step on its weights."""
@@ -243,8 +251,9 @@ class GdasSearch(SampledSearch[GdasSettings]):
         return found
 
     def kept(self, probabilities: Arrays) -> dict[str, list[Support]]:
-        """Return the candidates that each decision keeps in the end, see `strongest`."""
-        return strongest_supports(self.supernet.space.decisions, probabilities)
+        """Return the candidates that each decision keeps in the end, see `strongest` and `Limits.within`."""
+        strongest = strongest_supports(self.supernet.space.decisions, probabilities)
+        return self.limits.within(strongest, probabilities)
 
     def genotype(self) -> Genotype:
         """Return the architecture of the strongest operations."""
@@ -274,9 +283,10 @@ class GdasSearch(SampledSearch[GdasSettings]):
         return RecoveryReport(nodes, certified=False)
 
     def metrics(self) -> dict[str, float]:
-        """Return the temperature of the newest epoch."""
+        """Return the temperature of the newest epoch, and the expected cost."""
         s = self.settings
-        return {"arch/temperature": temperature(max(self.epoch - 1, 0), s.epochs, s.tau_max, s.tau_min)}
+        tau = temperature(max(self.epoch - 1, 0), s.epochs, s.tau_max, s.tau_min)
+        return {"arch/temperature": tau, **cost_metrics(self, self._penalty)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of `state_dict`.

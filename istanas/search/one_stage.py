@@ -93,7 +93,7 @@ class OneStageSearch(SparseCodingSearch[OneStageSettings]):
         self.begin_coding()
         self.freezings: list[Freezing] = []
         if self.settings.over_limit == "reweigh":
-            self.check_limits()
+            self.limits.check()
         self.n_rejected = 0  # Number of rejected architectures after the first accepted one.
         return self._first_recovery(self.seed)
 

@@ -18,11 +18,12 @@ Differences from the paper and from the published code:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from istanas.nets.networks import Support
 from istanas.search.base import Choosing, RecoveryReport
+from istanas.search.limits import within_limits
 from istanas.search.sampled import SampledSearch, Supports
 from istanas.settings import RandomNasSettings
 from istanas.space import Decision
@@ -63,6 +64,7 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
 
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
+        self.limits.check()
         self._wrap()
         self._before: Supports = self._drawn("shown", 0)
         self.install_unweighted(self._before)
@@ -97,7 +99,8 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
     def _best(self, choosing: Choosing) -> Supports:
         """Return the best candidate: by top-1, then by loss, then the one that was drawn first."""
         s = self.settings
-        candidates = [self._drawn("candidate", number) for number in range(s.candidates)]
+        draws = (self._drawn("candidate", number) for number in count())
+        candidates = list(within_limits(self.limits, self.supernet.space, draws, s.candidates))
         if s.candidate_pictures is not None:
             candidates = self._ranked(candidates, choosing, s.candidate_pictures)[: s.finalists]
         return candidates[0] if len(candidates) == 1 else self._ranked(candidates, choosing)[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count
 
 from istanas.errors import ConfigError
 from istanas.search.base import Batches, RecoveryReport, Search
+from istanas.search.limits import within_limits
 from istanas.settings import RandomSettings
 from istanas.space import Decision, Genotype
-from istanas.training import BatchLike, Observer
+from istanas.training import BatchLike, Observer, derive_seed
 
 
 class RandomSearch(Search[RandomSettings]):
@@ -42,7 +44,13 @@ class RandomSearch(Search[RandomSettings]):
 
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
-        self._supports = self.supernet.space.random_supports(self.seed)
+        self.limits.check()
+        space = self.supernet.space
+        draws = (
+            space.random_supports(derive_seed(self.seed, self.kind, number) if number else self.seed)
+            for number in count()
+        )
+        self._supports = next(within_limits(self.limits, space, draws, 1))
         return self._report()
 
     def train_epoch(

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from istanas.search.alternating import AlternatingSearch
 from istanas.search.base import RecoveryReport
+from istanas.search.limits import CandidateCosts
 from istanas.search.selection import strongest_supports
 from istanas.settings import AlternatingSettings
 from istanas.space import Decision, Genotype
@@ -78,6 +80,60 @@ def grouped_softmax(values: Tensor, groups: Tensor) -> Tensor:
     return values.expand(groups.shape).masked_fill(~groups, -torch.inf).softmax(1).sum(0)
 
 
+class CostPenalty:
+    """The penalty of the alphas for the expected cost of the candidates.
+
+        mu sum_e sum_o p_(e,o) cost_(e,o) / sum_e mean_o cost_(e,o),    p_e = softmax(alpha_e),
+
+    over the edges e and the operations o on them: mu times the expected cost, in units of that of equal probabilities.
+
+    Args:
+        decisions: The decisions of each kind.
+        costs: The costs of their candidates.
+        weight: mu >= 0.
+        device: The device of the alphas.
+
+    Source:
+        Cai, Zhu, Han, ProxylessNAS, ICLR 2019, section 3.3 (the expected latency as a differentiable penalty).
+    """
+
+    def __init__(
+        self,
+        decisions: Mapping[str, Sequence[Decision]],
+        costs: CandidateCosts,
+        weight: float,
+        device: torch.device,
+    ) -> None:
+        self._edges = {kind: Edges.of(each, device) for kind, each in decisions.items()}
+        flat = {
+            kind: torch.as_tensor(np.concatenate(costs[kind]), dtype=torch.float64, device=device)
+            for kind in decisions
+        }
+        equal = sum(
+            float((flat[kind] * edges.candidates / edges.candidates.sum(1, keepdim=True)).sum())
+            for kind, edges in self._edges.items()
+        )
+        self._weight, self._costs = weight, {kind: each / (equal or 1.0) for kind, each in flat.items()}
+
+    def expected(self, alphas: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """Return the expected cost, in units of that of equal probabilities; differentiable, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(self._costs.values())).device)
+        for kind, edges in self._edges.items():
+            values = torch.cat([a[:n] for a, n in zip(alphas[kind], edges.sizes, strict=True)])
+            total = total + (grouped_softmax(values.double(), edges.candidates) * self._costs[kind]).sum()
+        return total
+
+    def add_gradients(self, alphas: Mapping[str, Sequence[Tensor]]) -> None:
+        """Add the gradient of the penalty to that of the alphas."""
+        if self._weight == 0:
+            return
+        trained = [b for each in alphas.values() for b in each if b.requires_grad]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self._weight * self.expected(alphas), trained)
+        for b, gradient in zip(trained, gradients, strict=True):
+            b.grad = gradient if b.grad is None else b.grad + gradient
+
+
 class SoftmaxSearch(AlternatingSearch[Settings]):
     """A search that trains the network of all candidates. For the arguments see `Search`.
 
@@ -90,6 +146,8 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
         """Prepare the search, and report its decisions before any training."""
         decisions = self.supernet.space.decisions
         self.edges = {kind: Edges.of(each, self.compute.device) for kind, each in decisions.items()}
+        self.limits.check()
+        self._penalty = cost_penalty(self)
         self._draw_alphas()
         everything = {kind: [tuple(range(d.n_candidates)) for d in each] for kind, each in decisions.items()}
         self.supernet.install(everything, self.weigh)
@@ -116,6 +174,11 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
     def weigh(self, kind: str, alphas: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the edge weights of all candidates of each decision of a kind. By default they are the softmax."""
         return torch.split(self.probabilities(kind, alphas), self.edges[kind].sizes)
+
+    def before_alpha_update(self) -> None:
+        """Add the gradient of the expected cost."""
+        if self._penalty is not None:
+            self._penalty.add_gradients(alphas_of(self))
 
     # ---------- the end of an epoch
 
@@ -159,7 +222,8 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
 
     def _set_strengths(self, strengths: Strengths) -> None:
         self._strengths = strengths
-        self.supports = strongest_supports(self.supernet.space.decisions, strengths)
+        strongest = strongest_supports(self.supernet.space.decisions, strengths)
+        self.supports = self.limits.within(strongest, strengths)
 
     def metrics(self) -> dict[str, float]:
         """Return the mean entropy of the softmax over the edges, in nats."""
@@ -168,7 +232,7 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
             for kind, edges in self.edges.items():
                 p = self.probabilities(kind, self.supernet.node_alphas(kind)).double()
                 entropies.append((torch.special.entr(p) * edges.candidates).sum(1))
-        return {"arch/entropy": float(torch.cat(entropies).mean())}
+        return {"arch/entropy": float(torch.cat(entropies).mean()), **cost_metrics(self, self._penalty)}
 
     # ---------- the state
 
@@ -185,3 +249,25 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
         super().load_state_dict(state)
         self._set_strengths({kind: [s.cpu() for s in each] for kind, each in state["strengths"].items()})
         self._wrap()
+
+
+def cost_penalty(search: AlternatingSearch[Any]) -> CostPenalty | None:
+    """Return the penalty of a search; `None` if its settings ignore the costs."""
+    s = search.settings
+    if s.cost_weight == 0:
+        return None
+    decisions = search.supernet.space.decisions
+    return CostPenalty(decisions, search.limits.costs_in(s.cost), s.cost_weight, search.alphas[0].device)
+
+
+def alphas_of(search: AlternatingSearch[Any]) -> dict[str, Sequence[Tensor]]:
+    """Return the alphas of each kind."""
+    return {kind: search.supernet.node_alphas(kind) for kind in search.supernet.space.kinds}
+
+
+def cost_metrics(search: AlternatingSearch[Any], penalty: CostPenalty | None) -> dict[str, float]:
+    """Return the expected cost, in units of that of equal probabilities, if the search considers it."""
+    if penalty is None:
+        return {}
+    with torch.no_grad():
+        return {"arch/expected_cost": float(penalty.expected(alphas_of(search)))}

@@ -7,18 +7,17 @@ add the algorithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from istanas.errors import ConfigError
 from istanas.nets import NodeCode, NodeState
 from istanas.search.base import NodeReport, Place, Search
-from istanas.search.limits import Excess, cheapest, exceeded, has_limits
-from istanas.settings import CostUnit, OneStageSettings, TwoStageSettings
+from istanas.search.limits import Excess
+from istanas.settings import OneStageSettings, TwoStageSettings
 from istanas.space import Decision, SearchSpace
 from istanas.sparse import (
     RecoveryResult,
@@ -80,7 +79,7 @@ class SparseCodingSearch(Search[Settings]):
 
     def cost_metrics(self) -> dict[str, float]:
         """Return the weight of the costs in the last recovery, if the search considers costs."""
-        considers = self.settings.cost_weight > 0 or has_limits(self.settings)
+        considers = self.settings.cost_weight > 0 or self.limits.exist
         return {"arch/cost_weight": self.cost_weight} if considers else {}
 
     def draw_alphas(self, seed: int, *attempt: int) -> None:
@@ -132,9 +131,10 @@ class SparseCodingSearch(Search[Settings]):
 
     def excess(self, recovered: Sequence[Recovered]) -> Excess | None:
         """Return a limit that the architecture with these new codes exceeds, or `None`."""
-        if self.cost is None:
-            assert not has_limits(self.settings), "limits require a cost"
-            return None
+        return self.limits.excess(self._supports_with(recovered))
+
+    def _supports_with(self, recovered: Sequence[Recovered]) -> dict[str, list[tuple[int, ...]]]:
+        """Return the architecture with these new codes, and the installed codes of the other nodes."""
         space = self.supernet.space
         supports = {cell: [code.support for code in codes] for cell, codes in self.codes.items()}
         if not supports:
@@ -142,77 +142,30 @@ class SparseCodingSearch(Search[Settings]):
         for new in recovered:
             cell, node = new.place
             supports[cell][node] = new.code.support
-        return exceeded(self.settings, self.cost(space.genotype(supports)))
-
-    def check_limits(self) -> None:
-        """Check that the cheapest architecture keeps the limits.
-
-        Raises:
-            ConfigError: If it does not.
-        """
-        if not has_limits(self.settings):
-            return
-        assert self.cost is not None, "limits require a cost"
-        units: tuple[tuple[CostUnit, str], ...] = (("params", "max_params"), ("macs", "max_macs"))
-        for unit, limit in units:
-            if (most := getattr(self.settings, limit)) is None:
-                continue
-            least = getattr(self.cost(cheapest(self.supernet.space, self._costs_in(unit))), unit)
-            if least > most:
-                raise ConfigError(
-                    f"{most:,} is below the cheapest architecture, which has {least:,}",
-                    field=limit,
-                    remedy=f"use {least:,} or more, or a smaller network",
-                )
-
-    def _costs_in(self, unit: CostUnit) -> dict[str, tuple[Array, ...]]:
-        assert self.candidate_costs is not None, "limits and weights of costs require the costs of candidates"
-        return dict(self.candidate_costs(unit))
+        return supports
 
     def _weights(self, cost_weight: float) -> dict[Place, Array] | None:
         """Return the weights of the l1 norm of each node; `None` for 1."""
         if cost_weight == 0:
             return None
-        costs = self._costs_in(self.settings.cost)
+        costs = self.limits.costs_in(self.settings.cost)
         weights = cost_weights([costs[cell][node] for cell, node in self.places], cost_weight)
         return dict(zip(self.places, weights, strict=True))
 
     def _exchanged(self, recovered: Sequence[Recovered]) -> list[Recovered]:
-        """Exchange kept candidates for cheaper ones until the limits are kept.
+        """Exchange kept candidates of these nodes for cheaper ones until the limits are kept, see `Limits.within`.
 
-        If no exchange saves anything, the candidates of the cheapest architecture are kept, which is within the limits.
+        If other nodes are FROZEN, the result may still exceed a limit. The caller then keeps the previous codes.
         """
-        current = list(recovered)
-        while (found := self.excess(current)) is not None:
-            costs = self._costs_in("macs" if found.limit == "max_macs" else "params")
-            options = [
-                (lost / saved, number, support)
-                for number, new in enumerate(current)
-                for lost, saved, support in self._exchanges(new, costs)
-            ]
-            if not options:
-                # Parts of the network that no candidate reads cost nothing. `check_limits` counts this.
-                least = self.supernet.space.supports(cheapest(self.supernet.space, costs))
-                return [_with_support(new, least[new.place[0]][new.place[1]]) for new in current]
-            _, number, support = min(options)
-            current[number] = _with_support(current[number], support)
-        return current
-
-    def _exchanges(
-        self, new: Recovered, costs: Mapping[str, tuple[Array, ...]]
-    ) -> Iterator[tuple[float, float, tuple[int, ...]]]:
-        """Yield the exchanges of a kept candidate for a cheaper one: lost |z|, saved cost, and the new support."""
-        kind, index = new.place
-        decision, cost = self.supernet.space.decisions[kind][index], costs[kind][index]
-        magnitude = new.code.sparse_code.abs().double().tolist()
-        for kept in new.code.support:
-            others = [c for c in new.code.support if c != kept]
-            taken = {decision.edges[c] for c in others} if decision.one_per_edge else set()
-            for candidate in range(decision.n_candidates):
-                saved = float(cost[kept] - cost[candidate])
-                if saved > 0 and candidate not in others and decision.edges[candidate] not in taken:
-                    lost = max(magnitude[kept] - magnitude[candidate], 0.0)
-                    yield lost, saved, tuple(sorted([*others, candidate]))
+        magnitudes: dict[str, list[list[float]]] = {
+            kind: [[0.0] * d.n_candidates for d in each]
+            for kind, each in self.supernet.space.decisions.items()
+        }
+        for new in recovered:
+            cell, node = new.place
+            magnitudes[cell][node] = new.code.sparse_code.abs().tolist()
+        kept = self.limits.within(self._supports_with(recovered), magnitudes)
+        return [_with_support(new, kept[new.place[0]][new.place[1]]) for new in recovered]
 
     def _recover_with(self, places: Sequence[Place], cost_weight: float) -> list[Recovered]:
         """Recover new codes of these nodes with a weight of the costs, on rank 0 for all ranks."""

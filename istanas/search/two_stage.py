@@ -39,7 +39,7 @@ class TwoStageSearch(AlternatingSearch[TwoStageSettings], SparseCodingSearch[Two
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
         self.begin_coding()
-        self.check_limits()
+        self.limits.check()
         return self.recover()
 
     def recover(self) -> RecoveryReport:

@@ -36,15 +36,13 @@ _HASHED = {
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect, for all methods ("") or one. They are
 # not hashed if they have this value, so that the runs of earlier versions keep their hashes.
+_LIMITS = {"search.max_params": None, "search.max_macs": None}
+_COSTS = {"search.cost": "macs", "search.cost_weight": 0.0}
 _ADDED: dict[str, dict[str, Any]] = {
     "": {"data.background": "#ffffff", "space.name": DEFAULT_SPACE},
-    "two_stage": {
-        "search.cost": "macs",
-        "search.cost_weight": 0.0,
-        "search.max_params": None,
-        "search.max_macs": None,
-    },
-    "one_stage": {"search.cost": "macs", "search.cost_weight": 0.0, "search.over_limit": "reject"},
+    **dict.fromkeys(("two_stage", "darts", "pc_darts", "gdas"), _COSTS | _LIMITS),
+    **dict.fromkeys(("random_nas", "random"), _LIMITS),
+    "one_stage": {**_COSTS, "search.over_limit": "reject"},
 }
 _NOTHING = object()
 _NOT_HASHED_SWEEP = (

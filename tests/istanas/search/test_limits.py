@@ -11,15 +11,22 @@ import pytest
 import torch
 
 from istanas.candidates import candidate_costs
+from istanas.data import Batch
 from istanas.errors import ConfigError
 from istanas.measure import Cost
-from istanas.nets import Supernet
+from istanas.nets import ArchitectureNetwork, Supernet
 from istanas.search import OneStageSearch, OneStageSettings, sparse_coding
-from istanas.search.limits import cheapest
+from istanas.search.darts import DartsSearch, DartsSettings
+from istanas.search.gdas import GdasSearch, GdasSettings
+from istanas.search.limits import cheapest, exchanges
+from istanas.search.pc_darts import PcDartsSearch, PcDartsSettings
+from istanas.search.random_nas import RandomNasSearch, RandomNasSettings
+from istanas.search.random_search import RandomSearch, RandomSettings
+from istanas.search.softmax import CostPenalty
 from istanas.search.two_stage import TwoStageSearch
 from istanas.settings import TwoStageSettings
-from istanas.space import CellSpace, Genotype, NetworkSize
-from istanas.training import Compute
+from istanas.space import CellSpace, Decision, Genotype, NetworkSize
+from istanas.training import Compute, Metrics, Totals
 
 CPU = Compute(torch.device("cpu"))
 SPACE = CellSpace(n_nodes=3)
@@ -34,6 +41,10 @@ def cost_of(genotype: Genotype) -> Cost:
 
 def costs_in(unit: Any) -> Mapping[str, Any]:
     return candidate_costs(SPACE, SIZE, SHAPE, unit)
+
+
+def least_macs() -> int:
+    return cost_of(SPACE.genotype(cheapest(SPACE, costs_in("macs")))).macs
 
 
 def make_search(settings: TwoStageSettings = PLAIN, seed: int = 0) -> TwoStageSearch:
@@ -97,7 +108,7 @@ def test_an_architecture_within_the_limit_stays() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_every_reachable_limit_is_kept(seed: int) -> None:
     """Where no weight keeps it, candidates are exchanged; the cheapest architecture is always reached."""
-    least = cost_of(cheapest(SPACE, dict(costs_in("macs")))).macs
+    least = least_macs()
     search = make_search(change(max_macs=least), seed)
     assert macs(search) == least
     for kind, codes in search.codes.items():
@@ -109,8 +120,8 @@ def test_every_reachable_limit_is_kept(seed: int) -> None:
 
 def test_exchanges_respect_one_operation_an_edge() -> None:
     space = CellSpace(n_nodes=3, one_op_per_edge=True)
-    costs = dict(candidate_costs(space, SIZE, SHAPE, "macs"))
-    least = space.cost(cheapest(space, costs), SIZE, SHAPE).macs
+    costs = candidate_costs(space, SIZE, SHAPE, "macs")
+    least = space.cost(space.genotype(cheapest(space, costs)), SIZE, SHAPE).macs
     torch.manual_seed(0)
     search = TwoStageSearch(
         Supernet(space, 2, 5, 10),
@@ -127,13 +138,142 @@ def test_exchanges_respect_one_operation_an_edge() -> None:
 
 
 def test_a_limit_below_the_cheapest_architecture_names_that() -> None:
-    least = cost_of(cheapest(SPACE, dict(costs_in("params")))).params
+    least = cost_of(SPACE.genotype(cheapest(SPACE, costs_in("params")))).params
     with pytest.raises(ConfigError) as caught:
         make_search(change(max_params=least - 1))
     assert str(caught.value) == (
         f"max_params: {least - 1:,} is below the cheapest architecture, which has {least:,}; use {least:,} or more, or "
         "a smaller network"
     )
+
+
+# ---------- the other methods
+SCORED: dict[str, tuple[type[Any], Any]] = {
+    "darts": (DartsSearch, DartsSettings(epochs=1)),
+    "darts, second order": (DartsSearch, DartsSettings(epochs=1, second_order=True)),
+    "pc_darts": (PcDartsSearch, PcDartsSettings(epochs=1, warmup_epochs=0, partial=2)),
+    "gdas": (GdasSearch, GdasSettings(epochs=1)),
+}
+
+
+def make_scored(name: str, **changes: Any) -> Any:
+    method, base = SCORED[name]
+    settings = dataclasses.replace(base, **changes)
+    torch.manual_seed(0)
+    net = Supernet(
+        SPACE,
+        2,
+        5,
+        10,
+        alpha_size=lambda decision: method.alpha_size(settings, decision),
+        partial=method.partial_channels(settings),
+    )
+    return method(net, settings, CPU, 0, None, cost_of, costs_in)
+
+
+def batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.randn(4, 3, 16, 16, generator=generator), torch.arange(4))
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_method_with_scores_stays_within_its_limits(name: str) -> None:
+    free = make_scored(name)
+    limit = int(0.7 * macs(free))
+    search = make_scored(name, max_macs=limit)
+    assert macs(search) <= limit
+    search.train_epoch([batch(0)], lambda: [batch(1)], n_steps=1)
+    search.finish_epoch()
+    assert macs(search) <= limit
+    assert macs(make_scored(name, max_macs=least_macs())) == least_macs()
+    with pytest.raises(ConfigError, match=r"max_macs: 10 is below the cheapest architecture"):
+        make_scored(name, max_macs=10)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_expected_cost_is_a_penalty_of_the_alphas(name: str) -> None:
+    """The gradient of the alphas changes by that of the penalty, and a large weight lowers the expected cost."""
+    gradients = []
+    for weight in (0.0, 2.0):
+        search = make_scored(name, cost_weight=weight)
+        search.alpha_optimizer.step = lambda: None
+        search.step(batch(0), batch(1), Totals(torch.device("cpu")))
+        gradients.append([b.grad.clone() for b in search.alphas])
+    penalty = CostPenalty(SPACE.decisions, costs_in("macs"), 2.0, torch.device("cpu"))
+    alphas = {kind: search.supernet.node_alphas(kind) for kind in SPACE.kinds}
+    expected = torch.autograd.grad(2.0 * penalty.expected(alphas), search.alphas)
+    for without, with_costs, change_of in zip(*gradients, expected, strict=True):
+        torch.testing.assert_close(with_costs - without, change_of, atol=1e-6, rtol=1e-4)
+
+    search = make_scored(name, cost_weight=5.0, arch_lr=0.1)
+    before = search.metrics()["arch/expected_cost"]
+    for _ in range(5):
+        search.train_epoch([batch(0)], lambda: [batch(1)], n_steps=1)
+    assert before == pytest.approx(1.0, abs=0.01)
+    assert search.metrics()["arch/expected_cost"] < 0.9
+    assert "arch/expected_cost" not in make_scored(name).metrics()
+
+
+def test_the_expected_cost_is_that_of_sampled_operations() -> None:
+    """Against the definition: the mean over operations that are drawn on each edge with their probabilities."""
+    rng = np.random.default_rng(0)
+    costs = costs_in("params")
+    alphas = {
+        kind: [torch.tensor(rng.normal(size=d.n_candidates)) for d in each]
+        for kind, each in SPACE.decisions.items()
+    }
+    drawn, equal = 0.0, 0.0
+    for kind, each in SPACE.decisions.items():
+        for decision in each:
+            for edge in set(decision.edges):
+                own = [c for c in range(decision.n_candidates) if decision.edges[c] == edge]
+                cost = costs[kind][decision.index][own]
+                p = torch.softmax(alphas[kind][decision.index][own], 0).numpy()
+                drawn += rng.choice(cost, size=20_000, p=p).mean()
+                equal += cost.mean()
+    penalty = CostPenalty(SPACE.decisions, costs, 1.0, torch.device("cpu"))
+    assert float(penalty.expected(alphas)) == pytest.approx(drawn / equal, rel=0.01)
+
+
+def test_random_architectures_are_drawn_within_the_limits() -> None:
+    costs = sorted(cost_of(SPACE.random(seed)).macs for seed in range(100))
+    for limit, tries in ((costs[30], 5), (least_macs(), 1)):
+        for seed in range(tries):
+            net = ArchitectureNetwork(SPACE, NetworkSize(2, 5, 10))
+            settings = RandomSettings(max_macs=limit)
+            search = RandomSearch(net, settings, CPU, seed, None, cost_of, costs_in)
+            assert macs(search) <= limit
+    plain = RandomSearch(ArchitectureNetwork(SPACE, NetworkSize(2, 5, 10)), RandomSettings(), CPU, 3)
+    assert plain.genotype() == SPACE.random(3)
+
+
+def test_random_nas_chooses_among_candidates_within_the_limits() -> None:
+    costs = sorted(cost_of(SPACE.random(seed)).macs for seed in range(100))
+    settings = RandomNasSettings(epochs=1, candidates=4, candidate_pictures=None, max_macs=costs[20])
+    torch.manual_seed(0)
+    net = Supernet(SPACE, 2, 5, 10, alpha_size=lambda d: 0)
+    search = RandomNasSearch(net, settings, CPU, 0, None, cost_of, costs_in)
+    search.train_epoch([batch(0)], lambda: [batch(1)], n_steps=1)
+
+    class Pictures:
+        def __call__(self) -> Metrics:
+            return search.validate([batch(2)])
+
+        def pictures(self, count: int | None = None) -> Any:
+            return [batch(2)]
+
+        def training(self) -> Any:
+            return [batch(0)]
+
+    search.validate_epoch(Pictures())
+    search.finish_epoch()
+    assert macs(search) <= costs[20]
+
+
+def test_no_exchange_chooses_none() -> None:
+    decision = Decision("edge", 0, (("none", 0), ("skip", 0), ("conv", 0)), sparsity=1)
+    found = list(exchanges(decision, (2,), [9.0, 1.0, 5.0], np.array([0.0, 1.0, 4.0])))
+    assert found == [(4.0, 3.0, (1,))]
 
 
 def test_one_stage_reweighs_only_on_request() -> None:
@@ -152,7 +292,7 @@ def test_one_stage_reweighs_only_on_request() -> None:
     assert search.metrics()["arch/cost_weight"] > 0
     search.recover()
     assert search.n_rejected == 0
-    least = cost_of(cheapest(SPACE, dict(costs_in("macs")))).macs
+    least = least_macs()
     with pytest.raises(ConfigError, match="100 other random first architectures exceed the limits"):
         make(max_macs=least)
     assert macs(make(max_macs=least, over_limit="reweigh")) == least

@@ -56,6 +56,10 @@ def test_a_weight_of_the_costs_gives_a_cheaper_cell(tmp_path: Path) -> None:
         ),
         (["search.cost=joules"], "search.cost: "),
         (["method=random_nas", "search.cost_weight=1"], "search.cost_weight: unknown key"),
+        (
+            ["method=gdas", "search.max_macs=1000"],
+            "search.max_macs: 1,000 is below the cheapest architecture",
+        ),
     ],
 )
 def test_wrong_costs_are_refused_before_any_work(overrides: list[str], message: str, tmp_path: Path) -> None:
