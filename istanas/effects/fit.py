@@ -9,7 +9,8 @@ import numpy as np
 from istanas.effects.coding import Architecture, coded
 from istanas.effects.fidelity import join_fidelities
 from istanas.effects.model import Score, linear_system, scores
-from istanas.effects.posterior import Posterior, ridge
+from istanas.effects.posterior import Posterior, log_evidence, ridge
+from istanas.effects.sharing import RATIOS, prior_root, unrooted
 from istanas.space.base import SearchSpace
 
 LEAST_SHARE = 0.1  # of the variance of the scores, which the prior attributes to the effects, see `ridge`
@@ -24,8 +25,11 @@ def fit_effects(
     n_draws: int,
     seed: int,
     score: Score = "normal",
+    ratios: Sequence[float] = RATIOS,
 ) -> Posterior:
     """Return the ridge posterior of the effects, on the scale of the scores at the highest fidelity.
+
+    The prior shares effects between the decisions where an operation is a candidate, see `istanas.effects.sharing`.
 
     Args:
         space: The search space.
@@ -35,6 +39,8 @@ def fit_effects(
         n_draws: Number of draws of the posterior, >= 1.
         seed: An integer >= 0.
         score: See `istanas.effects.model.scores`.
+        ratios: The variances of the shared effects in units of that of the own ones, of which the marginal likelihood
+            chooses one; (0,) shares nothing.
 
     Raises:
         ConfigError: If there are not more measurements than fidelities.
@@ -51,5 +57,14 @@ def fit_effects(
     """
     levels, index = np.unique(np.asarray(fidelity), return_inverse=True)
     rows, values = coded(space, measured), scores(losses, index, score)
-    joined = join_fidelities(rows, values, index, len(levels))
-    return ridge(linear_system(rows, values, index, joined), n_draws, seed, least_share=LEAST_SHARE)
+    found: list[tuple[float, Posterior]] = []
+    for ratio in ratios:
+        root = prior_root(space, ratio)
+        joined = join_fidelities(rows @ root, values, index, len(levels))
+        system = linear_system(rows @ root, values, index, joined)
+        posterior = ridge(system, n_draws, seed, least_share=LEAST_SHARE)
+        evidence = log_evidence(system, posterior.noise_variance / posterior.prior_variance)
+        # The density of the scores, instead of the scores in units of the noise of their fidelity.
+        evidence -= float(np.sum((np.bincount(index) - 1) * np.log(joined.noise)))
+        found.append((evidence, unrooted(posterior, root)))
+    return max(found, key=lambda each: each[0])[1]

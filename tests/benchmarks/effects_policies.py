@@ -22,10 +22,10 @@ from istanas.effects import (
     balanced_design,
     best_architecture,
     coded,
+    fit_effects,
     layout,
     linear_system,
     normal_scores,
-    ridge,
     sparse_path,
     spike_and_slab,
     thompson,
@@ -36,7 +36,7 @@ from istanas.space import SearchSpace
 POPULATION, SAMPLE = 20, 5  # Of regularised evolution.
 
 Measure = Callable[[Architecture], float]
-Fit = Callable[[System, int, Posterior | None], Posterior]
+Fit = Callable[[SearchSpace, Sequence[Architecture], Sequence[float], int, Posterior | None], Posterior]
 
 
 class Policy(Protocol):
@@ -48,13 +48,37 @@ class Policy(Protocol):
         """Return the best architecture after each number of measurements in `at`, by what the policy knows then."""
 
 
-def by_ridge(system: System, seed: int, previous: Posterior | None = None) -> Posterior:
-    """Return the ridge posterior."""
-    return ridge(system, 8, seed)
+def by_ridge(
+    space: SearchSpace,
+    done: Sequence[Architecture],
+    losses: Sequence[float],
+    seed: int,
+    previous: Posterior | None = None,
+) -> Posterior:
+    """Return the ridge posterior with independent effects."""
+    return fit_effects(space, done, losses, [1] * len(done), n_draws=8, seed=seed, ratios=(0.0,))
 
 
-def by_spike(system: System, seed: int, previous: Posterior | None = None) -> Posterior:
+def by_sharing(
+    space: SearchSpace,
+    done: Sequence[Architecture],
+    losses: Sequence[float],
+    seed: int,
+    previous: Posterior | None = None,
+) -> Posterior:
+    """Return the ridge posterior that shares effects between the places of an operation, as searches use it."""
+    return fit_effects(space, done, losses, [1] * len(done), n_draws=8, seed=seed)
+
+
+def by_spike(
+    space: SearchSpace,
+    done: Sequence[Architecture],
+    losses: Sequence[float],
+    seed: int,
+    previous: Posterior | None = None,
+) -> Posterior:
     """Return the spike-and-slab posterior. Its chains continue those before the latest measurement."""
+    system = system_of(space, done, losses)
     if previous is None:
         return spike_and_slab(system, 8, seed, sweeps=60)
     return spike_and_slab(system, 8, seed, sweeps=10, start=previous.draws)
@@ -69,7 +93,7 @@ def best_by_effects(
     space: SearchSpace, done: Sequence[Architecture], losses: Sequence[float], fit: Fit, seed: int
 ) -> Architecture:
     """Return the architecture with the highest posterior mean."""
-    return best_architecture(space, fit(system_of(space, done, losses), seed, None).mean)
+    return best_architecture(space, fit(space, done, losses, seed, None).mean)
 
 
 def best_by_lasso(
@@ -128,7 +152,7 @@ def adaptive(
     planned = deque(balanced_design(space, first, seed))
     while len(done) < at[-1]:
         if not planned:
-            posterior = fit(system_of(space, done, losses), seed + len(done), posterior)
+            posterior = fit(space, done, losses, seed + len(done), posterior)
             planned.extend(thompson(space, posterior, places, seed + len(done), excluded=set(done)))
         done.append(planned.popleft())
         losses.append(measure(done[-1]))
@@ -185,6 +209,8 @@ POLICIES: dict[str, Policy] = {
     "balanced, ridge": partial(fixed, design=balanced_design, best=best_by_effects, fit=by_ridge),
     "thompson, ridge": partial(adaptive, fit=by_ridge, first=FIRST),
     "thompson, spike": partial(adaptive, fit=by_spike, first=FIRST),
+    "thompson, sharing": partial(adaptive, fit=by_sharing, first=FIRST),
+    "thompson, sharing, first 20": partial(adaptive, fit=by_sharing, first=20),
     "thompson, ridge, first 20": partial(adaptive, fit=by_ridge, first=20),
     "thompson, ridge, 8 places": partial(adaptive, fit=by_ridge, first=FIRST, places=8),
     "evolution, best measured": evolution,
