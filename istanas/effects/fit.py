@@ -8,7 +8,7 @@ import numpy as np
 
 from istanas.effects.coding import Architecture, coded
 from istanas.effects.fidelity import join_fidelities
-from istanas.effects.model import Score, linear_system, scores
+from istanas.effects.model import Score, System, linear_system, scores
 from istanas.effects.posterior import Posterior, ridge
 from istanas.space.base import SearchSpace
 
@@ -49,7 +49,34 @@ def fit_effects(
         >>> int(np.argmax(posterior.mean))
         3
     """
+    system = effects_system(space, measured, losses, fidelity, score=score)
+    return ridge(system, n_draws, seed, least_share=LEAST_SHARE)
+
+
+def effects_system(
+    space: SearchSpace,
+    measured: Sequence[Architecture],
+    losses: Sequence[float],
+    fidelity: Sequence[int],
+    *,
+    score: Score = "normal",
+) -> System:
+    """Return the equations of all measurements, whose fidelities are joined.
+
+    Args:
+        space, measured, losses, fidelity, score: As in `fit_effects`.
+
+    Raises:
+        ConfigError: As in `linear_system`.
+
+    Example:
+        >>> from istanas.effects.design import balanced_design
+        >>> from istanas.space import NasBench201Space
+        >>> space = NasBench201Space()
+        >>> effects_system(space, balanced_design(space, 3, seed=0), [1.0, 2.0, 3.0], [5, 5, 5]).A.shape
+        (3, 30)
+    """
     levels, index = np.unique(np.asarray(fidelity), return_inverse=True)
     rows, values = coded(space, measured), scores(losses, index, score)
     joined = join_fidelities(rows, values, index, len(levels))
-    return ridge(linear_system(rows, values, index, joined), n_draws, seed, least_share=LEAST_SHARE)
+    return linear_system(rows, values, index, joined)
