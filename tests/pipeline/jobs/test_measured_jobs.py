@@ -105,7 +105,7 @@ def test_the_user_reads_how_certain_the_choices_are(undisturbed: dict[str, Any])
     assert f"- 9 measurements: {certain}" in description
 
 
-def test_mlflow_receives_the_tables_and_no_validation_accuracy_of_the_result(
+def test_mlflow_has_the_tables_and_no_validation_accuracy_of_the_result(
     undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(f"sqlite:///{undisturbed['folder']}/mlflow.db")
