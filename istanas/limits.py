@@ -41,7 +41,7 @@ LOG_SEGMENT_BYTES = 32 * MB
 """Limit of a segment of the log of epochs: the 100 records of a segment take 5 MB for a search with 16 nodes."""
 
 TABLE_BYTES = 64 * MB
-"""Limit of trials.csv (about 300 bytes per trial), trajectory.csv and codes.csv."""
+"""Limit of trials.csv (about 300 bytes per trial) and of the tables of a search, such as trajectory.csv."""
 
 CHECKPOINT_PICKLE_BYTES = 32 * MB
 """Limit of a checkpoint without its tensors: less than 1 MB in the published search, after any number of epochs.

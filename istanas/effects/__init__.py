@@ -7,7 +7,10 @@ the sparse code. Everything is a pure function of numbers; nothing is trained he
 from istanas.effects.choice import (
     Improvement,
     best_architecture,
+    best_of_draws,
+    choice_probabilities,
     improvement,
+    kept_probabilities,
     probability_best,
     ranked_architectures,
     thompson,
@@ -24,7 +27,7 @@ from istanas.effects.coding import (
 )
 from istanas.effects.design import balanced_design
 from istanas.effects.fidelity import join_fidelities, next_fidelity
-from istanas.effects.fit import fit_effects
+from istanas.effects.fit import effects_system, fit_effects
 from istanas.effects.model import (
     Fidelities,
     System,
@@ -38,9 +41,22 @@ from istanas.effects.model import (
 from istanas.effects.posterior import Posterior, log_evidence, ridge, ridge_moments, ridge_variances
 from istanas.effects.sparse_fit import SparsePath, sparse_path
 from istanas.effects.spike import gibbs_sweep, spike_and_slab
+from istanas.effects.summary import (
+    CERTAIN,
+    INTERVAL,
+    TOSS_UP,
+    EffectsSummary,
+    count_certain,
+    predicted_score,
+    summarize,
+)
 
 __all__ = [
+    "CERTAIN",
+    "INTERVAL",
+    "TOSS_UP",
     "Architecture",
+    "EffectsSummary",
     "Fidelities",
     "Improvement",
     "Layout",
@@ -50,12 +66,17 @@ __all__ = [
     "architecture",
     "balanced_design",
     "best_architecture",
+    "best_of_draws",
+    "choice_probabilities",
     "coded",
+    "count_certain",
+    "effects_system",
     "fit_effects",
     "gibbs_sweep",
     "improvement",
     "incidence",
     "join_fidelities",
+    "kept_probabilities",
     "layout",
     "linear_system",
     "log_evidence",
@@ -63,6 +84,7 @@ __all__ = [
     "next_fidelity",
     "normal_scores",
     "offsets",
+    "predicted_score",
     "probability_best",
     "ranked_architectures",
     "repeat_variance",
@@ -73,6 +95,7 @@ __all__ = [
     "sparse_path",
     "spike_and_slab",
     "sum_to_zero",
+    "summarize",
     "supports_of",
     "thompson",
 ]

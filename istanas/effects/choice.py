@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 
 from istanas.effects.coding import Architecture, Array, Layout, coded, layout
 from istanas.effects.posterior import Posterior
@@ -41,14 +42,14 @@ def ranked_architectures(space: SearchSpace, effects: Array) -> Iterator[Archite
 
     Source: Edmonds, Matroids and the greedy algorithm, 1971; Lawler, Management Science 1972 (k best solutions).
     """
-    flat = layout(space)
-    start = _heaviest(flat, effects)
+    numbering = layout(space)
+    start: Architecture = tuple(_heaviest(numbering, effects).tolist())
     queue = [(-float(effects[list(start)].sum()), start)]
     seen = {start}
     while queue:
         _, kept = heapq.heappop(queue)
         yield kept
-        for other in _exchanges(flat, kept):
+        for other in _exchanges(numbering, kept):
             if other not in seen:
                 seen.add(other)
                 heapq.heappush(queue, (-float(effects[list(other)].sum()), other))
@@ -211,35 +212,112 @@ def improvement(
         >>> improvement(space, posterior, pair[0]).probability
         1.0
     """
-    flat, kept = layout(space), list(incumbent)
-    gains = np.zeros(len(posterior.draws))
-    for index, draw in enumerate(posterior.draws):
-        best = _heaviest(flat, draw) if allowed is None else best_architecture(space, draw, allowed=allowed)
-        gains[index] = draw[list(best)].sum() - draw[kept].sum()
+    draws = posterior.draws
+    if allowed is None:
+        best = best_of_draws(space, posterior)
+    else:
+        best = np.array([best_architecture(space, draw, allowed=allowed) for draw in draws])
+    gains = np.take_along_axis(draws, best, 1).sum(1) - draws[:, list(incumbent)].sum(1)
     # A difference of rounding is no improvement.
     return Improvement(float((gains > margin + 1e-12).mean()), float(np.maximum(gains, 0.0).mean()))
 
 
-def _heaviest(flat: Layout, effects: Array) -> Architecture:
-    """Return the architecture with the largest effects; of equal effects, candidates with lower numbers."""
-    kept: list[int] = []
-    for decision, part in zip(flat.decisions, flat.parts(), strict=True):
-        edges: set[int] = set()
-        for c in part.start + np.argsort(-effects[part], kind="stable"):
-            if flat.edge[c] not in edges:
-                edges.add(int(flat.edge[c]))
-                kept.append(int(c))
-            if len(edges) == decision.sparsity:
-                break
-    return tuple(sorted(kept))
+def best_of_draws(space: SearchSpace, posterior: Posterior) -> npt.NDArray[np.int64]:
+    """Return the best architecture of each draw, as its kept candidates in ascending order, (S, kept).
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space, pair = NasBench201Space(), [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)]
+        >>> rows = coded(space, pair * 10)
+        >>> posterior = ridge(System(rows - rows.mean(0), np.tile([-1.0, 1.0], 10)), 100, seed=0)
+        >>> best_of_draws(space, posterior).shape
+        (100, 6)
+    """
+    return _heaviest(layout(space), posterior.draws)
 
 
-def _exchanges(flat: Layout, kept: Architecture) -> Iterator[Architecture]:
+def kept_probabilities(space: SearchSpace, posterior: Posterior) -> Array:
+    """Return the probability of each candidate that the best architecture keeps it, by the draws, (N,).
+
+    In a decision that keeps one candidate, it is the probability that the candidate is the best one. The probabilities
+    of a decision sum to the number of candidates that it keeps.
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space, pair = NasBench201Space(), [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)]
+        >>> rows = coded(space, pair * 10)
+        >>> posterior = ridge(System(rows - rows.mean(0), np.tile([-1.0, 1.0], 10)), 100, seed=0)
+        >>> kept_probabilities(space, posterior).reshape(6, 5).sum(1).round(6).tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    best, n = best_of_draws(space, posterior), layout(space).n_candidates
+    return np.asarray(np.bincount(best.ravel(), minlength=n) / len(best))
+
+
+def choice_probabilities(space: SearchSpace, posterior: Posterior, chosen: Architecture) -> Array:
+    """Return the probability of each decision that the best architecture keeps the same candidates in it, (D,).
+
+    The standard error is at most 1 / (2 sqrt(S)) for S draws.
+
+    Args:
+        space: The search space.
+        posterior: The posterior of the effects.
+        chosen: The architecture whose choices are judged.
+
+    Example:
+        >>> from istanas.effects import System, coded, ridge
+        >>> from istanas.space import NasBench201Space
+        >>> space, pair = NasBench201Space(), [(0, 5, 10, 15, 20, 25), (3, 8, 13, 18, 23, 28)]
+        >>> rows = coded(space, pair * 10)
+        >>> posterior = ridge(System(rows - rows.mean(0), np.tile([-1.0, 1.0], 10)), 100, seed=0)
+        >>> bool(choice_probabilities(space, posterior, pair[0]).max() < 0.1)
+        True
+    """
+    equal = best_of_draws(space, posterior) == np.array(chosen)
+    sizes = [decision.sparsity for decision in layout(space).decisions]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.asarray(np.logical_and.reduceat(equal, starts, axis=1).mean(0))
+
+
+def _heaviest(numbering: Layout, effects: Array) -> npt.NDArray[np.int64]:
+    """Return the architecture with the largest effects; of equal effects, candidates with lower numbers.
+
+    Args:
+        numbering: The candidates of the space.
+        effects: Effects of all candidates, (..., N).
+
+    Returns:
+        The kept candidates in ascending order, (..., kept).
+    """
+    kept = []
+    for decision, part in zip(numbering.decisions, numbering.parts(), strict=True):
+        left = np.array(effects[..., part], dtype=np.float64)
+        edge = numbering.edge[part]
+        own = []
+        for _ in range(decision.sparsity):
+            best = left.argmax(-1)
+            own.append(best)
+            left[edge == edge[best][..., None]] = -np.inf
+        kept.append(part.start + np.sort(np.stack(own, -1), -1))
+    return np.concatenate(kept, -1)
+
+
+def _exchanges(numbering: Layout, kept: Architecture) -> Iterator[Architecture]:
     """Yield all architectures that differ in one kept candidate."""
-    parts, edges = flat.parts(), {int(flat.edge[c]) for c in kept}
+    parts, edges = numbering.parts(), {int(numbering.edge[c]) for c in kept}
     for out in kept:
-        part = parts[flat.decision[out]]
+        part = parts[numbering.decision[out]]
         for new in range(part.start, part.stop):
-            own = int(flat.edge[new])
-            if new not in kept and (own not in edges or own == flat.edge[out]):
+            own = int(numbering.edge[new])
+            if new not in kept and (own not in edges or own == numbering.edge[out]):
                 yield tuple(sorted((*(c for c in kept if c != out), new)))

@@ -98,16 +98,16 @@ def architecture(space: SearchSpace, supports: Supports) -> Architecture:
         >>> architecture(NasBench201Space(), {"cell": [[3], [0], [1], [2], [3], [4]]})
         (3, 5, 11, 17, 23, 29)
     """
-    flat = layout(space)
+    numbering = layout(space)
     chosen = [support for kind in space.kinds for support in supports.get(kind, ())]
-    if len(chosen) != len(flat.decisions):
+    if len(chosen) != len(numbering.decisions):
         raise ConfigError(
-            f"{len(chosen)} decisions, and the space {space.name} has {len(flat.decisions)}",
+            f"{len(chosen)} decisions, and the space {space.name} has {len(numbering.decisions)}",
             field="supports",
             remedy="give the kept candidates of every decision",
         )
     kept: list[int] = []
-    for decision, start, support in zip(flat.decisions, flat.first, chosen, strict=False):
+    for decision, start, support in zip(numbering.decisions, numbering.first, chosen, strict=False):
         own = sorted({int(c) for c in support})
         edges = {decision.edges[c] for c in own if 0 <= c < decision.n_candidates}
         in_range = all(0 <= c < decision.n_candidates for c in own)
@@ -131,9 +131,9 @@ def supports_of(space: SearchSpace, kept: Architecture) -> dict[str, list[tuple[
         >>> supports_of(NasBench201Space(), (3, 5, 11, 17, 23, 29))
         {'cell': [(3,), (0,), (1,), (2,), (3,), (4,)]}
     """
-    flat = layout(space)
+    numbering = layout(space)
     supports: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in space.kinds}
-    for decision, part in zip(flat.decisions, flat.parts(), strict=True):
+    for decision, part in zip(numbering.decisions, numbering.parts(), strict=True):
         supports[decision.kind].append(tuple(c - part.start for c in kept if part.start <= c < part.stop))
     return supports
 

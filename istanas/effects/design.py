@@ -46,36 +46,38 @@ def balanced_design(space: SearchSpace, n: int, seed: int) -> list[Architecture]
     """
     if n < 1:
         raise ConfigError(f"{n} architectures are no design", field="n", remedy="use 1 or more")
-    flat, rng = layout(space), np.random.Generator(np.random.PCG64(seed))
+    numbering, rng = layout(space), np.random.Generator(np.random.PCG64(seed))
     pairs = np.zeros(
-        (flat.n_candidates, flat.n_candidates)
+        (numbering.n_candidates, numbering.n_candidates)
     )  # How often both occur; the diagonal counts candidates.
     design: list[Architecture] = []
     for _ in range(n):
-        row = _balanced_row(flat, pairs, rng)
+        row = _balanced_row(numbering, pairs, rng)
         for _ in range(_TRIES):
             if row not in design:
                 break
-            row = _balanced_row(flat, pairs, rng)
+            row = _balanced_row(numbering, pairs, rng)
         design.append(row)
         pairs[np.ix_(row, row)] += 1.0
     return design
 
 
-def _balanced_row(flat: Layout, pairs: npt.NDArray[np.float64], rng: np.random.Generator) -> Architecture:
+def _balanced_row(
+    numbering: Layout, pairs: npt.NDArray[np.float64], rng: np.random.Generator
+) -> Architecture:
     """Return an architecture of the least frequent candidates, whose pairs occurred as rarely as possible."""
     count = pairs.diagonal()
-    load = np.bincount(flat.edge, weights=count, minlength=flat.n_candidates)[flat.edge]
+    load = np.bincount(numbering.edge, weights=count, minlength=numbering.n_candidates)[numbering.edge]
     row: list[int] = []
-    parts = flat.parts()
+    parts = numbering.parts()
     for index in rng.permutation(len(parts)):
         part, free = parts[index], np.ones(parts[index].stop - parts[index].start, dtype=bool)
-        for _ in range(flat.decisions[index].sparsity):
+        for _ in range(numbering.decisions[index].sparsity):
             own = np.arange(part.start, part.stop)[free]
-            met = pairs[own][:, row].sum(1)
+            pairs_before = pairs[own][:, row].sum(1)
             # The last key is the first to sort by. Ties are broken by how often the edge occurred, so that edges
             # occur equally often where one candidate of each may be kept.
-            best = own[np.lexsort((rng.random(len(own)), met, load[own], count[own]))[0]]
+            best = own[np.lexsort((rng.random(len(own)), pairs_before, load[own], count[own]))[0]]
             row.append(int(best))
-            free &= flat.edge[part] != flat.edge[best]
+            free &= numbering.edge[part] != numbering.edge[best]
     return tuple(sorted(row))

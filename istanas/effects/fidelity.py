@@ -125,15 +125,15 @@ def next_fidelity(
             field="fidelities",
             remedy="give slope, noise, bias and seconds of each fidelity",
         )
-    slope, deviation, off, cost = values
+    slope, deviation, error, cost = values
     if not ((deviation > 0).all() and (cost > 0).all()):
         raise ConfigError(
             f"noise {list(noise)} and seconds {list(seconds)}",
             field="fidelities",
             remedy="use positive numbers",
         )
-    sharp = np.flatnonzero(off <= spread)
+    sharp = np.flatnonzero(error <= spread)
     if not len(sharp):
-        return int(np.lexsort((cost, off))[0])
+        return int(np.lexsort((cost, error))[0])
     rate = 0.5 * np.log1p((slope * spread / deviation) ** 2) / cost
     return int(sharp[np.argmax(rate[sharp])])

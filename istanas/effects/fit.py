@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from istanas.effects.coding import Architecture, coded
 from istanas.effects.fidelity import join_fidelities
-from istanas.effects.model import Score, linear_system, scores
+from istanas.effects.model import Fidelities, Score, System, linear_system, scores
 from istanas.effects.posterior import Posterior, log_evidence, ridge
 from istanas.effects.sharing import RATIOS, prior_root, unrooted
 from istanas.space.base import SearchSpace
@@ -63,8 +64,45 @@ def fit_effects(
         joined = join_fidelities(rows @ root, values, index, len(levels))
         system = linear_system(rows @ root, values, index, joined)
         posterior = ridge(system, n_draws, seed, least_share=LEAST_SHARE)
-        evidence = log_evidence(system, posterior.noise_variance / posterior.prior_variance)
-        # The density of the scores, instead of the scores in units of the noise of their fidelity.
-        evidence -= float(np.sum((np.bincount(index) - 1) * np.log(joined.noise)))
-        found.append((evidence, unrooted(posterior, root)))
+        found.append((_evidence(system, posterior, index, joined), unrooted(posterior, root)))
     return max(found, key=lambda each: each[0])[1]
+
+
+def _evidence(
+    system: System, posterior: Posterior, index: npt.NDArray[np.int64], joined: Fidelities
+) -> float:
+    """Return the log marginal likelihood of the scores, up to a constant that all priors share.
+
+    That of the system belongs to scores in units of the noise of their fidelity, which depends on the prior.
+    """
+    of_system = log_evidence(system, posterior.noise_variance / posterior.prior_variance)
+    return of_system - float(np.sum((np.bincount(index) - 1) * np.log(joined.noise)))
+
+
+def effects_system(
+    space: SearchSpace,
+    measured: Sequence[Architecture],
+    losses: Sequence[float],
+    fidelity: Sequence[int],
+    *,
+    score: Score = "normal",
+) -> System:
+    """Return the equations of all measurements, whose fidelities are joined, for independent effects.
+
+    Args:
+        space, measured, losses, fidelity, score: As in `fit_effects`.
+
+    Raises:
+        ConfigError: As in `linear_system`.
+
+    Example:
+        >>> from istanas.effects.design import balanced_design
+        >>> from istanas.space import NasBench201Space
+        >>> space = NasBench201Space()
+        >>> effects_system(space, balanced_design(space, 3, seed=0), [1.0, 2.0, 3.0], [5, 5, 5]).A.shape
+        (3, 30)
+    """
+    levels, index = np.unique(np.asarray(fidelity), return_inverse=True)
+    rows, values = coded(space, measured), scores(losses, index, score)
+    joined = join_fidelities(rows, values, index, len(levels))
+    return linear_system(rows, values, index, joined)

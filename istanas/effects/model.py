@@ -131,7 +131,7 @@ class Fidelities:
 
 
 def linear_system(
-    rows: Array, score: Array, fidelity: Levels | None = None, of: Fidelities | None = None
+    rows: Array, score: Array, fidelity: Levels | None = None, fidelities: Fidelities | None = None
 ) -> System:
     """Return the equations of all measurements.
 
@@ -139,7 +139,7 @@ def linear_system(
         rows: Coded architectures, (M, N), as `coding.coded` returns them.
         score: Their scores, (M,).
         fidelity: The fidelity of each measurement, 0 to F - 1, (M,); `None` if there is only one.
-        of: The slope and noise of each fidelity; `None` if there is only one.
+        fidelities: The slope and noise of each fidelity; `None` if there is only one.
 
     Raises:
         ConfigError: If shapes differ, there are no measurements, values are not finite, or a fidelity is unknown.
@@ -149,19 +149,19 @@ def linear_system(
         >>> system.A.ravel().tolist(), system.b.tolist(), system.freedom
         ([1.0, -1.0], [1.0, -1.0], 1)
     """
-    of = Fidelities() if of is None else of
+    joined = Fidelities() if fidelities is None else fidelities
     levels = np.zeros(len(score), dtype=np.int64) if fidelity is None else np.asarray(fidelity, np.int64)
-    _check(rows, score, levels, len(of.slopes))
+    _check(rows, score, levels, len(joined.slopes))
     A, b = np.array(rows, dtype=np.float64), np.array(score, dtype=np.float64)
     used = np.unique(levels)
     for level in used:
         own = levels == level
-        A[own] = (A[own] - A[own].mean(0)) * (of.slopes[level] / of.noise[level])
-        b[own] = (b[own] - b[own].mean()) / of.noise[level]
+        A[own] = (A[own] - A[own].mean(0)) * (joined.slopes[level] / joined.noise[level])
+        b[own] = (b[own] - b[own].mean()) / joined.noise[level]
     return System(A, b, len(used))
 
 
-def offsets(rows: Array, score: Array, effects: Array, fidelity: Levels, of: Fidelities) -> Array:
+def offsets(rows: Array, score: Array, effects: Array, fidelity: Levels, fidelities: Fidelities) -> Array:
     """Return the offset of each fidelity, mean(y) - slope mean(x z); NaN for a fidelity without measurements, (F,).
 
     Example:
@@ -169,10 +169,10 @@ def offsets(rows: Array, score: Array, effects: Array, fidelity: Levels, of: Fid
         array([2.])
     """
     levels = np.asarray(fidelity)
-    found = np.full(len(of.slopes), np.nan)
+    found = np.full(len(fidelities.slopes), np.nan)
     for level in np.unique(levels):
         own = levels == level
-        found[level] = (score[own] - of.slopes[level] * (rows[own] @ effects)).mean()
+        found[level] = (score[own] - fidelities.slopes[level] * (rows[own] @ effects)).mean()
     return found
 
 

@@ -13,24 +13,31 @@ An epoch of the search trains one architecture for one epoch, and a measurement 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
-from istanas.effects.choice import Improvement, best_architecture, improvement, thompson
+from istanas.effects.choice import (
+    Improvement,
+    best_architecture,
+    choice_probabilities,
+    improvement,
+    thompson,
+)
 from istanas.effects.coding import Architecture, layout, supports_of
 from istanas.effects.design import balanced_design
 from istanas.effects.fit import fit_effects
 from istanas.effects.posterior import Posterior
+from istanas.effects.summary import EffectsSummary, count_certain, predicted_score, summarize
 from istanas.errors import ConfigError, DivergedError
 from istanas.nets import ArchitectureNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
 from istanas.settings import MeasuredSettings
-from istanas.space import Decision, Genotype
+from istanas.space import Decision, Genotype, SearchSpace
 from istanas.training import (
     BatchLike,
     Metrics,
@@ -61,6 +68,37 @@ class Measurement:
     epochs: int
     loss: float
     top1: float
+
+
+def has_effects(measurements: Sequence[Measurement]) -> bool:
+    """Return whether effects can be distinguished from the offsets of the fidelities."""
+    return len(measurements) > len({m.epochs for m in measurements})
+
+
+def posterior_of(space: SearchSpace, measurements: Sequence[Measurement], seed: int) -> Posterior:
+    """Return the posterior of the effects after these measurements of a search with this seed."""
+    return fit_effects(
+        space,
+        [m.kept for m in measurements],
+        [m.loss for m in measurements],
+        [m.epochs for m in measurements],
+        n_draws=N_DRAWS,
+        seed=derive_seed(seed, "measured", "posterior", len(measurements)),
+    )
+
+
+def summary_of(space: SearchSpace, measurements: Sequence[Measurement], seed: int) -> EffectsSummary | None:
+    """Return what the measurements of a search with this seed have shown; `None` if they are too few for effects."""
+    if not has_effects(measurements):
+        return None
+    return summarize(
+        space,
+        posterior_of(space, measurements, seed),
+        [m.kept for m in measurements],
+        [m.loss for m in measurements],
+        [m.epochs for m in measurements],
+        seed=derive_seed(seed, "measured", "thompson", len(measurements)),
+    )
 
 
 class MeasuredSearch(Search[MeasuredSettings]):
@@ -113,6 +151,8 @@ class MeasuredSearch(Search[MeasuredSettings]):
         )
         self._best = self._design[0]
         self._improvement: Improvement | None = None
+        self._certain = 0  # choices of the best architecture
+        self._newest: dict[str, float] = {}  # the metrics of the measurement that the epoch has finished
         self.hold(self._design[0])
         return self._report(self._best)
 
@@ -230,10 +270,11 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def finish_epoch(self) -> RecoveryReport:
         """Add the measurement if it is complete, and choose the next architecture."""
-        before = self._best
+        before, self._newest = self._best, {}
         if self._trained == self._epochs:
             assert self._measured is not None, "the pictures for choosing measure every architecture"
             measured = Measurement(self.current, self._epochs, self._measured.loss, self._measured.top1)
+            self._newest = self._prediction() | {"measured/epochs": float(measured.epochs)}
             self.measurements.append(measured)
             self._learn()
             self._check_trained()
@@ -257,21 +298,14 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def _learn(self) -> None:
         """Fit the effects to all measurements, and find the best architecture."""
-        if len(self.measurements) < 2:
+        if not has_effects(self.measurements):
             return
-        seed = derive_seed(self.seed, self.kind, "posterior", len(self.measurements))
-        self.posterior = fit_effects(
-            self.space,
-            [m.kept for m in self.measurements],
-            [m.loss for m in self.measurements],
-            [m.epochs for m in self.measurements],
-            n_draws=N_DRAWS,
-            seed=seed,
-        )
+        self.posterior = posterior_of(self.space, self.measurements, self.seed)
         self._best = best_architecture(self.space, self.posterior.mean)
         self._improvement = improvement(
             self.space, self.posterior, self._best, margin=self.settings.stop_margin
         )
+        self._certain = count_certain(choice_probabilities(self.space, self.posterior, self._best))
 
     def _next(self) -> Architecture:
         """Return the next architecture: one of the design, or one that Thompson sampling draws."""
@@ -312,14 +346,23 @@ class MeasuredSearch(Search[MeasuredSettings]):
         return self.space.genotype(supports_of(self.space, self.current))
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of measurements, the noise of a score, and the expected improvement over the result."""
+        """Return figures of the measurement that the epoch has finished, if any, and of the posterior."""
+        found = {"measured/count": float(len(self.measurements)), **self._newest}
         if self.posterior is None or self._improvement is None:
-            return {"measured/count": float(len(self.measurements))}
+            return found
         return {
-            "measured/count": float(len(self.measurements)),
+            **found,
             "measured/noise": math.sqrt(self.posterior.noise_variance),
             "measured/expected_improvement": self._improvement.expected,
+            "measured/certain_choices": float(self._certain),
         }
+
+    def _prediction(self) -> dict[str, float]:
+        """Return the predicted score of the current architecture; empty if there is no posterior yet."""
+        if self.posterior is None:
+            return {}
+        score, deviation = predicted_score(self.space, self.posterior, self.current)
+        return {"measured/predicted": score, "measured/predicted_deviation": deviation}
 
     def _report(self, before: Architecture) -> RecoveryReport:
         """Report the best architecture. The magnitudes are the effects above the smallest one of each decision."""

@@ -29,6 +29,16 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
+def rounded(fraction: float) -> str:
+    """Return a fraction as a whole percentage.
+
+    Example:
+        >>> rounded(0.98607)
+        '99 %'
+    """
+    return f"{100 * fraction:.0f} %"
+
+
 def duration(seconds: float) -> str:
     """Return a duration in a readable form.
 

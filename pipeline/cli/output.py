@@ -75,6 +75,9 @@ def show_result(
     console.print(table)
     if "valid_top1" in result:
         console.print(terminal.validation_note(kind, config.method), highlight=False)
+    if "effects" in result:
+        for line in terminal.effects_lines(result["effects"]):
+            console.print(line, highlight=False, soft_wrap=True)
     runs = [bucket.local(result[key]) for key in ("run_dir", "retrain_run_dir") if key in result]
     pages = [run / REPORT_PAGE for run in runs if (run / REPORT_PAGE).exists()]  # those on this machine
     paths = [("report", str(page)) for page in pages]

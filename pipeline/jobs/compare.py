@@ -24,7 +24,7 @@ from pipeline.config.threads import threads_in_process
 from pipeline.jobs.context import say_to
 from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run
-from pipeline.report.terminal import shown, shown_time, top_columns, validation_note
+from pipeline.report.terminal import has_validation, shown, shown_time, top_columns, validation_note
 from pipeline.runs import bucket
 from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE, RANK_TABLE
 from pipeline.runs.network_files import load_network
@@ -247,7 +247,7 @@ def _notes(runs: Sequence[ReadRun]) -> list[str]:
 
 
 def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> ComparedRun:
-    genotype = run.genotype
+    genotype, validated = run.genotype, has_validation(run.kind, run.method)
     return {
         "run": run.label,
         "run_dir": run.run_dir,
@@ -262,8 +262,8 @@ def _row(run: ReadRun, latency: float | None, latency_of: str | None) -> Compare
         "macs": _whole(run.last("target/macs")),
         "latency_seconds": latency,
         "latency_of": latency_of,
-        "valid_top1": run.last("valid/top1"),
-        "valid_top5": run.last("valid/top5"),
+        "valid_top1": run.last("valid/top1") if validated else None,
+        "valid_top5": run.last("valid/top5") if validated else None,
         "test_top1": run.last("test/top1"),
         "test_top5": run.last("test/top5"),
         "epochs": run.lines[-1].step if run.lines else 0,

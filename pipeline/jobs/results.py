@@ -20,11 +20,37 @@ class _Result(TypedDict):
     rollbacks: NotRequired[int]  # halvings of the learning rate after divergence
 
 
+class NextMeasurement(TypedDict):
+    """An architecture that a search by measurements would measure next."""
+
+    architecture: str | None  # its text, if the space has one
+    candidates: list[int]  # its kept candidates, as they are numbered in effects.csv
+    predicted: float  # mean of its score
+    deviation: float  # standard deviation of its score, without the noise of a measurement
+
+
+class EffectsResult(TypedDict):
+    """What the measurements of a search have shown, see `istanas.effects.EffectsSummary`."""
+
+    measurements: int
+    predicted: float  # mean of the result's score
+    deviation: float  # its standard deviation
+    choices: int  # decisions of the space
+    certain: int
+    toss_ups: int
+    choice_probabilities: list[float]  # of each decision, in the order of the space
+    probability_best: float  # among the measured architectures and the result
+    expected_improvement: float
+    lasso_gap: float
+    next: list[NextMeasurement]
+
+
 class SearchResult(_Result):
     """Result of a search whose cell is retrained; `params` and `macs` belong to the network of that retraining."""
 
     valid_top1: NotRequired[float]  # unless the method measures none of its result
     valid_top5: NotRequired[float]
+    effects: NotRequired[EffectsResult]  # only of a search by measurements
 
 
 class OneStageResult(_Result):

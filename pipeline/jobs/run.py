@@ -8,7 +8,7 @@ from typing import cast
 from istanas.space import Genotype
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.export import run_export
-from pipeline.jobs.results import OneStageResult, RunResult
+from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
 from pipeline.jobs.retrain import run_retrain
 from pipeline.jobs.search import run_search
 
@@ -23,7 +23,7 @@ def run_whole(context: JobContext) -> RunResult | OneStageResult:
         result = run_search(context)
         exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}
-    search = run_search(context, jobs=("search", "retrain"))
+    search = cast(SearchResult, run_search(context, jobs=("search", "retrain")))
     retrain = run_retrain(replace(context, parent=search["run_dir"]), Genotype.from_dict(search["genotype"]))
     both: RunResult = {
         **search,

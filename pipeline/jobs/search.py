@@ -25,6 +25,7 @@ from pipeline.config.keys import value_at
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config, considers_costs
 from pipeline.jobs.context import JobContext
+from pipeline.jobs.effects import write_effects
 from pipeline.jobs.lifecycle import (
     JobSteps,
     Outcome,
@@ -45,8 +46,10 @@ from pipeline.runs.layout import (
     CHECKPOINTS,
     CODES_FILE,
     CONFIG_FILE,
+    EFFECTS_FILE,
     FREEZING_FIGURES,
     GENOTYPE_FILE,
+    MEASUREMENTS_FILE,
     NETWORK_FILE,
     TRAJECTORY_FILE,
     TRAJECTORY_PAGE,
@@ -121,7 +124,7 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         progress = run_job("search", config, dataset, store, observer, context.runtime)
         if config.trains_target:
             return _finish_trained(run, progress, dataset, config, observer.note)
-        return _finish_searched(run, progress, observer.note)
+        return _finish_searched(run, progress, config, observer.note)
 
     steps = JobSteps(
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
@@ -211,10 +214,12 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_searched(run: RunDir, progress: Progress, say: Callable[[str], None]) -> Outcome:
+def _finish_searched(run: RunDir, progress: Progress, config: Config, say: Callable[[str], None]) -> Outcome:
     genotype, record = _write_last_genotype(run, progress.newest), run.read()
     valid = accuracies(progress.newest.metrics, "valid") if validates(record.method) else {}
-    result = {**_figures(genotype, progress), **valid}
+    records = read_records(run.path / CHECKPOINTS, progress)
+    effects = write_effects(run.path, records, config.space.build(), config.seed)
+    result = {**_figures(genotype, progress), **valid, **({} if effects is None else {"effects": effects})}
     return Outcome(
         result=result,
         artifacts=(
@@ -222,6 +227,7 @@ def _finish_searched(run: RunDir, progress: Progress, say: Callable[[str], None]
             GENOTYPE_FILE,
             *cell_figures(genotype.kinds),
             *TRAJECTORY,
+            *(name for name in (MEASUREMENTS_FILE, EFFECTS_FILE) if (run.path / name).is_file()),
             *_trajectory_page(run, say),
         ),
         tags={Tag.GENOTYPE: genotype.digest()},

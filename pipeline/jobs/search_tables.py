@@ -1,17 +1,24 @@
-"""The tables of a search, `trajectory.csv` and `codes.csv`, to which every epoch appends its rows."""
+"""The tables of a search, to which every epoch appends its rows.
+
+They are `trajectory.csv`, `codes.csv` and, in a search by measurements, `measurements.csv`. They have no times, so that
+a search that was interrupted has the same tables as an undisturbed one.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from istanas.effects import architecture
 from istanas.search import NodeReport
-from istanas.space import SearchSpace
+from istanas.search.measured import Measurement
+from istanas.space import Genotype, SearchSpace
 from pipeline.base.files import append, ensure_content
-from pipeline.runs.layout import CODES_FILE, TRAJECTORY_FILE
+from pipeline.runs.layout import CODES_FILE, MEASUREMENTS_FILE, TRAJECTORY_FILE
 from pipeline.training.epoch_record import EpochRecord
 
 TRAJECTORY_COLUMNS = (
@@ -28,10 +35,20 @@ TRAJECTORY_COLUMNS = (
     "margin",
 )
 CODES_COLUMNS = ("epoch", "cell", "node", "state", "op", "magnitude")
+MEASUREMENTS_COLUMNS = (
+    "measurement",
+    "architecture",
+    "candidates",
+    "epochs",
+    "loss",
+    "top1",
+    "predicted",
+    "deviation",
+)
 
 
 class SearchTables:
-    """The files `trajectory.csv` and `codes.csv` of a search, to which every epoch appends its rows.
+    """The tables of a search, to which every epoch appends its rows.
 
     Args:
         folder: The run directory.
@@ -41,7 +58,7 @@ class SearchTables:
     def __init__(self, folder: Path, space: SearchSpace) -> None:
         self._folder, self._space = folder, space
         self._kept: KeptCodes = {}
-        self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0}
+        self._sizes = {TRAJECTORY_FILE: 0, CODES_FILE: 0, MEASUREMENTS_FILE: 0}
 
     def replace(self, records: Iterable[EpochRecord], *, finished: bool = False) -> list[Path]:
         """Rewrite the tables from the records of all finished epochs.
@@ -92,6 +109,8 @@ class SearchTables:
         }
         if not tables[TRAJECTORY_FILE][1]:
             return {}
+        if measurements := list(measurement_rows(record, self._space)):
+            tables[MEASUREMENTS_FILE] = (MEASUREMENTS_COLUMNS, measurements)
         text = {}
         for name, (columns, rows) in tables.items():
             stream = io.StringIO()
@@ -153,6 +172,52 @@ def codes_rows(
             candidates = space.decisions[node.cell][node.node].candidates
             for (op, state), magnitude in zip(candidates, kept.get(place, ()), strict=False):
                 yield epoch, *place, state, op, f"{magnitude:.6g}"
+
+
+def measurement_of(record: EpochRecord, space: SearchSpace) -> Measurement | None:
+    """Return the measurement that an epoch has finished, or `None`.
+
+    Args:
+        record: An epoch of a search.
+        space: The space of the search.
+    """
+    m = record.metrics
+    if "measured/epochs" not in m:
+        return None
+    trained = Genotype.from_json(record.found().trained_genotype)
+    return Measurement(
+        architecture(space, space.supports(trained)),
+        int(m["measured/epochs"]),
+        m.get("valid/loss", math.inf),  # nothing is measured after a training that has diverged
+        m.get("valid/top1", 0.0),
+    )
+
+
+def measurement_rows(record: EpochRecord, space: SearchSpace) -> Iterator[tuple[Any, ...]]:
+    """Yield a row of `MEASUREMENTS_COLUMNS` if the epoch has finished a measurement.
+
+    The predicted score and its standard deviation are those before the measurement. They are empty before the third
+    measurement, because a posterior requires two.
+
+    Args:
+        record: An epoch of a search.
+        space: The space of the search.
+    """
+    measured = measurement_of(record, space)
+    if measured is None:
+        return
+    m = record.metrics
+    predicted = [m.get(f"measured/{name}") for name in ("predicted", "predicted_deviation")]
+    yield (
+        int(m["measured/count"]),
+        space.text(Genotype.from_json(record.found().trained_genotype)) or "",
+        " ".join(map(str, measured.kept)),
+        measured.epochs,
+        measured.loss,
+        measured.top1,
+        # A mean of 0 is written without the rounding error of its sum, and without its sign.
+        *("" if each is None else f"{round(each, 6) + 0.0:.6g}" for each in predicted),
+    )
 
 
 def _recoveries(record: EpochRecord) -> Iterator[tuple[int, tuple[NodeReport, ...]]]:

@@ -18,6 +18,7 @@ from pipeline.report.columns import (
     SWEEPS_COLUMNS,
     WEIGHTS_COLUMNS,
 )
+from pipeline.report.terminal import has_validation
 from pipeline.runs.layout import GENOTYPE_FILE
 from pipeline.runs.outcome import data_of, outcome
 from pipeline.runs.tags import Tag
@@ -286,6 +287,8 @@ def _of_search(search: "Run", retrainings: "dict[str, list[Run]]") -> "list[Run]
 def _row(run: "Run") -> dict[str, Any]:
     tags, metrics = run.data.tags, run.data.metrics
     numbers = {column: metrics.get(metric) for column, metric in _NUMBERS.items()}
+    if not has_validation(tags.get(Tag.KIND), tags.get(Tag.METHOD)):
+        numbers |= {"valid_top1": None, "valid_top5": None}
     return {
         "run_id": run.info.run_id,
         "name": run.info.run_name,

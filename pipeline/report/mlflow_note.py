@@ -7,7 +7,7 @@ from typing import Any
 from istanas.space import Genotype
 from pipeline.base.text import count, duration, percent, shown_value
 from pipeline.config.plugins import plugin_options
-from pipeline.report.terminal import validation_note
+from pipeline.report.terminal import effects_lines, validation_note
 from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 
 _SPLITS = {"test": "test", "valid": "validation"}
@@ -24,12 +24,17 @@ def of_search(method: str, dataset: str, epochs: int, result: Mapping[str, Any],
         result: The result, see `pipeline.jobs.results`.
         genotype: The genotype that it found.
     """
+    title, more = _headline(result, _VALIDATION), _note(result, "search", method)
+    if "effects" in result:
+        effects = result["effects"]
+        title = f"{effects['certain']} of {count(effects['choices'], 'choice')} certain: "
+        more = "\n".join(f"- {line}" for line in effects_lines(effects))
     return _page(
-        f"{_headline(result, _VALIDATION)}{_words(method)} search on {dataset}, {count(epochs, 'epoch')}.",
+        f"{title}{_words(method)} search on {dataset}, {count(epochs, 'epoch')}.",
         [*_tops(result, _VALIDATION), *_common(result)],
         genotype,
         again=f"istanas search --config {CONFIG_FILE}",
-        more=_note(result, "search", method),
+        more=more,
     )
 
 

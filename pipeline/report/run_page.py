@@ -15,6 +15,7 @@ from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration, percent
 from pipeline.config.plugins import plugin_options
 from pipeline.report.columns import SPACE_PREFIX
+from pipeline.report.effects_section import effects_contents
 from pipeline.report.html import (
     BLUE,
     GREEN,
@@ -95,6 +96,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "environment": _environment(environment),
         "command": environment.get("command", "not known"),
         "footer": f"Run directory {run.path.name}, started {_date(record.started_ms)}",
+        "effects": effects_contents(run, record) if "effects" in result else None,
         "best": [],
         "trials": None,
         "plots": [],

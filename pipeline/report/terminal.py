@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from istanas.methods import has_alpha_half
+from istanas.methods import has_alpha_half, validates
 from pipeline.base.fitted_table import Column, FittedTable
-from pipeline.base.text import duration
+from pipeline.base.text import count, duration, rounded
 from pipeline.runs.outcome import shown_outcome
 
 if TYPE_CHECKING:
@@ -161,6 +161,40 @@ def validation_note(kind: str, method: str) -> str:
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "
         "that is not used for training."
     )
+
+
+def has_validation(kind: str | None, method: str | None) -> bool:
+    """Return whether the validation accuracies in a run's metrics belong to the architecture that it found or trained.
+
+    Args:
+        kind: "search", "retrain" or "sweep".
+        method: The method of the search.
+
+    Example:
+        >>> has_validation("search", "two_stage"), has_validation("search", "measured")
+        (True, False)
+    """
+    return kind != "search" or validates(method)
+
+
+def effects_lines(effects: Mapping[str, Any]) -> list[str]:
+    """Return two lines about the result of a search by measurements.
+
+    Args:
+        effects: `pipeline.jobs.results.EffectsResult`.
+    """
+    from istanas.effects import CERTAIN
+
+    certain = (
+        f"{effects['certain']} of {count(effects['choices'], 'choice')} certain (at least {rounded(CERTAIN)})"
+    )
+    improvement, best = effects["expected_improvement"], rounded(effects["probability_best"])
+    return [
+        f"{count(effects['measurements'], 'measurement')}: {certain}, {count(effects['toss_ups'], 'toss-up')} (odds "
+        "below 2 to 1)",
+        f"expected improvement by further measurements: {improvement:.2f} standard deviations of a score; the result "
+        f"is better than every other measured architecture with a probability of {best}",
+    ]
 
 
 def top_columns(measured: Iterable[str]) -> dict[str, str]:

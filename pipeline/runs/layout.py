@@ -34,6 +34,8 @@ CELLS_FOLDER = (
 )
 TRAJECTORY_FILE = "trajectory.csv"  # the selected edges after every epoch
 CODES_FILE = "codes.csv"  # the recovered codes after every epoch
+MEASUREMENTS_FILE = "measurements.csv"  # the measured architectures of a search by measurements
+EFFECTS_FILE = "effects.csv"  # the effects of the candidates after these measurements
 TRAJECTORY_PAGE = "trajectory.html"  # both tables as a page
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")  # one-stage: when each node was frozen
 WEIGHTS_FILE = "model.safetensors"  # weights of the trained network

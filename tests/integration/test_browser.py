@@ -58,6 +58,26 @@ def result(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {**result, "folder": folder}
 
 
+MEASURED = [
+    *("search", "--json", "--set", "method=measured", "--set", "space={name: nas_bench_201}"),
+    *("--set", "search={stages: [[8, 1], [4, 2]], batch_size: 50, init_channels: 2, layers: 5}"),
+    *("--set", "search.max_pictures=100", "--set", "search.calibration_batches=1"),
+    *("--set", "retrain={layers: 5, init_channels: 4, auxiliary_weight: 0}"),
+    *("--set", "data.crop_padding=1", "--set", "runtime={threads: 1, device: cpu}"),
+    *("--set", "tracking.enabled=false"),
+]
+
+
+@pytest.fixture(scope="module")
+def measured(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a search by 12 measurements in the space of NAS-Bench-201."""
+    folder, said = tmp_path_factory.mktemp("measured"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        assert run(MEASURED) == 0
+    return folder / json.loads(said.getvalue().splitlines()[-1])["run_dir"]
+
+
 SWEEP = """
 data: {name: digits, holdout: 0.2}
 space: {nodes: 1, ops: [skip_connect, sep_conv_3x3]}
@@ -213,6 +233,35 @@ def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
         assert not wider, f"the page is wider than {width} px"
     page.locator("#trials tbody a").first.click()
     expect(page.get_by_role("heading", name=re.compile("^trial-"))).to_be_visible()
+    assert seen == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_of_a_search_by_measurements_has_readable_figures(
+    page: Page, measured: Path, scheme: Any
+) -> None:
+    seen = watch(page)
+    page.emulate_media(color_scheme=scheme)
+    page.goto((measured / "report.html").as_uri())
+    figure = page.get_by_role("img", name="Effects of the candidates of the cell")
+    expect(figure).to_be_visible()
+    assert figure.locator(".interval").count() == 30
+    assert page.locator("#effects tbody tr").count() == 5  # the next measurements
+    # No two texts of a figure overlap.
+    for svg in page.locator("#effects svg").all():
+        boxes = [box for text in svg.locator("text").all() if (box := text.bounding_box())]
+        for one, other in itertools.combinations(boxes, 2):
+            across = min(one["x"] + one["width"], other["x"] + other["width"]) - max(one["x"], other["x"])
+            down = min(one["y"] + one["height"], other["y"] + other["height"]) - max(one["y"], other["y"])
+            assert across <= 0 or down <= 0.35 * min(one["height"], other["height"])
+    # The pixels of a map are not blurred.
+    picture = figure.locator("image").first
+    assert picture.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+    for width in (1400, 800, 400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        assert not wider, f"the page is wider than {width} px"
+    assert (share_of_white(page) < 0.05) is (scheme == "dark")
     assert seen == []
 
 

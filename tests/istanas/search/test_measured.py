@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from istanas.data import Batch
 from istanas.effects.choice import best_architecture
-from istanas.effects.coding import Architecture, coded, layout, supports_of
+from istanas.effects.coding import Architecture, coded, layout, sum_to_zero, supports_of
 from istanas.effects.design import balanced_design
+from istanas.effects.summary import count_certain
 from istanas.errors import ConfigError, DivergedError
 from istanas.nets import ArchitectureNetwork
-from istanas.search.measured import MeasuredSearch, Measurement
+from istanas.search.measured import MeasuredSearch, Measurement, summary_of
 from istanas.settings import MeasuredSettings
 from istanas.space import CellSpace, NasBench201Space, NetworkSize, SearchSpace
 from istanas.training import Compute, Metrics, derive_seed
@@ -248,3 +249,55 @@ def test_it_stops_when_an_improvement_is_improbable() -> None:
     search = planted(settings, seed=0)
     assert 60 <= len(search.measurements) < 200
     assert search.metrics()["measured/count"] == len(search.measurements)
+
+
+# ---------- what is reported
+
+
+def test_reported_effects_cover_planted_ones() -> None:
+    """Intervals of 95 % after adaptive measurements, over the 30 effects of 5 searches."""
+    covered, kept = [], []
+    for seed in range(5):
+        search = planted(MeasuredSettings(stages=((60, 1),), balanced=0.33), seed)
+        summary = summary_of(BENCH, search.measurements, search.seed)
+        assert summary is not None
+        assert summary.best == search._best
+        deviation = np.std([-math.log(m.loss) for m in search.measurements])  # the unit of a score
+        truth = sum_to_zero(BENCH, search.truth) / deviation
+        covered.append((summary.intervals[:, 0] <= truth) & (truth <= summary.intervals[:, 1]))
+        right = [int(np.argmax(search.truth[part])) + part.start for part in layout(BENCH).parts()]
+        kept.append([(p, c in right) for p, c in zip(summary.choices, summary.best, strict=True)])
+    assert 0.9 <= np.mean(covered) <= 0.99
+    # A choice is right about as often as its probability says.
+    probability, right_choice = np.array(kept, dtype=float).reshape(-1, 2).T
+    assert abs(probability.mean() - right_choice.mean()) < 0.12
+
+
+def test_the_metrics_of_a_measurement_are_those_of_its_last_epoch() -> None:
+    search = make(MeasuredSettings(stages=((2, 1), (2, 2))), BENCH, 0, Planted)
+    seen = []
+    while not search.is_done:
+        before, current = search.posterior, search.current
+        search.train_epoch([], None, 0)
+        if search._trained == search._epochs:
+            search.validate_epoch(None)
+        search.finish_epoch()
+        seen.append(search.metrics())
+        assert ("measured/predicted" in seen[-1]) == (before is not None and "measured/epochs" in seen[-1])
+        if "measured/predicted" in seen[-1]:
+            (row,) = coded(BENCH, [current])
+            assert seen[-1]["measured/predicted"] == pytest.approx(float(row @ before.mean))
+            deviation = math.sqrt(row @ before.covariance @ row)
+            assert seen[-1]["measured/predicted_deviation"] == pytest.approx(deviation)
+    assert [m.get("measured/epochs") for m in seen] == [1, 1, None, 2, None, 2]
+    assert [m["measured/count"] for m in seen] == [1, 2, 2, 3, 3, 4]
+    summary = summary_of(BENCH, search.measurements, search.seed)
+    assert summary is not None
+    assert seen[-1]["measured/certain_choices"] == count_certain(summary.choices)
+    assert seen[-1]["measured/expected_improvement"] == pytest.approx(summary.improvement.expected)
+
+
+def test_there_are_no_effects_without_more_measurements_than_fidelities() -> None:
+    search = planted(MeasuredSettings(stages=((1, 1),)), seed=0)
+    assert summary_of(BENCH, search.measurements, 0) is None
+    assert search.posterior is None

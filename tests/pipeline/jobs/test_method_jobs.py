@@ -21,7 +21,10 @@ METHOD_SETTINGS: dict[str, tuple[list[str], set[str]]] = {
     "random_nas": (["search.candidates=4", "search.candidate_pictures=40", "search.finalists=2"], set()),
     "measured": (
         ["search={stages: [[3, 1]], batch_size: 64, init_channels: 4, layers: 3, max_pictures: 100}"],
-        {"measured/count", "measured/noise", "measured/expected_improvement"},
+        {
+            *(f"measured/{name}" for name in ("count", "epochs", "noise", "certain_choices")),
+            *(f"measured/{name}" for name in ("expected_improvement", "predicted", "predicted_deviation")),
+        },
     ),
 }
 
@@ -53,7 +56,7 @@ def test_the_command_prints_the_genotype(
         own = {name: line[name] for name in line if name.startswith(("arch/", "measured/"))}
         assert own.pop("arch/skip_ratio") >= 0
         assert set(own) <= METHOD_SETTINGS[method][1]
-        assert all(0 < value <= 10 for value in own.values())
+        assert all(-10 <= value <= 10 for value in own.values())
     assert METHOD_SETTINGS[method][1] <= set(metrics[-1])
 
 
