@@ -31,6 +31,7 @@ _HASHED = {
     "retrain": ("seed", "data", "retrain"),
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
     "benchmark": ("method", "seed", "data", "space", "search"),
+    "versus": ("method", "seed", "data", "space", "search", "retrain"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
@@ -103,7 +104,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     return _validated(tree, source, (), {})
 
 
-def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
+def with_method(config: Config, method: str, option: str = "--method") -> tuple[Config, tuple[str, ...]]:
     """Return the configuration with another search method, and the keys of `search` that this method does not have.
 
     These keys are left out. Keys that only the other method has, and those that the file does not set, have the other
@@ -112,6 +113,7 @@ def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
     Args:
         config: The configuration.
         method: Name of the method.
+        option: The option of the command line that named it, for error messages.
 
     Raises:
         ConfigError: The method is unknown, or does not accept a setting.
@@ -123,7 +125,7 @@ def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
     """
     if method == config.method:
         return config, ()
-    source, tree = f"--method {method}", _without_sweep(config) | {"method": method}
+    source, tree = f"{option} {method}", _without_sweep(config) | {"method": method}
     own, given = known_keys(schema_of(tree, source), ["search"]), tree.get("search", {})
     tree["search"] = {key: value for key, value in given.items() if key in own}
     return _validated(tree, source, (), {}), tuple(key for key in given if key not in own)
@@ -287,7 +289,7 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
     Args:
         config: The configuration.
-        job: "search", "retrain", "sweep" or "benchmark".
+        job: "search", "retrain", "sweep", "benchmark" or "versus".
         extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
     # The networks of other spaces may depend on the settings of the space, not only on the genotype.

@@ -32,7 +32,7 @@ class EpochBar:
 
     Args:
         console: Where to draw.
-        label: "search", "retrain", "sweep" or "benchmark".
+        label: "search", "retrain", "sweep", "benchmark" or "versus".
         epochs: Number of epochs, or trials, of the whole job.
         unit: What is counted.
         clock: Returns the time in seconds.

@@ -56,6 +56,11 @@ BENCHMARK_TABLE = "benchmark.csv"  # all searches with their true accuracies and
 BENCHMARK_EPOCHS = "benchmark_epochs.csv"  # true accuracy and rank after each epoch of each search
 BENCHMARK_PAGE = "benchmark.html"  # both tables and the comparisons as a page
 
+# ----- Comparisons at equal cost.
+VERSUS_TABLE = "versus.csv"  # the result of each method and seed, with its cost
+VERSUS_CELLS = "versus_cells.csv"  # all cells that were retrained
+VERSUS_PAGE = "versus.html"  # both tables and the comparisons as a page
+
 
 def checkpoint_file(epoch: int) -> str:
     """Return the name of an epoch's checkpoint.

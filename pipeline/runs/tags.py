@@ -14,7 +14,7 @@ class Tag:
     """The names of all tags."""
 
     # ----- Every run.
-    KIND = "istanas.kind"  # search, retrain, sweep or benchmark
+    KIND = "istanas.kind"  # search, retrain, sweep, benchmark or versus
     METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
     FOLDER = "istanas.data_folder"  # label of a data set whose pictures data.root decides, such as "folder"
@@ -37,6 +37,9 @@ class Tag:
 
     # ----- Searches of a benchmark.
     BENCHMARK = "istanas.benchmark"  # name of the run directory of the benchmark that started the search
+
+    # ----- Searches and retrainings of a comparison at equal cost.
+    VERSUS = "istanas.versus"  # name of the run directory of the comparison that started the run
 
     # ----- Registered versions.
     PROMOTED = "istanas.promoted"  # why this version became the champion
