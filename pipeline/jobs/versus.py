@@ -502,7 +502,7 @@ def _describe_cost(method: VersusMethod, first: str) -> str:
         return f"{text}: the costs agree within {100 * TOLERANCE:g} % for each seed."
     return (
         f"{text}. The costs do not agree within {100 * TOLERANCE:g} % for each seed, because whole epochs are too "
-        "coarse, or because the seconds of an epoch varied."
+        "coarse, or because the seconds of an epoch varied: use longer runs, on a machine without other work."
     )
 
 

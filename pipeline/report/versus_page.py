@@ -99,8 +99,8 @@ def write_versus_page(folder: Path, name: str, dataset: str, result: Mapping[str
         figure_title="Test accuracy of each seed",
         chart=_chart(result),
         caption="Left: each line is a seed, and each bar is a mean with its 95 % interval. Right: the differences "
-        "between the configured method and each other method, with the interval of their mean; above zero, the configured "
-        "method is better.",
+        "between the configured method and each other method, with the interval of their mean; above zero, the "
+        "configured method is better.",
         runs_title="Results of each seed",
         runs=runs_table(result),
         texts=(0, 8),
