@@ -47,7 +47,8 @@ def entrants(context: JobContext, methods: Sequence[str], option: str) -> list[E
     """Return the methods that take part, the configured one first.
 
     Args:
-        context: The context of the job. It receives a line about settings that a method does not have.
+        context: The context of the job. It receives a line about settings that a method does not have, if it trains
+            anything.
         methods: The other methods: names, or configuration files whose `method` and `search` are used.
         option: The option of the command line that names them, for error messages.
 
@@ -63,7 +64,7 @@ def entrants(context: JobContext, methods: Sequence[str], option: str) -> list[E
     for given in methods:
         if given in METHODS or not Path(given).is_file():
             own, left_out = with_method(untracked, given, option)
-            if left_out:
+            if left_out and own.search.trains:  # a method that trains nothing uses none of them
                 keys = ", ".join(f"search.{key}" for key in left_out)
                 context.say(f"{given} has no {keys}: left out, its defaults are used")
             label = given

@@ -10,7 +10,7 @@ from istanas.settings import MeasuredSettings, PcDartsSettings
 CHOSEN = [name for name, method in METHODS.items() if method.settings_class().lasting(3) is not None]
 
 
-def test_the_length_of_every_search_that_is_retrained_and_costs_something_can_be_chosen() -> None:
+def test_the_length_of_every_search_with_a_cost_can_be_chosen() -> None:
     kinds = {name: method.settings_class for name, method in METHODS.items()}
     assert [name for name, kind in kinds.items() if kind.trains and not kind.trains_target] == CHOSEN
 

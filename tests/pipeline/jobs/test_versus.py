@@ -170,7 +170,7 @@ def test_a_comparison_that_was_killed_resumes_and_spends_equal_costs(
     assert "is a comparison at equal cost, not a run" in capfd.readouterr().err
 
 
-def test_equal_genotypes_are_retrained_once_per_seed_and_all_runs_form_a_tree(
+def test_equal_genotypes_are_retrained_once_and_all_runs_form_a_tree(
     project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A space with a single architecture, which all methods find; with --fresh, no run is started over twice."""
@@ -356,6 +356,15 @@ def test_a_configured_method_without_a_retraining_or_a_cost_is_refused(
 ) -> None:
     (project / "own.yaml").write_text(f"method: {method}\ndata: {{holdout: 0.1}}\n")
     assert error(capfd, "versus", "--config", "own.yaml", "--against", against).startswith(message)
+
+
+def test_settings_that_a_method_does_not_have_are_left_out_and_named(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments("--against", "measured,random", "--set", "retrain.test_every=0")) == 2
+    said = capfd.readouterr().out
+    assert "measured has no search.epochs: left out, its defaults are used" in said
+    assert "random has no" not in said  # it trains nothing
 
 
 def error(capfd: pytest.CaptureFixture[str], *line: str) -> str:
