@@ -7,8 +7,8 @@ are generated from them. This module does not import torch, because the command 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -88,6 +88,9 @@ class SearchSettings:
     shorter: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs (field, other field). The value of the field must be less than that of the other one."""
 
+    trains: ClassVar[bool] = True
+    """Whether the search trains anything. A search that does not costs nothing, and its result depends on chance."""
+
     batch_size: BatchSize = 256
     init_channels: PositiveInt = 16
     layers: Annotated[int, Ge(3)] = 8
@@ -108,6 +111,20 @@ class SearchSettings:
         """Largest number of epochs that a search may take."""
         raise NotImplementedError
 
+    def lasting(self, epochs: int) -> Self | None:
+        """Return the settings of a search that is the same except for its length.
+
+        `istanas versus` uses them to give another method the same cost. Schedules depend on the number of epochs, so a
+        shorter search still runs through its whole schedule.
+
+        Args:
+            epochs: Number of epochs, >= 1. A method that cannot last exactly as long comes close to it.
+
+        Returns:
+            None if the method does not let its length be chosen.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class AlternatingSettings(SearchSettings):
@@ -126,6 +143,21 @@ class AlternatingSettings(SearchSettings):
     def max_epochs(self) -> int:
         """Largest number of epochs that a search may take."""
         return self.epochs
+
+    def lasting(self, epochs: int) -> Self:
+        """Return the settings with another number of epochs; fields that must be less become so in proportion.
+
+        Example:
+            >>> changed = PcDartsSettings(epochs=50, warmup_epochs=15).lasting(20)
+            >>> changed.epochs, changed.warmup_epochs
+            (20, 6)
+        """
+        parts = {
+            name: getattr(self, name) * epochs // self.epochs
+            for name, other in self.shorter
+            if other == "epochs"
+        }
+        return replace(self, epochs=epochs, **parts)
 
 
 @dataclass(frozen=True)
@@ -383,6 +415,18 @@ class MeasuredSettings(SearchSettings):
         """Sum of the epochs of all measurements."""
         return sum(measurements * epochs for measurements, epochs in self.stages)
 
+    def lasting(self, epochs: int) -> Self:
+        """Return the settings with other numbers of measurements, at least 2 in each stage, and the same fidelities.
+
+        Example:
+            >>> MeasuredSettings(stages=((100, 3), (20, 8))).lasting(230).stages
+            ((50, 3), (10, 8))
+        """
+        share = epochs / self.max_epochs
+        return replace(
+            self, stages=tuple((max(2, round(share * count)), each) for count, each in self.stages)
+        )
+
 
 @dataclass(frozen=True)
 class RandomSettings(SearchSettings, LimitSettings):
@@ -392,6 +436,7 @@ class RandomSettings(SearchSettings, LimitSettings):
     """
 
     validates: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     @property
     def max_epochs(self) -> int:

@@ -476,7 +476,7 @@ def describe_comparison(
         else f"the mean of {better} is better by {_shown(d.estimate)} {unit}"
     )
     text = f"No difference between {better} and {worse} was found: {means} ({figures})."
-    fewest = _fewest_seeds(c) if c.detectable is None else None
+    fewest = fewest_seeds(c.comparisons, paired=c.paired, alpha=c.alpha) if c.detectable is None else None
     if c.detectable is None and fewest is None:
         limit = f"this test cannot find any difference among {c.comparisons} comparisons"
     elif c.detectable is None:
@@ -493,17 +493,25 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _fewest_seeds(comparison: Comparison) -> int | None:
+def fewest_seeds(comparisons: int = 1, *, paired: bool = True, alpha: float = ALPHA) -> int | None:
     """Return the fewest seeds of each method with which the first test of Holm's procedure can find a difference.
 
-    `None` if the p-value of `RESAMPLES` random permutations is never small enough for so many comparisons.
+    Args:
+        comparisons: Number of comparisons, >= 1.
+        paired: Whether the values of two methods with the same index have the same seed.
+        alpha: Highest corrected p-value of a difference that is called found, in (0, 1).
+
+    Returns:
+        None if the p-value of 4,000 random permutations is never small enough for so many comparisons.
+
+    Example:
+        >>> fewest_seeds(), fewest_seeds(3), fewest_seeds(1000)
+        (6, 7, None)
     """
-    level = comparison.alpha / comparison.comparisons
+    level = alpha / comparisons
     if level < 2 / (RESAMPLES + 1):
         return None
-    return next(
-        n for n in itertools.count(2) if smallest_p_value(n, None if comparison.paired else n) <= level
-    )
+    return next(n for n in itertools.count(2) if smallest_p_value(n, None if paired else n) <= level)
 
 
 def kendall(x: ArrayLike, y: ArrayLike, *, confidence: float = CONFIDENCE) -> Interval:

@@ -1,4 +1,4 @@
-"""The commands that measure whether a search is worth its cost: benchmark, rank."""
+"""The commands that measure whether a search is worth its cost: versus, benchmark and rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import complete_file, complete_folder, job_options
-from pipeline.cli.output import console_for, show_benchmark_result, show_rank_result
+from pipeline.cli.output import console_for, show_benchmark_result, show_rank_result, show_versus_result
 from pipeline.cli.settings import config_of_search, load_config
 
 
@@ -137,4 +137,43 @@ def rank(
     show_rank_result(result, as_json, console, config)
 
 
-COMMANDS = (benchmark, rank)
+@click.command()
+@click.option(
+    "--against",
+    multiple=True,
+    callback=_split,
+    default=("random",),
+    show_default=True,
+    metavar="NAME,...",
+    help="Methods to compare with; repeatable. A name uses the configuration with another method; a configuration file "
+    "uses its method and its section search.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="Number of runs of each method. Their seeds are seed, seed + 1, ... With fewer than 6, no difference can be "
+    "found.",
+)
+@job_options
+def versus(against: tuple[str, ...], seeds: int, as_json: bool, fresh: bool, **settings: Any) -> None:
+    """Compare a search with other methods at equal cost.
+
+    For each seed, the configured search and the retraining of its cell set the cost. With the same pictures and the
+    same retraining, random cells are retrained for as many seconds, and the best on the hold-out counts; other methods
+    search for as many seconds. The command writes versus.csv and versus.html; run again, it resumes.
+    """
+    config, name = load_config(**settings)
+    from pipeline.cluster.ray_runtime import Runtime
+    from pipeline.jobs.context import JobContext
+    from pipeline.jobs.versus import run_versus
+
+    console = console_for(as_json)
+    with Runtime(config.runtime) as runtime:
+        result = run_versus(JobContext(config, name, console, runtime, fresh), seeds=seeds, against=against)
+    show_versus_result(result, as_json, console, config)
+
+
+COMMANDS = (versus, benchmark, rank)

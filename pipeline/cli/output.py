@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from pipeline.runs.layout import (
     RANK_PAGE,
     REPORT_PAGE,
     TRIALS_TABLE,
+    VERSUS_PAGE,
     WEIGHTS_FILE,
 )
 
@@ -147,14 +148,49 @@ def show_sweep_result(result: Mapping[str, Any], as_json: bool, console: Console
 
 def show_benchmark_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
     """Print the scores of the methods of a benchmark, their comparisons in words, and where the files are."""
-    from pipeline.base.fitted_table import Column, FittedTable
     from pipeline.report.benchmark_page import methods_table, table_note, tau_note
 
-    headings, rows = methods_table(result)
-    ranks = {"method": 0, "rank": 0, "true accuracy (%)": 1, "regret (points)": 3, "deviation": 4}
-    columns = [Column(heading, right=heading != "method", rank=ranks.get(heading, 2)) for heading in headings]
-    console.print(FittedTable(columns, rows, rest=f"{BENCHMARK_PAGE} and --json have everything"), crop=False)
     notes = [note for note in (table_note(result), tau_note(result)) if note is not None]
+    ranks = {"method": 0, "rank": 0, "true accuracy (%)": 1, "regret (points)": 3, "deviation": 4}
+    _show_methods(result, as_json, console, config, methods_table(result), ranks, notes, BENCHMARK_PAGE)
+
+
+def show_versus_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
+    """Print the results of the methods of a comparison at equal cost, the comparisons in words, and the files."""
+    from pipeline.report.versus_page import NOTE, methods_table
+
+    ranks = {"method": 0, "test accuracy (%)": 0, "cost ratio": 1, "seconds": 3, "deviation": 4}
+    notes = [NOTE, *result["cost_sentences"]]
+    _show_methods(result, as_json, console, config, methods_table(result), ranks, notes, VERSUS_PAGE)
+
+
+def _show_methods(
+    result: Mapping[str, Any],
+    as_json: bool,
+    console: Console,
+    config: Config,
+    methods: tuple[list[str], list[list[str]]],
+    ranks: Mapping[str, int],
+    notes: Sequence[str],
+    page: str,
+) -> None:
+    """Print a table of methods, notes about it, the comparisons in words, and where the files are.
+
+    Args:
+        result: The result of the job.
+        as_json: Whether to print it for programs, too.
+        console: The console for people.
+        config: The job's configuration.
+        methods: Headings and rows of the table.
+        ranks: Heading -> rank of the column, see `pipeline.base.fitted_table.Column`; 2 for others.
+        notes: Sentences about the table.
+        page: The file that has everything.
+    """
+    from pipeline.base.fitted_table import Column, FittedTable
+
+    headings, rows = methods
+    columns = [Column(heading, right=heading != "method", rank=ranks.get(heading, 2)) for heading in headings]
+    console.print(FittedTable(columns, rows, rest=f"{page} and --json have everything"), crop=False)
     for line in (*notes, *result["sentences"], *result["files"]):
         console.print(line, highlight=False, soft_wrap=True)
     show_store(console, config)

@@ -32,6 +32,7 @@ _HASHED = {
     "sweep": ("method", "seed", "data", "space", "search", "retrain", "sweep"),
     "benchmark": ("method", "seed", "data", "space", "search"),
     "rank": ("method", "seed", "data", "space", "search", "retrain"),
+    "versus": ("method", "seed", "data", "space", "search", "retrain"),
 }
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect, for all methods ("") or one. They are
@@ -112,7 +113,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     return _validated(tree, source, (), {})
 
 
-def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
+def with_method(config: Config, method: str, option: str = "--method") -> tuple[Config, tuple[str, ...]]:
     """Return the configuration with another search method, and the keys of `search` that this method does not have.
 
     These keys are left out. Keys that only the other method has, and those that the file does not set, have the other
@@ -121,6 +122,7 @@ def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
     Args:
         config: The configuration.
         method: Name of the method.
+        option: The option of the command line that named it, for error messages.
 
     Raises:
         ConfigError: The method is unknown, or does not accept a setting.
@@ -132,7 +134,7 @@ def with_method(config: Config, method: str) -> tuple[Config, tuple[str, ...]]:
     """
     if method == config.method:
         return config, ()
-    source, tree = f"--method {method}", _without_sweep(config) | {"method": method}
+    source, tree = f"{option} {method}", _without_sweep(config) | {"method": method}
     own, given = known_keys(schema_of(tree, source), ["search"]), tree.get("search", {})
     tree["search"] = {key: value for key, value in given.items() if key in own}
     return _validated(tree, source, (), {}), tuple(key for key in given if key not in own)
@@ -296,7 +298,7 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
 
     Args:
         config: The configuration.
-        job: "search", "retrain", "sweep", "benchmark" or "rank".
+        job: "search", "retrain", "sweep", "benchmark", "rank" or "versus".
         extra: Other inputs on which the result depends, such as the genotype of a retraining.
     """
     # The networks of other spaces may depend on the settings of the space, not only on the genotype.

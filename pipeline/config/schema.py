@@ -7,7 +7,7 @@ import json
 import math
 import re
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -38,6 +38,7 @@ from pipeline.config.sections import (
     section_from,
     settings_from,
     unit,
+    with_values,
 )
 from pipeline.config.workers import WorkerRange, parse_workers
 
@@ -218,6 +219,16 @@ class SearchSection(Section):
     def trains_target(self) -> bool:
         """Whether the search also trains the network that it finds."""
         return self.settings_class.trains_target
+
+    @property
+    def trains(self) -> bool:
+        """Whether the search trains anything."""
+        return self.settings_class.trains
+
+    def lasting(self, epochs: int) -> Self | None:
+        """Return the section of a search with about this number of epochs; None if its length cannot be chosen."""
+        changed = settings_from(self.settings_class, self).lasting(epochs)
+        return None if changed is None else with_values(self, changed)
 
     @property
     def op_batchnorm(self) -> bool:

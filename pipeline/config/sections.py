@@ -209,6 +209,21 @@ def settings_from(kind: type[T], *sections: Section, **values: Any) -> T:
     return kind(**values)
 
 
+def with_values(section: S, settings: Any) -> S:
+    """Return a section whose keys have the values of a settings object: the reverse of `settings_from`.
+
+    Args:
+        section: The section.
+        settings: The settings object. Fields without a key are left out.
+    """
+    values = {key_of(field): getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    keys = type(section).model_fields
+    new = {key: _converted(value, tuple, list) for key, value in values.items() if key in keys}
+    return section.model_copy(
+        update={key: value for key, value in new.items() if value != getattr(section, key)}
+    )
+
+
 def _converted(value: Any, old: type[Any], new: Any) -> Any:
     """Return a value whose lists are tuples or the reverse, nested ones too.
 

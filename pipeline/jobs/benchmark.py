@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict, cast
@@ -15,33 +14,27 @@ import pandas as pd
 
 from istanas.data import ImageDataset
 from istanas.errors import ConfigError
-from istanas.methods import METHODS
 from istanas.space import Genotype, SearchSpace
-from istanas.statistics import (
-    Comparison,
-    Interval,
-    compare,
-    describe_comparison,
-    kendall,
-    mean_interval,
-)
+from istanas.statistics import Interval, compare, describe_comparison, kendall, mean_interval
 from pipeline.base.files import atomic_write
-from pipeline.config.load import load, run_hash, with_method, with_search_of
+from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
-from pipeline.jobs.lifecycle import (
-    JobSteps,
-    Outcome,
-    check_data,
-    execute,
-    settled,
-    settled_spec,
-    write_page,
+from pipeline.jobs.entrants import (
+    Entrant,
+    by_method,
+    check_entrants,
+    comparison_row,
+    context_of,
+    entrants,
+    identity,
+    seed_metrics,
 )
+from pipeline.jobs.lifecycle import JobSteps, Outcome, execute, settled_spec, write_page
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.results import OneStageResult, SearchResult
-from pipeline.jobs.search import check_solver, run_search
+from pipeline.jobs.search import run_search
 from pipeline.jobs.truth import Truth, check_table, read_truth
 from pipeline.report import mlflow_note
 from pipeline.report.benchmark_page import write_benchmark_page
@@ -119,25 +112,6 @@ class BenchmarkResult(TypedDict):
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A method that takes part in a benchmark.
-
-    Args:
-        label: Its name in the tables.
-        name: The name of its searches.
-        config: Its configuration, with the first seed.
-    """
-
-    label: str
-    name: str
-    config: Config
-
-    def at_seed(self, index: int) -> Config:
-        """Return the configuration of the search with the index-th seed."""
-        return self.config.model_copy(update={"seed": self.config.seed + index})
-
-
-@dataclass(frozen=True)
 class Found:
     """A finished search: its method, its seed and its result."""
 
@@ -180,15 +154,10 @@ def run_benchmark(
         raise ConfigError(f"{seeds} gives no interval", field="--seeds", remedy="use 2 or more")
     space = context.config.space.build()
     facts = check_table(table, space, column)
-    listed = entrants(context.config, context.name, methods, context)
+    listed = entrants(context, methods, "--method")
 
     def describe(config: Config) -> JobSpec:
-        extra = {
-            "table": facts.digest,
-            "column": facts.column,
-            "seeds": str(seeds),
-            "entrants": " ".join(f"{each.label}-{run_hash(each.config, 'search')}" for each in listed),
-        }
+        extra = {"table": facts.digest, "column": facts.column, **identity(listed, seeds)}
         return JobSpec(
             kind="benchmark",
             name=f"{context.name}-benchmark",
@@ -202,10 +171,7 @@ def run_benchmark(
     spec = settled_spec(context.config, context.console, describe)
 
     def prepare(dataset: ImageDataset) -> ImageDataset:
-        for each in listed:
-            config = settled(each.config, context.console)
-            check_solver(config.space.solver)
-            check_data(config, dataset, ("search",))
+        check_entrants(context, listed, dataset, ("search",))
         return dataset
 
     def run_all(run: RunDir, observer: RunObserver, _: ImageDataset) -> Outcome:
@@ -225,57 +191,16 @@ def run_benchmark(
     return cast(BenchmarkResult, execute(context.with_config(spec.config), spec, steps))
 
 
-def entrants(config: Config, name: str, methods: Sequence[str], context: JobContext) -> list[Entrant]:
-    """Return the methods of a benchmark, the configured one first.
-
-    Args:
-        config: The configuration.
-        name: The name of the configured method's searches.
-        methods: Names of methods or of configuration files, see `run_benchmark`.
-        context: Receives a line about settings that a method does not have.
-
-    Raises:
-        ConfigError: A method is unknown, named twice, or does not fit the configuration.
-    """
-    # The name of a store, the number of workers and so on are those of the configured method.
-    untracked = config.model_copy(
-        update={"tracking": config.tracking.model_copy(update={"models": False}), "sweep": None}
-    )
-    listed = [Entrant(config.method, name, untracked)]
-    for given in methods:
-        if given in METHODS or not Path(given).is_file():
-            own, left_out = with_method(untracked, given)
-            if left_out:
-                keys = ", ".join(f"search.{key}" for key in left_out)
-                context.say(f"{given} has no {keys}: left out, its defaults are used")
-            label = given
-        else:
-            label = re.sub(r"[^\w.-]", "-", Path(given).stem)
-            own = with_search_of(untracked, load(given), given)
-        if label in [each.label for each in listed]:
-            raise ConfigError(
-                f"{label} takes part already",
-                field="--method",
-                remedy="name each method once; give a file with another name for other settings of a method",
-            )
-        listed.append(Entrant(label, f"{name}-{label}", own))
-    return listed
-
-
 def _search_all(
     context: JobContext, run: RunDir, observer: RunObserver, listed: Sequence[Entrant], seeds: int
 ) -> list[Found]:
     """Run all searches, seed by seed, so that an unfinished benchmark has the same seeds of all methods."""
     found: list[Found] = []
     durations: list[float] = []  # of the searches that this process has run
-    tags = {Tag.BENCHMARK: run.path.name}
     for index in range(seeds):
         for each in listed:
             config, start = each.at_seed(index), time.monotonic()
-            child = replace(
-                context, config=config, name=each.name, parent=bucket.named(run.path), tags=tags, run=None
-            )
-            result = run_search(child)
+            result = run_search(context_of(context, run, config, each.name, Tag.BENCHMARK))
             durations.append(time.monotonic() - start)
             found.append(Found(each.label, config.seed, result))
             observer.step(len(found) - 1, 1, 1, lambda: None)
@@ -382,11 +307,9 @@ def evaluate(runs: Sequence[BenchmarkRun], truth: Truth) -> dict[str, Any]:
     Returns:
         The keys "table", "methods", "comparisons" and "sentences" of a `BenchmarkResult`.
     """
-    by_method: dict[str, list[BenchmarkRun]] = {}
-    for run in runs:
-        by_method.setdefault(run["method"], []).append(run)
-    by_accuracy = compare({name: [100 * r["true_accuracy"] for r in own] for name, own in by_method.items()})
-    by_rank = compare({name: [r["rank"] for r in own] for name, own in by_method.items()})
+    groups = by_method(runs)
+    by_accuracy = compare({name: [100 * r["true_accuracy"] for r in own] for name, own in groups.items()})
+    by_rank = compare({name: [r["rank"] for r in own] for name, own in groups.items()})
     return {
         "table": {
             "rows": truth.facts.rows,
@@ -395,10 +318,10 @@ def evaluate(runs: Sequence[BenchmarkRun], truth: Truth) -> dict[str, Any]:
             "mean": truth.mean,
             "chance_rank": truth.chance_rank,
         },
-        "methods": [_method(name, own, truth) for name, own in by_method.items()],
+        "methods": [_method(name, own, truth) for name, own in groups.items()],
         "comparisons": {
-            "true_accuracy": [_comparison(each) for each in by_accuracy],
-            "rank": [_comparison(each) for each in by_rank],
+            "true_accuracy": [comparison_row(each) for each in by_accuracy],
+            "rank": [comparison_row(each) for each in by_rank],
         },
         "sentences": [
             *(describe_comparison(each, unit="points of true accuracy") for each in by_accuracy),
@@ -443,10 +366,6 @@ def validation_tau(valid: Sequence[float | None], accuracies: Sequence[float]) -
     return kendall(measured, accuracies)
 
 
-def _comparison(comparison: Comparison) -> dict[str, Any]:
-    return {**asdict(comparison), "found": comparison.found}
-
-
 def runs_frame(runs: Sequence[BenchmarkRun]) -> pd.DataFrame:
     """Return one row for each search; each column of the table of true accuracies is a column table/NAME."""
     rows = [
@@ -466,13 +385,6 @@ def metrics_lines(result: Mapping[str, Any], timestamp_ms: int) -> list[MetricsL
         result: The figures of a `BenchmarkResult`.
         timestamp_ms: The time of the lines.
     """
-    steps: dict[int, dict[str, float]] = {}
-    first = min(run["seed"] for run in result["runs"])
-    for run in result["runs"]:
-        values = steps.setdefault(run["seed"] - first + 1, {})
-        for key in ("true_accuracy", "rank", "regret", "seconds"):
-            values[f"{run['method']}/{key}"] = run[key]
-    for method in result["methods"]:
-        for key in ("true_accuracy", "rank", "regret", "seconds"):
-            steps[max(steps)][f"{method['method']}/mean_{key}"] = method[key]["estimate"]
-    return [MetricsLine(step, timestamp_ms, values) for step, values in sorted(steps.items())]
+    return seed_metrics(
+        result["runs"], result["methods"], ("true_accuracy", "rank", "regret", "seconds"), timestamp_ms
+    )

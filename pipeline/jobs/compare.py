@@ -26,7 +26,7 @@ from pipeline.report.compare_page import draw_curves, draw_whole, render_page
 from pipeline.report.run_reader import ReadRun, read_run
 from pipeline.report.terminal import has_validation, shown, shown_time, top_columns, validation_note
 from pipeline.runs import bucket
-from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE, RANK_TABLE
+from pipeline.runs.layout import BENCHMARK_TABLE, CONFIG_FILE, RANK_TABLE, VERSUS_TABLE
 from pipeline.runs.network_files import load_network
 from pipeline.runs.outcome import shown_outcome
 from pipeline.training.build import target_network
@@ -37,6 +37,14 @@ TRAINED, UNTRAINED = "trained network", "untrained target network"
 ROUNDS, PASSES = 7, 10  # latency: rounds, and forward passes of each network in a round
 
 Network = tuple[TargetNetwork, tuple[int, int, int], str]  # network, (C, H, W), TRAINED or UNTRAINED
+
+
+# Kind of a run that consists of others -> what it is in words, and the table that lists the others.
+_STUDIES = {
+    "benchmark": ("a benchmark", BENCHMARK_TABLE),
+    "versus": ("a comparison at equal cost", VERSUS_TABLE),
+    "rank": ("a comparison of judges", RANK_TABLE),
+}
 
 
 class ComparedRun(TypedDict):
@@ -86,7 +94,7 @@ def run_compare(config: Config, references: Sequence[str], *, out: Path, console
         See `CompareResult`.
 
     Raises:
-        ConfigError: A run is unknown, given twice, a sweep, or a benchmark.
+        ConfigError: A run is unknown, given twice, a sweep, a benchmark, or a comparison at equal cost.
     """
     torch.set_num_threads(threads_in_process(config.runtime.threads))
     with tempfile.TemporaryDirectory() as scratch:
@@ -209,15 +217,12 @@ def _check(references: Sequence[str], runs: Sequence[ReadRun]) -> None:
                 field=f"run {ref!r}",
                 remedy=f"compare its trials (directories in it); istanas results --sweep {ref} lists them",
             )
-        if run.kind in ("benchmark", "rank"):
-            what, file = {
-                "benchmark": ("searches", BENCHMARK_TABLE),
-                "rank": ("retrainings", RANK_TABLE),
-            }[run.kind]
+        if run.kind in _STUDIES:
+            words, table = _STUDIES[run.kind]
             raise ConfigError(
-                f"is a {run.kind}, not a run",
+                f"is {words}, not a run",
                 field=f"run {ref!r}",
-                remedy=f"compare its {what}, which {file} in its directory lists",
+                remedy=f"compare the runs that {table} in its directory lists",
             )
         same = run.files.resolve() if run.run_dir is not None else run.mlflow_run_id
         if same in seen:

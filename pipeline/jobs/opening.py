@@ -42,13 +42,13 @@ class JobSpec:
     """The identity of a run: kind, name, configuration and hash.
 
     Args:
-        kind: "search", "retrain", "sweep", "benchmark" or "rank".
+        kind: "search", "retrain", "sweep", "benchmark", "rank" or "versus".
         name: Name of the run, without the configuration's hash.
         digits: Hash of everything that decides the result.
         config: The whole configuration.
         sections: Sections of the configuration that the job depends on.
         parent: Run directory of the search that a retraining belongs to, of the sweep that a trial belongs to, or of
-            the benchmark that started a search.
+            the benchmark or the comparison that started a search.
         tags: MLflow tags.
         description: Description of the MLflow run.
         epochs: Number of epochs of the whole job, for the progress bar.

@@ -32,7 +32,7 @@ class EpochBar:
 
     Args:
         console: Where to draw.
-        label: "search", "retrain", "sweep", "benchmark" or "rank".
+        label: "search", "retrain", "sweep", "benchmark", "rank" or "versus".
         epochs: Number of epochs, or trials, of the whole job.
         unit: What is counted.
         clock: Returns the time in seconds.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,8 @@ from markupsafe import Markup
 
 from pipeline.base.files import atomic_write
 from pipeline.base.text import duration, percent
-from pipeline.report.compare_page import COLOURS
-from pipeline.report.html import add_axes, chart, chart_svg, epoch_axis, render
+from pipeline.report.html import add_axes, chart, chart_svg, epoch_axis
+from pipeline.report.methods_page import colours_of, points, render_methods, with_interval
 from pipeline.runs.layout import BENCHMARK_EPOCHS, BENCHMARK_PAGE, BENCHMARK_TABLE
 
 if TYPE_CHECKING:
@@ -36,12 +35,12 @@ def methods_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             [
                 method["method"],
                 str(method["seeds"]),
-                _interval(method["true_accuracy"], _points),
-                _points(method["deviation"]),
-                _interval(method["rank"], "{:,.0f}".format),
-                _interval(method["regret"], _points),
-                _interval(method["seconds"], "{:,.1f}".format),
-                "" if tau is None else _interval(tau, "{:.2f}".format),
+                with_interval(method["true_accuracy"], points),
+                points(method["deviation"]),
+                with_interval(method["rank"], "{:,.0f}".format),
+                with_interval(method["regret"], points),
+                with_interval(method["seconds"], "{:,.1f}".format),
+                "" if tau is None else with_interval(tau, "{:.2f}".format),
             ]
         )
     return list(HEADINGS), rows
@@ -99,29 +98,36 @@ def write_benchmark_page(
         result: The figures of a `pipeline.jobs.benchmark.BenchmarkResult`.
         epochs: The rows of `pipeline.jobs.benchmark.BenchmarkEpoch`.
     """
-    names = [method["method"] for method in result["methods"]]
-    page = render(
-        "benchmark.html",
-        title=name,
-        subtitle=f"Benchmark of {', '.join(names)} on {dataset}",
-        footer=f"Run directory {folder.name}",
+    page = render_methods(
+        folder,
+        name,
+        result,
+        subtitle=f"Benchmark of {{methods}} on {dataset}",
         methods=methods_table(result),
+        notes=[
+            "Means over the seeds, each with its 95 % interval; the deviation is that of the true accuracy, in points.",
+            *(note for note in (table_note(result), tau_note(result)) if note is not None),
+        ],
+        figure="ranks",
+        figure_title="Rank over time",
+        chart=_chart(colours_of(result), result["table"], epochs),
+        caption="One line for each seed. The rank is that of the search's current architecture after each epoch.",
+        runs_title="Searches",
         runs=runs_table(result),
-        notes=[note for note in (table_note(result), tau_note(result)) if note is not None],
-        sentences=result["sentences"],
-        colours=dict(zip(names, cycle(COLOURS), strict=False)),
-        chart=_chart(names, result["table"], epochs),
+        texts=(0, 7),
         files=[BENCHMARK_TABLE, BENCHMARK_EPOCHS],
     )
     atomic_write(folder / BENCHMARK_PAGE, page)
 
 
-def _chart(names: Sequence[str], table: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Markup:
+def _chart(
+    colours: Mapping[str, str], table: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
+) -> Markup:
     """Draw the rank of the current architecture of each search over its epochs and over its seconds."""
     with chart(9.6, 3.8, left=0.08, right=0.99, top=0.83, bottom=0.14, wspace=0.18) as page:
         for place, unit in enumerate(("epoch", "seconds"), start=1):
             axes = add_axes(page, 1, 2, place, "rank of the current architecture", log=True)
-            for method, colour in zip(names, cycle(COLOURS), strict=False):
+            for method, colour in colours.items():
                 own = [point for point in epochs if point["method"] == method]
                 _draw(axes, own, unit, method, colour)
             axes.axhline(table["chance_rank"], color="#8d8a99", linestyle=":", linewidth=1.2, label="chance")
@@ -129,7 +135,7 @@ def _chart(names: Sequence[str], table: Mapping[str, Any], epochs: Sequence[Mapp
             axes.set_ylim(table["rows"] * 1.3, 0.8)  # the best rank is at the top
             if unit == "epoch":
                 epoch_axis(axes, 1, max(point["epoch"] for point in epochs))
-                page.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=len(names) + 1)
+                page.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=len(colours) + 1)
         return chart_svg(
             page, "ranks", "Rank of the current architecture of each search over epochs and seconds"
         )
@@ -149,11 +155,3 @@ def _draw(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, method: st
             markersize=3,
             label=f"_{seed}" if number else method,  # a leading underscore hides a line from the legend
         )
-
-
-def _points(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
-
-
-def _interval(interval: Mapping[str, Any], show: Any) -> str:
-    return f"{show(interval['estimate'])} ({show(interval['low'])} to {show(interval['high'])})"

@@ -128,15 +128,12 @@ def of_benchmark(dataset: str, result: Mapping[str, Any]) -> str:
     """
     from pipeline.report.benchmark_page import methods_table, table_note
 
-    headings, rows = methods_table(result)
     searches = f"{len(result['runs'])} searches"
-    return "\n\n".join(
-        [
-            f"Benchmark on {dataset}: {searches} of {', '.join(m['method'] for m in result['methods'])}.",
-            _table(headings, rows),
-            table_note(result),
-            "\n".join(f"- {sentence}" for sentence in result["sentences"]),
-        ]
+    return _of_methods(
+        f"Benchmark on {dataset}: {searches} of {', '.join(m['method'] for m in result['methods'])}.",
+        methods_table(result),
+        [table_note(result)],
+        result["sentences"],
     )
 
 
@@ -157,6 +154,35 @@ def of_rank(dataset: str, result: Mapping[str, Any]) -> str:
             *result["sentences"],
         ]
     )
+
+
+def of_versus(dataset: str, result: Mapping[str, Any]) -> str:
+    """Describe a comparison at equal cost.
+
+    Args:
+        dataset: The name of the data set.
+        result: The result, see `pipeline.jobs.versus`.
+    """
+    from pipeline.report.versus_page import NOTE, methods_table
+
+    first, *others = (method["method"] for method in result["methods"])
+    return _of_methods(
+        f"{first} against {', '.join(others)} on {dataset} at equal cost, "
+        f"{count(result['methods'][0]['seeds'], 'seed')}.",
+        methods_table(result),
+        [NOTE, *result["cost_sentences"]],
+        result["sentences"],
+    )
+
+
+def _of_methods(
+    title: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    notes: Sequence[str],
+    sentences: Sequence[str],
+) -> str:
+    comparisons = "\n".join(f"- {sentence}" for sentence in sentences)
+    return "\n\n".join([title, _table(*table), *notes, comparisons])
 
 
 def _page(

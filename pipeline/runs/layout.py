@@ -61,6 +61,10 @@ BENCHMARK_PAGE = "benchmark.html"  # both tables and the comparisons as a page
 # ----- Comparisons of judges.
 RANK_TABLE = "rank.csv"  # the score of each cell by each judge
 RANK_PAGE = "rank.html"  # how well each judge ranks, with a scatter plot
+# ----- Comparisons at equal cost.
+VERSUS_TABLE = "versus.csv"  # the result of each method and seed, with its cost
+VERSUS_CELLS = "versus_cells.csv"  # all cells that were retrained
+VERSUS_PAGE = "versus.html"  # both tables and the comparisons as a page
 
 
 def checkpoint_file(epoch: int) -> str:

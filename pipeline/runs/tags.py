@@ -14,7 +14,7 @@ class Tag:
     """The names of all tags."""
 
     # ----- Every run.
-    KIND = "istanas.kind"  # search, retrain, sweep, benchmark or rank
+    KIND = "istanas.kind"  # search, retrain, sweep, benchmark, rank or versus
     METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
     FOLDER = "istanas.data_folder"  # label of a data set whose pictures data.root decides, such as "folder"
@@ -40,6 +40,8 @@ class Tag:
 
     # ----- Searches and retrainings of a comparison of judges.
     RANK = "istanas.rank"  # name of the run directory of the comparison that started the run
+    # ----- Searches and retrainings of a comparison at equal cost.
+    VERSUS = "istanas.versus"  # name of the run directory of the comparison that started the run
 
     # ----- Registered versions.
     PROMOTED = "istanas.promoted"  # why this version became the champion

@@ -236,7 +236,7 @@ def data_digest(config: Config, dataset: ImageDataset, job: str) -> str:
     Args:
         config: The whole configuration.
         dataset: The data set.
-        job: "search", "retrain" or "sweep".
+        job: The kind of the run.
     """
     return dataset.digest if _is_ever_tested(config, job) else dataset.train_digest
 
@@ -343,10 +343,10 @@ def _missing(dataset: ImageDataset, labels: torch.Tensor) -> tuple[str, ...]:
 
 
 def _is_ever_tested(config: Config, job: str) -> bool:
-    """Return whether a job measures the test split; sweeps and searches that train no network never do."""
+    """Return whether a job measures the test split; sweeps, benchmarks and searches that train no network never do."""
     if job == "search":
         return config.search.test_interval > 0
-    return job == "retrain" and config.retrain.test_every > 0
+    return job in ("retrain", "versus") and config.retrain.test_every > 0
 
 
 class Batches:

@@ -31,6 +31,7 @@ tracking: {enabled: false}
 """
 COMMANDS = (
     "benchmark",
+    "versus",
     "search",
     "retrain",
     "run",
@@ -120,7 +121,7 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
     assert ("--config FILE" in out) == (command not in SERVED)
     assert ("--address URL" in out) == (command in SERVED)
-    jobs = command in ("search", "retrain", "run", "sweep", "benchmark")
+    jobs = command in ("search", "retrain", "run", "sweep", "benchmark", "versus")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
         assert (option in out) == (jobs or command == "doctor")

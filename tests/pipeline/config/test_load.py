@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from istanas.errors import ConfigError
+from istanas.methods import METHODS
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
 from pipeline.config.load import (
@@ -16,6 +17,7 @@ from pipeline.config.load import (
     known_methods,
     load,
     run_hash,
+    to_tree,
     to_yaml,
     with_settings,
     with_stems,
@@ -764,3 +766,15 @@ def test_a_value_in_the_place_of_a_section_says_what_a_section_is(key: str) -> N
     line = str(caught.value)
     assert line.startswith(f"--set '{key}=3': {key}: 3 is not a section; give its keys, such as {key}.")
     assert known_methods(line.rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if load(None, [f"method={name}"]).search.trains])
+def test_a_search_section_of_another_length_is_a_valid_section(method: str) -> None:
+    config = load(None, [f"method={method}"])
+    section = config.search.lasting(30)
+    if section is None:
+        assert config.trains_target
+        return
+    changed = config.model_copy(update={"search": section})
+    assert load(None, [], to_tree(changed)) == changed
+    assert changed.search.max_epochs != config.search.max_epochs

@@ -213,7 +213,7 @@ def test_a_benchmark_killed_between_two_seeds_equals_an_undisturbed_one(
     [folder] = project.glob("runs/*-benchmark-*")
     assert RunDir(folder).read().status == "RUNNING"
     assert not (folder / "benchmark.csv").exists()
-    assert "random has no search.epochs: left out, its defaults are used" in capfd.readouterr().out
+    assert "random has no search.epochs" not in capfd.readouterr().out  # it trains nothing
     begun = {path: RunDir(path).read().key for path in project.glob("runs/*-search-*")}
     assert len(begun) == 3
     resumed = result(capfd, "--method", "random")

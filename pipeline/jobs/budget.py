@@ -1,0 +1,62 @@
+"""The lengths of searches and retrainings that cost as many seconds as another search with its retraining."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+TOLERANCE = 0.02
+"""Costs whose ratio differs from 1 by at most this count as equal."""
+
+PROBE_EPOCHS = 3
+"""Length of the search that measures the seconds of an epoch: a first, a middle and a last one."""
+
+
+def search_epochs(seconds: Sequence[float], target: float) -> int:
+    """Return the number of epochs whose search takes a given time, as far as whole epochs allow.
+
+    The first epoch of a search prepares the machine, and in the last one some methods also choose their result. With
+    the seconds t_1, ..., t_n of the epochs of another search of the same method, a search of e epochs takes about
+
+        t_1 + (e - 2) mean(t_2, ..., t_(n-1)) + t_n,
+
+    which is solved for e.
+
+    Args:
+        seconds: Seconds of each epoch of a search of the method, n >= 3, > 0.
+        target: Seconds that the search should take.
+
+    Returns:
+        The nearest whole number, at least 1.
+
+    Example:
+        >>> search_epochs([3.0, 2.0, 2.0, 7.0], target=30.0)
+        12
+        >>> search_epochs([3.0, 2.0, 7.0], target=1.0)
+        1
+    """
+    middle = math.fsum(seconds[1:-1]) / (len(seconds) - 2)
+    return max(1, round(2 + (target - seconds[0] - seconds[-1]) / middle))
+
+
+def retraining_epochs(cost: float, spent: float, epoch_seconds: float, full: int) -> int:
+    """Return the number of epochs of the next retraining of a method that retrains several cells.
+
+    It is the largest number that does not exceed the cost by more than `TOLERANCE`.
+
+    Args:
+        cost: Seconds that the method may spend, > 0.
+        spent: Seconds that it has spent.
+        epoch_seconds: Expected seconds of an epoch, > 0.
+        full: Number of epochs of a whole retraining, >= 1.
+
+    Returns:
+        At most `full`; 0 if the cost is reached within `TOLERANCE`, or if no whole epoch fits.
+
+    Example:
+        >>> [retraining_epochs(100.0, spent, epoch_seconds=2.0, full=20) for spent in (40.0, 78.0, 98.5, 103.0)]
+        [20, 12, 0, 0]
+    """
+    if spent >= (1 - TOLERANCE) * cost:
+        return 0
+    return min(full, math.floor(((1 + TOLERANCE) * cost - spent) / epoch_seconds))
