@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pipeline.config.schema import Config
+
 TOLERANCE = 0.02
 """Costs whose ratio differs from 1 by at most this count as equal."""
 
@@ -60,3 +62,17 @@ def retraining_epochs(cost: float, spent: float, epoch_seconds: float, full: int
     if spent >= (1 - TOLERANCE) * cost:
         return 0
     return min(full, math.floor(((1 + TOLERANCE) * cost - spent) / epoch_seconds))
+
+
+def with_retrain_epochs(config: Config, epochs: int) -> Config:
+    """Return the configuration with a shorter retraining, whose schedule and warm-up are shorter in proportion.
+
+    Args:
+        config: The configuration.
+        epochs: Number of epochs of the retraining, >= 1.
+    """
+    if epochs == config.retrain.epochs:
+        return config
+    warmup = config.retrain.warmup_epochs * epochs / config.retrain.epochs
+    retrain = config.retrain.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+    return config.model_copy(update={"retrain": retrain})

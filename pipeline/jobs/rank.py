@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict, cast
@@ -21,7 +21,9 @@ from pipeline.base.files import atomic_write
 from pipeline.base.text import count
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
+from pipeline.jobs.budget import with_retrain_epochs
 from pipeline.jobs.context import JobContext
+from pipeline.jobs.entrants import context_of
 from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, settled_spec, write_page
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
@@ -245,7 +247,8 @@ def draw(config: Config, cells: int) -> list[Genotype]:
     space = config.space.build()
     found: dict[str, Genotype] = {}
     for number in range(DRAWS_PER_CELL * cells):
-        genotype = space.random(derive_seed(config.seed, "rank", number))
+        # In canonical form, equal genotypes share a run directory.
+        genotype = space.random(derive_seed(config.seed, "rank", number)).canonical()
         found.setdefault(genotype.digest(), genotype)
         if len(found) == cells:
             return list(found.values())
@@ -268,7 +271,7 @@ def _judge_all(
     Returns:
         One row for each cell and judge, and the seconds of the search whose weights are shared.
     """
-    child = replace(context, parent=bucket.named(run.path), tags={Tag.RANK: run.path.name}, run=None)
+    child = context_of(context, run, context.config, context.name, Tag.RANK)
     judge, seconds_once = _judge_of_search(child, dataset)
     known = {(row["digest"], row["judge"]): row for row in _read_rows(run.path / RANK_TABLE)}
     space, rows, spent = context.config.space.build(), list[Judgement](), list[float]()
@@ -331,8 +334,7 @@ def _retrainings(
     """Yield the accuracies after short retrainings on the hold-out, and the true one on the test pictures."""
     config = context.config
     for epochs in short:
-        retrain = config.retrain.model_copy(update={"epochs": epochs})
-        shorter = context.with_config(config.model_copy(update={"retrain": retrain}))
+        shorter = context.with_config(with_retrain_epochs(config, epochs))
         result = run_retrain(shorter, genotype, origin="random")
         yield f"retraining of {count(epochs, 'epoch')}", result["valid_top1"], result["seconds"]
     if truth.table is None:

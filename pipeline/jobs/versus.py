@@ -20,7 +20,13 @@ from pipeline.base.files import atomic_write
 from pipeline.base.text import count, duration
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
-from pipeline.jobs.budget import PROBE_EPOCHS, TOLERANCE, retraining_epochs, search_epochs
+from pipeline.jobs.budget import (
+    PROBE_EPOCHS,
+    TOLERANCE,
+    retraining_epochs,
+    search_epochs,
+    with_retrain_epochs,
+)
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.entrants import (
     Entrant,
@@ -288,20 +294,6 @@ def _epoch_seconds(search: SearchResult | OneStageResult) -> list[float]:
     if not seconds:
         raise CheckpointError("has no log of epochs", field=str(folder), remedy="start over with --fresh")
     return seconds
-
-
-def with_retrain_epochs(config: Config, epochs: int) -> Config:
-    """Return the configuration with a shorter retraining, whose schedule and warm-up are shorter in proportion.
-
-    Args:
-        config: The configuration.
-        epochs: Number of epochs of the retraining, >= 1.
-    """
-    if epochs == config.retrain.epochs:
-        return config
-    warmup = config.retrain.warmup_epochs * epochs / config.retrain.epochs
-    retrain = config.retrain.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
-    return config.model_copy(update={"retrain": retrain})
 
 
 def _run_all(study: _Study, listed: Sequence[Entrant], seeds: int) -> list[VersusCell]:

@@ -12,9 +12,9 @@ from istanas.space.nas_bench_201 import NasBench201Space
 from pipeline.cli.commands import run
 from pipeline.config.load import load
 from pipeline.jobs import versus
-from pipeline.jobs.budget import TOLERANCE, retraining_epochs, search_epochs
+from pipeline.jobs.budget import TOLERANCE, retraining_epochs, search_epochs, with_retrain_epochs
 from pipeline.jobs.observer import RunObserver
-from pipeline.jobs.versus import best_cell, evaluate, metrics_lines, with_retrain_epochs
+from pipeline.jobs.versus import best_cell, evaluate, metrics_lines
 from pipeline.runs.directory import RunDir
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import load_progress, read_records
