@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,15 @@ from istanas.data import ImageDataset
 from istanas.distributed import Ranks
 from istanas.effects.coding import architecture
 from istanas.search.judging import STATISTICS, measure_with_shared_weights
-from istanas.search.measured import MeasuredSearch
+from istanas.search.measured import Planned
 from istanas.settings import MeasuredSettings
 from istanas.space import Genotype
 from pipeline.base.text import count
 from pipeline.config.schema import Config
 from pipeline.training.build import settings_of
 from pipeline.training.compute import compute_for
-from pipeline.training.epochs import SearchJob
 from pipeline.training.loop import searched_job
+from pipeline.training.measurements import MeasurementJob
 
 CALIBRATION_BATCHES = 20
 
@@ -82,13 +83,7 @@ class ShortTrainings:
         space = self._config.space.build()
         kept = architecture(space, space.supports(genotype))
         for name, epochs in zip(self.names, self._epochs, strict=True):
-            search = self._config.search.model_copy(update={"stages": ((1, epochs),)})
-            config = self._config.model_copy(update={"search": search})
-            job = SearchJob(config, self._dataset, self._compute, Ranks.current(self._compute.device))
-            assert isinstance(job.search, MeasuredSearch)
-            job.search.hold(kept)
+            job = MeasurementJob(self._config, self._dataset, self._compute, Ranks())
             start = time.perf_counter()
-            for epoch in range(epochs):
-                job.run_epoch(epoch, lambda *_: None, 1.0)
-            (measured,) = job.search.measurements
-            yield name, -measured.loss, time.perf_counter() - start
+            metrics = job.measure(Planned(0, kept, epochs))
+            yield name, -metrics["valid/loss"] if metrics else -math.inf, time.perf_counter() - start

@@ -14,6 +14,7 @@ import argparse
 import csv
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def measure(
     search = job.search
     assert isinstance(search, MeasuredSearch)
     torch.manual_seed(seed)
-    search.hold(kept)
+    search.hold(replace(search.current, kept=kept))
     start, losses = time.process_time(), []
     for epoch in range(config.search.max_epochs):
         result = job.run_epoch(epoch, lambda *_: None, 1.0)

@@ -181,7 +181,7 @@ def test_measurements_are_those_of_the_search(project: Path) -> None:
     dataset, compute = open_dataset(config, ("search",)), compute_for(config.runtime)
     job = SearchJob(config, dataset, compute, Ranks.current(compute.device))
     assert isinstance(job.search, MeasuredSearch)
-    first = job.search.current
+    first = job.search.current.kept
     job.run_epoch(0, lambda *_: None, 1.0)
     space = config.space.build()
     judge = ShortTrainings(config, dataset)
