@@ -108,6 +108,14 @@ class SearchSettings:
         """Largest number of epochs that a search may take."""
         raise NotImplementedError
 
+    @property
+    def trials_at_once(self) -> int:
+        """Largest number of independent trainings at a time, each in a process of its own; 1 if the search is one job.
+
+        A search of more than one trial is a `istanas.search.measured.MeasuredSearch`.
+        """
+        return 1
+
 
 @dataclass(frozen=True)
 class AlternatingSettings(SearchSettings):
@@ -307,7 +315,7 @@ class RandomNasSettings(AlternatingSettings):
 
 @dataclass(frozen=True)
 class MeasuredSettings(SearchSettings):
-    """Search by measurements, which trains architectures one after the other.
+    """Search by measurements, which trains architectures one after the other, or several at a time.
 
     No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect.
 
@@ -315,6 +323,9 @@ class MeasuredSettings(SearchSettings):
         stages: Pairs [measurements, epochs], the fidelities of the search in their order. A measurement trains one
             architecture for this number of epochs, during which the learning rate falls from lr to lr_min (cosine,
             updated in every step).
+        max_concurrent: Largest number of architectures that are trained at the same time, each as a trial of Ray Tune
+            in a process of its own, on this machine or a cluster. The result then depends on the order in which they
+            finish. 1 trains them one after the other, without Ray.
         balanced: Fraction of the measurements, beginning with the first, that form a balanced design, at least two of
             them. Thompson sampling draws the others.
         alpha_fraction: Fraction of the training pictures that measures the architectures; the rest trains them.
@@ -337,6 +348,7 @@ class MeasuredSettings(SearchSettings):
     batch_size: BatchSize = 64
     init_channels: PositiveInt = 8
     stages: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], MinLen(1)] = ((120, 3), (30, 8))
+    max_concurrent: PositiveInt = 1
     balanced: Annotated[float, Ge(0), Le(1)] = 0.3
     alpha_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5
     calibration_batches: NonNegativeInt = 20
@@ -345,8 +357,14 @@ class MeasuredSettings(SearchSettings):
 
     @property
     def max_epochs(self) -> int:
-        """Sum of the epochs of all measurements."""
-        return sum(measurements * epochs for measurements, epochs in self.stages)
+        """Sum of the epochs of all measurements; with several at a time, the number of measurements."""
+        concurrent = self.trials_at_once > 1
+        return sum(measurements * (1 if concurrent else epochs) for measurements, epochs in self.stages)
+
+    @property
+    def trials_at_once(self) -> int:
+        """The setting `max_concurrent`."""
+        return self.max_concurrent
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,14 @@ class Search(Generic[Settings]):
         """Choose the architecture at the end of an epoch, and report its decisions."""
         raise NotImplementedError
 
+    def picture_epoch(self, epoch: int) -> int:
+        """Return the number that determines the order and the augmentation of an epoch's pictures.
+
+        Args:
+            epoch: Number of epochs before, which is the result by default.
+        """
+        return epoch
+
     def validate_epoch(self, choosing: Choosing) -> Metrics | None:
         """Return the validation metrics of an epoch, after `train_epoch` and before `finish_epoch`.
 

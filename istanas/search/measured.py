@@ -6,8 +6,19 @@ Nothing is shared between the trainings, so a measurement has no bias from other
 measurements is free. The first architectures are a balanced design; each of the others is drawn by Thompson sampling
 from the posterior of the effects, so that the search measures where the best architecture may be.
 
-An epoch of the search trains one architecture for one epoch, and a measurement takes one or more epochs, see
-`MeasuredSettings.stages`. Later stages have fewer, longer and therefore more reliable measurements.
+The architectures are trained one after the other, or several at a time (`MeasuredSettings.max_concurrent`).
+
+- One after the other: an epoch of the search trains the current architecture for one epoch, and a measurement takes one
+  or more epochs, see `MeasuredSettings.stages`.
+- Several at a time: the search trains nothing itself. Its caller draws measurements (`MeasuredSearch.draw`), trains
+  them anywhere (`MeasuredSearch.hold`, in a search of its own), and returns their losses as they finish
+  (`MeasuredSearch.receive`). An epoch of the search is then one finished measurement. The scheduling is asynchronous:
+  the next architecture is drawn as soon as there is room, from the posterior of the measurements that are finished.
+  Pending architectures are excluded, so that concurrent draws differ.
+
+The initial weights and the pictures of a measurement are determined by its number, so that the same architecture with
+the same number has the same loss, bit for bit, wherever it is trained. With several at a time, the order in which
+measurements finish depends on the machines, and with it what is drawn next.
 """
 
 from __future__ import annotations
@@ -50,7 +61,23 @@ from istanas.training import (
     train_target_step,
 )
 
+_DIVERGED = Metrics(math.inf, 0.0, 0)
 N_DRAWS = 1000  # from the posterior: the standard error of a probability is at most 0.016
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A measurement that has been decided on and is not finished.
+
+    Args:
+        number: Its number, from 0 in the order of the decisions. It determines the initial weights and the pictures.
+        kept: The candidates of the architecture, see `istanas.effects.Architecture`.
+        epochs: Number of epochs of its training.
+    """
+
+    number: int
+    kept: Architecture
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -111,8 +138,9 @@ class MeasuredSearch(Search[MeasuredSettings]):
         settings, compute, seed, ranks, cost: See `Search`.
 
     Attributes:
-        measurements: The finished measurements.
-        posterior: The posterior of the effects; `None` before there are two measurements.
+        measurements: The finished measurements, in the order in which they finished.
+        pending: The measurements that are drawn and not finished: the current one, or those that are trained elsewhere.
+        posterior: The posterior of the effects; `None` before there are more measurements than fidelities.
 
     Example:
         >>> from istanas.space import CellSpace, NetworkSize
@@ -144,16 +172,15 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self.space = self.supernet.space
         self._check_stages()
         self.measurements: list[Measurement] = []
+        self.pending: list[Planned] = []
         self.posterior: Posterior | None = None
         self._schedule = [epochs for count, epochs in self.settings.stages for _ in range(count)]
-        self._design = balanced_design(
-            self.space, self._n_balanced, derive_seed(self.seed, self.kind, "design")
-        )
-        self._best = self._design[0]
+        self._best = self._balanced(0)
         self._improvement: Improvement | None = None
         self._certain = 0  # choices of the best architecture
         self._newest: dict[str, float] = {}  # the metrics of the measurement that the epoch has finished
-        self.hold(self._design[0])
+        if not self.is_concurrent:
+            self.hold(self._drawn())
         return self._report(self._best)
 
     def _check_stages(self) -> None:
@@ -184,15 +211,24 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """Number of measurements of the balanced design, at least the two that a posterior needs."""
         return min(len(self._schedule), max(2, math.ceil(self.settings.balanced * len(self._schedule))))
 
+    def _balanced(self, number: int) -> Architecture:
+        """Return a row of the balanced design. Its first rows do not depend on the number of rows."""
+        return balanced_design(self.space, number + 1, derive_seed(self.seed, self.kind, "design"))[number]
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether several architectures are measured at a time, outside of this search."""
+        return self.settings.trials_at_once > 1
+
     # ---------- the current architecture
 
-    def hold(self, kept: Architecture) -> None:
-        """Create the network of the architecture that is measured next."""
-        s, number = self.settings, len(self.measurements)
-        self.current, self._trained = kept, 0
+    def hold(self, planned: Planned) -> None:
+        """Make a planned measurement the current one, and create its network."""
+        s = self.settings
+        self.current, self._trained = planned, 0
         self._measured: Metrics | None = None
-        torch.manual_seed(derive_seed(self.seed, self.kind, "init", number))
-        net = self.space.target(self.space.genotype(supports_of(self.space, kept)), self.supernet.size)
+        torch.manual_seed(derive_seed(self.seed, self.kind, "init", planned.number))
+        net = self.space.target(self.trained_genotype(), self.supernet.size)
         to_channels_last(net.to(self.compute.device))
         self.supernet.replace_network(net)
         self._optimizer = SGD(
@@ -204,9 +240,13 @@ class MeasuredSearch(Search[MeasuredSettings]):
         )
 
     @property
-    def _epochs(self) -> int:
-        """Number of epochs that the current architecture is trained."""
-        return self._schedule[len(self.measurements)]
+    def is_measured(self) -> bool:
+        """Whether the training of the current architecture is complete."""
+        return self._trained == self.current.epochs
+
+    def picture_epoch(self, epoch: int) -> int:
+        """Return the number of scheduled epochs before the current one, which a diverged training does not change."""
+        return sum(self._schedule[: self.current.number]) + self._trained
 
     def train_epoch(
         self,
@@ -222,7 +262,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         Returns:
             The metrics of the training; `None` if it has diverged. Then the measurement ends.
         """
-        s, start, total = self.settings, self._trained, self._epochs
+        s, start, total = self.settings, self._trained, self.current.epochs
         metrics = train_target_epoch(
             self.supernet.network,
             self._optimizer,
@@ -241,7 +281,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
             check_finite(metrics, self.supernet.parameters(), self.epoch, ranks=self.ranks)
         except DivergedError:
             self._trained = total
-            self._measured = Metrics(math.inf, 0.0, metrics.count)
+            self._measured = _DIVERGED
             return None
         return metrics
 
@@ -260,26 +300,53 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def validate_epoch(self, choosing: Choosing) -> Metrics | None:
         """Measure the current architecture after its last epoch; before, return `None`."""
-        if self._trained == self._epochs and self._measured is None:
+        if self.is_measured and self._measured is None:
             if self.settings.calibration_batches:
                 self.recalibrate(islice(choosing.training(), self.settings.calibration_batches))
             self._measured = choosing()
         return self._measured
 
+    # ---------- several at a time
+
+    def draw(self) -> Planned | None:
+        """Decide on the next measurement, which is pending from then on; `None` if all are pending or finished."""
+        n_drawn = len(self.measurements) + len(self.pending)
+        return None if n_drawn == len(self._schedule) else self._drawn()
+
+    def receive(self, planned: Planned, measured: Metrics | None) -> RecoveryReport:
+        """Add a measurement that was trained elsewhere, and report the decisions, like `finish_epoch`.
+
+        Args:
+            planned: One of `pending`.
+            measured: The metrics of its validation; `None` if its training has diverged.
+
+        Raises:
+            DivergedError: As in `finish_epoch`.
+        """
+        self.current, self._trained = planned, planned.epochs
+        self._measured = measured or _DIVERGED
+        self.epoch += 1
+        return self.finish_epoch()
+
     # ---------- choosing
 
     def finish_epoch(self) -> RecoveryReport:
-        """Add the measurement if it is complete, and choose the next architecture."""
+        """Add the measurement if it is complete, and choose the next architecture.
+
+        Raises:
+            DivergedError: If all measurements of the balanced design have infinite losses.
+        """
         before, self._newest = self._best, {}
-        if self._trained == self._epochs:
+        if self.is_measured:
             assert self._measured is not None, "the pictures for choosing measure every architecture"
-            measured = Measurement(self.current, self._epochs, self._measured.loss, self._measured.top1)
-            self._newest = self._prediction() | {"measured/epochs": float(measured.epochs)}
-            self.measurements.append(measured)
+            done, metrics = self.current, self._measured
+            self._newest = self._prediction() | {"measured/epochs": float(done.epochs)}
+            self.measurements.append(Measurement(done.kept, done.epochs, metrics.loss, metrics.top1))
+            self.pending = [planned for planned in self.pending if planned.number != done.number]
             self._learn()
             self._check_trained()
-            if not self.is_done:
-                self.hold(self._next())
+            if not self.is_done and not self.is_concurrent:
+                self.hold(self._drawn())
         self.ranks.check_same("genotype", self.genotype().digest())
         self.ranks.check_same("next architecture", self.trained_genotype().digest())
         return self._report(before)
@@ -291,7 +358,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
             DivergedError: If all measurements of the balanced design have infinite losses.
         """
         n = len(self.measurements)
-        if n >= len(self._design) and not any(math.isfinite(m.loss) for m in self.measurements):
+        if n >= self._n_balanced and not any(math.isfinite(m.loss) for m in self.measurements):
             raise DivergedError(
                 f"all {n} trainings have diverged", field="search.lr", remedy="lower it, or search.grad_clip"
             )
@@ -307,19 +374,24 @@ class MeasuredSearch(Search[MeasuredSettings]):
         )
         self._certain = count_certain(choice_probabilities(self.space, self.posterior, self._best))
 
-    def _next(self) -> Architecture:
-        """Return the next architecture: one of the design, or one that Thompson sampling draws."""
-        number = len(self.measurements)
-        if number < len(self._design) or self.posterior is None:
-            return self._design[number]
-        (chosen,) = thompson(
-            self.space,
-            self.posterior,
-            1,
-            derive_seed(self.seed, self.kind, "thompson", number),
-            excluded={m.kept for m in self.measurements if m.epochs == self._epochs},
-        )
-        return chosen
+    def _drawn(self) -> Planned:
+        """Return the next measurement, now pending: of the design, or the best architecture of a posterior draw."""
+        number = len(self.measurements) + len(self.pending)
+        epochs = self._schedule[number]
+        if number < self._n_balanced or self.posterior is None:
+            kept = self._balanced(number)
+        else:
+            (kept,) = thompson(
+                self.space,
+                self.posterior,
+                1,
+                derive_seed(self.seed, self.kind, "thompson", number),
+                excluded={m.kept for m in self.measurements if m.epochs == epochs}
+                | {planned.kept for planned in self.pending if planned.epochs == epochs},
+            )
+        planned = Planned(number, kept, epochs)
+        self.pending.append(planned)
+        return planned
 
     @property
     def is_done(self) -> bool:
@@ -332,7 +404,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         if (
             s.stop_probability is None
             or self._improvement is None
-            or len(self.measurements) < len(self._design)
+            or len(self.measurements) < self._n_balanced
         ):
             return False
         return self._improvement.probability < s.stop_probability
@@ -342,8 +414,12 @@ class MeasuredSearch(Search[MeasuredSettings]):
         return self.space.genotype(supports_of(self.space, self._best))
 
     def trained_genotype(self) -> Genotype:
-        """Return the architecture that is being trained."""
-        return self.space.genotype(supports_of(self.space, self.current))
+        """Return the architecture that is being trained, or was received last."""
+        return self.genotype_of(self.current)
+
+    def genotype_of(self, planned: Planned) -> Genotype:
+        """Return the architecture of a planned measurement."""
+        return self.space.genotype(supports_of(self.space, planned.kept))
 
     def metrics(self) -> dict[str, float]:
         """Return figures of the measurement that the epoch has finished, if any, and of the posterior."""
@@ -361,7 +437,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """Return the predicted score of the current architecture; empty if there is no posterior yet."""
         if self.posterior is None:
             return {}
-        score, deviation = predicted_score(self.space, self.posterior, self.current)
+        score, deviation = predicted_score(self.space, self.posterior, self.current.kept)
         return {"measured/predicted": score, "measured/predicted_deviation": deviation}
 
     def _report(self, before: Architecture) -> RecoveryReport:
@@ -387,10 +463,15 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""
-        return {
+        state = {
             **super().state_dict(),
             "measurements": [astuple(each) for each in self.measurements],
-            "current": self.current,
+        }
+        if self.is_concurrent:
+            return {**state, "pending": [astuple(each) for each in self.pending]}
+        return {
+            **state,
+            "current": self.current.kept,
             "trained": self._trained,
             "network": self.supernet.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -407,7 +488,14 @@ class MeasuredSearch(Search[MeasuredSettings]):
             Measurement(tuple(kept), epochs, loss, top1) for kept, epochs, loss, top1 in state["measurements"]
         ]
         self._learn()
-        self.hold(tuple(state["current"]))
+        if self.is_concurrent:
+            self.pending = [Planned(number, tuple(kept), epochs) for number, kept, epochs in state["pending"]]
+            return
+        # After its last measurement, the search still holds that one.
+        number = min(len(self.measurements), len(self._schedule) - 1)
+        current = Planned(number, tuple(state["current"]), self._schedule[number])
+        self.pending = [] if self.is_done else [current]
+        self.hold(current)
         self._trained = int(state["trained"])
         self.supernet.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])

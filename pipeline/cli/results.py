@@ -286,12 +286,12 @@ def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: 
         )
     sent = tracker.last_delivery
     assert sent is not None
-    if run_dir.read().kind == "sweep":
+    if run_dir.read().kind in ("sweep", "search"):
         from pipeline.jobs.closing import deliver_below
 
         if not deliver_below(run_dir.path, config):
             raise IstanasError(
-                "not all trials could be delivered to MLflow",
+                "not all runs in it could be delivered to MLflow",
                 field=bucket.shown(run_dir.path),
                 remedy="try again",
             )

@@ -163,7 +163,8 @@ def _unreachable(submission: Submission, address: str) -> list[ConfigError]:
                 remedy="leave it out (--set runtime.address=null)",
             )
         )
-    if submission.job != "sweep" and "workers" not in config.runtime.model_fields_set:
+    by_trials = submission.job == "sweep" or (submission.job == "search" and config.search.trials_at_once > 1)
+    if not by_trials and "workers" not in config.runtime.model_fields_set:
         remedy = "give the command --workers N; 0 runs it in one process, on the head node"
         problems.append(ConfigError("not set", field="runtime.workers", remedy=remedy))
     root = config.data.root

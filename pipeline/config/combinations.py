@@ -29,6 +29,7 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
     if (
         config.runtime.address is not None
         and config.runtime.worker_range.maximum == 0
+        and config.search.trials_at_once == 1
         and config.sweep is None
     ):
         yield ConflictError(
@@ -37,6 +38,13 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
             remedy="give --workers N",
         )
     yield from _warmup_conflicts(config)
+    at_once, workers = config.search.trials_at_once, config.runtime.worker_range.maximum
+    if at_once > 1 and workers > 1:
+        yield ConflictError(
+            f"{at_once} architectures are trained at a time, each in one process, and runtime.workers is {workers}",
+            fields=("search.max_concurrent", "runtime.workers"),
+            remedy="set one of them to 1",
+        )
     if config.retrain.nesterov and config.retrain.momentum == 0:
         yield ConflictError(
             "true requires momentum, and retrain.momentum is 0",
@@ -141,6 +149,12 @@ def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
             "0 leaves no pictures to measure the objective on",
             fields=("data.holdout", "sweep.objective"),
             remedy="set data.holdout=0.1",
+        )
+    if config.search.trials_at_once > 1:
+        yield ConflictError(
+            f"{config.search.trials_at_once}, but the trials of a sweep train one architecture at a time",
+            fields=("search.max_concurrent", "sweep"),
+            remedy="set it to 1; sweep.max_concurrent is the number of concurrent trials",
         )
     yield from _resource_conflicts(config)
 

@@ -35,7 +35,7 @@ _HASHED = {
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect. They are not hashed if they have this
 # value, so that the runs of earlier versions keep their hashes.
-_ADDED = {"data.background": "#ffffff", "space.name": DEFAULT_SPACE}
+_ADDED = {"data.background": "#ffffff", "space.name": DEFAULT_SPACE, "search.max_concurrent": 1}
 _NOT_HASHED_SWEEP = (
     "storage",
     "max_concurrent",

@@ -215,6 +215,11 @@ class SearchSection(Section):
         return settings_from(self.settings_class, self).max_epochs
 
     @property
+    def trials_at_once(self) -> int:
+        """Largest number of concurrent trials of the search; 1 if the search is one job."""
+        return settings_from(self.settings_class, self).trials_at_once
+
+    @property
     def trains_target(self) -> bool:
         """Whether the search also trains the network that it finds."""
         return self.settings_class.trains_target

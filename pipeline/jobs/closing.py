@@ -46,7 +46,7 @@ def close(path: Path, config: Config, status: str, tags: dict[str, str], result:
 
 
 def deliver_below(path: Path, config: Config) -> bool:
-    """Deliver the ended runs in a sweep's run directory, its trials and retrainings, to MLflow.
+    """Deliver the ended runs in a run directory, such as the trials of a sweep, to MLflow.
 
     Returns:
         Whether MLflow has received all of them.
@@ -55,7 +55,7 @@ def deliver_below(path: Path, config: Config) -> bool:
     for run in runs_below(path):
         if _status(run) not in ("RUNNING", None):
             fetch_for_mlflow(run)
-            delivered.append(tracker_of(run, _without_models(config)).deliver())
+            delivered.append(tracker_of(run, without_models(config)).deliver())
             bucket.send(run.path, LINK_FILE)
     return all(delivered)
 
@@ -73,7 +73,7 @@ def close_running(runs: Sequence[RunDir], config: Config) -> bool:
     """
     left = [run for run in runs if _status(run) == "RUNNING"]
     delivered = [
-        close(run.path, _without_models(config), "KILLED", {Tag.OUTCOME: INTERRUPTED}, {}) for run in left
+        close(run.path, without_models(config), "KILLED", {Tag.OUTCOME: INTERRUPTED}, {}) for run in left
     ]
     return all(delivered)
 
@@ -87,7 +87,7 @@ def _status(run: RunDir) -> str | None:
 
 
 def runs_below(path: Path) -> list[RunDir]:
-    """Return the runs in a sweep's run directory: its trials and retrainings."""
+    """Return the runs in a run directory: a sweep's trials and retrainings, or a search's measurements."""
     bucket.fetch_records(path)
     return [RunDir(file.parent) for file in sorted(path.glob(f"*/{RECORD_FILE}"))]
 
@@ -99,7 +99,8 @@ def fetch_for_mlflow(run: RunDir) -> None:
     )
 
 
-def _without_models(config: Config) -> Config:
+def without_models(config: Config) -> Config:
+    """Return the configuration of runs whose networks are not registered."""
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"models": False})})
 
 

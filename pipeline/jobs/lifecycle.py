@@ -194,7 +194,7 @@ def _run_and_close(
     space = spec.config.space.build()
     try:
         with EpochBar(context.console, spec.kind, spec.epochs, spec.unit) as bar:
-            observer = RunObserver(run, tracker, bar, space, steps.describe, context.on_epoch)
+            observer = RunObserver(run, tracker, bar, space, steps.describe, context.on_epoch, spec.unit)
             outcome = steps.run(run, observer, prepared)
         final = dataclasses.replace(
             record,

@@ -26,6 +26,7 @@ class RunObserver:
         space: The space, for the tables of a search.
         describe: Returns the console's line about an epoch.
         on_epoch: Called after every epoch, and for every finished epoch when the run resumes.
+        unit: What an epoch of the run is called.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class RunObserver:
         space: SearchSpace,
         describe: Callable[[EpochRecord], str],
         on_epoch: Callable[[Progress], None] | None = None,
+        unit: str = "epoch",
     ) -> None:
         self._run, self._tracker, self._bar, self._describe = run, tracker, bar, describe
-        self._on_epoch, self._tables = on_epoch, SearchTables(run.path, space)
+        self._on_epoch, self._tables, self._unit = on_epoch, SearchTables(run.path, space), unit
 
     def note(self, text: str) -> None:
         self._bar.line(text)
@@ -56,7 +58,7 @@ class RunObserver:
         self._run.replace_metrics(lines)
         self._tracker.deliver()
         if progress.last is not None:
-            self._bar.line(f"resumed after epoch {progress.epochs}")
+            self._bar.line(f"resumed after {self._unit} {progress.epochs}")
             before = progress.last.workers
             if workers != before:
                 self._bar.line(

@@ -160,10 +160,11 @@ def run_profile(
     """
     target = None if trace is None else _writable(trace)
     job = "search" if genotype is None else "retrain"
-    config = settled(config, console)
+    say = say_to(console)
+    at_once = config.search.trials_at_once
+    config = settled(_one_at_a_time(config), console)
     dataset = load_data(config, console)
     check_data(config, dataset, (job,))
-    say = say_to(console)
     say_pictures(
         [*describe_pictures(config, dataset, (), (job,)), *warnings_of(config, dataset, (job,))], say
     )
@@ -174,6 +175,11 @@ def run_profile(
         say(
             f"measured and projected for one process; runtime.workers is {config.runtime.workers}: "
             "workers share each step"
+        )
+    if genotype is None and at_once > 1:
+        say(
+            f"measured and projected for one process; search.max_concurrent is {at_once}: "
+            "that many architectures are trained at the same time"
         )
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
     device = compute.device
@@ -234,6 +240,13 @@ def make_work(
     if genotype is not None:
         return _retraining(config, dataset, compute, genotype)
     return _search(config, dataset, compute)
+
+
+def _one_at_a_time(config: Config) -> Config:
+    """Return the configuration of a search whose trainings all run in this process."""
+    if config.search.trials_at_once == 1:
+        return config
+    return config.model_copy(update={"search": config.search.model_copy(update={"max_concurrent": 1})})
 
 
 def _search(config: Config, dataset: ImageDataset, compute: Compute) -> Work:

@@ -85,6 +85,7 @@ def search_spec(
         config=config,
         sections=SECTIONS,
         epochs=config.search.max_epochs,
+        unit="epoch" if config.search.trials_at_once == 1 else "measurement",
         parent=parent,
         tags=tags or {},
     )
@@ -114,12 +115,22 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         check_data(config, dataset, jobs)
         if config.trains_target:  # raises an error if no architecture is within the limits
             build_search(config, dataset, Compute(torch.device("cpu")), Ranks())
-        prepare_workers(config, spec.path, context.runtime, context.say)
+        if config.search.trials_at_once > 1:
+            from pipeline.jobs.measurements import prepare_trials  # imports Ray
+
+            prepare_trials(config, spec.path, context.runtime, context.say)
+        else:
+            prepare_workers(config, spec.path, context.runtime, context.say)
         return dataset
 
     def train(run: RunDir, observer: RunObserver, dataset: ImageDataset) -> Outcome:
         store = FolderStore(run.path / CHECKPOINTS, run.push)
-        progress = run_job("search", config, dataset, store, observer, context.runtime)
+        if config.search.trials_at_once > 1:
+            from pipeline.jobs.measurements import run_measurements  # imports Ray
+
+            progress = run_measurements(config, dataset, run, store, observer)
+        else:
+            progress = run_job("search", config, dataset, store, observer, context.runtime)
         if config.trains_target:
             return _finish_trained(run, progress, dataset, config, observer.note)
         return _finish_searched(run, progress, config, observer.note)
@@ -129,20 +140,29 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         prepare=prepare,
         warn=own_warnings(spec),
         run=train,
-        describe=describe_trained_epoch if config.trains_target else describe_epoch,
+        describe=(
+            describe_trained_epoch
+            if config.trains_target
+            else lambda record: describe_epoch(record, unit=spec.unit)
+        ),
     )
     result = execute(context.with_config(config), spec, steps)
     return cast(OneStageResult, result) if config.trains_target else cast(SearchResult, result)
 
 
-def describe_epoch(record: EpochRecord) -> str:
-    """Return one line for the user about an epoch of a search that does not train the network that it finds."""
+def describe_epoch(record: EpochRecord, *, unit: str = "epoch") -> str:
+    """Return one line for the user about an epoch of a search that does not train the network that it finds.
+
+    Args:
+        record: The record of the epoch.
+        unit: What the epochs of the search are called.
+    """
     m, found = record.metrics, record.found()
     if "train/loss" not in m:
         what = "the training has diverged" if "measured/count" in m else "nothing is trained"
-        return f"epoch {record.epoch}: {what}, {record.seconds:.1f} s"
+        return f"{unit} {record.epoch}: {what}, {record.seconds:.1f} s"
     changes = int(m["recovery/support_changes"])
-    text = f"epoch {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
+    text = f"{unit} {record.epoch}: loss {m['train/loss']:.3f}, top-1 {_describe_tops(m, 'train')}"
     if "valid/top1" in m:
         text += f" (validation {_describe_tops(m, 'valid')})"
     text += f", {changes} of {len(found.nodes)} nodes changed, {record.seconds:.1f} s"

@@ -59,6 +59,16 @@ BENCHMARK_EPOCHS = "benchmark_epochs.csv"  # true accuracy and rank after each e
 BENCHMARK_PAGE = "benchmark.html"  # both tables and the comparisons as a page
 
 
+def measurement_folder(number: str) -> str:
+    """Return the name of the run directory of a measurement; "*" gives the pattern of all names.
+
+    Example:
+        >>> measurement_folder("0003")
+        'measurement-0003'
+    """
+    return f"measurement-{number}"
+
+
 def checkpoint_file(epoch: int) -> str:
     """Return the name of an epoch's checkpoint.
 

@@ -96,12 +96,13 @@ class RunRecord:
 
     Args:
         name: Name of the run, without its hash.
-        kind: "search", "retrain", "sweep" or "benchmark".
+        kind: "search", "retrain", "sweep", "benchmark" or "measurement".
         method: The search method.
         dataset: The setting `data.name`.
         key: Unique id, by which the MLflow run is found.
         params, tags, description: As MLflow shows them.
-        parent: Run directory of the search of a retraining, of the sweep of a trial, or of the benchmark of a search.
+        parent: Run directory of the search of a retraining or of a measurement, of the sweep of a trial, or of the
+            benchmark of a search.
         status: "RUNNING", "FINISHED", "FAILED" or "KILLED".
         started_ms, ended_ms: Start and end.
         artifacts: Files that are sent to MLflow, relative to the run directory.

@@ -14,7 +14,7 @@ class Tag:
     """The names of all tags."""
 
     # ----- Every run.
-    KIND = "istanas.kind"  # search, retrain, sweep or benchmark
+    KIND = "istanas.kind"  # search, retrain, sweep, benchmark or measurement
     METHOD = "istanas.method"  # the search method
     DATASET = "istanas.dataset"  # name of the data set
     FOLDER = "istanas.data_folder"  # label of a data set whose pictures data.root decides, such as "folder"
@@ -32,8 +32,8 @@ class Tag:
     SWEEP = "istanas.sweep"  # name of the sweep's run directory
     TRIAL = "istanas.trial"  # number of the trial
     TRIAL_STATE = "istanas.trial_state"  # Optuna's state of the trial
-    NODE = "istanas.node"  # node of the cluster on which the trial ran
-    REASON = "istanas.reason"  # why the trial failed
+    NODE = "istanas.node"  # node of the cluster on which the trial, or the measurement of a search, ran
+    REASON = "istanas.reason"  # why the trial failed, or a measurement has no loss
 
     # ----- Searches of a benchmark.
     BENCHMARK = "istanas.benchmark"  # name of the run directory of the benchmark that started the search

@@ -16,6 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from istanas.errors import IstanasError
 from pipeline.base.text import count, one_line
 from pipeline.cluster.launch import with_absolute_paths
+from pipeline.cluster.places import Plan
+from pipeline.cluster.tune import FAILED, NODE
 from pipeline.config.plugins import ship
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import close, close_below, deliver_below
@@ -27,11 +29,10 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.outcome import INTERRUPTED, PRUNED
 from pipeline.runs.tags import Tag
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.report import sweep_frame
 from pipeline.sweep.resume import describe_resumed, finished, metrics_of_trials
 from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
-from pipeline.sweep.study import FAILED, NODE, WARNED, own_trials, save_study
+from pipeline.sweep.study import WARNED, own_trials, save_study
 from pipeline.tracking.store import public_uri, store_uri
 from pipeline.training.pictures import settle_stems
 
@@ -149,19 +150,14 @@ class TrialRuns:
     def _trial_config(self, settings: Settings) -> Config:
         """Return the configuration of a trial, with the paths and resources of its own process."""
         config, plan = settle_stems(trial_config(self._config, settings)), self._plan
-        runtime: dict[str, Any] = {
-            "workers": plan.workers,
-            "threads": plan.cpus,
-            "address": None,
-            "device": "cuda" if plan.gpus else "cpu",
-            "runs_dir": bucket.named(self._run.path),
-        }
+        runtime = plan.runtime_of_trial(config.runtime)
+        runs_dir = bucket.named(self._run.path)
         uri = store_uri(config.tracking.uri)
         # A password in the environment is not written into the trial's configuration.
         tracking = {"uri": uri if public_uri(uri) == uri else None, "name": None, "models": False}
         return config.model_copy(
             update={
-                "runtime": config.runtime.model_copy(update=runtime),
+                "runtime": runtime.model_copy(update={"runs_dir": runs_dir}),
                 "tracking": config.tracking.model_copy(update=tracking),
                 "data": with_absolute_paths(config.data),
             }

@@ -15,6 +15,7 @@ from istanas.errors import IstanasError
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count
+from pipeline.cluster.tune import FAILED
 from pipeline.config.load import to_yaml, with_settings
 from pipeline.config.schema import Config
 from pipeline.jobs.lifecycle import Outcome
@@ -35,7 +36,7 @@ from pipeline.runs.layout import (
 from pipeline.runs.tags import Tag
 from pipeline.sweep.report import sweep_frame, write_figures
 from pipeline.sweep.space import Settings, sweep_of
-from pipeline.sweep.study import FAILED, best_trial, own_study
+from pipeline.sweep.study import best_trial, own_study
 from pipeline.training.pictures import settle_stems
 
 

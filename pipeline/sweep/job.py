@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import torch
 from optuna.exceptions import OptunaError
 from optuna.study import Study
 from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.errors import IstanasError
-from istanas.training import Compute
 from pipeline.base.text import count, one_line
-from pipeline.cluster.allotment import Allotment, cluster_nodes
-from pipeline.cluster.preflight import check_gpus, check_nodes
+from pipeline.cluster.allotment import cluster_nodes
+from pipeline.cluster.places import Plan, wait_for_places
 from pipeline.cluster.ray_runtime import Runtime
+from pipeline.cluster.tune import ENVIRONMENT
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
-from pipeline.config.workers import WorkerRange
 from pipeline.jobs.context import JobContext, say_to
 from pipeline.jobs.lifecycle import JobSteps, Outcome, execute, settled_spec
 from pipeline.jobs.observer import RunObserver
@@ -34,7 +30,7 @@ from pipeline.runs.record import DatasetUse, MetricsLine
 from pipeline.sweep.bookkeeping import TrialRuns
 from pipeline.sweep.check import check_sweep, warnings_of_space
 from pipeline.sweep.finish import finish_sweep
-from pipeline.sweep.plan import Plan, divide, plan_trials
+from pipeline.sweep.plan import divide, plan_trials
 from pipeline.sweep.resume import finished, metrics_of_trials
 from pipeline.sweep.searcher import first_settings
 from pipeline.sweep.space import check_space, readable, sweep_of
@@ -43,19 +39,11 @@ from pipeline.sweep.study import (
     open_study,
     storage_uri,
 )
-from pipeline.sweep.tune import run_tune
+from pipeline.sweep.tune import run_trials_of_sweep
 from pipeline.tracking.store import public_uri
 from pipeline.training.pictures import datasets_used
 
 SECTIONS = ("data", "space", "search", "retrain", "sweep")
-# Ray Tune's settings: no result files, no terminal output, and no handling of Ctrl-C.
-ENVIRONMENT = {
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # The last report of a trial has no epoch.
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 
 
 def sweep_spec(config: Config, name: str) -> JobSpec:
@@ -96,7 +84,7 @@ def run_sweep(context: JobContext) -> SweepResult:
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1, say=context.say)
         if runtime.joined:
-            _prepare_cluster(config, runtime, context.say)
+            wait_for_places(config, lambda nodes: divide(config, nodes), runtime, context.say)
         plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=context.fresh, run_dir=spec.path)
 
@@ -106,7 +94,7 @@ def run_sweep(context: JobContext) -> SweepResult:
         trials = TrialRuns(config, plan, run, study, observer)
         try:
             trials.resume()
-            run_tune(config, plan, run.path, study, trials, observer)
+            run_trials_of_sweep(config, plan, run.path, study, trials, observer)
             return finish_sweep(config, run, study, observer.note)
         except OptunaError as error:
             database = public_uri(storage_uri(config, spec.path.name))
@@ -135,23 +123,6 @@ def run_sweep(context: JobContext) -> SweepResult:
         rebuild_metrics=rebuild_metrics,
     )
     return cast(SweepResult, execute(context, spec, steps))
-
-
-def _prepare_cluster(config: Config, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Check the nodes of a cluster, and wait until one trial fits if the cluster may still grow.
-
-    Raises:
-        IstanasError: If a check fails, or no trial fits in time.
-    """
-    check_nodes(config, say, trials=True, known=runtime.examined)
-    nodes = cluster_nodes()
-    plan = divide(config, nodes)
-    required, available = math.ceil(plan.gpus * max(plan.workers, 1)), sum(node.gpus for node in nodes)
-    check_gpus(required, available, config.runtime.wait_minutes, say)
-    if plan.fit == 0:
-        workers, device = max(plan.workers, 1), torch.device("cuda" if plan.gpus else "cpu")
-        runtime.wait(Allotment(WorkerRange(workers, workers), plan.cpus, Compute(device)), say)
-        check_nodes(config, say, trials=True, known=runtime.examined)
 
 
 def _datasets(config: Config, dataset: ImageDataset) -> tuple[DatasetUse, ...]:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from pipeline.base.files import atomic_write
 from pipeline.base.text import count, shown_value
+from pipeline.cluster.tune import FAILED
 from pipeline.config.schema import Config
 from pipeline.report.html import render
 from pipeline.report.trials import COLUMNS, page_table, typed
@@ -21,7 +22,7 @@ from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.sweep.figures import draw_freezing, draw_plots
 from pipeline.sweep.space import sweep_of
-from pipeline.sweep.study import FAILED, SETTINGS, own_study
+from pipeline.sweep.study import SETTINGS, own_study
 
 
 def sweep_frame(config: Config, study: Study) -> pd.DataFrame:

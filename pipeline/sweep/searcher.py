@@ -6,7 +6,6 @@ All persistent state is in the study, from which the next process resumes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -19,15 +18,14 @@ from ray.tune.search import Searcher
 from istanas.errors import ConfigError, IstanasError
 from istanas.training import derive_seed
 from pipeline.base.text import one_line
+from pipeline.cluster.tune import FAILED, FINISHED, TaskSearcher
 from pipeline.config.schema import OBJECTIVES, Config
 from pipeline.sweep.resume import unfinished
 from pipeline.sweep.space import Settings, suggest, sweep_of
 from pipeline.sweep.study import (
     BLOCKED,
     EPOCH,
-    FAILED,
     FIGURES,
-    FINISHED,
     SETTINGS,
     TOP1,
     enqueue_points,
@@ -98,7 +96,7 @@ class _Reseeded:
         self.suggest_categorical = reseeded(trial.suggest_categorical)
 
 
-class StudySearcher(Searcher):
+class StudySearcher(TaskSearcher[Trial]):
     """A Ray Tune searcher that samples trials from an Optuna study and records their results in it.
 
     Args:
@@ -117,58 +115,22 @@ class StudySearcher(Searcher):
         loss_reason: Callable[[str], str] = lambda trial_id: "out of memory, or killed",
         warm_ups: Sequence[dict[str, Any]] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(loss_reason)
         self._warm_ups = list(warm_ups)
-        self._loss_reason = loss_reason
         self._config, self._study, self._listener = config, study, listener
         self._sweep = sweep_of(config)
         started = own_trials(study)
         self._first = first_number(study)
         self._unfinished = unfinished(study)
         self._n_started = len(started)
-        self._trials: dict[str, Trial] = {}  # Tune's id -> Optuna's trial
-        # Tune's id -> the last report, which Tune does not repeat for a lost trial.
-        self._last_reports: dict[str, dict[str, Any]] = {}
-        # An error of this process. Tune would attribute it to the trial if it were raised.
-        self.error: Exception | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether no further trial may start, after an error of this process or too many failed trials."""
         return self.error is not None or n_failed(self._study) > self._sweep.max_failures
 
-    def suggest(self, trial_id: str) -> Any:
-        """Return the task of the next trial, or `FINISHED`. Trials of an earlier process are resumed first."""
-        try:
-            return self._suggest(trial_id)
-        except Exception as error:
-            self.error = error
-            return Searcher.FINISHED
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Record the accuracy of an epoch."""
-        if trial_id not in self._trials:  # a warm-up
-            return
-        try:
-            self._last_reports[trial_id] = result
-            self._record(self._trials[trial_id], result)
-        except Exception as error:
-            self.error = error
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Record the end of a trial: COMPLETE, PRUNED with its last figures, or FAIL with the reason."""
-        if trial_id not in self._trials or self.error is not None:
-            return
-        try:
-            last = self._last_reports.pop(trial_id, {})
-            lost = self._loss_reason(trial_id) if error else None
-            self._end(self._trials.pop(trial_id), dict(result or last), lost)
-        except Exception as own_error:
-            self.error = own_error
-
     def _suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the task of the next trial; those of an earlier process are resumed first."""
         left = len(self._unfinished) + self._sweep.trials - self._n_started
         if self._warm_ups and left > 0:
             return self._warm_ups.pop()
@@ -220,6 +182,7 @@ class StudySearcher(Searcher):
             trial.report(result[TOP1], result[EPOCH])
 
     def _end(self, trial: Trial, result: dict[str, Any], lost: str | None) -> None:
+        """Record the end of a trial: COMPLETE, PRUNED with its last figures, or FAIL with the reason."""
         values = None
         if BLOCKED in result:  # Nothing is recorded, so that the next process resumes the trial.
             number = trial.number - self._first
@@ -241,17 +204,6 @@ class StudySearcher(Searcher):
         self._listener.trial_ended(trial.number - self._first, state, result)
         self._study.tell(trial.number, values, state)
         self._listener.study_updated(trial.number - self._first)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Write an empty file: the state is in the study."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: the state is in the study."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return no state: Tune pickles its searcher, but the pickle is never loaded."""
-        return {}
 
 
 def make_scheduler(config: Config, study: Study, max_epochs: int) -> TrialScheduler:

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from istanas.errors import ConfigError, IstanasError
 from pipeline.base.addresses import is_remote
 from pipeline.base.text import one_line
+from pipeline.cluster.tune import FAILED
 from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
@@ -27,13 +28,11 @@ from pipeline.runs.layout import STUDY_FILE
 from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
-# Keys of the reports that a trial sends.
+# Keys of the reports that a trial sends, in addition to those of `pipeline.cluster.tune`.
 EPOCH, TOP1 = "epoch", "valid/top1"  # after each epoch
-FINISHED, FAILED = "finished", "failed"  # in the last report; FAILED holds the reason
 # Instead of FINISHED and FAILED, if a full disk or an unreachable storage stops the sweep.
 BLOCKED = "blocked"
 WARNED = "warned"  # the warnings of the trial
-NODE = "node"  # the cluster node, in every report
 HOME, MEANING = "run_dir", "objectives"  # user attributes of the study
 SETTINGS = "settings"  # user attribute of a trial
 # Keys of a trial's last report that become user attributes of the trial.

@@ -21,6 +21,7 @@ from pipeline.base.files import is_full
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.text import one_line
 from pipeline.cluster.ray_runtime import Runtime
+from pipeline.cluster.tune import FAILED, FINISHED, NODE, node_of_trial
 from pipeline.config.plugins import Shipped
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
@@ -29,7 +30,7 @@ from pipeline.jobs.search import run_search
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CHECKPOINTS, TRIAL_LOG
-from pipeline.sweep.study import BLOCKED, EPOCH, FAILED, FINISHED, NODE, TOP1, WARNED
+from pipeline.sweep.study import BLOCKED, EPOCH, TOP1, WARNED
 from pipeline.tracking.store import open_client, store_uri
 from pipeline.training.epoch_record import Progress, load_progress, read_progress
 from pipeline.training.pictures import open_dataset
@@ -123,7 +124,7 @@ def _run(task: dict[str, Any], console: Console, reached: dict[str, Any], run: R
     """Run a trial, and return its figures; `reached` is updated with the figures so far."""
     config: Config = task["config"]
     reported = 0  # number of epochs
-    reached[NODE] = _node()
+    reached[NODE] = node_of_trial()
     console.print(f"on node {reached[NODE]}", highlight=False)
 
     def report(progress: Progress) -> None:
@@ -178,13 +179,6 @@ def _retrained(context: JobContext, genotype: dict[str, Any], search_dir: str) -
         "reused": reused,
         "retrain_seconds": 0.0 if reused else result["seconds"],
     }
-
-
-def _node() -> str:
-    """Return the node of this trial: its address, and Ray's id, since several nodes may share an address."""
-    import ray
-
-    return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def _figures(progress: Progress) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _query(filters: Filters) -> str:
         for name, value in wanted.items()
     ]
     if "kind" not in wanted:
-        conditions.append("tags.`istanas.kind` LIKE '%'")
+        conditions.append(f"tags.`{Tag.KIND}` != 'measurement'")  # and the run has this tag
     where = (filters.get("where") or "").strip()
     return " and ".join([*conditions, where] if where else conditions)
 

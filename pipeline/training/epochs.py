@@ -15,7 +15,7 @@ from istanas.distributed import Ranks
 from istanas.errors import CheckpointError
 from istanas.measure import Cost
 from istanas.nets import absorb_into_batchnorm, to_channels_last
-from istanas.search import Search
+from istanas.search import RecoveryReport, Search
 from istanas.seeds import derive_seed
 from istanas.space import Genotype
 from istanas.training import (
@@ -83,18 +83,32 @@ class SearchJob:
         return self.search.is_done or converged
 
     def run_epoch(self, epoch: int, on_step: OnStep, lr_factor: float) -> EpochResult:
-        search = self.search
-        searching = search.is_searching
+        searching = self.search.is_searching
+        metrics = self._train_and_validate(epoch, on_step, lr_factor)
+        trained = self.search.trained_genotype()
+        return self._result(epoch, metrics, trained, self.search.finish_epoch(), searching=searching)
+
+    def _train_and_validate(self, epoch: int, on_step: OnStep, lr_factor: float) -> dict[str, float]:
+        """Train an epoch, and return its metrics and those of the pictures for choosing."""
         metrics = self._train(epoch, on_step, lr_factor)
         choosing = self._choosing()
-        validated = search.validate_epoch(choosing) if choosing is not None and metrics else None
-        if validated is not None:
-            metrics |= _named("valid", validated)
-        trained = search.trained_genotype()
-        recovery = search.finish_epoch()
+        validated = self.search.validate_epoch(choosing) if choosing is not None and metrics else None
+        return metrics if validated is None else metrics | _named("valid", validated)
+
+    def _result(
+        self,
+        epoch: int,
+        metrics: dict[str, float],
+        trained: Genotype,
+        recovery: RecoveryReport,
+        *,
+        searching: bool,
+    ) -> EpochResult:
+        """Return the result of an epoch that trained an architecture and ended with a choice."""
+        search = self.search
         genotype = search.genotype()
         sizes = self._config.search if self._config.trains_target else self._config.retrain
-        metrics |= {
+        metrics = metrics | {
             **recovery.metrics(),
             "arch/skip_ratio": genotype.skip_ratio(),
             **search.metrics(),
@@ -134,14 +148,15 @@ class SearchJob:
     def _train(self, epoch: int, on_step: OnStep, lr_factor: float) -> dict[str, float]:
         """Train an epoch and return its metrics; there are none if the method trains nothing."""
         search, alphas = self.search, self._splits.alphas
-        batches = self._batches.training("weights", self._splits.training, epoch)
+        pass_over = search.picture_epoch(epoch)
+        batches = self._batches.training("weights", self._splits.training, pass_over)
         n_steps = len(batches)
         passes = itertools.count()  # an alpha half that is shorter than the weight half is used several times
 
         def alpha_batches(passes: Iterator[int] = passes) -> Any:
             n = next(passes)
             purpose = "alphas" if n == 0 else f"alphas/{n}"
-            return self._batches.training(purpose, self._splits.alpha_half(), epoch)
+            return self._batches.training(purpose, self._splits.alpha_half(), pass_over)
 
         start = time.perf_counter()
         train = search.train_epoch(

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -100,13 +100,13 @@ def _run_epochs(
     compute = compute_for(config.runtime)
     ranks = Ranks.current(compute.device)
     observer = observer if ranks.is_first else Silent()
-    job, progress = _start_or_resume(make, dataset, store, compute, ranks)
+    job, progress = start_or_resume(make, dataset, store, compute, ranks)
     observer.note(describe_place(compute, ranks))
     observer.resumed(progress, ranks.size)
     rollbacks: tuple[Rollback, ...] = ()  # diverged attempts at the next epoch
     while not job.is_done(progress):
         epoch = progress.epochs
-        _seed_epoch(config, epoch, ranks)
+        seed_epoch(config, epoch, ranks)
 
         def on_step(step: int, n_steps: int, totals: Totals, epoch: int = epoch) -> None:
             on_cpu = compute.device.type == "cpu"
@@ -121,39 +121,72 @@ def _run_epochs(
             _check_rollback(config.runtime, result, epoch, n_rollbacks)
             rollbacks = (*rollbacks, Rollback(reason=str(result), lr_factor=0.5 ** (n_rollbacks + 1)))
             del job  # two networks may not fit on a GPU
-            job, progress = _start_or_resume(make, dataset, store, compute, ranks)
+            job, progress = start_or_resume(make, dataset, store, compute, ranks)
             observer.note(_describe_rollback(config.runtime, result, epoch, n_rollbacks + 1))
             continue
         if n_rollbacks > 0:
             result.metrics["train/rollbacks"] = float(n_rollbacks)
-        record = EpochRecord(
-            epoch=epoch + 1,  # counted from 1, like MLflow's steps
-            timestamp_ms=int(time.time() * 1000),
-            seconds=seconds,
-            workers=ranks.size,
-            metrics=result.metrics,
-            rollbacks=rollbacks,
-            search=result.search,
+        progress = record_epoch(
+            job, progress, result, seconds, digest, store, ranks=ranks, rollbacks=rollbacks
         )
-        offset = progress.log.offset
-        progress, line = progress.after(record)
         rollbacks = ()
-        if ranks.is_first:
-            state = {**job.state(), "progress": progress.to_state(), "data": digest}
-            store.write(epoch + 1, checkpoint.serialize(state), line, offset)
         observer.epoch_done(progress)
         if not ranks.from_first(observer.should_continue):
             break
     return progress
 
 
-def _start_or_resume(
-    make: Callable[[Compute, Ranks], EpochJob],
+def record_epoch(
+    job: EpochJob,
+    progress: Progress,
+    result: EpochResult,
+    seconds: float,
+    digest: str,
+    store: Store,
+    *,
+    ranks: Ranks,
+    rollbacks: tuple[Rollback, ...] = (),
+) -> Progress:
+    """Write the checkpoint of a finished epoch, and return the progress after it.
+
+    Args:
+        job: The job after the epoch.
+        progress: The progress before it.
+        result: The results of the epoch.
+        seconds: Its duration.
+        digest: Digest of the pictures, see `data_digest`.
+        store: Checkpoint store; only rank 0's is used.
+        ranks: The processes that trained together.
+        rollbacks: The diverged attempts at the epoch.
+    """
+    epoch = progress.epochs + 1  # counted from 1, like MLflow's steps
+    record = EpochRecord(
+        epoch=epoch,
+        timestamp_ms=int(time.time() * 1000),
+        seconds=seconds,
+        workers=ranks.size,
+        metrics=result.metrics,
+        rollbacks=rollbacks,
+        search=result.search,
+    )
+    offset = progress.log.offset
+    progress, line = progress.after(record)
+    if ranks.is_first:
+        state = {**job.state(), "progress": progress.to_state(), "data": digest}
+        store.write(epoch, checkpoint.serialize(state), line, offset)
+    return progress
+
+
+Job = TypeVar("Job", bound=EpochJob)
+
+
+def start_or_resume(
+    make: Callable[[Compute, Ranks], Job],
     dataset: ImageDataset,
     store: Store,
     compute: Compute,
     ranks: Ranks,
-) -> tuple[EpochJob, Progress]:
+) -> tuple[Job, Progress]:
     """Return the job and its progress, restored from the newest checkpoint if there is one."""
     job = make(compute, ranks)
     saved = _load(store, dataset, ranks)
@@ -299,7 +332,7 @@ def _mismatch_as_checkpoint_error() -> Iterator[None]:
         ) from error
 
 
-def _seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:
+def seed_epoch(config: Config, epoch: int, ranks: Ranks) -> None:
     """Seed the global generator, from which drop path draws, with a different stream on every rank."""
     rank = (ranks.rank,) if ranks.rank else ()  # rank 0 draws the same numbers as a run in one process
     torch.manual_seed(derive_seed(config.seed, "epoch", epoch, *rank))

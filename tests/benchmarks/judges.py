@@ -14,6 +14,7 @@ import argparse
 import csv
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,18 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "16px-20k-6": (*MANY, *SMALL, "search.stages=[[1,6]]"),
     "32px-8": (*FEW, "search.stages=[[1,8]]"),
 }
-FIELDS = ("index", "stratum", "kept", "true_score", "judge", "seconds", "loss", "top1", "train_loss", "sum_train_loss")
+FIELDS = (
+    "index",
+    "stratum",
+    "kept",
+    "true_score",
+    "judge",
+    "seconds",
+    "loss",
+    "top1",
+    "train_loss",
+    "sum_train_loss",
+)
 
 
 def drawn(table: Table, count: int, seed: int) -> Iterator[tuple[str, Architecture]]:
@@ -59,7 +71,9 @@ def drawn(table: Table, count: int, seed: int) -> Iterator[tuple[str, Architectu
         yield stratum, kept
 
 
-def measure(config_file: Path, root: Path, settings: tuple[str, ...], kept: Architecture, seed: int) -> dict[str, float]:
+def measure(
+    config_file: Path, root: Path, settings: tuple[str, ...], kept: Architecture, seed: int
+) -> dict[str, float]:
     """Train and measure one architecture, and return its figures with the seconds of CPU time."""
     config = settle_stems(load(config_file, [f"data.root={root}", f"seed={seed}", *settings]))
     dataset = open_dataset(config, ("search",))
@@ -68,7 +82,7 @@ def measure(config_file: Path, root: Path, settings: tuple[str, ...], kept: Arch
     search = job.search
     assert isinstance(search, MeasuredSearch)
     torch.manual_seed(seed)
-    search.hold(kept)
+    search.hold(replace(search.current, kept=kept))
     start, losses = time.process_time(), []
     for epoch in range(config.search.max_epochs):
         result = job.run_epoch(epoch, lambda *_: None, 1.0)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from istanas.effects.design import balanced_design
 from istanas.effects.summary import count_certain
 from istanas.errors import ConfigError, DivergedError
 from istanas.nets import ArchitectureNetwork
-from istanas.search.measured import MeasuredSearch, Measurement, summary_of
+from istanas.search.measured import MeasuredSearch, Measurement, Planned, summary_of
 from istanas.settings import MeasuredSettings
 from istanas.space import CellSpace, NasBench201Space, NetworkSize, SearchSpace
 from istanas.training import Compute, Metrics, derive_seed
@@ -82,7 +83,7 @@ class Planted(MeasuredSearch):
 
     def validate_epoch(self, choosing: Any) -> Metrics | None:
         rng = np.random.default_rng((self.seed, len(self.measurements)))
-        loss = math.exp(-self.score(self.current) - self.noise * rng.standard_normal())
+        loss = math.exp(-self.score(self.current.kept) - self.noise * rng.standard_normal())
         self._measured = Metrics(loss, 0.0, 1)
         return self._measured
 
@@ -152,7 +153,7 @@ def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
     trained, measured = run_epoch(search)
     assert trained is None
     assert measured is None
-    assert search.measurements == [Measurement(first, 2, math.inf, 0.0)]
+    assert search.measurements == [Measurement(first.kept, 2, math.inf, 0.0)]
     assert search.current != first
     with pytest.raises(DivergedError, match=r"^search\.lr: all 2 trainings have diverged; lower it"):
         run_epoch(search)
@@ -164,7 +165,7 @@ def test_a_search_of_two_fidelities_survives_diverged_trainings() -> None:
     class Diverging(Planted):
         def validate_epoch(self, choosing: Any) -> Metrics | None:
             super().validate_epoch(choosing)
-            if self._epochs == 2:
+            if self.current.epochs == 2:
                 self._measured = Metrics(math.inf, 0.0, 1)
             return self._measured
 
@@ -191,6 +192,139 @@ def test_stages_that_cannot_be_measured_are_rejected(stages: Any, says: str) -> 
     space = NasBench201Space(ops=("skip_connect", "nor_conv_1x1"))
     with pytest.raises(ConfigError, match=f"^{re.escape(says)}"):
         make(MeasuredSettings(stages=stages), space)
+
+
+# ---------- several at a time
+
+
+def train(search: MeasuredSearch, planned: Planned) -> Metrics:
+    """Train and measure a planned architecture, as a trial does."""
+    search.hold(planned)
+    while not search.is_measured:
+        search.train_epoch([batch(step) for step in range(3)], lambda: [batch(9)], n_steps=3)
+    measured = search.validate_epoch(Half(search))
+    assert measured is not None
+    return measured
+
+
+def test_a_measurement_elsewhere_equals_that_of_the_search() -> None:
+    """The same number and architecture give the same loss, bit for bit, in any order."""
+    settings = MeasuredSettings(stages=((2, 2), (1, 1)), max_concurrent=3)
+    one_by_one = make(replace(settings, max_concurrent=1))
+    while not one_by_one.is_done:
+        run_epoch(one_by_one)
+    search = make(settings)
+    first, second, third = (search.draw() for _ in range(3))
+    assert search.draw() is None
+    assert [(p.number, p.epochs) for p in search.pending] == [(0, 2), (1, 2), (2, 1)]
+    for planned in (second, first):
+        trial = make(settings)
+        search.receive(planned, train(trial, planned))
+    assert search.measurements == one_by_one.measurements[1::-1]
+    assert search.pending == [third]
+    assert search.receive(third, None).nodes
+    assert search.is_done
+    assert search.measurements[2] == Measurement(third.kept, 1, math.inf, 0.0)
+
+
+def test_pictures_of_a_measurement_do_not_depend_on_earlier_divergence() -> None:
+    search = make(MeasuredSettings(stages=((3, 2),), lr=1e30, grad_clip=None))
+    assert search.picture_epoch(search.epoch) == 0
+    run_epoch(search)
+    assert search.epoch == 1, "the first training has diverged in its first epoch"
+    assert search.picture_epoch(search.epoch) == 2
+
+
+class Places:
+    """Machines with room for some trainings, which finish in a random order. The losses are planted."""
+
+    def __init__(self, search: Planted, places: int, seed: int) -> None:
+        self.search, self.places, self.rng = search, places, np.random.default_rng(seed)
+        self.running: list[Planned] = list(search.pending)
+        self.drawn: list[Planned] = []
+
+    def fill(self) -> None:
+        while len(self.running) < self.places and (planned := self.search.draw()) is not None:
+            self.drawn.append(planned)
+            self.running.append(planned)
+
+    def finish_one(self) -> None:
+        planned = self.running.pop(int(self.rng.integers(len(self.running))))
+        noise = np.random.default_rng((self.search.seed, planned.number)).standard_normal()
+        self.search.receive(planned, Metrics(math.exp(-self.search.score(planned.kept) - noise), 0.0, 1))
+
+
+@pytest.mark.parametrize("places", [2, 7, 40])
+def test_no_place_waits_and_no_architecture_is_measured_twice_in_a_stage(places: int) -> None:
+    """With 40 places, nothing is known yet when the design ends; balanced rows then follow."""
+    settings = MeasuredSettings(stages=((40, 1), (10, 2)), balanced=0.1, max_concurrent=places)
+    machines = Places(make(settings, kind=Planted), places, seed=places)
+    while not machines.search.is_done:
+        machines.fill()
+        started = len(machines.drawn)
+        assert len(machines.running) == min(places, 50 - started + len(machines.running))
+        assert machines.search.pending == sorted(machines.search.pending, key=lambda p: p.number)
+        machines.finish_one()
+    assert [p.number for p in machines.drawn] == list(range(50))
+    assert [p.kept for p in machines.drawn[:5]] == balanced_design(
+        BENCH, 5, derive_seed(0, "measured", "design")
+    )
+    assert len({p.kept for p in machines.drawn[:40]}) == 40
+    assert len({p.kept for p in machines.drawn[40:]}) == 10
+    assert len(machines.search.measurements) == settings.max_epochs == machines.search.epoch == 50
+
+
+def test_a_later_stage_may_finish_before_an_earlier_one() -> None:
+    """With one measurement of each fidelity, no effects can be told from the offsets yet."""
+    search = make(MeasuredSettings(stages=((2, 1), (4, 2)), max_concurrent=3), kind=Planted)
+    first, second, third = (search.draw() for _ in range(3))
+    for planned in (third, first):
+        search.receive(planned, Metrics(1.0 + planned.number, 0.5, 1))
+        assert search.posterior is None
+    fourth = search.draw()
+    assert fourth.kept == balanced_design(BENCH, 4, derive_seed(0, "measured", "design"))[3]
+    search.receive(second, Metrics(2.0, 0.5, 1))
+    assert search.posterior is not None
+
+
+def test_concurrent_measurements_find_planted_effects() -> None:
+    """Eight places find about as good an architecture as one, see the test of one place below."""
+    ranks = []
+    every = np.stack(np.unravel_index(np.arange(5**6), (5,) * 6), 1) + 5 * np.arange(6)
+    for seed in range(4):
+        settings = MeasuredSettings(stages=((60, 1),), balanced=0.33, max_concurrent=8)
+        machines = Places(make(settings, BENCH, seed, Planted), 8, seed)
+        while not machines.search.is_done:
+            machines.fill()
+            machines.finish_one()
+        truth = machines.search.truth[every].sum(1)
+        ranks.append(1 + int((truth > machines.search.score(machines.search._best) + 1e-9).sum()))
+    assert np.median(ranks) <= 100
+    assert max(ranks) <= 1500
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 9, 23])
+def test_a_resumed_search_repeats_its_pending_measurements_and_draws_the_same(killed_after: int) -> None:
+    settings = MeasuredSettings(stages=((20, 1), (5, 2)), balanced=0.2, max_concurrent=3)
+
+    def finished(machines: Places, until: int) -> None:
+        while len(machines.search.measurements) < until:
+            machines.fill()
+            machines.finish_one()
+
+    whole = Places(make(settings, kind=Planted), 3, seed=1)
+    finished(whole, 25)
+    killed = Places(make(settings, kind=Planted), 3, seed=1)
+    finished(killed, killed_after)
+    state = killed.search.state_dict()
+    killed.fill()  # drawn after the checkpoint, and lost
+    again = make(settings, kind=Planted)
+    again.load_state_dict(state)
+    resumed = Places(again, 3, seed=0)
+    resumed.rng = killed.rng
+    finished(resumed, 25)
+    assert resumed.search.measurements == whole.search.measurements
+    assert resumed.search.genotype() == whole.search.genotype()
 
 
 # ---------- what is measured next
@@ -277,9 +411,9 @@ def test_the_metrics_of_a_measurement_are_those_of_its_last_epoch() -> None:
     search = make(MeasuredSettings(stages=((2, 1), (2, 2))), BENCH, 0, Planted)
     seen = []
     while not search.is_done:
-        before, current = search.posterior, search.current
+        before, current = search.posterior, search.current.kept
         search.train_epoch([], None, 0)
-        if search._trained == search._epochs:
+        if search.is_measured:
             search.validate_epoch(None)
         search.finish_epoch()
         seen.append(search.metrics())

@@ -13,13 +13,14 @@ import pytest
 from istanas.errors import IstanasError
 from pipeline.base.files import atomic_write, is_full
 from pipeline.cli.commands import run as istanas
+from pipeline.cluster.tune import FAILED
 from pipeline.config.load import load
 from pipeline.runs import checkpoint, epoch_log
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import LogEnd
 from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweep.searcher import StudySearcher
-from pipeline.sweep.study import BLOCKED, FAILED, open_study, own_trials
+from pipeline.sweep.study import BLOCKED, open_study, own_trials
 from pipeline.sweep.trial import failure
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search
