@@ -411,7 +411,7 @@ def test_the_metrics_of_a_measurement_are_those_of_its_last_epoch() -> None:
     search = make(MeasuredSettings(stages=((2, 1), (2, 2))), BENCH, 0, Planted)
     seen = []
     while not search.is_done:
-        before, current = search.posterior, search.current
+        before, current = search.posterior, search.current.kept
         search.train_epoch([], None, 0)
         if search.is_measured:
             search.validate_epoch(None)
