@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 # A shell's background jobs ignore Ctrl-C, and every process that the tests start would inherit that.
@@ -14,6 +15,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 os.environ.update(
     DO_NOT_TRACK="true", MLFLOW_DISABLE_TELEMETRY="true", RAY_USAGE_STATS_ENABLED="0", MPLBACKEND="Agg"
 )
+# Without cached bytecode, each of several hundred processes would compile all modules, and pytest rewrite all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A developer's MLflow server must not receive the tests' runs.
 for _name in [n for n in os.environ if n.startswith("MLFLOW_") and n != "MLFLOW_DISABLE_TELEMETRY"]:
     del os.environ[_name]
@@ -28,6 +32,12 @@ settings.register_profile("istanas", deadline=None, derandomize=True)
 settings.load_profile("istanas")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests only first, so that no test process is left alone with one of them at the end."""
+    mixed = {item.path for item in items if item.get_closest_marker("slow") is None}
+    items.sort(key=lambda item: item.path in mixed)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -90,6 +90,7 @@ def iterate(
     for i in range(limit + 1):
         if i % _CHECK_EVERY == 0 or i == limit:
             done = torch.from_numpy(_certified(A, b, z[..., 0], l1_weight, tol)).to(A.device)
+            done |= ~z[..., 0].isfinite().all(1)  # After an overflow, no later code is finite.
             if i == limit:
                 done = torch.ones_like(done)
             if done.any():

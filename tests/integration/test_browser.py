@@ -1,6 +1,7 @@
 """MLflow's pages on the store of a real run, and our own pages from the disk, in headless Chromium."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -20,7 +21,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.cli.commands import run
+from pipeline.report.run_page import write_report
 from pipeline.runs.directory import RunDir
+from pipeline.sweep.report import sweep_frame, write_figures
+from tests.pipeline.sweep.test_job import ended_sweep
 
 RUN = [
     *("run", "--json", "--set", "runtime.threads=1", "--set", "data.holdout=0.2", "--set", "search.epochs=4"),
@@ -46,10 +50,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def result(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory, blank_database: Path
+) -> dict[str, Any]:
     """The result of a search and a retraining of the digits, which are compared; "folder" is their project."""
     folder, said = tmp_path_factory.mktemp("store"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        shutil.copy(blank_database, folder / "mlflow.db")
         patch.chdir(folder)
         assert run(RUN) == 0
         result: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
@@ -78,31 +85,27 @@ def measured(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / json.loads(said.getvalue().splitlines()[-1])["run_dir"]
 
 
-SWEEP = """
-data: {name: digits, holdout: 0.2}
-space: {nodes: 1, ops: [skip_connect, sep_conv_3x3]}
-search: {epochs: 1, batch_size: 128, init_channels: 4, layers: 3, max_pictures: 200}
-runtime: {threads: 1, device: cpu}
-sweep:
-  trials: 8
-  scheduler: none
-  space:
-    search.lr: {loguniform: [0.002, 0.3]}
-    search.weight_decay: {loguniform: [0.0001, 0.01]}
-    space.n_measurements: {int: [4, 7]}
+SWEEP = """{space: {
+    search.lr: {loguniform: [0.002, 0.3]},
+    search.weight_decay: {loguniform: [0.0001, 0.01]},
+    space.n_measurements: {int: [4, 7]},
     space.matrix: {choice: [uniform, gaussian]}
-"""
+}}"""
 
 
 @pytest.fixture(scope="module")
-def sweep(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a sweep with enough trials for every figure."""
-    folder, said = tmp_path_factory.mktemp("sweep"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.chdir(folder)
-        Path("tiny.yaml").write_text(SWEEP)
-        assert run(["sweep", "--config", "tiny.yaml", "--json"]) == 0
-    return folder / json.loads(said.getvalue().splitlines()[-1])["run_dir"]
+def sweep(browser: Browser, result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a sweep with made-up figures, enough trials for every figure, and the report of one of them."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config, study = ended_sweep(folder, f"sweep={SWEEP}", trials=9)
+    frame = sweep_frame(config, study)
+    frame["run_dir"] = [f"{folder}/sweep/trial-{number:04d}" for number in frame["trial"]]
+    trial = RunDir(folder / "sweep" / "trial-0000")
+    shutil.copytree(result["folder"] / result["run_dir"], trial.path)
+    trial.write(dataclasses.replace(trial.read(), name="trial-0000"))
+    write_report(trial)
+    write_figures(folder / "sweep", config, study, frame, lambda _: None)
+    return folder / "sweep"
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def test_the_page_of_a_sweep_has_readable_figures_and_all_trials(
     page.emulate_media(color_scheme=scheme)
     page.goto((sweep / "sweep.html").as_uri())
     expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
-    assert page.locator("#trials tbody tr").count() == 8
+    assert page.locator("#trials tbody tr").count() == 9
     assert (share_of_white(page) < 0.05) is (scheme == "dark")
 
     # The names of parallel coordinates are complete, horizontal and do not overlap.

@@ -35,16 +35,17 @@ class Refuses(BaseHTTPRequestHandler):
 VARIABLES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
-@pytest.fixture(params=VARIABLES)
+@pytest.fixture(params=[(name,) for name in VARIABLES], ids=VARIABLES)
 def proxy(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """The environment of a company network: all requests use a proxy that does not reach this machine's servers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name in ("no_proxy", "NO_PROXY", *VARIABLES):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(request.param, f"http://me:secret@127.0.0.1:{server.server_port}")
+        for name in request.param:
+            monkeypatch.setenv(name, f"http://me:secret@127.0.0.1:{server.server_port}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        yield f"127.0.0.1:{server.server_port} ({request.param})"
+        yield f"127.0.0.1:{server.server_port} ({request.param[0]})"
         server.shutdown()
 
 
@@ -81,6 +82,7 @@ def test_a_server_that_is_excepted_is_asked_itself(
     assert "proxy" not in check_store(store).message
 
 
+@pytest.mark.parametrize("proxy", [VARIABLES], ids=["all variables"], indirect=True)
 def test_pages_of_a_local_store_open_behind_a_proxy(proxy: str, tmp_path: Path, blank_database: Path) -> None:
     """Requests to the command's own server do not use the proxy."""
     store = f"sqlite:///{shutil.copy(blank_database, tmp_path)}"
