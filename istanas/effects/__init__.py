@@ -39,6 +39,7 @@ from istanas.effects.model import (
     scores,
 )
 from istanas.effects.posterior import Posterior, log_evidence, ridge, ridge_moments, ridge_variances
+from istanas.effects.sharing import operations, prior_root
 from istanas.effects.sparse_fit import SparsePath, sparse_path
 from istanas.effects.spike import gibbs_sweep, spike_and_slab
 from istanas.effects.summary import (
@@ -84,7 +85,9 @@ __all__ = [
     "next_fidelity",
     "normal_scores",
     "offsets",
+    "operations",
     "predicted_score",
+    "prior_root",
     "probability_best",
     "ranked_architectures",
     "repeat_variance",

@@ -1,10 +1,11 @@
 """Search by measurements: short trainings of whole architectures, which reveal the effects of the candidates.
 
-The model is linear, with one effect for each candidate, and is fitted by Bayesian ridge regression. It is related to
-compressed sensing with architectures as rows of the measurement matrix (Harmonica, CoNAS), which fits sparse effects.
-Nothing is shared between the trainings, so a measurement has no bias from other architectures, and the design of the
-measurements is free. The first architectures are a balanced design; each of the others is drawn by Thompson sampling
-from the posterior of the effects, so that the search measures where the best architecture may be.
+The model is linear, with one effect for each candidate, and is fitted by Bayesian ridge regression, whose prior shares
+effects between the places of an operation. It is related to compressed sensing with architectures as rows of the
+measurement matrix (Harmonica, CoNAS), which fits sparse effects. Nothing is shared between the trainings, so a
+measurement has no bias from other architectures, and the design of the measurements is free. The first architectures
+are a balanced design; each of the others is drawn by Thompson sampling from the posterior of the effects, so that the
+search measures where the best architecture may be.
 
 The architectures are trained one after the other, or several at a time (`MeasuredSettings.max_concurrent`).
 
