@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -28,6 +28,7 @@ search:
 runtime: {threads: 1, device: cpu}
 """
 N = 10
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -40,7 +41,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=(folder / "err.txt").open("a"),
         text=True,
         start_new_session=True,
     )
@@ -61,10 +62,14 @@ def trials_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_a_killed_search_with_a_lost_trial_makes_each_measurement_once(tmp_path: Path) -> None:
+    def said() -> str:
+        return (tmp_path / "err.txt").read_text()
+
+    def wait(process: subprocess.Popen[str], condition: Callable[[], T], what: str) -> T:
+        return wait_until(condition, 400, what, alive=lambda: process.poll() is None, state=said)
+
     process = start(tmp_path)
-    wait_until(
-        lambda: len(measured(tmp_path)) >= 2, 300, "two measurements", alive=lambda: process.poll() is None
-    )
+    wait(process, lambda: len(measured(tmp_path)) >= 2, "two measurements")
     others = psutil.Process(process.pid).children(recursive=True)
     assert process.poll() is None, "it had ended before it was killed: more measurements are needed"
     process.kill()
@@ -77,13 +82,14 @@ def test_a_killed_search_with_a_lost_trial_makes_each_measurement_once(tmp_path:
     before = {each.path.name: each.read().ended_ms for each in measured(tmp_path)}
 
     process = start(tmp_path)
-    lost = wait_until(lambda: trials_of(process), 300, "a trial", alive=lambda: process.poll() is None)
-    wait_until(lambda: len(measured(tmp_path)) > len(before), 300, "another measurement")
-    for each in trials_of(process) or lost:
-        each.send_signal(signal.SIGKILL)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    wait(process, lambda: len(measured(tmp_path)) > len(before), "another measurement")
+    lost = wait(process, lambda: trials_of(process), "a trial")
+    for each in lost:
+        each.kill()
+    out, _ = process.communicate(timeout=600)
+    err = said()
     print(err)  # shown if the test fails
+    assert process.returncode == 0
     result = json.loads(out)
     assert "each trial has 1 core; 2 trials fit, at most 2 at once" in err
     assert "resumed after measurement" in err
