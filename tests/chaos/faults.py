@@ -461,7 +461,7 @@ FAULTS = {
             jobs=("two-stage", "one-stage", "sweep"),
             settings=lambda job: ("--set", "space.solver=ista"),
         ),
-        Fault("SIGTERM", terminate, "two-stage"),
+        Fault("SIGTERM", terminate),
         Fault("SIGINT twice", interrupt_twice, "two-stage"),
         Fault("the same command twice at once", run_twice, "one-stage"),
     )

@@ -33,8 +33,8 @@ runtime: {threads: 1, device: cpu, wait_minutes: 5, max_failures: 20}
 TWO_STAGE = "search: {epochs: 10, batch_size: 32, init_channels: 6, layers: 3, arch_lr: 0.05, cutout: 2}\n"
 ONE_STAGE = """
 method: one_stage
-search: {max_search_epochs: 4, train_epochs: 5, batch_size: 32, init_channels: 6, layers: 3, arch_lr: 0.05, lr: 0.05,
-         auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2, test_every: 2}
+search: {max_search_epochs: 4, train_epochs: 5, batch_size: 32, max_pictures: 640, init_channels: 6, layers: 3,
+         arch_lr: 0.05, lr: 0.05, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2, test_every: 2}
 """
 RETRAIN = """
 retrain: {epochs: 10, batch_size: 32, init_channels: 6, layers: 3, auxiliary_weight: 0.4, drop_path: 0.2, cutout: 2}
