@@ -88,7 +88,12 @@ def _shares(gpus: int, each: float) -> int:
 
 
 def wait_for_places(
-    config: Config, divide: Callable[[Sequence[Node]], Plan], runtime: Runtime, say: Callable[[str], None]
+    config: Config,
+    divide: Callable[[Sequence[Node]], Plan],
+    runtime: Runtime,
+    say: Callable[[str], None],
+    *,
+    trials_write: bool,
 ) -> None:
     """Check the nodes of a joined cluster, and wait until one trial fits if the cluster may still grow.
 
@@ -97,11 +102,12 @@ def wait_for_places(
         divide: Divides machines among the trials.
         runtime: The cluster.
         say: Called with lines for the user.
+        trials_write: Whether trials write to runs and to the store themselves.
 
     Raises:
         IstanasError: If a check fails, or no trial fits in time.
     """
-    check_nodes(config, say, trials=True, known=runtime.examined)
+    check_nodes(config, say, trials=trials_write, known=runtime.examined)
     nodes = cluster_nodes()
     plan = divide(nodes)
     required, available = math.ceil(plan.gpus * max(plan.workers, 1)), sum(node.gpus for node in nodes)
@@ -109,4 +115,4 @@ def wait_for_places(
     if plan.fit == 0:
         workers, device = max(plan.workers, 1), torch.device("cuda" if plan.gpus else "cpu")
         runtime.wait(Allotment(WorkerRange(workers, workers), plan.cpus, Compute(device)), say)
-        check_nodes(config, say, trials=True, known=runtime.examined)
+        check_nodes(config, say, trials=trials_write, known=runtime.examined)

@@ -18,6 +18,7 @@ that seems to be running.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def prepare_trials(config: Config, run_dir: Path, runtime: Runtime, say: Callabl
     os.environ.update({**ENVIRONMENT, **os.environ})
     runtime.start(run_dir, say=say)
     if runtime.joined:
-        wait_for_places(config, lambda nodes: divide(config, nodes), runtime, say)
+        wait_for_places(config, lambda nodes: divide(config, nodes), runtime, say, trials_write=False)
     nodes = cluster_nodes()
     divide(config, nodes).check_fit(nodes, "lower runtime.threads, or name a cluster with --address")
 
@@ -274,6 +275,7 @@ class MeasurementRuns:
         run = RunDir(self._run.path / measurement_folder(f"{planned.number:04d}"))
         run.path.mkdir(exist_ok=True)
         ended, metrics = now_ms(), measured.metrics
+        has_loss = math.isfinite(metrics.get("valid/loss", math.inf))
         kept = {name: value for name, value in metrics.items() if name.startswith(("train/", "valid/"))}
         run.replace_metrics([MetricsLine(planned.epochs, ended, kept)] if kept else [])
         run.write(
@@ -292,7 +294,7 @@ class MeasurementRuns:
                     **common_tags(self._config),
                     Tag.GENOTYPE: genotype.digest(),
                     Tag.NODE: node,
-                    **({} if metrics else {Tag.REASON: "the training has diverged"}),
+                    **({} if has_loss else {Tag.REASON: "the training has diverged"}),
                 },
                 description="",
                 parent=bucket.named(self._run.path),

@@ -84,7 +84,9 @@ def run_sweep(context: JobContext) -> SweepResult:
         os.environ.update({**ENVIRONMENT, **os.environ})
         runtime.start(spec.path, dashboard=config.runtime.worker_range.maximum > 1, say=context.say)
         if runtime.joined:
-            wait_for_places(config, lambda nodes: divide(config, nodes), runtime, context.say)
+            wait_for_places(
+                config, lambda nodes: divide(config, nodes), runtime, context.say, trials_write=True
+            )
         plan = plan_trials(config, cluster_nodes())
         return plan, open_study(config, spec.path.name, fresh=context.fresh, run_dir=spec.path)
 
