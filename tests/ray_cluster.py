@@ -30,6 +30,7 @@ ENVIRONMENT = {
     # Saves two processes per group of workers: this machine is not preempted, and Ray Train's metrics are not read.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
     # Ray must not kill processes because others, such as those of another test, use memory.
     "RAY_memory_monitor_refresh_ms": "0",
     # A node counts as lost after five missed checks, one per second; by default after about 15 s.

@@ -61,11 +61,12 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def here(tmp_path: Path, blank_database: Path) -> Path:
     """A folder with configurations and pictures. Python cannot import the plugin, whose file is in another folder."""
     import numpy as np
     from sklearn.datasets import load_digits
 
+    shutil.copy(blank_database, tmp_path / "mlflow.db")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mobile.py").write_text(plugin_of_the_guide())
     (tmp_path / "one.yaml").write_text(ONE_STAGE)
@@ -141,7 +142,7 @@ def test_a_run_that_is_killed_equals_an_undisturbed_one(guide: Path, tmp_path: P
 
 
 def test_it_runs_on_workers_one_stage_and_exports(here: Path) -> None:
-    found = on_workers(here, "run", "--config", "one.yaml", "--workers", "2")
+    found = on_workers(here, "run", "--config", "one.yaml", "--workers", "1")
     assert found["genotype"]["space"] == "mobile_chain"
     assert set(found["exports"]) == {"safetensors", "program", "onnx"}
     record = RunDir(here / found["run_dir"]).read()
