@@ -304,7 +304,7 @@ def test_concurrent_measurements_find_planted_effects() -> None:
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 9, 23])
-def test_a_resumed_search_repeats_its_pending_measurements_and_draws_the_same(killed_after: int) -> None:
+def test_a_resumed_search_repeats_pending_measurements_and_draws_alike(killed_after: int) -> None:
     settings = MeasuredSettings(stages=((20, 1), (5, 2)), balanced=0.2, max_concurrent=3)
 
     def finished(machines: Places, until: int) -> None:

@@ -109,7 +109,7 @@ def children(run: RunDir) -> dict[int, RunDir]:
     return {int(str(each.read().params["number"])): each for each in found}
 
 
-def test_a_killed_search_resumes_and_has_the_losses_of_one_that_measures_one_by_one(tmp_path: Path) -> None:
+def test_a_killed_search_resumes_with_the_losses_of_a_sequential_one(tmp_path: Path) -> None:
     alone, _ = search(tmp_path / "alone", *TINY)
     lines = RunDir(alone["run_dir"]).metrics()
 
