@@ -100,8 +100,8 @@ class TaskSearcher(Searcher, Generic[Handle]):
         except Exception as own_error:
             self.error = own_error
 
-    def _suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Enter the next trial into `_trials` and return its task, or return `FINISHED`."""
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Enter the next trial into `_trials` and return its task, or return `FINISHED`, or None to be asked again."""
         raise NotImplementedError
 
     def _record(self, trial: Handle, result: dict[str, Any]) -> None:

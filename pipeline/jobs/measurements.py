@@ -21,6 +21,7 @@ import functools
 import math
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,9 @@ def run_measurements(
         ledger.add,
         losses.reason,
         restarts=config.runtime.max_failures,
+        note=observer.note,
     )
-    run_tune(
-        TuneJob("search", run_measurement, plan, config.runtime.max_failures, run.path), searcher, losses
-    )
+    run_tune(TuneJob("search", run_measurement, plan, restarts=0, folder=run.path), searcher, losses)
     ledger.runs.deliver_rest()
     return ledger.progress
 
@@ -170,7 +170,9 @@ class MeasurementSearcher(TaskSearcher[Planned]):
         task_of: Returns the task of a measurement for its process.
         add: Receives a finished measurement, and returns whether the search is over.
         loss_reason: See `TaskSearcher`.
-        restarts: Number of times that a lost process is replaced, for the error message.
+        restarts: Number of times that a lost measurement is repeated. Tune's own restarts do not cover a process that
+            is lost while it starts.
+        note: Receives a line about each loss.
     """
 
     def __init__(
@@ -180,8 +182,10 @@ class MeasurementSearcher(TaskSearcher[Planned]):
         add: Callable[[Planned, dict[str, Any]], bool],
         loss_reason: Callable[[str], str],
         restarts: int,
+        note: Callable[[str], None],
     ) -> None:
         super().__init__(loss_reason)
+        self._note, self._losses = note, Counter[int]()
         self._search, self._task_of, self._add, self._restarts = search, task_of, add, restarts
         self._repeated = list(search.pending)
         self._is_over = False
@@ -191,12 +195,13 @@ class MeasurementSearcher(TaskSearcher[Planned]):
         """Whether Tune ends all running trials now: after an error, or when the search has converged."""
         return super().ends_trials or self._is_over
 
-    def _suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.ends_trials:
             return Searcher.FINISHED
         planned = self._repeated.pop(0) if self._repeated else self._search.draw()
         if planned is None:
-            return Searcher.FINISHED
+            # One of the running trials may be lost, and then its measurement is repeated.
+            return None if self._trials else Searcher.FINISHED
         self._trials[trial_id] = planned
         return self._task_of(planned)
 
@@ -204,6 +209,11 @@ class MeasurementSearcher(TaskSearcher[Planned]):
         if self._is_over:  # Tune has ended a trial that the search does not need any more.
             return
         if lost is not None:
+            self._losses[trial.number] += 1
+            if self._losses[trial.number] <= self._restarts:
+                self._repeated.append(trial)
+                self._note(f"the process of a trial was lost, and its measurement is repeated: {lost}")
+                return
             times = count(self._restarts, "time")
             raise IstanasError(
                 f"the process of measurement {trial.number} was lost more than {times} (runtime.max_failures): {lost}",

@@ -49,7 +49,7 @@ CONCURRENT = [*TINY, "search.max_concurrent=3"]
 class Machines:
     """A process of a search, and its trials, which run in this process when they finish."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, restarts: int = 0) -> None:
         self.config = load(None, [*CONCURRENT, f"runtime.runs_dir={folder}", *overrides])
         self.dataset = open_dataset(self.config, ("search",))
         spec = search_spec(self.config, "tiny")
@@ -76,7 +76,8 @@ class Machines:
             _task_of(self.config, self.dataset, plan),
             self.ledger.add,
             lambda trial_id: f"{trial_id} was killed",
-            restarts=5,
+            restarts=restarts,
+            note=observer.note,
         )
         self.running: dict[str, Any] = {}
         self._ids = (f"trial-{n}" for n in range(100))
@@ -85,7 +86,7 @@ class Machines:
         while len(self.running) < places:
             trial_id = next(self._ids)
             task = self.searcher.suggest(trial_id)
-            if task == self.searcher.FINISHED:
+            if task is None or task == self.searcher.FINISHED:
                 return
             self.running[trial_id] = task
 
@@ -190,7 +191,7 @@ def test_a_search_that_has_converged_ends_the_other_trials(tmp_path: Path) -> No
         (
             {},
             True,
-            "search: the process of measurement 0 was lost more than 5 times (runtime.max_failures): trial-0 was "
+            "search: the process of measurement 0 was lost more than 0 times (runtime.max_failures): trial-0 was "
             "killed; run the same command again to resume",
         ),
         (
@@ -211,6 +212,20 @@ def test_a_measurement_that_cannot_be_made_ends_the_search(
     assert str(machines.searcher.error).startswith(line)
     assert machines.searcher.ends_trials
     assert children(machines.run) == {}
+
+
+def test_a_lost_measurement_is_repeated_with_its_number(tmp_path: Path) -> None:
+    """Also if everything has been drawn: until the last trial has ended, the searcher is asked again."""
+    machines = Machines(tmp_path, restarts=1)
+    machines.fill(6)
+    lost = list(machines.planned())[5]
+    assert machines.searcher.suggest("none is left") is None
+    machines.running.pop("trial-5")
+    machines.searcher.on_trial_complete("trial-5", error=True)
+    assert machines.searcher.error is None
+    assert "its measurement is repeated: trial-5 was killed" in machines.out.getvalue()
+    machines.fill(6)
+    assert list(machines.planned())[5] == lost
 
 
 def test_a_node_with_other_pictures_measures_nothing(tmp_path: Path) -> None:
