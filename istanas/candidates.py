@@ -125,9 +125,9 @@ def choice_candidates(
 
 @lru_cache(maxsize=32)
 def candidate_costs(
-    space: SearchSpace, size: NetworkSize, shape: tuple[int, int, int], unit: Unit
+    space: SearchSpace, size: NetworkSize, shape: tuple[int, int, int], unit: Unit, *, total: bool = False
 ) -> Mapping[str, tuple[Array, ...]]:
-    """Return the cost of each candidate, averaged over the places where it stands.
+    """Return the cost of each candidate, averaged over the places where it stands, or their sum.
 
     The cost is counted on the modules of the network of a genotype, with the inputs that they have there.
 
@@ -136,6 +136,8 @@ def candidate_costs(
         size: The size of the network.
         shape: (C, H, W) of a picture.
         unit: "macs" (multiply-adds for one picture) or "params".
+        total: Whether the costs are summed over the places, which is what a network gains. A reduction cell stands in
+            fewer places than a normal one.
 
     Returns:
         For each kind and decision the costs of its candidates, (n,), >= 0.
@@ -150,15 +152,16 @@ def candidate_costs(
         [0.0, 0.0, 1866.6666666666667, 16202.666666666666, 0.0]
     """
     found: dict[tuple[str, int, int], list[int]] = {}
-    counted: dict[tuple[int, tuple[int, int, int]], Cost] = {}
+    counted: dict[tuple[nn.Module, tuple[int, int, int]], Cost] = {}  # modules are compared by identity
     for place in space.placed_candidates(size, shape):
-        key = id(place.module), place.shape
+        key = place.module, place.shape
         if key not in counted:
             counted[key] = _cost(place)
         found.setdefault((place.kind, place.index, place.candidate), []).append(getattr(counted[key], unit))
+    combine = np.sum if total else np.mean
     return {
         kind: tuple(
-            np.array([float(np.mean(found[kind, d.index, c])) for c in range(d.n_candidates)]) for d in each
+            np.array([float(combine(found[kind, d.index, c])) for c in range(d.n_candidates)]) for d in each
         )
         for kind, each in space.decisions.items()
     }

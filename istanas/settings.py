@@ -111,7 +111,7 @@ class SearchSettings:
         """Largest number of epochs that a search may take."""
         raise NotImplementedError
 
-    def lasting(self, epochs: int) -> Self | None:
+    def lasting(self, epochs: int, n_architectures: int | None = None) -> Self | None:
         """Return the settings of a search that is the same except for its length.
 
         `istanas versus` uses them to give another method the same cost. Schedules depend on the number of epochs, so a
@@ -119,6 +119,7 @@ class SearchSettings:
 
         Args:
             epochs: Number of epochs, >= 1. A method that cannot last exactly as long comes close to it.
+            n_architectures: Number of architectures of the space, which may limit the length; `None` if it is unknown.
 
         Returns:
             None if the method does not let its length be chosen.
@@ -152,7 +153,7 @@ class AlternatingSettings(SearchSettings):
         """Largest number of epochs that a search may take."""
         return self.epochs
 
-    def lasting(self, epochs: int) -> Self:
+    def lasting(self, epochs: int, n_architectures: int | None = None) -> Self:
         """Return the settings with another number of epochs; fields that must be less become so in proportion.
 
         Example:
@@ -433,17 +434,25 @@ class MeasuredSettings(SearchSettings):
         """The setting `max_concurrent`."""
         return self.max_concurrent
 
-    def lasting(self, epochs: int) -> Self:
+    def lasting(self, epochs: int, n_architectures: int | None = None) -> Self:
         """Return the settings with other numbers of measurements, at least 2 in each stage, and the same fidelities.
 
         Example:
             >>> MeasuredSettings(stages=((100, 3), (20, 8))).lasting(230).stages
             ((50, 3), (10, 8))
+            >>> MeasuredSettings(stages=((100, 3), (20, 8))).lasting(230, n_architectures=40).stages
+            ((40, 3), (10, 8))
         """
-        share = epochs / self.max_epochs
-        return replace(
-            self, stages=tuple((max(2, round(share * count)), each) for count, each in self.stages)
-        )
+        share, stages = epochs / self.max_epochs, list[tuple[int, int]]()
+        for count, each in self.stages:
+            wanted = max(2, round(share * count))
+            if (
+                n_architectures is not None
+            ):  # No architecture is measured twice for the same number of epochs.
+                same = sum(fidelity == each for _, fidelity in self.stages)
+                wanted = min(wanted, max(1, n_architectures // same))
+            stages.append((wanted, each))
+        return replace(self, stages=tuple(stages))
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def thompson(
         )
     rng = np.random.Generator(np.random.PCG64(seed))
     chosen: list[Architecture] = []
-    for index in rng.choice(len(posterior.draws), n, replace=False):
+    for index in rng.permutation(len(posterior.draws))[:n]:  # The first is the same for every n.
         taken = {*excluded, *chosen}
         chosen.append(best_architecture(space, posterior.draws[index], excluded=taken, allowed=allowed))
     return chosen

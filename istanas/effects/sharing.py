@@ -71,6 +71,7 @@ def unrooted(posterior: Posterior, root: Array) -> Posterior:
     """
     return replace(
         posterior,
+        prior_variance=posterior.prior_variance * float(np.square(root).sum(1).mean()),
         mean=root @ posterior.mean,
         covariance=root @ posterior.covariance @ root.T,
         draws=posterior.draws @ root.T,

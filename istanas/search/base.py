@@ -24,8 +24,8 @@ from istanas.measure import Cost
 from istanas.nets import NodeState, SearchNetwork
 from istanas.nets.skeleton import UnchangedStatistics
 from istanas.optimizers import SGD, Adam
-from istanas.search.limits import CandidateCosts, Limits
-from istanas.settings import CostUnit, LimitSettings, SearchSettings
+from istanas.search.limits import CostsOfCandidates, Limits
+from istanas.settings import LimitSettings, SearchSettings
 from istanas.space import Decision, Genotype
 from istanas.training import BatchLike, Compute, Metrics, Observer, evaluate
 
@@ -187,7 +187,7 @@ class Search(Generic[Settings]):
         seed: int,
         ranks: Ranks | None = None,
         cost: Callable[[Genotype], Cost] | None = None,
-        candidate_costs: Callable[[CostUnit], CandidateCosts] | None = None,
+        candidate_costs: CostsOfCandidates | None = None,
     ) -> None:
         self.supernet = supernet
         self.settings = settings

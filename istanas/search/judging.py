@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,8 @@ STATISTICS: tuple[Statistics, ...] = get_args(Statistics)
 
 def measure_with_shared_weights(
     search: Search[Any], supports: Supports, choosing: Choosing, *, calibration_batches: int
-) -> dict[Statistics, Metrics]:
-    """Return loss and accuracies of an architecture in a search's network, with each kind of batch-norm statistics.
+) -> Iterator[tuple[Statistics, Metrics]]:
+    """Yield loss and accuracies of an architecture in a search's network, with each kind of batch-norm statistics.
 
     All edges have the weight 1, and the alphas have no influence. The weights do not change.
 
@@ -31,7 +31,7 @@ def measure_with_shared_weights(
         choosing: The pictures.
         calibration_batches: Number of training batches for "recalibrated", >= 1.
 
-    Returns:
+    Yields:
         running: With the running statistics, which belong to all architectures that were trained.
         batch: With the mean and variance of each batch.
         recalibrated: With the statistics of this architecture over training batches.
@@ -47,12 +47,11 @@ def measure_with_shared_weights(
 
     search.supernet.install(supports, unit_weights)
     saved = {name: buffer.clone() for name, buffer in search.supernet.named_buffers()}
-    measured: dict[Statistics, Metrics] = {
-        "running": search.validate(choosing.pictures(None)),
-        "batch": search.validate(choosing.pictures(None), batch_statistics=True),
-    }
-    search.recalibrate(islice(choosing.training(), calibration_batches))
-    measured["recalibrated"] = search.validate(choosing.pictures(None))
-    for name, buffer in search.supernet.named_buffers():
-        buffer.copy_(saved[name])
-    return measured
+    try:
+        yield "running", search.validate(choosing.pictures(None))
+        yield "batch", search.validate(choosing.pictures(None), batch_statistics=True)
+        search.recalibrate(islice(choosing.training(), calibration_batches))
+        yield "recalibrated", search.validate(choosing.pictures(None))
+    finally:
+        for name, buffer in search.supernet.named_buffers():
+            buffer.copy_(saved[name])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from istanas.sparse.lasso import Array
 
 CandidateCosts = Mapping[str, Sequence[Array]]
 """For each kind and decision the costs of its candidates, see `istanas.candidates.candidate_costs`."""
+
+CostsOfCandidates = Callable[[CostUnit, bool], CandidateCosts]
+"""Returns the costs of candidates in a unit, as the mean over their places or, if True, as the sum."""
 
 
 class Excess(NamedTuple):
@@ -87,7 +91,7 @@ class Limits:
         space: SearchSpace,
         settings: LimitSettings,
         cost: Callable[[Genotype], Cost] | None,
-        candidate_costs: Callable[[CostUnit], CandidateCosts] | None,
+        candidate_costs: CostsOfCandidates | None,
     ) -> None:
         self._space, self._settings, self._cost, self._candidate_costs = (
             space,
@@ -101,12 +105,12 @@ class Limits:
         """Whether there is a limit."""
         return self._settings.max_params is not None or self._settings.max_macs is not None
 
-    def costs_in(self, unit: CostUnit) -> CandidateCosts:
-        """Return the costs of candidates in a unit."""
+    def costs_in(self, unit: CostUnit, *, total: bool) -> CandidateCosts:
+        """Return the costs of candidates in a unit, as the mean over their places, or in `total`."""
         assert self._candidate_costs is not None, (
             "limits and weights of costs require the costs of candidates"
         )
-        return self._candidate_costs(unit)
+        return self._candidate_costs(unit, total)
 
     def excess(self, supports: Supports) -> Excess | None:
         """Return a limit that an architecture exceeds, or `None`."""
@@ -115,54 +119,120 @@ class Limits:
         return exceeded(self._settings, self._cost_of(supports))
 
     def check(self) -> None:
-        """Check that the cheapest architecture is within the limits.
+        """Check that there is an architecture within the limits.
 
         Raises:
-            ConfigError: If it is not.
+            ConfigError: If none was found. With one limit, the message has the smallest cost that was found.
         """
         units: tuple[tuple[CostUnit, str], ...] = (("params", "max_params"), ("macs", "max_macs"))
-        for unit, limit in units:
-            if (most := getattr(self._settings, limit)) is None:
-                continue
-            least = getattr(self._cost_of(cheapest(self._space, self.costs_in(unit))), unit)
+        limits = [(unit, limit) for unit, limit in units if getattr(self._settings, limit) is not None]
+        for unit, limit in limits:
+            most = getattr(self._settings, limit)
+            least = min(getattr(self._cost_of(each), unit) for each in self._cheapest(unit))
             if least > most:
                 raise ConfigError(
                     f"{most:,} is below the cheapest architecture, which has {least:,}",
                     field=limit,
                     remedy=f"use {least:,} or more, or a smaller network",
                 )
+        if len(limits) == 2 and not self._found_within():
+            raise ConfigError(
+                f"no architecture was found that has at most {self._settings.max_params:,} parameters and "
+                f"{self._settings.max_macs:,} multiply-adds",
+                field="max_macs",
+                remedy="raise it or max_params, or use a smaller network",
+            )
+
+    def _found_within(self) -> list[dict[str, list[tuple[int, ...]]]]:
+        """Return the cheapest architectures, in any unit, that are within the limits."""
+        units: tuple[CostUnit, ...] = ("macs", "params")
+        return [each for unit in units for each in self._cheapest(unit) if self.excess(each) is None]
+
+    def _cheapest(self, unit: CostUnit) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+        """Yield architectures with the smallest sums of costs: of all candidates, and of those that read one state.
+
+        Where all decisions of a kind read the same state, parts of the network may not run, which costs less.
+        """
+        costs = self.costs_in(unit, total=True)
+        highest = 1.0 + max(float(each.max()) for kind in costs for each in costs[kind])
+        states: dict[str, list[int | None]] = {
+            kind: [None, *sorted({state for _, state in each[0].candidates})]
+            for kind, each in self._space.decisions.items()
+        }
+        for chosen in itertools.product(*states.values()):
+            only = dict(zip(states, chosen, strict=True))
+            yield cheapest(
+                self._space,
+                {
+                    kind: [
+                        np.asarray(costs[kind][d.index])
+                        + highest * np.array([only[kind] not in (None, state) for _, state in d.candidates])
+                        for d in each
+                    ]
+                    for kind, each in self._space.decisions.items()
+                },
+            )
 
     def within(
-        self, supports: Supports, magnitudes: Mapping[str, Sequence[Any]]
+        self,
+        supports: Supports,
+        magnitudes: Mapping[str, Sequence[Any]],
+        changeable: Collection[tuple[str, int]] | None = None,
     ) -> dict[str, list[tuple[int, ...]]]:
         """Exchange kept candidates for cheaper ones until an architecture is within the limits.
 
-        Each exchange is the one that loses the least magnitude for what it saves. If no exchange saves anything, parts
-        of the network that no candidate reads may still cost something: then the result is the cheapest architecture,
-        which `check` has compared with the limits.
+        An exchange saves some of the cost, in units of the limit; with two limits, some of the sum of both. It is the
+        one that loses the least magnitude for what it saves. If there is none, the result is one of the cheapest
+        architectures, as far as the decisions may change.
 
         Args:
             supports: The architecture.
             magnitudes: For each kind and decision how much speaks for each candidate, (n,), such as |z|.
+            changeable: The decisions (kind, index) that may change; `None` for all. With fewer, the result may exceed a
+                limit.
         """
         kept = {kind: [tuple(support) for support in each] for kind, each in supports.items()}
-        while (found := self.excess(kept)) is not None:
-            costs = self.costs_in(found.unit)
+        decisions = self._space.all_decisions()
+        free = {(d.kind, d.index) for d in decisions} if changeable is None else set(changeable)
+        while self.excess(kept) is not None:
             options = [
                 (lost / saved, decision.kind, decision.index, support)
-                for decision in self._space.all_decisions()
+                for decision in decisions
+                if (decision.kind, decision.index) in free
                 for lost, saved, support in exchanges(
                     decision,
                     kept[decision.kind][decision.index],
                     [float(each) for each in magnitudes[decision.kind][decision.index]],
-                    costs[decision.kind][decision.index],
+                    self._relative_costs(decision),
                 )
             ]
             if not options:
-                return cheapest(self._space, costs)
+                for least in self._found_within()[:1]:
+                    kept = {
+                        kind: [least[kind][i] if (kind, i) in free else old for i, old in enumerate(each)]
+                        for kind, each in kept.items()
+                    }
+                return kept
             _, kind, index, support = min(options)
             kept[kind][index] = support
         return kept
+
+    def _relative_costs(self, decision: Decision) -> Array:
+        """Return the costs of a decision's candidates as the sum of their shares of the limits.
+
+        An exchange that saves some of this sum cannot be undone by a later one, so that exchanges end.
+        """
+        limits: tuple[tuple[CostUnit, int | None], ...] = (
+            ("params", self._settings.max_params),
+            ("macs", self._settings.max_macs),
+        )
+        shares = [
+            np.asarray(self.costs_in(unit, total=True)[decision.kind][decision.index], dtype=np.float64)
+            / most
+            for unit, most in limits
+            if most is not None
+        ]
+        return np.asarray(sum(shares), dtype=np.float64)
 
     def _cost_of(self, supports: Supports) -> Cost:
         assert self._cost is not None, "limits require a cost"
@@ -199,31 +269,31 @@ def exchanges(
                 yield lost, saved, tuple(sorted([*others, candidate]))
 
 
-DRAWS = (
-    1000  # random architectures for each one that is wanted, before the limits count as too low for chance
-)
+MOST_FAILURES = 1000
+"""Number of random architectures above the limits, after which further ones are made cheaper."""
 
 
 def within_limits(
-    limits: Limits, space: SearchSpace, draws: Iterator[Supports], wanted: int
+    limits: Limits, space: SearchSpace, draws: Iterator[Supports], wanted: int, seed: int
 ) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Yield random architectures within the limits.
 
-    After 1,000 draws for each wanted one, the others are exchanged for cheaper candidates at random instead of drawn,
-    so that the search ends.
+    After 1,000 draws above the limits, further ones are made cheaper by exchanges of candidates with random magnitudes,
+    so that the search ends. Such architectures are no longer drawn uniformly.
 
     Args:
         limits: The limits.
         space: The search space.
         draws: Random architectures without end.
         wanted: Number of architectures.
+        seed: Seed of the magnitudes.
     """
-    equal = {kind: [np.zeros(d.n_candidates) for d in each] for kind, each in space.decisions.items()}
-    found = 0
-    for number, supports in enumerate(draws):
-        tired = number >= DRAWS * wanted
-        if tired or limits.excess(supports) is None:
-            yield limits.within(supports, equal)
-            found += 1
-        if found == wanted:
-            return
+    rng, failures = np.random.Generator(np.random.PCG64(seed)), 0
+    for _ in range(wanted):
+        supports = next(draws)
+        while limits.excess(supports) is not None and failures < MOST_FAILURES:
+            supports, failures = next(draws), failures + 1
+        magnitudes = {
+            kind: [rng.random(d.n_candidates) for d in each] for kind, each in space.decisions.items()
+        }
+        yield limits.within(supports, magnitudes)

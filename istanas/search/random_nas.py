@@ -100,7 +100,7 @@ class RandomNasSearch(SampledSearch[RandomNasSettings]):
         """Return the best candidate: by top-1, then by loss, then the one that was drawn first."""
         s = self.settings
         draws = (self._drawn("candidate", number) for number in count())
-        candidates = list(within_limits(self.limits, self.supernet.space, draws, s.candidates))
+        candidates = list(within_limits(self.limits, self.supernet.space, draws, s.candidates, self.seed))
         if s.candidate_pictures is not None:
             candidates = self._ranked(candidates, choosing, s.candidate_pictures)[: s.finalists]
         return candidates[0] if len(candidates) == 1 else self._ranked(candidates, choosing)[0]

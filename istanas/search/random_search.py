@@ -50,7 +50,7 @@ class RandomSearch(Search[RandomSettings]):
             space.random_supports(derive_seed(self.seed, self.kind, number) if number else self.seed)
             for number in count()
         )
-        self._supports = next(within_limits(self.limits, space, draws, 1))
+        self._supports = next(within_limits(self.limits, space, draws, 1, self.seed))
         return self._report()
 
     def train_epoch(

@@ -18,7 +18,7 @@ from istanas.search.alternating import AlternatingSearch
 from istanas.search.base import RecoveryReport
 from istanas.search.limits import CandidateCosts
 from istanas.search.selection import strongest_supports
-from istanas.settings import AlternatingSettings
+from istanas.settings import AlternatingSettings, CostSettings
 from istanas.space import Decision, Genotype
 from istanas.training import derive_seed
 
@@ -89,7 +89,7 @@ class CostPenalty:
 
     Args:
         decisions: The decisions of each kind.
-        costs: The costs of their candidates.
+        costs: The costs of their candidates, summed over the cells.
         weight: mu >= 0.
         device: The device of the alphas.
 
@@ -254,10 +254,10 @@ class SoftmaxSearch(AlternatingSearch[Settings]):
 def cost_penalty(search: AlternatingSearch[Any]) -> CostPenalty | None:
     """Return the penalty of a search; `None` if its settings ignore the costs."""
     s = search.settings
-    if s.cost_weight == 0:
+    if not isinstance(s, CostSettings) or s.cost_weight == 0:  # A plugin's settings may know no costs.
         return None
-    decisions = search.supernet.space.decisions
-    return CostPenalty(decisions, search.limits.costs_in(s.cost), s.cost_weight, search.alphas[0].device)
+    decisions, costs = search.supernet.space.decisions, search.limits.costs_in(s.cost, total=True)
+    return CostPenalty(decisions, costs, s.cost_weight, search.alphas[0].device)
 
 
 def alphas_of(search: AlternatingSearch[Any]) -> dict[str, Sequence[Tensor]]:

@@ -93,20 +93,21 @@ class SparseCodingSearch(Search[Settings]):
 
     def recover_codes(self, places: Sequence[Place]) -> list[Recovered]:
         """Recover new codes of these nodes from their b, with the configured weight of the costs."""
-        self.cost_weight = self.settings.cost_weight
-        return self._recover_with(places, self.cost_weight)
+        if places:
+            self.cost_weight = self.settings.cost_weight
+        return self._recover_with(places, self.settings.cost_weight)
 
     def recover_within_limits(self, places: Sequence[Place]) -> list[Recovered]:
         """Recover new codes of these nodes whose architecture keeps the limits.
 
-        If the configured weight mu of the costs does not keep them, mu is raised to the smallest value that does: it is
-        doubled until they are kept, and then bisected to a relative difference of `WEIGHT_TOLERANCE`. With many costs
-        of 0 there may be no such value, because a code needs other candidates to represent b. The codes of the largest
-        mu are then kept, and candidates are exchanged for cheaper ones, beginning with those whose exchange loses the
-        least |z| for what it saves.
+        If the configured weight mu of the costs does not keep them, mu is raised. It is doubled until they are kept,
+        and then bisected, so that a value that is smaller by `WEIGHT_TOLERANCE` exceeds a limit. (The cost does not
+        always fall with mu, so a still smaller value may keep the limits, too.) With many costs of 0 there may be no
+        such mu, because a code needs other candidates to represent b. The codes of the largest mu are then kept, and
+        candidates are exchanged for cheaper ones, see `Limits.within`.
         """
         recovered = self.recover_codes(places)
-        if self.excess(recovered) is None:
+        if not places or self.excess(recovered) is None:
             return recovered
         low, high = self.cost_weight, max(2 * self.cost_weight, FIRST_WEIGHT)
         within = None
@@ -148,7 +149,7 @@ class SparseCodingSearch(Search[Settings]):
         """Return the weights of the l1 norm of each node; `None` for 1."""
         if cost_weight == 0:
             return None
-        costs = self.limits.costs_in(self.settings.cost)
+        costs = self.limits.costs_in(self.settings.cost, total=False)
         weights = cost_weights([costs[cell][node] for cell, node in self.places], cost_weight)
         return dict(zip(self.places, weights, strict=True))
 
@@ -164,7 +165,8 @@ class SparseCodingSearch(Search[Settings]):
         for new in recovered:
             cell, node = new.place
             magnitudes[cell][node] = new.code.sparse_code.abs().tolist()
-        kept = self.limits.within(self._supports_with(recovered), magnitudes)
+        places = [new.place for new in recovered]
+        kept = self.limits.within(self._supports_with(recovered), magnitudes, places)
         return [_with_support(new, kept[new.place[0]][new.place[1]]) for new in recovered]
 
     def _recover_with(self, places: Sequence[Place], cost_weight: float) -> list[Recovered]:

@@ -208,7 +208,7 @@ class SearchSpace(ABC):
         raise ConfigError(
             f"the space {self.name} does not say where its candidates stand",
             field="space.name",
-            remedy="define placed_candidates, derive the space from ChoiceSpace, or set search.cost_weight to 0",
+            remedy="define placed_candidates, derive the space from ChoiceSpace, or use neither limits nor cost_weight",
         )
 
     def check_size(self, size: NetworkSize) -> None:  # noqa: B027 (a default, not an abstract method)

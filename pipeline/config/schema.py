@@ -230,9 +230,9 @@ class SearchSection(Section):
         """Whether the search trains anything."""
         return self.settings_class.trains
 
-    def lasting(self, epochs: int) -> Self | None:
+    def lasting(self, epochs: int, n_architectures: int | None = None) -> Self | None:
         """Return the section of a search with about this number of epochs; None if its length cannot be chosen."""
-        changed = settings_from(self.settings_class, self).lasting(epochs)
+        changed = settings_from(self.settings_class, self).lasting(epochs, n_architectures)
         return None if changed is None else with_values(self, changed)
 
     @property

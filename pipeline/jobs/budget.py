@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, median
 
 from pipeline.config.schema import Config
 
 TOLERANCE = 0.02
 """Costs whose ratio differs from 1 by at most this count as equal."""
 
-PROBE_EPOCHS = 3
-"""Length of the search that measures the seconds of an epoch: a first, a middle and a last one."""
+PROBE_EPOCHS = 5
+"""Length of the search that measures the seconds of an epoch: a first and a last one, and three between them."""
 
 
 def search_epochs(seconds: Sequence[float], target: float) -> int:
@@ -20,12 +21,12 @@ def search_epochs(seconds: Sequence[float], target: float) -> int:
     The first epoch of a search prepares the machine, and in the last one some methods also choose their result. With
     the seconds t_1, ..., t_n of the epochs of another search of the same method, a search of e epochs takes about
 
-        t_1 + (e - 2) mean(t_2, ..., t_(n-1)) + t_n,
+        t_1 + (e - 2) median(t_2, ..., t_(n-1)) + t_n,
 
-    which is solved for e.
+    which is solved for e. A search that has stopped after fewer than 3 epochs counts with the mean of its epochs.
 
     Args:
-        seconds: Seconds of each epoch of a search of the method, n >= 3, > 0.
+        seconds: Seconds of each epoch of a search of the method, n >= 1, > 0.
         target: Seconds that the search should take.
 
     Returns:
@@ -37,8 +38,9 @@ def search_epochs(seconds: Sequence[float], target: float) -> int:
         >>> search_epochs([3.0, 2.0, 7.0], target=1.0)
         1
     """
-    middle = math.fsum(seconds[1:-1]) / (len(seconds) - 2)
-    return max(1, round(2 + (target - seconds[0] - seconds[-1]) / middle))
+    if len(seconds) < 3:
+        return max(1, round(target / fmean(seconds)))
+    return max(1, round(2 + (target - seconds[0] - seconds[-1]) / median(seconds[1:-1])))
 
 
 def retraining_epochs(cost: float, spent: float, epoch_seconds: float, full: int) -> int:

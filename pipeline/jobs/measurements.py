@@ -131,12 +131,14 @@ def run_measurements(
         lambda compute, ranks: MeasurementJob(config, dataset, compute, ranks), dataset, store, cpu, Ranks()
     )
     observer.resumed(progress, workers=1)
+    runs = MeasurementRuns(config, run)
     if job.is_done(progress):
+        runs.deliver_rest()  # The process may have been killed after the last checkpoint.
         return progress
     plan = divide(config, cluster_nodes())
     observer.note(str(plan))
     losses = LossReasons(observer.note, "the process of a trial was lost, and its measurement is repeated")
-    ledger = _Ledger(config, dataset, job, progress, MeasurementRuns(config, run), store, observer)
+    ledger = _Ledger(config, dataset, job, progress, runs, store, observer)
     searcher = MeasurementSearcher(
         job.search,
         _task_of(config, dataset, plan),

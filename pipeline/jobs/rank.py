@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict, cast
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from istanas.data import ImageDataset
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, DivergedError
 from istanas.methods import METHODS
 from istanas.seeds import derive_seed
 from istanas.space import Genotype
@@ -54,7 +57,7 @@ class Judgement(TypedDict):
     digest: str
     architecture: str
     judge: str
-    score: float
+    score: float  # in a result None after a training that diverged, because JSON has no infinity
     seconds: float
 
 
@@ -272,6 +275,7 @@ def _judge_all(
         One row for each cell and judge, and the seconds of the search whose weights are shared.
     """
     child = context_of(context, run, context.config, context.name, Tag.RANK)
+    child = replace(child, fresh=False)  # Finished searches and retrainings belong to other commands, too.
     judge, seconds_once = _judge_of_search(child, dataset)
     known = {(row["digest"], row["judge"]): row for row in _read_rows(run.path / RANK_TABLE)}
     space, rows, spent = context.config.space.build(), list[Judgement](), list[float]()
@@ -299,7 +303,7 @@ def _judge_all(
         spent.append(math.fsum(seconds for _, _, seconds in scores))
         observer.step(number, 1, 1, lambda: None)
         observer.trial_done(
-            f"cell {number + 1}: {len(scores)} measurements in {spent[-1]:.1f} s",
+            f"cell {number + 1}: {count(len(scores), 'measurement')} in {spent[-1]:.1f} s",
             number + 1,
             fmean(spent) * (len(drawn) - number - 1),
         )
@@ -335,11 +339,20 @@ def _retrainings(
     config = context.config
     for epochs in short:
         shorter = context.with_config(with_retrain_epochs(config, epochs))
-        result = run_retrain(shorter, genotype, origin="random")
-        yield f"retraining of {count(epochs, 'epoch')}", result["valid_top1"], result["seconds"]
+        yield _retraining(f"retraining of {count(epochs, 'epoch')}", shorter, genotype, "valid_top1")
     if truth.table is None:
-        result = run_retrain(context, genotype, origin="random")
-        yield TRUTH, result["test_top1"], result["seconds"]
+        yield _retraining(TRUTH, context, genotype, "test_top1")
+
+
+def _retraining(name: str, context: JobContext, genotype: Genotype, key: str) -> Score:
+    """Return the score of a retraining, which is minus infinity if it diverges."""
+    start = time.monotonic()
+    try:
+        result: Mapping[str, Any] = run_retrain(context, genotype)
+    except DivergedError as error:
+        context.say(f"{name}: {error.problem}, which counts as the lowest score")
+        return name, -math.inf, time.monotonic() - start
+    return name, float(result[key]), float(result["seconds"])
 
 
 def _read_rows(file: Path) -> list[Judgement]:
@@ -368,7 +381,9 @@ def _finish(
     """Compare the judges, and write the table, the page and the metrics."""
     result = {
         **evaluate(rows, truth.describe(spec.config), seconds_once),
-        "judgements": list(rows),
+        "judgements": [
+            {**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in rows
+        ],
         "seconds": seconds_once + math.fsum(row["seconds"] for row in rows),
         "files": [bucket.shown(run.path / name) for name in (RANK_TABLE, RANK_PAGE)],
     }
@@ -399,14 +414,13 @@ def evaluate(rows: Sequence[Judgement], truth: str, seconds_once: float) -> dict
     """
     scores = pd.DataFrame(rows).pivot(index="cell", columns="judge", values="score")
     seconds = pd.DataFrame(rows).groupby("judge")["seconds"].mean()
-    true = scores[TRUTH].to_numpy()
+    true = _finite(scores[TRUTH])
     top = max(1, round(TOP_SHARE * len(true)))
     judges: list[JudgeFigures] = []
     for name in dict.fromkeys(row["judge"] for row in rows):
         if name == TRUTH:
             continue
-        measured = scores[name].replace([math.inf, -math.inf], math.nan)
-        own = measured.fillna(measured.min() - 1.0).to_numpy()
+        own = _finite(scores[name])
         once = seconds_once if name in SharedWeights.names else 0.0
         tells = len(set(own)) > 1 and len(set(true)) > 1
         tau = kendall(own, true) if tells else None
@@ -433,6 +447,13 @@ def evaluate(rows: Sequence[Judgement], truth: str, seconds_once: float) -> dict
         "judges": judges,
         "sentences": sentences(judges, len(true)),
     }
+
+
+def _finite(scores: pd.Series[float]) -> npt.NDArray[np.float64]:
+    """Return scores in which those that are not finite are below all others."""
+    finite = scores.astype(float).replace([math.inf, -math.inf], math.nan)
+    lowest = 0.0 if finite.isna().all() else finite.min() - 1.0
+    return np.asarray(finite.fillna(lowest), dtype=np.float64)
 
 
 def sentences(judges: Sequence[JudgeFigures], cells: int) -> list[str]:

@@ -194,6 +194,12 @@ def _check(config: Config, listed: Sequence[Entrant], seeds: int) -> None:
                 field=OPTION if place else "method",
                 remedy="choose a method whose cell is retrained, such as two_stage or darts",
             )
+        if each.config.search.trials_at_once > 1:
+            raise ConfigError(
+                f"{each.config.search.trials_at_once} trainings at a time have no seconds that can be compared",
+                field="search.max_concurrent",
+                remedy="set it to 1 for a comparison",
+            )
     if not config.search.trains:
         raise ConfigError(
             f"{config.method} trains nothing, and a comparison requires a search with a cost",
@@ -299,6 +305,7 @@ def _epoch_seconds(search: SearchResult | OneStageResult) -> list[float]:
 def _run_all(study: _Study, listed: Sequence[Entrant], seeds: int) -> list[VersusCell]:
     """Run all methods, seed by seed, so that an unfinished comparison has the same seeds of all methods."""
     cells: list[VersusCell] = []
+    _warm_up(study, listed[0])
     durations: list[float] = []
     for index in range(seeds):
         for place, each in enumerate(listed):
@@ -328,6 +335,15 @@ def _seconds(cells: Sequence[VersusCell]) -> float:
     return math.fsum(cell["search_seconds"] + cell["retrain_seconds"] for cell in cells)
 
 
+def _warm_up(study: _Study, configured: Entrant) -> None:
+    """Run a short search that is not counted, because the first epochs of a process take longer than all others."""
+    shortest = configured.config.search.lasting(PROBE_EPOCHS)
+    if shortest is not None:
+        study.observer.note("a short search, which is not counted, prepares the machine")
+        config = configured.config.model_copy(update={"search": shortest})
+        study.search(config, f"{configured.name}-warm-up")
+
+
 def _searched(study: _Study, entrant: Entrant, config: Config, configured: VersusCell) -> VersusCell:
     """Return the cell of a search that takes as long as the configured one, as far as whole epochs allow."""
     shortest = config.search.lasting(PROBE_EPOCHS)
@@ -341,7 +357,8 @@ def _searched(study: _Study, entrant: Entrant, config: Config, configured: Versu
             study.observer.note(f"{entrant.label}: a short search measures the seconds of an epoch")
             study.paces[entrant.label] = _epoch_seconds(study.search(probe, f"{entrant.name}-probe"))
         epochs = search_epochs(study.paces[entrant.label], configured["search_seconds"])
-        config = config.model_copy(update={"search": config.search.lasting(epochs)})
+        available = math.prod(decision.n_supports for decision in config.space.build().all_decisions())
+        config = config.model_copy(update={"search": config.search.lasting(epochs, available)})
     search = study.search(config, entrant.name)
     newest = _epoch_seconds(search)
     if len(newest) >= PROBE_EPOCHS:
@@ -401,10 +418,13 @@ def best_cell(cells: Sequence[VersusCell]) -> int:
 def _finish(run: RunDir, observer: RunObserver, spec: JobSpec, cells: Sequence[VersusCell]) -> Outcome:
     """Compare the methods, and write the tables, the page and the metrics."""
     pages = (VERSUS_TABLE, VERSUS_CELLS, VERSUS_PAGE)
+    runs = {(cell["search_dir"], cell["retrain_dir"]): cell for cell in cells}
+    retrainings = {cell["retrain_dir"]: cell["retrain_seconds"] for cell in cells}
+    searches = {search: cell["search_seconds"] for (search, _), cell in runs.items()}
     result = {
         **evaluate(cells),
         "cells": list(cells),
-        "seconds": _seconds(cells),
+        "seconds": math.fsum([*searches.values(), *retrainings.values()]),
         "files": [bucket.shown(run.path / name) for name in pages],
     }
     atomic_write(run.path / VERSUS_TABLE, pd.DataFrame(result["runs"]).to_csv(index=False))
@@ -493,8 +513,8 @@ def _describe_cost(method: VersusMethod, first: str) -> str:
     if low >= 1 - TOLERANCE and high <= 1 + TOLERANCE:
         return f"{text}: the costs agree within {100 * TOLERANCE:g} % for each seed."
     return (
-        f"{text}. The costs do not agree within {100 * TOLERANCE:g} % for each seed, because whole epochs are too "
-        "coarse, or because the seconds of an epoch varied: use longer runs, on a machine without other work."
+        f"{text}. The costs do not agree within {100 * TOLERANCE:g} % for each seed. Usual causes are short "
+        "runs, whose epochs are a large part of the cost, and other work on the machine."
     )
 
 

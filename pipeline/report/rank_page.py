@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import cycle
-from math import ceil, inf, isfinite
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def write_rank_page(folder: Path, name: str, dataset: str, result: Mapping[str, 
 
 def _chart(names: list[str], result: Mapping[str, Any]) -> Markup:
     """Draw the score of each cell by each judge against its true accuracy."""
-    scores: dict[str, dict[int, float]] = {}
+    scores: dict[str, dict[int, float | None]] = {}
     for row in result["judgements"]:
         scores.setdefault(row["judge"], {})[row["cell"]] = row["score"]
     true = scores["truth"]
@@ -88,12 +88,16 @@ def _chart(names: list[str], result: Mapping[str, Any]) -> Markup:
     margins = {"left": 0.07, "right": 0.98, "top": 1 - 0.1 / lines, "bottom": 0.18 / lines}
     with chart(9.6, 2.9 * lines, hspace=0.5, wspace=0.35, **margins) as page:
         for place, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False), start=1):
-            finite = {cell: score for cell, score in scores[name].items() if isfinite(score)}
+            finite = {
+                cell: score
+                for cell, score in scores[name].items()
+                if score is not None and true[cell] is not None
+            }
             # Minus the loss has a sign of its own; an accuracy is shown in per cent.
             scale = 100 if min(finite.values(), default=-inf) >= 0 else 1
             axes = add_axes(page, lines, min(COLUMNS, len(names)), place, name.removesuffix(" statistics"))
             axes.scatter(
-                [100 * true[cell] for cell in finite],
+                [100 * (true[cell] or 0.0) for cell in finite],
                 [scale * score for score in finite.values()],
                 color=colour,
                 s=18,

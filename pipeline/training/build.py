@@ -47,7 +47,9 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
             config.seed,
             ranks,
             lambda genotype: network_cost(config, sizes, dataset, genotype),
-            lambda unit: candidate_costs(config.space.build(), network_size(sizes, dataset), shape, unit),
+            lambda unit, total: candidate_costs(
+                config.space.build(), network_size(sizes, dataset), shape, unit, total=total
+            ),
         )
     except ConfigError as error:
         raise _in_section(error, "search") from None
@@ -60,6 +62,8 @@ def target_sizes(config: Config) -> Sizes:
 
 def _in_section(error: ConfigError, section: str) -> ConfigError:
     """Return an error of the library with the key of a configuration, which its field is without the section."""
+    if error.field is not None and error.field.startswith("space"):  # has its own section
+        return error
     field = section if error.field is None else f"{section}.{error.field}"
     return ConfigError(error.problem, field=field, remedy=error.remedy)
 

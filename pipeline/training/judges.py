@@ -47,19 +47,20 @@ class SharedWeights:
         self._space = config.space.build()
 
     def measure(self, genotype: Genotype) -> Iterator[Score]:
-        """Yield minus the loss with each kind of batch-norm statistics. The seconds are those of one of them."""
+        """Yield minus the loss with each kind of batch-norm statistics."""
         choosing = self._job.choosing()
         assert choosing is not None, "the caller has checked that there are pictures for choosing"
-        start = time.perf_counter()
         measured = measure_with_shared_weights(
             self._job.search,
             self._space.supports(genotype),
             choosing,
             calibration_batches=CALIBRATION_BATCHES,
         )
-        seconds = (time.perf_counter() - start) / len(measured)
-        for name, statistics in zip(self.names, STATISTICS, strict=True):
-            yield name, -measured[statistics].loss, seconds
+        names, start = dict(zip(STATISTICS, self.names, strict=True)), time.perf_counter()
+        for statistics, metrics in measured:
+            now = time.perf_counter()
+            yield names[statistics], -metrics.loss, now - start
+            start = time.perf_counter()
 
 
 class ShortTrainings:

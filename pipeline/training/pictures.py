@@ -346,7 +346,7 @@ def _is_ever_tested(config: Config, job: str) -> bool:
     """Return whether a job measures the test split; sweeps, benchmarks and searches that train no network never do."""
     if job == "search":
         return config.search.test_interval > 0
-    return job in ("retrain", "versus") and config.retrain.test_every > 0
+    return job in ("retrain", "versus", "rank") and config.retrain.test_every > 0
 
 
 class Batches:

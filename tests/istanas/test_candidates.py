@@ -1,10 +1,14 @@
 """The costs of candidates: counted on modules, and equal to what a network gains when it keeps them."""
 
+import copy
+import dataclasses
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
-from istanas.candidates import candidate_costs
+from istanas.candidates import PlacedCandidate, candidate_costs
 from istanas.errors import ConfigError
 from istanas.nets.operations import make_operation
 from istanas.space import CellSpace, NasBench201Space, NetworkSize
@@ -85,3 +89,22 @@ def test_an_operation_of_a_target_network_has_affine_batch_norms() -> None:
     costs = candidate_costs(CellSpace(n_nodes=1), size, SHAPE, "params")
     own = CellSpace(n_nodes=1).ops.index("sep_conv_3x3")
     assert costs["normal"][0][own] == sum(p.numel() for p in module.parameters())
+
+
+def test_new_modules_at_every_place_are_counted_each() -> None:
+    """An object's id may be used again after its end."""
+
+    class Fresh(CellSpace):
+        def placed_candidates(
+            self, size: NetworkSize, shape: tuple[int, int, int]
+        ) -> Iterator[PlacedCandidate]:
+            for place in super().placed_candidates(size, shape):
+                yield dataclasses.replace(place, module=copy.deepcopy(place.module))
+
+    size = NetworkSize(4, 5, 10)
+    fresh, plain = (
+        candidate_costs(space, size, SHAPE, "params") for space in (Fresh(n_nodes=2), CellSpace(n_nodes=2))
+    )
+    for kind in plain:
+        for ours, theirs in zip(fresh[kind], plain[kind], strict=True):
+            np.testing.assert_array_equal(ours, theirs)

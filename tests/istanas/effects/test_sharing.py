@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from istanas.effects import architecture, balanced_design, coded, fit_effects
+from istanas.effects import (
+    architecture,
+    balanced_design,
+    coded,
+    fit_effects,
+    join_fidelities,
+    linear_system,
+    ridge,
+)
+from istanas.effects.fit import _evidence
 from istanas.effects.sharing import RATIOS, operations, prior_root
 from istanas.space import CellSpace, NasBench201Space
 
@@ -62,3 +71,28 @@ def test_draws_have_the_covariance_of_the_posterior() -> None:
     posterior = fit_effects(SPACE, kept, losses, [3] * 30, n_draws=20_000, seed=0)
     np.testing.assert_allclose(np.cov(posterior.draws.T), posterior.covariance, atol=0.05)
     np.testing.assert_allclose(posterior.draws.mean(0), posterior.mean, atol=0.05)
+
+
+def test_the_evidence_of_two_fidelities_is_the_density_of_the_scores() -> None:
+    """Against the restricted likelihood of the scores, by dense matrices, up to a constant."""
+    rng = np.random.default_rng(0)
+    rows = coded(SPACE, balanced_design(SPACE, 24, seed=0))
+    values, index = rng.standard_normal(24), np.repeat([0, 1], 12)
+    constants = []
+    for ratio in (0.0, 1.0, 4.0):
+        root = prior_root(SPACE, ratio)
+        joined = join_fidelities(rows @ root, values, index, 2)
+        system = linear_system(rows @ root, values, index, joined)
+        posterior = ridge(system, 1, 0, least_share=0.1)
+        found = _evidence(system, posterior, index, joined)
+        slope, noise = np.array(joined.slopes)[index], np.array(joined.noise)[index]
+        x = slope[:, None] * rows
+        covariance = posterior.noise_variance * np.diag(noise**2) + posterior.prior_variance * (
+            x @ root @ root.T @ x.T
+        )
+        # Contrasts within each fidelity remove the offsets.
+        contrasts = np.kron(np.eye(2), np.linalg.qr(np.eye(12) - 1 / 12)[0][:, :11]).T
+        inner, y = contrasts @ covariance @ contrasts.T, contrasts @ values
+        exact = -0.5 * (np.linalg.slogdet(inner)[1] + y @ np.linalg.solve(inner, y))
+        constants.append(found - exact)
+    np.testing.assert_allclose(constants, constants[0], atol=1e-8)

@@ -59,21 +59,26 @@ def test_each_kind_of_statistics_gives_its_own_loss_and_changes_nothing(kind: st
     search = make_search(kind)
     before = {name: value.clone() for name, value in search.supernet.state_dict().items()}
     first, second = (SPACE.random_supports(seed) for seed in (1, 2))
-    measured = measure_with_shared_weights(search, first, Pictures(search), calibration_batches=3)
+    measured = dict(measure_with_shared_weights(search, first, Pictures(search), calibration_batches=3))
     assert list(measured) == ["running", "batch", "recalibrated"]
     assert len({each.loss for each in measured.values()}) == 3
-    other = measure_with_shared_weights(search, second, Pictures(search), calibration_batches=3)
+    other = dict(measure_with_shared_weights(search, second, Pictures(search), calibration_batches=3))
     assert other["running"].loss != measured["running"].loss
     after = search.supernet.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert measure_with_shared_weights(search, first, Pictures(search), calibration_batches=3) == measured
+    assert (
+        dict(measure_with_shared_weights(search, first, Pictures(search), calibration_batches=3)) == measured
+    )
 
 
 def test_alphas_have_no_influence() -> None:
     search = make_search("two_stage")
     supports = SPACE.random_supports(3)
-    measured = measure_with_shared_weights(search, supports, Pictures(search), calibration_batches=2)
+    measured = dict(measure_with_shared_weights(search, supports, Pictures(search), calibration_batches=2))
     with torch.no_grad():
         for alpha in search.supernet.alphas():
             alpha.add_(torch.randn_like(alpha))
-    assert measure_with_shared_weights(search, supports, Pictures(search), calibration_batches=2) == measured
+    assert (
+        dict(measure_with_shared_weights(search, supports, Pictures(search), calibration_batches=2))
+        == measured
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,12 +40,36 @@ def cost_of(genotype: Genotype) -> Cost:
     return SPACE.cost(genotype, SIZE, SHAPE)
 
 
-def costs_in(unit: Any) -> Mapping[str, Any]:
-    return candidate_costs(SPACE, SIZE, SHAPE, unit)
+def costs_in(unit: Any, total: bool = True) -> Mapping[str, Any]:
+    return candidate_costs(SPACE, SIZE, SHAPE, unit, total=total)
+
+
+def least(unit: str) -> int:
+    """The smallest cost: with the cheapest operations, and with both inputs or one, so that some cells do not run."""
+    found = []
+    for reads in itertools.product((None, 0, 1), repeat=2):
+        supports = {
+            kind: [
+                tuple(
+                    sorted(
+                        range(d.n_candidates),
+                        key=lambda c: (
+                            state is not None and d.candidates[c][1] != state,
+                            costs_in(unit)[kind][d.index][c],
+                            c,
+                        ),
+                    )[:2]
+                )
+                for d in SPACE.decisions[kind]
+            ]
+            for kind, state in zip(SPACE.kinds, reads, strict=True)
+        }
+        found.append(getattr(cost_of(SPACE.genotype(supports)), unit))
+    return min(found)
 
 
 def least_macs() -> int:
-    return cost_of(SPACE.genotype(cheapest(SPACE, costs_in("macs")))).macs
+    return least("macs")
 
 
 def make_search(settings: TwoStageSettings = PLAIN, seed: int = 0) -> TwoStageSearch:
@@ -108,29 +133,68 @@ def test_an_architecture_within_the_limit_stays() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_every_reachable_limit_is_kept(seed: int) -> None:
     """Where no weight keeps it, candidates are exchanged; the cheapest architecture is always reached."""
-    least = least_macs()
-    search = make_search(change(max_macs=least), seed)
-    assert macs(search) == least
+    search = make_search(change(max_macs=least_macs()), seed)
+    assert macs(search) == least_macs()
     for kind, codes in search.codes.items():
         for code, decision in zip(codes, SPACE.decisions[kind], strict=True):
             assert len(set(code.support)) == decision.sparsity
     search.recover()
-    assert macs(search) == least
+    assert macs(search) == least_macs()
+
+
+def test_both_limits_are_kept_together() -> None:
+    """Operations whose order by multiply-adds differs from that by parameters do not exchange each other for ever."""
+    space = CellSpace(n_nodes=2, ops=("sep_conv_3x3", "dil_conv_5x5"))
+    size = NetworkSize(3, 5, 10)
+
+    def cost(genotype: Genotype) -> Cost:
+        return space.cost(genotype, size, SHAPE)
+
+    found = [cost(space.random(seed)) for seed in range(50)]
+    middle = sorted(each.macs for each in found)[25], sorted(each.params for each in found)[25]
+    for seed in range(4):
+        torch.manual_seed(0)
+        search = TwoStageSearch(
+            Supernet(space, 2, 5, 10),
+            change(max_macs=middle[0], max_params=middle[1]),
+            CPU,
+            seed,
+            None,
+            cost,
+            lambda unit, total: candidate_costs(space, size, SHAPE, unit, total=total),
+        )
+        assert cost(search.genotype()).macs <= middle[0]
+        assert cost(search.genotype()).params <= middle[1]
+
+
+def test_frozen_decisions_are_not_exchanged() -> None:
+    limits = make_search(change(max_macs=10**9)).limits
+    supports = {kind: [(3, 5)] * 3 for kind in SPACE.kinds}  # convolutions
+    zero = {kind: [np.zeros(d.n_candidates) for d in each] for kind, each in SPACE.decisions.items()}
+    most = cost_of(SPACE.genotype(supports)).macs
+    tight = make_search(change(max_macs=int(0.9 * most))).limits
+    assert limits.within(supports, zero) == supports
+    free = ("normal", 1)
+    changed = tight.within(supports, zero, [free])
+    assert changed["normal"][1] != (3, 5)
+    assert [each for kind in changed for i, each in enumerate(changed[kind]) if (kind, i) != free] == [
+        (3, 5)
+    ] * 5
 
 
 def test_exchanges_respect_one_operation_an_edge() -> None:
     space = CellSpace(n_nodes=3, one_op_per_edge=True)
     costs = candidate_costs(space, SIZE, SHAPE, "macs")
-    least = space.cost(space.genotype(cheapest(space, costs)), SIZE, SHAPE).macs
+    few = space.cost(space.genotype(cheapest(space, costs)), SIZE, SHAPE).macs
     torch.manual_seed(0)
     search = TwoStageSearch(
         Supernet(space, 2, 5, 10),
-        change(max_macs=least),
+        change(max_macs=few),
         CPU,
         0,
         None,
         lambda genotype: space.cost(genotype, SIZE, SHAPE),
-        lambda unit: candidate_costs(space, SIZE, SHAPE, unit),
+        lambda unit, total: candidate_costs(space, SIZE, SHAPE, unit, total=total),
     )
     for codes in search.codes.values():
         for code in codes:
@@ -138,12 +202,12 @@ def test_exchanges_respect_one_operation_an_edge() -> None:
 
 
 def test_a_limit_below_the_cheapest_architecture_names_that() -> None:
-    least = cost_of(SPACE.genotype(cheapest(SPACE, costs_in("params")))).params
+    fewest = least("params")
     with pytest.raises(ConfigError) as caught:
-        make_search(change(max_params=least - 1))
+        make_search(change(max_params=fewest - 1))
     assert str(caught.value) == (
-        f"max_params: {least - 1:,} is below the cheapest architecture, which has {least:,}; use {least:,} or more, or "
-        "a smaller network"
+        f"max_params: {fewest - 1:,} is below the cheapest architecture, which has {fewest:,}; use {fewest:,} or more, "
+        "or a smaller network"
     )
 
 
@@ -292,7 +356,7 @@ def test_one_stage_reweighs_only_on_request() -> None:
     assert search.metrics()["arch/cost_weight"] > 0
     search.recover()
     assert search.n_rejected == 0
-    least = least_macs()
+    few = least_macs()
     with pytest.raises(ConfigError, match="100 other random first architectures exceed the limits"):
-        make(max_macs=least)
-    assert macs(make(max_macs=least, over_limit="reweigh")) == least
+        make(max_macs=few)
+    assert macs(make(max_macs=few, over_limit="reweigh")) == few
