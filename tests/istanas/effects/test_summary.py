@@ -63,20 +63,24 @@ def test_the_probabilities_of_a_decision_sum_to_the_number_that_it_keeps(space: 
         assert kept[part].sum() == pytest.approx(decision.sparsity)
 
 
-def test_intervals_cover_planted_effects() -> None:
-    """Over 60 studies with different effects, 95 % intervals cover 95 % of the effects."""
+@pytest.mark.parametrize(("n", "least"), [(80, 0.92), (50, 0.88), (30, 0.84), (20, 0.8)])
+def test_intervals_cover_planted_effects(n: int, least: float) -> None:
+    """Over 60 studies with different effects, 95 % intervals cover 95 % of the effects, or less after few measurements.
+
+    The variances are estimated, and count as known.
+    """
     covered, widths = [], []
-    measured = balanced_design(NAS_BENCH_201, 80, seed=0)
+    measured = balanced_design(NAS_BENCH_201, n, seed=0)
     rows = coded(NAS_BENCH_201, measured)
     for seed in range(60):
         rng = np.random.default_rng(seed)
         truth = sum_to_zero(NAS_BENCH_201, rng.standard_normal(30))
-        score = rows @ truth + 1.5 * rng.standard_normal(80)
+        score = rows @ truth + 1.5 * rng.standard_normal(n)
         low, high = summary_of(NAS_BENCH_201, measured, list(np.exp(-score))).intervals.T
         scaled = truth / score.std()  # scores are in standard deviations of the measured ones
         covered.append(((low <= scaled) & (scaled <= high)).mean())
         widths.append((high - low).mean() / np.std(truth / score.std()))
-    assert 0.92 <= np.mean(covered) <= 0.98
+    assert least <= np.mean(covered) <= 0.98
     assert np.mean(widths) < 2.5  # in standard deviations of an effect; without measurements it is 3.9
 
 
