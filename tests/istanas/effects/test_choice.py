@@ -100,6 +100,8 @@ def test_free_places_get_different_architectures_that_are_not_pending() -> None:
     assert len(set(chosen)) == 8
     assert not pending & set(chosen)
     assert thompson(NAS_BENCH_201, posterior, 8, seed=0, excluded=pending) == chosen
+    # What is drawn for one place is the first of what is drawn for several.
+    assert thompson(NAS_BENCH_201, posterior, 1, seed=0, excluded=pending) == chosen[:1]
     wide = posterior_of(rng.normal(size=(20, 30)))
     assert thompson(NAS_BENCH_201, wide, 8, seed=0) != thompson(NAS_BENCH_201, wide, 8, seed=1)
     for n in (0, 21):

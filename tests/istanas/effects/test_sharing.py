@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from istanas.effects import (
+    Posterior,
     architecture,
     balanced_design,
     coded,
@@ -13,7 +14,7 @@ from istanas.effects import (
     ridge,
 )
 from istanas.effects.fit import _evidence
-from istanas.effects.sharing import RATIOS, operations, prior_root
+from istanas.effects.sharing import RATIOS, operations, prior_root, unrooted
 from istanas.space import CellSpace, NasBench201Space
 
 SPACE = NasBench201Space()
@@ -25,6 +26,13 @@ def test_the_root_has_the_covariance_of_own_and_shared_parts(space: NasBench201S
     L, O = prior_root(space, ratio), operations(space)  # noqa: E741
     np.testing.assert_allclose(L @ L.T, np.eye(len(O)) + ratio * O @ O.T, atol=1e-10)
     assert (O.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_prior_variance_is_that_of_an_effect(ratio: float) -> None:
+    """The own part has the variance 1, so that an effect has 1 + r."""
+    posterior = Posterior(np.zeros(30), np.eye(30), 1.0, 1.0, np.zeros((1, 30)), np.ones(30))
+    assert unrooted(posterior, prior_root(SPACE, ratio)).prior_variance == pytest.approx(1.0 + ratio)
 
 
 def planted(

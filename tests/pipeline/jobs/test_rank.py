@@ -116,6 +116,35 @@ def test_a_diverged_training_has_the_lowest_score() -> None:
     assert math.isfinite(judge["information_per_second"])  # JSON has no infinity
 
 
+def test_a_judge_whose_trainings_have_all_diverged_says_nothing() -> None:
+    diverged = [-math.inf] * 8
+    figures = evaluate([*rows(TRUTH, np.arange(8.0), 1.0), *rows("short", diverged, 1.0)], "", 0.0)
+    assert figures["judges"][0]["tau"] is None
+
+
+def test_a_diverged_retraining_has_the_lowest_score(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate lets retrainings diverge, and the command still compares the judges."""
+    assert rank("--set", "retrain.lr=1e30", "--set", "retrain.grad_clip=null", "--epochs", "1", "--json") == 0
+    result = printed(capsys)
+    scores = {row["score"] for row in result["judgements"] if row["judge"] == TRUTH}
+    assert scores == {None}
+    assert result["judges"][-1]["tau"] is None
+
+
+def test_a_fresh_comparison_leaves_finished_runs_as_they_are(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rank("--epochs", "1", "--json") == 0
+    before = {
+        path: (path / "run.json").read_bytes() for path in Path("runs").iterdir() if "-rank-" not in path.name
+    }
+    assert rank("--epochs", "1", "--fresh", "--json") == 0
+    assert {path: (path / "run.json").read_bytes() for path in before} == before
+    capsys.readouterr()
+
+
 def test_equal_scores_have_no_correlation() -> None:
     figures = evaluate([*rows(TRUTH, np.arange(8.0), 1.0), *rows("short", np.ones(8), 1.0)], "", 0.0)
     assert figures["judges"][0]["tau"] is None

@@ -296,6 +296,12 @@ def test_the_length_of_a_search_is_recovered_from_its_seconds(epochs: int) -> No
     assert search_epochs([first, middle, middle, last], total) == epochs
 
 
+def test_a_search_that_stopped_at_once_and_an_outlier_give_a_length() -> None:
+    assert search_epochs([2.0], 10.0) == 5
+    assert search_epochs([2.0, 4.0], 30.0) == 10
+    assert search_epochs([9.0, 1.0, 1.0, 50.0, 1.0], 20.0) == 12  # the median of the middle epochs
+
+
 @pytest.mark.parametrize("spent", [0.0, 30.0, 59.5, 85.0, 97.9, 98.1, 150.0])
 def test_a_retraining_at_the_expected_pace_stays_within_the_cost(spent: float) -> None:
     epochs = retraining_epochs(100.0, spent, 1.5, 20)
@@ -361,6 +367,14 @@ def test_a_configured_method_without_a_retraining_or_a_cost_is_refused(
 ) -> None:
     (project / "own.yaml").write_text(f"method: {method}\ndata: {{holdout: 0.1}}\n")
     assert error(capfd, "versus", "--config", "own.yaml", "--against", against).startswith(message)
+
+
+def test_concurrent_trainings_are_refused(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their seconds are those of shares of the machine."""
+    text = "method: measured\ndata: {holdout: 0.1}\nsearch: {stages: [[4, 1]], max_concurrent: 2}\n"
+    (project / "own.yaml").write_text(text)
+    message = "error: search.max_concurrent: 2 trainings at a time have no seconds that can be compared; set it to 1"
+    assert error(capfd, "versus", "--config", "own.yaml").startswith(message)
 
 
 def test_settings_that_a_method_does_not_have_are_left_out_and_named(
