@@ -361,7 +361,7 @@ def _searched(study: _Study, entrant: Entrant, config: Config, configured: Versu
         config = config.model_copy(update={"search": config.search.lasting(epochs, available)})
     search = study.search(config, entrant.name)
     newest = _epoch_seconds(search)
-    if len(newest) >= PROBE_EPOCHS:
+    if len(newest) >= 3:  # a first, a middle and a last epoch
         study.paces[entrant.label] = newest
     return study.cell(entrant.label, config, search, config.retrain.epochs)
 

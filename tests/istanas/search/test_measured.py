@@ -419,7 +419,7 @@ def test_the_metrics_of_a_measurement_are_those_of_its_last_epoch() -> None:
         seen.append(search.metrics())
         assert ("measured/predicted" in seen[-1]) == (before is not None and "measured/epochs" in seen[-1])
         if "measured/predicted" in seen[-1]:
-            (row,) = coded(BENCH, [current.kept])
+            (row,) = coded(BENCH, [current])
             assert seen[-1]["measured/predicted"] == pytest.approx(float(row @ before.mean))
             deviation = math.sqrt(row @ before.covariance @ row)
             assert seen[-1]["measured/predicted_deviation"] == pytest.approx(deviation)

@@ -32,6 +32,7 @@ tracking: {enabled: false}
 COMMANDS = (
     "benchmark",
     "versus",
+    "rank",
     "search",
     "retrain",
     "run",
@@ -121,7 +122,7 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
     assert ("--config FILE" in out) == (command not in SERVED)
     assert ("--address URL" in out) == (command in SERVED)
-    jobs = command in ("search", "retrain", "run", "sweep", "benchmark", "versus")
+    jobs = command in ("search", "retrain", "run", "sweep", "benchmark", "versus", "rank")
     assert ("--fresh" in out) == jobs
     for option in ("--workers N|MIN:MAX", "--address ADDR"):
         assert (option in out) == (jobs or command == "doctor")

@@ -35,6 +35,8 @@ def test_each_setting_comes_from_its_key(method: str) -> None:
         "test_every": 3,
         "max_pictures": 10,
         "alpha_fraction": 0.25,
+        "cost": "params",
+        "over_limit": "reweigh",
     }
     names = {field.name for field in fields(kind)} - WITHOUT_KEY
     values = {
