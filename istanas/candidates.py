@@ -6,24 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from istanas.errors import ConfigError
-from istanas.measure import Cost, count_macs
+from istanas.measure import Cost, count_macs, count_params
 from istanas.nets.choice import chosen_network
 from istanas.nets.operations import make_operation
 from istanas.nets.skeleton import cell_places
+from istanas.settings import CostUnit
 from istanas.space import CELLS, N_CELL_INPUTS, ChoiceSpace, NetworkSize, SearchSpace
 
 if TYPE_CHECKING:
     from istanas.space import CellSpace
     from istanas.sparse.lasso import Array
-
-Unit = Literal["macs", "params"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def choice_candidates(
 
 @lru_cache(maxsize=32)
 def candidate_costs(
-    space: SearchSpace, size: NetworkSize, shape: tuple[int, int, int], unit: Unit, *, total: bool = False
+    space: SearchSpace, size: NetworkSize, shape: tuple[int, int, int], unit: CostUnit, *, total: bool = False
 ) -> Mapping[str, tuple[Array, ...]]:
     """Return the cost of each candidate, averaged over the places where it stands, or their sum.
 
@@ -168,6 +167,4 @@ def candidate_costs(
 
 
 def _cost(place: PlacedCandidate) -> Cost:
-    parameters = list(place.module.parameters())
-    params = sum(p.numel() for p in parameters)
-    return Cost(params, count_macs(place.module, place.shape))
+    return Cost(count_params(place.module), count_macs(place.module, place.shape))

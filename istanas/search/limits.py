@@ -64,9 +64,8 @@ def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[
         >>> cheapest(NasBench201Space(), costs)["cell"]
         [(1,), (1,), (1,), (1,), (1,), (1,)]
     """
-    from istanas.effects.choice import (
-        best_architecture,  # imports scipy.stats, which most searches do not need
-    )
+    # Imported here because of scipy.stats, which most searches do not need.
+    from istanas.effects.choice import best_architecture
     from istanas.effects.coding import supports_of
 
     flat = np.concatenate([np.asarray(costs[d.kind][d.index], np.float64) for d in space.all_decisions()])
@@ -93,12 +92,8 @@ class Limits:
         cost: Callable[[Genotype], Cost] | None,
         candidate_costs: CostsOfCandidates | None,
     ) -> None:
-        self._space, self._settings, self._cost, self._candidate_costs = (
-            space,
-            settings,
-            cost,
-            candidate_costs,
-        )
+        self._space, self._settings = space, settings
+        self._cost, self._candidate_costs = cost, candidate_costs
 
     @property
     def exist(self) -> bool:
@@ -107,9 +102,7 @@ class Limits:
 
     def costs_in(self, unit: CostUnit, *, total: bool) -> CandidateCosts:
         """Return the costs of candidates in a unit, as the mean over their places, or in `total`."""
-        assert self._candidate_costs is not None, (
-            "limits and weights of costs require the costs of candidates"
-        )
+        assert self._candidate_costs is not None, "limits and weights require the costs of candidates"
         return self._candidate_costs(unit, total)
 
     def excess(self, supports: Supports) -> Excess | None:

@@ -156,7 +156,7 @@ class SparseCodingSearch(Search[Settings]):
     def _exchanged(self, recovered: Sequence[Recovered]) -> list[Recovered]:
         """Exchange kept candidates of these nodes for cheaper ones until the limits are kept, see `Limits.within`.
 
-        If other nodes are FROZEN, the result may still exceed a limit. The caller then keeps the previous codes.
+        If other nodes are FROZEN, the result may still exceed a limit, and a one-stage search rejects it.
         """
         magnitudes: dict[str, list[list[float]]] = {
             kind: [[0.0] * d.n_candidates for d in each]

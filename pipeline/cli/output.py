@@ -152,7 +152,7 @@ def show_benchmark_result(result: Mapping[str, Any], as_json: bool, console: Con
 
     notes = [note for note in (table_note(result), tau_note(result)) if note is not None]
     ranks = {"method": 0, "rank": 0, "true accuracy (%)": 1, "regret (points)": 3, "deviation": 4}
-    _show_methods(result, as_json, console, config, methods_table(result), ranks, notes, BENCHMARK_PAGE)
+    _show_table(result, as_json, console, config, methods_table(result), ranks, notes, BENCHMARK_PAGE)
 
 
 def show_versus_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
@@ -161,35 +161,37 @@ def show_versus_result(result: Mapping[str, Any], as_json: bool, console: Consol
 
     ranks = {"method": 0, "test accuracy (%)": 0, "cost ratio": 1, "seconds": 3, "deviation": 4}
     notes = [NOTE, *result["cost_sentences"]]
-    _show_methods(result, as_json, console, config, methods_table(result), ranks, notes, VERSUS_PAGE)
+    _show_table(result, as_json, console, config, methods_table(result), ranks, notes, VERSUS_PAGE)
 
 
-def _show_methods(
+def _show_table(
     result: Mapping[str, Any],
     as_json: bool,
     console: Console,
     config: Config,
-    methods: tuple[list[str], list[list[str]]],
+    table: tuple[list[str], list[list[str]]],
     ranks: Mapping[str, int],
     notes: Sequence[str],
     page: str,
 ) -> None:
-    """Print a table of methods, notes about it, the comparisons in words, and where the files are.
+    """Print a table, notes about it, what it says in words, and where the files are.
 
     Args:
         result: The result of the job.
         as_json: Whether to print it for programs, too.
         console: The console for people.
         config: The job's configuration.
-        methods: Headings and rows of the table.
+        table: Its headings and rows; the first column has the names of the rows.
         ranks: Heading -> rank of the column, see `pipeline.base.fitted_table.Column`; 2 for others.
         notes: Sentences about the table.
         page: The file that has everything.
     """
     from pipeline.base.fitted_table import Column, FittedTable
 
-    headings, rows = methods
-    columns = [Column(heading, right=heading != "method", rank=ranks.get(heading, 2)) for heading in headings]
+    headings, rows = table
+    columns = [
+        Column(heading, right=heading != headings[0], rank=ranks.get(heading, 2)) for heading in headings
+    ]
     console.print(FittedTable(columns, rows, rest=f"{page} and --json have everything"), crop=False)
     for line in (*notes, *result["sentences"], *result["files"]):
         console.print(line, highlight=False, soft_wrap=True)
@@ -200,18 +202,12 @@ def _show_methods(
 
 def show_rank_result(result: Mapping[str, Any], as_json: bool, console: Console, config: Config) -> None:
     """Print how well the judges rank, what that says in words, and where the files are."""
-    from pipeline.base.fitted_table import Column, FittedTable
     from pipeline.report.rank_page import judges_note, judges_table
 
-    headings, rows = judges_table(result)
     ranks = {"judge": 0, "tau": 0, "seconds": 1, "nats/min": 1}
-    columns = [Column(heading, right=heading != "judge", rank=ranks.get(heading, 2)) for heading in headings]
-    console.print(FittedTable(columns, rows, rest=f"{RANK_PAGE} and --json have everything"), crop=False)
-    for line in (judges_note(result), *result["sentences"], *result["files"]):
-        console.print(line, highlight=False, soft_wrap=True)
-    show_store(console, config)
-    if as_json:
-        print_json(result)
+    _show_table(
+        result, as_json, console, config, judges_table(result), ranks, [judges_note(result)], RANK_PAGE
+    )
 
 
 def show_store(console: Console, config: Config) -> None:

@@ -30,6 +30,7 @@ from istanas.effects import (
     spike_and_slab,
     thompson,
 )
+from istanas.effects.sharing import RATIOS
 from istanas.effects.sparse_fit import Criterion
 from istanas.space import SearchSpace
 
@@ -54,20 +55,15 @@ def by_ridge(
     losses: Sequence[float],
     seed: int,
     previous: Posterior | None = None,
+    *,
+    ratios: Sequence[float] = (0.0,),
 ) -> Posterior:
-    """Return the ridge posterior with independent effects."""
-    return fit_effects(space, done, losses, [1] * len(done), n_draws=8, seed=seed, ratios=(0.0,))
+    """Return the ridge posterior, by default with independent effects."""
+    return fit_effects(space, done, losses, [1] * len(done), n_draws=8, seed=seed, ratios=ratios)
 
 
-def by_sharing(
-    space: SearchSpace,
-    done: Sequence[Architecture],
-    losses: Sequence[float],
-    seed: int,
-    previous: Posterior | None = None,
-) -> Posterior:
-    """Return the ridge posterior that shares effects between the places of an operation, as searches use it."""
-    return fit_effects(space, done, losses, [1] * len(done), n_draws=8, seed=seed)
+by_sharing = partial(by_ridge, ratios=RATIOS)
+"""The ridge posterior that shares effects between the places of an operation, as searches use it."""
 
 
 def by_spike(
