@@ -27,10 +27,11 @@ from pipeline.jobs.entrants import (
     comparison_row,
     context_of,
     entrants,
+    execute_study,
     identity,
     seed_metrics,
 )
-from pipeline.jobs.lifecycle import JobSteps, Outcome, execute, settled_spec, write_page
+from pipeline.jobs.lifecycle import Outcome, settled_spec, write_page
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.results import OneStageResult, SearchResult
@@ -179,16 +180,8 @@ def run_benchmark(
         truth = read_truth(table, space, facts)
         return _finish(run, observer, spec, truth, found, space)
 
-    steps = JobSteps(
-        datasets=lambda _: (),  # the seed changes the split; each search records its own
-        prepare=prepare,
-        warn=lambda _: [],
-        run=run_all,
-        describe=lambda _: "",
-        rebuild_metrics=lambda: metrics_lines(RunDir(spec.path).read().result, now_ms()),
-        has_report=False,
-    )
-    return cast(BenchmarkResult, execute(context.with_config(spec.config), spec, steps))
+    result = execute_study(context, spec, prepare, run_all, metrics_lines)
+    return cast(BenchmarkResult, result)
 
 
 def _search_all(

@@ -1,9 +1,9 @@
-"""The methods that a benchmark or a comparison at equal cost lets run for several seeds, and their statistics."""
+"""What jobs that consist of searches and retrainings share: methods that take part, runs, statistics, execution."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,9 @@ from istanas.statistics import Comparison
 from pipeline.config.load import load, run_hash, with_method, with_search_of
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
-from pipeline.jobs.lifecycle import check_data, settled
+from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, settled
+from pipeline.jobs.observer import RunObserver
+from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.search import check_solver
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
@@ -108,6 +110,36 @@ def check_entrants(
         config = settled(each.config, context.console)
         check_solver(config.space.solver)
         check_data(config, dataset, jobs)
+
+
+def execute_study(
+    context: JobContext,
+    spec: JobSpec,
+    prepare: Callable[[ImageDataset], ImageDataset],
+    run: Callable[[RunDir, RunObserver, ImageDataset], Outcome],
+    metrics_lines: Callable[[Mapping[str, Any], int], list[MetricsLine]],
+    warn: Callable[[], list[str]] = list,
+) -> dict[str, Any]:
+    """Execute a job that consists of searches and retrainings, each of which is a run of its own.
+
+    Args:
+        context: The context of the job.
+        spec: The identity of its run.
+        prepare: See `pipeline.jobs.lifecycle.JobSteps`.
+        run: See `pipeline.jobs.lifecycle.JobSteps`.
+        metrics_lines: Returns the metrics of a result, with a time in ms.
+        warn: Returns warnings.
+    """
+    steps = JobSteps(
+        datasets=lambda _: (),  # each search and retraining records its own; the seed changes the split
+        prepare=prepare,
+        warn=lambda _: warn(),
+        run=run,
+        describe=lambda _: "",
+        rebuild_metrics=lambda: metrics_lines(RunDir(spec.path).read().result, now_ms()),
+        has_report=False,
+    )
+    return execute(context.with_config(spec.config), spec, steps)
 
 
 def context_of(

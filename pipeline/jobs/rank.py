@@ -26,8 +26,8 @@ from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
 from pipeline.jobs.budget import with_retrain_epochs
 from pipeline.jobs.context import JobContext
-from pipeline.jobs.entrants import context_of
-from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, settled_spec, write_page
+from pipeline.jobs.entrants import context_of, execute_study
+from pipeline.jobs.lifecycle import Outcome, check_data, settled_spec, write_page
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.retrain import run_retrain
@@ -177,16 +177,8 @@ def run_rank(
         rows, seconds_once = _judge_all(context_of_run, run, observer, dataset, drawn, short, truth)
         return _finish(run, observer, spec, truth, rows, seconds_once)
 
-    steps = JobSteps(
-        datasets=lambda _: (),  # each search and retraining records its own
-        prepare=prepare,
-        warn=lambda _: [],
-        run=run_all,
-        describe=lambda _: "",
-        rebuild_metrics=lambda: metrics_lines(RunDir(spec.path).read().result, now_ms()),
-        has_report=False,
-    )
-    return cast(RankResult, execute(context.with_config(config), spec, steps))
+    result = execute_study(context, spec, prepare, run_all, metrics_lines)
+    return cast(RankResult, result)
 
 
 def short_epochs(config: Config, given: Sequence[int] | None, has_table: bool) -> list[int]:

@@ -35,10 +35,11 @@ from pipeline.jobs.entrants import (
     comparison_row,
     context_of,
     entrants,
+    execute_study,
     identity,
     seed_metrics,
 )
-from pipeline.jobs.lifecycle import JobSteps, Outcome, execute, settled_spec, write_page
+from pipeline.jobs.lifecycle import Outcome, settled_spec, write_page
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec, now_ms
 from pipeline.jobs.results import OneStageResult, RetrainResult, SearchResult
@@ -165,16 +166,10 @@ def run_versus(context: JobContext, *, seeds: int, against: Sequence[str] = ("ra
         cells = _run_all(_Study(context, run, observer), listed, seeds)
         return _finish(run, observer, spec, cells)
 
-    steps = JobSteps(
-        datasets=lambda _: (),  # the seed changes the split; each run records its own
-        prepare=prepare,
-        warn=lambda _: _warnings(seeds, len(listed) - 1),
-        run=run_all,
-        describe=lambda _: "",
-        rebuild_metrics=lambda: metrics_lines(RunDir(spec.path).read().result, now_ms()),
-        has_report=False,
+    result = execute_study(
+        context, spec, prepare, run_all, metrics_lines, lambda: _warnings(seeds, len(listed) - 1)
     )
-    return cast(VersusResult, execute(context.with_config(spec.config), spec, steps))
+    return cast(VersusResult, result)
 
 
 def _check(config: Config, listed: Sequence[Entrant], seeds: int) -> None:
