@@ -1,6 +1,7 @@
 """MLflow's user interface for a local store, served by a child process until Ctrl-C."""
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -134,7 +135,7 @@ def serve_ui(
         try:
             import mlflow  # noqa: F401  takes seconds, during which the server starts
 
-            _wait_until_up(server, address, log)
+            wait_until_up(server, address, log)
             announce(address, public_uri(uri), newest_run(uri, address))
             server.wait()
         except KeyboardInterrupt:
@@ -229,14 +230,27 @@ def _stop(server: "subprocess.Popen[str]") -> None:
             server.wait(STOP_SECONDS)
 
 
-def _wait_until_up(server: "subprocess.Popen[str]", address: str, log: IO[str]) -> None:
+def wait_until_up(server: "subprocess.Popen[str]", address: str, log: IO[str]) -> None:
+    """Return as soon as MLflow's server answers.
+
+    Args:
+        server: The process of the server.
+        address: The address of its user interface.
+        log: What the server prints.
+
+    Raises:
+        IstanasError: the server ended, or does not answer within `START_SECONDS`.
+    """
     deadline = time.monotonic() + START_SECONDS
     # Without proxies, which cannot reach this machine's loopback interface.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise _ended(server, log)
-        with contextlib.suppress(OSError), direct.open(f"{address}/health", timeout=5):
+        # Until the server listens, TCP may connect the socket to itself if the port is one that the system assigns to
+        # connections; the answer is then the request, which is not HTTP's status line.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            direct.open(f"{address}/health", timeout=5).close()
             return
         time.sleep(0.2)
     raise IstanasError(

@@ -4,6 +4,7 @@ import contextlib
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import textwrap
@@ -18,15 +19,14 @@ import pytest
 
 from istanas.errors import ConfigError, IstanasError
 from pipeline.tracking.store import open_client
-from pipeline.tracking.ui import free_port, newest_run, serve_ui
+from pipeline.tracking.ui import free_port, newest_run, serve_ui, wait_until_up
 from tests.pipeline.cli.test_commands import unignore_sigint
+from tests.ports import unused_port
 
 
 @contextlib.contextmanager
 def taken_port() -> Iterator[int]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+    with socket.create_server(("127.0.0.1", unused_port())) as listener:
         yield listener.getsockname()[1]
 
 
@@ -66,6 +66,30 @@ def test_served_beside_a_taken_port_and_ended_cleanly(tmp_path: Path) -> None:
     assert alive == []
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(found[0], timeout=5)
+
+
+class EchoesOnce(socketserver.StreamRequestHandler):
+    """Sends the first request back, as a socket does that is connected to itself; answers the others."""
+
+    requests = 0
+
+    def handle(self) -> None:
+        request = self.rfile.readline()
+        type(self).requests += 1
+        self.wfile.write(request if self.requests == 1 else b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+def test_an_answer_that_is_not_http_is_asked_for_again(tmp_path: Path) -> None:
+    with (
+        socketserver.TCPServer(("127.0.0.1", 0), EchoesOnce) as server,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as running,
+        (tmp_path / "log").open("w+") as log,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        wait_until_up(running, f"http://127.0.0.1:{server.server_address[1]}", log)
+        running.communicate("\n")
+        server.shutdown()
+    assert EchoesOnce.requests == 2
 
 
 class WantsAPassword(BaseHTTPRequestHandler):
