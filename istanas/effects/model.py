@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from istanas.effects.coding import Array
 from istanas.errors import ConfigError
@@ -44,6 +43,8 @@ def normal_scores(losses: Sequence[float] | Array) -> Array:
 
     Source: Blom, Statistical Estimates and Transformed Beta-Variables, 1958.
     """
+    from scipy.stats import rankdata  # Its import takes 0.7 s, which every command would spend.
+
     values = np.asarray(losses, dtype=np.float64)
     ranks = rankdata(np.where(np.isfinite(values), values, np.inf))
     return np.asarray(-ndtri((ranks - 0.375) / (len(values) + 0.25)) if len(values) else values)
