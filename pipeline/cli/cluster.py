@@ -12,7 +12,7 @@ from pipeline.base.redaction import without_secrets
 from pipeline.cli import search_and_train
 from pipeline.cli.options import GIVEN_PLUGINS, Command, json_option
 from pipeline.cli.output import console_for, print_json, program_name
-from pipeline.cli.settings import load_config
+from pipeline.jobs.settings import load_config
 
 if TYPE_CHECKING:
     from pipeline.cluster.job_server import Job, JobServer
@@ -78,7 +78,7 @@ def submit(
     listed = f"{program_name()} jobs --address {without_secrets(address)}"
     with _interruptible(f"the job may have been submitted; list the jobs: {listed}"):
         if job == "sweep" and not options.get("dry_run"):
-            from pipeline.sweep.space import check_space
+            from pipeline.sweeps.space import check_space
 
             check_space(config)
         server, started = submit_job(submission, address, job_id, say)

@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.options import complete_file, complete_folder, job_options
 from pipeline.cli.output import console_for, show_benchmark_result, show_rank_result, show_versus_result
-from pipeline.cli.settings import config_of_search, load_config
+from pipeline.jobs.settings import config_of_search, load_config
 
 
 def _split(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from pipeline.cli.options import (
     json_option,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
-from pipeline.cli.settings import load_config, run_and_config
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
+from pipeline.jobs.settings import load_config, run_and_config
 
 
 @click.command()

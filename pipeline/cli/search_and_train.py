@@ -12,7 +12,7 @@ import click
 
 from pipeline.cli.options import complete_file, job_options
 from pipeline.cli.output import console_for, print_json, show_result, show_sweep_result
-from pipeline.cli.settings import load_config, load_for_genotype
+from pipeline.jobs.settings import load_config, load_for_genotype
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -91,7 +91,7 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, **settings: Any) -> None:
     Optuna chooses the settings; Ray Tune places the trials and stops unpromising ones early.
     """
     config, name = load_config(**settings)
-    from pipeline.sweep.job import print_dry_run, run_sweep
+    from pipeline.sweeps.job import print_dry_run, run_sweep
 
     with _context(config, name, as_json, fresh) as context:
         if dry_run:

@@ -12,7 +12,7 @@ import click
 
 from pipeline.cli.options import complete_file, config_options, json_option, placement_options
 from pipeline.cli.output import console_for, print_json
-from pipeline.cli.settings import load_config, load_for_genotype
+from pipeline.jobs.settings import load_config, load_for_genotype
 
 
 @click.command(name="config")

@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 
 
 def conflicts_of(config: Config) -> Iterator[ConflictError]:
-    """Yield every conflict of a configuration. A sweep's space is checked by `pipeline.sweep.space`."""
+    """Yield every conflict of a configuration. A sweep's space is checked by `pipeline.sweeps.space`."""
     for name in ("search", "retrain"):
         section = getattr(config, name)
         if section.lr_min > section.lr:

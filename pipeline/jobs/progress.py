@@ -5,6 +5,7 @@ A log file has no bar. Its lines include the progress, and a long epoch writes a
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -25,6 +26,11 @@ from pipeline.base.text import duration
 # Reading the figures in the bar at every step would slow down training.
 SECONDS_BETWEEN_READINGS = 0.5
 SECONDS_BETWEEN_SIGNS = 120.0  # between two lines in a log file during a long epoch
+
+
+def draws_bars(console: Console) -> bool:
+    """Return whether a console can draw a progress bar: a terminal, or a notebook in which ipywidgets is installed."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 class EpochBar:
@@ -60,7 +66,7 @@ class EpochBar:
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not draws_bars(console),
         )
         self._task = self._progress.add_task(label, total=None, figures="")
         self._clock, self._seconds_between_readings = clock, seconds_between_readings

@@ -23,8 +23,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pipeline.cli.commands import run
 from pipeline.report.run_page import write_report
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.report import sweep_frame, write_figures
-from tests.pipeline.sweep.test_job import ended_sweep
+from pipeline.sweeps.report import sweep_frame, write_figures
+from tests.pipeline.sweeps.test_job import ended_sweep
 
 RUN = [
     *("run", "--json", "--set", "runtime.threads=1", "--set", "data.holdout=0.2", "--set", "search.epochs=4"),

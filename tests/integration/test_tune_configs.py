@@ -16,7 +16,7 @@ from istanas.errors import ConfigError
 from pipeline.cli.commands import cli
 from pipeline.config.load import default_file, load
 from pipeline.config.schema import RuntimeSettings
-from pipeline.sweep.space import check_space
+from pipeline.sweeps.space import check_space
 from pipeline.tracking.references import genotype_to_train
 from pipeline.training.build import network_cost
 from pipeline.training.compute import choose_compute

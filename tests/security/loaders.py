@@ -26,7 +26,7 @@ from pipeline.runs import checkpoint
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
 from pipeline.runs.layout import EPOCH_LOGS
-from pipeline.sweep import space as sweep_space
+from pipeline.sweeps import space as sweep_space
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
 from tests.pipeline.training.made_up import as_version_0_1, record_of
 

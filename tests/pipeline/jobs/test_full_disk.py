@@ -19,9 +19,9 @@ from pipeline.runs import checkpoint, epoch_log
 from pipeline.runs.directory import RunDir
 from pipeline.runs.epoch_log import LogEnd
 from pipeline.runs.layout import EPOCH_LOGS
-from pipeline.sweep.searcher import StudySearcher
-from pipeline.sweep.study import BLOCKED, open_study, own_trials
-from pipeline.sweep.trial import failure
+from pipeline.sweeps.searcher import StudySearcher
+from pipeline.sweeps.study import BLOCKED, open_study, own_trials
+from pipeline.sweeps.trial import failure
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.tiny_search import SETTINGS, decided, search
 

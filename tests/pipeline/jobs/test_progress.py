@@ -7,7 +7,7 @@ from rich.console import Console
 
 from istanas.training import Metrics
 from pipeline.jobs.progress import EpochBar
-from pipeline.sweep.bookkeeping import seconds_left
+from pipeline.sweeps.bookkeeping import seconds_left
 
 
 class Clock:

@@ -26,12 +26,12 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.environment import write_environment
 from pipeline.runs.genotype_file import write_genotype
 from pipeline.runs.record import RunRecord
-from pipeline.sweep.job import SECTIONS
-from pipeline.sweep.report import sweep_frame, write_figures
+from pipeline.sweeps.job import SECTIONS
+from pipeline.sweeps.report import sweep_frame, write_figures
 from pipeline.tracking.store import open_client
 from pipeline.tracking.tracker import MLflowTracker
 from tests.pipeline.report.pages import Page
-from tests.pipeline.sweep.test_job import ended_sweep
+from tests.pipeline.sweeps.test_job import ended_sweep
 from tests.pipeline.tracking.test_data_label import RECORD
 
 TINY = ["space.nodes=2", "runtime={threads: 1, device: cpu}", "tracking.enabled=false"]

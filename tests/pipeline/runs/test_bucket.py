@@ -38,8 +38,8 @@ from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.runs.lease import Owner
 from pipeline.runs.mirror import Mirror
 from pipeline.runs.object_storage import Objects, file_system
-from pipeline.sweep.study import BLOCKED
-from pipeline.sweep.trial import failure
+from pipeline.sweeps.study import BLOCKED
+from pipeline.sweeps.trial import failure
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest, load_progress, read_records
 from tests.pipeline.jobs.test_lifecycle import TINY
 from tests.pipeline.training.made_up import record_of, save_epoch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.settings import load_config
+from pipeline.jobs.settings import load_config
 from pipeline.report import genotypes_frame, results_frame
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import DatasetUse, RunRecord, data_label

@@ -13,8 +13,8 @@ from optuna.exceptions import StorageInternalError
 from pipeline.cluster.tune import FINISHED
 from pipeline.config.load import load
 from pipeline.runs.directory import RunDir
-from pipeline.sweep.searcher import StudySearcher
-from pipeline.sweep.study import open_study, own_trials
+from pipeline.sweeps.searcher import StudySearcher
+from pipeline.sweeps.study import open_study, own_trials
 from pipeline.tracking.notices import OF_THIS_PROCESS
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress

@@ -10,7 +10,7 @@ from istanas.errors import ConfigError
 from pipeline.cli.commands import run
 from pipeline.config.load import default_file, load
 from pipeline.jobs.lifecycle import check_data
-from pipeline.sweep.check import warnings_of_space
+from pipeline.sweeps.check import warnings_of_space
 from pipeline.training.data_checks import warnings_of
 
 

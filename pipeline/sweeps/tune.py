@@ -14,10 +14,10 @@ from pipeline.cluster.tune import LossReasons, TuneJob, run_tune
 from pipeline.config.keys import known_methods
 from pipeline.config.schema import Config, SearchSection, config_class
 from pipeline.jobs.observer import RunObserver
-from pipeline.sweep.bookkeeping import TrialRuns
-from pipeline.sweep.searcher import StudySearcher, make_scheduler
-from pipeline.sweep.space import methods_of, sweep_of, values_of
-from pipeline.sweep.trial import run_trial
+from pipeline.sweeps.bookkeeping import TrialRuns
+from pipeline.sweeps.searcher import StudySearcher, make_scheduler
+from pipeline.sweeps.space import methods_of, sweep_of, values_of
+from pipeline.sweeps.trial import run_trial
 
 EPOCH_KEYS = ("search.epochs", "search.max_search_epochs", "search.train_epochs")
 

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.base.text import count
 from pipeline.config.schema import Config
 from pipeline.runs.record import MetricsLine
-from pipeline.sweep.space import sweep_of
-from pipeline.sweep.study import first_number, own_trials
+from pipeline.sweeps.space import sweep_of
+from pipeline.sweeps.study import first_number, own_trials
 
 
 def finished(study: Study) -> list[FrozenTrial]:

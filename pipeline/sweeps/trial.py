@@ -30,7 +30,7 @@ from pipeline.jobs.search import run_search
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import CHECKPOINTS, TRIAL_LOG
-from pipeline.sweep.study import BLOCKED, EPOCH, TOP1, WARNED
+from pipeline.sweeps.study import BLOCKED, EPOCH, TOP1, WARNED
 from pipeline.tracking.store import open_client, store_uri
 from pipeline.training.epoch_record import Progress, load_progress, read_progress
 from pipeline.training.pictures import open_dataset

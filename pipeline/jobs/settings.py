@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from istanas.errors import CheckpointError, ConfigError
 from pipeline.base.redaction import without_secrets
@@ -51,6 +51,31 @@ def load_config(
     given, run = _with_short(overrides, short), run_of_config(path)
     config = load(path, given) if run is None else load_of_run(path, run, given)
     return config, config.tracking.name or _name_of(path, run)
+
+
+def overrides_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return settings as the values of --set.
+
+    Example:
+        >>> overrides_of({"seed": 1, "search.lr": 0.1, "retrain": {"epochs": 3}, "data.root": "pictures"})
+        ('seed=1', 'search.lr=0.1', 'retrain={"epochs": 3}', 'data.root="pictures"')
+
+    Raises:
+        ConfigError: A value is not a number, a text, a truth value, None, or a list or dictionary of them.
+    """
+    given = []
+    for key, value in settings.items():
+        try:
+            given.append(
+                f"{key}={json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"
+            )
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{value!r:.80} cannot be written to a configuration file",
+                field=key,
+                remedy="give a number, a text, True, False, None, or a list or dictionary of them",
+            ) from None
+    return tuple(given)
 
 
 def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
@@ -154,8 +179,8 @@ def _check_store_of(origin: Origin, config: Config) -> None:
 
 def _with_short(overrides: tuple[str, ...], short: Mapping[str, str | int | None]) -> tuple[str, ...]:
     """Return the overrides, followed by those that the options set."""
-    return overrides + tuple(
-        f"{SHORT[option]}={json.dumps(value)}" for option, value in short.items() if value is not None
+    return overrides + overrides_of(
+        {SHORT[option]: value for option, value in short.items() if value is not None}
     )
 
 

@@ -29,10 +29,10 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.outcome import INTERRUPTED, PRUNED
 from pipeline.runs.tags import Tag
-from pipeline.sweep.report import sweep_frame
-from pipeline.sweep.resume import describe_resumed, finished, metrics_of_trials
-from pipeline.sweep.space import Settings, readable, sweep_of, trial_config
-from pipeline.sweep.study import WARNED, own_trials, save_study
+from pipeline.sweeps.report import sweep_frame
+from pipeline.sweeps.resume import describe_resumed, finished, metrics_of_trials
+from pipeline.sweeps.space import Settings, readable, sweep_of, trial_config
+from pipeline.sweeps.study import WARNED, own_trials, save_study
 from pipeline.tracking.store import public_uri, store_uri
 from pipeline.training.pictures import settle_stems
 

@@ -13,9 +13,9 @@ from ray.tune.search import Searcher
 from istanas.errors import ConfigError, IstanasError
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.sweep.searcher import StudySearcher, make_scheduler
-from pipeline.sweep.space import Settings
-from pipeline.sweep.study import best_trial, n_failed, open_study, own_study, own_trials, storage_uri
+from pipeline.sweeps.searcher import StudySearcher, make_scheduler
+from pipeline.sweeps.space import Settings
+from pipeline.sweeps.study import best_trial, n_failed, open_study, own_study, own_trials, storage_uri
 
 SWEEP = """
 sweep:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.cluster.places import Plan, trials_that_fit
 from pipeline.config.schema import Config
 from pipeline.config.workers import Node, workers_that_fit
-from pipeline.sweep.space import sweep_of
+from pipeline.sweeps.space import sweep_of
 
 
 def plan_trials(config: Config, nodes: Sequence[Node]) -> Plan:

@@ -10,7 +10,7 @@ from istanas.training import derive_seed
 from pipeline.config.schema import Config
 from pipeline.jobs.lifecycle import check_data
 from pipeline.jobs.search import check_solver
-from pipeline.sweep.space import (
+from pipeline.sweeps.space import (
     N_CHECKED,
     Settings,
     check_space,

@@ -20,9 +20,9 @@ from istanas.training import derive_seed
 from pipeline.base.text import one_line
 from pipeline.cluster.tune import FAILED, FINISHED, TaskSearcher
 from pipeline.config.schema import OBJECTIVES, Config
-from pipeline.sweep.resume import unfinished
-from pipeline.sweep.space import Settings, suggest, sweep_of
-from pipeline.sweep.study import (
+from pipeline.sweeps.resume import unfinished
+from pipeline.sweeps.space import Settings, suggest, sweep_of
+from pipeline.sweeps.study import (
     BLOCKED,
     EPOCH,
     FIGURES,

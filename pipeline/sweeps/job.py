@@ -27,19 +27,19 @@ from pipeline.jobs.opening import JobSpec
 from pipeline.jobs.results import SweepResult
 from pipeline.runs.directory import RunDir
 from pipeline.runs.record import DatasetUse, MetricsLine
-from pipeline.sweep.bookkeeping import TrialRuns
-from pipeline.sweep.check import check_sweep, warnings_of_space
-from pipeline.sweep.finish import finish_sweep
-from pipeline.sweep.plan import divide, plan_trials
-from pipeline.sweep.resume import finished, metrics_of_trials
-from pipeline.sweep.searcher import first_settings
-from pipeline.sweep.space import check_space, readable, sweep_of
-from pipeline.sweep.study import (
+from pipeline.sweeps.bookkeeping import TrialRuns
+from pipeline.sweeps.check import check_sweep, warnings_of_space
+from pipeline.sweeps.finish import finish_sweep
+from pipeline.sweeps.plan import divide, plan_trials
+from pipeline.sweeps.resume import finished, metrics_of_trials
+from pipeline.sweeps.searcher import first_settings
+from pipeline.sweeps.space import check_space, readable, sweep_of
+from pipeline.sweeps.study import (
     ended_study,
     open_study,
     storage_uri,
 )
-from pipeline.sweep.tune import run_trials_of_sweep
+from pipeline.sweeps.tune import run_trials_of_sweep
 from pipeline.tracking.store import public_uri
 from pipeline.training.pictures import datasets_used
 

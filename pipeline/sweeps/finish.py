@@ -34,9 +34,9 @@ from pipeline.runs.layout import (
     cell_figures,
 )
 from pipeline.runs.tags import Tag
-from pipeline.sweep.report import sweep_frame, write_figures
-from pipeline.sweep.space import Settings, sweep_of
-from pipeline.sweep.study import best_trial, own_study
+from pipeline.sweeps.report import sweep_frame, write_figures
+from pipeline.sweeps.space import Settings, sweep_of
+from pipeline.sweeps.study import best_trial, own_study
 from pipeline.training.pictures import settle_stems
 
 

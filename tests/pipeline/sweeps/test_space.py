@@ -12,7 +12,7 @@ from istanas.registry import registering_for, unregister
 from istanas.space import ChoiceSpace, Decision, NetworkSize, register_space
 from istanas.space.choice import Choose
 from pipeline.config.load import load, run_hash, to_yaml
-from pipeline.sweep.space import (
+from pipeline.sweeps.space import (
     check_space,
     random_settings,
     readable,

@@ -29,7 +29,7 @@ from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import OWNER_OBJECT
 from pipeline.runs.lease import Lease
 from pipeline.runs.mirror import Mirror
-from pipeline.sweep.study import open_study, save_study
+from pipeline.sweeps.study import open_study, save_study
 from pipeline.tracking.store import open_client
 from pipeline.training.epoch_record import Progress
 from tests.pipeline.jobs.test_lifecycle import TINY

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.base.text import count, short_names
 from pipeline.config.schema import Config
-from pipeline.sweep.space import sweep_of, trial_config
-from pipeline.sweep.study import SETTINGS
+from pipeline.sweeps.space import sweep_of, trial_config
+from pipeline.sweeps.study import SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,9 +20,9 @@ from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
-from pipeline.sweep.figures import draw_freezing, draw_plots
-from pipeline.sweep.space import sweep_of
-from pipeline.sweep.study import SETTINGS, own_study
+from pipeline.sweeps.figures import draw_freezing, draw_plots
+from pipeline.sweeps.space import sweep_of
+from pipeline.sweeps.study import SETTINGS, own_study
 
 
 def sweep_frame(config: Config, study: Study) -> pd.DataFrame:

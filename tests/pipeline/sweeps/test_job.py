@@ -20,19 +20,19 @@ from pipeline.config.schema import Config
 from pipeline.config.workers import Node
 from pipeline.jobs.opening import as_written
 from pipeline.report.trials import COLUMNS, kendall_tau, read_table, trials_table, write_table
-from pipeline.sweep.bookkeeping import describe_trial
-from pipeline.sweep.check import check_sweep
-from pipeline.sweep.figures import draw_plots
-from pipeline.sweep.plan import plan_trials
-from pipeline.sweep.report import sweep_frame, write_figures
-from pipeline.sweep.searcher import StudySearcher
-from pipeline.sweep.space import trial_config
-from pipeline.sweep.study import open_study, own_study, own_trials
-from pipeline.sweep.tune import max_epochs
+from pipeline.sweeps.bookkeeping import describe_trial
+from pipeline.sweeps.check import check_sweep
+from pipeline.sweeps.figures import draw_plots
+from pipeline.sweeps.plan import plan_trials
+from pipeline.sweeps.report import sweep_frame, write_figures
+from pipeline.sweeps.searcher import StudySearcher
+from pipeline.sweeps.space import trial_config
+from pipeline.sweeps.study import open_study, own_study, own_trials
+from pipeline.sweeps.tune import max_epochs
 from pipeline.training.epoch_record import FolderStore
 from pipeline.training.loop import retrain_worker, search_worker
 from pipeline.training.observer import Silent
-from tests.pipeline.sweep.test_study import Listener
+from tests.pipeline.sweeps.test_study import Listener
 
 SWEEP = "sweep={space: {search.lr: {uniform: [0.01, 0.1]}}}"
 

@@ -25,7 +25,7 @@ from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import STUDY_FILE
-from pipeline.sweep.space import distribution, encoded, settings_of_point, sweep_of
+from pipeline.sweeps.space import distribution, encoded, settings_of_point, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
 # Keys of the reports that a trial sends, in addition to those of `pipeline.cluster.tune`.

@@ -1,0 +1,149 @@
+"""The Python API: the runs of the commands, typed results, event loops, interrupts and errors in one line."""
+
+import _thread
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline
+from istanas.errors import ConfigError
+from istanas.space import Genotype
+from pipeline.cli.commands import run as command_line
+
+TINY = """
+data: {name: digits, holdout: 0.8}
+space: {nodes: 1, ops: [skip_connect, max_pool_3x3]}
+search: {epochs: 3, batch_size: 64, init_channels: 2, layers: 3, max_pictures: 128}
+retrain: {epochs: 2, batch_size: 64, init_channels: 2, layers: 2, auxiliary_weight: 0, cutout: 0}
+runtime: {threads: 1, device: cpu}
+tracking: {enabled: false}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with a configuration file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("python"))
+        Path("tiny.yaml").write_text(TINY)
+        yield Path()
+
+
+@pytest.fixture(scope="module")
+def trained() -> "pipeline.FinishedRun[Any]":
+    async def main() -> "pipeline.FinishedRun[Any]":
+        return pipeline.run("tiny.yaml", quiet=True, seed=3)
+
+    return asyncio.run(main())  # a notebook calls it inside a running event loop, too
+
+
+def test_the_retraining_with_its_search_network_and_epochs(trained: "pipeline.FinishedRun[Any]") -> None:
+    search = trained.parent
+    assert search is not None
+    assert (trained.kind, search.kind, search.parent) == ("retrain", "search", None)
+    assert trained.genotype == search.genotype == Genotype.from_dict(trained.result["genotype"])
+    assert (trained.config.seed, trained.config.retrain.epochs) == (3, 2)
+    assert search.history["epoch"].tolist() == [1, 2, 3]
+    assert trained.history["test/top1"].iloc[-1] == trained.result["test_top1"]
+    assert trained.class_names == tuple("0123456789")
+    assert trained.network is trained.network
+    assert not trained.network.training
+    assert trained.network(torch.zeros(2, *trained.card.shape)).shape == (2, 10)
+
+
+def test_a_command_and_a_call_have_the_same_run(
+    trained: "pipeline.FinishedRun[Any]", capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert capsys.readouterr() == ("", ""), "quiet"
+    assert command_line(["run", "--config", "tiny.yaml", "--set", "seed=3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == trained.result
+    found = pipeline.search("tiny.yaml", seed=3)
+    assert f"search: already finished, see {found.path}" in capsys.readouterr().out
+    again = pipeline.retrain(found, "tiny.yaml", quiet=True, seed=3)
+    assert again.path == trained.path
+    assert pipeline.load(again.path).result == pipeline.load(again.path.name).result == again.result
+
+
+def test_settings_may_be_sections_lists_paths_and_none(folder: Path) -> None:
+    found = pipeline.search(
+        folder / "tiny.yaml",
+        quiet=True,
+        search={"epochs": 1, "batch_size": 64, "init_channels": 2, "layers": 3, "max_pictures": 128},
+        **{
+            "space.ops": ["max_pool_3x3", "avg_pool_3x3"],
+            "tracking.name": None,
+            "runtime.runs_dir": Path("elsewhere #1"),
+        },
+    )
+    assert found.path.parent == Path("elsewhere #1")
+    assert found.config.search.max_epochs == 1
+    assert found.config.space.ops == ["max_pool_3x3", "avg_pool_3x3"]
+
+
+def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> None:
+    files = pipeline.export(trained, quiet=True)
+    assert set(files) == {"safetensors", "program", "onnx"}
+    assert all(file.stat().st_size > 0 for file in files.values())
+    assert pipeline.export(trained.path, quiet=True) == files
+
+
+def interrupt_after_an_epoch(run_dirs: str) -> None:
+    """Interrupt the main thread, as Ctrl-C does, when a run has written its first epoch."""
+    while not any(Path().glob(f"{run_dirs}/metrics.jsonl")):
+        time.sleep(0.01)
+    _thread.interrupt_main()
+
+
+def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
+    settings: dict[str, Any] = {"seed": 4, "search.epochs": 60, "runtime.runs_dir": "interrupted"}
+    thread = threading.Thread(target=interrupt_after_an_epoch, args=["interrupted/*"])
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.search("tiny.yaml", quiet=True, **settings)
+    thread.join(timeout=60)
+    (run_dir,) = Path("interrupted").iterdir()
+    with pytest.raises(ConfigError, match="is INTERRUPTED; wait until it has finished, or resume it"):
+        pipeline.load(run_dir)
+    found = pipeline.search("tiny.yaml", quiet=True, **settings)
+    assert found.path.name == run_dir.name
+    assert found.history["epoch"].tolist() == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: pipeline.search("no.yaml"), r"no\.yaml: cannot be read"),
+        (lambda: pipeline.search("tiny.yaml", sed=3), "sed: unknown key"),
+        (lambda: pipeline.search("tiny.yaml", **{"search.lr": math.nan}), "search.lr"),
+        (lambda: pipeline.search("tiny.yaml", seed=torch), "^seed: <module 'torch'.* cannot be written to a"),
+        (lambda: pipeline.retrain("no.json", "tiny.yaml"), "no.json"),
+        (lambda: pipeline.load("no-run"), "no-run"),
+        (lambda: pipeline.sweep("tiny.yaml"), "sweep"),
+        (lambda: pipeline.search("tiny.yaml", plugins=["no.py"]), "no.py"),
+    ],
+)
+def test_a_wrong_call_is_one_line(call: Any, line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as error:
+        call()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_search_has_no_network(trained: "pipeline.FinishedRun[Any]") -> None:
+    assert trained.parent is not None
+    with pytest.raises(ConfigError, match="has no trained network; give its retraining"):
+        _ = trained.parent.network
+
+
+def test_workers_that_import_pipeline_do_not_load_the_jobs() -> None:
+    line = "import sys, pipeline; sys.exit('torch' in sys.modules or not callable(pipeline.run))"
+    assert subprocess.run([sys.executable, "-c", line], check=False).returncode == 0
