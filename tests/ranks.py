@@ -19,6 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from istanas.distributed import Ranks
 
 SECONDS = 200
+# Imported once in each test process, from which the ranks are forked. Each would take two seconds for its imports.
+PRELOADED = ["torch.distributed", "torch.nn.parallel", "istanas.data", "istanas.nets", "istanas.search"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def run_ranks(functions: Sequence[Callable[[], Any]], size: int) -> list[list[Ou
     Returns:
         The outcomes of each function, by rank.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_run, args=(functions, rank, size, folder), daemon=True)

@@ -259,7 +259,9 @@ def reading(command: str, folder: Path) -> list[str]:
 def test_an_invalid_record_is_a_one_line_error(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "run.json"
     file.write_text(RECORDS[name](json.loads(file.read_text())))
-    for command in READERS:
+    # All commands read a record with the same function. The first one is given to each of them.
+    number = list(RECORDS).index(name)
+    for command in READERS if number == 0 else READERS[number % len(READERS) :][:1]:
         assert_refused(confined(reading(command, folder), folder), 1, "run.json: ")
 
 

@@ -680,6 +680,8 @@ def test_an_interrupt_in_mid_epoch_is_one_line_and_the_run_resumes(
     assert stopped.read().tags["istanas.outcome"] == "INTERRUPTED"
     done = len(stopped.metrics())
     assert 2 <= done < 12
+    if number != signal.SIGINT:
+        return  # the resumption does not depend on the signal
     resumed, out, err = istanas(*arguments, "--json")
     assert resumed == 0, err
     assert out.count("\n") == 1

@@ -736,11 +736,11 @@ def test_a_diverged_run_stops_and_the_same_command_with_rollback_goes_on(
     # The stopped run goes on, and so does one that is stopped in an attempt after the rollback, bit for bit.
     assert exact(run_diverging(job, few, tmp_path / "stopped")) == exact(history)
     assert newest(tmp_path / "stopped") == newest(tmp_path / "whole")
-    for stop_at in ((epoch, 1), (len(history) - 1, 2)):
-        with pytest.raises(KeyboardInterrupt):
-            run_diverging(job, few, tmp_path / f"{stop_at}", StopsAfterRollback(stop_at))
-        assert exact(run_diverging(job, few, tmp_path / f"{stop_at}")) == exact(history)
-        assert newest(tmp_path / f"{stop_at}") == newest(tmp_path / "whole")
+    stop_at = (epoch, 1) if job == "search" else (len(history) - 1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_diverging(job, few, tmp_path / "interrupted", StopsAfterRollback(stop_at))
+    assert exact(run_diverging(job, few, tmp_path / "interrupted")) == exact(history)
+    assert newest(tmp_path / "interrupted") == newest(tmp_path / "whole")
 
 
 class StopsAfterRollback(Watcher):

@@ -105,9 +105,18 @@ def corrected_label(folder: Folder) -> None:
 # ---------- a result belongs to its pictures
 
 
-@pytest.mark.parametrize("change", [more_pictures, another_class, corrected_label])
-@pytest.mark.parametrize("kind", ["search", "retrain"])
-@pytest.mark.parametrize("state", ["finished", "unfinished", "finished by version 0.1"])
+@pytest.mark.parametrize(
+    ("state", "kind", "change"),
+    [
+        *(
+            (state, kind, corrected_label)
+            for state in ("finished", "unfinished", "finished by version 0.1")
+            for kind in ("search", "retrain")
+        ),
+        ("finished", "search", more_pictures),
+        ("unfinished", "retrain", another_class),
+    ],
+)
 def test_a_run_is_refused_once_its_pictures_have_changed(
     state: str, kind: str, change: Any, folder: Folder
 ) -> None:
