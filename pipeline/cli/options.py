@@ -66,9 +66,10 @@ def config_options(command: Command) -> Command:
     return click.option(
         "--config",
         "file",
-        metavar="FILE",
+        metavar="FILE|NAME",
         shell_complete=complete_file,
-        help="Configuration file (YAML). Without it, the configuration of the handwritten digits is used.",
+        help="Configuration file (YAML), or the name of one that istanas config --list shows. Without it, the "
+        "configuration of the handwritten digits is used.",
     )(command)
 
 

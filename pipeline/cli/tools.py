@@ -25,26 +25,48 @@ from pipeline.jobs.settings import load_config, load_for_genotype
     "without KEY, all keys are listed.",
 )
 @click.option("--json-schema", "schema", is_flag=True, help="Write the JSON schema of the file, for editors.")
+@click.option("--list", "listed", is_flag=True, help="List the configurations that istanas contains.")
+@click.option("--copy", "copied", metavar="NAME", help="Print one of them as it is, with its comments.")
 @config_options
 @json_option
 def config_command(
-    describe: str | None, schema: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
+    describe: str | None,
+    schema: bool,
+    listed: bool,
+    copied: str | None,
+    file: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Print the resolved configuration, or explain its keys.
+    """Print or list configurations, or explain their keys.
 
-    The output is a valid configuration file: istanas config --config FILE --set search.epochs=10 > my.yaml. Passwords
-    in the addresses of stores are left out. The ranges of a sweep are checked by istanas sweep --dry-run.
+    Without an option, the resolved configuration is printed. The output is a valid configuration file: istanas config
+    --config FILE --set search.epochs=10 > my.yaml. Passwords in the addresses of stores are left out. The ranges of a
+    sweep are checked by istanas sweep --dry-run.
     """
-    alone = [
-        name for name, given in (("--describe", describe is not None), ("--json-schema", schema)) if given
-    ]
+    options = (
+        ("--describe", describe is not None),
+        ("--json-schema", schema),
+        ("--list", listed),
+        ("--copy", copied is not None),
+    )
+    alone = [name for name, given in options if given]
     others = [name for name, given in (("--config", file), ("--set", overrides)) if given]
     if alone and len(alone + others) > 1:
         raise click.UsageError(f"{alone[0]} does not take {(alone + others)[1]}, leave one of them out")
     from pipeline.config import describe as description
     from pipeline.config import load as configuration
 
-    if describe is not None:
+    if listed:
+        purposes = {name: configuration.purpose(file) for name, file in configuration.shipped_files().items()}
+        if as_json:
+            print_json({"configurations": purposes})
+        else:
+            width = max(map(len, purposes))
+            click.echo("\n".join(f"{name:{width}}  {text}" for name, text in purposes.items()))
+    elif copied is not None:
+        click.echo(configuration.shipped_file(copied).read_text(), nl=False)
+    elif describe is not None:
         keys = description.describe(describe)
         if as_json:
             print_json({"keys": [key.as_json() for key in keys]})

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +62,65 @@ _NOT_HASHED_SWEEP = (
 def default_file() -> Path:
     """Return the configuration file that job commands use without --config. Its data are scikit-learn's digits."""
     return Path(__file__).resolve().parents[2] / "tune_configs" / "digits_quickstart.yaml"
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return the configuration files that the package contains, by name.
+
+    Example:
+        >>> shipped_files()["digits_quickstart"].name
+        'digits_quickstart.yaml'
+    """
+    return {file.stem: file for file in sorted(default_file().parent.glob("*.yaml"))}
+
+
+def shipped_file(name: str) -> Path:
+    """Return a configuration file of the package.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    files = shipped_files()
+    if name not in files:
+        close = difflib.get_close_matches(name, files, 1)
+        raise ConfigError(
+            "neither a file nor a configuration of istanas",
+            field=f"configuration {name!r:.80}",
+            remedy=f"did you mean {close[0]}?" if close else "istanas config --list shows those of istanas",
+        )
+    return files[name]
+
+
+def configuration_file(given: str | None) -> Path:
+    """Return the configuration file that a user names: a path, or the name of one that the package contains.
+
+    Args:
+        given: A path or a name; None for the default one. A file in the working directory precedes a name.
+
+    Raises:
+        ConfigError: It looks like a name, and there is no such configuration.
+
+    Example:
+        >>> configuration_file("one_stage_digits").name, str(configuration_file("my/own.yaml"))
+        ('one_stage_digits.yaml', 'my/own.yaml')
+    """
+    if given is None:
+        return default_file()
+    path = Path(given)
+    is_name = given.isidentifier() and not path.exists()
+    return shipped_file(given) if is_name else path
+
+
+def purpose(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a configuration file.
+
+    Example:
+        >>> purpose(shipped_files()["random_digits"])
+        'A random cell, retraining and tracking on the digits of scikit-learn: the baseline of every search.'
+    """
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return text.partition(". ")[0].rstrip(".") + "."
 
 
 def example_file(method: str) -> Path:

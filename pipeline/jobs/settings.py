@@ -34,11 +34,11 @@ def load_config(
     """Return the configuration of a command, and the name of its runs.
 
     Args:
-        file: The configuration file; None for the default one.
+        file: The configuration file, or the name of one that the package contains; None for the default one.
         overrides: The values of --set.
         short: The values of options that set a single key, see `SHORT`.
     """
-    from pipeline.config.load import default_file, load
+    from pipeline.config.load import configuration_file, load
     from pipeline.tracking.references import load_of_run, run_of_config
 
     if file is not None and "://" in file:
@@ -47,7 +47,7 @@ def load_config(
             field=f"--config {without_secrets(file)!r:.80}",
             remedy="give a file on this machine",
         )
-    path = default_file() if file is None else Path(file)
+    path = configuration_file(file)
     given, run = _with_short(overrides, short), run_of_config(path)
     config = load(path, given) if run is None else load_of_run(path, run, given)
     return config, config.tracking.name or _name_of(path, run)

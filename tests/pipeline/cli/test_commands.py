@@ -113,6 +113,21 @@ def error_lines(err: str) -> list[str]:
     return lines
 
 
+# ---------- the configurations of the package
+def test_shipped_configurations_are_listed_copied_and_named(istanas: Command, repo_root: Path) -> None:
+    code, out, err = istanas("config", "--list")
+    names = {file.stem for file in (repo_root / "tune_configs").glob("*.yaml")}
+    assert (code, err, {line.split()[0] for line in out.splitlines()}) == (0, "", names)
+    assert set(json.loads(istanas("config", "--list", "--json")[1])["configurations"]) == names
+    shipped = (repo_root / "tune_configs" / "gdas_digits.yaml").read_text()
+    assert istanas("config", "--copy", "gdas_digits") == (0, shipped, "")
+    by_name = istanas("config", "--config", "gdas_digits")
+    assert by_name == istanas("config", "--config", str(repo_root / "tune_configs" / "gdas_digits.yaml"))
+    for arguments in (["config", "--copy", "gdas_digit"], ["search", "--config", "gdas_digit"]):
+        code, _, err = istanas(*arguments)
+        assert (code, "did you mean gdas_digits?" in error_lines(err)[0]) == (2, True)
+
+
 # ---------- help and bad arguments
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(istanas: Command, command: str) -> None:

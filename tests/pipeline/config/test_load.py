@@ -12,11 +12,14 @@ from istanas.methods import METHODS
 from istanas.search import CLOSING_EPOCHS
 from istanas.space import PUBLISHED
 from pipeline.config.load import (
+    configuration_file,
     default_file,
     flat_params,
     known_methods,
     load,
+    purpose,
     run_hash,
+    shipped_files,
     to_tree,
     to_yaml,
     with_settings,
@@ -778,3 +781,31 @@ def test_a_search_section_of_another_length_is_a_valid_section(method: str) -> N
     changed = config.model_copy(update={"search": section})
     assert load(None, [], to_tree(changed)) == changed
     assert changed.search.max_epochs != config.search.max_epochs
+
+
+# ---------- configurations that the package contains
+def test_a_name_selects_a_shipped_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert configuration_file("random_digits") == shipped_files()["random_digits"]
+    assert load(configuration_file("random_digits")).method == "random"
+    (tmp_path / "random_digits").write_text("method: gdas")
+    assert load(configuration_file("random_digits")).method == "gdas", "a file in the working directory"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("random_digit", "did you mean random_digits?"),
+        ("xyz", "istanas config --list shows those of istanas"),
+    ],
+)
+def test_an_unknown_name_has_a_remedy(name: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        configuration_file(name)
+    problem = "neither a file nor a configuration of istanas"
+    assert str(error.value) == f"configuration '{name}': {problem}; {remedy}"
+
+
+def test_every_shipped_configuration_says_what_it_is_for() -> None:
+    for name, file in shipped_files().items():
+        assert 20 < len(purpose(file)) < 250, name

@@ -114,9 +114,7 @@ def in_this_process(
 
 # ---------- the command
 @pytest.mark.parametrize("name", RUNS)
-def test_a_profile_adds_up(
-    istanas: Command, in_this_process: Command, tmp_path: Path, name: str
-) -> None:
+def test_a_profile_adds_up(istanas: Command, in_this_process: Command, tmp_path: Path, name: str) -> None:
     arguments, plan = RUNS[name]
     command = istanas if name == "one-stage" else in_this_process
     code, out, err = command(*arguments, "--steps", "1", "--json")
