@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -271,16 +273,20 @@ def test_continuous_integration_script_runs_the_one_check(repo_root: Path) -> No
     assert commands[-1].startswith("python -m pytest")
 
 
-def test_the_wheel_holds_the_two_packages_and_the_configurations(
-    repo_root: Path, files: list[Path], tmp_path: Path
-) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(repo_root: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the committed files."""
+    folder = tmp_path_factory.mktemp("wheel")
     for path in files:
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_bytes((repo_root / path).read_bytes())
-    output_of([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)], source)
+        (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / path).write_bytes((repo_root / path).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    output_of(build, folder / "source")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
-    (wheel,) = tmp_path.glob("*.whl")
+
+def test_the_wheel_holds_the_two_packages_and_the_configurations(wheel: Path, files: list[Path]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         scripts = next(n for n in names if n.endswith("entry_points.txt"))
@@ -299,3 +305,44 @@ def test_the_wheel_holds_the_two_packages_and_the_configurations(
     assert templates
     assert templates <= set(names)
     assert f"{info}/licenses/LICENSE" in names
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_installed_wheel_runs_beside_a_folder_named_pipeline(wheel: Path, tmp_path: Path) -> None:
+    """Ray puts the working directory in front of its workers' paths. The dependencies are those of this environment."""
+    environment, here = tmp_path / "environment", tmp_path / "here"
+    venv.create(environment, with_pip=False)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python = str(environment / "bin" / "python")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        str(wheel),
+    ]
+    output_of(install, tmp_path)
+    (here / "pipeline").mkdir(parents=True)
+    (here / "pipeline" / "__init__.py").write_text("raise RuntimeError('the package of the user')")
+    settings = (
+        "search={epochs: 1, batch_size: 64, init_channels: 2, layers: 3, max_pictures: 128}",
+        "space.nodes=1",
+        "tracking.enabled=false",
+    )
+    command = [
+        str(environment / "bin" / "istanas"),
+        "search",
+        "--config",
+        "digits_quickstart",
+        "--workers",
+        "1",
+    ]
+    command += [argument for each in settings for argument in ("--set", each)]
+    result = json.loads(output_of([*command, "--json"], here))
+    assert (here / result["run_dir"] / "genotype.json").exists()

@@ -176,6 +176,10 @@ class Runtime:
             options |= {"num_cpus": cores}
         else:
             options |= {"address": self._address}
+        from pipeline.cluster.import_order import OwnPackagesFirst, hides_packages  # imports Ray
+
+        if hides_packages(Path.cwd()):
+            options |= {"job_config": OwnPackagesFirst()}
         send_errors_to_log()
         try:
             with uninterrupted(), children_ignore_hangups():
