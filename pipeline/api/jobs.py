@@ -4,13 +4,14 @@ Each function does what the command of its name does, in the calling process or 
 finished run. It can be called in a script, in a notebook, where the progress is a bar below the cell, and inside a
 running event loop. KeyboardInterrupt leaves a run that the same call resumes.
 
-Common arguments:
-    config: A configuration file; None for `tune_configs/digits_quickstart.yaml`.
-    fresh: Whether to delete the run directory of the same configuration and start over. Without it, the job resumes an
-        unfinished run and returns a finished one without any work.
-    quiet: Whether to write nothing.
-    plugins: Files of plugins, which register operations, spaces, methods or data sets.
-    settings: Single keys of the configuration, such as `seed=1` or `**{"search.epochs": 10}`.
+The arguments that several functions have:
+
+- `config`: a configuration file, or the name of one that the package contains; None for "digits_quickstart".
+- `fresh`: whether to delete the run directory of the same configuration and start over. Without it, the job resumes an
+  unfinished run and returns a finished one without any work.
+- `quiet`: whether to write nothing.
+- `plugins`: files of plugins, which register operations, spaces, methods or data sets.
+- `settings`: single keys of the configuration, such as `seed=1` or `**{"search.epochs": 10}`.
 
 Errors: a `ConfigError` names the field, the problem and the remedy; see `istanas.errors`.
 """

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from ray.job_config import JobConfig
 
-import pipeline
-
 PACKAGES = ("istanas", "pipeline")
-HOME = Path(pipeline.__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 
 
 def hides_packages(folder: Path) -> bool:
