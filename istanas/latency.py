@@ -280,6 +280,8 @@ class Latencies:
                     field=FIELD,
                     remedy="measure it again with istanas latency",
                 )
+        placed = [(place.candidate, scale * measured[place.variant]) for place in self._places]
+        self._costs = {total: combined_costs(space, placed, total=total) for total in (False, True)}
 
     def costs(self, *, total: bool) -> Mapping[str, tuple[Array, ...]]:
         """Return the latency of each candidate, as the mean over its places or, in `total`, as the sum.
@@ -287,8 +289,7 @@ class Latencies:
         Returns:
             See `istanas.candidates.candidate_costs`.
         """
-        placed = ((place.candidate, self._scale * self._measured[place.variant]) for place in self._places)
-        return combined_costs(self.space, placed, total=total)
+        return self._costs[total]
 
     def predict(self, genotype: Genotype) -> float:
         """Return the latency of a genotype's network in milliseconds."""

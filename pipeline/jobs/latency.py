@@ -22,7 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.jobs.context import say_to
 from pipeline.jobs.export_formats import check_packages
 from pipeline.jobs.lifecycle import load_data, settled
-from pipeline.training.build import network_size, shape_of, target_sizes
+from pipeline.training.build import check_networks, network_size, shape_of, target_sizes
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.latencies import Backend, measure_latencies, spread, write_table
 
@@ -64,9 +64,9 @@ def run_latency(
         check_packages("--backend onnxruntime")
     config = settled(config, console)
     dataset = load_data(config, console)
+    check_networks(config, dataset, ("search" if config.trains_target else "retrain",))
     compute = compute_for(config.runtime)
     space, size = config.space.build(), network_size(target_sizes(config), dataset)
-    space.check_size(size)
     shape = shape_of(dataset)
     say(f"{describe_place(compute, Ranks())}, {backend}, batch size {batch_size}")
     start = time.perf_counter()

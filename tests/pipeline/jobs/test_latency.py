@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from istanas.errors import ConfigError
@@ -115,11 +116,30 @@ def test_a_wrong_table_or_limit_is_refused_before_any_work(
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
-def test_a_table_that_cannot_be_written_is_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=absent/table.json"], "--out: absent/table.json cannot be written; name a regular file"),
+        (["--out=table.json", "--set=space.name=nas_bench_201"], "retrain.layers: 4 is not 3 N + 2"),
+        (["--out=table.json", "--device=cuda"], "runtime.device: cuda requires a GPU"),
+        (["--out=table.json", "--runs=1"], "Invalid value for '--runs': 1 is not in the range x>=2."),
+        ([], "Missing option '--out'."),
+    ],
+)
+def test_a_table_that_cannot_be_measured_or_written_is_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(["latency", "--out", str(tmp_path / "absent" / "table.json")]) == 2
-    assert "--out: " in capsys.readouterr().err
+    if torch.cuda.is_available() and "--device=cuda" in arguments:
+        pytest.skip("GPU: there is one")
+    monkeypatch.chdir(tmp_path)
+    assert run(["latency", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def printed(errors: list[float]) -> str:
