@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -16,9 +16,9 @@ from istanas.errors import ConfigError
 from istanas.measure import Cost, count_macs, count_params
 from istanas.nets.choice import chosen_network
 from istanas.nets.operations import make_operation
-from istanas.nets.skeleton import cell_places
-from istanas.settings import CostUnit
-from istanas.space import CELLS, N_CELL_INPUTS, ChoiceSpace, NetworkSize, SearchSpace
+from istanas.nets.skeleton import cell_places, live_places, live_states
+from istanas.settings import CountedUnit
+from istanas.space import CELLS, N_CELL_INPUTS, ChoiceSpace, Genotype, NetworkSize, SearchSpace
 
 if TYPE_CHECKING:
     from istanas.space import CellSpace
@@ -36,6 +36,7 @@ class PlacedCandidate:
         operation: The name of the operation.
         shape: (C, H, W) of its input.
         module: Its module, in eval mode. Candidates may share modules.
+        cell: The number of the cell in which the place lies, as in `SearchSpace.read_shares`.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class PlacedCandidate:
     operation: str
     shape: tuple[int, int, int]
     module: nn.Module
+    cell: int = 0
 
 
 def cell_candidates(
@@ -58,7 +60,7 @@ def cell_candidates(
     for _ in range(3 if size.stem == "imagenet" else 0):
         h, w = ceil(h / 2), ceil(w / 2)
     made: dict[tuple[str, int, int], nn.Module] = {}
-    for place in places:
+    for cell, place in enumerate(places):
         before = h, w
         if place.stride == 2:
             h, w = ceil(h / 2), ceil(w / 2)
@@ -69,8 +71,34 @@ def cell_candidates(
                 if key not in made:
                     made[key] = _operation(*key, size.op_batchnorm)
                 yield PlacedCandidate(
-                    place.kind, decision.index, candidate, operation, (place.channels, *side), made[key]
+                    place.kind,
+                    decision.index,
+                    candidate,
+                    operation,
+                    (place.channels, *side),
+                    made[key],
+                    cell,
                 )
+
+
+def cell_read_shares(genotype: Genotype, size: NetworkSize) -> tuple[float, ...]:
+    """Return the share of its two inputs that each cell of a target network reads, see `SearchSpace.read_shares`.
+
+    Example:
+        >>> from istanas.space import PUBLISHED
+        >>> cell_read_shares(PUBLISHED["ISTA_twostage"], NetworkSize(16, 3, 10))
+        (1.0, 1.0, 1.0)
+    """
+    places = cell_places(size.init_channels, size.layers, size.stem, dict.fromkeys(CELLS, 1))
+    states = {
+        kind: live_states([[s for _, s in node] for node in genotype.picks(kind)], genotype.concat(kind))
+        for kind in CELLS
+    }
+    live = live_places([place.kind for place in places], states)[N_CELL_INPUTS:]
+    return tuple(
+        sum(state in states[place.kind] for state in range(N_CELL_INPUTS)) / N_CELL_INPUTS if is_live else 0.0
+        for place, is_live in zip(places, live, strict=True)
+    )
 
 
 def _operation(name: str, channels: int, stride: int, op_batchnorm: bool) -> nn.Module:
@@ -124,7 +152,12 @@ def choice_candidates(
 
 @lru_cache(maxsize=32)
 def candidate_costs(
-    space: SearchSpace, size: NetworkSize, shape: tuple[int, int, int], unit: CostUnit, *, total: bool = False
+    space: SearchSpace,
+    size: NetworkSize,
+    shape: tuple[int, int, int],
+    unit: CountedUnit,
+    *,
+    total: bool = False,
 ) -> Mapping[str, tuple[Array, ...]]:
     """Return the cost of each candidate, averaged over the places where it stands, or their sum.
 
@@ -150,13 +183,31 @@ def candidate_costs(
         >>> costs["cell"][0].tolist()  # none, skip_connect, nor_conv_1x1, nor_conv_3x3, avg_pool_3x3
         [0.0, 0.0, 1866.6666666666667, 16202.666666666666, 0.0]
     """
-    found: dict[tuple[str, int, int], list[int]] = {}
     counted: dict[tuple[nn.Module, tuple[int, int, int]], Cost] = {}  # modules are compared by identity
-    for place in space.placed_candidates(size, shape):
-        key = place.module, place.shape
-        if key not in counted:
-            counted[key] = _cost(place)
-        found.setdefault((place.kind, place.index, place.candidate), []).append(getattr(counted[key], unit))
+
+    def placed() -> Iterator[tuple[tuple[str, int, int], float]]:
+        for place in space.placed_candidates(size, shape):
+            key = place.module, place.shape
+            if key not in counted:
+                counted[key] = _cost(place)
+            yield (place.kind, place.index, place.candidate), getattr(counted[key], unit)
+
+    return combined_costs(space, placed(), total=total)
+
+
+def combined_costs(
+    space: SearchSpace, placed: Iterable[tuple[tuple[str, int, int], float]], *, total: bool
+) -> Mapping[str, tuple[Array, ...]]:
+    """Return the cost of each candidate from its costs at all its places: their mean, or their sum.
+
+    Args:
+        space: The search space.
+        placed: For each place the candidate (kind, index of the decision, candidate), and its cost there.
+        total: Whether the costs are summed.
+    """
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for candidate, cost in placed:
+        found.setdefault(candidate, []).append(cost)
     combine = np.sum if total else np.mean
     return {
         kind: tuple(

@@ -38,16 +38,19 @@ class Cost:
     Args:
         params: Number of parameters, >= 0.
         macs: Multiply-adds of the forward pass of one picture, >= 0.
+        latency: Predicted milliseconds of a forward pass, see `istanas.latency`; `None` without a table.
 
     Example:
         >>> Cost(1, 2) + Cost(3, 4)
-        Cost(params=4, macs=6)
+        Cost(params=4, macs=6, latency=None)
     """
 
     params: int
     macs: int
+    latency: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
+        """Return the sum of what is counted. It has no latency, because the fixed parts of a network count once."""
         return Cost(self.params + other.params, self.macs + other.macs)
 
 

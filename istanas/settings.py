@@ -190,8 +190,11 @@ class SparseCodingSettings:
     solver: Solver = "homotopy"
 
 
-CostUnit = Literal["macs", "params"]
-"""What a candidate costs: multiply-adds of one picture, or parameters, see `istanas.candidates`."""
+CountedUnit = Literal["macs", "params"]
+"""A cost that is counted on modules: multiply-adds of one picture, or parameters, see `istanas.candidates`."""
+
+CostUnit = Literal[CountedUnit, "latency"]
+"""What a candidate costs: what is counted, or measured milliseconds, see `istanas.latency`."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,15 @@ class LimitSettings:
         max_params: Largest number of parameters of an architecture, without the auxiliary head. null disables the
             limit.
         max_macs: Largest number of multiply-adds of an architecture for one picture. null disables the limit.
+        max_latency_ms: Largest predicted latency of an architecture. null disables the limit. It requires
+            latency_table.
+        latency_table: File of measured latencies, which istanas latency writes for this configuration.
     """
 
     max_params: Annotated[int, Ge(1), Unit("parameters")] | None = None
     max_macs: Annotated[int, Ge(1), Unit("multiply-adds")] | None = None
+    max_latency_ms: Annotated[float, Gt(0), Unit("ms")] | None = None
+    latency_table: Annotated[str, MinLen(1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,8 +221,8 @@ class CostSettings(LimitSettings):
     """Settings of a search that prefers architectures of low cost. The cost is that of the target network.
 
     Args:
-        cost: Cost of a candidate: multiply-adds (macs) or parameters (params), averaged over the cells of the target
-            network.
+        cost: Cost of a candidate: multiply-adds (macs), parameters (params) or measured milliseconds (latency, which
+            requires latency_table), averaged over the cells of the target network.
         cost_weight: Weight mu of the costs; 0 ignores them, as published. In searches by sparse coding, the l1 norm of
             the codes weighs each candidate by 1 + mu cost / mean cost. In the other searches, mu times the expected
             cost, in units of that of equal probabilities, is added to the loss of the alphas.

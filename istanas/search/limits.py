@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,16 +24,38 @@ CostsOfCandidates = Callable[[CostUnit, bool], CandidateCosts]
 """Returns the costs of candidates in a unit, as the mean over their places or, if True, as the sum."""
 
 
+class Limit(NamedTuple):
+    """A setting that limits a cost: its name, the unit of the cost, and the unit in words."""
+
+    setting: str
+    unit: CostUnit
+    words: str
+
+
+LIMITS = (
+    Limit("max_params", "params", "parameters"),
+    Limit("max_macs", "macs", "multiply-adds"),
+    Limit("max_latency_ms", "latency", "ms"),
+)
+"""The settings of `LimitSettings`."""
+
+
 class Excess(NamedTuple):
     """A limit that an architecture exceeds: the setting, and a text."""
 
     limit: str
     text: str
 
-    @property
-    def unit(self) -> CostUnit:
-        """The unit of the limit."""
-        return "params" if self.limit == "max_params" else "macs"
+
+def limits_of(settings: LimitSettings) -> list[tuple[Limit, float]]:
+    """Return the limits that are set, with their values.
+
+    Example:
+        >>> [(limit.unit, most) for limit, most in limits_of(LimitSettings(max_macs=9))]
+        [('macs', 9)]
+    """
+    values = ((limit, getattr(settings, limit.setting)) for limit in LIMITS)
+    return [(limit, most) for limit, most in values if most is not None]
 
 
 def exceeded(settings: LimitSettings, cost: Cost) -> Excess | None:
@@ -42,13 +65,23 @@ def exceeded(settings: LimitSettings, cost: Cost) -> Excess | None:
         >>> exceeded(LimitSettings(max_params=10), Cost(params=11, macs=5)).text
         '11 parameters are above max_params = 10'
     """
-    for value, limit, name, unit in (
-        (cost.params, settings.max_params, "max_params", "parameters"),
-        (cost.macs, settings.max_macs, "max_macs", "multiply-adds"),
-    ):
-        if limit is not None and value > limit:
-            return Excess(name, f"{value:,} {unit} are above {name} = {limit:,}")
+    for limit, most in limits_of(settings):
+        value = getattr(cost, limit.unit)
+        if value > most:
+            return Excess(
+                limit.setting, f"{_shown(value)} {limit.words} are above {limit.setting} = {most:,}"
+            )
     return None
+
+
+def _shown(value: float) -> str:
+    """Return a cost in words. A fraction is rounded up, so that the shown number is a limit that the cost keeps.
+
+    Example:
+        >>> _shown(1234567), _shown(1.23412)
+        ('1,234,567', '1.235')
+    """
+    return f"{value:,}" if isinstance(value, int) else f"{math.ceil(value * 1000) / 1000:,}"
 
 
 def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[int, ...]]]:
@@ -98,7 +131,7 @@ class Limits:
     @property
     def exist(self) -> bool:
         """Whether there is a limit."""
-        return self._settings.max_params is not None or self._settings.max_macs is not None
+        return bool(limits_of(self._settings))
 
     def costs_in(self, unit: CostUnit, *, total: bool) -> CandidateCosts:
         """Return the costs of candidates in a unit, as the mean over their places, or in `total`."""
@@ -117,28 +150,28 @@ class Limits:
         Raises:
             ConfigError: If none was found. With one limit, the message has the smallest cost that was found.
         """
-        units: tuple[tuple[CostUnit, str], ...] = (("params", "max_params"), ("macs", "max_macs"))
-        limits = [(unit, limit) for unit, limit in units if getattr(self._settings, limit) is not None]
-        for unit, limit in limits:
-            most = getattr(self._settings, limit)
-            least = min(getattr(self._cost_of(each), unit) for each in self._cheapest(unit))
+        limits = limits_of(self._settings)
+        for limit, most in limits:
+            least = min(getattr(self._cost_of(each), limit.unit) for each in self._cheapest(limit.unit))
             if least > most:
                 raise ConfigError(
-                    f"{most:,} is below the cheapest architecture, which has {least:,}",
-                    field=limit,
-                    remedy=f"use {least:,} or more, or a smaller network",
+                    f"{most:,} is below the cheapest architecture, which has {_shown(least)}",
+                    field=limit.setting,
+                    remedy=f"use {_shown(least)} or more, or a smaller network",
                 )
-        if len(limits) == 2 and not self._found_within():
+        if len(limits) > 1 and not self._found_within():
+            *others, last = (f"{most:,} {limit.words}" for limit, most in limits)
             raise ConfigError(
-                f"no architecture was found that has at most {self._settings.max_params:,} parameters and "
-                f"{self._settings.max_macs:,} multiply-adds",
-                field="max_macs",
-                remedy="raise it or max_params, or use a smaller network",
+                f"no architecture was found that has at most {', '.join(others)} and {last}",
+                field=limits[-1][0].setting,
+                remedy=f"raise it or {limits[0][0].setting}, or use a smaller network",
             )
 
     def _found_within(self) -> list[dict[str, list[tuple[int, ...]]]]:
         """Return the cheapest architectures, in any unit, that are within the limits."""
         units: tuple[CostUnit, ...] = ("macs", "params")
+        if self._settings.max_latency_ms is not None:
+            units += ("latency",)
         return [each for unit in units for each in self._cheapest(unit) if self.excess(each) is None]
 
     def _cheapest(self, unit: CostUnit) -> Iterator[dict[str, list[tuple[int, ...]]]]:
@@ -215,15 +248,10 @@ class Limits:
 
         An exchange that saves some of this sum cannot be undone by a later one, so that exchanges end.
         """
-        limits: tuple[tuple[CostUnit, int | None], ...] = (
-            ("params", self._settings.max_params),
-            ("macs", self._settings.max_macs),
-        )
         shares = [
-            np.asarray(self.costs_in(unit, total=True)[decision.kind][decision.index], dtype=np.float64)
+            np.asarray(self.costs_in(limit.unit, total=True)[decision.kind][decision.index], dtype=np.float64)
             / most
-            for unit, most in limits
-            if most is not None
+            for limit, most in limits_of(self._settings)
         ]
         return np.asarray(sum(shares), dtype=np.float64)
 

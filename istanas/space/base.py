@@ -211,6 +211,17 @@ class SearchSpace(ABC):
             remedy="define placed_candidates, derive the space from ChoiceSpace, or use neither limits nor cost_weight",
         )
 
+    def read_shares(self, genotype: Genotype, size: NetworkSize) -> tuple[float, ...]:
+        """Return the share of its inputs that each cell of a genotype's network reads; 0 for one that does not run.
+
+        The prediction of latencies needs this. By default the result is empty: everything runs in every network.
+
+        Args:
+            genotype: The genotype.
+            size: The size of the network.
+        """
+        return ()
+
     def check_size(self, size: NetworkSize) -> None:  # noqa: B027 (a default, not an abstract method)
         """Check that the space has a network of this size. By default every size is accepted.
 

@@ -208,6 +208,12 @@ class CellSpace(SearchSpace):
 
         return cell_candidates(self, size, shape)
 
+    def read_shares(self, genotype: Genotype, size: NetworkSize) -> tuple[float, ...]:
+        """Return the share of its two inputs that each cell reads; 0 for one that does not run."""
+        from istanas.candidates import cell_read_shares
+
+        return cell_read_shares(genotype, size)
+
     def state_name(self, state: int) -> str:
         """Return the name of a state: an output of one of the two previous cells, or a node of this cell."""
         return state_name(state)

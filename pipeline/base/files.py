@@ -7,6 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from istanas.errors import ConfigError
+
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Replace a file's content so that a crash leaves either the old or the new content, never a mixture.
@@ -42,6 +44,29 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(target.parent)
+
+
+def writable_file(path: Path, field: str) -> Path:
+    """Return the file behind a path, with links resolved, if it can be written. Renaming a file to a link replaces it.
+
+    Args:
+        path: The file, which need not exist.
+        field: The option that named it, for error messages.
+
+    Raises:
+        ConfigError: It cannot be written, or would replace something that is not a regular file.
+    """
+    target = Path(os.path.realpath(path))
+    writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    if os.path.lexists(target):
+        writable = writable and target.is_file() and os.access(target, os.W_OK)
+    if not writable:
+        raise ConfigError(
+            f"{path} cannot be written",
+            field=field,
+            remedy="name a regular file in a writable folder",
+        )
+    return target
 
 
 def append(path: Path, data: bytes, *, at: int) -> None:

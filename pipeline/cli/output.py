@@ -69,6 +69,7 @@ def show_result(
         ("valid_top5", "validation top-5", lambda v: f"{100 * v:.2f} %"),
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
+        ("latency_ms", "predicted latency", lambda v: f"{v:.3g} ms"),
         ("seconds", "seconds", lambda v: f"{v:.1f}"),
     ):
         if key in result:

@@ -1,4 +1,4 @@
-"""The commands for the configuration and this machine: config, doctor and profile."""
+"""The commands for the configuration and this machine: config, doctor, profile and latency."""
 
 from __future__ import annotations
 
@@ -158,4 +158,63 @@ def profile(
         print_json(result)
 
 
-COMMANDS = (config_command, doctor, profile)
+@click.command()
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=complete_file,
+    metavar="FILE",
+    help="File of the table (JSON), which search.latency_table names.",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to measure on. Default: runtime.device."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "onnxruntime"]),
+    default="torch",
+    show_default=True,
+    help="What executes the networks.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: runtime.threads.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of pictures in a batch.",
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(min=2),
+    default=30,
+    show_default=True,
+    help="Number of runs of each candidate. A busy machine requires more.",
+)
+@config_options
+@json_option
+def latency(out: Path, backend: str, batch_size: int, runs: int, as_json: bool, **settings: Any) -> None:
+    """Measure how long each candidate takes, for a search.
+
+    Every candidate of the space is measured with the inputs that it has in the target network, and some random networks
+    as a whole. A search predicts the latency of networks from the table: search.max_latency_ms, search.cost=latency.
+    """
+    config, _ = load_config(**settings)
+    console = console_for(as_json)
+    from pipeline.jobs.latency import print_latency, run_latency
+
+    result = run_latency(
+        config,
+        backend="onnxruntime" if backend == "onnxruntime" else "torch",
+        batch_size=batch_size,
+        runs=runs,
+        out=out,
+        console=console,
+    )
+    print_latency(result, console)
+    if as_json:
+        print_json(result)
+
+
+COMMANDS = (config_command, doctor, profile, latency)

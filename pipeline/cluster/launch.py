@@ -32,7 +32,7 @@ from pipeline.cluster.process_group import torch_config
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.cluster.reservations import release
 from pipeline.config.plugins import ship
-from pipeline.config.schema import Config, DataSettings
+from pipeline.config.schema import Config
 from pipeline.runs.layout import LOG_FOLDER
 from pipeline.training.epoch_record import FolderStore, Progress, load_latest
 from pipeline.training.loop import retrain_worker, search_worker
@@ -365,15 +365,18 @@ def _on_workers(config: Config, allotment: Allotment) -> Config:
     runtime = config.runtime.model_copy(
         update={"device": allotment.compute.device.type, "threads": allotment.threads}
     )
-    return config.model_copy(update={"runtime": runtime, "data": with_absolute_paths(config.data)})
+    return with_absolute_paths(config.model_copy(update={"runtime": runtime}))
 
 
-def with_absolute_paths(data: DataSettings) -> DataSettings:
-    """Return the settings with absolute paths, which are valid in any working directory."""
-    paths = {key: getattr(data, key) for key in ("root", "cache_dir")}
-    return data.model_copy(
-        update={key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
-    )
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with absolute paths of the files that it reads, which any working directory can use."""
+    update = {}
+    for name, keys in (("data", ("root", "cache_dir")), ("search", ("latency_table",))):
+        section = getattr(config, name)
+        paths = {key: getattr(section, key, None) for key in keys}
+        absolute = {key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
+        update[name] = section.model_copy(update=absolute)
+    return config.model_copy(update=update)
 
 
 def _make_loss_callback(mailbox: Any) -> Any:

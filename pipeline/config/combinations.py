@@ -38,6 +38,7 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
             remedy="give --workers N",
         )
     yield from _warmup_conflicts(config)
+    yield from _latency_conflicts(config)
     at_once, workers = config.search.trials_at_once, config.runtime.worker_range.maximum
     if at_once > 1 and workers > 1:
         yield ConflictError(
@@ -106,6 +107,23 @@ def _warmup_conflicts(config: Config) -> Iterator[ConflictError]:
         if warmup >= epochs:
             yield ConflictError(
                 f"{warmup} is not less than {other} = {epochs}", fields=(key, other), remedy="lower it"
+            )
+
+
+def _latency_conflicts(config: Config) -> Iterator[ConflictError]:
+    """Yield the settings that require a table of latencies if there is none."""
+    search = config.search
+    if getattr(search, "latency_table", None) is not None:
+        return
+    for key, given in (
+        ("cost", getattr(search, "cost", None) == "latency"),
+        ("max_latency_ms", getattr(search, "max_latency_ms", None) is not None),
+    ):
+        if given:
+            yield ConflictError(
+                f"{getattr(search, key)} requires a table of latencies, and search.latency_table is null",
+                fields=(f"search.{key}", "search.latency_table"),
+                remedy="measure one with istanas latency, and set search.latency_table",
             )
 
 

@@ -19,7 +19,7 @@ from ruamel.yaml import YAMLError
 
 from istanas.checks import MIN_STEM_CHANNELS
 from istanas.errors import ConfigError
-from istanas.limits import CONFIG_DEPTH, SMALL_SIDE
+from istanas.limits import CONFIG_DEPTH, RECORD_BYTES, SMALL_SIDE, read_at_most
 from istanas.space import DEFAULT_SPACE
 from pipeline.base.redaction import without_secrets
 from pipeline.config.keys import is_known, is_text, known_keys, known_methods, schemas_of_methods
@@ -39,14 +39,15 @@ _HASHED = {
 _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 # Settings that were added after version 0.1, with the value that has no effect, for all methods ("") or one. They are
 # not hashed if they have this value, so that the runs of earlier versions keep their hashes.
-_LIMITS = {"search.max_params": None, "search.max_macs": None}
+_LATENCY = {"search.max_latency_ms": None, "search.latency_table": None}
+_LIMITS = {"search.max_params": None, "search.max_macs": None, **_LATENCY}
 _COSTS = {"search.cost": "macs", "search.cost_weight": 0.0}
 _ADDED: dict[str, dict[str, Any]] = {
     "": {"data.background": "#ffffff", "space.name": DEFAULT_SPACE},
     **dict.fromkeys(("two_stage", "darts", "pc_darts", "gdas"), _COSTS | _LIMITS),
     **dict.fromkeys(("random_nas", "random"), _LIMITS),
     "measured": {"search.max_concurrent": 1},
-    "one_stage": {**_COSTS, "search.over_limit": "reject"},
+    "one_stage": {**_COSTS, **_LATENCY, "search.over_limit": "reject"},
 }
 _NOTHING = object()
 _NOT_HASHED_SWEEP = (
@@ -384,10 +385,20 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
         decisive["target"] = config.retrain.model_dump(mode="json", include=sizes)
     if decisive["data"]["root"] is not None:
         decisive["data"]["root"] = str(Path(decisive["data"]["root"]).expanduser().resolve())
+    if decisive.get("search", {}).get("latency_table") is not None:
+        decisive["search"]["latency_table"] = _digest_of(decisive["search"]["latency_table"])
     if digests := plugin_digests():
         decisive["plugins"] = digests
     text = json.dumps({"job": job, **decisive, **extra}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _digest_of(file: str) -> str:
+    """Return the digest of a file's content, wherever it is. A file that cannot be read is refused by the job."""
+    try:
+        return hashlib.sha256(read_at_most(Path(file).expanduser(), RECORD_BYTES)).hexdigest()
+    except (OSError, ValueError):
+        return file
 
 
 def flat_params(config: Config, sections: Sequence[str]) -> dict[str, Any]:

@@ -655,4 +655,5 @@ def _describe_methods() -> str:
 
 def considers_costs(config: Config) -> bool:
     """Return whether a search considers what its target network costs, see `istanas.settings.CostSettings`."""
-    return any(getattr(config.search, key, None) for key in ("cost_weight", "max_params", "max_macs"))
+    keys = ("cost_weight", "max_params", "max_macs", "max_latency_ms", "latency_table")
+    return any(getattr(config.search, key, None) for key in keys)

@@ -26,6 +26,7 @@ from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
 from pipeline.runs.network_files import NetworkCard, load_network, write_network
+from pipeline.training.latencies import onnx_session
 
 FORMAT_FILES = {"safetensors": WEIGHTS_FILE, "program": PROGRAM_FILE, "onnx": ONNX_FILE}
 EXPORTED_FILES = (WEIGHTS_FILE, NETWORK_FILE, GENOTYPE_FILE, PROGRAM_FILE, ONNX_FILE)
@@ -95,8 +96,11 @@ def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[
     return report
 
 
-def check_packages() -> None:
+def check_packages(field: str = "export") -> None:
     """Check that the packages that write and run ONNX are installed.
+
+    Args:
+        field: What requires them, for error messages.
 
     Raises:
         IstanasError: One of them cannot be imported.
@@ -108,7 +112,7 @@ def check_packages() -> None:
             reason = " ".join(str(error).split())
             raise IstanasError(
                 f"package {name} cannot be used ({reason})",
-                field="export",
+                field=field,
                 remedy=f"run: pip install {' '.join(ONNX_PACKAGES)}",
             ) from None
 
@@ -224,11 +228,7 @@ def load_program(file: Path) -> Model:
 
 def load_onnx(file: Path) -> Model:
     """Load an ONNX file in ONNX Runtime, with one CPU thread: (B, C, H, W) -> logits (B, classes)."""
-    onnxruntime = importlib.import_module("onnxruntime")  # it has no type annotations
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(file)
 
     def model(pictures: Tensor) -> Tensor:
         (logits,) = session.run([ONNX_OUTPUT], {ONNX_INPUT: pictures.numpy()})

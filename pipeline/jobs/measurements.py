@@ -158,9 +158,8 @@ def _task_of(config: Config, dataset: ImageDataset, plan: Plan) -> Callable[[Pla
         "runtime": plan.runtime_of_trial(config.runtime),
         # The address of the store may contain a password, and a trial does not use it.
         "tracking": config.tracking.model_copy(update={"enabled": False, "uri": None}),
-        "data": with_absolute_paths(config.data),
     }
-    own, digest = config.model_copy(update=update), dataset.train_digest
+    own, digest = with_absolute_paths(config.model_copy(update=update)), dataset.train_digest
     return lambda planned: {"task": ship((own, digest, planned))}
 
 

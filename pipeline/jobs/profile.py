@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,9 +19,9 @@ from rich.table import Table
 
 from istanas.data import Batch, ImageDataset
 from istanas.distributed import Ranks
-from istanas.errors import ConfigError
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
+from pipeline.base.files import writable_file
 from pipeline.base.text import duration
 from pipeline.config.keys import value_at
 from pipeline.config.schema import Config
@@ -158,7 +157,7 @@ def run_profile(
     Raises:
         ConfigError: The trace cannot be written, or the settings do not fit the pictures or this machine.
     """
-    target = None if trace is None else _writable(trace)
+    target = None if trace is None else writable_file(trace, "trace")
     job = "search" if genotype is None else "retrain"
     say = say_to(console)
     at_once = config.search.trials_at_once
@@ -358,25 +357,6 @@ def _measured(config: Config, dataset: ImageDataset, epochs: int, tested_epochs:
     holdout = splits_of(config, dataset, "retrain").holdout  # that of a search is the same
     n_tests = max(math.ceil(tested_epochs / test_every), 1) if test_every > 0 else 0
     return epochs * (0 if holdout is None else len(holdout)) + n_tests * len(dataset.test)
-
-
-def _writable(trace: Path) -> Path:
-    """Return the file to which a trace is written, with links resolved, because the profiler renames a file to it.
-
-    Raises:
-        ConfigError: It cannot be written, or would replace something that is not a regular file.
-    """
-    target = Path(os.path.realpath(trace))
-    writable = target.parent.is_dir() and os.access(target.parent, os.W_OK)
-    if os.path.lexists(target):
-        writable = writable and target.is_file() and os.access(target, os.W_OK)
-    if not writable:
-        raise ConfigError(
-            f"{trace} cannot be written",
-            field="trace",
-            remedy="name a regular file in a writable folder",
-        )
-    return target
 
 
 def print_profile(result: ProfileResult, console: Console) -> None:

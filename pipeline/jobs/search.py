@@ -329,6 +329,7 @@ def _figures(genotype: Genotype, progress: Progress) -> dict[str, Any]:
         "genotype": genotype.to_dict(),
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),
+        **({"latency_ms": m["target/latency_ms"]} if "target/latency_ms" in m else {}),
         "seconds": progress.seconds,
         **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),
     }

@@ -24,6 +24,8 @@ SHORT = {
     "workers": "runtime.workers",
     "address": "runtime.address",
     "max_concurrent": "sweep.max_concurrent",
+    "device": "runtime.device",
+    "threads": "runtime.threads",
 }
 """Option -> the setting that it sets."""
 

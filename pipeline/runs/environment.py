@@ -56,7 +56,7 @@ def collect_environment(folder: Path, kind: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(),
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _gpus(),
@@ -137,7 +137,7 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Return the name of the processor, as far as the system reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()

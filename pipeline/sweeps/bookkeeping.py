@@ -155,13 +155,11 @@ class TrialRuns:
         uri = store_uri(config.tracking.uri)
         # A password in the environment is not written into the trial's configuration.
         tracking = {"uri": uri if public_uri(uri) == uri else None, "name": None, "models": False}
-        return config.model_copy(
-            update={
-                "runtime": runtime.model_copy(update={"runs_dir": runs_dir}),
-                "tracking": config.tracking.model_copy(update=tracking),
-                "data": with_absolute_paths(config.data),
-            }
-        )
+        update = {
+            "runtime": runtime.model_copy(update={"runs_dir": runs_dir}),
+            "tracking": config.tracking.model_copy(update=tracking),
+        }
+        return with_absolute_paths(config.model_copy(update=update))
 
 
 def seconds_left(durations: Sequence[float], left: int, at_once: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from istanas.nets import ArchitectureNetwork, SearchNetwork, TargetNetwork, to_c
 from istanas.optimizers import SGD
 from istanas.registry import OWN
 from istanas.search import Search
-from istanas.settings import SearchSettings, SparseCodingSettings
+from istanas.search.limits import CandidateCosts
+from istanas.settings import CostUnit, SearchSettings, SparseCodingSettings
 from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from istanas.training import Compute, derive_seed
 from pipeline.base.text import one_line
 from pipeline.config.schema import Config, RetrainSettings, SearchSection
 from pipeline.config.sections import settings_from
+from pipeline.training.latencies import configured_latencies
 
 Sizes = SearchSection | RetrainSettings
 """Settings that determine the size of a network."""
@@ -32,13 +35,26 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
     """Return the search of the configuration's method, in its initial state.
 
     Raises:
-        ConfigError: If the method and the space do not fit, or no architecture satisfies the method's limits.
+        ConfigError: If the method and the space do not fit, the table of latencies cannot be used, or no architecture
+            satisfies the method's limits.
     """
     method = METHODS[config.method].search_class
     settings = settings_of(config)
     supernet = _build_supernet(config, dataset, compute, method, settings)
     sizes = target_sizes(config)
-    shape = (dataset.channels, dataset.height, dataset.width)
+    space, size, shape = config.space.build(), network_size(sizes, dataset), shape_of(dataset)
+    latencies = configured_latencies(config, size, shape)
+
+    def cost(genotype: Genotype) -> Cost:
+        counted = network_cost(config, sizes, dataset, genotype)
+        return counted if latencies is None else replace(counted, latency=latencies.predict(genotype))
+
+    def costs_of_candidates(unit: CostUnit, total: bool) -> CandidateCosts:
+        if unit != "latency":
+            return candidate_costs(space, size, shape, unit, total=total)
+        assert latencies is not None, "checked by the configuration"
+        return latencies.costs(total=total)
+
     try:
         return method(
             supernet,
@@ -46,13 +62,16 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
             compute,
             config.seed,
             ranks,
-            lambda genotype: network_cost(config, sizes, dataset, genotype),
-            lambda unit, total: candidate_costs(
-                config.space.build(), network_size(sizes, dataset), shape, unit, total=total
-            ),
+            cost,
+            costs_of_candidates,
         )
     except ConfigError as error:
         raise _in_section(error, "search") from None
+
+
+def shape_of(dataset: ImageDataset) -> tuple[int, int, int]:
+    """Return (C, H, W) of the pictures."""
+    return dataset.channels, dataset.height, dataset.width
 
 
 def target_sizes(config: Config) -> Sizes:
@@ -116,8 +135,7 @@ def build_retraining(
 
 def network_cost(config: Config, sizes: Sizes, dataset: ImageDataset, genotype: Genotype) -> Cost:
     """Return parameters and multiply-adds of a genotype's network, see `target_network`."""
-    shape = (dataset.channels, dataset.height, dataset.width)
-    return config.space.build().cost(genotype, network_size(sizes, dataset), shape)
+    return config.space.build().cost(genotype, network_size(sizes, dataset), shape_of(dataset))
 
 
 def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.config.schema import Config, RetrainSettings
-from pipeline.training.build import build_retraining, build_search, network_cost, target_sizes
+from pipeline.training.build import build_retraining, build_search, network_cost
 from pipeline.training.epoch_record import Progress, SearchRecord
 from pipeline.training.pictures import Batches
 from pipeline.training.splits import splits_of
@@ -107,12 +107,12 @@ class SearchJob:
         """Return the result of an epoch that trained an architecture and ended with a choice."""
         search = self.search
         genotype = search.genotype()
-        sizes = target_sizes(self._config)
+        assert search.cost is not None
         metrics = metrics | {
             **recovery.metrics(),
             "arch/skip_ratio": genotype.skip_ratio(),
             **search.metrics(),
-            **_cost_metrics(network_cost(self._config, sizes, self._dataset, genotype)),
+            **_cost_metrics(search.cost(genotype)),
         }
         if search.trained is not None and is_tested(*search.trained, self._config.search.test_interval):
             metrics |= _named("test", self._test())
@@ -303,7 +303,8 @@ def _check_finite(config: Config, train: Metrics, net: torch.nn.Module, epoch: i
 
 
 def _cost_metrics(cost: Cost) -> dict[str, float]:
-    return {"target/params": float(cost.params), "target/macs": float(cost.macs)}
+    counted = {"target/params": float(cost.params), "target/macs": float(cost.macs)}
+    return counted if cost.latency is None else {**counted, "target/latency_ms": cost.latency}
 
 
 def _named(split: str, metrics: Metrics) -> dict[str, float]:

@@ -105,6 +105,39 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def interleaved_seconds(
+    calls: Sequence[Callable[[], object]], runs: int, device: torch.device
+) -> list[list[float]]:
+    """Return the seconds of each run of each call. The calls take turns, so that all see the same state of the machine.
+
+    Each measured run follows an unmeasured one of the same call, which loads its data into the caches. A GPU records
+    the times itself, beginning with an empty queue.
+
+    Args:
+        calls: The calls.
+        runs: Number of measured runs of each call.
+        device: The device on which they compute.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for call, times in zip(calls, seconds, strict=True):
+            call()
+            times.append(_run_seconds(call, device))
+    return seconds
+
+
+def _run_seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        return seconds_of(call, device)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize(device)
+    return before.elapsed_time(after) / 1000
+
+
 def count_flops(call: Callable[[], object]) -> int:
     """Count the floating-point operations of convolutions and matrix products in a call, including backward passes.
 

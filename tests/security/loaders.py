@@ -28,6 +28,7 @@ from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
 from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweeps import space as sweep_space
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
+from pipeline.training.latencies import read_table
 from tests.pipeline.training.made_up import as_version_0_1, record_of
 
 # ---------- junk
@@ -239,6 +240,13 @@ def _log(folder: Path, copies: tuple[bytes, bytes]) -> None:
         assert list(read_records(folder, _LOGGED)) == _RECORDS, "a record was changed, and accepted"
 
 
+def _latency_table(folder: Path, data: bytes) -> None:
+    file = folder / "fuzz.json"
+    file.write_bytes(data)
+    for each in read_table(file).candidates:
+        assert each.median_ms >= 0
+
+
 def _metrics(folder: Path, data: tuple[bytes, bytes, bytes]) -> None:
     record, lines, environment = data
     run = RunDir(folder)
@@ -368,6 +376,28 @@ _RECORD = {
         }
     ],
 }
+_LATENCY = {"median_ms": 0.5, "lower_ms": 0.25, "upper_ms": 1.0}
+_TABLE = {
+    "machine": {
+        "backend": "torch",
+        "device": "cpu",
+        "device_name": "a processor",
+        "threads": 1,
+        "dtype": "float32",
+        "versions": {"torch": "2"},
+    },
+    "space": {"name": "darts", "n_nodes": 1, "ops": ["skip_connect"]},
+    "network": {"init_channels": 4, "layers": 3, "num_classes": 10},
+    "picture": [3, 8, 8],
+    "batch_size": 1,
+    "runs": 30,
+    "fixed_ms": 1.5,
+    "scale": 1.0,
+    "candidates": [
+        {**_LATENCY, "operation": "skip_connect", "input": [4, 8, 8], "output": [4, 8, 8], "params": 0}
+    ],
+    "references": [{**_LATENCY, "seed": 3}],
+}
 _LINE = {"step": 1, "timestamp_ms": 1000, "metrics": {"train/loss": 1.5, "valid/top1": 0.25}}
 
 _KEYS = (
@@ -450,6 +480,12 @@ LOADERS = (
     ),
     Loader("sweep", _sweep_input, _sweep, ("fuzz.yaml: not valid YAML",)),
     Loader("log", _log_input, _log, ("epochs/000001.jsonl is damaged (it ends",)),
+    Loader(
+        "latency table",
+        lambda random: mixed(random, [_TABLE], as_json),
+        _latency_table,
+        ("search.latency_table: fuzz.json is not a table of latencies (Invalid JSON",),
+    ),
     Loader("metrics", _metrics_input, _metrics, ("run.json: not JSON", "environment.json: not JSON")),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from istanas.candidates import candidate_costs
 from istanas.data import Batch
 from istanas.errors import ConfigError
+from istanas.latency import Latencies, variants_of
 from istanas.measure import Cost
 from istanas.nets import ArchitectureNetwork, Supernet
 from istanas.search import OneStageSearch, OneStageSettings, sparse_coding
@@ -297,6 +299,34 @@ def test_the_expected_cost_is_that_of_sampled_operations() -> None:
                 equal += cost.mean()
     penalty = CostPenalty(SPACE.decisions, costs, 1.0, torch.device("cpu"))
     assert float(penalty.expected(alphas)) == pytest.approx(drawn / equal, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["two_stage", *SCORED])
+def test_a_limit_of_the_latency_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The milliseconds of a candidate are made up, and their order is not that of its multiply-adds or parameters."""
+    milliseconds = {v: len(v.operation) + v.params / 100 for v in variants_of(SPACE, SIZE, SHAPE)}
+    latencies = Latencies(SPACE, SIZE, SHAPE, milliseconds, 50.0)
+    module = sys.modules[__name__]
+    of_cost = cost_of
+    monkeypatch.setattr(
+        module, "cost_of", lambda g: dataclasses.replace(of_cost(g), latency=latencies.predict(g))
+    )
+    monkeypatch.setattr(module, "costs_in", lambda unit, total=True: latencies.costs(total=total))
+
+    def search(**changes: Any) -> Any:
+        changes["cost"] = "latency"
+        return make_search(change(**changes)) if name == "two_stage" else make_scored(name, **changes)
+
+    most = 0.8 * latencies.predict(search().genotype())
+    limited = search(max_latency_ms=most)
+    assert latencies.predict(limited.genotype()) <= most
+    search(cost_weight=1.0)
+    with pytest.raises(
+        ConfigError, match=r"^max_latency_ms: 5.0 is below the cheapest .*, which has ([\d.]+); use \1 or"
+    ) as caught:
+        search(max_latency_ms=5.0)
+    cheapest_ms = float(str(caught.value).split("has ")[1].split(";")[0])
+    assert latencies.predict(search(max_latency_ms=cheapest_ms).genotype()) <= cheapest_ms
 
 
 def test_random_architectures_are_drawn_within_the_limits() -> None:

@@ -45,6 +45,7 @@ COMMANDS = (
     "sync",
     "config",
     "profile",
+    "latency",
     "promote",
     "compare",
     "submit",

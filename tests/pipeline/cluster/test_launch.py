@@ -25,6 +25,7 @@ from pipeline.cluster.launch import _on_workers, _RayJob
 from pipeline.cluster.lost_cluster import watch_cluster
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.ray_runtime import Runtime
+from pipeline.config.keys import value_at
 from pipeline.config.load import load
 from pipeline.config.threads import usable_cores
 from pipeline.config.workers import Node
@@ -93,10 +94,11 @@ def test_device_backend_and_threads_are_chosen_once_for_all_workers() -> None:
 
 
 def test_workers_receive_the_chosen_resources_and_absolute_paths() -> None:
-    config = load(None, ["runtime.workers=2", "data.root=pictures"])
+    config = load(None, ["runtime.workers=2", "data.root=pictures", "search.latency_table=table.json"])
     sent = _on_workers(config, allotment(config.runtime, [Node(2)]))
     assert (sent.runtime.device, sent.runtime.threads) == ("cpu", 1)
     assert sent.data.root == str(Path("pictures").resolve())
+    assert value_at(sent, "search.latency_table") == str(Path("table.json").resolve())
 
 
 def test_a_machine_holds_two_workers_a_core_unless_threads_are_set() -> None:

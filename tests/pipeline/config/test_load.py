@@ -488,6 +488,8 @@ ANOTHER = {
     "search.cost_weight": 0.5,
     "search.over_limit": "reweigh",
     "search.max_macs": 10**9,
+    "search.max_latency_ms": 5.0,
+    "search.latency_table": "elsewhere",
     "search.test_every": 2,
     "retrain.epochs": 1,
     "retrain.batch_size": 1,
@@ -564,6 +566,7 @@ def test_a_search_with_costs_depends_on_the_size_of_the_retraining() -> None:
     for override, depends in (
         ("search.cost_weight=0.5", True),
         ("search.max_macs=100", True),
+        ("search.latency_table=elsewhere", True),
         ("seed=0", False),
     ):
         one, other = (load(None, [override, f"retrain.init_channels={width}"]) for width in (8, 16))

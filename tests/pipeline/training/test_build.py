@@ -36,6 +36,7 @@ def test_each_setting_comes_from_its_key(method: str) -> None:
         "max_pictures": 10,
         "alpha_fraction": 0.25,
         "cost": "params",
+        "latency_table": "elsewhere",
         "over_limit": "reweigh",
     }
     names = {field.name for field in fields(kind)} - WITHOUT_KEY

@@ -1,0 +1,314 @@
+"""The table of latencies of a search: its measurement, its file, and the comparison of machines.
+
+`istanas.latency` describes what the table means.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from istanas.errors import ConfigError
+from istanas.latency import (
+    N_CHECKS,
+    N_REFERENCES,
+    CandidateLatency,
+    Latencies,
+    Latency,
+    LatencyTable,
+    Machine,
+    NetworkLatency,
+    describe_space,
+    differences,
+    fit_references,
+    latencies_of,
+    network_seeds,
+    variants_of,
+)
+from istanas.limits import RECORD_BYTES, read_at_most
+from istanas.nets import to_channels_last
+from istanas.space import NetworkSize, SearchSpace
+from istanas.training import Compute
+from pipeline.base.files import atomic_write
+from pipeline.config.schema import Config
+from pipeline.config.threads import threads_in_process
+from pipeline.runs.environment import cpu_model
+from pipeline.training.profiling import interleaved_seconds
+
+Backend = Literal["torch", "onnxruntime"]
+KEY = "search.latency_table"
+RUNS, WARM_UP = 30, 3
+_REMEDY = "measure it again with istanas latency"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def measure_latencies(
+    space: SearchSpace,
+    size: NetworkSize,
+    shape: tuple[int, int, int],
+    compute: Compute,
+    *,
+    backend: Backend = "torch",
+    batch_size: int = 1,
+    runs: int = RUNS,
+    checks: int = N_CHECKS,
+    say: Callable[[str], None] = lambda line: None,
+) -> LatencyTable:
+    """Measure the latencies of all candidates of a search space, and of some random networks.
+
+    The runs of all of them are interleaved, so that a change of the machine's speed affects all in the same way.
+
+    Args:
+        space: The search space.
+        size: The size of the networks.
+        shape: (C, H, W) of a picture.
+        compute: Device and precision. The number of CPU threads is torch's current one.
+        backend: What executes the networks.
+        batch_size: Pictures in a batch, >= 1.
+        runs: Number of measured runs, >= 2.
+        checks: Number of random networks that are measured only to check the predictions, >= 1.
+        say: Receives a line before the runs.
+
+    Raises:
+        ConfigError: If the space does not say where its candidates stand, or the backend lacks the device.
+    """
+    variants, seeds = variants_of(space, size, shape), network_seeds(N_REFERENCES + checks)
+    genotypes = [space.random(seed) for seed in seeds]
+    with torch.random.fork_rng(devices=[]):
+        networks: list[nn.Module] = [space.target(genotype, size).eval() for genotype in genotypes]
+    prepare = functools.partial(call_of, compute=compute, backend=backend, batch_size=batch_size)
+    calls = [
+        *(prepare(module, variant.input) for variant, module in variants.items()),
+        *(prepare(network, shape) for network in networks),
+    ]
+    say(f"measuring {len(variants)} candidates and {len(networks)} networks, {runs} runs each")
+    seconds = seconds_of_calls(calls, runs, compute, backend)
+    found = [Latency.of(each) for each in seconds]
+    candidates = tuple(
+        CandidateLatency(**asdict(latency), **variant._asdict())
+        for variant, latency in zip(variants, found, strict=False)
+    )
+    measured = tuple(
+        NetworkLatency(**asdict(latency), seed=seed)
+        for seed, latency in zip(seeds, found[len(variants) :], strict=True)
+    )
+    references = measured[:N_REFERENCES]
+    parts = Latencies(space, size, shape, {each.variant: each.median_ms for each in candidates}).parts
+    fixed, scale = fit_references(
+        [(each.median_ms, *parts(g)) for each, g in zip(references, genotypes, strict=False)]
+    )
+    return LatencyTable(
+        machine=machine_here(backend, compute.device.type, torch.get_num_threads(), _dtype(compute, backend)),
+        space=describe_space(space),
+        network=size,
+        picture=shape,
+        batch_size=batch_size,
+        runs=runs,
+        fixed_ms=fixed,
+        scale=scale,
+        candidates=candidates,
+        references=references,
+        checks=measured[N_REFERENCES:],
+    )
+
+
+def call_of(
+    module: nn.Module, shape: tuple[int, int, int], *, compute: Compute, backend: Backend, batch_size: int
+) -> Callable[[], object]:
+    """Return a function that runs a module on random input.
+
+    Args:
+        module: The module in eval mode, which is moved to the device.
+        shape: (C, H, W) of its input.
+        compute, backend, batch_size: See `measure_latencies`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *shape, generator=generator)
+    if backend == "onnxruntime":
+        session = onnx_session(_as_onnx(module, x), torch.get_num_threads(), compute.device.type)
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: session.run(None, feed)
+    to_channels_last(module.to(compute.device))
+    x = x.to(compute.device, memory_format=torch.channels_last)
+    return lambda: module(x)
+
+
+def seconds_of_calls(
+    calls: Sequence[Callable[[], object]], runs: int, compute: Compute, backend: Backend
+) -> list[list[float]]:
+    """Return the seconds of each run of each call of `call_of`, after some runs that are not measured.
+
+    The median time of an empty call is subtracted, because a network calls its candidates without it.
+    """
+    empty = call_of(nn.Identity().eval(), (1, 1, 1), compute=compute, backend=backend, batch_size=1)
+    # ONNX Runtime returns when the GPU has finished. Only torch's work is timed with its events.
+    clock = compute.device if backend == "torch" else torch.device("cpu")
+    with torch.inference_mode(), compute.autocast():
+        interleaved_seconds([empty, *calls], WARM_UP, clock)
+        overhead, *seconds = interleaved_seconds([empty, *calls], runs, clock)
+    least = statistics.median(overhead)
+    return [[max(each - least, 0.0) for each in times] for times in seconds]
+
+
+def _as_onnx(module: nn.Module, x: Tensor) -> bytes:
+    exported = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    assert exported is not None
+    model: bytes = exported.model_proto.SerializeToString()
+    return model
+
+
+def onnx_session(model: bytes | str | os.PathLike[str], threads: int = 1, device: str = "cpu") -> Any:
+    """Return a session of ONNX Runtime.
+
+    Args:
+        model: The file or its content.
+        threads: CPU threads, >= 1.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: If the installed ONNX Runtime does not support the device.
+    """
+    onnxruntime = importlib.import_module("onnxruntime")  # it has no type annotations
+    provider = _PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        raise ConfigError(
+            f"the installed ONNX Runtime has no {provider}",
+            field="--backend onnxruntime",
+            remedy="give --device cpu, or install onnxruntime-gpu",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def _dtype(compute: Compute, backend: Backend) -> str:
+    dtype = compute.autocast_dtype if backend == "torch" else None
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def machine_here(backend: Backend, device: str, threads: int, dtype: str) -> Machine:
+    """Return this machine; its device has no name if there is no GPU.
+
+    Args:
+        backend: See `measure_latencies`.
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+        dtype: Type of the computation.
+    """
+    versions = {"torch": str(torch.__version__)}
+    if backend == "onnxruntime":
+        try:
+            versions["onnxruntime"] = str(importlib.import_module("onnxruntime").__version__)
+        except ImportError:
+            versions["onnxruntime"] = ""
+    name = cpu_model()
+    if device == "cuda":
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return Machine(backend, "cuda" if device == "cuda" else "cpu", name, threads, dtype, versions)
+
+
+# ---------- the file
+def write_table(file: Path, table: LatencyTable) -> None:
+    """Write a table as JSON.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    atomic_write(file, json.dumps(asdict(table), indent=1) + "\n")
+
+
+def read_table(file: Path) -> LatencyTable:
+    """Read a table.
+
+    Raises:
+        ConfigError: If the file is missing or is not a table of latencies.
+    """
+    try:
+        table = TypeAdapter(LatencyTable).validate_json(read_at_most(file, RECORD_BYTES))
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror})",
+            field=KEY,
+            remedy="give a file that istanas latency has written, and that all workers can read",
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        what = " ".join(
+            f"{where}: {first['msg']}".lstrip(": ").split()
+        )  # keys of the file may contain line breaks
+        raise ConfigError(
+            f"{file} is not a table of latencies ({what:.200})", field=KEY, remedy=_REMEDY
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} is not a table of latencies ({error})", field=KEY, remedy=_REMEDY
+        ) from None
+    if len({each.variant for each in table.candidates}) < len(table.candidates):
+        raise ConfigError(f"{file} has a candidate twice", field=KEY, remedy=_REMEDY)
+    return table
+
+
+def configured_table(config: Config) -> LatencyTable | None:
+    """Return the table that a configuration names, or `None`.
+
+    Raises:
+        ConfigError: See `read_table`.
+    """
+    file = getattr(config.search, "latency_table", None)
+    return None if file is None else read_table(Path(file).expanduser())
+
+
+def configured_latencies(config: Config, size: NetworkSize, shape: tuple[int, int, int]) -> Latencies | None:
+    """Return the predictions of the table that a configuration names, or `None`.
+
+    Raises:
+        ConfigError: See `read_table` and `istanas.latency.latencies_of`.
+    """
+    table = configured_table(config)
+    if table is None:
+        return None
+    try:
+        return latencies_of(table, config.space.build(), size, shape)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{config.search.latency_table} {error.problem}",  # type: ignore[attr-defined]
+            field=f"search.{error.field}",
+            remedy=error.remedy,
+        ) from None
+
+
+def machine_warnings(config: Config) -> list[str]:
+    """Return a line if the table that a configuration names was measured on another machine than this one.
+
+    Raises:
+        ConfigError: See `read_table`.
+    """
+    table = configured_table(config)
+    if table is None:
+        return []
+    there = table.machine
+    here = machine_here(there.backend, there.device, threads_in_process(config.runtime.threads), there.dtype)
+    found = differences(there, here)
+    return [f"{KEY}: latencies of another machine: {'; '.join(found)}"] if found else []
+
+
+def spread(latencies: Sequence[Latency]) -> float:
+    """Return the median over latencies of the distance of their quartiles, relative to their median.
+
+    Example:
+        >>> spread([Latency(2.0, 1.5, 2.5), Latency(4.0, 4.0, 4.0), Latency(1.0, 0.9, 1.1)])
+        0.2
+    """
+    return round(statistics.median((e.upper_ms - e.lower_ms) / max(e.median_ms, 1e-9) for e in latencies), 6)
