@@ -318,6 +318,13 @@ def save_freezing_figure(
     return _save(draw_freezing(distances, **options), folder, "freezing")
 
 
+# The default level of compression, 6, takes twice the time for files that are smaller by 1 %.
+_FORMATS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+    "png": {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 4}},
+}
+
+
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     import matplotlib
 
@@ -325,9 +332,9 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = []
     # Text is kept as text, which is small and searchable. Without random ids and dates, equal figures are equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "istanas"}):
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        for kind, options in _FORMATS.items():
             content = io.BytesIO()
-            figure.savefig(content, format=kind, dpi=200, metadata=metadata)
+            figure.savefig(content, format=kind, dpi=200, **options)
             paths.append(_write(folder / f"{name}.{kind}", content.getvalue()))
     return paths
 
