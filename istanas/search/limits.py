@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,12 @@ from istanas.space import Decision, Genotype, SearchSpace
 from istanas.space.base import Supports
 from istanas.space.operations import NONE
 from istanas.sparse.lasso import Array
+
+if TYPE_CHECKING:
+    from istanas.effects.budget import Budget
+
+_EXAMPLES = 5  # Architectures whose costs show that of the rest of the network.
+_ROUNDING = 1e-6  # in parameters or multiply-adds: sums of whole numbers that were averaged are not exact.
 
 CandidateCosts = Mapping[str, Sequence[Array]]
 """For each kind and decision the costs of its candidates, see `istanas.candidates.candidate_costs`."""
@@ -51,6 +57,11 @@ def exceeded(settings: LimitSettings, cost: Cost) -> Excess | None:
     return None
 
 
+def flattened(space: SearchSpace, costs: CandidateCosts) -> Array:
+    """Return the costs of all candidates, numbered consecutively, (N,)."""
+    return np.concatenate([np.asarray(costs[d.kind][d.index], np.float64) for d in space.all_decisions()])
+
+
 def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[int, ...]]]:
     """Return the supports with the smallest sum of costs. Of candidates of equal cost, `none` comes last.
 
@@ -68,7 +79,7 @@ def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[
     from istanas.effects.choice import best_architecture
     from istanas.effects.coding import supports_of
 
-    flat = np.concatenate([np.asarray(costs[d.kind][d.index], np.float64) for d in space.all_decisions()])
+    flat = flattened(space, costs)
     names = [operation for d in space.all_decisions() for operation, _ in d.candidates]
     tie = 1e-9 * max(float(flat.max()), 1.0) * np.array([name == NONE for name in names])
     found = supports_of(space, best_architecture(space, -(flat + tie)))
@@ -98,7 +109,15 @@ class Limits:
     @property
     def exist(self) -> bool:
         """Whether there is a limit."""
-        return self._settings.max_params is not None or self._settings.max_macs is not None
+        return bool(self._existing)
+
+    @property
+    def _existing(self) -> list[tuple[CostUnit, int]]:
+        limits: tuple[tuple[CostUnit, int | None], ...] = (
+            ("params", self._settings.max_params),
+            ("macs", self._settings.max_macs),
+        )
+        return [(unit, most) for unit, most in limits if most is not None]
 
     def costs_in(self, unit: CostUnit, *, total: bool) -> CandidateCosts:
         """Return the costs of candidates in a unit, as the mean over their places, or in `total`."""
@@ -117,24 +136,51 @@ class Limits:
         Raises:
             ConfigError: If none was found. With one limit, the message has the smallest cost that was found.
         """
-        units: tuple[tuple[CostUnit, str], ...] = (("params", "max_params"), ("macs", "max_macs"))
-        limits = [(unit, limit) for unit, limit in units if getattr(self._settings, limit) is not None]
-        for unit, limit in limits:
-            most = getattr(self._settings, limit)
+        for unit, most in self._existing:
             least = min(getattr(self._cost_of(each), unit) for each in self._cheapest(unit))
             if least > most:
                 raise ConfigError(
                     f"{most:,} is below the cheapest architecture, which has {least:,}",
-                    field=limit,
+                    field=f"max_{unit}",
                     remedy=f"use {least:,} or more, or a smaller network",
                 )
-        if len(limits) == 2 and not self._found_within():
+        if len(self._existing) == 2 and not self._found_within():
             raise ConfigError(
                 f"no architecture was found that has at most {self._settings.max_params:,} parameters and "
                 f"{self._settings.max_macs:,} multiply-adds",
                 field="max_macs",
                 remedy="raise it or max_params, or use a smaller network",
             )
+
+    def budget(self) -> Budget | None:
+        """Return the limits as a budget of the candidates' costs, after `check`; `None` if there are none.
+
+        The cost of a network is that of its candidates and that of the rest. The rest is the largest one of a few
+        architectures: in one that reads a single state, parts of the network may not run. Such an architecture counts
+        as if they did.
+        """
+        # Imported here because of scipy.stats, which most searches do not need.
+        from istanas.effects.budget import Budget
+        from istanas.effects.coding import supports_of
+        from istanas.effects.design import balanced_design
+
+        if not self.exist:
+            return None
+        examples = balanced_design(self._space, _EXAMPLES, 0)
+        costs, most = [], []
+        for unit, limit in self._existing:
+            each = flattened(self._space, self.costs_in(unit, total=True))
+            rest = max(
+                getattr(self._cost_of(supports_of(self._space, kept)), unit) - each[list(kept)].sum()
+                for kept in examples
+            )
+            costs.append(each)
+            most.append(limit - rest + _ROUNDING)
+        return Budget(
+            np.array(costs),
+            np.array(most),
+            lambda kept: self.excess(supports_of(self._space, kept)) is None,
+        )
 
     def _found_within(self) -> list[dict[str, list[tuple[int, ...]]]]:
         """Return the cheapest architectures, in any unit, that are within the limits."""
@@ -215,15 +261,10 @@ class Limits:
 
         An exchange that saves some of this sum cannot be undone by a later one, so that exchanges end.
         """
-        limits: tuple[tuple[CostUnit, int | None], ...] = (
-            ("params", self._settings.max_params),
-            ("macs", self._settings.max_macs),
-        )
         shares = [
             np.asarray(self.costs_in(unit, total=True)[decision.kind][decision.index], dtype=np.float64)
             / most
-            for unit, most in limits
-            if most is not None
+            for unit, most in self._existing
         ]
         return np.asarray(sum(shares), dtype=np.float64)
 
