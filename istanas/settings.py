@@ -390,10 +390,11 @@ class RandomNasSettings(AlternatingSettings, LimitSettings):
 
 
 @dataclass(frozen=True)
-class MeasuredSettings(SearchSettings):
+class MeasuredSettings(SearchSettings, LimitSettings):
     """Search by measurements, which trains architectures one after the other, or several at a time.
 
-    No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect.
+    No alphas are trained: the keys arch_lr, arch_betas and arch_weight_decay have no effect. All architectures that are
+    measured are within the limits.
 
     Args:
         stages: Pairs [measurements, epochs], the fidelities of the search in their order. A measurement trains one

@@ -4,11 +4,13 @@ Architectures are the rows of a measurement matrix, their scores the measurement
 the sparse code. Everything is a pure function of numbers; nothing is trained here.
 """
 
+from istanas.effects.budget import Budget, relaxed
 from istanas.effects.choice import (
     Improvement,
     best_architecture,
     best_of_draws,
     choice_probabilities,
+    count_within,
     improvement,
     kept_probabilities,
     probability_best,
@@ -57,6 +59,7 @@ __all__ = [
     "INTERVAL",
     "TOSS_UP",
     "Architecture",
+    "Budget",
     "EffectsSummary",
     "Fidelities",
     "Improvement",
@@ -71,6 +74,7 @@ __all__ = [
     "choice_probabilities",
     "coded",
     "count_certain",
+    "count_within",
     "effects_system",
     "fit_effects",
     "gibbs_sweep",
@@ -90,6 +94,7 @@ __all__ = [
     "prior_root",
     "probability_best",
     "ranked_architectures",
+    "relaxed",
     "repeat_variance",
     "ridge",
     "ridge_moments",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 import numpy.typing as npt
 
-from istanas.effects.coding import Architecture, Array, Layout, coded, layout
+from istanas.effects.budget import Budget, relaxed
+from istanas.effects.coding import Architecture, Array, Layout, coded, heaviest, layout
 from istanas.effects.posterior import Posterior
 from istanas.errors import ConfigError
 from istanas.space.base import SearchSpace
 
 _MOST_RANKED = 100_000  # Architectures that `best_architecture` looks at before it gives up.
+_MOST_COMPARED = 2_000  # Architectures that it looks at to find a better one within a budget.
 
 
 def ranked_architectures(space: SearchSpace, effects: Array) -> Iterator[Architecture]:
@@ -43,7 +45,7 @@ def ranked_architectures(space: SearchSpace, effects: Array) -> Iterator[Archite
     Source: Edmonds, Matroids and the greedy algorithm, 1971; Lawler, Management Science 1972 (k best solutions).
     """
     numbering = layout(space)
-    start: Architecture = tuple(_heaviest(numbering, effects).tolist())
+    start: Architecture = tuple(heaviest(numbering, effects).tolist())
     queue = [(-float(effects[list(start)].sum()), start)]
     seen = {start}
     while queue:
@@ -60,15 +62,19 @@ def best_architecture(
     effects: Array,
     *,
     excluded: Collection[Architecture] = (),
-    allowed: Callable[[Architecture], bool] | None = None,
+    budget: Budget | None = None,
 ) -> Architecture:
-    """Return the architecture with the highest score that is allowed and not excluded.
+    """Return the architecture with the highest score that is within a budget and not excluded.
+
+    With a budget, architectures are ranked by their score minus a price of their costs, see `relaxed`, which bounds the
+    score of all further ones within the budget. The ranking ends when the bound is not above the best score so far. The
+    result is therefore exact, unless this takes more than 2,000 architectures; then it is the best one of these.
 
     Args:
         space: The search space.
         effects: Effects of all candidates, (N,).
         excluded: Architectures that must not be returned.
-        allowed: Whether an architecture may be chosen, such as by its number of parameters; `None` allows all.
+        budget: The limits of its costs; `None` for none.
 
     Raises:
         ConfigError: If there is none among the first 100,000.
@@ -79,15 +85,53 @@ def best_architecture(
         >>> effects[3] = 2.9
         >>> best_architecture(NasBench201Space(), effects, excluded={(3, 8, 13, 18, 23, 28)})
         (4, 8, 13, 18, 23, 28)
+        >>> budget = Budget(np.tile([0.0, 0.0, 1.0, 9.0, 0.0], (1, 6)), np.array([10.0]))
+        >>> best_architecture(NasBench201Space(), effects, budget=budget)  # one 3x3 convolution, else pooling
+        (4, 8, 14, 19, 24, 29)
     """
-    for kept in islice(ranked_architectures(space, effects), _MOST_RANKED):
-        if kept not in excluded and (allowed is None or allowed(kept)):
-            return kept
+    price, cost, limit = 0.0, np.zeros(len(effects)), 0.0
+    if budget is not None:
+        prices, _ = relaxed(space, effects[None], budget)
+        price, (cost, limit) = float(prices[0]), budget.joint
+    weighted = effects - price * cost
+    best, score = None, -np.inf
+    for number, kept in enumerate(islice(ranked_architectures(space, weighted), _MOST_RANKED)):
+        own = float(effects[list(kept)].sum())
+        if own > score and kept not in excluded and (budget is None or budget.allows(kept)):
+            best, score = kept, own
+        bound = float(weighted[list(kept)].sum()) + price * limit
+        if best is not None and (score >= bound - 1e-12 or number >= _MOST_COMPARED):
+            return best
+    if best is not None:
+        return best
     raise ConfigError(
         f"no other architecture of {space.name} is left or allowed",
         field="measurements",
         remedy="measure fewer",
     )
+
+
+def count_within(space: SearchSpace, budget: Budget, most: int) -> int:
+    """Return the number of architectures within a budget, or `most` if there are more.
+
+    Args:
+        space: The search space.
+        budget: The limits. The condition `allowed` is ignored.
+        most: The largest number that is of interest, >= 0.
+
+    Example:
+        >>> from istanas.space import NasBench201Space
+        >>> budget = Budget(np.tile([0.0, 0.0, 1.0, 9.0, 1.0], (1, 6)), np.array([1.0]))
+        >>> count_within(NasBench201Space(), budget, 1000)  # 2^6, and 12 x 2^5 with one candidate of cost 1
+        448
+    """
+    cost, limit = budget.joint
+    unconditional = Budget(budget.costs, budget.most)
+    cheap = takewhile(
+        lambda kept: cost[list(kept)].sum() <= limit + 1e-9,
+        islice(ranked_architectures(space, -cost), _MOST_RANKED),
+    )
+    return sum(1 for _ in islice(filter(unconditional.allows, cheap), most))
 
 
 def thompson(
@@ -97,7 +141,7 @@ def thompson(
     seed: int,
     *,
     excluded: Collection[Architecture] = (),
-    allowed: Callable[[Architecture], bool] | None = None,
+    budget: Budget | None = None,
 ) -> list[Architecture]:
     """Return what to measure next by Thompson sampling: for each free place the best architecture of one draw.
 
@@ -113,7 +157,7 @@ def thompson(
         n: Number of free places, 1 to the number of draws.
         seed: An integer >= 0, different for each call.
         excluded: Architectures that are measured or pending at this fidelity.
-        allowed: As in `best_architecture`.
+        budget: As in `best_architecture`.
 
     Raises:
         ConfigError: If n is out of range, or as in `best_architecture`.
@@ -138,7 +182,7 @@ def thompson(
     chosen: list[Architecture] = []
     for index in rng.permutation(len(posterior.draws))[:n]:  # The first is the same for every n.
         taken = {*excluded, *chosen}
-        chosen.append(best_architecture(space, posterior.draws[index], excluded=taken, allowed=allowed))
+        chosen.append(best_architecture(space, posterior.draws[index], excluded=taken, budget=budget))
     return chosen
 
 
@@ -188,20 +232,20 @@ def improvement(
     incumbent: Architecture,
     *,
     margin: float = 0.0,
-    allowed: Callable[[Architecture], bool] | None = None,
+    budget: Budget | None = None,
 ) -> Improvement:
     """Return the probability of an improvement over an architecture, and the expected one.
 
-    Each draw compares the incumbent with the draw's own best architecture of the whole space. The expected improvement
-    is the expected value of perfect information: no further measurement can be worth more. A search stops early when
-    the probability falls below a setting.
+    Each draw compares the incumbent with the draw's own best architecture, see `best_of_draws`. The expected
+    improvement is the expected value of perfect information: no further measurement can be worth more. A search stops
+    early when the probability falls below a setting.
 
     Args:
         space: The search space.
         posterior: The posterior of the effects.
         incumbent: The architecture that would be the result now.
         margin: Smallest improvement of the score that counts, >= 0.
-        allowed: As in `best_architecture`.
+        budget: As in `best_of_draws`.
 
     Example:
         >>> from istanas.effects import System, coded, ridge
@@ -213,21 +257,24 @@ def improvement(
         1.0
     """
     draws = posterior.draws
-    if allowed is None:
-        best = best_of_draws(space, posterior)
-    else:
-        best = np.array([best_architecture(space, draw, allowed=allowed) for draw in draws])
+    best = best_of_draws(space, posterior, budget)
     gains = np.take_along_axis(draws, best, 1).sum(1) - draws[:, list(incumbent)].sum(1)
     # A difference of rounding is no improvement.
     return Improvement(float((gains > margin + 1e-12).mean()), float(np.maximum(gains, 0.0).mean()))
 
 
-def best_of_draws(space: SearchSpace, posterior: Posterior) -> npt.NDArray[np.int64]:
+def best_of_draws(
+    space: SearchSpace, posterior: Posterior, budget: Budget | None = None
+) -> npt.NDArray[np.int64]:
     """Return the best architecture of each draw, as its kept candidates in ascending order, (S, kept).
+
+    With a budget, it is that of a Lagrangian relaxation, which is within the budget and may be slightly worse than the
+    best one, see `relaxed`.
 
     Args:
         space: The search space.
         posterior: The posterior of the effects.
+        budget: The limits of the architectures' costs; `None` for none.
 
     Example:
         >>> from istanas.effects import System, coded, ridge
@@ -238,10 +285,12 @@ def best_of_draws(space: SearchSpace, posterior: Posterior) -> npt.NDArray[np.in
         >>> best_of_draws(space, posterior).shape
         (100, 6)
     """
-    return _heaviest(layout(space), posterior.draws)
+    if budget is None:
+        return heaviest(layout(space), posterior.draws)
+    return relaxed(space, posterior.draws, budget)[1]
 
 
-def kept_probabilities(space: SearchSpace, posterior: Posterior) -> Array:
+def kept_probabilities(space: SearchSpace, posterior: Posterior, budget: Budget | None = None) -> Array:
     """Return the probability of each candidate that the best architecture keeps it, by the draws, (N,).
 
     In a decision that keeps one candidate, it is the probability that the candidate is the best one. The probabilities
@@ -250,6 +299,7 @@ def kept_probabilities(space: SearchSpace, posterior: Posterior) -> Array:
     Args:
         space: The search space.
         posterior: The posterior of the effects.
+        budget: As in `best_of_draws`.
 
     Example:
         >>> from istanas.effects import System, coded, ridge
@@ -260,11 +310,13 @@ def kept_probabilities(space: SearchSpace, posterior: Posterior) -> Array:
         >>> kept_probabilities(space, posterior).reshape(6, 5).sum(1).round(6).tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    best, n = best_of_draws(space, posterior), layout(space).n_candidates
+    best, n = best_of_draws(space, posterior, budget), layout(space).n_candidates
     return np.asarray(np.bincount(best.ravel(), minlength=n) / len(best))
 
 
-def choice_probabilities(space: SearchSpace, posterior: Posterior, chosen: Architecture) -> Array:
+def choice_probabilities(
+    space: SearchSpace, posterior: Posterior, chosen: Architecture, budget: Budget | None = None
+) -> Array:
     """Return the probability of each decision that the best architecture keeps the same candidates in it, (D,).
 
     The standard error is at most 1 / (2 sqrt(S)) for S draws.
@@ -273,6 +325,7 @@ def choice_probabilities(space: SearchSpace, posterior: Posterior, chosen: Archi
         space: The search space.
         posterior: The posterior of the effects.
         chosen: The architecture whose choices are judged.
+        budget: As in `best_of_draws`.
 
     Example:
         >>> from istanas.effects import System, coded, ridge
@@ -283,33 +336,10 @@ def choice_probabilities(space: SearchSpace, posterior: Posterior, chosen: Archi
         >>> bool(choice_probabilities(space, posterior, pair[0]).max() < 0.1)
         True
     """
-    equal = best_of_draws(space, posterior) == np.array(chosen)
+    equal = best_of_draws(space, posterior, budget) == np.array(chosen)
     sizes = [decision.sparsity for decision in layout(space).decisions]
     starts = np.cumsum([0, *sizes[:-1]])
     return np.asarray(np.logical_and.reduceat(equal, starts, axis=1).mean(0))
-
-
-def _heaviest(numbering: Layout, effects: Array) -> npt.NDArray[np.int64]:
-    """Return the architecture with the largest effects; of equal effects, candidates with lower numbers.
-
-    Args:
-        numbering: The candidates of the space.
-        effects: Effects of all candidates, (..., N).
-
-    Returns:
-        The kept candidates in ascending order, (..., kept).
-    """
-    kept = []
-    for decision, part in zip(numbering.decisions, numbering.parts(), strict=True):
-        left = np.array(effects[..., part], dtype=np.float64)
-        edge = numbering.edge[part]
-        own = []
-        for _ in range(decision.sparsity):
-            best = left.argmax(-1)
-            own.append(best)
-            left[edge == edge[best][..., None]] = -np.inf
-        kept.append(part.start + np.sort(np.stack(own, -1), -1))
-    return np.concatenate(kept, -1)
 
 
 def _exchanges(numbering: Layout, kept: Architecture) -> Iterator[Architecture]:

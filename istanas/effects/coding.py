@@ -183,6 +183,29 @@ def sum_to_zero(space: SearchSpace, effects: Array) -> Array:
     return centred
 
 
+def heaviest(numbering: Layout, effects: Array) -> npt.NDArray[np.int64]:
+    """Return the architecture with the largest effects; of equal effects, candidates with lower numbers.
+
+    Args:
+        numbering: The candidates of the space.
+        effects: Effects of all candidates, (..., N).
+
+    Returns:
+        The kept candidates in ascending order, (..., kept).
+    """
+    kept = []
+    for decision, part in zip(numbering.decisions, numbering.parts(), strict=True):
+        left = np.array(effects[..., part], dtype=np.float64)
+        edge = numbering.edge[part]
+        own = []
+        for _ in range(decision.sparsity):
+            best = left.argmax(-1)
+            own.append(best)
+            left[edge == edge[best][..., None]] = -np.inf
+        kept.append(part.start + np.sort(np.stack(own, -1), -1))
+    return np.concatenate(kept, -1)
+
+
 def _numbered_through(decisions: Sequence[Decision]) -> npt.NDArray[np.int64]:
     """Return the edge of every candidate; without the constraint of one per edge, each candidate has its own edge."""
     numbers: list[int] = []

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from istanas.effects.budget import Budget, relaxed
+from istanas.effects.choice import best_architecture
 from istanas.effects.coding import Architecture, Layout, layout
 from istanas.errors import ConfigError
 from istanas.space.base import SearchSpace
@@ -17,7 +19,9 @@ from istanas.space.base import SearchSpace
 _TRIES = 20  # Rows that are drawn to find one that is not in the design yet.
 
 
-def balanced_design(space: SearchSpace, n: int, seed: int) -> list[Architecture]:
+def balanced_design(
+    space: SearchSpace, n: int, seed: int, budget: Budget | None = None
+) -> list[Architecture]:
     """Return architectures in which the candidates of each decision occur equally often.
 
     Every row takes, in each decision, those candidates that occurred least often. Among equals it takes the one whose
@@ -26,14 +30,18 @@ def balanced_design(space: SearchSpace, n: int, seed: int) -> list[Architecture]
     begin with any prefix. With `one_per_edge` this holds if the edges of a decision have equally many candidates; else
     the difference is as small as the edges allow. Pairs are as even as this greedy rule makes them.
 
+    With a budget, a row that exceeds it is replaced by one of the least frequent candidates within the budget, by
+    Lagrangian relaxation (`relaxed`). Cheap candidates then occur more often than expensive ones.
+
     Args:
         space: The search space.
         n: Number of architectures, >= 1. They are distinct, unless balance requires a repetition: a decision of 4
             candidates that is alone in its space has no more than 4 architectures.
         seed: An integer >= 0. Equal seeds give equal designs, and the first rows do not depend on n.
+        budget: The limits of the architectures' costs; `None` for none.
 
     Raises:
-        ConfigError: If n < 1.
+        ConfigError: If n < 1, or no architecture is within the budget.
 
     Example:
         >>> from istanas.effects.coding import incidence
@@ -52,11 +60,15 @@ def balanced_design(space: SearchSpace, n: int, seed: int) -> list[Architecture]
     )  # How often both occur; the diagonal counts candidates.
     design: list[Architecture] = []
     for _ in range(n):
-        row = _balanced_row(numbering, pairs, rng)
-        for _ in range(_TRIES):
+        for _ in range(1 + _TRIES):
+            row = _balanced_row(numbering, pairs, rng)
+            if budget is not None and not budget.allows(row):
+                rarity = rng.random(numbering.n_candidates) - pairs.diagonal()
+                row = tuple(relaxed(space, rarity[None], budget)[1][0].tolist())
             if row not in design:
                 break
-            row = _balanced_row(numbering, pairs, rng)
+        if budget is not None and not budget.allows(row):  # by its further condition
+            row = best_architecture(space, -pairs.diagonal(), budget=budget)
         design.append(row)
         pairs[np.ix_(row, row)] += 1.0
     return design

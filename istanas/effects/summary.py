@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from istanas.effects.budget import Budget
 from istanas.effects.choice import (
     Improvement,
     best_architecture,
     choice_probabilities,
+    count_within,
     improvement,
     kept_probabilities,
     probability_best,
@@ -36,7 +38,7 @@ class EffectsSummary:
     """What the measurements have shown.
 
     Args:
-        best: The architecture with the highest posterior mean.
+        best: The architecture with the highest posterior mean, within the budget if there is one.
         score: Mean and standard deviation of its score, see `predicted_score`.
         mean: Posterior means of the effects, which sum to zero in each decision, (N,).
         intervals: Central intervals of probability `INTERVAL` of the effects as deviations from the mean of their
@@ -98,6 +100,7 @@ def summarize(
     *,
     seed: int,
     n_following: int = 5,
+    budget: Budget | None = None,
 ) -> EffectsSummary:
     """Summarise the measurements of a search.
 
@@ -108,6 +111,7 @@ def summarize(
         seed: Seed of the choice of the next measurements, an integer >= 0.
         n_following: Number of next measurements, which have the highest fidelity so far. There are fewer, if no more
             architectures are left.
+        budget: The limits that the search keeps; `None` for none.
 
     Raises:
         SolverError: If no solver certifies the code of the LASSO.
@@ -122,27 +126,28 @@ def summarize(
         >>> summary.best[0], bool(summary.choices[0] > CERTAIN), len(summary.following)
         (3, True, 5)
     """
-    best = best_architecture(space, posterior.mean)
+    best = best_architecture(space, posterior.mean, budget=budget)
     path = sparse_path(effects_system(space, measured, losses, fidelity))
     considered = list(dict.fromkeys([best, *measured]))
     # The mean of a decision's effects has no influence on a score, so that its posterior is as wide as its prior.
     deviations = replace(posterior, draws=sum_to_zero(space, posterior.draws))
     highest = max(fidelity)
     done = {kept for kept, level in zip(measured, fidelity, strict=True) if level == highest}
-    left = math.prod(decision.n_supports for decision in space.all_decisions()) - len(done)
+    wanted, there = len(done) + n_following, math.prod(d.n_supports for d in space.all_decisions())
+    left = (there if budget is None else count_within(space, budget, wanted)) - len(done)
     n = min(n_following, left, len(posterior.draws))
-    following = thompson(space, posterior, n, seed, excluded=done) if n else []
+    following = thompson(space, posterior, n, seed, excluded=done, budget=budget) if n > 0 else []
     return EffectsSummary(
         best=best,
         score=predicted_score(space, posterior, best),
         mean=sum_to_zero(space, posterior.mean),
         intervals=deviations.intervals(INTERVAL),
-        kept=kept_probabilities(space, posterior),
+        kept=kept_probabilities(space, posterior, budget),
         code=path.code,
         gap=float(path.gaps[path.chosen]),
-        choices=choice_probabilities(space, posterior, best),
+        choices=choice_probabilities(space, posterior, best, budget),
         probability_best=float(probability_best(space, posterior, considered)[0]),
-        improvement=improvement(space, posterior, best),
+        improvement=improvement(space, posterior, best, budget=budget),
         following=tuple((kept, *predicted_score(space, posterior, kept)) for kept in following),
     )
 

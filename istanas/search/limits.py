@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,12 @@ from istanas.space import Decision, Genotype, SearchSpace
 from istanas.space.base import Supports
 from istanas.space.operations import NONE
 from istanas.sparse.lasso import Array
+
+if TYPE_CHECKING:
+    from istanas.effects.budget import Budget
+
+_EXAMPLES = 5  # Architectures whose costs show that of the rest of the network.
+_ROUNDING = 1e-6  # in parameters or multiply-adds: sums of whole numbers that were averaged are not exact.
 
 CandidateCosts = Mapping[str, Sequence[Array]]
 """For each kind and decision the costs of its candidates, see `istanas.candidates.candidate_costs`."""
@@ -84,6 +90,11 @@ def _shown(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{math.ceil(value * 1000) / 1000:,}"
 
 
+def flattened(space: SearchSpace, costs: CandidateCosts) -> Array:
+    """Return the costs of all candidates, numbered consecutively, (N,)."""
+    return np.concatenate([np.asarray(costs[d.kind][d.index], np.float64) for d in space.all_decisions()])
+
+
 def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[int, ...]]]:
     """Return the supports with the smallest sum of costs. Of candidates of equal cost, `none` comes last.
 
@@ -101,7 +112,7 @@ def cheapest(space: SearchSpace, costs: CandidateCosts) -> dict[str, list[tuple[
     from istanas.effects.choice import best_architecture
     from istanas.effects.coding import supports_of
 
-    flat = np.concatenate([np.asarray(costs[d.kind][d.index], np.float64) for d in space.all_decisions()])
+    flat = flattened(space, costs)
     names = [operation for d in space.all_decisions() for operation, _ in d.candidates]
     tie = 1e-9 * max(float(flat.max()), 1.0) * np.array([name == NONE for name in names])
     found = supports_of(space, best_architecture(space, -(flat + tie)))
@@ -166,6 +177,36 @@ class Limits:
                 field=limits[-1][0].setting,
                 remedy=f"raise it or {limits[0][0].setting}, or use a smaller network",
             )
+
+    def budget(self) -> Budget | None:
+        """Return the limits as a budget of the candidates' costs, after `check`; `None` if there are none.
+
+        The cost of a network is that of its candidates and that of the rest. The rest is the largest one of a few
+        architectures: in one that reads a single state, parts of the network may not run. Such an architecture counts
+        as if they did.
+        """
+        # Imported here because most searches have no limits.
+        from istanas.effects.budget import Budget
+        from istanas.effects.coding import supports_of
+        from istanas.effects.design import balanced_design
+
+        if not self.exist:
+            return None
+        examples = balanced_design(self._space, _EXAMPLES, 0)
+        costs, most = [], []
+        for limit, value in limits_of(self._settings):
+            each = flattened(self._space, self.costs_in(limit.unit, total=True))
+            rest = max(
+                getattr(self._cost_of(supports_of(self._space, kept)), limit.unit) - each[list(kept)].sum()
+                for kept in examples
+            )
+            costs.append(each)
+            most.append(value - rest + _ROUNDING)
+        return Budget(
+            np.array(costs),
+            np.array(most),
+            lambda kept: self.excess(supports_of(self._space, kept)) is None,
+        )
 
     def _found_within(self) -> list[dict[str, list[tuple[int, ...]]]]:
         """Return the cheapest architectures, in any unit, that are within the limits."""

@@ -32,10 +32,12 @@ from typing import Any
 
 import torch
 
+from istanas.effects.budget import Budget
 from istanas.effects.choice import (
     Improvement,
     best_architecture,
     choice_probabilities,
+    count_within,
     improvement,
     thompson,
 )
@@ -115,7 +117,9 @@ def posterior_of(space: SearchSpace, measurements: Sequence[Measurement], seed: 
     )
 
 
-def summary_of(space: SearchSpace, measurements: Sequence[Measurement], seed: int) -> EffectsSummary | None:
+def summary_of(
+    space: SearchSpace, measurements: Sequence[Measurement], seed: int, budget: Budget | None = None
+) -> EffectsSummary | None:
     """Return what the measurements of a search with this seed have shown; `None` if they are too few for effects."""
     if not has_effects(measurements):
         return None
@@ -126,17 +130,19 @@ def summary_of(space: SearchSpace, measurements: Sequence[Measurement], seed: in
         [m.loss for m in measurements],
         [m.epochs for m in measurements],
         seed=derive_seed(seed, "measured", "thompson", len(measurements)),
+        budget=budget,
     )
 
 
 class MeasuredSearch(Search[MeasuredSettings]):
     """A search by measurements: the measurements so far, and the training of the current architecture.
 
-    The result is the architecture with the highest posterior mean, whether it was measured or not.
+    The result is the architecture with the highest posterior mean, whether it was measured or not. With limits, only
+    architectures within them are measured and chosen.
 
     Args:
         supernet: An `ArchitectureNetwork`, which has the space and the size of the networks.
-        settings, compute, seed, ranks, cost: See `Search`.
+        settings, compute, seed, ranks, cost, candidate_costs: See `Search`.
 
     Attributes:
         measurements: The finished measurements, in the order in which they finished.
@@ -171,6 +177,8 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
         self.space = self.supernet.space
+        self.limits.check()
+        self._budget = self.limits.budget()
         self._check_stages()
         self.measurements: list[Measurement] = []
         self.pending: list[Planned] = []
@@ -198,13 +206,17 @@ class MeasuredSearch(Search[MeasuredSettings]):
                 remedy="give it 2 or more",
             )
         available = math.prod(decision.n_supports for decision in self.decisions)
+        where, remedy = "the space has {} architectures", "use at most {} for each number of epochs"
         for fidelity in {epochs for _, epochs in stages}:
             wanted = sum(count for count, epochs in stages if epochs == fidelity)
+            if self._budget is not None:
+                available = count_within(self.space, self._budget, wanted)
+                where, remedy = "{} architectures are within the limits", "raise them, or use at most {}"
             if wanted > available:
                 raise ConfigError(
-                    f"{wanted} measurements of {fidelity} epochs, and the space has {available} architectures",
+                    f"{wanted} measurements of {fidelity} epochs, and {where.format(available)}",
                     field="stages",
-                    remedy=f"use at most {available} for each number of epochs",
+                    remedy=remedy.format(available),
                 )
 
     @property
@@ -214,7 +226,8 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     def _balanced(self, number: int) -> Architecture:
         """Return a row of the balanced design. Its first rows do not depend on the number of rows."""
-        return balanced_design(self.space, number + 1, derive_seed(self.seed, self.kind, "design"))[number]
+        seed = derive_seed(self.seed, self.kind, "design")
+        return balanced_design(self.space, number + 1, seed, self._budget)[number]
 
     @property
     def is_concurrent(self) -> bool:
@@ -369,11 +382,13 @@ class MeasuredSearch(Search[MeasuredSettings]):
         if not has_effects(self.measurements):
             return
         self.posterior = posterior_of(self.space, self.measurements, self.seed)
-        self._best = best_architecture(self.space, self.posterior.mean)
+        self._best = best_architecture(self.space, self.posterior.mean, budget=self._budget)
         self._improvement = improvement(
-            self.space, self.posterior, self._best, margin=self.settings.stop_margin
+            self.space, self.posterior, self._best, margin=self.settings.stop_margin, budget=self._budget
         )
-        self._certain = count_certain(choice_probabilities(self.space, self.posterior, self._best))
+        self._certain = count_certain(
+            choice_probabilities(self.space, self.posterior, self._best, self._budget)
+        )
 
     def _drawn(self) -> Planned:
         """Return the next measurement, now pending: of the design, or the best architecture of a posterior draw."""
@@ -389,6 +404,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
                 derive_seed(self.seed, self.kind, "thompson", number),
                 excluded={m.kept for m in self.measurements if m.epochs == epochs}
                 | {planned.kept for planned in self.pending if planned.epochs == epochs},
+                budget=self._budget,
             )
         planned = Planned(number, kept, epochs)
         self.pending.append(planned)

@@ -150,10 +150,17 @@ def _sweep_conflicts(config: Config) -> Iterator[ConflictError]:
             fields=("sweep.searcher", "sweep.objectives"),
             remedy="choose tpe, or add an objective",
         )
-    if sweep.start_from is not None and sweep.searcher == "nsga2":
+    learns = {"nsga2": "learns only from its own trials", "grid": "learns from no trials"}.get(sweep.searcher)
+    if sweep.start_from is not None and learns is not None:
         yield ConflictError(
-            "sweep.searcher nsga2 learns only from its own trials",
+            f"sweep.searcher {sweep.searcher} {learns}",
             fields=("sweep.start_from", "sweep.searcher"),
+            remedy="leave it out, or choose another searcher",
+        )
+    if sweep.points and sweep.searcher == "grid":
+        yield ConflictError(
+            "sweep.searcher grid has all its points",
+            fields=("sweep.points", "sweep.searcher"),
             remedy="leave it out, or choose another searcher",
         )
     if sweep.objective == "valid" and not config.search.settings_class.validates:

@@ -46,7 +46,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     "": {"data.background": "#ffffff", "space.name": DEFAULT_SPACE},
     **dict.fromkeys(("two_stage", "darts", "pc_darts", "gdas"), _COSTS | _LIMITS),
     **dict.fromkeys(("random_nas", "random"), _LIMITS),
-    "measured": {"search.max_concurrent": 1},
+    "measured": {"search.max_concurrent": 1, **_LIMITS},
     "one_stage": {**_COSTS, **_LATENCY, "search.over_limit": "reject"},
 }
 _NOTHING = object()

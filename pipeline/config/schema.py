@@ -502,9 +502,10 @@ class SweepSettings(Section):
         default_factory=lambda: list[Objective](["top1"]),
         description="Quantities to optimise. More than one gives a Pareto front.",
     )
-    searcher: Literal["tpe", "nsga2", "random"] = Field(
+    searcher: Literal["tpe", "nsga2", "random", "grid"] = Field(
         "tpe",
-        description="Sampler that proposes settings: multivariate TPE, NSGA-II (for several objectives), or random.",
+        description="Sampler that proposes settings: multivariate TPE, NSGA-II (for several objectives), random, or "
+        "grid, which tries every combination of the choices once.",
     )
     scheduler: Literal["asha", "none"] = Field(
         "asha", description="Whether ASHA stops unpromising trials early. Several objectives require none."

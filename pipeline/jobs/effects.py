@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from istanas.effects import TOSS_UP, EffectsSummary, count_certain, supports_of
+from istanas.effects import TOSS_UP, Budget, EffectsSummary, count_certain, supports_of
 from istanas.search.measured import summary_of
 from istanas.space import SearchSpace
 from pipeline.base.files import atomic_write
@@ -32,7 +32,11 @@ EFFECTS_COLUMNS = (
 
 
 def write_effects(
-    folder: Path, records: Iterable[EpochRecord], space: SearchSpace, seed: int
+    folder: Path,
+    records: Iterable[EpochRecord],
+    space: SearchSpace,
+    seed: int,
+    budget: Callable[[], Budget | None],
 ) -> EffectsResult | None:
     """Write the effects of the candidates into the run directory of a search, and return its figures.
 
@@ -41,13 +45,14 @@ def write_effects(
         records: All epochs of the search.
         space: The space of the search.
         seed: The seed of the search.
+        budget: Returns the limits of the search, or `None`; called if there are measurements.
 
     Returns:
         The figures; `None`, and no file is written, if there are no effects: with another method, or with fewer than
         two measurements.
     """
     measurements = [m for record in records if (m := measurement_of(record, space)) is not None]
-    summary = summary_of(space, measurements, seed)
+    summary = summary_of(space, measurements, seed, budget()) if measurements else None
     if summary is None:
         return None
     atomic_write(folder / EFFECTS_FILE, effects_table(space, summary))

@@ -16,6 +16,7 @@ from istanas.draw import save_freezing_figure
 from istanas.methods import validates
 from istanas.nets.operations import check_plugin_operations
 from istanas.search import CLOSING_EPOCHS, Freezing
+from istanas.search.limits import Limits
 from istanas.space import Genotype
 from istanas.sparse import recover
 from istanas.training import Compute
@@ -113,10 +114,8 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
         for job in jobs:
             check_plugin_operations(config.space.operations(), getattr(config, job).init_channels)
         check_data(config, dataset, jobs)
-        if config.trains_target or considers_costs(
-            config
-        ):  # raises an error if no architecture is within the limits
-            build_search(config, dataset, Compute(torch.device("cpu")), Ranks())
+        if config.trains_target or considers_costs(config):
+            _limits(config, dataset)
         if config.search.trials_at_once > 1:
             from pipeline.jobs.measurements import prepare_trials  # imports Ray
 
@@ -135,7 +134,7 @@ def run_search(context: JobContext, *, jobs: tuple[str, ...] = ("search",)) -> S
             progress = run_job("search", config, dataset, store, observer, context.runtime)
         if config.trains_target:
             return _finish_trained(run, progress, dataset, config, observer.note)
-        return _finish_searched(run, progress, config, observer.note)
+        return _finish_searched(run, progress, dataset, config, observer.note)
 
     steps = JobSteps(
         datasets=lambda dataset: datasets_used(config, dataset, "search"),
@@ -234,11 +233,28 @@ def check_solver(solver: str) -> None:
     recover(np.eye(2), np.ones(2), l1_weight=0.5, solver=solver)
 
 
-def _finish_searched(run: RunDir, progress: Progress, config: Config, say: Callable[[str], None]) -> Outcome:
+def _limits(config: Config, dataset: ImageDataset) -> Limits:
+    """Return the limits of a search.
+
+    Raises:
+        ConfigError: If no architecture is within them.
+    """
+    return build_search(config, dataset, Compute(torch.device("cpu")), Ranks()).limits
+
+
+def _finish_searched(
+    run: RunDir,
+    progress: Progress,
+    dataset: ImageDataset,
+    config: Config,
+    say: Callable[[str], None],
+) -> Outcome:
     genotype, record = _write_last_genotype(run, progress.newest), run.read()
     valid = accuracies(progress.newest.metrics, "valid") if validates(record.method) else {}
     records = read_records(run.path / CHECKPOINTS, progress)
-    effects = write_effects(run.path, records, config.space.build(), config.seed)
+    effects = write_effects(
+        run.path, records, config.space.build(), config.seed, lambda: _limits(config, dataset).budget()
+    )
     result = {**_figures(genotype, progress), **valid, **({} if effects is None else {"effects": effects})}
     return Outcome(
         result=result,

@@ -46,6 +46,7 @@ ONNX_FILE = "model.onnx"  # in the export folder: the network in ONNX format
 
 # ----- Sweeps.
 TRIALS_TABLE = "trials.csv"  # all trials with their settings and figures
+FRONT_TABLE = "front.csv"  # accuracy and cost for each weight of the costs, with intervals
 SWEEP_PAGE = "sweep.html"  # interactive figures and the table of trials
 PLOTS_FOLDER = "plots"  # the same figures as PNG
 BEST_FOLDER = "best"  # configuration and genotype of the best trial

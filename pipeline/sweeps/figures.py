@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -21,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.base.text import count, short_names
 from pipeline.config.schema import Config
+from pipeline.sweeps.front import FrontPoint, draw_front, front_of
 from pipeline.sweeps.space import sweep_of, trial_config
 from pipeline.sweeps.study import SETTINGS
 
@@ -58,7 +60,9 @@ class Plot:
 
 
 def draw_plots(config: Config, own: Study, say: Callable[[str], None]) -> tuple[Plot, ...]:
-    """Draw importances, parallel coordinates, history and, for several objectives, the Pareto front.
+    """Draw importances, parallel coordinates, history and fronts.
+
+    A sweep over `search.cost_weight` has the accuracy against the cost, and one with several objectives their front.
 
     Args:
         config: The sweep's configuration.
@@ -164,6 +168,10 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
         figure.update_xaxes(dtick=math.ceil(sweep_of(config).trials / 10))
         return _png(_on_white(axes)), _transparent(figure), 0
 
+    def against(points: Sequence[FrontPoint], cost: str) -> tuple[bytes, Any, int]:
+        axes, figure = draw_front(points, cost)
+        return _png(axes), _transparent(figure), 0
+
     def parallel() -> tuple[bytes, Any, int]:
         axes, figure = figures("plot_parallel_coordinate", params=shared, **of_top1)
         labels = [TOP1, *shared]
@@ -177,6 +185,9 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
         yield "importances", lambda: plain("plot_param_importances", evaluator=evaluator, **of_top1)
     yield "parallel_coordinates", parallel
     yield "history", history
+    points = front_of(config, own)
+    for cost in dict.fromkeys(point.cost for point in points):
+        yield f"accuracy_against_{cost}", partial(against, points, cost)
     if len(objectives) in (2, 3):
         yield "pareto_front", lambda: plain("plot_pareto_front", target_names=objectives)
 

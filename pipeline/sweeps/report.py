@@ -18,9 +18,10 @@ from pipeline.report.html import render
 from pipeline.report.trials import COLUMNS, page_table, typed
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
+from pipeline.runs.layout import FRONT_TABLE, PLOTS_FOLDER, REPORT_PAGE, SWEEP_PAGE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.sweeps.figures import draw_freezing, draw_plots
+from pipeline.sweeps.front import front_of, front_table
 from pipeline.sweeps.space import sweep_of
 from pipeline.sweeps.study import SETTINGS, own_study
 
@@ -53,6 +54,8 @@ def write_figures(
 ) -> tuple[str, ...]:
     """Write a sweep's figures as PNG, and a page with the interactive ones and the table of all trials.
 
+    A sweep over the weight of the costs also has the table of its front.
+
     Args:
         folder: The sweep's run directory.
         config: The sweep's configuration.
@@ -70,6 +73,10 @@ def write_figures(
         pictures["freezing"] = freezing
     for name, png in pictures.items():
         atomic_write(folder / PLOTS_FOLDER / f"{name}.png", png)
+    tables: tuple[str, ...] = ()
+    if points := front_of(config, own):
+        atomic_write(folder / FRONT_TABLE, front_table(points))
+        tables = (FRONT_TABLE,)
     page = render(
         "sweep.html",
         title=own.study_name,
@@ -80,7 +87,7 @@ def write_figures(
         trials=page_table(folder, frame),
     )
     atomic_write(folder / SWEEP_PAGE, page)
-    return (*(f"{PLOTS_FOLDER}/{name}.png" for name in pictures), SWEEP_PAGE)
+    return (*(f"{PLOTS_FOLDER}/{name}.png" for name in pictures), *tables, SWEEP_PAGE)
 
 
 def _objectives(config: Config) -> str:

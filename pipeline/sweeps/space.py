@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from istanas.errors import ConfigError
-from pipeline.base.text import shown_value
+from pipeline.base.text import count, shown_value
 from pipeline.config.errors import fields_of, mistakes_of, one_error
 from pipeline.config.keys import known_methods, nearest_key, value_at
 from pipeline.config.load import with_settings
@@ -158,6 +159,8 @@ def check_space(config: Config) -> None:
         errors += _parameter_errors(config, key, parameter, list(sweep.space)[:place])
     for number, point in enumerate(sweep.points):
         errors += [error.in_source(f"sweep.points.{number}") for error in _point_errors(config, point)]
+    if sweep.searcher == "grid" and not errors:
+        errors += _grid_errors(config)
     if errors:
         raise one_error(errors)
     from istanas.training import derive_seed  # Imports torch, which other users of this module do not need.
@@ -199,6 +202,50 @@ def settings_of_point(config: Config, point: Mapping[str, Any]) -> Settings:
     space = sweep_of(config).space
     defaults = {key: parameter.value[0] for key, parameter in space.items() if parameter.kind != "fixed"}
     return suggest(config, FixedTrial({key: encoded(v) for key, v in {**defaults, **point}.items()}))
+
+
+def grid_of(config: Config) -> list[Settings]:
+    """Return every combination of the choices of a space; those of the last key vary fastest.
+
+    Combinations that differ only in keys whose conditions do not hold are one.
+    """
+    space = {key: each for key, each in sweep_of(config).space.items() if each.kind != "fixed"}
+    combinations = itertools.product(*(values_of(each) for each in space.values()))
+    found = (settings_of_point(config, dict(zip(space, each, strict=True))) for each in combinations)
+    return list({json.dumps(settings): settings for settings in found}.values())
+
+
+def first_points(config: Config) -> list[Settings]:
+    """Return the settings of the first trials, without fixed ones: `sweep.points`, or the whole grid.
+
+    Keys that a point lacks are sampled.
+    """
+    sweep = sweep_of(config)
+    if sweep.searcher == "grid":
+        return [
+            {key: value for key, value in settings.items() if sweep.space[key].kind != "fixed"}
+            for settings in grid_of(config)
+        ]
+    points = ((point, settings_of_point(config, point)) for point in sweep.points)
+    return [{key: value for key, value in settings.items() if key in point} for point, settings in points]
+
+
+def _grid_errors(config: Config) -> Iterator[ConfigError]:
+    """Yield the errors of a grid: keys without choices, or another number of trials than combinations."""
+    sweep = sweep_of(config)
+    ranges = [key for key, each in sweep.space.items() if each.kind not in ("choice", "fixed")]
+    for key in ranges:
+        yield ConfigError(
+            f"{sweep.space[key]} has no choices, which sweep.searcher grid combines",
+            field=f"sweep.space.{key}",
+            remedy="give choice or fixed, or choose another searcher",
+        )
+    if not ranges and sweep.trials != (size := len(grid_of(config))):
+        yield ConfigError(
+            f"{sweep.trials}, and the grid has {count(size, 'combination')}",
+            field="sweep.trials",
+            remedy=f"set {size}",
+        )
 
 
 def readable(settings: Settings) -> str:

@@ -25,7 +25,7 @@ from pipeline.config.schema import OBJECTIVES, Config, SweepSettings
 from pipeline.runs.bucket import fetch_parts, local, named, shown
 from pipeline.runs.directory import RunDir
 from pipeline.runs.layout import STUDY_FILE
-from pipeline.sweeps.space import distribution, encoded, settings_of_point, sweep_of
+from pipeline.sweeps.space import distribution, encoded, first_points, sweep_of
 from pipeline.tracking.store import database_lock, public_uri
 
 # Keys of the reports that a trial sends, in addition to those of `pipeline.cluster.tune`.
@@ -161,10 +161,9 @@ def open_study(
 
 
 def enqueue_points(config: Config, study: Study) -> None:
-    """Enqueue `sweep.points` as the first trials; keys that a point lacks are sampled."""
-    for point in sweep_of(config).points:
-        settings = settings_of_point(config, point)
-        study.enqueue_trial({key: encoded(value) for key, value in settings.items() if key in point})
+    """Enqueue the first trials: `sweep.points` or the whole grid."""
+    for point in first_points(config):
+        study.enqueue_trial({key: encoded(value) for key, value in point.items()})
 
 
 def _check_home(study: Study, home: str) -> None:
@@ -305,7 +304,7 @@ def n_failed(study: Study) -> int:
 def make_sampler(sweep: SweepSettings, seed: int) -> BaseSampler:
     """Return the Optuna sampler of a sweep."""
     seed %= 2**32
-    if sweep.searcher == "random":
+    if sweep.searcher in ("random", "grid"):  # All trials of a grid are enqueued, so that none is sampled.
         return RandomSampler(seed=seed)
     if sweep.searcher == "nsga2":
         return NSGAIISampler(seed=seed, population_size=min(50, max(2, sweep.trials // 3)))

@@ -240,7 +240,7 @@ PUBLISHED = {
 
 def test_the_number_of_files() -> None:
     """The number is explicit, so that a file which is not found fails the test."""
-    assert len(FILES) == 28
+    assert len(FILES) == 29
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -253,7 +253,7 @@ def test_it_is_valid_and_opens_with_its_own_launch_command(file: str) -> None:
     for command, arguments in commands:
         assert command in cli.commands
         assert f"--config {file}" in arguments
-    assert (config.sweep is not None) == Path(file).name.startswith("sweep_")
+    assert (config.sweep is not None) == Path(file).name.startswith(("sweep_", "pareto_"))
     if config.sweep is not None:
         check_space(config)
     overrides = re.findall(r"--set (\S+=\S+)", comment)

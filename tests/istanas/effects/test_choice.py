@@ -1,10 +1,12 @@
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pytest
 
 from istanas.effects import (
     Architecture,
+    Budget,
     Posterior,
     best_architecture,
     coded,
@@ -35,6 +37,10 @@ def everything(space: SearchSpace) -> list[Architecture]:
 def posterior_of(draws: np.ndarray) -> Posterior:
     n = draws.shape[1]
     return Posterior(draws.mean(0), np.cov(draws.T), 1.0, 1.0, draws, np.ones(n))
+
+
+def budget_of(space: SearchSpace, allowed: Any) -> Budget:
+    return Budget(np.zeros((1, layout(space).n_candidates)), np.zeros(1), allowed)
 
 
 @pytest.mark.parametrize("space", SMALL.values(), ids=SMALL)
@@ -72,7 +78,8 @@ def test_excluded_and_forbidden_architectures_are_passed_over() -> None:
     effects = np.random.default_rng(2).normal(size=11)
     ranked = list(ranked_architectures(space, effects))
     assert best_architecture(space, effects, excluded=set(ranked[:5])) == ranked[5]
-    assert best_architecture(space, effects, allowed=lambda kept: kept in ranked[7:9]) == ranked[7]
+    only = budget_of(space, lambda kept: kept in ranked[7:9])
+    assert best_architecture(space, effects, budget=only) == ranked[7]
     with pytest.raises(ConfigError, match="no other architecture of blocks is left"):
         best_architecture(space, effects, excluded=ranked)
 
@@ -144,7 +151,9 @@ def test_no_improvement_is_left_under_certainty_or_where_it_is_forbidden() -> No
     assert improvement(NAS_BENCH_201, wide, best).probability > 0.9
     small = SMALL["blocks"]
     wide = posterior_of(rng.normal(size=(50, 11)))
-    only = improvement(small, wide, (0, 1, 3, 7), allowed=lambda kept: kept == (0, 1, 3, 7))
+    cheap = np.ones((1, 11))
+    cheap[0, [0, 1, 3, 7]] = 0.0
+    only = improvement(small, wide, (0, 1, 3, 7), budget=Budget(cheap, np.zeros(1)))
     assert only.probability == 0.0
     assert improvement(small, wide, (0, 1, 3, 7)).probability > 0.5
 

@@ -1,5 +1,6 @@
 """Search by measurements: what is trained and measured, what is measured next, and what the result is."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -10,16 +11,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from istanas.candidates import candidate_costs
 from istanas.data import Batch
 from istanas.effects.choice import best_architecture
-from istanas.effects.coding import Architecture, coded, layout, sum_to_zero, supports_of
+from istanas.effects.coding import Architecture, architecture, coded, layout, sum_to_zero, supports_of
 from istanas.effects.design import balanced_design
 from istanas.effects.summary import count_certain
 from istanas.errors import ConfigError, DivergedError
+from istanas.measure import Cost
 from istanas.nets import ArchitectureNetwork
 from istanas.search.measured import MeasuredSearch, Measurement, Planned, summary_of
 from istanas.settings import MeasuredSettings
-from istanas.space import CellSpace, NasBench201Space, NetworkSize, SearchSpace
+from istanas.space import CellSpace, Genotype, NasBench201Space, NetworkSize, SearchSpace
 from istanas.training import Compute, Metrics, derive_seed
 
 CPU = Compute(torch.device("cpu"))
@@ -376,6 +379,75 @@ def test_the_result_has_the_highest_posterior_mean() -> None:
             d for d in search.decisions if (d.kind, d.index) == (node.cell, node.node)
         ).candidates
         assert {f"{op}<-{state}" for op, state in (candidates[c] for c in order)} == set(node.picks)
+
+
+LIMITED_SIZE = NetworkSize(8, 5, 10)
+
+
+def cost_of(genotype: Genotype) -> Cost:
+    return BENCH.cost(genotype, LIMITED_SIZE, (3, 16, 16))
+
+
+def limited(seed: int = 0, kind: Any = Planted, **changes: Any) -> Any:
+    """Return a search whose limits are those of another network than the one that it trains."""
+    settings = replace(MeasuredSettings(stages=((24, 1),), calibration_batches=0), **changes)
+    net = ArchitectureNetwork(BENCH, NetworkSize(2, 5, 5, in_channels=1))
+    return kind(net, settings, CPU, seed, None, cost_of, costs_in)
+
+
+def costs_in(unit: Any, total: bool) -> Any:
+    return candidate_costs(BENCH, LIMITED_SIZE, (3, 16, 16), unit, total=total)
+
+
+@pytest.fixture(scope="module")
+def macs_of_all() -> dict[Architecture, int]:
+    """The multiply-adds of all 15,625 architectures: those of the candidates, and of the rest of the network."""
+    costs = np.concatenate(costs_in("macs", True)["cell"])
+    example = architecture(BENCH, BENCH.random_supports(0))
+    rest = cost_of(BENCH.random(0)).macs - costs[list(example)].sum()
+    every = itertools.product(*(range(5 * edge, 5 * edge + 5) for edge in range(6)))
+    return {kept: round(rest + costs[list(kept)].sum()) for kept in every}
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 3])
+def test_only_architectures_within_the_limits_are_measured_and_chosen(
+    max_concurrent: int, macs_of_all: dict[Architecture, int]
+) -> None:
+    """The result has the highest posterior mean of all architectures of the space within the limit."""
+    limit = int(np.quantile(list(macs_of_all.values()), 0.3))
+    search = limited(max_macs=limit, max_concurrent=max_concurrent)
+    costs = np.concatenate(costs_in("macs", True)["cell"])
+    search.truth = search.truth + 5.0 * costs / costs.max()  # What costs more is better.
+    while not search.is_done:
+        if max_concurrent == 1:
+            search.train_epoch([], None, 0)
+            search.validate_epoch(None)
+            search.finish_epoch()
+        else:
+            drawn = [search.draw() for _ in range(max_concurrent)]
+            for planned in drawn[::-1]:
+                search.receive(planned, Metrics(math.exp(-search.score(planned.kept)), 0.0, 1))
+    measured = [m.kept for m in search.measurements]
+    assert all(cost_of(search.space.genotype(supports_of(BENCH, kept))).macs <= limit for kept in measured)
+    assert len(set(measured)) == 24
+    inside = [kept for kept, macs in macs_of_all.items() if macs <= limit]
+    means = search.posterior.mean[np.array(inside)].sum(1)
+    assert search._best == inside[int(np.argmax(means))]
+    assert search._best != best_architecture(BENCH, search.posterior.mean), "the limit has an effect"
+    summary = summary_of(BENCH, search.measurements, 0, search.limits.budget())
+    assert summary is not None
+    assert summary.best == search._best
+    assert all(macs_of_all[kept] <= limit for kept, _, _ in summary.following)
+
+
+def test_limits_that_leave_too_few_architectures_are_refused(macs_of_all: dict[Architecture, int]) -> None:
+    least = min(macs_of_all.values())
+    there = sum(macs == least for macs in macs_of_all.values())
+    with pytest.raises(ConfigError, match=r"max_macs: 1,000 is below the cheapest architecture, which has"):
+        limited(max_macs=1000)
+    few = f"stages: {there + 1} measurements of 1 epochs, and {there} architectures are within the limits; raise"
+    with pytest.raises(ConfigError, match=few):
+        limited(max_macs=least, stages=((there + 1, 1),))
 
 
 def test_it_stops_when_an_improvement_is_improbable() -> None:

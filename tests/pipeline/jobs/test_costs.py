@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from istanas.effects import supports_of
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.config.load import load
@@ -13,6 +14,10 @@ from pipeline.training.pictures import open_dataset, settle_stems
 from tests.pipeline.jobs.tiny_search import SETTINGS, search
 from tests.pipeline.report.pages import Page
 
+MEASURED = [
+    "method=measured",
+    "search={stages: [[4, 1]], batch_size: 50, init_channels: 2, layers: 3, max_pictures: 100}",
+]
 RETRAIN = "retrain={init_channels: 8, layers: 5}"
 
 
@@ -45,6 +50,20 @@ def test_a_weight_of_the_costs_gives_a_cheaper_cell(tmp_path: Path) -> None:
     assert cheap["params"] < free["params"]
 
 
+def test_a_search_by_measurements_reports_only_choices_within_its_limit(tmp_path: Path) -> None:
+    free, _ = search(tmp_path / "free", *MEASURED, RETRAIN)
+    limit = int(0.8 * free["macs"])
+    found, _ = search(tmp_path / "limited", *MEASURED, RETRAIN, f"search.max_macs={limit}")
+    assert found["macs"] <= limit
+    config = settle_stems(load(None, [*SETTINGS, *MEASURED, RETRAIN]))
+    dataset, space = open_dataset(config, ("search",)), config.space.build()
+    following = [each["candidates"] for each in found["effects"]["next"]]
+    assert len(following) == 5
+    for kept in following:
+        genotype = space.genotype(supports_of(space, tuple(kept)))
+        assert network_cost(config, target_sizes(config), dataset, genotype).macs <= limit
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -59,6 +78,11 @@ def test_a_weight_of_the_costs_gives_a_cheaper_cell(tmp_path: Path) -> None:
         (
             ["method=gdas", "search.max_macs=1000"],
             "search.max_macs: 1,000 is below the cheapest architecture",
+        ),
+        ([*MEASURED, "search.cost_weight=1"], "search.cost_weight: unknown key"),
+        (
+            [*MEASURED, "search.max_params=10"],
+            "search.max_params: 10 is below the cheapest architecture, which has",
         ),
     ],
 )

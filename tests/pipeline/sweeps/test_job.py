@@ -8,12 +8,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from PIL import Image
 from rich.console import Console
 
 from istanas.data import load_dataset
 from istanas.errors import ConfigError, IstanasError
 from istanas.space import CellSpace, random_genotype
+from istanas.statistics import difference_interval
 from pipeline.cli.commands import run
 from pipeline.config.load import load, to_yaml
 from pipeline.config.schema import Config
@@ -23,6 +25,7 @@ from pipeline.report.trials import COLUMNS, kendall_tau, read_table, trials_tabl
 from pipeline.sweeps.bookkeeping import describe_trial
 from pipeline.sweeps.check import check_sweep
 from pipeline.sweeps.figures import draw_plots
+from pipeline.sweeps.front import draw_front, front_of
 from pipeline.sweeps.plan import plan_trials
 from pipeline.sweeps.report import sweep_frame, write_figures
 from pipeline.sweeps.searcher import StudySearcher
@@ -357,3 +360,65 @@ def test_a_figure_that_cannot_be_drawn_is_reported(tmp_path: Path) -> None:
     files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
     assert any(line.startswith("importances: not drawn (") for line in said)
     assert "plots/history.png" in files
+
+
+def test_a_front_has_the_trials_of_a_grid(tmp_path: Path) -> None:
+    """Its figures are those of the literal means and differences, and equal cells are counted once."""
+    space = "{seed: {choice: [0, 1, 2]}, search.cost_weight: {choice: [0.0, 2.0]}}"
+    sweep = f"sweep={{trials: 6, searcher: grid, scheduler: none, space: {space}}}"
+    config = load(None, [sweep, f"runtime.runs_dir={tmp_path}", "search.cost=params"])
+    study = open_study(config, "s", fresh=False)
+    searcher = StudySearcher(config, study, Listener())
+    top1, params = [0.8, 0.7, 0.9, 0.7, 0.7, 0.7], [100, 80, 120, 80, 110, 80]
+    for n in range(6):
+        searcher.suggest("t")
+        figures = {"params": params[n], "macs": 9, "digest": str(params[n]), "objective/top1": top1[n]}
+        searcher.on_trial_complete("t", {"finished": True, "run_dir": str(tmp_path / "none"), **figures})
+        assert searcher.error is None
+    assert searcher.suggest("t") == "FINISHED"
+    assert [trial.params for trial in own_trials(study)] == [
+        {"seed": seed, "search.cost_weight": weight} for seed in (0, 1, 2) for weight in (0.0, 2.0)
+    ]
+    free, cheap = front_of(config, own_study(study))
+    assert (free.cost, free.cost_weight, free.seeds, free.cells, free.mean_cost) == ("params", 0.0, 3, 3, 110)
+    assert (free.saved, free.change, free.change_low, free.change_high) == (0, 0, 0, 0)
+    assert (cheap.cost_weight, cheap.seeds, cheap.cells, cheap.mean_cost) == (2.0, 3, 1, 80)
+    assert cheap.saved == pytest.approx(1 - 80 / 110)
+    expected = difference_interval(top1[1::2], top1[::2])
+    assert (cheap.change, cheap.change_low, cheap.change_high) == pytest.approx(
+        (expected.estimate, expected.low, expected.high)
+    )
+    assert (free.low, free.high) == pytest.approx((0.8 - 0.1 * 4.302653 / 3**0.5, 1.0))
+    said: list[str] = []
+    files = write_figures(tmp_path, config, own_study(study), sweep_frame(config, study), said.append)
+    assert not [line for line in said if "against" in line]
+    assert {"plots/accuracy_against_params.png", "front.csv"} <= set(files)
+    assert pd.read_csv(tmp_path / "front.csv")["saved"].tolist() == pytest.approx([0, 1 - 80 / 110], rel=1e-5)
+    assert 'id="accuracy_against_params"' in (tmp_path / "sweep.html").read_text()
+
+
+def test_a_front_has_a_line_for_each_choice_of_the_other_settings(tmp_path: Path) -> None:
+    conditional = "search.arch_lr: {choice: [0.001, 0.01], when: {search.cost: macs}}"
+    space = f"{{search.cost: {{choice: [macs, params]}}, {conditional}, search.cost_weight: {{choice: [0.0, 1.0]}}}}"
+    config = load(
+        None, [f"sweep={{trials: 6, searcher: grid, space: {space}}}", f"runtime.runs_dir={tmp_path}"]
+    )
+    study = open_study(config, "s", fresh=False)
+    searcher = StudySearcher(config, study, Listener())
+    for n in range(6):
+        searcher.suggest("t")
+        figures = {"params": 10 - n, "macs": 20 - n, "digest": str(n), "objective/top1": 0.5}
+        searcher.on_trial_complete("t", {"finished": True, **figures})
+    points = front_of(config, own_study(study))
+    assert [(p.line, p.cost, p.cost_weight, p.mean_cost) for p in points] == [
+        ("search.cost=macs, search.arch_lr=0.001", "macs", 0.0, 20),
+        ("search.cost=macs, search.arch_lr=0.001", "macs", 1.0, 19),
+        ("search.cost=macs, search.arch_lr=0.01", "macs", 0.0, 18),
+        ("search.cost=macs, search.arch_lr=0.01", "macs", 1.0, 17),
+        ("search.cost=params", "params", 0.0, 6),
+        ("search.cost=params", "params", 1.0, 5),
+    ]
+    assert all(p.low == p.top1 == p.high for p in points), "one seed has no interval"
+    axes, figure = draw_front(points, "macs")
+    assert len(figure.data) == len(axes.lines) // 3 == 2, "a line and two caps for each"
+    plt.close("all")

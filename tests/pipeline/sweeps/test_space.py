@@ -14,6 +14,7 @@ from istanas.space.choice import Choose
 from pipeline.config.load import load, run_hash, to_yaml
 from pipeline.sweeps.space import (
     check_space,
+    first_points,
     random_settings,
     readable,
     settings_of_point,
@@ -130,11 +131,32 @@ def test_an_invalid_space_is_rejected(tmp_path: Path, space: str, line: str) -> 
             "sweep.gpus_per_trial: 1.0 cannot be used on runtime.device cpu",
         ),
         ("  trials: 0\n", "sweep.trials: 0 is invalid"),
+        (
+            "  searcher: grid\n",
+            "search.lr: uniform 0.01 .. 1 has no choices, which sweep.searcher grid combines",
+        ),
+        (
+            "  searcher: grid\n  points: [{search.lr: 0.5}]\n",
+            "sweep.points: sweep.searcher grid has all its points",
+        ),
+        (
+            "  searcher: grid\n  start_from: x\n",
+            "sweep.start_from: sweep.searcher grid learns from no trials",
+        ),
         ("runtime: {workers: '1:2'}\n", "runtime.workers: 1:2 is a range"),
     ],
 )
 def test_contradicting_settings_of_a_sweep_are_rejected(tmp_path: Path, rest: str, line: str) -> None:
     assert line in refusal(tmp_path, "search.lr: {uniform: [0.01, 1]}", rest)
+
+
+def test_a_grid_has_as_many_trials_as_combinations(tmp_path: Path) -> None:
+    space = "seed: {choice: [0, 1]}\nspace.matrix: {choice: [uniform, gaussian]}\nsearch.epochs: {fixed: 3}"
+    line = refusal(tmp_path, space, "  searcher: grid\n  trials: 5\n")
+    assert line == "sweep.trials: 5, and the grid has 4 combinations; set 4"
+    config = load(write(tmp_path, space, "  searcher: grid\n  trials: 4\n"))
+    check_space(config)
+    assert first_points(config)[1] == {"seed": 0, "space.matrix": "gaussian"}
 
 
 def test_objectives_on_the_hold_out_need_one(tmp_path: Path) -> None:
