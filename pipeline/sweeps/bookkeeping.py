@@ -99,7 +99,7 @@ class TrialRuns:
             tags[Tag.NODE] = result[NODE]
         if FAILED in result:
             tags[Tag.REASON] = result[FAILED]
-        kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "seconds")
+        kept = ("valid_top1", "retrained_top1", "digest", "params", "macs", "latency_ms", "seconds")
         figures = {name: result[name] for name in kept if name in result}
         self._delivered &= close(path, config, STATUS[state], tags, figures)
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WEIGHT, SEED = "search.cost_weight", "seed"
-AXES = {"macs": "multiply-adds", "params": "parameters"}
-"""What `search.cost` may be, which is also the name of a trial's figure -> the label of the axis."""
+AXES = {"macs": "multiply-adds", "params": "parameters", "latency": "predicted latency in ms"}
+"""What `search.cost` may be -> the label of the axis."""
+_FIGURES = {"latency": "latency_ms"}  # names of a trial's figures that differ from the cost's
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def front_of(config: Config, own: Study) -> list[FrontPoint]:
         if WEIGHT in settings:
             whole = trial_config(config, settings)
             cost = cost_of(whole)
-            outcome = _Outcome(trial.values[place], float(figures[cost]), figures["digest"])
+            outcome = _Outcome(
+                trial.values[place], float(figures[_FIGURES.get(cost, cost)]), figures["digest"]
+            )
             weights = lines.setdefault((_line(settings), cost), {})
             weights.setdefault(float(settings[WEIGHT]), {})[whole.seed] = outcome
     return [

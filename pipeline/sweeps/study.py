@@ -42,6 +42,7 @@ FIGURES = (
     "retrained_top1",
     "params",
     "macs",
+    "latency_ms",
     "epochs",
     "seconds",
     "retrain_seconds",

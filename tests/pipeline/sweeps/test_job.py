@@ -422,3 +422,21 @@ def test_a_front_has_a_line_for_each_choice_of_the_other_settings(tmp_path: Path
     axes, figure = draw_front(points, "macs")
     assert len(figure.data) == len(axes.lines) // 3 == 2, "a line and two caps for each"
     plt.close("all")
+
+
+def test_the_front_of_predicted_latencies(tmp_path: Path) -> None:
+    space = "{search.cost_weight: {choice: [0.0, 1.0]}}"
+    table = ["search.cost=latency", f"search.latency_table={tmp_path}/table.json"]
+    config = load(
+        None, [f"sweep={{trials: 2, searcher: grid, space: {space}}}", f"runtime.runs_dir={tmp_path}", *table]
+    )
+    study = open_study(config, "s", fresh=False)
+    searcher = StudySearcher(config, study, Listener())
+    for latency in (3.5, 2.0):
+        searcher.suggest("t")
+        figures = {"params": 1, "macs": 1, "latency_ms": latency, "digest": "d", "objective/top1": 0.5}
+        searcher.on_trial_complete("t", {"finished": True, **figures})
+    assert [(p.cost, p.mean_cost) for p in front_of(config, own_study(study))] == [
+        ("latency", 3.5),
+        ("latency", 2.0),
+    ]
