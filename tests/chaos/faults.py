@@ -1,4 +1,4 @@
-"""The faults. Each one hits a running job at random moments, until the job has ended successfully."""
+"""The faults. Each one hits a running job at random moments; after the last one, the job runs to its end."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pipeline.runs.directory import RunDir
 from tests.chaos.checks import check_nothing_lives
 from tests.chaos.cluster import OneMachine, TwoMachines
 from tests.chaos.victims import Attempt, Case
+from tests.in_process import istanas
 from tests.mlflow_server import server
 from tests.namespaces import refusal
 from tests.pipeline.runs.test_bucket import BUCKET, bucket, keys_of_the_bucket
 from tests.ports import unused_port
-from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
 RESUMES = "run the same command again to resume"
 
@@ -35,8 +36,8 @@ class Fault:
 
     Args:
         name: Its name in the table.
-        strike: Hits a case a number of times and runs the job to its end.
-        fast: The job that `make test` hits with it; None: none, since other tests do or since it takes too long.
+        strike: Hits a case at the given moments. Each moment is the number of moments that are left, with itself: 1 is
+            the last one, after which the job runs to its end, and the others leave epochs for those that follow.
         jobs: The jobs that it can hit; default: all.
         place: The job's cluster; None: it runs on this machine without a cluster.
         workers: Number of Ray Train's workers; 0: none.
@@ -46,8 +47,7 @@ class Fault:
     """
 
     name: str
-    strike: Callable[[Case, int], None]
-    fast: str | None = None
+    strike: Callable[[Case, Sequence[int]], None]
     jobs: tuple[str, ...] = ("two-stage", "one-stage", "retraining", "sweep")
     place: type[OneMachine] | type[TwoMachines] | None = None
     workers: int = 0
@@ -57,42 +57,50 @@ class Fault:
 
 
 # ---------- sequences of strikes
-def end_each_time(case: Case, times: int, strike: Callable[[Attempt], None], code: int) -> None:
-    """Start the command again after each strike, which ends it."""
-    for left in range(times, 0, -1):
+def end_each_time(
+    case: Case, moments: Sequence[int], strike: Callable[[Attempt], None], code: int, message: str = ""
+) -> None:
+    """Start the command again after each strike, which ends it with an exit code and a message."""
+    for left in moments:
         attempt = case.start()
         case.moment(attempt, left, going=False)
         strike(attempt)
         ended = attempt.end()
         assert ended == code, f"exit code {ended}:\n{attempt.words}"
+        assert not message or attempt.said(message), attempt.words
         check_nothing_lives(case)
-    case.finish()
+    finish_after(case, moments)
 
 
-def while_it_goes_on(case: Case, times: int, strike: Callable[[], None]) -> None:
+def finish_after(case: Case, moments: Sequence[int], *arguments: str) -> None:
+    """Run the job to its end, unless another fault follows."""
+    if moments[-1] == 1:
+        case.finish(*arguments)
+
+
+def while_it_goes_on(case: Case, moments: Sequence[int], strike: Callable[[], None]) -> None:
     """Hit one command, which must survive all strikes."""
     attempt = case.start()
-    for left in range(times, 0, -1):
+    for left in moments:
         case.moment(attempt, left)
         strike()
     assert attempt.end() == 0, attempt.words
 
 
 # ---------- the job's own process
-def kill_driver(case: Case, times: int) -> None:
-    end_each_time(case, times, lambda attempt: attempt.process.kill(), -signal.SIGKILL)
+def kill_driver(case: Case, moments: Sequence[int]) -> None:
+    end_each_time(case, moments, lambda attempt: attempt.process.kill(), -signal.SIGKILL)
 
 
-def terminate(case: Case, times: int) -> None:
+def terminate(case: Case, moments: Sequence[int]) -> None:
     def strike(attempt: Attempt) -> None:
         attempt.wait(attempt.listens, "its signal handlers")
         attempt.process.terminate()
 
-    end_each_time(case, times, strike, 143)
-    assert all(attempt.said(RESUMES) for attempt in case.attempts[:-1])
+    end_each_time(case, moments, strike, 143, RESUMES)
 
 
-def interrupt_twice(case: Case, times: int) -> None:
+def interrupt_twice(case: Case, moments: Sequence[int]) -> None:
     def strike(attempt: Attempt) -> None:
         attempt.wait(attempt.listens, "its signal handlers")
         os.killpg(attempt.process.pid, signal.SIGINT)
@@ -100,13 +108,13 @@ def interrupt_twice(case: Case, times: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.killpg(attempt.process.pid, signal.SIGINT)
 
-    end_each_time(case, times, strike, 130)
+    end_each_time(case, moments, strike, 130)
 
 
-def run_twice(case: Case, times: int) -> None:
+def run_twice(case: Case, moments: Sequence[int]) -> None:
     """Start a second command while the first is halted and thus still has its directory locked."""
     first = case.start()
-    for left in range(times, 0, -1):
+    for left in moments:
         case.moment(first, left)
         first.process.send_signal(signal.SIGSTOP)
         halted = psutil.Process(first.process.pid)
@@ -141,18 +149,18 @@ def two_of(case: Case) -> TwoMachines:
     return case.cluster
 
 
-def kill_worker(case: Case, times: int) -> None:
+def kill_worker(case: Case, moments: Sequence[int]) -> None:
     """Kill a worker of Ray Train or a sweep's trial, which is replaced while the command continues."""
     cluster = one_of(case)
 
     def strike() -> None:
         case.draw.choice(cluster.named("RayTrainWorker") or cluster.named("ray::ImplicitFunc")).kill()
 
-    while_it_goes_on(case, times, strike)
-    check_workers_were_lost(case, times)
+    while_it_goes_on(case, moments, strike)
+    check_workers_were_lost(case, len(moments))
 
 
-def kill_controller(case: Case, times: int) -> None:
+def kill_controller(case: Case, moments: Sequence[int]) -> None:
     """Kill Ray Train's controller, with which its workers end; a new one starts while the command continues."""
     cluster = one_of(case)
 
@@ -160,14 +168,14 @@ def kill_controller(case: Case, times: int) -> None:
         (controller,) = cluster.named("TrainController")
         controller.kill()
 
-    while_it_goes_on(case, times, strike)
-    assert len(re.findall("lost Ray Train's controller", "\n".join(case.told()))) == times
+    while_it_goes_on(case, moments, strike)
+    assert len(re.findall("lost Ray Train's controller", "\n".join(case.told()))) == len(moments)
 
 
-def kill_node(case: Case, times: int) -> None:
+def kill_node(case: Case, moments: Sequence[int]) -> None:
     """Replace the node on which the command does not run."""
-    while_it_goes_on(case, times, one_of(case).replace_node)
-    check_workers_were_lost(case, times)
+    while_it_goes_on(case, moments, one_of(case).replace_node)
+    check_workers_were_lost(case, len(moments))
 
 
 def check_workers_were_lost(case: Case, times: int) -> None:
@@ -176,20 +184,20 @@ def check_workers_were_lost(case: Case, times: int) -> None:
         assert len(re.findall(r"^lost worker", "\n".join(case.told()), re.MULTILINE)) >= times
 
 
-def kill_head(case: Case, times: int) -> None:
+def kill_head(case: Case, moments: Sequence[int]) -> None:
     """Kill the whole cluster, and resume on a new one with another address."""
     cluster = one_of(case)
-    for left in range(times, 0, -1):
+    for left in moments:
         attempt = case.start()
         case.moment(attempt, left)
         cluster.kill()
         assert attempt.end() == 1, attempt.words
         assert attempt.said(RESUMES), attempt.words
         cluster.start()
-    case.finish()
+    finish_after(case, moments)
 
 
-def lose_machine(case: Case, times: int) -> None:
+def lose_machine(case: Case, moments: Sequence[int]) -> None:
     """Kill the command and delete its disk, which has only a copy of the runs in a bucket."""
     disk, prefix = case.folder / "disk", f"runs/{case.mark}"
     copies = disk / "istanas" / "storage" / "s3-" / BUCKET / prefix
@@ -198,7 +206,7 @@ def lose_machine(case: Case, times: int) -> None:
     with bucket() as server:
         case.environment = {**keys_of_the_bucket(), "XDG_CACHE_HOME": str(disk)}
         done = 0
-        for left in range(times, 0, -1):
+        for left in moments:
             attempt = case.start(*where)
             attempt.wait(lambda done=done: case.epochs_done() >= done, "the files of the bucket")  # type: ignore[misc]
             case.moment(attempt, left, going=False)
@@ -221,9 +229,9 @@ def is_of_epochs(name: str) -> bool:
     return file == "metrics.jsonl" and not run.rpartition("/")[2].startswith("job-sweep")
 
 
-def halt_node(case: Case, times: int) -> None:
+def halt_node(case: Case, moments: Sequence[int]) -> None:
     """Halt the node for some seconds; it is replaced if the cluster gives it up."""
-    while_it_goes_on(case, times, lambda: one_of(case).halt_node(case.draw.choice((2, 3, 15))))
+    while_it_goes_on(case, moments, lambda: one_of(case).halt_node(case.draw.choice((2, 3, 15))))
 
 
 def longer_trials(job: str) -> tuple[str, ...]:
@@ -231,13 +239,13 @@ def longer_trials(job: str) -> tuple[str, ...]:
     return ("--set", "search.epochs=40") if job == "sweep" else ()
 
 
-def cut_off_node(case: Case, times: int) -> None:
+def cut_off_node(case: Case, moments: Sequence[int]) -> None:
     """Cut the node's network link for some seconds; it is replaced if the cluster gives it up."""
-    while_it_goes_on(case, times, lambda: two_of(case).cut_off_node(case.draw.choice((2, 3, 15))))
+    while_it_goes_on(case, moments, lambda: two_of(case).cut_off_node(case.draw.choice((2, 3, 15))))
 
 
 # ---------- MLflow and its database
-def kill_mlflow(case: Case, times: int) -> None:
+def kill_mlflow(case: Case, moments: Sequence[int]) -> None:
     """Kill MLflow's server and restart it; the last time only after the job, when `sync` delivers the rest.
 
     The command is halted while a server starts, which takes longer than all its epochs.
@@ -248,7 +256,7 @@ def kill_mlflow(case: Case, times: int) -> None:
     shutil.copy(case.folder / "mlflow.db", store)
     case.environment = {**case.environment, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     attempt = None
-    for left in range(times, 0, -1):
+    for left in moments:
         with server(store, port):
             if attempt is None:
                 attempt = case.start()
@@ -266,13 +274,13 @@ def kill_mlflow(case: Case, times: int) -> None:
     (case.folder / "mlflow.db").symlink_to(store / "mlflow.db")
 
 
-def lock_sqlite(case: Case, times: int) -> None:
+def lock_sqlite(case: Case, moments: Sequence[int]) -> None:
     """Lock MLflow's database for some seconds, the last time to the end of the job.
 
     A sweep is always locked for seconds only: each trial, and the sweep for each trial, would wait for the lock.
     """
     attempt = case.start()
-    for left in range(times, 0, -1):
+    for left in moments:
         case.moment(attempt, left)
         with writer(case.folder / "mlflow.db"):
             if left == 1 and case.job.name != "sweep":
@@ -299,13 +307,16 @@ def no_small_disk() -> str | None:
     return None if os.getuid() == 0 and shutil.which("mount") else "only root mounts a small disk"
 
 
-def fill_disk(case: Case, times: int) -> None:
-    """Fill the disk of the runs, and free it before the next start."""
+def fill_disk(case: Case, moments: Sequence[int]) -> None:
+    """Fill the disk of the runs, which is a small one meanwhile, and free it before the next start."""
+    kept, filler = case.folder / "kept", case.runs / "filler"
     case.runs.mkdir(exist_ok=True)
+    case.runs.rename(kept)
+    case.runs.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(case.runs)], check=True)
-    filler = case.runs / "filler"
     try:
-        for left in range(times, 0, -1):
+        shutil.copytree(kept, case.runs, symlinks=True, dirs_exist_ok=True)
+        for left in moments:
             attempt = case.start()
             case.moment(attempt, left, going=False)
             fill(filler)
@@ -313,8 +324,8 @@ def fill_disk(case: Case, times: int) -> None:
             assert attempt.said("(No space left|disk is full)"), attempt.words
             filler.unlink()
             check_nothing_lives(case)
-        case.finish()
-        kept = case.folder / "kept"
+        finish_after(case, moments)
+        shutil.rmtree(kept)
         shutil.copytree(case.runs, kept, symlinks=True)
     finally:
         subprocess.run(["umount", "--lazy", str(case.runs)], check=True)
@@ -329,11 +340,11 @@ def fill(file: Path) -> None:
             pass
 
 
-def damage(case: Case, times: int) -> None:
+def damage(case: Case, moments: Sequence[int]) -> None:
     """Kill the command and damage a file: a checkpoint is truncated or has a wrong bit, or metrics are truncated."""
     ways = [cut_checkpoint, flip_bit, spoil_sweep if case.job.name == "sweep" else cut_metrics]
     case.draw.shuffle(ways)
-    for left in range(times, 0, -1):
+    for left in moments:
         attempt = case.start()
         case.moment(attempt, left)
         attempt.process.kill()
@@ -343,11 +354,7 @@ def damage(case: Case, times: int) -> None:
         way(case)
         case.strikes[-1] += f", {way.__name__}"
         case.may_repeat += way in (cut_checkpoint, flip_bit)
-    case.finish()
-    told = sum(
-        len(re.findall(r"^warning: checkpoint \S+ is broken", text, re.MULTILINE)) for text in case.told()
-    )
-    assert told == case.may_repeat
+    finish_after(case, moments)
 
 
 def newest(case: Case, pattern: str) -> Path:
@@ -398,15 +405,15 @@ def far_too_fast(job: str) -> tuple[str, ...]:
     return tuple(word for setting in settings for word in ("--set", setting))
 
 
-def diverge(case: Case, times: int) -> None:
+def diverge(case: Case, moments: Sequence[int]) -> None:
     """Roll back and kill the command; the learning rate must stay halved."""
-    kill_driver(case, times)
+    kill_driver(case, moments)
     assert any("rolled back to" in text for text in case.told())
 
 
-def fail_to_solve(case: Case, times: int) -> None:
+def fail_to_solve(case: Case, moments: Sequence[int]) -> None:
     """Kill a job whose solver, plain ISTA, misses the tolerance, so that another solver replaces it."""
-    kill_driver(case, times)
+    kill_driver(case, moments)
     lines = [line for file in case.runs.glob("**/metrics.jsonl") for line in RunDir(file.parent).metrics()]
     assert any(line.metrics.get("recovery/fallbacks", 0) > 0 for line in lines)
     assert max(line.metrics.get("recovery/gap", 0) for line in lines) <= 1e-9
@@ -414,16 +421,11 @@ def fail_to_solve(case: Case, times: int) -> None:
 
 # ---------- another command
 def typed(case: Case, *arguments: str) -> None:
-    """Run another `istanas` command, which must succeed."""
-    done = subprocess.run(
-        [*PROGRAM, *arguments],
-        cwd=case.folder,
-        env={**ENVIRONMENT, **case.environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    """Run another `istanas` command in this process, which must succeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in case.environment.items():
+            patch.setenv(name, value)
+        istanas(case.folder, arguments)
 
 
 FAULTS = {
@@ -450,10 +452,10 @@ FAULTS = {
             settings=longer_trials,
             needs=refusal,
         ),
-        Fault("MLflow's server is killed", kill_mlflow, "two-stage"),
+        Fault("MLflow's server is killed", kill_mlflow),
         Fault("MLflow's SQLite file locked by another writer", lock_sqlite),
-        Fault("disk full", fill_disk, "one-stage", needs=no_small_disk),
-        Fault("files damaged after a kill", damage, "two-stage"),
+        Fault("disk full", fill_disk, needs=no_small_disk),
+        Fault("files damaged after a kill", damage),
         Fault("exploding loss, rolled back; and SIGKILL", diverge, settings=far_too_fast),
         Fault(
             "a solver that does not converge; and SIGKILL",
@@ -462,7 +464,13 @@ FAULTS = {
             settings=lambda job: ("--set", "space.solver=ista"),
         ),
         Fault("SIGTERM", terminate),
-        Fault("SIGINT twice", interrupt_twice, "two-stage"),
-        Fault("the same command twice at once", run_twice, "one-stage"),
+        Fault("SIGINT twice", interrupt_twice),
+        Fault("the same command twice at once", run_twice),
     )
 }
+# `make test` hits one job with these, each sequence in a run of its own; other tests have the remaining faults.
+FAST_JOB = "one-stage"
+FAST = (
+    ("MLflow's server is killed",),
+    ("SIGINT twice", "files damaged after a kill", "disk full", "the same command twice at once"),
+)

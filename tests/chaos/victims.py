@@ -113,6 +113,11 @@ class Case:
         (path,) = self.runs.glob(f"job-{kind}-*")
         return path
 
+    @property
+    def command(self) -> list[str]:
+        """The arguments of `istanas`."""
+        return [*self.job.command, "--config", "job.yaml", *self.settings]
+
     def start(self, *arguments: str) -> Attempt:
         """Start the command."""
         attempt = Attempt(self, arguments)
@@ -184,7 +189,7 @@ class Attempt:
     def __init__(self, case: Case, arguments: tuple[str, ...]) -> None:
         cluster = case.cluster
         place = ["--address", cluster.address] if cluster is not None else []
-        command = [*PROGRAM, *case.job.command, "--config", "job.yaml", *case.settings, *place, *arguments]
+        command = [*PROGRAM, *case.command, *place, *arguments]
         command = [*(cluster.prefix if cluster is not None else ()), *command]
         environment = ENVIRONMENT if cluster is None else cluster.environment
         self.process = subprocess.Popen(

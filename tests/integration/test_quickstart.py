@@ -22,7 +22,7 @@ from pipeline.runs.network_files import load_network
 from pipeline.tracking.store import open_client
 from tests.in_process import istanas
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIGURES = [f"cells/{cell}.{form}" for cell in ("normal", "reduce") for form in ("png", "svg")]
 SEARCH_METRICS = {
@@ -243,8 +243,8 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "pictures.yaml").write_text(
         "data: {name: folder, root: pictures, cache_dir: cache}\n"
         "space: {nodes: 2}\n"
-        "search: {epochs: 2, batch_size: 32, init_channels: 4, layers: 3, arch_lr: 0.01}\n"
-        "retrain: {epochs: 5, batch_size: 32, init_channels: 4, layers: 3, lr: 0.1, auxiliary_weight: 0.0, "
+        "search: {epochs: 1, batch_size: 32, init_channels: 4, layers: 3, arch_lr: 0.01}\n"
+        "retrain: {epochs: 4, batch_size: 32, init_channels: 4, layers: 3, lr: 0.1, auxiliary_weight: 0.0, "
         "drop_path: 0.0, cutout: 0}\n"
         "runtime: {threads: 1}\n"
         "tracking: {enabled: false}\n"
@@ -268,8 +268,8 @@ def test_one_stage_digits_search_train_export_and_register_in_one_run(
 ) -> None:
     shutil.copy(blank_database, tmp_path / "mlflow.db")
     command = ["run", "--config", str(repo_root / "tune_configs" / "one_stage_digits.yaml"), "--json"]
-    # A third of the configured epochs reaches the accuracy, too.
-    command += ["--set", "search.max_search_epochs=4", "--set", "search.train_epochs=7"]
+    # A quarter of the configured epochs reaches the accuracy, too.
+    command += ["--set", "search.max_search_epochs=3", "--set", "search.train_epochs=6"]
     result = istanas(tmp_path, command).result
     assert result["test_top1"] >= 0.96
     assert set(result["exports"]) == {"safetensors", "program", "onnx"}
@@ -284,11 +284,8 @@ def test_one_stage_digits_search_train_export_and_register_in_one_run(
     version = client.get_model_version_by_alias("istanas-digits", "candidate")
     assert version.run_id == result["mlflow_run_id"]
 
-    # The same commands again repeat nothing; the export uses the run's own configuration.
+    # The same command again repeats nothing.
     assert istanas(tmp_path, command).result == result
-    once_more = istanas(tmp_path, ["export", result["run_dir"], "--json"]).result
-    assert once_more["digest"] == result["digest"]
-    assert once_more["mlflow_run_id"] == result["mlflow_run_id"]
     assert len(client.search_model_versions("name = 'istanas-digits'")) == 1
     table = istanas(tmp_path, ["results", "--one-stage", "--json"]).result["results"]
     (row,) = table

@@ -154,18 +154,12 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
     # One address is given on the command line, another one in the environment.
     given, secret = (quote(SECRETS[name], safe="") for name in ("uri", "command"))
     uri = place.environment["MLFLOW_TRACKING_URI"].replace(given, secret)
-    place.run("run", *config, "--workers", "1", "--set", f"tracking.uri={uri}")
+    place.run("search", *config, "--workers", "1", "--set", f"tracking.uri={uri}")
+    found, trained = str(next(place.folder.glob("runs/tiny-search-*"))), "tiny-retrain"
     place.run("sweep", *config)
-    runs = {path.name for path in (place.folder / "runs").iterdir()}
-    assert {name.split("-")[1] for name in runs if name.startswith("tiny-")} == {"search", "retrain", "sweep"}
-    logs = list(place.folder.glob("runs/*/ray/**/*"))
-    assert any(path.suffix in (".log", ".out", ".err") for path in logs), "Ray's logs are searched too"
-    assert (place.folder / "study.db").is_file()
-    assert list(place.folder.glob("runs/*/trial-*/trial.log"))
-    # Commands that use these runs.
-    found, trained = (str(next(place.folder.glob(f"runs/tiny-{kind}-*"))) for kind in ("search", "retrain"))
-    (Path(found) / "mlflow.json").unlink()
+    (Path(found) / "mlflow.json").unlink()  # `sync` writes it again.
     commands = [
+        ["retrain", *config, "--genotype", found],
         ["results", *config],
         ["export", *config, trained],
         ["promote", *config, trained],
@@ -174,6 +168,12 @@ def test_jobs_on_workers_and_a_sweep_write_no_secret(place: Place) -> None:
         ["sync", found],
     ]
     assert "search" in place.run_all([(0, command) for command in commands])
+    runs = {path.name for path in (place.folder / "runs").iterdir()}
+    assert {name.split("-")[1] for name in runs if name.startswith("tiny-")} == {"search", "retrain", "sweep"}
+    logs = list(place.folder.glob("runs/*/ray/**/*"))
+    assert any(path.suffix in (".log", ".out", ".err") for path in logs), "Ray's logs are searched too"
+    assert (place.folder / "study.db").is_file()
+    assert list(place.folder.glob("runs/*/trial-*/trial.log"))
     assert {path.name for path in place.folder.iterdir()} >= {"page", "cells"}
     assert not place.found(50)
 
@@ -183,17 +183,12 @@ def test_errors_show_an_address_without_its_secrets(place: Place) -> None:
     nowhere = f"http://planted:{secret}@127.0.0.1:{unused_port()}"
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     config = ("--config", "tiny.yaml")
-    said = place.run("search", *config, "--set", "seed=2", MLFLOW_TRACKING_URI=nowhere, **quick)
-    assert "127.0.0.1" in said, "the store that can't be reached is named"
     storage = f"postgresql://planted:{secret}@127.0.0.1:1/db?sslpassword={secret}"
-    place.run_all(
+    said = place.run_all(
         [
+            (0, ["search", *config, "--set", "seed=2"]),
             (1, ["sweep", *config, "--set", f"sweep.storage={storage}", "--set", "seed=3"]),
             (1, ["sweep", *config, "--set", f"sweep.storage=nosuch://x:{secret}@h/db", "--set", "seed=4"]),
-        ]
-    )
-    place.run_all(
-        [
             (2, ["results", *config]),
             (2, ["compare", *config, "a" * 32, "b" * 32]),
             (2, ["search", *config, "--set", f"runtime.address=ray://planted:{secret}@127.0.0.1:1"]),
@@ -206,4 +201,5 @@ def test_errors_show_an_address_without_its_secrets(place: Place) -> None:
         MLFLOW_TRACKING_URI=nowhere,
         **quick,
     )
+    assert "127.0.0.1" in said.partition("exit code")[0], "the store that can't be reached is named"
     assert not place.found(15)
