@@ -1,4 +1,4 @@
-"""The commands that use a trained network: predict."""
+"""The commands that use a trained network: predict and evaluate."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from pipeline.cli.options import complete_file, complete_folder, config_options, json_option
-from pipeline.cli.output import console_for, print_json, printable, write_csv
-from pipeline.cli.settings import load_config
+from pipeline.cli.output import console_for, print_json, printable, show_evaluation, write_csv
+from pipeline.cli.settings import load_config, run_and_config
 
 
 @click.command()
@@ -73,4 +73,59 @@ def _complain(line: str) -> None:
     click.echo(f"error: {printable(line)}", err=True)
 
 
-COMMANDS = (predict,)
+@click.command()
+@click.argument("reference", metavar="RUN", shell_complete=complete_folder)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_folder,
+    help="Other pictures: a folder with a sub-folder for each class, or with such folders in test/ or val/.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the files about --data. Default: evaluation.",
+)
+@config_options
+@json_option
+def evaluate(
+    reference: str,
+    data: Path | None,
+    out: Path | None,
+    file: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure a trained network: accuracy, calibration, mistakes.
+
+    RUN is a finished retraining or one-stage search (run directory, MLflow run id or unique name). It is measured on
+    its test split, and the result is written to the run directory, its report and MLflow. With --data, RUN may be any
+    network that istanas predict takes, and the files are written to the folder --out.
+    """
+    if out is not None and data is None:
+        raise click.UsageError(
+            "--out: without --data, the files are written to the run directory; leave it out"
+        )
+    console = console_for(as_json)
+    from pipeline.jobs import evaluate as job
+
+    if data is None:
+        run, config = run_and_config(reference, file, overrides)
+        result = job.evaluate_run(run.path, config, console)
+    else:
+        from pipeline.jobs.predict import find_predictor
+        from pipeline.runs import bucket
+
+        config, _ = load_config(file, overrides)
+        name, predictor = find_predictor(
+            reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+        )
+        out = Path("evaluation") if out is None else out
+        result = job.evaluate_folder(name, predictor, data, out, complain=_complain)
+    show_evaluation(result, as_json, console)
+    if result["broken"]:
+        console.print(f"{len(result['broken'])} files could not be used", highlight=False)
+        raise click.exceptions.Exit(1)
+
+
+COMMANDS = (predict, evaluate)

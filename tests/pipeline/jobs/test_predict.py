@@ -170,6 +170,57 @@ def test_a_bad_reference_is_one_line(
     assert says in err
 
 
+# ---------- evaluations
+
+
+def test_the_report_has_the_evaluation_of_the_test_split(project: Project) -> None:
+    figures = json.loads((project.run / "evaluation.json").read_text())
+    assert figures["top1"]["estimate"] == project.result["test_top1"]
+    assert figures["pictures"] == 359
+    assert Image.open(project.run / "mistakes.png").size == (712, 716)
+    page = (project.run / "report.html").read_text()
+    assert 'id="evaluation"' in page
+    assert f"{100 * figures['top1']['low']:.2f} to {100 * figures['top1']['high']:.2f}" in page
+    client = open_client(f"sqlite:///{project.folder}/mlflow.db")
+    sent = {each.path for each in client.list_artifacts(project.result["mlflow_run_id"])}
+    assert {"evaluation.json", "mistakes.png"} <= sent
+
+
+def test_a_run_is_evaluated_again_with_the_same_figures(project: Project, istanas: Command) -> None:
+    before = json.loads((project.run / "evaluation.json").read_text())
+    for name in ("evaluation.json", "mistakes.png", "report.html"):
+        (project.run / name).unlink()
+    code, out, err = istanas("evaluate", str(project.run), "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["evaluation"] == before
+    assert json.loads((project.run / "evaluation.json").read_text()) == before
+    assert "confusion matrix, predicted classes in columns:" in err
+    assert 'id="evaluation"' in (project.run / "report.html").read_text()
+
+
+def test_other_pictures_are_evaluated_with_their_labels(project: Project, istanas: Command) -> None:
+    for file, label in zip(project.files, project.labels, strict=True):
+        place = project.folder / "labelled" / "test" / label / Path(file).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    code, out, err = istanas("evaluate", f"{project.run}/export", "--data", "labelled", "--json")
+    assert (code, err.count("error:")) == (0, 0)
+    figures = json.loads(out.splitlines()[-1])["evaluation"]
+    recorded = json.loads((project.run / "evaluation.json").read_text())
+    assert figures["top1"] == recorded["top1"]
+    assert figures["confusion"] == recorded["confusion"]
+    assert 'id="evaluation"' in (project.folder / "evaluation" / "evaluation.html").read_text()
+    (project.folder / "labelled" / "test" / "0" / "a.png").write_bytes(b"")
+    code, out, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "two")
+    assert code == 1
+    assert "a.png is not a readable picture (the file is empty" in err
+    assert "359" in out
+    (project.folder / "labelled" / "test" / "ten").mkdir()
+    code, _, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "three")
+    assert code == 2
+    assert "ten is not a class of the network (0, 1, 2" in err
+
+
 # ---------- MLflow
 
 
