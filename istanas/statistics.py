@@ -38,7 +38,7 @@ class Interval:
         low: Lower end of the interval.
         high: Upper end of the interval.
         n: Number of values, or of pairs of values; the smaller number for two independent samples.
-        method: "bootstrap", or "student" if there are too few values for a bootstrap.
+        method: "bootstrap", "student" if there are too few values for a bootstrap, or "wilson" for a proportion.
         confidence: The fraction of all studies whose interval contains the true value, in (0, 1).
 
     Example:
@@ -616,6 +616,76 @@ def precision_at_top(predicted: ArrayLike, true: ArrayLike, k: int) -> float:
             f"{k} is not in 1..{len(a)}", field="k", remedy="use the number of the best to compare"
         )
     return float((_share_of_top(a, k) * _share_of_top(b, k)).sum() / k)
+
+
+def wilson_interval(successes: int, n: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Return a proportion with Wilson's interval, which also covers for small n and proportions near 0 or 1.
+
+    With p = successes / n and the quantile z of the normal distribution at (1 + confidence) / 2, its ends are
+
+        (p + z^2 / (2 n) +- z sqrt(p (1 - p) / n + z^2 / (4 n^2))) / (1 + z^2 / n).
+
+    Args:
+        successes: In 0..n.
+        n: Number of trials, >= 1.
+        confidence: In (0, 1).
+
+    Raises:
+        ConfigError: If n or the number of successes is out of range.
+
+    Example:
+        >>> print(wilson_interval(9, 10))
+        0.9 (95 % interval 0.596 to 0.982)
+
+    Source:
+        Wilson, Probable inference, the law of succession, and statistical inference, Journal of the American
+        Statistical Association 22, 1927.
+    """
+    from scipy.stats import binomtest
+
+    if not 0 <= successes <= n or n == 0:
+        raise ConfigError(
+            f"{successes} of {n} is no proportion", field="successes", remedy="use 0..n, n >= 1"
+        )
+    ends = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(successes / n, float(ends.low), float(ends.high), n, "wilson", confidence)
+
+
+def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
+    """Return the mean difference between the confidence and the accuracy of predictions.
+
+    The predictions are divided into bins B_k by their confidence, ((k - 1) / bins, k / bins]; the error is
+
+        sum over k of |B_k| / n |accuracy(B_k) - mean confidence(B_k)|.
+
+    Args:
+        confidences: Shape (n,), in [0, 1], n >= 1: the probability of each predicted class.
+        correct: Shape (n,): whether each prediction is correct.
+        bins: Number of bins, >= 1.
+
+    Returns:
+        In [0, 1]; 0 if the predictions of each bin are as often correct as they claim.
+
+    Raises:
+        ConfigError: If a confidence is not in [0, 1], or the lengths differ.
+
+    Example:
+        >>> expected_calibration_error([0.75, 0.75, 0.75, 0.75], [True, True, True, False])
+        0.0
+        >>> expected_calibration_error([0.5, 1.0], [True, False], bins=2)
+        0.75
+
+    Source:
+        Guo et al., On calibration of modern neural networks, International Conference on Machine Learning, 2017.
+    """
+    p, hits = _checked(confidences, "confidences", 1), _checked(np.asarray(correct, float), "correct", 1)
+    _check_lengths(p, hits)
+    if p.min() < 0 or p.max() > 1:
+        raise ConfigError(
+            f"{p.min():g}..{p.max():g} are no probabilities", field="confidences", remedy="use 0 to 1"
+        )
+    places = np.clip(np.ceil(p * bins) - 1, 0, bins - 1).astype(int)
+    return float(np.abs(np.bincount(places, weights=hits - p)).sum() / len(p))
 
 
 def information_of_tau(tau: float) -> float:

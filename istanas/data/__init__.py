@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         pictures_digest,
     )
     from istanas.data.loading import Batch, BatchLoader, batches
+    from istanas.data.preprocessing import Preprocessing
     from istanas.data.reading import DecodeSettings
     from istanas.data.registry import DATASETS, DatasetEntry, load_dataset, register_dataset
     from istanas.data.request import DatasetRequest
@@ -28,6 +29,7 @@ _MODULES = {
     "folders": ("Survey", "survey_folder"),
     "image_dataset": ("ArrayPictures", "FilePictures", "ImageDataset", "Pictures", "pictures_digest"),
     "loading": ("Batch", "BatchLoader", "batches"),
+    "preprocessing": ("Preprocessing",),
     "reading": ("DecodeSettings",),
     "registry": ("DATASETS", "DatasetEntry", "load_dataset", "register_dataset"),
     "request": ("DatasetRequest",),
@@ -47,6 +49,7 @@ __all__ = [
     "FilePictures",
     "ImageDataset",
     "Pictures",
+    "Preprocessing",
     "Survey",
     "augment",
     "batches",

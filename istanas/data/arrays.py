@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from istanas.data.cache import reason, sha256
 from istanas.data.folders import describe
 from istanas.data.image_dataset import ArrayPictures, ImageDataset, pictures_digest
+from istanas.data.preprocessing import stretch_images
 from istanas.data.registry import TORCHVISION
 from istanas.data.request import DatasetRequest
 from istanas.data.splits import stratified_split
@@ -200,7 +200,8 @@ def array_dataset(
     how = "kept in memory"
     if size is not None:
         train, test = (
-            ArrayPictures(_resize(pictures.images, size), pictures.labels) for pictures in (train, test)
+            ArrayPictures(stretch_images(pictures.images, size), pictures.labels)
+            for pictures in (train, test)
         )
         if found != f"{size}x{size}":
             how = f"scaled to {size}x{size}, {how}"
@@ -222,6 +223,7 @@ def array_dataset(
         mean=mean,
         std=std,
         digest=content,
+        resize="none" if size is None else "stretch",
         train_digest=pictures_digest(train, torch.arange(len(train)), class_names),
         notes=(line,),
     )
@@ -236,20 +238,6 @@ def _check_split(what: str, pictures: ArrayPictures, n_classes: int, field: str,
         problem = f"the {what} has labels {int(labels.min())}..{int(labels.max())} for {n_classes} classes"
     if problem is not None:
         raise DataError(problem, field=field, remedy=remedy)
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    """Scale (N, C, H, W) bytes to (N, C, size, size) with antialiasing."""
-    if images.shape[2:] == (size, size):
-        return images
-    resized = [
-        F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .byte()
-        for chunk in torch.split(images, 1000)
-    ]
-    return torch.cat(resized)
 
 
 def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -16,6 +16,7 @@ from istanas.data.arrays import array_dataset
 from istanas.data.cache import read_cache, sha256, write_cache
 from istanas.data.folders import Listing, Survey, cache_file, survey_folder
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, pictures_digest
+from istanas.data.preprocessing import Resize
 from istanas.data.reading import DecodeSettings, decode_pictures
 from istanas.data.request import DatasetRequest
 from istanas.limits import SMALL_SIDE
@@ -43,7 +44,8 @@ def load_folder(request: DatasetRequest) -> ImageDataset:
         ArrayPictures(images[n:], listing.labels[n:]),
     )
     notes = tuple(facts.notes(request.image_size, settings))
-    return replace(dataset, decode_settings=settings, notes=notes)
+    resize: Resize = "none" if size is None else "fit"
+    return replace(dataset, resize=resize, decode_settings=settings, notes=notes)
 
 
 def survey(request: DatasetRequest, keep: bool = True) -> Survey:

@@ -53,8 +53,8 @@ _COMPANIONS = frozenset(
 )
 
 # The first of these folders that exists is the test split. Other folders that usually contain pictures are reported.
-_TEST_SPLITS = ("test", "val")
-_OTHER_SPLITS = frozenset({*_TEST_SPLITS, "valid", "validation"})
+TEST_SPLITS = ("test", "val")
+_OTHER_SPLITS = frozenset({*TEST_SPLITS, "valid", "validation"})
 
 _FACTS_VERSION = 2
 _FACTS = np.dtype(
@@ -358,7 +358,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
             remedy="set data.root to a folder with train/CLASS/* and test/CLASS/*",
         )
     train = root / "train"
-    test = next((root / name for name in _TEST_SPLITS if (root / name).is_dir()), root / "test")
+    test = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(

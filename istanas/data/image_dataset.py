@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from istanas.data.preprocessing import Preprocessing, Resize
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings
 from istanas.errors import DataError
 
@@ -80,6 +81,7 @@ class ImageDataset:
         digest: SHA-256 of the content (arrays), or of the files' names, sizes and samples of their content (large
             pictures). It is equal on every machine that has the same pictures.
         train_digest: Digest of the training pictures alone; "" for a data set that is not from the registry.
+        resize: How pictures in memory got their size; large pictures are always resized and cropped.
         decode_settings: How the pixels of picture files are decoded.
         notes: Lines for the user: the data set's content, its preprocessing, and unusual properties of its pictures.
     """
@@ -95,6 +97,7 @@ class ImageDataset:
     std: tuple[float, ...]
     digest: str
     train_digest: str = ""
+    resize: Resize = "none"
     decode_settings: DecodeSettings = DEFAULT_DECODING
     notes: tuple[str, ...] = ()
 
@@ -102,6 +105,18 @@ class ImageDataset:
     def num_classes(self) -> int:
         """Return the number of classes."""
         return len(self.class_names)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Return how any picture becomes the input of a network that was trained on this data set."""
+        return Preprocessing(
+            shape=(self.channels, self.height, self.width),
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            resize="resize_and_crop" if isinstance(self.train, FilePictures) else self.resize,
+            background=self.decode_settings.background,
+            bits=self.decode_settings.bits,
+        )
 
 
 def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[str]) -> str:

@@ -180,11 +180,13 @@ def _peak_and_level(values: NDArray[Any]) -> tuple[int, int]:
     return int(values.max()), int(np.partition(values, place, axis=None)[place])
 
 
-def read_picture(path: str, settings: DecodeSettings = DEFAULT_DECODING) -> tuple[Image.Image, bool]:
+def read_picture(
+    source: str | bytes, settings: DecodeSettings = DEFAULT_DECODING
+) -> tuple[Image.Image, bool]:
     """Decode a picture file to RGB, upright and opaque.
 
     Args:
-        path: The file.
+        source: The path of the file, or its content.
         settings: How transparent and deep pixels are decoded.
 
     Returns:
@@ -201,7 +203,10 @@ def read_picture(path: str, settings: DecodeSettings = DEFAULT_DECODING) -> tupl
     from PIL import Image
 
     try:
-        with open(path, "rb") as file, opened(file) as picture:
+        with (
+            open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file,
+            opened(file) as picture,
+        ):
             _check_depth(picture)
             deep, grey, mode = _is_deep(picture), _is_grey(picture), picture.mode
             upright = _upright(picture)
@@ -212,7 +217,16 @@ def read_picture(path: str, settings: DecodeSettings = DEFAULT_DECODING) -> tupl
                 return _composited(upright, settings), grey and len(set(settings.background)) == 1
             return (upright if mode == "RGB" else upright.convert("RGB")), grey
     except Exception as error:  # broken files raise many types: OSError, SyntaxError, struct.error ...
-        raise unreadable(Broken.by(path, error)) from error
+        raise unreadable(Broken.by(source if isinstance(source, str) else "the content", error)) from error
+
+
+def fit_picture(picture: Image.Image, size: int) -> Image.Image:
+    """Scale the largest central square of a picture to size x size pixels, unless it has this size."""
+    from PIL import Image, ImageOps
+
+    if picture.size == (size, size):
+        return picture
+    return ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
 
 
 @contextmanager
@@ -315,15 +329,13 @@ def _decode_chunk(
     paths: Sequence[str], size: int | None, settings: DecodeSettings
 ) -> tuple[NDArray[np.uint8], bool]:
     """Return the pictures as (n, H, W, 3) bytes, size x size if given, and whether all were grey."""
-    from PIL import Image, ImageOps
-
     arrays: list[NDArray[np.uint8]] = []
     all_grey = True
     for path in paths:
         picture, grey = read_picture(path, settings)
         all_grey &= grey
-        if size is not None and picture.size != (size, size):
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+        if size is not None:
+            picture = fit_picture(picture, size)
         array = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
         if arrays and array.shape != arrays[0].shape:
             raise unequal(path, _size(array.shape), _size(arrays[0].shape))

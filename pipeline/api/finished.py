@@ -122,10 +122,10 @@ class FinishedRun(Generic[Result]):
         return self.card.class_names
 
     def _check_network(self) -> None:
-        from pipeline.jobs.export import check_exportable
+        from pipeline.jobs.export import check_network
 
         run = RunDir(self.path)
-        check_exportable(run, run.read())
+        check_network(run, run.read())
 
 
 def load(

@@ -21,7 +21,7 @@ from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline.base.files import is_full, is_out_of_memory
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
-from pipeline.cli import cluster, evaluation, results, search_and_train, tools
+from pipeline.cli import cluster, evaluation, prediction, results, search_and_train, tools
 from pipeline.cli.output import printable
 from pipeline.cli.streams import ignore_closed_readers
 
@@ -34,6 +34,7 @@ ENDS = {
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Search and train": search_and_train.COMMANDS,
+    "Prediction": prediction.COMMANDS,
     "Results": results.COMMANDS,
     "Evaluation": evaluation.COMMANDS,
     "Cluster": cluster.COMMANDS,

@@ -211,6 +211,35 @@ def show_rank_result(result: Mapping[str, Any], as_json: bool, console: Console,
     )
 
 
+def show_evaluation(result: Mapping[str, Any], as_json: bool, console: Console) -> None:
+    """Print the figures of an evaluation, those of each class, its confusion matrix, and where the files are."""
+    from rich.table import Table
+
+    from pipeline.base.fitted_table import Column, FittedTable
+    from pipeline.report import evaluation_section as section
+
+    figures = result["evaluation"]
+    table = Table("figure", "value")
+    table.add_row("pictures", f"{figures['pictures']:,}")
+    for row in section.figure_rows(figures):
+        table.add_row(*row)
+    console.print(table)
+    headings, rows = section.class_table(figures)
+    ranks = {"class": 0, "accuracy": 0, "interval (%)": 2}
+    columns = [
+        Column(heading, right=heading not in (headings[0], headings[-1]), rank=ranks.get(heading, 1))
+        for heading in headings
+    ]
+    console.print(FittedTable(columns, rows, rest="--json has everything"), crop=False)
+    for line in section.confusion_lines(figures, console.width):
+        console.print(line, highlight=False)
+    console.print(section.NOTE, highlight=False, soft_wrap=True)
+    for path in result["files"]:
+        console.print(path, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(result)
+
+
 def show_store(console: Console, config: Config) -> None:
     """Print the MLflow store, and the commands that show it."""
     if not config.tracking.enabled:

@@ -100,7 +100,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
     run.read()  # raises if there is no run; taking the lock would create a run directory
     with run.lock():
         record = run.read()
-        check_exportable(run, record)
+        check_network(run, record)
         net, _ = load_network(run.path)
         card = read_card(run.path)
         with replacing(run.path / EXPORT_FOLDER) as folder:
@@ -120,7 +120,7 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
     return ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=exports)
 
 
-def check_exportable(run: RunDir, record: RunRecord) -> None:
+def check_network(run: RunDir, record: RunRecord) -> None:
     """Check that a run has a trained network.
 
     Raises:
@@ -135,7 +135,7 @@ def check_exportable(run: RunDir, record: RunRecord) -> None:
         )
     if record.status != "FINISHED":
         raise ConfigError(
-            f"is {outcome(record.status, record.tags)}, only finished runs can be exported",
+            f"is {outcome(record.status, record.tags)}, only finished runs have a trained network",
             field=f"run {shown}",
             remedy="wait until it has finished, or resume it with the command that started it",
         )

@@ -6,7 +6,8 @@
 | program | model.pt2 | `torch.export.load(FILE).module()`, torch alone |
 | onnx | model.onnx | any ONNX runtime: input "pictures", output "logits", both with a dynamic first axis "batch" |
 
-The input is normalised float32 pictures (B, C, H, W); mean and std are in network.json and in the ONNX metadata.
+The input is normalised float32 pictures (B, C, H, W). How a picture becomes such an input, and the class names, are in
+network.json, in the metadata of the ONNX file and in the extra file network.json of model.pt2.
 """
 
 from __future__ import annotations
@@ -18,26 +19,29 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from istanas.errors import IstanasError
 from istanas.nets import TargetNetwork
 from istanas.space import Genotype
 from pipeline.base.files import atomic_write
 from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
-from pipeline.runs.network_files import NetworkCard, load_network, write_network
-from pipeline.training.latencies import onnx_session
+from pipeline.runs.network_files import (
+    BATCH_AXIS,
+    NetworkCard,
+    load_network,
+    trace_program,
+    write_network,
+)
+from pipeline.runs.predictor import ONNX_INPUT, ONNX_OUTPUT, Model, load_onnx
 
 FORMAT_FILES = {"safetensors": WEIGHTS_FILE, "program": PROGRAM_FILE, "onnx": ONNX_FILE}
 EXPORTED_FILES = (WEIGHTS_FILE, NETWORK_FILE, GENOTYPE_FILE, PROGRAM_FILE, ONNX_FILE)
-ONNX_INPUT, ONNX_OUTPUT, BATCH_AXIS = "pictures", "logits", "batch"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BATCH_SIZES = (1, 2, 7, 32)
 # Relative to the largest logit. The formats sum in another order (batch norms are folded into convolutions), which
 # changes float32 logits by about 1e-6; a wrong padding or a missing operation changes them by 1e-2 or more.
 TOLERANCE = 1e-4
-
-Model = Callable[[Tensor], Tensor]
 
 
 class ExportedFormat(TypedDict):
@@ -71,7 +75,7 @@ def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[
         {'file': 'model.onnx', 'bytes': 61105, 'difference': 1.9073486328125e-06}
     """
     check_packages()
-    batches = random_batches(card.shape)
+    batches = random_batches(card.preprocessing.shape)
     expected = run_model(net, batches)
     largest = expected.abs().max().item()
     if not largest < float("inf"):
@@ -80,13 +84,13 @@ def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[
         )
     write_network(folder, net, card)
     atomic_write(folder / GENOTYPE_FILE, Genotype.from_json(card.genotype).to_json() + "\n")
-    program = trace_program(net, card.shape)
-    torch.export.save(program, folder / PROGRAM_FILE)
+    program = trace_program(net, card.preprocessing.shape)
+    torch.export.save(program, folder / PROGRAM_FILE, extra_files={NETWORK_FILE: card.to_json()})
     save_onnx(program, card, folder / ONNX_FILE)
     loaders: dict[str, Callable[[], Model]] = {
         "safetensors": lambda: load_network(folder)[0],
         "program": lambda: load_program(folder / PROGRAM_FILE),
-        "onnx": lambda: load_onnx(folder / ONNX_FILE),
+        "onnx": lambda: load_onnx(folder / ONNX_FILE)[0],
     }
     report: dict[str, ExportedFormat] = {}
     for name, file in FORMAT_FILES.items():
@@ -164,32 +168,10 @@ def run_model(model: Model, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([model(batch) for batch in batches])
 
 
-def trace_program(net: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """Trace a network for pictures of one size and batches of any size.
-
-    Args:
-        net: The network, in eval mode.
-        shape: (C, H, W).
-
-    Example:
-        >>> from istanas.nets import TargetNet
-        >>> from istanas.space import PUBLISHED
-        >>> net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
-        >>> trace_program(net, (3, 8, 8)).module()(torch.zeros(5, 3, 8, 8)).shape
-        torch.Size([5, 10])
-    """
-    # Two pictures, because the tracer would treat a batch size of 1 as a constant.
-    program = torch.export.export(net, (torch.zeros(2, *shape),), dynamic_shapes=_dynamic_shapes())
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it contains paths of this machine
-    return program
-
-
 def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Path) -> None:
     """Write a traced network as one ONNX file that contains its weights.
 
-    The metadata, each value in JSON, are `mean` and `std` per channel, `class_names`, `genotype`, and how picture files
-    were decoded (`background`, `bits`); see `NetworkCard`.
+    The metadata, each value in JSON, are the section `preprocessing` of network.json, `class_names` and `genotype`.
 
     Args:
         program: The traced network, as `trace_program` returns it.
@@ -201,7 +183,7 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
         dynamo=True,
         input_names=[ONNX_INPUT],
         output_names=[ONNX_OUTPUT],
-        dynamic_shapes=_dynamic_shapes(),
+        dynamic_shapes={"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}},  # of `TargetNetwork.forward`
         verbose=False,
     )
     assert exported is not None
@@ -211,12 +193,9 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     model.metadata_props.update(
-        mean=json.dumps(card.mean),
-        std=json.dumps(card.std),
+        preprocessing=json.dumps(card.preprocessing.to_dict()),
         class_names=json.dumps(card.class_names),
         genotype=card.genotype,
-        background=json.dumps(card.background),
-        bits=json.dumps(card.bits),
     )
     exported.save(file, external_data=False)
 
@@ -224,19 +203,3 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
 def load_program(file: Path) -> Model:
     """Load a network that `torch.export.save` wrote: (B, C, H, W) -> logits (B, classes)."""
     return torch.export.load(file).module()
-
-
-def load_onnx(file: Path) -> Model:
-    """Load an ONNX file in ONNX Runtime, with one CPU thread: (B, C, H, W) -> logits (B, classes)."""
-    session = onnx_session(file)
-
-    def model(pictures: Tensor) -> Tensor:
-        (logits,) = session.run([ONNX_OUTPUT], {ONNX_INPUT: pictures.numpy()})
-        return torch.from_numpy(logits)
-
-    return model
-
-
-def _dynamic_shapes() -> dict[str, dict[int, torch.export.Dim]]:
-    """Return the dynamic shapes of `TargetNetwork.forward`: any number of pictures of a fixed size."""
-    return {"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}}

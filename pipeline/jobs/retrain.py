@@ -11,6 +11,7 @@ from pipeline.cluster.launch import prepare_workers, run_job
 from pipeline.config.load import run_hash
 from pipeline.config.schema import Config
 from pipeline.jobs.context import JobContext
+from pipeline.jobs.evaluation import evaluate_trained
 from pipeline.jobs.lifecycle import JobSteps, Outcome, check_data, execute, own_warnings, settled_spec
 from pipeline.jobs.observer import RunObserver
 from pipeline.jobs.opening import JobSpec
@@ -80,18 +81,30 @@ def run_retrain(context: JobContext, genotype: Genotype, *, origin: str | None =
         net = trained_network(config, genotype, dataset, store.folder)
         save_network(run.path, net, genotype, config.retrain, dataset, config.space.build())
         m = progress.newest.metrics
+        macs = int(m["target/macs"])
+        evaluated: tuple[str, ...] = ()
+        if config.retrain.test_every > 0:
+            label = f"the test split of {run.read().data_label}"
+            evaluated = evaluate_trained(run.path, net, dataset, label, macs, context.say)
         result: dict[str, Any] = {
             "digest": genotype.digest(),
             "genotype": genotype.to_dict(),
             **accuracies(m, "test", "valid"),
             "params": int(m["target/params"]),
-            "macs": int(m["target/macs"]),
+            "macs": macs,
             "seconds": progress.seconds,
             **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),
         }
         return Outcome(
             result=result,
-            artifacts=(CONFIG_FILE, GENOTYPE_FILE, *cell_figures(genotype.kinds), NETWORK_FILE, WEIGHTS_FILE),
+            artifacts=(
+                CONFIG_FILE,
+                GENOTYPE_FILE,
+                *cell_figures(genotype.kinds),
+                NETWORK_FILE,
+                WEIGHTS_FILE,
+                *evaluated,
+            ),
             tags={},
             description=mlflow_note.of_retraining(
                 run.read().data_label, progress.epochs, result, genotype, origin

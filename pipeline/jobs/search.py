@@ -27,6 +27,7 @@ from pipeline.config.load import run_hash
 from pipeline.config.schema import Config, considers_costs
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.effects import write_effects
+from pipeline.jobs.evaluation import evaluate_trained
 from pipeline.jobs.lifecycle import (
     JobSteps,
     Outcome,
@@ -284,6 +285,10 @@ def _finish_trained(
     genotype, record = _write_last_genotype(run, progress.newest), run.read()
     save_network(run.path, net, genotype, config.search, dataset, config.space.build())
     m, frozen = progress.newest.metrics, progress.newest.found().frozen or ()
+    evaluated: tuple[str, ...] = ()
+    if config.search.test_interval > 0:
+        label = f"the test split of {record.data_label}"
+        evaluated = evaluate_trained(run.path, net, dataset, label, int(m["target/macs"]), say)
     figures: tuple[str, ...] = ()
     result = {**_figures(genotype, progress), **accuracies(m, "test", "valid")}
     if frozen:
@@ -307,6 +312,7 @@ def _finish_trained(
             *figures,
             NETWORK_FILE,
             WEIGHTS_FILE,
+            *evaluated,
         ),
         tags={Tag.GENOTYPE: genotype.digest()},
         description=mlflow_note.of_trained_search(

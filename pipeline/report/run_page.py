@@ -16,6 +16,7 @@ from pipeline.base.text import count, duration, percent
 from pipeline.config.plugins import plugin_options
 from pipeline.report.columns import SPACE_PREFIX
 from pipeline.report.effects_section import effects_contents
+from pipeline.report.evaluation_section import evaluation_contents
 from pipeline.report.html import (
     BLUE,
     GREEN,
@@ -96,6 +97,7 @@ def _contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "environment": _environment(environment),
         "command": environment.get("command", "not known"),
         "footer": f"Run directory {run.path.name}, started {_date(record.started_ms)}",
+        "evaluation": evaluation_contents(run.path),
         "effects": effects_contents(run, record) if "effects" in result else None,
         "best": [],
         "trials": None,

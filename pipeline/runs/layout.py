@@ -40,6 +40,11 @@ TRAJECTORY_PAGE = "trajectory.html"  # both tables as a page
 FREEZING_FIGURES = ("freezing.svg", "freezing.png")  # one-stage: when each node was frozen
 WEIGHTS_FILE = "model.safetensors"  # weights of the trained network
 NETWORK_FILE = "network.json"  # how to build that network and what to feed it
+EVALUATION_FILE = "evaluation.json"  # measurements of the trained network on the test split
+EVALUATION_PAGE = (
+    "evaluation.html"  # the same as a page, for other pictures; those of the test split are in the report
+)
+MISTAKES_FIGURE = "mistakes.png"  # the worst mistakes of the evaluation
 EXPORT_FOLDER = "export"  # the network in other formats
 PROGRAM_FILE = "model.pt2"  # in the export folder: the network as a program of torch.export
 ONNX_FILE = "model.onnx"  # in the export folder: the network in ONNX format

@@ -11,15 +11,24 @@ import safetensors.torch
 import torch
 from pydantic import TypeAdapter
 
-from istanas.data import ImageDataset
-from istanas.data.reading import DEFAULT_DECODING
+from istanas.data import ImageDataset, Preprocessing
 from istanas.errors import CheckpointError, IstanasError
-from istanas.limits import MAX_SIDE, NETWORK_LAYERS, RECORD_BYTES, WEIGHTS_HEADER_BYTES, read_at_most
+from istanas.limits import (
+    MAX_SIDE,
+    NETWORK_LAYERS,
+    RECORD_BYTES,
+    SMALL_SIDE,
+    WEIGHTS_HEADER_BYTES,
+    read_at_most,
+)
 from istanas.nets import TargetNetwork
 from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import RetrainSettings, SearchSection
 from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
+
+BATCH_AXIS = "batch"  # name of the first axis of a traced network, which is dynamic
+_FLAT = ("shape", "mean", "std", "background", "bits")  # the preprocessing in the files of version 0.1
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,8 @@ class NetworkCard:
     Args:
         genotype: The genotype as JSON, which names its search space.
         init_channels, layers, num_classes, stem, op_batchnorm: See `NetworkSize`.
-        shape: Shape of a picture, (C, H, W).
-        mean, std: Normalisation per channel, for pictures in [0, 1].
+        preprocessing: How a picture becomes the input of the network.
         class_names: Names of the classes, in the order of the logits.
-        background: Colour (red, green, blue) over which transparent pictures were composited.
-        bits: Number of bits that grey pictures of more than 8 bits use; the upper 8 are kept.
         space: The settings of the search space.
     """
 
@@ -43,13 +49,13 @@ class NetworkCard:
     num_classes: int
     stem: str
     op_batchnorm: bool
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     class_names: tuple[str, ...]
-    background: tuple[int, int, int] = DEFAULT_DECODING.background
-    bits: int = DEFAULT_DECODING.bits
     space: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the content of network.json, from which `parse_card` returns the card."""
+        return json.dumps({**asdict(self), "preprocessing": self.preprocessing.to_dict()}, indent=1)
 
 
 def save_network(
@@ -68,12 +74,8 @@ def save_network(
         num_classes=dataset.num_classes,
         stem=sizes.stem,
         op_batchnorm=sizes.op_batchnorm,
-        shape=(dataset.channels, dataset.height, dataset.width),
-        mean=tuple(dataset.mean),
-        std=tuple(dataset.std),
+        preprocessing=dataset.preprocessing,
         class_names=tuple(dataset.class_names),
-        background=dataset.decode_settings.background,
-        bits=dataset.decode_settings.bits,
         space=asdict(space),  # type: ignore[call-overload]
     )
     write_network(folder, net, card)
@@ -85,12 +87,37 @@ def write_network(folder: Path, net: TargetNetwork, card: NetworkCard) -> None:
         k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")
     }
     atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(weights))
-    atomic_write(folder / NETWORK_FILE, json.dumps(asdict(card), indent=1))
+    atomic_write(folder / NETWORK_FILE, card.to_json())
 
 
 def read_card(folder: str | Path) -> NetworkCard:
     """Read the card of a network that `load_network` accepts."""
-    return TypeAdapter(NetworkCard).validate_json(read_at_most(Path(folder) / NETWORK_FILE, RECORD_BYTES))
+    return parse_card(read_at_most(Path(folder) / NETWORK_FILE, RECORD_BYTES))
+
+
+def parse_card(text: str | bytes) -> NetworkCard:
+    """Return the card in the content of network.json; files of version 0.1 have no section `preprocessing`.
+
+    Raises:
+        ValueError: The content is not a card.
+    """
+    content = json.loads(text)
+    if (
+        isinstance(content, dict)
+        and "preprocessing" not in content
+        and isinstance(content.get("shape"), list)
+    ):
+        # Version 0.1 did not record how pictures were scaled, which is known only for large ones.
+        is_large = max(content["shape"][1:], default=0) > SMALL_SIDE
+        flat = {key: content[key] for key in _FLAT if key in content}
+        content["preprocessing"] = {**flat, "resize": "resize_and_crop" if is_large else "none"}
+    card = TypeAdapter(NetworkCard).validate_python(content)
+    steps = card.preprocessing
+    if not 8 <= steps.bits <= 16 or not all(0 <= value <= 255 for value in steps.background):
+        raise ValueError(f"{NETWORK_FILE} has bits {steps.bits} and background {steps.background}")
+    if not len(steps.mean) == len(steps.std) == steps.shape[0]:
+        raise ValueError(f"{NETWORK_FILE} has {len(steps.mean)} means for {steps.shape[0]} channels")
+    return card
 
 
 def load_network(folder: str | Path) -> tuple[TargetNetwork, torch.Tensor]:
@@ -118,14 +145,35 @@ def load_network(folder: str | Path) -> tuple[TargetNetwork, torch.Tensor]:
             field=str(folder),
             remedy="train it again, or copy the run again",
         ) from None
-    return net.eval(), torch.zeros(2, *card.shape)
+    return net.eval(), torch.zeros(2, *card.preprocessing.shape)
+
+
+def trace_program(net: torch.nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """Trace a network for pictures of one size and batches of any size.
+
+    Args:
+        net: The network, in eval mode.
+        shape: (C, H, W).
+
+    Example:
+        >>> from istanas.nets import TargetNet
+        >>> from istanas.space import PUBLISHED
+        >>> net = TargetNet(PUBLISHED["ISTA_twostage"], 2, 1, 10).eval()
+        >>> trace_program(net, (3, 8, 8)).module()(torch.zeros(5, 3, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    batch = torch.export.Dim(BATCH_AXIS, min=1)
+    # Two pictures, because the tracer would treat a batch size of 1 as a constant.
+    program = torch.export.export(net, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
+    return program
 
 
 def _build(card: NetworkCard) -> TargetNetwork:
-    if card.layers > NETWORK_LAYERS or max(card.shape[1:]) > MAX_SIDE:
-        raise ValueError(f"{NETWORK_FILE} has {card.layers} layers for pictures of {card.shape}")
-    if not 8 <= card.bits <= 16 or not all(0 <= value <= 255 for value in card.background):
-        raise ValueError(f"{NETWORK_FILE} has bits {card.bits} and background {card.background}")
+    shape = card.preprocessing.shape
+    if card.layers > NETWORK_LAYERS or max(shape[1:]) > MAX_SIDE:
+        raise ValueError(f"{NETWORK_FILE} has {card.layers} layers for pictures of {shape}")
     genotype = Genotype.from_json(card.genotype)
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in card.space.items()}
     size = NetworkSize(
@@ -133,7 +181,7 @@ def _build(card: NetworkCard) -> TargetNetwork:
         card.layers,
         card.num_classes,
         stem=card.stem,
-        in_channels=card.shape[0],
+        in_channels=shape[0],
         op_batchnorm=card.op_batchnorm,
     )
     return SPACES.find(genotype.space)(**settings).target(genotype, size)

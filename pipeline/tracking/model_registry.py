@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.base.files import atomic_write
 from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import NETWORK_FILE, PROGRAM_FILE
 from pipeline.runs.record import RunRecord
 from pipeline.runs.tags import Tag
 from pipeline.tracking.lineage import DESCRIPTION, Kin, lineage_tags, with_links
@@ -256,28 +258,42 @@ def _point_candidate(client: "MlflowClient", name: str) -> None:
 
 
 def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
-    """Write the network in MLflow's format as an exported graph, so that loading it executes no pickled code."""
-    import mlflow.pytorch
-    import torch
-    from mlflow.models import Model, infer_signature
+    """Write the network in MLflow's format as an exported graph, so that loading it executes no pickled code.
 
-    network, example = load_network(run_path)
-    network = network.cpu().eval()
-    pictures = example.detach().cpu().contiguous()
-    with torch.no_grad():
-        logits = network(pictures)
-        mlflow.pytorch.save_model(
-            network,
-            f"{scratch}/{MODEL_NAME}",
-            mlflow_model=Model(
-                run_id=logged.source_run_id,
-                artifact_path=logged.artifact_location,
-                model_uuid=logged.model_id,
-                model_id=logged.model_id,
-            ),
-            signature=infer_signature(pictures.numpy(), logits.numpy()),
-            input_example=pictures.numpy(),
-            # Explicit, because MLflow would infer them in a second interpreter, which takes half a minute.
-            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
-            serialization_format="pt2",
-        )
+    `mlflow.pytorch.load_model` returns the network itself; `mlflow.pyfunc.load_model` and MLflow's server take pictures
+    and return classes, see `pipeline.tracking.picture_model.PictureModel`.
+    """
+    import torch
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    from pipeline.runs.network_files import read_card, trace_program
+    from pipeline.tracking import picture_model
+
+    network, _ = load_network(run_path)
+    card = read_card(run_path)
+    data = Path(scratch) / picture_model.NETWORK_FOLDER
+    data.mkdir()
+    program = trace_program(network.cpu().eval(), card.preprocessing.shape)
+    torch.export.save(program, data / PROGRAM_FILE)
+    atomic_write(data / NETWORK_FILE, card.to_json())
+    model = Model(
+        run_id=logged.source_run_id,
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        metadata={"preprocessing": card.preprocessing.to_dict(), "class_names": list(card.class_names)},
+    )
+    model.add_flavor(
+        "pytorch", model_data=f"data/{data.name}", pytorch_version=str(torch.__version__), code=None
+    )
+    pyfunc.save_model(
+        f"{scratch}/{MODEL_NAME}",
+        loader_module=picture_model.__name__,
+        data_path=str(data),
+        mlflow_model=model,
+        signature=picture_model.signature(),
+        input_example=picture_model.example(card.preprocessing),
+        # Explicit, because MLflow would infer them in a second interpreter, which takes half a minute.
+        pip_requirements=picture_model.requirements(),
+    )

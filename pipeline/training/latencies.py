@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -41,6 +40,7 @@ from istanas.nets import to_channels_last
 from istanas.space import NetworkSize, SearchSpace
 from istanas.training import Compute
 from pipeline.base.files import atomic_write
+from pipeline.base.onnx_sessions import onnx_session
 from pipeline.config.schema import Config
 from pipeline.config.threads import threads_in_process
 from pipeline.runs.environment import cpu_model
@@ -50,7 +50,6 @@ Backend = Literal["torch", "onnxruntime"]
 KEY = "search.latency_table"
 RUNS, WARM_UP = 30, 3
 _REMEDY = "measure it again with istanas latency"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def measure_latencies(
@@ -166,30 +165,6 @@ def _as_onnx(module: nn.Module, x: Tensor) -> bytes:
     assert exported is not None
     model: bytes = exported.model_proto.SerializeToString()
     return model
-
-
-def onnx_session(model: bytes | str | os.PathLike[str], threads: int = 1, device: str = "cpu") -> Any:
-    """Return a session of ONNX Runtime.
-
-    Args:
-        model: The file or its content.
-        threads: CPU threads, >= 1.
-        device: "cpu" or "cuda".
-
-    Raises:
-        ConfigError: If the installed ONNX Runtime does not support the device.
-    """
-    onnxruntime = importlib.import_module("onnxruntime")  # it has no type annotations
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(
-            f"the installed ONNX Runtime has no {provider}",
-            field="--backend onnxruntime",
-            remedy="give --device cpu, or install onnxruntime-gpu",
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
 def _dtype(compute: Compute, backend: Backend) -> str:

@@ -339,3 +339,28 @@ def test_too_many_comparisons_are_said_to_find_nothing() -> None:
     assert "this test cannot find any difference among 105 comparisons." in s.describe_comparison(
         comparisons[0]
     )
+
+
+def test_wilson_interval_is_its_closed_form() -> None:
+    for successes, n in ((0, 5), (3, 7), (355, 359), (20, 20)):
+        z, p = 1.959963984540054, successes / n
+        centre = p + z**2 / (2 * n)
+        half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        found = s.wilson_interval(successes, n)
+        assert found.low == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-9)
+        assert found.high == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-9)
+    with pytest.raises(ConfigError, match="3 of 2 is no proportion"):
+        s.wilson_interval(3, 2)
+    with pytest.raises(ConfigError, match="0 of 0 is no proportion"):
+        s.wilson_interval(0, 0)
+
+
+def test_calibration_error_of_known_bins() -> None:
+    """Two bins of ten: one with 3 of 4 correct at 0.95, one with 1 of 2 at 0.4; certain and right costs nothing."""
+    confidences = [0.95] * 4 + [0.4] * 2
+    correct = [True, True, True, False, True, False]
+    expected = 4 / 6 * (0.95 - 0.75) + 2 / 6 * (0.5 - 0.4)
+    assert s.expected_calibration_error(confidences, correct, bins=10) == pytest.approx(expected)
+    assert s.expected_calibration_error([1.0, 0.0], [True, False]) == 0
+    with pytest.raises(ConfigError, match="no probabilities"):
+        s.expected_calibration_error([1.5], [True])

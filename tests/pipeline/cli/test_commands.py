@@ -36,6 +36,8 @@ COMMANDS = (
     "search",
     "retrain",
     "run",
+    "predict",
+    "evaluate",
     "export",
     "draw",
     "results",
@@ -160,7 +162,7 @@ def test_help_groups_the_commands_with_a_whole_line_each(
     assert code == 0
     groups = out.partition("Search and train:\n")[2]
     headings = [line for line in groups.splitlines() if line.endswith(":")]
-    assert headings == ["Results:", "Evaluation:", "Cluster:", "Tools:"]
+    assert headings == ["Prediction:", "Results:", "Evaluation:", "Cluster:", "Tools:"]
     entries = [line for line in groups.splitlines() if line.startswith("  ")]
     assert sorted(line.split()[0] for line in entries) == sorted(COMMANDS)
     assert all(re.fullmatch(r"  [a-z]+ +[A-Z].*[^.]\.", line) for line in entries), entries
@@ -194,6 +196,12 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
         (["results", "--one-stage", "--method", "one_stage"], "--method: --one-stage takes --dataset only"),
         (["results", "--one-stage", "--sweep", "x"], "different tables; give one of them"),
         (["draw"], "FILE"),
+        (["predict", "nothing"], "FILE|DIR"),
+        (["predict", "nothing", "a.png"], "run 'nothing': unknown"),
+        (["evaluate", "nothing"], "run 'nothing': unknown"),
+        (["evaluate", "nothing", "--out", "x"], "without --data"),
+        (["predict", "models:/x", "a.png"], "write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        (["predict", "x", "a.png", "--json", "--csv", "-"], "give one of them"),
         (["search", "--set"], "--set"),
         (["ui", "--port", "http"], "http"),
         (["search", "--set", "search.epoch=3"], "did you mean epochs?"),

@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from istanas.data import Preprocessing
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, Genotype
 from pipeline.config.load import load
 from pipeline.jobs.export import (
     EXPORT_ARTIFACTS,
-    check_exportable,
+    check_network,
     export_network,
     exported_before,
     replacing,
@@ -83,9 +84,9 @@ def network(case: Case) -> tuple[TargetNet, NetworkCard]:
         num_classes=5,
         stem=case.stem,
         op_batchnorm=case.op_batchnorm,
-        shape=case.shape,
-        mean=tuple(0.4 + 0.1 * c for c in range(channels)),
-        std=(0.25,) * channels,
+        preprocessing=Preprocessing(
+            case.shape, tuple(0.4 + 0.1 * c for c in range(channels)), (0.25,) * channels
+        ),
         class_names=("air", "bird", "cat", "deer", "école"),
     )
     torch.manual_seed(1)
@@ -182,11 +183,14 @@ def test_the_onnx_file_says_how_to_feed_it(exported: Exported) -> None:
     assert [signature(v) for v in model.graph.input] == [("pictures", ["batch", *exported.case.shape])]
     assert [signature(v) for v in model.graph.output] == [("logits", ["batch", 5])]
     metadata = {p.key: p.value for p in model.metadata_props}
-    assert json.loads(metadata["mean"]) == list(exported.card.mean)
-    assert json.loads(metadata["std"]) == list(exported.card.std)
+    expected = json.loads(json.dumps(exported.card.preprocessing.to_dict()))
+    assert expected["mean"] == list(exported.card.preprocessing.mean)
+    assert json.loads(metadata["preprocessing"]) == expected
+    extra = {NETWORK_FILE: ""}
+    torch.export.load(exported.folder / PROGRAM_FILE, extra_files=extra)
+    assert json.loads(extra[NETWORK_FILE])["preprocessing"] == expected
     assert json.loads(metadata["class_names"]) == list(exported.card.class_names)
     assert Genotype.from_json(metadata["genotype"]) == exported.case.genotype
-    assert (json.loads(metadata["background"]), json.loads(metadata["bits"])) == ([255, 255, 255], 16)
 
 
 def test_no_file_names_a_folder_of_this_machine(exported: Exported, repo_root: Path) -> None:
@@ -368,7 +372,7 @@ def test_a_two_stage_search_has_no_network(tmp_path: Path, status: str) -> None:
         export_network(run)
     assert str(caught.value).endswith(f"retrain it first: istanas retrain --genotype {tmp_path}")
     assert "\n" not in str(caught.value)
-    check_exportable(run, record())  # its retraining, of the same method, is exportable
+    check_network(run, record())  # its retraining, of the same method, is exportable
 
 
 def test_a_missing_folder_is_not_created(tmp_path: Path) -> None:

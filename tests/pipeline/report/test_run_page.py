@@ -83,7 +83,11 @@ def test_it_loads_nothing_and_all_sections_are_there(runs: dict[str, RunDir], ki
     page = page_of(run)
     page.check_loads_nothing()
     page.check_ids()
-    extra = ["pictures", *(["frozen"] if kind == "one_stage" else [])]
+    extra = [
+        "pictures",
+        *(["frozen"] if kind == "one_stage" else []),
+        *(["evaluation"] if kind != "two_stage" else []),  # of a trained network
+    ]
     assert sorted(page.sections) == sorted(COMMON + extra)
     assert "report.html" in run.read().artifacts
     assert ("See also: trajectory.html (the search, epoch by epoch)" in page.text) == (kind != "retrain")

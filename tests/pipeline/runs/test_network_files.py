@@ -15,7 +15,7 @@ from istanas.space import PUBLISHED, CellSpace, random_genotype
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.runs.layout import NETWORK_FILE, WEIGHTS_FILE
-from pipeline.runs.network_files import load_network, save_network
+from pipeline.runs.network_files import load_network, read_card, save_network
 from pipeline.training.build import build_target
 
 GENOTYPE = PUBLISHED["ISTA_twostage"]
@@ -56,11 +56,28 @@ def test_the_network_comes_back_without_its_auxiliary_head(
 def test_the_card_says_how_to_feed_it(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
     save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
     card = json.loads((tmp_path / NETWORK_FILE).read_text())
-    assert card["shape"] == [1, 8, 8]
-    assert card["mean"] == list(digits.mean)
-    assert card["std"] == list(digits.std)
+    steps = card["preprocessing"]
+    assert (steps["shape"], steps["resize"], steps["channel_order"]) == ([1, 8, 8], "none", "grey")
+    assert (steps["mean"], steps["std"], steps["value_range"]) == (
+        list(digits.mean),
+        list(digits.std),
+        [0, 1],
+    )
     assert card["class_names"] == list("0123456789")
     assert (card["init_channels"], card["layers"], card["op_batchnorm"]) == (2, 3, True)
+
+
+def test_a_card_of_version_0_1_is_read(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
+    card = read_card(tmp_path)
+    content = json.loads((tmp_path / NETWORK_FILE).read_text())
+    steps = content.pop("preprocessing")
+    flat = {key: steps[key] for key in ("shape", "mean", "std", "background", "bits")}
+    (tmp_path / NETWORK_FILE).write_text(json.dumps({**content, **flat}))
+    assert read_card(tmp_path) == card
+    large = {**content, **flat, "shape": [1, 224, 224]}
+    (tmp_path / NETWORK_FILE).write_text(json.dumps(large))
+    assert read_card(tmp_path).preprocessing.resize == "resize_and_crop"
 
 
 def test_other_cells_do_not_fit_the_weights(tmp_path: Path, digits: ImageDataset, config: Config) -> None:

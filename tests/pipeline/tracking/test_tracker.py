@@ -12,15 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Dataset
 
+from istanas.data import Preprocessing
 from istanas.errors import CheckpointError
 from pipeline.base.interruption import signals_interrupt
 from pipeline.runs.directory import RunDir
 from pipeline.runs.mlflow_link import read_link
+from pipeline.runs.network_files import NetworkCard
 from pipeline.runs.record import DatasetUse, RunRecord, new_key
 from pipeline.tracking import notices
 from pipeline.tracking import tracker as tracking
@@ -342,6 +346,9 @@ def save_small_network(path: Path) -> None:
     )
     blank(torch.rand(32, 1, 8, 8))  # running statistics that differ from the initial ones
     torch.save(blank.state_dict(), path / "weights.pt")
+    steps = Preprocessing(shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
+    card = NetworkCard("{}", 4, 1, 10, "cifar", False, steps, tuple("0123456789"))
+    (path / "network.json").write_text(card.to_json())
 
 
 def test_retraining_is_a_child_with_a_model(
@@ -377,7 +384,10 @@ def test_retraining_is_a_child_with_a_model(
         assert loaded(torch.rand(batch, 1, 8, 8)).shape == (batch, 10)
     model = mlflow.pyfunc.load_model(f"models:/{entity.outputs.model_outputs[0].model_id}")
     assert model.metadata.signature is not None
-    assert model.predict(pictures.numpy()).shape == (2, 10)
+    white = np.full((8, 8), 255, np.uint8)
+    answer = model.predict(pd.DataFrame({"picture": [white]}))
+    probabilities = network(torch.ones(1, 1, 8, 8)).softmax(1)[0].tolist()
+    assert list(answer["probabilities"][0].values()) == pytest.approx(probabilities, abs=1e-6)
 
     again = MLflowTracker(retrain, tracking_uri=store, experiment=EXPERIMENT, load_network=small_network)
     assert again.deliver()

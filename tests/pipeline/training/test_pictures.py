@@ -289,14 +289,11 @@ def test_how_pictures_are_read_is_written_beside_the_network(folder: Folder) -> 
         Image.fromarray(np.full((8, 8), 16 * number, np.uint16)).save(file)
     run = folder.run("retrain", "data.background=#102030")
     card = read_card(run.path)
-    assert (card.bits, card.background) == (8, (16, 32, 48))
+    assert (card.preprocessing.bits, card.preprocessing.background) == (8, (16, 32, 48))
     data = json.loads((run.path / "network.json").read_text())
-    del data["bits"], data["background"]
-    (run.path / "network.json").write_text(json.dumps(data))
-    assert (read_card(run.path).bits, read_card(run.path).background) == (16, (255, 255, 255))
-    load_network(run.path)
-    for odd in ({"bits": 7}, {"bits": 17}, {"background": [0, 0, 256]}):
-        (run.path / "network.json").write_text(json.dumps(data | odd))
+    steps = data["preprocessing"]
+    for odd in ({"bits": 7}, {"bits": 17}, {"background": [0, 0, 256]}, {"mean": []}, {"resize": "zoom"}):
+        (run.path / "network.json").write_text(json.dumps(data | {"preprocessing": steps | odd}))
         with pytest.raises(CheckpointError, match="does not contain a complete trained network"):
             load_network(run.path)
 

@@ -1,0 +1,146 @@
+"""The job of `istanas evaluate`: a trained network on its own test split, or on another folder of labelled pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from istanas.data.folders import TEST_SPLITS
+from istanas.data.reading import shown
+from istanas.errors import ConfigError, DataError
+from pipeline.base.files import atomic_write
+from pipeline.config.schema import Config
+from pipeline.jobs.closing import tracker_of
+from pipeline.jobs.context import say_to
+from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
+from pipeline.jobs.export import check_network
+from pipeline.jobs.lifecycle import load_data
+from pipeline.jobs.predict import pictures_below, read_pictures
+from pipeline.report.evaluation_section import evaluation_page
+from pipeline.report.run_page import write_report
+from pipeline.runs import bucket
+from pipeline.runs.directory import RunDir
+from pipeline.runs.layout import EVALUATION_PAGE, REPORT_PAGE
+from pipeline.runs.predictor import Predictor, open_predictor
+from pipeline.training.compute import compute_for
+from pipeline.training.pictures import check_same_pictures, data_digest, datasets_used
+
+
+class EvaluateResult(TypedDict):
+    """Result of `evaluate_run` and `evaluate_folder`."""
+
+    network: str
+    evaluation: Evaluation
+    broken: list[str]
+    files: list[str]
+
+
+def evaluate_run(run_dir: Path, config: Config, console: Console) -> EvaluateResult:
+    """Evaluate the network of a run on its test split, and write the result to its directory, report and MLflow run.
+
+    Args:
+        run_dir: Run directory of a finished retraining or one-stage search.
+        config: Its configuration.
+        console: Where lines for the user are written.
+
+    Raises:
+        ConfigError: The run has no trained network, or is in use by another process.
+        DataError: The pictures are missing or broken.
+        CheckpointError: The pictures have changed since the run was started.
+    """
+    say = say_to(console)
+    run = RunDir(run_dir)
+    check_network(run, run.read())
+    dataset = load_data(config, console)
+    with run.lock(), bucket.acquired(run, say) as run:
+        record = run.read()
+        used = datasets_used(config, dataset, record.kind)
+        check_same_pictures(record, dataset, data_digest(config, dataset, record.kind), used)
+        predictor = open_predictor(run.path, compute_for(config.runtime).device)
+        label = f"the test split of {record.data_label}"
+        figures, pictures = evaluate_dataset(predictor, dataset, label)
+        files = write_evaluation(run.path, figures, pictures)
+        write_report(run, record)
+        artifacts = tuple(dict.fromkeys((*record.artifacts, *files, REPORT_PAGE)))
+        run.write(dataclasses.replace(record, artifacts=artifacts))
+        if not tracker_of(run, config).deliver():
+            say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
+        run.push()
+    paths = [bucket.shown(run.path / name) for name in (*files, REPORT_PAGE)]
+    return EvaluateResult(network=bucket.shown(run.path), evaluation=figures, broken=[], files=paths)
+
+
+def evaluate_folder(
+    name: str, predictor: Predictor, data: Path, out: Path, *, complain: Callable[[str], None]
+) -> EvaluateResult:
+    """Evaluate a network on a folder with one sub-folder of pictures for each class.
+
+    Args:
+        name: The network's place, for the result.
+        predictor: The network.
+        data: The folder; its sub-folder `test` or `val` is read if there is one, as in training.
+        out: The folder of the results, which is created.
+        complain: Receives one line for each file that cannot be used; the others are evaluated.
+
+    Raises:
+        ConfigError: The folder has no classes, a class that the network does not know, or no picture.
+    """
+    found = labelled_files(data, predictor.class_names)
+    files, label_of = list(found), found
+    used: list[str] = []
+    broken: list[str] = []
+
+    def broken_file(file: str, error: DataError) -> None:
+        complain(error.problem)
+        broken.append(file)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for names, probabilities in read_pictures(predictor, files, broken_file):
+            used.extend(names)
+            yield torch.tensor([label_of[file] for file in names]), probabilities
+        if not used:
+            raise ConfigError(
+                "contains no picture that can be used", field=f"--data {data}", remedy="add some"
+            )
+
+    figures, worst = evaluate(
+        shown(str(data)), predictor.class_names, batches(), lambda index: shown(used[index])
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [predictor.preprocessing.read(used[index]) for index in worst]
+    written = write_evaluation(out, figures, pictures)
+    atomic_write(out / EVALUATION_PAGE, evaluation_page(out, "Evaluation", f"{name} on {shown(str(data))}"))
+    paths = [str(out / file) for file in (*written, EVALUATION_PAGE)]
+    return EvaluateResult(network=name, evaluation=figures, broken=broken, files=paths)
+
+
+def labelled_files(data: Path, class_names: tuple[str, ...]) -> dict[str, int]:
+    """Return the pictures of a folder with the labels of their classes.
+
+    Raises:
+        ConfigError: See `evaluate_folder`.
+    """
+    field = f"--data {shown(str(data))}"
+    remedy = "name a folder with one sub-folder of pictures for each class"
+    if not data.is_dir():
+        raise ConfigError("no such folder", field=field, remedy=remedy)
+    root = next((data / split for split in TEST_SPLITS if (data / split).is_dir()), data)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise ConfigError("contains no folder of a class", field=field, remedy=remedy)
+    for folder in folders:
+        if folder.name not in class_names:
+            raise ConfigError(
+                f"{shown(folder.name)} is not a class of the network ({', '.join(class_names):.200})",
+                field=field,
+                remedy="rename or remove that folder",
+            )
+    return {
+        file: class_names.index(folder.name) for folder in folders for file in pictures_below(str(folder))
+    }

@@ -1,0 +1,306 @@
+"""Predictions of pictures: as accurate as the recorded test accuracy, from every form of the network."""
+
+import base64
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from istanas.data import ArrayPictures, load_dataset
+from istanas.errors import CheckpointError, DataError
+from pipeline.cli.commands import run
+from pipeline.runs.predictor import open_predictor
+from pipeline.tracking.store import open_client
+from tests.ports import free_ports
+
+SETTINGS = """
+space: {nodes: 2}
+retrain: {epochs: 2, batch_size: 128, init_channels: 4, layers: 2, auxiliary_weight: 0, cutout: 0, lr: 0.1}
+runtime: {threads: 1, device: cpu}
+"""
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+class Project(NamedTuple):
+    """A folder with a retraining of the digits, which is tracked in MLflow, and its test pictures as PNG files."""
+
+    folder: Path
+    result: dict[str, Any]
+    files: list[str]
+    labels: list[str]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / self.result["run_dir"]
+
+    def accuracy(self, classes: list[str]) -> float:
+        return float(np.mean([a == b for a, b in zip(classes, self.labels, strict=True)]))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> Project:
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(blank_database, folder / "mlflow.db")
+    (folder / "tiny.yaml").write_text(SETTINGS)
+    digits = load_dataset("digits").test
+    assert isinstance(digits, ArrayPictures)
+    for index, image in enumerate(digits.images.numpy()):
+        place = folder / "pictures" / f"part{index % 2}" / f"{index:03}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(place)
+    files = sorted((folder / "pictures").rglob("*.png"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        out = io.StringIO()
+        patch.setattr("sys.stdout", out)
+        assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", "--json"]) == 0
+    result = json.loads(out.getvalue().splitlines()[-1])
+    return Project(
+        folder, result, list(map(str, files)), [str(int(digits.labels[int(f.stem)])) for f in files]
+    )
+
+
+@pytest.fixture
+def istanas(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.chdir(project.folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_predictions_have_exactly_the_recorded_accuracy(project: Project, istanas: Command) -> None:
+    assert 0.3 < project.result["test_top1"] < 1
+    code, out, _ = istanas("predict", str(project.run), "pictures", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [str(project.folder / each["file"]) for each in found["predictions"]] == project.files
+    assert project.accuracy([each["class"] for each in found["predictions"]]) == project.result["test_top1"]
+    first = found["predictions"][0]
+    assert len(first["top5"]) == 5
+    assert (first["class"], first["probability"]) == (*first["top5"][0].values(),)
+    values = [guess["probability"] for guess in first["top5"]]
+    assert values == sorted(values, reverse=True)
+    assert 0.5 < sum(values) <= 1
+
+
+def test_every_form_of_the_network_predicts_the_same(project: Project, istanas: Command) -> None:
+    assert istanas("export", str(project.run))[0] == 0
+    files = project.files[:40]
+    expected = json.loads(istanas("predict", str(project.run), *files, "--json")[1])["predictions"]
+    for reference in (
+        project.run.name,
+        f"{project.run}/export",
+        f"{project.run}/export/model.onnx",
+        f"{project.run}/export/model.safetensors",
+        "models:/istanas-digits@candidate",
+        "models:/istanas-digits/1",
+    ):
+        code, out, err = istanas("predict", reference, *files, "--json")
+        assert code == 0, (reference, err)
+        predictions = json.loads(out)["predictions"]
+        assert [each["class"] for each in predictions] == [each["class"] for each in expected], reference
+        for one, two in zip(predictions, expected, strict=True):
+            assert one["probability"] == pytest.approx(two["probability"], abs=1e-5)
+
+
+def test_a_broken_file_is_one_line_and_the_others_go_on(project: Project, istanas: Command) -> None:
+    broken, large = project.folder / "broken.png", project.folder / "large.png"
+    broken.write_bytes(Path(project.files[0]).read_bytes()[:60])
+    Image.new("L", (9, 8)).save(large)
+    files = [project.files[0], "absent.png", str(broken), str(large), project.files[1]]
+    code, out, err = istanas("predict", str(project.run), *files, "--csv", "-")
+    assert code == 1
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["file"] for row in rows] == project.files[:2]
+    assert rows[0].keys() >= {"file", "class", "probability", "class_5", "probability_5"}
+    lines = err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True, True, True, False]
+    for line, words in zip(lines, ("absent.png", "broken.png", "has 9x8 pixels"), strict=False):
+        assert words in line
+    assert lines[-1] == "3 of 5 files could not be used"
+
+
+def test_the_table_has_a_row_for_each_file(project: Project, istanas: Command) -> None:
+    code, out, err = istanas("predict", str(project.run), *project.files[:2])
+    assert (code, err) == (0, "")
+    assert all(file in out for file in project.files[:2])
+    code, out, _ = istanas("predict", str(project.run), "pictures", "--csv", "all.csv")
+    assert code == 0
+    assert out.split() == ["359", "rows:", "all.csv"]
+    assert len(pd.read_csv(project.folder / "all.csv")) == 359
+
+
+@pytest.mark.parametrize(
+    ("reference", "files", "says"),
+    [
+        ("models:/istanas-digits@best", ["x.png"], "not in the MLflow store"),
+        ("models:/nothing/1", ["x.png"], "not in the MLflow store"),
+        ("{run}", ["empty"], "empty contains no picture"),
+    ],
+)
+def test_a_bad_reference_is_one_line(
+    reference: str, files: list[str], says: str, project: Project, istanas: Command
+) -> None:
+    (project.folder / "empty").mkdir(exist_ok=True)
+    code, out, err = istanas("predict", reference.format(run=project.run), *files)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert says in err
+
+
+# ---------- evaluations
+
+
+def test_the_report_has_the_evaluation_of_the_test_split(project: Project) -> None:
+    figures = json.loads((project.run / "evaluation.json").read_text())
+    assert figures["top1"]["estimate"] == project.result["test_top1"]
+    assert figures["pictures"] == 359
+    assert Image.open(project.run / "mistakes.png").size == (712, 716)
+    page = (project.run / "report.html").read_text()
+    assert 'id="evaluation"' in page
+    assert f"{100 * figures['top1']['low']:.2f} to {100 * figures['top1']['high']:.2f}" in page
+    client = open_client(f"sqlite:///{project.folder}/mlflow.db")
+    sent = {each.path for each in client.list_artifacts(project.result["mlflow_run_id"])}
+    assert {"evaluation.json", "mistakes.png"} <= sent
+
+
+def test_a_run_is_evaluated_again_with_the_same_figures(project: Project, istanas: Command) -> None:
+    before = json.loads((project.run / "evaluation.json").read_text())
+    for name in ("evaluation.json", "mistakes.png", "report.html"):
+        (project.run / name).unlink()
+    code, out, err = istanas("evaluate", str(project.run), "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["evaluation"] == before
+    assert json.loads((project.run / "evaluation.json").read_text()) == before
+    assert "confusion matrix, predicted classes in columns:" in err
+    assert 'id="evaluation"' in (project.run / "report.html").read_text()
+
+
+def test_other_pictures_are_evaluated_with_their_labels(project: Project, istanas: Command) -> None:
+    for file, label in zip(project.files, project.labels, strict=True):
+        place = project.folder / "labelled" / "test" / label / Path(file).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    code, out, err = istanas("evaluate", f"{project.run}/export", "--data", "labelled", "--json")
+    assert (code, err.count("error:")) == (0, 0)
+    figures = json.loads(out.splitlines()[-1])["evaluation"]
+    recorded = json.loads((project.run / "evaluation.json").read_text())
+    assert figures["top1"] == recorded["top1"]
+    assert figures["confusion"] == recorded["confusion"]
+    assert 'id="evaluation"' in (project.folder / "evaluation" / "evaluation.html").read_text()
+    (project.folder / "labelled" / "test" / "0" / "a.png").write_bytes(b"")
+    code, out, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "two")
+    assert code == 1
+    assert "a.png is not a readable picture (the file is empty" in err
+    assert "359" in out
+    (project.folder / "labelled" / "test" / "ten").mkdir()
+    code, _, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "three")
+    assert code == 2
+    assert "ten is not a class of the network (0, 1, 2" in err
+
+
+# ---------- MLflow
+
+
+@pytest.fixture(scope="module")
+def model_folder(project: Project) -> str:
+    """The folder of the registered model."""
+    client = open_client(f"sqlite:///{project.folder}/mlflow.db")
+    source = client.get_model_version_download_uri("istanas-digits", "1")
+    return source.removeprefix("file://")
+
+
+def test_the_mlflow_model_takes_pictures(project: Project, model_folder: str) -> None:
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(model_folder)
+    contents = [Path(file).read_bytes() for file in project.files]
+    found = model.predict(pd.DataFrame({"picture": contents}))
+    assert project.accuracy(found["class"].tolist()) == project.result["test_top1"]
+    assert set(found["probabilities"][0]) == set("0123456789")
+    assert found["probabilities"][0][found["class"][0]] == found["probability"][0]
+    arrays = [np.asarray(Image.open(file)) for file in project.files]
+    for pictures in (
+        arrays,
+        [array[..., None] for array in arrays],
+        [array.tolist() for array in arrays],
+        [base64.b64encode(content).decode() for content in contents],
+    ):
+        assert model.predict(pd.DataFrame({"picture": pictures})).equals(found)
+    with pytest.raises(DataError, match="picture 1: it is neither base64 nor an array"):
+        model.predict(pd.DataFrame({"picture": [contents[0], "no picture"]}))
+    steps = model.metadata.metadata["preprocessing"]
+    assert (steps["shape"], steps["channel_order"]) == ([1, 8, 8], "grey")
+
+
+def test_a_model_of_another_program_is_one_line(tmp_path: Path) -> None:
+    from pipeline.tracking.picture_model import predictor_of
+
+    with pytest.raises(CheckpointError, match="is not a model with its preprocessing"):
+        predictor_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_server_classifies_a_png(project: Project, model_folder: str, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    command = [
+        *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_folder),
+        *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+    ]
+    # MLflow finds uvicorn in the PATH, as in an activated environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not _answers(f"http://127.0.0.1:{port}/ping"):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.3)
+        pictures = [base64.b64encode(Path(file).read_bytes()).decode() for file in project.files[:20]]
+        body = {"dataframe_split": {"columns": ["picture"], "data": [[each] for each in pictures]}}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)  # the command has started a server of its own
+        server.wait(30)
+    predictor = open_predictor(project.run)
+    read = [predictor.preprocessing.read(file) for file in project.files[:20]]
+    expected = predictor.guesses(predictor.probabilities(torch.stack(read)), 1)
+    rows = answer.json()["predictions"]
+    assert [row["class"] for row in rows] == [guess.name for (guess,) in expected]
+    probabilities = [row["probabilities"][row["class"]] for row in rows]
+    assert probabilities == pytest.approx([guess.probability for (guess,) in expected], abs=1e-5)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return requests.get(address, timeout=2).status_code == 200
+    except requests.ConnectionError:
+        return False
