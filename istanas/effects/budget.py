@@ -42,7 +42,8 @@ class Budget:
     @property
     def joint(self) -> tuple[Array, float]:
         """One cost of each candidate, (N,), and its limit, which every architecture within all limits keeps."""
-        scale = np.maximum(self.costs.max(1), np.finfo(np.float64).tiny)
+        highest = self.costs.max(1)
+        scale = np.where(highest > 0, highest, 1.0)
         return (self.costs / scale[:, None]).sum(0), float((self.most / scale).sum())
 
 

@@ -170,7 +170,7 @@ def _drawings(config: Config, own: Study) -> Iterator[tuple[str, Callable[[], tu
 
     def against(points: Sequence[FrontPoint], cost: str) -> tuple[bytes, Any, int]:
         axes, figure = draw_front(points, cost)
-        return _png(axes), _transparent(figure), 0
+        return _png(_on_white(axes)), _transparent(figure), 0
 
     def parallel() -> tuple[bytes, Any, int]:
         axes, figure = figures("plot_parallel_coordinate", params=shared, **of_top1)
