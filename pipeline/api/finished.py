@@ -23,6 +23,7 @@ from pipeline.tracking.references import load_of_run, resolve_run
 if TYPE_CHECKING:
     import pandas as pd
 
+    from istanas.data import Preprocessing
     from istanas.nets import TargetNetwork
     from pipeline.runs.network_files import NetworkCard
 
@@ -94,7 +95,7 @@ class FinishedRun(Generic[Result]):
 
     @cached_property
     def network(self) -> TargetNetwork:
-        """The trained network in eval mode, on the CPU. It takes normalised pictures, (N, C, H, W), see `card`.
+        """The trained network in eval mode, on the CPU. It takes (N, C, H, W), see `preprocessing`.
 
         Raises:
             ConfigError: The run has trained no network.
@@ -106,7 +107,7 @@ class FinishedRun(Generic[Result]):
 
     @property
     def card(self) -> NetworkCard:
-        """The description of the trained network: its sizes, its class names, and how its input is prepared.
+        """The description of the trained network: its sizes, its class names and its preprocessing.
 
         Raises:
             ConfigError: The run has trained no network.
@@ -120,6 +121,11 @@ class FinishedRun(Generic[Result]):
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the logits."""
         return self.card.class_names
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes an input: `preprocessing.normalized(preprocessing.read(FILE)[None])`."""
+        return self.card.preprocessing
 
     def _check_network(self) -> None:
         from pipeline.jobs.export import check_network

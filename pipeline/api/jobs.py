@@ -1,4 +1,4 @@
-"""The jobs as functions: search, retrain, run, sweep and export.
+"""The jobs as functions: search, retrain, run, sweep, export and predict.
 
 Each function does what the command of its name does, in the calling process or on Ray's workers, and returns the
 finished run. It can be called in a script, in a notebook, where the progress is a bar below the cell, and inside a
@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from istanas.errors import DataError
 from pipeline.api.finished import FinishedRun
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.plugins import load_plugins
@@ -32,6 +33,9 @@ from pipeline.jobs.context import JobContext
 from pipeline.jobs.results import OneStageResult, RetrainResult, RunResult, SearchResult, SweepResult
 from pipeline.jobs.settings import load_config, load_for_genotype, overrides_of
 from pipeline.runs import bucket
+
+if TYPE_CHECKING:
+    from pipeline.jobs.predict import Prediction
 
 File = str | Path
 
@@ -173,6 +177,43 @@ def export(
     found = run if isinstance(run, FinishedRun) else load(run)
     result = run_export(found.config, bucket.shown(found.path), console=_console(quiet), again=again)
     return {name: found.path / exported["file"] for name, exported in result["exports"].items()}
+
+
+def predict(
+    network: str | Path | FinishedRun[Any], *files: str | Path, plugins: Sequence[File] = ()
+) -> list[Prediction]:
+    """Classify pictures with a trained network, as `istanas predict` does.
+
+    Args:
+        network: A finished retraining or one-stage search, or what `istanas predict` takes: a run, an export folder, a
+            file model.safetensors or model.onnx, or a registered model, models:/NAME@ALIAS.
+        files: Picture files, and folders whose pictures are classified.
+        plugins: See `pipeline.api.jobs`.
+
+    Returns:
+        For each picture its file, class and probability, and the five most probable classes ("top5").
+
+    Raises:
+        DataError: A file is not a picture that the network takes.
+
+    Example:
+        >>> predict("runs/digits-retrain-0123abcd", "picture.png")[0]["class"]  # doctest: +SKIP
+        '7'
+    """
+    from pipeline.jobs import predict as job
+
+    load_plugins([str(file) for file in plugins])
+    config, _ = load_config(None, ())
+    reference = bucket.shown(network.path) if isinstance(network, FinishedRun) else str(network)
+    name, predictor = job.find_predictor(
+        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
+    )
+    result = job.predict(
+        name, predictor, list(job.picture_files([str(file) for file in files])), complain=lambda line: None
+    )
+    for broken in result["broken"]:
+        raise DataError(broken["reason"])
+    return result["predictions"]
 
 
 def _finished(result: Any, run_dir: str | None = None) -> FinishedRun[Any]:

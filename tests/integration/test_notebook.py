@@ -1,5 +1,6 @@
 """The notebook of the guide, executed by a kernel of Jupyter, in which every job draws a progress bar."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +28,7 @@ def test_the_notebook_of_the_guide_runs(
     assert {"image/svg+xml", "image/png"} <= set(shown)
     lines = "".join(output.data["text/plain"] for output in outputs if "data" in output)
     assert "epoch 1: loss" in lines
+    name, probability = ast.literal_eval(outputs[-1].data["text/plain"])
+    assert name in "0123456789"
+    assert 0.1 <= probability <= 1
     assert sorted(path.name.split("-")[1] for path in (tmp_path / "runs").iterdir()) == ["retrain", "search"]

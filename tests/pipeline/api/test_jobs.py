@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import pipeline
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, DataError
 from istanas.space import Genotype
 from pipeline.cli.commands import run as command_line
 
@@ -58,7 +59,7 @@ def test_the_retraining_with_its_search_network_and_epochs(trained: "pipeline.Fi
     assert trained.class_names == tuple("0123456789")
     assert trained.network is trained.network
     assert not trained.network.training
-    assert trained.network(torch.zeros(2, *trained.card.shape)).shape == (2, 10)
+    assert trained.network(torch.zeros(2, *trained.preprocessing.shape)).shape == (2, 10)
 
 
 def test_a_command_and_a_call_have_the_same_run(
@@ -88,6 +89,20 @@ def test_settings_may_be_sections_lists_paths_and_none(folder: Path) -> None:
     assert found.path.parent == Path("elsewhere #1")
     assert found.config.search.max_epochs == 1
     assert found.config.space.ops == ["max_pool_3x3", "avg_pool_3x3"]
+
+
+def test_predictions_are_those_of_the_network(trained: "pipeline.FinishedRun[Any]", folder: Path) -> None:
+    pixels = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
+    Image.fromarray(pixels[0].numpy()).save(folder / "picture.png")
+    (found,) = pipeline.predict(trained, folder / "picture.png")
+    with torch.no_grad():
+        logits = trained.network(trained.preprocessing.normalized(pixels[None]))
+    assert found["class"] == trained.class_names[int(logits.argmax())]
+    assert found["probability"] == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
+    assert pipeline.predict(trained.path.name, "picture.png") == [found]
+    (folder / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png"):
+        pipeline.predict(trained, "picture.png", "text.png")
 
 
 def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> None:
