@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from istanas import __version__
 from istanas.errors import CheckpointError, ConfigError, DataError
 from pipeline.base.text import one_line
 from pipeline.runs.network_files import read_card
@@ -130,8 +131,12 @@ def example(steps: Preprocessing) -> pd.DataFrame:
 
 def requirements() -> list[str]:
     """Return the packages that a model needs where it is loaded."""
-    packages = ("istanas", "pillow", "torch", "torchvision")
-    return [f"{name}=={version(name).partition('+')[0]}" for name in packages]
+    # A submitted job runs from its working tree, where istanas itself is not installed as a distribution.
+    packages = {
+        "istanas": __version__,
+        **{name: version(name) for name in ("pillow", "torch", "torchvision")},
+    }
+    return [f"{name}=={number.partition('+')[0]}" for name, number in packages.items()]
 
 
 def predictor_of(folder: Path) -> Predictor:

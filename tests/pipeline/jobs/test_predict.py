@@ -203,7 +203,7 @@ def test_other_pictures_are_evaluated_with_their_labels(project: Project, istana
         place = project.folder / "labelled" / "test" / label / Path(file).name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
-    code, out, err = istanas("evaluate", f"{project.run}/export", "--data", "labelled", "--json")
+    code, out, err = istanas("evaluate", f"{project.run}/model.safetensors", "--data", "labelled", "--json")
     assert (code, err.count("error:")) == (0, 0)
     figures = json.loads(out.splitlines()[-1])["evaluation"]
     recorded = json.loads((project.run / "evaluation.json").read_text())
