@@ -172,14 +172,17 @@ class _Apart:
 def _serve(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    # Without a process on each node that sends log messages to drivers, which do not show them.
+    common = {"include_log_monitor": False}
+    head = {"num_cpus": cpus, "include_dashboard": False, **common}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     print(f"ANSWER {cluster.address}", flush=True)
     nodes, apart = [], _Apart()
     for line in sys.stdin:  # until "end", or until the test process is killed
         order, *words = line.split()
         if order == "add":
             apart.folder = words[1] if len(words) > 1 else None
-            nodes.append(cluster.add_node(num_cpus=int(words[0])))
+            nodes.append(cluster.add_node(num_cpus=int(words[0]), **common))
             apart.folder = None
         elif order == "remove":
             cluster.remove_node(nodes.pop(), allow_graceful=False)

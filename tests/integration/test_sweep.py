@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -30,7 +31,7 @@ from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 from tests.waiting import wait_until
 
-TRIALS = 6
+TRIALS = 5
 TRIAL = "ray::ImplicitFunc"  # title of a trial's process in Ray Tune
 CONFIG = f"""
 data: {{name: digits, holdout: 0.2}}
@@ -48,14 +49,13 @@ sweep:
   space:
     search.lr: {{loguniform: [0.002, 0.3]}}
     space.sparsity: {{int: [1, 2]}}
-  points: [{{search.lr: 0.002}}, {{search.lr: 0.1}}, {{search.lr: 0.2}}, {{search.lr: 0.002}}]
+  points: [{{search.lr: 0.002}}, {{search.lr: 0.1}}, {{search.lr: 0.002}}]
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(CONFIG)
     return subprocess.Popen(
         [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *arguments],
@@ -70,7 +70,7 @@ def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> su
 
 def finish(process: subprocess.Popen[str]) -> Any:
     """Wait for the command, and return the JSON object on its stdout."""
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=800)
     assert process.returncode == 0, err
     print(err)  # shown if the test fails
     (line,) = out.splitlines()
@@ -117,14 +117,14 @@ def log_of(folder: Path, trial: int) -> str:
 
 def kill_driver(process: subprocess.Popen[str], ready: Callable[[], bool], seconds: float) -> None:
     """Kill the command some seconds after a condition; its trials must end by themselves and release their locks."""
-    wait_until(ready, 120, "the trials that end before the kill")
+    wait_until(ready, 300, "the trials that end before the kill")
     time.sleep(seconds)  # the random moment
     others = psutil.Process(process.pid).children(recursive=True)
     assert process.poll() is None, "it had ended before it was killed: more trials are needed"
     process.kill()
     process.communicate()
     trials = [p for p in others if TRIAL in title(p)]
-    _, alive = psutil.wait_procs(trials, timeout=20)
+    _, alive = psutil.wait_procs(trials, timeout=60)
     assert not alive, "trials outlive their driver"
     for each in others:  # Ray's agents, which end later
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -135,10 +135,18 @@ def running_trials(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in psutil.Process(process.pid).children(recursive=True) if TRIAL in title(p)]
 
 
+@pytest.fixture
+def project(tmp_path: Path, blank_database: Path) -> Path:
+    """A folder with an MLflow database without runs."""
+    shutil.copy(blank_database, tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def whole(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> tuple[Path, Any]:
     """An undisturbed sweep: its folder and its result."""
     folder = tmp_path_factory.mktemp("whole")
+    shutil.copy(blank_database, folder)
     return folder, finish(start(folder, stderr=subprocess.PIPE))
 
 
@@ -279,25 +287,25 @@ def test_a_finished_sweep_restores_damaged_metrics(whole: tuple[Path, Any]) -> N
 
 
 def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
-    whole: tuple[Path, Any], tmp_path: Path
+    whole: tuple[Path, Any], project: Path
 ) -> None:
     seed = random.randrange(10**6)
     print(f"moments drawn with seed {seed}")
     moments = random.Random(seed)
-    for ended in (0, 2):
-        kill_driver(start(tmp_path), lambda n=ended: n_ended(tmp_path) >= n, moments.uniform(0, 3))  # type: ignore[misc]
-    # Then a trial's own process, which is replaced, and Ctrl-C, as a terminal sends it.
-    process = start(tmp_path, stderr=subprocess.PIPE)
-    family = psutil.Process(process.pid).children
-    killed = wait_until(lambda: running_trials(process), 120, "a trial's process")
+    # A trial's own process is killed, which is replaced. Then the command is killed.
+    process = start(project)
+    killed = wait_until(lambda: running_trials(process), 300, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     killed += running_trials(process)
     for each in set(killed):
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
-    wait_until(lambda: set(running_trials(process)) - set(killed), 120, "another process of a trial")
-    time.sleep(moments.uniform(0, 2))
-    others = family(recursive=True)
+    wait_until(lambda: set(running_trials(process)) - set(killed), 300, "another process of a trial")
+    kill_driver(process, lambda: n_ended(project) >= 1, moments.uniform(0, 2))
+    # Ctrl-C, as a terminal sends it, in the last trial.
+    process = start(project, stderr=subprocess.PIPE)
+    wait_until(lambda: "epoch 1:" in log_of(project, TRIALS - 1), 600, "the last trial's first epoch")
+    others = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.splitlines()[-1]) == (
@@ -305,120 +313,110 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
         "interrupted: run the same command again to resume",
     )
     assert not psutil.wait_procs(others, timeout=10)[1]
-    (parent,) = [r for r in runs_of(tmp_path) if r.data.tags["istanas.kind"] == "sweep"]
-    assert {r.info.status for r in runs_of(tmp_path)} <= {"FINISHED", "KILLED", "FAILED"}
-    assert parent.info.status == "FAILED"
-    result = finish(start(tmp_path, stderr=subprocess.PIPE))
+    frame = table(project)
+    assert list(frame["state"])[-1] == "INTERRUPTED"
+    assert trials_table(frame).rows[-1][1] == "interrupted, resumable"
+    (parent,) = [r for r in runs_of(project) if r.data.tags["istanas.kind"] == "sweep"]
+    assert {r.info.status for r in runs_of(project)} <= {"FINISHED", "KILLED", "FAILED"}
+    assert (parent.info.status, parent.data.tags["istanas.outcome"]) == ("FAILED", "INTERRUPTED")
+    (trial,) = [r for r in runs_of(project) if r.data.tags.get("istanas.trial") == str(TRIALS - 1)]
+    assert trial.data.tags["istanas.outcome"] in ("INTERRUPTED", "FINISHED")  # FINISHED in its retraining
+    result = finish(start(project, stderr=subprocess.PIPE))
 
     folder, undisturbed = whole
-    assert decided(tmp_path) == decided(folder)
+    assert decided(project) == decided(folder)
     for key in ("best_trial", "settings", "digest", "objective_top1", "kendall_tau", "epochs", "params"):
         assert result[key] == undisturbed[key]
-    runs = runs_of(tmp_path)
+    runs = runs_of(project)
     assert len(runs) == len(runs_of(folder)), "runs were duplicated or lost"
     assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
-    for path in sweep_directory(tmp_path).glob("*/metrics.jsonl"):
+    for path in sweep_directory(project).glob("*/metrics.jsonl"):
         steps = [line.step for line in RunDir(path.parent).metrics()]
         assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_lost_trial_fails_alone_and_an_interrupted_one_is_resumable(tmp_path: Path) -> None:
-    """The first trial fails with Ray's reason; the sweep continues with the second, and is interrupted there."""
+def test_trials_of_two_workers_on_two_cores_run_one_after_another(project: Path) -> None:
+    """The first loses a worker, and the second is stopped early. Both release their cores for the next one."""
     process = start(
-        tmp_path,
-        *("--set", "sweep.trials=3", "--set", "search.epochs=40", "--set", "sweep.objective=valid"),
-        *("--set", "sweep.max_restarts=0"),
-        stderr=subprocess.PIPE,
-    )
-    # A process that is only warmed up has no trial to lose.
-    wait_until(lambda: log_of(tmp_path, 0), 120, "the first trial's log")
-    for each in running_trials(process):
-        each.kill()
-    wait_until(lambda: "epoch 1:" in log_of(tmp_path, 1), 120, "the second trial's first epoch")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
-    frame = table(tmp_path)
-    assert list(frame["state"]) == ["FAIL", "INTERRUPTED"]
-    assert re.match(
-        r"its process was lost more than 0 times \(sweep.max_restarts\): .*(worker process|actor) .*died",
-        frame["reason"][0],
-    )
-    assert trials_table(frame).rows[1][1] == "interrupted, resumable"
-    found = [(run.data.tags["istanas.kind"], run.data.tags["istanas.outcome"]) for run in runs_of(tmp_path)]
-    assert sorted(found) == [("search", "FAILED"), ("search", "INTERRUPTED"), ("sweep", "INTERRUPTED")]
-
-
-def test_trials_of_two_workers_on_two_cores_run_one_after_another(tmp_path: Path) -> None:
-    """The first loses a worker, the second is stopped early, the fourth's batch is too small for two workers.
-
-    Each trial releases its cores for the next one, whichever way it ends.
-    """
-    points = [
-        "{search.lr: 0.2, search.batch_size: 64}",
-        "{search.lr: 0.002, search.batch_size: 64}",
-        "{search.lr: 0.1, search.batch_size: 64}",
-        "{search.lr: 0.1, search.batch_size: 3}",
-    ]
-    process = start(
-        tmp_path,
+        project,
         *("--workers", "2", "--max-concurrent", "2"),
-        *("--set", "sweep.trials=4", "--set", "sweep.objective=valid", "--set", "search.epochs=3"),
-        *("--set", "sweep.space={search.lr: {uniform: [0.001, 0.3]}, search.batch_size: {int: [3, 64]}}"),
-        *("--set", f"sweep.points=[{', '.join(points)}]"),
+        *("--set", "sweep.trials=3", "--set", "sweep.objective=valid"),
+        *("--set", "sweep.space={search.lr: {uniform: [0.001, 0.3]}}"),
+        *("--set", "sweep.points=[{search.lr: 0.2}, {search.lr: 0.002}, {search.lr: 0.1}]"),
         stderr=subprocess.PIPE,
     )
     other = RayCluster(1)  # the sweep must not use another Ray cluster of this machine
     try:
         # The worker is looked up before the first epoch ends, since two epochs take half a second.
-        wait_until(lambda: "2 workers (cpu" in log_of(tmp_path, 0), 120, "the first trial's workers")
+        wait_until(lambda: "2 workers (cpu" in log_of(project, 0), 300, "the first trial's workers")
         family = psutil.Process(process.pid).children(recursive=True)
         worker = next(p for p in family if "RayTrainWorker" in title(p))
-        wait_until(lambda: "epoch 1:" in log_of(tmp_path, 0), 120, "the first trial's first epoch")
+        wait_until(lambda: "epoch 1:" in log_of(project, 0), 300, "the first trial's first epoch")
         worker.kill()
         result = finish(process)
     finally:
         other.close()
-    assert re.search(r"lost worker \d .*: replacing it and repeating the epoch", log_of(tmp_path, 0))
-    frame = table(tmp_path)
-    assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
-    assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 1)
-    assert "search.batch_size: 3 is too small for 2 workers; use at least 4" in frame["reason"][3]
-    statuses = [run.info.status for run in runs_of(tmp_path)]
-    assert sorted(statuses) == ["FAILED", "FINISHED", "FINISHED", "FINISHED", "KILLED"]
-    logs = [file.read_text() for file in sweep_directory(tmp_path).glob("trial-*/trial.log")]
+    assert re.search(r"lost worker \d .*: replacing it and repeating the epoch", log_of(project, 0))
+    frame = table(project)
+    assert list(frame["state"]) == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert (result["complete"], result["pruned"], result["failed"]) == (2, 1, 0)
+    statuses = [run.info.status for run in runs_of(project)]
+    assert sorted(statuses) == ["FINISHED", "FINISHED", "FINISHED", "KILLED"]
+    logs = [file.read_text() for file in sweep_directory(project).glob("trial-*/trial.log")]
     assert sum("2 workers (cpu, gloo), each 1 thread" in log for log in logs) == 3
 
 
-def test_a_sweep_is_refused_once_its_training_pictures_have_changed(tmp_path: Path) -> None:
-    """Also if the trials share no split, because the seed is swept; changes of the unread test split are allowed."""
+def test_trials_fail_alone_and_changed_training_pictures_are_refused(project: Path) -> None:
+    """The first trial loses its process, the second one is complete, and the third one's loss becomes too large.
+
+    Training pictures must stay the same even if the trials share no split, because the seed is swept. The test split,
+    which a sweep does not read, may change.
+    """
     for split in ("train", "test"):
         for shade, name in enumerate(("ant", "bee")):
             for number in range(16):
-                file = tmp_path / "pictures" / split / name / f"{number}.png"
+                file = project / "pictures" / split / name / f"{number}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("L", (8, 8), 200 * shade + number).save(file)
     arguments = [
-        *("--set", f"data.root={tmp_path / 'pictures'}", "--set", "data.name=folder"),
-        *("--set", f"data.cache_dir={tmp_path / 'cache'}"),
-        *("--set", "search={epochs: 1, batch_size: 8, init_channels: 2, layers: 3}"),
-        *("--set", "sweep={trials: 1, scheduler: none, space: {seed: {choice: [1, 2]}}}"),
+        *("--set", f"data.root={project / 'pictures'}", "--set", "data.name=folder"),
+        *("--set", f"data.cache_dir={project / 'cache'}"),
+        *("--set", "search={epochs: 30, batch_size: 8, init_channels: 2, layers: 3, grad_clip: null}"),
+        *("--set", "sweep.space={seed: {choice: [1, 2]}, search.lr: {uniform: [0.1, 1000]}}"),
+        *("--set", "sweep.points=[{search.lr: 0.1}, {search.lr: 0.1}, {search.lr: 1000}]"),
+        *("--set", "sweep.trials=3", "--set", "sweep.scheduler=none", "--set", "sweep.objective=valid"),
+        *("--set", "sweep.max_restarts=0", "--set", "runtime.max_loss=100"),
     ]
-    result = finish(start(tmp_path, *arguments))
-    record = RunDir(sweep_directory(tmp_path)).read()
+    process = start(project, *arguments, stderr=subprocess.PIPE)
+    # A process that is only warmed up has no trial to lose.
+    wait_until(lambda: log_of(project, 0), 300, "the first trial's log")
+    for each in running_trials(process):
+        each.kill()
+    result = finish(process)
+    frame = table(project)
+    assert list(frame["state"]) == ["FAIL", "COMPLETE", "FAIL"]
+    assert re.match(
+        r"its process was lost more than 0 times \(sweep.max_restarts\): .*(worker process|actor) .*died",
+        frame["reason"][0],
+    )
+    assert re.match(r"DivergedError: training loss is .*, above max_loss = 100: ", frame["reason"][2])
+    found = [(run.data.tags["istanas.kind"], run.info.status) for run in runs_of(project)]
+    assert sorted(found) == [*[("search", "FAILED")] * 2, ("search", "FINISHED"), ("sweep", "FINISHED")]
+
+    record = RunDir(sweep_directory(project)).read()
     assert record.datasets == ()
     assert record.pictures[0].startswith(
         "folder: 32 training and 32 test pictures of 2 classes, 8x8 pixels, grey"
     )
-    trial = RunDir(Path(tmp_path / result["best_run_dir"])).read()
+    trial = RunDir(Path(project / result["best_run_dir"])).read()
     assert trial.data_digest == record.data_digest
-    (tmp_path / "pictures" / "test" / "ant" / "0.png").unlink()
-    assert again(tmp_path, *arguments).result["digest"] == result["digest"]
-    file = tmp_path / "pictures" / "train" / "ant" / "0.png"
-    file.rename(tmp_path / "pictures" / "train" / "bee" / "16.png")
+    (project / "pictures" / "test" / "ant" / "0.png").unlink()
+    assert again(project, *arguments).result["digest"] == result["digest"]
+    file = project / "pictures" / "train" / "ant" / "0.png"
+    file.rename(project / "pictures" / "train" / "bee" / "16.png")
     for status in ("FINISHED", "RUNNING"):
-        RunDir(sweep_directory(tmp_path)).write(dataclasses.replace(record, status=status))
+        RunDir(sweep_directory(project)).write(dataclasses.replace(record, status=status))
         assert (
             "error: data set folder has changed since this run began; restore it, start over with --fresh"
-            in again(tmp_path, *arguments, code=1).stderr
+            in again(project, *arguments, code=1).stderr
         )
