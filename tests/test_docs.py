@@ -41,13 +41,16 @@ def runnable_blocks(page: str) -> list[str]:
 
 def written_by(page: str) -> set[str]:
     """Return the files that the runnable blocks of a page write."""
-    return set(re.findall(r"^cat > (\S+) <<", "\n".join(runnable_blocks(page)), flags=re.MULTILINE))
+    text = "\n".join(runnable_blocks(page))
+    configured = {f"{folder}.yaml" for folder in re.findall(r"^istanas new (\S+)", text, flags=re.MULTILINE)}
+    return configured | set(re.findall(r"^cat > (\S+) <<", text, flags=re.MULTILINE))
 
 
 RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
-ELSEWHERE = (
-    "docs/extending.md"  # Its blocks run in tests/integration/test_extending.py, which uses their runs.
-)
+ELSEWHERE = {
+    "docs/extending.md",  # Its blocks run in tests/integration/test_extending.py, which uses their runs.
+    "docs/pictures.md",  # Its blocks run in tests/pipeline/jobs/test_new.py, which makes the pictures.
+}
 
 
 def options(words: list[str], name: str) -> list[str]:
@@ -133,7 +136,7 @@ def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUNNABLE if page != ELSEWHERE])
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page not in ELSEWHERE])
 def test_runnable_blocks_run(page: str, tmp_path: Path) -> None:
     """All blocks of a page run in one shell, so that a block may use the files of an earlier one."""
     done = run_blocks(runnable_blocks(page), tmp_path)
@@ -150,4 +153,4 @@ def test_a_failing_block_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_pages_with_runnable_blocks() -> None:
-    assert {"docs/completion.md", "docs/reference/configuration.md", ELSEWHERE} <= set(RUNNABLE)
+    assert {"docs/completion.md", "docs/reference/configuration.md", *ELSEWHERE} <= set(RUNNABLE)

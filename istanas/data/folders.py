@@ -215,7 +215,7 @@ class Survey:
             len(listing.paths) - listing.n_train,
             len(listing.class_names),
             self.sizes(),
-            is_grey=self._is_grey(settings),
+            is_grey=self.is_grey(settings),
             how=f"{how}, {'kept in memory' if is_in_memory else 'read from their files in every epoch'}",
         )
         for left_out in listing.left_out:
@@ -247,7 +247,7 @@ class Survey:
             example = shown(self.listing.files[int(mask.argmax())])
             yield f"{count_of(int(mask.sum()), 'picture')} {verb} {what}, such as {example}: {text}"
 
-    def _is_grey(self, settings: DecodeSettings) -> bool:
+    def is_grey(self, settings: DecodeSettings) -> bool:
         """Return whether all decoded pictures are grey."""
         grey = _has(self.facts, Flag.GREY)
         if len(set(settings.background)) > 1:

@@ -56,13 +56,6 @@ def config_options(command: Command) -> Command:
         help="Python file that registers your own operations, spaces, methods or data sets; repeatable. The file is "
         "executed.",
     )(command)
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY.PATH=VALUE",
-        help="Override a setting of the configuration; repeatable. istanas config --describe explains the keys.",
-    )(command)
     return click.option(
         "--config",
         "file",
@@ -70,6 +63,17 @@ def config_options(command: Command) -> Command:
         shell_complete=complete_file,
         help="Configuration file (YAML), or the name of one that istanas config --list shows. Without it, the "
         "configuration of the handwritten digits is used.",
+    )(set_option(command))
+
+
+def set_option(command: Command) -> Command:
+    """Add --set, which overrides settings."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY.PATH=VALUE",
+        help="Override a setting of the configuration; repeatable. istanas config --describe explains the keys.",
     )(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands for the configuration and this machine: config, doctor, profile and latency."""
+"""The commands for the configuration and this machine: new, config, doctor, profile and latency."""
 
 from __future__ import annotations
 
@@ -10,9 +10,53 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import complete_file, config_options, json_option, placement_options
+from pipeline.cli.options import (
+    complete_file,
+    complete_folder,
+    config_options,
+    json_option,
+    placement_options,
+    set_option,
+)
 from pipeline.cli.output import console_for, print_json
 from pipeline.jobs.settings import load_config, load_for_genotype
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path), shell_complete=complete_folder)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_file,
+    metavar="FILE",
+    help="File to write. Default: the name of the folder, with .yaml, in the working directory.",
+)
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="Time for search and retraining together on this machine, such as 30m, 2h or 1d. Without it, the lengths "
+    "depend on the number of pictures.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@set_option
+@json_option
+def new(
+    folder: Path, out: Path | None, budget: str | None, force: bool, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a configuration for a picture folder.
+
+    DIR has train/CLASS/* and test/CLASS/*. The sizes of pictures and networks, batches and epochs follow from the
+    pictures and from the time of a few real steps on this machine. The file says why each value was chosen.
+    """
+    from pipeline.jobs.new import run_new
+    from pipeline.jobs.proposal import budget_seconds
+
+    seconds = None if budget is None else budget_seconds(budget)
+    result = run_new(
+        folder, out=out, budget=seconds, force=force, given=overrides, console=console_for(as_json)
+    )
+    if as_json:
+        print_json(result)
 
 
 @click.command(name="config")
@@ -217,4 +261,4 @@ def latency(out: Path, backend: str, batch_size: int, runs: int, as_json: bool, 
         print_json(result)
 
 
-COMMANDS = (config_command, doctor, profile, latency)
+COMMANDS = (new, config_command, doctor, profile, latency)

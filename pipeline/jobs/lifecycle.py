@@ -330,15 +330,15 @@ def load_data(config: Config, console: Console, *, download: bool = True) -> Ima
     """Load the pictures; the progress of checking and decoding a picture folder is shown on the console."""
     return load_pictures(
         config.data,
-        progress=_progress("decoding", console),
-        checking=_progress("checking", console),
+        progress=progress_on("decoding", console),
+        checking=progress_on("checking", console),
         download=download,
     )
 
 
 def settled(config: Config, console: Console) -> Config:
     """Return the configuration with the stems that fit the pictures; this may read the pictures' headers."""
-    return settle_stems(config, _progress("checking", console))
+    return settle_stems(config, progress_on("checking", console))
 
 
 def settled_spec(config: Config, console: Console, describe: Callable[[Config], JobSpec]) -> JobSpec:
@@ -379,7 +379,7 @@ def own_warnings(spec: JobSpec) -> Callable[[ImageDataset], list[str]]:
     return lambda dataset: warnings_of(spec.config, dataset, (spec.kind,))
 
 
-def _progress(doing: str, console: Console) -> Callable[[int, int], None]:
+def progress_on(doing: str, console: Console) -> Callable[[int, int], None]:
     """Return a function that prints the number of processed pictures after every tenth of them."""
     printed = -1
 

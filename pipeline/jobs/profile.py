@@ -184,16 +184,11 @@ def run_profile(
     device = compute.device
 
     with report_lost_workers(config.runtime.data_workers):
-        work.train(WARM_UP, lambda: None)
-        per_step = statistics.median(step_seconds(work.train, steps, device))
+        per_step, per_picture = training_seconds(work, steps, device)
         flops = count_flops(lambda: work.train(1, lambda: None))
-        work.measure()
-        per_picture = seconds_of(work.measure, device) / work.pictures_measured
         dtype = compute.autocast_dtype or torch.float32
         peak = peak_flops(device, dtype)
         kinds, clock = time_by_kind(work.train, steps, device, target)
-    # Called once: building the search was the warm-up, and a second call would start from the supports of the first.
-    per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
     result: ProfileResult = {
         "job": job,
         "method": config.method,
@@ -211,15 +206,42 @@ def run_profile(
         "peak_share": flops / per_step / peak,
         "clock": clock,
         "kinds": [asdict(kind) for kind in kinds],
-        "projection": {
-            **asdict(work.plan),  # type: ignore[typeddict-item]
-            "seconds_per_step": per_step,
-            "seconds_per_recovery": per_recovery,
-            "seconds_per_measured_picture": per_picture,
-            "seconds": work.plan.seconds(per_step, per_recovery, per_picture),
-        },
+        "projection": projection_of(work, per_step, per_picture, device),
     }
     return {**result, "trace": str(trace)} if trace is not None else result
+
+
+def training_seconds(work: Work, steps: int, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a training step (median), and of a picture that is measured, after a warm-up of both.
+
+    Args:
+        work: The job.
+        steps: Number of steps to measure, >= 1.
+        device: Its device.
+    """
+    work.train(WARM_UP, lambda: None)
+    per_step = statistics.median(step_seconds(work.train, steps, device))
+    work.measure()
+    return per_step, seconds_of(work.measure, device) / work.pictures_measured
+
+
+def projection_of(work: Work, per_step: float, per_picture: float, device: torch.device) -> ProjectionResult:
+    """Return the projection of the whole run. A recovery is measured last, because it changes the supernet.
+
+    Args:
+        work: The job, which has not recovered any code yet.
+        per_step, per_picture: See `training_seconds`.
+        device: Its device.
+    """
+    # Called once: building the search was the warm-up, and a second call would start from the supports of the first.
+    per_recovery = 0.0 if work.recover is None else seconds_of(work.recover, device)
+    return {
+        **asdict(work.plan),  # type: ignore[typeddict-item]
+        "seconds_per_step": per_step,
+        "seconds_per_recovery": per_recovery,
+        "seconds_per_measured_picture": per_picture,
+        "seconds": work.plan.seconds(per_step, per_recovery, per_picture),
+    }
 
 
 def make_work(

@@ -1,0 +1,179 @@
+"""`istanas new`: the configuration that it writes for a picture folder, the budget, bad input, and the guide's page."""
+
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cli.commands import run
+from pipeline.config.keys import value_at
+from pipeline.config.load import load
+from pipeline.jobs import proposal
+from pipeline.runs.directory import RunDir
+from tests.test_docs import run_blocks, runnable_blocks
+
+SETTINGS = ("--set", "runtime.threads=1", "--set", "runtime.device=cpu")
+GUIDE = "docs/pictures.md"
+
+Outcome = tuple[int, str, str]
+Command = Callable[..., Outcome]
+
+
+def letters(root: Path) -> None:
+    """Grey pictures of two classes with different sizes around 16 pixels: 40 for training and 8 for testing."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 4)):
+        for name in ("bars", "noise"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(15, 20, 2)
+                pixels = rng.integers(0, 256, (height, width), dtype=np.uint8)
+                if name == "bars":
+                    pixels[::2] = 255
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.fixture
+def istanas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `istanas new` in this process, in a folder with pictures: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    letters(tmp_path / "letters")
+
+    def command(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = run(["new", *arguments])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_the_file_loads_and_gives_reasons(istanas: Command, tmp_path: Path) -> None:
+    code, out, err = istanas("letters", *SETTINGS, "--set", "search.layers=3", "--json")
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
+    assert (result["config"], result["name"]) == ("letters.yaml", "letters")
+
+    text, config = (tmp_path / "letters.yaml").read_text(), load("letters.yaml")
+    assert {key: value_at(config, key) for key in result["settings"]} == result["settings"]
+    assert (config.tracking.name, config.data.root) == ("letters", str(tmp_path / "letters"))
+    assert (config.search.stem, config.data.image_size, config.data.crop_padding) == ("cifar", 16, 2)
+    assert (config.data.holdout, config.data.horizontal_flip) == (0.0, False)
+    assert (config.search.layers, config.search.batch_size) == (3, 16)
+    assert (config.search.max_epochs, config.retrain.epochs) == proposal.default_epochs(40, 16)
+    assert "Given with --set." in text
+    assert "grey, 1 channel" in text
+    for section in ("data", "search", "retrain", "runtime", "tracking"):  # a comment precedes the settings
+        assert re.search(rf"^{section}:\n(  name: folder\n  root: .*\n)?  # [A-Z]", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
+
+    assert result["memory_bytes"] > 50e6
+    assert result["seconds"] == pytest.approx(result["search_seconds"] + result["retrain_seconds"])
+    code, out, err = istanas("letters", "--json")
+    assert (code, out) == (2, "")
+    assert err == "error: --out: letters.yaml exists; name another file, or replace it with --force\n"
+    assert (tmp_path / "letters.yaml").read_text() == text
+
+
+def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("method: one_stage\n")
+    code, out, err = istanas("letters", "--budget", "5m", "--out", "own.yaml", "--force", *SETTINGS, "--json")
+    assert code == 0, err
+    result, config = json.loads(out), load("own.yaml")
+    assert result["budget_seconds"] == 300
+    assert 150 < result["seconds"] <= 300, "the epochs fill the budget"
+    assert 1 <= config.search.max_epochs <= 50
+    assert 1 <= config.retrain.epochs <= 600
+    assert result["name"] == "letters"
+
+    code, out, err = istanas("letters", "--budget", "0.0001m", "--out", "short.yaml", *SETTINGS)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("error: --budget: 0.0 s is less than an epoch of search and retraining, ")
+    assert line.endswith("; give more time or fewer pictures")
+    assert not (tmp_path / "short.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["absent"], 2, "DIR: no such folder: "),
+        (["letters/train"], 1, "DIR: .*letters/train/train is missing; "),
+        (["empty"], 1, "DIR: .*empty/train/ant contains no picture; add some"),
+        (["single"], 1, "DIR: .*single/train contains 1 class, at least two are needed; "),
+        (["letters", "--budget", "2 hours"], 2, "--budget: '2 hours' is not a time; give minutes"),
+        (["letters", "--budget", "0h"], 2, "--budget: '0h' is not a time; "),
+        (["letters", "--out", "absent/new.yaml"], 2, "--out: absent/new.yaml cannot be written; "),
+        (["letters", "--out", "letters", "--force"], 2, "--out: letters cannot be written; "),
+        (["letters", "--set", "method=one_stage"], 2, "--set 'method=one_stage': cannot be set here; "),
+        (["letters", "--set", "data.image=9"], 2, "data.image"),
+        (["letters", "--set", "search.epoch=9"], 2, "did you mean epochs?"),
+    ],
+)
+def test_bad_input_is_a_one_line_error(
+    istanas: Command, tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    for split in ("train", "test"):
+        for name in ("empty/{}/ant", "empty/{}/bee", "single/{}/ant"):
+            (tmp_path / name.format(split)).mkdir(parents=True)
+    found, _, err = istanas(*arguments)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (found, len(lines)) == (code, 1), err
+    assert re.search(says, lines[0]) or says in lines[0], err
+    assert list(tmp_path.glob("*.yaml")) == []
+
+
+def textures(folder: Path) -> Path:
+    """Write an archive of 300 colour pictures of four textures, with different sizes around 130x110 pixels."""
+    rng = np.random.default_rng(0)
+    for name in ("checks", "dots", "rings", "stripes"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(75):
+            height, width = int(rng.integers(100, 120)), int(rng.integers(120, 141))
+            y, x = np.mgrid[:height, :width]
+            period = rng.uniform(8, 16)
+            waves = {
+                "checks": np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period),
+                "dots": np.cos(2 * np.pi * x / period) + np.cos(2 * np.pi * y / period) - 1,
+                "rings": np.sin(2 * np.pi * np.hypot(x - width / 2, y - height / 2) / period),
+                "stripes": np.sin(2 * np.pi * x / period),
+            }
+            colours = rng.integers(0, 256, (2, 3))
+            pixels = np.where(waves[name][..., None] > 0, *colours) + rng.normal(0, 10, (height, width, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                folder / "photos" / name / f"{number}.jpg"
+            )
+    with tarfile.open(folder / "photos.tar.gz", "w:gz") as archive:
+        archive.add(folder / "photos", "photos")
+    return folder / "photos"
+
+
+@pytest.mark.slow
+def test_the_guide_leads_from_an_archive_to_a_trained_network(tmp_path: Path) -> None:
+    """The blocks of the page run as they are, except that the written configuration is short."""
+    textures(tmp_path / "made")
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "made" / "photos.tar.gz").rename(tmp_path / "guide" / "photos.tar.gz")
+    short = (
+        "--set search.epochs=1 --set retrain.epochs=2 --set retrain.warmup_epochs=0 --set runtime.threads=1"
+    )
+    blocks = [
+        block.replace("istanas new photos", f"istanas new photos {short}") for block in runnable_blocks(GUIDE)
+    ]
+    assert short in "".join(blocks)
+
+    done = run_blocks(blocks, tmp_path / "guide")
+    assert done.returncode == 0, done.stdout
+    assert "240 training and 60 test pictures of 4 classes" in done.stdout
+    config = load(tmp_path / "guide" / "photos.yaml")
+    assert (config.data.image_size, config.search.stem) == (96, "imagenet")
+    runs = sorted((tmp_path / "guide" / "runs").glob("photos-*/run.json"))
+    assert [RunDir(file.parent).read().kind for file in runs] == ["retrain", "search"]
+    assert done.stdout.count("network: ") == 1
