@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 N_REFERENCES, N_CHECKS = 10, 6
 PRIOR_WEIGHT = (0.05 / 0.3) ** 2
-"""Errors of 5 % of a network's latency, and a scale of 1 with a standard deviation of 0.3, see `fit_references`."""
+"""Weight w of the prior in `fit_references`: standard deviations of 0.05 (relative errors) and 0.3 (scale)."""
 
 FIELD = "latency_table"
 
@@ -50,7 +50,7 @@ Milliseconds = Annotated[float, Ge(0), Le(1e9)]
 
 
 class Variant(NamedTuple):
-    """What distinguishes the candidates of a network as far as their latency is concerned.
+    """The properties of a candidate on which its latency depends. Candidates with equal properties are measured once.
 
     Args:
         operation: The name of the operation.
@@ -366,7 +366,8 @@ def fit_references(references: Collection[tuple[float, float, float]]) -> tuple[
 
         min over fixed, scale >= 0 of sum_k ((fixed r_k + scale S_k) / T_k - 1)^2 + w (scale - 1)^2
 
-    The second term with w = `PRIOR_WEIGHT` keeps the scale near 1 where the candidates of all references take the same.
+    The second term with w = `PRIOR_WEIGHT` keeps the scale near 1 if the references do not determine it, because their
+    candidates have equal total latencies.
 
     Args:
         references: For each the measured milliseconds T > 0, those of its candidates S, and r = mean_c r_c, see

@@ -44,7 +44,7 @@ class Preprocessing:
     """Everything that turns a picture into the input of one network.
 
     Args:
-        shape: (C, H, W) of the input; C is 1 (grey) or 3 (red, green, blue).
+        shape: (C, H, W) of the input; C is 1 (grey) or 3 (red, green, blue), and H = W unless `resize` is "none".
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, > 0.
         resize: How pictures get the height H and the width W.

@@ -17,7 +17,7 @@ _FACTOR, _GROWTHS, _HALVINGS = 4.0, 30, 40  # of the search for a multiplier
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """Limits of the costs of an architecture, each of which is a limit of the sum over its candidates.
+    """Upper limits on the sums of the costs of an architecture's candidates.
 
     Args:
         costs: Costs of all candidates for each of K limits, >= 0, (K, N).
@@ -41,7 +41,10 @@ class Budget:
 
     @property
     def joint(self) -> tuple[Array, float]:
-        """One cost of each candidate, (N,), and its limit, which every architecture within all limits keeps."""
+        """The costs, each divided by the largest one of its row, and summed, (N,); and the sum of the divided limits.
+
+        An architecture within all limits is within this one, but not conversely.
+        """
         highest = self.costs.max(1)
         scale = np.where(highest > 0, highest, 1.0)
         return (self.costs / scale[:, None]).sum(0), float((self.most / scale).sum())
@@ -52,8 +55,8 @@ def relaxed(space: SearchSpace, effects: Array, budget: Budget) -> tuple[Array, 
 
     With the joint cost c, an architecture x and its score e x, the multiplier is the smallest lambda >= 0 with which
     the best architecture by (e - lambda c) x is within the limits. No architecture within the limits has a score above
-    (e - lambda c) x + lambda C, where C is the joint limit. So x is the best one if it uses the limit up, or if lambda
-    is 0; else it is close to it.
+    (e - lambda c) x + lambda C, where C is the joint limit. So x is the best one if
+    lambda (C - c x) is 0, and otherwise no architecture within the limits has a score above e x + lambda (C - c x).
 
     Args:
         space: The search space.

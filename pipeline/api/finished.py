@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from istanas.errors import ConfigError
 from istanas.space import Genotype
 from pipeline.config.schema import Config
-from pipeline.jobs.settings import load_config, overrides_of
+from pipeline.jobs.settings import find_run, load_config, overrides_of
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
 from pipeline.runs.layout import CONFIG_FILE, GENOTYPE_FILE
 from pipeline.runs.mlflow_link import read_link
 from pipeline.runs.outcome import outcome
-from pipeline.tracking.references import load_of_run, resolve_run
+from pipeline.tracking.references import load_of_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ class FinishedRun(Generic[Result]):
         import pandas as pd
 
         rows = [{"epoch": line.step, **line.metrics} for line in RunDir(self.path).metrics()]
-        # Several lines may belong to an epoch. The first value that is present is that of each metric.
+        # An epoch may have several lines. `first` takes each metric from the first line that has it.
         return (
             pd.DataFrame(rows, columns=None if rows else ["epoch"]).groupby("epoch", as_index=False).first()
         )
@@ -154,9 +154,7 @@ def load(
         istanas.errors.ConfigError: ...
     """
     chosen, _ = load_config(None if config is None else str(config), overrides_of(settings))
-    found = resolve_run(
-        str(run), runs_dir=bucket.local(chosen.runtime.runs_dir), tracking_uri=chosen.tracking.uri
-    )
+    found = find_run(str(run), chosen)
     record = found.read()
     if record.status != "FINISHED":
         raise ConfigError(

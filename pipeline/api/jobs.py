@@ -1,8 +1,9 @@
 """The jobs as functions: search, retrain, run, sweep, export and predict.
 
-Each function does what the command of its name does, in the calling process or on Ray's workers, and returns the
-finished run. It can be called in a script, in a notebook, where the progress is a bar below the cell, and inside a
-running event loop. KeyboardInterrupt leaves a run that the same call resumes.
+Each function does what the command of its name does, in the calling process or on Ray's workers. `search`, `retrain`,
+`run` and `sweep` return the finished run, `export` its files, and `predict` the predictions. A function can be called
+in a script, in a notebook, where the progress is a bar below the cell, and inside a running event loop.
+KeyboardInterrupt leaves a run that the same call resumes.
 
 The arguments that several functions have:
 
@@ -182,7 +183,7 @@ def export(
 def predict(
     network: str | Path | FinishedRun[Any], *files: str | Path, plugins: Sequence[File] = ()
 ) -> list[Prediction]:
-    """Classify pictures with a trained network, as `istanas predict` does.
+    """Classify pictures with a trained network. Unlike `istanas predict`, it fails if any file cannot be used.
 
     Args:
         network: A finished retraining or one-stage search, or what `istanas predict` takes: a run, an export folder, a
@@ -205,14 +206,13 @@ def predict(
     load_plugins([str(file) for file in plugins])
     config, _ = load_config(None, ())
     reference = bucket.shown(network.path) if isinstance(network, FinishedRun) else str(network)
-    name, predictor = job.find_predictor(
-        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
-    )
+    name, predictor = job.find_predictor(reference, config)
     result = job.predict(
         name, predictor, list(job.picture_files([str(file) for file in files])), complain=lambda line: None
     )
-    for broken in result["broken"]:
-        raise DataError(broken["reason"])
+    if result["broken"]:
+        first = result["broken"][0]
+        raise DataError(first["reason"], field="files", remedy="correct this file or leave it out")
     return result["predictions"]
 
 

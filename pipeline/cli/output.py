@@ -262,12 +262,25 @@ def program_name() -> str:
     return f"{sys.executable} -m pipeline.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
 
 
-def write_csv(file: Path, text: str) -> None:
-    """Write a table: to a file atomically, to a pipe or device directly."""
-    from pipeline.base.files import atomic_write
+def check_csv(file: Path) -> None:
+    """Check that a table can be written, before the work for it.
+
+    Raises:
+        ConfigError: The path is a folder, or a file that cannot be written.
+    """
+    from pipeline.base.files import writable_file
 
     if file.is_dir():
         raise ConfigError("a folder", field=f"--csv {file}", remedy="name a file")
+    if not file.exists() or file.is_file():  # not a pipe or device
+        writable_file(file, "--csv")
+
+
+def write_csv(file: Path, text: str) -> None:
+    """Write a table: to a file atomically, to a pipe or device directly; see `check_csv`."""
+    from pipeline.base.files import atomic_write
+
+    check_csv(file)
     if file.exists() and not file.is_file():
         file.write_text(text)
     else:

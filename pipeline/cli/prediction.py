@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from pipeline.cli.options import complete_file, complete_folder, config_options, json_option
-from pipeline.cli.output import console_for, print_json, printable, show_evaluation, write_csv
+from pipeline.cli.output import (
+    check_csv,
+    console_for,
+    print_json,
+    printable,
+    show_evaluation,
+    write_csv,
+)
 from pipeline.jobs.settings import load_config, run_and_config
 
 
@@ -39,14 +46,13 @@ def predict(
     """
     if as_json and csv_file == Path("-"):
         raise click.UsageError("--csv -: --json writes to stdout, too; give one of them")
+    if csv_file is not None and csv_file != Path("-"):
+        check_csv(csv_file)
     config, _ = load_config(file, overrides)
     console = console_for(as_json or csv_file == Path("-"))
     from pipeline.jobs import predict as job
-    from pipeline.runs import bucket
 
-    name, predictor = job.find_predictor(
-        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
-    )
+    name, predictor = job.find_predictor(reference, config)
     result = job.predict(
         name,
         predictor,
@@ -114,13 +120,11 @@ def evaluate(
         result = job.evaluate_run(run.path, config, console)
     else:
         from pipeline.jobs.predict import find_predictor
-        from pipeline.runs import bucket
 
         config, _ = load_config(file, overrides)
-        name, predictor = find_predictor(
-            reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
-        )
         out = Path("evaluation") if out is None else out
+        job.check_folder(out)
+        name, predictor = find_predictor(reference, config)
         result = job.evaluate_folder(name, predictor, data, out, complain=_complain)
     show_evaluation(result, as_json, console)
     if result["broken"]:

@@ -12,6 +12,7 @@ from ray.job_config import JobConfig
 
 PACKAGES = ("istanas", "pipeline")
 HOME = Path(__file__).resolve().parents[2]
+"""The folder that contains the packages."""
 
 
 def hides_packages(folder: Path) -> bool:
@@ -27,11 +28,14 @@ def hides_packages(folder: Path) -> bool:
 class OwnPackagesFirst(JobConfig):
     """A job whose workers find the packages of istanas before those of the working directory.
 
-    Each worker inserts the paths one by one in front of its own, so that the last one precedes the others. Ray adds the
-    working directory just before the configuration is serialized, therefore the path is added then.
+    A worker inserts the driver's paths one after the other at the front of `sys.path`, so the last one has precedence.
+    Therefore `HOME` is appended after Ray has appended the working directory, which it does just before it calls
+    `_serialize`. Both names are private in Ray; `test_an_installed_wheel_runs_beside_a_folder_named_pipeline` fails if
+    they change.
     """
 
     def _serialize(self) -> str:
-        self._py_driver_sys_path.append(str(HOME))
+        if str(HOME) not in self._py_driver_sys_path:
+            self._py_driver_sys_path.append(str(HOME))
         serialized: str = super()._serialize()
         return serialized

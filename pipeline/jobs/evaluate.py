@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from istanas.data.folders import TEST_SPLITS
 from istanas.data.reading import shown
-from istanas.errors import ConfigError, DataError
+from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
@@ -21,7 +22,7 @@ from pipeline.jobs.context import say_to
 from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
 from pipeline.jobs.export import check_network
 from pipeline.jobs.lifecycle import load_data
-from pipeline.jobs.predict import pictures_below, read_pictures
+from pipeline.jobs.predict import BrokenFile, pictures_below, read_pictures
 from pipeline.report.evaluation_section import evaluation_page
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
@@ -37,7 +38,7 @@ class EvaluateResult(TypedDict):
 
     network: str
     evaluation: Evaluation
-    broken: list[str]
+    broken: list[BrokenFile]
     files: list[str]
 
 
@@ -94,14 +95,10 @@ def evaluate_folder(
     found = labelled_files(data, predictor.class_names)
     files, label_of = list(found), found
     used: list[str] = []
-    broken: list[str] = []
-
-    def broken_file(file: str, error: DataError) -> None:
-        complain(error.problem)
-        broken.append(file)
+    broken: list[BrokenFile] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for names, probabilities in read_pictures(predictor, files, broken_file):
+        for names, probabilities in read_pictures(predictor, files, broken, complain):
             used.extend(names)
             yield torch.tensor([label_of[file] for file in names]), probabilities
         if not used:
@@ -118,6 +115,19 @@ def evaluate_folder(
     atomic_write(out / EVALUATION_PAGE, evaluation_page(out, "Evaluation", f"{name} on {shown(str(data))}"))
     paths = [str(out / file) for file in (*written, EVALUATION_PAGE)]
     return EvaluateResult(network=name, evaluation=figures, broken=broken, files=paths)
+
+
+def check_folder(out: Path) -> None:
+    """Check that the results can be written, before the work for them.
+
+    Raises:
+        ConfigError: The path is not a folder, or its folder cannot be written.
+    """
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(
+            "cannot be written", field=f"--out {out}", remedy="name a folder that can be written"
+        )
 
 
 def labelled_files(data: Path, class_names: tuple[str, ...]) -> dict[str, int]:

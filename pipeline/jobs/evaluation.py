@@ -16,6 +16,7 @@ from istanas.data import FilePictures, ImageDataset
 from istanas.data.reading import shown
 from istanas.nets import TargetNetwork, to_channels_last
 from istanas.statistics import Interval, expected_calibration_error, wilson_interval
+from istanas.training import TOP5_ABOVE
 from pipeline.base.files import atomic_write
 from pipeline.report.mistakes import draw_mistakes
 from pipeline.runs.layout import EVALUATION_FILE, MISTAKES_FIGURE
@@ -118,7 +119,7 @@ def evaluate(
         data=data,
         pictures=len(truth),
         top1=_share(int(correct.sum()), len(truth)),
-        top5=_share(int(among_top.sum()), len(truth)) if count > TOP else None,
+        top5=_share(int(among_top.sum()), len(truth)) if count > TOP5_ABOVE else None,
         calibration_error=expected_calibration_error(np.clip(confidence, 0, 1), correct),
         classes=[_class_figures(place, class_names, confusion) for place in range(count)],
         confusion=confusion.tolist(),

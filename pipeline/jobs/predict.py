@@ -14,12 +14,13 @@ import torch
 from istanas.data.reading import PICTURE_SUFFIXES, shown
 from istanas.errors import ConfigError, DataError
 from pipeline.base.fitted_table import Column, FittedTable
+from pipeline.config.schema import Config
 from pipeline.jobs.export import check_network
+from pipeline.jobs.settings import find_run
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.predictor import BATCH, TOP, Predictor, is_network, open_predictor
 from pipeline.tracking.picture_model import REGISTERED, registered_predictor
-from pipeline.tracking.references import resolve_run
 
 
 class ClassProbability(TypedDict("ClassProbability", {"class": str})):
@@ -36,7 +37,7 @@ class Prediction(ClassProbability):
 
 
 class BrokenFile(TypedDict):
-    """A file that has no prediction, and why."""
+    """A file that cannot be used, and why."""
 
     file: str
     reason: str
@@ -50,14 +51,14 @@ class PredictResult(TypedDict):
     broken: list[BrokenFile]
 
 
-def find_predictor(reference: str, *, runs_dir: Path, tracking_uri: str | None) -> tuple[str, Predictor]:
+def find_predictor(reference: str, config: Config) -> tuple[str, Predictor]:
     """Load the trained network that a reference names.
 
     Args:
         reference: A RUN, see `pipeline.tracking.references.resolve_run`; an export folder, a file model.safetensors or
             model.onnx; or a registered model, models:/NAME@ALIAS or models:/NAME/VERSION.
-        runs_dir: The folder of runs.
-        tracking_uri: The MLflow store in which run ids and registered models are looked up.
+        config: The configuration, which names the folder of runs and the MLflow store in which run ids and registered
+            models are looked up.
 
     Returns:
         The network's place as messages show it, and the network.
@@ -67,11 +68,11 @@ def find_predictor(reference: str, *, runs_dir: Path, tracking_uri: str | None) 
         CheckpointError: Files of the network are missing or broken.
     """
     if reference.startswith(REGISTERED):
-        return reference, registered_predictor(reference, tracking_uri)
+        return reference, registered_predictor(reference, config.tracking.uri)
     path = Path(reference).expanduser()
     if not RunDir(path).exists() and is_network(path):
         return reference, open_predictor(path)
-    run = resolve_run(reference, runs_dir=runs_dir, tracking_uri=tracking_uri)
+    run = find_run(reference, config)
     check_network(run, run.read())
     return bucket.shown(run.path), open_predictor(run.path)
 
@@ -106,14 +107,15 @@ def pictures_below(folder: str) -> Iterator[str]:
 
 
 def read_pictures(
-    predictor: Predictor, files: Sequence[str], broken: Callable[[str, DataError], None]
+    predictor: Predictor, files: Sequence[str], broken: list[BrokenFile], complain: Callable[[str], None]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Yield the files in batches, each with the probabilities (B, K) of its pictures.
 
     Args:
         predictor: The network.
         files: The files, in order.
-        broken: Called with each file that cannot be used, which is left out, and its error.
+        broken: Receives each file that cannot be used, which is left out.
+        complain: Receives one line for each of them.
     """
     for start in range(0, len(files), BATCH):
         names: list[str] = []
@@ -122,7 +124,8 @@ def read_pictures(
             try:
                 pictures.append(predictor.preprocessing.read(file))
             except DataError as error:
-                broken(file, error)
+                complain(error.problem)
+                broken.append({"file": file, "reason": error.problem})
             else:
                 names.append(file)
         if pictures:
@@ -141,12 +144,7 @@ def predict(
         complain: Receives one line for each file that cannot be used; the others are predicted.
     """
     result = PredictResult(network=name, predictions=[], broken=[])
-
-    def broken(file: str, error: DataError) -> None:
-        complain(error.problem)
-        result["broken"].append({"file": file, "reason": error.problem})
-
-    for names, probabilities in read_pictures(predictor, files, broken):
+    for names, probabilities in read_pictures(predictor, files, result["broken"], complain):
         for file, guesses in zip(names, predictor.guesses(probabilities), strict=True):
             top = [ClassProbability({"class": g.name, "probability": g.probability}) for g in guesses]
             result["predictions"].append({"file": file, **top[0], "top5": top})

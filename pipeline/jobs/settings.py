@@ -80,18 +80,32 @@ def overrides_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(given)
 
 
+def find_run(reference: str, config: Config) -> RunDir:
+    """Return the run that a reference names, see `pipeline.tracking.references.resolve_run`.
+
+    Args:
+        reference: A run directory or its address, an MLflow run id, or a name.
+        config: The configuration, which names the folder of runs and the MLflow store.
+
+    Raises:
+        ConfigError: No run or more than one run matches.
+    """
+    from pipeline.runs import bucket
+    from pipeline.tracking.references import resolve_run
+
+    runs_dir = bucket.local(config.runtime.runs_dir)
+    return resolve_run(reference, runs_dir=runs_dir, tracking_uri=config.tracking.uri)
+
+
 def run_and_config(reference: str, file: str | None, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """Return a run, and the configuration that names its MLflow store.
 
     The configuration comes from the given file or, without a file, from the run.
     """
-    from pipeline.runs import bucket
-    from pipeline.tracking.references import load_of_run, resolve_run
+    from pipeline.tracking.references import load_of_run
 
     config, _ = load_config(file, overrides)
-    run = resolve_run(
-        reference, runs_dir=bucket.local(config.runtime.runs_dir), tracking_uri=config.tracking.uri
-    )
+    run = find_run(reference, config)
     if file is None and (run.path / CONFIG_FILE).exists():
         config = load_of_run(run.path / CONFIG_FILE, run, overrides)
     return run, config

@@ -35,8 +35,8 @@ def evaluation_contents(folder: Path) -> dict[str, Any] | None:
 
 
 NOTE = (
-    "The intervals are Wilson's with 95 %. The calibration error is the mean difference between the probability of the "
-    "predicted class and the share of correct predictions, in 15 bins."
+    "The intervals are Wilson's with 95 %. The calibration error is the mean absolute difference between the "
+    "probability of the predicted class and the share of correct predictions, in 15 bins."
 )
 
 
@@ -131,7 +131,10 @@ def mistakes_label(figures: Mapping[str, Any]) -> str:
 
 
 def _confusion_rows(names: list[str], confusion: list[list[int]]) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Return each class with the numbers of its row and their shares in per cent, at most 60 to stay readable."""
+    """Return each class with its row: each number, and the opacity of its cell in per cent.
+
+    A number that is the whole row has 60, with which its text stays readable.
+    """
     return [
         (name, [(number, round(60 * number / max(sum(row), 1))) for number in row])
         for name, row in zip(names, confusion, strict=True)

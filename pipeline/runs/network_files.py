@@ -91,8 +91,16 @@ def write_network(folder: Path, net: TargetNetwork, card: NetworkCard) -> None:
 
 
 def read_card(folder: str | Path) -> NetworkCard:
-    """Read the card of a network that `load_network` accepts."""
-    return parse_card(read_at_most(Path(folder) / NETWORK_FILE, RECORD_BYTES))
+    """Read the card of a network.
+
+    Raises:
+        CheckpointError: network.json is missing, or is not a card.
+    """
+    folder = Path(folder)
+    try:
+        return parse_card(read_at_most(folder / NETWORK_FILE, RECORD_BYTES))
+    except (OSError, ValueError, TypeError) as error:
+        raise _incomplete(folder, error) from None
 
 
 def parse_card(text: str | bytes) -> NetworkCard:
@@ -139,12 +147,7 @@ def load_network(folder: str | Path) -> tuple[TargetNetwork, torch.Tensor]:
         net = _build(card)
         net.load_state_dict(weights)
     except (OSError, ValueError, TypeError, RuntimeError, IstanasError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())  # torch's errors have many lines
-        raise CheckpointError(
-            f"does not contain a complete trained network ({reason:.200})",
-            field=str(folder),
-            remedy="train it again, or copy the run again",
-        ) from None
+        raise _incomplete(folder, error) from None
     return net.eval(), torch.zeros(2, *card.preprocessing.shape)
 
 
@@ -168,6 +171,15 @@ def trace_program(net: torch.nn.Module, shape: tuple[int, int, int]) -> torch.ex
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program
+
+
+def _incomplete(folder: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())  # torch's errors have many lines
+    return CheckpointError(
+        f"does not contain a complete trained network ({reason:.200})",
+        field=str(folder),
+        remedy="train it again, or copy the run again",
+    )
 
 
 def _build(card: NetworkCard) -> TargetNetwork:

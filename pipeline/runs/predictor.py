@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from istanas.data import Preprocessing
-from istanas.errors import CheckpointError
+from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import to_channels_last
 from pipeline.base.onnx_sessions import onnx_session
 from pipeline.base.text import one_line
@@ -111,10 +111,12 @@ def _of_onnx(file: Path) -> Predictor:
         model, metadata = load_onnx(file)
         steps = TypeAdapter(Preprocessing).validate_json(metadata["preprocessing"])
         names = TypeAdapter(tuple[str, ...]).validate_json(metadata["class_names"])
+    except (ImportError, MemoryError, ConfigError):
+        raise  # the file is not the cause
     except KeyError as error:
-        raise _unusable(file, ValueError(f"no {error} in its metadata")) from None
+        raise _unusable(file, f"no {error} in its metadata") from None
     except Exception as error:  # ONNX Runtime has error classes without a public base class
-        raise _unusable(file, error) from None
+        raise _unusable(file, one_line(error)) from None
     return Predictor(model, steps, names)
 
 
@@ -133,9 +135,9 @@ def load_onnx(file: Path) -> tuple[Model, dict[str, str]]:
     return model, session.get_modelmeta().custom_metadata_map
 
 
-def _unusable(file: Path, error: Exception) -> CheckpointError:
+def _unusable(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"is not a network with its preprocessing ({one_line(error)})",
+        f"is not a network with its preprocessing ({reason})",
         field=str(file),
         remedy="export the run again with istanas export RUN",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -36,8 +37,9 @@ class FrontPoint:
         seeds: Number of seeds.
         cells: Number of different cells.
         mean_cost: Mean cost of the cells.
-        saved: Fraction of the mean cost that is saved against the smallest weight of the line, for the same seeds.
-        top1, low, high: Mean accuracy and its interval, which ends at the mean if there is one seed.
+        saved: Fraction of the mean cost that is saved against the smallest weight of the line, for the same seeds;
+            NaN if there are none.
+        top1, low, high: Mean accuracy, in [0, 1], and its 95 % interval, which ends at the mean if there is one seed.
         change, change_low, change_high: Mean change of the accuracy against the smallest weight, for the same seeds, in
             the same way.
     """
@@ -64,7 +66,7 @@ class _Outcome(NamedTuple):
 
 
 def front_of(config: Config, own: Study) -> list[FrontPoint]:
-    """Return the points of the front by their line and their weight; none if the sweep does not vary the weight.
+    """Return the points of the front, sorted by line and weight; none if the sweep does not vary the weight.
 
     Args:
         config: The sweep's configuration.
@@ -91,8 +93,7 @@ def front_of(config: Config, own: Study) -> list[FrontPoint]:
 
 def cost_of(config: Config) -> str:
     """Return what the weight of the costs applies to."""
-    cost: str = config.search.model_dump()["cost"]
-    return cost
+    return str(getattr(config.search, "cost"))  # noqa: B009, not all sections have the key
 
 
 def _line(settings: Settings) -> str:
@@ -104,23 +105,26 @@ def _point(
 ) -> FrontPoint:
     same = [seed for seed in own if seed in first]
     saved = (
-        1.0 - _mean([own[s].cost for s in same]) / _mean([first[s].cost for s in same]) if same else math.nan
+        1.0 - fmean([own[s].cost for s in same]) / fmean([first[s].cost for s in same]) if same else math.nan
     )
+    top1, low, high = _with_interval([each.top1 for each in own.values()], 0.0, 1.0)
+    changes = [own[s].top1 - first[s].top1 for s in same]
+    change, change_low, change_high = _with_interval(changes, -1.0, 1.0)
     return FrontPoint(
-        line,
-        cost,
-        weight,
-        len(own),
-        len({each.digest for each in own.values()}),
-        _mean([each.cost for each in own.values()]),
-        saved,
-        *_with_interval([each.top1 for each in own.values()], 0.0, 1.0),
-        *_with_interval([own[s].top1 - first[s].top1 for s in same], -1.0, 1.0),
+        line=line,
+        cost=cost,
+        cost_weight=weight,
+        seeds=len(own),
+        cells=len({each.digest for each in own.values()}),
+        mean_cost=fmean(each.cost for each in own.values()),
+        saved=saved,
+        top1=top1,
+        low=low,
+        high=high,
+        change=change,
+        change_low=change_low,
+        change_high=change_high,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _with_interval(values: Sequence[float], low: float, high: float) -> tuple[float, float, float]:

@@ -153,6 +153,8 @@ def predictor_of(folder: Path) -> Predictor:
     try:
         card = read_card(folder / "data" / NETWORK_FOLDER)
         network = mlflow.pytorch.load_model(str(folder))
+    except (ImportError, MemoryError):
+        raise  # the model is not the cause
     except Exception as error:  # MLflow and torch raise many types of errors for a broken file
         raise CheckpointError(
             f"is not a model with its preprocessing ({one_line(error)})",

@@ -108,7 +108,7 @@ def test_colour_becomes_luminance_for_a_grey_network() -> None:
     assert grey.from_array(colours).flatten().tolist() == [76, 150, 7]
 
 
-def test_what_is_no_picture_is_one_line(tmp_path: Path) -> None:
+def test_what_is_not_a_picture_is_refused(tmp_path: Path) -> None:
     steps = Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3)
     for array in (np.zeros((8, 8)), np.zeros((8, 8, 2), np.uint8), np.zeros(8, np.uint8)):
         with pytest.raises(DataError, match="is not a picture; give"):

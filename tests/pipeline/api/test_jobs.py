@@ -139,12 +139,15 @@ def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
     [
         (lambda: pipeline.search("no.yaml"), r"no\.yaml: cannot be read"),
         (lambda: pipeline.search("tiny.yaml", sed=3), "sed: unknown key"),
-        (lambda: pipeline.search("tiny.yaml", **{"search.lr": math.nan}), "search.lr"),
+        (lambda: pipeline.search("tiny.yaml", **{"search.lr": math.nan}), "search.lr: 'NaN' is invalid"),
         (lambda: pipeline.search("tiny.yaml", seed=torch), "^seed: <module 'torch'.* cannot be written to a"),
-        (lambda: pipeline.retrain("no.json", "tiny.yaml"), "no.json"),
-        (lambda: pipeline.load("no-run"), "no-run"),
-        (lambda: pipeline.sweep("tiny.yaml"), "sweep"),
-        (lambda: pipeline.search("tiny.yaml", plugins=["no.py"]), "no.py"),
+        (
+            lambda: pipeline.retrain("no.json", "tiny.yaml"),
+            "^genotype 'no.json': no such file",
+        ),
+        (lambda: pipeline.load("no-run"), "run 'no-run': "),
+        (lambda: pipeline.sweep("tiny.yaml"), "^sweep: "),
+        (lambda: pipeline.search("tiny.yaml", plugins=["no.py"]), r"--plugin no\.py: "),
     ],
 )
 def test_a_wrong_call_is_one_line(call: Any, line: str) -> None:

@@ -126,7 +126,7 @@ def test_every_form_of_the_network_predicts_the_same(project: Project, istanas: 
             assert one["probability"] == pytest.approx(two["probability"], abs=1e-5)
 
 
-def test_a_broken_file_is_one_line_and_the_others_go_on(project: Project, istanas: Command) -> None:
+def test_a_broken_file_is_one_line_and_the_others_are_predicted(project: Project, istanas: Command) -> None:
     broken, large = project.folder / "broken.png", project.folder / "large.png"
     broken.write_bytes(Path(project.files[0]).read_bytes()[:60])
     Image.new("L", (9, 8)).save(large)
@@ -161,7 +161,7 @@ def test_the_table_has_a_row_for_each_file(project: Project, istanas: Command) -
         ("{run}", ["empty"], "empty contains no picture"),
     ],
 )
-def test_a_bad_reference_is_one_line(
+def test_a_bad_reference_or_an_empty_folder_is_one_line(
     reference: str, files: list[str], says: str, project: Project, istanas: Command
 ) -> None:
     (project.folder / "empty").mkdir(exist_ok=True)
@@ -255,7 +255,7 @@ def test_the_mlflow_model_takes_pictures(project: Project, model_folder: str) ->
     assert (steps["shape"], steps["channel_order"]) == ([1, 8, 8], "grey")
 
 
-def test_a_model_of_another_program_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     from pipeline.tracking.picture_model import predictor_of
 
     with pytest.raises(CheckpointError, match="is not a model with its preprocessing"):

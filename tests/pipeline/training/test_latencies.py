@@ -14,12 +14,12 @@ from istanas.latency import LatencyTable, latencies_of
 from istanas.nets.operations import make_operation
 from istanas.space import CellSpace, NetworkSize
 from istanas.training import Compute
+from pipeline.base.onnx_sessions import onnx_session
 from pipeline.config.load import load
 from pipeline.training.latencies import (
     call_of,
     machine_warnings,
     measure_latencies,
-    onnx_session,
     read_table,
     seconds_of_calls,
     write_table,

@@ -148,7 +148,7 @@ def test_bits_of_the_training_pictures_are_written_beside_the_network(istanas: C
         file.unlink()
     done = istanas(*RETRAIN)
     assert "20 pictures have more than 8 bits per pixel" in done.said
-    assert json.loads((done.run_dir / "network.json").read_text())["bits"] == 8
+    assert json.loads((done.run_dir / "network.json").read_text())["preprocessing"]["bits"] == 8
 
 
 # ---------- what is there, and what is left out
