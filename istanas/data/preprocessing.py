@@ -7,6 +7,7 @@ and `normalize` for every batch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,7 +84,7 @@ class Preprocessing:
         """Return how the pixels of a file are decoded."""
         return DecodeSettings(self.background, self.bits)
 
-    def read(self, source: str | bytes) -> Tensor:
+    def read(self, source: str | os.PathLike[str] | bytes) -> Tensor:
         """Read a picture file, or the content of one.
 
         Args:
@@ -95,6 +96,7 @@ class Preprocessing:
         Raises:
             DataError: If it cannot be decoded, or has another size and pictures are not scaled.
         """
+        source = source if isinstance(source, bytes) else os.fspath(source)
         picture, _ = read_picture(source, self.decode_settings)
         return self._resized(picture, source if isinstance(source, str) else "the picture")
 

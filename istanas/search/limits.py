@@ -184,10 +184,13 @@ class Limits:
         The cost of a network is that of its candidates and that of the rest. The rest is the largest one of a few
         architectures: in one that reads a single state, parts of the network may not run. Such an architecture counts
         as if they did.
+
+        Raises:
+            ConfigError: If no architecture is within a limit when all parts of its network count.
         """
         # Imported here because most searches have no limits.
         from istanas.effects.budget import Budget
-        from istanas.effects.coding import supports_of
+        from istanas.effects.coding import heaviest, layout, supports_of
         from istanas.effects.design import balanced_design
 
         if not self.exist:
@@ -200,6 +203,15 @@ class Limits:
                 getattr(self._cost_of(supports_of(self._space, kept)), limit.unit) - each[list(kept)].sum()
                 for kept in examples
             )
+            least = rest + each[heaviest(layout(self._space), -each)].sum()
+            if least > value + _ROUNDING:
+                shown = _shown(math.ceil(least) if isinstance(value, int) else float(least))
+                raise ConfigError(
+                    f"{value:,} is below the cheapest architecture in which all parts of the network run, which has "
+                    f"{shown}",
+                    field=limit.setting,
+                    remedy=f"use {shown} or more, or another method",
+                )
             costs.append(each)
             most.append(value - rest + _ROUNDING)
         return Budget(

@@ -164,4 +164,4 @@ def load(
         )
     link = read_link(found)
     ids = {"run_dir": bucket.shown(found.path), "mlflow_run_id": None if link is None else link.run_id}
-    return FinishedRun(found.path, ids | record.result)
+    return FinishedRun(found.path.absolute(), ids | record.result)

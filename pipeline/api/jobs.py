@@ -208,7 +208,10 @@ def predict(
     reference = bucket.shown(network.path) if isinstance(network, FinishedRun) else str(network)
     name, predictor = job.find_predictor(reference, config)
     result = job.predict(
-        name, predictor, list(job.picture_files([str(file) for file in files])), complain=lambda line: None
+        name,
+        predictor,
+        list(job.picture_files([str(Path(file).expanduser()) for file in files])),
+        complain=lambda line: None,
     )
     if result["broken"]:
         first = result["broken"][0]
@@ -217,7 +220,7 @@ def predict(
 
 
 def _finished(result: Any, run_dir: str | None = None) -> FinishedRun[Any]:
-    return FinishedRun(bucket.local(run_dir or result["run_dir"]), result)
+    return FinishedRun(bucket.local(run_dir or result["run_dir"]).absolute(), result)
 
 
 def _text(file: File | None) -> str | None:

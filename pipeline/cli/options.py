@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,19 @@ def placement_options(command: Command) -> Command:
         help="Number of Ray Train workers; MIN:MAX lets the number follow the cluster. 0 runs the job in this process, "
         "without Ray.",
     )(command)
+
+
+def starts_over(command: Command) -> Command:
+    """Let the message after an interrupt say that the command, which stores nothing before its end, starts over."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was stored; the same command starts over") from None
+
+    return wrapped
 
 
 def job_options(command: Command) -> Command:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import complete_file, complete_folder, config_options, json_option
+from pipeline.cli.options import complete_file, complete_folder, config_options, json_option, starts_over
 from pipeline.cli.output import (
     check_csv,
     console_for,
@@ -29,6 +29,7 @@ from pipeline.jobs.settings import load_config, run_and_config
 )
 @config_options
 @json_option
+@starts_over
 def predict(
     reference: str,
     files: tuple[str, ...],
@@ -94,6 +95,7 @@ def _complain(line: str) -> None:
 )
 @config_options
 @json_option
+@starts_over
 def evaluate(
     reference: str,
     data: Path | None,

@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     json_option,
     placement_options,
     set_option,
+    starts_over,
 )
 from pipeline.cli.output import console_for, print_json
 from pipeline.jobs.settings import load_config, load_for_genotype
@@ -40,6 +41,7 @@ from pipeline.jobs.settings import load_config, load_for_genotype
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @set_option
 @json_option
+@starts_over
 def new(
     folder: Path, out: Path | None, budget: str | None, force: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
@@ -238,6 +240,7 @@ def profile(
 )
 @config_options
 @json_option
+@starts_over
 def latency(out: Path, backend: str, batch_size: int, runs: int, as_json: bool, **settings: Any) -> None:
     """Measure how long each candidate takes, for a search.
 

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def configuration_file(given: str | None) -> Path:
     if given is None:
         return default_file()
     path = Path(given)
-    is_name = given.isidentifier() and not path.exists()
+    is_name = re.fullmatch(r"[\w-]+", given) is not None and not path.is_file()
     return shipped_file(given) if is_name else path
 
 

@@ -98,8 +98,20 @@ def picture_files(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def pictures_below(folder: str) -> Iterator[str]:
-    """Yield the picture files in a folder and its sub-folders, sorted by name; hidden ones are left out."""
-    for where, folders, names in os.walk(folder):
+    """Yield the picture files in a folder and its sub-folders, sorted by name, without hidden and linked ones.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"cannot be read ({error.strerror})",
+            field=shown(error.filename),
+            remedy="correct its permissions",
+        )
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith("."):
@@ -174,9 +186,9 @@ def predictions_table(predictions: Sequence[Prediction]) -> FittedTable:
     rows = [
         [
             shown(each["file"]),
-            each["class"],
+            shown(each["class"]),
             f"{each['probability']:.4f}",
-            ", ".join(f"{guess['class']} {guess['probability']:.4f}" for guess in each["top5"][1:]),
+            ", ".join(f"{shown(guess['class'])} {guess['probability']:.4f}" for guess in each["top5"][1:]),
         ]
         for each in predictions
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,12 +122,26 @@ def parse_card(text: str | bytes) -> NetworkCard:
         flat = {key: content[key] for key in _FLAT if key in content}
         content["preprocessing"] = {**flat, "resize": "resize_and_crop" if is_large else "none"}
     card = TypeAdapter(NetworkCard).validate_python(content)
-    steps = card.preprocessing
-    if not 8 <= steps.bits <= 16 or not all(0 <= value <= 255 for value in steps.background):
-        raise ValueError(f"{NETWORK_FILE} has bits {steps.bits} and background {steps.background}")
-    if not len(steps.mean) == len(steps.std) == steps.shape[0]:
-        raise ValueError(f"{NETWORK_FILE} has {len(steps.mean)} means for {steps.shape[0]} channels")
+    check_input(card.preprocessing, card.class_names, card.num_classes)
     return card
+
+
+def check_input(steps: Preprocessing, class_names: Sequence[str], num_classes: int) -> None:
+    """Check that a preprocessing can be executed, and that each output of a network has a class.
+
+    Raises:
+        ValueError: They contradict themselves.
+    """
+    if min(steps.shape) < 1:
+        raise ValueError(f"shape {steps.shape}")
+    if not 8 <= steps.bits <= 16 or not all(0 <= value <= 255 for value in steps.background):
+        raise ValueError(f"bits {steps.bits} and background {steps.background}")
+    if not len(steps.mean) == len(steps.std) == steps.shape[0]:
+        raise ValueError(f"{len(steps.mean)} means for {steps.shape[0]} channels")
+    if not all(math.isfinite(value) for value in (*steps.mean, *steps.std)) or min(steps.std) <= 0:
+        raise ValueError(f"means {steps.mean} and standard deviations {steps.std}")
+    if len(set(class_names)) != num_classes or len(class_names) != num_classes:
+        raise ValueError(f"{len(set(class_names))} different names of {num_classes} classes")
 
 
 def load_network(folder: str | Path) -> tuple[TargetNetwork, torch.Tensor]:

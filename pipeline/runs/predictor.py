@@ -17,7 +17,7 @@ from istanas.nets import to_channels_last
 from pipeline.base.onnx_sessions import onnx_session
 from pipeline.base.text import one_line
 from pipeline.runs.layout import NETWORK_FILE, ONNX_FILE, WEIGHTS_FILE
-from pipeline.runs.network_files import load_network, read_card
+from pipeline.runs.network_files import check_input, load_network, read_card
 
 Model = Callable[[Tensor], Tensor]
 """Maps normalised pictures (B, C, H, W) to logits (B, K)."""
@@ -26,8 +26,6 @@ BATCH = 256  # as in the evaluation of a training
 TOP = 5
 CPU = torch.device("cpu")
 ONNX_INPUT, ONNX_OUTPUT = "pictures", "logits"
-# Not model.pt2, because loading a file of torch.export may execute code that was pickled into it.
-_SUFFIXES = frozenset(Path(file).suffix for file in (WEIGHTS_FILE, ONNX_FILE))
 
 
 class Guess(NamedTuple):
@@ -62,10 +60,17 @@ class Predictor:
 
         Returns:
             (N, K) float64; each row sums up to 1.
+
+        Raises:
+            CheckpointError: The network computes NaN or infinite values.
         """
         parts = (part.to(self.device) for part in pictures.split(BATCH))
-        logits = [self.model(self.preprocessing.normalized(part)) for part in parts]
-        return torch.cat(logits).double().softmax(1).cpu()
+        logits = torch.cat([self.model(self.preprocessing.normalized(part)) for part in parts]).double()
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                "the network computes NaN or infinite values", field="network", remedy="train it again"
+            )
+        return logits.softmax(1).cpu()
 
     def guesses(self, probabilities: Tensor, count: int = TOP) -> list[list[Guess]]:
         """Return the most probable classes of each picture, the most probable first.
@@ -82,10 +87,14 @@ class Predictor:
 
 
 def is_network(path: Path) -> bool:
-    """Return whether a path is a network file, or a folder with one that `open_predictor` can load."""
+    """Return whether a path is a network file, or a folder with one that `open_predictor` can load.
+
+    A file of weights must have its usual name, because network.json beside it belongs to that file. model.pt2 is not
+    read, because loading a file of torch.export may execute code that was pickled into it.
+    """
     if path.is_dir():
         return (path / NETWORK_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
-    return path.suffix in _SUFFIXES and path.is_file()
+    return (path.name == WEIGHTS_FILE or path.suffix == Path(ONNX_FILE).suffix) and path.is_file()
 
 
 def open_predictor(path: Path, device: torch.device = CPU) -> Predictor:
@@ -111,6 +120,7 @@ def _of_onnx(file: Path) -> Predictor:
         model, metadata = load_onnx(file)
         steps = TypeAdapter(Preprocessing).validate_json(metadata["preprocessing"])
         names = TypeAdapter(tuple[str, ...]).validate_json(metadata["class_names"])
+        check_input(steps, names, int(model(torch.zeros(1, *steps.shape)).shape[1]))
     except (ImportError, MemoryError, ConfigError):
         raise  # the file is not the cause
     except KeyError as error:

@@ -57,7 +57,8 @@ class PictureModel:
             params: Not used; MLflow passes it.
 
         Returns:
-            One row per picture: `class`, its `probability`, and `probabilities`, which maps each class to its own.
+            One row per picture with the index of the input: `class`, its `probability`, and `probabilities`, which maps
+            each class to its own.
 
         Raises:
             DataError: A picture cannot be used. It names its row.
@@ -66,7 +67,8 @@ class PictureModel:
 
         pictures = [self._read(row, each) for row, each in enumerate(model_input[COLUMN])]
         names = self.predictor.class_names
-        values = self.predictor.probabilities(torch.stack(pictures))
+        none = torch.zeros(0, len(names))
+        values = self.predictor.probabilities(torch.stack(pictures)) if pictures else none
         rows = [dict(zip(names, row, strict=True)) for row in values.tolist()]
         best = [names[index] for index in values.argmax(1).tolist()]
         return pd.DataFrame(
@@ -74,14 +76,17 @@ class PictureModel:
                 "class": best,
                 "probability": values.amax(1).tolist(),
                 "probabilities": rows,
-            }
+            },
+            index=model_input.index,
         )
 
     def _read(self, row: int, picture: Any) -> torch.Tensor:
         steps = self.predictor.preprocessing
         try:
             if isinstance(picture, str):
-                picture = base64.b64decode(picture, validate=True)
+                picture = base64.b64decode(
+                    "".join(picture.split()), validate=True
+                )  # programs wrap it in lines
             if isinstance(picture, bytes | bytearray | memoryview):
                 return steps.read(bytes(picture))
             return steps.from_array(_pixels(picture))

@@ -210,7 +210,7 @@ def read_table(file: Path) -> LatencyTable:
         ConfigError: If the file is missing or is not a table of latencies.
     """
     try:
-        table = TypeAdapter(LatencyTable).validate_json(read_at_most(file, RECORD_BYTES))
+        table = TypeAdapter(LatencyTable).validate_json(read_at_most(file, RECORD_BYTES), strict=True)
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read ({error.strerror})",
