@@ -51,6 +51,12 @@ class FinishedRun(Generic[Result]):
     result: Result
 
     @property
+    def reference(self) -> str:
+        """The path as commands take it: relative if it is below the working directory; its address in a storage."""
+        here = Path.cwd()
+        return bucket.shown(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    @property
     def kind(self) -> str:
         """The kind of the run, such as "search", "retrain" or "sweep"."""
         return RunDir(self.path).read().kind

@@ -92,7 +92,7 @@ def retrain(
     from pipeline.jobs.retrain import run_retrain
 
     load_plugins([str(file) for file in plugins])
-    reference = bucket.shown(genotype.path) if isinstance(genotype, FinishedRun) else str(genotype)
+    reference = genotype.reference if isinstance(genotype, FinishedRun) else str(genotype)
     console = _console(quiet)
     cells, parent, chosen, name = load_for_genotype(reference, console, _text(config), overrides_of(settings))
     origin = Path(reference).name if Path(reference).is_file() else reference
@@ -176,7 +176,7 @@ def export(
     from pipeline.jobs.export import run_export
 
     found = run if isinstance(run, FinishedRun) else load(run)
-    result = run_export(found.config, bucket.shown(found.path), console=_console(quiet), again=again)
+    result = run_export(found.config, found.reference, console=_console(quiet), again=again)
     return {name: found.path / exported["file"] for name, exported in result["exports"].items()}
 
 
@@ -205,7 +205,7 @@ def predict(
 
     load_plugins([str(file) for file in plugins])
     config, _ = load_config(None, ())
-    reference = bucket.shown(network.path) if isinstance(network, FinishedRun) else str(network)
+    reference = network.reference if isinstance(network, FinishedRun) else str(network)
     name, predictor = job.find_predictor(reference, config)
     result = job.predict(
         name,

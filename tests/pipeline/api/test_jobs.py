@@ -69,10 +69,19 @@ def test_a_command_and_a_call_have_the_same_run(
     assert command_line(["run", "--config", "tiny.yaml", "--set", "seed=3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == trained.result
     found = pipeline.search("tiny.yaml", seed=3)
-    assert f"search: already finished, see {found.path}" in capsys.readouterr().out
+    assert f"search: already finished, see {found.path.relative_to(Path.cwd())}" in capsys.readouterr().out
     again = pipeline.retrain(found, "tiny.yaml", quiet=True, seed=3)
     assert again.path == trained.path
-    assert pipeline.load(again.path).result == pipeline.load(again.path.name).result == again.result
+    assert pipeline.load(again.reference).result == pipeline.load(again.path.name).result == again.result
+
+
+def test_a_finished_run_does_not_depend_on_the_working_directory(
+    trained: "pipeline.FinishedRun[Any]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained.history
+    monkeypatch.chdir(tmp_path)
+    assert trained.history.equals(expected)
+    assert trained.network is not None
 
 
 def test_settings_may_be_sections_lists_paths_and_none(folder: Path) -> None:
@@ -86,7 +95,7 @@ def test_settings_may_be_sections_lists_paths_and_none(folder: Path) -> None:
             "runtime.runs_dir": Path("elsewhere #1"),
         },
     )
-    assert found.path.parent == Path("elsewhere #1")
+    assert found.path.parent == Path("elsewhere #1").absolute()
     assert found.config.search.max_epochs == 1
     assert found.config.space.ops == ["max_pool_3x3", "avg_pool_3x3"]
 

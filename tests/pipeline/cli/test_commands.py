@@ -832,3 +832,12 @@ def unignore_sigint() -> Any:
     """Restore the handlers, which background jobs of a shell (SIGINT) and of nohup (SIGHUP) ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_an_interrupted_command_that_stores_nothing_says_so() -> None:
+    @starts_over
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="nothing was stored; the same command starts over"):
+        interrupted()

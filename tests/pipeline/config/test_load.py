@@ -799,6 +799,7 @@ def test_a_name_selects_a_shipped_configuration(tmp_path: Path, monkeypatch: pyt
     ("name", "remedy"),
     [
         ("random_digit", "did you mean random_digits?"),
+        ("random-digits", "did you mean random_digits?"),
         ("xyz", "istanas config --list shows those of istanas"),
     ],
 )

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 import requests
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -253,6 +255,63 @@ def test_the_mlflow_model_takes_pictures(project: Project, model_folder: str) ->
         model.predict(pd.DataFrame({"picture": [contents[0], "no picture"]}))
     steps = model.metadata.metadata["preprocessing"]
     assert (steps["shape"], steps["channel_order"]) == ([1, 8, 8], "grey")
+
+
+def test_a_table_without_rows_and_an_index_are_kept(project: Project, model_folder: str) -> None:
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(model_folder)
+    text = base64.encodebytes(Path(project.files[0]).read_bytes()).decode()  # in lines, as programs write it
+    found = model.predict(pd.DataFrame({"picture": [text]}, index=[7]))
+    assert found.index.tolist() == [7]
+    assert len(model.predict(pd.DataFrame({"picture": []}))) == 0
+
+
+def changed_onnx(file: Path, **changes: str) -> None:
+    """Change the metadata of an ONNX file."""
+    model = onnx.load(file)
+    metadata = {each.key: each.value for each in model.metadata_props} | changes
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, file)
+
+
+def test_metadata_that_contradict_the_network_are_one_line(
+    project: Project, istanas: Command, tmp_path: Path
+) -> None:
+    assert istanas("export", str(project.run))[0] == 0
+    for number, changes in enumerate(
+        ({"class_names": '["a", "b"]'}, {"preprocessing": '{"shape": [1, 16, 16]}'})
+    ):
+        file = tmp_path / f"{number}.onnx"
+        shutil.copy(project.run / "export" / "model.onnx", file)
+        changed_onnx(file, **changes)
+        code, _, err = istanas("predict", str(file), project.files[0])
+        assert (code, len(err.splitlines())) == (1, 1), err
+        assert "is not a network with its preprocessing" in err
+
+
+def test_another_file_of_weights_is_not_taken_for_the_network(
+    project: Project, istanas: Command, tmp_path: Path
+) -> None:
+    """network.json beside it belongs to model.safetensors."""
+    for name in ("network.json", "model.safetensors"):
+        shutil.copy(project.run / name, tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    assert istanas("predict", str(tmp_path / "model.safetensors"), project.files[0])[0] == 0
+    code, _, err = istanas("predict", str(tmp_path / "other.safetensors"), project.files[0])
+    assert (code, len(err.splitlines())) == (2, 1), err
+
+
+def test_a_network_that_computes_nan_is_refused(project: Project, istanas: Command, tmp_path: Path) -> None:
+    weights = safetensors.torch.load_file(project.run / "model.safetensors")
+    last = next(name for name in reversed(weights) if name.endswith("bias"))
+    safetensors.torch.save_file(
+        {**weights, last: weights[last] * float("nan")}, tmp_path / "model.safetensors"
+    )
+    shutil.copy(project.run / "network.json", tmp_path)
+    code, _, err = istanas("predict", str(tmp_path), project.files[0])
+    assert code == 1
+    assert "the network computes NaN or infinite values" in err
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

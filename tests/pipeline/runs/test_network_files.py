@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -107,6 +108,31 @@ def test_a_missing_or_broken_file_is_one_line(
     with pytest.raises(CheckpointError) as caught:
         load_network(tmp_path)
     assert_one_line(caught.value, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_names": list("abcdefg")},
+        {"class_names": ["a"] * 10},
+        {"preprocessing": {"std": [0.0]}},
+        {"preprocessing": {"mean": [0.5, 0.5]}},
+        {"preprocessing": {"shape": [1, -8, 8]}},
+        {"preprocessing": {"bits": 99}},
+    ],
+    ids=str,
+)
+def test_a_card_that_contradicts_itself_is_one_line(
+    tmp_path: Path, digits: ImageDataset, config: Config, changes: dict[str, Any]
+) -> None:
+    save_network(tmp_path, trained(config, digits), GENOTYPE, config.retrain, digits, config.space.build())
+    card = json.loads((tmp_path / NETWORK_FILE).read_text())
+    steps = {**card["preprocessing"], **changes.pop("preprocessing", {})}
+    (tmp_path / NETWORK_FILE).write_text(json.dumps({**card, **changes, "preprocessing": steps}))
+    for read in (load_network, read_card):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path)
+        assert_one_line(caught.value, tmp_path)
 
 
 def test_weights_are_plain_tensors(tmp_path: Path, digits: ImageDataset, config: Config) -> None:
