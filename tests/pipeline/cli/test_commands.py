@@ -19,6 +19,7 @@ import pytest
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.interruption import STILL_CLOSING
 from pipeline.cli.commands import cli, run
+from pipeline.cli.options import starts_over
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
 
