@@ -189,6 +189,7 @@ def _figures(progress: Progress) -> dict[str, Any]:
         "digest": Genotype.from_json(found.genotype).digest(),
         "params": int(m["target/params"]),
         "macs": int(m["target/macs"]),
+        **({"latency_ms": m["target/latency_ms"]} if "target/latency_ms" in m else {}),
         "epochs": progress.epochs,
         "seconds": progress.seconds,
         **({"rollbacks": progress.rollbacks} if progress.rollbacks else {}),

@@ -255,7 +255,7 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path: Path) -> None:
     assert "decoding pictures" in done.stderr
     card = json.loads((tmp_path / result["retrain_run_dir"] / "network.json").read_text())
     assert card["class_names"] == ["four", "null", "one"]
-    assert card["shape"] == [1, 8, 8]
+    assert card["preprocessing"]["shape"] == [1, 8, 8]
     # The second job decodes nothing, and another baseline uses the same cached pictures.
     baseline = ["retrain", "--genotype", "random:0", "--config", "pictures.yaml", "--set", "retrain.epochs=1"]
     done = istanas(tmp_path, [*baseline, "--json"])

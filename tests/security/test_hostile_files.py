@@ -294,8 +294,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "a million channels": {"init_channels": 1_000_000},
     "a million layers": {"layers": 1_000_000},
     "a million classes": {"num_classes": 10**9},
-    "large pictures": {"shape": [1, 10**6, 10**6]},
-    "many channels of pictures": {"shape": [10**9, 8, 8]},
+    "large pictures": {"preprocessing": {"shape": [1, 10**6, 10**6]}},
+    "many channels of pictures": {"preprocessing": {"shape": [10**9, 8, 8]}},
     "no layer": {"layers": 0},
     "a genotype that is none": {"genotype": "[" * 100_000},
 }
@@ -304,7 +304,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_larger_than_its_weights_is_not_built(name: str, folder: Path) -> None:
     file = run_of(folder, "retrain") / "network.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **NETWORKS[name]}))
+    card, changes = json.loads(file.read_text()), dict(NETWORKS[name])
+    steps = {**card["preprocessing"], **changes.pop("preprocessing", {})}
+    file.write_text(json.dumps({**card, **changes, "preprocessing": steps}))
     assert_refused(
         confined(reading("export", folder), folder), 1, "does not contain a complete trained network"
     )

@@ -72,7 +72,7 @@ def test_the_file_loads_and_gives_reasons(istanas: Command, tmp_path: Path) -> N
     assert "Given with --set." in text
     assert "grey, 1 channel" in text
     for section in ("data", "search", "retrain", "runtime", "tracking"):  # a comment precedes the settings
-        assert re.search(rf"^{section}:\n(  name: folder\n  root: .*\n)?  # [A-Z]", text, re.MULTILINE)
+        assert re.search(rf"^{section}:\n(  name: folder\n  root:\s+\S.*\n)?  # [A-Z]", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120
 
     assert result["memory_bytes"] > 50e6
