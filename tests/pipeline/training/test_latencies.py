@@ -49,7 +49,7 @@ def test_a_measured_table_has_what_a_search_requires(table: LatencyTable) -> Non
     assert medians["sep_conv_5x5", (4, 16, 16)] > medians["skip_connect", (4, 16, 16)] >= 0
     for each in (*table.candidates, *table.references, *table.checks):
         assert 0 <= each.lower_ms <= each.median_ms <= each.upper_ms
-    assert table.fixed_ms > 0
+    assert table.fixed_ms >= 0
     assert (table.machine.threads, table.machine.dtype) == (torch.get_num_threads(), "float32")
     slow, fast = (((op, 0), (op, 1)) for op in ("sep_conv_5x5", "skip_connect"))
     predict = latencies_of(table, SPACE, SIZE, SHAPE).predict
