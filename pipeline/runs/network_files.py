@@ -83,7 +83,7 @@ def save_network(
     write_network(folder, net, card)
 
 
-def write_network(folder: Path, net: TargetNetwork, card: NetworkCard) -> None:
+def write_network(folder: Path, net: torch.nn.Module, card: NetworkCard) -> None:
     """Write a network without its auxiliary head, and its card."""
     weights = {
         k: v.cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("auxiliary_head")

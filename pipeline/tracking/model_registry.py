@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.base.files import atomic_write
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import NETWORK_FILE, PROGRAM_FILE
+from pipeline.runs.layout import PROGRAM_FILE
 from pipeline.runs.record import RunRecord
 from pipeline.runs.tags import Tag
 from pipeline.tracking.lineage import DESCRIPTION, Kin, lineage_tags, with_links
@@ -258,7 +257,7 @@ def _point_candidate(client: "MlflowClient", name: str) -> None:
 
 
 def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logged: Any) -> None:
-    """Write the network in MLflow's format as an exported graph, so that loading it executes no pickled code.
+    """Write the network in MLflow's format: as weights, which `istanas predict` loads, and as an exported graph.
 
     `mlflow.pytorch.load_model` returns the network itself; `mlflow.pyfunc.load_model` and MLflow's server take pictures
     and return classes, see `pipeline.tracking.picture_model.PictureModel`.
@@ -267,7 +266,7 @@ def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logge
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    from pipeline.runs.network_files import read_card, trace_program
+    from pipeline.runs.network_files import read_card, trace_program, write_network
     from pipeline.tracking import picture_model
 
     network, _ = load_network(run_path)
@@ -276,7 +275,7 @@ def _save_model(scratch: str, load_network: NetworkLoader, run_path: Path, logge
     data.mkdir()
     program = trace_program(network.cpu().eval(), card.preprocessing.shape)
     torch.export.save(program, data / PROGRAM_FILE)
-    atomic_write(data / NETWORK_FILE, card.to_json())
+    write_network(data, network, card)
     model = Model(
         run_id=logged.source_run_id,
         artifact_path=logged.artifact_location,

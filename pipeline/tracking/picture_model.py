@@ -21,7 +21,7 @@ from istanas import __version__
 from istanas.errors import CheckpointError, ConfigError, DataError
 from pipeline.base.text import one_line
 from pipeline.runs.network_files import read_card
-from pipeline.runs.predictor import Predictor
+from pipeline.runs.predictor import Predictor, open_predictor
 from pipeline.tracking.queries import readable
 from pipeline.tracking.store import open_client, public_uri, store_exists, store_uri
 
@@ -148,30 +148,33 @@ def predictor_of(folder: Path) -> Predictor:
     """Load the network of an MLflow model.
 
     Args:
-        folder: The folder of the model, which contains the file MLmodel.
+        folder: The folder of the network in the model's folder of data. Its program is not loaded, because a file of
+            torch.export may execute code that was pickled into it.
 
     Raises:
         CheckpointError: It is not a model that this program has logged, or files are missing or broken.
     """
-    import mlflow.pytorch
-
     try:
-        card = read_card(folder / "data" / NETWORK_FOLDER)
-        network = mlflow.pytorch.load_model(str(folder))
-    except (ImportError, MemoryError):
-        raise  # the model is not the cause
-    except Exception as error:  # MLflow and torch raise many types of errors for a broken file
+        return open_predictor(folder)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"is not a model with its preprocessing ({one_line(error)})",
+            f"is not a model with its preprocessing ({error.problem})",
             field=str(folder),
             remedy="log the model again with istanas sync RUN",
         ) from None
-    return Predictor(network, card.preprocessing, card.class_names)
 
 
 def _load_pyfunc(path: str) -> PictureModel:
-    """Load the model for MLflow; `path` is the folder of the network in the model's folder of data."""
-    return PictureModel(predictor_of(Path(path).parents[1]))
+    """Load the model for MLflow, with MLflow's own loader of the program.
+
+    Args:
+        path: The folder of the network in the model's folder of data.
+    """
+    import mlflow.pytorch
+
+    card = read_card(path)
+    network = mlflow.pytorch.load_model(str(Path(path).parents[1]))
+    return PictureModel(Predictor(network, card.preprocessing, card.class_names))
 
 
 def registered_predictor(reference: str, tracking_uri: str | None) -> Predictor:
@@ -199,7 +202,7 @@ def registered_predictor(reference: str, tracking_uri: str | None) -> Predictor:
             remedy="set tracking.uri or MLFLOW_TRACKING_URI",
         )
     with tempfile.TemporaryDirectory() as scratch:
-        return predictor_of(_download(parts, field, uri, scratch))
+        return predictor_of(_download(parts, field, uri, scratch) / "data" / NETWORK_FOLDER)
 
 
 def _download(parts: re.Match[str], field: str, uri: str, scratch: str) -> Path:

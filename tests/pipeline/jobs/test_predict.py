@@ -27,6 +27,7 @@ from istanas.data import ArrayPictures, load_dataset
 from istanas.errors import CheckpointError, DataError
 from pipeline.cli.commands import run
 from pipeline.runs.predictor import open_predictor
+from pipeline.tracking.picture_model import predictor_of
 from pipeline.tracking.store import open_client
 from tests.ports import free_ports
 
@@ -314,9 +315,18 @@ def test_a_network_that_computes_nan_is_refused(project: Project, istanas: Comma
     assert "the network computes NaN or infinite values" in err
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    from pipeline.tracking.picture_model import predictor_of
+def test_the_program_of_a_registered_model_is_not_loaded(
+    project: Project, model_folder: str, tmp_path: Path
+) -> None:
+    """Because a file of torch.export may contain pickled code, and the store may be another machine's."""
+    network = shutil.copytree(Path(model_folder) / "data" / "network", tmp_path / "network")
+    picture = predictor_of(network).preprocessing.read(project.files[0])[None]
+    expected = predictor_of(network).probabilities(picture)
+    (network / "model.pt2").write_bytes(b"no archive")
+    assert torch.equal(predictor_of(network).probabilities(picture), expected)
 
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a model with its preprocessing"):
         predictor_of(tmp_path)
 
