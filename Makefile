@@ -1,16 +1,20 @@
 # Targets for users and developers; they require make, a POSIX shell and Python 3.11. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench chaos fuzz audit lock lint docs format clean
+.PHONY: help quickstart test test-oldest bench chaos fuzz audit lock lint docs format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 # Number of test processes, each with one thread.
 JOBS ?= 2
+# Stamps: everything is installed, or only what the quick start needs.
 INSTALLED := $(VENV)/.installed
+SMALL := $(VENV)/.installed-small
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Releases with the hashes of their files. `make .venv LOCK=` installs without hashes, for an index with its own files.
 LOCK ?= requirements.lock
 UV := uv==0.13.9
+COMPILE = $(BIN)/uv pip compile --quiet --no-cache --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-annotate -c constraints.txt pyproject.toml
 # The first interpreter that is new enough, unless PYTHON=... is given.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
@@ -20,18 +24,23 @@ help: ## list the targets
 
 .venv: $(INSTALLED) ## create the virtual environment, again only if pyproject.toml or the releases have changed
 
-$(INSTALLED): pyproject.toml constraints.txt $(LOCK)
+# $(call install,EXTRAS,FILTER OF THE LOCK)
+define install
 	@test -n "$(PYTHON)" || { echo "python: no python3.11 or newer was found; install it, or give its path: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(LOCK),)
-	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-else
-	$(PIP) install --quiet --require-hashes -r $(LOCK)
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
-endif
+	$(if $(LOCK),$(2) $(LOCK) > $(VENV)/lock.txt && $(PIP) install --quiet --require-hashes -r $(VENV)/lock.txt)
+	$(PIP) install --quiet $(if $(LOCK),--no-deps --no-build-isolation -e .,-c constraints.txt -e '.$(1)')
 	@touch $@
+endef
 
-quickstart: $(INSTALLED) ## install, then search, retrain and track a cell on the digits (minutes, no GPU, no download)
+$(INSTALLED): pyproject.toml constraints.txt $(LOCK)
+	$(call install,[dev],cat)
+
+$(SMALL): pyproject.toml constraints.txt $(LOCK)
+	$(call install,,awk '/^# Extras/ {exit} 1')
+
+# Where the developer tools are installed already, they stay.
+quickstart: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(SMALL)) ## install, then search, retrain and track a cell on the digits (minutes, no GPU, no download)
 	$(BIN)/istanas run --config tune_configs/digits_quickstart.yaml
 
 test: lint ## lint, types, and all tests and doctests, slow ones included; ends with the 30 slowest tests
@@ -51,9 +60,13 @@ audit: $(INSTALLED) ## known vulnerabilities of the releases in constraints.txt;
 
 lock: $(INSTALLED) ## write a new requirements.lock, after a change of dependencies or of constraints.txt
 	$(PIP) install --quiet $(UV)
-	@sed '/^#/!d' requirements.lock > requirements.lock.new
-	@$(BIN)/uv pip compile --quiet --no-cache --universal --python-version 3.11 \
-		--generate-hashes --no-header --no-annotate -c constraints.txt --extra dev pyproject.toml >> requirements.lock.new
+	@sed '/^[^#]/,$$d' requirements.lock > requirements.lock.new
+	@mkdir -p build
+	@$(COMPILE) > build/small.lock
+	@$(COMPILE) --extra dev > build/whole.lock
+	@cat build/small.lock >> requirements.lock.new
+	@echo '# Extras and developer tools, which the quick start does not need' >> requirements.lock.new
+	@awk 'NR == FNR {known[$$0]; next} /^[^ ]/ {new = !($$0 in known)} new' build/small.lock build/whole.lock >> requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 # Both runs of mypy at the same time, and each with its own cache, because other options invalidate a cache.

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import istanas
+from pipeline.base.extras import EXTRAS
 
 PACKAGES = ("istanas", "pipeline")
 TOP_LEVEL = {
@@ -79,6 +80,17 @@ def normal_name(requirement: str) -> str:
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match is not None, requirement
     return re.sub(r"[-_.]+", "-", match.group()).lower()
+
+
+def requirements_of_developers(project: dict) -> list[str]:
+    """Return the requirements of `pip install -e '.[dev]'`, whose extra names the others."""
+    extras = project["optional-dependencies"]
+    own, *tools = extras["dev"]
+    return [
+        *project["dependencies"],
+        *tools,
+        *(each for name in Requirement(own).extras for each in extras[name]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +158,11 @@ def test_every_imported_distribution_is_declared(repo_root: Path, project: dict)
     assert {"numpy", "torch", "matplotlib"} <= set(imported)
 
     distributions = importlib.metadata.packages_distributions()
-    declared = {normal_name(requirement) for requirement in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    declared = {
+        normal_name(text)
+        for text in project["dependencies"] + [each for name in EXTRAS for each in extras[name]]
+    }
     undeclared = {
         module: path
         for module, path in imported.items()
@@ -163,7 +179,7 @@ def test_the_constraints_pin_each_dependency_within_its_range(repo_root: Path, p
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
     pinned = {normal_name(line): line.partition("==")[2] for line in lines}
     assert len(pinned) == len(lines)
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    for text in requirements_of_developers(project):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[normal_name(requirement.name)]), text
 
@@ -188,18 +204,39 @@ def test_the_lock_has_the_constraints_releases_with_their_files_hashes(
             elsewhere.add(normal_name(parsed.name))
     assert locked == pinned, "run `make lock`"
     assert not elsewhere & set(pinned)
-    for wanted in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    for wanted in requirements_of_developers(project):
         assert normal_name(Requirement(wanted).name) in locked
+
+
+def test_the_first_part_of_the_lock_has_what_the_quick_start_needs(repo_root: Path, project: dict) -> None:
+    text, _, rest = (repo_root / "requirements.lock").read_text().partition("\n# Extras and developer tools")
+    first, later = (
+        {normal_name(line) for line in part.splitlines() if "==" in line} for part in (text, rest)
+    )
+    assert first >= {normal_name(each) for each in project["dependencies"]}
+    assert later >= {"onnx", "onnxruntime", "onnxscript", "opencensus", "pathspec", "pytest", "ruff"}
+    assert first & later <= {"colorama"}  # with another marker
 
 
 def test_make_installs_nothing_whose_hash_it_does_not_know(repo_root: Path) -> None:
     said = output_of(["make", "-n", "-B", ".venv", "PYTHON=python3"], repo_root)
     first, second = [line for line in said.splitlines() if "pip" in line]
-    assert "--require-hashes -r requirements.lock" in first
+    assert first.startswith("cat requirements.lock > .venv/lock.txt && ")
+    assert "--require-hashes -r .venv/lock.txt" in first
     assert "--no-deps --no-build-isolation -e ." in second
     said = output_of(["make", "-n", "-B", ".venv", "PYTHON=python3", "LOCK="], repo_root)
     (only,) = [line for line in said.splitlines() if "pip" in line]
     assert "-c constraints.txt -e '.[dev]'" in only
+
+
+def test_the_quick_start_installs_no_developer_tools(repo_root: Path) -> None:
+    said = output_of(["make", "-n", "quickstart", "VENV=no-such-folder", "PYTHON=python3"], repo_root)
+    first, second, run = [line for line in said.splitlines() if "/bin/" in line]
+    taken = output_of(["sh", "-c", first.partition(" > ")[0]], repo_root)
+    assert (repo_root / "requirements.lock").read_text().partition("# Extras")[0] == taken
+    assert "--require-hashes -r no-such-folder/lock.txt" in first
+    assert "--no-deps --no-build-isolation -e ." in second
+    assert run == "no-such-folder/bin/istanas run --config tune_configs/digits_quickstart.yaml"
 
 
 def test_cvxpy_and_mosek_import_without_a_licence(repo_root: Path, tmp_path: Path) -> None:

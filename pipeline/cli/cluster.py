@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.base.extras import check_extra
 from pipeline.base.redaction import without_secrets
 from pipeline.cli import search_and_train
 from pipeline.cli.options import GIVEN_PLUGINS, Command, json_option
@@ -69,6 +70,7 @@ def submit(
     that of the job; 143 if it was stopped. After Ctrl-C (exit code 130) the job continues. The same command, submitted
     again, resumes its run.
     """
+    check_extra("clusters", "submit")
     from pipeline.cluster.submit import Submission
     from pipeline.cluster.submit import submit as submit_job
 
@@ -105,6 +107,7 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
     """
     if follow and job_id is None:
         raise click.UsageError("--follow: name the job, istanas jobs ID --follow")
+    check_extra("clusters", "jobs")
     from pipeline.cluster.job_server import JobServer
     from pipeline.cluster.job_tables import job_table, jobs_table
 
@@ -133,6 +136,7 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
 
     Its run directory is kept, and the same command resumes the run. Exit code 0: the job has ended.
     """
+    check_extra("clusters", "stop")
     from pipeline.cluster.job_server import SECONDS_TO_STOP, JobServer
 
     server, say = JobServer(address), _say(as_json)

@@ -1,6 +1,7 @@
 """Checks of what a run requires on this machine. Each check is one line, with a remedy if something is missing."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Literal
 
 from istanas.errors import IstanasError
 from pipeline.base.addresses import sqlite_file
+from pipeline.base.extras import EXTRAS
 from pipeline.base.servers import by_proxy, unreachable
 from pipeline.base.text import count, one_line
 from pipeline.config.schema import DataSettings
@@ -94,7 +96,9 @@ def check_packages(requirements: Sequence[str] | None = None) -> Check:
         asked = " ".join(f"'{requirement}'" for requirement, _ in unmet)
         found = ", ".join(what for _, what in unmet)
         return Check(name, "fail", f"Python {python}; {found}", f"pip install {asked}")
-    return Check(name, "ok", f"Python {python}; {len(requirements)} packages as required")
+    extras = [extra for extra, modules in EXTRAS.items() if all(map(importlib.util.find_spec, modules))]
+    listed = f"{len(requirements)} packages as required; extras: {', '.join(extras) or 'none'}"
+    return Check(name, "ok", f"Python {python}; {listed}")
 
 
 def check_gpus() -> Check:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from istanas.errors import IstanasError
+from pipeline.base.extras import RAY_DASHBOARD, check_extra
 from pipeline.base.interruption import children_ignore_hangups, uninterrupted
 from pipeline.base.socket_paths import RAY_SOCKET_PATH, short_temporary_folder
 from pipeline.base.text import last_line
@@ -127,13 +128,16 @@ class Runtime:
             say: Receives a line if only RAY_ADDRESS determines where the workers run.
 
         Raises:
-            IstanasError: Ray does not answer at the address, or this machine is too small for the workers.
+            IstanasError: Ray does not answer at the address, this machine is too small for the workers, or packages of
+                the dashboard are missing.
         """
         if self._connected:  # by another run of this command
             self._release_leftovers(run_dir / LOG_FOLDER)
             return
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             return
+        if dashboard and self._address is None:
+            check_extra("clusters", "runtime.workers", RAY_DASHBOARD)
         if say is not None and self.address_from_environment is not None:
             say(
                 f"RAY_ADDRESS is {self.address_from_environment}: the workers run there; unset it to start Ray here"

@@ -12,7 +12,6 @@ network.json, in the metadata of the ONNX file and in the extra file network.jso
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from istanas.errors import IstanasError
 from istanas.nets import TargetNetwork
 from istanas.space import Genotype
+from pipeline.base.extras import check_extra
 from pipeline.base.files import atomic_write
 from pipeline.runs.layout import GENOTYPE_FILE, NETWORK_FILE, ONNX_FILE, PROGRAM_FILE, WEIGHTS_FILE
 from pipeline.runs.network_files import (
@@ -37,7 +37,6 @@ from pipeline.runs.predictor import ONNX_INPUT, ONNX_OUTPUT, Model, load_onnx
 
 FORMAT_FILES = {"safetensors": WEIGHTS_FILE, "program": PROGRAM_FILE, "onnx": ONNX_FILE}
 EXPORTED_FILES = (WEIGHTS_FILE, NETWORK_FILE, GENOTYPE_FILE, PROGRAM_FILE, ONNX_FILE)
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BATCH_SIZES = (1, 2, 7, 32)
 # Relative to the largest logit. The formats sum in another order (batch norms are folded into convolutions), which
 # changes float32 logits by about 1e-6; a wrong padding or a missing operation changes them by 1e-2 or more.
@@ -74,7 +73,7 @@ def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[
         >>> export_formats(net, card, Path("formats"))["onnx"]  # doctest: +SKIP
         {'file': 'model.onnx', 'bytes': 61105, 'difference': 1.9073486328125e-06}
     """
-    check_packages()
+    check_extra("export", "export")
     batches = random_batches(card.preprocessing.shape)
     expected = run_model(net, batches)
     largest = expected.abs().max().item()
@@ -98,27 +97,6 @@ def export_formats(net: TargetNetwork, card: NetworkCard, folder: Path) -> dict[
         check_difference(name, difference, largest)
         report[name] = {"file": file, "bytes": (folder / file).stat().st_size, "difference": difference}
     return report
-
-
-def check_packages(field: str = "export") -> None:
-    """Check that the packages that write and run ONNX are installed.
-
-    Args:
-        field: What requires them, for error messages.
-
-    Raises:
-        IstanasError: One of them cannot be imported.
-    """
-    for name in ONNX_PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise IstanasError(
-                f"package {name} cannot be used ({reason})",
-                field=field,
-                remedy=f"run: pip install {' '.join(ONNX_PACKAGES)}",
-            ) from None
 
 
 def check_difference(name: str, difference: float, largest: float) -> None:

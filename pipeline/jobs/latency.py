@@ -16,11 +16,11 @@ from rich.table import Table
 
 from istanas.distributed import Ranks
 from istanas.latency import latencies_of, relative_errors
+from pipeline.base.extras import check_extra
 from pipeline.base.files import writable_file
 from pipeline.base.text import duration
 from pipeline.config.schema import Config
 from pipeline.jobs.context import say_to
-from pipeline.jobs.export_formats import check_packages
 from pipeline.jobs.lifecycle import load_data, settled
 from pipeline.training.build import check_networks, network_size, shape_of, target_sizes
 from pipeline.training.compute import compute_for, describe_place
@@ -61,7 +61,7 @@ def run_latency(
     """
     target, say = writable_file(out, "--out"), say_to(console)
     if backend == "onnxruntime":
-        check_packages("--backend onnxruntime")
+        check_extra("export", "--backend onnxruntime")
     config = settled(config, console)
     dataset = load_data(config, console)
     check_networks(config, dataset, ("search" if config.trains_target else "retrain",))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import cast
 
 from istanas.space import Genotype
+from pipeline.base.extras import check_extra
 from pipeline.jobs.context import JobContext
 from pipeline.jobs.export import run_export
 from pipeline.jobs.results import OneStageResult, RunResult, SearchResult
@@ -18,8 +19,12 @@ def run_whole(context: JobContext) -> RunResult | OneStageResult:
 
     Returns:
         See `RunResult` (two-stage) and `OneStageResult`.
+
+    Raises:
+        IstanasError: A one-stage search, and the packages of the export are not installed.
     """
     if context.config.trains_target:
+        check_extra("export", "export, the last step of run")
         result = run_search(context)
         exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}

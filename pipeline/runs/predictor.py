@@ -14,6 +14,7 @@ from torch import Tensor
 from istanas.data import Preprocessing
 from istanas.errors import CheckpointError, ConfigError
 from istanas.nets import to_channels_last
+from pipeline.base.extras import check_extra
 from pipeline.base.onnx_sessions import onnx_session
 from pipeline.base.text import one_line
 from pipeline.runs.layout import NETWORK_FILE, ONNX_FILE, WEIGHTS_FILE
@@ -106,6 +107,7 @@ def open_predictor(path: Path, device: torch.device = CPU) -> Predictor:
 
     Raises:
         CheckpointError: A file is missing or broken, or has no preprocessing.
+        IstanasError: It is an ONNX file, and ONNX Runtime is not installed.
     """
     if path.suffix == Path(ONNX_FILE).suffix:
         return _of_onnx(path)
@@ -116,6 +118,7 @@ def open_predictor(path: Path, device: torch.device = CPU) -> Predictor:
 
 
 def _of_onnx(file: Path) -> Predictor:
+    check_extra("export", str(file), ["onnxruntime"])
     try:
         model, metadata = load_onnx(file)
         steps = TypeAdapter(Preprocessing).validate_json(metadata["preprocessing"])

@@ -209,6 +209,7 @@ def test_the_dockerfile_is_clean_and_installs_pinned_releases_without_root() -> 
     runs = [rest for word, rest in instructions if word == "RUN"]
     assert runs
     assert all("-c constraints.txt" in run for run in runs)
+    assert runs[-1].endswith(" '.[clusters,export]'")
     after = instructions[instructions.index(["USER", "1000"]) :]
     assert all(word != "USER" for word, _ in after[1:])
     assert {"RUN"} <= {word for word, _ in after}
@@ -234,6 +235,7 @@ def test_releases_match_the_constraints() -> None:
         installs = [line for line in load(name)["setup_commands"] if "pip install" in line]
         assert installs
         assert all("-c ~/istanas/constraints.txt" in line for line in installs)
+        assert any(line.endswith(" ~/istanas'[clusters,export]'") for line in installs)
 
 
 # ---------- access

@@ -21,6 +21,7 @@ from istanas.data import Preprocessing
 from istanas.errors import CheckpointError, ConfigError, IstanasError
 from istanas.nets import TargetNet
 from istanas.space import PUBLISHED, Genotype
+from pipeline.base.extras import EXTRAS
 from pipeline.config.load import load
 from pipeline.jobs.export import (
     EXPORT_ARTIFACTS,
@@ -32,7 +33,6 @@ from pipeline.jobs.export import (
 )
 from pipeline.jobs.export_formats import (
     EXPORTED_FILES,
-    ONNX_PACKAGES,
     TOLERANCE,
     ExportedFormat,
     check_difference,
@@ -391,15 +391,13 @@ def test_a_broken_network_is_a_one_line_error(tmp_path: Path, name: str) -> None
     assert files(run.path) == before
 
 
-@pytest.mark.parametrize("name", ONNX_PACKAGES)
+@pytest.mark.parametrize("name", EXTRAS["export"])
 def test_a_missing_package_is_named_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # the import system treats it as not installed
     run = make_run(tmp_path / "run")
-    with pytest.raises(
-        IstanasError, match=rf"^export: package {name} .* pip install onnx onnxscript onnxruntime$"
-    ):
+    with pytest.raises(IstanasError, match=rf"^export: package {name} .* pip install 'istanas\[export\]'$"):
         export_network(run)
     assert not (run.path / "export").exists()
 
