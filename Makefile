@@ -46,6 +46,13 @@ quickstart: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(SMALL)) ## install, the
 test: lint ## lint, types, and all tests and doctests, slow ones included; ends with the 30 slowest tests
 	$(BIN)/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=30
 
+test-oldest: ## all tests with the oldest releases that pyproject.toml allows, in build/oldest (8 GB); SELECT=PATHS for a part
+	@test -n "$(PYTHON)" || { echo "python: no python3.11 or newer was found; install it, or give its path: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet $(UV)
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	build/oldest/bin/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SELECT)
+
 bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
 

@@ -239,6 +239,15 @@ def test_the_quick_start_installs_no_developer_tools(repo_root: Path) -> None:
     assert run == "no-such-folder/bin/istanas run --config tune_configs/digits_quickstart.yaml"
 
 
+def test_the_oldest_releases_are_installed_in_their_own_environment(repo_root: Path) -> None:
+    said = output_of(["make", "-n", "test-oldest", "SELECT=tests/istanas", "PYTHON=python3"], repo_root)
+    *_, install, tests = said.splitlines()
+    assert install.endswith("--python build/oldest/bin/python --resolution lowest-direct -e '.[dev]'")
+    assert tests.startswith("build/oldest/bin/python -m pytest ")
+    assert tests.endswith(" tests/istanas")
+    assert ".venv" not in said
+
+
 def test_cvxpy_and_mosek_import_without_a_licence(repo_root: Path, tmp_path: Path) -> None:
     code = "import cvxpy, mosek; print(cvxpy.CLARABEL in cvxpy.installed_solvers())"
     nowhere = str(tmp_path / "no-such-licence.lic")
@@ -342,6 +351,15 @@ def test_the_wheel_holds_the_two_packages_and_the_configurations(wheel: Path, fi
     assert templates
     assert templates <= set(names)
     assert f"{info}/licenses/LICENSE" in names
+
+
+def test_a_script_finds_the_package_beside_a_folder_named_pipeline(repo_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("run = 'of the user'")
+    (tmp_path / "script.py").write_text("import pipeline; print(pipeline.__file__)")
+    env = {**os.environ, "PYTHONPATH": str(repo_root)}
+    found = [output_of([sys.executable, *flags, "script.py"], tmp_path, env) for flags in ([], ["-P"])]
+    assert [Path(each.strip()).parent for each in found] == [tmp_path / "pipeline", repo_root / "pipeline"]
 
 
 @pytest.mark.slow
