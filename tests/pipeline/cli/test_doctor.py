@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def test_packages_missing_or_of_another_version() -> None:
     assert "numpy 2" in check.message
     assert "torch" not in check.message
     assert check.remedy == "pip install 'numpy<1000,>=999' 'no-such-package>=2'"
+
+
+def test_the_installed_extras_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_packages(["numpy>=1"]).message.endswith("1 packages as required; extras: clusters, export")
+    monkeypatch.setitem(sys.modules, "onnx", None)  # the import system treats it as not installed
+    assert check_packages(["numpy>=1"]).message.endswith("; extras: clusters")
 
 
 def test_what_pyproject_asks_for_is_known(repo_root: Path) -> None:
