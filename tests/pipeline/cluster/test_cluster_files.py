@@ -217,6 +217,61 @@ def test_the_dockerfile_is_clean_and_installs_pinned_releases_without_root() -> 
     assert all((ROOT / source).exists() for source in copied)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="buildah builds without a daemon as root only")
+def test_the_dockerfile_is_built_without_a_daemon(tmp_path: Path) -> None:
+    """The base is a stand-in: an image of busybox with the user `ray` and a `pip` that records how it was called."""
+    buildah, busybox = shutil.which("buildah"), shutil.which("busybox")
+    if buildah is None or busybox is None:
+        pytest.skip("buildah or busybox is not installed (apt-get install buildah busybox-static)")
+    base = tmp_path / "base"
+    for folder in ("bin", "etc", "tmp", "home/ray"):
+        (base / folder).mkdir(parents=True)
+    shutil.copy(busybox, base / "bin" / "busybox")
+    for name in ("sh", "id", "ls"):
+        (base / "bin" / name).symlink_to("busybox")
+    (base / "bin" / "pip").write_text('#!/bin/sh\n{ id -u; echo "$@"; ls; } > called\n')
+    (base / "bin" / "pip").chmod(0o755)
+    (base / "etc" / "passwd").write_text("ray:x:1000:100::/home/ray:/bin/sh\n")
+    (base / "etc" / "group").write_text("users:x:100:\n")
+    (base / "Dockerfile").write_text(
+        "FROM scratch\nCOPY bin /bin/\nCOPY etc /etc/\nCOPY home /home/\nENV PATH=/bin\n"
+    )
+    ray = re.search("^FROM (.*)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    assert ray is not None
+    own = [
+        buildah,
+        "--root",
+        str(tmp_path / "root"),
+        "--runroot",
+        str(tmp_path / "run"),
+        "--storage-driver",
+        "vfs",
+    ]
+    build = [*own, "bud", "--quiet", "--isolation", "chroot", "--pull-never", "--layers=false"]
+    here = ["--tag", "built", "--file", str(FOLDER / "Dockerfile"), str(ROOT)]
+    for command in (
+        [*build, "--tag", f"docker.io/{ray[1]}", str(base)],
+        [*build, *here],
+        [*own, "from", "built"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    mount = subprocess.run([*own, "mount", done.stdout.strip()], capture_output=True, text=True, check=True)
+    project = Path(mount.stdout.strip()) / "home" / "ray" / "istanas"
+    user, arguments, *copied = (project / "called").read_text().splitlines()
+    assert (user, arguments) == ("1000", "install --no-cache-dir -c constraints.txt .[clusters,export]")
+    assert {
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "pyproject.toml",
+        "istanas",
+        "pipeline",
+        "tune_configs",
+    } == set(copied) - {"called"}
+    assert (project / "pipeline" / "__init__.py").stat().st_uid == 1000
+
+
 # ---------- releases
 def test_releases_match_the_constraints() -> None:
     ray = pinned("ray")
