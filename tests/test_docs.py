@@ -13,6 +13,7 @@ import pytest
 from pipeline.cli.commands import cli
 from pipeline.config.load import load
 from pipeline.tracking.references import genotype_to_train
+from tests.warm import warm_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -117,8 +118,7 @@ def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[
     programs.mkdir(parents=True)
     home.mkdir()
     program = programs / "istanas"
-    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli.commands import main; main()'"
-    program.write_text(f'#!/bin/sh\n{python} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(warm_program())} "$@"\n')
     program.chmod(0o755)
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
     search_path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

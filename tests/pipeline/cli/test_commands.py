@@ -22,6 +22,7 @@ from pipeline.cli.commands import cli, run
 from pipeline.cli.options import starts_over
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
+from tests.warm import warm_program
 
 TINY = """
 space: {nodes: 2}
@@ -102,7 +103,7 @@ def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 def as_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command line in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
+        [*warm_program(), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
