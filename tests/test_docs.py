@@ -49,7 +49,7 @@ def written_by(page: str) -> set[str]:
 RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
 ELSEWHERE = {
     "docs/extending.md",  # Its blocks run in tests/integration/test_extending.py, which uses their runs.
-    "docs/pictures.md",  # Its blocks run in tests/pipeline/jobs/test_new.py, which makes the pictures.
+    "docs/pictures.md",  # Its blocks run in tests/test_packaging.py, from the wheel, with pictures made there.
 }
 
 
@@ -111,13 +111,18 @@ def test_lines_are_short(page: str) -> None:
     assert [line for line in text if len(line) > 120 and not line.startswith("|")] == []
 
 
-def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run shell blocks in order, in a folder with `tune_configs`, its own home and its own MLflow store."""
+def run_blocks(
+    blocks: list[str], folder: Path, interpreter: str = sys.executable
+) -> "subprocess.CompletedProcess[str]":
+    """Run shell blocks in order, in a folder with `tune_configs`, its own home and its own MLflow store.
+
+    The command `istanas` is that of the interpreter's environment.
+    """
     programs, home = folder / "bin", folder / "home"
     programs.mkdir(parents=True)
     home.mkdir()
     program = programs / "istanas"
-    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli.commands import main; main()'"
+    python = f"exec {shlex.quote(interpreter)} -c 'from pipeline.cli.commands import main; main()'"
     program.write_text(f'#!/bin/sh\n{python} "$@"\n')
     program.chmod(0o755)
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")

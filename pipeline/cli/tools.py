@@ -47,8 +47,8 @@ def new(
 ) -> None:
     """Write a configuration for a picture folder.
 
-    DIR has train/CLASS/* and test/CLASS/*. The sizes of pictures and networks, batches and epochs follow from the
-    pictures and from the time of a few real steps on this machine. The file says why each value was chosen.
+    DIR has CLASS/*, or train/CLASS/* and test/CLASS/*. The sizes of pictures and networks, batches and epochs follow
+    from the pictures and from the time of a few real steps on this machine. The file says why each value was chosen.
     """
     from pipeline.jobs.new import run_new
     from pipeline.jobs.proposal import budget_seconds

@@ -2,8 +2,11 @@
 
 import _thread
 import asyncio
+import doctest
+import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import pipeline
+from istanas.data import ArrayPictures, load_dataset
 from istanas.errors import ConfigError, DataError
 from istanas.space import Genotype
 from pipeline.cli.commands import run as command_line
@@ -119,6 +124,53 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
     assert set(files) == {"safetensors", "program", "onnx"}
     assert all(file.stat().st_size > 0 for file in files.values())
     assert pipeline.export(trained.path, quiet=True) == files
+    with pytest.raises(ConfigError, match=r"^tolerance: -1 is not a loss of accuracy; use 0 or more$"):
+        pipeline.export(trained, precision="int8", tolerance=-1)
+
+
+def test_an_evaluation_has_the_figures_of_the_command(
+    trained: "pipeline.FinishedRun[Any]", folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = pipeline.evaluate(trained, quiet=True)
+    assert own["evaluation"]["top1"]["estimate"] == trained.result["test_top1"]
+    assert all(Path(file).exists() for file in own["files"])
+    assert capsys.readouterr().out == ""
+
+    test = load_dataset("digits").test
+    assert isinstance(test, ArrayPictures)
+    for index in range(60):
+        place = folder / "labelled" / str(int(test.labels[index])) / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(test.images[index, 0].numpy()).save(place)
+    elsewhere = Path("elsewhere") / trained.path.name
+    shutil.copytree(trained.path, elsewhere)
+    runs: dict[str, Any] = {"runtime.runs_dir": "elsewhere", "tracking.enabled": False}
+    found = pipeline.evaluate(trained.path.name, "labelled", out="figures", quiet=True, **runs)
+    command = ["evaluate", str(trained.path), "--data", "labelled", "--out", "of_command", "--json"]
+    assert command_line(command) == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"] == found["evaluation"]
+    assert found["network"] == str(elsewhere), "the setting decides where the name is looked up"
+    (one,) = pipeline.predict(trained.path.name, "labelled/0/0.png", **runs)
+    assert one["class"] in trained.class_names
+
+    (folder / "labelled" / "0" / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png"):
+        pipeline.evaluate(trained, "labelled", quiet=True)
+
+
+@pytest.mark.parametrize("name", [name for name in pipeline.__all__ if name != "sweep"])  # which starts Ray
+def test_the_example_of_each_name_runs(name: str, trained: "pipeline.FinishedRun[Any]", folder: Path) -> None:
+    """They are marked as skipped, because only this folder has their files."""
+    Path("digits.yaml").write_text(TINY)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("picture.png")
+    text = inspect.getdoc(getattr(pipeline, name))
+    assert text is not None
+    assert "# doctest: +SKIP" in text, "there is an example"
+    namespace = {"pipeline": pipeline, name: getattr(pipeline, name)}
+    example = doctest.DocTestParser().get_doctest(text.replace("+SKIP", ""), namespace, name, None, None)
+    lines: list[str] = []
+    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
+    assert found.failed == 0, "".join(lines)
 
 
 def interrupt_after_an_epoch(run_dirs: str) -> None:

@@ -24,8 +24,11 @@ import torch
 from PIL import Image
 
 from istanas.data import ArrayPictures, load_dataset
-from istanas.errors import CheckpointError, DataError
+from istanas.errors import CheckpointError, DataError, IstanasError
 from pipeline.cli.commands import run
+from pipeline.jobs.export import export_network
+from pipeline.jobs.quantization import Int8Plan, LabelledPictures
+from pipeline.runs.directory import RunDir
 from pipeline.runs.predictor import open_predictor
 from pipeline.tracking.picture_model import predictor_of
 from pipeline.tracking.store import open_client
@@ -171,6 +174,70 @@ def test_a_bad_reference_or_an_empty_folder_is_one_line(
     code, out, err = istanas("predict", reference.format(run=project.run), *files)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert says in err
+
+
+# ---------- 8-bit integers
+
+
+def test_an_8_bit_network_is_exported_predicts_and_is_evaluated(project: Project, istanas: Command) -> None:
+    code, out, err = istanas("export", str(project.run), "--precision", "int8", "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    figures, file = result["int8"], project.folder / result["run_dir"] / result["exports"]["int8"]["file"]
+    before, after = figures["fp32"], figures["int8"]
+    assert (before["top1"], figures["pictures"]) == (project.result["test_top1"], 359)
+    assert figures["measured"] == "the test split of digits"
+    assert (figures["calibration_pictures"], figures["tolerance"]) == (256, 1.0)
+    assert before["top1"] - after["top1"] <= 0.01
+    assert (after["bytes"], file.name) == (file.stat().st_size, "model.int8.onnx")
+    assert min(before["latency_ms"], after["latency_ms"]) > 0
+    assert f"top-1 {100 * before['top1']:.2f} -> {100 * after['top1']:.2f} %" in err
+    weights = {each.data_type for each in onnx.load(file).graph.initializer if len(each.dims) == 4}
+    assert weights == {onnx.TensorProto.INT8}
+
+    client = open_client(f"sqlite:///{project.folder}/mlflow.db")
+    run = client.get_run(project.result["mlflow_run_id"])
+    assert run.data.metrics["export/int8_top1"] == after["top1"]
+    assert run.data.metrics["export/fp32_latency_ms"] == before["latency_ms"]
+    sent = {each.path for each in client.list_artifacts(run.info.run_id, "export")}
+    assert {"export/model.int8.onnx", "export/int8.json"} <= sent
+
+    code, out, _ = istanas("predict", str(file), "pictures", "--json")
+    assert code == 0
+    classes = [each["class"] for each in json.loads(out)["predictions"]]
+    assert project.accuracy(classes) == after["top1"]
+    for picture, label in zip(project.files, project.labels, strict=True):
+        place = project.folder / "classes" / label / Path(picture).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, place)
+    code, out, _ = istanas("evaluate", str(file), "--data", "classes", "--out", "of_int8", "--json")
+    assert json.loads(out.splitlines()[-1])["evaluation"]["top1"]["estimate"] == after["top1"]
+
+
+def test_an_inaccurate_8_bit_network_leaves_nothing(project: Project, istanas: Command) -> None:
+    """It is calibrated with black pictures, so that most activations are outside the range of its numbers."""
+    assert istanas("export", str(project.run))[0] == 0
+    before = {path: path.read_bytes() for path in (project.run / "export").iterdir()}
+    assert not any("int8" in path.name for path in before), "those of another export are gone"
+    steps, test = open_predictor(project.run).preprocessing, load_dataset("digits").test
+    assert isinstance(test, ArrayPictures)
+    black = ArrayPictures(torch.zeros_like(test.images), test.labels)
+    plan = Int8Plan(
+        steps,
+        LabelledPictures("black pictures", black, torch.arange(8)),
+        LabelledPictures("the test split", test, torch.arange(len(test))),
+        tolerance=2.0,
+    )
+    line = (
+        r"--precision int8: top-1 accuracy on the test split falls from \S+ to \S+ %, by more than the tolerance of "
+        r"2 points; accept it with a larger --tolerance, or export without --precision int8"
+    )
+    with pytest.raises(IstanasError, match=f"^{line}$"):
+        export_network(RunDir(project.run), int8=plan)
+    assert {path: path.read_bytes() for path in (project.run / "export").iterdir()} == before
+    assert "int8" not in (project.run / "run.json").read_text()
+    code, _, err = istanas("export", str(project.run), "--tolerance", "2")
+    assert (code, "--tolerance: only --precision int8 changes the accuracy" in err) == (2, True)
 
 
 # ---------- evaluations
