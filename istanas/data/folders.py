@@ -535,6 +535,48 @@ def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str
     return pictures
 
 
+def class_pictures(folder: Path, root: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
+    """Return the pictures in a class folder that a training reads, sorted by name, and the files that it leaves out.
+
+    Args:
+        folder: The folder of the class.
+        root: The picture folder, which contains it.
+
+    Raises:
+        DataError: If the folder cannot be listed, or has a link that leads out of the root.
+    """
+    left_out = _LeftOuts(root, allowed=True)
+    found = [str(root / path) for path, _ in _read_class(folder, root, left_out)]
+    return found, tuple(left_out.by_reason.values())
+
+
+def pictures_below(root: Path) -> Iterator[str]:
+    """Yield the pictures in a folder and its sub-folders, sorted by name, without hidden ones.
+
+    Links are followed, also to folders, and each folder is read once.
+
+    Raises:
+        DataError: If a folder cannot be listed, or a link leads out of the root.
+    """
+    yield from _pictures_below(root, root, {os.path.realpath(root)})
+
+
+def _pictures_below(folder: Path, root: Path, seen: set[str]) -> Iterator[str]:
+    """Yield the pictures below a folder; `seen` has the real paths of the folders that were read."""
+    inside: list[Path] = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            inside.append(Path(entry.path))
+        elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+            _refuse_link_out(entry, root)
+            yield entry.path
+    for path in inside:
+        _refuse_link_out(path, root)
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            yield from _pictures_below(path, root, seen)
+
+
 def _state(entry: os.DirEntry[str]) -> FileState:
     try:
         facts = entry.stat()

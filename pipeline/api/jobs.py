@@ -31,7 +31,7 @@ from istanas.errors import DataError
 from pipeline.api.finished import FinishedRun
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.plugins import load_plugins
-from pipeline.jobs.context import JobContext
+from pipeline.jobs.context import JobContext, say_to
 from pipeline.jobs.results import OneStageResult, RetrainResult, RunResult, SearchResult, SweepResult
 from pipeline.jobs.settings import load_config, load_for_genotype, overrides_of, run_and_config
 from pipeline.runs import bucket
@@ -295,7 +295,14 @@ def evaluate(
     chosen, _ = load_config(file, given)
     job.check_folder(folder)
     name, predictor = find_predictor(reference, chosen)
-    result = job.evaluate_folder(name, predictor, Path(data).expanduser(), folder, complain=lambda line: None)
+    result = job.evaluate_folder(
+        name,
+        predictor,
+        Path(data).expanduser(),
+        folder,
+        complain=lambda line: None,
+        say=say_to(_console(quiet)),
+    )
     _refuse_broken(result["broken"])
     return result
 

@@ -111,7 +111,11 @@ def config_command(
             width = max(map(len, purposes))
             click.echo("\n".join(f"{name:{width}}  {text}" for name, text in purposes.items()))
     elif copied is not None:
-        click.echo(configuration.shipped_file(copied).read_text(), nl=False)
+        text = configuration.shipped_file(copied).read_text()
+        if as_json:
+            print_json({"name": copied, "text": text})
+        else:
+            click.echo(text, nl=False)
     elif describe is not None:
         keys = description.describe(describe)
         if as_json:

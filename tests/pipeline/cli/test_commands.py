@@ -127,6 +127,8 @@ def test_shipped_configurations_are_listed_copied_and_named(istanas: Command, re
     assert set(json.loads(istanas("config", "--list", "--json")[1])["configurations"]) == names
     shipped = (repo_root / "tune_configs" / "gdas_digits.yaml").read_text()
     assert istanas("config", "--copy", "gdas_digits") == (0, shipped, "")
+    copied = json.loads(istanas("config", "--copy", "gdas_digits", "--json")[1])
+    assert copied == {"name": "gdas_digits", "text": shipped}
     by_name = istanas("config", "--config", "gdas_digits")
     assert by_name == istanas("config", "--config", str(repo_root / "tune_configs" / "gdas_digits.yaml"))
     for arguments in (["config", "--copy", "gdas_digit"], ["search", "--config", "gdas_digit"]):
@@ -165,7 +167,7 @@ def test_help_groups_the_commands_with_a_whole_line_each(
     assert code == 0
     groups = out.partition("Search and train:\n")[2]
     headings = [line for line in groups.splitlines() if line.endswith(":")]
-    assert headings == ["Prediction:", "Results:", "Evaluation:", "Cluster:", "Tools:"]
+    assert headings == ["Prediction:", "Results:", "Benchmarks:", "Cluster:", "Tools:"]
     entries = [line for line in groups.splitlines() if line.startswith("  ")]
     assert sorted(line.split()[0] for line in entries) == sorted(COMMANDS)
     assert all(re.fullmatch(r"  [a-z]+ +[A-Z].*[^.]\.", line) for line in entries), entries

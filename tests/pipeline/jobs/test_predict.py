@@ -149,6 +149,26 @@ def test_a_broken_file_is_one_line_and_the_others_are_predicted(project: Project
     assert lines[-1] == "3 of 5 files could not be used"
 
 
+def test_links_in_a_folder_are_followed_but_not_out_of_it(
+    project: Project, istanas: Command, tmp_path: Path
+) -> None:
+    for name in ("real/0.png", "real/1.png", "2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(project.files[0], tmp_path / "in" / name)
+    (tmp_path / "in" / "real" / "up").symlink_to("..")  # a cycle
+    (tmp_path / "in" / "linked.png").symlink_to("real/0.png")
+    (tmp_path / "in" / "again").symlink_to("real")
+    code, out, err = istanas("predict", str(project.run), str(tmp_path / "in"), "--json")
+    assert code == 0, err
+    found = [Path(each["file"]).relative_to(tmp_path / "in") for each in json.loads(out)["predictions"]]
+    assert list(map(str, found)) == ["2.png", "linked.png", "again/0.png", "again/1.png"]
+    (tmp_path / "in" / "out").symlink_to(project.folder / "pictures")
+    code, out, err = istanas("predict", str(project.run), str(tmp_path / "in"))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "in/out is a link that leads out of the folder, to " in err
+    assert "data.root" not in err
+
+
 def test_the_table_has_a_row_for_each_file(project: Project, istanas: Command) -> None:
     code, out, err = istanas("predict", str(project.run), *project.files[:2])
     assert (code, err) == (0, "")
@@ -280,11 +300,15 @@ def test_other_pictures_are_evaluated_with_their_labels(project: Project, istana
     assert figures["top1"] == recorded["top1"]
     assert figures["confusion"] == recorded["confusion"]
     assert 'id="evaluation"' in (project.folder / "evaluation" / "evaluation.html").read_text()
+    within = project.folder / "labelled" / "test" / "1" / "rejected"
+    within.mkdir()
+    shutil.copy(project.files[0], within)  # a training leaves it out
     (project.folder / "labelled" / "test" / "0" / "a.png").write_bytes(b"")
     code, out, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "two")
     assert code == 1
     assert "a.png is not a readable picture (the file is empty" in err
-    assert "359" in out
+    assert f"{figures['pictures']}" in out
+    assert "left out: 1 file in sub-folders, such as " in out
     (project.folder / "labelled" / "test" / "ten").mkdir()
     code, _, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "three")
     assert code == 2
