@@ -74,9 +74,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> P
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        out = io.StringIO()
+        out, err = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", out)
+        patch.setattr("sys.stderr", err)
         assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", "--json"]) == 0
+    assert "Operation with range is deprecated" not in err.getvalue(), "pandas about MLflow"
     result = json.loads(out.getvalue().splitlines()[-1])
     return Project(
         folder, result, list(map(str, files)), [str(int(digits.labels[int(f.stem)])) for f in files]
