@@ -157,7 +157,7 @@ def load(
     Example:
         >>> import pipeline
         >>> trained = pipeline.run("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
-        >>> pipeline.load(trained.path).result == trained.result  # doctest: +SKIP
+        >>> pipeline.load(trained.path).genotype == trained.genotype  # doctest: +SKIP
         True
         >>> load("no-such-run")
         Traceback (most recent call last):

@@ -214,7 +214,7 @@ def _quantize(source: Path, target: Path, plan: Int8Plan) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # it has no type annotations
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._batches = plan.calibration.batches(plan.steps, _CALIBRATION_BATCH)
 
