@@ -164,7 +164,9 @@ def labelled_files(data: Path, class_names: tuple[str, ...], say: Callable[[str]
         try:
             files, left_out = class_pictures(folder, data)
         except DataError as error:
-            remedy = (error.remedy or "").replace("set data.root to", "name")  # of the configuration of a training
+            remedy = (error.remedy or "").replace(
+                "set data.root to", "name"
+            )  # of the configuration of a training
             raise DataError(error.problem, field=field, remedy=remedy) from None
         labels.update(dict.fromkeys(files, class_names.index(folder.name)))
         for each in left_out:

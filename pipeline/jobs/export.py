@@ -103,7 +103,7 @@ def _export(
 ) -> ExportResult:
     say, is_int8 = say_to(console), precision == "int8"
     before = None if again else exported_before(run)
-    report = read_report(run.path / EXPORT_FOLDER)
+    report = read_report(run.path / EXPORT_FOLDER) if is_int8 else None
     if before is None or (is_int8 and (report is None or lost_points(report) > tolerance)):
         plan = _int8_plan(config, run, tolerance, console) if is_int8 else None
         result = export_network(run, say=say, int8=plan)
@@ -111,7 +111,7 @@ def _export(
         say(f"export: already done, see {bucket.shown(run.path / EXPORT_FOLDER)}")
         digest = Genotype.from_json(read_card(run.path).genotype).digest()
         result = ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=before)
-        if is_int8 and report is not None:
+        if report is not None:
             result["exports"]["int8"] = _int8_format(report)
             result["int8"] = report
     tracker = tracker_of(run, config)

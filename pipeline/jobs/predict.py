@@ -92,7 +92,9 @@ def picture_files(arguments: Sequence[str]) -> Iterator[str]:
         try:
             found = list(pictures_below(Path(argument)))
         except DataError as error:
-            remedy = (error.remedy or "").replace("set data.root to", "name")  # of the configuration of a training
+            remedy = (error.remedy or "").replace(
+                "set data.root to", "name"
+            )  # of the configuration of a training
             raise DataError(error.problem, field="FILE", remedy=remedy) from None
         if not found:
             raise ConfigError(

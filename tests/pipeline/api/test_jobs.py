@@ -200,7 +200,10 @@ def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
         (lambda: pipeline.search("no.yaml"), r"no\.yaml: cannot be read"),
         (lambda: pipeline.search("digits.yaml", sed=3), "sed: unknown key"),
         (lambda: pipeline.search("digits.yaml", **{"search.lr": math.nan}), "search.lr: 'NaN' is invalid"),
-        (lambda: pipeline.search("digits.yaml", seed=torch), "^seed: <module 'torch'.* cannot be written to a"),
+        (
+            lambda: pipeline.search("digits.yaml", seed=torch),
+            "^seed: <module 'torch'.* cannot be written to a",
+        ),
         (
             lambda: pipeline.retrain("no.json", "digits.yaml"),
             "^genotype 'no.json': no such file",

@@ -227,13 +227,16 @@ def test_an_8_bit_network_is_exported_predicts_and_is_evaluated(project: Project
     code, out, _ = istanas("predict", str(file), "pictures", "--json")
     assert code == 0
     classes = [each["class"] for each in json.loads(out)["predictions"]]
-    assert project.accuracy(classes) == after["top1"]
+    # In batches of other pictures, rounding may change single predictions.
+    assert project.accuracy(classes) == pytest.approx(after["top1"], abs=2 / 359)
     for picture, label in zip(project.files, project.labels, strict=True):
         place = project.folder / "classes" / label / Path(picture).name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, place)
     code, out, _ = istanas("evaluate", str(file), "--data", "classes", "--out", "of_int8", "--json")
-    assert json.loads(out.splitlines()[-1])["evaluation"]["top1"]["estimate"] == after["top1"]
+    assert json.loads(out.splitlines()[-1])["evaluation"]["top1"]["estimate"] == pytest.approx(
+        after["top1"], abs=2 / 359
+    )
 
 
 def test_an_inaccurate_8_bit_network_leaves_nothing(project: Project, istanas: Command) -> None:
