@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from istanas.data import Survey
-from istanas.data.folders import has_class_folders_only
+from istanas.data.folders import count_of, has_class_folders_only
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError, DataError
 from istanas.limits import SMALL_SIDE
@@ -126,8 +126,8 @@ def run_new(
     retrained, searched = config.retrain.epochs, config.search.max_epochs
     seconds = (searched * measured.seconds[0], retrained * measured.seconds[1])
     lines = [
-        f"search: {searched} epochs, about {duration(seconds[0])}",
-        f"retraining: {retrained} epochs, about {duration(seconds[1])}",
+        f"search: {count_of(searched, 'epoch')}, about {duration(seconds[0])}",
+        f"retraining: {count_of(retrained, 'epoch')}, about {duration(seconds[1])}",
         f"together: about {duration(sum(seconds))}"
         + (f" of a budget of {duration(budget)}" if budget is not None else "")
         + f", {measured.memory / 1e9:.1f} GB of memory",
