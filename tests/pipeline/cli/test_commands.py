@@ -317,7 +317,7 @@ def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, he
         (line,) = [line for line in out.splitlines() if line.startswith(label)]
         assert (here / line.removeprefix(label)).exists()
     assert re.search(
-        r"^classify pictures: .*istanas.* predict \S+-retrain-\w+ FILE_OR_FOLDER$", out, re.MULTILINE
+        r"^classify pictures: \S.* predict \S+-retrain-\w+ FILE_OR_FOLDER$", out, re.MULTILINE
     )
 
 
