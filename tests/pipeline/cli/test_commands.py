@@ -316,9 +316,7 @@ def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, he
     for label in ("genotype: ", "cell pictures: ", "network: "):
         (line,) = [line for line in out.splitlines() if line.startswith(label)]
         assert (here / line.removeprefix(label)).exists()
-    assert re.search(
-        r"^classify pictures: \S.* predict \S+-retrain-\w+ FILE_OR_FOLDER$", out, re.MULTILINE
-    )
+    assert re.search(r"^classify pictures: \S.* predict \S+-retrain-\w+ FILE_OR_FOLDER$", out, re.MULTILINE)
 
 
 def test_a_finished_run_prints_its_result_without_training_again(istanas: Command, here: Path) -> None:
