@@ -17,7 +17,7 @@ MIN_STEM_CHANNELS = {"cifar": 1, "imagenet": 2}
 
 
 def check_dataset_arguments(
-    name: str, entry: DatasetEntry, *, has_root: bool, image_size: int | None
+    name: str, entry: DatasetEntry, *, has_root: bool, image_size: int | None, test_fraction: float = 0.0
 ) -> None:
     """Check arguments of `istanas.data.load_dataset` that depend on each other.
 
@@ -26,9 +26,10 @@ def check_dataset_arguments(
         entry: What is registered under that name.
         has_root: Whether a root is given.
         image_size: Side in pixels to which the pictures are scaled; None keeps their size.
+        test_fraction: Share of a folder's pictures that becomes its test split; 0 if it has one.
 
     Raises:
-        ConfigError: If the data set needs a root and has none, or the size is impossible.
+        ConfigError: If the data set needs a root and has none, has its own test split, or the size is impossible.
 
     Example:
         >>> from istanas.data.registry import DATASETS
@@ -39,6 +40,18 @@ def check_dataset_arguments(
     if entry.needs_root and not has_root:
         what, example = ("the picture folder", "DIR") if entry.survey else (f"the data of {name}", "PATH")
         raise ConfigError("missing", field="data.root", remedy=f"name {what} with --set data.root={example}")
+    if not 0 <= test_fraction < 1:
+        raise ConfigError(
+            f"{test_fraction} is not a share of a class",
+            field="data.test_fraction",
+            remedy="use a number in [0, 1)",
+        )
+    if test_fraction > 0 and entry.survey is None:
+        raise ConfigError(
+            f"{test_fraction} has no effect on {name}, which has a test split",
+            field="data.test_fraction",
+            remedy="leave it out",
+        )
     if image_size is None:
         return
     if image_size < 1:

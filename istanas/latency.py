@@ -10,7 +10,7 @@ constants are fitted to the measured networks of some random architectures, the 
 what all networks of a space have in common. The scale is above 1 where candidates are slower in a network than on their
 own, when their inputs are in the caches.
 
-This module does not measure; `pipeline.training.latencies` does.
+This module does not measure; `pipeline.training.latency_measurement` does.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _placed_variants(space: SearchSpace, size: NetworkSize, shape: Shape) -> tup
     )
 
 
-class Latencies:
+class LatencyPredictor:
     """The predicted latencies of the architectures of a space in networks of one size.
 
     Args:
@@ -256,7 +256,7 @@ class Latencies:
         >>> from istanas.space import NasBench201Space
         >>> space, size, shape = NasBench201Space(), NetworkSize(4, 5, 10), (3, 8, 8)
         >>> of_convolutions = {v: float(v.operation == "nor_conv_3x3") for v in variants_of(space, size, shape)}
-        >>> latencies = Latencies(space, size, shape, of_convolutions, fixed_ms=2.0, scale=1.5)
+        >>> latencies = LatencyPredictor(space, size, shape, of_convolutions, fixed_ms=2.0, scale=1.5)
         >>> latencies.predict(space.parse("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|none~1|none~2|"))
         6.5
     """
@@ -313,7 +313,9 @@ class Latencies:
         return candidates, statistics.fmean(shares) if shares else 1.0
 
 
-def latencies_of(table: LatencyTable, space: SearchSpace, size: NetworkSize, shape: Shape) -> Latencies:
+def latency_predictor(
+    table: LatencyTable, space: SearchSpace, size: NetworkSize, shape: Shape
+) -> LatencyPredictor:
     """Return the predictions of a table.
 
     Args:
@@ -338,7 +340,7 @@ def latencies_of(table: LatencyTable, space: SearchSpace, size: NetworkSize, sha
                 remedy="measure one with istanas latency and the configuration of the search",
             )
     measured = {each.variant: each.median_ms for each in table.candidates}
-    return Latencies(space, size, shape, measured, table.fixed_ms, table.scale)
+    return LatencyPredictor(space, size, shape, measured, table.fixed_ms, table.scale)
 
 
 def _pairs(
@@ -371,7 +373,7 @@ def fit_references(references: Collection[tuple[float, float, float]]) -> tuple[
 
     Args:
         references: For each the measured milliseconds T > 0, those of its candidates S, and r = mean_c r_c, see
-            `Latencies.parts`.
+            `LatencyPredictor.parts`.
 
     Example:
         >>> fixed, scale = fit_references([(5.0, 3.0, 1.0), (6.0, 4.0, 1.0), (4.0, 3.0, 0.5)])
@@ -387,7 +389,7 @@ def fit_references(references: Collection[tuple[float, float, float]]) -> tuple[
     return float(fixed), float(scale)
 
 
-def relative_errors(latencies: Latencies, measured: Sequence[NetworkLatency]) -> list[float]:
+def relative_errors(latencies: LatencyPredictor, measured: Sequence[NetworkLatency]) -> list[float]:
     """Return |predicted - measured| / measured of some random networks.
 
     Args:

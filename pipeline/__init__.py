@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.api.finished import FinishedRun, load
-    from pipeline.api.jobs import export, predict, retrain, run, search, sweep
+    from pipeline.api.jobs import evaluate, export, predict, retrain, run, search, sweep
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-__all__ = ["FinishedRun", "export", "load", "predict", "retrain", "run", "search", "sweep"]
+__all__ = ["FinishedRun", "evaluate", "export", "load", "predict", "retrain", "run", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

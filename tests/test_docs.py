@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from pipeline.cli.commands import cli
 from pipeline.config.load import load
 from pipeline.tracking.references import genotype_to_train
+from tests.warm import warm_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -49,7 +51,7 @@ def written_by(page: str) -> set[str]:
 RUNNABLE = [page for page in [*PAGES, "README.md"] if runnable_blocks(page)]
 ELSEWHERE = {
     "docs/extending.md",  # Its blocks run in tests/integration/test_extending.py, which uses their runs.
-    "docs/pictures.md",  # Its blocks run in tests/pipeline/jobs/test_new.py, which makes the pictures.
+    "docs/pictures.md",  # Its blocks run in tests/test_packaging.py, from the wheel, with pictures made there.
 }
 
 
@@ -111,15 +113,22 @@ def test_lines_are_short(page: str) -> None:
     assert [line for line in text if len(line) > 120 and not line.startswith("|")] == []
 
 
-def run_blocks(blocks: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run shell blocks in order, in a folder with `tune_configs`, its own home and its own MLflow store."""
+def run_blocks(
+    blocks: list[str], folder: Path, program: Sequence[str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run shell blocks in order, in a folder with `tune_configs`, its own home and its own MLflow store.
+
+    Args:
+        blocks: The blocks.
+        folder: The folder.
+        program: The words that start `istanas`; None: those of `warm_program`.
+    """
     programs, home = folder / "bin", folder / "home"
     programs.mkdir(parents=True)
     home.mkdir()
-    program = programs / "istanas"
-    python = f"exec {shlex.quote(sys.executable)} -c 'from pipeline.cli.commands import main; main()'"
-    program.write_text(f'#!/bin/sh\n{python} "$@"\n')
-    program.chmod(0o755)
+    command = programs / "istanas"
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(program or warm_program())} "$@"\n')
+    command.chmod(0o755)
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
     search_path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(

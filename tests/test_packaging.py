@@ -1,6 +1,7 @@
 """The package and the repository: imports, dependencies, licence, citation, files."""
 
 import ast
+import csv
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,10 @@ from ruamel.yaml import YAML
 
 import istanas
 from pipeline.base.extras import EXTRAS
+from pipeline.config.load import load
+from pipeline.runs.directory import RunDir
+from tests.test_docs import run_blocks, runnable_blocks
+from tests.textures import write_archive
 
 PACKAGES = ("istanas", "pipeline")
 TOP_LEVEL = {
@@ -362,11 +367,10 @@ def test_a_script_finds_the_package_beside_a_folder_named_pipeline(repo_root: Pa
     assert [Path(each.strip()).parent for each in found] == [tmp_path / "pipeline", repo_root / "pipeline"]
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_an_installed_wheel_runs_beside_a_folder_named_pipeline(wheel: Path, tmp_path: Path) -> None:
-    """Ray puts the working directory in front of its workers' paths. The dependencies are those of this environment."""
-    environment, here = tmp_path / "environment", tmp_path / "here"
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment in which the wheel is installed, with the dependencies of this one."""
+    environment = tmp_path_factory.mktemp("installed") / "environment"
     venv.create(environment, with_pip=False)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
@@ -382,7 +386,15 @@ def test_an_installed_wheel_runs_beside_a_folder_named_pipeline(wheel: Path, tmp
         "--no-index",
         str(wheel),
     ]
-    output_of(install, tmp_path)
+    output_of(install, environment)
+    return environment
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_installed_wheel_runs_beside_a_folder_named_pipeline(environment: Path, tmp_path: Path) -> None:
+    """Ray puts the working directory in front of its workers' paths."""
+    here = tmp_path / "here"
     (here / "pipeline").mkdir(parents=True)
     (here / "pipeline" / "__init__.py").write_text("raise RuntimeError('the package of the user')")
     settings = (
@@ -401,3 +413,30 @@ def test_an_installed_wheel_runs_beside_a_folder_named_pipeline(wheel: Path, tmp
     command += [argument for each in settings for argument in ("--set", each)]
     result = json.loads(output_of([*command, "--json"], here))
     assert (here / result["run_dir"] / "genotype.json").exists()
+
+
+@pytest.mark.slow
+def test_the_page_on_own_pictures_leads_from_an_archive_to_a_csv(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of the page run as they are, except that the written configuration is short."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the wheel is used, not the checkout
+    write_archive(tmp_path)
+    short = (
+        " --set search.epochs=1 --set retrain.epochs=2 --set retrain.warmup_epochs=0 --set runtime.threads=1"
+    )
+    blocks = [
+        block.replace("new photos\n", f"new photos{short}\n") for block in runnable_blocks("docs/pictures.md")
+    ]
+    assert short in "".join(blocks)
+    done = run_blocks(blocks, tmp_path, [str(environment / "bin" / "istanas")])
+    assert done.returncode == 0, done.stdout
+    assert "240 training and 60 test pictures of 4 classes" in done.stdout
+    config = load(tmp_path / "photos.yaml")
+    assert (config.data.test_fraction, config.data.image_size, config.search.stem) == (0.2, 96, "imagenet")
+    runs = sorted((tmp_path / "runs").glob("photos-*/run.json"))
+    assert [RunDir(file.parent).read().kind for file in runs] == ["retrain", "search"]
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["file"] for row in rows}) == 300
+    assert {row["class"] for row in rows} <= {"checks", "dots", "rings", "stripes"}

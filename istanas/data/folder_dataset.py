@@ -1,4 +1,4 @@
-"""The data set "folder": pictures in `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`).
+"""The data set "folder": pictures in `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`), or in `CLASS/*`.
 
 Small pictures are decoded once into an array, which is cached; large ones stay in their files.
 """
@@ -56,6 +56,7 @@ def survey(request: DatasetRequest, keep: bool = True) -> Survey:
         cache_dir=request.cache_dir,
         allow_left_out=request.allow_left_out,
         progress=request.checking,
+        test_fraction=request.test_fraction,
         keep=keep,
     )
 

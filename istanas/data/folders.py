@@ -1,4 +1,4 @@
-"""Picture folders `train/CLASS/*`, `test/CLASS/*`: the files in them, and the properties that the files share.
+"""Picture folders: the files in `train/CLASS/*` and `test/CLASS/*`, or in `CLASS/*`, and the properties they share.
 
 Every decision that depends on the folder as a whole is made here, before any picture is decoded.
 """
@@ -34,6 +34,7 @@ from istanas.data.reading import (
     unequal,
     unreadable,
 )
+from istanas.data.splits import stratified_split
 from istanas.errors import DataError
 from istanas.limits import SMALL_SIDE
 
@@ -55,6 +56,7 @@ _COMPANIONS = frozenset(
 # The first of these folders that exists is the test split. Other folders that usually contain pictures are reported.
 TEST_SPLITS = ("test", "val")
 _OTHER_SPLITS = frozenset({*TEST_SPLITS, "valid", "validation"})
+_SPLITS = frozenset({"train", *_OTHER_SPLITS})
 
 _FACTS_VERSION = 2
 _FACTS = np.dtype(
@@ -306,6 +308,7 @@ def survey_folder(
     cache_dir: Path,
     allow_left_out: bool,
     progress: Progress | None,
+    test_fraction: float = 0.0,
     keep: bool = True,
     pool: Pool = DEFAULT_POOL,
 ) -> Survey:
@@ -316,13 +319,14 @@ def survey_folder(
         cache_dir: Folder in which the facts are cached.
         allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
         progress: Called with (headers read, pictures in total).
+        test_fraction: See `list_folder`.
         keep: Whether new facts are written to the cache.
         pool: How the work is distributed over processes.
 
     Raises:
         DataError: If the folder, or a picture in it, cannot be used.
     """
-    listing = list_folder(root, allow_left_out=allow_left_out)
+    listing = list_folder(root, allow_left_out=allow_left_out, test_fraction=test_fraction)
     state = f"{_FACTS_VERSION} {listing.state}"
     file = cache_file(cache_dir, root, "facts")
     cached = read_cache(file, state)
@@ -340,12 +344,14 @@ def cache_file(cache_dir: Path, root: Path, kind: str, *settings: object) -> Pat
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
 
-def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
+def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: float = 0.0) -> Listing:
     """Find the classes and pictures of both splits.
 
     Args:
         root: The folder.
         allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
+        test_fraction: 0 for a folder with `train/CLASS/*` and `test/CLASS/*`. Otherwise, the folder has `CLASS/*`, and
+            this share of each class is the test split, the same one in every call.
 
     Raises:
         DataError: If the root is not a picture folder, or too many files would be left out.
@@ -357,6 +363,8 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
             field="data.root",
             remedy="set data.root to a folder with train/CLASS/* and test/CLASS/*",
         )
+    if test_fraction > 0:
+        return _list_classes(root, allow_left_out, test_fraction)
     train = root / "train"
     test = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
@@ -364,7 +372,9 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
             raise DataError(
                 f"{shown(folder)} is missing",
                 field="data.root",
-                remedy=_nested_remedy(root) or "put the pictures into train/CLASS/* and test/CLASS/*",
+                remedy=_nested_remedy(root)
+                or f"put the pictures into {'train/CLASS/* and ' if folder == train else ''}test/CLASS/*, or let "
+                f"data.test_fraction choose them from CLASS/*{'' if folder == train else ', the content of train/'}",
             )
         _refuse_link_out(folder, root)
     class_names = _class_names(train, test, root)
@@ -393,6 +403,65 @@ def list_folder(root: Path, *, allow_left_out: bool = False) -> Listing:
         if entry.is_dir(follow_symlinks=False) and entry.name in _OTHER_SPLITS - {test.name}:
             why = f"in {entry.name}/, which is ignored because {test.name}/ exists"
             left_out.count((path, why) for path in _below(entry.path))
+    return _listing(root, class_names, files, n_train, left_out)
+
+
+def has_class_folders_only(root: Path) -> bool:
+    """Return whether a folder contains class folders and no split, so that it requires a `test_fraction`.
+
+    Raises:
+        DataError: If it cannot be listed.
+    """
+    names = {entry.name for entry in _entries(root) if entry.is_dir()}
+    return len(names) > 1 and not names & _SPLITS
+
+
+def _list_classes(root: Path, allow_left_out: bool, test_fraction: float) -> Listing:
+    """Find the classes and pictures of a folder without splits, and choose its test pictures."""
+    for name in sorted(_SPLITS):
+        if (root / name).is_dir():
+            raise DataError(
+                f"{test_fraction} would divide the class folders of {shown(root)}, which has {name}/",
+                field="data.test_fraction",
+                remedy="set it to 0 to use the splits of the folder, or set data.root to one of them",
+            )
+    class_names, left_out = _class_names(root, root, root), _LeftOuts(root, allow_left_out)
+    files: list[tuple[str, int, FileState]] = []
+    for label, class_name in enumerate(class_names):
+        files += [(path, label, state) for path, state in _read_class(root / class_name, root, left_out)]
+    loose = [(entry.path, "outside the class folders") for entry in _entries(root) if _is_loose(entry)]
+    left_out.add(root, len(files), loose)
+    labels = torch.tensor([label for _, label, _ in files], dtype=torch.int64)
+    train, test = stratified_split(labels, test_fraction, seed=0)
+    trained = torch.bincount(labels[train], minlength=len(class_names)).tolist()
+    for name, n, of_class in zip(
+        class_names, trained, torch.bincount(labels, minlength=len(class_names)).tolist(), strict=True
+    ):
+        if n == 0:
+            raise DataError(
+                f"{shown(root / name)} contains {count_of(of_class, 'picture')}, of which none would be left for "
+                "training",
+                field="data.root",
+                remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
+            )
+    if len(test) == 0:
+        raise DataError(
+            f"{test_fraction} of {count_of(len(files), 'picture')} is no test picture",
+            field="data.test_fraction",
+            remedy="raise it",
+        )
+    ordered = [files[index] for index in (*train.tolist(), *test.tolist())]
+    return _listing(root, class_names, ordered, len(train), left_out)
+
+
+def _listing(
+    root: Path,
+    class_names: tuple[str, ...],
+    files: Sequence[tuple[str, int, FileState]],
+    n_train: int,
+    left_out: _LeftOuts,
+) -> Listing:
+    """Return the listing of files (path, label, metadata), training pictures first."""
     return Listing(
         root=root,
         class_names=class_names,
@@ -451,6 +520,7 @@ def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str
     """Return the pictures of a class, sorted by name, as paths relative to the root."""
     pictures: list[tuple[str, FileState]] = []
     others: list[tuple[str, str]] = []
+    prefix = folder.relative_to(root).as_posix()
     for entry in _entries(folder) if folder.is_dir() else []:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
@@ -458,11 +528,53 @@ def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str
             others += [(path, "in sub-folders") for path in _below(entry.path)]
         elif suffix in PICTURE_SUFFIXES:
             _refuse_link_out(entry, root)
-            pictures.append((f"{folder.parent.name}/{folder.name}/{entry.name}", _state(entry)))
+            pictures.append((f"{prefix}/{entry.name}", _state(entry)))
         elif suffix not in _COMPANIONS:
             others.append((entry.path, f"with the suffix {shown(suffix)}" if suffix else "without a suffix"))
     left_out.add(folder, len(pictures), others)
     return pictures
+
+
+def class_pictures(folder: Path, root: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
+    """Return the pictures in a class folder that a training reads, sorted by name, and the files that it leaves out.
+
+    Args:
+        folder: The folder of the class.
+        root: The picture folder, which contains it.
+
+    Raises:
+        DataError: If the folder cannot be listed, or has a link that leads out of the root.
+    """
+    left_out = _LeftOuts(root, allowed=True)
+    found = [str(root / path) for path, _ in _read_class(folder, root, left_out)]
+    return found, tuple(left_out.by_reason.values())
+
+
+def pictures_below(root: Path) -> Iterator[str]:
+    """Yield the pictures in a folder and its sub-folders, sorted by name, without hidden ones.
+
+    Links are followed, also to folders, and each folder is read once.
+
+    Raises:
+        DataError: If a folder cannot be listed, or a link leads out of the root.
+    """
+    yield from _pictures_below(root, root, {os.path.realpath(root)})
+
+
+def _pictures_below(folder: Path, root: Path, seen: set[str]) -> Iterator[str]:
+    """Yield the pictures below a folder; `seen` has the real paths of the folders that were read."""
+    inside: list[Path] = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            inside.append(Path(entry.path))
+        elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+            _refuse_link_out(entry, root)
+            yield entry.path
+    for path in inside:
+        _refuse_link_out(path, root)
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            yield from _pictures_below(path, root, seen)
 
 
 def _state(entry: os.DirEntry[str]) -> FileState:

@@ -117,6 +117,7 @@ def load_dataset(
     image_size: int | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
     allow_left_out: bool = False,
+    test_fraction: float = 0.0,
     progress: Progress | None = None,
     checking: Progress | None = None,
 ) -> ImageDataset:
@@ -133,6 +134,8 @@ def load_dataset(
         background: (red, green, blue) in 0..255, over which transparent pictures of a folder are composited.
         allow_left_out: Whether more than 1 % of the files of a class of a folder may be ignored, because they lie in
             sub-folders or have an unsupported suffix.
+        test_fraction: Share of each class of a folder `CLASS/*` that becomes its test split, in [0, 1); 0 for a folder
+            `train/CLASS/*`, `test/CLASS/*`.
         progress: Called with (pictures decoded, pictures in total) while a folder is decoded.
         checking: Called with (pictures checked, pictures in total) while the headers of a folder are read.
 
@@ -149,7 +152,9 @@ def load_dataset(
         (1438, 359, 10)
     """
     entry = DATASETS.find(name)
-    check_dataset_arguments(name, entry, has_root=root is not None, image_size=image_size)
+    check_dataset_arguments(
+        name, entry, has_root=root is not None, image_size=image_size, test_fraction=test_fraction
+    )
     request = dataset_request(
         name,
         root=root,
@@ -158,6 +163,7 @@ def load_dataset(
         image_size=image_size,
         background=background,
         allow_left_out=allow_left_out,
+        test_fraction=test_fraction,
         progress=progress,
         checking=checking,
     )

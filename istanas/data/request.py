@@ -24,3 +24,4 @@ class DatasetRequest:
     allow_left_out: bool
     progress: Progress | None
     checking: Progress | None
+    test_fraction: float = 0.0

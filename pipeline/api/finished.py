@@ -42,9 +42,9 @@ class FinishedRun(Generic[Result]):
 
     Example:
         >>> import pipeline
-        >>> run = pipeline.load("runs/digits_quickstart-retrain-0123abcd")  # doctest: +SKIP
-        >>> run.result["test_top1"]  # doctest: +SKIP
-        0.9861
+        >>> trained = pipeline.run("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> trained.class_names[:3], trained.preprocessing.shape  # doctest: +SKIP
+        (('0', '1', '2'), (1, 8, 8))
     """
 
     path: Path
@@ -155,6 +155,10 @@ def load(
         ConfigError: No run or more than one run matches, or the run is not finished.
 
     Example:
+        >>> import pipeline
+        >>> trained = pipeline.run("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> pipeline.load(trained.path).genotype == trained.genotype  # doctest: +SKIP
+        True
         >>> load("no-such-run")
         Traceback (most recent call last):
         istanas.errors.ConfigError: ...

@@ -1,13 +1,14 @@
-"""The jobs as functions: search, retrain, run, sweep, export and predict.
+"""The jobs as functions: search, retrain, run, sweep, export, predict and evaluate.
 
 Each function does what the command of its name does, in the calling process or on Ray's workers. `search`, `retrain`,
-`run` and `sweep` return the finished run, `export` its files, and `predict` the predictions. A function can be called
-in a script, in a notebook, where the progress is a bar below the cell, and inside a running event loop.
-KeyboardInterrupt leaves a run that the same call resumes.
+`run` and `sweep` return the finished run, `export` its files, `predict` the predictions, and `evaluate` the figures. A
+function can be called in a script, in a notebook, where the progress is a bar below the cell, and inside a running
+event loop. KeyboardInterrupt leaves a run that the same call resumes.
 
 The arguments that several functions have:
 
-- `config`: a configuration file, or the name of one that the package contains; None for "digits_quickstart".
+- `config`: a configuration file, or the name of one that the package contains; None for "digits_quickstart". For
+  `export` and `evaluate`, None is the configuration of the run.
 - `fresh`: whether to delete the run directory of the same configuration and start over. Without it, the job resumes an
   unfinished run and returns a finished one without any work.
 - `quiet`: whether to write nothing.
@@ -30,13 +31,15 @@ from istanas.errors import DataError
 from pipeline.api.finished import FinishedRun
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.plugins import load_plugins
-from pipeline.jobs.context import JobContext
+from pipeline.jobs.context import JobContext, say_to
 from pipeline.jobs.results import OneStageResult, RetrainResult, RunResult, SearchResult, SweepResult
-from pipeline.jobs.settings import load_config, load_for_genotype, overrides_of
+from pipeline.jobs.settings import load_config, load_for_genotype, overrides_of, run_and_config
 from pipeline.runs import bucket
 
 if TYPE_CHECKING:
-    from pipeline.jobs.predict import Prediction
+    from pipeline.jobs.evaluate import EvaluateResult
+    from pipeline.jobs.export import Precision
+    from pipeline.jobs.predict import BrokenFile, Prediction
 
 File = str | Path
 
@@ -58,9 +61,10 @@ def search(
         The search, with its genotype; of a one-stage search, also the trained network.
 
     Example:
-        >>> found = search("digits.yaml", seed=1, **{"search.epochs": 10})  # doctest: +SKIP
-        >>> found.genotype.digest()  # doctest: +SKIP
-        'c0ffee...'
+        >>> import pipeline
+        >>> found = pipeline.search("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> found.genotype.kinds, len(found.history) == found.config.search.epochs  # doctest: +SKIP
+        (('normal', 'reduce'), True)
     """
     from pipeline.jobs.search import run_search
 
@@ -85,14 +89,16 @@ def retrain(
         fresh, quiet, plugins, settings: See `pipeline.api.jobs`.
 
     Example:
-        >>> trained = retrain(search("digits.yaml"), "digits.yaml")  # doctest: +SKIP
-        >>> trained.result["test_top1"]  # doctest: +SKIP
-        0.9861
+        >>> import pipeline
+        >>> found = pipeline.search("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> trained = pipeline.retrain(found, "digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> trained.genotype == found.genotype, 0 < trained.result["test_top1"] <= 1  # doctest: +SKIP
+        (True, True)
     """
     from pipeline.jobs.retrain import run_retrain
 
     load_plugins([str(file) for file in plugins])
-    reference = genotype.reference if isinstance(genotype, FinishedRun) else str(genotype)
+    reference = _reference(genotype)
     console = _console(quiet)
     cells, parent, chosen, name = load_for_genotype(reference, console, _text(config), overrides_of(settings))
     origin = Path(reference).name if Path(reference).is_file() else reference
@@ -118,8 +124,10 @@ def run(
         The run with the trained network: the retraining, whose `parent` is the search, or the one-stage search.
 
     Example:
-        >>> trained = run("digits.yaml", seed=1)  # doctest: +SKIP
-        >>> trained.parent.history[["epoch", "valid/top1"]]  # doctest: +SKIP
+        >>> import pipeline
+        >>> trained = pipeline.run("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
+        >>> trained.kind, trained.parent.kind, trained.parent.history.columns[0]  # doctest: +SKIP
+        ('retrain', 'search', 'epoch')
     """
     from pipeline.jobs.run import run_whole
 
@@ -145,7 +153,8 @@ def sweep(
         The sweep, with the genotype of its best trial.
 
     Example:
-        >>> swept = sweep("tune_configs/sweep_digits.yaml")  # doctest: +SKIP
+        >>> import pipeline
+        >>> swept = pipeline.sweep("sweep_digits")  # doctest: +SKIP
         >>> swept.result["settings"]  # doctest: +SKIP
         {'search.lr': 0.05}
     """
@@ -156,40 +165,64 @@ def sweep(
 
 
 def export(
-    run: str | Path | FinishedRun[Any], *, again: bool = False, quiet: bool = False
+    run: str | Path | FinishedRun[Any],
+    config: File | None = None,
+    *,
+    precision: Precision = "fp32",
+    tolerance: float = 1.0,
+    again: bool = False,
+    quiet: bool = False,
+    plugins: Sequence[File] = (),
+    **settings: Any,
 ) -> dict[str, Path]:
     """Write the trained network of a run in every format, as `istanas export` does.
 
     Args:
         run: A finished retraining or one-stage search, or what `load` takes.
+        config: A configuration file. Without it, the settings are those of the run.
+        precision: "int8" also writes an ONNX file with 8-bit integers; its figures are in int8.json beside it, see
+            `pipeline.jobs.quantization.Int8Report`.
+        tolerance: By how many percentage points the top-1 accuracy of that file may be lower.
         again: Whether to repeat an earlier export.
-        quiet: Whether to write nothing.
+        quiet, plugins, settings: See `pipeline.api.jobs`.
 
     Returns:
-        For each format ("safetensors", "program", "onnx"), its file.
+        For each format ("safetensors", "program", "onnx" and perhaps "int8"), its file.
+
+    Raises:
+        IstanasError: The accuracy has fallen by more than the tolerance. An earlier export is kept.
 
     Example:
-        >>> export("runs/digits-retrain-0123abcd")["onnx"]  # doctest: +SKIP
-        PosixPath('runs/digits-retrain-0123abcd/export/model.onnx')
+        >>> import pipeline
+        >>> trained = pipeline.run("digits.yaml", seed=1, quiet=True)  # doctest: +SKIP
+        >>> pipeline.export(trained, quiet=True)["onnx"].name  # doctest: +SKIP
+        'model.onnx'
     """
-    from pipeline.api.finished import load
     from pipeline.jobs.export import run_export
 
-    found = run if isinstance(run, FinishedRun) else load(run)
-    result = run_export(found.config, found.reference, console=_console(quiet), again=again)
-    return {name: found.path / exported["file"] for name, exported in result["exports"].items()}
+    load_plugins([str(file) for file in plugins])
+    found, chosen = run_and_config(_reference(run), _text(config), overrides_of(settings))
+    result = run_export(
+        chosen, found.path, console=_console(quiet), again=again, precision=precision, tolerance=tolerance
+    )
+    return {name: found.path.absolute() / exported["file"] for name, exported in result["exports"].items()}
 
 
 def predict(
-    network: str | Path | FinishedRun[Any], *files: str | Path, plugins: Sequence[File] = ()
+    network: str | Path | FinishedRun[Any],
+    *files: str | Path,
+    config: File | None = None,
+    plugins: Sequence[File] = (),
+    **settings: Any,
 ) -> list[Prediction]:
     """Classify pictures with a trained network. Unlike `istanas predict`, it fails if any file cannot be used.
 
     Args:
         network: A finished retraining or one-stage search, or what `istanas predict` takes: a run, an export folder, a
-            file model.safetensors or model.onnx, or a registered model, models:/NAME@ALIAS.
+            file model.safetensors, model.onnx or model.int8.onnx, or a registered model, models:/NAME@ALIAS.
         files: Picture files, and folders whose pictures are classified.
-        plugins: See `pipeline.api.jobs`.
+        config: A configuration file that names the folder of runs and the MLflow store.
+        plugins, settings: See `pipeline.api.jobs`.
 
     Returns:
         For each picture its file, class and probability, and the five most probable classes ("top5").
@@ -198,25 +231,90 @@ def predict(
         DataError: A file is not a picture that the network takes.
 
     Example:
-        >>> predict("runs/digits-retrain-0123abcd", "picture.png")[0]["class"]  # doctest: +SKIP
-        '7'
+        >>> import pipeline
+        >>> trained = pipeline.run("digits.yaml", seed=1, quiet=True)  # doctest: +SKIP
+        >>> pipeline.predict(trained, "picture.png")[0]["class"] in "0123456789"  # doctest: +SKIP
+        True
     """
     from pipeline.jobs import predict as job
 
     load_plugins([str(file) for file in plugins])
-    config, _ = load_config(None, ())
-    reference = network.reference if isinstance(network, FinishedRun) else str(network)
-    name, predictor = job.find_predictor(reference, config)
+    chosen, _ = load_config(_text(config), overrides_of(settings))
+    name, predictor = job.find_predictor(_reference(network), chosen)
     result = job.predict(
         name,
         predictor,
         list(job.picture_files([str(Path(file).expanduser()) for file in files])),
         complain=lambda line: None,
     )
-    if result["broken"]:
-        first = result["broken"][0]
-        raise DataError(first["reason"], field="files", remedy="correct this file or leave it out")
+    _refuse_broken(result["broken"])
     return result["predictions"]
+
+
+def evaluate(
+    network: str | Path | FinishedRun[Any],
+    data: File | None = None,
+    *,
+    out: File = "evaluation",
+    config: File | None = None,
+    quiet: bool = False,
+    plugins: Sequence[File] = (),
+    **settings: Any,
+) -> EvaluateResult:
+    """Measure a trained network, as `istanas evaluate` does. Unlike the command, it fails if a file cannot be used.
+
+    Args:
+        network: A finished retraining or one-stage search; with `data`, also any network that `predict` takes.
+        data: A folder with one sub-folder of pictures for each class. None for the test split of the run, whose
+            directory, report and MLflow run receive the result.
+        out: The folder of the files about `data`.
+        config, quiet, plugins, settings: See `pipeline.api.jobs`.
+
+    Returns:
+        The figures ("evaluation"), and the files that were written.
+
+    Raises:
+        DataError: A picture cannot be used, or the pictures are missing.
+
+    Example:
+        >>> import pipeline
+        >>> trained = pipeline.run("digits.yaml", seed=1, quiet=True)  # doctest: +SKIP
+        >>> figures = pipeline.evaluate(trained, quiet=True)["evaluation"]  # doctest: +SKIP
+        >>> figures["pictures"], figures["top1"]["estimate"] == trained.result["test_top1"]  # doctest: +SKIP
+        (359, True)
+    """
+    from pipeline.jobs import evaluate as job
+    from pipeline.jobs.predict import find_predictor
+
+    load_plugins([str(file) for file in plugins])
+    reference, file, given = _reference(network), _text(config), overrides_of(settings)
+    if data is None:
+        run, chosen = run_and_config(reference, file, given)
+        return job.evaluate_run(run.path, chosen, _console(quiet))
+    folder = Path(out).expanduser()
+    chosen, _ = load_config(file, given)
+    job.check_folder(folder)
+    name, predictor = find_predictor(reference, chosen)
+    result = job.evaluate_folder(
+        name,
+        predictor,
+        Path(data).expanduser(),
+        folder,
+        complain=lambda line: None,
+        say=say_to(_console(quiet)),
+    )
+    _refuse_broken(result["broken"])
+    return result
+
+
+def _refuse_broken(broken: Sequence[BrokenFile]) -> None:
+    """Raise an error that names the first file that cannot be used, if there is one."""
+    if broken:
+        raise DataError(broken[0]["reason"], field="files", remedy="correct this file or leave it out")
+
+
+def _reference(run: str | Path | FinishedRun[Any]) -> str:
+    return run.reference if isinstance(run, FinishedRun) else str(run)
 
 
 def _finished(result: Any, run_dir: str | None = None) -> FinishedRun[Any]:

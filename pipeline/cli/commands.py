@@ -21,7 +21,7 @@ from istanas.errors import ConfigError, GenotypeError, IstanasError
 from pipeline.base.files import is_full, is_out_of_memory
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
-from pipeline.cli import cluster, evaluation, prediction, results, search_and_train, tools
+from pipeline.cli import benchmarks, cluster, prediction, results, search_and_train, tools
 from pipeline.cli.output import printable
 from pipeline.cli.streams import ignore_closed_readers
 
@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Search and train": search_and_train.COMMANDS,
     "Prediction": prediction.COMMANDS,
     "Results": results.COMMANDS,
-    "Evaluation": evaluation.COMMANDS,
+    "Benchmarks": benchmarks.COMMANDS,
     "Cluster": cluster.COMMANDS,
     "Tools": tools.COMMANDS,
 }

@@ -58,6 +58,7 @@ def show_result(
     """
     from rich.table import Table
 
+    from pipeline.config.plugins import plugin_options
     from pipeline.report import terminal
     from pipeline.runs import bucket
 
@@ -89,6 +90,8 @@ def show_result(
     ]
     if (runs[-1] / WEIGHTS_FILE).exists():
         paths.append(("network", bucket.shown(runs[-1] / WEIGHTS_FILE)))
+        command = [program_name(), "predict", shlex.quote(bucket.shown(runs[-1])), "FILE_OR_FOLDER"]
+        paths.append(("classify pictures", " ".join([*command, *map(shlex.quote, plugin_options())])))
     for label, path in paths:
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
     show_store(console, config)

@@ -121,13 +121,15 @@ def evaluate(
         run, config = run_and_config(reference, file, overrides)
         result = job.evaluate_run(run.path, config, console)
     else:
+        from pipeline.jobs.context import say_to
         from pipeline.jobs.predict import find_predictor
 
         config, _ = load_config(file, overrides)
         out = Path("evaluation") if out is None else out
         job.check_folder(out)
         name, predictor = find_predictor(reference, config)
-        result = job.evaluate_folder(name, predictor, data, out, complain=_complain)
+        say = say_to(console)
+        result = job.evaluate_folder(name, predictor, data, out, complain=_complain, say=say)
     show_evaluation(result, as_json, console)
     if result["broken"]:
         console.print(f"{len(result['broken'])} files could not be used", highlight=False)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,6 +17,7 @@ from pipeline.cli.options import (
     complete_method,
     config_options,
     json_option,
+    starts_over,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
@@ -197,19 +199,51 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 
 @click.command()
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="int8 also writes model.int8.onnx, quantised with training pictures, and compares size, latency and top-1 "
+    "with those of model.onnx.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. [default: 1]",
+)
 @config_options
 @json_option
-def export(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@starts_over
+def export(
+    reference: str,
+    precision: Literal["fp32", "int8"],
+    tolerance: float | None,
+    file: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Export a trained network (safetensors, torch.export, ONNX).
 
     RUN is a finished one-stage search or retraining (run directory, MLflow run id or unique name). Each file is loaded
-    again and compared with the network. The files are written to the folder export of the run, and to MLflow.
+    again and compared with the network. The files are written to the folder export of the run, and to MLflow. The
+    accuracy of int8 is measured on the hold-out if there is one, and otherwise on the test split.
     """
+    if tolerance is not None and precision != "int8":
+        raise click.UsageError("--tolerance: only --precision int8 changes the accuracy; leave it out")
     console = console_for(as_json)
-    from pipeline.jobs.export import run_export
+    from pipeline.jobs.export import TOLERANCE_POINTS, run_export
 
     run, config = run_and_config(reference, file, overrides)
-    result = run_export(config, run.path, console=console, again=True)
+    result = run_export(
+        config,
+        run.path,
+        console=console,
+        again=True,
+        precision=precision,
+        tolerance=TOLERANCE_POINTS if tolerance is None else tolerance,
+    )
     if as_json:
         print_json(result)
 

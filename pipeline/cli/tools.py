@@ -47,8 +47,8 @@ def new(
 ) -> None:
     """Write a configuration for a picture folder.
 
-    DIR has train/CLASS/* and test/CLASS/*. The sizes of pictures and networks, batches and epochs follow from the
-    pictures and from the time of a few real steps on this machine. The file says why each value was chosen.
+    DIR has CLASS/*, or train/CLASS/* and test/CLASS/*. The sizes of pictures and networks, batches and epochs follow
+    from the pictures and from the time of a few real steps on this machine. The file says why each value was chosen.
     """
     from pipeline.jobs.new import run_new
     from pipeline.jobs.proposal import budget_seconds
@@ -111,7 +111,11 @@ def config_command(
             width = max(map(len, purposes))
             click.echo("\n".join(f"{name:{width}}  {text}" for name, text in purposes.items()))
     elif copied is not None:
-        click.echo(configuration.shipped_file(copied).read_text(), nl=False)
+        text = configuration.shipped_file(copied).read_text()
+        if as_json:
+            print_json({"name": copied, "text": text})
+        else:
+            click.echo(text, nl=False)
     elif describe is not None:
         keys = description.describe(describe)
         if as_json:

@@ -180,7 +180,8 @@ def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
     if data.root is not None:
         root = Path(data.root).expanduser().resolve()
         is_file = entry.parts == ("",) and root.is_file()
-        return (str(root.parent), (root.name,)) if is_file else (str(root), entry.parts)
+        parts = ("",) if data.test_fraction > 0 else entry.parts  # the classes lie in the folder itself
+        return (str(root.parent), (root.name,)) if is_file else (str(root), parts)
     if not entry.downloads:  # the code of a plugin is the same everywhere
         return None, ()
     if data.cache_dir is not None:

@@ -97,8 +97,13 @@ class DataSettings(Section):
     )
     root: str | None = Field(
         None,
-        description="Folder that holds the data. A picture folder has the form train/CLASS/*, test/CLASS/*; `digits` "
-        "needs none.",
+        description="Folder that holds the data. A picture folder has the form train/CLASS/*, test/CLASS/*, or CLASS/* "
+        "with data.test_fraction; `digits` needs none.",
+    )
+    test_fraction: Fraction = Field(
+        0.0,
+        description="Fraction of each class of a picture folder CLASS/* that becomes its test split, which is the same "
+        "for every seed. 0 requires a folder train/CLASS/*, test/CLASS/*.",
     )
     download: bool = Field(False, description="Whether torchvision may download the data set into data.root.")
     image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE), unit("pixels")] | None = Field(

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from istanas.data.folders import TEST_SPLITS
+from istanas.data.folders import TEST_SPLITS, class_pictures
 from istanas.data.reading import shown
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, DataError
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
@@ -22,7 +22,7 @@ from pipeline.jobs.context import say_to
 from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
 from pipeline.jobs.export import check_network
 from pipeline.jobs.lifecycle import load_data
-from pipeline.jobs.predict import BrokenFile, pictures_below, read_pictures
+from pipeline.jobs.predict import BrokenFile, read_pictures
 from pipeline.report.evaluation_section import evaluation_page
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
@@ -78,7 +78,13 @@ def evaluate_run(run_dir: Path, config: Config, console: Console) -> EvaluateRes
 
 
 def evaluate_folder(
-    name: str, predictor: Predictor, data: Path, out: Path, *, complain: Callable[[str], None]
+    name: str,
+    predictor: Predictor,
+    data: Path,
+    out: Path,
+    *,
+    complain: Callable[[str], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> EvaluateResult:
     """Evaluate a network on a folder with one sub-folder of pictures for each class.
 
@@ -88,11 +94,13 @@ def evaluate_folder(
         data: The folder; its sub-folder `test` or `val` is read if there is one, as in training.
         out: The folder of the results, which is created.
         complain: Receives one line for each file that cannot be used; the others are evaluated.
+        say: Receives one line for each reason for which files are left out, as in training.
 
     Raises:
         ConfigError: The folder has no classes, a class that the network does not know, or no picture.
+        DataError: A folder cannot be read, or a link in it leads out of it.
     """
-    found = labelled_files(data, predictor.class_names)
+    found = labelled_files(data, predictor.class_names, say)
     files, label_of = list(found), found
     used: list[str] = []
     broken: list[BrokenFile] = []
@@ -130,11 +138,11 @@ def check_folder(out: Path) -> None:
         )
 
 
-def labelled_files(data: Path, class_names: tuple[str, ...]) -> dict[str, int]:
-    """Return the pictures of a folder with the labels of their classes.
+def labelled_files(data: Path, class_names: tuple[str, ...], say: Callable[[str], None]) -> dict[str, int]:
+    """Return the pictures of a folder that a training would read, with the labels of their classes.
 
     Raises:
-        ConfigError: See `evaluate_folder`.
+        ConfigError, DataError: See `evaluate_folder`.
     """
     field = f"--data {shown(str(data))}"
     remedy = "name a folder with one sub-folder of pictures for each class"
@@ -151,6 +159,16 @@ def labelled_files(data: Path, class_names: tuple[str, ...]) -> dict[str, int]:
                 field=field,
                 remedy="rename or remove that folder",
             )
-    return {
-        file: class_names.index(folder.name) for folder in folders for file in pictures_below(str(folder))
-    }
+    labels: dict[str, int] = {}
+    for folder in folders:
+        try:
+            files, left_out = class_pictures(folder, data)
+        except DataError as error:
+            remedy = (error.remedy or "").replace(
+                "set data.root to", "name"
+            )  # of the configuration of a training
+            raise DataError(error.problem, field=field, remedy=remedy) from None
+        labels.update(dict.fromkeys(files, class_names.index(folder.name)))
+        for each in left_out:
+            say(f"left out: {each}")
+    return labels

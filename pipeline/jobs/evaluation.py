@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from istanas.data import FilePictures, ImageDataset
+from istanas.data import FilePictures, ImageDataset, Pictures, Preprocessing
 from istanas.data.reading import shown
 from istanas.nets import TargetNetwork, to_channels_last
 from istanas.statistics import Interval, expected_calibration_error, wilson_interval
@@ -157,20 +157,32 @@ def evaluate_dataset(
     """
     test = dataset.test
 
-    def pictures(indices: Iterable[int]) -> Tensor:
-        if isinstance(test, FilePictures):
-            return torch.stack([predictor.preprocessing.read(test.paths[index]) for index in indices])
-        return test.images[list(indices)]
-
     def name_of(index: int) -> str:
         if isinstance(test, FilePictures):
             return shown("/".join(Path(test.paths[index]).parts[-2:]))
         return f"test picture {index}"
 
     parts = torch.arange(len(test)).split(BATCH)
-    batches = ((test.labels[part], predictor.probabilities(pictures(part.tolist()))) for part in parts)
+    steps = predictor.preprocessing
+    batches = ((test.labels[part], predictor.probabilities(pictures_at(test, part, steps))) for part in parts)
     figures, worst = evaluate(data, predictor.class_names, batches, name_of)
-    return figures, [pictures([index])[0] for index in worst]
+    return figures, list(pictures_at(test, torch.tensor(worst, dtype=torch.int64), steps)) if worst else []
+
+
+def pictures_at(pictures: Pictures, indices: Tensor, steps: Preprocessing) -> Tensor:
+    """Return pictures of a data set as a network takes them before normalisation.
+
+    Args:
+        pictures: The split of the data set that contains them.
+        indices: (N,) int64, N >= 1.
+        steps: The preprocessing of the network, which reads large pictures from their files.
+
+    Returns:
+        (N, C, H, W) uint8.
+    """
+    if isinstance(pictures, FilePictures):
+        return torch.stack([steps.read(pictures.paths[index]) for index in indices.tolist()])
+    return pictures.images[indices]
 
 
 def write_evaluation(folder: Path, figures: Evaluation, pictures: Sequence[Tensor]) -> tuple[str, ...]:

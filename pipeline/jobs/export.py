@@ -1,4 +1,7 @@
-"""The export job: writes the trained network of a finished run in every format to the run's folder `export`."""
+"""The export job: writes the trained network of a finished run in every format to the run's folder `export`.
+
+With the precision "int8", the folder also has a quantised ONNX file, see `pipeline.jobs.quantization`.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,47 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from rich.console import Console
 
 from istanas.errors import ConfigError
 from istanas.methods import trains_target
 from istanas.space import Genotype
+from pipeline.base.extras import check_extra
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
-from pipeline.jobs.export_formats import EXPORTED_FILES, FORMAT_FILES, ExportedFormat, export_formats
+from pipeline.jobs.export_formats import (
+    EXPORTED_FILES,
+    FORMAT_FILES,
+    ExportedFormat,
+    export_formats,
+)
+from pipeline.jobs.lifecycle import load_data
+from pipeline.jobs.quantization import (
+    Int8Plan,
+    Int8Report,
+    describe_int8,
+    int8_metrics,
+    lost_points,
+    plan_int8,
+    quantize_export,
+    read_report,
+)
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import EXPORT_FOLDER, WEIGHTS_FILE
+from pipeline.runs.layout import EXPORT_FOLDER, INT8_FILE, INT8_REPORT, WEIGHTS_FILE
 from pipeline.runs.network_files import load_network, read_card
 from pipeline.runs.outcome import outcome
 from pipeline.runs.record import MetricsLine, RunRecord
+from pipeline.training.pictures import check_same_pictures, data_digest, datasets_used
 
+Precision = Literal["fp32", "int8"]
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
+INT8_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in (INT8_FILE, INT8_REPORT))
+TOLERANCE_POINTS = 1.0
+"""Default of the largest accepted loss of top-1 accuracy by a quantisation, in percentage points."""
 
 
 class ExportResult(TypedDict):
@@ -36,33 +61,59 @@ class ExportResult(TypedDict):
     mlflow_run_id: NotRequired[str | None]  # only from `run_export`
     digest: str
     exports: dict[str, ExportedFormat]
+    int8: NotRequired[Int8Report]  # with the precision "int8"
 
 
-def run_export(config: Config, run_dir: str | Path, *, console: Console, again: bool = False) -> ExportResult:
-    """Export the network of a run and deliver the files and their differences to MLflow.
+def run_export(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    console: Console,
+    again: bool = False,
+    precision: Precision = "fp32",
+    tolerance: float = TOLERANCE_POINTS,
+) -> ExportResult:
+    """Export the network of a run and deliver the files and their figures to MLflow.
 
     Args:
         config: The whole configuration; its section `tracking` says where the run is mirrored.
         run_dir: Run directory of a finished retraining or one-stage search, or its address.
         console: Where lines for the user are written.
         again: Whether to repeat an earlier export.
+        precision: "int8" also writes a quantised ONNX file.
+        tolerance: By how many percentage points its top-1 accuracy may be lower.
 
     Returns:
         The result of `export_network`.
+
+    Raises:
+        ConfigError: The run has no trained network, or the tolerance is negative.
+        DataError, CheckpointError: The pictures that a quantisation requires are missing or have changed.
+        IstanasError: A package is missing, or the quantised network is not accurate enough. An earlier export is kept.
     """
+    if not tolerance >= 0:  # also true for NaN
+        raise ConfigError(f"{tolerance} is not a loss of accuracy", field="tolerance", remedy="use 0 or more")
     say = say_to(console)
     with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
-        return _export(config, run, say, again)
+        return _export(config, run, console, again, precision, tolerance)
 
 
-def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool) -> ExportResult:
+def _export(
+    config: Config, run: RunDir, console: Console, again: bool, precision: Precision, tolerance: float
+) -> ExportResult:
+    say, is_int8 = say_to(console), precision == "int8"
     before = None if again else exported_before(run)
-    if before is None:
-        result = export_network(run, say=say)
+    report = read_report(run.path / EXPORT_FOLDER) if is_int8 else None
+    if before is None or (is_int8 and (report is None or lost_points(report) > tolerance)):
+        plan = _int8_plan(config, run, tolerance, console) if is_int8 else None
+        result = export_network(run, say=say, int8=plan)
     else:
         say(f"export: already done, see {bucket.shown(run.path / EXPORT_FOLDER)}")
         digest = Genotype.from_json(read_card(run.path).genotype).digest()
         result = ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=before)
+        if report is not None:
+            result["exports"]["int8"] = _int8_format(report)
+            result["int8"] = report
     tracker = tracker_of(run, config)
     if not tracker.deliver():
         say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
@@ -70,7 +121,21 @@ def _export(config: Config, run: RunDir, say: Callable[[str], None], again: bool
     return {**result, "mlflow_run_id": tracker.run_id}
 
 
-def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> ExportResult:
+def _int8_plan(config: Config, run: RunDir, tolerance: float, console: Console) -> Int8Plan:
+    """Load the pictures of a run, which must be those that it was trained on, and choose those of a quantisation."""
+    record = run.read()
+    check_network(run, record)
+    check_extra("export", "--precision int8")
+    dataset = load_data(config, console)
+    used = datasets_used(config, dataset, record.kind)
+    check_same_pictures(record, dataset, data_digest(config, dataset, record.kind), used)
+    steps = read_card(run.path).preprocessing
+    return plan_int8(config, dataset, record.kind, steps, record.data_label, tolerance)
+
+
+def export_network(
+    run: RunDir, *, say: Callable[[str], None] | None = None, int8: Int8Plan | None = None
+) -> ExportResult:
     """Write the trained network of a run in every format to `RUN/export`, and compare each file with the network.
 
     The differences become metrics (`export/onnx_difference`, ...) of the last step, and the files become artifacts of
@@ -79,15 +144,16 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
     Args:
         run: A finished retraining or one-stage search.
         say: Receives one line for each format.
+        int8: The pictures and the tolerance of a quantisation; None for none.
 
     Returns:
-        For each format ("safetensors", "program", "onnx") its file, size and largest difference; and the digest of the
-        network's genotype.
+        For each format ("safetensors", "program", "onnx" and perhaps "int8") its file, size and largest difference; the
+        digest of the network's genotype; and the figures of the quantisation.
 
     Raises:
         ConfigError: The run is not finished, is a two-stage search, or is in use by another process.
         CheckpointError: The run does not exist, or its network is missing or broken.
-        IstanasError: See `export_formats`. An earlier export is kept.
+        IstanasError: See `export_formats` and `pipeline.jobs.quantization.quantize_export`. An earlier export is kept.
 
     Example:
         >>> result = export_network(RunDir("runs/digits-retrain-0123abcd"), say=print)  # doctest: +SKIP
@@ -105,19 +171,32 @@ def export_network(run: RunDir, *, say: Callable[[str], None] | None = None) -> 
         card = read_card(run.path)
         with replacing(run.path / EXPORT_FOLDER) as folder:
             report = export_formats(net, card, folder)
+            quantized = None if int8 is None else quantize_export(folder, int8)
         exports: dict[str, ExportedFormat] = {
             name: {**exported, "file": f"{EXPORT_FOLDER}/{exported['file']}"}
             for name, exported in report.items()
         }
-        _note_differences(run, exports)
+        if quantized is not None:
+            exports["int8"] = _int8_format(quantized)
+        _note_figures(run, exports, {} if quantized is None else int8_metrics(quantized))
         # Written last, so that the record lists the files only if the export is complete.
-        artifacts = tuple(dict.fromkeys((*record.artifacts, *EXPORT_ARTIFACTS)))
-        run.write(dataclasses.replace(record, artifacts=artifacts))
+        others = [name for name in record.artifacts if name not in INT8_ARTIFACTS]
+        files = EXPORT_ARTIFACTS if quantized is None else (*EXPORT_ARTIFACTS, *INT8_ARTIFACTS)
+        run.write(dataclasses.replace(record, artifacts=tuple(dict.fromkeys((*others, *files)))))
     if say is not None:
         for line in describe_exports(run, exports):
             say(line)
+        for line in () if quantized is None else describe_int8(quantized):
+            say(line)
     digest = Genotype.from_json(card.genotype).digest()
-    return ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=exports)
+    result = ExportResult(run_dir=bucket.shown(run.path), digest=digest, exports=exports)
+    return result if quantized is None else {**result, "int8": quantized}
+
+
+def _int8_format(report: Int8Report) -> ExportedFormat:
+    return ExportedFormat(
+        file=f"{EXPORT_FOLDER}/{INT8_FILE}", bytes=report["int8"]["bytes"], difference=report["difference"]
+    )
 
 
 def check_network(run: RunDir, record: RunRecord) -> None:
@@ -208,12 +287,12 @@ def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
     return found
 
 
-def _note_differences(run: RunDir, exports: Mapping[str, ExportedFormat]) -> None:
-    """Add the differences to the metrics of the last step; they replace those of an earlier export."""
+def _note_figures(run: RunDir, exports: Mapping[str, ExportedFormat], figures: Mapping[str, float]) -> None:
+    """Add the differences and figures to the metrics of the last step; they replace those of an earlier export."""
     lines = run.metrics() or [MetricsLine(0, int(time.time() * 1000), {})]
     last = lines[-1]
     differences = {_metric(name): exported["difference"] for name, exported in exports.items()}
-    run.replace_metrics([*lines[:-1], last._replace(metrics={**last.metrics, **differences})])
+    run.replace_metrics([*lines[:-1], last._replace(metrics={**last.metrics, **differences, **figures})])
 
 
 def _metric(name: str) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from istanas.distributed import Ranks
-from istanas.latency import latencies_of, relative_errors
+from istanas.latency import latency_predictor, relative_errors
 from pipeline.base.extras import check_extra
 from pipeline.base.files import writable_file
 from pipeline.base.text import duration
@@ -24,7 +24,8 @@ from pipeline.jobs.context import say_to
 from pipeline.jobs.lifecycle import load_data, settled
 from pipeline.training.build import check_networks, network_size, shape_of, target_sizes
 from pipeline.training.compute import compute_for, describe_place
-from pipeline.training.latencies import Backend, measure_latencies, spread, write_table
+from pipeline.training.latency_measurement import Backend, measure_latencies, spread
+from pipeline.training.latency_tables import write_table
 
 LARGE_ERROR = 0.1  # of the predictions, above which the command warns
 
@@ -38,7 +39,7 @@ class LatencyResult(TypedDict):
     fixed_ms: float
     scale: float
     errors: list[float]  # of the predictions, for networks that were measured as a check
-    spread: float  # see `pipeline.training.latencies.spread`
+    spread: float  # see `pipeline.training.latency_measurement.spread`
     seconds: float
 
 
@@ -80,7 +81,7 @@ def run_latency(
         "networks": [asdict(each) for each in (*table.references, *table.checks)],
         "fixed_ms": table.fixed_ms,
         "scale": table.scale,
-        "errors": relative_errors(latencies_of(table, space, size, shape), table.checks),
+        "errors": relative_errors(latency_predictor(table, space, size, shape), table.checks),
         "spread": spread(table.candidates),
         "seconds": time.perf_counter() - start,
     }

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from istanas.data import Survey
+from istanas.data.folders import count_of, has_class_folders_only
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError, DataError
 from istanas.limits import SMALL_SIDE
@@ -125,8 +126,8 @@ def run_new(
     retrained, searched = config.retrain.epochs, config.search.max_epochs
     seconds = (searched * measured.seconds[0], retrained * measured.seconds[1])
     lines = [
-        f"search: {searched} epochs, about {duration(seconds[0])}",
-        f"retraining: {retrained} epochs, about {duration(seconds[1])}",
+        f"search: {count_of(searched, 'epoch')}, about {duration(seconds[0])}",
+        f"retraining: {count_of(retrained, 'epoch')}, about {duration(seconds[1])}",
         f"together: about {duration(sum(seconds))}"
         + (f" of a budget of {duration(budget)}" if budget is not None else "")
         + f", {measured.memory / 1e9:.1f} GB of memory",
@@ -156,7 +157,7 @@ def _target(root: Path, out: Path | None, force: bool) -> Path:
         raise ConfigError(
             f"no such folder: {root}",
             field="DIR",
-            remedy="name a folder with train/CLASS/* and test/CLASS/*",
+            remedy="name a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*",
         )
     if out is None and not root.name:
         raise ConfigError(f"{root} has no name", field="DIR", remedy="name the configuration with --out FILE")
@@ -179,8 +180,8 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 field=f"--set {override!r:.60}",
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
-    config = load(None, [*overrides_of({"data.name": "folder", "data.root": root}), *_of_data(given)])
     try:
+        config = load(None, _pictures(root, given))
         survey = survey_of(config.data, progress_on("checking", console))
     except DataError as error:
         if error.field != "data.root":
@@ -190,8 +191,12 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
     return survey
 
 
-def _of_data(given: Sequence[str]) -> list[str]:
-    return [each for each in given if each.startswith(("data.", "runtime."))]
+def _pictures(root: Path, given: Sequence[str]) -> list[str]:
+    """Return the settings that decide what the pictures are. Of a folder without splits, some are for testing."""
+    known: dict[str, Any] = {"data.name": "folder", "data.root": root}
+    if has_class_folders_only(root):
+        known["data.test_fraction"] = proposal.TEST_FRACTION
+    return [*overrides_of(known), *(each for each in given if each.startswith(("data.", "runtime.")))]
 
 
 class _Drafts:
@@ -207,9 +212,7 @@ class _Drafts:
     def __init__(self, root: Path, survey: Survey, given: Sequence[str], budget: float | None) -> None:
         self.root, self.survey, self._given, self._budget = root, survey, tuple(given), budget
         n = survey.listing.n_train
-        self.first = load(
-            None, [*overrides_of({"data.name": "folder", "data.root": root}), *_of_data(self._given)]
-        )
+        self.first = load(None, _pictures(root, self._given))
         self.is_grey = survey.is_grey(decode_settings_of(self.first.data, survey))
         train = survey.facts[:n]
         self.sizes = [(int(w), int(h)) for w, h in zip(train["width"], train["height"], strict=True)]
@@ -265,6 +268,7 @@ class _Drafts:
             "method": Choice("two_stage", "The search, then a retraining of the cell that it finds."),
             "data.name": Choice("folder"),
             "data.root": Choice(str(self.root)),
+            **self._test_split(),
             "data.image_size": Choice(
                 candidate.image_size,
                 f"{'null keeps the size of the pictures' if candidate.image_size is None else 'Side in pixels'}; the "
@@ -329,6 +333,16 @@ class _Drafts:
             ),
             "tracking.name": Choice(self.root.name, "The name of the runs."),
         }
+
+    def _test_split(self) -> dict[str, Choice]:
+        """Return the setting that divides a folder without splits."""
+        if self.first.data.test_fraction == 0:
+            return {}
+        reason = (
+            "The folder has no test split: this share of each class, the same pictures for every seed, measures the "
+            "accuracy. If several pictures show one object, divide the folder yourself into train/ and test/."
+        )
+        return {"data.test_fraction": Choice(self.first.data.test_fraction, reason)}
 
     def _side(self, candidate: Candidate) -> int:
         return max(self.survey.shape(candidate.image_size))

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import torch
 
+from istanas.data.folders import pictures_below
 from istanas.data.reading import PICTURE_SUFFIXES, shown
 from istanas.errors import ConfigError, DataError
 from pipeline.base.fitted_table import Column, FittedTable
@@ -82,12 +83,19 @@ def picture_files(arguments: Sequence[str]) -> Iterator[str]:
 
     Raises:
         ConfigError: A folder contains no picture file.
+        DataError: A folder cannot be read, or a link in it leads out of it.
     """
     for argument in arguments:
         if not os.path.isdir(argument):
             yield argument
             continue
-        found = list(pictures_below(argument))
+        try:
+            found = list(pictures_below(Path(argument)))
+        except DataError as error:
+            remedy = (error.remedy or "").replace(
+                "set data.root to", "name"
+            )  # of the configuration of a training
+            raise DataError(error.problem, field="FILE", remedy=remedy) from None
         if not found:
             raise ConfigError(
                 f"{shown(argument)} contains no picture",
@@ -95,27 +103,6 @@ def picture_files(arguments: Sequence[str]) -> Iterator[str]:
                 remedy=f"name a folder with files such as {' '.join(sorted(PICTURE_SUFFIXES))}",
             )
         yield from found
-
-
-def pictures_below(folder: str) -> Iterator[str]:
-    """Yield the picture files in a folder and its sub-folders, sorted by name, without hidden and linked ones.
-
-    Raises:
-        DataError: A folder cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"cannot be read ({error.strerror})",
-            field=shown(error.filename),
-            remedy="correct its permissions",
-        )
-
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith("."):
-                yield os.path.join(where, name)
 
 
 def read_pictures(

@@ -24,6 +24,9 @@ MANY_PICTURES = 20_000
 MAX_EPOCHS = (50, 600)
 """Largest proposed numbers of epochs of search and retraining: the published ones."""
 
+TEST_FRACTION = 0.2
+"""Share of the pictures of a folder without splits that is for testing, as of the digits."""
+
 SMALL_HOLDOUT = 100
 """The smallest useful hold-out: the standard error of an accuracy, sqrt(a (1 - a) / n), is then at most 5 %."""
 

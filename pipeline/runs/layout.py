@@ -48,6 +48,8 @@ MISTAKES_FIGURE = "mistakes.png"  # the worst mistakes of the evaluation
 EXPORT_FOLDER = "export"  # the network in other formats
 PROGRAM_FILE = "model.pt2"  # in the export folder: the network as a program of torch.export
 ONNX_FILE = "model.onnx"  # in the export folder: the network in ONNX format
+INT8_FILE = "model.int8.onnx"  # the same with 8-bit integers
+INT8_REPORT = "int8.json"  # size, latency and accuracy of both
 
 # ----- Sweeps.
 TRIALS_TABLE = "trials.csv"  # all trials with their settings and figures

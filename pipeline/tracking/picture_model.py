@@ -131,7 +131,9 @@ def example(steps: Preprocessing) -> pd.DataFrame:
 
     content = io.BytesIO()
     Image.new("RGB", (steps.shape[2], steps.shape[1]), "white").save(content, "PNG")
-    return pd.DataFrame({COLUMN: [base64.b64encode(content.getvalue()).decode()]})
+    # MLflow compares the columns with a range, of which pandas warns if their type is that of strings.
+    columns = pd.Index([COLUMN], dtype=object)
+    return pd.DataFrame([[base64.b64encode(content.getvalue()).decode()]], columns=columns)
 
 
 def requirements() -> list[str]:

@@ -25,7 +25,7 @@ from istanas.training import Compute, derive_seed
 from pipeline.base.text import one_line
 from pipeline.config.schema import Config, RetrainSettings, SearchSection
 from pipeline.config.sections import settings_from
-from pipeline.training.latencies import configured_latencies
+from pipeline.training.latency_tables import configured_predictor
 
 Sizes = SearchSection | RetrainSettings
 """Settings that determine the size of a network."""
@@ -43,7 +43,7 @@ def build_search(config: Config, dataset: ImageDataset, compute: Compute, ranks:
     supernet = _build_supernet(config, dataset, compute, method, settings)
     sizes = target_sizes(config)
     space, size, shape = config.space.build(), network_size(sizes, dataset), shape_of(dataset)
-    latencies = configured_latencies(config, size, shape)
+    latencies = configured_predictor(config, size, shape)
 
     def cost(genotype: Genotype) -> Cost:
         counted = network_cost(config, sizes, dataset, genotype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from istanas.data import ImageDataset
 from istanas.limits import SMALL_SIDE
 from pipeline.config.schema import Config
-from pipeline.training.latencies import machine_warnings
+from pipeline.training.latency_tables import table_warnings
 from pipeline.training.splits import splits_of
 
 
@@ -82,8 +82,8 @@ def _name_of_training(config: Config, job: str) -> str:
 
 def warnings_of(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -> list[str]:
     """Return a line for the user about each setting that makes no sense for these pictures or on this machine."""
-    machines = machine_warnings(config) if "search" in jobs else []
-    return [f"warning: {each}" for each in (*doubtful_settings(config, dataset, jobs), *machines)]
+    tables = table_warnings(config) if "search" in jobs else []
+    return [f"warning: {each}" for each in (*doubtful_settings(config, dataset, jobs), *tables)]
 
 
 def warnings_of_trials(

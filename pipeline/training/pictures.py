@@ -67,6 +67,7 @@ def load_pictures(
         image_size=data.image_size,
         background=_rgb(data.background),
         allow_left_out=data.allow_left_out,
+        test_fraction=data.test_fraction,
         progress=progress,
         checking=checking,
     )
@@ -142,6 +143,7 @@ def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: boo
         image_size=data.image_size,
         background=_rgb(data.background),
         allow_left_out=data.allow_left_out,
+        test_fraction=data.test_fraction,
         progress=None,
         checking=checking,
     )

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from istanas.latency import latencies_of
+from istanas.latency import latency_predictor
 from pipeline.config.load import load
 from pipeline.training.build import network_size, shape_of, target_sizes
 from pipeline.training.compute import compute_for
-from pipeline.training.latencies import measure_latencies
+from pipeline.training.latency_measurement import measure_latencies
 from pipeline.training.pictures import open_dataset, settle_stems
 
 FIELDS = ("network", "seed", "predicted_ms", "measured_ms", "lower_ms", "upper_ms")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     seconds = time.perf_counter() - start
     print(f"table: {seconds:.0f} s, fixed parts {table.fixed_ms:.3g} ms, scale {table.scale:.3g}")
-    predict = latencies_of(table, space, size, shape).predict
+    predict = latency_predictor(table, space, size, shape).predict
     predicted = [predict(space.random(each.seed)) for each in table.checks]
     network = f"{options.config.stem}, {options.backend}"
     is_new = not options.out.exists()

@@ -17,6 +17,7 @@ from tests import in_process
 from tests.ray_cluster import ENVIRONMENT, PROGRAM
 from tests.test_docs import ROOT, run_blocks, runnable_blocks
 from tests.waiting import poll
+from tests.warm import warm_program
 
 GUIDE = "docs/extending.md"
 CONFIG = """
@@ -94,18 +95,11 @@ def istanas(here: Path, *arguments: str) -> Any:
     return in_process.istanas(here, [*command(here, *arguments), "--json"]).result
 
 
-def start(here: Path, *arguments: str, stdout: int) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [*PROGRAM, *command(here, *arguments)], cwd=here, env=ENVIRONMENT, stdout=stdout, text=True
-    )
-
-
 def on_workers(here: Path, *arguments: str) -> Any:
     """Run a command that starts Ray in a process of its own, and return its result."""
-    process = start(here, *arguments, "--json", stdout=subprocess.PIPE)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    return json.loads(out)
+    line = [*warm_program(), *command(here, *arguments), "--json"]
+    done = subprocess.run(line, cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def test_the_plugin_of_the_guide_has_at_most_60_lines() -> None:
@@ -130,7 +124,9 @@ def test_a_run_that_is_killed_equals_an_undisturbed_one(guide: Path, tmp_path: P
     for name in ("mobile.py", "mobile.yaml", "digits.npz"):
         shutil.copy(guide / name, tmp_path)
     run = ("run", "--config", "mobile.yaml")
-    process = start(tmp_path, *run, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*PROGRAM, *command(tmp_path, *run)], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
     assert poll(lambda: [*tmp_path.glob("runs/mobile-search-*/metrics.jsonl")], seconds=120)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it had ended before the kill"

@@ -29,7 +29,8 @@ from tests import namespaces
 from tests.integration.test_sweep import CONFIG
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server, istanas, keys_of_the_bucket
-from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster
+from tests.ray_cluster import ENVIRONMENT, RayCluster
+from tests.warm import warm_program
 
 server, elsewhere = test_storage.server, test_storage.elsewhere
 
@@ -89,7 +90,7 @@ def test_a_sweep_on_both_nodes_is_complete_and_readable_on_another_machine(
     store = f"sqlite:///{database}"  # in place of a server: no node has it on its own disk
     at = ("--address", cluster.address)
     settings = [f"--set={each}" for each in (*SETTINGS, f"tracking.uri={store}")]
-    command = [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *at, *settings]
+    command = [*warm_program(), "sweep", "--config", "tiny.yaml", "--json", *at, *settings]
     done = subprocess.run(
         command,
         cwd=own_disk,

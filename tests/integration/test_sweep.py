@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tests.in_process import Done, istanas
 from tests.pipeline.report.pages import Page
 from tests.ray_cluster import ENVIRONMENT, PROGRAM, RayCluster, title
 from tests.waiting import wait_until
+from tests.warm import warm_program
 
 TRIALS = 5
 TRIAL = "ray::ImplicitFunc"  # title of a trial's process in Ray Tune
@@ -55,10 +56,12 @@ sweep:
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
-def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *arguments: str, program: Sequence[str] = PROGRAM, stderr: Any = subprocess.PIPE
+) -> subprocess.Popen[str]:
     (folder / "tiny.yaml").write_text(CONFIG)
     return subprocess.Popen(
-        [*PROGRAM, "sweep", "--config", "tiny.yaml", "--json", *arguments],
+        [*program, "sweep", "--config", "tiny.yaml", "--json", *arguments],
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -66,6 +69,11 @@ def start(folder: Path, *arguments: str, stderr: Any = subprocess.DEVNULL) -> su
         text=True,
         start_new_session=True,
     )
+
+
+def run_to_the_end(folder: Path) -> Any:
+    """Run a sweep whose processes are not looked at."""
+    return finish(start(folder, program=warm_program()))
 
 
 def finish(process: subprocess.Popen[str]) -> Any:
@@ -147,7 +155,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> tup
     """An undisturbed sweep: its folder and its result."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copy(blank_database, folder)
-    return folder, finish(start(folder, stderr=subprocess.PIPE))
+    return folder, run_to_the_end(folder)
 
 
 def runs_of(folder: Path) -> list[Any]:
@@ -293,7 +301,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     print(f"moments drawn with seed {seed}")
     moments = random.Random(seed)
     # A trial's own process is killed, which is replaced. Then the command is killed.
-    process = start(project)
+    process = start(project, stderr=subprocess.DEVNULL)
     killed = wait_until(lambda: running_trials(process), 300, "a trial's process")
     time.sleep(moments.uniform(0, 2))
     killed += running_trials(process)
@@ -303,7 +311,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     wait_until(lambda: set(running_trials(process)) - set(killed), 300, "another process of a trial")
     kill_driver(process, lambda: n_ended(project) >= 1, moments.uniform(0, 2))
     # Ctrl-C, as a terminal sends it, in the last trial.
-    process = start(project, stderr=subprocess.PIPE)
+    process = start(project)
     wait_until(lambda: "epoch 1:" in log_of(project, TRIALS - 1), 600, "the last trial's first epoch")
     others = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -321,7 +329,7 @@ def test_a_sweep_killed_at_random_moments_gives_the_undisturbed_trials(
     assert (parent.info.status, parent.data.tags["istanas.outcome"]) == ("FAILED", "INTERRUPTED")
     (trial,) = [r for r in runs_of(project) if r.data.tags.get("istanas.trial") == str(TRIALS - 1)]
     assert trial.data.tags["istanas.outcome"] in ("INTERRUPTED", "FINISHED")  # FINISHED in its retraining
-    result = finish(start(project, stderr=subprocess.PIPE))
+    result = run_to_the_end(project)
 
     folder, undisturbed = whole
     assert decided(project) == decided(folder)
@@ -343,7 +351,6 @@ def test_trials_of_two_workers_on_two_cores_run_one_after_another(project: Path)
         *("--set", "sweep.trials=3", "--set", "sweep.objective=valid"),
         *("--set", "sweep.space={search.lr: {uniform: [0.001, 0.3]}}"),
         *("--set", "sweep.points=[{search.lr: 0.2}, {search.lr: 0.002}, {search.lr: 0.1}]"),
-        stderr=subprocess.PIPE,
     )
     other = RayCluster(1)  # the sweep must not use another Ray cluster of this machine
     try:
@@ -387,7 +394,7 @@ def test_trials_fail_alone_and_changed_training_pictures_are_refused(project: Pa
         *("--set", "sweep.trials=3", "--set", "sweep.scheduler=none", "--set", "sweep.objective=valid"),
         *("--set", "sweep.max_restarts=0", "--set", "runtime.max_loss=100"),
     ]
-    process = start(project, *arguments, stderr=subprocess.PIPE)
+    process = start(project, *arguments)
     # A process that is only warmed up has no trial to lose.
     wait_until(lambda: log_of(project, 0), 300, "the first trial's log")
     for each in running_trials(process):

@@ -10,12 +10,12 @@ from istanas.candidates import candidate_costs
 from istanas.errors import ConfigError
 from istanas.latency import (
     CandidateLatency,
-    Latencies,
+    LatencyPredictor,
     LatencyTable,
     Machine,
     describe_space,
     fit_references,
-    latencies_of,
+    latency_predictor,
     network_seeds,
     variants_of,
 )
@@ -27,10 +27,10 @@ SPACE, SIZE = CellSpace(n_nodes=2), NetworkSize(4, 6, 10)
 SPACES: list[tuple[SearchSpace, NetworkSize]] = [(SPACE, SIZE), (NasBench201Space(), NetworkSize(4, 8, 10))]
 
 
-def by_params(space: SearchSpace, size: NetworkSize, fixed_ms: float = 0.0) -> Latencies:
+def by_params(space: SearchSpace, size: NetworkSize, fixed_ms: float = 0.0) -> LatencyPredictor:
     """Latencies in which a candidate takes as many milliseconds as it has parameters."""
     measured = {variant: float(variant.params) for variant in variants_of(space, size, SHAPE)}
-    return Latencies(space, size, SHAPE, measured, fixed_ms)
+    return LatencyPredictor(space, size, SHAPE, measured, fixed_ms)
 
 
 def reading(state: int) -> Genotype:
@@ -121,12 +121,12 @@ def table_of(space: SearchSpace = SPACE, size: NetworkSize = SIZE, **changes: An
 )
 def test_a_table_for_another_search_is_refused(table: LatencyTable, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        latencies_of(table, SPACE, SIZE, SHAPE)
+        latency_predictor(table, SPACE, SIZE, SHAPE)
     assert caught.value.field == "latency_table"
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_table_for_the_search_is_accepted() -> None:
-    latencies = latencies_of(table_of(), SPACE, SIZE, SHAPE)
+    latencies = latency_predictor(table_of(), SPACE, SIZE, SHAPE)
     assert latencies.predict(SPACE.random(0)) == 1.0 + 2.0 * (2 * 2 * SIZE.layers)

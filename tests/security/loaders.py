@@ -28,7 +28,7 @@ from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogEnd
 from pipeline.runs.layout import EPOCH_LOGS
 from pipeline.sweeps import space as sweep_space
 from pipeline.training.epoch_record import Progress, load_latest, load_progress, read_records
-from pipeline.training.latencies import read_table
+from pipeline.training.latency_tables import read_table
 from tests.pipeline.training.made_up import as_version_0_1, record_of
 
 # ---------- junk

@@ -22,7 +22,7 @@ from istanas.data import (
     load_dataset,
     pictures_digest,
 )
-from istanas.errors import DataError
+from istanas.errors import ConfigError, DataError
 
 Load = Callable[..., ImageDataset]
 
@@ -894,3 +894,69 @@ def test_large_pictures_that_change_places_are_other_data(tmp_path: Path, load: 
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     assert load(copy).digest == after.digest
+
+
+# ---------- class folders without splits
+
+
+def class_folders(root: Path, counts: dict[str, int]) -> Path:
+    """Grey pictures of some classes, each with a value of its own."""
+    for number, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            save(root / name / f"{i:02}.png", grey(50 * number + i))
+    return root
+
+
+def test_a_fraction_of_each_class_is_the_test_split(tmp_path: Path, load: Load) -> None:
+    root = class_folders(tmp_path / "pictures", {"ant": 20, "bee": 10, "cat": 5})
+    dataset = load(root, test_fraction=0.2)
+    assert dataset.class_names == ("ant", "bee", "cat")
+    assert torch.bincount(dataset.test.labels).tolist() == [4, 2, 1]
+    assert torch.bincount(dataset.train.labels).tolist() == [16, 8, 4]
+    assert dataset.train.labels.tolist() == sorted(dataset.train.labels.tolist())
+    for split in ("train", "test"):
+        values, labels = images(dataset, split)[:, 0, 0, 0], getattr(dataset, split).labels
+        assert torch.equal(values // 50, labels.to(values.dtype)), split
+    both = torch.cat([images(dataset, "train"), images(dataset, "test")])
+    assert len(both.flatten(1).unique(dim=0)) == 35, "no picture is in both splits"
+    again = load(root, test_fraction=0.2)
+    assert (again.digest, again.train_digest) == (dataset.digest, dataset.train_digest)
+    assert load(root, test_fraction=0.4).train_digest != dataset.train_digest
+    large = load(root, test_fraction=0.2, image_size=96)
+    assert isinstance(large.test, FilePictures)
+    assert torch.equal(large.test.labels, dataset.test.labels)
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "says"),
+    [
+        (
+            {"ant": 9, "bee": 1},
+            0.9,
+            r"bee contains 1 picture, of which none would be left for training; add some",
+        ),
+        ({"ant": 2, "bee": 2}, 0.1, r"data\.test_fraction: 0\.1 of 4 pictures is no test picture; raise it"),
+        ({"ant": 2}, 0.2, r"pictures contains 1 class, at least two are needed"),
+        (
+            {"train/ant": 2, "train/bee": 2},
+            0.2,
+            r"data\.test_fraction: 0\.2 .* which has train/; set it to 0",
+        ),
+        ({"ant": 2, "bee": 2, "val": 2}, 0.2, r"data\.test_fraction: 0\.2 would divide .* which has val/"),
+        (
+            {"ant": 2, "bee": 2},
+            0.0,
+            r"train is missing; put the pictures .*, or let data\.test_fraction choose them",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_divided_is_refused(
+    counts: dict[str, int], fraction: float, says: str, tmp_path: Path, load: Load
+) -> None:
+    with pytest.raises(DataError, match=says):
+        load(class_folders(tmp_path / "pictures", counts), test_fraction=fraction)
+
+
+def test_other_data_sets_have_a_test_split() -> None:
+    with pytest.raises(ConfigError, match=r"data\.test_fraction: 0\.2 has no effect on digits"):
+        load_dataset("digits", test_fraction=0.2)

@@ -15,7 +15,7 @@ import torch
 from istanas.candidates import candidate_costs
 from istanas.data import Batch
 from istanas.errors import ConfigError
-from istanas.latency import Latencies, variants_of
+from istanas.latency import LatencyPredictor, variants_of
 from istanas.measure import Cost
 from istanas.nets import ArchitectureNetwork, Supernet
 from istanas.search import OneStageSearch, OneStageSettings, sparse_coding
@@ -305,7 +305,7 @@ def test_the_expected_cost_is_that_of_sampled_operations() -> None:
 def test_a_limit_of_the_latency_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The milliseconds of a candidate are made up, and their order is not that of its multiply-adds or parameters."""
     milliseconds = {v: len(v.operation) + v.params / 100 for v in variants_of(SPACE, SIZE, SHAPE)}
-    latencies = Latencies(SPACE, SIZE, SHAPE, milliseconds, 50.0)
+    latencies = LatencyPredictor(SPACE, SIZE, SHAPE, milliseconds, 50.0)
     module = sys.modules[__name__]
     of_cost = cost_of
     monkeypatch.setattr(

@@ -2,8 +2,11 @@
 
 import _thread
 import asyncio
+import doctest
+import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import pipeline
+from istanas.data import ArrayPictures, load_dataset
 from istanas.errors import ConfigError, DataError
 from istanas.space import Genotype
 from pipeline.cli.commands import run as command_line
@@ -36,14 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with a configuration file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("python"))
-        Path("tiny.yaml").write_text(TINY)
+        Path("digits.yaml").write_text(TINY)
         yield Path()
 
 
 @pytest.fixture(scope="module")
 def trained() -> "pipeline.FinishedRun[Any]":
     async def main() -> "pipeline.FinishedRun[Any]":
-        return pipeline.run("tiny.yaml", quiet=True, seed=3)
+        return pipeline.run("digits.yaml", quiet=True, seed=1)
 
     return asyncio.run(main())  # a notebook calls it inside a running event loop, too
 
@@ -53,7 +58,7 @@ def test_the_retraining_with_its_search_network_and_epochs(trained: "pipeline.Fi
     assert search is not None
     assert (trained.kind, search.kind, search.parent) == ("retrain", "search", None)
     assert trained.genotype == search.genotype == Genotype.from_dict(trained.result["genotype"])
-    assert (trained.config.seed, trained.config.retrain.epochs) == (3, 2)
+    assert (trained.config.seed, trained.config.retrain.epochs) == (1, 2)
     assert search.history["epoch"].tolist() == [1, 2, 3]
     assert trained.history["test/top1"].iloc[-1] == trained.result["test_top1"]
     assert trained.class_names == tuple("0123456789")
@@ -66,11 +71,11 @@ def test_a_command_and_a_call_have_the_same_run(
     trained: "pipeline.FinishedRun[Any]", capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert capsys.readouterr() == ("", ""), "quiet"
-    assert command_line(["run", "--config", "tiny.yaml", "--set", "seed=3", "--json"]) == 0
+    assert command_line(["run", "--config", "digits.yaml", "--set", "seed=1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == trained.result
-    found = pipeline.search("tiny.yaml", seed=3)
+    found = pipeline.search("digits.yaml", seed=1)
     assert f"search: already finished, see {found.path.relative_to(Path.cwd())}" in capsys.readouterr().out
-    again = pipeline.retrain(found, "tiny.yaml", quiet=True, seed=3)
+    again = pipeline.retrain(found, "digits.yaml", quiet=True, seed=1)
     assert again.path == trained.path
     assert pipeline.load(again.reference).result == pipeline.load(again.path.name).result == again.result
 
@@ -86,7 +91,7 @@ def test_a_finished_run_does_not_depend_on_the_working_directory(
 
 def test_settings_may_be_sections_lists_paths_and_none(folder: Path) -> None:
     found = pipeline.search(
-        folder / "tiny.yaml",
+        folder / "digits.yaml",
         quiet=True,
         search={"epochs": 1, "batch_size": 64, "init_channels": 2, "layers": 3, "max_pictures": 128},
         **{
@@ -119,6 +124,52 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
     assert set(files) == {"safetensors", "program", "onnx"}
     assert all(file.stat().st_size > 0 for file in files.values())
     assert pipeline.export(trained.path, quiet=True) == files
+    with pytest.raises(ConfigError, match=r"^tolerance: -1 is not a loss of accuracy; use 0 or more$"):
+        pipeline.export(trained, precision="int8", tolerance=-1)
+
+
+def test_an_evaluation_has_the_figures_of_the_command(
+    trained: "pipeline.FinishedRun[Any]", folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = pipeline.evaluate(trained, quiet=True)
+    assert own["evaluation"]["top1"]["estimate"] == trained.result["test_top1"]
+    assert all(Path(file).exists() for file in own["files"])
+    assert capsys.readouterr().out == ""
+
+    test = load_dataset("digits").test
+    assert isinstance(test, ArrayPictures)
+    for index in range(60):
+        place = folder / "labelled" / str(int(test.labels[index])) / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(test.images[index, 0].numpy()).save(place)
+    elsewhere = Path("elsewhere") / trained.path.name
+    shutil.copytree(trained.path, elsewhere)
+    runs: dict[str, Any] = {"runtime.runs_dir": "elsewhere", "tracking.enabled": False}
+    found = pipeline.evaluate(trained.path.name, "labelled", out="figures", quiet=True, **runs)
+    command = ["evaluate", str(trained.path), "--data", "labelled", "--out", "of_command", "--json"]
+    assert command_line(command) == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"] == found["evaluation"]
+    assert found["network"] == str(elsewhere), "the setting decides where the name is looked up"
+    (one,) = pipeline.predict(trained.path.name, place, **runs)
+    assert one["class"] in trained.class_names
+
+    (folder / "labelled" / "0" / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png"):
+        pipeline.evaluate(trained, "labelled", quiet=True)
+
+
+@pytest.mark.parametrize("name", [name for name in pipeline.__all__ if name != "sweep"])  # which starts Ray
+def test_the_example_of_each_name_runs(name: str, trained: "pipeline.FinishedRun[Any]", folder: Path) -> None:
+    """They are marked as skipped, because only this folder has their files."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("picture.png")
+    text = inspect.getdoc(getattr(pipeline, name))
+    assert text is not None
+    assert "# doctest: +SKIP" in text, "there is an example"
+    namespace = {"pipeline": pipeline, name: getattr(pipeline, name)}
+    example = doctest.DocTestParser().get_doctest(text.replace("+SKIP", ""), namespace, name, None, None)
+    lines: list[str] = []
+    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
+    assert found.failed == 0, "".join(lines)
 
 
 def interrupt_after_an_epoch(run_dirs: str) -> None:
@@ -133,12 +184,12 @@ def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
     thread = threading.Thread(target=interrupt_after_an_epoch, args=["interrupted/*"])
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        pipeline.search("tiny.yaml", quiet=True, **settings)
+        pipeline.search("digits.yaml", quiet=True, **settings)
     thread.join(timeout=60)
     (run_dir,) = Path("interrupted").iterdir()
     with pytest.raises(ConfigError, match="is INTERRUPTED; wait until it has finished, or resume it"):
         pipeline.load(run_dir)
-    found = pipeline.search("tiny.yaml", quiet=True, **settings)
+    found = pipeline.search("digits.yaml", quiet=True, **settings)
     assert found.path.name == run_dir.name
     assert found.history["epoch"].tolist() == list(range(1, 61))
 
@@ -147,16 +198,19 @@ def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
     ("call", "line"),
     [
         (lambda: pipeline.search("no.yaml"), r"no\.yaml: cannot be read"),
-        (lambda: pipeline.search("tiny.yaml", sed=3), "sed: unknown key"),
-        (lambda: pipeline.search("tiny.yaml", **{"search.lr": math.nan}), "search.lr: 'NaN' is invalid"),
-        (lambda: pipeline.search("tiny.yaml", seed=torch), "^seed: <module 'torch'.* cannot be written to a"),
+        (lambda: pipeline.search("digits.yaml", sed=3), "sed: unknown key"),
+        (lambda: pipeline.search("digits.yaml", **{"search.lr": math.nan}), "search.lr: 'NaN' is invalid"),
         (
-            lambda: pipeline.retrain("no.json", "tiny.yaml"),
+            lambda: pipeline.search("digits.yaml", seed=torch),
+            "^seed: <module 'torch'.* cannot be written to a",
+        ),
+        (
+            lambda: pipeline.retrain("no.json", "digits.yaml"),
             "^genotype 'no.json': no such file",
         ),
         (lambda: pipeline.load("no-run"), "run 'no-run': "),
-        (lambda: pipeline.sweep("tiny.yaml"), "^sweep: "),
-        (lambda: pipeline.search("tiny.yaml", plugins=["no.py"]), r"--plugin no\.py: "),
+        (lambda: pipeline.sweep("digits.yaml"), "^sweep: "),
+        (lambda: pipeline.search("digits.yaml", plugins=["no.py"]), r"--plugin no\.py: "),
     ],
 )
 def test_a_wrong_call_is_one_line(call: Any, line: str) -> None:

@@ -22,6 +22,7 @@ from pipeline.cli.commands import cli, run
 from pipeline.cli.options import starts_over
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
+from tests.warm import warm_program
 
 TINY = """
 space: {nodes: 2}
@@ -102,7 +103,7 @@ def istanas(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 def as_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command line in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
+        [*warm_program(), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -127,6 +128,8 @@ def test_shipped_configurations_are_listed_copied_and_named(istanas: Command, re
     assert set(json.loads(istanas("config", "--list", "--json")[1])["configurations"]) == names
     shipped = (repo_root / "tune_configs" / "gdas_digits.yaml").read_text()
     assert istanas("config", "--copy", "gdas_digits") == (0, shipped, "")
+    copied = json.loads(istanas("config", "--copy", "gdas_digits", "--json")[1])
+    assert copied == {"name": "gdas_digits", "text": shipped}
     by_name = istanas("config", "--config", "gdas_digits")
     assert by_name == istanas("config", "--config", str(repo_root / "tune_configs" / "gdas_digits.yaml"))
     for arguments in (["config", "--copy", "gdas_digit"], ["search", "--config", "gdas_digit"]):
@@ -165,7 +168,7 @@ def test_help_groups_the_commands_with_a_whole_line_each(
     assert code == 0
     groups = out.partition("Search and train:\n")[2]
     headings = [line for line in groups.splitlines() if line.endswith(":")]
-    assert headings == ["Prediction:", "Results:", "Evaluation:", "Cluster:", "Tools:"]
+    assert headings == ["Prediction:", "Results:", "Benchmarks:", "Cluster:", "Tools:"]
     entries = [line for line in groups.splitlines() if line.startswith("  ")]
     assert sorted(line.split()[0] for line in entries) == sorted(COMMANDS)
     assert all(re.fullmatch(r"  [a-z]+ +[A-Z].*[^.]\.", line) for line in entries), entries
@@ -314,6 +317,7 @@ def test_without_json_the_table_and_the_paths_are_on_stdout(istanas: Command, he
     for label in ("genotype: ", "cell pictures: ", "network: "):
         (line,) = [line for line in out.splitlines() if line.startswith(label)]
         assert (here / line.removeprefix(label)).exists()
+    assert re.search(r"^classify pictures: \S.* predict \S+-retrain-\w+ FILE_OR_FOLDER$", out, re.MULTILINE)
 
 
 def test_a_finished_run_prints_its_result_without_training_again(istanas: Command, here: Path) -> None:

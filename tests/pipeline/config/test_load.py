@@ -443,6 +443,7 @@ ANOTHER = {
     "data.name": "mnist",
     "data.root": "elsewhere",
     "data.download": True,
+    "data.test_fraction": 0.2,
     "data.image_size": 16,
     "data.cache_dir": "elsewhere",
     "data.background": "#000000",

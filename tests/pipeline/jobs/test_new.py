@@ -1,8 +1,7 @@
-"""`istanas new`: the configuration that it writes for a picture folder, the budget, bad input, and the guide's page."""
+"""`istanas new`: the configuration that it writes for a picture folder, the budget, and bad input."""
 
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ from pipeline.cli.commands import run
 from pipeline.config.keys import value_at
 from pipeline.config.load import load
 from pipeline.jobs import proposal
-from pipeline.runs.directory import RunDir
-from tests.test_docs import run_blocks, runnable_blocks
 
 TINY = ("space.nodes=1", "search.layers=3", "retrain.layers=2", "runtime.threads=1", "runtime.device=cpu")
 SETTINGS = tuple(f"--set={each}" for each in TINY)  # networks that are cheap to measure
-GUIDE = "docs/pictures.md"
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
@@ -71,6 +67,7 @@ def test_the_file_loads_and_gives_reasons(istanas: Command, tmp_path: Path) -> N
     assert (config.search.max_epochs, config.retrain.epochs) == proposal.default_epochs(40, 16)
     assert "Given with --set." in text
     assert "grey, 1 channel" in text
+    assert "test_fraction" not in text, "the folder has a test split"
     for section in ("data", "search", "retrain", "runtime", "tracking"):  # a comment precedes the settings
         assert re.search(rf"^{section}:\n(  name: folder\n  root:\s+\S.*\n)?  # [A-Z]", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120
@@ -81,6 +78,16 @@ def test_the_file_loads_and_gives_reasons(istanas: Command, tmp_path: Path) -> N
     assert (code, out) == (2, "")
     assert err == "error: --out: letters.yaml exists; name another file, or replace it with --force\n"
     assert (tmp_path / "letters.yaml").read_text() == text
+
+
+def test_class_folders_without_splits_are_divided(istanas: Command, tmp_path: Path) -> None:
+    code, out, err = istanas("letters/train", *SETTINGS, "--out", "divided.yaml", "--json")
+    assert code == 0, err
+    assert "32 training and 8 test pictures of 2 classes" in err
+    config, text = load("divided.yaml"), (tmp_path / "divided.yaml").read_text()
+    assert config.data.test_fraction == json.loads(out)["settings"]["data.test_fraction"] == 0.2
+    assert "# The folder has no test split" in text
+    assert "32 training and 8 test pictures" in text
 
 
 def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
@@ -106,7 +113,7 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
     ("arguments", "code", "says"),
     [
         (["absent"], 2, "DIR: no such folder: "),
-        (["letters/train"], 1, "DIR: .*letters/train/train is missing; "),
+        (["letters/train/bars"], 1, "DIR: .*letters/train/bars/train is missing; "),
         (["empty"], 1, "DIR: .*empty/train/ant contains no picture; add some"),
         (["single"], 1, "DIR: .*single/train contains 1 class, at least two are needed; "),
         (["letters", "--budget", "2 hours"], 2, "--budget: '2 hours' is not a time; give minutes"),
@@ -129,52 +136,3 @@ def test_bad_input_is_a_one_line_error(
     assert (found, len(lines)) == (code, 1), err
     assert re.search(says, lines[0]) or says in lines[0], err
     assert list(tmp_path.glob("*.yaml")) == []
-
-
-def textures(folder: Path) -> Path:
-    """Write an archive of 300 colour pictures of four textures, with different sizes around 130x110 pixels."""
-    rng = np.random.default_rng(0)
-    for name in ("checks", "dots", "rings", "stripes"):
-        (folder / "photos" / name).mkdir(parents=True)
-        for number in range(75):
-            height, width = int(rng.integers(100, 120)), int(rng.integers(120, 141))
-            y, x = np.mgrid[:height, :width]
-            period = rng.uniform(8, 16)
-            waves = {
-                "checks": np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period),
-                "dots": np.cos(2 * np.pi * x / period) + np.cos(2 * np.pi * y / period) - 1,
-                "rings": np.sin(2 * np.pi * np.hypot(x - width / 2, y - height / 2) / period),
-                "stripes": np.sin(2 * np.pi * x / period),
-            }
-            colours = rng.integers(0, 256, (2, 3))
-            pixels = np.where(waves[name][..., None] > 0, *colours) + rng.normal(0, 10, (height, width, 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                folder / "photos" / name / f"{number}.jpg"
-            )
-    with tarfile.open(folder / "photos.tar.gz", "w:gz") as archive:
-        archive.add(folder / "photos", "photos")
-    return folder / "photos"
-
-
-@pytest.mark.slow
-def test_the_guide_leads_from_an_archive_to_a_trained_network(tmp_path: Path) -> None:
-    """The blocks of the page run as they are, except that the written configuration is short."""
-    textures(tmp_path / "made")
-    (tmp_path / "guide").mkdir()
-    (tmp_path / "made" / "photos.tar.gz").rename(tmp_path / "guide" / "photos.tar.gz")
-    short = (
-        "--set search.epochs=1 --set retrain.epochs=2 --set retrain.warmup_epochs=0 --set runtime.threads=1"
-    )
-    blocks = [
-        block.replace("istanas new photos", f"istanas new photos {short}") for block in runnable_blocks(GUIDE)
-    ]
-    assert short in "".join(blocks)
-
-    done = run_blocks(blocks, tmp_path / "guide")
-    assert done.returncode == 0, done.stdout
-    assert "240 training and 60 test pictures of 4 classes" in done.stdout
-    config = load(tmp_path / "guide" / "photos.yaml")
-    assert (config.data.image_size, config.search.stem) == (96, "imagenet")
-    runs = sorted((tmp_path / "guide" / "runs").glob("photos-*/run.json"))
-    assert [RunDir(file.parent).read().kind for file in runs] == ["retrain", "search"]
-    assert done.stdout.count("network: ") == 1

@@ -24,8 +24,11 @@ import torch
 from PIL import Image
 
 from istanas.data import ArrayPictures, load_dataset
-from istanas.errors import CheckpointError, DataError
+from istanas.errors import CheckpointError, DataError, IstanasError
 from pipeline.cli.commands import run
+from pipeline.jobs.export import export_network
+from pipeline.jobs.quantization import Int8Plan, LabelledPictures
+from pipeline.runs.directory import RunDir
 from pipeline.runs.predictor import open_predictor
 from pipeline.tracking.picture_model import predictor_of
 from pipeline.tracking.store import open_client
@@ -71,9 +74,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) -> P
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        out = io.StringIO()
+        out, err = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", out)
+        patch.setattr("sys.stderr", err)
         assert run(["retrain", "--genotype", "random:0", "--config", "tiny.yaml", "--json"]) == 0
+    assert "Operation with range is deprecated" not in err.getvalue(), "pandas about MLflow"
     result = json.loads(out.getvalue().splitlines()[-1])
     return Project(
         folder, result, list(map(str, files)), [str(int(digits.labels[int(f.stem)])) for f in files]
@@ -146,6 +151,26 @@ def test_a_broken_file_is_one_line_and_the_others_are_predicted(project: Project
     assert lines[-1] == "3 of 5 files could not be used"
 
 
+def test_links_in_a_folder_are_followed_but_not_out_of_it(
+    project: Project, istanas: Command, tmp_path: Path
+) -> None:
+    for name in ("real/0.png", "real/1.png", "2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(project.files[0], tmp_path / "in" / name)
+    (tmp_path / "in" / "real" / "up").symlink_to("..")  # a cycle
+    (tmp_path / "in" / "linked.png").symlink_to("real/0.png")
+    (tmp_path / "in" / "again").symlink_to("real")
+    code, out, err = istanas("predict", str(project.run), str(tmp_path / "in"), "--json")
+    assert code == 0, err
+    found = [Path(each["file"]).relative_to(tmp_path / "in") for each in json.loads(out)["predictions"]]
+    assert list(map(str, found)) == ["2.png", "linked.png", "again/0.png", "again/1.png"]
+    (tmp_path / "in" / "out").symlink_to(project.folder / "pictures")
+    code, out, err = istanas("predict", str(project.run), str(tmp_path / "in"))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "in/out is a link that leads out of the folder, to " in err
+    assert "data.root" not in err
+
+
 def test_the_table_has_a_row_for_each_file(project: Project, istanas: Command) -> None:
     code, out, err = istanas("predict", str(project.run), *project.files[:2])
     assert (code, err) == (0, "")
@@ -171,6 +196,73 @@ def test_a_bad_reference_or_an_empty_folder_is_one_line(
     code, out, err = istanas("predict", reference.format(run=project.run), *files)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert says in err
+
+
+# ---------- 8-bit integers
+
+
+def test_an_8_bit_network_is_exported_predicts_and_is_evaluated(project: Project, istanas: Command) -> None:
+    code, out, err = istanas("export", str(project.run), "--precision", "int8", "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    figures, file = result["int8"], project.folder / result["run_dir"] / result["exports"]["int8"]["file"]
+    before, after = figures["fp32"], figures["int8"]
+    assert (before["top1"], figures["pictures"]) == (project.result["test_top1"], 359)
+    assert figures["measured"] == "the test split of digits"
+    assert (figures["calibration_pictures"], figures["tolerance"]) == (256, 1.0)
+    assert before["top1"] - after["top1"] <= 0.01
+    assert (after["bytes"], file.name) == (file.stat().st_size, "model.int8.onnx")
+    assert min(before["latency_ms"], after["latency_ms"]) > 0
+    assert f"top-1 {100 * before['top1']:.2f} -> {100 * after['top1']:.2f} %" in err
+    weights = {each.data_type for each in onnx.load(file).graph.initializer if len(each.dims) == 4}
+    assert weights == {onnx.TensorProto.INT8}
+
+    client = open_client(f"sqlite:///{project.folder}/mlflow.db")
+    run = client.get_run(project.result["mlflow_run_id"])
+    assert run.data.metrics["export/int8_top1"] == after["top1"]
+    assert run.data.metrics["export/fp32_latency_ms"] == before["latency_ms"]
+    sent = {each.path for each in client.list_artifacts(run.info.run_id, "export")}
+    assert {"export/model.int8.onnx", "export/int8.json"} <= sent
+
+    code, out, _ = istanas("predict", str(file), "pictures", "--json")
+    assert code == 0
+    classes = [each["class"] for each in json.loads(out)["predictions"]]
+    # In batches of other pictures, rounding may change single predictions.
+    assert project.accuracy(classes) == pytest.approx(after["top1"], abs=2 / 359)
+    for picture, label in zip(project.files, project.labels, strict=True):
+        place = project.folder / "classes" / label / Path(picture).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, place)
+    code, out, _ = istanas("evaluate", str(file), "--data", "classes", "--out", "of_int8", "--json")
+    assert json.loads(out.splitlines()[-1])["evaluation"]["top1"]["estimate"] == pytest.approx(
+        after["top1"], abs=2 / 359
+    )
+
+
+def test_an_inaccurate_8_bit_network_leaves_nothing(project: Project, istanas: Command) -> None:
+    """It is calibrated with black pictures, so that most activations are outside the range of its numbers."""
+    assert istanas("export", str(project.run))[0] == 0
+    before = {path: path.read_bytes() for path in (project.run / "export").iterdir()}
+    assert not any("int8" in path.name for path in before), "those of another export are gone"
+    steps, test = open_predictor(project.run).preprocessing, load_dataset("digits").test
+    assert isinstance(test, ArrayPictures)
+    black = ArrayPictures(torch.zeros_like(test.images), test.labels)
+    plan = Int8Plan(
+        steps,
+        LabelledPictures("black pictures", black, torch.arange(8)),
+        LabelledPictures("the test split", test, torch.arange(len(test))),
+        tolerance=2.0,
+    )
+    line = (
+        r"--precision int8: top-1 accuracy on the test split falls from \S+ to \S+ %, by more than the tolerance of "
+        r"2 points; accept it with a larger --tolerance, or export without --precision int8"
+    )
+    with pytest.raises(IstanasError, match=f"^{line}$"):
+        export_network(RunDir(project.run), int8=plan)
+    assert {path: path.read_bytes() for path in (project.run / "export").iterdir()} == before
+    assert "int8" not in (project.run / "run.json").read_text()
+    code, _, err = istanas("export", str(project.run), "--tolerance", "2")
+    assert (code, "--tolerance: only --precision int8 changes the accuracy" in err) == (2, True)
 
 
 # ---------- evaluations
@@ -213,11 +305,15 @@ def test_other_pictures_are_evaluated_with_their_labels(project: Project, istana
     assert figures["top1"] == recorded["top1"]
     assert figures["confusion"] == recorded["confusion"]
     assert 'id="evaluation"' in (project.folder / "evaluation" / "evaluation.html").read_text()
+    within = project.folder / "labelled" / "test" / "1" / "rejected"
+    within.mkdir()
+    shutil.copy(project.files[0], within)  # a training leaves it out
     (project.folder / "labelled" / "test" / "0" / "a.png").write_bytes(b"")
     code, out, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "two")
     assert code == 1
     assert "a.png is not a readable picture (the file is empty" in err
-    assert "359" in out
+    assert f"{figures['pictures']}" in out
+    assert "left out: 1 file in sub-folders, such as " in out
     (project.folder / "labelled" / "test" / "ten").mkdir()
     code, _, err = istanas("evaluate", str(project.run), "--data", "labelled", "--out", "three")
     assert code == 2

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.tracking.references import resolve_origin
 from pipeline.tracking.store import open_client
 from tests.pipeline.runs import test_bucket as test_storage
 from tests.pipeline.runs.test_bucket import BUCKET, Elsewhere, Server
+from tests.warm import warm_program
 
 server, elsewhere, prefix = test_storage.server, test_storage.elsewhere, test_storage.prefix
 
@@ -116,7 +116,7 @@ def test_of_a_run_in_a_project_that_was_moved(
     def retrain(found: Any, *settings: str) -> "subprocess.CompletedProcess[str]":
         # A process of its own, because MLflow remembers the folders of stores within a process.
         arguments = ["retrain", "--genotype", found["run_dir"], *SHORT, *settings, "--json"]
-        line = [sys.executable, "-m", "pipeline.cli", *arguments]
+        line = [*warm_program(), *arguments]
         return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
     done = retrain(beside)

@@ -10,20 +10,14 @@ import pytest
 import torch
 
 from istanas.errors import ConfigError
-from istanas.latency import LatencyTable, latencies_of
+from istanas.latency import LatencyTable, latency_predictor
 from istanas.nets.operations import make_operation
 from istanas.space import CellSpace, NetworkSize
 from istanas.training import Compute
 from pipeline.base.onnx_sessions import onnx_session
 from pipeline.config.load import load
-from pipeline.training.latencies import (
-    call_of,
-    machine_warnings,
-    measure_latencies,
-    read_table,
-    seconds_of_calls,
-    write_table,
-)
+from pipeline.training.latency_measurement import call_of, measure_latencies, seconds_of_calls
+from pipeline.training.latency_tables import read_table, table_warnings, write_table
 from pipeline.training.profiling import interleaved_seconds
 
 CPU = Compute(torch.device("cpu"))
@@ -52,7 +46,7 @@ def test_a_measured_table_has_what_a_search_requires(table: LatencyTable) -> Non
     assert table.fixed_ms >= 0
     assert (table.machine.threads, table.machine.dtype) == (torch.get_num_threads(), "float32")
     slow, fast = (((op, 0), (op, 1)) for op in ("sep_conv_5x5", "skip_connect"))
-    predict = latencies_of(table, SPACE, SIZE, SHAPE).predict
+    predict = latency_predictor(table, SPACE, SIZE, SHAPE).predict
     genotypes = [SPACE.genotype({kind: [support] for kind in SPACE.kinds}) for support in ((1, 3), (0, 2))]
     assert [genotype.normal[0] for genotype in genotypes] == [slow, fast]
     assert predict(genotypes[0]) > predict(genotypes[1]) >= table.fixed_ms
@@ -155,16 +149,28 @@ def test_a_table_of_another_machine_is_noticed(table: LatencyTable, tmp_path: Pa
     file = tmp_path / "table.json"
     config = load(None, [f"search.latency_table={file}", f"runtime.threads={table.machine.threads}"])
     write_table(file, table)
-    assert machine_warnings(config) == []
+    assert table_warnings(config) == []
     there = dataclasses.replace(table.machine, device_name="phone", threads=64, versions={"torch": "1.0"})
     write_table(file, dataclasses.replace(table, machine=there))
-    (line,) = machine_warnings(config)
+    (line,) = table_warnings(config)
     assert "device phone (here " in line
     assert f"threads 64 (here {table.machine.threads}); torch 1.0 (here {torch.__version__})" in line
     if not torch.cuda.is_available():
         there = dataclasses.replace(table.machine, device="cuda", device_name="H200")
         write_table(file, dataclasses.replace(table, machine=there))
-        assert machine_warnings(config) == [
+        assert table_warnings(config) == [
             "search.latency_table: latencies of another machine: device H200 (here none)"
         ]
-    assert machine_warnings(load(None)) == []
+    assert table_warnings(load(None)) == []
+
+
+def test_doubtful_latencies_are_noticed(table: LatencyTable, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    zeros = tuple(dataclasses.replace(each, median_ms=0.0, lower_ms=0.0) for each in table.candidates)
+    write_table(file, dataclasses.replace(table, batch_size=8, candidates=zeros))
+    config = load(None, [f"search.latency_table={file}", f"runtime.threads={table.machine.threads}"])
+    assert table_warnings(config) == [
+        "search.latency_table: latencies of batches of 8 pictures, not of one picture",
+        "search.latency_table: all latencies of candidates are 0, so that all networks seem equally fast; measure it "
+        "again with istanas latency",
+    ]

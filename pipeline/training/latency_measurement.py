@@ -1,55 +1,43 @@
-"""The table of latencies of a search: its measurement, its file, and the comparison of machines.
+"""The measurement of a table of latencies: all candidates of a search space, and some random networks.
 
-`istanas.latency` describes what the table means.
+`istanas.latency` describes what the table means, and `pipeline.training.latency_tables` reads and writes its file.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from istanas.errors import ConfigError
 from istanas.latency import (
     N_CHECKS,
     N_REFERENCES,
     CandidateLatency,
-    Latencies,
     Latency,
+    LatencyPredictor,
     LatencyTable,
     Machine,
     NetworkLatency,
     describe_space,
-    differences,
     fit_references,
-    latencies_of,
     network_seeds,
     variants_of,
 )
-from istanas.limits import RECORD_BYTES, read_at_most
 from istanas.nets import to_channels_last
 from istanas.space import NetworkSize, SearchSpace
 from istanas.training import Compute
-from pipeline.base.files import atomic_write
 from pipeline.base.onnx_sessions import onnx_session
-from pipeline.config.schema import Config
-from pipeline.config.threads import threads_in_process
 from pipeline.runs.environment import cpu_model
 from pipeline.training.profiling import interleaved_seconds
 
 Backend = Literal["torch", "onnxruntime"]
-KEY = "search.latency_table"
 RUNS, WARM_UP = 30, 3
-_REMEDY = "measure it again with istanas latency"
 
 
 def measure_latencies(
@@ -103,7 +91,7 @@ def measure_latencies(
         for seed, latency in zip(seeds, found[len(variants) :], strict=True)
     )
     references = measured[:N_REFERENCES]
-    parts = Latencies(space, size, shape, {each.variant: each.median_ms for each in candidates}).parts
+    parts = LatencyPredictor(space, size, shape, {each.variant: each.median_ms for each in candidates}).parts
     fixed, scale = fit_references(
         [(each.median_ms, *parts(g)) for each, g in zip(references, genotypes, strict=False)]
     )
@@ -191,92 +179,6 @@ def machine_here(backend: Backend, device: str, threads: int, dtype: str) -> Mac
     if device == "cuda":
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return Machine(backend, "cuda" if device == "cuda" else "cpu", name, threads, dtype, versions)
-
-
-# ---------- the file
-def write_table(file: Path, table: LatencyTable) -> None:
-    """Write a table as JSON.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    atomic_write(file, json.dumps(asdict(table), indent=1) + "\n")
-
-
-def read_table(file: Path) -> LatencyTable:
-    """Read a table.
-
-    Raises:
-        ConfigError: If the file is missing or is not a table of latencies.
-    """
-    try:
-        table = TypeAdapter(LatencyTable).validate_json(read_at_most(file, RECORD_BYTES), strict=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error.strerror})",
-            field=KEY,
-            remedy="give a file that istanas latency has written, and that all workers can read",
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = " ".join(
-            f"{where}: {first['msg']}".lstrip(": ").split()
-        )  # keys of the file may contain line breaks
-        raise ConfigError(
-            f"{file} is not a table of latencies ({what:.200})", field=KEY, remedy=_REMEDY
-        ) from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{file} is not a table of latencies ({error})", field=KEY, remedy=_REMEDY
-        ) from None
-    if len({each.variant for each in table.candidates}) < len(table.candidates):
-        raise ConfigError(f"{file} has a candidate twice", field=KEY, remedy=_REMEDY)
-    return table
-
-
-def configured_table(config: Config) -> LatencyTable | None:
-    """Return the table that a configuration names, or `None`.
-
-    Raises:
-        ConfigError: See `read_table`.
-    """
-    file = getattr(config.search, "latency_table", None)
-    return None if file is None else read_table(Path(file).expanduser())
-
-
-def configured_latencies(config: Config, size: NetworkSize, shape: tuple[int, int, int]) -> Latencies | None:
-    """Return the predictions of the table that a configuration names, or `None`.
-
-    Raises:
-        ConfigError: See `read_table` and `istanas.latency.latencies_of`.
-    """
-    table = configured_table(config)
-    if table is None:
-        return None
-    try:
-        return latencies_of(table, config.space.build(), size, shape)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{config.search.latency_table} {error.problem}",  # type: ignore[attr-defined]
-            field=f"search.{error.field}",
-            remedy=error.remedy,
-        ) from None
-
-
-def machine_warnings(config: Config) -> list[str]:
-    """Return a line if the table that a configuration names was measured on another machine than this one.
-
-    Raises:
-        ConfigError: See `read_table`.
-    """
-    table = configured_table(config)
-    if table is None:
-        return []
-    there = table.machine
-    here = machine_here(there.backend, there.device, threads_in_process(config.runtime.threads), there.dtype)
-    found = differences(there, here)
-    return [f"{KEY}: latencies of another machine: {'; '.join(found)}"] if found else []
 
 
 def spread(latencies: Sequence[Latency]) -> float:
