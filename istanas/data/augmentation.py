@@ -2,14 +2,16 @@
 
 Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
 drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
-`data.loading` applies `augment` to batches of pictures in memory, and `file_transform`, which crops at a random place
-and size, to each picture that it reads from a file.
+`data.loading` applies `augment` to batches of pictures in memory, and `large.load_large_picture`, which uses
+`file_transform`, to each picture that it reads from a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ class Augmentation:
         crop_padding: Zero pixels added on each side before a crop of the original size, >= 0.
         horizontal_flip: Whether each picture is mirrored left to right with probability 1/2.
         cutout: Side in pixels of the square that is set to the mean, >= 0 (0: none).
+        reduced_decoding: Whether large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if that is enough.
 
     Raises:
         ConfigError: If a number is negative.
@@ -38,6 +41,7 @@ class Augmentation:
     crop_padding: int = 0
     horizontal_flip: bool = False
     cutout: int = 0
+    reduced_decoding: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -226,6 +230,7 @@ def _within(size: int, length: int, centre: Tensor) -> Tensor:
     return (position >= start) & (position < start + length)
 
 
+@cache
 def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
     """Return the standard preprocessing of ImageNet, which maps a picture to (3, size, size) bytes.
 
@@ -234,12 +239,23 @@ def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[ob
     from torchvision.transforms import v2
 
     if augmentation is None:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    else:
-        steps = [
-            v2.RandomResizedCrop(size),
-            v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
-        ]
-    transform: Callable[[object], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
-    return transform
+        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
+        return cast(Callable[[object], Tensor], v2.Compose(steps))
+    return cast(
+        Callable[[object], Tensor], v2.Compose([v2.RandomResizedCrop(size), crop_transform(augmentation)])
+    )
+
+
+@cache
+def crop_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
+    """Return the part of `file_transform` that follows the random crop: it maps a crop to bytes."""
+    from torchvision.transforms import v2
+
+    from istanas.data.hue import FastColorJitter
+
+    steps = [
+        v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0),
+        FastColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
+        v2.PILToTensor(),
+    ]
+    return cast(Callable[[object], Tensor], v2.Compose(steps))

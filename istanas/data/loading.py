@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augmentation import Augmentation, augment, cutout, file_transform, normalize, send
+from istanas.data.augmentation import Augmentation, augment, cutout, normalize, send
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
-from istanas.data.reading import read_picture
+from istanas.data.large import load_large_picture
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
 
@@ -272,16 +272,21 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | DataError:
-        transform = file_transform(self.pictures.image_size, self.augmentation)
-        images: list[Tensor] = []
+        pictures, images = self.pictures, list[Tensor]()
         for index in self.parts[i].tolist():
-            try:
-                picture, _ = read_picture(self.pictures.paths[index], self.pictures.decode_settings)
-            except DataError as error:
-                return error
             # A picture's augmentation depends on its index, and not on the worker or rank that decodes it.
             with _global_generator_at(_batch_seed(self.seed, index)):
-                images.append(transform(picture))
+                try:
+                    images.append(
+                        load_large_picture(
+                            pictures.paths[index],
+                            pictures.image_size,
+                            self.augmentation,
+                            pictures.decode_settings,
+                        )
+                    )
+                except DataError as error:
+                    return error
         return torch.stack(images), self.pictures.labels[self.parts[i]]
 
 

@@ -131,6 +131,13 @@ class DataSettings(Section):
         False, description="Whether each training picture is mirrored with probability 1/2."
     )
 
+    reduced_decoding: bool = Field(
+        False,
+        description="Whether large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where the random crop of a "
+        "training picture does not need more pixels. This is faster and changes the pixels slightly; measured pictures "
+        "are always decoded in full.",
+    )
+
     @property
     def known_side(self) -> int | None:
         """Largest possible side of the pictures; None if it is known only from the pictures."""

@@ -363,7 +363,10 @@ class Batches:
     ) -> None:
         self._dataset, self._compute, self._ranks, self._batch_size = dataset, compute, ranks, batch_size
         self._seed, self._workers = config.seed, config.runtime.data_workers
-        self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
+        data = config.data
+        self._augmentation = Augmentation(
+            data.crop_padding, data.horizontal_flip, cutout, reduced_decoding=data.reduced_decoding
+        )
 
     def training(self, purpose: str, indices: torch.Tensor, epoch: int) -> Any:
         """Return the batches of a training epoch, shuffled and augmented."""

@@ -65,7 +65,7 @@ def compare(
     work: str,
     ours: Callable[[], Any],
     reference: Callable[[], Any],
-    bound: float,
+    bound: float | None,
     *,
     rounds: int,
     repeats: int = 1,

@@ -450,6 +450,7 @@ ANOTHER = {
     "data.holdout": 0.1,
     "data.crop_padding": 1,
     "data.horizontal_flip": True,
+    "data.reduced_decoding": True,
     "space.nodes": 3,
     "space.ops": ["skip_connect", "sep_conv_3x3"],
     "space.sparsity": 1,
