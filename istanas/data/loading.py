@@ -7,7 +7,6 @@ normalised on the device. In both cases, iterating over a loader again gives the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augmentation import Augmentation, augment, cutout, normalize, send
+from istanas.data.augmentation import Augmentation, augment, global_generator_at, mask, normalize, send
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.large import load_large_picture
+from istanas.data.transfer import send_beside, side_stream
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
 
@@ -116,13 +116,16 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
+        stream = side_stream(self.device)
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            images, labels = (send(part, self.device) for part in batch)
+            images, labels = send_beside(batch, self.device, stream)
             images = normalize(images, self.mean, self.std, self.dtype)
-            length = 0 if self.augmentation is None else self.augmentation.cutout
-            yield cutout(images, length, generator), labels
+            yield (
+                (images if self.augmentation is None else mask(images, self.augmentation, generator)),
+                labels,
+            )
 
 
 def batches(
@@ -275,7 +278,7 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         pictures, images = self.pictures, list[Tensor]()
         for index in self.parts[i].tolist():
             # A picture's augmentation depends on its index, and not on the worker or rank that decodes it.
-            with _global_generator_at(_batch_seed(self.seed, index)):
+            with global_generator_at(_batch_seed(self.seed, index)):
                 try:
                     images.append(
                         load_large_picture(
@@ -288,17 +291,3 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
                 except DataError as error:
                     return error
         return torch.stack(images), self.pictures.labels[self.parts[i]]
-
-
-@contextmanager
-def _global_generator_at(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, from which torchvision draws, and restore its state on exit.
-
-    `torch.manual_seed` would also seed the GPUs, whose generators drop path uses in training.
-    """
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)

@@ -239,7 +239,7 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
     "validation": lambda: validation(16, 8, 64, 1.6, 7),
     "retraining": lambda: retraining(16, 8, 64, 1.8, 5),
     "augmentation": lambda: augmentation(256, 6.0, 15),
-    "decoding": lambda: large_pictures.decoding(256, 1.5, 5),
+    "decoding": lambda: large_pictures.decoding(256, 1.5, 3),
     "reading_memory": lambda: large_pictures.memory(128),
     "recovery": lambda: recovery(7),
     "memory": lambda: memory(3),

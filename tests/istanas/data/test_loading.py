@@ -255,7 +255,14 @@ def test_numbers_that_leave_a_rank_without_pictures_are_refused(
 # ---------- large pictures
 
 
-@pytest.mark.parametrize("augmentation", [None, Augmentation(horizontal_flip=True, cutout=16)])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        None,
+        Augmentation(horizontal_flip=True, cutout=16),
+        Augmentation(color_jitter=False, rand_augment=9, random_erasing=0.5),
+    ],
+)
 def test_workers_do_not_change_a_bit(large: ImageDataset, augmentation: Augmentation | None) -> None:
     options = {"batch_size": 5, "augmentation": augmentation}
     alone = loader_of(large, **options)
