@@ -347,7 +347,7 @@ def crop_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
     """Return the part of `file_transform` that follows the random crop: it maps a crop to bytes."""
     from torchvision.transforms import v2
 
-    from istanas.data.hue import FastColorJitter
+    from istanas.data.jitter import FastColorJitter
 
     steps: list[Callable[[Any], Any]] = [
         v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augmentation import Augmentation, augment, global_generator_at, mask, normalize, send
+from istanas.data.augmentation import (
+    Augmentation,
+    augment,
+    file_transform,
+    global_generator_at,
+    mask,
+    normalize,
+    send,
+)
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.large import load_large_picture
 from istanas.data.transfer import send_beside, side_stream
@@ -116,6 +124,7 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
+        file_transform(pictures.image_size, self.augmentation)  # imported here, not by each process
         stream = side_stream(self.device)
         for batch in loader:
             if isinstance(batch, DataError):

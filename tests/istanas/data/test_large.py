@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from istanas.data import Augmentation
-from istanas.data.hue import shift_hue
+from istanas.data.jitter import shift_hue
 from istanas.data.large import load_large_picture, reduction_for
 from istanas.data.reading import read_picture
 

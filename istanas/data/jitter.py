@@ -1,7 +1,8 @@
-"""The hue shift of torchvision's colour jitter, four times as fast, with the same bits.
+"""The colour jitter of torchvision, faster, with the same bits.
 
 On a CPU, the hue takes half of the time in which a picture is decoded and augmented: Pillow converts each pixel to HSV
-and back by divisions. A channel has only 256 values, so that tables hold the results of all divisions.
+and back by divisions. A channel has only 256 values, so that tables hold the results of all divisions. Brightness and
+contrast are tables of 256 entries, which Pillow itself computes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageStat
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -42,9 +43,7 @@ _SECTORS = (((0, 5), (1, 4), (2, 3)), ((1, 2), (0, 3), (4, 5)), ((3, 4), (2, 5),
 
 
 class FastColorJitter(v2.ColorJitter):
-    """torchvision's `ColorJitter` for pictures of Pillow, with all four changes, and `shift_hue` as the last of them.
-
-    It draws the same numbers and returns the same pictures.
+    """torchvision's `ColorJitter` for RGB pictures of Pillow. It draws the same numbers and returns the same pictures.
 
     Example:
         >>> jitter = FastColorJitter(brightness=0, contrast=0, saturation=0, hue=(0.5, 0.5))
@@ -52,11 +51,15 @@ class FastColorJitter(v2.ColorJitter):
         (0, 252, 255)
     """
 
+    def __init__(self, *amounts: float, **named: float) -> None:
+        super().__init__(*amounts, **named)
+        _tables()  # before data workers are forked, so that they share them
+
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Apply the changes in the order that was drawn; torchvision calls this with its own parameters."""
         changes = (
-            (F.adjust_brightness, params["brightness_factor"]),
-            (F.adjust_contrast, params["contrast_factor"]),
+            (_adjust_brightness, params["brightness_factor"]),
+            (_adjust_contrast, params["contrast_factor"]),
             (F.adjust_saturation, params["saturation_factor"]),
             (shift_hue, params["hue_factor"]),
         )
@@ -65,6 +68,28 @@ class FastColorJitter(v2.ColorJitter):
             if factor is not None:
                 inpt = change(inpt, factor)
         return inpt
+
+
+def _adjust_brightness(picture: Image.Image, factor: float) -> Image.Image:
+    return _blended(picture, 0, factor)
+
+
+def _adjust_contrast(picture: Image.Image, factor: float) -> Image.Image:
+    mean = int(ImageStat.Stat(picture.convert("L")).mean[0] + 0.5)
+    return _blended(picture, mean, factor)
+
+
+def _blended(picture: Image.Image, value: int, factor: float) -> Image.Image:
+    """Return value + factor * (picture - value), with the rounding of Pillow's `blend`."""
+    table = Image.blend(Image.new("L", (256, 1), value), _ramp(), factor)
+    # Pillow's `point` would round each entry of the table in Python.
+    return Image.frombytes(picture.mode, picture.size, picture.tobytes().translate(table.tobytes()))
+
+
+@cache
+def _ramp() -> Image.Image:
+    """Return a picture of the values 0 to 255."""
+    return Image.frombytes("L", (256, 1), bytes(range(256)))
 
 
 def shift_hue(picture: Image.Image, factor: float) -> Image.Image:
