@@ -42,32 +42,36 @@ class _Tables(NamedTuple):
 _SECTORS = (((0, 5), (1, 4), (2, 3)), ((1, 2), (0, 3), (4, 5)), ((3, 4), (2, 5), (0, 1)))
 
 
-class FastColorJitter(v2.ColorJitter):
+class FastColorJitter:
     """torchvision's `ColorJitter` for RGB pictures of Pillow. It draws the same numbers and returns the same pictures.
 
+    Args:
+        brightness, contrast, saturation, hue: See torchvision's class.
+
     Example:
-        >>> jitter = FastColorJitter(brightness=0, contrast=0, saturation=0, hue=(0.5, 0.5))
-        >>> jitter(Image.new("RGB", (1, 1), "red")).getpixel((0, 0))
-        (0, 252, 255)
+        >>> jitter = FastColorJitter(brightness=0, contrast=0, saturation=0, hue=0.5)
+        >>> jitter(Image.new("RGB", (1, 1))).getpixel((0, 0))
+        (0, 0, 0)
     """
 
-    def __init__(self, *amounts: float, **named: float) -> None:
-        super().__init__(*amounts, **named)
+    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
+        self._original = v2.ColorJitter(brightness, contrast, saturation, hue)
         _tables()  # before data workers are forked, so that they share them
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Apply the changes in the order that was drawn; torchvision calls this with its own parameters."""
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """Draw the order and the factors of the changes, and apply them."""
+        drawn = self._original.make_params([])
         changes = (
-            (_adjust_brightness, params["brightness_factor"]),
-            (_adjust_contrast, params["contrast_factor"]),
-            (F.adjust_saturation, params["saturation_factor"]),
-            (shift_hue, params["hue_factor"]),
+            (_adjust_brightness, drawn["brightness_factor"]),
+            (_adjust_contrast, drawn["contrast_factor"]),
+            (F.adjust_saturation, drawn["saturation_factor"]),
+            (shift_hue, drawn["hue_factor"]),
         )
-        for number in params["fn_idx"].tolist():
+        for number in drawn["fn_idx"].tolist():
             change, factor = changes[number]
             if factor is not None:
-                inpt = change(inpt, factor)
-        return inpt
+                picture = change(picture, factor)
+        return picture
 
 
 def _adjust_brightness(picture: Image.Image, factor: float) -> Image.Image:
@@ -141,7 +145,8 @@ def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Byte
     not_red = red != largest
     blue_is_largest = not_red & (green != largest)
     second = (~blue_is_largest & (blue != smallest)) | (blue_is_largest & (red != smallest))
-    return 2 * (not_red.view(np.uint8) + blue_is_largest.view(np.uint8)) + second.view(np.uint8)
+    order: Bytes = 2 * (not_red.view(np.uint8) + blue_is_largest.view(np.uint8)) + second.view(np.uint8)
+    return order
 
 
 def _index(*parts: Bytes) -> NDArray[np.intp]:
@@ -186,6 +191,6 @@ def _tables() -> _Tables:
     )
 
 
-def _to_bytes(values: NDArray[np.float32]) -> Bytes:
+def _to_bytes(values: NDArray[np.floating[Any]]) -> Bytes:
     """Convert values in [0, 1] to 0 to 255, without rounding; others occur only at places that no pixel has."""
     return np.clip(np.nan_to_num(values.astype(np.float64) * 255), 0, 255).astype(np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -145,6 +145,11 @@ def averaged(net: TargetNetwork, decay: float) -> AveragedModel:
         decay: In (0, 1). The average is over about 1 / (1 - decay) steps.
     """
     return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def averaged_network(average: AveragedModel) -> TargetNetwork:
+    """Return the network that has the averaged weights."""
+    return cast(TargetNetwork, average.module)
 
 
 def network_cost(config: Config, sizes: Sizes, dataset: ImageDataset, genotype: Genotype) -> Cost:

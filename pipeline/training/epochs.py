@@ -29,7 +29,7 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.config.schema import Config, RetrainSettings
-from pipeline.training.build import averaged, build_retraining, build_search, network_cost
+from pipeline.training.build import averaged, averaged_network, build_retraining, build_search, network_cost
 from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import Progress, SearchRecord
 from pipeline.training.pictures import Batches, retrain_augmentation, search_augmentation
@@ -267,7 +267,7 @@ class RetrainJob:
         net.eval()
         if self._average is not None:
             self._average.eval()
-            self._ranks.average(self._average.module.active_buffers())
+            self._ranks.average(averaged_network(self._average).active_buffers())
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
         if self._splits.holdout is not None:
             metrics |= _named("valid", self._measure("train", self._splits.holdout))
@@ -276,7 +276,7 @@ class RetrainJob:
         return EpochResult(metrics)
 
     def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
-        net = self._net if self._average is None else self._average.module
+        net = self._net if self._average is None else averaged_network(self._average)
         return evaluate(net, self._batches.measuring(split, indices), self._compute, self._ranks)
 
     def state(self) -> dict[str, Any]:
