@@ -12,13 +12,12 @@ from istanas.data import ArrayPictures, Augmentation, ImageDataset, load_dataset
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.space import CellSpace, random_genotype
-from istanas.training import Compute, evaluate
+from istanas.training import Compute, evaluate, train_target_epoch
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.training.build import averaged
+from pipeline.training.build import averaged, build_target
 from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import EpochRecord, FolderStore, load_latest, read_records
-from pipeline.training.epochs import RetrainJob
 from pipeline.training.loop import retrain_worker, trained_network
 from pipeline.training.pictures import Batches, retrain_augmentation, search_augmentation
 from tests.pipeline.training.test_loop import Nobody, Watcher, decided, weights_of, with_train
@@ -68,6 +67,7 @@ def digest(config: Config, dataset: ImageDataset, folder: Path) -> str:
     return weights_of(trained_network(config, GENOTYPE, dataset, folder))
 
 
+@pytest.mark.slow
 def test_each_setting_of_the_recipe_changes_the_training(few: ImageDataset, tmp_path: Path) -> None:
     digests = {}
     for name, recipe in (("plain", {}), *((key, {key: value}) for key, value in RECIPE.items())):
@@ -154,16 +154,30 @@ def test_an_impossible_magnitude_is_one_line(value: str) -> None:
 
 # ---------- torch.compile
 @pytest.mark.slow
-def test_a_compiled_retraining_has_the_same_losses(few: ImageDataset) -> None:
-    """Compiled once, although drop path rises from epoch to epoch."""
-    losses = {}
-    for on in ("false", "true"):
-        torch._dynamo.utils.counters.clear()
-        config = tiny(f"runtime.compile={on}", "retrain.epochs=3", "retrain.test_every=0", layers="1")
-        job = RetrainJob(config, few, CPU, Ranks(), GENOTYPE)
-        losses[on] = [job.run_epoch(epoch, lambda *_: None, 1.0).metrics["train/loss"] for epoch in range(3)]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert losses["true"] == pytest.approx(losses["false"], abs=1e-5)
+def test_a_traced_network_has_the_same_losses(few: ImageDataset) -> None:
+    """The network is one graph for torch.compile. `python -m tests.benchmarks --only compile` also generates C++."""
+    losses = []
+    for backend in (None, "aot_eager"):
+        net = build_target(tiny(layers="1"), GENOTYPE, few).train()
+        forward = net.forward_with_auxiliary
+        if backend is not None:
+            forward = torch.compile(forward, backend=backend, fullgraph=True)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        batches = Batches(tiny(), few, CPU, Ranks(), 40, Augmentation()).measuring("train", torch.arange(80))
+        losses += [
+            train_target_epoch(
+                net,
+                optimizer,
+                batches,
+                CPU,
+                lr_at=lambda step: 0.1,
+                auxiliary_weight=0,
+                label_smoothing=0,
+                grad_clip=5.0,
+                forward=forward,
+            ).loss
+        ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_compilation_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
