@@ -357,7 +357,7 @@ class RuntimeSettings(Section):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile translates the network of a retraining once, at the start, which takes "
+        description="Whether torch.compile translates the network of a retraining at the start, which takes "
         "minutes. Losses differ by rounding.",
     )
     data_workers: Annotated[NonNegativeInt, unit("processes")] = Field(
