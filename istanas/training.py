@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from istanas.data import Batch
+from istanas.data.mixing import Mix
 from istanas.distributed import Ranks
 from istanas.errors import DivergedError
 from istanas.nets import TargetNetwork
@@ -204,7 +205,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy of (B, classes) logits and (B,) labels, computed in float32 or float64."""
+    """Return the mean cross-entropy of (B, classes) logits, computed in float32 or float64.
+
+    The target is (B,) labels, or (B, classes) shares of the classes.
+    """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
@@ -280,6 +284,7 @@ def train_target_step(
     auxiliary_weight: float,
     label_smoothing: float,
     grad_clip: float | None,
+    mix: Mix | None = None,
 ) -> None:
     """Run a training step of a target network, with loss = CE(logits) + auxiliary_weight CE(auxiliary logits).
 
@@ -292,8 +297,11 @@ def train_target_step(
         auxiliary_weight: As in `train_target_epoch`.
         label_smoothing: As in `train_target_epoch`.
         grad_clip: As in `train_target_epoch`.
+        mix: As in `train_target_epoch`.
     """
     images, target, weight = Batch(*batch)
+    if mix is not None:
+        images, target = mix(images, target)
     with compute.autocast():
         logits, auxiliary = forward(images)
     loss = cross_entropy(logits, target, label_smoothing)
@@ -304,7 +312,7 @@ def train_target_step(
     (total * weight).backward()
     clip_gradients([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
     optimizer.step()
-    totals.add(loss, logits, target)
+    totals.add(loss, logits, target if target.ndim == 1 else target.argmax(1))
 
 
 def train_target_epoch(
@@ -319,6 +327,8 @@ def train_target_epoch(
     grad_clip: float | None,
     observe: Observer | None = None,
     ranks: Ranks | None = None,
+    mix: Mix | None = None,
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Metrics:
     """Run one epoch of a target network, see `train_target_step`.
 
@@ -335,6 +345,9 @@ def train_target_epoch(
         grad_clip: Largest joint norm of the gradients, > 0; `None` disables clipping.
         observe: Called after every step.
         ranks: The processes that train together, each on its share of every batch; `None` means only this one.
+        mix: Mixes the pictures and labels of each batch, see `istanas.data.mixing`. A mixed picture then counts as
+            correct if the class with the largest share has the largest logit.
+        forward: Another form of `net.forward_with_auxiliary`, such as a compiled one.
 
     Returns:
         Mean loss and accuracies over the (augmented) pictures of all ranks.
@@ -342,7 +355,7 @@ def train_target_epoch(
     net.train()
     ranks = ranks or Ranks()
     # Recreated in every epoch, so that a resumed run sums gradients in the same order as an uninterrupted one.
-    forward = ranks.data_parallel(net.forward_with_auxiliary, net.active_parameters())
+    forward = ranks.data_parallel(forward or net.forward_with_auxiliary, net.active_parameters())
     totals = Totals(compute.device)
     for step, batch in enumerate(batches):
         set_learning_rate(optimizer, lr_at(step))
@@ -355,6 +368,7 @@ def train_target_epoch(
             auxiliary_weight=auxiliary_weight,
             label_smoothing=label_smoothing,
             grad_clip=grad_clip,
+            mix=mix,
         )
         if observe is not None:
             observe(step + 1, totals)

@@ -2,8 +2,10 @@
 
 `warm_program()` returns the words of a command line that runs `istanas`, as `PROGRAM` does. Its process is a small
 client (`tests/warm_client.py`), which gives its arguments, environment, folder and streams to the server of this test
-process, sends its signals on, and ends as the command does; if it is killed, the server kills the command. Tests that
-look at the process itself, such as its children or its signal handlers, start `PROGRAM` instead.
+process, sends its signals on, and ends as the command does; if it is killed, the server kills the command.
+
+Tests start `PROGRAM` instead if they look at the process itself, such as its children or signal handlers, if they kill
+it, or if they set variables that packages read when they are imported, such as RAY_AUTH_MODE.
 """
 
 import atexit

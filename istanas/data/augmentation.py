@@ -2,14 +2,17 @@
 
 Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
 drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
-`data.loading` applies `augment` to batches of pictures in memory, and `file_transform`, which crops at a random place
-and size, to each picture that it reads from a file.
+`data.loading` applies `augment` to batches of pictures in memory, and `large.load_large_picture`, which uses
+`file_transform`, to each picture that it reads from a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,10 @@ class Augmentation:
         crop_padding: Zero pixels added on each side before a crop of the original size, >= 0.
         horizontal_flip: Whether each picture is mirrored left to right with probability 1/2.
         cutout: Side in pixels of the square that is set to the mean, >= 0 (0: none).
+        reduced_decoding: Whether large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size if that is enough.
+        color_jitter: Whether brightness, contrast, saturation and hue of large pictures are changed.
+        rand_augment: Magnitude of RandAugment's two operations on each picture, in 0..30 (0: none).
+        random_erasing: Probability that a rectangle of a picture is set to the mean, in [0, 1].
 
     Raises:
         ConfigError: If a number is negative.
@@ -38,6 +45,10 @@ class Augmentation:
     crop_padding: int = 0
     horizontal_flip: bool = False
     cutout: int = 0
+    reduced_decoding: bool = False
+    color_jitter: bool = True
+    rand_augment: int = 0
+    random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -171,7 +182,7 @@ def augment(
         augmentation: The augmentation.
         mean: C means in [0, 1].
         std: C standard deviations, > 0.
-        generator: Source of all draws (crop, then flip, then cutout).
+        generator: Source of all draws (crop, flip, RandAugment, cutout, random erasing).
         dtype: Type of the result.
 
     Returns:
@@ -188,7 +199,96 @@ def augment(
     images = random_crop(images, augmentation.crop_padding, generator)
     if augmentation.horizontal_flip:
         images = random_flip(images, generator)
-    return cutout(normalize(images, mean, std, dtype), augmentation.cutout, generator)
+    images = rand_augment(images, augmentation.rand_augment, generator)
+    return mask(normalize(images, mean, std, dtype), augmentation, generator)
+
+
+def mask(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Set parts of normalised pictures to 0, which is the mean: cutout, then random erasing.
+
+    Args:
+        images: (B, C, H, W) floats.
+        augmentation: The augmentation.
+        generator: Source of all draws.
+
+    Returns:
+        (B, C, H, W), with the dtype and memory format of `images`.
+    """
+    images = cutout(images, augmentation.cutout, generator)
+    return random_erasing(images, augmentation.random_erasing, generator)
+
+
+def rand_augment(images: Tensor, magnitude: int, generator: torch.Generator) -> Tensor:
+    """Apply two random operations of torchvision's RandAugment to each picture, such as a rotation or more contrast.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        magnitude: Strength in 0..30; 0 returns `images` and draws nothing.
+        generator: Source of the seed of torch's global generator, from which torchvision draws.
+
+    Returns:
+        (B, C, H, W) uint8.
+
+    Source: Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with a reduced search space".
+    """
+    if magnitude == 0:
+        return images
+    return _one_by_one(images, _rand_augment(magnitude), generator)
+
+
+def random_erasing(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Set a random rectangle of some pictures to 0.
+
+    Args:
+        images: (B, C, H, W) floats.
+        probability: Probability for each picture, in [0, 1]; 0 returns `images` and draws nothing.
+        generator: Source of the seed of torch's global generator, from which torchvision draws.
+
+    Returns:
+        (B, C, H, W), a new tensor with the memory format of `images`.
+
+    Source: Zhong et al. 2020, "Random erasing data augmentation".
+    """
+    if probability == 0:
+        return images
+    from torchvision.transforms import v2
+
+    return _one_by_one(images, v2.RandomErasing(probability), generator)
+
+
+@contextmanager
+def global_generator_at(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, from which torchvision draws, and restore its state on exit.
+
+    `torch.manual_seed` would also seed the GPUs, whose generators drop path uses in training.
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _one_by_one(images: Tensor, transform: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """Transform each picture by itself: torchvision would draw only once for a batch."""
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    out = torch.empty_like(images)
+    with global_generator_at(seed):
+        for picture, changed in zip(images, out, strict=True):
+            changed.copy_(transform(picture))
+    return out
+
+
+@cache
+def _rand_augment(magnitude: int) -> Callable[[Any], Any]:
+    """Return RandAugment as torchvision's training reference configures it."""
+    from torchvision.transforms import v2
+
+    return cast(
+        Callable[[Any], Any],
+        v2.RandAugment(magnitude=magnitude, interpolation=v2.InterpolationMode.BILINEAR),
+    )
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -226,6 +326,7 @@ def _within(size: int, length: int, centre: Tensor) -> Tensor:
     return (position >= start) & (position < start + length)
 
 
+@cache
 def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
     """Return the standard preprocessing of ImageNet, which maps a picture to (3, size, size) bytes.
 
@@ -234,12 +335,25 @@ def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[ob
     from torchvision.transforms import v2
 
     if augmentation is None:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    else:
-        steps = [
-            v2.RandomResizedCrop(size),
-            v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
-        ]
-    transform: Callable[[object], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
-    return transform
+        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
+        return cast(Callable[[object], Tensor], v2.Compose(steps))
+    return cast(
+        Callable[[object], Tensor], v2.Compose([v2.RandomResizedCrop(size), crop_transform(augmentation)])
+    )
+
+
+@cache
+def crop_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
+    """Return the part of `file_transform` that follows the random crop: it maps a crop to bytes."""
+    from torchvision.transforms import v2
+
+    from istanas.data.jitter import FastColorJitter
+
+    steps: list[Callable[[Any], Any]] = [
+        v2.RandomHorizontalFlip(0.5 if augmentation.horizontal_flip else 0.0)
+    ]
+    if augmentation.rand_augment > 0:
+        steps.append(_rand_augment(augmentation.rand_augment))
+    if augmentation.color_jitter:
+        steps.append(FastColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2))
+    return cast(Callable[[object], Tensor], v2.Compose([*steps, v2.PILToTensor()]))

@@ -7,7 +7,6 @@ normalised on the device. In both cases, iterating over a loader again gives the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,9 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from istanas.data.augmentation import Augmentation, augment, cutout, file_transform, normalize, send
+from istanas.data.augmentation import (
+    Augmentation,
+    augment,
+    file_transform,
+    global_generator_at,
+    mask,
+    normalize,
+    send,
+)
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
-from istanas.data.reading import read_picture
+from istanas.data.large import load_large_picture
+from istanas.data.transfer import send_beside, side_stream
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
 
@@ -116,13 +124,17 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
+        file_transform(pictures.image_size, self.augmentation)  # imported here, not by each process
+        stream = side_stream(self.device)
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            images, labels = (send(part, self.device) for part in batch)
+            images, labels = send_beside(batch, self.device, stream)
             images = normalize(images, self.mean, self.std, self.dtype)
-            length = 0 if self.augmentation is None else self.augmentation.cutout
-            yield cutout(images, length, generator), labels
+            yield (
+                (images if self.augmentation is None else mask(images, self.augmentation, generator)),
+                labels,
+            )
 
 
 def batches(
@@ -272,28 +284,19 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | DataError:
-        transform = file_transform(self.pictures.image_size, self.augmentation)
-        images: list[Tensor] = []
+        pictures, images = self.pictures, list[Tensor]()
         for index in self.parts[i].tolist():
-            try:
-                picture, _ = read_picture(self.pictures.paths[index], self.pictures.decode_settings)
-            except DataError as error:
-                return error
             # A picture's augmentation depends on its index, and not on the worker or rank that decodes it.
-            with _global_generator_at(_batch_seed(self.seed, index)):
-                images.append(transform(picture))
+            with global_generator_at(_batch_seed(self.seed, index)):
+                try:
+                    images.append(
+                        load_large_picture(
+                            pictures.paths[index],
+                            pictures.image_size,
+                            self.augmentation,
+                            pictures.decode_settings,
+                        )
+                    )
+                except DataError as error:
+                    return error
         return torch.stack(images), self.pictures.labels[self.parts[i]]
-
-
-@contextmanager
-def _global_generator_at(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, from which torchvision draws, and restore its state on exit.
-
-    `torch.manual_seed` would also seed the GPUs, whose generators drop path uses in training.
-    """
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)

@@ -1,8 +1,8 @@
 """The preprocessing of a picture, from its file to the input of a network, for predictions after the training.
 
 Training applies the same functions to whole data sets: `read_picture` and `fit_picture` when a folder of small pictures
-is decoded, `file_transform` when large pictures are read for a batch, `stretch_images` for data sets that are arrays,
-and `normalize` for every batch.
+is decoded, `load_large_picture` when large pictures are read for a batch, `stretch_images` for data sets that are
+arrays, and `normalize` for every batch.
 """
 
 from __future__ import annotations

@@ -43,8 +43,22 @@ _NOT_HASHED_DATA = ("download", "cache_dir", "allow_left_out")
 _LATENCY = {"search.max_latency_ms": None, "search.latency_table": None}
 _LIMITS = {"search.max_params": None, "search.max_macs": None, **_LATENCY}
 _COSTS = {"search.cost": "macs", "search.cost_weight": 0.0}
+_RECIPE = {
+    "retrain.color_jitter": True,
+    "retrain.rand_augment": 0,
+    "retrain.random_erasing": 0.0,
+    "retrain.mixup": 0.0,
+    "retrain.cutmix": 0.0,
+    "retrain.ema_decay": 0.0,
+}
 _ADDED: dict[str, dict[str, Any]] = {
-    "": {"data.background": "#ffffff", "data.test_fraction": 0.0, "space.name": DEFAULT_SPACE},
+    "": {
+        "data.background": "#ffffff",
+        "data.reduced_decoding": False,
+        "data.test_fraction": 0.0,
+        "space.name": DEFAULT_SPACE,
+        **_RECIPE,
+    },
     **dict.fromkeys(("two_stage", "darts", "pc_darts", "gdas"), _COSTS | _LIMITS),
     **dict.fromkeys(("random_nas", "random"), _LIMITS),
     "measured": {"search.max_concurrent": 1, **_LIMITS},

@@ -136,6 +136,13 @@ class DataSettings(Section):
         False, description="Whether each training picture is mirrored with probability 1/2."
     )
 
+    reduced_decoding: bool = Field(
+        False,
+        description="Whether large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where the random crop of a "
+        "training picture does not need more pixels. This is faster and changes the pixels slightly; measured pictures "
+        "are always decoded in full.",
+    )
+
     @property
     def known_side(self) -> int | None:
         """Largest possible side of the pictures; None if it is known only from the pictures."""
@@ -296,6 +303,33 @@ class RetrainSettings(Section):
     cutout: Pixels = Field(
         16, description="Side of the square that is masked in each training picture. 0 disables it."
     )
+    color_jitter: bool = Field(
+        True,
+        description="Whether brightness, contrast, saturation and hue of large training pictures are changed, as in "
+        "the published ImageNet retraining.",
+    )
+    rand_augment: Annotated[int, Field(ge=0, le=30)] = Field(
+        0,
+        description="Magnitude of RandAugment, two random operations on each training picture. 0 disables it.",
+    )
+    random_erasing: Fraction = Field(
+        0.0, description="Probability that a random rectangle of a training picture is masked. 0 disables it."
+    )
+    mixup: NonNegativeFloat = Field(
+        0.0,
+        description="Alpha of mixup, which adds the training pictures of a batch in pairs. 0 disables it. With cutmix, "
+        "each batch is mixed by one of the two.",
+    )
+    cutmix: NonNegativeFloat = Field(
+        0.0,
+        description="Alpha of CutMix, which replaces a rectangle of a training picture by that of another one. 0 "
+        "disables it.",
+    )
+    ema_decay: Fraction = Field(
+        0.0,
+        description="Decay per step of an exponential moving average of the weights, which is then measured and "
+        "exported. 0 disables it.",
+    )
     op_batchnorm: bool = Field(
         False,
         description="Whether pooling and identity operations end in batch norm. Cells of a one-stage search require "
@@ -325,6 +359,11 @@ class RuntimeSettings(Section):
         False,
         description="Whether each cell is computed again in the backward pass. This takes about half the memory and "
         "more time, and does not change the result.",
+    )
+    compile: bool = Field(
+        False,
+        description="Whether torch.compile translates the network of a retraining at the start, which takes "
+        "minutes. Losses differ by rounding.",
     )
     data_workers: Annotated[NonNegativeInt, unit("processes")] = Field(
         0,

@@ -391,7 +391,7 @@ def _measure(drafts: _Drafts, candidate: Candidate, console: Console) -> Measure
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
 
     def epoch_seconds(work: Work) -> float:
-        per_step, per_picture = training_seconds(work, STEPS, compute.device)
+        per_step, _, per_picture = training_seconds(work, STEPS, compute.device)
         return projection_of(work, per_step, per_picture, compute.device)["seconds"] / work.plan.epochs
 
     search = epoch_seconds(make_work(config, dataset, compute))

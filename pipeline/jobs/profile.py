@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from istanas.data import Batch, ImageDataset
+from istanas.data.mixing import mixing
 from istanas.distributed import Ranks
 from istanas.space import Genotype
 from istanas.training import Compute, Totals, derive_seed, evaluate, set_learning_rate, train_target_step
@@ -28,16 +29,19 @@ from pipeline.config.schema import Config
 from pipeline.jobs.context import say_pictures, say_to
 from pipeline.jobs.lifecycle import check_data, load_data, settled
 from pipeline.runs.record import data_label
-from pipeline.training.build import build_retraining, build_search
-from pipeline.training.compute import compute_for, describe_place
+from pipeline.training.build import averaged, build_retraining, build_search
+from pipeline.training.compute import compiled, compute_for, describe_place
 from pipeline.training.data_checks import warnings_of
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import (
     Batches,
     describe_pictures,
+    retrain_augmentation,
+    search_augmentation,
 )
 from pipeline.training.profiling import (
     Train,
+    Waiting,
     as_data,
     count_flops,
     peak_flops,
@@ -87,6 +91,7 @@ class Work:
 
     Args:
         train: See `pipeline.training.profiling.Train`.
+        waiting: The time that `train` has waited for pictures.
         pictures_per_step: Number of pictures in the forward and backward pass of a step.
         measure: Evaluates one batch of training pictures.
         pictures_measured: Number of pictures in that batch.
@@ -95,11 +100,26 @@ class Work:
     """
 
     train: Train
+    waiting: Waiting
     pictures_per_step: int
     measure: Callable[[], object]
     pictures_measured: int
     recover: Callable[[], object] | None
     plan: Plan
+
+
+class MeasuredSteps(NamedTuple):
+    """The times of a job's steps.
+
+    Args:
+        seconds: Seconds of a training step, the median.
+        waiting_share: Share of the training steps' time in which this process waits for pictures, in [0, 1].
+        seconds_per_picture: Seconds of a picture that is measured.
+    """
+
+    seconds: float
+    waiting_share: float
+    seconds_per_picture: float
 
 
 class ProjectionResult(TypedDict):
@@ -127,6 +147,7 @@ class ProfileResult(TypedDict):
     threads: int
     steps: int
     seconds_per_step: float
+    waiting_share: float  # see `MeasuredSteps`
     pictures_per_step: int
     pictures_per_second: float
     flops_per_step: int
@@ -184,7 +205,7 @@ def run_profile(
     device = compute.device
 
     with report_lost_workers(config.runtime.data_workers):
-        per_step, per_picture = training_seconds(work, steps, device)
+        per_step, waiting_share, per_picture = training_seconds(work, steps, device)
         flops = count_flops(lambda: work.train(1, lambda: None))
         dtype = compute.autocast_dtype or torch.float32
         peak = peak_flops(device, dtype)
@@ -198,6 +219,7 @@ def run_profile(
         "threads": torch.get_num_threads(),
         "steps": steps,
         "seconds_per_step": per_step,
+        "waiting_share": waiting_share,
         "pictures_per_step": work.pictures_per_step,
         "pictures_per_second": work.pictures_per_step / per_step,
         "flops_per_step": flops,
@@ -211,8 +233,8 @@ def run_profile(
     return {**result, "trace": str(trace)} if trace is not None else result
 
 
-def training_seconds(work: Work, steps: int, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of a training step (median), and of a picture that is measured, after a warm-up of both.
+def training_seconds(work: Work, steps: int, device: torch.device) -> MeasuredSteps:
+    """Measure training steps, and pictures that are measured, after a warm-up of both.
 
     Args:
         work: The job.
@@ -220,9 +242,12 @@ def training_seconds(work: Work, steps: int, device: torch.device) -> tuple[floa
         device: Its device.
     """
     work.train(WARM_UP, lambda: None)
-    per_step = statistics.median(step_seconds(work.train, steps, device))
+    work.waiting.seconds = 0.0
+    seconds = step_seconds(work.train, steps, device)
+    waiting_share = min(work.waiting.seconds / sum(seconds), 1.0)
     work.measure()
-    return per_step, seconds_of(work.measure, device) / work.pictures_measured
+    per_picture = seconds_of(work.measure, device) / work.pictures_measured
+    return MeasuredSteps(statistics.median(seconds), waiting_share, per_picture)
 
 
 def projection_of(work: Work, per_step: float, per_picture: float, device: torch.device) -> ProjectionResult:
@@ -275,10 +300,13 @@ def _search(config: Config, dataset: ImageDataset, compute: Compute) -> Work:
     s, splits = config.search, splits_of(config, dataset, "search")
     training, alphas = splits.training, splits.alphas
     search = build_search(config, dataset, compute, Ranks())
-    batches = Batches(config, dataset, compute, Ranks(), s.batch_size, s.cutout)
-    for_weights = _endless(batches, "weights", training, s.batch_size)
+    batches = Batches(config, dataset, compute, Ranks(), s.batch_size, search_augmentation(config))
+    waiting = Waiting()
+    for_weights = _endless(batches, "weights", training, s.batch_size, waiting)
     for_alphas = (
-        itertools.repeat(None) if alphas is None else _endless(batches, "alphas", alphas, s.batch_size)
+        itertools.repeat(None)
+        if alphas is None
+        else _endless(batches, "alphas", alphas, s.batch_size, waiting)
     )
 
     def train(steps: int, done: Callable[[], None]) -> None:
@@ -292,6 +320,7 @@ def _search(config: Config, dataset: ImageDataset, compute: Compute) -> Work:
     n_epochs = s.max_epochs
     return Work(
         train=train,
+        waiting=waiting,
         pictures_per_step=sum(
             min(s.batch_size, len(part)) for part in (training, alphas) if part is not None
         ),
@@ -319,16 +348,19 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
     r, indices = config.retrain, splits_of(config, dataset, "retrain").training
     net, optimizer = build_retraining(config, genotype, dataset, compute)
     net.drop_path_prob = r.drop_path / 2  # its mean over the run
-    batches = Batches(config, dataset, compute, Ranks(), r.batch_size, r.cutout)
-    stream = _endless(batches, "retrain", indices, r.batch_size)
-    totals = Totals(compute.device)
+    batches = Batches(config, dataset, compute, Ranks(), r.batch_size, retrain_augmentation(config))
+    waiting = Waiting()
+    stream = _endless(batches, "retrain", indices, r.batch_size, waiting)
+    totals, mix = Totals(compute.device), mixing(r.mixup, r.cutmix, dataset.num_classes)
+    average = averaged(net, r.ema_decay) if r.ema_decay > 0 else None
+    forward = compiled(config.runtime, compute, net.forward_with_auxiliary)
     set_learning_rate(optimizer, r.lr)
 
     def train(steps: int, done: Callable[[], None]) -> None:
         _to_training_mode(net)
         for _ in range(steps):
             train_target_step(
-                net.forward_with_auxiliary,
+                forward,
                 optimizer,
                 next(stream),
                 compute,
@@ -336,12 +368,16 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
                 auxiliary_weight=r.auxiliary_weight,
                 label_smoothing=r.label_smoothing,
                 grad_clip=r.grad_clip,
+                mix=mix,
             )
+            if average is not None:
+                average.update_parameters(net)
             done()
 
     sample = indices[: _measuring_size(r.batch_size)]
     return Work(
         train=train,
+        waiting=waiting,
         pictures_per_step=min(r.batch_size, len(indices)),
         measure=lambda: evaluate(net.eval(), batches.measuring("train", sample), compute),
         pictures_measured=len(sample),
@@ -362,11 +398,13 @@ def _to_training_mode(net: torch.nn.Module) -> None:
         net.train()
 
 
-def _endless(batches: Batches, purpose: str, indices: torch.Tensor, size: int) -> Iterator[Batch]:
+def _endless(
+    batches: Batches, purpose: str, indices: torch.Tensor, size: int, waiting: Waiting | None = None
+) -> Iterator[Batch]:
     """Yield full batches, epoch after epoch, so that the times of the steps are comparable."""
     full = indices[: max(len(indices) // size * size, min(size, len(indices)))]
     passes = (batches.training(purpose, full, epoch) for epoch in itertools.count())
-    return as_data(itertools.chain.from_iterable(passes))
+    return as_data(itertools.chain.from_iterable(passes), waiting)
 
 
 def _measuring_size(batch_size: int) -> int:
@@ -399,6 +437,7 @@ def print_profile(result: ProfileResult, console: Console) -> None:
     for label, value in (
         ("seconds per step (median)", f"{result['seconds_per_step']:.4g}"),
         ("pictures/s", f"{result['pictures_per_second']:,.1f}"),
+        ("share of a step that waits for pictures", f"{result['waiting_share']:.1%}"),
         ("FLOPs per step", _scaled(result["flops_per_step"], "FLOP")),
         ("achieved", _scaled(result["flops_per_second"], "FLOP/s")),
         (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from istanas.candidates import candidate_costs
 from istanas.data import ImageDataset
@@ -131,6 +132,24 @@ def build_retraining(
         fused=compute.device.type == "cuda",
     )
     return net, optimizer
+
+
+def averaged(net: TargetNetwork, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a network's weights and running statistics.
+
+    Its `update_parameters`, called after each step, computes average = decay * average + (1 - decay) * weights. The
+    first call copies the weights.
+
+    Args:
+        net: The network.
+        decay: In (0, 1). The average is over about 1 / (1 - decay) steps.
+    """
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def averaged_network(average: AveragedModel) -> TargetNetwork:
+    """Return the network that has the averaged weights."""
+    return cast(TargetNetwork, average.module)
 
 
 def network_cost(config: Config, sizes: Sizes, dataset: ImageDataset, genotype: Genotype) -> Cost:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 
@@ -11,6 +16,8 @@ from istanas.training import Compute
 from pipeline.base.text import count
 from pipeline.config.schema import RuntimeSettings
 from pipeline.config.threads import threads_in_process, usable_cores
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 def choose_compute(settings: RuntimeSettings, gpus: int) -> Compute:
@@ -65,6 +72,28 @@ def set_float32_precision(compute: Compute) -> None:
     tf32 = compute.autocast_dtype is not None
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+def compiled(settings: RuntimeSettings, compute: Compute, forward: Forward) -> Forward:
+    """Return a forward pass as `runtime.compile` requires it: compiled at its first call, or as it is.
+
+    Args:
+        settings: The settings.
+        compute: The device. On a CPU, compilation requires a C++ compiler.
+        forward: The forward pass of a network that does not change.
+
+    Raises:
+        ConfigError: If there is no compiler.
+    """
+    if not settings.compile:
+        return forward
+    if compute.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError(
+            "torch.compile needs a C++ compiler on a CPU, and there is none",
+            field="runtime.compile",
+            remedy="install g++, or set it to false",
+        )
+    return cast(Forward, torch.compile(forward))
 
 
 def describe_place(compute: Compute, ranks: Ranks) -> str:

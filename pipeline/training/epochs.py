@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from istanas.data import ImageDataset, stratified_subset
+from istanas.data.mixing import mixing
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError
 from istanas.measure import Cost
@@ -28,9 +29,10 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.config.schema import Config, RetrainSettings
-from pipeline.training.build import build_retraining, build_search, network_cost
+from pipeline.training.build import averaged, averaged_network, build_retraining, build_search, network_cost
+from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import Progress, SearchRecord
-from pipeline.training.pictures import Batches
+from pipeline.training.pictures import Batches, retrain_augmentation, search_augmentation
 from pipeline.training.splits import splits_of
 
 OnStep = Callable[[int, int, Totals], None]
@@ -72,7 +74,7 @@ class SearchJob:
         self._splits = splits_of(config, dataset, "search")
         self.search = build_search(config, dataset, compute, ranks)
         self._batches = Batches(
-            config, dataset, compute, ranks, config.search.batch_size, config.search.cutout
+            config, dataset, compute, ranks, config.search.batch_size, search_augmentation(config)
         )
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -218,13 +220,18 @@ class RetrainJob:
         r = config.retrain
         self._net, self._optimizer = build_retraining(config, genotype, dataset, compute)
         self._splits = splits_of(config, dataset, "retrain")
-        self._batches = Batches(config, dataset, compute, ranks, r.batch_size, r.cutout)
+        self._batches = Batches(config, dataset, compute, ranks, r.batch_size, retrain_augmentation(config))
+        self._mix = mixing(r.mixup, r.cutmix, dataset.num_classes)
+        self._forward = compiled(config.runtime, compute, self._net.forward_with_auxiliary)
+        self._average = averaged(self._net, r.ema_decay) if r.ema_decay > 0 else None
         self._cost = _cost_metrics(network_cost(config, r, dataset, genotype))
 
     def load(self, saved: dict[str, Any]) -> None:
         check_same_genotype(saved, self._genotype)
         self._net.load_state_dict(saved["net"])
         self._optimizer.load_state_dict(saved["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(saved["average"])
 
     def is_done(self, progress: Progress) -> bool:
         return progress.epochs >= self._config.retrain.epochs
@@ -234,6 +241,11 @@ class RetrainJob:
         net.drop_path_prob = r.drop_path * epoch / r.epochs
         batches = self._batches.training("retrain", self._splits.training, epoch)
         n_steps = len(batches)
+
+        def after_step(step: int, totals: Totals) -> None:
+            if self._average is not None:
+                self._average.update_parameters(net)
+            on_step(step, n_steps, totals)
 
         start = time.perf_counter()
         train = train_target_epoch(
@@ -245,12 +257,17 @@ class RetrainJob:
             auxiliary_weight=r.auxiliary_weight,
             label_smoothing=r.label_smoothing,
             grad_clip=r.grad_clip,
-            observe=lambda step, totals: on_step(step, n_steps, totals),
+            observe=after_step,
             ranks=self._ranks,
+            mix=self._mix,
+            forward=self._forward,
         )
         seconds = time.perf_counter() - start
         _check_finite(self._config, train, net, epoch, self._ranks)
         net.eval()
+        if self._average is not None:
+            self._average.eval()
+            self._ranks.average(averaged_network(self._average).active_buffers())
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
         if self._splits.holdout is not None:
             metrics |= _named("valid", self._measure("train", self._splits.holdout))
@@ -259,7 +276,8 @@ class RetrainJob:
         return EpochResult(metrics)
 
     def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
-        return evaluate(self._net, self._batches.measuring(split, indices), self._compute, self._ranks)
+        net = self._net if self._average is None else averaged_network(self._average)
+        return evaluate(net, self._batches.measuring(split, indices), self._compute, self._ranks)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -267,6 +285,7 @@ class RetrainJob:
             "genotype": self._genotype.to_json(),
             "net": self._net.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            **({} if self._average is None else {"average": self._average.state_dict()}),
         }
 
 

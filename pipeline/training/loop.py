@@ -27,7 +27,7 @@ from pipeline.base.text import count
 from pipeline.config.schema import Config, RuntimeSettings
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Store
-from pipeline.training.build import build_search, build_target
+from pipeline.training.build import averaged, averaged_network, build_search, build_target
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.epoch_record import EpochRecord, Progress, Rollback, load_latest
@@ -239,7 +239,7 @@ def _describe_rollback(settings: RuntimeSettings, error: DivergedError, epoch: i
 
 
 def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, folder: Path) -> TargetNetwork:
-    """Return the network of a finished retraining, with the last epoch's weights, in eval mode.
+    """Return the network of a finished retraining in eval mode, with the last epoch's weights or their average.
 
     Args:
         config: The whole configuration.
@@ -255,6 +255,10 @@ def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, f
     with _mismatch_as_checkpoint_error():
         check_same_genotype(saved, genotype)
         net.load_state_dict(saved["net"])
+        if config.retrain.ema_decay > 0:
+            average = averaged(net, config.retrain.ema_decay)
+            average.load_state_dict(saved["average"])
+            net = averaged_network(average)
     return net.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,28 @@ def _is_ever_tested(config: Config, job: str) -> bool:
     return job in ("retrain", "versus", "rank") and config.retrain.test_every > 0
 
 
+def search_augmentation(config: Config) -> Augmentation:
+    """Return the augmentation of a search."""
+    return _augmentation(config.data, config.search.cutout)
+
+
+def retrain_augmentation(config: Config) -> Augmentation:
+    """Return the augmentation of a retraining."""
+    r = config.retrain
+    return replace(
+        _augmentation(config.data, r.cutout),
+        color_jitter=r.color_jitter,
+        rand_augment=r.rand_augment,
+        random_erasing=r.random_erasing,
+    )
+
+
+def _augmentation(data: DataSettings, cutout: int) -> Augmentation:
+    return Augmentation(
+        data.crop_padding, data.horizontal_flip, cutout, reduced_decoding=data.reduced_decoding
+    )
+
+
 class Batches:
     """This rank's batches of a job. Each pass is determined by (seed, purpose, epoch, rank)."""
 
@@ -361,11 +384,11 @@ class Batches:
         compute: Compute,
         ranks: Ranks,
         batch_size: int,
-        cutout: int,
+        augmentation: Augmentation,
     ) -> None:
         self._dataset, self._compute, self._ranks, self._batch_size = dataset, compute, ranks, batch_size
         self._seed, self._workers = config.seed, config.runtime.data_workers
-        self._augmentation = Augmentation(config.data.crop_padding, config.data.horizontal_flip, cutout)
+        self._augmentation = augmentation
 
     def training(self, purpose: str, indices: torch.Tensor, epoch: int) -> Any:
         """Return the batches of a training epoch, shuffled and augmented."""

@@ -59,15 +59,34 @@ class KindTime:
     calls_per_step: float
 
 
-def as_data(batches: Iterable[T]) -> Iterator[T]:
-    """Yield the same batches; in a profile, the time for producing them counts as data and augmentation."""
+@dataclass
+class Waiting:
+    """The time that this process has waited for batches.
+
+    Args:
+        seconds: The sum so far.
+    """
+
+    seconds: float = 0.0
+
+
+def as_data(batches: Iterable[T], waiting: Waiting | None = None) -> Iterator[T]:
+    """Yield the same batches; in a profile, the time for producing them counts as data and augmentation.
+
+    Args:
+        batches: The batches.
+        waiting: The sum to which this time is added.
+    """
     iterator = iter(batches)
     while True:
+        start = time.perf_counter()
         with record_function(DATA_RANGE):
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+        if waiting is not None:
+            waiting.seconds += time.perf_counter() - start
         yield batch
 
 

@@ -23,7 +23,7 @@ from istanas.search.sparse_coding import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
 from pipeline.training.profiling import count_flops
-from tests.benchmarks import harness, methods, multiprocess, reference
+from tests.benchmarks import compiled, harness, large_pictures, methods, multiprocess, reference
 from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.memory import peaks as measure_peaks
 from tests.benchmarks.pairs import (
@@ -239,6 +239,9 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
     "validation": lambda: validation(16, 8, 64, 1.6, 7),
     "retraining": lambda: retraining(16, 8, 64, 1.8, 5),
     "augmentation": lambda: augmentation(256, 6.0, 15),
+    "compile": lambda: compiled.retraining(8, 3, 32, 5),
+    "decoding": lambda: large_pictures.decoding(256, 1.5, 3),
+    "reading_memory": lambda: large_pictures.memory(128),
     "recovery": lambda: recovery(7),
     "memory": lambda: memory(3),
     "methods": lambda: methods.costs(3),

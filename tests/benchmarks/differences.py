@@ -21,7 +21,7 @@ from istanas.sparse import initial_compressed_alphas, recover_nodes, top_support
 from istanas.training import Compute, Totals, cross_entropy, derive_seed, evaluate, set_learning_rate
 from pipeline.config.load import load
 from pipeline.training.build import build_search
-from pipeline.training.pictures import Batches, open_dataset
+from pipeline.training.pictures import Batches, open_dataset, search_augmentation
 from pipeline.training.splits import splits_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def two_stage(root: Path) -> None:
     splits = splits_of(config, dataset, "search")
     training, of_alphas = splits.training, splits.alpha_half()
     search = build_search(config, dataset, compute, ranks)
-    batches = Batches(config, dataset, compute, ranks, config.search.batch_size, config.search.cutout)
+    batches = Batches(config, dataset, compute, ranks, config.search.batch_size, search_augmentation(config))
     alphas = search.supernet.alphas()
     measured = of_alphas[::5]  # the halves are in the order of the folder: every class
     clip, steps = config.search.grad_clip or math.inf, []

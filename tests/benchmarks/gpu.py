@@ -23,7 +23,7 @@ from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.training.build import build_search
 from pipeline.training.compute import compute_for
-from pipeline.training.pictures import Batches
+from pipeline.training.pictures import Batches, search_augmentation
 from pipeline.training.splits import splits_of
 
 # The published run: epochs, and pictures for the weights per epoch; there are as many for the alphas.
@@ -94,7 +94,7 @@ class Loop:
         self.compute, self.batch_size = compute, config.search.batch_size
         self.search: TwoStageSearch = build_search(config, dataset, compute, ranks)
         self.splits = splits_of(config, dataset, "search")
-        self.batches = Batches(config, dataset, compute, ranks, self.batch_size, config.search.cutout)
+        self.batches = Batches(config, dataset, compute, ranks, self.batch_size, search_augmentation(config))
 
     def train(self, n_steps: int | None = None) -> int:
         """An epoch's first steps (None: all with a full batch); returns how many pictures they took."""

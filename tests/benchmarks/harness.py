@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -45,7 +46,14 @@ class Row:
         return self.ratio >= self.bound if self.kind == "at least" else self.ratio <= self.bound
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its child processes that have ended."""
+    return sum(os.times()[:4])
+
+
+def interleaved(
+    calls: Sequence[Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """Return the seconds of each call in each round, after a round of warm-up.
 
     Each round runs all calls in turn, so that other work on the machine slows all of them.
@@ -55,9 +63,9 @@ def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[fl
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return seconds
 
 
@@ -65,12 +73,13 @@ def compare(
     work: str,
     ours: Callable[[], Any],
     reference: Callable[[], Any],
-    bound: float,
+    bound: float | None,
     *,
     rounds: int,
     repeats: int = 1,
     per: float = 1.0,
     counted: str = "",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Row:
     """Return a row with the reference's seconds over ours, see `ratio_of_medians`.
 
@@ -79,13 +88,14 @@ def compare(
         ours, reference: Called in turn, `rounds` times.
         repeats: Calls of ours for each call of the reference, for work in which ours is much faster.
         per: Divisor of the printed seconds, in addition to `repeats`.
+        clock: `cpu_seconds` for work in other processes, whose wall-clock time depends on the number of idle cores.
     """
 
     def many() -> None:
         for _ in range(repeats):
             ours()
 
-    mine, theirs = interleaved([many, reference], rounds)
+    mine, theirs = interleaved([many, reference], rounds, clock)
     mine = [s / repeats for s in mine]
     ratio, spread = ratio_of_medians(theirs, mine)
     medians = (statistics.median(seconds) / per for seconds in (mine, theirs))

@@ -13,8 +13,7 @@ import pytest
 
 from tests.mlflow_server import server
 from tests.ports import unused_port
-from tests.ray_cluster import ENVIRONMENT
-from tests.warm import warm_program
+from tests.ray_cluster import ENVIRONMENT, PROGRAM
 
 # All secrets differ, and each one has characters that an address encodes.
 SECRETS = {
@@ -107,7 +106,7 @@ class Place:
         }
 
     def run(self, *arguments: str, code: int = 0, **environment: str) -> str:
-        return self._call([*warm_program(), *arguments], code, environment)
+        return self._call([*PROGRAM, *arguments], code, environment)
 
     def run_all(self, commands: Sequence[tuple[int, Sequence[str]]], **environment: str) -> str:
         """Run commands, each with its exit code, in one process: each start of Python takes seconds."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from istanas.data import ArrayPictures, Augmentation, BatchLoader, ImageDataset, batches, load_dataset
 from istanas.data import loading as module
+from istanas.data.transfer import send_beside, side_stream
 from istanas.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -255,7 +256,14 @@ def test_numbers_that_leave_a_rank_without_pictures_are_refused(
 # ---------- large pictures
 
 
-@pytest.mark.parametrize("augmentation", [None, Augmentation(horizontal_flip=True, cutout=16)])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        None,
+        Augmentation(horizontal_flip=True, cutout=16),
+        Augmentation(color_jitter=False, rand_augment=9, random_erasing=0.5),
+    ],
+)
 def test_workers_do_not_change_a_bit(large: ImageDataset, augmentation: Augmentation | None) -> None:
     options = {"batch_size": 5, "augmentation": augmentation}
     alone = loader_of(large, **options)
@@ -339,3 +347,27 @@ def test_a_gpu_gets_the_same_batches(digits: ImageDataset, large: ImageDataset) 
             assert c.device.type == d.device.type == "cuda"
             torch.testing.assert_close(a, c.cpu(), atol=1e-6, rtol=0)
             assert torch.equal(b, d.cpu())
+
+
+@pytest.mark.gpu
+def test_a_copy_beside_a_step_is_done_before_the_step() -> None:
+    """The copy of the next batch does not wait for the work that is queued on the stream of the training."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    picture = torch.ones(64, 3, 224, 224).pin_memory()
+    weight = torch.rand(8192, 8192, device=device)
+    stream = side_stream(device)
+    send_beside([picture], device, stream)  # allocates memory
+    torch.cuda.synchronize(device)
+    step = torch.cuda.Event()
+    for _ in range(50):
+        weight = weight @ weight / 8192
+    step.record()
+    copied = torch.cuda.Event()
+    assert stream is not None
+    (copy,) = send_beside([picture], device, stream)
+    copied.record(stream)
+    copied.synchronize()
+    assert not step.query(), "the step ended before the copy"
+    assert torch.equal(copy.cpu(), picture)

@@ -144,6 +144,7 @@ def test_a_profile_adds_up(istanas: Command, in_this_process: Command, tmp_path:
     assert result["pictures_per_second"] == pytest.approx(per_second)
     assert result["flops_per_second"] == pytest.approx(result["flops_per_step"] / result["seconds_per_step"])
     assert 0 < result["peak_share"] < 1
+    assert 0 < result["waiting_share"] < 1
     peak = result["flops_per_second"] / result["peak_share"]
     assert result["peak_flops_per_second"] == pytest.approx(peak)
 
@@ -353,10 +354,11 @@ def test_every_step_has_its_own_seconds() -> None:
 def test_batches_are_full_and_never_end() -> None:
     config = load(CONFIGS / "digits_quickstart.yaml", ["search.batch_size=300"])
     dataset = open_dataset(config, ["search"])
+    from istanas.data import Augmentation
     from pipeline.training.pictures import Batches
     from pipeline.training.splits import splits_of
 
-    batches = Batches(config, dataset, Compute(CPU), profile_job.Ranks(), 300, 0)
+    batches = Batches(config, dataset, Compute(CPU), profile_job.Ranks(), 300, Augmentation())
     stream = profile_job._endless(batches, "weights", splits_of(config, dataset, "search").training, 300)
     drawn = [next(stream) for _ in range(5)]
     assert [len(batch.labels) for batch in drawn] == [300] * 5
