@@ -15,6 +15,7 @@ from torch import Tensor
 
 from istanas.data.preprocessing import Preprocessing, Resize
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings
+from istanas.data.shard_files import MemberNames, Members
 from istanas.errors import DataError
 
 FILES_VERSION = 3
@@ -43,22 +44,38 @@ class FilePictures:
     """Large pictures, decoded from their files for each batch.
 
     Args:
-        paths: Paths of the N files.
+        paths: Paths of the N files, or names that end with class and file if the pictures lie in shards.
         labels: (N,) int64 in [0, number of classes).
         image_size: Side in pixels of the square that a network receives.
         fingerprints: Digests of each file's size and of samples of its content, 8 bytes per file.
         decode_settings: How the pixels are decoded.
+        members: The contents of the pictures if they lie in shards; None if they lie in files of their own.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: Tensor
     image_size: int
     fingerprints: bytes
     decode_settings: DecodeSettings = DEFAULT_DECODING
+    members: Members | None = None
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return self.labels.numel()
+
+    def source(self, index: int) -> str | bytes:
+        """Return the path of a picture, or its content if it lies in a shard.
+
+        Raises:
+            DataError: If a shard cannot be read, or has changed.
+        """
+        return self.paths[index] if self.members is None else self.members[index]
+
+    def short_names(self, indices: Sequence[int]) -> list[str]:
+        """Return class and file of pictures, such as "cat/1.jpg"."""
+        if isinstance(self.paths, MemberNames):
+            return self.paths.short(indices)
+        return ["/".join(Path(self.paths[index]).parts[-2:]) for index in indices]
 
 
 Pictures = ArrayPictures | FilePictures
@@ -144,7 +161,7 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
     head = [list(class_names), labels.tolist()]
     if isinstance(pictures, FilePictures):
         prints = np.frombuffer(pictures.fingerprints, np.uint8).reshape(len(pictures), -1)[indices.numpy()]
-        names = ["/".join(Path(pictures.paths[index]).parts[-2:]) for index in indices.tolist()]
+        names = pictures.short_names(indices.tolist())
         settings = pictures.decode_settings
         how = [FILES_VERSION, pictures.image_size, settings.background, settings.bits]
         text = json.dumps([*head, *how, names, prints.tobytes().hex()])

@@ -12,7 +12,7 @@ from istanas.data.pool import Progress
 class DatasetRequest:
     """The arguments of `load_dataset` with the defaults filled in. See that function for their meanings.
 
-    A relative `root` refers to the working directory of the command.
+    A relative `root` refers to the working directory of the command. `address` replaces it if the data lie in a bucket.
     """
 
     name: str
@@ -24,3 +24,4 @@ class DatasetRequest:
     allow_left_out: bool
     progress: Progress | None
     checking: Progress | None
+    address: str | None = None

@@ -54,8 +54,7 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
         )
     data = config.data
     try:
-        has_root = data.root is not None
-        check_dataset_arguments(data.name, data.entry, has_root=has_root, image_size=data.image_size)
+        check_dataset_arguments(data.name, data.entry, root=data.root, image_size=data.image_size)
     except ConfigError as error:
         yield ConflictError(error.problem, fields=(str(error.field), "data.name"), remedy=error.remedy)
     runs = config.tracking.name

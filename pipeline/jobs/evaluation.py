@@ -159,7 +159,7 @@ def evaluate_dataset(
 
     def pictures(indices: Iterable[int]) -> Tensor:
         if isinstance(test, FilePictures):
-            return torch.stack([predictor.preprocessing.read(test.paths[index]) for index in indices])
+            return torch.stack([predictor.preprocessing.read(test.source(index)) for index in indices])
         return test.images[list(indices)]
 
     def name_of(index: int) -> str:
