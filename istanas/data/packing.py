@@ -428,7 +428,7 @@ def _content(path: Path, facts: np.void, settings: PackSettings) -> tuple[bytes,
         )
     small = settings.resize is None or min(int(facts["width"]), int(facts["height"])) <= settings.resize
     if small or int(facts["flags"]) & int(_KEPT_AS_THEY_ARE):
-        return content, tuple(facts), path.suffix[1:].lower()
+        return content, tuple(facts[name] for name in FACTS.names or ()), path.suffix[1:].lower()
     content = _resized(Content(content, str(path)), settings)
     found = inspect_content(Content(content, str(path)))
     if isinstance(found, Broken):

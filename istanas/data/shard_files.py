@@ -473,11 +473,11 @@ class Members(Sequence[bytes]):
         for _, contents in self.batches(np.array_split(np.arange(len(self)), -(-len(self) // THREADS))):
             yield from contents
 
-    def batches(self, parts: Iterable[Sequence[int] | Any]) -> Iterator[tuple[int, list[Content]]]:
+    def batches(self, parts: Iterable[Any]) -> Iterator[tuple[int, list[Content]]]:
         """Yield (number, contents) of batches, which several threads request ahead of their use.
 
         Args:
-            parts: Indices of each batch.
+            parts: Indices of each batch, one-dimensional tensors or arrays.
 
         Raises:
             DataError: See `__getitem__`.

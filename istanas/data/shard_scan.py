@@ -134,7 +134,7 @@ def _samples(path: Path, file: BinaryIO, size: int) -> Iterator[_Sample]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             for member in tar:
-                tar.members = []  # otherwise the headers of all members stay in memory
+                tar.members = []  # type: ignore[attr-defined]  # otherwise all headers stay in memory
                 _check_member(path, member)
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if not member.isreg() or os.path.basename(member.name).startswith("."):
