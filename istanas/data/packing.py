@@ -139,7 +139,13 @@ def pack_folder(
     """
     from filelock import FileLock, Timeout
 
-    survey = survey_folder(root, cache_dir=cache_dir, allow_left_out=allow_left_out, progress=checking)
+    survey = survey_folder(
+        root,
+        cache_dir=cache_dir,
+        allow_left_out=allow_left_out,
+        progress=checking,
+        pool=Pool(processes=processes),
+    )
     plan = _digest(survey, settings)
     parts = _prepared(root, out) / PARTS
     parts.mkdir(exist_ok=True)
@@ -246,19 +252,27 @@ def _notes(survey: Survey, settings: PackSettings) -> list[str]:
 
 
 def _check_same_plan(out: Path, plan: str) -> None:
-    """Refuse a folder that contains other shards, which would be mixed with the new ones."""
-    plans = []
-    index = out / INDEX_FILE
-    for file in (index, *sorted((out / PARTS).glob("*/*.parquet"))):
-        if file.is_file():
-            plans.append(read_table(file.read_bytes(), str(file))[1].get("plan"))
-    strange = next((path for path in sorted(out.glob("*/*.tar")) if not plans), None)
-    if strange is not None or any(each != plan for each in plans):
+    """Refuse a folder that contains other shards, which would be mixed with the new ones.
+
+    Otherwise, the plan is noted, because a process that is killed may leave a shard without its rows.
+    """
+    index, note = out / INDEX_FILE, out / PARTS / "plan"
+    found = plan
+    if index.is_file():
+        found = read_table(index.read_bytes(), str(index))[1]["plan"]
+    elif note.is_file():
+        found = note.read_text()
+    elif any(out.glob("*/*.tar")):
+        found = ""
+    if found != plan:
         raise ConfigError(
             f"{shown(out)} contains shards of other pictures or settings",
             field="--out",
             remedy="name another folder, or delete it",
         )
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(plan)
+    os.replace(temporary, note)
 
 
 # ---------- the plan

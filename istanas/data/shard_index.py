@@ -216,14 +216,20 @@ def read_index(storage: ShardStorage) -> ShardIndex:
         content = storage.content(INDEX_FILE)
     except FileNotFoundError:
         raise _no_index(storage) from None
-    index = _parsed(content, name)
+    digest = hashlib.sha256(content).hexdigest()
+    if _known[0] != (digest, name):
+        _known[:] = [(digest, name), _parsed(content, name, digest)]
+    index: ShardIndex = _known[1]
     check_shards(storage, index)
     return index
 
 
-@functools.lru_cache(maxsize=1)
-def _parsed(content: bytes, name: str) -> ShardIndex:
-    """Return the index in a file. A job reads its index several times, and parses it once."""
+_known: list[Any] = [None, None]
+"""The last index, because a job reads its index several times: (its digest, its name), and its content."""
+
+
+def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
+    """Return the index in a file."""
     table, meta = read_table(content, name)
     try:
         samples, facts = np.empty(len(table), SAMPLE), np.empty(len(table), FACTS)
@@ -240,7 +246,7 @@ def _parsed(content: bytes, name: str) -> ShardIndex:
             samples=samples,
             facts=facts,
             files=table["file"].combine_chunks(),
-            digest=hashlib.sha256(content).hexdigest(),
+            digest=digest,
             plan=str(meta["plan"]),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -204,6 +204,11 @@ def test_the_bytes_do_not_depend_on_processes_or_a_kill(folder: Path, packed: Pa
         b"half"
     )  # as a process killed by SIGKILL leaves it
     before = {path: path.stat().st_ino for path in out.glob("*/*.tar")}
+    lost = min(before)
+    (out / PARTS / lost.relative_to(out)).with_suffix(
+        ".parquet"
+    ).unlink()  # killed between the shard and its rows
+    del before[lost]
     again = packed_into(folder, out)
     assert again.written == 6 - len(before)
     assert 0 < len(before) < 6
