@@ -132,7 +132,7 @@ class Content(bytes):
 
     name: str
 
-    def __new__(cls, content: bytes, name: str) -> Content:
+    def __new__(cls, content: bytes | memoryview, name: str) -> Content:
         """Create the content, which takes its bytes as every other bytes object does."""
         new = super().__new__(cls, content)
         new.name = name

@@ -450,20 +450,17 @@ class Members(Sequence[bytes]):
         if isinstance(index, slice):
             return Members(self._storage, self._shards, self._samples[index], self._names[index])
         place = range(len(self))[index]
-        sample = self._samples[place]
-        shard = self._shards[sample["shard"]]
-        region = self._storage.read(shard, int(sample["offset"]), int(sample["size"]))
-        if len(region) != sample["size"] or zlib.crc32(region) != sample["crc"]:
-            what = (
-                "is truncated" if len(region) < sample["size"] else "has changed since its index was written"
-            )
+        _, number, offset, size, start, length, crc = self._samples[place].item()
+        shard = self._shards[number]
+        region = self._storage.read(shard, offset, size)
+        if len(region) != size or zlib.crc32(region) != crc:
+            what = "is truncated" if len(region) < size else "has changed since its index was written"
             raise DataError(
                 f"{shown(f'{self._storage.root}/{shard}')} {what}: the picture {shown(self._names[place])} differs",
                 field="data.root",
                 remedy="restore the shard, or write a new index with istanas pack --index DIR",
             )
-        start = int(sample["start"])
-        return Content(region[start : start + int(sample["length"])], self._names[place])
+        return Content(memoryview(region)[start : start + length], self._names[place])
 
     def __iter__(self) -> Iterator[Content]:
         """Yield the contents in order; those in a bucket are requested by several threads."""

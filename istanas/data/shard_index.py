@@ -8,13 +8,13 @@ pictures are distributed over shards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,30 @@ def read_table(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         DataError: If it is damaged.
     """
+    with _damage_reported(name):
+        file, meta = _opened(content)
+        return file.read(), meta
+
+
+def _opened(content: bytes) -> tuple[Any, dict[str, Any]]:
+    """Return the Parquet file with this content, and its description."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    meta = json.loads((file.schema_arrow.metadata or {})[_META])
+    if meta["version"] != _VERSION:
+        raise ValueError(f"version {meta['version']}, not {_VERSION}")
+    return file, meta
+
+
+@contextlib.contextmanager
+def _damage_reported(name: str) -> Iterator[None]:
+    """Convert errors of a file that is no index, or damaged."""
+    import pyarrow as pa
+
     try:
-        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-        meta = json.loads((table.schema.metadata or {})[_META])
-        if meta["version"] != _VERSION:
-            raise ValueError(f"version {meta['version']}, not {_VERSION}")
-        return table, meta
+        yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})") from error
 
@@ -229,28 +244,34 @@ _known: list[Any] = [None, None]
 
 
 def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
-    """Return the index in a file."""
-    table, meta = read_table(content, name)
-    try:
-        samples, facts = np.empty(len(table), SAMPLE), np.empty(len(table), FACTS)
+    """Return the index in a file, whose columns are read one by one to save memory."""
+    with _damage_reported(name):
+        file, meta = _opened(content)
+        n = file.metadata.num_rows
+        samples, facts = np.empty(n, SAMPLE), np.empty(n, FACTS)
+
+        def column(field: str) -> Any:
+            read = file.read(columns=[field], use_threads=False)[field]
+            if read.null_count:
+                raise ValueError(f"the column {field} has missing values")
+            return read.combine_chunks()
+
         for field in ("label", "shard", *_FILE_FIELDS):
-            samples[field] = table[field].to_numpy()
+            samples[field] = column(field).to_numpy()
         for field in _FACT_FIELDS:
-            facts[field] = table[field].to_numpy()
-        prints = table["fingerprint"].combine_chunks()
-        facts["fingerprint"] = np.frombuffer(prints.buffers()[1], np.uint8)[: 8 * len(table)].reshape(-1, 8)
+            facts[field] = column(field).to_numpy()
+        prints = column("fingerprint").buffers()[1]
+        facts["fingerprint"] = np.frombuffer(prints, np.uint8)[: 8 * n].reshape(-1, 8)
         index = ShardIndex(
             class_names=tuple(map(str, meta["classes"])),
             n_train=int(meta["n_train"]),
             shards=tuple(Shard(**shard) for shard in meta["shards"]),
             samples=samples,
             facts=facts,
-            files=table["file"].combine_chunks(),
+            files=column("file"),
             digest=digest,
             plan=str(meta["plan"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})") from error
     _check_rows(index, name)
     return index
 

@@ -73,18 +73,20 @@ def run_pack(
         checking=progress_on("checking", console),
     )
     for note in packed.notes:
-        console.print(shown(note), highlight=False, markup=False)
+        console.print(shown(note), highlight=False, markup=False, soft_wrap=True)
     state = "written" if packed.written else "complete already"
     console.print(
         f"{shown(out)}: {packed.shards:,} shards, {packed.bytes / 1e6:,.1f} MB, with {packed.n_train:,} training and "
         f"{packed.pictures - packed.n_train:,} test pictures of {packed.classes:,} classes, {state}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     console.print(
         f"use them with --set data.name=webdataset --set data.root={shown(out)}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     return {
         "out": str(out),
@@ -138,6 +140,7 @@ def _described(folder: Path, what: str, console: Console) -> dict[str, Any]:
         f"pictures of {n_classes:,} classes, {what}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     return {
         "out": str(folder),

@@ -25,17 +25,17 @@ from tests.ranks import run_ranks
 CLASSES = 20
 SUBSET = 60  # of 80 training pictures
 SETTINGS = [
-    "space.nodes=2",
+    "space={nodes: 2, ops: [max_pool_3x3, skip_connect, sep_conv_3x3]}",
     "data={image_size: 65, horizontal_flip: true}",
     "runtime={threads: 1, device: cpu}",
     "tracking.enabled=false",
 ]
-TWO_STAGE = [f"search={{epochs: 2, batch_size: 16, init_channels: 4, layers: 3, max_pictures: {SUBSET}}}"]
+TWO_STAGE = [f"search={{epochs: 2, batch_size: 16, init_channels: 2, layers: 3, max_pictures: {SUBSET}}}"]
 ONE_STAGE = [
     "method=one_stage",
-    "search={max_search_epochs: 1, train_epochs: 1, batch_size: 32, init_channels: 4, layers: 3}",
+    "search={max_search_epochs: 1, train_epochs: 1, batch_size: 32, init_channels: 2, layers: 3}",
 ]
-RETRAIN = ["retrain={epochs: 2, batch_size: 32, init_channels: 4, layers: 3}"]
+RETRAIN = ["retrain={epochs: 2, batch_size: 32, init_channels: 2, layers: 3}"]
 
 pytestmark = pytest.mark.slow
 
