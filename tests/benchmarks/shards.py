@@ -9,7 +9,6 @@ bound. `start-up` and `memory` are measured in processes of their own: python -m
 import builtins
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from istanas.data.shard_files import SAMPLE, Shard, excerpt_of
 from istanas.data.shard_index import rows_table, write_index
 from tests.benchmarks.harness import Row, compare, write
 
-PICTURES, ROUNDS, EPOCHS = 120, 3, 3
+PICTURES, ROUNDS, EPOCHS = 80, 3, 3
 LATENCY_S = 0.010
 IMAGENET, TESTED, CLASSES = 1_281_167, 50_000, 1000
 SHARD_BYTES = 256_000_000
@@ -210,8 +209,17 @@ def start_up(root: Path) -> dict[str, float]:
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
-        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
+        "cpu_seconds": time.process_time(),
+        "mib": peak_mib(),
     }
+
+
+def peak_mib() -> float:
+    """Return the peak of this process's resident memory. getrusage would also count that of its parent before exec."""
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) / 1024
 
 
 def memory(root: Path) -> dict[str, list[float]]:
@@ -257,6 +265,8 @@ def main() -> int:
                 "start-up, 1.3 million entries, s", statistics.median(r["seconds"] for r in runs), 10.0, "s"
             )
         )
+        cpu = statistics.median(r["cpu_seconds"] for r in runs)
+        rows.append(single("start-up, 1.3 million entries, CPU seconds with imports", cpu, 10.0, "s"))
         rows.append(
             single("start-up, 1.3 million entries, MB", max(r["mib"] for r in runs) * MIB / 1e6, 1000.0, "MB")
         )
