@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from istanas.buckets import is_address
 from istanas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,27 +18,28 @@ MIN_STEM_CHANNELS = {"cifar": 1, "imagenet": 2}
 
 
 def check_dataset_arguments(
-    name: str, entry: DatasetEntry, *, has_root: bool, image_size: int | None, test_fraction: float = 0.0
+    name: str, entry: DatasetEntry, *, root: str | None, image_size: int | None, test_fraction: float = 0.0
 ) -> None:
     """Check arguments of `istanas.data.load_dataset` that depend on each other.
 
     Args:
         name: The data set.
         entry: What is registered under that name.
-        has_root: Whether a root is given.
+        root: The root, None if none is given.
         image_size: Side in pixels to which the pictures are scaled; None keeps their size.
         test_fraction: Share of a folder's pictures that becomes its test split; 0 if it has one.
 
     Raises:
-        ConfigError: If the data set needs a root and has none, has its own test split, or the size is impossible.
+        ConfigError: If the data set needs a root and has none, or has its own test split, or the root or the size is
+            impossible.
 
     Example:
         >>> from istanas.data.registry import DATASETS
-        >>> check_dataset_arguments("digits", DATASETS["digits"], has_root=False, image_size=96)
+        >>> check_dataset_arguments("digits", DATASETS["digits"], root=None, image_size=96)
         Traceback (most recent call last):
         istanas.errors.ConfigError: data.image_size: 96 is too large for digits, which is kept in memory; use at most 64
     """
-    if entry.needs_root and not has_root:
+    if entry.needs_root and root is None:
         what, example = ("the picture folder", "DIR") if entry.survey else (f"the data of {name}", "PATH")
         raise ConfigError("missing", field="data.root", remedy=f"name {what} with --set data.root={example}")
     if not 0 <= test_fraction < 1:
@@ -46,11 +48,24 @@ def check_dataset_arguments(
             field="data.test_fraction",
             remedy="use a number in [0, 1)",
         )
-    if test_fraction > 0 and entry.survey is None:
+    if test_fraction > 0 and not entry.can_split:
         raise ConfigError(
             f"{test_fraction} has no effect on {name}, which has a test split",
             field="data.test_fraction",
             remedy="leave it out",
+        )
+    if root is not None and "://" in root and not (entry.reads_buckets and is_address(root)):
+        raise ConfigError(
+            f"{root!r:.60} is not a folder, and {name} "
+            + (
+                "is read from folders, s3:// and gs://"
+                if entry.reads_buckets
+                else "is read from folders only"
+            ),
+            field="data.root",
+            remedy="give a path"
+            if entry.reads_buckets
+            else "give a path, or pack the pictures (istanas pack) and set data.name=webdataset",
         )
     if image_size is None:
         return

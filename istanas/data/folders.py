@@ -59,12 +59,13 @@ _OTHER_SPLITS = frozenset({*TEST_SPLITS, "valid", "validation"})
 _SPLITS = frozenset({"train", *_OTHER_SPLITS})
 
 _FACTS_VERSION = 2
-_FACTS = np.dtype(
+FACTS = np.dtype(
     [
         *(("width", "<u4"), ("height", "<u4"), ("peak", "<u2"), ("level", "<u2")),
         *(("flags", "u1"), ("fingerprint", "u1", (8,))),
     ]
 )
+"""Record of the facts about a picture, see `Facts`."""
 
 BRIGHTEST_SHARE = 0.01
 """The brightest training pictures are ignored, up to this share, when the number of bits is determined."""
@@ -114,15 +115,19 @@ class Listing:
         n_train: Number of training pictures.
         state: Digest of all metadata of the files; a cache is valid if it was made in the same state.
         left_out: Ignored files, by reason.
+        kind: What the pictures lie in, in messages.
+        read_from: Where large pictures are read from, in messages.
     """
 
     root: Path
     class_names: tuple[str, ...]
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: Tensor
     n_train: int
     state: str
     left_out: tuple[LeftOut, ...]
+    kind: str = "folder"
+    read_from: str = "their files"
 
     @property
     def untested(self) -> tuple[str, ...]:
@@ -131,7 +136,7 @@ class Listing:
         return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
 
     @cached_property
-    def files(self) -> tuple[str, ...]:
+    def files(self) -> Sequence[str]:
         """Return the full paths; computed once, as there may be millions."""
         return tuple(str(self.root / path) for path in self.paths)
 
@@ -212,13 +217,13 @@ class Survey:
         how = "as they are" if side is None else f"scaled and cropped to {side}x{side}"
         is_in_memory = side is None or side <= SMALL_SIDE
         yield describe(
-            "folder",
+            listing.kind,
             listing.n_train,
             len(listing.paths) - listing.n_train,
             len(listing.class_names),
             self.sizes(),
             is_grey=self.is_grey(settings),
-            how=f"{how}, {'kept in memory' if is_in_memory else 'read from their files in every epoch'}",
+            how=f"{how}, {'kept in memory' if is_in_memory else f'read from {listing.read_from} in every epoch'}",
         )
         for left_out in listing.left_out:
             yield f"left out: {left_out}"
@@ -330,11 +335,11 @@ def survey_folder(
     state = f"{_FACTS_VERSION} {listing.state}"
     file = cache_file(cache_dir, root, "facts")
     cached = read_cache(file, state)
-    if cached is not None and cached.shape == (len(listing.paths), _FACTS.itemsize):
-        return Survey(listing, cached.reshape(-1).view(_FACTS))
+    if cached is not None and cached.shape == (len(listing.paths), FACTS.itemsize):
+        return Survey(listing, cached.reshape(-1).view(FACTS))
     facts = _inspect_all(listing.files, progress, pool)
     if keep:
-        write_cache(file, state, facts.view(np.uint8).reshape(len(facts), _FACTS.itemsize))
+        write_cache(file, state, facts.view(np.uint8).reshape(len(facts), FACTS.itemsize))
     return Survey(listing, facts)
 
 
@@ -724,7 +729,7 @@ def _inspect_chunk(paths: Sequence[str]) -> tuple[NDArray[np.void], list[Broken]
     records = [
         (*each[:5], np.frombuffer(each.fingerprint, np.uint8)) for each in found if isinstance(each, Facts)
     ]
-    return np.array(records, dtype=_FACTS), [each for each in found if isinstance(each, Broken)]
+    return np.array(records, dtype=FACTS), [each for each in found if isinstance(each, Broken)]
 
 
 def _has(facts: NDArray[np.void], flag: Flag) -> NDArray[np.bool_]:

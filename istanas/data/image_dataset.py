@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from istanas.data.preprocessing import Preprocessing, Resize
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings
+from istanas.data.shard_files import MemberNames, Members
 from istanas.errors import DataError
 
 FILES_VERSION = 3
 """Version of the code that reads large pictures. Their digests contain it, because other versions give other pixels."""
+
+_CHUNK = 16_384  # pictures whose names are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +46,38 @@ class FilePictures:
     """Large pictures, decoded from their files for each batch.
 
     Args:
-        paths: Paths of the N files.
+        paths: Paths of the N files, or names that end with class and file if the pictures lie in shards.
         labels: (N,) int64 in [0, number of classes).
         image_size: Side in pixels of the square that a network receives.
         fingerprints: Digests of each file's size and of samples of its content, 8 bytes per file.
         decode_settings: How the pixels are decoded.
+        members: The contents of the pictures if they lie in shards; None if they lie in files of their own.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: Tensor
     image_size: int
     fingerprints: bytes
     decode_settings: DecodeSettings = DEFAULT_DECODING
+    members: Members | None = None
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return self.labels.numel()
+
+    def source(self, index: int) -> str | bytes:
+        """Return the path of a picture, or its content if it lies in a shard.
+
+        Raises:
+            DataError: If a shard cannot be read, or has changed.
+        """
+        return self.paths[index] if self.members is None else self.members[index]
+
+    def short_names(self, indices: Sequence[int]) -> list[str]:
+        """Return class and file of pictures, such as "cat/1.jpg"."""
+        if isinstance(self.paths, MemberNames):
+            return self.paths.short(indices)
+        return ["/".join(Path(self.paths[index]).parts[-2:]) for index in indices]
 
 
 Pictures = ArrayPictures | FilePictures
@@ -140,19 +159,42 @@ def pictures_digest(pictures: Pictures, indices: Tensor, class_names: Sequence[s
         >>> len(digest), digest == pictures_digest(digits.test, first, digits.class_names)
         (64, False)
     """
-    labels = pictures.labels[indices]
-    head = [list(class_names), labels.tolist()]
     if isinstance(pictures, FilePictures):
-        prints = np.frombuffer(pictures.fingerprints, np.uint8).reshape(len(pictures), -1)[indices.numpy()]
-        names = ["/".join(Path(pictures.paths[index]).parts[-2:]) for index in indices.tolist()]
-        settings = pictures.decode_settings
-        how = [FILES_VERSION, pictures.image_size, settings.background, settings.bits]
-        text = json.dumps([*head, *how, names, prints.tobytes().hex()])
-        return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+        return _files_digest(pictures, indices, class_names)
+    head = [list(class_names), pictures.labels[indices].tolist()]
     # BLAKE2 is the fastest secure hash in the standard library: the 50,000 pictures of CIFAR-10 have 150 MB.
     digest = hashlib.blake2b(json.dumps([*head, list(pictures.images.shape[1:])]).encode(), digest_size=32)
     for chunk in indices.split(4096):  # in chunks, because a copy of all pictures could take many GB
         digest.update(pictures.images[chunk].contiguous().numpy().reshape(-1).data)
+    return digest.hexdigest()
+
+
+def _files_digest(pictures: FilePictures, indices: Tensor, class_names: Sequence[str]) -> str:
+    """Return the digest of a JSON list: classes, labels, version and settings, names, and fingerprints as hexadecimals.
+
+    The text is digested in pieces, because that of a million pictures, as one object, would take hundreds of MB.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    settings = pictures.decode_settings
+    how = [FILES_VERSION, pictures.image_size, settings.background, settings.bits]
+    prints = np.frombuffer(pictures.fingerprints, np.uint8).reshape(len(pictures), -1)
+
+    def add(text: str) -> None:
+        digest.update(text.encode())
+
+    def add_list(items: Callable[[Tensor], list[Any]]) -> None:
+        for number, chunk in enumerate(indices.split(_CHUNK)):
+            if chunk.numel():
+                add((", " if number else "") + json.dumps(items(chunk))[1:-1])
+
+    add(f"[{json.dumps(list(class_names))}, [")
+    add_list(lambda chunk: pictures.labels[chunk].tolist())
+    add(f"], {json.dumps(how)[1:-1]}, [")
+    add_list(lambda chunk: pictures.short_names(chunk.tolist()))
+    add('], "')
+    for chunk in indices.split(_CHUNK):
+        add(prints[chunk.numpy()].tobytes().hex())
+    add('"]')
     return digest.hexdigest()
 
 

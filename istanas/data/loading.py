@@ -6,7 +6,7 @@ normalised on the device. In both cases, iterating over a loader again gives the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -120,6 +120,7 @@ class BatchLoader:
         loader: DataLoader[tuple[Tensor, Tensor] | DataError] = DataLoader(
             _DecodedBatches(pictures, self.parts, self.augmentation, self.seed),
             batch_size=None,
+            sampler=_fetched(pictures, self.parts),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
@@ -269,6 +270,24 @@ def _moved(pictures: ArrayPictures, device: torch.device) -> ArrayPictures:
 
 
 # ---------- large pictures
+Fetched = tuple[int, Sequence[bytes]]
+"""Number of a batch, and the contents of its pictures."""
+
+
+def _fetched(pictures: FilePictures, parts: Sequence[Tensor]) -> Iterable[int | Fetched]:
+    """Return what a DataLoader passes to its processes for each batch: its number, or also the pictures' contents.
+
+    The training process reads pictures in a bucket, by several threads, because they wait for a network, and because
+    the client of a bucket cannot be used in a forked process.
+    """
+    if pictures.members is None:
+        return range(len(parts))
+    if pictures.members.is_remote:
+        return pictures.members.batches(parts)
+    pictures.members.open_all()
+    return range(len(parts))
+
+
 class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
     """Batches of decoded files: item i is (bytes (B, 3, S, S), labels (B,)), or an error if a file is broken.
 
@@ -283,15 +302,16 @@ class _DecodedBatches(Dataset[tuple[Tensor, Tensor] | DataError]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, item: int | Fetched) -> tuple[Tensor, Tensor] | DataError:
+        i, contents = item if isinstance(item, tuple) else (item, None)
         pictures, images = self.pictures, list[Tensor]()
-        for index in self.parts[i].tolist():
+        for place, index in enumerate(self.parts[i].tolist()):
             # A picture's augmentation depends on its index, and not on the worker or rank that decodes it.
             with global_generator_at(_batch_seed(self.seed, index)):
                 try:
                     images.append(
                         load_large_picture(
-                            pictures.paths[index],
+                            pictures.source(index) if contents is None else contents[place],
                             pictures.image_size,
                             self.augmentation,
                             pictures.decode_settings,

@@ -14,6 +14,7 @@ from istanas.errors import DataError
 Progress = Callable[[int, int], None]
 """Receives (files done, files in total)."""
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -31,7 +32,7 @@ class Pool:
     threshold: int = 2000
     processes: int | None = None
 
-    def chunks(self, paths: Sequence[str]) -> list[Sequence[str]]:
+    def chunks(self, paths: Sequence[Item]) -> list[Sequence[Item]]:
         """Cut the paths into tasks.
 
         Example:
@@ -41,13 +42,13 @@ class Pool:
         return [paths[start : start + self.chunk] for start in range(0, len(paths), self.chunk)]
 
     def map(
-        self, work: Callable[..., Result], paths: Sequence[str], *arguments: object
-    ) -> Iterator[tuple[Sequence[str], Result]]:
+        self, work: Callable[..., Result], paths: Sequence[Item], *arguments: object
+    ) -> Iterator[tuple[Sequence[Item], Result]]:
         """Yield (chunk, `work(chunk, *arguments)`) for the chunks of the paths, in order.
 
         Args:
             work: A module-level function.
-            paths: The files.
+            paths: The files, or other items of work.
             arguments: Further arguments, the same for every chunk.
 
         Raises:

@@ -117,6 +117,37 @@ class Broken:
         return cls(path, reason(error), error.remedy if isinstance(error, _UnfitError) else "")
 
 
+class Content(bytes):
+    """The content of a picture file, with the name that the picture has in messages.
+
+    Args:
+        content: The bytes.
+        name: The name.
+
+    Example:
+        >>> picture = Content(b"GIF89a", "cat/1.gif")
+        >>> len(picture), picture.name
+        (6, 'cat/1.gif')
+    """
+
+    name: str
+
+    def __new__(cls, content: bytes | memoryview, name: str) -> Content:
+        """Create the content, which takes its bytes as every other bytes object does."""
+        new = super().__new__(cls, content)
+        new.name = name
+        return new
+
+    def __getnewargs__(self) -> tuple[bytes, str]:  # type: ignore[override]
+        """Return the arguments with which pickle creates a copy."""
+        return bytes(self), self.name
+
+
+def name_of(source: str | bytes) -> str:
+    """Return the name of a picture in messages: its path, or the name of its content."""
+    return source if isinstance(source, str) else getattr(source, "name", "the content")
+
+
 class _UnfitError(ValueError):
     """A complete picture that cannot be used, with a remedy."""
 
@@ -139,13 +170,37 @@ def inspect_picture(path: str) -> Facts | Broken:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            samples = _samples(file, size)
-            # A small file is not read a second time: on a network file system, reading dominates the cost.
-            source = io.BytesIO(samples[0]) if size <= _WHOLE else file
-            with opened(source) as picture:
-                return _facts(picture, source, samples, size)
+            return _inspected(file, size)
     except Exception as error:  # broken files raise many types: OSError, SyntaxError, struct.error ...
         return Broken.by(path, error)
+
+
+def inspect_content(content: bytes) -> Facts | Broken:
+    """Return what `inspect_picture` returns for a file with this content."""
+    try:
+        return _inspected(io.BytesIO(content), len(content))
+    except Exception as error:  # broken files raise many types: OSError, SyntaxError, struct.error ...
+        return Broken.by(name_of(content), error)
+
+
+def fingerprint_of(content: bytes) -> bytes:
+    """Return the fingerprint of a file with this content, see `Facts`."""
+    return _fingerprint(_samples(io.BytesIO(content), len(content)), len(content))
+
+
+def _inspected(file: BinaryIO, size: int) -> Facts:
+    samples = _samples(file, size)
+    # A small file is not read a second time: on a network file system, reading dominates the cost.
+    source = io.BytesIO(samples[0]) if size <= _WHOLE else file
+    with opened(source) as picture:
+        return _facts(picture, source, samples, size)
+
+
+def _fingerprint(samples: Sequence[bytes], size: int) -> bytes:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for sample in samples:
+        digest.update(sample)
+    return digest.digest()
 
 
 def _facts(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size: int) -> Facts:
@@ -167,10 +222,7 @@ def _facts(picture: Image.Image, file: BinaryIO, samples: Sequence[bytes], size:
         peak, level = _peak_and_level(np.asarray(picture))
     elif size <= _WHOLE or not surely_complete:
         picture.load()
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    for sample in samples:
-        digest.update(sample)
-    return Facts(width, height, peak, level, int(flags), digest.digest())
+    return Facts(width, height, peak, level, int(flags), _fingerprint(samples, size))
 
 
 def _peak_and_level(values: NDArray[Any]) -> tuple[int, int]:
@@ -223,7 +275,7 @@ def read_picture(
                 return _composited(upright, settings), grey and len(set(settings.background)) == 1
             return (upright if mode == "RGB" else upright.convert("RGB")), grey
     except Exception as error:  # broken files raise many types: OSError, SyntaxError, struct.error ...
-        raise unreadable(Broken.by(source if isinstance(source, str) else "the content", error)) from error
+        raise unreadable(Broken.by(name_of(source), error)) from error
 
 
 def _reduce(picture: Image.Image, reduction: Callable[[int, int], int]) -> None:
@@ -300,7 +352,7 @@ def _alpha_of_bmp(picture: Image.Image, file: BinaryIO) -> Image.Image | None:
 
 
 def decode_pictures(
-    paths: Sequence[str],
+    paths: Sequence[str | bytes],
     size: int | None,
     settings: DecodeSettings,
     progress: Progress | None,
@@ -310,7 +362,7 @@ def decode_pictures(
     """Decode all pictures to bytes.
 
     Args:
-        paths: N files, at least one.
+        paths: N files, at least one: their paths, or their contents.
         size: Side of the square to which the pictures are scaled; None keeps their sizes, which must be equal.
         settings: How the pictures are decoded.
         progress: Called with (pictures decoded, N).
@@ -328,7 +380,7 @@ def decode_pictures(
         if images is None:
             images = np.empty((len(paths), 3, *chunk.shape[1:3]), np.uint8)
         if chunk.shape[1:3] != images.shape[2:]:
-            raise unequal(paths[done], _size(chunk.shape[1:]), _size(images.shape[2:]))
+            raise unequal(name_of(paths[done]), _size(chunk.shape[1:]), _size(images.shape[2:]))
         images[done : done + len(chunk)] = chunk.transpose(0, 3, 1, 2)
         all_grey &= grey
         done += len(chunk)
@@ -339,7 +391,7 @@ def decode_pictures(
 
 
 def _decode_chunk(
-    paths: Sequence[str], size: int | None, settings: DecodeSettings
+    paths: Sequence[str | bytes], size: int | None, settings: DecodeSettings
 ) -> tuple[NDArray[np.uint8], bool]:
     """Return the pictures as (n, H, W, 3) bytes, size x size if given, and whether all were grey."""
     arrays: list[NDArray[np.uint8]] = []
@@ -351,7 +403,7 @@ def _decode_chunk(
             picture = fit_picture(picture, size)
         array = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
         if arrays and array.shape != arrays[0].shape:
-            raise unequal(path, _size(array.shape), _size(arrays[0].shape))
+            raise unequal(name_of(path), _size(array.shape), _size(arrays[0].shape))
         arrays.append(array)
     return np.stack(arrays), all_grey
 

@@ -1,4 +1,4 @@
-"""The registry of data sets: scikit-learn's digits (no download), torchvision's data sets, and picture folders.
+"""The registry of data sets: scikit-learn's digits (no download), torchvision's data sets, picture folders, and shards.
 
 This module does not import torch, so that a configuration can be checked quickly.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from istanas.buckets import is_address
 from istanas.checks import check_dataset_arguments
 from istanas.data.pool import Progress
 from istanas.data.request import DatasetRequest
@@ -42,6 +43,8 @@ class DatasetEntry:
         downloads: Whether the data lie in the cache's folder of downloads if there is no `data.root`.
         is_named_by_root: Whether `data.root` decides which pictures these are. Results are then listed under the name
             of that folder.
+        can_split: Whether it takes `data.test_fraction`, because its pictures may have no test split.
+        reads_buckets: Whether `data.root` may be the address of a bucket, such as `s3://BUCKET/PREFIX`.
         survey: Returns what the headers of its files say about the pictures, without decoding any; the second argument
             says whether the result is cached. None if the data set has to be loaded to know it.
     """
@@ -54,6 +57,8 @@ class DatasetEntry:
     parts: tuple[str, ...] = ("",)
     downloads: bool = False
     is_named_by_root: bool = True
+    can_split: bool = False
+    reads_buckets: bool = False
     survey: Callable[[DatasetRequest, bool], Survey] | None = None
 
 
@@ -125,7 +130,8 @@ def load_dataset(
 
     Args:
         name: A key of `DATASETS`.
-        root: The picture folder, or the folder with torchvision's files (by default `cache_dir`/downloads).
+        root: The picture folder, the folder or the bucket's address of shards, or the folder with torchvision's files
+            (by default `cache_dir`/downloads).
         download: Whether to download torchvision's files if they are missing.
         cache_dir: Cache folder; by default `$XDG_CACHE_HOME/istanas` or `~/.cache/istanas`.
         image_size: Side in pixels to which the pictures are scaled. Pictures of up to 64 pixels are kept in memory;
@@ -153,7 +159,11 @@ def load_dataset(
     """
     entry = DATASETS.find(name)
     check_dataset_arguments(
-        name, entry, has_root=root is not None, image_size=image_size, test_fraction=test_fraction
+        name,
+        entry,
+        root=None if root is None else str(root),
+        image_size=image_size,
+        test_fraction=test_fraction,
     )
     request = dataset_request(
         name,
@@ -182,9 +192,11 @@ def dataset_request(
     """
     from istanas.data.cache import default_cache_dir
 
+    address = str(root) if root is not None and is_address(str(root)) else None
     return DatasetRequest(
         name=name,
-        root=None if root is None else Path(root).expanduser(),
+        root=None if root is None or address is not None else Path(root).expanduser(),
+        address=address,
         cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
         **settings,
     )
@@ -278,6 +290,19 @@ DATASETS.register(
         needs_root=True,
         resizable=True,
         parts=("train", "test", "val"),
+        can_split=True,
         survey=_own("folder_dataset", "survey"),
     ),
 )
+for _name in ("webdataset", "shards"):
+    DATASETS.register(
+        _name,
+        DatasetEntry(
+            _own("shard_dataset", "load_shards"),
+            needs_root=True,
+            resizable=True,
+            parts=("train", "test", "val", "index.parquet"),
+            reads_buckets=True,
+            survey=_own("shard_dataset", "survey"),
+        ),
+    )

@@ -12,7 +12,7 @@ from istanas.data.pool import Progress
 class DatasetRequest:
     """The arguments of `load_dataset` with the defaults filled in. See that function for their meanings.
 
-    A relative `root` refers to the working directory of the command.
+    A relative `root` refers to the working directory of the command. `address` replaces it if the data lie in a bucket.
     """
 
     name: str
@@ -25,3 +25,4 @@ class DatasetRequest:
     progress: Progress | None
     checking: Progress | None
     test_fraction: float = 0.0
+    address: str | None = None

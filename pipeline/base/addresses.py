@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from istanas.buckets import SCHEMES, is_address
 from istanas.errors import ConfigError
 from pipeline.base.redaction import without_secrets
 
-SCHEMES = ("s3", "gs")
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account",
@@ -70,7 +70,7 @@ def is_remote(text: str) -> bool:
         >>> is_remote("s3://bucket/runs"), is_remote("runs"), is_remote("file:///mnt/runs")
         (True, False, False)
     """
-    return text.partition("://")[0] in SCHEMES and "://" in text
+    return is_address(text)
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The commands for the configuration and this machine: new, config, doctor, profile and latency."""
+"""The commands for pictures, the configuration and this machine: new, pack, config, doctor, profile and latency."""
 
 from __future__ import annotations
 
@@ -57,6 +57,115 @@ def new(
     result = run_new(
         folder, out=out, budget=seconds, force=force, given=overrides, console=console_for(as_json)
     )
+    if as_json:
+        print_json(result)
+
+
+@click.command()
+@click.argument(
+    "folder",
+    metavar="[DIR]",
+    required=False,
+    type=click.Path(path_type=Path),
+    shell_complete=complete_folder,
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_folder,
+    metavar="DIR",
+    help="Folder of the shards and their index. It is created.",
+)
+@click.option(
+    "--shard-size", default="256MB", show_default=True, metavar="SIZE", help="Largest size of a shard."
+)
+@click.option(
+    "--resize",
+    type=click.IntRange(min=8),
+    metavar="PIXELS",
+    help="Reduce the shorter side of larger pictures to this. Without it, the bytes of the files are packed.",
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=92,
+    show_default=True,
+    help="Quality of reduced pictures as JPEG.",
+)
+@click.option(
+    "--allow-left-out",
+    is_flag=True,
+    help="Pack even if more than 1 % of a class's files cannot be read (sub-folders, unsupported suffixes).",
+)
+@click.option(
+    "--index",
+    "indexed",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_folder,
+    metavar="DIR",
+    help="Write the index of shards that another program has made: train/*.tar and test/*.tar (or val/*.tar).",
+)
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_folder,
+    metavar="DIR",
+    help="Compare every shard with its checksum.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of processes. Default: one per usable core.",
+)
+@json_option
+def pack(
+    folder: Path | None,
+    out: Path | None,
+    shard_size: str,
+    resize: int | None,
+    quality: int,
+    allow_left_out: bool,
+    indexed: Path | None,
+    checked: Path | None,
+    processes: int | None,
+    as_json: bool,
+) -> None:
+    """Pack a picture folder into shards, large tar files.
+
+    DIR has train/CLASS/* and test/CLASS/*. Jobs read shards with data.name: webdataset, from a disk, a network file
+    system or a bucket. The same command continues after an interruption, and writes the same bytes. The layout is that
+    of WebDataset: 000001.jpg, 000001.cls and 000001.json.
+    """
+    given = [name for name, value in (("DIR", folder), ("--index", indexed), ("--check", checked)) if value]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are given" if given else "none is given"
+        raise click.UsageError(f"DIR, --index or --check: {found}, give one of them")
+    if (out is None) == (folder is not None):
+        raise click.UsageError(
+            "--out: it belongs to the picture folder DIR, "
+            + ("name a folder for the shards" if folder else "leave it out")
+        )
+    from pipeline.jobs import pack as job
+
+    console = console_for(as_json)
+    if folder is not None and out is not None:
+        result = job.run_pack(
+            folder,
+            out,
+            shard_size=job.size_in_bytes(shard_size),
+            resize=resize,
+            quality=quality,
+            allow_left_out=allow_left_out,
+            processes=processes,
+            console=console,
+        )
+    elif indexed is not None:
+        result = job.run_index(indexed, processes=processes, console=console)
+    else:
+        assert checked is not None
+        result = job.run_check(checked, processes=processes, console=console)
     if as_json:
         print_json(result)
 
@@ -268,4 +377,4 @@ def latency(out: Path, backend: str, batch_size: int, runs: int, as_json: bool, 
         print_json(result)
 
 
-COMMANDS = (new, config_command, doctor, profile, latency)
+COMMANDS = (new, pack, config_command, doctor, profile, latency)

@@ -175,7 +175,8 @@ def store_folder(store: str) -> str | None:
 def data_place(data: DataSettings) -> tuple[str | None, tuple[str, ...]]:
     """Return the folder of the pictures on every node, and the parts of it to compare; see `Question`."""
     entry = data.entry
-    if not entry.parts or data.download:  # part of a package, or downloaded by each node
+    in_bucket = data.root is not None and is_remote(data.root)
+    if not entry.parts or data.download or in_bucket:  # part of a package, or fetched by each node
         return None, ()
     if data.root is not None:
         root = Path(data.root).expanduser().resolve()

@@ -168,7 +168,7 @@ def _unreachable(submission: Submission, address: str) -> list[ConfigError]:
         remedy = "give the command --workers N; 0 runs it in one process, on the head node"
         problems.append(ConfigError("not set", field="runtime.workers", remedy=remedy))
     root = config.data.root
-    if root is not None and not Path(root).expanduser().is_absolute():
+    if root is not None and not is_remote(root) and not Path(root).expanduser().is_absolute():
         remedy = "give the absolute path of the data on all nodes"
         problems.append(
             ConfigError(f"{root} is relative, and data are not shipped", field="data.root", remedy=remedy)

@@ -54,11 +54,10 @@ def conflicts_of(config: Config) -> Iterator[ConflictError]:
         )
     data = config.data
     try:
-        has_root = data.root is not None
         check_dataset_arguments(
             data.name,
             data.entry,
-            has_root=has_root,
+            root=data.root,
             image_size=data.image_size,
             test_fraction=data.test_fraction,
         )

@@ -22,6 +22,7 @@ from istanas.checks import MIN_STEM_CHANNELS
 from istanas.errors import ConfigError
 from istanas.limits import CONFIG_DEPTH, RECORD_BYTES, SMALL_SIDE, read_at_most
 from istanas.space import DEFAULT_SPACE
+from pipeline.base.addresses import is_remote
 from pipeline.base.redaction import without_secrets
 from pipeline.config.keys import is_known, is_text, known_keys, known_methods, schemas_of_methods
 from pipeline.config.plugins import plugin_digests
@@ -398,7 +399,7 @@ def run_hash(config: Config, job: str, **extra: str) -> str:
     ):
         sizes = {"init_channels", "layers", "stem", "op_batchnorm"}
         decisive["target"] = config.retrain.model_dump(mode="json", include=sizes)
-    if decisive["data"]["root"] is not None:
+    if decisive["data"]["root"] is not None and not is_remote(decisive["data"]["root"]):
         decisive["data"]["root"] = str(Path(decisive["data"]["root"]).expanduser().resolve())
     if decisive.get("search", {}).get("latency_table") is not None:
         decisive["search"]["latency_table"] = _digest_of(decisive["search"]["latency_table"])

@@ -26,7 +26,7 @@ from istanas.settings import (
     TwoStageSettings,
 )
 from istanas.space import DEFAULT_SPACE, OPERATIONS, SPACES, SearchSpace
-from pipeline.base.addresses import checked_address
+from pipeline.base.addresses import checked_address, is_remote
 from pipeline.base.redaction import without_secrets
 from pipeline.base.text import shown_value
 from pipeline.config.sections import (
@@ -79,6 +79,10 @@ def _checked_colour(value: str) -> str:
     return value
 
 
+def _checked_root(root: str) -> str:
+    return checked_address(root) if is_remote(root) else root
+
+
 def _without_password(address: str) -> str:
     shown = without_secrets(address)
     if shown != address:
@@ -93,12 +97,15 @@ class DataSettings(Section):
     """The pictures, and their augmentation during training."""
 
     name: Annotated[str, NameIn(DATASETS)] = Field(
-        "digits", description="Name of the data set. `folder` reads a picture folder from data.root."
+        "digits",
+        description="Name of the data set. `folder` reads a picture folder from data.root; `webdataset` (or `shards`) "
+        "reads tar files that `istanas pack` has made from one.",
     )
-    root: str | None = Field(
+    root: Annotated[str, AfterValidator(checked(_checked_root))] | None = Field(
         None,
         description="Folder that holds the data. A picture folder has the form train/CLASS/*, test/CLASS/*, or CLASS/* "
-        "with data.test_fraction; `digits` needs none.",
+        "with data.test_fraction; shards lie in a folder or in a bucket (s3://BUCKET/PREFIX, gs://BUCKET/PREFIX); "
+        "`digits` needs none.",
     )
     test_fraction: Fraction = Field(
         0.0,

@@ -8,12 +8,12 @@ import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import tenacity
 
+from istanas import buckets
 from istanas.errors import ConfigError, IstanasError
-from pipeline.base.addresses import CREDENTIALS, joined_address, names_in
+from pipeline.base.addresses import CREDENTIALS
 from pipeline.base.redaction import without_secrets
 
 _LOG = logging.getLogger(__name__)
@@ -148,19 +148,11 @@ class Objects:
 def file_system(address: str) -> tuple[Any, str]:
     """Return pyarrow's file system for an address, and the path in it.
 
-    The path is not taken from pyarrow, which interprets some characters of a name as parts of the address.
+    Raises:
+        ConfigError: the address is invalid.
     """
-    from pyarrow.fs import FileSystem
-
-    url = urlsplit(address)
-    query = url.query
-    if (
-        url.scheme == "s3" and "allow_delayed_open" not in query
-    ):  # one request per small object instead of three
-        query = "&".join(filter(None, [query, "allow_delayed_open=true"]))
     try:
-        system, _ = FileSystem.from_uri(joined_address(url.scheme, [url.netloc], query))
-        return system, "/".join([url.netloc, *names_in(url)])
+        return buckets.file_system(address)
     except (ValueError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ConfigError(
             f"{address}: {' '.join(str(error).split()):.200}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from istanas.data.registry import DATASETS
+from pipeline.base.addresses import is_remote
 
 
 def data_label(name: str, root: str | None) -> str:
@@ -28,7 +29,7 @@ def data_label(name: str, root: str | None) -> str:
     entry = DATASETS.get(name)
     if root is None or (entry is not None and not entry.is_named_by_root):
         return name
-    source = str(Path(root).expanduser().absolute())
+    source = root if is_remote(root) else str(Path(root).expanduser().absolute())
     parts = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in Path(source).parts[-2:]]
     digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:6]
     return "-".join([*filter(None, parts), digest])

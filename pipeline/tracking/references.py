@@ -16,7 +16,7 @@ from typing import Any
 from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.methods import trains_target
 from istanas.space import PUBLISHED, Genotype, SearchSpace, parsed_genotype, random_genotype
-from pipeline.base.addresses import checked_address, sqlite_file
+from pipeline.base.addresses import checked_address, is_remote, sqlite_file
 from pipeline.base.text import one_line
 from pipeline.config.load import load
 from pipeline.config.plugins import explain_missing
@@ -411,7 +411,7 @@ def _with_pictures_of(config: Config, sources: Sequence[str]) -> Config:
         sources: The absolute paths of the picture folders in the run's record.
     """
     root = config.data.root
-    if root is None or Path(root).expanduser().absolute() in map(Path, sources):
+    if root is None or is_remote(root) or Path(root).expanduser().absolute() in map(Path, sources):
         return config
     there = next((source for source in sources if Path(source).is_dir()), root)
     return config.model_copy(update={"data": config.data.model_copy(update={"root": there})})

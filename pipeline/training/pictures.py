@@ -28,6 +28,7 @@ from istanas.nets import MIN_IMAGE_SIZE
 from istanas.registry import OWN
 from istanas.seeds import derive_seed
 from istanas.training import Compute
+from pipeline.base.addresses import is_remote
 from pipeline.config.combinations import check_batch_sizes
 from pipeline.config.load import with_stems
 from pipeline.config.schema import Config, DataSettings
@@ -162,7 +163,9 @@ def decode_settings_of(data: DataSettings, survey: Survey) -> DecodeSettings:
 
 def data_folder_is_missing(data: DataSettings) -> bool:
     """Return whether data that failed to load are missing, rather than changed."""
-    return not has_own_root(data) or not Path(str(data.root)).expanduser().exists()
+    if not has_own_root(data) or is_remote(str(data.root)):
+        return True
+    return not Path(str(data.root)).expanduser().exists()
 
 
 def has_own_root(data: DataSettings) -> bool:
@@ -316,6 +319,8 @@ def datasets_used(config: Config, dataset: ImageDataset, job: str) -> tuple[Data
     source = (
         f"{dataset.name}, as {_who_ships(dataset.name)} ships it"
         if root is None
+        else root
+        if is_remote(root)
         else str(Path(root).expanduser().absolute())
     )
     return tuple(

@@ -20,6 +20,7 @@ from istanas.data import (
     pictures_digest,
     register_dataset,
 )
+from istanas.data.packing import PackSettings, pack_folder
 from istanas.data.registry import DATASETS
 from istanas.registry import registering_for, unregister
 
@@ -35,6 +36,12 @@ def picture_folder(folder: Path) -> None:
             for n in range(3):
                 picture = np.full((8, 8, 3), 100 * number + 20 * n + (split == "test"), np.uint8)
                 Image.fromarray(picture).save(folder / split / name / f"{n}.png")
+
+
+def packed_folder(folder: Path) -> None:
+    unpacked = folder.with_name("unpacked")
+    picture_folder(unpacked)
+    pack_folder(unpacked, folder, PackSettings(), cache_dir=folder.with_name("cache"), processes=1)
 
 
 def numpy_file(folder: Path) -> None:
@@ -72,6 +79,7 @@ class Data:
 DATA = [
     Data("digits"),
     Data("folder", picture_folder, has_root=True),
+    Data("webdataset", packed_folder, has_root=True),
     Data("numpy_pictures", numpy_file, has_root=True),
     Data("grey_pictures"),
 ]

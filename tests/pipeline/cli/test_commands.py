@@ -48,6 +48,7 @@ COMMANDS = (
     "sweep",
     "sync",
     "new",
+    "pack",
     "config",
     "profile",
     "latency",
@@ -58,7 +59,8 @@ COMMANDS = (
     "stop",
 )
 SERVED = ("submit", "jobs", "stop")  # these use a cluster's job server, and have no configuration
-WITHOUT_CONFIG = (*SERVED, "new")  # which writes one
+WITHOUT_SET = (*SERVED, "pack")
+WITHOUT_CONFIG = (*WITHOUT_SET, "new")  # which writes one
 KEYS = {
     "search": {"run_dir", "mlflow_run_id", "digest", "genotype", "params", "macs", "seconds"},
     "retrain": {"run_dir", "mlflow_run_id", "digest", "genotype", "test_top1", "params", "macs", "seconds"},
@@ -143,7 +145,7 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
     code, out, err = istanas(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: istanas {command} ")
-    assert ("--set KEY.PATH=VALUE" in out) == (command not in SERVED)
+    assert ("--set KEY.PATH=VALUE" in out) == (command not in WITHOUT_SET)
     assert ("--config FILE" in out) == (command not in WITHOUT_CONFIG)
     assert ("--address URL" in out) == (command in SERVED)
     jobs = command in ("search", "retrain", "run", "sweep", "benchmark", "versus", "rank")

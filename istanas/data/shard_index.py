@@ -1,0 +1,353 @@
+"""The index of a set of shards: one Parquet file with a row for each picture, and the table of the shards.
+
+`istanas pack` writes it. With it, a job knows classes, sizes and properties of all pictures, draws subsets and splits,
+and reads any picture, without reading the shards. The rows have the order of a picture folder with the same pictures:
+training pictures first, each split sorted by class and name. The results of a job therefore do not depend on how the
+pictures are distributed over shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from istanas.buckets import is_address
+from istanas.data.cache import reason
+from istanas.data.folders import FACTS, TEST_SPLITS
+from istanas.data.reading import shown
+from istanas.data.shard_files import (
+    SAMPLE,
+    MemberNames,
+    Shard,
+    ShardStorage,
+    excerpt_of,
+    in_threads,
+)
+from istanas.errors import DataError
+
+INDEX_FILE = "index.parquet"
+_VERSION = 1
+_META = b"istanas"
+_SHARD_NAME = re.compile(rf"(train|{'|'.join(TEST_SPLITS)})/[^/\0\\]+\.tar")
+_FILE_FIELDS = ("offset", "size", "start", "length", "crc")
+_FACT_FIELDS = ("width", "height", "peak", "level", "flags")
+REINDEX = "write the index again with istanas pack --index DIR"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The content of an index.
+
+    Args:
+        class_names: Names of the classes, sorted.
+        n_train: Number of training pictures, which come first.
+        shards: The tar files.
+        samples: (N,) records, see `SAMPLE`.
+        facts: (N,) records of the facts about each picture, see `istanas.data.reading.Facts`.
+        files: N names of files without their class, a pyarrow array of texts.
+        digest: Digest of the index.
+        plan: Digest of the pictures and settings from which `istanas pack` made the shards; "" for other shards.
+    """
+
+    class_names: tuple[str, ...]
+    n_train: int
+    shards: tuple[Shard, ...]
+    samples: NDArray[np.void]
+    facts: NDArray[np.void]
+    files: Any
+    digest: str
+    plan: str
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        """Return the names of the shards."""
+        return tuple(shard.name for shard in self.shards)
+
+    def names(self, root: str) -> MemberNames:
+        """Return the names of the pictures in the shards at a root."""
+        return MemberNames(root, self.shard_names, self.class_names, self.samples, self.files)
+
+
+# ---------- rows of one shard
+def rows_table(
+    classes: Sequence[str], files: Sequence[str], samples: NDArray[np.void], facts: NDArray[np.void]
+) -> Any:
+    """Return the rows of a shard as a pyarrow table.
+
+    Args:
+        classes: N names of classes.
+        files: N names of files.
+        samples: (N,) records, see `SAMPLE`; label and shard are not used.
+        facts: (N,) records, see `istanas.data.folders.FACTS`.
+    """
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {"class": pa.array(classes, pa.string()), "file": pa.array(files, pa.string())}
+    columns |= {name: np.ascontiguousarray(samples[name]) for name in _FILE_FIELDS}
+    columns |= {name: np.ascontiguousarray(facts[name]) for name in _FACT_FIELDS}
+    prints = np.ascontiguousarray(facts["fingerprint"]).tobytes()
+    columns["fingerprint"] = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(8), len(classes), [None, pa.py_buffer(prints)]
+    )
+    return pa.table(columns)
+
+
+def write_table(file: Path, table: Any, meta: dict[str, Any]) -> None:
+    """Write a table with checksums and a description; the file is complete or not there at all."""
+    import pyarrow.parquet as pq
+
+    described = table.replace_schema_metadata({_META: json.dumps(meta).encode()})
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(described, temporary, compression="zstd", write_page_checksum=True)
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:
+    """Return a table and its description.
+
+    Args:
+        content: The content of the file.
+        name: Its name, for messages.
+
+    Raises:
+        DataError: If it is damaged.
+    """
+    with _damage_reported(name):
+        file, meta = _opened(content)
+        return file.read(), meta
+
+
+def _opened(content: bytes) -> tuple[Any, dict[str, Any]]:
+    """Return the Parquet file with this content, and its description."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    meta = json.loads((file.schema_arrow.metadata or {})[_META])
+    if meta["version"] != _VERSION:
+        raise ValueError(f"version {meta['version']}, not {_VERSION}")
+    return file, meta
+
+
+@contextlib.contextmanager
+def _damage_reported(name: str) -> Iterator[None]:
+    """Convert errors of a file that is no index, or damaged."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})") from error
+
+
+# ---------- the whole index
+def write_index(root: Path, shards: Sequence[Shard], tables: Sequence[Any], plan: str = "") -> None:
+    """Write the index of a data set.
+
+    Args:
+        root: The folder of the data set.
+        shards: Its tar files.
+        tables: The rows of each, see `rows_table`.
+        plan: See `ShardIndex`.
+
+    Raises:
+        DataError: If the two splits are not those of one data set.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    merged = []
+    for number, (shard, table) in enumerate(zip(shards, tables, strict=True)):
+        is_test = not shard.name.startswith("train/")
+        for name, value, kind in (("shard", number, pa.int32()), ("is_test", is_test, pa.bool_())):
+            table = table.append_column(name, pa.array(np.full(len(table), value), kind))
+        merged.append(table)
+    whole = pa.concat_tables(merged)
+    trained = pc.unique(whole.filter(pc.invert(whole["is_test"]))["class"]).to_pylist()
+    class_names = sorted(trained, key=(lambda name: int(name)) if all(map(_is_number, trained)) else None)
+    _check_classes(root, whole, class_names)
+    labels = pc.index_in(whole["class"], pa.array(class_names, pa.string()))
+    whole = whole.drop_columns(["class"]).append_column("label", labels)
+    whole = whole.sort_by([(name, "ascending") for name in ("is_test", "label", "file", "shard", "offset")])
+    meta = {
+        "version": _VERSION,
+        "classes": class_names,
+        "n_train": len(whole) - pc.sum(whole["is_test"]).as_py(),
+        "shards": [asdict(shard) for shard in shards],
+        "plan": plan,
+    }
+    write_table(root / INDEX_FILE, whole.drop_columns(["is_test"]), meta)
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _check_classes(root: Path, whole: Any, class_names: Sequence[str]) -> None:
+    import pyarrow.compute as pc
+
+    tested = pc.unique(whole.filter(whole["is_test"])["class"]).to_pylist()
+    problem = None
+    if len(class_names) < 2:
+        problem = f"the training shards contain {len(class_names)} class, at least two are needed"
+    elif not tested:
+        problem = "there is no test picture"
+    elif strangers := sorted(set(tested) - set(class_names)):
+        problem = f"the test shards contain the class {shown(strangers[0])}, which the training shards lack"
+    if problem is not None:
+        raise DataError(
+            f"{shown(root)}: {problem}",
+            field="data.root",
+            remedy="put training shards into train/ and test shards into test/",
+        )
+
+
+def read_index(storage: ShardStorage) -> ShardIndex:
+    """Read the index of a data set, and check that it fits the shards.
+
+    The sizes of all shards and 48 KiB of each are compared. Every picture is compared again when it is read.
+
+    Raises:
+        DataError: If there is no index, if it is damaged, or if it does not fit the shards.
+    """
+    name = f"{storage.root}/{INDEX_FILE}"
+    try:
+        content = storage.content(INDEX_FILE)
+    except FileNotFoundError:
+        raise _no_index(storage) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if _known[0] != (digest, name):
+        _known[:] = [(digest, name), _parsed(content, name, digest)]
+    index: ShardIndex = _known[1]
+    check_shards(storage, index)
+    return index
+
+
+_known: list[Any] = [None, None]
+"""The last index, because a job reads its index several times: (its digest, its name), and its content."""
+
+
+def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
+    """Return the index in a file, whose columns are read one by one to save memory."""
+    with _damage_reported(name):
+        file, meta = _opened(content)
+        n = file.metadata.num_rows
+        samples, facts = np.empty(n, SAMPLE), np.empty(n, FACTS)
+
+        def column(field: str) -> Any:
+            read = file.read(columns=[field], use_threads=False)[field]
+            if read.null_count:
+                raise ValueError(f"the column {field} has missing values")
+            return read.combine_chunks()
+
+        for field in ("label", "shard", *_FILE_FIELDS):
+            samples[field] = column(field).to_numpy()
+        for field in _FACT_FIELDS:
+            facts[field] = column(field).to_numpy()
+        prints = column("fingerprint").buffers()[1]
+        facts["fingerprint"] = np.frombuffer(prints, np.uint8)[: 8 * n].reshape(-1, 8)
+        index = ShardIndex(
+            class_names=tuple(map(str, meta["classes"])),
+            n_train=int(meta["n_train"]),
+            shards=tuple(Shard(**shard) for shard in meta["shards"]),
+            samples=samples,
+            facts=facts,
+            files=column("file"),
+            digest=digest,
+            plan=str(meta["plan"]),
+        )
+    _check_rows(index, name)
+    return index
+
+
+def _check_rows(index: ShardIndex, name: str) -> None:
+    """Check that no row of an index, which may come from a stranger, points outside of the shards."""
+    samples, shards = index.samples, index.shards
+    problem = None
+    strange = next((shard.name for shard in shards if not _SHARD_NAME.fullmatch(shard.name)), None)
+    if strange is not None:
+        problem = f"names the shard {shown(strange)}"
+    elif not 0 < index.n_train < len(samples) or len(index.class_names) < 2:
+        problem = f"has {index.n_train} training pictures of {len(samples)} pictures"
+    elif not 0 <= int(samples["label"].min()) <= int(samples["label"].max()) < len(index.class_names):
+        problem = f"has labels above its {len(index.class_names)} classes"
+    elif not 0 <= int(samples["shard"].min()) <= int(samples["shard"].max()) < len(shards):
+        problem = f"has pictures of more than its {len(shards)} shards"
+    else:
+        sizes = np.array([shard.size for shard in shards], np.int64)[samples["shard"]]
+        ends = samples["offset"] + samples["size"]
+        inside = samples["start"].astype(np.int64) + samples["length"] <= samples["size"]
+        valid = inside & (ends <= sizes)
+        for field in ("offset", "start", "length"):
+            valid &= samples[field] >= 0
+        if not valid.all():
+            problem = f"has {int((~valid).sum())} pictures outside of their shards"
+    if problem is not None:
+        raise _unfit(f"{shown(name)} {problem}")
+
+
+def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
+    """Check that the shards are those that the index describes, by their names, sizes and an excerpt of each.
+
+    Raises:
+        DataError: If they are not. It names the first shard that differs.
+    """
+    there, known = storage.sizes(), {shard.name: shard for shard in index.shards}
+    for name, shard in known.items():
+        if name not in there:
+            raise _unfit(f"{storage.root}/{name} is missing", "restore it")
+        if there[name] != shard.size:
+            what = "is truncated" if there[name] < shard.size else "has grown"
+            raise _unfit(
+                f"{storage.root}/{name} {what}: it has {there[name]:,} bytes, and its index says {shard.size:,}"
+            )
+    if unknown := sorted(name for name in there if name not in known and _SHARD_NAME.fullmatch(name)):
+        raise _unfit(f"{storage.root}/{unknown[0]} is not in the index")
+    storage.open_all(list(known))
+
+    def differs(shard: Shard) -> bool:
+        read = functools.partial(storage.read, shard.name)
+        return excerpt_of(read, shard.size) != shard.excerpt
+
+    changed = (
+        in_threads(differs, index.shards) if storage.is_remote else [differs(shard) for shard in index.shards]
+    )
+    if any(changed):
+        raise _unfit(
+            f"{storage.root}/{index.shards[changed.index(True)].name} has changed since its index was written"
+        )
+
+
+def _no_index(storage: ShardStorage) -> DataError:
+    if not storage.is_remote and not Path(storage.root).is_dir():
+        return DataError(
+            f"no such folder: {shown(storage.root)}",
+            field="data.root",
+            remedy="set data.root to a folder of shards; istanas pack makes one",
+        )
+    remedy = "write one with istanas pack --index DIR"
+    if is_address(storage.root):
+        remedy += f", and copy {INDEX_FILE} and the shards to the bucket"
+    return DataError(f"{shown(storage.root)} has no {INDEX_FILE}", field="data.root", remedy=remedy)
+
+
+def _unfit(problem: str, remedy: str | None = None) -> DataError:
+    return DataError(
+        problem, field="data.root", remedy=REINDEX if remedy is None else f"{remedy}, or {REINDEX}"
+    )

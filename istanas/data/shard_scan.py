@@ -1,0 +1,254 @@
+"""Reading of tar files in the WebDataset layout, to write the index of shards that have none.
+
+The members of a sample follow each other, and have one name and different suffixes: `000001.jpg` and `000001.cls` or
+`000001.json`. The label is the text of `.cls`, or "class" or "label" of `.json`. Python's tarfile reads the headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from istanas.data.cache import reason
+from istanas.data.folders import FACTS
+from istanas.data.pool import Pool, Progress
+from istanas.data.reading import PICTURE_SUFFIXES, Broken, Content, inspect_content, shown, unreadable
+from istanas.data.shard_files import SAMPLE, FolderShards, Shard, excerpt_of
+from istanas.data.shard_index import rows_table, write_index
+from istanas.errors import DataError
+
+_BLOCK = tarfile.BLOCKSIZE
+_LABELS = ("cls", "json")
+_MOST_TEXT = 1 << 20  # bytes of a label
+
+
+@dataclass
+class _Sample:
+    """The members of a sample: name and content by suffix, and where they lie in the shard."""
+
+    key: str
+    offset: int
+    end: int = 0
+    picture: tuple[str, int, int] | None = None  # suffix, offset and length
+    labels: dict[str, bytes] = field(default_factory=dict)
+
+
+def index_shards(root: Path, progress: Progress | None = None, processes: int | None = None) -> None:
+    """Write the index of a folder of shards, `train/*.tar` and `test/*.tar` (or `val/*.tar`).
+
+    Args:
+        root: The folder.
+        progress: Called with (shards read, shards in total).
+        processes: Number of processes; by default one per usable core.
+
+    Raises:
+        DataError: If a shard or a sample cannot be used.
+    """
+    storage = FolderShards(str(root))
+    names = sorted(storage.sizes(), key=lambda name: (not name.startswith("train/"), name))
+    if not names:
+        raise DataError(
+            f"{shown(root)}/train contains no tar file", field="data.root", remedy="name a folder of shards"
+        )
+    shards, tables = [], []
+    numbers: dict[str, str] = {}
+    for _, (shard, table, named) in Pool(1, 2, processes).map(_scan_chunk, names, str(root)):
+        for number, name in named.items():
+            if numbers.setdefault(number, name) != name:
+                raise _bad(
+                    f"{root}/{shard.name}",
+                    f"the label {number} stands for the classes {numbers[number]} and {name}",
+                )
+        shards.append(shard)
+        tables.append(table)
+        if progress is not None:
+            progress(len(shards), len(names))
+    write_index(root, shards, tables)
+
+
+def _scan_chunk(names: Sequence[str], root: str) -> tuple[Shard, Any, dict[str, str]]:
+    (name,) = names
+    return scan_shard(Path(root), name)
+
+
+def scan_shard(root: Path, name: str) -> tuple[Shard, Any, dict[str, str]]:
+    """Read a shard.
+
+    Args:
+        root: The folder of the data set.
+        name: The shard, such as "train/shard-000000.tar".
+
+    Returns:
+        (the shard, its rows as for `rows_table`, the names of the classes that its samples give for numbers).
+
+    Raises:
+        DataError: If the tar file is damaged, contains links or names that lead out of it, or a sample has no label,
+            several labels, no picture or a broken picture.
+    """
+    path = root / name
+    rows, classes, files, facts = [], [], [], []
+    numbers: dict[str, str] = {}
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for sample in _samples(path, file, size):
+            file.seek(sample.offset)
+            region = file.read(sample.end - sample.offset)
+            number, class_name, file_name = _label(path, sample)
+            if sample.picture is None:
+                raise _bad(path, f"the sample {sample.key} has no picture")
+            suffix, start, length = sample.picture
+            start -= sample.offset
+            shown_name = f"{path}/{sample.key}.{suffix}"
+            found = inspect_content(Content(region[start : start + length], shown_name))
+            if isinstance(found, Broken):
+                raise unreadable(found)
+            if number is not None and class_name is not None:
+                numbers[number] = class_name
+            classes.append(class_name if class_name is not None else str(number))
+            files.append(file_name or f"{os.path.basename(sample.key)}.{suffix}")
+            rows.append((0, 0, sample.offset, len(region), start, length, zlib.crc32(region)))
+            facts.append((*found[:5], np.frombuffer(found.fingerprint, np.uint8)))
+        if not rows:
+            raise _bad(path, "it contains no sample", "delete it")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        excerpt = excerpt_of(lambda offset, count: os.pread(file.fileno(), count, offset), size)
+    table = rows_table(classes, files, np.array(rows, SAMPLE), np.array(facts, FACTS))
+    return Shard(name, size, len(rows), digest, excerpt), table, numbers
+
+
+def _samples(path: Path, file: BinaryIO, size: int) -> Iterator[_Sample]:
+    """Yield the samples of a shard, in order."""
+    seen: set[str] = set()
+    sample: _Sample | None = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            end = 0
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # otherwise all headers stay in memory
+                _check_member(path, member)
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                if not member.isreg() or os.path.basename(member.name).startswith("."):
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        yield sample
+                    if key in seen:
+                        raise _bad(path, f"the sample {key} occurs twice")
+                    seen.add(key)
+                    sample = _Sample(key, member.offset)
+                sample.end = end
+                _add(path, sample, suffix.lower(), member, file)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _bad(path, f"it is truncated or damaged ({reason(error)})", "copy it again") from error
+    file.seek(end)
+    if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):  # the mark at the end of every tar file
+        raise _bad(path, "it is truncated or damaged (its end is missing)", "copy it again")
+    if sample is not None:
+        yield sample
+
+
+def _check_member(path: Path, member: tarfile.TarInfo) -> None:
+    """Raise an error for a member that would be dangerous if another program extracted it."""
+    if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
+        raise _bad(path, f"its member {member.name} leads out of the archive")
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        kind = "link" if member.islnk() or member.issym() else "special file"
+        raise _bad(path, f"its member {member.name} is a {kind}")
+
+
+def _add(path: Path, sample: _Sample, suffix: str, member: tarfile.TarInfo, file: BinaryIO) -> None:
+    """Add a member to its sample."""
+    if f".{suffix}" in PICTURE_SUFFIXES:
+        if sample.picture is not None:
+            raise _bad(path, f"the sample {sample.key} has two pictures")
+        sample.picture = suffix, member.offset_data, member.size
+    elif suffix in _LABELS:
+        if suffix in sample.labels:
+            raise _bad(path, f"the sample {sample.key} has two labels")
+        if member.size > _MOST_TEXT:
+            raise _bad(path, f"the label of the sample {sample.key} has {member.size:,} bytes")
+        position = file.tell()
+        file.seek(member.offset_data)
+        sample.labels[suffix] = file.read(member.size)
+        file.seek(position)
+
+
+def _label(path: Path, sample: _Sample) -> tuple[str | None, str | None, str | None]:
+    """Return (number of the class, name of the class, name of the file) of a sample; None for what it does not say."""
+    numbers: set[str] = set()
+    names: set[str] = set()
+    file_name = None
+    try:
+        if "cls" in sample.labels:
+            text = sample.labels["cls"].decode().strip()
+            (numbers if text.isascii() and text.isdigit() else names).add(text)
+        if "json" in sample.labels:
+            said = json.loads(sample.labels["json"])
+            if not isinstance(said, dict):
+                raise ValueError("not an object")
+            label, name, file_name = said.get("label"), said.get("class"), said.get("file")
+            if isinstance(label, int) and not isinstance(label, bool):
+                numbers.add(str(label))
+            if isinstance(name, str):
+                names.add(name)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"the label of the sample {sample.key} cannot be read ({reason(error)})") from error
+    names.discard("")
+    numbers = {str(int(number)) for number in numbers}
+    if not numbers and not names:
+        raise _bad(path, f"the sample {sample.key} has no label", "add a member .cls with its class")
+    for found in (numbers, names):
+        if len(found) > 1:
+            raise _bad(path, f"the sample {sample.key} has two labels, {' and '.join(sorted(found))}")
+    if not isinstance(file_name, str) or not file_name or "/" in file_name or not file_name.isprintable():
+        file_name = None
+    return next(iter(numbers), None), next(iter(names), None), file_name
+
+
+def _bad(path: Path | str, problem: str, remedy: str = "correct the shard and write it again") -> DataError:
+    return DataError(f"{shown(path)}: {shown(problem)}", field="data.root", remedy=remedy)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_chunk(names: Sequence[str], root: str) -> list[str]:
+    return [digest_of(Path(root, name)) for name in names]
+
+
+def damaged_shards(
+    root: Path, shards: Sequence[Shard], progress: Progress | None = None, processes: int | None = None
+) -> list[str]:
+    """Return the names of the shards whose content differs from the checksum in their index.
+
+    Args:
+        root: The folder.
+        shards: The shards of its index.
+        progress: Called with (shards read, shards in total).
+        processes: Number of processes; by default one per usable core.
+    """
+    damaged: list[str] = []
+    names = [shard.name for shard in shards]
+    found = Pool(1, 2, processes).map(_digest_chunk, names, str(root))
+    for done, (shard, (_, (digest,))) in enumerate(zip(shards, found, strict=True), 1):
+        if digest != shard.sha256:
+            damaged.append(shard.name)
+        if progress is not None:
+            progress(done, len(shards))
+    return damaged
