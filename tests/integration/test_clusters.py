@@ -34,8 +34,7 @@ from tests.integration.test_ray import CONFIG, decided, run_directory
 from tests.local_cluster import LocalCluster, halt_after_an_epoch, resume_when_terminated
 from tests.machines import JOB_SERVER, STORE
 from tests.namespaces import refusal
-from tests.ray_cluster import ROOT, listening, title
-from tests.warm import warm_program
+from tests.ray_cluster import PROGRAM, ROOT, listening, title
 
 NODES, CORES = 2, 2
 JOIN = """
@@ -336,7 +335,7 @@ def on_one_node(local: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("one")
     (folder / "ray.yaml").write_text(CONFIG)
     process = subprocess.Popen(
-        [*warm_program(), *SEARCH, *SMALL, "--address", local.gcs],
+        [*PROGRAM, *SEARCH, *SMALL, "--address", local.gcs],
         cwd=folder,
         env=local.environment,
         stdout=subprocess.PIPE,
