@@ -79,6 +79,15 @@ def _checked_colour(value: str) -> str:
     return value
 
 
+def _checked_alpha(alpha: float) -> float:
+    if alpha != 0 and not 0.001 <= alpha <= 100:  # torch draws NaN, or shares that do not differ
+        raise ConfigError(
+            f"{alpha:g} is no usual parameter of a Beta distribution",
+            remedy="use 0 to disable it, or 0.001 to 100",
+        )
+    return alpha
+
+
 def _checked_root(root: str) -> str:
     return checked_address(root) if is_remote(root) else root
 
@@ -319,15 +328,15 @@ class RetrainSettings(Section):
         0,
         description="Magnitude of RandAugment, two random operations on each training picture. 0 disables it.",
     )
-    random_erasing: Fraction = Field(
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Probability that a random rectangle of a training picture is masked. 0 disables it."
     )
-    mixup: NonNegativeFloat = Field(
+    mixup: Annotated[NonNegativeFloat, AfterValidator(checked(_checked_alpha))] = Field(
         0.0,
         description="Alpha of mixup, which adds the training pictures of a batch in pairs. 0 disables it. With cutmix, "
         "each batch is mixed by one of the two.",
     )
-    cutmix: NonNegativeFloat = Field(
+    cutmix: Annotated[NonNegativeFloat, AfterValidator(checked(_checked_alpha))] = Field(
         0.0,
         description="Alpha of CutMix, which replaces a rectangle of a training picture by that of another one. 0 "
         "disables it.",

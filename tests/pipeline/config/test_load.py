@@ -256,6 +256,8 @@ def test_an_override_reaches_into_a_section_that_is_there_without_keys(tmp_path:
         ("search.epoch=3", "did you mean epochs?"),
         ("search.epochs=", "search.epochs: None is invalid"),
         ("__class__.x=3", "__class__: unknown key"),
+        ("retrain.mixup=1e-300", "retrain.mixup: 1e-300 is no usual parameter of a Beta distribution"),
+        ("retrain.cutmix=1e300", "use 0 to disable it, or 0.001 to 100"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_line(tmp_path: Path, override: str, says: str) -> None:
