@@ -169,7 +169,7 @@ def export(
     config: File | None = None,
     *,
     precision: Precision = "fp32",
-    tolerance: float = 1.0,
+    tolerance: float | None = None,
     again: bool = False,
     quiet: bool = False,
     plugins: Sequence[File] = (),
@@ -182,7 +182,8 @@ def export(
         config: A configuration file. Without it, the settings are those of the run.
         precision: "int8" also writes an ONNX file with 8-bit integers; its figures are in int8.json beside it, see
             `pipeline.jobs.quantization.Int8Report`.
-        tolerance: By how many percentage points the top-1 accuracy of that file may be lower.
+        tolerance: By how many percentage points the top-1 accuracy of that file may be lower; only with "int8". None
+            for the default of the command.
         again: Whether to repeat an earlier export.
         quiet, plugins, settings: See `pipeline.api.jobs`.
 
@@ -190,6 +191,7 @@ def export(
         For each format ("safetensors", "program", "onnx" and perhaps "int8"), its file.
 
     Raises:
+        ConfigError: The tolerance is negative, or given without "int8".
         IstanasError: The accuracy has fallen by more than the tolerance. An earlier export is kept.
 
     Example:

@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     starts_over,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
-from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS
+from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS, TOLERANCE_POINTS
 from pipeline.jobs.settings import load_config, run_and_config
 
 
@@ -211,7 +211,8 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     "--tolerance",
     type=click.FloatRange(min=0),
     metavar="POINTS",
-    help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. [default: 1]",
+    help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. "
+    f"[default: {TOLERANCE_POINTS:g}]",
 )
 @config_options
 @json_option
@@ -233,7 +234,7 @@ def export(
     if tolerance is not None and precision != "int8":
         raise click.UsageError("--tolerance: only --precision int8 changes the accuracy; leave it out")
     console = console_for(as_json)
-    from pipeline.jobs.export import TOLERANCE_POINTS, run_export
+    from pipeline.jobs.export import run_export
 
     run, config = run_and_config(reference, file, overrides)
     result = run_export(
@@ -242,7 +243,7 @@ def export(
         console=console,
         again=True,
         precision=precision,
-        tolerance=TOLERANCE_POINTS if tolerance is None else tolerance,
+        tolerance=tolerance,
     )
     if as_json:
         print_json(result)

@@ -9,3 +9,6 @@ METRICS = (*HIGHER, *LOWER)
 """Metrics by which a champion can be chosen. Higher values are better in `HIGHER`, lower values in `LOWER`."""
 
 DEFAULT_METRIC = "valid/top1"
+
+TOLERANCE_POINTS = 1.0
+"""Default of the largest accepted loss of top-1 accuracy by a quantisation, in percentage points."""

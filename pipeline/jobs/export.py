@@ -19,6 +19,7 @@ from istanas.errors import ConfigError
 from istanas.methods import trains_target
 from istanas.space import Genotype
 from pipeline.base.extras import check_extra
+from pipeline.config.choices import TOLERANCE_POINTS
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
@@ -30,11 +31,12 @@ from pipeline.jobs.export_formats import (
 )
 from pipeline.jobs.lifecycle import load_data
 from pipeline.jobs.quantization import (
+    EXPORT_METRICS,
     Int8Plan,
     Int8Report,
     describe_int8,
     int8_metrics,
-    lost_points,
+    is_accurate,
     plan_int8,
     quantize_export,
     read_report,
@@ -50,8 +52,6 @@ from pipeline.training.pictures import check_same_pictures, data_digest, dataset
 Precision = Literal["fp32", "int8"]
 EXPORT_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in EXPORTED_FILES)
 INT8_ARTIFACTS = tuple(f"{EXPORT_FOLDER}/{file}" for file in (INT8_FILE, INT8_REPORT))
-TOLERANCE_POINTS = 1.0
-"""Default of the largest accepted loss of top-1 accuracy by a quantisation, in percentage points."""
 
 
 class ExportResult(TypedDict):
@@ -71,7 +71,7 @@ def run_export(
     console: Console,
     again: bool = False,
     precision: Precision = "fp32",
-    tolerance: float = TOLERANCE_POINTS,
+    tolerance: float | None = None,
 ) -> ExportResult:
     """Export the network of a run and deliver the files and their figures to MLflow.
 
@@ -81,21 +81,28 @@ def run_export(
         console: Where lines for the user are written.
         again: Whether to repeat an earlier export.
         precision: "int8" also writes a quantised ONNX file.
-        tolerance: By how many percentage points its top-1 accuracy may be lower.
+        tolerance: By how many percentage points its top-1 accuracy may be lower; None for `TOLERANCE_POINTS`.
 
     Returns:
         The result of `export_network`.
 
     Raises:
-        ConfigError: The run has no trained network, or the tolerance is negative.
+        ConfigError: The run has no trained network, or the tolerance is negative or given without "int8".
         DataError, CheckpointError: The pictures that a quantisation requires are missing or have changed.
         IstanasError: A package is missing, or the quantised network is not accurate enough. An earlier export is kept.
     """
-    if not tolerance >= 0:  # also true for NaN
+    if tolerance is not None and precision != "int8":
+        raise ConfigError(
+            f'{tolerance} has no effect, because only the precision "int8" changes the accuracy',
+            field="tolerance",
+            remedy='leave it out, or set precision="int8"',
+        )
+    points = TOLERANCE_POINTS if tolerance is None else tolerance
+    if not points >= 0:  # also true for NaN
         raise ConfigError(f"{tolerance} is not a loss of accuracy", field="tolerance", remedy="use 0 or more")
     say = say_to(console)
     with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
-        return _export(config, run, console, again, precision, tolerance)
+        return _export(config, run, console, again, precision, points)
 
 
 def _export(
@@ -104,7 +111,7 @@ def _export(
     say, is_int8 = say_to(console), precision == "int8"
     before = None if again else exported_before(run)
     report = read_report(run.path / EXPORT_FOLDER) if is_int8 else None
-    if before is None or (is_int8 and (report is None or lost_points(report) > tolerance)):
+    if before is None or (is_int8 and (report is None or not is_accurate(report, tolerance))):
         plan = _int8_plan(config, run, tolerance, console) if is_int8 else None
         result = export_network(run, say=say, int8=plan)
     else:
@@ -288,12 +295,13 @@ def exported_before(run: RunDir) -> dict[str, ExportedFormat] | None:
 
 
 def _note_figures(run: RunDir, exports: Mapping[str, ExportedFormat], figures: Mapping[str, float]) -> None:
-    """Add the differences and figures to the metrics of the last step; they replace those of an earlier export."""
+    """Replace the differences and figures of an earlier export in the metrics of the last step."""
     lines = run.metrics() or [MetricsLine(0, int(time.time() * 1000), {})]
     last = lines[-1]
+    others = {name: value for name, value in last.metrics.items() if not name.startswith(EXPORT_METRICS)}
     differences = {_metric(name): exported["difference"] for name, exported in exports.items()}
-    run.replace_metrics([*lines[:-1], last._replace(metrics={**last.metrics, **differences, **figures})])
+    run.replace_metrics([*lines[:-1], last._replace(metrics={**others, **differences, **figures})])
 
 
 def _metric(name: str) -> str:
-    return f"export/{name}_difference"
+    return f"{EXPORT_METRICS}{name}_difference"

@@ -28,6 +28,9 @@ from pipeline.training.splits import splits_of
 CALIBRATION_PICTURES = 256
 """Most training pictures whose activations determine the ranges of the 8-bit numbers."""
 
+EXPORT_METRICS = "export/"
+"""Prefix of the metrics of an export."""
+
 _CALIBRATION_BATCH = 32
 _RUNS, _WARM_UP = 30, 3
 
@@ -152,9 +155,18 @@ def quantize_export(folder: Path, plan: Int8Plan) -> Int8Report:
     return report
 
 
-def lost_points(report: Int8Report) -> float:
-    """Return by how many percentage points the top-1 accuracy has fallen; negative if it has risen."""
-    return 100 * (report["fp32"]["top1"] - report["int8"]["top1"])
+def is_accurate(report: Int8Report, tolerance: float) -> bool:
+    """Return whether the top-1 accuracy has fallen by at most the tolerance, in percentage points.
+
+    Example:
+        >>> figures = [OnnxFigures(bytes=1, latency_ms=1.0, top1=top1) for top1 in (0.58, 0.57)]
+        >>> report = Int8Report(measured="", pictures=100, calibration_pictures=1, tolerance=1.0, difference=0.0,
+        ...                     fp32=figures[0], int8=figures[1])
+        >>> is_accurate(report, 1.0), is_accurate(report, 0.5)
+        (True, False)
+    """
+    lost = 100 * (report["fp32"]["top1"] - report["int8"]["top1"])
+    return lost <= tolerance + 1e-9  # a share of n pictures is not exact in binary
 
 
 def check_loss(report: Int8Report, tolerance: float) -> None:
@@ -163,7 +175,7 @@ def check_loss(report: Int8Report, tolerance: float) -> None:
     Raises:
         IstanasError: Its top-1 accuracy has fallen by more than the tolerance, in percentage points.
     """
-    if lost_points(report) > tolerance + 1e-9:  # a share of n pictures is not exact in binary
+    if not is_accurate(report, tolerance):
         raise IstanasError(
             f"top-1 accuracy on {report['measured']} falls from {100 * report['fp32']['top1']:.2f} to "
             f"{100 * report['int8']['top1']:.2f} %, by more than the tolerance of {tolerance:g} points",
@@ -199,18 +211,19 @@ def describe_int8(report: Int8Report) -> list[str]:
 
 def int8_metrics(report: Int8Report) -> dict[str, float]:
     """Return the figures as metrics of a run: `export/fp32_top1`, `export/int8_top1` and so on."""
-    return {f"export/{name}_{key}": value for name, key, value in _figures(report)}
-
-
-def _figures(report: Int8Report) -> Iterator[tuple[str, str, float]]:
-    for name, figures in (("fp32", report["fp32"]), ("int8", report["int8"])):
-        yield name, "bytes", figures["bytes"]
-        yield name, "latency_ms", figures["latency_ms"]
-        yield name, "top1", figures["top1"]
+    return {
+        f"{EXPORT_METRICS}{name}_{key}": value
+        for name, figures in (("fp32", report["fp32"]), ("int8", report["int8"]))
+        for key, value in (
+            ("bytes", figures["bytes"]),
+            ("latency_ms", figures["latency_ms"]),
+            ("top1", figures["top1"]),
+        )
+    }
 
 
 def _quantize(source: Path, target: Path, plan: Int8Plan) -> None:
-    """Write the network with 8-bit weights, one scale for each output channel, and 8-bit activations."""
+    """Write the network with 8-bit weights, quantised per channel, and 8-bit activations."""
     import onnx  # imported here, because only this job needs it
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

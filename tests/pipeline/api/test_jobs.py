@@ -126,6 +126,10 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
     assert pipeline.export(trained.path, quiet=True) == files
     with pytest.raises(ConfigError, match=r"^tolerance: -1 is not a loss of accuracy; use 0 or more$"):
         pipeline.export(trained, precision="int8", tolerance=-1)
+    with pytest.raises(
+        ConfigError, match='^tolerance: 0.5 has no effect, .*; leave it out, or set precision="int8"$'
+    ):
+        pipeline.export(trained, tolerance=0.5)
 
 
 def test_an_evaluation_has_the_figures_of_the_command(
