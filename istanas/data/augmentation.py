@@ -8,6 +8,7 @@ drawn on the generator's device and then moved: with a CPU generator, all device
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from istanas.errors import ConfigError
+
+MAX_MAGNITUDE = 30
+"""Largest magnitude of torchvision's RandAugment."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Augmentation:
         random_erasing: Probability that a rectangle of a picture is set to the mean, in [0, 1].
 
     Raises:
-        ConfigError: If a number is negative.
+        ConfigError: If a number is outside its range.
 
     Example:
         >>> Augmentation(crop_padding=4, horizontal_flip=True, cutout=16).cutout
@@ -52,11 +56,21 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for field in ("crop_padding", "cutout"):
+        largest = {
+            "crop_padding": math.inf,
+            "cutout": math.inf,
+            "rand_augment": MAX_MAGNITUDE,
+            "random_erasing": 1,
+        }
+        for field, maximum in largest.items():
             value = getattr(self, field)
-            if value < 0:
+            if not value >= 0:  # also true for NaN
                 raise ConfigError(
-                    f"{value} is negative", field=f"augmentation.{field}", remedy="use 0 to leave it out"
+                    f"{value} is not 0 or more", field=f"augmentation.{field}", remedy="use 0 to leave it out"
+                )
+            if value > maximum:
+                raise ConfigError(
+                    f"{value} is too large", field=f"augmentation.{field}", remedy=f"use {maximum} or less"
                 )
 
 

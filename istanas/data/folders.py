@@ -71,6 +71,21 @@ BRIGHTEST_SHARE = 0.01
 """The brightest training pictures are ignored, up to this share, when the number of bits is determined."""
 
 
+class GivenFolder(NamedTuple):
+    """How error messages name a picture folder.
+
+    Args:
+        field: The setting or argument that names the folder.
+        change: The words before another folder in a remedy.
+    """
+
+    field: str
+    change: str
+
+
+DATA_ROOT = GivenFolder("data.root", "set data.root to")
+
+
 class FileState(NamedTuple):
     """The metadata by which a replaced file is detected.
 
@@ -521,74 +536,83 @@ def _by_reason(counted: dict[str, LeftOut], files: Iterable[tuple[str, str]]) ->
     return counted
 
 
-def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str, FileState]]:
+def _read_class(
+    folder: Path, root: Path, left_out: _LeftOuts, given: GivenFolder = DATA_ROOT
+) -> list[tuple[str, FileState]]:
     """Return the pictures of a class, sorted by name, as paths relative to the root."""
     pictures: list[tuple[str, FileState]] = []
     others: list[tuple[str, str]] = []
     prefix = folder.relative_to(root).as_posix()
-    for entry in _entries(folder) if folder.is_dir() else []:
+    for entry in _entries(folder, given) if folder.is_dir() else []:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
-            _refuse_link_out(entry, root)
+            _refuse_link_out(entry, root, given)
             others += [(path, "in sub-folders") for path in _below(entry.path)]
         elif suffix in PICTURE_SUFFIXES:
-            _refuse_link_out(entry, root)
-            pictures.append((f"{prefix}/{entry.name}", _state(entry)))
+            _refuse_link_out(entry, root, given)
+            pictures.append((f"{prefix}/{entry.name}", _state(entry, given)))
         elif suffix not in _COMPANIONS:
             others.append((entry.path, f"with the suffix {shown(suffix)}" if suffix else "without a suffix"))
     left_out.add(folder, len(pictures), others)
     return pictures
 
 
-def class_pictures(folder: Path, root: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
+def class_pictures(
+    folder: Path, root: Path, given: GivenFolder = DATA_ROOT
+) -> tuple[list[str], tuple[LeftOut, ...]]:
     """Return the pictures in a class folder that a training reads, sorted by name, and the files that it leaves out.
 
     Args:
         folder: The folder of the class.
         root: The picture folder, which contains it.
+        given: How error messages name the picture folder.
 
     Raises:
         DataError: If the folder cannot be listed, or has a link that leads out of the root.
     """
     left_out = _LeftOuts(root, allowed=True)
-    found = [str(root / path) for path, _ in _read_class(folder, root, left_out)]
+    found = [str(root / path) for path, _ in _read_class(folder, root, left_out, given)]
     return found, tuple(left_out.by_reason.values())
 
 
-def pictures_below(root: Path) -> Iterator[str]:
+def pictures_below(root: Path, given: GivenFolder = DATA_ROOT) -> Iterator[str]:
     """Yield the pictures in a folder and its sub-folders, sorted by name, without hidden ones.
 
     Links are followed, also to folders, and each folder is read once.
 
+    Args:
+        root: The folder.
+        given: How error messages name it.
+
     Raises:
         DataError: If a folder cannot be listed, or a link leads out of the root.
     """
-    yield from _pictures_below(root, root, {os.path.realpath(root)})
+    yield from _pictures_below(root, root, {os.path.realpath(root)}, given)
 
 
-def _pictures_below(folder: Path, root: Path, seen: set[str]) -> Iterator[str]:
+def _pictures_below(folder: Path, root: Path, seen: set[str], given: GivenFolder) -> Iterator[str]:
     """Yield the pictures below a folder; `seen` has the real paths of the folders that were read."""
     inside: list[Path] = []
-    for entry in _entries(folder):
+    for entry in _entries(folder, given):
         if entry.is_dir():
             inside.append(Path(entry.path))
         elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
-            _refuse_link_out(entry, root)
+            _refuse_link_out(entry, root, given)
             yield entry.path
     for path in inside:
-        _refuse_link_out(path, root)
+        _refuse_link_out(path, root, given)
         if (real := os.path.realpath(path)) not in seen:
             seen.add(real)
-            yield from _pictures_below(path, root, seen)
+            yield from _pictures_below(path, root, seen, given)
 
 
-def _state(entry: os.DirEntry[str]) -> FileState:
+def _state(entry: os.DirEntry[str], given: GivenFolder) -> FileState:
     try:
         facts = entry.stat()
         if not stat.S_ISREG(facts.st_mode):  # reading from a pipe could block for ever
             raise OSError("not a regular file")
     except OSError as error:
-        raise unreadable(Broken.by(entry.path, error)) from error
+        raise unreadable(Broken.by(entry.path, error), field=given.field) from error
     return FileState(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
 
 
@@ -675,7 +699,7 @@ def _directories(folder: Path, root: Path) -> tuple[str, ...]:
     return tuple(entry.name for entry in found)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path, given: GivenFolder = DATA_ROOT) -> list[os.DirEntry[str]]:
     """Return the entries of a folder that are not hidden, sorted by name."""
     try:
         with os.scandir(folder) as scan:
@@ -683,12 +707,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise DataError(
             f"{shown(folder)} cannot be listed ({reason(error)})",
-            field="data.root",
+            field=given.field,
             remedy="check its permissions",
         ) from error
 
 
-def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
+def _refuse_link_out(path: Path | os.DirEntry[str], root: Path, given: GivenFolder = DATA_ROOT) -> None:
     """Raise an error if the path is a link that leads out of the root.
 
     A picture folder may come from an untrusted source, and must not expose other files.
@@ -699,8 +723,8 @@ def _refuse_link_out(path: Path | os.DirEntry[str], root: Path) -> None:
     if os.path.commonpath([inside, target]) != inside:
         raise DataError(
             f"{shown(path)} is a link that leads out of the folder, to {shown(target)}",
-            field="data.root",
-            remedy="put a copy in its place, or set data.root to a folder that contains both",
+            field=given.field,
+            remedy=f"put a copy in its place, or {given.change} a folder that contains both",
         )
 
 

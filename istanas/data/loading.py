@@ -26,7 +26,7 @@ from istanas.data.augmentation import (
 )
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
 from istanas.data.large import load_large_picture
-from istanas.data.transfer import send_beside, side_stream
+from istanas.data.transfer import copy_on_side_stream, side_stream
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
 
@@ -130,7 +130,7 @@ class BatchLoader:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            images, labels = send_beside(batch, self.device, stream)
+            images, labels = copy_on_side_stream(batch, self.device, stream)
             images = normalize(images, self.mean, self.std, self.dtype)
             yield (
                 (images if self.augmentation is None else mask(images, self.augmentation, generator)),

@@ -418,19 +418,20 @@ def shown(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
 
 
-def unreadable(broken: Broken, more: int = 0) -> DataError:
+def unreadable(broken: Broken, more: int = 0, field: str = "data.root") -> DataError:
     """Return the error for a picture that cannot be used.
 
     Args:
         broken: The picture.
         more: Number of other pictures that cannot be used either.
+        field: The setting or argument that names the folder.
     """
     others = ""
     if more > 0:
         others = ", nor " + ("is one other" if more == 1 else f"are {more:,} others")
     return DataError(
         f"{shown(broken.path)} is not a readable picture ({broken.why}){others}",
-        field="data.root",
+        field=field,
         remedy=broken.remedy or f"replace or delete {'it' if more == 0 else 'them'}",
     )
 

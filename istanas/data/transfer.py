@@ -19,7 +19,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def send_beside(
+def copy_on_side_stream(
     tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None
 ) -> tuple[Tensor, ...]:
     """Copy tensors to a device on a side stream, and let the current stream wait for the copies.
@@ -36,7 +36,7 @@ def send_beside(
 
     Example:
         >>> here = torch.zeros(2)
-        >>> send_beside([here], torch.device("cpu"), None)[0] is here
+        >>> copy_on_side_stream([here], torch.device("cpu"), None)[0] is here
         True
     """
     if stream is None:
@@ -46,7 +46,6 @@ def send_beside(
     current = torch.cuda.current_stream(device)
     current.wait_stream(stream)
     for copy in copies:
-        copy.record_stream(
-            current
-        )  # its memory belongs to the side stream, which might otherwise use it again
+        # Its memory belongs to the side stream, which might otherwise use it again.
+        copy.record_stream(current)
     return copies

@@ -171,5 +171,10 @@ def drop_path(x: Tensor, operation: nn.Module, probability: float) -> Tensor:
     """
     if probability == 0 or isinstance(operation, nn.Identity):
         return x
-    keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability)
+    keep = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
+    if torch.compiler.is_compiling():
+        # `bernoulli_` would make the probability a constant of the graph, which would then be compiled in each epoch.
+        keep = (keep.uniform_() < 1.0 - probability).to(x.dtype)
+    else:
+        keep.bernoulli_(1.0 - probability)
     return x * (keep / (1.0 - probability))

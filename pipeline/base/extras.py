@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from istanas.errors import IstanasError
 
-# Modules of each extra. Ray's dashboard has further packages, which are installed together with these.
 RAY_DASHBOARD = ("aiohttp", "aiohttp_cors", "opencensus")
+"""Modules that show that Ray's dashboard is installed. It has further ones, which are installed together with these."""
+
 EXTRAS = {
     "clusters": (*RAY_DASHBOARD, "pathspec"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
+"""Modules of each extra."""
 
 
 def check_extra(extra: str, field: str, modules: Sequence[str] | None = None) -> None:

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from istanas.data.folders import TEST_SPLITS, class_pictures
+from istanas.data.folders import TEST_SPLITS, GivenFolder, class_pictures
 from istanas.data.reading import shown
-from istanas.errors import ConfigError, DataError
+from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
@@ -161,13 +161,7 @@ def labelled_files(data: Path, class_names: tuple[str, ...], say: Callable[[str]
             )
     labels: dict[str, int] = {}
     for folder in folders:
-        try:
-            files, left_out = class_pictures(folder, data)
-        except DataError as error:
-            remedy = (error.remedy or "").replace(
-                "set data.root to", "name"
-            )  # of the configuration of a training
-            raise DataError(error.problem, field=field, remedy=remedy) from None
+        files, left_out = class_pictures(folder, data, GivenFolder(field, "name"))
         labels.update(dict.fromkeys(files, class_names.index(folder.name)))
         for each in left_out:
             say(f"left out: {each}")

@@ -159,7 +159,7 @@ def evaluate_dataset(
 
     def name_of(index: int) -> str:
         if isinstance(test, FilePictures):
-            return shown("/".join(Path(test.paths[index]).parts[-2:]))
+            return shown(test.short_names([index])[0])
         return f"test picture {index}"
 
     parts = torch.arange(len(test)).split(BATCH)

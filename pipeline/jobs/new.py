@@ -35,7 +35,7 @@ from pipeline.config.yaml_files import dump
 from pipeline.jobs import proposal
 from pipeline.jobs.context import say_pictures, say_to
 from pipeline.jobs.lifecycle import check_data, load_data, progress_on
-from pipeline.jobs.profile import Work, make_work, projection_of, training_seconds
+from pipeline.jobs.profile import Work, make_work, measure_steps, projection_of
 from pipeline.jobs.proposal import NETWORKS, Networks
 from pipeline.jobs.settings import overrides_of
 from pipeline.training.compute import compute_for, describe_place
@@ -391,7 +391,7 @@ def _measure(drafts: _Drafts, candidate: Candidate, console: Console) -> Measure
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
 
     def epoch_seconds(work: Work) -> float:
-        per_step, _, per_picture = training_seconds(work, STEPS, compute.device)
+        per_step, _, per_picture = measure_steps(work, STEPS, compute.device)
         return projection_of(work, per_step, per_picture, compute.device)["seconds"] / work.plan.epochs
 
     search = epoch_seconds(make_work(config, dataset, compute))

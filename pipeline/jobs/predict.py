@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch
 
-from istanas.data.folders import pictures_below
+from istanas.data.folders import GivenFolder, pictures_below
 from istanas.data.reading import PICTURE_SUFFIXES, shown
 from istanas.errors import ConfigError, DataError
 from pipeline.base.fitted_table import Column, FittedTable
@@ -89,13 +89,7 @@ def picture_files(arguments: Sequence[str]) -> Iterator[str]:
         if not os.path.isdir(argument):
             yield argument
             continue
-        try:
-            found = list(pictures_below(Path(argument)))
-        except DataError as error:
-            remedy = (error.remedy or "").replace(
-                "set data.root to", "name"
-            )  # of the configuration of a training
-            raise DataError(error.problem, field="FILE", remedy=remedy) from None
+        found = list(pictures_below(Path(argument), GivenFolder("FILE", "name")))
         if not found:
             raise ConfigError(
                 f"{shown(argument)} contains no picture",

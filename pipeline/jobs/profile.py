@@ -29,7 +29,7 @@ from pipeline.config.schema import Config
 from pipeline.jobs.context import say_pictures, say_to
 from pipeline.jobs.lifecycle import check_data, load_data, settled
 from pipeline.runs.record import data_label
-from pipeline.training.build import averaged, build_retraining, build_search
+from pipeline.training.build import build_retraining, build_search, ema_model
 from pipeline.training.compute import compiled, compute_for, describe_place
 from pipeline.training.data_checks import warnings_of
 from pipeline.training.data_workers import report_lost_workers
@@ -113,8 +113,9 @@ class MeasuredSteps(NamedTuple):
 
     Args:
         seconds: Seconds of a training step, the median.
-        waiting_share: Share of the training steps' time in which this process waits for pictures, in [0, 1].
-        seconds_per_picture: Seconds of a picture that is measured.
+        waiting_share: Share of the training steps' time in which this process waits for the next batch (data time), in
+            [0, 1]. It includes augmentation in this process.
+        seconds_per_picture: Seconds of an evaluated picture.
     """
 
     seconds: float
@@ -205,7 +206,7 @@ def run_profile(
     device = compute.device
 
     with report_lost_workers(config.runtime.data_workers):
-        per_step, waiting_share, per_picture = training_seconds(work, steps, device)
+        per_step, waiting_share, per_picture = measure_steps(work, steps, device)
         flops = count_flops(lambda: work.train(1, lambda: None))
         dtype = compute.autocast_dtype or torch.float32
         peak = peak_flops(device, dtype)
@@ -233,8 +234,8 @@ def run_profile(
     return {**result, "trace": str(trace)} if trace is not None else result
 
 
-def training_seconds(work: Work, steps: int, device: torch.device) -> MeasuredSteps:
-    """Measure training steps, and pictures that are measured, after a warm-up of both.
+def measure_steps(work: Work, steps: int, device: torch.device) -> MeasuredSteps:
+    """Measure training steps and the evaluation of pictures, after a warm-up of both.
 
     Args:
         work: The job.
@@ -255,7 +256,7 @@ def projection_of(work: Work, per_step: float, per_picture: float, device: torch
 
     Args:
         work: The job, which has not recovered any code yet.
-        per_step, per_picture: See `training_seconds`.
+        per_step, per_picture: See `measure_steps`.
         device: Its device.
     """
     # Called once: building the search was the warm-up, and a second call would start from the supports of the first.
@@ -352,7 +353,7 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
     waiting = Waiting()
     stream = _endless(batches, "retrain", indices, r.batch_size, waiting)
     totals, mix = Totals(compute.device), mixing(r.mixup, r.cutmix, dataset.num_classes)
-    average = averaged(net, r.ema_decay) if r.ema_decay > 0 else None
+    ema = ema_model(net, r.ema_decay) if r.ema_decay > 0 else None
     forward = compiled(config.runtime, compute, net.forward_with_auxiliary)
     set_learning_rate(optimizer, r.lr)
 
@@ -370,8 +371,8 @@ def _retraining(config: Config, dataset: ImageDataset, compute: Compute, genotyp
                 grad_clip=r.grad_clip,
                 mix=mix,
             )
-            if average is not None:
-                average.update_parameters(net)
+            if ema is not None:
+                ema.update_parameters(net)
             done()
 
     sample = indices[: _measuring_size(r.batch_size)]

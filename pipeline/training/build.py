@@ -134,7 +134,7 @@ def build_retraining(
     return net, optimizer
 
 
-def averaged(net: TargetNetwork, decay: float) -> AveragedModel:
+def ema_model(net: TargetNetwork, decay: float) -> AveragedModel:
     """Return an exponential moving average of a network's weights and running statistics.
 
     Its `update_parameters`, called after each step, computes average = decay * average + (1 - decay) * weights. The
@@ -147,9 +147,9 @@ def averaged(net: TargetNetwork, decay: float) -> AveragedModel:
     return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def averaged_network(average: AveragedModel) -> TargetNetwork:
+def ema_network(ema: AveragedModel) -> TargetNetwork:
     """Return the network that has the averaged weights."""
-    return cast(TargetNetwork, average.module)
+    return cast(TargetNetwork, ema.module)
 
 
 def network_cost(config: Config, sizes: Sizes, dataset: ImageDataset, genotype: Genotype) -> Cost:

@@ -29,7 +29,7 @@ from istanas.training import (
     train_target_epoch,
 )
 from pipeline.config.schema import Config, RetrainSettings
-from pipeline.training.build import averaged, averaged_network, build_retraining, build_search, network_cost
+from pipeline.training.build import build_retraining, build_search, ema_model, ema_network, network_cost
 from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import Progress, SearchRecord
 from pipeline.training.pictures import Batches, retrain_augmentation, search_augmentation
@@ -223,15 +223,15 @@ class RetrainJob:
         self._batches = Batches(config, dataset, compute, ranks, r.batch_size, retrain_augmentation(config))
         self._mix = mixing(r.mixup, r.cutmix, dataset.num_classes)
         self._forward = compiled(config.runtime, compute, self._net.forward_with_auxiliary)
-        self._average = averaged(self._net, r.ema_decay) if r.ema_decay > 0 else None
+        self._ema = ema_model(self._net, r.ema_decay) if r.ema_decay > 0 else None
         self._cost = _cost_metrics(network_cost(config, r, dataset, genotype))
 
     def load(self, saved: dict[str, Any]) -> None:
         check_same_genotype(saved, self._genotype)
         self._net.load_state_dict(saved["net"])
         self._optimizer.load_state_dict(saved["optimizer"])
-        if self._average is not None:
-            self._average.load_state_dict(saved["average"])
+        if self._ema is not None:
+            self._ema.load_state_dict(saved["ema"])
 
     def is_done(self, progress: Progress) -> bool:
         return progress.epochs >= self._config.retrain.epochs
@@ -243,8 +243,8 @@ class RetrainJob:
         n_steps = len(batches)
 
         def after_step(step: int, totals: Totals) -> None:
-            if self._average is not None:
-                self._average.update_parameters(net)
+            if self._ema is not None:
+                self._ema.update_parameters(net)
             on_step(step, n_steps, totals)
 
         start = time.perf_counter()
@@ -265,9 +265,9 @@ class RetrainJob:
         seconds = time.perf_counter() - start
         _check_finite(self._config, train, net, epoch, self._ranks)
         net.eval()
-        if self._average is not None:
-            self._average.eval()
-            self._ranks.average(averaged_network(self._average).active_buffers())
+        if self._ema is not None:
+            self._ema.eval()
+            self._ranks.average(ema_network(self._ema).active_buffers())
         metrics = {**_named("train", train), **self._cost, "images_per_second": train.count / seconds}
         if self._splits.holdout is not None:
             metrics |= _named("valid", self._measure("train", self._splits.holdout))
@@ -276,7 +276,7 @@ class RetrainJob:
         return EpochResult(metrics)
 
     def _measure(self, split: str, indices: torch.Tensor | None) -> Metrics:
-        net = self._net if self._average is None else averaged_network(self._average)
+        net = self._net if self._ema is None else ema_network(self._ema)
         return evaluate(net, self._batches.measuring(split, indices), self._compute, self._ranks)
 
     def state(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class RetrainJob:
             "genotype": self._genotype.to_json(),
             "net": self._net.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            **({} if self._average is None else {"average": self._average.state_dict()}),
+            **({} if self._ema is None else {"ema": self._ema.state_dict()}),
         }
 
 

@@ -27,7 +27,7 @@ from pipeline.base.text import count
 from pipeline.config.schema import Config, RuntimeSettings
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Store
-from pipeline.training.build import averaged, averaged_network, build_search, build_target
+from pipeline.training.build import build_search, build_target, ema_model, ema_network
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.epoch_record import EpochRecord, Progress, Rollback, load_latest
@@ -256,9 +256,9 @@ def trained_network(config: Config, genotype: Genotype, dataset: ImageDataset, f
         check_same_genotype(saved, genotype)
         net.load_state_dict(saved["net"])
         if config.retrain.ema_decay > 0:
-            average = averaged(net, config.retrain.ema_decay)
-            average.load_state_dict(saved["average"])
-            net = averaged_network(average)
+            ema = ema_model(net, config.retrain.ema_decay)
+            ema.load_state_dict(saved["ema"])
+            net = ema_network(ema)
     return net.eval()
 
 

@@ -114,11 +114,21 @@ def test_the_draws_follow_from_the_generator_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_negative_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"augmentation\.crop_padding: -1 .* use 0"):
-        Augmentation(crop_padding=-1)
-    with pytest.raises(ConfigError, match=r"augmentation\.cutout: -1 .* use 0"):
-        Augmentation(cutout=-1)
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("crop_padding", -1, "use 0 to leave it out"),
+        ("cutout", -1, "use 0 to leave it out"),
+        ("rand_augment", -1, "use 0 to leave it out"),
+        ("rand_augment", 31, "use 30 or less"),
+        ("random_erasing", -0.5, "use 0 to leave it out"),
+        ("random_erasing", float("nan"), "use 0 to leave it out"),
+        ("random_erasing", 1.5, "use 1 or less"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused(field: str, value: float, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^augmentation\.{field}: {value} .*; {remedy}$"):
+        Augmentation(**{field: value})  # type: ignore[arg-type]
 
 
 def test_a_batch_costs_microseconds_a_picture() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from istanas.data import ArrayPictures, Augmentation, BatchLoader, ImageDataset, batches, load_dataset
 from istanas.data import loading as module
-from istanas.data.transfer import send_beside, side_stream
+from istanas.data.transfer import copy_on_side_stream, side_stream
 from istanas.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -358,7 +358,7 @@ def test_a_copy_beside_a_step_is_done_before_the_step() -> None:
     picture = torch.ones(64, 3, 224, 224).pin_memory()
     weight = torch.rand(8192, 8192, device=device)
     stream = side_stream(device)
-    send_beside([picture], device, stream)  # allocates memory
+    copy_on_side_stream([picture], device, stream)  # allocates memory
     torch.cuda.synchronize(device)
     step = torch.cuda.Event()
     for _ in range(50):
@@ -366,7 +366,7 @@ def test_a_copy_beside_a_step_is_done_before_the_step() -> None:
     step.record()
     copied = torch.cuda.Event()
     assert stream is not None
-    (copy,) = send_beside([picture], device, stream)
+    (copy,) = copy_on_side_stream([picture], device, stream)
     copied.record(stream)
     copied.synchronize()
     assert not step.query(), "the step ended before the copy"

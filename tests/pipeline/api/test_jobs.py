@@ -127,7 +127,7 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
     with pytest.raises(ConfigError, match=r"^tolerance: -1 is not a loss of accuracy; use 0 or more$"):
         pipeline.export(trained, precision="int8", tolerance=-1)
     with pytest.raises(
-        ConfigError, match='^tolerance: 0.5 has no effect, .*; leave it out, or set precision="int8"$'
+        ConfigError, match=r'^tolerance: 0\.5 has no effect, .*; leave it out, or set precision="int8"$'
     ):
         pipeline.export(trained, tolerance=0.5)
 

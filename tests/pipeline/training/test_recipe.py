@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from istanas.data import ArrayPictures, Augmentation, ImageDataset, load_dataset, stratified_subset
 from istanas.distributed import Ranks
@@ -15,7 +16,7 @@ from istanas.space import CellSpace, random_genotype
 from istanas.training import Compute, evaluate, train_target_epoch
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.training.build import averaged, build_target
+from pipeline.training.build import build_target, ema_model
 from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import EpochRecord, FolderStore, load_latest, read_records
 from pipeline.training.loop import retrain_worker, trained_network
@@ -85,8 +86,8 @@ def test_a_stopped_run_with_the_recipe_ends_with_the_same_bits(few: ImageDataset
     resumed = train(config, few, tmp_path / "stopped")
     assert decided(resumed) == decided(whole)
     states = [load_latest(tmp_path / name).state for name in ("whole", "stopped")]  # type: ignore[union-attr]
-    assert set(states[0]["average"]) == set(states[1]["average"])
-    for key in ("net", "average"):
+    assert set(states[0]["ema"]) == set(states[1]["ema"])
+    for key in ("net", "ema"):
         assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
 
 
@@ -122,7 +123,7 @@ def test_the_averaged_weights_are_measured_and_exported(few: ImageDataset, tmp_p
 
 def test_the_average_is_exponential_over_weights_and_statistics() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average = averaged(net, 0.75)  # type: ignore[arg-type]
+    average = ema_model(net, 0.75)  # type: ignore[arg-type]
     wanted: dict[str, torch.Tensor] = {}
     for step in range(4):
         with torch.no_grad():
@@ -178,6 +179,21 @@ def test_a_traced_network_has_the_same_losses(few: ImageDataset) -> None:
             ).loss
         ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_rising_drop_path_is_not_compiled_in_each_epoch(few: ImageDataset) -> None:
+    """torch compiles eight graphs at most; the epochs after them would not be compiled."""
+    net = build_target(tiny(layers="1"), GENOTYPE, few).train()
+    counter = CompileCounter()
+    forward = torch.compile(net.forward_with_auxiliary, backend=counter, fullgraph=True)
+    dropped = []
+    for epoch in range(5):
+        net.drop_path_prob = 0.15 * epoch
+        outputs = [forward(torch.ones(4, 1, 8, 8))[0] for _ in range(4)]
+        dropped += [any(not torch.equal(each, outputs[0]) for each in outputs)]
+    assert counter.frame_count == 2  # without drop path and with it
+    assert dropped == [False, True, True, True, True]
 
 
 def test_compilation_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
