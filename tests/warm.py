@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tests.ray_cluster import ENVIRONMENT, ROOT
+from tests.warm_client import LENGTH, SENT_ON
 
 CLIENT = Path(__file__).with_name("warm_client.py")
 # What commands import when they search, train, export, draw, and use Ray and MLflow.
@@ -59,8 +60,8 @@ def warm_program() -> list[str]:
         [sys.executable, __file__, address],
         env={
             **ENVIRONMENT,
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",
-        },  # Arrow's own allocator starts a thread.
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # Arrow's own allocator starts a thread.
+        },
         cwd=folder,
         stdin=subprocess.PIPE,  # The server exits when this pipe closes.
         stdout=subprocess.PIPE,
@@ -110,7 +111,13 @@ def _serve(address: str) -> None:
                     os.kill(process, number)
         if listener in readable:
             client, _ = listener.accept()
-            request, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+            header, streams, _, _ = socket.recv_fds(client, LENGTH.size, 3)
+            request = _receive(client, LENGTH.unpack(header)[0]) if len(header) == LENGTH.size else None
+            if request is None:  # The client was killed.
+                for descriptor in (*streams, client.detach()):
+                    os.close(descriptor)
+                continue
+            signal.pthread_sigmask(signal.SIG_BLOCK, SENT_ON)  # until the command can handle them
             process = os.fork()
             if process == 0:
                 signal.set_wakeup_fd(-1)
@@ -119,9 +126,21 @@ def _serve(address: str) -> None:
                 for descriptor in (wakeup, written):
                     os.close(descriptor)
                 _run(request, streams)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT_ON)
             for descriptor in streams:
                 os.close(descriptor)
             clients[process] = client
+
+
+def _receive(client: socket.socket, length: int) -> bytes | None:
+    """Return `length` bytes from a client; None if it has sent less and is gone."""
+    received = bytearray()
+    while len(received) < length:
+        part = client.recv(min(length - len(received), 1 << 20))
+        if not part:
+            return None
+        received += part
+    return bytes(received)
 
 
 def _send_ends(clients: dict[int, socket.socket]) -> None:
@@ -159,6 +178,7 @@ def _run(request: bytes, streams: list[int]) -> NoReturn:
 
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT_ON)
         main()
     except SystemExit as end:
         code = int(end.code or 0)

@@ -379,7 +379,7 @@ class RuntimeSettings(Section):
     compile: bool = Field(
         False,
         description="Whether torch.compile translates the network of a retraining at the start, which takes "
-        "minutes. Losses differ by rounding.",
+        "minutes. Losses differ by rounding, and drop path draws other masks.",
     )
     data_workers: Annotated[NonNegativeInt, unit("processes")] = Field(
         0,
