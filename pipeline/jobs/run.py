@@ -24,7 +24,7 @@ def run_whole(context: JobContext) -> RunResult | OneStageResult:
         IstanasError: A one-stage search, and the packages of the export are not installed.
     """
     if context.config.trains_target:
-        check_extra("export", "export, the last step of run")
+        check_extra("export", "run")
         result = run_search(context)
         exports = run_export(context.config, result["run_dir"], console=context.console)["exports"]
         return {**cast(OneStageResult, result), "exports": exports}

@@ -13,7 +13,7 @@ from tests.in_process import istanas
 TINY = ("search={epochs: 1, init_channels: 2, layers: 3}", "tracking.enabled=false")
 SETTINGS = [part for setting in TINY for part in ("--set", setting)]
 COMMANDS = [
-    ("export", "export, the last step of run", ("run", "--config", "one_stage_digits", *SETTINGS[2:])),
+    ("export", "run", ("run", "--config", "one_stage_digits", *SETTINGS[2:])),
     ("export", "--backend onnxruntime", ("latency", "--backend", "onnxruntime", "--out", "t.json")),
     ("export", "model.onnx", ("predict", "model.onnx", "picture.png")),
     ("clusters", "submit", ("submit", "--", "search", "--workers", "2", *SETTINGS)),
